@@ -99,17 +99,30 @@ class Profile:
         """Only the rows that no other row beats: at least as accurate, and at most as slow at every batch size.
 
         Args:
-          min_accuracy_gap, min_latency_ratio: also drop rows that are nearer than this to the next more accurate row kept.
+          min_accuracy_gap, min_latency_ratio: also drop rows that are nearer than this to the next faster row kept, the
+            latencies taken at the largest batch. The fastest and the most accurate row stay in any case.
         """
-        kept: list[Row] = []
-        for row in sorted(self.rows, key=lambda r: (-r.accuracy, r.latency_ms)):
-            beaten = any(all(k <= m for k, m in zip(other.latency_ms, row.latency_ms, strict=True)) for other in kept)
-            near = kept and (
-                kept[-1].accuracy - row.accuracy < min_accuracy_gap
-                or kept[-1].latency_ms[-1] < min_latency_ratio * row.latency_ms[-1]
+        front = [
+            r
+            for r in self.rows
+            if not any(
+                (o.accuracy, [-v for v in o.latency_ms]) != (r.accuracy, [-v for v in r.latency_ms])
+                and o.accuracy >= r.accuracy
+                and all(a <= b for a, b in zip(o.latency_ms, r.latency_ms, strict=True))
+                for o in self.rows
             )
-            if not beaten and not near:
+        ]
+        if min_accuracy_gap <= 0 and min_latency_ratio <= 1:
+            return dataclasses.replace(self, rows=tuple(front))
+        kept: list[Row] = []
+        for row in front:
+            if not kept or (
+                row.accuracy - kept[-1].accuracy >= min_accuracy_gap
+                and row.latency_ms[-1] >= min_latency_ratio * kept[-1].latency_ms[-1]
+            ):
                 kept.append(row)
+        if kept[-1] is not front[-1]:
+            kept[1 if len(kept) == 1 else -1 :] = [front[-1]]
         return dataclasses.replace(self, rows=tuple(kept))
 
     def monotone(self) -> "Profile":
@@ -136,6 +149,19 @@ class Profile:
     def only(self, subnets: Iterable[Subnet]) -> "Profile":
         """The profile of some of the subnets."""
         return dataclasses.replace(self, rows=tuple(self.row(s) for s in subnets))
+
+    def at(self, batch_sizes: Sequence[int]) -> "Profile":
+        """The profile at some of its batch sizes. Raises ProfileError for one that was not measured."""
+        if odd := set(batch_sizes) - set(self.batch_sizes):
+            raise errors.ProfileError(f"batch size {min(odd)} was not measured, only {list(self.batch_sizes)}; measure it")
+        places = [self.batch_sizes.index(b) for b in batch_sizes]
+        rows = [
+            dataclasses.replace(
+                r, latency_ms=tuple(r.latency_ms[i] for i in places), p99_ms=tuple(r.p99_ms[i] for i in places)
+            )
+            for r in self.rows
+        ]
+        return dataclasses.replace(self, batch_sizes=tuple(batch_sizes), rows=tuple(rows))
 
     def throughput_qps(self, subnet: Subnet) -> float:
         """Queries per second of one worker that runs `subnet` at its best batch size."""

@@ -1,0 +1,164 @@
+"""Replays bursty traffic on the real server, once per policy, and prints one table.
+
+    python serve/replay.py runs/digits_resnet/export
+    python serve/replay.py runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
+
+All policies face the same arrivals, images and SLO. The traffic calms down and bursts in turn; its rates are set from this
+machine's measured latencies, so that a burst overloads the most accurate subnet but not the fastest. Replies are compared with
+the real labels. With --trace FILE.csv recorded arrivals are replayed instead (a column arrival_s, see serving.traces.load).
+Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, plots.
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli, plots
+from superserve_jax.serving import executables, loadgen, metrics, policies, server, traces
+from superserve_jax.training import config as configs
+from superserve_jax.training import data
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      export: the export's directory.
+      policies: names of policies, such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest; if left out, both
+        SlackFits and every subnet fixed.
+      seconds: length of the traffic.
+      slo_ms: latency objective; if left out, 36 or, on a slow machine, four batches of the most accurate subnet.
+      calm: arrival rate between bursts, over the capacity of the most accurate subnet.
+      burst: arrival rate in a burst, over the capacity of the fastest subnet.
+      cv2: squared coefficient of variation of the gaps.
+      trace: recorded arrivals to replay instead.
+      batch_sizes: batch sizes to serve with.
+      seed: of arrivals and images.
+      json: write the results to this file.
+      plot: write a plot over time to this file.
+    """
+
+    export: Annotated[pathlib.Path, tyro.conf.Positional]
+    policies: tuple[str, ...] = ()
+    seconds: float = 12.0
+    slo_ms: float | None = None
+    calm: float = 0.4
+    burst: float = 0.6
+    cv2: float = 4.0
+    trace: pathlib.Path | None = None
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    seed: int = 0
+    json: pathlib.Path | None = None
+    plot: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    options = tyro.cli(Options, description=__doc__)
+    model = ss.load(options.export)
+    images, labels = data.open(configs.from_json(model.manifest["training"]).data).arrays("test")
+    _, engines, profile = executables.prepare(model, batch_sizes=options.batch_sizes)
+    slowest = profile.rows[-1].latency_ms[-1]
+    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest)
+    trace = make_trace(options, profile, workers=len(engines), slo_ms=slo_ms)
+    chosen = np.random.default_rng(options.seed).integers(len(images), size=len(trace))
+    inputs, truth = [images[i] for i in chosen], labels[chosen]
+    print(
+        f"{len(trace):,} queries in {options.seconds:g} s ({trace.name}), SLO {slo_ms:.0f} ms, {len(engines)} worker(s): {profile.device}"
+    )
+
+    names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows))))
+    for name in names:
+        policies.create(name, profile)  # a mistyped name should not wait for its turn
+    results, replays = [], {}
+    for name in names:
+        with server.Server.from_engines(engines, profile, policy=name, slo_ms=slo_ms, max_queue=len(trace) + 1) as target:
+            done = loadgen.replay(target, trace, inputs)
+            target.close(drain=False)
+        replays[name] = done
+        results.append(summarise(name, done, truth))
+        print(f"{name}: {100 * results[-1]['attainment']:.2f} % in time", flush=True)
+
+    print()
+    cli.print_table(table(results, profile))
+    print(
+        f"The generator was late by {results[0]['lateness_p50_ms']:.2f} ms at the median, {results[0]['lateness_p99_ms']:.1f} ms at the 99th percentile."
+    )
+    if options.json:
+        about = {"slo_ms": slo_ms, "trace": trace.name, "queries": len(trace), "device": profile.device}
+        cli.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
+        print(f"results: {options.json}")
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        shown = [n for n in names if not n.startswith("fixed")] + [n for n in names if n.startswith("fixed")][
+            :: max(1, len(names))
+        ]
+        plots.replay({name: timeline(replays[name]) for name in shown}, options.plot)
+        print(f"plot: {options.plot}")
+
+
+def make_trace(options: Options, profile: ss.Profile, *, workers: int, slo_ms: float) -> traces.Trace:
+    """Recorded arrivals, or calm and burst in turn at rates that suit this machine."""
+    if options.trace is not None:
+        return traces.load(options.trace, slo_ms=slo_ms)
+    calm = options.calm * workers * profile.throughput_qps(profile.rows[-1].subnet)
+    burst = options.burst * workers * profile.throughput_qps(profile.rows[0].subnet)
+    step_s = 0.5
+    pattern = [calm, calm, burst, calm, burst, burst]
+    rates = [pattern[i % len(pattern)] for i in range(max(1, round(options.seconds / step_s)))]
+    trace = traces.steps(rates_qps=rates, step_s=step_s, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
+    return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
+
+
+def summarise(name: str, done: loadgen.Replay, truth: np.ndarray) -> dict[str, Any]:
+    """One policy's figures, as --json has them."""
+    s = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
+    lateness = 1e3 * np.percentile(done.lateness_s[np.isfinite(done.lateness_s)], [50, 99])
+    met = done.met
+    return {
+        "name": name,
+        "attainment": s.attainment,
+        "accuracy_profiled": 100 * s.accuracy,
+        "accuracy_measured": 100 * float((done.label == truth)[met].mean()) if met.any() else float("nan"),
+        "p50_ms": s.p50_ms,
+        "p99_ms": s.p99_ms,
+        "goodput_qps": s.goodput_qps,
+        "lateness_p50_ms": float(lateness[0]),
+        "lateness_p99_ms": float(lateness[1]),
+    }
+
+
+def table(results: list[dict[str, Any]], profile: ss.Profile) -> list[tuple[str, ...]]:
+    """Header and one row per policy."""
+    about = {
+        "slackfit": "SlackFit, guarded (default)",
+        "slackfit-paper": "SlackFit of the paper",
+        **{f"fixed:{i}": f"fixed:{i}, subnet of {100 * r.accuracy:.2f} %" for i, r in enumerate(profile.rows)},
+    }
+    header = ("policy", "SLO attainment", "accuracy, profiled", "measured", "p50 ms", "p99 ms")
+    rows = [
+        (
+            about.get(r["name"], r["name"]),
+            f"{100 * r['attainment']:.2f} %",
+            f"{r['accuracy_profiled']:.2f} %",
+            f"{r['accuracy_measured']:.2f} %",
+            f"{r['p50_ms']:.1f}",
+            f"{r['p99_ms']:.1f}",
+        )
+        for r in results
+    ]
+    return [header, *rows]
+
+
+def timeline(done: loadgen.Replay) -> metrics.Series:
+    """The run in windows of a tenth of a second."""
+    return metrics.series(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy, done.batch, window_s=0.1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,45 @@
+"""What the programs in train/ and serve/ share: logging, errors as one line, results as JSON."""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from superserve_jax import errors
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program: an error of this library ends it with one line and status 2, Ctrl-C with status 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("superserve_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file
+    try:
+        main()
+    except errors.SuperServeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        print(e or "interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a result; the file is replaced whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Prints a header and rows in aligned columns, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for n, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+        if n == 0:
+            print("  ".join("-" * width for width in widths))

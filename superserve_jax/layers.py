@@ -1,0 +1,101 @@
+"""Elastic layers: Flax NNX modules that hold parameters of maximum size and are called with the active sizes.
+
+No layer has state that changes at run time. Normalisation statistics come from outside, through the `stats` argument:
+`BatchStats` normalises with the batch's own statistics and records them (training, calibration); `RowStats` reads a row that
+calibration made (inference).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from superserve_jax import ops
+
+
+class BatchStats:
+    """Statistics of the batch itself, recorded by the norm's name as (mean, variance)."""
+
+    def __init__(self):
+        self.recorded: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def __call__(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance, each (C,), of `x`."""
+        self.recorded[name] = ops.batch_statistics(x)
+        return self.recorded[name]
+
+
+class RowStats:
+    """Statistics from a row of shape (2, N): means and variances of all norms, one after another.
+
+    Args:
+      row: float32 (2, N).
+      offsets: where each norm's channels begin.
+    """
+
+    def __init__(self, row: jax.Array, offsets: Mapping[str, int]):
+        self.row, self.offsets = row, offsets
+
+    def __call__(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance, each (C,), for the norm of this name."""
+        start = self.offsets[name]
+        part = self.row[:, start : start + x.shape[-1]]
+        return part[0], part[1]
+
+
+class Conv(nnx.Module):
+    """A convolution without bias, NHWC, padded by half its kernel; called with the number of output channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, rngs: nnx.Rngs):
+        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), (kernel_size, kernel_size, in_channels, out_channels), jnp.float32))
+        self.stride = stride
+
+    def __call__(self, x: jax.Array, out: ops.Size) -> jax.Array:
+        """(B, H, W, C) -> (B, H / stride, W / stride, limit of `out`). Masked by the norm that follows, not here."""
+        kernel = ops.weight_slice(self.kernel[...], x.shape[-1], ops.limit(out))
+        pad = kernel.shape[0] // 2
+        return lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            (self.stride, self.stride),
+            ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class Linear(nnx.Module):
+    """A dense layer with bias; the input's width is elastic, the output's size is what it is called with."""
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
+
+    def __call__(self, x: jax.Array, out: ops.Size) -> jax.Array:
+        """(..., C) -> (..., limit of `out`)."""
+        n = ops.limit(out)
+        kernel = ops.weight_slice(self.kernel[...], x.shape[-1], n)
+        return ops.mask(x @ kernel.astype(x.dtype) + ops.weight_slice(self.bias[...], n).astype(x.dtype), out)
+
+
+class SubnetNorm(nnx.Module):
+    """Batch normalisation whose statistics belong to the subnet.
+
+    Args:
+      channels: of the largest subnet.
+      name: under which `stats` knows this norm; unique in the network.
+    """
+
+    def __init__(self, channels: int, *, name: str):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.name = name
+
+    def __call__(self, x: jax.Array, size: ops.Size, stats: BatchStats | RowStats) -> jax.Array:
+        """Normalises the last axis of `x`, whose length is the limit of `size`."""
+        n = x.shape[-1]
+        mean, var = stats(self.name, x)
+        return ops.subnet_norm(x, mean, var, ops.weight_slice(self.scale[...], n), ops.weight_slice(self.bias[...], n), size)

@@ -1,0 +1,89 @@
+"""SubNetAct's three operators as pure functions: LayerSelect, WeightSlice, SubnetNorm (SuperServe, NSDI 2025, section 3).
+
+Each has one form whose sizes say how it runs. A `Size` is
+
+- a Python int: the weight is sliced to that static shape, nothing is masked (**sliced**);
+- a pair (limit, active) of a static int and a traced int32 scalar: the weight is sliced to the limit and what lies beyond
+  the active size is masked to zero (**bucketed**; **masked** where the limit is the whole network).
+
+The invariant that makes the forms equal: every activation is zero beyond its active channels, so a layer needs to know only
+its own size, never that of its input.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Size = int | tuple[int, jax.Array]
+
+
+def limit(size: Size) -> int:
+    """The static number of channels that a size occupies in memory.
+
+    >>> limit(8), limit((16, jnp.int32(8)))
+    (8, 16)
+    """
+    return size if isinstance(size, int) else size[0]
+
+
+def mask(x: jax.Array, size: Size) -> jax.Array:
+    """Zeroes the last axis beyond the active size; the identity where the size is an int.
+
+    >>> mask(jnp.ones(3), (3, jnp.int32(2))).tolist()
+    [1.0, 1.0, 0.0]
+    """
+    if isinstance(size, int):
+        return x
+    keep = lax.iota(jnp.int32, x.shape[-1]) < size[1]
+    return jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+
+def weight_slice(weight: jax.Array, *limits: int) -> jax.Array:
+    """WeightSlice: the first `limits` entries of the last `len(limits)` axes.
+
+    >>> weight_slice(jnp.ones((3, 3, 8, 16)), 4, 8).shape
+    (3, 3, 4, 8)
+    """
+    starts = (0,) * weight.ndim
+    return lax.slice(weight, starts, weight.shape[: weight.ndim - len(limits)] + limits)
+
+
+def layer_select(gate: Size, block: Callable[[jax.Array], jax.Array], x: jax.Array, *, skip: bool) -> jax.Array:
+    """LayerSelect: `block(x)` where the gate is on, `x` where it is off.
+
+    A static gate decides while tracing, so a dropped block costs nothing. For a traced gate `skip=True` branches (inference:
+    the work of a dropped block is skipped), `skip=False` computes both and selects (training: the gradient of a convolution
+    inside a branch is some 30 times slower on a CPU, and statistics must get out of the block).
+    """
+    if isinstance(gate, int):
+        return block(x) if gate else x
+    if gate[0] == 0:
+        return x
+    if skip:
+        return lax.cond(gate[1] > 0, block, lambda x: x, x)
+    return jnp.where(gate[1] > 0, block(x), x)
+
+
+def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and (biased) variance of each channel over all other axes, both float32 of shape (C,).
+
+    >>> [v.tolist() for v in batch_statistics(jnp.array([[1.0], [3.0]]))]
+    [[2.0], [1.0]]
+    """
+    x = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    return mean, jnp.mean(jnp.square(x - mean), axes)
+
+
+def subnet_norm(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, size: Size, *, eps: float = 1e-5
+) -> jax.Array:
+    """SubnetNorm: batch normalisation with the statistics of the subnet that runs; `mean` ... `bias` have shape (C,).
+
+    Masked afterwards, since a masked channel comes back as bias - mean * scale.
+    """
+    y = (x.astype(jnp.float32) - mean) * (lax.rsqrt(var + eps) * scale) + bias
+    return mask(y.astype(x.dtype), size)

@@ -1,0 +1,101 @@
+"""How good a policy can get on a trace: upper bounds that know all arrivals. No jax.
+
+The fluid bound forgets that queries and batches come in wholes and that arrivals fluctuate: subnets are mixed at their best
+throughput within the SLO, so that the workers just carry the traffic, at the highest accuracy. It is a linear programme.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import optimize, sparse
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.serving import traces
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """No policy attains more; and none that attains as much is more accurate.
+
+    Args:
+      attainment: share of the queries that can be answered by their deadline.
+      accuracy: mean accuracy over those, as a fraction of 1; NaN where there are none.
+    """
+
+    attainment: float
+    accuracy: float
+
+
+def fluid(profile: profile_lib.Profile, rate_qps: float, *, workers: int = 8, slo_ms: float = 36.0) -> Bound:
+    """The fluid bound of a steady rate.
+
+    >>> from superserve_jax.serving import reference
+    >>> bound = fluid(reference.paper_profile().scaled(1.9), 1500 + 5550)
+    >>> bound.attainment, round(bound.accuracy, 4)
+    (1.0, 0.7539)
+    """
+    if not rate_qps > 0:
+        raise errors.ConfigError(f"rate_qps must be positive, got {rate_qps}")
+    return _solve(profile, np.array([slo_ms]), np.zeros(1), np.array([[rate_qps]]), workers)
+
+
+def fluid_of_trace(
+    profile: profile_lib.Profile, trace: traces.Trace, *, workers: int = 8, window_s: float | None = None
+) -> Bound:
+    """The fluid bound of a trace; each kind of query (SLO and floor) may be served by what suits it.
+
+    Args:
+      window_s: None lets the workers carry the mean rate of the whole trace, as though it had always been even. A length
+        bounds window by window, which is tighter where the rate changes: what arrives in a window must be done in it
+        or within the longest SLO after it.
+    """
+    if not len(trace):
+        return Bound(1.0, float("nan"))
+    per_query = np.broadcast_arrays(trace.slo_ms, trace.floors)
+    kinds, kind = np.unique(np.stack(per_query, axis=1), axis=0, return_inverse=True)
+    end_s = float(trace.arrivals_s[-1])
+    length_s = window_s or end_s
+    if not 0 < length_s < np.inf:
+        raise errors.ConfigError(f"window_s must be positive and finite, got {window_s}, for arrivals up to {end_s} s")
+    windows = int(end_s / length_s) + 1 if window_s else 1
+    window = np.minimum(trace.arrivals_s / length_s, windows - 1).astype(int)
+    counts = np.bincount(window * len(kinds) + kind.ravel(), minlength=windows * len(kinds)).reshape(windows, len(kinds))
+    usable_s = length_s + (1e-3 * kinds[:, 0].max() if window_s else 0.0)
+    return _solve(profile, kinds[:, 0], kinds[:, 1], counts / usable_s, workers)
+
+
+def _solve(profile: profile_lib.Profile, slo_ms: np.ndarray, floors: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
+    """Serves as much as the workers can carry; of all ways to do that, the most accurate.
+
+    Args:
+      slo_ms, floors: [kinds].
+      rates_qps: [windows, kinds].
+    """
+    if workers < 1:
+        raise errors.ConfigError(f"workers must be 1 or more, got {workers}")
+    latency_ms = np.array([row.latency_ms for row in profile.rows])
+    accuracy = np.array([row.accuracy for row in profile.rows])
+    per_query_ms = latency_ms / np.array(profile.batch_sizes)
+    # [subnets, kinds]: worker-seconds per query at the best throughput within the SLO, infinite where that is not allowed
+    cost_s = 1e-3 * np.stack([np.where(latency_ms <= slo, per_query_ms, np.inf).min(axis=1) for slo in slo_ms], axis=1)
+    cost_s[accuracy[:, None] < floors] = np.inf
+    subnet, kind = np.nonzero(np.isfinite(cost_s))
+    answered = correct = 0.0
+    for rates in rates_qps[rates_qps.any(axis=1)]:
+        # Of each kind at most what arrives; of all, at most the time of the workers.
+        limits = sparse.vstack(
+            [
+                sparse.csr_array((np.ones(len(kind)), (kind, np.arange(len(kind)))), shape=(len(rates), len(kind))),
+                sparse.csr_array(cost_s[subnet, kind][None]),
+            ]
+        )
+        available = np.append(rates, workers)
+        most = -float(optimize.linprog(-np.ones(len(kind)), A_ub=limits, b_ub=available).fun) if len(kind) else 0.0
+        if most > 0:
+            # A hair less than the most, lest rounding make it infeasible.
+            everything = sparse.vstack([limits, sparse.csr_array(-np.ones((1, len(kind))))])
+            solution = optimize.linprog(-accuracy[subnet], A_ub=everything, b_ub=np.append(available, -most * (1 - 1e-9)))
+            answered, correct = answered + most, correct - float(solution.fun)
+    total = float(rates_qps.sum())
+    return Bound(min(answered / total, 1.0), correct / answered if answered else float("nan"))

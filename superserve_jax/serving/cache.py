@@ -1,0 +1,125 @@
+"""Compiled executables kept between processes, in a private cache of this user.
+
+Loading one runs the machine code in it, so entries are only read from a directory that belongs to this user and that nobody
+else may write to; never from an export. An entry is keyed by everything that the program depends on: config, subnet, batch
+size, device, the versions of jax and jaxlib, processor features and the source of the operators. What is stale or damaged is
+compiled again. Deleting the directory is always safe.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import pathlib
+import pickle
+import stat
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+from superserve_jax import layers, ops, supernets
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import programs
+
+_log = logging.getLogger(__name__)
+_DIGEST_BYTES = 32
+
+
+def directory() -> pathlib.Path:
+    """Where the cache lies: $SUPERSERVE_CACHE, or superserve_jax in the user's cache folder. An empty variable turns it off."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(os.environ.get("SUPERSERVE_CACHE", pathlib.Path(base) / "superserve_jax"))
+
+
+class ExecutableCache:
+    """The entries of one SuperNet config on one device.
+
+    Args:
+      config: the family's config.
+      device: an executable belongs to one device.
+    """
+
+    def __init__(self, config: Any, device: jax.Device):
+        self._device = device
+        self._root = _private(directory()) if os.environ.get("SUPERSERVE_CACHE") != "" else None
+        self._about = {
+            "config": supernets.config_to_json(config),
+            "device": [device.platform, device.device_kind, device.id],
+            "jax": [jax.__version__, jaxlib.__version__],
+            "flags": os.environ.get("XLA_FLAGS", ""),
+            "features": _cpu_features() if device.platform == "cpu" else "",
+            "source": _source_digest(type(config)),
+        }
+
+    def load(self, subnet: subnets.Subnet, batch: int) -> tuple[Callable[..., jax.Array], tuple[str, ...]] | None:
+        """(compiled, names of its leaves), or None where there is no sound entry."""
+        path = self._path(subnet, batch)
+        if path is None or not path.exists():
+            return None
+        content = path.read_bytes()
+        digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(body).digest() != digest:
+            _log.warning("%s is damaged; compiling again", path)
+            return None
+        try:
+            leaves, serialised = pickle.loads(body)
+            compiled = serialize_executable.deserialize_and_load(
+                *serialised, backend=self._device.client, execution_devices=[self._device]
+            )
+        except Exception as e:  # a stale entry may fail in any way inside the runtime; the remedy is always the same
+            _log.warning("%s cannot be loaded (%s: %s); compiling again", path, type(e).__name__, e)
+            return None
+        return compiled, leaves
+
+    def save(self, subnet: subnets.Subnet, batch: int, compiled: Any, leaves: tuple[str, ...]) -> None:
+        """Keeps an executable; a full or read-only disk costs only the next start."""
+        path = self._path(subnet, batch)
+        if path is None:
+            return
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            body = pickle.dumps((leaves, serialize_executable.serialize(compiled)))
+            part.write_bytes(hashlib.sha256(body).digest() + body)
+            os.replace(part, path)
+        except (OSError, ValueError, NotImplementedError) as e:
+            part.unlink(missing_ok=True)
+            _log.warning("cannot keep an executable in %s: %s", path.parent, e)
+
+    def _path(self, subnet: subnets.Subnet, batch: int) -> pathlib.Path | None:
+        if self._root is None:
+            return None
+        key = json.dumps({**self._about, "subnet": subnet.to_json(), "batch": batch}, sort_keys=True)
+        return self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
+
+
+def _private(root: pathlib.Path) -> pathlib.Path | None:
+    """The directory, made if need be; None, with a warning, where it is not this user's alone."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = root.stat()
+    except OSError as e:
+        _log.warning("no cache of executables: %s", e)
+        return None
+    if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        _log.warning("no cache of executables: %s belongs to another user or is writable by others; chmod 700 it", root)
+        return None
+    return root
+
+
+@functools.cache
+def _source_digest(config_class: type) -> str:
+    """Digest of the code that a program is traced from: an edited operator must not meet an old executable."""
+    modules = [ops, layers, programs, inspect.getmodule(config_class)]
+    return hashlib.sha256("".join(inspect.getsource(m) for m in modules if m is not None).encode()).hexdigest()
+
+
+@functools.cache
+def _cpu_features() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((" ".join(sorted(line.partition(":")[2].split())) for line in lines if line.startswith("flags")), "")

@@ -1,0 +1,89 @@
+"""What the server asks of a device that holds a SuperNet, and an engine without a model to test it with. No jax."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from superserve_jax.profile import Profile
+from superserve_jax.subnet import Subnet
+
+
+class Engine(Protocol):
+    """One device that holds one SuperNet. The server calls it from one thread at a time.
+
+    Attributes:
+      name: for messages and thread names, such as "gpu:0".
+      input_shape: shape of one input, without a batch dimension.
+      input_dtype: its dtype.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    input_dtype: np.dtype
+
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
+        """Computes one batch and returns when the outputs are ready, one for each input.
+
+        Args:
+          subnet: one of the profile's.
+          batch_size: one of the profile's, at least `len(inputs)`; the engine pads up to it and strips the padding.
+          inputs: arrays of `input_shape` and `input_dtype`, read only.
+
+        No output may share memory with a buffer that a later call writes to. Whatever it raises counts as a failure of
+        the device, and the batch is tried elsewhere.
+        """
+        ...
+
+
+class FakeEngine:
+    """Sleeps for the latency in the profile; the output of an input is (its first value, rank of the subnet in accuracy).
+
+    Args:
+      profile: its latencies, and the subnets that it accepts.
+      speed: how many times faster than the profile it runs; inf does not sleep at all.
+      on_run: called as `on_run(subnet, batch_size, inputs)` in the worker's thread before each batch; it may raise, which
+        is a failure of the device, or block, which is a stuck one.
+
+    >>> from superserve_jax import profile, subnet
+    >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
+    >>> engine = FakeEngine(profile.Profile((1, 2), (row,)), speed=float("inf"))
+    >>> engine.run(row.subnet, 2, [np.float32(5)])
+    [(5.0, 0)]
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        name: str = "fake:0",
+        input_shape: tuple[int, ...] = (),
+        input_dtype: Any = np.float32,
+        speed: float = 1.0,
+        on_run: Callable[[Subnet, int, list[np.ndarray]], object] | None = None,
+    ):
+        self.name, self.input_shape, self.input_dtype = name, input_shape, np.dtype(input_dtype)
+        self._latency_s = {
+            (row.subnet, size): 1e-3 * ms / speed
+            for row in profile.rows
+            for size, ms in zip(profile.batch_sizes, row.latency_ms, strict=True)
+        }
+        self._rank = {row.subnet: rank for rank, row in enumerate(profile.rows)}
+        self._on_run = on_run
+        self._running = threading.Lock()
+
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
+        """See `Engine.run`. Raises AssertionError where the server breaks that contract."""
+        assert self._running.acquire(blocking=False), "two threads in one engine"
+        try:
+            assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
+            if self._on_run is not None:
+                self._on_run(subnet, batch_size, inputs)
+            if latency_s := self._latency_s[subnet, batch_size]:
+                time.sleep(latency_s)
+            rank = self._rank[subnet]
+            return [(x.item(0), rank) for x in inputs]
+        finally:
+            self._running.release()

@@ -1,0 +1,215 @@
+"""SubNetAct's actuation: a table from (subnet, batch size) to a compiled XLA executable, on one device, over one copy of the
+weights. Changing the subnet is a look-up.
+
+Executables are made ahead, in parallel, and kept in a private cache of this user; while serving nothing can compile, since an
+engine holds compiled objects only. Each takes a flat tuple of just the weights that its subnet uses, as arguments, so that no
+weight is copied into an executable.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from superserve_jax import checkpoint, errors, progress
+from superserve_jax import profile as profiles
+from superserve_jax import subnet as subnets
+from superserve_jax.serving import cache, measuring
+from superserve_jax.supernets import programs, supernet
+
+_log = logging.getLogger(__name__)
+
+_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1  # nearer neighbours than this are not worth an executable
+
+
+@dataclasses.dataclass(frozen=True)
+class Executable:
+    """A compiled program of one subnet at one batch size.
+
+    Args:
+      call: compiled, `call(leaves, inputs, row) -> logits`.
+      leaves: names of the parameters that it takes, in order.
+    """
+
+    call: Callable[..., jax.Array]
+    leaves: tuple[str, ...]
+
+
+class DeviceEngine:
+    """An `engine.Engine`: one device with the weights once, the statistics and executables of the served subnets.
+
+    Args:
+      model: the SuperNet, calibrated for every subnet.
+      device: where to run.
+      subnet_list, batch_sizes: an executable is made for every pair.
+    """
+
+    def __init__(
+        self,
+        model: supernet.SuperNet,
+        device: jax.Device,
+        *,
+        subnet_list: Sequence[subnets.Subnet],
+        batch_sizes: Sequence[int],
+    ):
+        spec = model.config.input_spec(1)
+        self.name = f"{device.platform}:{device.id}"
+        self.input_shape = tuple(spec.shape[1:])
+        self.input_dtype = np.dtype(spec.dtype)
+        self._rows = {s: jax.device_put(model.row(s), device) for s in subnet_list}
+        made = build(model.config, subnet_list, batch_sizes, device)
+        used = {name for e in made.values() for name in e.leaves}
+        weights = {name: jax.device_put(model.params[name], device) for name in sorted(used)}
+        self._table = {key: (e.call, tuple(weights[name] for name in e.leaves), self._rows[key[0]]) for key, e in made.items()}
+        # One staging buffer per batch size is enough: `run` returns only when the output is ready.
+        self._staging = {b: np.zeros((b, *self.input_shape), self.input_dtype) for b in batch_sizes}
+
+    def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """See `engine.Engine.run`: one array of logits, float32 (num_classes,), for each input."""
+        call, leaves, row = self._table[subnet, batch_size]
+        staged = self._staging[batch_size]
+        for i, x in enumerate(inputs):
+            staged[i] = x
+        logits = np.asarray(call(leaves, staged, row))
+        return [logits[i].copy() for i in range(len(inputs))]  # a view would pin the batch for as long as a reply lives
+
+
+def prepare(
+    path_or_model: Any, *, batch_sizes: Sequence[int], devices: Sequence[jax.Device] | None = None
+) -> tuple[supernet.SuperNet, list[DeviceEngine], profiles.Profile]:
+    """What a server needs: the model, one engine per device, and the latency profile of this kind of device.
+
+    The profile is read from beside the export; where it has none for this device and these batch sizes, one is measured.
+
+    Raises:
+      ExportError, ConfigError, NotCalibratedError.
+    """
+    batch_sizes = profiles.check_batch_sizes(batch_sizes)
+    model = path_or_model if isinstance(path_or_model, supernet.SuperNet) else checkpoint.load(path_or_model)
+    if not isinstance(model, checkpoint.Model):
+        raise errors.ConfigError(
+            "a server takes an export's directory or what superserve_jax.load returned; export the "
+            "SuperNet first, since only an export knows the accuracies of its subnets"
+        )
+    devices = list(devices if devices is not None else jax.devices())
+    if not devices:
+        raise errors.ConfigError("devices is empty; give at least one jax device, or None for all")
+    profile = stored_profile(model, devices[0], batch_sizes)
+    served = [r.subnet for r in profile.rows] if profile else model.subnets
+    engines = [DeviceEngine(model, d, subnet_list=served, batch_sizes=batch_sizes) for d in devices]
+    if profile is None:
+        _log.warning(
+            "%s has no latency profile for %s and batch sizes %s: measuring one; `python serve/measure.py %s` keeps it",
+            model.path,
+            device_kind(devices[0]),
+            list(batch_sizes),
+            model.path,
+        )
+        profile = measure(model, engines[0], batch_sizes, device_kind(devices[0]))
+    return model, engines, profile
+
+
+def stored_profile(model: checkpoint.Model, device: jax.Device, batch_sizes: Sequence[int]) -> profiles.Profile | None:
+    """The profile beside the export, cut to `batch_sizes`; None where it does not cover this device and these sizes."""
+    path = checkpoint.profile_path(model.path, device_kind(device))
+    if not path.exists():
+        return None
+    profile = profiles.Profile.load(path)
+    accuracies = {s.subnet: s.accuracy for s in model.served}
+    if not set(batch_sizes) <= set(profile.batch_sizes):
+        return None
+    if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
+        _log.warning("%s was measured on another export; ignoring it", path)
+        return None
+    return profile.at(batch_sizes)
+
+
+def measure(
+    model: checkpoint.Model,
+    engine: DeviceEngine,
+    batch_sizes: Sequence[int],
+    device: str,
+    *,
+    repeats: int = 30,
+) -> profiles.Profile:
+    """Measures the latency profile of an engine: repaired to be monotone, and only the subnets that are worth serving."""
+    accuracies = {s.subnet: s.accuracy for s in model.served}
+    full = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats)
+    return full.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO).monotone()
+
+
+def build(
+    config: Any, subnet_list: Iterable[subnets.Subnet], batch_sizes: Iterable[int], device: jax.Device
+) -> dict[tuple[subnets.Subnet, int], Executable]:
+    """Executables for every pair of subnet and batch size, from the cache or compiled in parallel."""
+    pairs = [(s, b) for s in subnet_list for b in batch_sizes]
+    store = cache.ExecutableCache(config, device)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        jobs = [pool.submit(_load_or_compile, store, config, s, b, device) for s, b in pairs]
+        made = [job.result() for job in progress.track(jobs, f"executables for {device.platform}:{device.id}")]
+    return dict(zip(pairs, made, strict=True))
+
+
+def _load_or_compile(
+    store: "cache.ExecutableCache", config: Any, subnet: subnets.Subnet, batch: int, device: jax.Device
+) -> Executable:
+    found = store.load(subnet, batch)
+    if found is not None:
+        return Executable(*found)
+    executable = compile_executable(config, subnet, batch, device)
+    store.save(subnet, batch, executable.call, executable.leaves)
+    return executable
+
+
+def compile_executable(config: Any, subnet: subnets.Subnet, batch: int, device: jax.Device) -> Executable:
+    """Lowers and compiles the sliced program of a subnet for one device."""
+    program = programs.sliced(config, subnet)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def on_device(spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    spec = programs.param_spec(config)
+    names = _used_leaves(program)
+
+    def infer(leaves: tuple[jax.Array, ...], inputs: jax.Array, row: jax.Array) -> jax.Array:
+        return program.infer(dict(zip(names, leaves, strict=True)), inputs, row, jnp.zeros((0,), jnp.int32))
+
+    leaves = tuple(on_device(spec[name]) for name in names)
+    row = on_device(jax.ShapeDtypeStruct((2, program.row_size), jnp.float32))
+    compiled = jax.jit(infer).lower(leaves, on_device(config.input_spec(batch)), row).compile()
+    return Executable(compiled, names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _used_leaves(program: programs.Program) -> tuple[str, ...]:
+    """Names of the parameters that a program reads."""
+    spec = programs.param_spec(program.config)
+    row = jax.ShapeDtypeStruct((2, program.row_size), jnp.float32)
+    active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
+    jaxpr = jax.make_jaxpr(program.infer)(spec, program.config.input_spec(1), row, active).jaxpr
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars} | {id(v) for v in jaxpr.outvars}
+    return tuple(name for name, v in zip(sorted(spec), jaxpr.invars, strict=False) if id(v) in read)
+
+
+def device_kind(device: jax.Device) -> str:
+    """What a latency profile holds for: the card's name, or for a CPU its model and number of cores."""
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"cpu {cpu_model()} {os.cpu_count()} cores"
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The processor's name as the operating system gives it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,181 @@
+"""What a client holds while its query waits, and what it gets: `Future` and `Reply`. No jax.
+
+A future of the standard library costs three times as much, since each makes a condition at birth. Here the event that a client
+waits on, and the list of callbacks, are made by the first who needs them.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+from superserve_jax.subnet import Subnet
+
+_log = logging.getLogger(__name__)
+
+_PENDING, _RESULT, _ERROR, _CANCELLED = range(4)
+
+
+class Reply(NamedTuple):
+    """The answer to one query. A named tuple: a frozen dataclass would take a microsecond to make.
+
+    Args:
+      output: what the engine returned for this input.
+      subnet: the subnet that computed it.
+      accuracy: that subnet's profiled accuracy, a fraction of 1.
+      met_slo: whether it was ready by the deadline.
+      latency_ms: from submit until the output was ready: queue_ms + compute_ms.
+      queue_ms: from submit until its batch started.
+      compute_ms: how long its batch ran.
+      batch: number of queries in its batch.
+    """
+
+    output: Any
+    subnet: Subnet
+    accuracy: float
+    met_slo: bool
+    latency_ms: float
+    queue_ms: float
+    compute_ms: float
+    batch: int
+
+
+class Future:
+    """The result of a query, some time. Any thread may call any method; it can also be awaited in any asyncio loop.
+
+    It resolves once, to a result, an error or as cancelled; whoever comes later is turned away.
+
+    >>> future = Future()
+    >>> future.add_done_callback(lambda f: print("done:", f.result()))
+    >>> future.set_result(3), future.set_result(4)
+    done: 3
+    (True, False)
+    >>> future.result(timeout=1)
+    3
+    """
+
+    __slots__ = ("_callbacks", "_event", "_lock", "_state", "_value")
+
+    def __init__(self):
+        self._lock = threading.Lock()  # held for a few instructions, and never while foreign code runs
+        self._state = _PENDING
+        self._value: Any = None
+        self._event: threading.Event | None = None
+        self._callbacks: list[Callable[[Any], object]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {('pending', 'answered', 'failed', 'cancelled')[self._state]}>"
+
+    def done(self) -> bool:
+        """Whether it has resolved."""
+        return self._state != _PENDING
+
+    def cancelled(self) -> bool:
+        """Whether it resolved by `cancel`."""
+        return self._state == _CANCELLED
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for the result and returns it, or raises the error that stands in its place.
+
+        Args:
+          timeout: seconds to wait at most; None waits until it resolves.
+
+        Raises:
+          TimeoutError: not resolved in time (it still will be). concurrent.futures.CancelledError: it was cancelled.
+        """
+        error = self.exception(timeout)
+        if error is None:
+            return self._value
+        try:
+            raise error
+        finally:
+            del error  # else the traceback that it now holds would refer back to it through this frame
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits like `result`, and returns the error, or None where there is a result. Raises what waiting raises."""
+        if self._state == _PENDING:
+            self._wait(timeout)
+        if self._state == _CANCELLED:
+            raise concurrent.futures.CancelledError("the query was cancelled by its client")
+        return self._value if self._state == _ERROR else None
+
+    def cancel(self) -> bool:
+        """Withdraws the query; an answer that is under way is dropped. False where it has been answered already."""
+        return self._resolve(_CANCELLED, None) or self.cancelled()
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Calls `fn(future)` once it has resolved: at once if it has, else in the thread that resolves it.
+
+        That thread is one of the server's workers: a slow callback keeps its device waiting. What it raises is logged.
+        """
+        with self._lock:
+            if self._state == _PENDING:
+                if self._callbacks is None:
+                    self._callbacks = []
+                self._callbacks.append(fn)
+                return
+        self._call(fn)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Waits without blocking the loop. Cancelling the task that awaits cancels the query, as with asyncio's futures."""
+        if self._state == _PENDING:
+            loop = asyncio.get_running_loop()
+            resolved = asyncio.Event()
+
+            def wake(_):
+                try:
+                    loop.call_soon_threadsafe(resolved.set)
+                except RuntimeError:
+                    _log.debug("a query was answered after the event loop that awaited it had closed")
+
+            self.add_done_callback(wake)
+            try:
+                yield from resolved.wait().__await__()
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        return self.result()
+
+    # -- the server's side --------------------------------------------------------------------------------------------------
+
+    def set_result(self, value: Any) -> bool:
+        """Resolves to a result. False, and no effect, where it has resolved before."""
+        return self._resolve(_RESULT, value)
+
+    def set_exception(self, error: BaseException) -> bool:
+        """Resolves to an error. False, and no effect, where it has resolved before."""
+        return self._resolve(_ERROR, error)
+
+    def _resolve(self, state: int, value: Any) -> bool:
+        with self._lock:
+            if self._state != _PENDING:
+                return False
+            self._value = value
+            self._state = state  # last: a reader without the lock looks at the state first
+        # Nobody registers any more, so these can be read without the lock.
+        if self._event is not None:
+            self._event.set()
+        if self._callbacks is not None:
+            callbacks, self._callbacks = self._callbacks, None
+            for fn in callbacks:
+                self._call(fn)
+        return True
+
+    def _wait(self, timeout: float | None) -> None:
+        with self._lock:
+            if self._state != _PENDING:
+                return
+            if self._event is None:
+                self._event = threading.Event()
+        if not self._event.wait(timeout):
+            raise TimeoutError(f"no answer within {timeout} s; wait longer, or cancel() the query")
+
+    def _call(self, fn: Callable[[Any], object]) -> None:
+        try:
+            fn(self)
+        except KeyboardInterrupt:  # meant for the main thread, which resolves or registers here
+            raise
+        except BaseException:
+            _log.exception("a done-callback of %r raised", self)

@@ -1,0 +1,93 @@
+"""An open-loop load generator: submits a trace's queries to a real server when they are due, whatever the server does.
+
+It runs in the calling thread, wakes up every millisecond and submits all that is due. Latencies and deadlines count from the
+time at which a query was due, not from when the generator got round to it, so a late generator is never to the server's
+advantage; its lateness is reported.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from superserve_jax.serving import futures, server, traces
+
+_WAKE_UP_S = 1e-3
+_LEAD_S = 0.05  # between the call and the trace's zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What became of every query of a trace, in the order of arrival; arrays of shape (queries,).
+
+    Args:
+      arrival_s, deadline_s: as in the trace.
+      finish_s: when it was answered; infinite where it was not.
+      accuracy: profiled accuracy of the subnet that answered, a fraction; NaN where none did.
+      batch: queries in its batch; NaN where it was not answered.
+      label: index of the largest output; -1 where it was not answered.
+      lateness_s: by how much the generator was late with each query.
+    """
+
+    arrival_s: np.ndarray
+    deadline_s: np.ndarray
+    finish_s: np.ndarray
+    accuracy: np.ndarray
+    batch: np.ndarray
+    label: np.ndarray
+    lateness_s: np.ndarray
+
+    @property
+    def met(self) -> np.ndarray:
+        """Which queries were answered by their deadline."""
+        return self.finish_s <= self.deadline_s
+
+
+def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) -> Replay:
+    """Replays a trace on an open server; returns when the last deadline has passed.
+
+    What is unanswered by then has missed its deadline and is not waited for.
+
+    Args:
+      target: the server; its queue should hold the whole trace, since a refused query counts as missed.
+      trace: the arrivals.
+      inputs: one per query.
+    """
+    arrivals, deadlines = trace.arrivals_s, trace.deadlines_s
+    n = len(arrivals)
+    submitted = np.full(n, np.inf)
+    pending: list[futures.Future] = []
+    start = time.monotonic() + _LEAD_S
+    done = 0
+    while done < n:
+        now = time.monotonic() - start
+        due = int(np.searchsorted(arrivals, now, side="right"))
+        if due == done:
+            time.sleep(min(_WAKE_UP_S, max(arrivals[done] - now, 0.0)))
+            continue
+        # One group shares an SLO: what the earliest of it has left, so that no deadline is later than the trace's.
+        left_ms = max(1e3 * float(np.min(deadlines[done:due]) - now), 1e-3)
+        pending += target.submit_many(inputs[done:due], slo_ms=left_ms)
+        submitted[done:due] = now
+        done = due
+    time.sleep(max(0.0, start + float(deadlines.max()) - time.monotonic()))
+    return _collect(trace, submitted, pending)
+
+
+def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futures.Future]) -> Replay:
+    n = len(trace)
+    finish, accuracy, batch = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan)
+    label = np.full(n, -1)
+    for i, future in enumerate(pending):
+        if not future.done():
+            continue
+        try:
+            reply = future.result(timeout=0)
+        except (concurrent.futures.CancelledError, Exception):
+            continue  # an error is an unanswered query; the server's health says which errors there were
+        finish[i] = submitted[i] + 1e-3 * reply.latency_ms
+        accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
+    return Replay(trace.arrivals_s, trace.deadlines_s, finish, accuracy, batch, label, submitted - trace.arrivals_s)

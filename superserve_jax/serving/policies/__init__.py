@@ -1,0 +1,51 @@
+"""Policies: which subnet and how many queries a free worker takes. No jax.
+
+A policy is any callable `policy(profile, state) -> Decision`; `create` makes those of this package by name.
+"""
+
+from collections.abc import Callable
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.serving.policies.base import Decision, Policy, State
+from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch
+from superserve_jax.serving.policies.slackfit import SlackFit
+
+__all__ = ["NAMES", "Decision", "Fixed", "LeastAccurate", "MaxAcc", "MaxBatch", "Policy", "SlackFit", "State", "create"]
+
+_FACTORIES: dict[str, Callable[[profile_lib.Profile], Policy]] = {
+    "slackfit": SlackFit,
+    "slackfit-paper": lambda profile: SlackFit(profile, guard=False),
+    "slackfit-cumulative": lambda profile: SlackFit(profile, guard=False, reading="cumulative"),
+    "max-acc": MaxAcc,
+    "max-batch": MaxBatch,
+    "least-accurate": LeastAccurate,
+    "fixed:smallest": lambda profile: Fixed(profile, profile.rows[0].subnet),
+    "fixed:largest": lambda profile: Fixed(profile, profile.rows[-1].subnet),
+}
+NAMES = tuple(_FACTORIES)
+"""The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy."""
+
+
+def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
+    """The policy of a name, built for `profile`; a callable is returned as it is.
+
+    Raises UnknownNameError for a name that is not known, ConfigError for a subnet that the profile does not have.
+
+    >>> from superserve_jax.serving import reference
+    >>> profile = reference.paper_profile()
+    >>> create("fixed:5", profile)(profile, State(now_s=0.0, slack_ms=36.0, waiting=9)).batch
+    16
+    """
+    if callable(policy):
+        return policy
+    if policy in _FACTORIES:
+        return _FACTORIES[policy](profile)
+    kind, _, index = str(policy).partition(":")
+    if kind != "fixed" or not index.isdecimal():
+        raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>"])
+    if int(index) >= len(profile.rows):
+        raise errors.ConfigError(
+            f"policy '{policy}': the profile has the subnets 0 to {len(profile.rows) - 1}; name one of them"
+        )
+    return Fixed(profile, profile.rows[int(index)].subnet)

@@ -1,0 +1,73 @@
+"""What a policy is asked, what it answers, and the look-up table that the policies share. No jax."""
+
+import bisect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from superserve_jax import profile as profile_lib
+from superserve_jax.subnet import Subnet
+
+
+class State(NamedTuple):
+    """What a policy may know when a worker is free and at least one query waits.
+
+    Args:
+      now_s: the time.
+      slack_ms: time left until the earliest deadline; negative where it has passed.
+      waiting: number of queries in the queue, at least 1.
+      floors: the lowest accuracy that each of the first waiting queries accepts, in the queue's order, up to the largest
+        batch; empty where none of them has a floor.
+      workers: number of live workers, the asking one counted.
+      last_subnet: what the asking worker ran last, None if nothing yet.
+    """
+
+    now_s: float
+    slack_ms: float
+    waiting: int
+    floors: tuple[float, ...] = ()
+    workers: int = 1
+    last_subnet: Subnet | None = None
+
+
+class Decision(NamedTuple):
+    """Run up to `batch` of the earliest deadlines on `subnet`."""
+
+    subnet: Subnet
+    batch: int
+
+
+Policy = Callable[[profile_lib.Profile, State], Decision]
+"""`policy(profile, state) -> Decision`, a pure function. Any callable will do. Those of this package are built for one profile
+and hold tables of it; they do not look at the profile they are passed."""
+
+
+class Table:
+    """Latencies of the Pareto-optimal subnets, ascending along both axes, so that every choice is a bisection.
+
+    A subnet is named by its rank in accuracy, a batch by its index in `sizes`.
+
+    >>> from superserve_jax.serving import reference
+    >>> table = Table(reference.paper_profile())
+    >>> table.most_accurate(size=4, budget_ms=12.0), table.largest_batch(rank=5, budget_ms=12.0)
+    (1, 2)
+    """
+
+    def __init__(self, profile: profile_lib.Profile):
+        rows = profile.pareto().monotone().rows
+        self.sizes = profile.batch_sizes
+        self.subnets = tuple(r.subnet for r in rows)
+        self.accuracies = tuple(r.accuracy for r in rows)
+        self.rows = tuple(r.latency_ms for r in rows)
+        self.columns = tuple(zip(*self.rows, strict=True))
+
+    def most_accurate(self, size: int, budget_ms: float) -> int:
+        """The most accurate subnet that does a batch within the budget; -1 where none does."""
+        return bisect.bisect_right(self.columns[size], budget_ms) - 1
+
+    def largest_batch(self, rank: int, budget_ms: float) -> int:
+        """The largest batch that a subnet does within the budget; -1 where it does none."""
+        return bisect.bisect_right(self.rows[rank], budget_ms) - 1
+
+    def above(self, floor: float) -> int:
+        """The least accurate subnet that meets a floor; the most accurate where none does."""
+        return min(bisect.bisect_left(self.accuracies, floor), len(self.accuracies) - 1)

@@ -1,0 +1,146 @@
+"""SlackFit: the paper's policy, and the guarded form that cannot collapse. No jax."""
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.serving.policies import base
+
+Reading = Literal["in_range", "cumulative"]
+
+
+class SlackFit:
+    """The server's default policy; with `guard=False` the paper's SlackFit.
+
+    **Guarded.** Call *rest* the time in which all live workers would serve what still waits after this batch, with the
+    fastest subnet at its highest throughput.
+
+    1. Batch: the size that serves what waits at the highest throughput; the largest while many wait. With 12 waiting it is 8
+       rather than 16 padded by 4: the other 4 have time for the next free worker.
+    2. Subnet: the most accurate that needs no more than the slack, less `reserve` of it, less half the rest; out of those on
+       the concave hull of accuracy over latency, since off the hull a mixture of two others is as fast and more accurate.
+       The reserve is for what no profile knows. The rest makes the policy feel a burst when it arrives, not when its first
+       query has grown old. Half of it, since all would suit a load that the fastest subnet can just carry, and
+       nothing a queue into which no more comes.
+    3. Guard: where none is that fast, the fastest subnet. If it does not save the head with the batch of 1., then with the
+       largest batch that does, provided that its latency and the rest fit into the slack; else with the batch of 1.
+
+    It cannot collapse, whatever the profile: a backlog that the workers cannot clear within the head's slack is served at the
+    highest throughput there is, and as long as they can, nothing is lost by serving it more slowly. A query with a floor makes
+    subnets below it unfit for its batch; the batch is made smaller until one fits.
+
+    **As in the paper** (Section 4.2, Appendix A.5). Evenly spaced latency buckets run from the fastest (subnet, batch) to the
+    slowest. Each keeps, of the tuples whose latency lies in its range, the one with the largest batch, and among those
+    the most accurate. The tuple nearest below the slack of the earliest deadline is taken. What the paper leaves open: below
+    all of them the smallest subnet takes the largest batch that fits, and its largest where the head is lost. The number of
+    buckets decides whether a backlog ever drains, since more slack may select a larger subnet at a smaller batch, and then
+    throughput falls. On the paper's profile 6 to 10 give the order of policies that the paper shows; 8 is the middle.
+
+    Args:
+      guard: guarded, or as in the paper.
+      reserve: of the guarded policy, the share of the slack that is kept for jitter and for bursts to come.
+      buckets: of the paper's policy, the number of latency buckets.
+      reading: of the paper's policy; "cumulative" lets a bucket hold every tuple up to its upper edge.
+
+    >>> from superserve_jax.serving import reference
+    >>> profile = reference.paper_profile()
+    >>> policy = SlackFit(profile)
+    >>> for slack_ms, waiting in (36.0, 12), (36.0, 50), (12.0, 50), (0.0, 50):
+    ...     decision = policy(profile, base.State(now_s=0.0, slack_ms=slack_ms, waiting=waiting, workers=8))
+    ...     print(profile.row(decision.subnet).accuracy, decision.batch)
+    0.8016 8
+    0.8016 16
+    0.7382 16
+    0.7382 16
+    """
+
+    def __init__(
+        self,
+        profile: profile_lib.Profile,
+        *,
+        guard: bool = True,
+        reserve: float = 0.1,
+        buckets: int = 8,
+        reading: Reading = "in_range",
+    ):
+        if not 0 <= reserve < 1:
+            raise errors.ConfigError(f"reserve is a share of the slack from 0 to less than 1, got {reserve}")
+        self.name = "slackfit" if guard else "slackfit-paper"
+        self._table = table = base.Table(profile)
+        self._decide = self._guarded if guard else self._bucketed
+        self._latency_ms, self._decisions = _latency_buckets(table, buckets, reading)
+        self._usable = 1 - reserve
+        fastest = table.rows[0]
+        # For each number waiting, up to the largest batch, the size that serves them at the highest throughput.
+        self._size = tuple(
+            max(range(len(fastest)), key=lambda size: (min(n, table.sizes[size]) / fastest[size], size))
+            for n in range(table.sizes[-1] + 1)
+        )
+        self._query_ms = min(
+            ms / b for b, ms in zip(table.sizes, fastest, strict=True)
+        )  # of a worker, at the highest throughput
+        self._hulls = tuple(_hull(column, table.accuracies) for column in table.columns)
+
+    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+        """See `base.Policy`."""
+        return self._decide(state)
+
+    def _bucketed(self, state: base.State) -> base.Decision:
+        return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
+
+    def _guarded(self, state: base.State) -> base.Decision:
+        table, slack_ms, waiting, floors = self._table, state.slack_ms, state.waiting, state.floors
+        drain = self._size[min(waiting, table.sizes[-1])]
+        for size in range(drain, -1, -1):
+            batch = table.sizes[size]
+            rest_ms = max(waiting - batch, 0) * self._query_ms / state.workers
+            latencies, ranks = self._hulls[size]
+            fitting = bisect.bisect_right(latencies, self._usable * slack_ms - rest_ms / 2)
+            rank = ranks[max(fitting - 1, 0)]
+            if floors:
+                rank = max(rank, table.above(max(floors[:batch])))
+            latency_ms = table.columns[size][rank]
+            if latency_ms <= slack_ms and (size == drain or latency_ms + rest_ms <= slack_ms):
+                return base.Decision(table.subnets[rank], batch)
+        if not floors:
+            return base.Decision(table.subnets[0], table.sizes[drain])
+        # Whoever accepts less than the head is served faster without it.
+        rank = table.above(floors[0])
+        alike = itertools.takewhile(lambda floor: table.above(floor) == rank, floors[: table.sizes[drain]])
+        return base.Decision(table.subnets[rank], sum(1 for _ in alike))
+
+
+def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple[list[float], list[base.Decision]]:
+    """The least slack of each of the paper's decisions, ascending from minus infinity, and the decisions."""
+    if not (isinstance(buckets, int) and buckets >= 1):
+        raise errors.ConfigError(f"buckets must be a whole number of 1 or more, got {buckets!r}; 8 is the default")
+    if reading not in ("in_range", "cumulative"):
+        raise errors.unknown_name("reading", reading, ["in_range", "cumulative"])
+    low, high = table.rows[0][0], table.rows[-1][-1]
+    best: list[tuple[int, int] | None] = [None] * buckets  # (size, rank): the largest batch, then the most accurate
+    for size, rank in itertools.product(range(len(table.sizes)), range(len(table.rows))):
+        share = (table.rows[rank][size] - low) / (high - low) if high > low else 1.0
+        first = max(math.ceil(share * buckets) - 1, 0)  # a range includes its upper edge
+        for i in range(first, buckets if reading == "cumulative" else first + 1):
+            best[i] = (size, rank)  # they come in ascending order
+    kept = sorted({(table.rows[rank][size], size, rank) for size, rank in filter(None, best)})
+    below = [(ms, size, 0) for size, ms in enumerate(table.rows[0]) if ms < kept[0][0]]
+    tuples = [(-math.inf, len(table.sizes) - 1, 0), *below, *kept]
+    return [ms for ms, _, _ in tuples], [base.Decision(table.subnets[rank], table.sizes[size]) for _, size, rank in tuples]
+
+
+def _hull(latencies: Sequence[float], accuracies: Sequence[float]) -> tuple[list[float], list[int]]:
+    """The latencies and the ranks of the subnets on the upper concave hull of accuracy over latency, in ascending order."""
+    hull: list[int] = []
+    for rank, (x, y) in enumerate(zip(latencies, accuracies, strict=True)):
+        while len(hull) >= 2:
+            (x0, y0), (x1, y1) = ((latencies[k], accuracies[k]) for k in hull[-2:])
+            if (y1 - y0) * (x - x0) > (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append(rank)
+    return [latencies[rank] for rank in hull], hull

@@ -1,0 +1,54 @@
+"""Settings of the Python process that decide its tail latency, changed on request and put back. No jax.
+
+Measured on a router with 32 workers: a garbage collection over a million live objects stops every thread for 50 ms, and beside
+one busy thread the default switch interval of 5 ms lowered attainment from 1.0 to 0.76.
+"""
+
+import contextlib
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+
+SWITCH_INTERVAL_S = 1e-4
+
+# The settings belong to the process, so the count of those who want them does too.
+_lock = threading.Lock()
+_users = 0
+_unfreeze = False
+_switch_interval_s = 0.0
+
+
+@contextlib.contextmanager
+def low_latency() -> Iterator[None]:
+    """While open, collections skip all objects that are alive now, and threads take turns every 0.1 ms.
+
+    Entering collects garbage once, then freezes what is left (`gc.freeze`). Several may be open at once, in any order: each
+    entry freezes anew, and the last exit puts back what the first entry found. Objects that somebody else had frozen before
+    stay frozen. A server enters it for as long as it is open, unless told `tune_runtime=False`.
+
+    >>> before = sys.getswitchinterval()
+    >>> with low_latency():
+    ...     gc.get_freeze_count() > 0, round(sys.getswitchinterval(), 6)
+    (True, 0.0001)
+    >>> sys.getswitchinterval() == before
+    True
+    """
+    global _users, _unfreeze, _switch_interval_s
+    with _lock:
+        if _users == 0:
+            _unfreeze = gc.get_freeze_count() == 0
+            _switch_interval_s = sys.getswitchinterval()
+        _users += 1
+        gc.collect()
+        gc.freeze()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                sys.setswitchinterval(_switch_interval_s)
+                if _unfreeze:
+                    gc.unfreeze()

@@ -1,0 +1,238 @@
+"""The threaded server: queries in, futures out. No jax until a model is loaded.
+
+Threads
+- **Client threads**, any number: `submit` checks the query and puts it into the queue. They never wait for a device.
+- **One worker thread per engine** (`workers.Pool._work_on`): waits on the condition `_work` while the queue is empty, else
+  asks the policy, takes the batch, runs the engine, answers the futures and runs their done-callbacks. No router in between.
+- **One watchdog** (`workers.Pool._watch`): sleeps on a bell, which rings when the last worker has left or the server has been
+  collected. Every quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
+- **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads.
+
+Locks
+- **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
+  (10 us); never while an engine runs, and never while a future resolves, since that runs foreign code.
+- **Each future's own lock** is held for a few instructions, and never while the pool's lock is held.
+
+Who may block on what: clients and workers on the pool's lock, briefly; workers on their engine, for as long as it takes; a
+client in `Future.result` on that future's event. A done-callback runs in a worker and keeps its device waiting.
+
+Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
+cancelled query, a close) has no effect. Never not at all: a query is in the queue, in `Worker.batch` of a live worker, or
+about to be resolved by the thread that took it from there; a worker that goes gives its batch back to the queue, and the last
+one fails what waits. All threads are daemons, so a server that nobody closed does not keep the interpreter alive.
+"""
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.profile import Profile
+from superserve_jax.serving import engine, futures, policies, workers
+
+
+class Tuning(TypedDict, total=False):
+    """Options of `Server` that seldom need a change.
+
+    Args:
+      max_tries: batches of a query that may fail before it does. Default 3.
+      max_failures: failures in a row after which a worker leaves; more than max_tries, or one bad query could end a
+        worker. Default 5.
+      stall_s: a worker whose batch takes longer is taken for stuck and abandoned. Default 30.
+      tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
+      clock: monotonic seconds. Default `time.monotonic`.
+    """
+
+    max_tries: int
+    max_failures: int
+    stall_s: float
+    tune_runtime: bool
+    clock: Callable[[], float]
+
+
+class Server:
+    """Serves a SuperNet on one device or several: for every batch the policy picks the subnet that the deadlines allow.
+
+    Args:
+      path_or_model: an export's directory, or what `superserve_jax.load` returned.
+      policy: a name, such as "slackfit", or a policy (see `serving.policies`).
+      slo_ms: a query's latency objective unless it names its own.
+      batch_sizes: batch sizes to make executables for.
+      devices: jax devices, one worker each; None takes all.
+      max_queue: queries that may wait; one more is refused.
+      expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
+      **tuning: see `Tuning`.
+
+    Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
+
+    >>> from superserve_jax import profile, subnet
+    >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
+    >>> table = profile.Profile((1, 2), (row,))
+    >>> fake = engine.FakeEngine(table)
+    >>> always = lambda profile, state: policies.Decision(row.subnet, 2)
+    >>> with Server.from_engines([fake], table, policy=always) as server:
+    ...     reply = server.submit(np.float32(5)).result(timeout=10)
+    >>> reply.output, reply.accuracy
+    ((5.0, 0), 0.7)
+    """
+
+    def __init__(
+        self,
+        path_or_model: Any,
+        *,
+        policy: str | policies.Policy = "slackfit",
+        slo_ms: float = 36.0,
+        batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+        devices: Sequence[Any] | None = None,
+        max_queue: int = 10_000,
+        expire: bool = False,
+        **tuning: Unpack[Tuning],
+    ):
+        from superserve_jax.serving import executables  # here, since it imports jax
+
+        self.model, engines, profile = executables.prepare(path_or_model, batch_sizes=batch_sizes, devices=devices)
+        self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
+
+    @classmethod
+    def from_engines(
+        cls,
+        engines: Sequence[engine.Engine],
+        profile: Profile,
+        *,
+        policy: str | policies.Policy = "slackfit",
+        slo_ms: float = 36.0,
+        max_queue: int = 10_000,
+        expire: bool = False,
+        **tuning: Unpack[Tuning],
+    ) -> "Server":
+        """A server of engines that exist already, all with the subnets and batch sizes of `profile`."""
+        self = cls.__new__(cls)
+        self.model = None
+        self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
+        return self
+
+    def _open(
+        self,
+        engines: Sequence[engine.Engine],
+        profile: Profile,
+        policy: str | policies.Policy,
+        *,
+        slo_ms: float,
+        max_queue: int,
+        expire: bool,
+        max_tries: int = 3,
+        max_failures: int = 5,
+        stall_s: float = 30.0,
+        tune_runtime: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        specs = {(tuple(e.input_shape), np.dtype(e.input_dtype)) for e in engines}
+        if len(specs) != 1:
+            raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
+        for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
+            if value < 1:
+                raise errors.ConfigError(f"{name} must be at least 1, got {value}")
+        if not stall_s > 0:
+            raise errors.ConfigError(f"stall_s must be a positive number of seconds, got {stall_s}")
+        self.profile = profile
+        self._slo_ms = check_slo(slo_ms)
+        self._best = profile.rows[-1].accuracy
+        [(self._shape, self._dtype)] = specs
+        self._pool = workers.Pool(
+            engines,
+            profile,
+            policies.create(policy, profile),
+            max_queue=max_queue,
+            expire=expire,
+            max_tries=max_tries,
+            max_failures=max_failures,
+            pause_s=1e-3 * self._slo_ms,
+            stall_s=stall_s,
+            tune_runtime=tune_runtime,
+            clock=clock,
+        )
+        self._clock = clock
+        weakref.finalize(self, self._pool.ring)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=error_type is None)
+
+    def submit(self, x: Any, *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> futures.Future:
+        """Asks for one answer.
+
+        Args:
+          x: one input, without a batch dimension, of exactly the engine's shape and dtype. It is not copied: do not
+            write to it until the answer is there.
+          slo_ms: the answer is due so many milliseconds from now; None takes the server's.
+          min_accuracy: only subnets with at least this profiled accuracy, a fraction of 1, may answer.
+
+        Returns:
+          A future whose result is a `futures.Reply`.
+
+        Raises:
+          InputError, DeadlineError, AccuracyFloorError: the query cannot be served. QueueFullError, ServerClosedError,
+          WorkersLostError: not by this server, now.
+        """
+        return self._admit((x,), slo_ms, min_accuracy)[0]
+
+    def submit_many(
+        self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0
+    ) -> list[futures.Future]:
+        """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
+        return list(self._admit(xs, slo_ms, min_accuracy))
+
+    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[workers.Query]:
+        slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
+        if not min_accuracy <= self._best:
+            raise errors.AccuracyFloorError(
+                f"min_accuracy={min_accuracy}, a fraction of 1, but the best served subnet has {self._best}; ask for no more"
+            )
+        now_s = self._clock()
+        deadline_s = now_s + 1e-3 * slo_ms
+        queries = [workers.Query(self._checked(x), now_s, deadline_s, min_accuracy) for x in xs]
+        self._pool.admit(queries)
+        return queries
+
+    def _checked(self, x: Any) -> np.ndarray:
+        """`x` as an array. Never cast: pixels of 0..255 read as 0..1 would be wrong answers without an error."""
+        array = x if type(x) is np.ndarray else np.asarray(x)
+        if array.shape != self._shape or array.dtype != self._dtype:
+            raise errors.InputError(
+                f"an input of shape {array.shape} and dtype {array.dtype}; expected {self._shape} and {self._dtype}, "
+                "one input without a batch dimension. Inputs are never cast: convert it as the model's export describes"
+            )
+        return array
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Takes no more queries, answers those that wait, and ends the threads. May be called twice, from any thread.
+
+        Args:
+          drain: False fails the waiting queries with ServerClosedError; batches that are running are still answered.
+          timeout_s: the longest to wait. After that, workers that are still busy are abandoned, and every query left fails
+            with an error. None waits as long as it takes, but for no worker that is stuck (see `Tuning`).
+
+        In a done-callback, which runs on a worker, it does not wait.
+        """
+        self._pool.close(drain=drain, timeout_s=timeout_s)
+
+    def health(self) -> dict[str, Any]:
+        """How the server is: `workers` it began with, those `alive`, those `abandoned`; `failures` of batches, and
+        `last_error` (None if none); queries `waiting` and `running`; whether it is `closed`."""
+        return self._pool.health()
+
+
+def check_slo(slo_ms: float) -> float:
+    """`slo_ms`. Raises DeadlineError unless it is a positive, finite number."""
+    try:
+        if 0 < slo_ms < math.inf:
+            return slo_ms
+    except TypeError:
+        pass
+    raise errors.DeadlineError(f"slo_ms must be a positive, finite number of milliseconds, got {slo_ms!r}; 36 is the default")

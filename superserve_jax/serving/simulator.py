@@ -1,0 +1,301 @@
+"""A server on a virtual clock: the same queue and the same policies, with latencies read from a profile. No jax.
+
+What it shares with `server.py` is code: `queue.DeadlineQueue`, `queue.take`, the policies. What it replaces is time: a
+batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
+"""
+
+import bisect
+import collections
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.serving import policies, queue, traces
+
+MET, LATE, EXPIRED, REFUSED = range(4)
+"""Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
+
+
+class Outage(NamedTuple):
+    """A worker is gone from one time until another; a batch that it runs goes back to the queue."""
+
+    worker: int
+    from_s: float
+    until_s: float = math.inf
+
+
+class Stall(NamedTuple):
+    """The whole server stands still: nothing is dispatched, and what finishes in the meantime is answered at the end."""
+
+    from_s: float
+    until_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What serves the traffic.
+
+    Args:
+      workers: devices, all as fast as the profile.
+      overhead_ms: added to every batch; the policy does not know of it.
+      noise: spread of the latencies, as the standard deviation of their logarithm.
+      actuation_ms: added to every batch whose subnet is not the one that its worker ran last: a server that loads models.
+      max_queue: waiting queries beyond which new ones are refused.
+      expire: give up a head that could not be saved even alone on the fastest subnet, instead of serving it late.
+      outages, stalls: what goes wrong, and when.
+    """
+
+    workers: int = 8
+    overhead_ms: float = 0.0
+    noise: float = 0.0
+    actuation_ms: float = 0.0
+    max_queue: float = math.inf
+    expire: bool = False
+    outages: tuple[Outage, ...] = ()
+    stalls: tuple[Stall, ...] = ()
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise errors.ConfigError(f"workers must be 1 or more, got {self.workers}")
+        for name in ("overhead_ms", "noise", "actuation_ms", "max_queue"):
+            if not getattr(self, name) >= 0:
+                raise errors.ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for outage in self.outages:
+            if not (0 <= outage.worker < self.workers and 0 <= outage.from_s < outage.until_s):
+                raise errors.ConfigError(f"{outage} names no worker of 0..{self.workers - 1}, or ends before it begins")
+        for stall in self.stalls:
+            if not 0 <= stall.from_s < stall.until_s < math.inf:
+                raise errors.ConfigError(f"{stall} ends before it begins, or never")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What became of each query, in the order of arrival.
+
+    Args:
+      arrival_s, deadline_s: of the trace.
+      start_s, finish_s: when its batch began and ended; infinite where it was never answered.
+      accuracy: profiled accuracy of the subnet that answered; NaN where none did.
+      batch: number of queries in its batch, 0 where it was never answered.
+      worker: that answered, -1 where none did.
+      outcome: MET, LATE, EXPIRED or REFUSED.
+    """
+
+    arrival_s: np.ndarray
+    deadline_s: np.ndarray
+    start_s: np.ndarray
+    finish_s: np.ndarray
+    accuracy: np.ndarray
+    batch: np.ndarray
+    worker: np.ndarray
+    outcome: np.ndarray
+
+    def count(self, outcome: int) -> int:
+        """Number of queries with an outcome."""
+        return int((self.outcome == outcome).sum())
+
+    @property
+    def attainment(self) -> float:
+        """SLO attainment: the share of all queries that were answered by their deadline; 1 without queries."""
+        return self.count(MET) / len(self.outcome) if len(self.outcome) else 1.0
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean serving accuracy: of the subnets used, over the queries that met their deadline; NaN where none did."""
+        met = self.accuracy[self.outcome == MET]
+        return float(met.mean()) if len(met) else math.nan
+
+
+def simulate(
+    profile: profile_lib.Profile,
+    policy: str | policies.Policy,
+    trace: traces.Trace,
+    *,
+    cluster: Cluster | None = None,
+    seed: int = 0,
+) -> Result:
+    """Serves a trace, and returns when the last query has an outcome.
+
+    Args:
+      policy: or the name of one, see `policies.create`.
+      seed: of the latency noise.
+
+    >>> from superserve_jax.serving import reference
+    >>> trace = traces.gamma(rate_qps=2000.0, duration_s=1.0)
+    >>> result = simulate(reference.paper_profile(), "fixed:smallest", trace)
+    >>> result.attainment, round(result.mean_accuracy, 4)
+    (1.0, 0.7382)
+    """
+    return _Run(profile, policies.create(policy, profile), trace, cluster or Cluster(), seed).result()
+
+
+class _Batch(NamedTuple):
+    """A batch that runs, or has run."""
+
+    worker: int
+    queries: list[int]
+    start_s: float
+    accuracy: float
+
+
+class _Run:
+    """The state of one simulation. Events are heap entries (time, number, method, argument); numbers break ties."""
+
+    def __init__(
+        self, profile: profile_lib.Profile, policy: policies.Policy, trace: traces.Trace, cluster: Cluster, seed: int
+    ):
+        self.profile, self.policy, self.trace, self.cluster = profile, policy, trace, cluster
+        self.factors = _latency_factors(cluster.noise, seed)
+        self.padded = [profile.batch_index(n) for n in range(profile.max_batch + 1)]
+        self.fastest_s = 1e-3 * queue.fastest(profile).latency_ms[0]
+        self.arrivals: list[float] = trace.arrivals_s.tolist()
+        self.deadlines: list[float] = trace.deadlines_s.tolist()
+        best = profile.rows[-1].accuracy
+        if np.any(np.greater(trace.floors, best)):
+            raise errors.AccuracyFloorError(f"a floor of {np.max(trace.floors)} is above the best subnet's {best}; lower it")
+        self.floors: list[float] = np.broadcast_to(trace.floors, trace.arrivals_s.shape).tolist()
+        self.arrived = 0
+        self.queue = queue.DeadlineQueue()
+
+        self.idle = collections.deque(range(cluster.workers))
+        self.running: list[_Batch | None] = [None] * cluster.workers
+        self.last_subnet: list[Any] = [None] * cluster.workers
+        self.outages = [0] * cluster.workers  # that a worker is in
+        self.stalled_until_s = 0.0
+        self.finished: list[tuple[float, _Batch]] = []
+        self.expired: list[int] = []
+        self.refused: list[int] = []
+
+        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
+        self.number = 0
+        for outage in cluster.outages:
+            self.at(outage.from_s, self.leave, outage.worker)
+            if outage.until_s < math.inf:
+                self.at(outage.until_s, self.come_back, outage.worker)
+        for stall in cluster.stalls:
+            self.at(stall.from_s, self.stall, stall.until_s)
+
+    def run(self) -> None:
+        arrivals, events, waiting = self.arrivals, self.events, self.queue
+        while True:
+            now_s = events[0][0] if events else math.inf
+            if self.idle and self.arrived < len(arrivals):
+                now_s = min(now_s, max(arrivals[self.arrived], self.stalled_until_s))
+            if now_s == math.inf:
+                break
+            self.admit(now_s)
+            while events and events[0][0] <= now_s:
+                _, _, happens, argument = heapq.heappop(events)
+                happens(now_s, argument)
+            if now_s >= self.stalled_until_s:
+                while self.idle and len(waiting):
+                    self.dispatch(now_s)
+        # Nothing will happen any more: all has been answered, or every worker has left for good.
+        self.expired += waiting.drain()
+        self.refused += range(self.arrived, len(arrivals))
+
+    def at(self, time_s: float, happens: Callable[[float, Any], None], argument: Any) -> None:
+        self.number += 1
+        heapq.heappush(self.events, (time_s, self.number, happens, argument))
+
+    def admit(self, now_s: float) -> None:
+        """Everything that has arrived by now."""
+        first = self.arrived
+        self.arrived = end = bisect.bisect_right(self.arrivals, now_s, first)
+        admitted = int(min(end, first + max(self.cluster.max_queue - len(self.queue), 0)))
+        push, deadlines, floors = self.queue.push, self.deadlines, self.floors
+        for i in range(first, admitted):
+            push(deadlines[i], i, floors[i])
+        self.refused += range(admitted, end)
+
+    def dispatch(self, now_s: float) -> None:
+        """One idle worker takes what the policy says."""
+        waiting, profile = self.queue, self.profile
+        if self.cluster.expire:
+            while waiting.head_deadline_s < now_s + self.fastest_s:
+                self.expired += waiting.pop(1)
+            if not len(waiting):
+                return
+        worker = self.idle.popleft()
+        slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
+        alive = self.outages.count(0)
+        floors = waiting.head_floors(profile.max_batch)
+        decision = self.policy(profile, policies.State(now_s, slack_ms, len(waiting), floors, alive, self.last_subnet[worker]))
+        size = min(decision.batch, profile.max_batch)
+        row, queries = queue.take(waiting, profile, profile.row(decision.subnet), size, slack_ms=slack_ms)
+        latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms
+        if row.subnet is not self.last_subnet[worker]:
+            latency_ms += self.cluster.actuation_ms
+            self.last_subnet[worker] = row.subnet
+        batch = _Batch(worker, queries, now_s, row.accuracy)
+        self.running[worker] = batch
+        self.at(now_s + 1e-3 * latency_ms, self.finish, batch)
+
+    def finish(self, now_s: float, batch: _Batch) -> None:
+        if self.running[batch.worker] is not batch:
+            return  # its worker left while it ran
+        if now_s < self.stalled_until_s:
+            self.at(self.stalled_until_s, self.finish, batch)
+            return
+        self.running[batch.worker] = None
+        self.idle.append(batch.worker)
+        self.finished.append((now_s, batch))
+
+    def stall(self, now_s: float, until_s: float) -> None:
+        self.stalled_until_s = max(self.stalled_until_s, until_s)
+        self.at(until_s, lambda *_: None, None)  # a moment to dispatch at
+
+    def leave(self, now_s: float, worker: int) -> None:
+        self.outages[worker] += 1
+        if self.outages[worker] > 1:
+            return
+        batch, self.running[worker], self.last_subnet[worker] = self.running[worker], None, None
+        if batch is None:
+            self.idle.remove(worker)
+            return
+        for i in batch.queries:  # as the server does: no slack left, no second try
+            if self.deadlines[i] > now_s:
+                self.queue.push(self.deadlines[i], i, self.floors[i])
+            else:
+                self.expired.append(i)
+
+    def come_back(self, now_s: float, worker: int) -> None:
+        self.outages[worker] -= 1
+        if not self.outages[worker]:
+            self.idle.append(worker)
+
+    def result(self) -> Result:
+        self.run()
+        n = len(self.arrivals)
+        start_s, finish_s, accuracy = np.full(n, np.inf), np.full(n, np.inf), np.full(n, np.nan)
+        batch, worker = np.zeros(n, np.int32), np.full(n, -1, np.int32)
+        outcome = np.full(n, LATE, np.uint8)
+        if self.finished:
+            sizes = np.array([len(b.queries) for _, b in self.finished])
+            order = np.fromiter(itertools.chain.from_iterable(b.queries for _, b in self.finished), np.int64, sizes.sum())
+            batch[order] = np.repeat(sizes, sizes)
+            finish_s[order] = np.repeat([t for t, _ in self.finished], sizes)
+            start_s[order] = np.repeat([b.start_s for _, b in self.finished], sizes)
+            accuracy[order] = np.repeat([b.accuracy for _, b in self.finished], sizes)
+            worker[order] = np.repeat([b.worker for _, b in self.finished], sizes)
+        deadline_s = self.trace.deadlines_s
+        outcome[finish_s <= deadline_s] = MET
+        outcome[self.expired] = EXPIRED
+        outcome[self.refused] = REFUSED
+        return Result(self.trace.arrivals_s, deadline_s, start_s, finish_s, accuracy, batch, worker, outcome)
+
+
+def _latency_factors(spread: float, seed: int) -> Iterator[float]:
+    """Log-normal factors with median 1."""
+    if not spread:
+        yield from itertools.repeat(1.0)
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from np.exp(spread * rng.standard_normal(1024)).tolist()

@@ -1,0 +1,327 @@
+"""OFA-ResNet: once-for-all's elastic ResNet-D (Cai et al., ICLR 2020), the CNN SuperNet of SuperServe.
+
+A stem of three 3x3 convolutions, the middle one a residual layer that can be skipped, an optional 3x3 max pool, then stages
+of bottleneck or basic blocks and a linear classifier. The first block of a stage changes the shape; its shortcut is average
+pool, 1x1 convolution and norm. Elastic are the depth of every stage, the expand ratio of every block, and the width of the
+stem's two parts and of every stage.
+
+The published OFA-ResNet50 is `OFAResNetConfig()`; a small network for 32x32 images is another config of the same class.
+
+Axis letters: B batch, H height, W width, C channels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from superserve_jax import errors, layers, ops
+from superserve_jax import subnet as subnets
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, never more than 10 % below it (MobileNet's rule, as once-for-all has it).
+
+    >>> make_divisible(0.65 * 64, 8), make_divisible(12, 8)
+    (40, 16)
+    """
+    nearest = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return nearest + divisor if nearest < 0.9 * value else nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class OFAResNetConfig:
+    """Shape and freedom of an OFA-ResNet; the defaults are the published OFA-ResNet50 (48 M parameters).
+
+    A stage whose smallest depth is 0 must not change the shape (stride 1, the width of what stands before it) and has no
+    width of its own: it takes that of what stands before it.
+
+    Args:
+      num_classes: size of the logits.
+      image_size: height and width of the images, in pixels.
+      channels: 1 for grey, 3 for colour.
+      block: "bottleneck" (1x1, 3x3, 1x1) or "basic" (3x3, 3x3).
+      stem_width, stage_widths: channels at width 1.0.
+      stem_stride: of the first convolution. stem_pool: whether the 3x3 max pool of stride 2 follows the stem.
+      stem_depths: (0, 1) makes the stem's residual layer skippable.
+      strides, depths: for each stage its stride, and its allowed numbers of blocks.
+      expand_ratios: inner channels of a block over its output channels.
+      width_mults: ratios of the stem's and the stages' channels.
+      divisor: channels are multiples of it.
+      input_dtype: "uint8" for raw pixels, normalised inside with `mean` and `std` (of pixels scaled to 0..1); "float32" for
+        images that the caller has normalised.
+
+    >>> OFAResNetConfig().space().size > 1e13
+    True
+    """
+
+    family: ClassVar[str] = "ofa_resnet"
+
+    num_classes: int = 1000
+    image_size: int = 224
+    channels: int = 3
+    block: Literal["bottleneck", "basic"] = "bottleneck"
+    stem_width: int = 64
+    stem_stride: int = 2
+    stem_pool: bool = True
+    stem_depths: tuple[int, ...] = (0, 1)
+    stage_widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    depths: tuple[tuple[int, ...], ...] = ((2, 3, 4), (2, 3, 4), (4, 5, 6), (2, 3, 4))
+    expand_ratios: tuple[float, ...] = (0.2, 0.25, 0.35)
+    width_mults: tuple[float, ...] = (0.65, 0.8, 1.0)
+    divisor: int = 8
+    input_dtype: Literal["uint8", "float32"] = "uint8"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        _check(self)
+
+    def create(self, rngs: nnx.Rngs) -> "OFAResNet":
+        """A freshly initialised network of maximum size."""
+        return OFAResNet(self, rngs=rngs)
+
+    def input_spec(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Shape (B, H, W, C) and dtype of the raw input."""
+        return jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, self.channels), jnp.dtype(self.input_dtype))
+
+    def space(self) -> subnets.SearchSpace:
+        """The search space. Its block 0 is the stem's residual layer; the stages' blocks follow."""
+        blocks = tuple(range(1, 1 + sum(d[-1] for d in self.depths)))
+        width_positions = 2 + sum(not self._tied(m) for m in range(len(self.depths)))
+        return subnets.SearchSpace(
+            depths=(self.stem_depths, *self.depths),
+            axes=(
+                subnets.Axis("expand", (self.expand_ratios,) * len(blocks), blocks),
+                subnets.Axis("width", (self.width_mults,) * width_positions),
+            ),
+        )
+
+    def _tied(self, stage: int) -> bool:
+        """Whether a stage takes the width of what stands before it."""
+        return self.depths[stage][0] == 0
+
+    def sizes(self, subnet: subnets.Subnet) -> dict[str, int]:
+        """Channels and gates of a subnet by name; the one place where ratios become channels."""
+        widths = iter(subnet["width"])
+        stem = make_divisible(self.stem_width * next(widths), self.divisor)
+        sizes = {
+            "stem.gate": subnet.gates[0],
+            "stem.mid": make_divisible(stem // 2, self.divisor),
+            "stem.out": make_divisible(self.stem_width * next(widths), self.divisor),
+        }
+        out, b = sizes["stem.out"], 0
+        for m, (width, depths) in enumerate(zip(self.stage_widths, self.depths, strict=True)):
+            out = out if self._tied(m) else make_divisible(width * next(widths), self.divisor)
+            sizes[f"stage{m}.out"] = out
+            for _ in range(depths[-1]):
+                sizes[f"block{b}.gate"] = subnet.gates[1 + b]
+                sizes[f"block{b}.mid"] = make_divisible(round(out * subnet["expand"][b]), self.divisor)
+                b += 1
+        return sizes
+
+    def norm_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Channels of every norm that a subnet of these sizes runs, in order."""
+        return {f"{name}.norm": c_out for name, _, _, c_out, _ in self._convs(sizes)}
+
+    def flops(self, subnet: subnets.Subnet) -> int:
+        """Multiply-adds of one image, padding taps included, norms and activations not: once-for-all's convention."""
+        sizes = self.sizes(subnet)
+        convs = sum(k * k * c_in * c_out * pixels for _, k, c_in, c_out, pixels in self._convs(sizes))
+        return convs + sizes[f"stage{len(self.depths) - 1}.out"] * self.num_classes
+
+    def num_params(self, subnet: subnets.Subnet) -> int:
+        """Weights of the subnet extracted on its own, norm scales and biases included, statistics not."""
+        sizes = self.sizes(subnet)
+        convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
+        return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
+
+    def _convs(self, sizes: dict[str, int]) -> Iterator[tuple[str, int, int, int, int]]:
+        """(name, kernel size, input channels, output channels, output pixels) of every convolution that runs, in order."""
+        side = math.ceil(self.image_size / self.stem_stride)
+        mid, x = sizes["stem.mid"], sizes["stem.out"]
+        yield "stem0", 3, self.channels, mid, side**2
+        if sizes["stem.gate"]:
+            yield "stem1", 3, mid, mid, side**2
+        yield "stem2", 3, mid, x, side**2
+        if self.stem_pool:
+            side = math.ceil(side / 2)
+        for m, b, stride, has_shortcut in _blocks(self):
+            if not sizes[f"block{b}.gate"]:
+                continue
+            out, inner = sizes[f"stage{m}.out"], sizes[f"block{b}.mid"]
+            small = math.ceil(side / stride)
+            if self.block == "bottleneck":
+                yield f"block{b}.conv0", 1, x, inner, side**2
+                yield f"block{b}.conv1", 3, inner, inner, small**2
+                yield f"block{b}.conv2", 1, inner, out, small**2
+            else:
+                yield f"block{b}.conv0", 3, x, inner, small**2
+                yield f"block{b}.conv1", 3, inner, out, small**2
+            if has_shortcut:
+                yield f"block{b}.shortcut", 1, x, out, small**2
+            side, x = small, out
+
+
+def _blocks(config: OFAResNetConfig) -> Iterator[tuple[int, int, int, bool]]:
+    """(stage, block, stride, whether the shortcut is a convolution) of every block, in order."""
+    b = 0
+    for m, depths in enumerate(config.depths):
+        for i in range(depths[-1]):
+            first = i == 0 and depths[0] > 0
+            yield m, b, config.strides[m] if i == 0 else 1, first
+            b += 1
+
+
+class ConvNorm(nnx.Module):
+    """Convolution and SubnetNorm, then ReLU where `relu` is set."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel_size: int, *, name: str, stride: int = 1, relu: bool = True, rngs: nnx.Rngs
+    ):
+        self.conv = layers.Conv(c_in, c_out, kernel_size, stride=stride, rngs=rngs)
+        self.norm = layers.SubnetNorm(c_out, name=f"{name}.norm")
+        self.relu = relu
+
+    def __call__(self, x: jax.Array, out: ops.Size, stats: layers.BatchStats | layers.RowStats) -> jax.Array:
+        """(B, H, W, C) -> (B, H / stride, W / stride, limit of `out`)."""
+        x = self.norm(self.conv(x, out), out, stats)
+        return jax.nn.relu(x) if self.relu else x
+
+
+class Block(nnx.Module):
+    """A residual block, bottleneck or basic, with an average-pool shortcut where it changes the shape."""
+
+    def __init__(
+        self, kind: str, c_in: int, mid: int, out: int, *, stride: int, has_shortcut: bool, name: str, rngs: nnx.Rngs
+    ):
+        def conv(i: int, a: int, b: int, kernel_size: int, stride: int = 1, relu: bool = True):
+            return ConvNorm(a, b, kernel_size, name=f"{name}.conv{i}", stride=stride, relu=relu, rngs=rngs)
+
+        if kind == "bottleneck":
+            convs = [conv(0, c_in, mid, 1), conv(1, mid, mid, 3, stride), conv(2, mid, out, 1, relu=False)]
+        else:
+            convs = [conv(0, c_in, mid, 3, stride), conv(1, mid, out, 3, relu=False)]
+        self.convs = nnx.List(convs)
+        self.shortcut = ConvNorm(c_in, out, 1, name=f"{name}.shortcut", relu=False, rngs=rngs) if has_shortcut else None
+        self.stride = stride
+
+    def __call__(self, x: jax.Array, mid: ops.Size, out: ops.Size, stats: layers.BatchStats | layers.RowStats) -> jax.Array:
+        """(B, H, W, C) -> (B, H / stride, W / stride, limit of `out`)."""
+        y = x
+        for conv in self.convs[:-1]:
+            y = conv(y, mid, stats)
+        y = self.convs[-1](y, out, stats)
+        if self.shortcut is not None:
+            x = self.shortcut(average_pool(x, self.stride), out, stats)
+        return jax.nn.relu(x + y)
+
+
+class OFAResNet(nnx.Module):
+    """The network of maximum size; called with the sizes of the subnet to run."""
+
+    def __init__(self, config: OFAResNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        largest = config.sizes(config.space().largest())
+        mid, c = largest["stem.mid"], largest["stem.out"]
+        self.stem = nnx.List(
+            [
+                ConvNorm(config.channels, mid, 3, stride=config.stem_stride, name="stem0", rngs=rngs),
+                ConvNorm(mid, mid, 3, name="stem1", rngs=rngs),
+                ConvNorm(mid, c, 3, name="stem2", rngs=rngs),
+            ]
+        )
+        blocks = []
+        for m, b, stride, has_shortcut in _blocks(config):
+            inner, out = largest[f"block{b}.mid"], largest[f"stage{m}.out"]
+            blocks.append(
+                Block(config.block, c, inner, out, stride=stride, has_shortcut=has_shortcut, name=f"block{b}", rngs=rngs)
+            )
+            c = out
+        self.blocks = nnx.List(blocks)
+        self.classifier = layers.Linear(c, config.num_classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array, sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.RowStats) -> jax.Array:
+        """Images (B, H, W, C) of the config's dtype -> logits (B, num_classes), float32."""
+        config = self.config
+        skip = isinstance(stats, layers.RowStats)
+        x = images
+        if config.input_dtype == "uint8":
+            x = (x.astype(jnp.float32) / 255.0 - np.float32(config.mean)) / np.float32(config.std)
+        mid = sizes["stem.mid"]
+        x = self.stem[0](x, mid, stats)
+        x = ops.layer_select(sizes["stem.gate"], lambda x: x + self.stem[1](x, mid, stats), x, skip=skip)
+        x = self.stem[2](x, sizes["stem.out"], stats)
+        if config.stem_pool:
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        for m, b, _, _ in _blocks(config):
+            block, inner, out = self.blocks[b], sizes[f"block{b}.mid"], sizes[f"stage{m}.out"]
+            run = lambda x, block=block, inner=inner, out=out: block(x, inner, out, stats)  # noqa: E731
+            gate = sizes[f"block{b}.gate"]
+            # Only where the block keeps the shape can it be dropped; elsewhere its gate is always on.
+            x = run(x) if block.shortcut is not None else ops.layer_select(gate, run, x, skip=skip)
+        return self.classifier(jnp.mean(x, (1, 2)), config.num_classes)
+
+
+def average_pool(x: jax.Array, window: int) -> jax.Array:
+    """Average over windows of `window` x `window`; a window that hangs over the edge averages what is there.
+
+    >>> average_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2)[0, :, :, 0].tolist()
+    [[2.0, 3.5], [6.5, 8.0]]
+    """
+    if window == 1:
+        return x
+    _, h, w, _ = x.shape
+    pad = ((0, 0), (0, -h % window), (0, -w % window), (0, 0))
+    shape = (1, window, window, 1)
+    total = lax.reduce_window(x, 0.0, lax.add, shape, shape, pad)
+    count = lax.reduce_window(np.ones((1, h, w, 1), x.dtype), 0.0, lax.add, shape, shape, pad)
+    return total / count
+
+
+def _check(config: OFAResNetConfig) -> None:
+    """Raises ConfigError for a config that cannot be built."""
+
+    def demand(ok: bool, what: str):
+        if not ok:
+            raise errors.ConfigError(f"OFAResNetConfig: {what}")
+
+    if config.block not in ("bottleneck", "basic"):
+        raise errors.unknown_name("block", config.block, ["bottleneck", "basic"])
+    if config.input_dtype not in ("uint8", "float32"):
+        raise errors.unknown_name("input_dtype", config.input_dtype, ["uint8", "float32"])
+    for name in ("num_classes", "image_size", "channels", "stem_width", "stem_stride", "divisor"):
+        value = getattr(config, name)
+        demand(isinstance(value, int) and value >= 1, f"{name} must be a whole number from 1 up, got {value}")
+    for name in ("expand_ratios", "width_mults"):
+        values = getattr(config, name)
+        demand(bool(values) and all(v > 0 and math.isfinite(v) for v in values), f"{name} must be positive, got {values}")
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        demand(len(values) == config.channels, f"{name} needs {config.channels} values, one per channel, got {values}")
+        demand(all(math.isfinite(v) for v in values), f"{name} must be finite, got {values}")
+    demand(all(v > 0 for v in config.std), f"std must be positive, got {config.std}")
+    demand(config.stem_depths in ((0, 1), (1,)), f"stem_depths must be (0, 1) or (1,), got {config.stem_depths}")
+    stages = len(config.depths)
+    demand(
+        stages >= 1 and stages == len(config.strides) == len(config.stage_widths),
+        f"depths, strides and stage_widths need one value per stage, got {stages}, {len(config.strides)} and "
+        f"{len(config.stage_widths)}",
+    )
+    before = config.stem_width
+    for m in range(stages):
+        if config.depths[m] and config.depths[m][0] == 0:
+            demand(
+                config.strides[m] == 1 and config.stage_widths[m] == before,
+                f"stage {m} may have depth 0 only if it keeps the shape: stride 1 and width {before}; got stride "
+                f"{config.strides[m]} and width {config.stage_widths[m]}",
+            )
+        before = config.stage_widths[m]
+    config.space()

@@ -1,0 +1,156 @@
+"""The three programs that one forward function gives: sliced, masked and bucketed.
+
+A program covers the subnets below an envelope. Sizes in which those subnets differ are traced, all others are static:
+
+- `sliced(config, subnet)`: nothing is traced. The fast program of one subnet.
+- `masked(config)`: the envelope is the whole network. One compilation runs every subnet.
+- `bucketed(config, subnets)`: the envelope of some subnets. A subnet bucket.
+
+A program's functions are pure and take the parameters as a flat dict `{path: array}`; jit or lower them as you need.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from superserve_jax import layers, ops
+from superserve_jax import subnet as subnets
+
+Params = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A forward function over the subnets that `envelope` covers.
+
+    Args:
+      config: the family's config.
+      envelope: the smallest subnet that covers them all.
+      traced: names of the sizes that are not the same for all of them.
+    """
+
+    config: Any
+    envelope: subnets.Subnet
+    traced: tuple[str, ...]
+
+    @functools.cached_property
+    def limits(self) -> dict[str, int]:
+        """The envelope's sizes."""
+        return self.config.sizes(self.envelope)
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each norm's channels begin in a row of statistics of this program."""
+        return _offsets(self.config.norm_sizes(self.limits))
+
+    @functools.cached_property
+    def row_size(self) -> int:
+        """Length N of a row of statistics (2, N)."""
+        return sum(self.config.norm_sizes(self.limits).values())
+
+    # -- what a subnet is to this program, on the host ------------------------------------------------------------------
+
+    def active(self, subnet: subnets.Subnet) -> np.ndarray:
+        """The traced sizes of a subnet, int32 of shape (number of traced sizes,)."""
+        sizes = self.config.sizes(subnet)
+        return np.array([sizes[name] for name in self.traced], np.int32)
+
+    def pad_row(self, row: np.ndarray, subnet: subnets.Subnet) -> np.ndarray:
+        """A subnet's ragged row (2, n) as this program reads it: (2, N), mean 0 and variance 1 where nothing is active."""
+        if subnet == self.envelope:
+            return row
+        padded = np.stack([np.zeros(self.row_size, np.float32), np.ones(self.row_size, np.float32)])
+        start = 0
+        for name, n in self.config.norm_sizes(self.config.sizes(subnet)).items():
+            padded[:, self.offsets[name] : self.offsets[name] + n] = row[:, start : start + n]
+            start += n
+        return padded
+
+    def cut_row(self, padded: np.ndarray, subnet: subnets.Subnet) -> np.ndarray:
+        """The inverse of `pad_row`: the ragged row (2, n) of a subnet out of (2, N)."""
+        sizes = self.config.norm_sizes(self.config.sizes(subnet))
+        parts = [padded[:, self.offsets[name] : self.offsets[name] + n] for name, n in sizes.items()]
+        return np.concatenate([np.zeros((2, 0), np.float32), *parts], axis=1)
+
+    # -- the functions to compile ---------------------------------------------------------------------------------------
+
+    def infer(self, params: Params, inputs: jax.Array, row: jax.Array, active: jax.Array) -> jax.Array:
+        """Logits (B, num_classes), normalised with a row of statistics (2, N)."""
+        return self._module(params)(inputs, self._sizes(active), layers.RowStats(row, self.offsets))
+
+    def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits (B, num_classes), normalised with the batch's statistics, and those statistics as a row (2, N)."""
+        stats = layers.BatchStats()
+        logits = self._module(params)(inputs, self._sizes(active), stats)
+        if not self.offsets:
+            return logits, jnp.zeros((2, 0), jnp.float32)
+        parts = [jnp.stack(stats.recorded[name]) for name in self.offsets]
+        return logits, jnp.concatenate(parts, axis=1)
+
+    def _sizes(self, active: jax.Array) -> dict[str, ops.Size]:
+        place = {name: i for i, name in enumerate(self.traced)}
+        return {name: (size, active[place[name]]) if name in place else size for name, size in self.limits.items()}
+
+    def _module(self, params: Params) -> nnx.Module:
+        graphdef, paths, specs = _structure(self.config)
+        # A parameter that is left out must be one that the program does not read; its spec holds its place.
+        values = [(path, nnx.Param(params.get(name, specs[name]))) for name, path in paths.items()]
+        return nnx.merge(graphdef, nnx.from_flat_state(values))
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: Any) -> tuple[Any, dict[str, tuple[Any, ...]], dict[str, jax.ShapeDtypeStruct]]:
+    """A module's graph definition, and the path and spec of each parameter by its dotted path; allocates nothing."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: config.create(nnx.Rngs(0))))
+    flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
+    paths = {name: path for name, (path, _) in flat.items()}
+    return graphdef, paths, {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in flat.items()}
+
+
+def initial_params(config: Any, seed: int) -> dict[str, jax.Array]:
+    """Freshly initialised parameters of maximum size, {dotted path: array}."""
+    flat = nnx.to_flat_state(nnx.state(config.create(nnx.Rngs(seed))))
+    return {".".join(map(str, path)): value[...] for path, value in flat}
+
+
+def param_spec(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters, {dotted path: spec}."""
+    return dict(_structure(config)[2])
+
+
+def sliced(config: Any, subnet: subnets.Subnet) -> Program:
+    """The program of one subnet: every size static."""
+    return Program(config, subnet, ())
+
+
+@functools.lru_cache(maxsize=16)
+def masked(config: Any) -> Program:
+    """The program of all subnets: every elastic size traced."""
+    space = config.space()
+    low = space.smallest()
+    if space.rule == "every_other":  # a subnet may name its kept blocks, so any gate may be off
+        low = dataclasses.replace(low, gates=(0,) * space.num_blocks)
+    return _between(config, [low, space.largest()])
+
+
+def bucketed(config: Any, members: Iterable[subnets.Subnet]) -> Program:
+    """The program of a subnet bucket: the envelope of `members`, tracing the sizes in which they differ."""
+    return _between(config, list(members))
+
+
+def _between(config: Any, members: list[subnets.Subnet]) -> Program:
+    top = subnets.envelope(members)
+    limits = config.sizes(top)
+    sizes = [config.sizes(m) for m in members]
+    return Program(config, top, tuple(name for name, limit in limits.items() if any(s[name] != limit for s in sizes)))
+
+
+def _offsets(norm_sizes: Mapping[str, int]) -> dict[str, int]:
+    ends = np.cumsum([0, *norm_sizes.values()])
+    return {name: int(start) for name, start in zip(norm_sizes, ends[:-1], strict=True)}

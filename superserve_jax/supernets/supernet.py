@@ -1,0 +1,108 @@
+"""A SuperNet: a family's config, its parameters, and the SubnetNorm statistics of the subnets that were calibrated."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import programs
+
+Norm = Literal["own", "shared"]
+
+
+class SuperNet:
+    """One weight-shared network that runs any of its subnets, which is always an explicit argument.
+
+    Args:
+      config: the family's config.
+      params: {dotted path: array}, of maximum size.
+      rows: SubnetNorm statistics by subnet, each a float32 array (2, n) of means and variances.
+
+    >>> from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
+    >>> config = OFAResNetConfig(num_classes=3, image_size=8, channels=1, stem_width=8, stage_widths=(8,), strides=(1,),
+    ...                          depths=((0, 1),), block="basic", stem_pool=False, divisor=4, mean=(0.5,), std=(0.5,))
+    >>> model = SuperNet.create(config, seed=0)
+    >>> model(np.zeros((2, 8, 8, 1), np.uint8), model.space.smallest())
+    Traceback (most recent call last):
+    superserve_jax.errors.NotCalibratedError: ...
+    """
+
+    def __init__(self, config: Any, params: programs.Params, rows: Mapping[subnets.Subnet, np.ndarray] | None = None):
+        self.config = config
+        self.params = dict(params)
+        self.rows = dict(rows or {})
+        self.space = config.space()
+        self._masked = programs.masked(config)
+
+    @classmethod
+    def create(cls, config: Any, *, seed: int) -> "SuperNet":
+        """A SuperNet with fresh weights."""
+        return cls(config, programs.initial_params(config, seed))
+
+    @property
+    def calibrated(self) -> tuple[subnets.Subnet, ...]:
+        """The subnets that have statistics of their own."""
+        return tuple(self.rows)
+
+    def row(self, subnet: subnets.Subnet, *, norm: Norm = "own") -> np.ndarray:
+        """The statistics (2, n) that a subnet runs with.
+
+        Args:
+          norm: "own" for the subnet's row; "shared" for the largest subnet's, cut to the subnet's channels (converted
+            weights before calibration, and the paper's comparison).
+
+        Raises:
+          NotCalibratedError: there is no such row.
+        """
+        if norm not in ("own", "shared"):
+            raise errors.unknown_name("norm", norm, ["own", "shared"])
+        if not self._masked.offsets:  # a family without batch statistics needs none
+            return np.zeros((2, 0), np.float32)
+        owner = subnet if norm == "own" else self.space.largest()
+        if owner not in self.rows:
+            which = "this subnet has" if norm == "own" else "the largest subnet has"
+            raise errors.NotCalibratedError(
+                f"{which} no SubnetNorm statistics of its own (calibrated: {len(self.rows)} subnets): run train/calibrate.py "
+                f"on it, or choose one of model.calibrated; the subnet: {owner.to_json()}"
+            )
+        if norm == "own":
+            return self.rows[subnet]
+        return self._masked.cut_row(self._masked.pad_row(self.rows[owner], owner), subnet)
+
+    def __call__(self, inputs: Any, subnet: subnets.Subnet, *, norm: Norm = "own") -> jax.Array:
+        """Logits of any calibrated subnet, by the masked program: one compilation per batch shape serves all subnets.
+
+        Args:
+          inputs: raw inputs, shape (B, ...) and dtype of `config.input_spec(B)`.
+          subnet: a subnet of `space`.
+
+        Returns:
+          float32 (B, num_classes).
+
+        Raises:
+          InputError, SubnetError, NotCalibratedError.
+        """
+        subnet = self.space.validate(subnet)
+        check_inputs(self.config, inputs)
+        row = self._masked.pad_row(self.row(subnet, norm=norm), subnet)
+        return _infer(self._masked, self.params, inputs, row, self._masked.active(subnet))
+
+
+def check_inputs(config: Any, inputs: Any) -> None:
+    """Raises InputError unless `inputs` has the shape and dtype of `config.input_spec`."""
+    shape, dtype = tuple(np.shape(inputs)), getattr(inputs, "dtype", None)
+    spec = config.input_spec(shape[0] if shape else 1)
+    if shape != spec.shape or dtype != spec.dtype:
+        raise errors.InputError(
+            f"expected inputs of shape (batch, {', '.join(map(str, spec.shape[1:]))}) and dtype {spec.dtype}, got shape "
+            f"{shape} and dtype {dtype or type(inputs).__name__}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _infer(program, params, inputs, row, active) -> jax.Array:
+    return program.infer(params, inputs, row, active)

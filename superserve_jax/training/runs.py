@@ -1,0 +1,139 @@
+"""A run's folder: what training, search, calibration and evaluation leave there, and how to read it back.
+
+config.json        the resolved config
+checkpoints/       Orbax: step, parameters, optimiser state
+metrics.jsonl/png  the course of training
+search.json/png    candidates and the subnets chosen to be served
+statistics.npz     SubnetNorm rows of the served subnets
+evaluation.json    their accuracies on test data
+export/            the export, see checkpoint.py
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from superserve_jax import errors
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import config as configs
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The folder of one run. Made by `create`, opened again by `Run.open`."""
+
+    workdir: pathlib.Path
+    config: configs.TrainConfig
+
+    @staticmethod
+    def create(config: configs.TrainConfig, workdir: str | os.PathLike[str]) -> "Run":
+        """The run of `config` in `workdir`, new or gone on with. Raises ConfigError where another config made the folder."""
+        workdir = pathlib.Path(workdir)
+        path = workdir / "config.json"
+        if path.exists():
+            changed = configs.differences(_read(path), configs.to_json(config))
+            if changed:
+                raise errors.ConfigError(
+                    f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
+                    f"remove that folder"
+                )
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, configs.to_json(config))
+        return Run(workdir, config)
+
+    @staticmethod
+    def open(workdir: str | os.PathLike[str]) -> "Run":
+        """An existing run. Raises ConfigError where the folder holds none."""
+        workdir = pathlib.Path(workdir)
+        if not (workdir / "config.json").is_file():
+            raise errors.ConfigError(
+                f"{workdir} is not the folder of a run: it has no config.json; train one first, "
+                f"for example with `python train/supernet.py configs/digits_resnet.py`"
+            )
+        return Run(workdir, configs.from_json(_read(workdir / "config.json")))
+
+    def checkpoints(self) -> ocp.CheckpointManager:
+        """The Orbax manager of the run's checkpoints; close it after use."""
+        return ocp.CheckpointManager(
+            (self.workdir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        )
+
+    def model(self) -> supernet.SuperNet:
+        """The SuperNet of the last checkpoint, with the statistics that calibration left."""
+        with self.checkpoints() as manager:
+            step = manager.latest_step()
+            if step is None:
+                raise errors.ConfigError(f"{self.workdir} has no checkpoint yet; train it first")
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            target = {
+                name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+                for name, spec in programs.param_spec(self.config.model).items()
+            }
+            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+        return supernet.SuperNet(self.config.model, params, self.rows())
+
+    def rows(self) -> dict[subnets.Subnet, np.ndarray]:
+        """The calibrated statistics; empty before calibration."""
+        path = self.workdir / "statistics.npz"
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as arrays:
+            order = json.loads(str(arrays["subnets"]))
+            return {subnets.Subnet.from_json(s): arrays[f"row{i}"] for i, s in enumerate(order)}
+
+    def save_rows(self, rows: Mapping[subnets.Subnet, np.ndarray]) -> None:
+        """Writes statistics.npz."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {f"row{i}": row for i, row in enumerate(rows.values())}
+        np.savez(buffer, subnets=np.array(json.dumps([s.to_json() for s in rows])), **arrays)
+        write_bytes(self.workdir / "statistics.npz", buffer.getvalue())
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The course of training, one dict per line of metrics.jsonl."""
+        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+    def read(self, name: str, *, made_by: str) -> Any:
+        """A JSON file of the run. Raises ConfigError, naming the program that makes it, where it is not there."""
+        if not (self.workdir / name).is_file():
+            raise errors.ConfigError(f"{self.workdir} has no {name} yet; make it with `python {made_by} {self.workdir}`")
+        return _read(self.workdir / name)
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the run."""
+        write_json(self.workdir / name, value)
+
+    def served(self) -> list[subnets.Subnet]:
+        """The subnets that the search chose, in ascending order of FLOPs."""
+        return [subnets.Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON; the file is replaced whole or not at all."""
+    write_bytes(path, json.dumps(value, indent=1).encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file; it is replaced whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise errors.ConfigError(f"cannot read {path}: {e}") from e

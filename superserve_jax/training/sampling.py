@@ -1,0 +1,120 @@
+"""Which subnets a training step trains: a pure function of (seed, step), from a fixed set of subnet buckets.
+
+Every different program is a compilation, so random subnets come from a fixed number of subnet buckets. A bucket is an
+envelope; its members take at every position the envelope's choice or the next smaller one, so that a step costs little more
+than the subnet it trains. Envelopes are random subnets, see `envelopes`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import programs
+
+_CANDIDATES = 256  # random subnets from which the envelopes are picked
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One subnet of a step and the program that runs it."""
+
+    program: programs.Program
+    subnet: subnets.Subnet
+
+
+class Sampler:
+    """The subnets of every step.
+
+    Args:
+      config: the family's config.
+      buckets: number of subnet buckets for the random subnets.
+      random_subnets: random subnets per step.
+      seed: of envelopes and members.
+    """
+
+    def __init__(self, config: Any, *, buckets: int, random_subnets: int, seed: int):
+        self.space = config.space()
+        self.random_subnets = random_subnets
+        self.seed = seed
+        self.largest = Choice(programs.sliced(config, self.space.largest()), self.space.largest())
+        self.smallest = Choice(programs.sliced(config, self.space.smallest()), self.space.smallest())
+        self.buckets = tuple(
+            programs.bucketed(config, [lowest_member(self.space, e), e]) for e in envelopes(config, buckets, seed=seed)
+        )
+
+    def step(self, step: int) -> tuple[Choice, ...]:
+        """The largest, the smallest, then the random subnets of this step."""
+        rng = np.random.default_rng([self.seed, step])
+        choices = [self.largest, self.smallest]
+        for _ in range(self.random_subnets):
+            program = self.buckets[rng.integers(len(self.buckets))]
+            choices.append(Choice(program, member(self.space, program.envelope, rng)))
+        return tuple(choices)
+
+
+def envelopes(config: Any, count: int, *, seed: int) -> list[subnets.Subnet]:
+    """`count` different random subnets, evenly spaced in the logarithm of FLOPs between smallest and largest.
+
+    Drawn so that depth and width grow together, as CompOFA found good subnets to do: all positions of a subnet are drawn
+    around one common level.
+    """
+    space = config.space()
+    low, high = (math.log(config.flops(s)) for s in (space.smallest(), space.largest()))
+    rng = np.random.default_rng([seed, 2])
+    pool = {compound(space, rng): None for _ in range(_CANDIDATES)}
+    cost = {s: math.log(config.flops(s)) for s in pool}
+    chosen: list[subnets.Subnet] = []
+    for i in range(min(count, len(cost))):
+        target = low + (high - low) * (i + 1) / (count + 1)
+        best = min(cost, key=lambda s, target=target: abs(cost[s] - target))
+        chosen.append(best)
+        del cost[best]
+    return chosen
+
+
+def compound(space: subnets.SearchSpace, rng: np.random.Generator) -> subnets.Subnet:
+    """A random subnet whose depths and choices lie within half a step of one common level between smallest and largest."""
+    level = rng.random()
+
+    def draw(choices: tuple) -> Any:
+        place = level * (len(choices) - 1) + rng.uniform(-0.5, 0.5)
+        return choices[min(max(round(place), 0), len(choices) - 1)]
+
+    return space.subnet(depth=[draw(d) for d in space.depths], **{a.name: [draw(c) for c in a.choices] for a in space.axes})
+
+
+def member(space: subnets.SearchSpace, envelope: subnets.Subnet, rng: np.random.Generator) -> subnets.Subnet:
+    """A random member of a bucket: at every position the envelope's choice or, as often, the next smaller one."""
+    depth = [_at_or_below(d, kept, rng) for d, kept in zip(space.depths, _kept(space, envelope), strict=True)]
+    axes = {
+        a.name: [_at_or_below(c, top, rng) for c, top in zip(a.choices, envelope[a.name], strict=True)] for a in space.axes
+    }
+    found = space.subnet(depth=depth, **axes)
+    return found if envelope.covers(found) else envelope  # every-other depths need not nest
+
+
+def lowest_member(space: subnets.SearchSpace, envelope: subnets.Subnet) -> subnets.Subnet:
+    """The member with the next smaller choice at every position, not in canonical form: it says which sizes vary."""
+    gates = [0] * space.num_blocks
+    if space.rule == "first":
+        depths = [_below(d, kept) for d, kept in zip(space.depths, _kept(space, envelope), strict=True)]
+        gates = list(space.gates(depths))
+    axes = tuple(
+        (a.name, tuple(_below(c, top) for c, top in zip(a.choices, envelope[a.name], strict=True))) for a in space.axes
+    )
+    return subnets.Subnet(tuple(min(g, e) for g, e in zip(gates, envelope.gates, strict=True)), axes)
+
+
+def _kept(space: subnets.SearchSpace, subnet: subnets.Subnet) -> list[int]:
+    return [sum(subnet.gates[b] for b in stage) for stage in space.stages]
+
+
+def _below(choices: tuple, top: float) -> Any:
+    return choices[max(choices.index(top) - 1, 0)]
+
+
+def _at_or_below(choices: tuple, top: float, rng: np.random.Generator) -> Any:
+    return top if rng.integers(2) else _below(choices, top)

@@ -1,0 +1,123 @@
+"""The search for Pareto-optimal subnets: accuracy on validation images against FLOPs.
+
+Half of the candidates are random subnets spread over FLOPs, half are mutations of the front found so far. Each candidate
+gets SubnetNorm statistics of its own before it is judged; the masked program judges all of them with one compilation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import supernet
+from superserve_jax.training import calibration, evaluation, sampling
+
+_MUTATION = 0.15  # chance of each position of a mutated subnet to be drawn anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A subnet that was tried, its multiply-adds and its validation accuracy (a fraction)."""
+
+    subnet: subnets.Subnet
+    flops: int
+    accuracy: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for `json.dump`."""
+        return {"subnet": self.subnet.to_json(), "flops": self.flops, "accuracy": self.accuracy}
+
+
+def search(
+    model: supernet.SuperNet,
+    images: np.ndarray,
+    batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+    *,
+    candidates: int,
+    seed: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[Candidate]:
+    """Tries subnets and returns them all.
+
+    Args:
+      model: the trained SuperNet.
+      images: raw training images (N, ...) for the candidates' statistics.
+      batches: makes a fresh pass over the validation data, as for `evaluation.accuracy`.
+      candidates: how many to try; fewer where the space has fewer.
+      seed: of the random choices.
+      progress: wraps an iteration over candidates, for a progress bar.
+    """
+    tried: dict[subnets.Subnet, Candidate] = {}
+
+    def judged(proposals: Iterable[subnets.Subnet]):
+        for subnet in proposals:
+            rows = calibration.calibrate(model, [subnet], images)
+            judge = supernet.SuperNet(model.config, model.params, rows)
+            (accuracy,) = evaluation.accuracy(judge, [subnet], batches)
+            tried[subnet] = Candidate(subnet, model.config.flops(subnet), accuracy)
+            yield tried[subnet]
+
+    space = model.space
+    total = min(candidates, space.size)
+    for _ in progress(judged(_proposals(model.config, space, tried, total, seed))):
+        pass
+    return list(tried.values())
+
+
+def _proposals(
+    config: Any, space: subnets.SearchSpace, tried: Mapping[subnets.Subnet, Candidate], total: int, seed: int
+) -> Iterable[subnets.Subnet]:
+    """Smallest, largest, random ones over FLOPs, then mutations of the front of what was tried meanwhile."""
+    first = [space.smallest(), space.largest(), *sampling.envelopes(config, max(total // 2 - 2, 0), seed=seed + 1)]
+    yield from dict.fromkeys(first)
+    rng = np.random.default_rng([seed, 1])
+    while len(tried) < total:
+        parents = front(tried.values())
+        child = mutate(space, parents[rng.integers(len(parents))].subnet, rng)
+        if child not in tried:
+            yield child
+
+
+def mutate(space: subnets.SearchSpace, subnet: subnets.Subnet, rng: np.random.Generator) -> subnets.Subnet:
+    """`subnet` with each depth and choice drawn anew with a chance of 15 %."""
+
+    def draw(choices: Sequence[Any], now: Any) -> Any:
+        return choices[rng.integers(len(choices))] if rng.random() < _MUTATION else now
+
+    depth = [
+        draw(choices, sum(subnet.gates[b] for b in stage)) for choices, stage in zip(space.depths, space.stages, strict=True)
+    ]
+    axes = {a.name: [draw(c, now) for c, now in zip(a.choices, subnet[a.name], strict=True)] for a in space.axes}
+    return space.subnet(depth=depth, **axes)
+
+
+def front(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The Pareto front: ascending in FLOPs, each more accurate than all that are cheaper."""
+    result: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.flops, -c.accuracy)):
+        if not result or c.accuracy > result[-1].accuracy:
+            result.append(c)
+    return result
+
+
+def choose(candidates: Sequence[Candidate], count: int, *, keep: Sequence[subnets.Subnet] = ()) -> list[Candidate]:
+    """At most `count` of the front, spread evenly over its accuracies, in ascending order of FLOPs.
+
+    Args:
+      candidates: all that were tried.
+      count: at least 2.
+      keep: subnets to choose in any case, such as the smallest and the largest.
+    """
+    best = front(candidates)
+    chosen = [c for c in candidates if c.subnet in keep]
+    step = (best[-1].accuracy - best[0].accuracy) / max(count - 1, 1)
+    for i in range(count):
+        target = best[0].accuracy + i * step
+        near = min(best, key=lambda c: (abs(c.accuracy - target), c.flops))
+        far = all(abs(near.accuracy - c.accuracy) >= step / 2 or math.isclose(step, 0) for c in chosen)
+        if near not in chosen and far and len(chosen) < max(count, len(keep)):
+            chosen.append(near)
+    return sorted(chosen, key=lambda c: c.flops)

@@ -1,0 +1,110 @@
+"""What follows training, each stage on an existing run: search, calibrate, evaluate, export. Each leaves its result in the
+run's folder and may be repeated by itself; programs of the same names are in train/."""
+
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from superserve_jax import checkpoint, plots, progress
+from superserve_jax import subnet as subnets
+from superserve_jax.training import calibration, data, evaluation, runs
+from superserve_jax.training import config as configs
+from superserve_jax.training import search as searching
+
+_EVAL_BATCH = 250
+
+
+def search(run: runs.Run) -> list[searching.Candidate]:
+    """Tries subnets on validation images and chooses those to serve, in ascending order of FLOPs: search.json, search.png."""
+    settings, model, dataset = run.config.search, run.model(), data.open(run.config.data)
+    images, _ = dataset.arrays("train", limit=settings.calibration_examples)
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        return itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH))
+
+    tried = searching.search(
+        model,
+        images,
+        batches,
+        candidates=settings.candidates,
+        seed=run.config.seed,
+        progress=lambda items: progress.track(items, "search", total=min(settings.candidates, model.space.size)),
+    )
+    chosen = searching.choose(tried, settings.served, keep=(model.space.smallest(), model.space.largest()))
+    run.write(
+        "search.json",
+        {"candidates": [c.to_json() for c in tried], "served": [c.subnet.to_json() for c in chosen]},
+    )
+    points = [[(float(c.flops), c.accuracy) for c in group] for group in (tried, searching.front(tried), chosen)]
+    plots.search(*points, run.workdir / "search.png")
+    return chosen
+
+
+def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) -> None:
+    """Computes SubnetNorm statistics over training images: statistics.npz.
+
+    Args:
+      run: the run.
+      subnet_list: subnets to calibrate; those that the search chose, where it is None.
+    """
+    images, _ = data.open(run.config.data).arrays("train", limit=run.config.calibration_examples)
+    served = subnet_list if subnet_list is not None else run.served()
+    rows = calibration.calibrate(
+        run.model(), served, images, progress=lambda items: progress.track(items, "calibration", total=len(served))
+    )
+    run.save_rows(rows)
+
+
+def evaluate(run: runs.Run) -> list[checkpoint.Served]:
+    """Accuracy of the served subnets on test images, with their own statistics and with the largest's: evaluation.json."""
+    model, dataset = run.model(), data.open(run.config.data)
+    served = run.served()
+    accuracies = {
+        norm: evaluation.accuracy(
+            model,
+            served,
+            lambda: dataset.eval("test", _EVAL_BATCH),
+            norm=norm,
+            progress=lambda items, norm=norm: progress.track(items, f"test images, {norm} statistics", total=len(served)),
+        )
+        for norm in ("own", "shared")
+    }
+    result = [
+        checkpoint.Served(s, own, shared, model.config.flops(s), model.config.num_params(s))
+        for s, own, shared in zip(served, accuracies["own"], accuracies["shared"], strict=True)
+    ]
+    run.write("evaluation.json", [s.to_json() for s in result])
+    return result
+
+
+def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """Writes the export of an evaluated run, by default into its folder; returns where."""
+    evaluated = [checkpoint.Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
+    dataset = data.open(run.config.data)
+    return checkpoint.export(
+        path if path is not None else run.workdir / "export",
+        run.model(),
+        evaluated,
+        measured=f"top-1 on the {dataset.num_examples('test')} test images of {run.config.data.name}, masked program, own statistics "
+        f"from {run.config.calibration_examples} training images",
+        class_names=dataset.class_names,
+        training=configs.to_json(run.config),
+    )
+
+
+def table(served: list[checkpoint.Served]) -> list[tuple[str, ...]]:
+    """Header and rows for printing: cost and accuracies of served subnets."""
+    header = ("MFLOPs", "params", "test accuracy", "with the largest's statistics")
+    rows = [
+        (
+            f"{s.flops / 1e6:.2f}",
+            f"{s.params:,}",
+            f"{100 * s.accuracy:.2f} %",
+            "-" if s.accuracy_shared is None else f"{100 * s.accuracy_shared:.2f} %",
+        )
+        for s in served
+    ]
+    return [header, *rows]

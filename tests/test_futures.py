@@ -1,0 +1,165 @@
+import asyncio
+import concurrent.futures
+import threading
+
+import pytest
+
+from superserve_jax.serving import futures
+
+OUTCOMES = {
+    "a result": lambda f: f.set_result(1),
+    "an error": lambda f: f.set_exception(ValueError("no")),
+    "a cancellation": lambda f: f.cancel(),
+}
+outcomes = pytest.mark.parametrize("resolve", OUTCOMES.values(), ids=OUTCOMES)
+
+
+def later(fn) -> threading.Timer:
+    timer = threading.Timer(0.02, fn)
+    timer.start()
+    return timer
+
+
+@outcomes
+def test_the_first_outcome_stays(resolve):
+    future = futures.Future()
+    assert not future.done()
+    assert resolve(future)
+    assert future.done()
+    before = repr(future)
+    assert not future.set_result(2)
+    assert not future.set_exception(KeyError())
+    assert future.cancel() == future.cancelled()
+    assert repr(future) == before
+
+
+def test_a_result_is_returned_to_every_thread_that_waits():
+    future, results = futures.Future(), []
+    threads = [threading.Thread(target=lambda: results.append(future.result(10))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    later(lambda: future.set_result(7))
+    for t in threads:
+        t.join()
+    assert results == [7] * 4
+    assert future.exception() is None
+
+
+def test_an_error_is_raised_by_result_and_returned_by_exception():
+    future, error = futures.Future(), ValueError("no")
+    future.set_exception(error)
+    with pytest.raises(ValueError, match="no"):
+        future.result()
+    assert future.exception() is error
+
+
+def test_waiting_too_long_raises_timeout_error_with_the_remedy_and_leaves_the_future_pending():
+    future = futures.Future()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.001 s; wait longer, or cancel\(\)"):
+        future.result(timeout=0.001)
+    with pytest.raises(TimeoutError):
+        future.exception(timeout=0)
+    assert future.set_result(1)
+    assert future.result(timeout=0) == 1
+
+
+def test_a_cancelled_future_raises_cancelled_error_and_cancels_twice():
+    future = futures.Future()
+    assert future.cancel()
+    assert future.cancel()
+    assert future.cancelled()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.exception()
+
+
+@outcomes
+def test_callbacks_run_once_in_order_whether_added_before_or_after(resolve):
+    future, calls = futures.Future(), []
+    future.add_done_callback(lambda f: calls.append((1, f)))
+    future.add_done_callback(lambda f: calls.append((2, f)))
+    assert calls == []
+    resolve(future)
+    future.add_done_callback(lambda f: calls.append((3, f)))
+    resolve(future)
+    assert calls == [(1, future), (2, future), (3, future)]
+
+
+def test_a_callback_that_raises_is_logged_and_the_next_still_runs(caplog):
+    future, calls = futures.Future(), []
+    future.add_done_callback(lambda f: 1 / 0)
+    future.add_done_callback(calls.append)
+    assert future.set_result(1)
+    assert calls == [future]
+    assert "a done-callback of <Future answered> raised" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_only_one_of_many_threads_resolves_it():
+    for _ in range(50):
+        future, wins = futures.Future(), []
+        barrier = threading.Barrier(4)
+
+        def resolve(i, future=future, wins=wins, barrier=barrier):
+            barrier.wait()
+            wins.append(future.set_result(i))
+
+        threads = [threading.Thread(target=resolve, args=(i,)) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert sorted(wins) == [False, False, False, True]
+
+
+def test_await_returns_what_another_thread_sets():
+    async def main():
+        pending = [futures.Future() for _ in range(3)]
+        for i, f in enumerate(pending):
+            later(lambda i=i, f=f: f.set_result(i))
+        assert await asyncio.gather(*pending) == [0, 1, 2]
+        assert await pending[0] == 0
+
+    asyncio.run(main())
+
+
+def test_await_raises_the_error():
+    async def main():
+        future = futures.Future()
+        later(lambda: future.set_exception(ValueError("no")))
+        with pytest.raises(ValueError, match="no"):
+            await future
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_await_cancels_the_query():
+    async def main():
+        future = futures.Future()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(future, 0.001)
+        assert future.cancelled()
+
+    asyncio.run(main())
+
+
+def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
+    future = futures.Future()
+
+    async def wait(started):
+        started.set()
+        await future
+
+    async def main():
+        started = asyncio.Event()
+        task = asyncio.create_task(wait(started))
+        await started.wait()
+        return task
+
+    loop = asyncio.new_event_loop()
+    task = loop.run_until_complete(main())
+    loop.close()
+    assert future.set_result(1)
+    assert not caplog.records
+    task._log_destroy_pending = False  # asyncio would report, rightly, that this test leaves it pending

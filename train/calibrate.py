@@ -1,0 +1,49 @@
+"""Computes the SubnetNorm statistics of a run's served subnets over training images.
+
+    python train/calibrate.py runs/digits_resnet
+
+Leaves statistics.npz in the run's folder. Library: training.stages.calibrate (training.calibration).
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import tyro
+
+from superserve_jax import cli
+from superserve_jax.training import runs, stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      run: the run's folder.
+      json: write the sizes to this file.
+    """
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    options = tyro.cli(Options, description=__doc__)
+    run = runs.Run.open(options.run)
+    stages.calibrate(run)
+    model = run.model()
+    weights = sum(p.nbytes for p in model.params.values())
+    rows = [row.nbytes for row in model.rows.values()]
+    print(
+        f"{len(rows)} subnets calibrated on {run.config.calibration_examples} training images: {sum(rows) / len(rows):,.0f} bytes "
+        f"of statistics each, {weights / (sum(rows) / len(rows)):.0f} times less than the {weights:,} bytes of weights"
+    )
+    if options.json:
+        cli.write_json(options.json, {"subnets": len(rows), "statistics_bytes": rows, "weights_bytes": weights})
+    print(f"go on with `python train/evaluate.py {run.workdir}`")
+
+
+if __name__ == "__main__":
+    cli.run(main)

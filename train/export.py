@@ -1,0 +1,47 @@
+"""Exports an evaluated run: one self-describing directory with weights, statistics and the served subnets.
+
+    python train/export.py runs/digits_resnet --out exports/digits
+
+Replaces an older export in the same place at once or not at all. Library: training.stages.export (checkpoint.export, load).
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli
+from superserve_jax.training import runs, stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      run: the run's folder.
+      out: where to; export/ in the run's folder if left out.
+      json: write a description to this file.
+    """
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    out: pathlib.Path | None = None
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    options = tyro.cli(Options, description=__doc__)
+    path = stages.export(runs.Run.open(options.run), options.out)
+    model = ss.load(path)  # what was written can be read
+    size = sum(f["bytes"] for f in model.manifest["files"].values())
+    cli.print_table(stages.table(list(model.served)))
+    if options.json:
+        cli.write_json(options.json, {"path": str(path), "bytes": size, "served": [s.to_json() for s in model.served]})
+    print(f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; go on with `python serve/measure.py {path}`")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,65 @@
+"""Trains a SuperNet from a config, then searches, calibrates, evaluates and exports it.
+
+    python train/supernet.py configs/digits_resnet.py
+    python train/supernet.py configs/digits_resnet.py --optim.lr 0.01 --epochs 3 --workdir runs/mine
+
+Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with
+metrics, plots, checkpoints and export/. Library: training.loop.train, then training.stages.search, calibrate, evaluate, export.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated
+
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli
+from superserve_jax.training import config as configs
+from superserve_jax.training import stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      config: every field of the config file can be overridden.
+      workdir: the run's folder; runs/NAME if left out.
+      train_only: stop after training.
+      json: write the served subnets' accuracies to this file.
+    """
+
+    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    workdir: pathlib.Path | None = None
+    train_only: bool = False
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    default = Options(configs.load(sys.argv[1]))
+    options = tyro.cli(Options, default=default, args=sys.argv[2:], prog=f"train/supernet.py {sys.argv[1]}")
+    run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
+    if options.train_only:
+        print(f"trained: {run.workdir}; go on with `python train/search.py {run.workdir}`")
+        return
+    stages.search(run)
+    stages.calibrate(run)
+    served = stages.evaluate(run)
+    path = stages.export(run)
+    cli.print_table(stages.table(served))
+    if options.json:
+        cli.write_json(options.json, [s.to_json() for s in served])
+    print(
+        f"metrics and plots: {run.workdir}\nexport: {path}; serve it with `python serve/measure.py {path}`, then "
+        f"`python serve/replay.py {path}`"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
