@@ -36,6 +36,7 @@ def get_config() -> TrainConfig:
         ),
         data=DataConfig(name="cluttered_digits", image_size=32, channels=1, shift=2, cache=True),
         optim=OptimConfig(name="adamw", lr=4e-3, schedule="cosine"),
-        epochs=7,
+        epochs=5,
         batch_size=64,
+        random_subnets=2,
     )

@@ -117,9 +117,8 @@ def export(
     if not served:
         raise errors.ConfigError("an export needs at least one subnet to serve; got an empty list")
     path = pathlib.Path(path)
-    if path.exists() and any(path.iterdir()) and not (path / _MANIFEST).exists():
-        if not all(p.name.startswith("payload-") for p in path.iterdir()):
-            raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
+    if path.exists() and not (path / _MANIFEST).exists() and not all(map(_is_leftover, path.iterdir())):
+        raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
     kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.rows))
     rows = {subnet: model.row(subnet) for subnet in sorted(kept, key=model.config.flops)}
     path.mkdir(parents=True, exist_ok=True)
@@ -273,6 +272,11 @@ def _unpack_rows(file: pathlib.Path) -> dict[subnets.Subnet, np.ndarray]:
         raise errors.ExportError(f"{file} is not consistent: {len(order)} subnets, rows {rows.shape}; export again")
     ends = np.cumsum(widths)
     return {s: rows[:, end - w : end].copy() for s, w, end in zip(order, widths, ends, strict=True)}
+
+
+def _is_leftover(file: pathlib.Path) -> bool:
+    """Whether a file is what an interrupted first export leaves behind."""
+    return file.name.startswith(("payload-", _MANIFEST))
 
 
 # -- files and digests --------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class Profile:
             )
             return Profile(tuple(int(b) for b in data["batch_sizes"]), rows, str(data["device"]))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            if isinstance(e, errors.SuperServeError):
+            if isinstance(e, errors.ProfileError | errors.ConfigError):
                 raise
             raise errors.ProfileError(f"not a latency profile: {type(e).__name__}: {e}; measure it again") from e
 

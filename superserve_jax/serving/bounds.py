@@ -52,7 +52,7 @@ def fluid_of_trace(
     """
     if not len(trace):
         return Bound(1.0, float("nan"))
-    per_query = np.broadcast_arrays(trace.slo_ms, trace.floors)
+    _, *per_query = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors)
     kinds, kind = np.unique(np.stack(per_query, axis=1), axis=0, return_inverse=True)
     end_s = float(trace.arrivals_s[-1])
     length_s = window_s or end_s

@@ -153,9 +153,10 @@ class _Run:
     ):
         self.profile, self.policy, self.trace, self.cluster = profile, policy, trace, cluster
         self.factors = _latency_factors(cluster.noise, seed)
-        self.padded = [profile.batch_index(n) for n in range(profile.max_batch + 1)]
+        self.max_batch = profile.max_batch
+        self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
         self.fastest_s = 1e-3 * queue.fastest(profile).latency_ms[0]
-        self.arrivals: list[float] = trace.arrivals_s.tolist()
+        self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
         self.deadlines: list[float] = trace.deadlines_s.tolist()
         best = profile.rows[-1].accuracy
         if np.any(np.greater(trace.floors, best)):
@@ -168,12 +169,17 @@ class _Run:
         self.running: list[_Batch | None] = [None] * cluster.workers
         self.last_subnet: list[Any] = [None] * cluster.workers
         self.outages = [0] * cluster.workers  # that a worker is in
+        self.alive = cluster.workers
         self.stalled_until_s = 0.0
-        self.finished: list[tuple[float, _Batch]] = []
+        # Of the finished batches; flat lists, which the garbage collector need not walk through.
+        self.answered: list[int] = []
+        self.sizes: list[int] = []
+        self.batches: list[float] = []  # worker, start, finish, accuracy; worker, ...
         self.expired: list[int] = []
         self.refused: list[int] = []
 
-        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
+        # The last arrival and the last event never come.
+        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self.stall, None)]
         self.number = 0
         for outage in cluster.outages:
             self.at(outage.from_s, self.leave, outage.worker)
@@ -183,23 +189,24 @@ class _Run:
             self.at(stall.from_s, self.stall, stall.until_s)
 
     def run(self) -> None:
-        arrivals, events, waiting = self.arrivals, self.events, self.queue
+        arrivals, events, waiting, idle = self.arrivals, self.events, self.queue, self.idle
         while True:
-            now_s = events[0][0] if events else math.inf
-            if self.idle and self.arrived < len(arrivals):
+            now_s = events[0][0]
+            if idle and arrivals[self.arrived] < now_s:
                 now_s = min(now_s, max(arrivals[self.arrived], self.stalled_until_s))
             if now_s == math.inf:
                 break
-            self.admit(now_s)
-            while events and events[0][0] <= now_s:
+            if arrivals[self.arrived] <= now_s:
+                self.admit(now_s)
+            while events[0][0] <= now_s:
                 _, _, happens, argument = heapq.heappop(events)
                 happens(now_s, argument)
             if now_s >= self.stalled_until_s:
-                while self.idle and len(waiting):
+                while idle and len(waiting):
                     self.dispatch(now_s)
         # Nothing will happen any more: all has been answered, or every worker has left for good.
         self.expired += waiting.drain()
-        self.refused += range(self.arrived, len(arrivals))
+        self.refused += range(self.arrived, len(arrivals) - 1)
 
     def at(self, time_s: float, happens: Callable[[float, Any], None], argument: Any) -> None:
         self.number += 1
@@ -209,11 +216,13 @@ class _Run:
         """Everything that has arrived by now."""
         first = self.arrived
         self.arrived = end = bisect.bisect_right(self.arrivals, now_s, first)
-        admitted = int(min(end, first + max(self.cluster.max_queue - len(self.queue), 0)))
+        if self.cluster.max_queue < math.inf:
+            admitted = min(end, first + max(int(self.cluster.max_queue) - len(self.queue), 0))
+            self.refused += range(admitted, end)
+            end = admitted
         push, deadlines, floors = self.queue.push, self.deadlines, self.floors
-        for i in range(first, admitted):
+        for i in range(first, end):
             push(deadlines[i], i, floors[i])
-        self.refused += range(admitted, end)
 
     def dispatch(self, now_s: float) -> None:
         """One idle worker takes what the policy says."""
@@ -225,13 +234,14 @@ class _Run:
                 return
         worker = self.idle.popleft()
         slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
-        alive = self.outages.count(0)
-        floors = waiting.head_floors(profile.max_batch)
-        decision = self.policy(profile, policies.State(now_s, slack_ms, len(waiting), floors, alive, self.last_subnet[worker]))
-        size = min(decision.batch, profile.max_batch)
-        row, queries = queue.take(waiting, profile, profile.row(decision.subnet), size, slack_ms=slack_ms)
+        last = self.last_subnet[worker]
+        floors = waiting.head_floors(self.max_batch)
+        subnet, size = self.policy(profile, policies.State(now_s, slack_ms, len(waiting), floors, self.alive, last))
+        if size < 1:
+            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
+        row, queries = queue.take(waiting, profile, profile.row(subnet), min(size, self.max_batch), slack_ms=slack_ms)
         latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms
-        if row.subnet is not self.last_subnet[worker]:
+        if row.subnet is not last:
             latency_ms += self.cluster.actuation_ms
             self.last_subnet[worker] = row.subnet
         batch = _Batch(worker, queries, now_s, row.accuracy)
@@ -246,7 +256,9 @@ class _Run:
             return
         self.running[batch.worker] = None
         self.idle.append(batch.worker)
-        self.finished.append((now_s, batch))
+        self.answered += batch.queries
+        self.sizes.append(len(batch.queries))
+        self.batches += (batch.worker, batch.start_s, now_s, batch.accuracy)
 
     def stall(self, now_s: float, until_s: float) -> None:
         self.stalled_until_s = max(self.stalled_until_s, until_s)
@@ -256,6 +268,7 @@ class _Run:
         self.outages[worker] += 1
         if self.outages[worker] > 1:
             return
+        self.alive -= 1
         batch, self.running[worker], self.last_subnet[worker] = self.running[worker], None, None
         if batch is None:
             self.idle.remove(worker)
@@ -269,22 +282,20 @@ class _Run:
     def come_back(self, now_s: float, worker: int) -> None:
         self.outages[worker] -= 1
         if not self.outages[worker]:
+            self.alive += 1
             self.idle.append(worker)
 
     def result(self) -> Result:
         self.run()
-        n = len(self.arrivals)
+        n = len(self.trace)
         start_s, finish_s, accuracy = np.full(n, np.inf), np.full(n, np.inf), np.full(n, np.nan)
         batch, worker = np.zeros(n, np.int32), np.full(n, -1, np.int32)
         outcome = np.full(n, LATE, np.uint8)
-        if self.finished:
-            sizes = np.array([len(b.queries) for _, b in self.finished])
-            order = np.fromiter(itertools.chain.from_iterable(b.queries for _, b in self.finished), np.int64, sizes.sum())
-            batch[order] = np.repeat(sizes, sizes)
-            finish_s[order] = np.repeat([t for t, _ in self.finished], sizes)
-            start_s[order] = np.repeat([b.start_s for _, b in self.finished], sizes)
-            accuracy[order] = np.repeat([b.accuracy for _, b in self.finished], sizes)
-            worker[order] = np.repeat([b.worker for _, b in self.finished], sizes)
+        order, sizes = np.array(self.answered, np.int64), np.array(self.sizes, np.int64)
+        batch[order] = np.repeat(sizes, sizes)
+        columns = np.array(self.batches).reshape(-1, 4).T
+        for array, column in zip((worker, start_s, finish_s, accuracy), columns, strict=True):
+            array[order] = np.repeat(column, sizes)
         deadline_s = self.trace.deadlines_s
         outcome[finish_s <= deadline_s] = MET
         outcome[self.expired] = EXPIRED

@@ -135,6 +135,8 @@ def bursty(
     ('bursty 1500+5550 cv2=8', True)
     """
     _check(duration_s=duration_s, burst_qps=burst_qps)
+    if not 0 <= base_qps < math.inf:
+        raise errors.ConfigError(f"base_qps must be a finite number of 0 or more, got {base_qps}")
     base = np.arange(1, _count(base_qps, duration_s) + 1) / base_qps if base_qps else np.zeros(0)
     burst = _renewal(burst_qps * duration_s, cv2, np.random.default_rng(seed)) / burst_qps
     return Trace(np.sort(np.concatenate([base, burst])), slo_ms, name=f"bursty {base_qps:g}+{burst_qps:g} cv2={cv2:g}")

@@ -77,13 +77,13 @@ class SearchConfig:
     Args:
       candidates: subnets to try, the smallest and the largest among them.
       calibration_examples, examples: training examples for a candidate's statistics, validation examples for its accuracy.
-      served: at most this many subnets are kept, spread evenly over the front's accuracies.
+      served: at most this many subnets are chosen, spread evenly over the logarithm of FLOPs.
     """
 
-    candidates: int = 64
+    candidates: int = 60
     calibration_examples: int = 512
     examples: int = 1000
-    served: int = 10
+    served: int = 12
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -103,21 +103,37 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
     return result
 
 
-def choose(candidates: Sequence[Candidate], count: int, *, keep: Sequence[subnets.Subnet] = ()) -> list[Candidate]:
-    """At most `count` of the front, spread evenly over its accuracies, in ascending order of FLOPs.
+def choose(
+    candidates: Sequence[Candidate], count: int, *, keep: Sequence[subnets.Subnet] = (), tolerance: float = 0.0
+) -> list[Candidate]:
+    """At most `count` candidates on or near the front, in ascending order of FLOPs.
+
+    The range of FLOPs is cut into bands of equal ratio; of each band the most accurate candidate is chosen, unless a cheaper
+    one is better by more than `tolerance`.
 
     Args:
       candidates: all that were tried.
       count: at least 2.
       keep: subnets to choose in any case, such as the smallest and the largest.
+      tolerance: accuracies are uncertain by so much, such as their standard error; a front is blurred by it.
     """
-    best = front(candidates)
-    chosen = [c for c in candidates if c.subnet in keep]
-    step = (best[-1].accuracy - best[0].accuracy) / max(count - 1, 1)
-    for i in range(count):
-        target = best[0].accuracy + i * step
-        near = min(best, key=lambda c: (abs(c.accuracy - target), c.flops))
-        far = all(abs(near.accuracy - c.accuracy) >= step / 2 or math.isclose(step, 0) for c in chosen)
-        if near not in chosen and far and len(chosen) < max(count, len(keep)):
-            chosen.append(near)
-    return sorted(chosen, key=lambda c: c.flops)
+    chosen = {c.subnet: c for c in candidates if c.subnet in keep}
+    bands = count - len(chosen)
+    low, high = (math.log(end(c.flops for c in candidates)) for end in (min, max))
+    best: dict[int, Candidate] = {}
+    for c in sorted(candidates, key=lambda c: c.flops):
+        band = min(int(bands * (math.log(c.flops) - low) / max(high - low, 1e-9)), bands - 1)
+        cheaper = max((o.accuracy for o in candidates if o.flops < c.flops), default=0.0)
+        if cheaper <= c.accuracy + tolerance and (band not in best or c.accuracy > best[band].accuracy):
+            best[band] = c
+    chosen |= {c.subnet: c for c in best.values()}
+    return sorted(chosen.values(), key=lambda c: c.flops)
+
+
+def standard_error(accuracy: float, examples: int) -> float:
+    """Of an accuracy measured on so many examples.
+
+    >>> round(standard_error(0.9, 1000), 4)
+    0.0095
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / examples)

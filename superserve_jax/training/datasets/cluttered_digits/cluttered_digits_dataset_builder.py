@@ -47,6 +47,7 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=("image", "label"),
+            disable_shuffling=True,  # the order says which scan an image shows, see render.py; training shuffles
             homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
             license="CC BY 4.0 (the scans: UCI Machine Learning Repository)",
             citation=_CITATION,

