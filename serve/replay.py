@@ -45,10 +45,10 @@ class Options:
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
     policies: tuple[str, ...] = ()
-    seconds: float = 12.0
+    seconds: float = 13.5
     slo_ms: float | None = None
     calm: float = 0.4
-    burst: float = 0.6
+    burst: float = 0.45
     cv2: float = 4.0
     trace: pathlib.Path | None = None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -109,7 +109,7 @@ def make_trace(options: Options, profile: ss.Profile, *, workers: int, slo_ms: f
     calm = options.calm * workers * profile.throughput_qps(profile.rows[-1].subnet)
     burst = options.burst * workers * profile.throughput_qps(profile.rows[0].subnet)
     step_s = 0.5
-    pattern = [calm, calm, burst, calm, burst, burst]
+    pattern = [calm, calm, burst, calm, calm, calm, burst, burst, calm]
     rates = [pattern[i % len(pattern)] for i in range(max(1, round(options.seconds / step_s)))]
     trace = traces.steps(rates_qps=rates, step_s=step_s, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
     return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")

@@ -29,8 +29,8 @@ class SlackFit:
        batch, provided that its latency and its rest fit into the slack; else the batch of 1. all the same.
 
     It cannot collapse, whatever the profile: a backlog that the workers cannot clear within the head's slack is served at the
-    highest throughput there is, and as long as they can, nothing is lost by serving it more slowly. A query with a floor makes
-    subnets below it unfit for its batch; the batch is made smaller until one fits.
+    highest throughput there is, and as long as they can, nothing is lost by serving it more slowly. With floors, "fastest" means
+    the fastest subnet that the head accepts, and the batch ends before the first query that asks for more than is chosen.
 
     **As in the paper** (Section 4.2, Appendix A.5). Evenly spaced latency buckets run from the fastest (subnet, batch) to the
     slowest. Each keeps, of the tuples whose latency lies in its range, the one with the largest batch, and among those
@@ -96,27 +96,18 @@ class SlackFit:
         return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
 
     def _guarded(self, state: base.State) -> base.Decision:
-        table, slack_ms, waiting, floors = self._table, state.slack_ms, state.waiting, state.floors
+        table, slack_ms, waiting = self._table, state.slack_ms, state.waiting
+        least = table.above(state.floors[0]) if state.floors else 0  # the fastest subnet that the head accepts
         drain = self._size[min(waiting, table.sizes[-1])]
         for size in range(drain, -1, -1):
-            batch = table.sizes[size]
-            rest_ms = max(waiting - batch, 0) * self._query_ms / state.workers
-            budget_ms = self._usable * slack_ms - self._foresight * rest_ms
-            if size < drain:
-                budget_ms = min(budget_ms, slack_ms - rest_ms)
+            rest_ms = max(waiting - table.sizes[size], 0) * self._query_ms / state.workers
+            limit_ms = slack_ms if size == drain else slack_ms - rest_ms  # of the fastest subnet
+            budget_ms = min(self._usable * slack_ms - self._foresight * rest_ms, limit_ms)  # of the others
             latencies, ranks = self._hulls[size]
-            rank = ranks[max(bisect.bisect_right(latencies, budget_ms) - 1, 0)]
-            if floors:
-                rank = max(rank, table.above(max(floors[:batch])))
-            latency_ms = table.columns[size][rank]
-            if latency_ms <= slack_ms and (size == drain or latency_ms + rest_ms <= slack_ms):
-                return base.Decision(table.subnets[rank], batch)
-        if not floors:
-            return base.Decision(table.subnets[0], table.sizes[drain])
-        # Whoever accepts less than the head is served faster without it.
-        rank = table.above(floors[0])
-        alike = itertools.takewhile(lambda floor: table.above(floor) == rank, floors[: table.sizes[drain]])
-        return base.Decision(table.subnets[rank], sum(1 for _ in alike))
+            rank = max(ranks[max(bisect.bisect_right(latencies, budget_ms) - 1, 0)], least)
+            if table.columns[size][rank] <= (budget_ms if rank > least else limit_ms):
+                return base.Decision(table.subnets[rank], table.sizes[size])
+        return base.Decision(table.subnets[least], table.sizes[drain])
 
 
 def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple[list[float], list[base.Decision]]:
