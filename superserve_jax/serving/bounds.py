@@ -47,8 +47,8 @@ def fluid_of_trace(
 
     Args:
       window_s: None lets the workers carry the mean rate of the whole trace, as though it had always been even. A length
-        bounds window by window, which is tighter where the rate changes: what arrives in a window must be done in it
-        or within the longest SLO after it.
+        bounds window by window: what arrives in a window must be done in it or within the longest SLO after it. That is
+        tighter where the rate changes, and looser where it does not, so let a window be many SLOs long.
     """
     if not len(trace):
         return Bound(1.0, float("nan"))

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from superserve_jax import plots, progress
+from superserve_jax import errors, plots, progress
 from superserve_jax.supernets import programs
 from superserve_jax.training import config as configs
 from superserve_jax.training import data, runs, sampling, step
@@ -35,8 +35,12 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str]) -> runs.
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
       ConfigError: the folder holds a run of another config. DataError: the dataset is not there.
     """
+    dataset = data.open(config.data)  # first, since without data no folder should be left behind
+    if dataset.num_classes != config.model.num_classes:
+        raise errors.ConfigError(
+            f"model.num_classes is {config.model.num_classes}, but {config.data.name} has {dataset.num_classes} classes"
+        )
     run = runs.Run.create(config, workdir)
-    dataset = data.open(config.data)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
 
     optimiser = config.optim.create(num_steps)

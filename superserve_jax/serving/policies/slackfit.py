@@ -25,12 +25,15 @@ class SlackFit:
        those on the concave hull of accuracy over latency, since off the hull a mixture of two others is as fast and more
        accurate. The reserve is for jitter. The rest makes the policy feel a burst when it arrives, not when its first
        query has grown old; nothing of it would do if no more came, and all of it suits what the fastest subnet can just carry.
-    3. Guard: where none is that fast, the fastest subnet. If it does not save the head with the batch of 1., then a smaller
-       batch, provided that its latency and its rest fit into the slack; else the batch of 1. all the same.
+    3. Guard: where none is that fast, the fastest subnet. If it does not save the head with the batch of 1., then the largest
+       batch that does, provided that its latency and its rest fit into the slack; else the batch of 1. all the same.
 
     It cannot collapse, whatever the profile: a backlog that the workers cannot clear within the head's slack is served at the
-    highest throughput there is, and as long as they can, nothing is lost by serving it more slowly. With floors, "fastest" means
-    the fastest subnet that the head accepts, and the batch ends before the first query that asks for more than is chosen.
+    highest throughput there is, and as long as they can, nothing is lost by serving it more slowly.
+
+    Where the head has a floor, "fastest" means the fastest subnet that it accepts, and the guard serves it only with those
+    behind it that ask for as much, since anyone else would be served faster without it. A batch always ends before the first
+    query that asks for more than the chosen subnet (see `queue.take`).
 
     **As in the paper** (Section 4.2, Appendix A.5). Evenly spaced latency buckets run from the fastest (subnet, batch) to the
     slowest. Each keeps, of the tuples whose latency lies in its range, the one with the largest batch, and among those
@@ -72,7 +75,7 @@ class SlackFit:
         for name, share in ("reserve", reserve), ("foresight", foresight):
             if not 0 <= share <= 1:
                 raise errors.ConfigError(f"{name} is a share from 0 to 1, got {share}")
-        self.name = "slackfit" if guard else "slackfit-paper"
+        self.name = "slackfit" if guard else "slackfit-paper" if reading == "in_range" else "slackfit-cumulative"
         self._table = table = base.Table(profile)
         self._decide = self._guarded if guard else self._bucketed
         self._latency_ms, self._decisions = _latency_buckets(table, buckets, reading)
@@ -96,18 +99,30 @@ class SlackFit:
         return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
 
     def _guarded(self, state: base.State) -> base.Decision:
-        table, slack_ms, waiting = self._table, state.slack_ms, state.waiting
-        least = table.above(state.floors[0]) if state.floors else 0  # the fastest subnet that the head accepts
-        drain = self._size[min(waiting, table.sizes[-1])]
+        table, queries = self._table, min(state.waiting, self._table.sizes[-1])
+        size = self._size[queries]
+        budget_ms = self._usable * state.slack_ms - self._foresight * self._rest_ms(state, size)
+        latencies, ranks = self._hulls[size]
+        least = table.above(state.floors[0]) if state.floors else 0
+        rank = max(ranks[max(bisect.bisect_right(latencies, budget_ms) - 1, 0)], least)
+        if table.columns[size][rank] <= budget_ms:
+            return base.Decision(table.subnets[rank], min(table.sizes[size], queries))
+        if least:
+            alike = itertools.takewhile(lambda floor: table.above(floor) >= least, state.floors[:queries])
+            queries = sum(1 for _ in alike)
+        return self._fastest(state, least, queries)
+
+    def _fastest(self, state: base.State, rank: int, queries: int) -> base.Decision:
+        """The guard: what the fastest subnet that will do takes of the first `queries`."""
+        table, drain = self._table, self._size[queries]
         for size in range(drain, -1, -1):
-            rest_ms = max(waiting - table.sizes[size], 0) * self._query_ms / state.workers
-            limit_ms = slack_ms if size == drain else slack_ms - rest_ms  # of the fastest subnet
-            budget_ms = min(self._usable * slack_ms - self._foresight * rest_ms, limit_ms)  # of the others
-            latencies, ranks = self._hulls[size]
-            rank = max(ranks[max(bisect.bisect_right(latencies, budget_ms) - 1, 0)], least)
-            if table.columns[size][rank] <= (budget_ms if rank > least else limit_ms):
-                return base.Decision(table.subnets[rank], table.sizes[size])
-        return base.Decision(table.subnets[least], table.sizes[drain])
+            limit_ms = state.slack_ms if size == drain else state.slack_ms - self._rest_ms(state, size)
+            if table.columns[size][rank] <= limit_ms:
+                return base.Decision(table.subnets[rank], min(table.sizes[size], queries))
+        return base.Decision(table.subnets[rank], min(table.sizes[drain], queries))
+
+    def _rest_ms(self, state: base.State, size: int) -> float:
+        return max(state.waiting - self._table.sizes[size], 0) * self._query_ms / state.workers
 
 
 def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple[list[float], list[base.Decision]]:

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+from conftest import TINY, random_images, random_params
+
+from superserve_jax import errors
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import calibration, evaluation, search
+
+
+@pytest.fixture
+def model():
+    return supernet.SuperNet(TINY, random_params(TINY))
+
+
+def test_statistics_of_one_batch_are_what_the_sliced_program_sees(model):
+    images = random_images(TINY, 16)
+    subnet = TINY.space().sample(0, 1)
+    program = programs.sliced(TINY, subnet)
+    expected = program.train(model.params, images, program.active(subnet))[1]
+    rows = calibration.calibrate(model, [subnet], images)
+    np.testing.assert_allclose(rows[subnet], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_several_batches_are_pooled_exactly_in_the_first_layer(model):
+    # Only the first norm's input does not depend on how the images are batched.
+    images, subnet = random_images(TINY, 40), TINY.space().largest()
+    whole = calibration.calibrate(model, [subnet], images, batch_size=40)[subnet]
+    parts = calibration.calibrate(model, [subnet], images, batch_size=10)[subnet]
+    first = TINY.sizes(subnet)["stem.mid"]
+    np.testing.assert_allclose(parts[:, :first], whole[:, :first], rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_leaves_the_model_as_it_was(model):
+    calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 8))
+    assert model.rows == {}
+
+
+def test_too_few_images_are_refused(model):
+    with pytest.raises(errors.ConfigError, match="2 or more"):
+        calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 1))
+
+
+def test_statistics_that_are_not_finite_are_refused(model):
+    model.params["stem.0.conv.kernel"] = np.full_like(model.params["stem.0.conv.kernel"], np.nan)
+    with pytest.raises(errors.ConfigError, match="not finite"):
+        calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 8))
+
+
+def batches_of(images, labels, size):
+    def make():
+        for i in range(0, len(images), size):
+            x, y = images[i : i + size], labels[i : i + size]
+            fill = size - len(x)
+            yield {
+                "image": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))),
+                "label": np.pad(y, (0, fill)),
+                "weight": np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)],
+            }
+
+    return make
+
+
+def test_accuracy_counts_each_image_once_and_padding_never(model):
+    images = random_images(TINY, 23)
+    chosen = [TINY.space().smallest(), TINY.space().largest()]
+    model.rows = calibration.calibrate(model, chosen, images)
+    labels = np.argmax(np.asarray(model(images, chosen[0])), -1).astype(np.int32)
+    labels[:5] = (labels[:5] + 1) % 3
+    found = evaluation.accuracy(model, chosen, batches_of(images, labels, 10))
+    assert found[0] == pytest.approx(18 / 23)
+    other = np.argmax(np.asarray(model(images, chosen[1])), -1)
+    assert found[1] == pytest.approx((other == labels).mean())
+
+
+def test_the_search_tries_what_it_was_told_each_once_and_is_repeatable(model):
+    images = random_images(TINY, 32)
+    labels = np.arange(32, dtype=np.int32) % 3
+    tried = search.search(model, images, batches_of(images, labels, 16), candidates=14, seed=3)
+    again = search.search(model, images, batches_of(images, labels, 16), candidates=14, seed=3)
+    assert tried == again
+    assert len({c.subnet for c in tried}) == len(tried) == 14
+    assert {TINY.space().smallest(), TINY.space().largest()} <= {c.subnet for c in tried}
+    assert all(c.flops == TINY.flops(c.subnet) for c in tried)
+
+
+def candidate(step, flops, accuracy):
+    return search.Candidate(TINY.space().sample(9, step), flops, accuracy)
+
+
+def test_the_front_ascends_in_cost_and_accuracy():
+    cloud = [candidate(0, 1, 0.5), candidate(1, 2, 0.4), candidate(2, 2, 0.6), candidate(3, 3, 0.6), candidate(4, 4, 0.9)]
+    assert [(c.flops, c.accuracy) for c in search.front(cloud)] == [(1, 0.5), (2, 0.6), (4, 0.9)]
+
+
+def test_choosing_takes_the_best_of_each_band_and_keeps_what_must_be_kept():
+    steps = {TINY.space().sample(9, k): k for k in range(40)}
+    cloud = [candidate(k, 2**i, 0.5 + 0.05 * i + 0.001 * (k % 3)) for i, k in enumerate(list(steps.values())[:8])]
+    bad = candidate(list(steps.values())[8], 300, 0.2)
+    chosen = search.choose([*cloud, bad], 5, keep=(cloud[0].subnet,))
+    assert cloud[0] in chosen
+    assert bad not in chosen
+    assert len(chosen) <= 5
+    assert [c.flops for c in chosen] == sorted(c.flops for c in chosen)
+    assert len(search.choose([*cloud, bad], 9, tolerance=1.0)) >= len(chosen)

@@ -1,0 +1,122 @@
+"""The programs as a user runs them, on the minute network of configs/debug.py."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import superserve_jax as ss
+
+ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "debug"
+
+
+def program(*arguments, check=True, **options):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(workdir, data_dir):
+    done = program("train/supernet.py", "configs/debug.py", "--workdir", workdir, "--data.data-dir", data_dir)
+    assert "test accuracy" in done.stdout
+    assert "Traceback" not in done.stderr
+    return workdir
+
+
+def test_one_command_leads_from_a_config_to_an_export(trained):
+    model = ss.load(trained / "export")
+    assert len(model.subnets) >= 2
+    assert model.manifest["training"]["name"] == "debug"
+    assert {"metrics.png", "search.png", "evaluation.json", "config.json"} <= set(os.listdir(trained))
+
+
+@pytest.mark.parametrize("name", ["search", "calibrate", "evaluate", "export"])
+def test_each_stage_is_a_program_of_its_own(trained, name, tmp_path):
+    done = program(f"train/{name}.py", trained, "--json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())
+    assert done.stdout.strip()
+
+
+def test_measuring_and_replaying_give_a_table_a_plot_and_json(trained, tmp_path):
+    program("serve/measure.py", trained / "export", "--repeats", "3", "--json", tmp_path / "profile.json")
+    profile = ss.Profile.load(tmp_path / "profile.json")
+    done = program(
+        "serve/replay.py", trained / "export", "--seconds", "2", "--json", tmp_path / "r.json", "--plot", tmp_path / "p.png"
+    )
+    results = json.loads((tmp_path / "r.json").read_text())["policies"]
+    names = ["slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows)))]
+    assert [r["name"] for r in results] == names
+    for r in results:
+        assert 0 <= r["attainment"] <= 1
+        assert {"accuracy_profiled", "accuracy_measured", "p50_ms", "p99_ms"} <= set(r)
+    assert "SlackFit, guarded (default)" in done.stdout
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(tmp_path, data_dir, trained):
+    command = ["train/supernet.py", "configs/debug.py", "--workdir", tmp_path / "run", "--data.data-dir", data_dir]
+    command += ["--epochs", "40", "--checkpoint-every", "1000000", "--train-only"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "run the same command to go on" in stderr
+    assert "Traceback" not in stderr
+    [step] = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert step >= 5
+    done = program(*command, "--epochs", "41", check=False)
+    assert done.returncode == 2
+    assert "epochs: 40.0 -> 41.0" in done.stderr or "epochs: 40 -> 41" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train/supernet.py", "configs/debgu.py"], "did you mean configs/debug.py"),
+        (["train/supernet.py", "configs/debug.py", "--optim.lr", "nan"], "optim.lr must be a finite number"),
+        (["train/supernet.py", "configs/debug.py", "--data.name", "cifr10"], "did you mean 'cifar10'"),
+        (["train/evaluate.py", "nowhere"], "is not the folder of a run"),
+        (["serve/measure.py", "nowhere"], "is not an export"),
+        (["serve/replay.py", "nowhere"], "is not an export"),
+    ],
+)
+def test_bad_input_ends_a_program_with_one_clear_line(arguments, message, tmp_path):
+    extra = ["--workdir", tmp_path / "run"] if "supernet" in arguments[0] and "debgu" not in arguments[1] else []
+    done = program(*arguments, *extra, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "serve").glob("*.py")]), ids=lambda p: p.stem
+)
+def test_every_program_explains_itself(path):
+    done = program(path, "--help")
+    assert len(done.stdout) > 200

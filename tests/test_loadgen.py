@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from superserve_jax import profile as profiles
+from superserve_jax import subnet as subnets
+from superserve_jax.serving import engine, loadgen, metrics, server, traces
+
+
+def make_profile():
+    nets = [subnets.Subnet((), (("width", (float(i),)),)) for i in range(2)]
+    rows = (profiles.Row(nets[0], 0.7, (1.0, 2.0)), profiles.Row(nets[1], 0.9, (2.0, 4.0)))
+    return profiles.Profile((1, 4), rows)
+
+
+class Classifier(engine.FakeEngine):
+    """Answers scores whose largest is at the input's value."""
+
+    def run(self, subnet, batch_size, inputs):
+        return [np.eye(10)[int(value)] for value, _ in super().run(subnet, batch_size, inputs)]
+
+
+@pytest.fixture
+def trace():
+    return traces.gamma(rate_qps=300.0, duration_s=0.5, slo_ms=200.0)
+
+
+def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace):
+    profile = make_profile()
+    values = np.random.default_rng(0).integers(10, size=len(trace))
+    with server.Server.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, [np.float32(v) for v in values])
+    np.testing.assert_array_equal(done.label, values)
+    assert done.met.mean() > 0.9
+    assert (done.lateness_s >= 0).all()
+    assert (done.finish_s > done.arrival_s).all()
+    assert set(np.unique(done.accuracy)) <= {0.7, 0.9}
+    assert metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy).queries == len(trace)
+
+
+def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_waited_for(trace):
+    profile = make_profile().scaled(200)  # 200 ms a query: five a second of three hundred
+    with server.Server.from_engines([Classifier(profile)], profile, policy="fixed:0", slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
+        target.close(drain=False)
+    assert np.isinf(done.finish_s).any()
+    assert (done.label[np.isinf(done.finish_s)] == -1).all()
+    assert done.met.mean() < 0.5
+
+
+def test_a_late_generator_never_makes_a_deadline_later(trace):
+    class Slow(server.Server):
+        def submit_many(self, xs, **options):
+            import time
+
+            time.sleep(0.02)
+            return super().submit_many(xs, **options)
+
+    profile = make_profile()
+    with Slow.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, [np.float32(1)] * len(trace))
+    assert np.percentile(done.lateness_s, 90) > 0.005
+    np.testing.assert_allclose(done.deadline_s - done.arrival_s, 0.2)

@@ -1,0 +1,191 @@
+"""The loop and the stages after it, on a minute network: exact resumption, Ctrl-C, what stands in the folder."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from superserve_jax import errors
+from superserve_jax.supernets import programs
+from superserve_jax.training import config as configs
+from superserve_jax.training import data, loop, runs, sampling, stages, step
+
+DEBUG = os.path.join(os.path.dirname(__file__), "..", "configs", "debug.py")
+
+
+class FakeDataset:
+    """Noise with labels that depend on it, behind the interface of `data.Dataset`; batch k is a function of (seed, k)."""
+
+    num_classes, class_names = 10, tuple("0123456789")
+
+    def __init__(self, config):
+        self.config = config
+
+    def num_examples(self, split):
+        return {"train": 640, "validation": 250, "test": 300}[split]
+
+    def _make(self, rng, n):
+        images = rng.integers(0, 256, (n, 32, 32, 1), dtype=np.uint8)
+        return images, (images[:, :16].mean((1, 2, 3)) > 127.5).astype(np.int32)
+
+    def train(self, batch_size, *, seed, start_step=0):
+        k = start_step
+        while True:
+            images, labels = self._make(np.random.default_rng([seed, k]), batch_size)
+            yield {"image": images, "label": labels}
+            k += 1
+
+    def arrays(self, split, limit=None):
+        n = self.num_examples(split)
+        return self._make(np.random.default_rng(len(split)), n if limit is None else min(limit, n))
+
+    def eval(self, split, batch_size):
+        images, labels = self.arrays(split)
+        for i in range(0, len(images), batch_size):
+            x, y = images[i : i + batch_size], labels[i : i + batch_size]
+            fill = batch_size - len(x)
+            weight = np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)]
+            yield {"image": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))), "label": np.pad(y, (0, fill)), "weight": weight}
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setattr(data, "open", FakeDataset)
+    return dataclasses.replace(configs.load(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2)  # 12 steps
+
+
+def params_of(run):
+    return run.model().params
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_a_run_leaves_its_config_metrics_plot_and_checkpoints(config, tmp_path):
+    run = loop.train(config, tmp_path / "run")
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert configs.from_json(json.loads((run.workdir / "config.json").read_text())) == config
+    assert (run.workdir / "metrics.png").stat().st_size > 1000
+    assert sorted(os.listdir(run.workdir / "checkpoints")) == ["12", "8"]
+
+
+def test_training_changes_every_parameter(config, tmp_path):
+    trained, fresh = params_of(loop.train(config, tmp_path / "run")), programs.initial_params(config.model, config.seed)
+    assert all((np.asarray(trained[name]) != np.asarray(fresh[name])).any() for name in fresh)
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_path, monkeypatch):
+    undisturbed = loop.train(config, tmp_path / "a")
+    calls = []
+    real = step.SandwichStep.__call__
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(step.SandwichStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 12; run the same command to go on"):
+        loop.train(config, tmp_path / "b")
+    resumed = loop.train(config, tmp_path / "b")
+    assert len(calls) == 12
+    assert_same(params_of(resumed), params_of(undisturbed))
+    drop = {"images_per_s"}
+    assert [{k: v for k, v in m.items() if k not in drop} for m in resumed.metrics() if m["step"] > 8] == [
+        {k: v for k, v in m.items() if k not in drop} for m in undisturbed.metrics() if m["step"] > 8
+    ]
+
+
+def test_ctrl_c_is_left_as_it_was_found(config, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    loop.train(config, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):
+    loop.train(config, tmp_path / "run")
+    monkeypatch.setattr(step.SandwichStep, "__call__", lambda *_: pytest.fail("trained again"))
+    loop.train(config, tmp_path / "run")
+
+
+def test_a_folder_of_another_config_is_refused_with_the_difference(config, tmp_path):
+    loop.train(config, tmp_path / "run")
+    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
+    with pytest.raises(errors.ConfigError, match=r"optim\.lr: 0\.004 -> 0\.5"):
+        loop.train(changed, tmp_path / "run")
+
+
+def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, tmp_path):
+    run = loop.train(config, tmp_path / "run")
+    chosen = stages.search(run)
+    space = config.model.space()
+    assert {space.smallest(), space.largest()} <= {c.subnet for c in chosen}
+    stages.calibrate(run)
+    served = stages.evaluate(run)
+    assert [s.subnet for s in served] == run.served()
+    assert served[-1].accuracy == served[-1].accuracy_shared
+    path = stages.export(run)
+    import superserve_jax as ss
+
+    model = ss.load(path)
+    images, labels = FakeDataset(config.data).arrays("test")
+    for s in model.served:
+        hits = np.argmax(np.asarray(model(images, s.subnet)), -1) == labels
+        assert hits.mean() == pytest.approx(s.accuracy)
+    assert {s.subnet for s in model.served} <= set(run.served())
+    assert configs.from_json(model.manifest["training"]) == config
+    assert {"search.png", "search.json", "statistics.npz", "evaluation.json"} <= set(os.listdir(run.workdir))
+
+
+@pytest.mark.parametrize(
+    ("stage", "made_by"),
+    [(stages.calibrate, "train/search.py"), (stages.evaluate, "train/search.py"), (stages.export, "train/evaluate.py")],
+)
+def test_a_stage_without_the_one_before_says_which_program_to_run(config, tmp_path, stage, made_by):
+    run = loop.train(config, tmp_path / "run")
+    with pytest.raises(errors.ConfigError, match=made_by):
+        stage(run)
+
+
+def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(config, tmp_path):
+    with pytest.raises(errors.ConfigError, match=r"not the folder of a run.*train/supernet\.py"):
+        runs.Run.open(tmp_path)
+    with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
+        runs.Run.create(config, tmp_path / "run").model()
+
+
+def test_a_step_sums_the_gradients_of_the_sandwich(config):
+    """Against the same losses written as one function."""
+    import optax
+
+    from superserve_jax.training import losses
+
+    params = programs.initial_params(config.model, 0)
+    sampler = sampling.Sampler(config.model, buckets=2, random_subnets=2, seed=0)
+    choices = sampler.step(3)
+    images, labels = FakeDataset(config.data)._make(np.random.default_rng(0), 8)
+    sgd = optax.sgd(1.0)
+    after, _, scalars = step.SandwichStep(sgd, label_smoothing=0.1)(
+        jax.tree.map(lambda p: p.copy(), params), sgd.init(params), images, labels, choices
+    )
+
+    def total(params):
+        logits = [c.program.train(params, images, c.program.active(c.subnet))[0] for c in choices]
+        first = losses.cross_entropy(logits[0], labels, smoothing=0.1)
+        return first + sum(losses.distillation(other, logits[0]) for other in logits[1:]), first
+
+    grads, first = jax.grad(total, has_aux=True)(params)
+    assert scalars["loss"] == pytest.approx(float(first), rel=1e-5)
+    largest = max(float(np.abs(g).max()) for g in grads.values())
+    for name, g in grads.items():
+        np.testing.assert_allclose(params[name] - after[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
