@@ -1,6 +1,6 @@
 """A minute network on cluttered digits: a few seconds from training to export. For trying things out; it learns little.
 
-    python train/supernet.py configs/debug.py
+python train/supernet.py configs/debug.py
 """
 
 from superserve_jax.supernets.ofa_resnet import OFAResNetConfig

@@ -7,10 +7,9 @@ Expected on test images: largest subnet about 92.5 %, smallest about 86 %. About
     python train/supernet.py configs/digits_resnet.py
 """
 
-from superserve_jax.training.data import DataConfig
-
 from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
 from superserve_jax.training.config import OptimConfig, TrainConfig
+from superserve_jax.training.data import DataConfig
 
 
 def get_config() -> TrainConfig:

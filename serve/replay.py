@@ -69,7 +69,8 @@ def main() -> None:
     chosen = np.random.default_rng(options.seed).integers(len(images), size=len(trace))
     inputs, truth = [images[i] for i in chosen], labels[chosen]
     print(
-        f"{len(trace):,} queries in {options.seconds:g} s ({trace.name}), SLO {slo_ms:.0f} ms, {len(engines)} worker(s): {profile.device}"
+        f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
+        f"{len(engines)} worker(s) on {profile.device}"
     )
 
     names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows))))
@@ -86,9 +87,8 @@ def main() -> None:
 
     print()
     cli.print_table(table(results, profile))
-    print(
-        f"The generator was late by {results[0]['lateness_p50_ms']:.2f} ms at the median, {results[0]['lateness_p99_ms']:.1f} ms at the 99th percentile."
-    )
+    late = [max(r[f"lateness_{p}_ms"] for r in results) for p in ("p50", "p99")]
+    print(f"the generator was late by at most {late[0]:.2f} ms at the median and {late[1]:.1f} ms at the 99th percentile")
     if options.json:
         about = {"slo_ms": slo_ms, "trace": trace.name, "queries": len(trace), "device": profile.device}
         cli.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
@@ -140,10 +140,10 @@ def table(results: list[dict[str, Any]], profile: ss.Profile) -> list[tuple[str,
         "slackfit-paper": "SlackFit of the paper",
         **{f"fixed:{i}": f"fixed:{i}, subnet of {100 * r.accuracy:.2f} %" for i, r in enumerate(profile.rows)},
     }
-    header = ("policy", "SLO attainment", "accuracy, profiled", "measured", "p50 ms", "p99 ms")
-    rows = [
+    header: tuple[str, ...] = ("policy", "SLO attainment", "accuracy, profiled", "measured", "p50 ms", "p99 ms")
+    rows: list[tuple[str, ...]] = [
         (
-            about.get(r["name"], r["name"]),
+            str(about.get(r["name"], r["name"])),
             f"{100 * r['attainment']:.2f} %",
             f"{r['accuracy_profiled']:.2f} %",
             f"{r['accuracy_measured']:.2f} %",

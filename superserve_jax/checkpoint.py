@@ -39,7 +39,7 @@ SCHEMA = 1
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 << 20
-_MAX_BYTES = 1 << 40  # of all payload files together; more than any device holds
+_MAX_BYTES = 1 << 40  # of one payload file; more than any device holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _verify(payload: pathlib.Path, files: Mapping[str, Any]) -> None:
         state = "missing" if odd[0] in files else "not in the manifest"
         raise errors.ExportError(f"{payload / odd[0]} is {state}; the export is not whole, copy or export it again")
     sizes = [f.get("bytes") if isinstance(f, dict) else None for f in files.values()]
-    if not all(isinstance(s, int) and s >= 0 for s in sizes) or sum(sizes) > _MAX_BYTES:
+    if not all(isinstance(s, int) and 0 <= s <= _MAX_BYTES for s in sizes):
         raise errors.ExportError(f"the manifest of {payload.parent} gives impossible file sizes; export again")
     for name, expected in files.items():
         size = found[name].stat().st_size

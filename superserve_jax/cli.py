@@ -13,7 +13,7 @@ from superserve_jax import errors
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program: an error of this library ends it with one line and status 2, Ctrl-C with status 130."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("superserve_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file
     try:

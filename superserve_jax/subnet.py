@@ -229,7 +229,7 @@ class SearchSpace:
 
     def smallest(self) -> Subnet:
         """The subnet with the smallest choice everywhere."""
-        axes = {a.name: [c[0] for c in a.choices] for a in self.axes}
+        axes: dict[str, Any] = {a.name: [c[0] for c in a.choices] for a in self.axes}
         return self.subnet(depth=[d[0] for d in self.depths], **axes)
 
     def largest(self) -> Subnet:

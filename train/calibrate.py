@@ -36,9 +36,10 @@ def main() -> None:
     model = run.model()
     weights = sum(p.nbytes for p in model.params.values())
     rows = [row.nbytes for row in model.rows.values()]
+    mean = sum(rows) / len(rows)
     print(
-        f"{len(rows)} subnets calibrated on {run.config.calibration_examples} training images: {sum(rows) / len(rows):,.0f} bytes "
-        f"of statistics each, {weights / (sum(rows) / len(rows)):.0f} times less than the {weights:,} bytes of weights"
+        f"{len(rows)} subnets calibrated on {run.config.calibration_examples} training images: {mean:,.0f} bytes of "
+        f"statistics each, {weights / mean:.0f} times less than the {weights:,} bytes of weights"
     )
     if options.json:
         cli.write_json(options.json, {"subnets": len(rows), "statistics_bytes": rows, "weights_bytes": weights})

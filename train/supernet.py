@@ -4,7 +4,8 @@
     python train/supernet.py configs/digits_resnet.py --optim.lr 0.01 --epochs 3 --workdir runs/mine
 
 Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with
-metrics, plots, checkpoints and export/. Library: training.loop.train, then training.stages.search, calibrate, evaluate, export.
+metrics, plots, checkpoints and export/. Library: training.loop.train, then search, calibrate, evaluate and export of
+training.stages.
 """
 
 import dataclasses

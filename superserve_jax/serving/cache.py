@@ -8,6 +8,7 @@ compiled again. Deleting the directory is always safe.
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -19,19 +20,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 from superserve_jax import layers, ops, supernets
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs
 
+Device = Any  # a jax.Device, which is a variable to type checkers
+
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 
 
 def directory() -> pathlib.Path:
-    """Where the cache lies: $SUPERSERVE_CACHE, or superserve_jax in the user's cache folder. An empty variable turns it off."""
+    """Where the cache lies: $SUPERSERVE_CACHE (empty turns it off), else superserve_jax in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(os.environ.get("SUPERSERVE_CACHE", pathlib.Path(base) / "superserve_jax"))
 
@@ -44,13 +46,13 @@ class ExecutableCache:
       device: an executable belongs to one device.
     """
 
-    def __init__(self, config: Any, device: jax.Device):
+    def __init__(self, config: Any, device: Device):
         self._device = device
         self._root = _private(directory()) if os.environ.get("SUPERSERVE_CACHE") != "" else None
         self._about = {
             "config": supernets.config_to_json(config),
             "device": [device.platform, device.device_kind, device.id],
-            "jax": [jax.__version__, jaxlib.__version__],
+            "jax": [importlib.metadata.version(name) for name in ("jax", "jaxlib")],
             "flags": os.environ.get("XLA_FLAGS", ""),
             "features": _cpu_features() if device.platform == "cpu" else "",
             "source": _source_digest(type(config)),

@@ -25,6 +25,8 @@ from superserve_jax import subnet as subnets
 from superserve_jax.serving import cache, measuring
 from superserve_jax.supernets import programs, supernet
 
+Device = Any  # a jax.Device, which is a variable to type checkers
+
 _log = logging.getLogger(__name__)
 
 _MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1  # nearer neighbours than this are not worth an executable
@@ -55,7 +57,7 @@ class DeviceEngine:
     def __init__(
         self,
         model: supernet.SuperNet,
-        device: jax.Device,
+        device: Device,
         *,
         subnet_list: Sequence[subnets.Subnet],
         batch_sizes: Sequence[int],
@@ -85,7 +87,7 @@ class DeviceEngine:
 
 
 def prepare(
-    path_or_model: Any, *, batch_sizes: Sequence[int], devices: Sequence[jax.Device] | None = None
+    path_or_model: Any, *, batch_sizes: Sequence[int], devices: Sequence[Device] | None = None
 ) -> tuple[supernet.SuperNet, list[DeviceEngine], profiles.Profile]:
     """What a server needs: the model, one engine per device, and the latency profile of this kind of device.
 
@@ -119,7 +121,7 @@ def prepare(
     return model, engines, profile
 
 
-def stored_profile(model: checkpoint.Model, device: jax.Device, batch_sizes: Sequence[int]) -> profiles.Profile | None:
+def stored_profile(model: checkpoint.Model, device: Device, batch_sizes: Sequence[int]) -> profiles.Profile | None:
     """The profile beside the export, cut to `batch_sizes`; None where it does not cover this device and these sizes."""
     path = checkpoint.profile_path(model.path, device_kind(device))
     if not path.exists():
@@ -149,7 +151,7 @@ def measure(
 
 
 def build(
-    config: Any, subnet_list: Iterable[subnets.Subnet], batch_sizes: Iterable[int], device: jax.Device
+    config: Any, subnet_list: Iterable[subnets.Subnet], batch_sizes: Iterable[int], device: Device
 ) -> dict[tuple[subnets.Subnet, int], Executable]:
     """Executables for every pair of subnet and batch size, from the cache or compiled in parallel."""
     pairs = [(s, b) for s in subnet_list for b in batch_sizes]
@@ -161,7 +163,7 @@ def build(
 
 
 def _load_or_compile(
-    store: "cache.ExecutableCache", config: Any, subnet: subnets.Subnet, batch: int, device: jax.Device
+    store: "cache.ExecutableCache", config: Any, subnet: subnets.Subnet, batch: int, device: Device
 ) -> Executable:
     found = store.load(subnet, batch)
     if found is not None:
@@ -171,7 +173,7 @@ def _load_or_compile(
     return executable
 
 
-def compile_executable(config: Any, subnet: subnets.Subnet, batch: int, device: jax.Device) -> Executable:
+def compile_executable(config: Any, subnet: subnets.Subnet, batch: int, device: Device) -> Executable:
     """Lowers and compiles the sliced program of a subnet for one device."""
     program = programs.sliced(config, subnet)
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -202,7 +204,7 @@ def _used_leaves(program: programs.Program) -> tuple[str, ...]:
     return tuple(name for name, v in zip(sorted(spec), jaxpr.invars, strict=False) if id(v) in read)
 
 
-def device_kind(device: jax.Device) -> str:
+def device_kind(device: Device) -> str:
     """What a latency profile holds for: the card's name, or for a CPU its model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind

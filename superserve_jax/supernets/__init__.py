@@ -27,7 +27,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 
 def config_from_json(data: Mapping[str, Any]) -> Any:
-    """The inverse of `config_to_json`. Raises UnknownNameError for an unknown family, ConfigError for fields that do not fit."""
+    """The inverse of `config_to_json`. Raises UnknownNameError for an unknown family, ConfigError for unfit fields."""
     fields = {k: _tuples(v) for k, v in data.items() if k != "family"}
     name = data.get("family")
     if name not in _FAMILIES:

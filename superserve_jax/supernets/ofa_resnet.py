@@ -254,7 +254,7 @@ class OFAResNet(nnx.Module):
         skip = isinstance(stats, layers.RowStats)
         x = images
         if config.input_dtype == "uint8":
-            x = (x.astype(jnp.float32) / 255.0 - np.float32(config.mean)) / np.float32(config.std)
+            x = (x.astype(jnp.float32) / 255.0 - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
         mid = sizes["stem.mid"]
         x = self.stem[0](x, mid, stats)
         x = ops.layer_select(sizes["stem.gate"], lambda x: x + self.stem[1](x, mid, stats), x, skip=skip)

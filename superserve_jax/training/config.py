@@ -59,9 +59,10 @@ class OptimConfig:
     def create(self, steps: int) -> optax.GradientTransformation:
         """The Optax transformation for a run of `steps` steps."""
         warmup = round(self.warmup * steps)
-        main = optax.cosine_decay_schedule(self.lr, max(steps - warmup, 1)) if self.schedule == "cosine" else self.lr
+        cosine = self.schedule == "cosine"
+        main = optax.cosine_decay_schedule(self.lr, max(steps - warmup, 1)) if cosine else optax.constant_schedule(self.lr)
         schedule = optax.join_schedules(
-            [optax.linear_schedule(self.lr / (warmup + 1), self.lr, max(warmup, 1)), _as_schedule(main)], [warmup]
+            [optax.linear_schedule(self.lr / (warmup + 1), self.lr, max(warmup, 1)), main], [warmup]
         )
         clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
         if self.name == "adamw":
@@ -148,7 +149,8 @@ def load(path: str | os.PathLike[str]) -> TrainConfig:
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; the examples are in configs/"
         raise errors.ConfigError(f"no config file {path}{hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, path
+    assert spec is not None, path
+    assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
@@ -190,7 +192,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 def _decayed(params: Any) -> dict[str, bool]:
     return {name: value.ndim > 1 for name, value in params.items()}
-
-
-def _as_schedule(value: Any) -> optax.Schedule:
-    return value if callable(value) else optax.constant_schedule(value)

@@ -76,7 +76,7 @@ def _proposals(
     rng = np.random.default_rng([seed, 1])
     while len(tried) < total:
         parents = front(tried.values())
-        child = mutate(space, parents[rng.integers(len(parents))].subnet, rng)
+        child = mutate(space, parents[int(rng.integers(len(parents)))].subnet, rng)
         if child not in tried:
             yield child
 
@@ -85,7 +85,7 @@ def mutate(space: subnets.SearchSpace, subnet: subnets.Subnet, rng: np.random.Ge
     """`subnet` with each depth and choice drawn anew with a chance of 15 %."""
 
     def draw(choices: Sequence[Any], now: Any) -> Any:
-        return choices[rng.integers(len(choices))] if rng.random() < _MUTATION else now
+        return choices[int(rng.integers(len(choices)))] if rng.random() < _MUTATION else now
 
     depth = [
         draw(choices, sum(subnet.gates[b] for b in stage)) for choices, stage in zip(space.depths, space.stages, strict=True)

@@ -44,8 +44,8 @@ def search(run: runs.Run) -> list[searching.Candidate]:
         "search.json",
         {"candidates": [c.to_json() for c in tried], "served": [c.subnet.to_json() for c in chosen]},
     )
-    points = [[(float(c.flops), c.accuracy) for c in group] for group in (tried, searching.front(tried), chosen)]
-    plots.search(*points, run.workdir / "search.png")
+    cloud, front, served = ([(float(c.flops), c.accuracy) for c in group] for group in (tried, searching.front(tried), chosen))
+    plots.search(cloud, front, served, run.workdir / "search.png")
     return chosen
 
 
@@ -100,8 +100,8 @@ def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib
         path if path is not None else run.workdir / "export",
         run.model(),
         evaluated,
-        measured=f"top-1 on the {dataset.num_examples('test')} test images of {run.config.data.name}, masked program, own statistics "
-        f"from {run.config.calibration_examples} training images",
+        measured=f"top-1 on the {dataset.num_examples('test')} test images of {run.config.data.name}, masked program, each "
+        f"subnet's own statistics from {run.config.calibration_examples} training images",
         class_names=dataset.class_names,
         training=configs.to_json(run.config),
     )

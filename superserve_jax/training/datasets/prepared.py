@@ -67,6 +67,7 @@ def _make(builder: tfds.core.DatasetBuilder) -> None:
     complete. Of two that prepare at once the second cannot rename onto the first one's folder, and uses that.
     """
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.disable_progress_bar()  # the builder shows its own progress, one line instead of twenty
     try:
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
     except OSError as e:
@@ -75,6 +76,8 @@ def _make(builder: tfds.core.DatasetBuilder) -> None:
                 f"dataset '{builder.name}' could not be written to {builder.data_dir}: {e}. "
                 f"Check that the folder can be written, or choose another data_dir"
             ) from e
+    finally:
+        tfds.enable_progress_bar()
 
 
 def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder, data_dir: str | None) -> str:

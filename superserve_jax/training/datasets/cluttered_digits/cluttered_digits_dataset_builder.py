@@ -8,6 +8,7 @@ from typing import Any
 import PIL.Image
 import tensorflow_datasets as tfds
 
+from superserve_jax import progress
 from superserve_jax.training.datasets.cluttered_digits import render
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         scans, digits = render.load_scans(split)
-        for index in range(render.NUM_IMAGES[split]):
+        for index in progress.track(range(render.NUM_IMAGES[split]), f"making {self.name}, {split}"):
             pixels, chosen = render.render(scans, split, index)
             png = io.BytesIO()
             PIL.Image.fromarray(pixels[:, :, 0]).save(png, format="png", compress_level=1)  # noise does not compress
