@@ -8,7 +8,7 @@ Expected on test images: largest subnet about 92.5 %, smallest about 86 %. About
 """
 
 from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
-from superserve_jax.training.config import OptimConfig, TrainConfig
+from superserve_jax.training.config import OptimConfig, SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 
 
@@ -35,7 +35,8 @@ def get_config() -> TrainConfig:
         ),
         data=DataConfig(name="cluttered_digits", image_size=32, channels=1, shift=2, cache=True),
         optim=OptimConfig(name="adamw", lr=4e-3, schedule="cosine"),
-        epochs=5,
+        epochs=6,
         batch_size=64,
-        random_subnets=2,
+        calibration_examples=2048,
+        search=SearchConfig(candidates=80, served=24),
     )

@@ -3,6 +3,8 @@
 No layer has state that changes at run time. Normalisation statistics come from outside, through the `stats` argument:
 `BatchStats` normalises with the batch's own statistics and records them (training, calibration); `RowStats` reads a row that
 calibration made (inference).
+
+Axis letters: B batch, H height, W width, C and D channels before and after; `h`, `w` are height and width over the stride.
 """
 
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float
 
 from superserve_jax import ops
 
@@ -53,8 +56,8 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (kernel_size, kernel_size, in_channels, out_channels), jnp.float32))
         self.stride = stride
 
-    def __call__(self, x: jax.Array, out: ops.Size) -> jax.Array:
-        """(B, H, W, C) -> (B, H / stride, W / stride, limit of `out`). Masked by the norm that follows, not here."""
+    def __call__(self, x: Float[Array, "B H W C"], out: ops.Size) -> Float[Array, "B h w D"]:
+        """D is the limit of `out`. Masked by the norm that follows, not here."""
         kernel = ops.weight_slice(self.kernel[...], x.shape[-1], ops.limit(out))
         pad = kernel.shape[0] // 2
         return lax.conv_general_dilated(
@@ -74,8 +77,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
 
-    def __call__(self, x: jax.Array, out: ops.Size) -> jax.Array:
-        """(..., C) -> (..., limit of `out`)."""
+    def __call__(self, x: Float[Array, "*axes C"], out: ops.Size) -> Float[Array, "*axes D"]:
+        """D is the limit of `out`."""
         n = ops.limit(out)
         kernel = ops.weight_slice(self.kernel[...], x.shape[-1], n)
         return ops.mask(x @ kernel.astype(x.dtype) + ops.weight_slice(self.bias[...], n).astype(x.dtype), out)
@@ -94,7 +97,7 @@ class SubnetNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.name = name
 
-    def __call__(self, x: jax.Array, size: ops.Size, stats: BatchStats | RowStats) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes C"], size: ops.Size, stats: BatchStats | RowStats) -> Float[Array, "*axes C"]:
         """Normalises the last axis of `x`, whose length is the limit of `size`."""
         n = x.shape[-1]
         mean, var = stats(self.name, x)

@@ -8,6 +8,8 @@ Each has one form whose sizes say how it runs. A `Size` is
 
 The invariant that makes the forms equal: every activation is zero beyond its active channels, so a layer needs to know only
 its own size, never that of its input.
+
+Axis letters: C channels; `*axes` whatever stands before them.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Num
 
 Size = int | tuple[int, jax.Array]
 
@@ -28,7 +31,7 @@ def limit(size: Size) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-def mask(x: jax.Array, size: Size) -> jax.Array:
+def mask(x: Num[Array, "*axes C"], size: Size) -> Num[Array, "*axes C"]:
     """Zeroes the last axis beyond the active size; the identity where the size is an int.
 
     >>> mask(jnp.ones(3), (3, jnp.int32(2))).tolist()
@@ -66,8 +69,8 @@ def layer_select(gate: Size, block: Callable[[jax.Array], jax.Array], x: jax.Arr
     return jnp.where(gate[1] > 0, block(x), x)
 
 
-def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and (biased) variance of each channel over all other axes, both float32 of shape (C,).
+def batch_statistics(x: Float[Array, "*axes C"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Mean and (biased) variance of each channel over all other axes, both float32.
 
     >>> [v.tolist() for v in batch_statistics(jnp.array([[1.0], [3.0]]))]
     [[2.0], [1.0]]
@@ -79,9 +82,16 @@ def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def subnet_norm(
-    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, size: Size, *, eps: float = 1e-5
-) -> jax.Array:
-    """SubnetNorm: batch normalisation with the statistics of the subnet that runs; `mean` ... `bias` have shape (C,).
+    x: Float[Array, "*axes C"],
+    mean: Float[Array, " C"],
+    var: Float[Array, " C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    size: Size,
+    *,
+    eps: float = 1e-5,
+) -> Float[Array, "*axes C"]:
+    """SubnetNorm: batch normalisation with the statistics of the subnet that runs.
 
     Masked afterwards, since a masked channel comes back as bias - mean * scale.
     """

@@ -189,3 +189,19 @@ def test_a_step_sums_the_gradients_of_the_sandwich(config):
     largest = max(float(np.abs(g).max()) for g in grads.values())
     for name, g in grads.items():
         np.testing.assert_allclose(params[name] - after[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
+
+
+def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config, tmp_path, monkeypatch):
+    traced = []
+    real = programs.Program.train
+
+    def counted(self, *arguments):
+        traced.append(self)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(programs.Program, "train", counted)
+    fresh = dataclasses.replace(config, model=dataclasses.replace(config.model, stem_width=12), random_subnets=2)
+    loop.train(fresh, tmp_path / "run")
+    used = {c.program for k in range(12) for c in sampling.Sampler(fresh.model, buckets=2, random_subnets=2, seed=0).step(k)}
+    assert len(used) == 2 + 2
+    assert len(traced) == len(set(traced)) == len(used)

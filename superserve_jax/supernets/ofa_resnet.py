@@ -7,7 +7,8 @@ stem's two parts and of every stage.
 
 The published OFA-ResNet50 is `OFAResNetConfig()`; a small network for 32x32 images is another config of the same class.
 
-Axis letters: B batch, H height, W width, C channels.
+Axis letters: B batch, H height, W width, C and D channels before and after, K classes; `h`, `w` are height and width over the
+stride.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Num
 
 from superserve_jax import errors, layers, ops
 from superserve_jax import subnet as subnets
@@ -190,8 +192,10 @@ class ConvNorm(nnx.Module):
         self.norm = layers.SubnetNorm(c_out, name=f"{name}.norm")
         self.relu = relu
 
-    def __call__(self, x: jax.Array, out: ops.Size, stats: layers.BatchStats | layers.RowStats) -> jax.Array:
-        """(B, H, W, C) -> (B, H / stride, W / stride, limit of `out`)."""
+    def __call__(
+        self, x: Float[Array, "B H W C"], out: ops.Size, stats: layers.BatchStats | layers.RowStats
+    ) -> Float[Array, "B h w D"]:
+        """D is the limit of `out`."""
         x = self.norm(self.conv(x, out), out, stats)
         return jax.nn.relu(x) if self.relu else x
 
@@ -213,8 +217,10 @@ class Block(nnx.Module):
         self.shortcut = ConvNorm(c_in, out, 1, name=f"{name}.shortcut", relu=False, rngs=rngs) if has_shortcut else None
         self.stride = stride
 
-    def __call__(self, x: jax.Array, mid: ops.Size, out: ops.Size, stats: layers.BatchStats | layers.RowStats) -> jax.Array:
-        """(B, H, W, C) -> (B, H / stride, W / stride, limit of `out`)."""
+    def __call__(
+        self, x: Float[Array, "B H W C"], mid: ops.Size, out: ops.Size, stats: layers.BatchStats | layers.RowStats
+    ) -> Float[Array, "B h w D"]:
+        """D is the limit of `out`."""
         y = x
         for conv in self.convs[:-1]:
             y = conv(y, mid, stats)
@@ -248,8 +254,10 @@ class OFAResNet(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.classifier = layers.Linear(c, config.num_classes, rngs=rngs)
 
-    def __call__(self, images: jax.Array, sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.RowStats) -> jax.Array:
-        """Images (B, H, W, C) of the config's dtype -> logits (B, num_classes), float32."""
+    def __call__(
+        self, images: Num[Array, "B H W C"], sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.RowStats
+    ) -> Float[Array, "B K"]:
+        """Logits of images of the config's dtype."""
         config = self.config
         skip = isinstance(stats, layers.RowStats)
         x = images
@@ -270,7 +278,7 @@ class OFAResNet(nnx.Module):
         return self.classifier(jnp.mean(x, (1, 2)), config.num_classes)
 
 
-def average_pool(x: jax.Array, window: int) -> jax.Array:
+def average_pool(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B h w C"]:
     """Average over windows of `window` x `window`; a window that hangs over the edge averages what is there.
 
     >>> average_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2)[0, :, :, 0].tolist()

@@ -1,11 +1,15 @@
-"""Losses of the sandwich rule with in-place distillation (Yu and Huang, ICCV 2019)."""
+"""Losses of the sandwich rule with in-place distillation (Yu and Huang, ICCV 2019).
+
+Axis letters: B batch, K classes.
+"""
 
 import jax
 import optax
+from jaxtyping import Array, Float, Int
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0) -> jax.Array:
-    """Mean cross entropy of logits (B, K) against int labels (B,), a scalar.
+def cross_entropy(logits: Float[Array, "B K"], labels: Int[Array, " B"], *, smoothing: float = 0.0) -> Float[Array, ""]:
+    """Mean cross entropy of logits against labels.
 
     >>> float(cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1])).round(4))
     0.6931
@@ -14,8 +18,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def distillation(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Mean cross entropy of logits (B, K) against the teacher's soft output (B, K), through which no gradient flows.
+def distillation(logits: Float[Array, "B K"], teacher_logits: Float[Array, "B K"]) -> Float[Array, ""]:
+    """Mean cross entropy of logits against the teacher's soft output, through which no gradient flows.
 
     >>> float(distillation(jnp.array([[0.0, 0.0]]), jnp.array([[5.0, 0.0]])).round(4))
     0.6931

@@ -1,0 +1,50 @@
+"""The README's Python runs, and its commands name programs and files that exist."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+from conftest import TINY, random_params, random_row
+
+from superserve_jax import checkpoint
+from superserve_jax.supernets import supernet
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def test_the_readme_shows_python_and_commands():
+    assert PYTHON
+    assert any(line.startswith("make demo") for line in COMMANDS)
+    assert any(line.startswith("make test") for line in COMMANDS)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_python_in_the_readme_is_short_and_runs(code, tmp_path, monkeypatch, capsys):
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    space = TINY.space()
+    chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
+    model = supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    served = [checkpoint.Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(chosen)]
+    checkpoint.export(tmp_path / "runs" / "demo" / "export", model, served, measured="made up", class_names=("a", "b", "c"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("(32, 32, 1)", "(9, 9, 1)"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("python ")])
+def test_commands_in_the_readme_name_files_that_exist(line):
+    words = shlex.split(line.split("#")[0])
+    assert (ROOT / words[1]).is_file()
+    for word in words[2:]:
+        if word.startswith("configs/"):
+            assert (ROOT / word).is_file()
+
+
+def test_every_config_and_program_is_named_in_the_readme():
+    for folder in ("train", "serve"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name in README or f"{folder}/{path.stem}" in README or path.stem in README, path
