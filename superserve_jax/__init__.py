@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from superserve_jax.errors import (
     AccuracyFloorError,
     ConfigError,
+    ConversionError,
     DataError,
     DeadlineError,
     DeadlineExpiredError,
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccuracyFloorError",
     "ConfigError",
+    "ConversionError",
     "DataError",
     "DeadlineError",
     "DeadlineExpiredError",

@@ -40,6 +40,10 @@ class ExportError(SuperServeError, ValueError):
     """An export directory is missing, damaged, foreign or from a newer version."""
 
 
+class ConversionError(SuperServeError, ValueError):
+    """A weight file cannot be read, or its weights are not those of the network that was asked for."""
+
+
 class ProfileError(SuperServeError, ValueError):
     """A latency profile is malformed, or made for other subnets or batch sizes."""
 

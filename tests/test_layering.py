@@ -16,6 +16,7 @@ LAYERS = [
     ["supernets"],
     ["profile"],
     ["checkpoint"],
+    ["convert"],
     ["training", "serving"],
 ]
 NO_JAX = (
@@ -25,6 +26,7 @@ NO_JAX = (
         for name in ("queue", "policies", "traces", "azure", "simulator", "bounds", "reference", "metrics", "engine")
     ]
     + [f"serving.{name}" for name in ("futures", "workers", "server", "runtime", "measuring", "loadgen")]
+    + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity")]
 )
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax.supernets import ofa_resnet
+from superserve_jax.supernets import dynabert, ofa_resnet
 
-_FAMILIES: dict[str, type] = {ofa_resnet.OFAResNetConfig.family: ofa_resnet.OFAResNetConfig}
+_FAMILIES: dict[str, type] = {c.family: c for c in (ofa_resnet.OFAResNetConfig, dynabert.DynaBERTConfig)}
 
 
 def register(config_class: type) -> type:

@@ -59,7 +59,7 @@ class OFAResNetConfig:
       input_dtype: "uint8" for raw pixels, normalised inside with `mean` and `std` (of pixels scaled to 0..1); "float32" for
         images that the caller has normalised.
 
-    >>> OFAResNetConfig().space().size > 1e13
+    >>> OFAResNetConfig().space().size > 1e12
     True
     """
 

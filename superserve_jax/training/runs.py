@@ -85,6 +85,26 @@ class Run:
             params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
         return supernet.SuperNet(self.config.model, params, self.rows())
 
+    def start_from(self, model: supernet.SuperNet) -> None:
+        """Makes a model's weights and statistics those of step 0, from which training and the later stages go on.
+
+        Raises:
+          ConfigError: the run has a checkpoint already, or is of another network.
+        """
+        if model.config != self.config.model:
+            raise errors.ConfigError(f"{self.workdir} is a run of {self.config.model}, not of {model.config}")
+        with self.checkpoints() as manager:
+            if manager.latest_step() is not None:
+                raise errors.ConfigError(
+                    f"{self.workdir} has a checkpoint already, of step {manager.latest_step()}; choose another folder"
+                )
+            opt_state = self.config.optim.create(1).init(model.params)  # the number of steps does not matter to it
+            items = {"params": ocp.args.StandardSave(model.params), "opt_state": ocp.args.StandardSave(opt_state)}
+            manager.save(0, args=ocp.args.Composite(**items))
+            manager.wait_until_finished()
+        if model.rows:
+            self.save_rows(model.rows)
+
     def rows(self) -> dict[subnets.Subnet, np.ndarray]:
         """The calibrated statistics; empty before calibration."""
         path = self.workdir / "statistics.npz"

@@ -1,0 +1,139 @@
+"""Hugging Face's BERT classifiers (transformers, `BertForSequenceClassification`), DynaBERT's own weights among them."""
+
+import collections
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.convert import state_dict
+from superserve_jax.supernets import dynabert, programs, supernet
+
+_EMBEDDINGS = "bert.embeddings"
+_LAYER = "bert.encoder.layer"
+_POSITIONS = rf"{_EMBEDDINGS}\.position_embeddings\.weight"
+_TABLES = {"words": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
+_DENSE = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_out": "attention.output.dense",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"}
+
+
+def bert(
+    state: Any,
+    *,
+    num_heads: int,
+    depths: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    ffn: Sequence[int] | None = None,
+    max_length: int | None = None,
+) -> supernet.SuperNet:
+    """The SuperNet of a state dict of Hugging Face's `BertForSequenceClassification`.
+
+    All sizes but the number of heads are in the weights. The search space offers what the network can run, unless `depths`,
+    `heads` and `ffn` say less; to train it, narrow it to what shall be served (`DynaBERTConfig` has DynaBERT's choices).
+
+    Args:
+      state: a mapping of arrays, or a file, see `state_dict.read`.
+      num_heads: attention heads of a layer.
+      depths: allowed numbers of layers, 1 to all of them if left out.
+      heads: allowed numbers of heads, 1 to all of them if left out.
+      ffn: allowed numbers of feed-forward neurons; if left out, the share of each number of heads, and every quarter.
+      max_length: of sequences, in tokens; as many as there are positions if left out.
+
+    Returns:
+      A SuperNet that takes what its `config.pack(ids, types, mask=mask)` returns.
+
+    Raises:
+      ConversionError: weights are missing, surplus or misshapen; all are listed. ConfigError: an argument cannot be right.
+    """
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise errors.ConfigError(f"num_heads must be a whole number from 1 up, got {num_heads!r}")
+    weights = state_dict.read(state)
+    positions = _size(weights, _POSITIONS)
+    neurons = _size(weights, rf"{_LAYER}\.\d+\.intermediate\.dense\.bias")
+    shares = {(k, n) for n in (num_heads, 4) for k in range(1, n + 1)}
+    config = dynabert.DynaBERTConfig(
+        num_classes=_size(weights, r"classifier\.(weight|bias)"),
+        vocab_size=_size(weights, rf"{_EMBEDDINGS}\.word_embeddings\.weight"),
+        max_length=positions if max_length is None else max_length,
+        token_types=_size(weights, rf"{_EMBEDDINGS}\.token_type_embeddings\.weight"),
+        hidden_size=_size(weights, r"bert\..*\.LayerNorm\.(weight|gamma|bias|beta)", default=num_heads),
+        depths=_choices("depths", depths, range(1, _num_layers(weights) + 1)),
+        heads=_choices("heads", heads, range(1, num_heads + 1)),
+        ffn=_choices("ffn", ffn, sorted({max(1, neurons * k // n) for k, n in shares})),
+    )
+    if config.max_length > positions:
+        raise errors.ConfigError(f"the weights have {positions} positions; max_length={max_length} is more than that")
+    return fill(config, weights)
+
+
+def fill(config: dynabert.DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> supernet.SuperNet:
+    """The SuperNet of `config` with these weights, read already. Raises as `bert` does."""
+    positions = max(config.max_length, _size(weights, _POSITIONS))
+    found = state_dict.take(
+        weights,
+        _sources(config, positions),
+        what=f"a BERT classifier of {config.num_layers} layers, hidden size {config.hidden_size} and {config.ffn[-1]} "
+        f"feed-forward neurons",
+        hint="are they those of such a BertForSequenceClassification?",
+    )
+    found["embeddings.positions"] = found["embeddings.positions"][: config.max_length]
+    return supernet.SuperNet(config, {name: jnp.array(value) for name, value in found.items()})
+
+
+def _choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> tuple[int, ...]:
+    """The choices of an axis, `offered` unless `given`; the largest is what the weights have."""
+    choices = tuple(sorted(set(offered if given is None else given)))
+    if not choices or choices[-1] != offered[-1]:
+        raise errors.ConfigError(f"the largest of {name} must be all that there are, {offered[-1]}; got {list(choices)}")
+    return choices
+
+
+def _size(weights: Mapping[str, np.ndarray], pattern: str, *, default: int = 1) -> int:
+    """The first axis of the weights of these names, by majority, so that one odd weight is what the error names."""
+    lengths = [v.shape[0] for name, v in weights.items() if re.fullmatch(pattern, name) and v.ndim and v.shape[0]]
+    return collections.Counter(lengths).most_common(1)[0][0] if lengths else default
+
+
+def _num_layers(weights: Mapping[str, np.ndarray]) -> int:
+    found = (re.match(rf"{_LAYER}\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(m[1]) for m in found if m), default=0)
+
+
+def _sources(config: dynabert.DynaBERTConfig, positions: int) -> dict[str, state_dict.Source]:
+    """Where every parameter stands; the position table with all its rows."""
+    shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
+    shapes["embeddings.positions"] = (positions, config.hidden_size)
+    sources = {}
+
+    def table(ours: str, theirs: str) -> None:
+        sources[ours] = state_dict.Source((f"{theirs}.weight",), shapes[ours])
+
+    def dense(ours: str, theirs: str) -> None:
+        sources[f"{ours}.kernel"] = state_dict.Source((f"{theirs}.weight",), shapes[f"{ours}.kernel"], (1, 0))
+        sources[f"{ours}.bias"] = state_dict.Source((f"{theirs}.bias",), shapes[f"{ours}.bias"])
+
+    def norm(ours: str, theirs: str) -> None:  # gamma and beta are the names of files made from TensorFlow's
+        sources[f"{ours}.scale"] = state_dict.Source((f"{theirs}.weight", f"{theirs}.gamma"), shapes[f"{ours}.scale"])
+        sources[f"{ours}.bias"] = state_dict.Source((f"{theirs}.bias", f"{theirs}.beta"), shapes[f"{ours}.bias"])
+
+    for ours, theirs in _TABLES.items():
+        table(f"embeddings.{ours}", f"{_EMBEDDINGS}.{theirs}")
+    norm("embeddings.norm", f"{_EMBEDDINGS}.LayerNorm")
+    for i in range(config.num_layers):
+        for ours, theirs in _DENSE.items():
+            dense(f"layers.{i}.{ours}", f"{_LAYER}.{i}.{theirs}")
+        for ours, theirs in _NORMS.items():
+            norm(f"layers.{i}.{ours}", f"{_LAYER}.{i}.{theirs}")
+    dense("pooler", "bert.pooler.dense")
+    dense("classifier", "classifier")
+    return sources

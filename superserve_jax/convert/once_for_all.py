@@ -1,0 +1,201 @@
+"""once-for-all's OFA-ResNet50 (mit-han-lab/once-for-all, `OFAResNets`): its state dict and its subnet dictionaries.
+
+A subnet there is {"d": 5 depths, "e": an expand ratio per block, "w": 6 indices of width multipliers}. d[0] is the stem's:
+its residual layer is kept if and only if d[0] is the largest of `depth_list`; the others are added to a stage's base depth.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax import subnet as subnets
+from superserve_jax.convert import state_dict
+from superserve_jax.supernets import ofa_resnet as family
+from superserve_jax.supernets import programs, supernet
+
+_BASE_DEPTHS = (2, 2, 4, 2)
+_CLASSIFIER = ("classifier.linear.linear", "classifier.linear")
+_IGNORED = ("image_size", "r")  # a subnet dictionary may name a resolution; here that is the SuperNet's
+
+
+def ofa_resnet(
+    state: Any,
+    *,
+    depth_list: Sequence[int] | int,
+    expand_ratio_list: Sequence[float] | float,
+    width_mult_list: Sequence[float] | float,
+    image_size: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> supernet.SuperNet:
+    """The SuperNet of a state dict of once-for-all's `OFAResNets`, with the published keys or those of its own `state_dict()`.
+
+    The running statistics become the row of the largest subnet: it runs at once, others do with `norm="shared"`, and as they
+    should after calibration.
+
+    Args:
+      state: a mapping of arrays, or a file, see `state_dict.read`.
+      depth_list, expand_ratio_list, width_mult_list: what the network was made with there; a number stands for a list of it.
+      image_size: height and width of the images, in pixels.
+      mean, std: of pixels scaled to 0..1, for each of the 3 channels. With them the SuperNet takes raw uint8 pixels and
+        normalises them itself; without, float32 images that the caller has normalised, as the network does there.
+
+    Returns:
+      A SuperNet that takes images (B, H, W, 3).
+
+    Raises:
+      ConversionError: weights are missing, surplus or misshapen; all are listed. ConfigError: an argument cannot be right.
+    """
+    if (mean is None) != (std is None):
+        raise errors.ConfigError(f"give mean and std together, or neither; got mean={mean} and std={std}")
+    weights = state_dict.read(state)
+    depths = _ascending(depth_list)
+    if not depths or not all(isinstance(d, int) and d >= 0 for d in depths):
+        raise errors.ConfigError(f"depth_list must hold whole numbers from 0 up, got {depth_list}")
+    options: dict[str, Any] = {"input_dtype": "float32"}
+    if mean is not None and std is not None:
+        options = {"mean": tuple(mean), "std": tuple(std)}
+    config = family.OFAResNetConfig(
+        num_classes=_num_classes(weights),
+        image_size=image_size,
+        stem_depths=(0, 1) if len(depths) > 1 else (1,),
+        depths=tuple(tuple(base + d for d in depths) for base in _BASE_DEPTHS),
+        expand_ratios=_ascending(expand_ratio_list),
+        width_mults=_ascending(width_mult_list),
+        **options,
+    )
+    return fill(config, weights)
+
+
+def fill(config: family.OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> supernet.SuperNet:
+    """The SuperNet of `config` with these weights, read already. Raises as `ofa_resnet` does."""
+    for name, value in (("stem_stride", 2), ("stem_pool", True), ("strides", (1, 2, 2, 2)), ("block", "bottleneck")):
+        if getattr(config, name) != value:  # the weights' shapes would not show it
+            raise errors.ConfigError(f"once-for-all's OFA-ResNet has {name}={value!r}, got {getattr(config, name)!r}")
+    depth_list = sorted({d - base for depths, base in zip(config.depths, _BASE_DEPTHS, strict=False) for d in depths})
+    found = state_dict.take(
+        weights,
+        _sources(config),
+        what=f"an OFA-ResNet of depth_list={depth_list}, expand_ratio_list={list(config.expand_ratios)} and "
+        f"width_mult_list={list(config.width_mults)}",
+        hint="are these lists those that the network was made with?",
+    )
+    largest = config.space().largest()
+    norms = config.norm_sizes(config.sizes(largest))
+    row = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
+    return supernet.SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: row})
+
+
+def ofa_subnet(arch: Mapping[str, Any], space: subnets.SearchSpace) -> subnets.Subnet:
+    """The subnet that once-for-all's dictionary describes.
+
+    Args:
+      arch: {"d", "e", "w"}, lists as there; a number stands for the same at every position.
+      space: of a SuperNet that `ofa_resnet` made.
+
+    Raises:
+      SubnetError: `arch` lacks an entry or has a value that the space does not offer.
+
+    >>> space = family.OFAResNetConfig().space()
+    >>> ofa_subnet({"d": [0, 2, 2, 2, 2], "e": 0.35, "w": [0, 2, 2, 2, 2, 2]}, space)["width"]
+    (0.65, 1.0, 1.0, 1.0, 1.0, 1.0)
+    """
+    depth_list, expand, width = _axes(space)
+    if surplus := set(arch) - {"d", "e", "w", *_IGNORED}:
+        raise errors.unknown_name("entry of a subnet dictionary", sorted(surplus)[0], ["d", "e", "w"])
+    d, e, w = (
+        _positions(arch, name, count)
+        for name, count in (("d", len(_BASE_DEPTHS) + 1), ("e", len(expand.choices)), ("w", len(width.choices)))
+    )
+    for name, values, known in (("d", d, depth_list), ("w", w, range(len(width.choices[0])))):
+        if bad := [v for v in values if v not in known]:
+            raise errors.SubnetError(f"'{name}' of a subnet dictionary must be among {list(known)}, got {bad[0]!r}")
+    depth = [int(d[0] == depth_list[-1]), *(base + v for base, v in zip(_BASE_DEPTHS, d[1:], strict=True))]
+    return space.subnet(depth=depth, expand=e, width=[c[int(i)] for c, i in zip(width.choices, w, strict=True)])
+
+
+def ofa_arch(subnet: subnets.Subnet, space: subnets.SearchSpace) -> dict[str, list]:
+    """The inverse of `ofa_subnet`; blocks that do not run have the smallest expand ratio.
+
+    >>> space = family.OFAResNetConfig().space()
+    >>> ofa_arch(space.smallest(), space)["d"]
+    [0, 0, 0, 0, 0]
+    """
+    depth_list, _, width = _axes(space)
+    subnet = space.validate(subnet)
+    stem, *depth = (sum(subnet.gates[b] for b in stage) for stage in space.stages)
+    return {
+        "d": [depth_list[-1 if stem else 0], *(d - base for d, base in zip(depth, _BASE_DEPTHS, strict=True))],
+        "e": list(subnet["expand"]),
+        "w": [c.index(v) for c, v in zip(width.choices, subnet["width"], strict=True)],
+    }
+
+
+def _ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
+    return tuple(sorted(set(np.atleast_1d(np.asarray(values)).tolist())))
+
+
+def _axes(space: subnets.SearchSpace) -> tuple[list[int], subnets.Axis, subnets.Axis]:
+    """depth_list, and the expand and width axes; raises SubnetError for the space of another network."""
+    lists = {tuple(d - base for d in depths) for depths, base in zip(space.depths[1:], _BASE_DEPTHS, strict=False)}
+    axes = {a.name: a for a in space.axes}
+    if len(space.depths) != 1 + len(_BASE_DEPTHS) or len(lists) != 1 or set(axes) != {"expand", "width"}:
+        raise errors.SubnetError(
+            f"only the space of an OFA-ResNet50 has once-for-all's subnet dictionaries, base depths {_BASE_DEPTHS} and one "
+            f"depth_list for all stages; this one has the depths {space.depths} and the axes {list(axes)}"
+        )
+    return list(lists.pop()), axes["expand"], axes["width"]
+
+
+def _positions(arch: Mapping[str, Any], name: str, count: int) -> list[Any]:
+    if name not in arch:
+        raise errors.SubnetError(f"a subnet dictionary needs 'd', 'e' and 'w'; got {list(arch)}")
+    values = [arch[name]] * count if np.ndim(arch[name]) == 0 else list(arch[name])
+    if len(values) != count:
+        raise errors.SubnetError(f"'{name}' of a subnet dictionary needs {count} values, got {len(values)}: {values}")
+    if bad := [v for v in values if not isinstance(v, int | float | np.number) or not math.isfinite(v)]:
+        raise errors.SubnetError(f"'{name}' of a subnet dictionary must hold numbers, got {bad[0]!r}")
+    return values
+
+
+def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
+    """As many as the classifier has rows; if it is not there, that it is missing is said later."""
+    shapes = [weights[n].shape for p in _CLASSIFIER for n in (f"{p}.bias", f"{p}.weight") if n in weights]
+    return next((shape[0] for shape in shapes if shape and shape[0]), 1000)
+
+
+def _sources(config: family.OFAResNetConfig) -> dict[str, state_dict.Source]:
+    """Where every parameter stands, and the statistics of every norm, as NORM.mean and NORM.var."""
+    shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
+    sources = {}
+    for path, norm, theirs in _convolutions(shapes):
+        kernel = f"{path}.conv.kernel"
+        convs = (f"{theirs}.conv.conv.weight", f"{theirs}.conv.weight")
+        sources[kernel] = state_dict.Source(convs, shapes[kernel], (2, 3, 1, 0))
+        for ours, name in (
+            (f"{path}.norm.scale", "weight"),
+            (f"{path}.norm.bias", "bias"),
+            (f"{norm}.mean", "running_mean"),
+            (f"{norm}.var", "running_var"),
+        ):
+            sources[ours] = state_dict.Source((f"{theirs}.bn.bn.{name}", f"{theirs}.bn.{name}"), shapes[kernel][-1:])
+    for ours, name, axes in (("classifier.kernel", "weight", (1, 0)), ("classifier.bias", "bias", None)):
+        sources[ours] = state_dict.Source(tuple(f"{p}.{name}" for p in _CLASSIFIER), shapes[ours], axes)
+    return sources
+
+
+def _convolutions(params: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(path of our parameters, name of our norm, prefix of once-for-all's names) of every convolution."""
+    for i, theirs in enumerate(("input_stem.0", "input_stem.1.conv", "input_stem.2")):
+        yield f"stem.{i}", f"stem{i}.norm", theirs
+    b = 0
+    while f"blocks.{b}.convs.0.conv.kernel" in params:
+        for i in range(3):
+            yield f"blocks.{b}.convs.{i}", f"block{b}.conv{i}.norm", f"blocks.{b}.conv{i + 1}"
+        if f"blocks.{b}.shortcut.conv.kernel" in params:
+            yield f"blocks.{b}.shortcut", f"block{b}.shortcut.norm", f"blocks.{b}.downsample"
+        b += 1

@@ -1,0 +1,61 @@
+"""Makes a run out of weights that others published, as if it had been trained here.
+
+    python train/convert.py configs/ofa_resnet50.py ofa_resnet50.pth --workdir runs/ofa_resnet50
+
+The config says which network the weights are for and which data it is judged on. The run has a checkpoint of step 0 with the
+weights and the statistics that came with them; train/search.py, calibrate.py, evaluate.py and export.py go on from there, and
+so does train/supernet.py with the same config, which trains the weights further. A .pth file needs
+`pip install 'superserve-jax[convert]'`. Library: convert.weights, training.runs.Run.start_from.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated
+
+import tyro
+
+from superserve_jax import cli, convert
+from superserve_jax.training import config as configs
+from superserve_jax.training import runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      weights: the weight file: .npz, .safetensors, .pth, .pt or .bin.
+      config: every field of the config file can be overridden.
+      workdir: the run's folder; runs/NAME if left out.
+      json: write a description to this file.
+    """
+
+    weights: Annotated[pathlib.Path, tyro.conf.Positional]
+    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    workdir: pathlib.Path | None = None
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    default = Options(tyro.MISSING, configs.load(sys.argv[1]))
+    options = tyro.cli(Options, default=default, args=sys.argv[2:], prog=f"train/convert.py {sys.argv[1]}")
+    model = convert.weights(options.weights, options.config.model)  # first, since unfit weights should leave no folder behind
+    run = runs.Run.create(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
+    run.start_from(model)
+    largest = model.space.largest()
+    flops, params = model.config.flops(largest), model.config.num_params(largest)
+    if options.json:
+        cli.write_json(options.json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": model.space.size})
+    print(
+        f"{run.workdir}: {params / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOPs, {model.space.size:.2g} subnets; go on "
+        f"with `python train/search.py {run.workdir}`"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
