@@ -2,7 +2,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superserve_jax import errors
@@ -45,8 +45,8 @@ def states(draw, profile, floors=False):
     return policies.State(1.0, draw(st.floats(-50.0, 100.0)), waiting, head, draw(st.integers(1, 16)))
 
 
-def choose(policy, profile, slack_ms, waiting=400, workers=8, floors=()):
-    decision = policy(profile, policies.State(0.0, slack_ms, waiting, floors, workers))
+def choose(policy, profile, slack_ms, waiting=400, workers=8, floors=(), **more):
+    decision = policy(profile, policies.State(0.0, slack_ms, waiting, floors, workers, **more))
     return [r.subnet for r in profile.rows].index(decision.subnet), decision.batch
 
 
@@ -190,6 +190,7 @@ def test_a_head_with_a_floor_goes_with_its_like_alone_where_a_full_batch_has_not
     assert choose(policy, SLOWED, 11.0, waiting=16, floors=(best, best) + (0.0,) * 14) == (5, 1)  # 2 take it 12 ms, 1 takes 9
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_policy_is_a_pure_function_of_the_state(data):
     state = data.draw(states(PAPER))
@@ -219,6 +220,16 @@ def test_values_that_cannot_work_are_refused_at_construction():
         policies.SlackFit(PAPER, guard=False, buckets=0)
     with pytest.raises(errors.ConfigError, match="reserve"):
         policies.SlackFit(PAPER, reserve=1.5)
+    with pytest.raises(errors.ConfigError, match="risk"):
+        policies.SlackFit(PAPER, risk=0.0)
+    with pytest.raises(errors.ConfigError, match="period_s"):
+        policies.Planner(PAPER, period_s=0.0)
+    with pytest.raises(errors.ConfigError, match="loading_ms"):
+        policies.Switching(policies.MaxAcc(PAPER), math.inf)
+    with pytest.raises(errors.ConfigError, match="switching:100:max-acc"):
+        policies.create("switching:max-acc", PAPER)
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'max-acc'"):
+        policies.create("switching:100:max-ac", PAPER)
     with pytest.raises(errors.UnknownNameError, match="in_range"):
         policies.SlackFit(PAPER, guard=False, reading="in-range")
     with pytest.raises(errors.ProfileError, match="not in the profile"):
@@ -230,3 +241,102 @@ def test_the_table_finds_choices_by_rank_and_size():
     assert [table.most_accurate(0, ms) for ms in (0.5, 1, 5.9, 6)] == [-1, 0, 1, 2]
     assert [table.largest_batch(1, ms) for ms in (2, 3, 8, 9)] == [-1, 0, 1, 2]
     assert [table.above(floor) for floor in (0.0, 0.505, 0.51, 0.9)] == [0, 1, 1, 2]
+
+
+def test_the_guarded_policy_gives_accuracy_up_where_bursts_come_near_the_capacity_and_before_a_backlog_is_there():
+    policy, capacity = policies.SlackFit(SLOWED), 8 * SLOWED.throughput_qps(SLOWED.rows[0].subnet)
+    calm, near = (dict(rate_qps=share * capacity, variance_qps=8 * share * capacity) for share in (0.5, 0.9))
+    assert choose(policy, SLOWED, 36.0, waiting=16, **calm)[0] > choose(policy, SLOWED, 36.0, waiting=16, **near)[0] == 0
+    assert choose(policies.SlackFit(SLOWED, risk=1.0), SLOWED, 36.0, waiting=16, **near)[0] > 0
+    # The same rate, evenly spaced, is no risk; and beyond the capacity nothing but the fastest will do.
+    assert choose(policy, SLOWED, 36.0, waiting=16, rate_qps=0.9 * capacity, variance_qps=1.0)[0] > 0
+    assert choose(policy, SLOWED, 36.0, waiting=16, rate_qps=2 * capacity, variance_qps=capacity)[0] == 0
+
+
+@settings(deadline=None)
+@given(share=st.floats(0.0, 1.2), cv2=st.floats(0.0, 20.0), slack_ms=st.floats(-5.0, 40.0), waiting=st.integers(1, 300))
+def test_more_traffic_and_more_variance_never_make_the_guarded_policy_more_accurate(share, cv2, slack_ms, waiting):
+    policy, capacity = policies.SlackFit(SLOWED), 8 * SLOWED.throughput_qps(SLOWED.rows[0].subnet)
+    loads = [(share * capacity, cv2 * share * capacity * k) for k in (1, 2)] + [
+        ((share + 0.2) * capacity, cv2 * share * capacity)
+    ]
+    ranks = [choose(policy, SLOWED, slack_ms, waiting, rate_qps=rate, variance_qps=v)[0] for rate, v in loads]
+    assert ranks[1] <= ranks[0] >= ranks[2]
+
+
+def test_a_backlog_that_has_time_is_no_reason_for_the_guarded_policy_to_hurry_or_to_give_up_a_head():
+    policy = policies.SlackFit(SLOWED)
+    assert choose(policy, SLOWED, 36.0, waiting=400, near=16)[0] > choose(policy, SLOWED, 36.0, waiting=400)[0]
+    assert choose(policy, SLOWED, 10.0, waiting=400, near=8) == (0, 8)  # 16 would take 14 ms
+    assert choose(policy, SLOWED, 10.0, waiting=400, near=400) == (0, 16)
+
+
+def test_the_guarded_policy_runs_no_batch_that_a_query_of_the_shortest_slo_could_not_wait_for():
+    policy = policies.SlackFit(PAPER)
+    long, short = (choose(policy, PAPER, 150.0, waiting=16, slo_ms=slo_ms) for slo_ms in (200.0, 18.0))
+    assert (long, short) == ((5, 16), (1, 16))
+    assert PAPER.latency_ms(PAPER.rows[short[0]].subnet, 16) <= 0.9 * 18
+
+
+def test_of_a_backlog_that_is_lost_the_guarded_policy_lets_step_back_what_a_full_batch_does_not_save():
+    lost = policies.State(0.0, 3.0, 400, workers=8)
+    assert policies.SlackFit(SLOWED)(SLOWED, lost).defer_ms == SLOWED.rows[0].latency_ms[-1]
+    assert policies.SlackFit(SLOWED, defer=False)(SLOWED, lost).defer_ms == -math.inf
+    # A head that can be saved waits behind nobody.
+    assert policies.SlackFit(SLOWED)(SLOWED, lost._replace(slack_ms=36.0)).defer_ms == -math.inf
+
+
+def test_while_late_queries_wait_the_guarded_policy_runs_the_fastest_subnet():
+    policy = policies.SlackFit(PAPER)
+    assert choose(policy, PAPER, 36.0, waiting=16)[0] > choose(policy, PAPER, 36.0, waiting=16, late=1)[0] == 0
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_guarded_policy_defers_nothing_that_it_serves_in_time(data):
+    profile = data.draw(profiles())
+    policy, state = policies.SlackFit(profile), data.draw(states(profile, floors=True))
+    decision = policy(profile, state)
+    if decision.defer_ms > -math.inf:
+        assert profile.pareto().monotone().latency_ms(decision.subnet, decision.batch) > state.slack_ms
+
+
+def test_switching_loads_whenever_the_subnet_changes_and_decides_as_its_policy_does():
+    policy = policies.create("switching:2.5:slackfit-paper", PAPER)
+    assert policy.name == "switching:2.5:slackfit-paper"
+    state = policies.State(0.0, 36.0, 16)
+    decision = policy(PAPER, state)
+    assert decision == policies.create("slackfit-paper", PAPER)(PAPER, state)._replace(loading_ms=2.5)
+    assert policy(PAPER, state._replace(last_subnet=decision.subnet)).loading_ms == 0.0
+    assert policy(PAPER, state._replace(last_subnet=PAPER.rows[0].subnet)).loading_ms == 2.5
+
+
+@settings(deadline=None, max_examples=50)
+@given(share=st.floats(0.05, 0.95), workers=st.integers(1, 12))
+def test_a_plan_gives_every_worker_a_subnet_and_carries_the_forecast_if_the_fastest_could(share, workers):
+    policy, fastest = policies.Planner(PAPER, headroom=0.0), PAPER.throughput_qps(PAPER.rows[0].subnet)
+    plan = policy.plan(share * workers * fastest, workers=workers, slo_ms=1e6)
+    assert len(plan) == workers
+    assert sum(map(PAPER.throughput_qps, plan)) >= share * workers * fastest * (1 - 1e-3)
+
+
+def test_a_plan_takes_the_most_accurate_subnets_that_carry_the_forecast():
+    best, fast = PAPER.rows[-1].subnet, PAPER.rows[0].subnet
+    policy = policies.Planner(PAPER, headroom=0.0)
+    assert policy.plan(1.0, workers=2, slo_ms=1e6) == (best, best)
+    assert policy.plan(1e6, workers=2, slo_ms=1e6) == policy.plan(10.0, workers=2, slo_ms=0.1) == (fast, fast)
+
+
+def test_the_planner_keeps_a_plan_for_its_period_and_makes_another_when_a_worker_leaves():
+    policy = policies.Planner(PAPER, period_s=5.0)
+    busy = PAPER.rows[0].accuracy
+
+    def at(now_s, rate_qps, workers=2):
+        state = policies.State(now_s, 36.0, 16, workers=workers, rate_qps=rate_qps, slo_ms=36.0)
+        return PAPER.row(policy(PAPER, state).subnet).accuracy
+
+    assert at(0.0, 0.0) == busy  # nothing is known yet
+    assert at(0.1, 10.0) == at(1.0, 9000.0) > busy  # the first plan lasts a second
+    assert at(1.2, 9000.0) == at(6.1, 10.0) == busy
+    assert at(6.3, 10.0) > busy
+    assert at(6.4, 4000.0) > at(6.5, 4000.0, workers=1) == busy

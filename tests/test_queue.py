@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import queue
+from superserve_jax.serving import queue, traces
 from superserve_jax.subnet import Subnet
 
 SMALL, MIDDLE, LARGE = (
@@ -95,3 +96,67 @@ def test_a_head_above_the_decided_subnet_is_taken_by_the_fastest_that_reaches_it
 def test_a_floor_that_no_subnet_reaches_names_the_best():
     with pytest.raises(errors.ProfileError, match=r"as accurate as 0\.9, the best reaches 0\.8; lower the floor"):
         queue.fastest(PROFILE, 0.9)
+
+
+@given(ENTRIES, st.lists(st.sampled_from([1.0, 2.0, 4.0, 6.0]), max_size=3), st.integers(0, 8))
+def test_deferred_items_come_last_and_stay_there(entries, times, n):
+    q, order = filled(entries), in_order(entries)
+    moved = [
+        i for k, t in enumerate(times) for i in order if entries[i][0] < t and not any(entries[i][0] < u for u in times[:k])
+    ]
+    assert sum(q.defer(t) for t in times) == q.late == len(moved)
+    expected = [i for i in order if i not in moved] + moved
+    assert (q.head(), len(q)) == (expected[0] if expected else None, len(entries))
+    assert q.head_floors(n) in ((), tuple(entries[i][1] for i in expected[:n]))
+    assert q.pop(n) + q.drain() == expected
+    assert (q.late, q.head_floors(3)) == (0, ())
+
+
+@given(ENTRIES, st.sampled_from([0.0, 2.0, 4.0]), st.sampled_from([0.5, 2.5, 9.0]))
+def test_what_is_due_is_counted_and_what_is_overdue_is_taken_deferred_or_not(entries, deferred_s, time_s):
+    q = filled(entries)
+    assert q.due_by(time_s) == sum(deadline_s <= time_s for deadline_s, _ in entries)
+    q.defer(deferred_s)
+    assert q.due_by(time_s) == sum(deferred_s <= deadline_s <= time_s for deadline_s, _ in entries)
+    assert sorted(q.pop_before(time_s)) == [i for i, (deadline_s, _) in enumerate(entries) if deadline_s < time_s]
+    assert sorted(q.drain()) == [i for i, (deadline_s, _) in enumerate(entries) if deadline_s >= time_s]
+    assert q.head_floors(3) == ()
+
+
+def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():
+    q = filled([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
+    assert queue.take(q, PROFILE, SMALL, 2, slack_ms=50.0, defer_before_s=2.0) == (SMALL, [1, 2])
+    assert (q.late, q.drain()) == (1, [0])
+
+
+@pytest.mark.parametrize("cv2", [0.0, 1.0, 8.0])
+def test_the_meter_knows_the_mean_and_the_variance_of_the_arrivals(cv2):
+    trace = traces.gamma(rate_qps=2000.0, cv2=cv2, duration_s=40.0)
+    meter, readings = queue.Meter(), []
+    for i, t in enumerate(trace.arrivals_s.tolist()):
+        readings.append(meter.read(t, i))
+    rate, variance = np.mean(readings[len(readings) // 4 :], axis=0)
+    assert rate == pytest.approx(2000.0, rel=0.05)
+    assert variance == pytest.approx(2000.0 * cv2, rel=0.2, abs=100.0)
+
+
+def test_the_meter_forgets_traffic_after_a_pause_as_though_somebody_had_asked_all_the_time():
+    step_s = 2**-5
+    asked, alone = queue.Meter(window_s=step_s), queue.Meter(window_s=step_s)
+    for k in range(100):
+        assert asked.read(step_s * k, 100 * k) == alone.read(step_s * k, 100 * k)
+    for k in range(100, 200):
+        asked.read(step_s * k, 9900)
+    assert alone.read(step_s * 199, 9900) == pytest.approx(asked.read(step_s * 199, 9900))
+
+
+def test_the_meter_remembers_the_shortest_slo_for_one_to_two_seconds():
+    meter = queue.Meter()
+    assert meter.slo_ms == math.inf
+    meter.shorten(0.0, 18.0)
+    seen = []
+    for k in range(1, 26):
+        meter.shorten(0.1 * k, 36.0)
+        seen.append(meter.slo_ms)
+    assert seen[:10] == [18.0] * 10
+    assert seen[-4:] == [36.0] * 4

@@ -1,4 +1,5 @@
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -7,9 +8,10 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import policies, reference, simulator, traces
+from superserve_jax.serving import azure, policies, reference, simulator, traces
 from superserve_jax.subnet import Subnet
 
+SAMPLE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "maf2019_762fn.csv"
 PAPER = reference.paper_profile()
 ROWS = (
     profile_lib.Row(Subnet((1, 0)), 0.7, (10.0, 16.0)),
@@ -68,7 +70,7 @@ def test_the_policy_sees_the_state_at_each_decision():
 
     serve(policy, [0, 1, 2], floors=np.array([0.0, 0.0, 0.75]), workers=1)
     first, second, third = seen
-    assert first == policies.State(0.0, 50.0, 1, (), 1, None)
+    assert first == policies.State(0.0, 50.0, 1, (), 1, None, slo_ms=50.0, near=1)
     assert (second.waiting, second.floors, second.last_subnet) == (2, (0.0, 0.75), ROWS[0].subnet)
     assert second.slack_ms == pytest.approx(41.0)
     assert third.waiting == 1
@@ -184,6 +186,101 @@ def test_a_run_is_determined_by_its_trace_and_seed():
     a, b = (simulator.simulate(PAPER, "slackfit", trace, cluster=simulator.Cluster(noise=0.1), seed=3) for _ in range(2))
     for name in ("start_s", "finish_s", "accuracy", "worker", "outcome"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
+    arrivals = np.sort(np.array(data.draw(st.lists(st.floats(0.0, 150.0), min_size=1, max_size=60)))) / 1e3
+    slo_ms, floors = (
+        np.array([data.draw(kind) for _ in arrivals])
+        for kind in (st.sampled_from([12.0, 40.0, 90.0]), st.sampled_from([0.0, 0.75]))
+    )
+    policy, workers = data.draw(st.sampled_from(policies.NAMES)), data.draw(st.integers(1, 3))
+    cluster = simulator.Cluster(workers=workers)
+    result = simulator.simulate(TWO, policy, traces.Trace(arrivals, slo_ms, floors), cluster=cluster)
+    # Row i starts while the queries of its columns have come and still wait.
+    waits = (result.arrival_s <= result.start_s[:, None]) & (result.start_s > result.start_s[:, None])
+    overtakes = waits & (result.deadline_s < result.deadline_s[:, None])
+    slack_ms = 1e3 * (result.deadline_s - result.start_s[:, None])
+    if policy == "slackfit":
+        overtakes &= slack_ms >= ROWS[0].latency_ms[-1] + 1e-6
+    assert not overtakes.any()
+
+
+def test_lost_queries_step_back_behind_those_that_can_be_met_but_are_all_answered():
+    arrivals = np.zeros(8)
+    policy = lambda p, s: policies.Decision(p.rows[0].subnet, 2, defer_ms=16.0)  # noqa: E731
+    late_last = serve(policy, arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4))
+    assert ms(late_last.finish_s) == [48, 48, 64, 64, 16, 16, 32, 32]
+    assert late_last.attainment == 0.5
+    assert serve(always(0, 2), arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4)).attainment == 0.0
+
+
+def test_in_an_overload_the_guarded_policy_meets_nearly_as_many_as_there_is_throughput_for():
+    capacity = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
+    trace = traces.steps(rates_qps=(1.5 * capacity, 0.5 * capacity), step_s=1.0)
+    attained = {
+        defer: simulator.simulate(PAPER, policies.SlackFit(PAPER, defer=defer), trace).attainment for defer in (True, False)
+    }
+    # Of 2 units of traffic 0.5 is too much, and what the SLO lets wait at the end of the overload is no loss.
+    assert attained[True] > 0.74 > 0.5 > attained[False]
+
+
+def test_the_policy_is_told_of_the_traffic_of_late():
+    seen = []
+
+    def policy(profile, state):
+        seen.append(state)
+        return policies.Decision(profile.rows[0].subnet, 1)
+
+    arrivals_ms = np.arange(100) * 12.0
+    serve(policy, arrivals_ms, slo_ms=np.where(np.arange(100) == 50, 30.0, 90.0))
+    assert seen[-1].rate_qps == pytest.approx(1e3 / 12.0, rel=0.1)
+    assert (seen[40].slo_ms, seen[60].slo_ms, seen[60].late, seen[60].worker) == (90.0, 30.0, 0, 0)
+    assert all(state.near == state.waiting for state in seen)
+
+
+def test_a_switching_policy_pays_for_every_change_of_subnet():
+    alternate = lambda p, s: policies.Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
+    result = serve(policies.Switching(alternate, 5.0), [0, 0, 0])
+    assert ms(result.finish_s - result.start_s) == [15, 25, 20]
+
+
+def test_the_planner_follows_the_traffic_and_a_switching_one_misses_deadlines_when_it_does():
+    profile, trace = PAPER.scaled(1.9), traces.steps(rates_qps=(2000.0, 5000.0, 2000.0), step_s=6.0)
+    follows = simulator.simulate(profile, "proteus", trace)
+    rates = [follows.accuracy[(follows.arrival_s > t) & (follows.arrival_s < t + 1)].mean() for t in (4.0, 11.0, 17.0)]
+    assert rates[0] > rates[1] + 0.01 < rates[2]
+    assert simulator.simulate(profile, "switching:100:proteus", trace).attainment < follows.attainment
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.9])
+def test_near_the_capacity_the_guarded_policy_attains_what_the_least_accurate_subnet_does(scale):
+    profile, trace = PAPER.scaled(scale), traces.accelerating(to_qps=7800.0, qps_per_s=5000.0, ramp_at_s=2.0, duration_s=30.0)
+    least = simulator.simulate(profile, "least-accurate", trace)
+    ours = simulator.simulate(profile, "slackfit", trace)
+    assert ours.attainment >= least.attainment - 0.001
+    assert ours.mean_accuracy > least.mean_accuracy + 0.002
+
+
+@pytest.mark.parametrize("mix", [{18.0: 1, 36.0: 1, 200.0: 1}, {18.0: 0.05, 36.0: 0.05, 200.0: 0.9}])
+def test_of_mixed_slos_the_guarded_policy_meets_the_short_as_well_as_the_long(mix):
+    profile = PAPER.scaled(1.9)
+    trace = traces.bursty(burst_qps=4900.0, duration_s=8.0).mixed(slo_ms=mix)
+    result = simulator.simulate(profile, "slackfit", trace)
+    for slo_ms in mix:
+        assert (result.outcome[trace.slo_ms == slo_ms] == simulator.MET).mean() > 0.999
+    assert result.mean_accuracy > PAPER.rows[0].accuracy + 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.exists(), reason="the sample of MAF 2019 is not there")
+def test_on_recorded_traffic_the_guarded_policy_attains_more_than_the_least_accurate_subnet_and_is_far_more_accurate():
+    trace = azure.trace(SAMPLE)
+    least, ours = (simulator.simulate(PAPER, name, trace) for name in ("least-accurate", "slackfit"))
+    assert ours.attainment > least.attainment
+    assert ours.mean_accuracy > least.mean_accuracy + 0.0467
 
 
 @pytest.mark.parametrize(("scale", "cv2"), [(1.0, 8.0), (1.9, 4.0)])

@@ -1,7 +1,8 @@
 """How good a policy can get on a trace: upper bounds that know all arrivals. No jax.
 
 The fluid bound forgets that queries and batches come in wholes and that arrivals fluctuate: subnets are mixed at their best
-throughput within the SLO, so that the workers just carry the traffic, at the highest accuracy. It is a linear programme.
+throughput within the SLO, so that the workers just carry the traffic, at the highest accuracy. It is a linear programme. The
+optimum is the paper's zero-one programme, exact and for small instances.
 """
 
 import dataclasses
@@ -99,3 +100,100 @@ def _solve(profile: profile_lib.Profile, slo_ms: np.ndarray, floors: np.ndarray,
             answered, correct = answered + most, correct - float(solution.fun)
     total = float(rates_qps.sum())
     return Bound(min(answered / total, 1.0), correct / answered if answered else float("nan"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """The best that can be done with a trace when all arrivals are known.
+
+    Args:
+      value: the paper's objective, the sum of accuracies over the queries that met their deadline, per query of the trace.
+        That of a policy is its attainment times its accuracy; what it lacks is its regret.
+      attainment, accuracy: of the schedule that reaches it. Among those that do, HiGHS picks one.
+    """
+
+    value: float
+    attainment: float
+    accuracy: float
+
+
+def optimum(
+    profile: profile_lib.Profile, trace: traces.Trace, *, workers: int = 2, tick_ms: float = 1.0, limit_s: float = 60.0
+) -> Optimum:
+    """The paper's zero-one programme, solved exactly; for tens of queries on a few workers.
+
+    Constraint 1c takes the latest arrival of a batch. A batch is a subnet, a batch size, a start and any queries that have
+    arrived by the start and allow its end. They need not be neighbours in the order of deadlines: an optimum may need a long
+    batch that spans a short one, whose queries came both before and after. Equal workers need no names: at each moment at
+    most so many batches run.
+
+    Time goes in ticks, and that loses nothing where the ticks divide all arrivals and latencies: in any schedule every batch
+    may start earlier until its last arrival or the end of another batch stops it, and then all starts are sums of those.
+    So the programme has one whole number per (subnet, size, start), and which query goes where is a transport problem, whose
+    linear programme has whole solutions anyway.
+
+    Raises ConfigError where arrivals or latencies are no multiples of `tick_ms`, and SuperServeError where HiGHS cannot prove
+    an optimum within `limit_s`.
+
+    >>> from superserve_jax.subnet import Subnet
+    >>> row = profile_lib.Row(Subnet((1,)), 0.7, (2.0, 3.0))
+    >>> two = traces.Trace(np.array([0.0, 0.001]), slo_ms=4.0)
+    >>> optimum(profile_lib.Profile((1, 2), (row,)), two, workers=1)  # together: from 1 to 4 ms
+    Optimum(value=0.7, attainment=1.0, accuracy=0.7)
+    """
+    if not len(trace):
+        return Optimum(0.0, 1.0, float("nan"))
+    latencies = np.array([row.latency_ms for row in profile.rows])
+    ticks, arrivals = (_in_ticks(ms, tick_ms) for ms in (latencies, 1e3 * trace.arrivals_s))
+    # Nothing can end between two ticks, so that a deadline between them is as good as the tick before it.
+    deadlines = np.floor(1e3 * trace.deadlines_s / tick_ms + 1e-6).astype(int)
+    accuracy = np.array([row.accuracy for row in profile.rows])
+    floors = np.broadcast_to(trace.floors, arrivals.shape)
+
+    # Batches that may be run: [kinds of batch] subnet, size, start, end; and who may ride in which.
+    starts = np.arange(arrivals.min(), deadlines.max())
+    subnet, size, start = (axis.ravel() for axis in np.meshgrid(*map(np.arange, ticks.shape), starts, indexing="ij"))
+    end = start + ticks[subnet, size]
+    rides = (arrivals <= start[:, None]) & (end[:, None] <= deadlines) & (floors <= accuracy[subnet][:, None])
+    useful = rides.any(axis=1)
+    subnet, size, start, end, rides = subnet[useful], size[useful], start[useful], end[useful], rides[useful]
+    batch, query = np.nonzero(rides)
+    if not len(batch):
+        return Optimum(0.0, 0.0, float("nan"))
+
+    batches, seats = len(start), len(batch)
+    seat = np.arange(seats)
+    ones = np.ones(seats)
+    capacity = np.array(profile.batch_sizes)[size]
+    running = (start <= starts[:, None]) & (starts[:, None] < end)
+    once = sparse.hstack(
+        [sparse.csr_array((len(trace), batches)), sparse.csr_array((ones, (query, seat)), shape=(len(trace), seats))]
+    )
+    seated = sparse.hstack(
+        [sparse.diags_array(-capacity.astype(float)), sparse.csr_array((ones, (batch, seat)), shape=(batches, seats))]
+    )
+    at_once = sparse.hstack([sparse.csr_array(running.astype(float)), sparse.csr_array((len(starts), seats))])
+    cost = np.concatenate([np.zeros(batches), -accuracy[subnet[batch]]])
+    solution = optimize.milp(
+        cost,
+        integrality=np.repeat([1, 0], [batches, seats]),
+        constraints=[
+            optimize.LinearConstraint(once, ub=1),
+            optimize.LinearConstraint(seated, ub=0),
+            optimize.LinearConstraint(at_once, ub=workers),
+        ],
+        options={"time_limit": limit_s, "mip_rel_gap": 0},
+    )
+    if solution.status:
+        raise errors.SuperServeError(f"no proven optimum in {limit_s:g} s: {solution.message}; take fewer queries")
+    met, value = round(float(solution.x[batches:].sum()), 6), round(-float(solution.fun), 6)
+    return Optimum(value / len(trace), met / len(trace), value / met if met else float("nan"))
+
+
+def _in_ticks(ms: np.ndarray, tick_ms: float) -> np.ndarray:
+    ticks = np.rint(ms / tick_ms)
+    if not tick_ms > 0 or (abs(ticks * tick_ms - ms) > 1e-6).any():
+        raise errors.ConfigError(
+            f"arrivals and latencies must be multiples of tick_ms={tick_ms:g}; round them, or take a finer tick"
+        )
+    return ticks.astype(int)

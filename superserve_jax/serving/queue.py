@@ -2,12 +2,17 @@
 
 With one SLO, arrivals come in the order of their deadlines and the queue is a plain FIFO. Only an item whose deadline
 precedes that of the last FIFO item goes to a heap; taking merges the two.
+
+Items that cannot be met any more may be put behind all the others (`DeadlineQueue.defer`). In an overload, strict order serves
+every query a little too late; whoever lets the lost ones wait meets as many as there is throughput for.
 """
 
+import bisect
 import collections
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +21,12 @@ from superserve_jax.profile import Profile, Row
 
 # (deadline_s, arrival number, floor, item); arrival numbers differ, so comparing two entries never reaches the item.
 Entry = tuple[float, int, float, Any]
+_deadline_s = operator.itemgetter(0)
 
 
 class DeadlineQueue:
-    """Items in the order of their deadlines, ties in the order of arrival. Not thread-safe: the caller holds a lock.
+    """Items in the order of their deadlines, ties in the order of arrival; behind them those that were deferred. Not
+    thread-safe: the caller holds a lock.
 
     A floor is the least accuracy that an item accepts; 0 accepts any.
 
@@ -31,47 +38,75 @@ class DeadlineQueue:
     (3, 1.0, 'early', (0.75, 0.0))
     >>> q.pop(3, accuracy=0.7)
     []
+    >>> q.defer(2.0), q.late, q.head()
+    (1, 1, 'late')
     >>> q.pop(2), q.drain()
-    (['early', 'late'], ['later'])
+    (['late', 'later'], ['early'])
     """
 
-    __slots__ = ("_arrivals", "_fifo", "_floored", "_heap")
+    __slots__ = ("_deferred", "_fifo", "_floored", "_heap", "pushed")
 
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
         self._heap: list[Entry] = []
-        self._arrivals = 0
+        self._deferred: collections.deque[Entry] = collections.deque()
+        self.pushed = 0  # items, since the beginning
         self._floored = 0  # waiting items with a floor
 
     def __len__(self) -> int:
-        return len(self._fifo) + len(self._heap)
+        return len(self._fifo) + len(self._heap) + len(self._deferred)
+
+    @property
+    def late(self) -> int:
+        """Number of deferred items."""
+        return len(self._deferred)
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0) -> None:
         """Adds an item. O(1) where its deadline is the last, else O(log n)."""
-        self._arrivals += 1
+        self.pushed += 1
         fifo = self._fifo
         if not fifo or deadline_s >= fifo[-1][0]:
-            fifo.append((deadline_s, self._arrivals, floor, item))
+            fifo.append((deadline_s, self.pushed, floor, item))
         else:
-            heapq.heappush(self._heap, (deadline_s, self._arrivals, floor, item))
+            heapq.heappush(self._heap, (deadline_s, self.pushed, floor, item))
         if floor > 0:
             self._floored += 1
 
     def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
         """Takes up to `n` items of the earliest deadlines, stopping before the first whose floor exceeds `accuracy`."""
         fifo = self._fifo
-        if not self._heap and not self._floored:
+        if not self._heap and not self._floored and not self._deferred:
             return [fifo.popleft()[3] for _ in range(min(n, len(fifo)))]
         items = []
         while len(items) < n and (head := self._head()) is not None and head[2] <= accuracy:
-            if fifo and head is fifo[0]:
-                fifo.popleft()
-            else:
-                heapq.heappop(self._heap)
+            self._drop_head()
             if head[2] > 0:
                 self._floored -= 1
             items.append(head[3])
         return items
+
+    def defer(self, before_s: float) -> int:
+        """Puts the items whose deadlines are earlier behind all others, where they stay; returns how many it moved."""
+        before = len(self._deferred)
+        while (self._fifo or self._heap) and (head := self._head()) is not None and head[0] < before_s:
+            self._drop_head()
+            self._deferred.append(head)
+        return len(self._deferred) - before
+
+    def pop_before(self, before_s: float) -> list[Any]:
+        """Takes every item whose deadline is earlier, deferred or not."""
+        self.defer(before_s)
+        taken = [entry for entry in self._deferred if entry[0] < before_s]
+        if taken:
+            self._deferred = collections.deque(entry for entry in self._deferred if entry[0] >= before_s)
+            self._floored -= sum(entry[2] > 0 for entry in taken)
+        return [entry[3] for entry in taken]
+
+    def due_by(self, time_s: float) -> int:
+        """Number of items with deadlines up to a time, the deferred ones left out."""
+        fifo = self._fifo
+        count = len(fifo) if fifo and fifo[-1][0] <= time_s else bisect.bisect_right(fifo, time_s, key=_deadline_s)
+        return count + sum(entry[0] <= time_s for entry in self._heap) if self._heap else count
 
     def head(self) -> Any:
         """The item of the earliest deadline, left in place; None when empty."""
@@ -88,7 +123,7 @@ class DeadlineQueue:
         """The floors of the first `n` items in the order they would be taken; `()` where no waiting item has a floor."""
         if not self._floored:
             return ()
-        entries = heapq.merge(self._fifo, _ascending(self._heap))
+        entries = itertools.chain(heapq.merge(self._fifo, _ascending(self._heap)), self._deferred)
         return tuple(entry[2] for entry in itertools.islice(entries, n))
 
     def drain(self) -> list[Any]:
@@ -98,18 +133,81 @@ class DeadlineQueue:
     def _head(self) -> Entry | None:
         if self._heap and (not self._fifo or self._heap[0] < self._fifo[0]):
             return self._heap[0]
-        return self._fifo[0] if self._fifo else None
+        return self._fifo[0] if self._fifo else self._deferred[0] if self._deferred else None
+
+    def _drop_head(self) -> None:
+        if self._heap and (not self._fifo or self._heap[0] < self._fifo[0]):
+            heapq.heappop(self._heap)
+        else:
+            (self._fifo or self._deferred).popleft()
 
 
-def take(queue: DeadlineQueue, profile: Profile, row: Row, batch: int, *, slack_ms: float) -> tuple[Row, list[Any]]:
+class Meter:
+    """What has come lately: mean and variance of the arrivals per second of time, and the shortest SLO.
+
+    The first two are from the numbers in windows of about 20 ms, averages that forget with a time constant of one second: long
+    enough to know the variance to a tenth, short enough to follow traffic that accelerates. A window is short enough to fall
+    within a burst, and as long as some SLOs, so that arrivals that come in clusters are not taken for independent ones.
+
+    >>> meter = Meter()
+    >>> [meter.read(t, n) for t, n in ((0.0, 0), (0.01, 7), (0.02, 20), (0.04, 40))]
+    [(0.0, 0.0), (0.0, 0.0), (1000.0, 1000.0), (1000.0, 980.1986733067553)]
+    >>> meter.shorten(0.05, 36.0), meter.shorten(0.05, 18.0), meter.shorten(0.5, 36.0), meter.slo_ms
+    (None, None, None, 18.0)
+    """
+
+    __slots__ = ("_arrived", "_reading", "_shortest_ms", "_since_s", "_turn_s", "memory_s", "slo_ms", "window_s")
+
+    def __init__(self, *, window_s: float = 0.02, memory_s: float = 1.0):
+        self.window_s, self.memory_s = window_s, memory_s
+        self._since_s, self._arrived = math.nan, 0
+        self._reading = (0.0, 0.0)
+        self.slo_ms = math.inf  # the shortest SLO since the turn before the last
+        self._shortest_ms, self._turn_s = math.inf, -math.inf  # and since the last
+
+    def shorten(self, now_s: float, slo_ms: float) -> None:
+        """A query has come that allows `slo_ms`."""
+        if now_s > self._turn_s + self.memory_s:
+            self.slo_ms, self._shortest_ms, self._turn_s = min(self._shortest_ms, slo_ms), slo_ms, now_s
+        elif slo_ms < self._shortest_ms:
+            self._shortest_ms = slo_ms
+            self.slo_ms = min(self.slo_ms, slo_ms)
+
+    def read(self, now_s: float, arrived: int) -> tuple[float, float]:
+        """The mean and the variance, given that `arrived` queries have come since the beginning. O(1)."""
+        elapsed_s = now_s - self._since_s
+        if elapsed_s < self.window_s:
+            return self._reading
+        if elapsed_s >= self.window_s:  # not so at the first call
+            rate, variance = self._reading
+            now_qps = (arrived - self._arrived) / elapsed_s
+            if not rate:
+                self._reading = now_qps, now_qps
+            else:
+                # Where nobody has asked for several windows, as though the arrivals had been spread evenly over them.
+                windows = int(elapsed_s / self.window_s)
+                kept = math.exp(-elapsed_s / self.memory_s)
+                kept_by_others = math.exp(-elapsed_s * (windows - 1) / windows / self.memory_s)
+                surprise = (now_qps - rate) ** 2 * elapsed_s / windows
+                self._reading = rate * kept + now_qps * (1 - kept), variance * kept + surprise * kept_by_others * (1 - kept)
+        self._since_s, self._arrived = now_s, arrived
+        return self._reading
+
+
+def take(
+    queue: DeadlineQueue, profile: Profile, row: Row, batch: int, *, slack_ms: float, defer_before_s: float = -math.inf
+) -> tuple[Row, list[Any]]:
     """The batch of a decision, and the row that will run it: the decided one unless the head asks for more accuracy.
 
+    Items with deadlines before `defer_before_s` first step back. Deferred ones come in only where no others are left.
     The batch is cut before the first item whose floor the decided subnet does not reach. Where that item is the head itself,
     the fastest subnet that reaches it steps in, with the largest batch up to `batch` that fits into `slack_ms` (all of
     `batch` where none does), so that a policy which looks at no floors still makes progress.
 
     Raises ProfileError where no subnet of the profile reaches the head's floor; the server refuses such a query on arrival.
     """
+    if defer_before_s > -math.inf:
+        queue.defer(defer_before_s)
     items = queue.pop(batch, row.accuracy)
     if items or not len(queue):
         return row, items

@@ -67,6 +67,9 @@ class Server:
       expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
       **tuning: see `Tuning`.
 
+    Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
+    step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
+
     Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
 
     >>> from superserve_jax import profile, subnet

@@ -162,8 +162,11 @@ class _Run:
         if np.any(np.greater(trace.floors, best)):
             raise errors.AccuracyFloorError(f"a floor of {np.max(trace.floors)} is above the best subnet's {best}; lower it")
         self.floors: list[float] = np.broadcast_to(trace.floors, trace.arrivals_s.shape).tolist()
+        self.mixed = np.ndim(trace.slo_ms) > 0
+        self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
         self.arrived = 0
         self.queue = queue.DeadlineQueue()
+        self.meter = queue.Meter()
 
         self.idle = collections.deque(range(cluster.workers))
         self.running: list[_Batch | None] = [None] * cluster.workers
@@ -221,6 +224,8 @@ class _Run:
             self.refused += range(admitted, end)
             end = admitted
         push, deadlines, floors = self.queue.push, self.deadlines, self.floors
+        if first < end:
+            self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
         for i in range(first, end):
             push(deadlines[i], i, floors[i])
 
@@ -228,19 +233,27 @@ class _Run:
         """One idle worker takes what the policy says."""
         waiting, profile = self.queue, self.profile
         if self.cluster.expire:
-            while waiting.head_deadline_s < now_s + self.fastest_s:
-                self.expired += waiting.pop(1)
+            self.expired += waiting.pop_before(now_s + self.fastest_s)
             if not len(waiting):
                 return
         worker = self.idle.popleft()
         slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
         last = self.last_subnet[worker]
         floors = waiting.head_floors(self.max_batch)
-        subnet, size = self.policy(profile, policies.State(now_s, slack_ms, len(waiting), floors, self.alive, last))
+        traffic = self.meter.read(now_s, waiting.pushed)
+        slo_ms = self.meter.slo_ms
+        near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
+        state = policies.State(
+            now_s, slack_ms, len(waiting), floors, self.alive, last, waiting.late, *traffic, slo_ms, near, worker
+        )
+        subnet, size, defer_ms, loading_ms = self.policy(profile, state)
         if size < 1:
             raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        row, queries = queue.take(waiting, profile, profile.row(subnet), min(size, self.max_batch), slack_ms=slack_ms)
-        latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms
+        before_s = now_s + 1e-3 * defer_ms
+        row, queries = queue.take(
+            waiting, profile, profile.row(subnet), min(size, self.max_batch), slack_ms=slack_ms, defer_before_s=before_s
+        )
+        latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms + loading_ms
         if row.subnet is not last:
             latency_ms += self.cluster.actuation_ms
             self.last_subnet[worker] = row.subnet

@@ -37,6 +37,7 @@ class Worker:
     """One engine and its thread. `batch` is what it runs at the moment, since `started_s`."""
 
     engine: engine.Engine
+    index: int
     thread: threading.Thread = dataclasses.field(init=False)
     batch: Sequence[Query] = ()
     started_s: float = 0.0
@@ -76,6 +77,7 @@ class Pool:
         self._work = threading.Condition(self._lock)  # idle workers wait for queries
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
         self._queue = queue.DeadlineQueue()
+        self._meter = queue.Meter()
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
         self._failures = 0
@@ -89,8 +91,8 @@ class Pool:
         if tune_runtime:
             self._runtime.enter_context(runtime.low_latency())
         self._workers: list[Worker] = []
-        for e in engines:
-            worker = Worker(e)
+        for i, e in enumerate(engines):
+            worker = Worker(e, i)
             worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{e.name}", daemon=True)
             self._workers.append(worker)
         self._alive = len(self._workers)
@@ -114,6 +116,9 @@ class Pool:
                 )
             for query in queries:
                 self._queue.push(query.deadline_s, query, query.floor)
+            if queries:
+                shortest_s = min(query.deadline_s - query.submitted_s for query in queries)
+                self._meter.shorten(queries[0].submitted_s, 1e3 * shortest_s)
             self._locked_wake()
 
     def stop(self, *, drain: bool) -> None:
@@ -201,15 +206,10 @@ class Pool:
     def _locked_prune(self, now_s: float) -> list[Query]:
         """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
         are returned. A cancelled query counts as waiting until it reaches the front."""
-        expired = []
-        while (head := self._queue.head()) is not None:
-            if head.done():
-                self._queue.pop(1)
-            elif self._expire and head.deadline_s < now_s + self._fastest_s:
-                expired += self._queue.pop(1)
-            else:
-                break
-        return expired
+        expired = self._queue.pop_before(now_s + self._fastest_s) if self._expire else []
+        while (head := self._queue.head()) is not None and head.done():
+            self._queue.pop(1)
+        return [query for query in expired if not query.done()]
 
     def _locked_decide(self, worker: Worker, now_s: float) -> tuple[Row | None, list[Query], BaseException | None]:
         """The row to run and the batch; where the policy failed, no row, the batch that suffers, and the error."""
@@ -218,13 +218,19 @@ class Pool:
             return None, [], None
         slack_ms = 1e3 * (self._queue.head_deadline_s - now_s)
         floors = self._queue.head_floors(profile.max_batch)
-        state = policies.State(now_s, slack_ms, waiting, floors, self._alive, worker.last_subnet)
+        traffic = self._meter.read(now_s, self._queue.pushed)
+        late, slo_ms = self._queue.late, self._meter.slo_ms
+        near = self._queue.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
+        state = policies.State(
+            now_s, slack_ms, waiting, floors, self._alive, worker.last_subnet, late, *traffic, slo_ms, near, worker.index
+        )
         try:
             decision = self._policy(profile, state)
             row, size = profile.row(decision.subnet), min(decision.batch, profile.max_batch)
             if size < 1:
                 raise errors.ConfigError(f"a decision needs a batch of at least 1, got {decision.batch}")
-            row, batch = queue.take(self._queue, profile, row, size, slack_ms=slack_ms)
+            before_s = now_s + 1e-3 * decision.defer_ms
+            row, batch = queue.take(self._queue, profile, row, size, slack_ms=slack_ms, defer_before_s=before_s)
         except Exception as error:
             _log.exception("the policy failed on %r", state)
             self._last_error = error

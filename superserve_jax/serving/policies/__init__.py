@@ -8,10 +8,24 @@ from collections.abc import Callable
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.serving.policies.base import Decision, Policy, State
-from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch
+from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
+from superserve_jax.serving.policies.planner import Planner
 from superserve_jax.serving.policies.slackfit import SlackFit
 
-__all__ = ["NAMES", "Decision", "Fixed", "LeastAccurate", "MaxAcc", "MaxBatch", "Policy", "SlackFit", "State", "create"]
+__all__ = [
+    "NAMES",
+    "Decision",
+    "Fixed",
+    "LeastAccurate",
+    "MaxAcc",
+    "MaxBatch",
+    "Planner",
+    "Policy",
+    "SlackFit",
+    "State",
+    "Switching",
+    "create",
+]
 
 _FACTORIES: dict[str, Callable[[profile_lib.Profile], Policy]] = {
     "slackfit": SlackFit,
@@ -22,9 +36,11 @@ _FACTORIES: dict[str, Callable[[profile_lib.Profile], Policy]] = {
     "least-accurate": LeastAccurate,
     "fixed:smallest": lambda profile: Fixed(profile, profile.rows[0].subnet),
     "fixed:largest": lambda profile: Fixed(profile, profile.rows[-1].subnet),
+    "proteus": Planner,
 }
 NAMES = tuple(_FACTORIES)
-"""The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy."""
+"""The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy, and
+`switching:<ms>:<policy>` for a policy that loads a subnet for so many milliseconds before it runs it."""
 
 
 def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
@@ -42,8 +58,13 @@ def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
     kind, _, index = str(policy).partition(":")
+    if kind == "switching":
+        loading, _, inner = index.partition(":")
+        if not loading.replace(".", "", 1).isdecimal():
+            raise errors.ConfigError(f"policy '{policy}': expected switching:<ms>:<policy>, such as switching:100:max-acc")
+        return Switching(create(inner, profile), float(loading))
     if kind != "fixed" or not index.isdecimal():
-        raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>"])
+        raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>", "switching:<ms>:<policy>"])
     if int(index) >= len(profile.rows):
         raise errors.ConfigError(
             f"policy '{policy}': the profile has the subnets 0 to {len(profile.rows) - 1}; name one of them"

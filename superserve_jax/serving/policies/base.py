@@ -1,6 +1,7 @@
 """What a policy is asked, what it answers, and the look-up table that the policies share. No jax."""
 
 import bisect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,13 @@ class State(NamedTuple):
         batch; empty where none of them has a floor.
       workers: number of live workers, the asking one counted.
       last_subnet: what the asking worker ran last, None if nothing yet.
+      late: how many of those that wait have stepped back because they could not be met (`Decision.defer_ms`).
+      rate_qps, variance_qps: of late, mean and variance per second of the number of arrivals (see `queue.Meter`); the
+        variance of a Poisson process is its rate. 0 as long as nothing is known.
+      slo_ms: the shortest SLO with which a query has come in the last second or two; infinite as long as nothing is known.
+      worker: which worker asks, from 0.
+      near: how many of those that wait are due within twice the slack or the shortest SLO, whichever is longer; None where
+        nobody has counted.
     """
 
     now_s: float
@@ -27,13 +35,26 @@ class State(NamedTuple):
     floors: tuple[float, ...] = ()
     workers: int = 1
     last_subnet: Subnet | None = None
+    late: int = 0
+    rate_qps: float = 0.0
+    variance_qps: float = 0.0
+    slo_ms: float = math.inf
+    near: int | None = None
+    worker: int = 0
 
 
 class Decision(NamedTuple):
-    """Run up to `batch` of the earliest deadlines on `subnet`."""
+    """Run up to `batch` of the earliest deadlines on `subnet`.
+
+    Args:
+      defer_ms: queries with less slack than this first step back behind all the others, for good; by default none does.
+      loading_ms: what the batch takes longer because its subnet is loaded first. Only the simulator spends it.
+    """
 
     subnet: Subnet
     batch: int
+    defer_ms: float = -math.inf
+    loading_ms: float = 0.0
 
 
 Policy = Callable[[profile_lib.Profile, State], Decision]

@@ -7,7 +7,9 @@ to `queue.take`, which cuts the batch, or steps in with the fastest subnet that 
 """
 
 import bisect
+import math
 
+from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.serving.policies import base
 from superserve_jax.subnet import Subnet
@@ -93,3 +95,31 @@ class MaxBatch:
         if size < 0:
             return base.Decision(table.subnets[0], table.sizes[-1])
         return base.Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size])
+
+
+class Switching:
+    """A server that switches models: any policy, with a loading delay when a worker's subnet changes (the paper's Figure 1).
+
+    The policy decides as though loading cost nothing, which is what the paper shows to be the trouble. The first subnet of a
+    worker is loaded too. Only the simulator spends the delay: `Server` actuates in place and has nothing to load. With
+    `simulator.Cluster.actuation_ms` the same delay is a property of the machine, whatever the policy.
+
+    >>> from superserve_jax.serving import reference
+    >>> profile = reference.paper_profile()
+    >>> policy = Switching(MaxAcc(profile), loading_ms=100.0)
+    >>> state = base.State(now_s=0.0, slack_ms=36.0, waiting=9)
+    >>> first = policy(profile, state)
+    >>> first.loading_ms, policy(profile, state._replace(last_subnet=first.subnet)).loading_ms
+    (100.0, 0.0)
+    """
+
+    def __init__(self, policy: base.Policy, loading_ms: float):
+        if not (math.isfinite(loading_ms) and loading_ms >= 0):
+            raise errors.ConfigError(f"loading_ms must be a finite number of 0 or more, got {loading_ms}")
+        self.name = f"switching:{loading_ms:g}:{getattr(policy, 'name', policy)}"
+        self._policy, self._loading_ms = policy, loading_ms
+
+    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+        """See `base.Policy`."""
+        decision = self._policy(profile, state)
+        return decision if decision.subnet == state.last_subnet else decision._replace(loading_ms=self._loading_ms)
