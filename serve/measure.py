@@ -1,10 +1,11 @@
 """Measures the latency profile of an export on this machine's device, and keeps it beside the export.
 
-    python serve/measure.py runs/digits_resnet/export
+    python serve/measure.py runs/digits_resnet/export --plot latency.png
 
 The profile holds the subnets worth serving here: no other is both faster and more accurate, and neighbours differ by at least
 0.3 points of accuracy and 10 % of latency. The server and replay.py find it by themselves.
-Library: serving.executables.DeviceEngine and measure, checkpoint.profile_path, profile.Profile.
+Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on what was measured, before noise is repaired.
+Library: serving.executables.DeviceEngine, serving.measuring.measure and properties, checkpoint.profile_path, plots.latencies.
 """
 
 import dataclasses
@@ -15,8 +16,15 @@ import jax
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import checkpoint, cli
-from superserve_jax.serving import executables
+from superserve_jax import checkpoint, cli, plots
+from superserve_jax.serving import executables, measuring
+
+STATEMENTS = {
+    "P1": "a larger batch takes longer",
+    "P2": "a more accurate subnet takes longer",
+    "P3": "the fastest subnet does a larger batch in the time of the most accurate",
+}
+UNITS = {"P1": "long", "P2": "long", "P3": "large"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +36,14 @@ class Options:
       batch_sizes: batch sizes to make executables for.
       repeats: calls of each subnet at each batch size.
       json: write the profile to this file, too.
+      plot: draw the latencies over subnet and batch into this file (PNG).
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     repeats: int = 50
     json: pathlib.Path | None = None
+    plot: pathlib.Path | None = None
 
 
 def main() -> None:
@@ -43,7 +53,10 @@ def main() -> None:
     device = jax.devices()[0]
     kind = executables.device_kind(device)
     engine = executables.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=options.batch_sizes)
-    profile = executables.measure(model, engine, options.batch_sizes, kind, repeats=options.repeats)
+    accuracies = {s.subnet: s.accuracy for s in model.served}
+    measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, repeats=options.repeats)
+    measured = executables.worth_serving(measured)
+    profile = measured.monotone()
     path = checkpoint.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
@@ -64,8 +77,15 @@ def main() -> None:
     )
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
+    for p in measuring.properties(measured):
+        print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; at worst {p.worst:.2f} times as {UNITS[p.name]}")
     if options.json:
         cli.write_json(options.json, profile.to_json())
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        values, worth = [r.latency_ms for r in profile.rows], [r.accuracy for r in profile.rows]
+        plots.latencies(values, profile.batch_sizes, worth, options.plot, title=profile.device)
+        print(f"plot: {options.plot}")
     print(f"kept in {path}")
 
 

@@ -2,13 +2,17 @@
 
     python serve/replay.py runs/digits_resnet/export
     python serve/replay.py runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
+    python serve/replay.py runs/digits_resnet/export --policies slackfit --simulate
 
 All policies face the same arrivals, images and SLO. The traffic calms down and bursts in turn; its rates are set from this
 machine's measured latencies, so that a burst overloads the most accurate subnet but not the fastest. Replies are compared with
 the real labels. With --trace FILE.csv recorded arrivals are replayed instead (a column arrival_s, see serving.traces.load).
-Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, plots.
+With --simulate each replay is run once more in the simulator, on the measured profile and under what was seen of the machine
+meanwhile (see serving.fidelity), and both are printed.
+Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, serving.fidelity, plots.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Annotated, Any
@@ -18,7 +22,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, plots
-from superserve_jax.serving import executables, loadgen, metrics, policies, server, traces
+from superserve_jax.serving import executables, fidelity, loadgen, metrics, policies, server, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 
@@ -38,6 +42,7 @@ class Options:
       cv2: squared coefficient of variation of the gaps.
       trace: recorded arrivals to replay instead.
       batch_sizes: batch sizes to serve with.
+      simulate: run each replay once more in the simulator, and print both.
       seed: of arrivals and images.
       json: write the results to this file.
       plot: write a plot over time to this file.
@@ -47,11 +52,12 @@ class Options:
     policies: tuple[str, ...] = ()
     seconds: float = 13.5
     slo_ms: float | None = None
-    calm: float = 0.4
+    calm: float = 0.3
     burst: float = 0.45
     cv2: float = 4.0
     trace: pathlib.Path | None = None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    simulate: bool = False
     seed: int = 0
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
@@ -66,7 +72,9 @@ def main() -> None:
     slowest = profile.rows[-1].latency_ms[-1]
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest)
     trace = make_trace(options, profile, workers=len(engines), slo_ms=slo_ms)
-    chosen = np.random.default_rng(options.seed).integers(len(images), size=len(trace))
+    # Every image in turn, shuffled anew each time round, so that a policy's queries show all of them alike.
+    rng = np.random.default_rng(options.seed)
+    chosen = np.concatenate([rng.permutation(len(images)) for _ in range(-(-len(trace) // len(images)))])[: len(trace)]
     inputs, truth = [images[i] for i in chosen], labels[chosen]
     print(
         f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
@@ -78,15 +86,27 @@ def main() -> None:
         policies.create(name, profile)  # a mistyped name should not wait for its turn
     results, replays = [], {}
     for name in names:
-        with server.Server.from_engines(engines, profile, policy=name, slo_ms=slo_ms, max_queue=len(trace) + 1) as target:
+        watches = [fidelity.Stopwatch(engine, profile) for engine in engines]
+        heart = fidelity.Heartbeat()
+        used = watches if options.simulate else engines
+        with (
+            heart if options.simulate else contextlib.nullcontext(),
+            server.Server.from_engines(used, profile, policy=name, slo_ms=slo_ms, max_queue=len(trace) + 1) as target,
+        ):
             done = loadgen.replay(target, trace, inputs)
             target.close(drain=False)
         replays[name] = done
         results.append(summarise(name, done, truth))
+        if options.simulate:
+            results[-1] |= simulated(name, done, profile, fidelity.machine(done, watches, heart), len(engines))
         print(f"{name}: {100 * results[-1]['attainment']:.2f} % in time", flush=True)
 
     print()
     cli.print_table(table(results, profile))
+    if options.simulate:
+        print("\nthe same traffic in the simulator: real / simulated")
+        cli.print_table(comparison(results))
+        print()
     late = [max(r[f"lateness_{p}_ms"] for r in results) for p in ("p50", "p99")]
     print(f"the generator was late by at most {late[0]:.2f} ms at the median and {late[1]:.1f} ms at the 99th percentile")
     if options.json:
@@ -109,7 +129,7 @@ def make_trace(options: Options, profile: ss.Profile, *, workers: int, slo_ms: f
     calm = options.calm * workers * profile.throughput_qps(profile.rows[-1].subnet)
     burst = options.burst * workers * profile.throughput_qps(profile.rows[0].subnet)
     step_s = 0.5
-    pattern = [calm, calm, burst, calm, calm, calm, burst, burst, calm]
+    pattern = [calm, calm, calm, burst, calm, calm]
     rates = [pattern[i % len(pattern)] for i in range(max(1, round(options.seconds / step_s)))]
     trace = traces.steps(rates_qps=rates, step_s=step_s, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
     return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
@@ -149,6 +169,37 @@ def table(results: list[dict[str, Any]], profile: ss.Profile) -> list[tuple[str,
             f"{r['accuracy_measured']:.2f} %",
             f"{r['p50_ms']:.1f}",
             f"{r['p99_ms']:.1f}",
+        )
+        for r in results
+    ]
+    return [header, *rows]
+
+
+def simulated(
+    name: str, done: loadgen.Replay, profile: ss.Profile, machine: fidelity.Machine, workers: int
+) -> dict[str, float]:
+    """What --simulate adds to a policy's figures."""
+    again = fidelity.again(done, profile, name, workers=workers, machine=machine)
+    return {
+        "simulated_attainment": again.attainment,
+        "simulated_accuracy": 100 * again.mean_accuracy,
+        "overhead_ms": machine.overhead_ms,
+        "stalled_s": machine.stalled_s,
+    }
+
+
+def comparison(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Header and one row per policy: the real server and the simulator."""
+    header = ("policy", "SLO attainment", "difference", "accuracy, profiled", "difference", "overhead", "stood still")
+    rows = [
+        (
+            r["name"],
+            f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %",
+            f"{100 * (r['simulated_attainment'] - r['attainment']):+.2f}",
+            f"{r['accuracy_profiled']:.2f} / {r['simulated_accuracy']:.2f} %",
+            f"{r['simulated_accuracy'] - r['accuracy_profiled']:+.2f}",
+            f"{r['overhead_ms']:.2f} ms",
+            f"{r['stalled_s']:.2f} s",
         )
         for r in results
     ]

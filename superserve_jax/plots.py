@@ -1,10 +1,12 @@
 """Plots of results, as PNG files. Matplotlib's object interface: no global figure, no display."""
 
+import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 Path = str | os.PathLike[str]
 
@@ -46,28 +48,130 @@ def search(
     fig.savefig(path, dpi=120)
 
 
-def replay(runs: Mapping[str, Any], path: Path) -> None:
+def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()) -> None:
     """Traffic over time, one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
 
     Args:
       runs: `serving.metrics.Series` by policy, all of the same trace.
       path: of the PNG.
+      marks_s: times at which something happens, such as the loss of a worker.
     """
     fig = figure.Figure(figsize=(10, 8), layout="constrained")
     panels = fig.subplots(4, 1, sharex=True)
     first = next(iter(runs.values()))
     panels[0].plot(first.time_s, first.rate_qps, color="0.3", drawstyle="steps-mid")
     for name, run in runs.items():
-        panels[1].plot(run.time_s, run.batch, label=name)
-        panels[2].plot(run.time_s, 100 * run.accuracy, label=name)
-        panels[3].plot(run.time_s, 100 * run.attainment, label=name)
+        panels[1].plot(run.time_s, run.batch, label=name, linewidth=1)
+        panels[2].plot(run.time_s, 100 * run.accuracy, linewidth=1)
+        panels[3].plot(run.time_s, 100 * run.attainment, linewidth=1)
     labels = ("arrivals (queries/s)", "batch size", "subnet accuracy (%)", "SLO attainment (%)")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    panels[2].legend(loc="lower right", ncols=len(runs))
+        for mark in marks_s:
+            axes.axvline(mark, color="tab:red", linestyle=":", linewidth=1)
+    panels[0].set_ylim(bottom=0)
+    panels[1].set_ylim(bottom=0)
     panels[3].set_xlabel("time (s)")
+    fig.legend(loc="outside upper center", ncols=len(runs))
     fig.savefig(path, dpi=110)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line, or points: `x` and `y` of one length, `spread` the half length of error bars.
+
+    Args:
+      style: a matplotlib format, such as "o-"; a line of one colour for all panels if `color` is given, too.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float] | None = None
+    spread_x: Sequence[float] | None = None
+    style: str = "o-"
+    color: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes with its lines by label; `scale_x` is "linear", "log2" or "symlog", which shows 0."""
+
+    title: str
+    label_x: str
+    label_y: str
+    lines: Mapping[str, Line]
+    scale_x: str = "linear"
+
+
+def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str = "") -> None:
+    """Panels side by side, row by row, with one legend: what has the same label has the same colour."""
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    fig = figure.Figure(figsize=(max(4.2 * columns, 6), 3.2 * rows + 0.8), layout="constrained")
+    grid = fig.subplots(rows, columns, squeeze=False)
+    labels = list(dict.fromkeys(label for panel in shown for label in panel.lines))
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(grid.flat, shown, strict=False):
+        for label, line in panel.lines.items():
+            color = line.color or f"C{labels.index(label) % 10}"
+            handles[label] = axes.errorbar(
+                line.x,
+                line.y,
+                line.spread,
+                line.spread_x,
+                fmt=line.style,
+                color=color,
+                markersize=6,
+                markerfacecolor="none" if len(line.x) == 1 else color,  # what lies beneath stays visible
+                linewidth=1.4,
+                capsize=2,
+            )
+        axes.set(title=panel.title, xlabel=panel.label_x, ylabel=panel.label_y)
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3)
+        if panel.scale_x == "log2":
+            axes.set_xscale("log", base=2)
+            ticks = sorted({x for line in panel.lines.values() for x in line.x})
+            ticks = [t for t in ticks if math.log2(t).is_integer()] or ticks
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        elif panel.scale_x == "symlog":
+            axes.set_xscale("symlog", linthresh=min(x for line in panel.lines.values() for x in line.x if x > 0))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    if title:
+        fig.suptitle(title)
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns))
+    fig.savefig(path, dpi=110)
+
+
+def latencies(
+    values_ms: Sequence[Sequence[float]], batch_sizes: Sequence[int], accuracies: Sequence[float], path: Path, *, title: str
+) -> None:
+    """The latency of every subnet at every batch size as a heat map (the paper's Figure 6).
+
+    Args:
+      values_ms: [subnets][batch sizes].
+      accuracies: [subnets], fractions of 1, ascending.
+    """
+    count = len(accuracies)
+    fig = figure.Figure(figsize=(2 + 0.9 * len(batch_sizes), 1.8 + 0.45 * min(count, 20)), layout="constrained")
+    axes = fig.subplots()
+    image = axes.imshow(values_ms, norm="log", cmap="viridis", aspect="auto", origin="lower")
+    middle = math.sqrt(min(map(min, values_ms)) * max(map(max, values_ms)))
+    if count <= 20:
+        for i, row in enumerate(values_ms):
+            for j, ms in enumerate(row):
+                text = f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if ms < middle else "black")
+    axes.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
+    labelled = range(0, count, math.ceil(count / 20))
+    axes.set_yticks(labelled, [f"{100 * accuracies[i]:.2f}" for i in labelled])
+    axes.set(xlabel="batch size", ylabel="subnet, by its accuracy (%)", title=title)
+    bar = fig.colorbar(image, label="latency of a batch (ms)", ticks=ticker.LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    fig.savefig(path, dpi=120)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -146,8 +146,12 @@ def measure(
 ) -> profiles.Profile:
     """Measures the latency profile of an engine: repaired to be monotone, and only the subnets that are worth serving."""
     accuracies = {s.subnet: s.accuracy for s in model.served}
-    full = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats)
-    return full.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO).monotone()
+    return worth_serving(measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats)).monotone()
+
+
+def worth_serving(profile: profiles.Profile) -> profiles.Profile:
+    """The rows that a server makes use of: no other is faster and more accurate, and neighbours differ enough to matter."""
+    return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
 
 
 def build(

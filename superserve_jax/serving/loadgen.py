@@ -30,6 +30,7 @@ class Replay:
       batch: queries in its batch; NaN where it was not answered.
       label: index of the largest output; -1 where it was not answered.
       lateness_s: by how much the generator was late with each query.
+      start_s: the trace's zero on the clock `time.monotonic`.
     """
 
     arrival_s: np.ndarray
@@ -39,6 +40,7 @@ class Replay:
     batch: np.ndarray
     label: np.ndarray
     lateness_s: np.ndarray
+    start_s: float = 0.0
 
     @property
     def met(self) -> np.ndarray:
@@ -74,10 +76,10 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
         submitted[done:due] = now
         done = due
     time.sleep(max(0.0, start + float(deadlines.max()) - time.monotonic()))
-    return _collect(trace, submitted, pending)
+    return _collect(trace, submitted, pending, start)
 
 
-def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futures.Future]) -> Replay:
+def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futures.Future], start_s: float) -> Replay:
     n = len(trace)
     finish, accuracy, batch = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan)
     label = np.full(n, -1)
@@ -90,4 +92,4 @@ def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futur
             continue  # an error is an unanswered query; the server's health says which errors there were
         finish[i] = submitted[i] + 1e-3 * reply.latency_ms
         accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
-    return Replay(trace.arrivals_s, trace.deadlines_s, finish, accuracy, batch, label, submitted - trace.arrivals_s)
+    return Replay(trace.arrivals_s, trace.deadlines_s, finish, accuracy, batch, label, submitted - trace.arrivals_s, start_s)

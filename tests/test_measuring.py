@@ -1,0 +1,33 @@
+import pytest
+
+from superserve_jax import profile as profiles
+from superserve_jax.serving import engine, measuring
+from superserve_jax.subnet import Subnet
+
+
+def make(*latencies, sizes=(1, 2, 4)):
+    rows = [profiles.Row(Subnet((1,), (("w", (float(i),)),)), 0.7 + 0.05 * i, ms) for i, ms in enumerate(latencies)]
+    return profiles.Profile(sizes, tuple(rows))
+
+
+def test_a_profile_as_slackfit_needs_it_has_all_three_properties():
+    for p in measuring.properties(make((1.0, 1.5, 2.5), (3.0, 5.0, 8.0))):
+        assert p.holding == p.of > 0
+        assert p.worst > 1
+
+
+def test_what_is_amiss_is_counted_and_its_worst_case_named():
+    p1, p2, p3 = measuring.properties(make((1.0, 0.8, 2.0), (0.9, 1.6, 4.0)))
+    assert (p1.holding, p1.of, p1.worst) == (3, 4, pytest.approx(0.8))
+    assert (p2.holding, p2.of, p2.worst) == (2, 3, pytest.approx(0.9))
+    # In 0.9 ms the fastest does a batch of 2 (0.8 ms), in 1.6 ms no more.
+    assert (p3.holding, p3.of, p3.worst) == (1, 2, pytest.approx(1.0))
+
+
+def test_latencies_of_an_engine_are_measured_for_every_pair():
+    table = make((1.0, 2.0), (2.0, 4.0), sizes=(1, 2))
+    fake = engine.FakeEngine(table)
+    measured = measuring.measure(fake, {r.subnet: r.accuracy for r in table.rows}, (1, 2), device="fake", repeats=3)
+    for row, true in zip(measured.rows, table.rows, strict=True):
+        assert all(got >= ms for got, ms in zip(row.latency_ms, true.latency_ms, strict=True))
+        assert all(p99 >= ms for p99, ms in zip(row.p99_ms, row.latency_ms, strict=True))
