@@ -50,7 +50,7 @@ class Options:
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
     policies: tuple[str, ...] = ()
-    seconds: float = 13.5
+    seconds: float = 9.0
     slo_ms: float | None = None
     calm: float = 0.3
     burst: float = 0.45

@@ -32,6 +32,7 @@ from superserve_jax.serving import bounds, experiments, metrics, policies, simul
 SUSTAINED = 0.999
 """Attainment at which a rate counts as sustained (the paper's Figure 5c and its scalability experiment)."""
 _BISECTIONS = 9
+_LONG = 100_000
 
 Row = dict[str, Any]
 
@@ -136,7 +137,8 @@ def _served(
     policy = create(name, profile)
     timed = _Timed(policy) if cell.dense else None
     result = simulator.simulate(profile, timed or policy, trace, cluster=cell.cluster, seed=cell.seed)
-    gc.collect()  # a finished simulation refers to itself, and of a long trace it is hundreds of megabytes
+    if len(trace) > _LONG:
+        gc.collect()  # a finished simulation refers to itself, and of a long trace it is hundreds of megabytes
     return result, timed
 
 
