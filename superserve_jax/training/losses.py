@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 def cross_entropy(logits: Float[Array, "B K"], labels: Int[Array, " B"], *, smoothing: float = 0.0) -> Float[Array, ""]:
     """Mean cross entropy of logits against labels.
 
-    >>> float(cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1])).round(4))
+    >>> import jax.numpy as jnp
+    >>> round(float(cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1]))), 4)
     0.6931
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
@@ -21,7 +22,8 @@ def cross_entropy(logits: Float[Array, "B K"], labels: Int[Array, " B"], *, smoo
 def distillation(logits: Float[Array, "B K"], teacher_logits: Float[Array, "B K"]) -> Float[Array, ""]:
     """Mean cross entropy of logits against the teacher's soft output, through which no gradient flows.
 
-    >>> float(distillation(jnp.array([[0.0, 0.0]]), jnp.array([[5.0, 0.0]])).round(4))
+    >>> import jax.numpy as jnp
+    >>> round(float(distillation(jnp.array([[0.0, 0.0]]), jnp.array([[5.0, 0.0]]))), 4)
     0.6931
     """
     soft = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits))
