@@ -20,8 +20,8 @@ from typing import Any
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli
-from superserve_jax.serving import evaluation, experiments, figures, findings, readings, reference
+from superserve_jax import cli, files
+from superserve_jax.serving import evaluation, experiments, figures, findings, policies, readings, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def main() -> None:
         found = findings.findings(rows)
         print_left([header, *((f.preset, f"x{f.scale:g}", f.what, f.reference, f.ours) for f in found)])
     if options.json:
-        cli.write_json(options.json, rows)
+        files.write_json(options.json, rows)
         print(f"\nrows: {options.json}")
     if options.plots:
         for path in figures.draw(rows, options.plots):
@@ -112,7 +112,7 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[experiments.Cell
         )
     ]
     for name in dict.fromkeys(name for cell in cells for name in cell.policies):
-        evaluation.create(name, profile)
+        policies.create(name, profile)
     if options.maf_trace is None or not options.maf_trace.is_file():
         for cell in cells:
             if cell.traffic.process == "azure":

@@ -16,7 +16,7 @@ import jax
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import checkpoint, cli, plots
+from superserve_jax import checkpoint, cli, files, plots
 from superserve_jax.serving import executables, measuring
 
 STATEMENTS = {
@@ -80,7 +80,7 @@ def main() -> None:
     for p in measuring.properties(measured):
         print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; at worst {p.worst:.2f} times as {UNITS[p.name]}")
     if options.json:
-        cli.write_json(options.json, profile.to_json())
+        files.write_json(options.json, profile.to_json())
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         values, worth = [r.latency_ms for r in profile.rows], [r.accuracy for r in profile.rows]

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, plots
+from superserve_jax import cli, files, plots
 from superserve_jax.serving import executables, fidelity, loadgen, metrics, policies, server, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"the generator was late by at most {late[0]:.2f} ms at the median and {late[1]:.1f} ms at the 99th percentile")
     if options.json:
         about = {"slo_ms": slo_ms, "trace": trace.name, "queries": len(trace), "device": profile.device}
-        cli.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
+        files.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
         print(f"results: {options.json}")
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)

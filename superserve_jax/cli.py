@@ -1,12 +1,8 @@
-"""What the programs in train/ and serve/ share: logging, errors as one line, results as JSON."""
+"""What the programs in train/ and serve/ share: logging, errors as one line, tables."""
 
-import json
 import logging
-import os
-import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from superserve_jax import errors
 
@@ -24,15 +20,6 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as e:
         print(e or "interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a result; the file is replaced whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

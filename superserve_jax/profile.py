@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 from superserve_jax.subnet import Subnet
 
 SCHEMA = 1
@@ -204,11 +204,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; the file is replaced whole or not at all."""
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(self.to_json(), indent=1))
-        os.replace(part, path)
+        files.write_json(path, self.to_json())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Profile":

@@ -12,7 +12,7 @@ each named elastic axis, which WeightSlice reads. A family of SuperNets describe
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -243,18 +243,15 @@ class SearchSpace:
           below: an envelope; only subnets that it covers are drawn.
         """
         rng = np.random.default_rng([seed, step])
-        limit = below or self.largest()
-        depth = []
-        for stage, choices in zip(self.stages, self.depths, strict=True):
-            kept = sum(limit.gates[b] for b in stage)
-            depth.append(rng.choice([d for d in choices if d <= kept]))
-        gates = self.gates(depth)
-        if below is not None and not all(a >= b for a, b in zip(below.gates, gates, strict=True)):
+        found = self.vary(below or self.largest(), lambda choices, top: rng.choice([c for c in choices if c <= top]))
+        if below is not None and not below.covers(found):
             raise errors.SubnetError("'below' keeps blocks that no depth of this space selects; sample from the whole space")
-        axes = {
-            a.name: [rng.choice([v for v in c if v <= top]) for c, top in zip(a.choices, limit[a.name], strict=True)]
-            for a in self.axes
-        }
+        return found
+
+    def vary(self, subnet: Subnet, draw: Callable[[Sequence[Any], Any], Any]) -> Subnet:
+        """A subnet with `draw(choices, choice of subnet)` for every depth, then at every position of every axis."""
+        depth = [draw(c, sum(subnet.gates[b] for b in stage)) for c, stage in zip(self.depths, self.stages, strict=True)]
+        axes = {a.name: [draw(c, now) for c, now in zip(a.choices, subnet[a.name], strict=True)] for a in self.axes}
         return self.subnet(depth=depth, **axes)
 
     # -- counting and listing -------------------------------------------------------------------------------------------

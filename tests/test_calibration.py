@@ -52,7 +52,7 @@ def batches_of(images, labels, size):
             x, y = images[i : i + size], labels[i : i + size]
             fill = size - len(x)
             yield {
-                "image": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))),
+                "inputs": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))),
                 "label": np.pad(y, (0, fill)),
                 "weight": np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)],
             }

@@ -12,7 +12,7 @@ import pytest
 
 from superserve_jax import cli, errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import evaluation, experiments, figures, findings, reference, simulator
+from superserve_jax.serving import evaluation, experiments, figures, findings, policies, reference, simulator
 
 ROOT = pathlib.Path(__file__).parent.parent
 SAMPLE = ROOT.parent / "shared" / "data" / "maf2019_762fn.csv"
@@ -52,7 +52,7 @@ def test_every_cell_is_there_once_and_all_its_policies_can_be_made(preset):
     cells = list(experiments.cells(preset, seeds=range(5)))
     assert len(set(cells)) == len(cells)
     for name in {name for cell in cells for name in cell.policies}:
-        assert callable(evaluation.create(name, PAPER))
+        assert callable(policies.create(name, PAPER))
 
 
 def test_the_papers_grids_are_complete():
@@ -175,7 +175,7 @@ def test_a_number_of_latency_buckets_is_part_of_the_name():
     default, eight, many = ({**r, "policy": ""} for r in evaluation.run_cell(cell, PAPER))
     assert default == eight != many
     with pytest.raises(errors.ConfigError, match="number of latency buckets"):
-        evaluation.create("slackfit-paper:many", PAPER)
+        policies.create("slackfit-paper:many", PAPER)
 
 
 @pytest.mark.slow

@@ -117,13 +117,13 @@ def test_preparing_and_reading_do_not_import_tensorflow(digits):
 def test_a_training_batch_has_uint8_images_and_int32_labels(digits):
     batch = next(digits.train(16, seed=0))
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
-        "image": ((16, 32, 32, 1), np.uint8),
+        "inputs": ((16, 32, 32, 1), np.uint8),
         "label": ((16,), np.int32),
     }
 
 
 def test_every_training_example_is_seen_once_per_epoch_in_a_new_order(digits):
-    pixels = np.concatenate([batch["image"] for batch in take(digits.train(40, seed=0), 14)])
+    pixels = np.concatenate([batch["inputs"] for batch in take(digits.train(40, seed=0), 14)])
     first, second = keys(pixels[:280]), keys(pixels[280:])
     assert sorted(first) == sorted(second) == sorted(keys(digits.arrays("train")[0]))
     assert first != second
@@ -132,7 +132,7 @@ def test_every_training_example_is_seen_once_per_epoch_in_a_new_order(digits):
 @pytest.mark.parametrize("batch_size", [1, 33, 280, 500])
 def test_epochs_follow_each_other_without_a_gap_at_any_batch_size(digits, batch_size):
     batches = take(digits.train(batch_size, seed=1), -(-560 // batch_size))
-    pixels = np.concatenate([batch["image"] for batch in batches])[:560]
+    pixels = np.concatenate([batch["inputs"] for batch in batches])[:560]
     assert sorted(keys(pixels)) == sorted(2 * keys(digits.arrays("train")[0]))
 
 
@@ -144,7 +144,7 @@ def test_a_resumed_stream_goes_on_exactly(digits_dir, start):
 
 
 def test_another_seed_gives_another_order(digits):
-    first, second = (np.concatenate([b["image"] for b in take(digits.train(40, seed=s), 7)]) for s in (0, 1))
+    first, second = (np.concatenate([b["inputs"] for b in take(digits.train(40, seed=s), 7)]) for s in (0, 1))
     assert sorted(keys(first)) == sorted(keys(second))
     assert keys(first) != keys(second)
 
@@ -152,12 +152,12 @@ def test_another_seed_gives_another_order(digits):
 def test_labels_stay_with_their_images(digits):
     labels = dict(zip(*(list(f(a)) for f, a in zip((keys, list), digits.arrays("train"), strict=True)), strict=True))
     for batch in take(digits.train(50, seed=0), 8):
-        assert [labels[key] for key in keys(batch["image"])] == batch["label"].tolist()
+        assert [labels[key] for key in keys(batch["inputs"])] == batch["label"].tolist()
 
 
 def test_a_batch_is_the_callers_to_change(digits):
     before = digits.arrays("train")[0].copy()
-    next(digits.train(280, seed=0))["image"][:] = 0
+    next(digits.train(280, seed=0))["inputs"][:] = 0
     assert np.array_equal(digits.arrays("train")[0], before)
 
 
@@ -174,13 +174,13 @@ def test_train_and_validation_divide_the_training_images(digits, digits_dir):
 @pytest.mark.parametrize(("split", "size"), [("train", 280), ("validation", 20), ("test", 90)])
 def test_evaluation_gives_each_example_once_in_order_and_pads_the_last_batch(digits, split, size):
     batches = list(digits.eval(split, 32))
-    assert {(b["image"].shape, b["label"].shape, b["weight"].dtype) for b in batches} == {
+    assert {(b["inputs"].shape, b["label"].shape, b["weight"].dtype) for b in batches} == {
         ((32, 32, 32, 1), (32,), np.dtype(np.float32))
     }
     weights = np.concatenate([b["weight"] for b in batches])
     assert weights.tolist() == [1.0] * size + [0.0] * (len(weights) - size)
     pixels, labels = digits.arrays(split)
-    assert np.array_equal(np.concatenate([b["image"] for b in batches])[:size], pixels)
+    assert np.array_equal(np.concatenate([b["inputs"] for b in batches])[:size], pixels)
     assert np.array_equal(np.concatenate([b["label"] for b in batches])[:size], labels)
 
 
@@ -217,7 +217,7 @@ def test_images_are_resized_and_converted_as_configured(digits_dir):
 def test_a_mock_of_cifar10_trains_and_evaluates_in_colour(cifar_dir):
     dataset = data.open(data.DataConfig("cifar10", cifar_dir, validation=10, channels=3, shift=4, flip=True))
     assert (dataset.num_classes, dataset.num_examples("train"), dataset.num_examples("test")) == (10, 40, 10)
-    assert next(dataset.train(8, seed=0))["image"].shape == (8, 32, 32, 3)
+    assert next(dataset.train(8, seed=0))["inputs"].shape == (8, 32, 32, 3)
     assert sorted(np.concatenate([b["label"] for b in dataset.eval("test", 5)]).tolist()) == list(range(10))
 
 
@@ -232,12 +232,12 @@ def test_a_mock_of_imagenet2012_has_its_validation_split_as_test(imagenet_dir):
 def test_random_crops_of_a_mock_of_imagenet2012_are_reproducible_and_resumable(imagenet_dir):
     dataset = imagenet(imagenet_dir, flip=True)
     whole = take(dataset.train(4, seed=0), 8)
-    assert whole[0]["image"].shape == (4, 24, 24, 3)
+    assert whole[0]["inputs"].shape == (4, 24, 24, 3)
     assert all(map(same, whole[5:], take(dataset.train(4, seed=0, start_step=5), 3)))
 
 
 def test_the_same_picture_is_cropped_anew_each_epoch(imagenet_dir):
-    pixels = np.concatenate([b["image"] for b in take(imagenet(imagenet_dir).train(10, seed=0), 3)])
+    pixels = np.concatenate([b["inputs"] for b in take(imagenet(imagenet_dir).train(10, seed=0), 3)])
     assert len(set(keys(pixels))) == 30
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "superserve_jax"
 LAYERS = [
-    ["errors"],
+    ["errors", "files"],
     ["subnet", "plots", "progress", "cli"],
     ["ops"],
     ["layers"],
@@ -20,12 +20,12 @@ LAYERS = [
     ["training", "serving"],
 ]
 NO_JAX = (
-    ["errors", "subnet", "profile", "plots", "progress", "cli"]
+    ["errors", "files", "subnet", "profile", "plots", "progress", "cli"]
     + [
         f"serving.{name}"
         for name in ("queue", "policies", "traces", "azure", "simulator", "bounds", "reference", "metrics", "engine")
     ]
-    + [f"serving.{name}" for name in ("futures", "workers", "server", "runtime", "measuring", "loadgen")]
+    + [f"serving.{name}" for name in ("futures", "workers", "server", "runtime", "measuring", "loadgen", "dispatch")]
     + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity")]
 )
 

@@ -36,7 +36,7 @@ class FakeDataset:
         k = start_step
         while True:
             images, labels = self._make(np.random.default_rng([seed, k]), batch_size)
-            yield {"image": images, "label": labels}
+            yield {"inputs": images, "label": labels}
             k += 1
 
     def arrays(self, split, limit=None):
@@ -49,7 +49,7 @@ class FakeDataset:
             x, y = images[i : i + batch_size], labels[i : i + batch_size]
             fill = batch_size - len(x)
             weight = np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)]
-            yield {"image": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))), "label": np.pad(y, (0, fill)), "weight": weight}
+            yield {"inputs": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))), "label": np.pad(y, (0, fill)), "weight": weight}
 
 
 @pytest.fixture

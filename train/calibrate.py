@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli
+from superserve_jax import cli, files
 from superserve_jax.training import runs, stages
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         f"statistics each, {weights / mean:.0f} times less than the {weights:,} bytes of weights"
     )
     if options.json:
-        cli.write_json(options.json, {"subnets": len(rows), "statistics_bytes": rows, "weights_bytes": weights})
+        files.write_json(options.json, {"subnets": len(rows), "statistics_bytes": rows, "weights_bytes": weights})
     print(f"go on with `python train/evaluate.py {run.workdir}`")
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, convert
+from superserve_jax import cli, convert, files
 from superserve_jax.training import config as configs
 from superserve_jax.training import runs
 
@@ -50,7 +50,9 @@ def main() -> None:
     largest = model.space.largest()
     flops, params = model.config.flops(largest), model.config.num_params(largest)
     if options.json:
-        cli.write_json(options.json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": model.space.size})
+        files.write_json(
+            options.json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": model.space.size}
+        )
     print(
         f"{run.workdir}: {params / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOPs, {model.space.size:.2g} subnets; go on "
         f"with `python train/search.py {run.workdir}`"

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli
+from superserve_jax import cli, files
 from superserve_jax.training import runs, stages
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     served = stages.evaluate(run)
     cli.print_table(stages.table(served))
     if options.json:
-        cli.write_json(options.json, [s.to_json() for s in served])
+        files.write_json(options.json, [s.to_json() for s in served])
     print(f"go on with `python train/export.py {run.workdir}`")
 
 

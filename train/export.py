@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli
+from superserve_jax import cli, files
 from superserve_jax.training import runs, stages
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     size = sum(f["bytes"] for f in model.manifest["files"].values())
     cli.print_table(stages.table(list(model.served)))
     if options.json:
-        cli.write_json(options.json, {"path": str(path), "bytes": size, "served": [s.to_json() for s in model.served]})
+        files.write_json(options.json, {"path": str(path), "bytes": size, "served": [s.to_json() for s in model.served]})
     print(f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; go on with `python serve/measure.py {path}`")
 
 

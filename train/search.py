@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli
+from superserve_jax import cli, files
 from superserve_jax.training import runs, stages
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         ]
     )
     if options.json:
-        cli.write_json(options.json, [c.to_json() for c in chosen])
+        files.write_json(options.json, [c.to_json() for c in chosen])
     print(f"plot: {run.workdir / 'search.png'}; go on with `python train/calibrate.py {run.workdir}`")
 
 

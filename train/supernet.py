@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli
+from superserve_jax import cli, files
 from superserve_jax.training import config as configs
 from superserve_jax.training import stages
 
@@ -55,7 +55,7 @@ def main() -> None:
     path = stages.export(run)
     cli.print_table(stages.table(served))
     if options.json:
-        cli.write_json(options.json, [s.to_json() for s in served])
+        files.write_json(options.json, [s.to_json() for s in served])
     print(
         f"metrics and plots: {run.workdir}\nexport: {path}; serve it with `python serve/measure.py {path}`, then "
         f"`python serve/replay.py {path}`"

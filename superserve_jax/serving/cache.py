@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from superserve_jax import layers, ops, supernets
+from superserve_jax import files, layers, ops, supernets
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs
 
@@ -54,7 +54,7 @@ class ExecutableCache:
             "device": [device.platform, device.device_kind, device.id],
             "jax": [importlib.metadata.version(name) for name in ("jax", "jaxlib")],
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "features": _cpu_features() if device.platform == "cpu" else "",
+            "features": " ".join(sorted(cpu_info("flags").split())) if device.platform == "cpu" else "",
             "source": _source_digest(type(config)),
         }
 
@@ -83,13 +83,10 @@ class ExecutableCache:
         path = self._path(subnet, batch)
         if path is None:
             return
-        part = path.with_suffix(f".{os.getpid()}.part")
         try:
             body = pickle.dumps((leaves, serialize_executable.serialize(compiled)))
-            part.write_bytes(hashlib.sha256(body).digest() + body)
-            os.replace(part, path)
+            files.write_bytes(path, hashlib.sha256(body).digest() + body)
         except (OSError, ValueError, NotImplementedError) as e:
-            part.unlink(missing_ok=True)
             _log.warning("cannot keep an executable in %s: %s", path.parent, e)
 
     def _path(self, subnet: subnets.Subnet, batch: int) -> pathlib.Path | None:
@@ -121,7 +118,8 @@ def _source_digest(config_class: type) -> str:
 
 
 @functools.cache
-def _cpu_features() -> str:
+def cpu_info(field: str) -> str:
+    """A field of the first processor as Linux gives it, such as "model name" or "flags"; "" where it gives none."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((" ".join(sorted(line.partition(":")[2].split())) for line in lines if line.startswith("flags")), "")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
 import math
 import multiprocessing
@@ -32,25 +31,8 @@ from superserve_jax.serving import bounds, experiments, metrics, policies, simul
 SUSTAINED = 0.999
 """Attainment at which a rate counts as sustained (the paper's Figure 5c and its scalability experiment)."""
 _BISECTIONS = 9
-_LONG = 100_000
 
 Row = dict[str, Any]
-
-
-def create(name: str, profile: profile_lib.Profile) -> policies.Policy:
-    """The policy of a name: `policies.create`, and "slackfit-paper:<n>" and "slackfit-cumulative:<n>" with n latency buckets.
-
-    >>> from superserve_jax.serving import reference
-    >>> create("slackfit-paper:32", reference.paper_profile()).name
-    'slackfit-paper'
-    """
-    kind, _, number = name.partition(":")
-    if kind not in ("slackfit-paper", "slackfit-cumulative") or not number:
-        return policies.create(name, profile)
-    if not number.isdecimal():
-        raise errors.ConfigError(f"policy '{name}': after the colon stands the number of latency buckets, such as {kind}:8")
-    reading = "in_range" if kind == "slackfit-paper" else "cumulative"
-    return policies.SlackFit(profile, guard=False, buckets=int(number), reading=reading)
 
 
 def evaluate(
@@ -134,11 +116,9 @@ def timeline(
 def _served(
     cell: experiments.Cell, name: str, profile: profile_lib.Profile, trace: traces.Trace
 ) -> tuple[simulator.Result, "_Timed | None"]:
-    policy = create(name, profile)
+    policy = policies.create(name, profile)
     timed = _Timed(policy) if cell.dense else None
     result = simulator.simulate(profile, timed or policy, trace, cluster=cell.cluster, seed=cell.seed)
-    if len(trace) > _LONG:
-        gc.collect()  # a finished simulation refers to itself, and of a long trace it is hundreds of megabytes
     return result, timed
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -66,11 +65,11 @@ class DeviceEngine:
         self.name = f"{device.platform}:{device.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
-        self._rows = {s: jax.device_put(model.row(s), device) for s in subnet_list}
+        rows = {s: jax.device_put(model.row(s), device) for s in subnet_list}
         made = build(model.config, subnet_list, batch_sizes, device)
         used = {name for e in made.values() for name in e.leaves}
         weights = {name: jax.device_put(model.params[name], device) for name in sorted(used)}
-        self._table = {key: (e.call, tuple(weights[name] for name in e.leaves), self._rows[key[0]]) for key, e in made.items()}
+        self._table = {key: (e.call, tuple(weights[name] for name in e.leaves), rows[key[0]]) for key, e in made.items()}
         # One staging buffer per batch size is enough: `run` returns only when the output is ready.
         self._staging = {b: np.zeros((b, *self.input_shape), self.input_dtype) for b in batch_sizes}
         for subnet, batch in self._table:  # the first call of an executable is slow; no query should pay for it
@@ -212,12 +211,4 @@ def device_kind(device: Device) -> str:
     """What a latency profile holds for: the card's name, or for a CPU its model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind
-    return f"cpu {cpu_model()} {os.cpu_count()} cores"
-
-
-@functools.cache
-def cpu_model() -> str:
-    """The processor's name as the operating system gives it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"cpu {cache.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"

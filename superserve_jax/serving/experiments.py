@@ -75,7 +75,7 @@ class Grid:
     """Every policy on every traffic, with every cluster, at every scale.
 
     Args:
-      policies: names of `evaluation.create`; "fixed:all" stands for every subnet of the profile, fixed.
+      policies: names of `policies.create`; "fixed:all" stands for every subnet of the profile, fixed.
       sustained: do not serve the traffic as it is, but seek the highest rate at which it attains `evaluation.SUSTAINED`.
       duration_s: of the traffic.
       dense: on a profile of `DENSE` subnets, with the time of each decision taken.

@@ -17,7 +17,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import policies, queue, traces
+from superserve_jax.serving import dispatch, policies, queue, traces
 
 MET, LATE, EXPIRED, REFUSED = range(4)
 """Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
@@ -207,7 +207,9 @@ class _Run:
             if now_s >= self.stalled_until_s:
                 while idle and len(waiting):
                     self.dispatch(now_s)
-        # Nothing will happen any more: all has been answered, or every worker has left for good.
+        # Nothing will happen any more: all has been answered, or every worker has left for good. What is left of the events
+        # are methods of this object, without which it goes at once, not when garbage is collected.
+        events.clear()
         self.expired += waiting.drain()
         self.refused += range(self.arrived, len(arrivals) - 1)
 
@@ -231,27 +233,15 @@ class _Run:
 
     def dispatch(self, now_s: float) -> None:
         """One idle worker takes what the policy says."""
-        waiting, profile = self.queue, self.profile
+        waiting = self.queue
         if self.cluster.expire:
             self.expired += waiting.pop_before(now_s + self.fastest_s)
             if not len(waiting):
                 return
         worker = self.idle.popleft()
-        slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
         last = self.last_subnet[worker]
-        floors = waiting.head_floors(self.max_batch)
-        traffic = self.meter.read(now_s, waiting.pushed)
-        slo_ms = self.meter.slo_ms
-        near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
-        state = policies.State(
-            now_s, slack_ms, len(waiting), floors, self.alive, last, waiting.late, *traffic, slo_ms, near, worker
-        )
-        subnet, size, defer_ms, loading_ms = self.policy(profile, state)
-        if size < 1:
-            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        before_s = now_s + 1e-3 * defer_ms
-        row, queries = queue.take(
-            waiting, profile, profile.row(subnet), min(size, self.max_batch), slack_ms=slack_ms, defer_before_s=before_s
+        row, queries, loading_ms = dispatch.next_batch(
+            waiting, self.meter, self.policy, self.profile, now_s, workers=self.alive, last_subnet=last, worker=worker
         )
         latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms + loading_ms
         if row.subnet is not last:

@@ -12,7 +12,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import engine, futures, policies, queue, runtime
+from superserve_jax.serving import dispatch, engine, futures, policies, queue, runtime
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Pool:
     # -- called by clients --------------------------------------------------------------------------------------------------
 
     def admit(self, queries: Sequence[Query]) -> None:
-        """Queues all of `queries`, or raises and queues none."""
+        """Queues all of `queries`, which share an SLO, or raises and queues none."""
         with self._lock:
             if self._closing.is_set():
                 raise errors.ServerClosedError("the server is closed and takes no queries; open a new one")
@@ -117,8 +117,7 @@ class Pool:
             for query in queries:
                 self._queue.push(query.deadline_s, query, query.floor)
             if queries:
-                shortest_s = min(query.deadline_s - query.submitted_s for query in queries)
-                self._meter.shorten(queries[0].submitted_s, 1e3 * shortest_s)
+                self._meter.shorten(queries[0].submitted_s, 1e3 * (queries[0].deadline_s - queries[0].submitted_s))
             self._locked_wake()
 
     def stop(self, *, drain: bool) -> None:
@@ -213,28 +212,23 @@ class Pool:
 
     def _locked_decide(self, worker: Worker, now_s: float) -> tuple[Row | None, list[Query], BaseException | None]:
         """The row to run and the batch; where the policy failed, no row, the batch that suffers, and the error."""
-        waiting, profile = len(self._queue), self._profile
-        if not waiting:
+        if not len(self._queue):
             return None, [], None
-        slack_ms = 1e3 * (self._queue.head_deadline_s - now_s)
-        floors = self._queue.head_floors(profile.max_batch)
-        traffic = self._meter.read(now_s, self._queue.pushed)
-        late, slo_ms = self._queue.late, self._meter.slo_ms
-        near = self._queue.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
-        state = policies.State(
-            now_s, slack_ms, waiting, floors, self._alive, worker.last_subnet, late, *traffic, slo_ms, near, worker.index
-        )
         try:
-            decision = self._policy(profile, state)
-            row, size = profile.row(decision.subnet), min(decision.batch, profile.max_batch)
-            if size < 1:
-                raise errors.ConfigError(f"a decision needs a batch of at least 1, got {decision.batch}")
-            before_s = now_s + 1e-3 * decision.defer_ms
-            row, batch = queue.take(self._queue, profile, row, size, slack_ms=slack_ms, defer_before_s=before_s)
+            row, batch, _ = dispatch.next_batch(
+                self._queue,
+                self._meter,
+                self._policy,
+                self._profile,
+                now_s,
+                workers=self._alive,
+                last_subnet=worker.last_subnet,
+                worker=worker.index,
+            )
         except Exception as error:
-            _log.exception("the policy failed on %r", state)
+            _log.exception("the policy failed")
             self._last_error = error
-            return None, self._queue.pop(profile.max_batch), error
+            return None, self._queue.pop(self._profile.max_batch), error
         worker.last_subnet = row.subnet
         return row, [query for query in batch if not query.done()], None
 

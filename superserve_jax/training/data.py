@@ -2,7 +2,7 @@
 
     dataset = data.open(data.DataConfig("cluttered_digits", shift=2))
     for batch in dataset.train(64, seed=0, start_step=1200):    # endless; batch k is a function of (seed, k) alone
-        batch["image"], batch["label"]                          # uint8 (B, H, W, C), int32 (B,)
+        batch["inputs"], batch["label"]                          # uint8 (B, H, W, C), int32 (B,)
 
 Three splits, whatever TFDS calls them: `train` and `validation`, the last examples of TFDS' train split, held out for choosing
 subnets; and `test`. Pixels stay uint8: normalising them belongs to the model, so that serving cannot differ from training.
@@ -125,7 +125,7 @@ class Dataset:
           start_step: the first batch to give out: a resumed run sees exactly what it would have seen.
 
         Yields:
-          {"image": uint8 (B, H, W, C), "label": int32 (B,)}
+          {"inputs": uint8 (B, H, W, C), "label": int32 (B,)}
         """
         _check_int("batch_size", batch_size, 1)
         _check_int("start_step", start_step, 0)
@@ -145,24 +145,27 @@ class Dataset:
         """All examples of a split once, in order, not augmented; the last batch is padded.
 
         Yields:
-          {"image": uint8 (B, H, W, C), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 where there is only padding.
+          {"inputs": uint8 (B, H, W, C), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 where there is only padding.
         """
         _check_int("batch_size", batch_size, 1)
         batches = self._batch(self._references(split), split, batch_size)
         return iter(batches.map(lambda batch: _pad(batch, batch_size)).to_iter_dataset(self._read_options()))
 
     def arrays(self, split: Split, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The first `limit` examples of a split, or all: images uint8 (N, H, W, C), labels int32 (N,). Read-only if cached."""
+        """The first `limit` examples of a split, or all: images uint8 (N, H, W, C), labels int32 (N,).
+
+        Read-only where the split is cached, which a `limit` alone does not bring about.
+        """
         if limit is not None:
             _check_int("limit", limit, 1)
-        if self.config.cache:
+        if self.config.cache and (limit is None or split in self._cached):
             pixels, labels = self._cache(split)
             return pixels[:limit], labels[:limit]
         source = self._source(split)
         wanted = range(len(source) if limit is None else min(limit, len(source)))
         self._check_memory(len(wanted))
         batch = _stack([self._decode(source[i]) for i in wanted])
-        return batch["image"], batch["label"]
+        return batch["inputs"], batch["label"]
 
     # -- from the records on disk to batches ----------------------------------------------------------------------------
 
@@ -189,18 +192,18 @@ class Dataset:
     def _batch(self, examples: grain.MapDataset, split: str, batch_size: int) -> grain.MapDataset:
         if self.config.cache:
             pixels, labels = self._cache(split)
-            return examples.batch(batch_size, batch_fn=lambda i: {"image": pixels[np.array(i)], "label": labels[np.array(i)]})
+            return examples.batch(batch_size, batch_fn=lambda i: {"inputs": pixels[np.array(i)], "label": labels[np.array(i)]})
         decoded = examples if split == "train" and self.config.random_crop else examples.map(self._decode)
         return decoded.batch(batch_size, batch_fn=_stack)
 
     def _decode(self, record: Example) -> Example:
         share = augment.EVAL_SHARE if self.config.random_crop else 1.0
         pixels = augment.centre_crop(self._pixels(record), self.config.image_size, share=share)
-        return {"image": pixels, "label": np.int32(record[self._label_key])}
+        return {"inputs": pixels, "label": np.int32(record[self._label_key])}
 
     def _decode_random_crop(self, record: Example, rng: np.random.Generator) -> Example:
         pixels = augment.random_resized_crop(self._pixels(record), self.config.image_size, rng)
-        return {"image": pixels, "label": np.int32(record[self._label_key])}
+        return {"inputs": pixels, "label": np.int32(record[self._label_key])}
 
     def _pixels(self, record: Example) -> np.ndarray:
         """The stored image, PNG or JPEG, as uint8 (H, W, C), whatever channels it was stored with."""
@@ -209,12 +212,12 @@ class Dataset:
         return pixels.reshape(*pixels.shape[:2], self.config.channels)
 
     def _augment(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        pixels = batch["image"]
+        pixels = batch["inputs"]
         if self.config.shift:
             pixels = augment.shift(pixels, self.config.shift, rng)
         if self.config.flip:
             pixels = augment.flip(pixels, rng)
-        return {**batch, "image": pixels}
+        return {**batch, "inputs": pixels}
 
     def _cache(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         if split not in self._cached:
@@ -224,7 +227,7 @@ class Dataset:
             labels = np.empty(len(source), np.int32)
             for i in range(len(source)):
                 example = self._decode(source[i])
-                pixels[i], labels[i] = example["image"], example["label"]
+                pixels[i], labels[i] = example["inputs"], example["label"]
             pixels.flags.writeable = labels.flags.writeable = False  # `arrays` gives them out
             self._cached[split] = pixels, labels
         return self._cached[split]
@@ -283,7 +286,7 @@ def _find_splits(config: DataConfig, builder: tfds.core.DatasetBuilder) -> dict[
 
 
 def _stack(examples: Sequence[Example]) -> Batch:
-    return {key: np.stack([example[key] for example in examples]) for key in ("image", "label")}
+    return {key: np.stack([example[key] for example in examples]) for key in ("inputs", "label")}
 
 
 def _pad(batch: Batch, batch_size: int) -> Batch:

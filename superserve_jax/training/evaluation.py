@@ -24,7 +24,7 @@ def accuracy(
     Args:
       model: with statistics for each subnet (for the largest, where `norm` is "shared").
       subnet_list: the subnets.
-      batches: makes a fresh pass over the data: batches of equal shape with "image", "label" and "weight" (0 for padding).
+      batches: makes a fresh pass over the data: batches of equal shape with "inputs", "label" and "weight" (0 for padding).
       norm: whose statistics to use, see `SuperNet.row`.
       progress: wraps the iteration over subnets, for a progress bar.
     """
@@ -32,7 +32,7 @@ def accuracy(
     result = []
     for subnet in progress(subnet_list):
         row, active = program.pad_row(model.row(subnet, norm=norm), subnet), program.active(subnet)
-        counts = [_hits(program, model.params, b["image"], b["label"], b["weight"], row, active) for b in batches()]
+        counts = [_hits(program, model.params, b["inputs"], b["label"], b["weight"], row, active) for b in batches()]
         hits, total = np.sum(np.array(counts, np.float64), 0)
         result.append(float(hits / total))
     return result

@@ -60,19 +60,19 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str]) -> runs.
         try:
             for k in bar:
                 batch = next(batches)
-                params, opt_state, scalars = sandwich(params, opt_state, batch["image"], batch["label"], sampler.step(k))
+                params, opt_state, scalars = sandwich(params, opt_state, batch["inputs"], batch["label"], sampler.step(k))
                 done = k + 1
                 metrics.add(scalars)
                 if done % config.log_every == 0 or done == num_steps:
                     metrics.flush(done, images=config.batch_size)
                 if done % config.checkpoint_every == 0 or done == num_steps or stopped():
-                    _save(manager, done, params, opt_state)
+                    # On disk before the next step, which gives these buffers away.
+                    runs.save(manager, done, params=params, opt_state=opt_state)
                     saved = done
                 if stopped():
                     break
         finally:
             metrics.close()
-            manager.wait_until_finished()
     plots.metrics(run.metrics(), run.workdir / "metrics.png")
     if saved < num_steps:
         raise KeyboardInterrupt(f"stopped after step {saved} of {num_steps}; run the same command to go on from there")
@@ -87,19 +87,9 @@ def _restore(
     if latest is None:
         params = programs.initial_params(config.model, config.seed)
         return 0, params, optimiser.init(params)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = programs.param_spec(config.model)
-    target = {"params": params, "opt_state": jax.eval_shape(optimiser.init, params)}
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), target)
-    items = {name: ocp.args.StandardRestore(value) for name, value in target.items()}
-    restored = manager.restore(latest, args=ocp.args.Composite(**items))
+    restored = runs.restore(manager, latest, params=params, opt_state=jax.eval_shape(optimiser.init, params))
     return latest, restored["params"], restored["opt_state"]
-
-
-def _save(manager: ocp.CheckpointManager, done: int, params: dict[str, jax.Array], opt_state: Any) -> None:
-    items = {"params": ocp.args.StandardSave(params), "opt_state": ocp.args.StandardSave(opt_state)}
-    manager.save(done, args=ocp.args.Composite(**items))
-    manager.wait_until_finished()  # the next step gives these buffers away
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, supernet
 from superserve_jax.training import config as configs
@@ -50,8 +50,7 @@ class Run:
                     f"remove that folder"
                 )
         else:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, configs.to_json(config))
+            files.write_json(path, configs.to_json(config))
         return Run(workdir, config)
 
     @staticmethod
@@ -77,12 +76,7 @@ class Run:
             step = manager.latest_step()
             if step is None:
                 raise errors.ConfigError(f"{self.workdir} has no checkpoint yet; train it first")
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            target = {
-                name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
-                for name, spec in programs.param_spec(self.config.model).items()
-            }
-            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+            params = restore(manager, step, params=programs.param_spec(self.config.model))["params"]
         return supernet.SuperNet(self.config.model, params, self.rows())
 
     def start_from(self, model: supernet.SuperNet) -> None:
@@ -99,9 +93,7 @@ class Run:
                     f"{self.workdir} has a checkpoint already, of step {manager.latest_step()}; choose another folder"
                 )
             opt_state = self.config.optim.create(1).init(model.params)  # the number of steps does not matter to it
-            items = {"params": ocp.args.StandardSave(model.params), "opt_state": ocp.args.StandardSave(opt_state)}
-            manager.save(0, args=ocp.args.Composite(**items))
-            manager.wait_until_finished()
+            save(manager, 0, params=model.params, opt_state=opt_state)
         if model.rows:
             self.save_rows(model.rows)
 
@@ -119,7 +111,7 @@ class Run:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"row{i}": row for i, row in enumerate(rows.values())}
         np.savez(buffer, subnets=np.array(json.dumps([s.to_json() for s in rows])), **arrays)
-        write_bytes(self.workdir / "statistics.npz", buffer.getvalue())
+        files.write_bytes(self.workdir / "statistics.npz", buffer.getvalue())
 
     def metrics(self) -> list[dict[str, float]]:
         """The course of training, one dict per line of metrics.jsonl."""
@@ -133,23 +125,25 @@ class Run:
 
     def write(self, name: str, value: Any) -> None:
         """Writes a JSON file of the run."""
-        write_json(self.workdir / name, value)
+        files.write_json(self.workdir / name, value)
 
     def served(self) -> list[subnets.Subnet]:
         """The subnets that the search chose, in ascending order of FLOPs."""
         return [subnets.Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON; the file is replaced whole or not at all."""
-    write_bytes(path, json.dumps(value, indent=1).encode())
+def save(manager: ocp.CheckpointManager, step: int, **items: Any) -> None:
+    """Writes pytrees, such as `params` and `opt_state`, as the checkpoint of a step, and returns when they are on disk."""
+    manager.save(step, args=ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+    manager.wait_until_finished()
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file; it is replaced whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+def restore(manager: ocp.CheckpointManager, step: int, **specs: Any) -> Any:
+    """The named pytrees of a checkpoint, on the first device; each spec is one of shapes and dtypes."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
+    items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    return manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def _read(path: pathlib.Path) -> Any:

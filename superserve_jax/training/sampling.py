@@ -7,6 +7,7 @@ than the subnet it trains. Envelopes are random subnets, see `envelopes`.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,20 +80,16 @@ def compound(space: subnets.SearchSpace, rng: np.random.Generator) -> subnets.Su
     """A random subnet whose depths and choices lie within half a step of one common level between smallest and largest."""
     level = rng.random()
 
-    def draw(choices: tuple) -> Any:
+    def draw(choices: Sequence[Any], _: Any) -> Any:
         place = level * (len(choices) - 1) + rng.uniform(-0.5, 0.5)
         return choices[min(max(round(place), 0), len(choices) - 1)]
 
-    return space.subnet(depth=[draw(d) for d in space.depths], **{a.name: [draw(c) for c in a.choices] for a in space.axes})
+    return space.vary(space.largest(), draw)
 
 
 def member(space: subnets.SearchSpace, envelope: subnets.Subnet, rng: np.random.Generator) -> subnets.Subnet:
     """A random member of a bucket: at every position the envelope's choice or, as often, the next smaller one."""
-    depth = [_at_or_below(d, kept, rng) for d, kept in zip(space.depths, _kept(space, envelope), strict=True)]
-    axes = {
-        a.name: [_at_or_below(c, top, rng) for c, top in zip(a.choices, envelope[a.name], strict=True)] for a in space.axes
-    }
-    found = space.subnet(depth=depth, **axes)
+    found = space.vary(envelope, lambda choices, top: top if rng.integers(2) else _below(choices, top))
     return found if envelope.covers(found) else envelope  # every-other depths need not nest
 
 
@@ -112,9 +109,5 @@ def _kept(space: subnets.SearchSpace, subnet: subnets.Subnet) -> list[int]:
     return [sum(subnet.gates[b] for b in stage) for stage in space.stages]
 
 
-def _below(choices: tuple, top: float) -> Any:
+def _below(choices: Sequence[Any], top: float) -> Any:
     return choices[max(choices.index(top) - 1, 0)]
-
-
-def _at_or_below(choices: tuple, top: float, rng: np.random.Generator) -> Any:
-    return top if rng.integers(2) else _below(choices, top)

@@ -87,11 +87,7 @@ def mutate(space: subnets.SearchSpace, subnet: subnets.Subnet, rng: np.random.Ge
     def draw(choices: Sequence[Any], now: Any) -> Any:
         return choices[int(rng.integers(len(choices)))] if rng.random() < _MUTATION else now
 
-    depth = [
-        draw(choices, sum(subnet.gates[b] for b in stage)) for choices, stage in zip(space.depths, space.stages, strict=True)
-    ]
-    axes = {a.name: [draw(c, now) for c, now in zip(a.choices, subnet[a.name], strict=True)] for a in space.axes}
-    return space.subnet(depth=depth, **axes)
+    return space.vary(subnet, draw)
 
 
 def front(candidates: Iterable[Candidate]) -> list[Candidate]:

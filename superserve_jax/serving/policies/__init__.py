@@ -3,10 +3,12 @@
 A policy is any callable `policy(profile, state) -> Decision`; `create` makes those of this package by name.
 """
 
+import functools
 from collections.abc import Callable
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
+from superserve_jax.serving.policies import slackfit
 from superserve_jax.serving.policies.base import Decision, Policy, State
 from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
 from superserve_jax.serving.policies.planner import Planner
@@ -27,10 +29,10 @@ __all__ = [
     "create",
 ]
 
+_READINGS: dict[str, slackfit.Reading] = {"slackfit-paper": "in_range", "slackfit-cumulative": "cumulative"}
 _FACTORIES: dict[str, Callable[[profile_lib.Profile], Policy]] = {
     "slackfit": SlackFit,
-    "slackfit-paper": lambda profile: SlackFit(profile, guard=False),
-    "slackfit-cumulative": lambda profile: SlackFit(profile, guard=False, reading="cumulative"),
+    **{name: functools.partial(SlackFit, guard=False, reading=reading) for name, reading in _READINGS.items()},
     "max-acc": MaxAcc,
     "max-batch": MaxBatch,
     "least-accurate": LeastAccurate,
@@ -39,8 +41,9 @@ _FACTORIES: dict[str, Callable[[profile_lib.Profile], Policy]] = {
     "proteus": Planner,
 }
 NAMES = tuple(_FACTORIES)
-"""The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy, and
-`switching:<ms>:<policy>` for a policy that loads a subnet for so many milliseconds before it runs it."""
+"""The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy;
+`slackfit-paper:<n>` and `slackfit-cumulative:<n>` with n latency buckets; and `switching:<ms>:<policy>` for a policy that
+loads a subnet for so many milliseconds before it runs it."""
 
 
 def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
@@ -63,6 +66,12 @@ def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
         if not loading.replace(".", "", 1).isdecimal():
             raise errors.ConfigError(f"policy '{policy}': expected switching:<ms>:<policy>, such as switching:100:max-acc")
         return Switching(create(inner, profile), float(loading))
+    if kind in _READINGS and index:
+        if not index.isdecimal():
+            raise errors.ConfigError(
+                f"policy '{policy}': after the colon stands the number of latency buckets, such as {kind}:8"
+            )
+        return SlackFit(profile, guard=False, buckets=int(index), reading=_READINGS[kind])
     if kind != "fixed" or not index.isdecimal():
         raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>", "switching:<ms>:<policy>"])
     if int(index) >= len(profile.rows):

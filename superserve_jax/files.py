@@ -1,0 +1,24 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replaces a file, or makes it and its folder; on an error the old one stands as it was."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as JSON, as `write_bytes` does."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
