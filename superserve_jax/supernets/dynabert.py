@@ -177,7 +177,8 @@ class Embeddings(nnx.Module):
         """An id or type that the tables do not have gives NaN, never another token's embedding."""
         positions = ops.weight_slice(self.positions[...], ids.shape[1], self.positions.shape[1])
         kinds = self.types[0] if types is None else _look_up(self.types[...], types)
-        return self.norm(_look_up(self.words[...], ids) + positions + kinds)
+        x = _look_up(self.words[...], ids) + positions + kinds
+        return self.norm(x).astype(x.dtype)
 
 
 class EncoderLayer(nnx.Module):
@@ -228,7 +229,10 @@ class DynaBERT(nnx.Module):
         for i, layer in enumerate(self.layers):
             attention, ffn = sizes[f"layer{i}.attention"], sizes[f"layer{i}.ffn"]
             run = lambda x, layer=layer, attention=attention, ffn=ffn: layer(x, attention, ffn, mask)  # noqa: E731
-            x = ops.layer_select(sizes[f"layer{i}.gate"], run, x, skip=isinstance(stats, layers.RowStats))
+            gate = sizes[f"layer{i}.gate"]
+            x = ops.layer_select(gate, run, x, skip=isinstance(stats, layers.RowStats))
+            if isinstance(stats, layers.BatchStats):
+                stats.hidden.append((jnp.asarray(gate if isinstance(gate, int) else gate[1], jnp.float32), x))
         return self.classifier(jnp.tanh(self.pooler(x[:, 0], config.hidden_size)), config.num_classes)
 
 

@@ -263,6 +263,7 @@ class OFAResNet(nnx.Module):
         x = images
         if config.input_dtype == "uint8":
             x = (x.astype(jnp.float32) / 255.0 - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
+        x = x.astype(self.classifier.kernel.dtype)  # the network computes in the dtype of its parameters
         mid = sizes["stem.mid"]
         x = self.stem[0](x, mid, stats)
         x = ops.layer_select(sizes["stem.gate"], lambda x: x + self.stem[1](x, mid, stats), x, skip=skip)

@@ -96,11 +96,13 @@ class Dataset:
 
     Attributes:
       config: as given.
+      name: of the dataset, for messages.
       class_names: what each label means.
     """
 
     def __init__(self, config: DataConfig, builder: tfds.core.DatasetBuilder):
         self.config = config
+        self.name = config.name
         self._builder = builder
         self._image_key, self._label_key = _find_keys(config.name, builder)
         self.class_names: tuple[str, ...] = tuple(_features(builder)[self._label_key].names)

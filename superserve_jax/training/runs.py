@@ -1,8 +1,8 @@
 """A run's folder: what training, search, calibration and evaluation leave there, and how to read it back.
 
 config.json        the resolved config
-checkpoints/       Orbax: step, parameters, optimiser state
-metrics.jsonl/png  the course of training
+checkpoints/       Orbax: step, parameters, optimiser state, average; checkpoints.json: their SHA-256
+metrics.jsonl/png  the course of training; validation.jsonl, tensorboard/
 search.json/png    candidates and the subnets chosen to be served
 statistics.npz     SubnetNorm rows of the served subnets
 evaluation.json    their accuracies on test data
@@ -18,13 +18,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from superserve_jax import errors, files
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import checkpoints, records
 from superserve_jax.training import config as configs
 
 _log = logging.getLogger(__name__)
@@ -64,19 +63,19 @@ class Run:
             )
         return Run(workdir, configs.from_json(_read(workdir / "config.json")))
 
-    def checkpoints(self) -> ocp.CheckpointManager:
-        """The Orbax manager of the run's checkpoints; close it after use."""
-        return ocp.CheckpointManager(
-            (self.workdir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
+    def checkpoints(self) -> checkpoints.Checkpoints:
+        """The run's checkpoints; close them after use."""
+        return checkpoints.Checkpoints(self.workdir)
 
     def model(self) -> supernet.SuperNet:
-        """The SuperNet of the last checkpoint, with the statistics that calibration left."""
-        with self.checkpoints() as manager:
-            step = manager.latest_step()
+        """The SuperNet of the last checkpoint, with the statistics that calibration left: its averaged parameters, where the
+        run keeps an average."""
+        with self.checkpoints() as saved:
+            step = saved.latest()
             if step is None:
                 raise errors.ConfigError(f"{self.workdir} has no checkpoint yet; train it first")
-            params = restore(manager, step, params=programs.param_spec(self.config.model))["params"]
+            name = "ema" if self.config.ema else "params"
+            params = saved.restore(step, **{name: programs.param_spec(self.config.model)})[name]
         return supernet.SuperNet(self.config.model, params, self.rows())
 
     def start_from(self, model: supernet.SuperNet) -> None:
@@ -87,13 +86,11 @@ class Run:
         """
         if model.config != self.config.model:
             raise errors.ConfigError(f"{self.workdir} is a run of {self.config.model}, not of {model.config}")
-        with self.checkpoints() as manager:
-            if manager.latest_step() is not None:
-                raise errors.ConfigError(
-                    f"{self.workdir} has a checkpoint already, of step {manager.latest_step()}; choose another folder"
-                )
+        with self.checkpoints() as saved:
+            if (step := saved.latest()) is not None:
+                raise errors.ConfigError(f"{self.workdir} has a checkpoint already, of step {step}; choose another folder")
             opt_state = self.config.optim.create(1).init(model.params)  # the number of steps does not matter to it
-            save(manager, 0, params=model.params, opt_state=opt_state)
+            saved.save(0, params=model.params, opt_state=opt_state, ema=model.params if self.config.ema else {})
         if model.rows:
             self.save_rows(model.rows)
 
@@ -115,7 +112,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """The course of training, one dict per line of metrics.jsonl."""
-        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+        return records.read(self.workdir)
 
     def read(self, name: str, *, made_by: str) -> Any:
         """A JSON file of the run. Raises ConfigError, naming the program that makes it, where it is not there."""
@@ -130,20 +127,6 @@ class Run:
     def served(self) -> list[subnets.Subnet]:
         """The subnets that the search chose, in ascending order of FLOPs."""
         return [subnets.Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
-
-
-def save(manager: ocp.CheckpointManager, step: int, **items: Any) -> None:
-    """Writes pytrees, such as `params` and `opt_state`, as the checkpoint of a step, and returns when they are on disk."""
-    manager.save(step, args=ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()}))
-    manager.wait_until_finished()
-
-
-def restore(manager: ocp.CheckpointManager, step: int, **specs: Any) -> Any:
-    """The named pytrees of a checkpoint, on the first device; each spec is one of shapes and dtypes."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
-    items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    return manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def _read(path: pathlib.Path) -> Any:
