@@ -20,7 +20,7 @@ DEBUG = os.path.join(os.path.dirname(__file__), "..", "configs", "debug.py")
 class FakeDataset:
     """Noise with labels that depend on it, behind the interface of `data.Dataset`; batch k is a function of (seed, k)."""
 
-    num_classes, class_names = 10, tuple("0123456789")
+    name, num_classes, class_names, vocabulary = "noise", 10, tuple("0123456789"), None
 
     def __init__(self, config):
         self.config = config

@@ -100,9 +100,10 @@ def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib
         path if path is not None else run.workdir / "export",
         run.model(),
         evaluated,
-        measured=f"top-1 on the {dataset.num_examples('test')} test images of {run.config.data.name}, masked program, each "
-        f"subnet's own statistics from {run.config.calibration_examples} training images",
+        measured=f"top-1 on the {dataset.num_examples('test')} test examples of {dataset.name}, masked program, each "
+        f"subnet's own statistics from {run.config.calibration_examples} training examples",
         class_names=dataset.class_names,
+        vocabulary=dataset.vocabulary,
         training=configs.to_json(run.config),
     )
 
