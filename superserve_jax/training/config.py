@@ -100,7 +100,7 @@ class TrainConfig:
     Args:
       name: names the run's folder, runs/NAME.
       model: a family's config, such as OFAResNetConfig.
-      data: the dataset and its augmentation.
+      data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig.
       optim: optimiser and schedule.
       epochs: passes over the training images; may be a fraction.
       batch_size: global batch.
@@ -115,7 +115,7 @@ class TrainConfig:
 
     name: str
     model: Any
-    data: data.DataConfig
+    data: Any
     optim: OptimConfig = OptimConfig()
     epochs: float = 7.0
     batch_size: int = 64
@@ -163,7 +163,8 @@ def load(path: str | os.PathLike[str]) -> TrainConfig:
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The resolved config as a dict of plain values, as `json.load` would give it back."""
-    as_dict = {**dataclasses.asdict(config), "model": supernets.config_to_json(config.model)}
+    parts = {"model": supernets.config_to_json(config.model), "data": data.config_to_json(config.data)}
+    as_dict = {**dataclasses.asdict(config), **parts}
     return json.loads(json.dumps(as_dict))
 
 
@@ -171,7 +172,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`."""
     parts = {
         "model": supernets.config_from_json(values["model"]),
-        "data": data.DataConfig(**values["data"]),
+        "data": data.config_from_json(values["data"]),
         "optim": OptimConfig(**values["optim"]),
         "search": SearchConfig(**values["search"]),
     }
