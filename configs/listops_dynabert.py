@@ -1,6 +1,6 @@
 """A small DynaBERT on ListOps: a transformer SuperNet that trains in minutes on two CPU cores.
 
-    python train/supernet.py configs/listops_dynabert.py
+python train/supernet.py configs/listops_dynabert.py
 """
 
 from superserve_jax.supernets.dynabert import DynaBERTConfig
