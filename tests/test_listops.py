@@ -6,8 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from superserve_jax import errors
-from superserve_jax.training import data
+from superserve_jax import checkpoint, errors
+from superserve_jax.supernets.dynabert import DynaBERTConfig
+from superserve_jax.training import config as configs
+from superserve_jax.training import data, loop, stages
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
 
@@ -115,3 +117,32 @@ def test_a_resumed_stream_goes_on_exactly(folder):
 def test_an_expression_longer_than_the_inputs_is_refused_and_not_cut_off(folder):
     with pytest.raises(errors.InputError, match="a text may have 7 tokens here"):
         data.open(data.TextConfig("listops", folder, validation=50, max_length=8)).arrays("train")
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_an_export_that_reads_expressions(folder, tmp_path):
+    config = configs.TrainConfig(
+        name="tiny",
+        model=DynaBERTConfig(
+            num_classes=10, vocab_size=17, max_length=32, token_types=1, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8,)
+        ),
+        data=data.TextConfig("listops", folder, validation=50),
+        epochs=0.1,
+        batch_size=8,
+        buckets=1,
+        search=configs.SearchConfig(candidates=2, calibration_examples=8, examples=50, served=2),
+    )
+    run = loop.train(config, tmp_path / "run")
+    stages.search(run)
+    stages.calibrate(run)
+    stages.evaluate(run)
+    model = checkpoint.load(stages.export(run))
+    assert model.vocabulary == grammar.TOKENS
+    assert "60 test examples of listops" in model.manifest["measured"]
+    inputs, labels = data.open(config.data).arrays("test")
+    texts = [" ".join(grammar.TOKENS[i] for i in ids[1:]).replace(" [PAD]", "") for ids in inputs]
+    assert np.array_equal(model.encode(texts), inputs)
+    right = np.argmax(model(model.encode(texts), model.subnets[-1]), -1) == labels
+    assert model.served[-1].accuracy == pytest.approx(right.mean())
+    with pytest.raises(errors.InputError, match="is not a token"):
+        model.encode("[MAXIMUM 1 2 ]")

@@ -93,7 +93,7 @@ def from_arrays(
     splits["test"] = streams.Arrays(*arrays["test"])
     if isinstance(validation, int):
         streams.check_int("validation", validation, 0)
-        order, kept = streams.fixed_order(len(labels)), streams.held_out(len(labels), validation)
+        order, kept = streams.fixed_order(len(labels)), streams.num_kept(len(labels), validation)
         splits["train"] = streams.Arrays(inputs, labels, order=order[:kept])
         if validation:
             splits["validation"] = streams.Arrays(inputs, labels, order=order[kept:])

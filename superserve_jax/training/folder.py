@@ -47,7 +47,7 @@ def open(config: FolderConfig) -> streams.Dataset:
         raise errors.DataError(f"{test / surplus[0]} is of a class that {train} does not have; its classes: {class_names}")
     files = _files(train, class_names)
     order = streams.fixed_order(len(files))
-    kept = streams.held_out(len(files), config.validation)
+    kept = streams.num_kept(len(files), config.validation)
     splits = {"train": [files[i] for i in order[:kept]], "test": _files(test, class_names)}
     if config.validation:
         splits["validation"] = [files[i] for i in order[kept:]]

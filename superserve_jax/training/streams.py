@@ -105,12 +105,12 @@ class Dataset:
     """Batches of inputs and labels; made by `data.open` and `data.from_arrays`.
 
     Args:
-      name: what messages call it.
+      name: what messages call it; an attribute.
       splits: the examples of each split that there is.
-      class_names: what each label means.
+      class_names: what each label means; an attribute, a tuple.
       cache: read a split once and keep it in memory.
-      augment: changes a training batch, given chance.
-      vocabulary: of a dataset of texts.
+      augment: changes a training batch by chance.
+      vocabulary: of a dataset of texts; an attribute, None where inputs are no texts.
     """
 
     def __init__(
@@ -200,10 +200,10 @@ class Dataset:
         return self._splits[split]
 
 
-def held_out(total: int, validation: int) -> int:
+def num_kept(total: int, validation: int) -> int:
     """Number of training examples where the last `validation` of `total` are held out. Raises ConfigError if none are left.
 
-    >>> held_out(100, 20)
+    >>> num_kept(100, 20)
     80
     """
     if validation >= total:

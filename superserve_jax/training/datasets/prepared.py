@@ -65,7 +65,7 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
     stored, name = builder.info.splits, builder.name
     if "train" not in stored:
         raise errors.DataError(f"dataset '{name}' has no train split, only {sorted(stored)}; choose another dataset")
-    kept = streams.held_out(stored["train"].num_examples, validation)
+    kept = streams.num_kept(stored["train"].num_examples, validation)
     found = {"train": f"train[:{kept}]"}
     if validation:
         found["validation"] = f"train[{kept}:]"
