@@ -19,7 +19,7 @@ DEBUG = pathlib.Path(__file__).parent.parent / "configs" / "debug.py"
 class Noise:
     """Noise with labels that depend on it, behind the interface of `data.Dataset`; batch k is a function of (seed, k)."""
 
-    num_classes, class_names, name = 10, tuple("0123456789"), "noise"
+    name, num_classes, class_names, vocabulary = "noise", 10, tuple("0123456789"), None
 
     def __init__(self, config=None):
         self.config = config

@@ -87,7 +87,8 @@ class TrainConfig:
     Args:
       name: names the run's folder, runs/NAME.
       model: a family's config, such as OFAResNetConfig.
-      data: the dataset and its augmentation.
+      data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig; None where the dataset is given beside
+        the config, see `loop.train`.
       optim: optimiser and schedule.
       phases: parts of training with different freedom; one with all of it, where it is empty.
       distill: what teaches the subnets.
@@ -108,7 +109,7 @@ class TrainConfig:
 
     name: str
     model: Any
-    data: data.DataConfig
+    data: Any = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     phases: tuple[Phase, ...] = ()
     distill: DistillConfig = DistillConfig()
@@ -167,7 +168,8 @@ def load(path: str | os.PathLike[str]) -> TrainConfig:
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The resolved config as a dict of plain values, as `json.load` would give it back."""
-    as_dict = {**dataclasses.asdict(config), "model": supernets.config_to_json(config.model)}
+    parts = {"model": supernets.config_to_json(config.model), "data": config.data and data.config_to_json(config.data)}
+    as_dict = {**dataclasses.asdict(config), **parts}
     return json.loads(json.dumps(as_dict))
 
 
@@ -175,7 +177,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`."""
     parts = {
         "model": supernets.config_from_json(values["model"]),
-        "data": data.DataConfig(**values["data"]),
+        "data": values["data"] and data.config_from_json(values["data"]),
         "optim": OptimConfig(**values["optim"]),
         "phases": tuple(Phase(**{**p, "elastic": p["elastic"] and tuple(p["elastic"])}) for p in values["phases"]),
         "distill": DistillConfig(**values["distill"]),

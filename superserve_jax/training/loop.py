@@ -33,14 +33,14 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
       ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
     """
-    dataset = dataset or data.open(config.data)  # first, since without data no folder should be left behind
-    check_dataset(config, dataset)
+    given, dataset = dataset, dataset or data.open(config.data)  # first, since without data no folder should be left behind
+    data.check_fit(dataset, config.model)
     recipe = step.Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
     teacher.check_hidden(recipe, config.model, outside)
     whole, split = _shardings(config.batch_size)
 
-    run = runs.Run.create(config, workdir)
+    run = runs.Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
     parts = phases.plan(config, num_steps)
     sandwich = step.SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
@@ -79,14 +79,6 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
     if last < num_steps:
         raise KeyboardInterrupt(f"stopped after step {last} of {num_steps}; run the same command to go on from there")
     return run
-
-
-def check_dataset(config: configs.TrainConfig, dataset: data.Dataset) -> None:
-    """Raises ConfigError where a dataset does not fit the config's model."""
-    if dataset.num_classes != config.model.num_classes:
-        raise errors.ConfigError(
-            f"model.num_classes is {config.model.num_classes}, but {dataset.name} has {dataset.num_classes} classes"
-        )
 
 
 def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:

@@ -23,7 +23,7 @@ import numpy as np
 from superserve_jax import errors, files
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import checkpoints, records
+from superserve_jax.training import checkpoints, data, records
 from superserve_jax.training import config as configs
 
 _log = logging.getLogger(__name__)
@@ -31,13 +31,22 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folder of one run. Made by `create`, opened again by `Run.open`."""
+    """The folder of one run. Made by `create`, opened again by `Run.open`.
+
+    Args:
+      workdir: the folder.
+      config: the experiment.
+      given: the dataset, where it is not that of the config.
+    """
 
     workdir: pathlib.Path
     config: configs.TrainConfig
+    given: data.Dataset | None = None
 
     @staticmethod
-    def create(config: configs.TrainConfig, workdir: str | os.PathLike[str]) -> "Run":
+    def create(
+        config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None
+    ) -> "Run":
         """The run of `config` in `workdir`, new or gone on with. Raises ConfigError where another config made the folder."""
         workdir = pathlib.Path(workdir)
         path = workdir / "config.json"
@@ -50,10 +59,10 @@ class Run:
                 )
         else:
             files.write_json(path, configs.to_json(config))
-        return Run(workdir, config)
+        return Run(workdir, config, dataset)
 
     @staticmethod
-    def open(workdir: str | os.PathLike[str]) -> "Run":
+    def open(workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> "Run":
         """An existing run. Raises ConfigError where the folder holds none."""
         workdir = pathlib.Path(workdir)
         if not (workdir / "config.json").is_file():
@@ -61,7 +70,16 @@ class Run:
                 f"{workdir} is not the folder of a run: it has no config.json; train one first, "
                 f"for example with `python train/supernet.py configs/digits_resnet.py`"
             )
-        return Run(workdir, configs.from_json(_read(workdir / "config.json")))
+        return Run(workdir, configs.from_json(_read(workdir / "config.json")), dataset)
+
+    def dataset(self) -> data.Dataset:
+        """What the run trains on. Raises as `data.open` does, and ConfigError where only its maker knows."""
+        if self.given is None and self.config.data is None:
+            raise errors.ConfigError(
+                f"the run in {self.workdir} was trained on a dataset that its config does not name: give it again, as "
+                f"Run.open({str(self.workdir)!r}, dataset=...)"
+            )
+        return self.given or data.open(self.config.data)
 
     def checkpoints(self) -> checkpoints.Checkpoints:
         """The run's checkpoints; close them after use."""

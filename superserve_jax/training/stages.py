@@ -10,7 +10,7 @@ import numpy as np
 
 from superserve_jax import checkpoint, plots, progress
 from superserve_jax import subnet as subnets
-from superserve_jax.training import calibration, data, evaluation, runs
+from superserve_jax.training import calibration, evaluation, runs
 from superserve_jax.training import config as configs
 from superserve_jax.training import search as searching
 
@@ -19,7 +19,7 @@ _EVAL_BATCH = 250
 
 def search(run: runs.Run) -> list[searching.Candidate]:
     """Tries subnets on validation images and chooses those to serve, in ascending order of FLOPs: search.json, search.png."""
-    settings, model, dataset = run.config.search, run.model(), data.open(run.config.data)
+    settings, model, dataset = run.config.search, run.model(), run.dataset()
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -56,7 +56,7 @@ def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) ->
       run: the run.
       subnet_list: subnets to calibrate; those that the search chose, where it is None.
     """
-    images, _ = data.open(run.config.data).arrays("train", limit=run.config.calibration_examples)
+    images, _ = run.dataset().arrays("train", limit=run.config.calibration_examples)
     served = subnet_list if subnet_list is not None else run.served()
     rows = calibration.calibrate(
         run.model(), served, images, progress=lambda items: progress.track(items, "calibration", total=len(served))
@@ -66,7 +66,7 @@ def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) ->
 
 def evaluate(run: runs.Run) -> list[checkpoint.Served]:
     """Accuracy of the served subnets on test images, with their own statistics and with the largest's: evaluation.json."""
-    model, dataset = run.model(), data.open(run.config.data)
+    model, dataset = run.model(), run.dataset()
     served = run.served()
     accuracies = {
         norm: evaluation.accuracy(
@@ -95,14 +95,15 @@ def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib
     evaluated.sort(key=lambda s: s.flops)
     best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
     evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
-    dataset = data.open(run.config.data)
+    dataset = run.dataset()
     return checkpoint.export(
         path if path is not None else run.workdir / "export",
         run.model(),
         evaluated,
-        measured=f"top-1 on the {dataset.num_examples('test')} test images of {run.config.data.name}, masked program, each "
-        f"subnet's own statistics from {run.config.calibration_examples} training images",
+        measured=f"top-1 on the {dataset.num_examples('test')} test examples of {dataset.name}, masked program, each "
+        f"subnet's own statistics from {run.config.calibration_examples} training examples",
         class_names=dataset.class_names,
+        vocabulary=dataset.vocabulary,
         training=configs.to_json(run.config),
     )
 
