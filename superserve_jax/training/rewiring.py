@@ -32,7 +32,8 @@ def rewire(config: Any, params: Params, batches: Iterable[Mapping[str, np.ndarra
     Args:
       config: the family's config.
       params: {dotted path: array}, trained as one network of maximum size.
-      batches: a few training batches with "inputs" and "label"; some hundred examples tell important units from others.
+      batches: training batches with "inputs" and "label", some hundred examples in all. Small batches tell more, down to one
+        example without batch statistics: within a batch a unit's good and harm cancel, all the more the better trained it is.
 
     Raises:
       ConfigError: there is no batch, or an importance is not finite.
