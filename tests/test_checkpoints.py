@@ -16,7 +16,7 @@ import pytest
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
-from superserve_jax.training import checkpoints, loop, runs
+from superserve_jax.training import checkpoints, loop, rewiring, runs
 from superserve_jax.training import config as configs
 
 SCRIPT = pathlib.Path(__file__).parent / "noise.py"
@@ -128,6 +128,23 @@ def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and
     assert victim.name in caplog.text
     again = loop.train(config, tmp_path / "b", dataset=Noise())
     assert_same(everything(again), everything(undisturbed))
+
+
+def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(config, tmp_path, monkeypatch):
+    frozen, elastic = configs.Phase(elastic=()), configs.Phase(rewire=True)
+    config = dataclasses.replace(config, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
+    calls, real = [], rewiring.reorder
+    monkeypatch.setattr(rewiring, "reorder", lambda *a: calls.append(a) or real(*a))
+    run = loop.train(config, tmp_path / "run", dataset=Noise())
+    assert len(calls) == 1
+    assert any((order != np.arange(len(order))).any() for order in calls[0][2])
+    assert "loss_smallest" not in run.metrics()[0]
+    expected = everything(run)
+    [victim, *_] = [p for p in (run.workdir / "checkpoints" / "8").rglob("*") if p.is_file()]
+    victim.write_bytes(b"torn")
+    again = loop.train(config, tmp_path / "run", dataset=Noise())
+    assert len(calls) == 2
+    assert_same(everything(again), expected)
 
 
 def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):

@@ -103,6 +103,14 @@ def test_a_phase_of_an_unknown_axis_is_refused_with_the_nearest():
         dataclasses.replace(CONFIG, phases=(configs.Phase(elastic=("widht",)),))
 
 
+def test_rewiring_a_family_without_units_is_refused():
+    class Family(dynabert.DynaBERTConfig):
+        units = property()
+
+    with pytest.raises(errors.ConfigError, match=r"phases\.rewire: family 'dynabert' has no units to sort"):
+        dataclasses.replace(CONFIG, model=Family(), phases=(configs.Phase(rewire=True),))
+
+
 # -- teachers --------------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +135,7 @@ def test_an_outside_teacher_teaches_every_subnet(tmp_path):
         first = losses.cross_entropy(logits[0], LABELS) + 0.5 * losses.distillation(logits[0], lesson.logits)
         return first + sum(losses.distillation(other, lesson.logits) for other in logits[1:])
 
-    grads = jax.grad(total)(params)
+    grads = jax.jit(jax.grad(total))(params)
     largest = max(float(np.abs(g).max()) for g in grads.values())
     for name, g in grads.items():
         np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
@@ -158,7 +166,7 @@ def test_hidden_states_of_kept_layers_are_drawn_to_the_largest_subnets():
             result += 2.0 * sum(jnp.mean((hidden[i][1] - states[i]) ** 2) for i in kept) / len(kept)
         return result
 
-    grads = jax.grad(total)(params)
+    grads = jax.jit(jax.grad(total))(params)
     largest = max(float(np.abs(g).max()) for g in grads.values())
     for name, g in grads.items():
         np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=2e-4 * largest, err_msg=name)

@@ -9,24 +9,21 @@ Library: training.step.SandwichStep, training.sampling.Sampler.
 """
 
 import dataclasses
-import functools
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from superserve_jax import cli, files, progress
 from superserve_jax.supernets import programs
 from superserve_jax.training import config as configs
-from superserve_jax.training import losses, sampling, step
+from superserve_jax.training import sampling, step
 
 DEFAULT_CONFIG = "configs/digits_resnet.py"
 RANDOM_SUBNETS = 2
@@ -50,49 +47,21 @@ class Options:
 
 
 class Bench:
-    """Parameters and optimiser state that the timed steps hand on to each other, and one batch."""
+    """The state that the timed steps hand on to each other, and one batch."""
 
     def __init__(self, config: configs.TrainConfig):
-        self._optimiser = config.optim.create(10_000)
-        self._sandwich = step.SandwichStep(self._optimiser, label_smoothing=config.label_smoothing)
-        self._smoothing = config.label_smoothing
-        self._update = jax.jit(self._apply, donate_argnums=(0, 1))
-        self._params = programs.initial_params(config.model, config.seed)
-        self._opt_state = self._optimiser.init(self._params)
+        recipe = step.Recipe(smoothing=config.label_smoothing, compute_dtype=config.compute_dtype)
+        self._sandwich = step.SandwichStep(config.optim.create(10_000), recipe=recipe, ema=config.ema)
+        self._state = self._sandwich.init(programs.initial_params(config.model, config.seed))
         rng, spec = np.random.default_rng(0), config.model.input_spec(config.batch_size)
         self._inputs = rng.integers(0, 2, spec.shape).astype(spec.dtype)  # pixels and token ids of every family
         self._labels = rng.integers(0, config.model.num_classes, config.batch_size).astype(np.int32)
 
-    def sandwich_ms(self, choices: Sequence[sampling.Choice]) -> float:
-        """Milliseconds of one step of these choices, the first by labels."""
-        return self._timed(lambda p, o: self._sandwich(p, o, self._inputs, self._labels, choices)[:2])
-
-    def largest_ms(self, choice: sampling.Choice) -> float:
-        """Milliseconds of one step that trains a subnet by labels, alone."""
-
-        def run(params: Any, opt_state: Any) -> tuple[Any, Any]:
-            grads = _labels_grad(choice.program, self._smoothing, params, self._inputs, self._labels)
-            return self._update(params, opt_state, grads)
-
-        return self._timed(run)
-
-    def _timed(self, run: Callable[[Any, Any], tuple[Any, Any]]) -> float:
+    def step_ms(self, choices: Sequence[sampling.Choice]) -> float:
+        """Milliseconds of one step of these choices, the first by labels, the others by its output."""
         start = time.perf_counter()
-        self._params, self._opt_state = jax.block_until_ready(run(self._params, self._opt_state))
+        self._state, _ = jax.block_until_ready(self._sandwich(self._state, self._inputs, self._labels, choices))
         return 1e3 * (time.perf_counter() - start)
-
-    def _apply(self, params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = self._optimiser.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _labels_grad(program: programs.Program, smoothing: float, params: Any, inputs: jax.Array, labels: jax.Array) -> Any:
-    def loss_fn(params):
-        logits, _ = program.train(params, inputs, jnp.zeros((0,), jnp.int32))
-        return losses.cross_entropy(logits, labels, smoothing=smoothing)
-
-    return jax.grad(loss_fn)(params)
 
 
 class Compilations:
@@ -116,19 +85,19 @@ def measure(config: configs.TrainConfig, repetitions: int) -> dict[str, Any]:
     seen = set()
     for choices in progress.track(steps, "compiling"):
         if not seen >= (used := {choice.program for choice in choices}):
-            bench.sandwich_ms(choices)
+            bench.step_ms(choices)
             seen |= used
     compiled = compilations.count
-    bench.largest_ms(largest)
-    bench.sandwich_ms([largest, others[0]])  # the update sums another number of gradients
+    bench.step_ms([largest])
+    bench.step_ms([largest, others[0]])  # the update sums another number of gradients
     before = compilations.count
 
     sandwich, alone, pairs = [], [], [[] for _ in others]
     for choices in progress.track(steps, "measuring"):
-        sandwich.append(bench.sandwich_ms(choices))
-        alone.append(sum(bench.largest_ms(largest) for _ in range(STEPS)))
+        sandwich.append(bench.step_ms(choices))
+        alone.append(sum(bench.step_ms([largest]) for _ in range(STEPS)))
         for times, choice in zip(pairs, others, strict=True):
-            times.append(bench.sandwich_ms([largest, choice]))
+            times.append(bench.step_ms([largest, choice]))
     one = statistics.median(alone) / STEPS
     rows = [
         {"name": name, "mflops": config.model.flops(c.program.envelope) / 1e6, "traced": len(c.program.traced), "ms": ms}

@@ -11,7 +11,9 @@ from superserve_jax.training import loop, runs, stages
 
 def config(shared: configs.TrainConfig, subnet: subnets.Subnet) -> configs.TrainConfig:
     """The SuperNet's experiment with one subnet in its place: labels only; the same first weights, data, optimiser, steps."""
-    return dataclasses.replace(shared, model=single.SingleSubnetConfig(shared.model, subnet), random_subnets=0, buckets=1)
+    model = single.SingleSubnetConfig(shared.model, subnet)
+    alone = {"phases": (), "distill": configs.DistillConfig(), "random_subnets": 0, "buckets": 1, "eval_every": 0}
+    return dataclasses.replace(shared, model=model, **alone)
 
 
 def train(run: runs.Run, subnet: subnets.Subnet, name: str) -> checkpoint.Served:

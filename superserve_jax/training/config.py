@@ -139,6 +139,10 @@ class TrainConfig:
             raise errors.unknown_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         for phase in self.phases:
             self.model.space().narrowed(phase.elastic, choices=phase.choices)  # raises for an unknown axis
+            if phase.rewire and not hasattr(self.model, "units"):
+                raise errors.ConfigError(
+                    f"phases.rewire: family '{self.model.family}' has no units to sort (its config has no method units)"
+                )
         demand_whole("eval_every", self.eval_every, 0)
         demand_whole("random_subnets", self.random_subnets, 0)
         demand_whole("seed", self.seed, 0)

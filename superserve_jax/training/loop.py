@@ -2,6 +2,7 @@
 an undisturbed one exactly."""
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -13,10 +14,24 @@ import numpy as np
 
 from superserve_jax import errors, plots, progress
 from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import calibration, checkpoints, data, evaluation, phases, records, runs, sampling, step, teacher
+from superserve_jax.training import (
+    calibration,
+    checkpoints,
+    data,
+    evaluation,
+    phases,
+    records,
+    rewiring,
+    runs,
+    sampling,
+    step,
+    teacher,
+)
 from superserve_jax.training import config as configs
 
 _log = logging.getLogger(__name__)
+
+_REWIRING_EXAMPLES = 256
 
 
 def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> runs.Run:
@@ -57,7 +72,10 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
             batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
             steps = range(start, num_steps)
             for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
-                choices = phases.at(parts, k).sampler.step(k)
+                part = phases.at(parts, k)
+                if part.phase.rewire and k == part.first:
+                    state = jax.device_put(_rewire(config, state, dataset), whole)
+                choices = part.sampler.step(k)
                 batch = jax.device_put(next(batches), split)
                 lesson = None if outside is None else outside(recipe, batch["inputs"])
                 state, scalars = sandwich(state, batch["inputs"], batch["label"], choices, step=k, lesson=lesson)
@@ -112,6 +130,14 @@ def _save(saved: checkpoints.Checkpoints, done: int, state: step.TrainState) -> 
         _log.warning("%s. Training goes on", e)
         return e
     return None
+
+
+def _rewire(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> step.TrainState:
+    """The state with units in order of importance; a pure function of the state, so that a resumed run repeats it."""
+    # Single examples, since gains and harms of a unit cancel within a batch.
+    few = itertools.islice(dataset.train(1, seed=config.seed), _REWIRING_EXAMPLES)
+    params = jax.device_put(state.params, jax.devices()[0])
+    return rewiring.reorder(config.model, state, rewiring.orders(config.model, params, few))
 
 
 def _validate(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> dict[str, float]:
