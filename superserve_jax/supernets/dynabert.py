@@ -24,6 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from superserve_jax import errors, layers, ops
 from superserve_jax import subnet as subnets
+from superserve_jax.supernets import units
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,16 @@ class DynaBERTConfig:
         per_layer = ((4 * d + 3) * attention + (2 * d + 1) * ffn + 6 * d for attention, ffn in self._kept(subnet))
         embeddings = (self.vocab_size + self.max_length + self.token_types + 2) * d
         return embeddings + sum(per_layer) + (d + 1) * (d + self.num_classes)
+
+    def units(self) -> list[units.Units]:
+        """What may be reordered: the heads and the neurons of each layer."""
+        found = []
+        for layer in (f"layers.{i}" for i in range(self.num_layers)):
+            heads = [(f"{layer}.{n}.kernel", 1) for n in _PROJECTIONS] + [(f"{layer}.{n}.bias", 0) for n in _PROJECTIONS]
+            found.append(units.Units(self.heads[-1], tuple(heads), (f"{layer}.attention_out.kernel", 0)))
+            neurons = ((f"{layer}.ffn_in.kernel", 1), (f"{layer}.ffn_in.bias", 0))
+            found.append(units.Units(self.ffn[-1], neurons, (f"{layer}.ffn_out.kernel", 0)))
+        return found
 
     def _kept(self, subnet: subnets.Subnet) -> list[tuple[int, int]]:
         """(attention channels, feed-forward neurons) of every layer that a subnet keeps."""

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Num
 
 from superserve_jax import errors, layers, ops
 from superserve_jax import subnet as subnets
+from superserve_jax.supernets import units
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -144,6 +145,16 @@ class OFAResNetConfig:
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
         return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
+
+    def units(self) -> list[units.Units]:
+        """What may be reordered: the inner channels of each block, after each of its convolutions but the last."""
+        sizes, found = self.sizes(self.space().largest()), []
+        for _, b, _, _ in _blocks(self):
+            for i in range(2 if self.block == "bottleneck" else 1):
+                conv = f"blocks.{b}.convs.{i}"
+                writers = ((f"{conv}.conv.kernel", 3), (f"{conv}.norm.scale", 0), (f"{conv}.norm.bias", 0))
+                found.append(units.Units(sizes[f"block{b}.mid"], writers, (f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)))
+        return found
 
     def _convs(self, sizes: dict[str, int]) -> Iterator[tuple[str, int, int, int, int]]:
         """(name, kernel size, input channels, output channels, output pixels) of every convolution that runs, in order."""

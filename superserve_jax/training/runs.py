@@ -44,9 +44,7 @@ class Run:
     given: data.Dataset | None = None
 
     @staticmethod
-    def create(
-        config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None
-    ) -> "Run":
+    def create(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> "Run":
         """The run of `config` in `workdir`, new or gone on with. Raises ConfigError where another config made the folder."""
         workdir = pathlib.Path(workdir)
         path = workdir / "config.json"
