@@ -1,10 +1,17 @@
 """A small DynaBERT on ListOps: a transformer SuperNet that trains in minutes on two CPU cores.
 
-python train/supernet.py configs/listops_dynabert.py
+Texts: nested operations on digits of up to 31 tokens, "[MAX 2 9 [MIN 4 7 ] 0 ]" (dataset `listops`, made on this machine).
+Network: 4 layers of 64 channels; 2 to 4 layers, {1, 2, 4} heads and {64, 128, 256} neurons of each. The first half of the
+steps trains the largest subnet alone, as DynaBERT begins with a BERT that knows its task; all subnets from the first step
+on (depth from 1 up) learnt far more slowly: 30 % of the training examples after 900 steps, against 43 %.
+Measured after 3000 steps (1600 alone; here there are 6171), on test texts: largest subnet 50.0 %, smallest 41.4 %. A logistic
+regression on token counts reaches 29.0 %, the most frequent value 10.5 %.
+
+    python train/supernet.py configs/listops_dynabert.py
 """
 
 from superserve_jax.supernets.dynabert import DynaBERTConfig
-from superserve_jax.training.config import OptimConfig, SearchConfig, TrainConfig
+from superserve_jax.training.config import OptimConfig, Phase, SearchConfig, TrainConfig
 from superserve_jax.training.data import TextConfig
 
 
@@ -18,13 +25,15 @@ def get_config() -> TrainConfig:
             max_length=32,
             token_types=1,
             hidden_size=64,
-            depths=(1, 2, 3, 4),
+            depths=(2, 3, 4),
             heads=(1, 2, 4),
             ffn=(64, 128, 256),
         ),
         data=TextConfig("listops", max_length=32),
-        optim=OptimConfig(name="adamw", lr=2e-3, schedule="cosine", warmup=0.1, clip_norm=1.0),
-        epochs=3,
+        optim=OptimConfig(name="adamw", lr=1.5e-3, schedule="cosine", clip_norm=1.0),
+        phases=(Phase(share=0.5, elastic=()), Phase(share=0.5)),
+        epochs=5,
         batch_size=64,
+        buckets=4,
         search=SearchConfig(candidates=40, served=12),
     )

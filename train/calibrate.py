@@ -37,9 +37,10 @@ def main() -> None:
     weights = sum(p.nbytes for p in model.params.values())
     rows = [row.nbytes for row in model.rows.values()]
     mean = sum(rows) / len(rows)
+    less = f", {weights / mean:.0f} times less than the {weights:,} bytes of weights" if mean else ": LayerNorm needs none"
     print(
-        f"{len(rows)} subnets calibrated on {run.config.calibration_examples} training images: {mean:,.0f} bytes of "
-        f"statistics each, {weights / mean:.0f} times less than the {weights:,} bytes of weights"
+        f"{len(rows)} subnets calibrated on {run.config.calibration_examples} training examples: {mean:,.0f} bytes of "
+        f"statistics each{less}"
     )
     if options.json:
         files.write_json(options.json, {"subnets": len(rows), "statistics_bytes": rows, "weights_bytes": weights})

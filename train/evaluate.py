@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
-from superserve_jax.training import data, evaluation, runs, stages
+from superserve_jax.training import evaluation, runs, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def main() -> None:
     run = runs.Run.open(options.run)
     served = stages.evaluate(run)
     cli.print_table(stages.table(served))
-    dataset = data.open(run.config.data)
+    dataset = run.dataset()
     if dataset.vocabulary is not None:
         for name, accuracy in evaluation.text_baselines(dataset).items():
             print(f"to compare: {name}, {100 * accuracy:.2f} %")

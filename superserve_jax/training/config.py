@@ -183,11 +183,16 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         "model": supernets.config_from_json(values["model"]),
         "data": values["data"] and data.config_from_json(values["data"]),
         "optim": OptimConfig(**values["optim"]),
-        "phases": tuple(Phase(**{**p, "elastic": p["elastic"] and tuple(p["elastic"])}) for p in values["phases"]),
+        "phases": tuple(Phase(**{**p, "elastic": _tuple(p["elastic"])}) for p in values["phases"]),
         "distill": DistillConfig(**values["distill"]),
         "search": SearchConfig(**values["search"]),
     }
     return TrainConfig(**{**values, **parts})
+
+
+def _tuple(names: list[str] | None) -> tuple[str, ...] | None:
+    """A list as JSON has it, which may be empty, as a tuple."""
+    return None if names is None else tuple(names)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
