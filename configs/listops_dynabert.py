@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             max_length=32,
             token_types=1,
             hidden_size=64,
-            depths=(2, 3, 4),
+            depths=(1, 2, 3, 4),
             heads=(1, 2, 4),
             ffn=(64, 128, 256),
         ),
