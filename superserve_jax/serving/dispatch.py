@@ -1,7 +1,7 @@
 """What happens when a worker is free: the policy is asked, and the batch is taken. Server and simulator share it. No jax.
 
 With length buckets the policy is asked about the head's: with the profile at that length, and with what waits and arrives in
-units of the head's work (see `lengths`).
+units of the head's work (see `padding`).
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import lengths, policies, queue
+from superserve_jax.serving import padding, policies, queue
 from superserve_jax.subnet import Subnet
 
 
@@ -79,7 +79,7 @@ def _state(
     rate, variance = meter.read(now_s, waiting.pushed)
     count = len(waiting)
     near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, meter.slo_ms))
-    if isinstance(waiting, lengths.LengthQueue):
+    if isinstance(waiting, padding.LengthQueue):
         count, work_ms = waiting.riders, waiting.work_ms
         rate, variance = rate / work_ms, variance / work_ms**2
     return policies.State(

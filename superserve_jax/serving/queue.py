@@ -46,7 +46,7 @@ class DeadlineQueue:
 
     __slots__ = ("_deferred", "_fifo", "_floored", "_heap", "pushed")
 
-    head_length = 0  # inputs have one shape; see `lengths.LengthQueue`
+    head_length = 0  # inputs have one shape; see `padding.LengthQueue`
 
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
@@ -64,7 +64,7 @@ class DeadlineQueue:
         return len(self._deferred)
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
-        """Adds an item. O(1) where its deadline is the last, else O(log n). Only `lengths.LengthQueue` heeds its length."""
+        """Adds an item. O(1) where its deadline is the last, else O(log n). Only `padding.LengthQueue` heeds its length."""
         self.pushed += 1
         fifo = self._fifo
         if not fifo or deadline_s >= fifo[-1][0]:

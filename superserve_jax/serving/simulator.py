@@ -17,7 +17,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import dispatch, lengths, policies, queue, traces
+from superserve_jax.serving import dispatch, padding, policies, queue, traces
 
 MET, LATE, EXPIRED, REFUSED = range(4)
 """Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
@@ -170,7 +170,7 @@ class _Run:
         self.mixed = np.ndim(trace.slo_ms) > 0
         self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
         self.arrived = 0
-        self.queue = lengths.make_queue(profile)
+        self.queue = padding.make_queue(profile)
         self.meter = queue.Meter()
 
         self.idle = collections.deque(range(cluster.workers))

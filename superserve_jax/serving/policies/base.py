@@ -26,7 +26,7 @@ class State(NamedTuple):
       late: how many of those that wait have stepped back because they could not be met (`Decision.defer_ms`).
       rate_qps, variance_qps: of late, mean and variance per second of the number of arrivals (see `queue.Meter`); the
         variance of a Poisson process is its rate. 0 as long as nothing is known. With length buckets a query counts here and
-        in `near` for its work over that of one of the head's length (see `lengths.LengthQueue`).
+        in `near` for its work over that of one of the head's length (see `padding.LengthQueue`).
       slo_ms: the shortest SLO with which a query has come in the last second or two; infinite as long as nothing is known.
       worker: which worker asks, from 0.
       near: how many of those that wait are due within twice the slack or the shortest SLO, whichever is longer; None where

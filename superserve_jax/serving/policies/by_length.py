@@ -7,7 +7,7 @@ from superserve_jax.serving.policies import base
 
 
 class ByLength:
-    """Policies that hold tables of one profile, one for each length bucket; the head's decides (see `serving.lengths`).
+    """Policies that hold tables of one profile, one for each length bucket; the head's decides (see `serving.padding`).
 
     They know nothing of each other. A planner plans for each length bucket as though all traffic were of that one, in which a
     longer query counts for several.

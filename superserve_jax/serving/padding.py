@@ -1,8 +1,8 @@
 """Length buckets: what a server of sequences knows about their lengths. No jax.
 
-A batch is padded to one of a few lengths, the **length buckets**, since an executable has one shape. What a batch costs goes
-with the longest sequence in it, so one long query among fifteen short ones makes all sixteen pay. In strict order of the deadlines
-nearly every large batch has one. Hence `LengthQueue`: it lets queries ride with others of their own length bucket.
+A batch is padded to one of a few lengths, the **length buckets**, since an executable has one shape. What it costs goes with
+the longest sequence in it, so one long query among fifteen short ones makes all sixteen pay, and in strict order of the
+deadlines nearly every large batch has one. Hence `LengthQueue`: it lets queries ride with others of their own length bucket.
 
     the queue      says which length bucket the head is in, and fills the head's batch with queries that are no longer
     the policy     sees the profile at that length bucket, and counts of what waits and comes in units of the head's work
@@ -24,10 +24,10 @@ from superserve_jax.serving import queue
 _SHORTEST = 16  # by default; shorter ones hardly run faster
 
 
-def default(max_length: int) -> tuple[int, ...]:
+def default_lengths(max_length: int) -> tuple[int, ...]:
     """Powers of two from 16 up, and last the longest length.
 
-    >>> default(128), default(100), default(6)
+    >>> default_lengths(128), default_lengths(100), default_lengths(6)
     ((16, 32, 64, 128), (16, 32, 64, 100), (6,))
     """
     powers = itertools.takewhile(lambda length: length < max_length, (_SHORTEST << i for i in itertools.count()))
@@ -186,7 +186,7 @@ class LengthQueue(queue.DeadlineQueue):
         return len(q) > q.late, len(q) > 0, -q.head_deadline_s, place
 
     def _shares(self, n: int) -> Iterator[tuple[queue.DeadlineQueue, int, int]]:
-        """The queues that a batch of `n` takes from, in order: from which item on, and how many at most; deferred ones last."""
+        """The queues that a batch of `n` takes from, in order: from which item on, and how many at most; late ones last."""
         riding = self._queues[self._head_place() :: -1]
         for q in riding:
             if n > 0 and (count := len(q) - q.late):
