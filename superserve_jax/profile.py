@@ -94,7 +94,7 @@ class Profile:
                 f"{len(self.shorter)} profiles of shorter inputs for the lengths {list(self.lengths)}; use `join`"
             )
         for t in self.shorter:
-            if t.batch_sizes != self.batch_sizes or any(a.subnet != b.subnet for a, b in zip(t.rows, self.rows, strict=False)):
+            if t.batch_sizes != self.batch_sizes or [r.subnet for r in t.rows] != [r.subnet for r in self.rows]:
                 raise errors.ProfileError(f"at length {t.lengths[0]} other batch sizes or subnets; measure all lengths alike")
 
     @property

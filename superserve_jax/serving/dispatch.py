@@ -45,22 +45,22 @@ def next_batch(
         table = profile.at_length(length) if length else profile
         state = _state(waiting, meter, table.max_batch, now_s, workers=workers, last_subnet=last_subnet, worker=worker)
         try:
-            subnet, size, defer_ms, loading_ms = policy(table, state)
-            row = table.row(subnet)
+            decision = policy(table, state)
+            row, size = table.row(decision.subnet), decision.batch
             if size < 1:
                 raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
         except Exception as error:
             error.add_note(f"the policy was asked in {state!r}")
             raise
-        defer_before_s = now_s + 1e-3 * defer_ms
-        if length and defer_ms > -math.inf:
+        defer_before_s = now_s + 1e-3 * decision.defer_ms
+        if length and defer_before_s > -math.inf:
             waiting.defer(defer_before_s)
             if waiting.head_length != length:
                 continue  # the decision was for a head that has stepped back, and there is one of another length
         row, items = queue.take(
             waiting, table, row, min(size, table.max_batch), slack_ms=state.slack_ms, defer_before_s=defer_before_s
         )
-        return row, items, loading_ms
+        return row, items, decision.loading_ms
 
 
 def _state(
