@@ -2,8 +2,10 @@
 
 A family is a frozen config dataclass with a class variable `family` and the methods `create(rngs)`, `input_spec(batch)`,
 `space()`, `sizes(subnet)`, `norm_sizes(sizes)`, `flops(subnet)` and `num_params(subnet)`; the module that `create` makes is
-called as `module(inputs, sizes, stats)`. One whose inputs have a length also says `max_length` and `pad_id`, makes
-`input_spec(batch, length=...)`, pads with `pack`, and is served in length buckets (see `serving.padding`). `ofa_resnet.py` is the example to follow; `register` makes a new one loadable.
+called as `module(inputs, sizes, stats)`. `ofa_resnet.py` is the example to follow; `register` makes a new one loadable.
+
+A family whose inputs have a length also has `max_length`, `pad_id`, `input_spec(batch, length=...)` and `pack`, as those of
+`dynabert.py`, and is served in length buckets (see `serving.padding`).
 """
 
 import dataclasses
