@@ -2,6 +2,8 @@
 
     python serve/measure.py runs/digits_resnet/export --plot latency.png
 
+Of a SuperNet that reads text there is one table for each length bucket that batches are padded to (--lengths 32 64 128).
+
 The profile holds the subnets worth serving here: no other is both faster and more accurate, and neighbours differ by at least
 0.3 points of accuracy and 10 % of latency. The server and replay.py find it by themselves.
 Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on what was measured, before noise is repaired.
@@ -10,6 +12,7 @@ Library: serving.executables.DeviceEngine, serving.measuring.measure and propert
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Annotated
 
 import jax
@@ -34,13 +37,15 @@ class Options:
     Args:
       export: the export's directory.
       batch_sizes: batch sizes to make executables for.
-      repeats: calls of each subnet at each batch size.
+      lengths: length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
+      repeats: calls of each subnet at each batch size and length.
       json: write the profile to this file, too.
       plot: draw the latencies over subnet and batch into this file (PNG).
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    lengths: tuple[int, ...] | None = None
     repeats: int = 50
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
@@ -52,7 +57,10 @@ def main() -> None:
     model = ss.load(options.export)
     device = jax.devices()[0]
     kind = executables.device_kind(device)
-    engine = executables.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=options.batch_sizes)
+    lengths = executables.check_lengths(model.config, options.lengths)
+    engine = executables.DeviceEngine(
+        model, device, subnet_list=model.subnets, batch_sizes=options.batch_sizes, lengths=lengths
+    )
     accuracies = {s.subnet: s.accuracy for s in model.served}
     measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, repeats=options.repeats)
     measured = executables.worth_serving(measured)
@@ -60,7 +68,28 @@ def main() -> None:
     path = checkpoint.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
-    cost = {s.subnet: s.flops for s in model.served}
+    for at_length, before_repair in zip(profile.tables, measured.tables, strict=True):
+        report(at_length, before_repair, {s.subnet: s.flops for s in model.served})
+    if options.json:
+        files.write_json(options.json, profile.to_json())
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        values = [[ms for t in profile.tables for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
+        shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.tables for b in profile.batch_sizes]
+        plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
+        print(f"plot: {options.plot}")
+    print(f"kept in {path}")
+
+
+def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, int]) -> None:
+    """Prints what was measured at one length.
+
+    Args:
+      profile: repaired. measured: as it was before that.
+      cost: FLOPs of each subnet.
+    """
+    if profile.lengths:
+        print(f"\n{profile.lengths[0]} tokens")
     cli.print_table(
         [
             ("MFLOPs", "accuracy", *(f"batch {b}" for b in profile.batch_sizes), "queries/s"),
@@ -79,14 +108,6 @@ def main() -> None:
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
     for p in measuring.properties(measured):
         print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; at worst {p.worst:.2f} times as {UNITS[p.name]}")
-    if options.json:
-        files.write_json(options.json, profile.to_json())
-    if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
-        values, worth = [r.latency_ms for r in profile.rows], [r.accuracy for r in profile.rows]
-        plots.latencies(values, profile.batch_sizes, worth, options.plot, title=profile.device)
-        print(f"plot: {options.plot}")
-    print(f"kept in {path}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python serve/replay.py runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
     python serve/replay.py runs/digits_resnet/export --policies slackfit --simulate
 
-All policies face the same arrivals, images and SLO. The traffic calms down and bursts in turn; its rates are set from this
-machine's measured latencies, so that a burst overloads the most accurate subnet but not the fastest. Replies are compared with
-the real labels. With --trace FILE.csv recorded arrivals are replayed instead (a column arrival_s, see serving.traces.load).
+All policies face the same arrivals, inputs and SLO; inputs are the dataset's test examples, texts with the lengths that they
+have. The traffic calms down and bursts in turn; its rates are set from this machine's measured latencies, so that a burst
+overloads the most accurate subnet but not the fastest. Replies are compared with the real labels. With --trace FILE.csv
+recorded arrivals are replayed instead (a column arrival_s, see serving.traces.load).
 With --simulate each replay is run once more in the simulator, on the measured profile and under what was seen of the machine
 meanwhile (see serving.fidelity), and both are printed.
 Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, serving.fidelity, plots.
@@ -22,7 +23,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files, plots
-from superserve_jax.serving import executables, fidelity, loadgen, metrics, policies, server, traces
+from superserve_jax.serving import executables, fidelity, loadgen, metrics, padding, policies, server, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 
@@ -42,8 +43,9 @@ class Options:
       cv2: squared coefficient of variation of the gaps.
       trace: recorded arrivals to replay instead.
       batch_sizes: batch sizes to serve with.
+      lengths: of texts, the length buckets to serve with; if left out, powers of two from 16 up to the model's longest.
       simulate: run each replay once more in the simulator, and print both.
-      seed: of arrivals and images.
+      seed: of arrivals and inputs.
       json: write the results to this file.
       plot: write a plot over time to this file.
     """
@@ -57,6 +59,7 @@ class Options:
     cv2: float = 4.0
     trace: pathlib.Path | None = None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    lengths: tuple[int, ...] | None = None
     simulate: bool = False
     seed: int = 0
     json: pathlib.Path | None = None
@@ -67,19 +70,26 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     model = ss.load(options.export)
-    images, labels = data.open(configs.from_json(model.manifest["training"]).data).arrays("test")
-    _, engines, profile = executables.prepare(model, batch_sizes=options.batch_sizes)
+    inputs, labels = data.open(configs.from_json(model.manifest["training"]).data).arrays("test")
+    _, engines, profile = executables.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
+    # What an example's length is, the server finds out by itself; rates and the simulator need to know it.
+    lengths = np.array([len(padding.trimmed(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None
     slowest = profile.rows[-1].latency_ms[-1]
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest)
-    trace = make_trace(options, profile, workers=len(engines), slo_ms=slo_ms)
-    # Every image in turn, shuffled anew each time round, so that a policy's queries show all of them alike.
+    trace = make_trace(options, profile, workers=len(engines), slo_ms=slo_ms, lengths=lengths)
+    # Every example in turn, shuffled anew each time round, so that a policy's queries show all of them alike.
     rng = np.random.default_rng(options.seed)
-    chosen = np.concatenate([rng.permutation(len(images)) for _ in range(-(-len(trace) // len(images)))])[: len(trace)]
-    inputs, truth = [images[i] for i in chosen], labels[chosen]
+    chosen = np.concatenate([rng.permutation(len(inputs)) for _ in range(-(-len(trace) // len(inputs)))])[: len(trace)]
+    inputs, truth = [inputs[i] for i in chosen], labels[chosen]
+    if lengths is not None:
+        trace = dataclasses.replace(trace, lengths=lengths[chosen])
     print(
         f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
         f"{len(engines)} worker(s) on {profile.device}"
     )
+    if lengths is not None:
+        p50, p90 = np.percentile(lengths, [50, 90])
+        print(f"half of the texts have up to {p50:.0f} tokens, 90 % up to {p90:.0f}; length buckets: {list(profile.lengths)}")
 
     names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows))))
     for name in names:
@@ -122,12 +132,15 @@ def main() -> None:
         print(f"plot: {options.plot}")
 
 
-def make_trace(options: Options, profile: ss.Profile, *, workers: int, slo_ms: float) -> traces.Trace:
-    """Recorded arrivals, or calm and burst in turn at rates that suit this machine."""
+def make_trace(
+    options: Options, profile: ss.Profile, *, workers: int, slo_ms: float, lengths: np.ndarray | None
+) -> traces.Trace:
+    """Recorded arrivals, or calm and burst in turn at rates that suit this machine, and of texts their lengths."""
     if options.trace is not None:
         return traces.load(options.trace, slo_ms=slo_ms)
-    calm = options.calm * workers * profile.throughput_qps(profile.rows[-1].subnet)
-    burst = options.burst * workers * profile.throughput_qps(profile.rows[0].subnet)
+    tokens = [] if lengths is None else lengths.tolist()
+    calm = options.calm * workers * profile.throughput_qps(profile.rows[-1].subnet, tokens)
+    burst = options.burst * workers * profile.throughput_qps(profile.rows[0].subnet, tokens)
     step_s = 0.5
     pattern = [calm, calm, calm, burst, calm, calm]
     rates = [pattern[i % len(pattern)] for i in range(max(1, round(options.seconds / step_s)))]

@@ -150,16 +150,17 @@ def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str =
 
 
 def latencies(
-    values_ms: Sequence[Sequence[float]], batch_sizes: Sequence[int], accuracies: Sequence[float], path: Path, *, title: str
+    values_ms: Sequence[Sequence[float]], shapes: Sequence[str], accuracies: Sequence[float], path: Path, *, title: str
 ) -> None:
     """The latency of every subnet at every batch size as a heat map (the paper's Figure 6).
 
     Args:
-      values_ms: [subnets][batch sizes].
+      values_ms: [subnets][shapes].
+      shapes: what the batches are, such as "16" or, with length buckets, "16 x 128".
       accuracies: [subnets], fractions of 1, ascending.
     """
     count = len(accuracies)
-    fig = figure.Figure(figsize=(2 + 0.9 * len(batch_sizes), 1.8 + 0.45 * min(count, 20)), layout="constrained")
+    fig = figure.Figure(figsize=(2 + 0.9 * len(shapes), 1.8 + 0.45 * min(count, 20)), layout="constrained")
     axes = fig.subplots()
     image = axes.imshow(values_ms, norm="log", cmap="viridis", aspect="auto", origin="lower")
     middle = math.sqrt(min(map(min, values_ms)) * max(map(max, values_ms)))
@@ -168,10 +169,11 @@ def latencies(
             for j, ms in enumerate(row):
                 text = f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if ms < middle else "black")
-    axes.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
+    axes.set_xticks(range(len(shapes)), shapes)
     labelled = range(0, count, math.ceil(count / 20))
     axes.set_yticks(labelled, [f"{100 * accuracies[i]:.2f}" for i in labelled])
-    axes.set(xlabel="batch size", ylabel="subnet, by its accuracy (%)", title=title)
+    label_x = "batch size x tokens" if "x" in shapes[0] else "batch size"
+    axes.set(xlabel=label_x, ylabel="subnet, by its accuracy (%)", title=title)
     bar = fig.colorbar(image, label="latency of a batch (ms)", ticks=ticker.LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     fig.savefig(path, dpi=120)

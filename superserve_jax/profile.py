@@ -2,14 +2,21 @@
 
 A profile is the only thing that a policy knows about the SuperNet: for each subnet its accuracy and, for each batch size,
 the latency of one batch. `serve/measure.py` measures one; the simulator and the policies read it.
+
+A text server pads sequences to one of a few lengths, its **length buckets**, and latencies differ from one to the other. What
+asks for a profile sees an ordinary one, that of a length bucket (`Profile.at_length`).
 """
 
+import bisect
+import collections
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from superserve_jax import errors, files
@@ -48,6 +55,13 @@ class Row:
 class Profile:
     """Rows in ascending order of accuracy, over common batch sizes.
 
+    Args:
+      batch_sizes: ascending.
+      rows: the subnets; with several lengths, at the longest.
+      device: the kind of device that it was measured on.
+      lengths: length buckets in tokens, ascending; `()` where inputs have one shape.
+      shorter: the profiles of the same subnets at the other lengths (see `join`).
+
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> Profile((1, 2), (row,)).latency_ms(row.subnet, 2)
     1.5
@@ -56,6 +70,8 @@ class Profile:
     batch_sizes: tuple[int, ...]
     rows: tuple[Row, ...]
     device: str = "unknown"
+    lengths: tuple[int, ...] = ()
+    shorter: tuple["Profile", ...] = ()
 
     def __post_init__(self):
         check_batch_sizes(self.batch_sizes)
@@ -71,11 +87,29 @@ class Profile:
             raise errors.ProfileError("a subnet stands in the profile twice; keep one row of each")
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda r: r.accuracy)))
         object.__setattr__(self, "_index", index)
+        if self.lengths:
+            check_lengths(self.lengths)
+        if tuple(t.lengths for t in self.shorter) != tuple((length,) for length in self.lengths[:-1]):
+            raise errors.ProfileError(
+                f"{len(self.shorter)} profiles of shorter inputs for the lengths {list(self.lengths)}; use `join`"
+            )
+        for t in self.shorter:
+            if t.batch_sizes != self.batch_sizes or [r.subnet for r in t.rows] != [r.subnet for r in self.rows]:
+                raise errors.ProfileError(f"at length {t.lengths[0]} other batch sizes or subnets; measure all lengths alike")
 
     @property
     def max_batch(self) -> int:
         """The largest batch size."""
         return self.batch_sizes[-1]
+
+    @functools.cached_property
+    def tables(self) -> tuple["Profile", ...]:
+        """One profile for each length bucket, in ascending order; itself alone where there are no several."""
+        return (*self.shorter, dataclasses.replace(self, lengths=self.lengths[-1:], shorter=())) if self.shorter else (self,)
+
+    def at_length(self, length: float) -> "Profile":
+        """The profile of the length bucket that holds `length` tokens, the longest where none does; itself without lengths."""
+        return self.tables[min(bisect.bisect_left(self.lengths, length), len(self.tables) - 1)]
 
     def row(self, subnet: Subnet) -> Row:
         """The row of a subnet. Raises ProfileError where it has none."""
@@ -96,12 +130,16 @@ class Profile:
         return self.row(subnet).latency_ms[self.batch_index(batch)]
 
     def pareto(self, *, min_accuracy_gap: float = 0.0, min_latency_ratio: float = 1.0) -> "Profile":
-        """Only the rows that no other row beats: at least as accurate, and at most as slow at every batch size.
+        """Only the rows that no other row beats: at least as accurate, and at most as slow at every batch size. With several
+        lengths, the latencies at the longest decide.
 
         Args:
           min_accuracy_gap, min_latency_ratio: also drop rows that are nearer than this to the next faster row kept, the
             latencies taken at the largest batch. The fastest and the most accurate row stay in any case.
         """
+        if self.shorter:
+            longest = self.tables[-1].pareto(min_accuracy_gap=min_accuracy_gap, min_latency_ratio=min_latency_ratio)
+            return self.only(r.subnet for r in longest.rows)
         front = [
             r
             for r in self.rows
@@ -126,60 +164,84 @@ class Profile:
         return dataclasses.replace(self, rows=tuple(kept))
 
     def monotone(self) -> "Profile":
-        """Repaired so that latency never falls as batch or accuracy rise (the paper's P1 and P2): noise raised to the
+        """Repaired so that latency never falls as batch, accuracy (the paper's P1 and P2) or length rise: noise raised to the
         running maximum, never lowered."""
-        best, best_p99 = [0.0] * len(self.batch_sizes), [0.0] * len(self.batch_sizes)
-        rows = []
-        for r in self.rows:
-            best = _running_max(best, r.latency_ms)
-            best_p99 = _running_max([max(a, b) for a, b in zip(best_p99, best, strict=True)], r.p99_ms)
-            rows.append(dataclasses.replace(r, latency_ms=tuple(best), p99_ms=tuple(best_p99)))
-        return dataclasses.replace(self, rows=tuple(rows))
+        tables: list[Profile] = []
+        best_of: dict[Subnet, tuple[list[float], list[float]]] = {}  # at the length before
+        for table in self.tables:
+            best, best_p99 = [0.0] * len(self.batch_sizes), [0.0] * len(self.batch_sizes)
+            rows = []
+            for r in table.rows:
+                shorter, shorter_p99 = best_of.get(r.subnet, (best, best_p99))
+                best = _running_max(map(max, best, shorter), r.latency_ms)
+                best_p99 = _running_max(map(max, best_p99, shorter_p99, best), r.p99_ms)
+                best_of[r.subnet] = best, best_p99
+                rows.append(dataclasses.replace(r, latency_ms=tuple(best), p99_ms=tuple(best_p99)))
+            tables.append(dataclasses.replace(table, rows=tuple(rows)))
+        return join(tables)
 
     def scaled(self, factor: float) -> "Profile":
         """The profile of a device that is `factor` times slower."""
-        rows = [
-            dataclasses.replace(
-                r, latency_ms=tuple(v * factor for v in r.latency_ms), p99_ms=tuple(v * factor for v in r.p99_ms)
-            )
-            for r in self.rows
-        ]
-        return dataclasses.replace(self, rows=tuple(rows))
+        return self._with_latencies(lambda ms: tuple(v * factor for v in ms))
 
     def only(self, subnets: Iterable[Subnet]) -> "Profile":
         """The profile of some of the subnets."""
-        return dataclasses.replace(self, rows=tuple(self.row(s) for s in subnets))
+        kept = list(subnets)
+        return join([dataclasses.replace(t, rows=tuple(t.row(s) for s in kept)) for t in self.tables])
 
-    def at(self, batch_sizes: Sequence[int]) -> "Profile":
-        """The profile at some of its batch sizes. Raises ProfileError for one that was not measured."""
-        if odd := set(batch_sizes) - set(self.batch_sizes):
-            raise errors.ProfileError(f"batch size {min(odd)} was not measured, only {list(self.batch_sizes)}; measure it")
+    def at(self, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> "Profile":
+        """The profile at some of its batch sizes and lengths; all lengths where none is given.
+
+        Raises ProfileError for one that was not measured.
+        """
+        for what, wanted, measured in (("batch size", batch_sizes, self.batch_sizes), ("length", lengths, self.lengths)):
+            if odd := set(wanted) - set(measured):
+                raise errors.ProfileError(f"{what} {min(odd)} was not measured, only {list(measured)}; measure it")
         places = [self.batch_sizes.index(b) for b in batch_sizes]
-        rows = [
-            dataclasses.replace(
-                r, latency_ms=tuple(r.latency_ms[i] for i in places), p99_ms=tuple(r.p99_ms[i] for i in places)
-            )
-            for r in self.rows
-        ]
-        return dataclasses.replace(self, batch_sizes=tuple(batch_sizes), rows=tuple(rows))
+        cut = self._with_latencies(lambda ms: tuple(ms[i] for i in places), batch_sizes)
+        return join([t for t in cut.tables if not lengths or t.lengths[0] in lengths])
 
-    def throughput_qps(self, subnet: Subnet) -> float:
-        """Queries per second of one worker that runs `subnet` at its best batch size."""
+    def _with_latencies(
+        self, change: Callable[[tuple[float, ...]], tuple[float, ...]], batch_sizes: Sequence[int] | None = None
+    ) -> "Profile":
+        """The latencies of every row changed, at every length."""
+        sizes = self.batch_sizes if batch_sizes is None else tuple(batch_sizes)
+        tables = []
+        for t in self.tables:
+            rows = (dataclasses.replace(r, latency_ms=change(r.latency_ms), p99_ms=change(r.p99_ms)) for r in t.rows)
+            tables.append(dataclasses.replace(t, batch_sizes=sizes, rows=tuple(rows)))
+        return join(tables)
+
+    def throughput_qps(self, subnet: Subnet, lengths: Iterable[int] = ()) -> float:
+        """Queries per second of one worker that runs `subnet` at its best batch size.
+
+        Args:
+          lengths: of the queries, in tokens: then of such a mix, each query in a batch of its own length bucket; without
+            them all are of the longest.
+        """
+        tables = collections.Counter(bisect.bisect_left(self.lengths[:-1], length) for length in lengths)
+        if self.shorter and tables:
+            seconds = sum(n / self.tables[i].throughput_qps(subnet) for i, n in tables.items())
+            return tables.total() / seconds
         row = self.row(subnet)
         return max(1e3 * b / ms for b, ms in zip(self.batch_sizes, row.latency_ms, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`."""
-        rows = [
-            {
-                "subnet": r.subnet.to_json(),
-                "accuracy": r.accuracy,
-                "latency_ms": list(r.latency_ms),
-                "p99_ms": list(r.p99_ms),
-            }
-            for r in self.rows
+        tables = [
+            [
+                {
+                    "subnet": r.subnet.to_json(),
+                    "accuracy": r.accuracy,
+                    "latency_ms": list(r.latency_ms),
+                    "p99_ms": list(r.p99_ms),
+                }
+                for r in table.rows
+            ]
+            for table in self.tables
         ]
-        return {"schema": SCHEMA, "device": self.device, "batch_sizes": list(self.batch_sizes), "rows": rows}
+        about = {"schema": SCHEMA, "device": self.device, "batch_sizes": list(self.batch_sizes), "rows": tables[-1]}
+        return {**about, "lengths": list(self.lengths), "shorter": tables[:-1]} if self.lengths else about
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Profile":
@@ -187,16 +249,10 @@ class Profile:
         try:
             if data["schema"] != SCHEMA:
                 raise errors.ProfileError(f"profile schema {data['schema']} is not the {SCHEMA} that this version reads")
-            rows = tuple(
-                Row(
-                    Subnet.from_json(r["subnet"]),
-                    float(r["accuracy"]),
-                    tuple(float(v) for v in r["latency_ms"]),
-                    tuple(float(v) for v in r["p99_ms"]),
-                )
-                for r in data["rows"]
-            )
-            return Profile(tuple(int(b) for b in data["batch_sizes"]), rows, str(data["device"]))
+            sizes, device = tuple(int(b) for b in data["batch_sizes"]), str(data["device"])
+            lengths = [(int(length),) for length in data.get("lengths", ())] or [()]
+            tables = [*data.get("shorter", ()), data["rows"]]
+            return join([Profile(sizes, _rows(t), device, at) for t, at in zip(tables, lengths, strict=True)])
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             if isinstance(e, errors.ProfileError | errors.ConfigError):
                 raise
@@ -215,17 +271,54 @@ class Profile:
             raise errors.ProfileError(f"cannot read a profile from {path}: {e}") from e
 
 
+def join(tables: Sequence[Profile]) -> Profile:
+    """One profile out of one for each length bucket, in ascending order.
+
+    >>> short, long = (Profile((1,), (Row(Subnet((1,)), 0.7, (ms,)),), lengths=(n,)) for n, ms in ((32, 1.0), (128, 3.0)))
+    >>> both = join([short, long])
+    >>> both.lengths, both.rows == long.rows, [both.at_length(n).rows[0].latency_ms for n in (9, 32, 33)]
+    ((32, 128), True, [(1.0,), (1.0,), (3.0,)])
+    """
+    *shorter, longest = tables
+    lengths = tuple(itertools.chain.from_iterable(t.lengths for t in tables))
+    return dataclasses.replace(longest, lengths=lengths, shorter=tuple(shorter)) if shorter else longest
+
+
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     """Batch sizes as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
-    sizes = tuple(batch_sizes)
-    if not sizes:
-        raise errors.ConfigError("batch_sizes is empty; give at least one, such as (1, 2, 4, 8, 16)")
-    if not all(isinstance(b, int) and not isinstance(b, bool) and b >= 1 for b in sizes) or list(sizes) != sorted(set(sizes)):
-        raise errors.ConfigError(f"batch_sizes must be ascending whole numbers from 1 up, got {list(sizes)}")
-    return sizes
+    return _ascending("batch_sizes", batch_sizes, "(1, 2, 4, 8, 16)")
 
 
-def _running_max(floor: Sequence[float], values: Sequence[float]) -> list[float]:
+def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Length buckets as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
+    return _ascending("lengths", lengths, "(32, 64, 128)")
+
+
+def _ascending(name: str, values: Sequence[int], example: str) -> tuple[int, ...]:
+    values = tuple(values)
+    if not values:
+        raise errors.ConfigError(f"{name} is empty; give at least one, such as {example}")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values) or list(values) != sorted(
+        set(values)
+    ):
+        raise errors.ConfigError(f"{name} must be ascending whole numbers from 1 up, got {list(values)}")
+    return values
+
+
+def _rows(data: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
+    """Rows out of their JSON form."""
+    return tuple(
+        Row(
+            Subnet.from_json(r["subnet"]),
+            float(r["accuracy"]),
+            tuple(float(v) for v in r["latency_ms"]),
+            tuple(float(v) for v in r["p99_ms"]),
+        )
+        for r in data
+    )
+
+
+def _running_max(floor: Iterable[float], values: Sequence[float]) -> list[float]:
     """`values` raised to `floor` and to the running maximum of what stands before."""
     result, best = [], 0.0
     for f, v in zip(floor, values, strict=True):

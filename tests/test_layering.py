@@ -25,7 +25,10 @@ NO_JAX = (
         f"serving.{name}"
         for name in ("queue", "policies", "traces", "azure", "simulator", "bounds", "reference", "metrics", "engine")
     ]
-    + [f"serving.{name}" for name in ("futures", "workers", "server", "runtime", "measuring", "loadgen", "dispatch")]
+    + [
+        f"serving.{name}"
+        for name in ("futures", "workers", "server", "runtime", "measuring", "loadgen", "dispatch", "padding")
+    ]
     + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity")]
 )
 

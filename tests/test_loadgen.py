@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from superserve_jax import profile as profiles
 from superserve_jax import subnet as subnets
-from superserve_jax.serving import engine, loadgen, metrics, server, traces
+from superserve_jax.serving import engine, fidelity, loadgen, metrics, server, traces
 
 
 def make_profile():
@@ -45,6 +47,25 @@ def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_
     assert np.isinf(done.finish_s).any()
     assert (done.label[np.isinf(done.finish_s)] == -1).all()
     assert done.met.mean() < 0.5
+
+
+def test_texts_are_replayed_with_the_lengths_that_they_have():
+    tables = [dataclasses.replace(make_profile().scaled(k), lengths=(n,)) for n, k in ((8, 0.1), (16, 1))]
+    profile, seen = profiles.join(tables), []
+    fake = engine.FakeEngine(
+        profile, input_shape=(16,), input_dtype=np.int32, on_run=lambda *args: seen.extend(len(x) for x in args[2])
+    )
+    trace = traces.gamma(rate_qps=200.0, duration_s=0.2, slo_ms=200.0).mixed(lengths={3: 1, 12: 1})
+    inputs = [np.pad(np.full(n, 1, np.int32), (0, 16 - n)) for n in trace.lengths]
+    watch = fidelity.Stopwatch(fake, profile)
+    with server.Server.from_engines([watch], profile, policy="fixed:0", slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, inputs)
+    assert sorted(seen) == sorted(trace.lengths.tolist())
+    np.testing.assert_array_equal(done.lengths, trace.lengths)
+    assert {ms for _, _, ms, _ in watch.batches} <= {0.1, 0.2, 1.0, 2.0}
+    assert {ms for _, _, ms, _ in watch.batches} & {0.1, 0.2}
+    again = fidelity.again(done, profile, "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    np.testing.assert_allclose((again.finish_s - again.start_s)[again.batch == 1].min(), 1e-4)
 
 
 def test_a_late_generator_never_makes_a_deadline_later(trace):

@@ -1,3 +1,6 @@
+import dataclasses
+
+import numpy as np
 import pytest
 
 from superserve_jax import profile as profiles
@@ -31,3 +34,14 @@ def test_latencies_of_an_engine_are_measured_for_every_pair():
     for row, true in zip(measured.rows, table.rows, strict=True):
         assert all(got >= ms for got, ms in zip(row.latency_ms, true.latency_ms, strict=True))
         assert all(p99 >= ms for p99, ms in zip(row.p99_ms, row.latency_ms, strict=True))
+
+
+def test_latencies_are_measured_for_every_length():
+    tables = [dataclasses.replace(make((ms, 2 * ms), sizes=(1, 2)), lengths=(n,)) for n, ms in ((8, 1.0), (16, 4.0))]
+    both = profiles.join(tables)
+    fake = engine.FakeEngine(both, input_shape=(16,), input_dtype=np.int32)
+    measured = measuring.measure(fake, {r.subnet: r.accuracy for r in both.rows}, (1, 2), device="fake", repeats=3)
+    assert measured.lengths == (8, 16)
+    for table, true in zip(measured.tables, both.tables, strict=True):
+        for got, ms in zip(table.rows[0].latency_ms, true.rows[0].latency_ms, strict=True):
+            assert ms <= got < 4 * ms

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import hypothesis
@@ -108,3 +109,74 @@ def test_a_subnet_or_batch_size_that_was_not_measured_is_named():
     with pytest.raises(errors.ProfileError, match="batch size 8"):
         profile.at((1, 8))
     assert profile.at((4,)).rows[0].latency_ms == (2,)
+
+
+def of_length(length, *rows):
+    return dataclasses.replace(make(*rows), lengths=(length,))
+
+
+BOTH = profiles.join([of_length(32, (0.7, (1, 2)), (0.9, (2, 3))), of_length(128, (0.7, (3, 8)), (0.9, (6, 16)))])
+
+
+def test_with_length_buckets_each_length_has_a_profile_and_the_longest_stands_for_all():
+    assert [BOTH.at_length(n).latency_ms(net(0), 4) for n in (1, 32, 33, 128, 999)] == [2, 2, 8, 8, 8]
+    assert BOTH.latency_ms(net(0), 4) == 8
+    plain = make((0.7, (1, 2)))
+    assert plain.at_length(17) is plain
+
+
+def test_the_throughput_of_a_mix_of_lengths_is_that_of_their_mean_cost():
+    # At batch 4 a query costs 0.5 ms at the short length and 2 ms at the long one.
+    assert BOTH.throughput_qps(net(0)) == pytest.approx(500)
+    assert BOTH.throughput_qps(net(0), [9, 32, 32, 100]) == pytest.approx(1e3 / (0.75 * 0.5 + 0.25 * 2))
+
+
+def test_what_changes_a_profile_changes_it_at_every_length():
+    assert [t.rows[0].latency_ms for t in BOTH.scaled(2).tables] == [(2, 4), (6, 16)]
+    assert [[r.subnet for r in t.rows] for t in BOTH.only([net(1)]).tables] == [[net(1)]] * 2
+    assert [t.rows[0].latency_ms for t in BOTH.at((4,)).tables] == [(2,), (8,)]
+    assert BOTH.at((1, 4), (128,)).tables == BOTH.tables[1:]
+    with pytest.raises(errors.ProfileError, match="length 64 was not measured"):
+        BOTH.at((1, 4), (64,))
+
+
+def test_the_pareto_front_is_that_of_the_longest_length_and_common_to_all():
+    slow = profiles.join([of_length(32, (0.7, (3, 3)), (0.9, (2, 2))), of_length(128, (0.7, (4, 4)), (0.9, (9, 9)))])
+    assert len(slow.pareto().rows) == len(slow.pareto().tables[0].rows) == 2
+    beaten = profiles.join([of_length(32, (0.7, (1, 1)), (0.9, (2, 2))), of_length(128, (0.7, (9, 9)), (0.9, (4, 4)))])
+    assert [[r.accuracy for r in t.rows] for t in beaten.pareto().tables] == [[0.9]] * 2
+
+
+@hypothesis.given(rows, rows)
+def test_the_monotone_repair_leaves_nothing_falling_along_the_length_either(short, long):
+    count = min(len(short), len(long))
+    data = [[(short[i][0], made[i][1]) for i in range(count)] for made in (short, long)]
+    before = profiles.join([of_length(n, *d) for n, d in zip((32, 128), data, strict=True)])
+    after = before.monotone()
+    for a, b, shorter in zip(before.rows, after.rows, after.tables[0].rows, strict=True):
+        assert all(x <= y for x, y in zip(a.latency_ms, b.latency_ms, strict=True))
+        assert all(x <= y for x, y in zip(shorter.latency_ms, b.latency_ms, strict=True))
+        assert b.latency_ms[0] <= b.latency_ms[1]
+    assert after.monotone() == after
+    assert after.tables[0] == before.tables[0].monotone()
+
+
+def test_lengths_survive_json_and_an_old_profile_has_none(tmp_path):
+    BOTH.save(tmp_path / "p.json")
+    assert profiles.Profile.load(tmp_path / "p.json") == BOTH
+    old = make((0.7, (1, 2))).to_json()
+    assert not {"lengths", "shorter"} & set(old)
+    assert profiles.Profile.from_json(old).lengths == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda j: {**j, "lengths": [128, 32]}, "ascending"),
+        (lambda j: {**j, "shorter": []}, "not a latency profile"),
+        (lambda j: {**j, "shorter": [j["rows"][:1]]}, "other batch sizes or subnets"),
+    ],
+)
+def test_a_profile_whose_lengths_do_not_fit_together_is_refused(change, message):
+    with pytest.raises((errors.ProfileError, errors.ConfigError), match=message):
+        profiles.Profile.from_json(change(BOTH.to_json()))

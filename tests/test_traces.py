@@ -147,3 +147,23 @@ def test_parameters_that_cannot_work_are_refused_by_name(make, message):
 def test_an_slo_that_is_not_positive_and_finite_is_refused(slo_ms):
     with pytest.raises(errors.DeadlineError):
         traces.gamma(rate_qps=9.0, slo_ms=slo_ms)
+
+
+def test_lengths_are_drawn_saved_and_loaded_like_slos(tmp_path):
+    plain = traces.gamma(rate_qps=2000.0, duration_s=2.0).mixed(slo_ms={20.0: 1, 50.0: 1}, seed=3)
+    trace = plain.mixed(lengths={20: 3, 100: 1})
+    assert (trace.lengths == 20).mean() == pytest.approx(0.75, abs=0.03)
+    np.testing.assert_array_equal(trace.slo_ms, plain.slo_ms)
+    trace.save(tmp_path / "text.csv")
+    loaded = traces.load(tmp_path / "text.csv")
+    for what in ("arrivals_s", "slo_ms", "lengths"):
+        np.testing.assert_array_equal(getattr(loaded, what), getattr(trace, what))
+    plain.save(tmp_path / "plain.csv")
+    assert (tmp_path / "plain.csv").read_text().splitlines()[0] == "arrival_s,slo_ms,floor"
+    assert np.ndim(traces.load(tmp_path / "plain.csv").lengths) == 0
+
+
+@pytest.mark.parametrize("lengths", [-1, 2.5, np.array([1, 2])])
+def test_lengths_that_cannot_be_are_refused(lengths):
+    with pytest.raises(errors.ConfigError, match="lengths"):
+        traces.Trace(np.array([1.0]), lengths=lengths)

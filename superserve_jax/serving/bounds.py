@@ -38,13 +38,13 @@ def fluid(profile: profile_lib.Profile, rate_qps: float, *, workers: int = 8, sl
     """
     if not rate_qps > 0:
         raise errors.ConfigError(f"rate_qps must be positive, got {rate_qps}")
-    return _solve(profile, np.array([slo_ms]), np.zeros(1), np.array([[rate_qps]]), workers)
+    return _solve(profile, np.array([[slo_ms, 0.0, 0.0]]), np.array([[rate_qps]]), workers)
 
 
 def fluid_of_trace(
     profile: profile_lib.Profile, trace: traces.Trace, *, workers: int = 8, window_s: float | None = None
 ) -> Bound:
-    """The fluid bound of a trace; each kind of query (SLO and floor) may be served by what suits it.
+    """The fluid bound of a trace; each kind of query (SLO, floor and length) may be served by what suits it.
 
     Args:
       window_s: None lets the workers carry the mean rate of the whole trace, as though it had always been even. A length
@@ -53,7 +53,7 @@ def fluid_of_trace(
     """
     if not len(trace):
         return Bound(1.0, float("nan"))
-    _, *per_query = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors)
+    _, *per_query = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors, trace.lengths)
     kinds, kind = np.unique(np.stack(per_query, axis=1), axis=0, return_inverse=True)
     end_s = float(trace.arrivals_s[-1])
     length_s = window_s or end_s
@@ -63,24 +63,22 @@ def fluid_of_trace(
     window = np.minimum(trace.arrivals_s / length_s, windows - 1).astype(int)
     counts = np.bincount(window * len(kinds) + kind.ravel(), minlength=windows * len(kinds)).reshape(windows, len(kinds))
     usable_s = length_s + (1e-3 * kinds[:, 0].max() if window_s else 0.0)
-    return _solve(profile, kinds[:, 0], kinds[:, 1], counts / usable_s, workers)
+    return _solve(profile, kinds, counts / usable_s, workers)
 
 
-def _solve(profile: profile_lib.Profile, slo_ms: np.ndarray, floors: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
+def _solve(profile: profile_lib.Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
     """Serves as much as the workers can carry; of all ways to do that, the most accurate.
 
     Args:
-      slo_ms, floors: [kinds].
+      kinds: [kinds, 3]: SLO in milliseconds, floor, and length, 0 where it is not known.
       rates_qps: [windows, kinds].
     """
     if workers < 1:
         raise errors.ConfigError(f"workers must be 1 or more, got {workers}")
-    latency_ms = np.array([row.latency_ms for row in profile.rows])
     accuracy = np.array([row.accuracy for row in profile.rows])
-    per_query_ms = latency_ms / np.array(profile.batch_sizes)
     # [subnets, kinds]: worker-seconds per query at the best throughput within the SLO, infinite where that is not allowed
-    cost_s = 1e-3 * np.stack([np.where(latency_ms <= slo, per_query_ms, np.inf).min(axis=1) for slo in slo_ms], axis=1)
-    cost_s[accuracy[:, None] < floors] = np.inf
+    cost_s = 1e-3 * np.stack([_query_ms(profile.at_length(n or np.inf), slo) for slo, _, n in kinds.tolist()], axis=1)
+    cost_s[accuracy[:, None] < kinds[:, 1]] = np.inf
     subnet, kind = np.nonzero(np.isfinite(cost_s))
     answered = correct = 0.0
     for rates in rates_qps[rates_qps.any(axis=1)]:
@@ -102,6 +100,12 @@ def _solve(profile: profile_lib.Profile, slo_ms: np.ndarray, floors: np.ndarray,
     return Bound(min(answered / total, 1.0), correct / answered if answered else float("nan"))
 
 
+def _query_ms(profile: profile_lib.Profile, slo_ms: float) -> np.ndarray:
+    """[subnets]: a worker's time per query at the best throughput within the SLO, infinite where that is not allowed."""
+    latency_ms = np.array([row.latency_ms for row in profile.rows])
+    return np.where(latency_ms <= slo_ms, latency_ms / np.array(profile.batch_sizes), np.inf).min(axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimum:
     """The best that can be done with a trace when all arrivals are known.
@@ -120,7 +124,7 @@ class Optimum:
 def optimum(
     profile: profile_lib.Profile, trace: traces.Trace, *, workers: int = 2, tick_ms: float = 1.0, limit_s: float = 60.0
 ) -> Optimum:
-    """The paper's zero-one programme, solved exactly; for tens of queries on a few workers.
+    """The paper's zero-one programme, solved exactly; for tens of queries on a few workers, all of the longest length.
 
     Constraint 1c takes the latest arrival of a batch. A batch is a subnet, a batch size, a start and any queries that have
     arrived by the start and allow its end. They need not be neighbours in the order of deadlines: an optimum may need a long

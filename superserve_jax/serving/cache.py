@@ -2,8 +2,8 @@
 
 Loading one runs the machine code in it, so entries are only read from a directory that belongs to this user and that nobody
 else may write to; never from an export. An entry is keyed by everything that the program depends on: config, subnet, batch
-size, device, the versions of jax and jaxlib, processor features and the source of the operators. What is stale or damaged is
-compiled again. Deleting the directory is always safe.
+size, length, device, the versions of jax and jaxlib, processor features and the source of the operators. What is stale or
+damaged is compiled again. Deleting the directory is always safe.
 """
 
 import functools
@@ -58,9 +58,11 @@ class ExecutableCache:
             "source": _source_digest(type(config)),
         }
 
-    def load(self, subnet: subnets.Subnet, batch: int) -> tuple[Callable[..., jax.Array], tuple[str, ...]] | None:
+    def load(
+        self, subnet: subnets.Subnet, batch: int, length: int = 0
+    ) -> tuple[Callable[..., jax.Array], tuple[str, ...]] | None:
         """(compiled, names of its leaves), or None where there is no sound entry."""
-        path = self._path(subnet, batch)
+        path = self._path(subnet, batch, length)
         if path is None or not path.exists():
             return None
         content = path.read_bytes()
@@ -78,9 +80,9 @@ class ExecutableCache:
             return None
         return compiled, leaves
 
-    def save(self, subnet: subnets.Subnet, batch: int, compiled: Any, leaves: tuple[str, ...]) -> None:
+    def save(self, subnet: subnets.Subnet, batch: int, length: int, compiled: Any, leaves: tuple[str, ...]) -> None:
         """Keeps an executable; a full or read-only disk costs only the next start."""
-        path = self._path(subnet, batch)
+        path = self._path(subnet, batch, length)
         if path is None:
             return
         try:
@@ -89,10 +91,11 @@ class ExecutableCache:
         except (OSError, ValueError, NotImplementedError) as e:
             _log.warning("cannot keep an executable in %s: %s", path.parent, e)
 
-    def _path(self, subnet: subnets.Subnet, batch: int) -> pathlib.Path | None:
+    def _path(self, subnet: subnets.Subnet, batch: int, length: int = 0) -> pathlib.Path | None:
         if self._root is None:
             return None
-        key = json.dumps({**self._about, "subnet": subnet.to_json(), "batch": batch}, sort_keys=True)
+        shape = {"batch": batch, "length": length} if length else {"batch": batch}
+        key = json.dumps({**self._about, "subnet": subnet.to_json(), **shape}, sort_keys=True)
         return self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
 
 

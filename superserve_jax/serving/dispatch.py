@@ -1,10 +1,15 @@
-"""What happens when a worker is free: the policy is asked, and the batch is taken. Server and simulator share it. No jax."""
+"""What happens when a worker is free: the policy is asked, and the batch is taken. Server and simulator share it. No jax.
 
+With length buckets the policy is asked about the head's: with the profile at that length, and with what waits and arrives in
+units of the head's work (see `padding`).
+"""
+
+import math
 from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import policies, queue
+from superserve_jax.serving import padding, policies, queue
 from superserve_jax.subnet import Subnet
 
 
@@ -21,6 +26,8 @@ def next_batch(
 ) -> tuple[Row, list[Any], float]:
     """The row to run, its batch, taken from the queue, and the milliseconds of loading that the policy wants before.
 
+    The row is of the profile at the batch's length bucket.
+
     Args:
       waiting: the queue, not empty.
       meter: of its arrivals.
@@ -33,22 +40,48 @@ def next_batch(
       ConfigError, ProfileError: the decision is of no query, or of a subnet that the profile does not have. Then, as with
         whatever the policy raises, nothing has been taken.
     """
+    while True:
+        length = waiting.head_length
+        table = profile.at_length(length) if length else profile
+        state = _state(waiting, meter, table.max_batch, now_s, workers=workers, last_subnet=last_subnet, worker=worker)
+        try:
+            decision = policy(table, state)
+            row, size = table.row(decision.subnet), decision.batch
+            if size < 1:
+                raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
+        except Exception as error:
+            error.add_note(f"the policy was asked in {state!r}")
+            raise
+        defer_before_s = now_s + 1e-3 * decision.defer_ms
+        if length and defer_before_s > -math.inf:
+            waiting.defer(defer_before_s)
+            if waiting.head_length != length:
+                continue  # the decision was for a head that has stepped back, and there is one of another length
+        row, items = queue.take(
+            waiting, table, row, min(size, table.max_batch), slack_ms=state.slack_ms, defer_before_s=defer_before_s
+        )
+        return row, items, decision.loading_ms
+
+
+def _state(
+    waiting: queue.DeadlineQueue,
+    meter: queue.Meter,
+    max_batch: int,
+    now_s: float,
+    *,
+    workers: int,
+    last_subnet: Subnet | None,
+    worker: int,
+) -> policies.State:
+    """What the policy may know."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
-    floors = waiting.head_floors(profile.max_batch)
-    traffic = meter.read(now_s, waiting.pushed)
+    floors = waiting.head_floors(max_batch)
+    rate, variance = meter.read(now_s, waiting.pushed)
+    count = len(waiting)
     near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, meter.slo_ms))
-    state = policies.State(
-        now_s, slack_ms, len(waiting), floors, workers, last_subnet, waiting.late, *traffic, meter.slo_ms, near, worker
+    if isinstance(waiting, padding.LengthQueue):
+        count, work_ms = waiting.riders, waiting.work_ms
+        rate, variance = rate / work_ms, variance / work_ms**2
+    return policies.State(
+        now_s, slack_ms, count, floors, workers, last_subnet, waiting.late, rate, variance, meter.slo_ms, near, worker
     )
-    try:
-        subnet, size, defer_ms, loading_ms = policy(profile, state)
-        row = profile.row(subnet)
-        if size < 1:
-            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-    except Exception as error:
-        error.add_note(f"the policy was asked in {state!r}")
-        raise
-    row, items = queue.take(
-        waiting, profile, row, min(size, profile.max_batch), slack_ms=slack_ms, defer_before_s=now_s + 1e-3 * defer_ms
-    )
-    return row, items, loading_ms

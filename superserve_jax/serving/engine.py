@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from superserve_jax.profile import Profile
+from superserve_jax.serving import padding
 from superserve_jax.subnet import Subnet
 
 
@@ -16,13 +17,18 @@ class Engine(Protocol):
 
     Attributes:
       name: for messages and thread names, such as "gpu:0".
-      input_shape: shape of one input, without a batch dimension.
+      input_shape: shape of one input, without a batch dimension; with length buckets, of one that fills the longest.
       input_dtype: its dtype.
+      lengths: length buckets in tokens, ascending; `()` where all inputs have `input_shape`. The first dimension of an input
+        may then have any length up to the longest.
+      pad_id: with length buckets, the token id of padding.
     """
 
     name: str
     input_shape: tuple[int, ...]
     input_dtype: np.dtype
+    lengths: tuple[int, ...]
+    pad_id: int
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """Computes one batch and returns when the outputs are ready, one for each input.
@@ -30,7 +36,8 @@ class Engine(Protocol):
         Args:
           subnet: one of the profile's.
           batch_size: one of the profile's, at least `len(inputs)`; the engine pads up to it and strips the padding.
-          inputs: arrays of `input_shape` and `input_dtype`, read only.
+          inputs: arrays of `input_shape` and `input_dtype`, read only. With length buckets the engine runs the program of the
+            one that holds the longest (`padding.of_inputs`).
 
         No output may share memory with a buffer that a later call writes to. Whatever it raises counts as a failure of
         the device, and the batch is tried elsewhere.
@@ -42,7 +49,7 @@ class FakeEngine:
     """Sleeps for the latency in the profile; the output of an input is (its first value, rank of the subnet in accuracy).
 
     Args:
-      profile: its latencies, and the subnets that it accepts.
+      profile: its latencies, the subnets that it accepts, and its length buckets, in which padding has the id 0.
       speed: how many times faster than the profile it runs; inf does not sleep at all.
       on_run: called as `on_run(subnet, batch_size, inputs)` in the worker's thread before each batch; it may raise, which
         is a failure of the device, or block, which is a stuck one.
@@ -65,10 +72,12 @@ class FakeEngine:
         on_run: Callable[[Subnet, int, list[np.ndarray]], object] | None = None,
     ):
         self.name, self.input_shape, self.input_dtype = name, input_shape, np.dtype(input_dtype)
+        self.lengths, self.pad_id = profile.lengths, 0
         self._latency_s = {
-            (row.subnet, size): 1e-3 * ms / speed
-            for row in profile.rows
-            for size, ms in zip(profile.batch_sizes, row.latency_ms, strict=True)
+            (row.subnet, size, table.lengths[0] if table.lengths else 0): 1e-3 * ms / speed
+            for table in profile.tables
+            for row in table.rows
+            for size, ms in zip(table.batch_sizes, row.latency_ms, strict=True)
         }
         self._rank = {row.subnet: rank for rank, row in enumerate(profile.rows)}
         self._on_run = on_run
@@ -81,7 +90,8 @@ class FakeEngine:
             assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
             if self._on_run is not None:
                 self._on_run(subnet, batch_size, inputs)
-            if latency_s := self._latency_s[subnet, batch_size]:
+            length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
+            if latency_s := self._latency_s[subnet, batch_size, length]:
                 time.sleep(latency_s)
             rank = self._rank[subnet]
             return [(x.item(0), rank) for x in inputs]

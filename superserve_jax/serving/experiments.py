@@ -111,7 +111,7 @@ class Cell:
 
 
 def dense(profile: profile_lib.Profile, subnets: int = DENSE) -> profile_lib.Profile:
-    """A profile with many subnets, evenly spaced along the straight lines between the rows of `profile`.
+    """A profile with many subnets, evenly spaced along the straight lines between the rows of `profile` (its longest length).
 
     >>> from superserve_jax.serving import reference
     >>> len(dense(reference.paper_profile()).rows)
@@ -131,7 +131,7 @@ def dense(profile: profile_lib.Profile, subnets: int = DENSE) -> profile_lib.Pro
                 latency_ms,
             )
         )
-    return dataclasses.replace(profile, rows=tuple(made))
+    return dataclasses.replace(profile, rows=tuple(made), lengths=profile.lengths[-1:], shorter=())
 
 
 def bursty(burst_qps: float, cv2: float) -> Traffic:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import engine, loadgen, policies, simulator, traces
+from superserve_jax.serving import engine, loadgen, padding, policies, simulator, traces
 from superserve_jax.subnet import Subnet
 
 _BEAT_S = 1e-3
@@ -41,6 +41,7 @@ class Stopwatch:
 
     def __init__(self, watched: engine.Engine, profile: profile_lib.Profile):
         self.name, self.input_shape, self.input_dtype = watched.name, watched.input_shape, watched.input_dtype
+        self.lengths, self.pad_id = watched.lengths, watched.pad_id
         self.batches: list[tuple[float, float, float, int]] = []  # start and end on time.monotonic, profiled ms, queries
         self._watched, self._profile = watched, profile
 
@@ -48,7 +49,9 @@ class Stopwatch:
         """See `engine.Engine.run`."""
         start_s = time.monotonic()
         outputs = self._watched.run(subnet, batch_size, inputs)
-        self.batches.append((start_s, time.monotonic(), self._profile.latency_ms(subnet, batch_size), len(inputs)))
+        end_s = time.monotonic()
+        table = self._profile.at_length(padding.of_inputs(self.lengths, inputs)) if self.lengths else self._profile
+        self.batches.append((start_s, end_s, table.latency_ms(subnet, batch_size), len(inputs)))
         return outputs
 
 
@@ -128,7 +131,8 @@ def machine(done: loadgen.Replay, watches: Sequence[Stopwatch], heart: Heartbeat
 def _turn_ms(done: loadgen.Replay, batches: Sequence[tuple[float, float, float, int, int]]) -> float:
     """Median time between two batches of a worker for which queries waited: to answer one, and to decide on the other.
 
-    With one SLO the batches, in the order of their beginnings, take the queries in the order of their arrival.
+    With one SLO the batches, in the order of their beginnings, take the queries in the order of their arrival; with several
+    length buckets nearly so.
     """
     submitted_s = np.sort(done.start_s + _submitted_s(done))
     left_s: dict[int, float] = {}
@@ -149,7 +153,9 @@ def again(
     order = np.argsort(submitted_s, kind="stable")
     left_ms = np.maximum(1e3 * (done.deadline_s - submitted_s)[order], 1e-3)
     cluster = simulator.Cluster(workers, machine.overhead_ms, machine.noise, stalls=machine.stalls)
-    return simulator.simulate(profile, policy, traces.Trace(submitted_s[order], left_ms), cluster=cluster)
+    tokens = done.lengths[order] if isinstance(done.lengths, np.ndarray) else done.lengths
+    trace = traces.Trace(submitted_s[order], left_ms, lengths=tokens)
+    return simulator.simulate(profile, policy, trace, cluster=cluster)
 
 
 def _submitted_s(done: loadgen.Replay) -> np.ndarray:

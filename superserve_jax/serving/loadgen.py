@@ -31,6 +31,7 @@ class Replay:
       label: index of the largest output; -1 where it was not answered.
       lateness_s: by how much the generator was late with each query.
       start_s: the trace's zero on the clock `time.monotonic`.
+      lengths: as in the trace.
     """
 
     arrival_s: np.ndarray
@@ -41,6 +42,7 @@ class Replay:
     label: np.ndarray
     lateness_s: np.ndarray
     start_s: float = 0.0
+    lengths: int | np.ndarray = 0
 
     @property
     def met(self) -> np.ndarray:
@@ -56,7 +58,7 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
     Args:
       target: the server; its queue should hold the whole trace, since a refused query counts as missed.
       trace: the arrivals.
-      inputs: one per query.
+      inputs: one per query; they have the lengths that the trace says, if it does.
     """
     arrivals, deadlines = trace.arrivals_s, trace.deadlines_s
     n = len(arrivals)
@@ -92,4 +94,5 @@ def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futur
             continue  # an error is an unanswered query; the server's health says which errors there were
         finish[i] = submitted[i] + 1e-3 * reply.latency_ms
         accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
-    return Replay(trace.arrivals_s, trace.deadlines_s, finish, accuracy, batch, label, submitted - trace.arrivals_s, start_s)
+    lateness = submitted - trace.arrivals_s
+    return Replay(trace.arrivals_s, trace.deadlines_s, finish, accuracy, batch, label, lateness, start_s, trace.lengths)

@@ -24,44 +24,57 @@ def measure(
     device: str,
     repeats: int = 30,
 ) -> profiles.Profile:
-    """Median and 99th percentile of the latency of every subnet at every batch size.
+    """Median and 99th percentile of the latency of every subnet at every batch size and length.
 
-    All pairs are measured in turn, round after round, so that a disturbance of the machine meets each of them alike.
+    All are measured in turn, round after round, so that a disturbance of the machine meets each of them alike.
 
     Args:
-      engine: what to measure; it must have an executable for every pair.
+      engine: what to measure; it must have an executable for each, and gives the lengths.
       accuracies: accuracy (a fraction) of each subnet.
       batch_sizes: ascending.
       device: the kind of device, written into the profile.
       repeats: rounds; at least 1.
     """
     batch_sizes = profiles.check_batch_sizes(batch_sizes)
-    rng = np.random.default_rng(0)
-    ends = (0, 256) if np.issubdtype(engine.input_dtype, np.integer) else (0, 1)
-    examples = [
-        rng.integers(*ends, engine.input_shape, endpoint=False).astype(engine.input_dtype) for _ in range(batch_sizes[-1])
-    ]
-    pairs = [(s, b) for s in accuracies for b in batch_sizes]
-    for subnet, batch in pairs:
+    examples = _examples(engine, batch_sizes[-1])
+    keys = list(itertools.product(accuracies, batch_sizes, examples))
+    for subnet, batch, length in keys:
         for _ in range(_WARM_UPS):
-            engine.run(subnet, batch, examples[:batch])
-    times_ms: dict[tuple[subnets.Subnet, int], list[float]] = {pair: [] for pair in pairs}
+            engine.run(subnet, batch, examples[length][:batch])
+    times_ms: dict[tuple[subnets.Subnet, int, int], list[float]] = {key: [] for key in keys}
     gc.collect()
     for _ in progress.track(range(repeats), f"latencies of {engine.name}"):
-        for subnet, batch in pairs:
+        for subnet, batch, length in keys:
+            inputs = examples[length][:batch]
             start = time.perf_counter()
-            engine.run(subnet, batch, examples[:batch])
-            times_ms[subnet, batch].append(1e3 * (time.perf_counter() - start))
-    rows = tuple(
-        profiles.Row(
-            subnet,
-            accuracy,
-            tuple(float(np.median(times_ms[subnet, b])) for b in batch_sizes),
-            tuple(float(np.percentile(times_ms[subnet, b], 99)) for b in batch_sizes),
+            engine.run(subnet, batch, inputs)
+            times_ms[subnet, batch, length].append(1e3 * (time.perf_counter() - start))
+    tables = []
+    for length in examples:
+        rows = tuple(
+            profiles.Row(
+                subnet,
+                accuracy,
+                tuple(float(np.median(times_ms[subnet, b, length])) for b in batch_sizes),
+                tuple(float(np.percentile(times_ms[subnet, b, length], 99)) for b in batch_sizes),
+            )
+            for subnet, accuracy in accuracies.items()
         )
-        for subnet, accuracy in accuracies.items()
-    )
-    return profiles.Profile(batch_sizes, rows, device)
+        tables.append(profiles.Profile(batch_sizes, rows, device, (length,) if length else ()))
+    return profiles.join(tables)
+
+
+def _examples(engine: engines.Engine, count: int) -> dict[int, list[np.ndarray]]:
+    """Inputs of each length, 0 standing for that of a fixed shape. What they hold does not matter, but ids should exist."""
+    rng = np.random.default_rng(0)
+    ends = (0, 2) if engine.lengths else (0, 256) if np.issubdtype(engine.input_dtype, np.integer) else (0, 1)
+    return {
+        length: [
+            rng.integers(*ends, (length, *engine.input_shape[1:]) if length else engine.input_shape).astype(engine.input_dtype)
+            for _ in range(count)
+        ]
+        for length in engine.lengths or (0,)
+    }
 
 
 class Property(NamedTuple):

@@ -46,6 +46,8 @@ class DeadlineQueue:
 
     __slots__ = ("_deferred", "_fifo", "_floored", "_heap", "pushed")
 
+    head_length = 0  # inputs have one shape; see `padding.LengthQueue`
+
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
         self._heap: list[Entry] = []
@@ -61,8 +63,8 @@ class DeadlineQueue:
         """Number of deferred items."""
         return len(self._deferred)
 
-    def push(self, deadline_s: float, item: Any, floor: float = 0.0) -> None:
-        """Adds an item. O(1) where its deadline is the last, else O(log n)."""
+    def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
+        """Adds an item. O(1) where its deadline is the last, else O(log n). Only `padding.LengthQueue` heeds its length."""
         self.pushed += 1
         fifo = self._fifo
         if not fifo or deadline_s >= fifo[-1][0]:
@@ -173,7 +175,7 @@ class Meter:
             self._shortest_ms = slo_ms
             self.slo_ms = min(self.slo_ms, slo_ms)
 
-    def read(self, now_s: float, arrived: int) -> tuple[float, float]:
+    def read(self, now_s: float, arrived: float) -> tuple[float, float]:
         """The mean and the variance, given that `arrived` queries have come since the beginning. O(1)."""
         elapsed_s = now_s - self._since_s
         if elapsed_s < self.window_s:

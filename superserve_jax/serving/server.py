@@ -32,7 +32,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.serving import engine, futures, policies, workers
+from superserve_jax.serving import engine, futures, padding, policies, workers
 
 
 class Tuning(TypedDict, total=False):
@@ -62,6 +62,8 @@ class Server:
       policy: a name, such as "slackfit", or a policy (see `serving.policies`).
       slo_ms: a query's latency objective unless it names its own.
       batch_sizes: batch sizes to make executables for.
+      lengths: of a family whose inputs have a length, the length buckets to make executables for: inputs are padded to one of
+        them, and the longest that is served is the last. None takes powers of two from 16 up to the model's longest.
       devices: jax devices, one worker each; None takes all.
       max_queue: queries that may wait; one more is refused.
       expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
@@ -69,6 +71,8 @@ class Server:
 
     Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
     step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
+    With several length buckets a batch takes the head and others that are no longer (see `serving.padding`); a policy that is
+    no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByLength`).
 
     Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
 
@@ -90,6 +94,7 @@ class Server:
         policy: str | policies.Policy = "slackfit",
         slo_ms: float = 36.0,
         batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+        lengths: Sequence[int] | None = None,
         devices: Sequence[Any] | None = None,
         max_queue: int = 10_000,
         expire: bool = False,
@@ -97,7 +102,9 @@ class Server:
     ):
         from superserve_jax.serving import executables  # here, since it imports jax
 
-        self.model, engines, profile = executables.prepare(path_or_model, batch_sizes=batch_sizes, devices=devices)
+        self.model, engines, profile = executables.prepare(
+            path_or_model, batch_sizes=batch_sizes, lengths=lengths, devices=devices
+        )
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
 
     @classmethod
@@ -112,7 +119,7 @@ class Server:
         expire: bool = False,
         **tuning: Unpack[Tuning],
     ) -> "Server":
-        """A server of engines that exist already, all with the subnets and batch sizes of `profile`."""
+        """A server of engines that exist already, all with the subnets, batch sizes and length buckets of `profile`."""
         self = cls.__new__(cls)
         self.model = None
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
@@ -133,9 +140,14 @@ class Server:
         tune_runtime: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        specs = {(tuple(e.input_shape), np.dtype(e.input_dtype)) for e in engines}
+        specs = {(tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
+        [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
+        if self._lengths != profile.lengths:
+            raise errors.ConfigError(
+                f"engines for the lengths {list(self._lengths)} and a profile of {list(profile.lengths)}; they must agree"
+            )
         for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
             if value < 1:
                 raise errors.ConfigError(f"{name} must be at least 1, got {value}")
@@ -144,7 +156,6 @@ class Server:
         self.profile = profile
         self._slo_ms = check_slo(slo_ms)
         self._best = profile.rows[-1].accuracy
-        [(self._shape, self._dtype)] = specs
         self._pool = workers.Pool(
             engines,
             profile,
@@ -171,8 +182,8 @@ class Server:
         """Asks for one answer.
 
         Args:
-          x: one input, without a batch dimension, of exactly the engine's shape and dtype. It is not copied: do not
-            write to it until the answer is there.
+          x: one input, without a batch dimension, of exactly the engine's shape and dtype; with length buckets of any length
+            up to the longest, padding at the end not counted. It is not copied: do not write to it until the answer is there.
           slo_ms: the answer is due so many milliseconds from now; None takes the server's.
           min_accuracy: only subnets with at least this profiled accuracy, a fraction of 1, may answer.
 
@@ -200,12 +211,23 @@ class Server:
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
         queries = [workers.Query(self._checked(x), now_s, deadline_s, min_accuracy) for x in xs]
+        if self._lengths:
+            for query in queries:
+                query.length = len(query.inputs)
         self._pool.admit(queries)
         return queries
 
     def _checked(self, x: Any) -> np.ndarray:
         """`x` as an array. Never cast: pixels of 0..255 read as 0..1 would be wrong answers without an error."""
         array = x if type(x) is np.ndarray else np.asarray(x)
+        if self._lengths and array.ndim and array.shape[1:] == self._shape[1:] and array.dtype == self._dtype:
+            array = padding.trimmed(array, self._pad_id)
+            if not 0 < len(array) <= self._lengths[-1]:
+                raise errors.InputError(
+                    f"an input of {len(array)} tokens, padding at the end not counted; expected 1 to {self._lengths[-1]}: "
+                    "cut it, or open the server with a greater length"
+                )
+            return array
         if array.shape != self._shape or array.dtype != self._dtype:
             raise errors.InputError(
                 f"an input of shape {array.shape} and dtype {array.dtype}; expected {self._shape} and {self._dtype}, "

@@ -17,7 +17,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import dispatch, policies, queue, traces
+from superserve_jax.serving import dispatch, padding, policies, queue, traces
 
 MET, LATE, EXPIRED, REFUSED = range(4)
 """Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
@@ -124,6 +124,7 @@ def simulate(
     """Serves a trace, and returns when the last query has an outcome.
 
     Args:
+      profile: where it has length buckets, a query whose length the trace does not know belongs to the longest.
       policy: or the name of one, see `policies.create`.
       seed: of the latency noise.
 
@@ -155,17 +156,21 @@ class _Run:
         self.factors = _latency_factors(cluster.noise, seed)
         self.max_batch = profile.max_batch
         self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
-        self.fastest_s = 1e-3 * queue.fastest(profile).latency_ms[0]
+        self.fastest_s = 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0]
         self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
         self.deadlines: list[float] = trace.deadlines_s.tolist()
         best = profile.rows[-1].accuracy
         if np.any(np.greater(trace.floors, best)):
             raise errors.AccuracyFloorError(f"a floor of {np.max(trace.floors)} is above the best subnet's {best}; lower it")
         self.floors: list[float] = np.broadcast_to(trace.floors, trace.arrivals_s.shape).tolist()
+        if profile.lengths and np.any(np.greater(trace.lengths, profile.lengths[-1])):
+            longest = profile.lengths[-1]
+            raise errors.InputError(f"a query of {np.max(trace.lengths)} tokens, but the longest length bucket has {longest}")
+        self.lengths: list[int] = np.broadcast_to(trace.lengths, trace.arrivals_s.shape).tolist()
         self.mixed = np.ndim(trace.slo_ms) > 0
         self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
         self.arrived = 0
-        self.queue = queue.DeadlineQueue()
+        self.queue = padding.make_queue(profile)
         self.meter = queue.Meter()
 
         self.idle = collections.deque(range(cluster.workers))
@@ -225,11 +230,11 @@ class _Run:
             admitted = min(end, first + max(int(self.cluster.max_queue) - len(self.queue), 0))
             self.refused += range(admitted, end)
             end = admitted
-        push, deadlines, floors = self.queue.push, self.deadlines, self.floors
+        push, deadlines, floors, tokens = self.queue.push, self.deadlines, self.floors, self.lengths
         if first < end:
             self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
         for i in range(first, end):
-            push(deadlines[i], i, floors[i])
+            push(deadlines[i], i, floors[i], tokens[i])
 
     def dispatch(self, now_s: float) -> None:
         """One idle worker takes what the policy says."""
@@ -278,7 +283,7 @@ class _Run:
             return
         for i in batch.queries:  # as the server does: no slack left, no second try
             if self.deadlines[i] > now_s:
-                self.queue.push(self.deadlines[i], i, self.floors[i])
+                self.queue.push(self.deadlines[i], i, self.floors[i], self.lengths[i])
             else:
                 self.expired.append(i)
 

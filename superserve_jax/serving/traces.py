@@ -27,6 +27,7 @@ class Trace:
       arrivals_s: float64, ascending, from 0.
       slo_ms: allowed latency, one for all or one per query.
       floors: lowest accuracy accepted, one for all or one per query; 0 accepts any.
+      lengths: tokens, one for all or one per query; 0 where inputs have one shape, or are padded to the longest.
       name: for tables and plots.
     """
 
@@ -34,13 +35,14 @@ class Trace:
     slo_ms: float | np.ndarray = 36.0
     floors: float | np.ndarray = 0.0
     name: str = "trace"
+    lengths: int | np.ndarray = 0
 
     def __post_init__(self):
         arrivals = np.asarray(self.arrivals_s, np.float64)
         object.__setattr__(self, "arrivals_s", arrivals)
         if arrivals.ndim != 1 or not np.isfinite(arrivals).all() or (arrivals < 0).any() or (np.diff(arrivals) < 0).any():
             raise errors.ConfigError("arrivals must be a vector of finite, ascending seconds from 0; sort them, start at 0")
-        for what in ("slo_ms", "floors"):
+        for what in ("slo_ms", "floors", "lengths"):
             values = getattr(self, what)
             if np.ndim(values) and np.shape(values) != arrivals.shape:
                 raise errors.ConfigError(
@@ -50,6 +52,9 @@ class Trace:
             raise errors.DeadlineError(f"SLOs must be positive, finite milliseconds, got {self.slo_ms}")
         if not (np.greater_equal(self.floors, 0).all() and np.less_equal(self.floors, 1).all()):
             raise errors.ConfigError(f"accuracy floors are fractions from 0 to 1, got {self.floors}")
+        if not (np.greater_equal(self.lengths, 0).all() and np.equal(self.lengths, np.rint(self.lengths)).all()):
+            raise errors.ConfigError(f"lengths are whole numbers of tokens, 0 where unknown, got {self.lengths}")
+        object.__setattr__(self, "lengths", np.asarray(self.lengths, np.int64) if np.ndim(self.lengths) else int(self.lengths))
 
     def __len__(self) -> int:
         return len(self.arrivals_s)
@@ -65,9 +70,14 @@ class Trace:
         return len(self) / float(self.arrivals_s[-1]) if len(self) and self.arrivals_s[-1] > 0 else 0.0
 
     def mixed(
-        self, *, slo_ms: Mapping[float, float] | None = None, floors: Mapping[float, float] | None = None, seed: int = 0
+        self,
+        *,
+        slo_ms: Mapping[float, float] | None = None,
+        floors: Mapping[float, float] | None = None,
+        lengths: Mapping[int, float] | None = None,
+        seed: int = 0,
     ) -> "Trace":
-        """The same arrivals with SLOs or floors drawn at random from values and their shares.
+        """The same arrivals with SLOs, floors or lengths drawn at random from values and their shares.
 
         >>> trace = gamma(rate_qps=100.0, duration_s=10.0).mixed(slo_ms={20.0: 3, 100.0: 1})
         >>> sorted(set(trace.slo_ms)), bool(0.7 < (trace.slo_ms == 20).mean() < 0.8)
@@ -75,7 +85,7 @@ class Trace:
         """
         rng = np.random.default_rng([seed, len(self)])
         changes = {}
-        for what, mix in (("slo_ms", slo_ms), ("floors", floors)):
+        for what, mix in (("slo_ms", slo_ms), ("floors", floors), ("lengths", lengths)):
             if mix is not None:
                 shares = np.array(list(mix.values()), np.float64)
                 if not (len(shares) and np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
@@ -84,16 +94,20 @@ class Trace:
         return dataclasses.replace(self, **changes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes CSV with the columns arrival_s, slo_ms and floor; `load` gives the same trace back, bit for bit."""
-        columns = np.broadcast_arrays(self.arrivals_s, self.slo_ms, self.floors)
+        """Writes CSV with the columns arrival_s, slo_ms and floor, and where there are lengths, length; `load` gives the same
+        trace back, bit for bit."""
+        names, values = ["arrival_s", "slo_ms", "floor"], [self.arrivals_s, self.slo_ms, self.floors]
+        if np.any(self.lengths):
+            names, values = [*names, "length"], [*values, np.asarray(self.lengths)]
+        columns = np.broadcast_arrays(*values)
         with pathlib.Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["arrival_s", "slo_ms", "floor"])
+            writer.writerow(names)
             writer.writerows(zip(*(c.tolist() for c in columns), strict=True))
 
 
 def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
-    """Recorded arrivals: CSV with a column arrival_s, and slo_ms and floor where they differ between queries.
+    """Recorded arrivals: CSV with a column arrival_s, and slo_ms, floor and length where they differ between queries.
 
     The rows need not be sorted. Raises DataError for a file that is missing or has another form, and names the line.
 
@@ -109,14 +123,15 @@ def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
                 raise errors.DataError(f"{path}: the header needs a column 'arrival_s', got {reader.fieldnames}")
             for row in reader:
                 try:
-                    rows.append((float(row["arrival_s"]), float(row.get("slo_ms", slo_ms)), float(row.get("floor", 0))))
+                    asked = (float(row.get(name, usual)) for name, usual in (("slo_ms", slo_ms), ("floor", 0), ("length", 0)))
+                    rows.append((float(row["arrival_s"]), *asked))
                 except (TypeError, ValueError):
                     raise errors.DataError(f"{path}, line {reader.line_num}: not numbers: {list(row.values())}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise errors.DataError(f"cannot read arrivals from {path}: {e}") from e
     rows.sort(key=lambda r: r[0])
-    arrivals, slos, floors = np.array(rows, np.float64).reshape(-1, 3).T
-    return Trace(arrivals, slos, floors, path.stem)
+    arrivals, slos, floors, lengths = np.array(rows, np.float64).reshape(-1, 4).T
+    return Trace(arrivals, slos, floors, path.stem, lengths if lengths.any() else 0)
 
 
 def bursty(

@@ -12,7 +12,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import dispatch, engine, futures, policies, queue, runtime
+from superserve_jax.serving import dispatch, engine, futures, padding, policies, queue, runtime
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)
@@ -21,11 +21,12 @@ _log = logging.getLogger(__name__)
 class Query(futures.Future):
     """A future, and what the server needs to know to resolve it."""
 
-    __slots__ = ("deadline_s", "floor", "inputs", "submitted_s", "tries")
+    __slots__ = ("deadline_s", "floor", "inputs", "length", "submitted_s", "tries")
 
     def __init__(self, inputs: Any, submitted_s: float, deadline_s: float, floor: float):
         super().__init__()
         self.inputs = inputs
+        self.length = 0  # tokens; 0 where inputs have one shape
         self.submitted_s = submitted_s
         self.deadline_s = deadline_s
         self.floor = floor
@@ -71,12 +72,12 @@ class Pool:
         self._max_queue, self._expire = max_queue, expire
         self._max_tries, self._max_failures = max_tries, max_failures
         self._pause_s, self._stall_s = pause_s, stall_s
-        self._fastest_s = 1e-3 * queue.fastest(profile).latency_ms[0]
+        self._fastest_s = 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0]
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # idle workers wait for queries
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
-        self._queue = queue.DeadlineQueue()
+        self._queue = padding.make_queue(profile)
         self._meter = queue.Meter()
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
@@ -115,7 +116,7 @@ class Pool:
                     "submit more slowly, add devices, or raise max_queue"
                 )
             for query in queries:
-                self._queue.push(query.deadline_s, query, query.floor)
+                self._queue.push(query.deadline_s, query, query.floor, query.length)
             if queries:
                 self._meter.shorten(queries[0].submitted_s, 1e3 * (queries[0].deadline_s - queries[0].submitted_s))
             self._locked_wake()
@@ -287,7 +288,7 @@ class Pool:
         for query in worker.batch:
             query.tries += 1
             if query.tries < self._max_tries and query.deadline_s > now_s:
-                self._queue.push(query.deadline_s, query, query.floor)
+                self._queue.push(query.deadline_s, query, query.floor, query.length)
             else:
                 hopeless.append(query)
         worker.batch = ()

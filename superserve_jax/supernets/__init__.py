@@ -4,6 +4,9 @@ A family is a frozen config dataclass with a class variable `family`, the field 
 `input_spec(batch)`, `space()`, `sizes(subnet)`, `norm_sizes(sizes)`, `flops(subnet)` and `num_params(subnet)`; the module that
 `create` makes is called as `module(inputs, sizes, stats)`. With `units()`, too, training can rewire it.
 
+A family whose inputs have a length also has `max_length`, `pad_id`, `input_spec(batch, length=...)` and `pack`, as those of
+`dynabert.py`, and is served in length buckets (see `serving.padding`).
+
 A family whose file stands in this folder is known; `register` makes one known that stands elsewhere. `ofa_resnet.py` is the
 example to follow, tests/test_third_family.py a small one.
 """

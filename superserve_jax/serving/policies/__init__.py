@@ -11,11 +11,13 @@ from superserve_jax import profile as profile_lib
 from superserve_jax.serving.policies import slackfit
 from superserve_jax.serving.policies.base import Decision, Policy, State
 from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
+from superserve_jax.serving.policies.by_length import ByLength
 from superserve_jax.serving.policies.planner import Planner
 from superserve_jax.serving.policies.slackfit import SlackFit
 
 __all__ = [
     "NAMES",
+    "ByLength",
     "Decision",
     "Fixed",
     "LeastAccurate",
@@ -47,7 +49,8 @@ loads a subnet for so many milliseconds before it runs it."""
 
 
 def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
-    """The policy of a name, built for `profile`; a callable is returned as it is.
+    """The policy of a name, built for `profile`, and where that has several length buckets, for each of them (`ByLength`); a
+    callable is returned as it is.
 
     Raises UnknownNameError for a name that is not known, ConfigError for a subnet that the profile does not have.
 
@@ -58,6 +61,8 @@ def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
     """
     if callable(policy):
         return policy
+    if profile.shorter:
+        return ByLength(functools.partial(create, policy), profile)
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
     kind, _, index = str(policy).partition(":")

@@ -1,4 +1,7 @@
-"""What a policy is asked, what it answers, and the look-up table that the policies share. No jax."""
+"""What a policy is asked, what it answers, and the look-up table that the policies share. No jax.
+
+With length buckets a policy is asked with the profile at the head's, and what it is told about the traffic is in units of it.
+"""
 
 import bisect
 import math
@@ -15,14 +18,15 @@ class State(NamedTuple):
     Args:
       now_s: the time.
       slack_ms: time left until the earliest deadline; negative where it has passed.
-      waiting: number of queries in the queue, at least 1.
+      waiting: number of queries in the queue, at least 1; with length buckets, of those that are no longer than the head's.
       floors: the lowest accuracy that each of the first waiting queries accepts, in the queue's order, up to the largest
         batch; empty where none of them has a floor.
       workers: number of live workers, the asking one counted.
       last_subnet: what the asking worker ran last, None if nothing yet.
       late: how many of those that wait have stepped back because they could not be met (`Decision.defer_ms`).
       rate_qps, variance_qps: of late, mean and variance per second of the number of arrivals (see `queue.Meter`); the
-        variance of a Poisson process is its rate. 0 as long as nothing is known.
+        variance of a Poisson process is its rate. 0 as long as nothing is known. With length buckets a query counts here and
+        in `near` for its work over that of one of the head's length (see `padding.LengthQueue`).
       slo_ms: the shortest SLO with which a query has come in the last second or two; infinite as long as nothing is known.
       worker: which worker asks, from 0.
       near: how many of those that wait are due within twice the slack or the shortest SLO, whichever is longer; None where
@@ -39,7 +43,7 @@ class State(NamedTuple):
     rate_qps: float = 0.0
     variance_qps: float = 0.0
     slo_ms: float = math.inf
-    near: int | None = None
+    near: float | None = None
     worker: int = 0
 
 
