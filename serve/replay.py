@@ -70,7 +70,7 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     model = ss.load(options.export)
-    inputs, labels = data.open(configs.from_json(model.manifest["training"]).data).arrays("test")
+    inputs, labels = test_examples(model)
     _, engines, profile = executables.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
     # What an example's length is, the server finds out by itself; rates and the simulator need to know it.
     lengths = np.array([len(padding.trimmed(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None

@@ -16,6 +16,7 @@ import os
 import pathlib
 import pickle
 import stat
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,6 @@ from jax.experimental import serialize_executable
 
 from superserve_jax import files, layers, ops, supernets
 from superserve_jax import subnet as subnets
-from superserve_jax.supernets import programs
 
 Device = Any  # a jax.Device, which is a variable to type checkers
 
@@ -116,7 +116,9 @@ def _private(root: pathlib.Path) -> pathlib.Path | None:
 @functools.cache
 def _source_digest(config_class: type) -> str:
     """Digest of the code that a program is traced from: an edited operator must not meet an old executable."""
-    modules = [ops, layers, programs, inspect.getmodule(config_class)]
+    # All families, since one may build on another; the config's own may stand outside of the package.
+    families = [sys.modules[name] for name in sorted(sys.modules) if name.startswith(f"{supernets.__name__}.")]
+    modules = [ops, layers, *families, inspect.getmodule(config_class)]
     return hashlib.sha256("".join(inspect.getsource(m) for m in modules if m is not None).encode()).hexdigest()
 
 
