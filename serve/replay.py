@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files, plots
+from superserve_jax import checkpoint, cli, files, plots
 from superserve_jax.serving import executables, fidelity, loadgen, metrics, padding, policies, server, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
@@ -130,6 +130,17 @@ def main() -> None:
         ]
         plots.replay({name: timeline(replays[name]) for name in shown}, options.plot)
         print(f"plot: {options.plot}")
+
+
+def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of the test split that an export was trained for. Raises ConfigError where it names none."""
+    config = configs.from_json(model.manifest["training"])
+    if config.data is None:
+        raise ss.ConfigError(
+            "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay your own "
+            "inputs with superserve_jax.serving.loadgen.replay"
+        )
+    return data.open(config.data).arrays("test")
 
 
 def make_trace(
