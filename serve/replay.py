@@ -137,8 +137,8 @@ def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
     config = configs.from_json(model.manifest["training"])
     if config.data is None:
         raise ss.ConfigError(
-            "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay your own "
-            "inputs with superserve_jax.serving.loadgen.replay"
+            "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
+            "inputs of your own with superserve_jax.serving.loadgen.replay"
         )
     return data.open(config.data).arrays("test")
 
