@@ -142,7 +142,7 @@ def test_other_settings_or_weights_begin_the_log_anew_and_say_so(judged, tmp_pat
         run(supernet.SuperNet(WIDE, {}), 10, record=log.add)
     with caplog.at_level(logging.INFO), search.Log(path, {**SETTINGS, "weights": "def"}) as log:
         assert log.known == {}
-    assert "search.jsonl is of other settings or weights; searching anew" in caplog.text
+    assert "search.jsonl is of other weights; searching anew" in caplog.text
     assert len(path.read_text().splitlines()) == 1
 
 

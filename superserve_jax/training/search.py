@@ -251,7 +251,8 @@ class Log:
         head, *lines = _whole_lines(path) or [{}]
         if head.get("settings") != settings:
             if head:
-                _log.info("%s is of other settings or weights; searching anew", path)
+                other = [name for name in settings if head.get("settings", {}).get(name) != settings[name]]
+                _log.info("%s is of other %s; searching anew", path, ", ".join(other) or "settings")
             head = {"settings": settings, "latencies": [[s.to_json(), value] for s, value in measure().items()]}
             lines = []
         elif lines:
