@@ -3,6 +3,7 @@ import json
 import logging
 
 import numpy as np
+import published
 import pytest
 from conftest import TINY, random_images, random_params
 from test_calibration import batches_of
@@ -100,6 +101,16 @@ def test_one_compilation_of_each_program_judges_every_candidate(monkeypatch):
         monkeypatch.setattr(programs.Program, name, lambda *a, name=name, real=real: (traced.append(name), real(*a))[1])
     run(supernet.SuperNet(fresh, random_params(fresh)), 12)
     assert sorted(traced) == ["infer", "train"]
+
+
+def test_a_family_without_batch_statistics_is_searched_too():
+    config = published.BERT
+    model, tokens = published.bert_model(), np.ones(config.input_spec(8).shape, config.input_spec(8).dtype)
+    batch = {"inputs": tokens, "label": np.zeros(8, np.int32), "weight": np.ones(8, np.float32)}
+    tried = search.search(model, tokens, lambda: [batch], candidates=60, seed=0)
+    assert len({c.subnet for c in tried}) == 60
+    assert {c.accuracy for c in tried} <= {0.0, 1.0}  # all inputs are the same
+    assert all(c.cost == config.flops(c.subnet) for c in tried)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 70])

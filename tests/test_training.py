@@ -183,7 +183,7 @@ def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(config, tmp_path,
 
 def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(config, tmp_path, monkeypatch):
     run = with_search(loop.train(config, tmp_path / "run"), candidates=12, cost="latency", latency_batch=2)
-    monkeypatch.setattr(stages, "_TIMED", 10)
+    monkeypatch.setattr(stages, "_TIMED", 6)
     chosen = stages.search(run)
     found = json.loads((run.workdir / "search.json").read_text())
     assert found["cost"] == "latency"
