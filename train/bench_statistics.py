@@ -4,7 +4,7 @@
 
 Builds the network with fresh weights, exports it with a row of statistics for every subnet, loads the export and runs a few
 subnets at batch 1. The rows are made up, not calibrated: their sizes are real, the logits mean nothing. Library:
-checkpoint.export, load; programs.sliced.
+checkpoint.export, load; training.latency.measure.
 """
 
 import dataclasses
@@ -14,17 +14,13 @@ import tempfile
 import time
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from superserve_jax import checkpoint, cli, files
 from superserve_jax.supernets import programs, supernet
 from superserve_jax.training import config as configs
-from superserve_jax.training import sampling
-
-_REPEATS = 5
+from superserve_jax.training import latency, sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +65,11 @@ def main() -> None:
         for name, file in loaded.manifest["files"].items():
             kinds[name.split("/")[0]] += file["bytes"]
     weights, rows = sum(p.nbytes for p in loaded.params.values()), [r.nbytes for r in loaded.rows.values()]
-    inputs = jnp.zeros(config.input_spec(1).shape, config.input_spec(1).dtype)
-    table = [("MFLOPs", "params", "bytes of statistics", "weights / statistics", "ms per input")]
     ordered = loaded.subnets
-    for subnet in (ordered[i] for i in np.linspace(0, len(ordered) - 1, options.run).round().astype(int)):
-        program, row = programs.sliced(config, subnet), jnp.asarray(loaded.row(subnet))
-        infer = jax.jit(lambda params, x, row, program=program: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)))
-        times_ms = []
-        for _ in range(1 + _REPEATS):
-            start = time.monotonic()
-            infer(loaded.params, inputs, row).block_until_ready()
-            times_ms.append(1e3 * (time.monotonic() - start))
-        ms, size = np.median(times_ms[1:]), loaded.rows[subnet].nbytes  # the first call compiles
-        flops, params = config.flops(subnet), config.num_params(subnet)
+    shown = [ordered[i] for i in np.linspace(0, len(ordered) - 1, options.run).round().astype(int)]
+    table = [("MFLOPs", "params", "bytes of statistics", "weights / statistics", "ms per input")]
+    for subnet, ms in latency.measure(loaded, shown, batch=1, repeats=5).items():
+        flops, params, size = config.flops(subnet), config.num_params(subnet), loaded.rows[subnet].nbytes
         table.append((f"{flops / 1e6:.0f}", f"{params:,}", f"{size:,}", f"{weights / size:.0f}", f"{ms:.0f}"))
     cli.print_table(table)
     total = sum(rows)
