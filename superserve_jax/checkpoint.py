@@ -4,6 +4,7 @@
     payload-<digest>/        named by its content
         weights/             Orbax
         statistics.npz       SubnetNorm rows
+        vocabulary.txt       of a model of texts: its tokens, one a line
     profiles/<device>.json   latency profiles, one per kind of device; made later, not part of the manifest
 
 It is data only: nothing in it is executed or unpickled. Replacing manifest.json is the commit, so whoever is killed while
@@ -31,6 +32,7 @@ import orbax.checkpoint as ocp
 
 from superserve_jax import errors, supernets
 from superserve_jax import subnet as subnets
+from superserve_jax import vocabulary as vocabularies
 from superserve_jax.supernets import programs, supernet
 
 FORMAT = "superserve_jax export"
@@ -38,6 +40,7 @@ SCHEMA = 1
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+_VOCABULARY = "vocabulary.txt"
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_BYTES = 1 << 40  # of one payload file; more than any device holds
 
@@ -79,12 +82,53 @@ class Model(supernet.SuperNet):
       manifest: the whole manifest, as plain values.
     """
 
-    def __init__(self, path: pathlib.Path, manifest: dict[str, Any], served: tuple[Served, ...], *args: Any):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        manifest: dict[str, Any],
+        served: tuple[Served, ...],
+        vocabulary: vocabularies.Vocabulary | None,
+        *args: Any,
+    ):
         super().__init__(*args)
         self.path = path
         self.served = served
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
         self.manifest = manifest
+        self._vocabulary = vocabulary
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The token of each id, empty where the model is not one of texts."""
+        return self._vocabulary.tokens if self._vocabulary else ()
+
+    def encode(
+        self, text: str | Sequence[str], second: str | Sequence[str] | None = None, *, length: int | None = None
+    ) -> np.ndarray:
+        """Inputs out of text, exactly as in training.
+
+        One text becomes one input, such as `Server.submit` takes; a list of them a batch, such as the model takes.
+
+        Args:
+          text: a text, or a list of texts.
+          second: the second text of a pair (such as a hypothesis), or a list of them.
+          length: pad up to so many tokens; `config.max_length` if left out.
+
+        Raises:
+          InputError: the export has no vocabulary, or this text cannot be encoded.
+        """
+        if self._vocabulary is None:
+            raise errors.InputError(f"{self.path} has no vocabulary, so it cannot encode text; give arrays to the model")
+        single = isinstance(text, str)
+        if second is not None and isinstance(second, str) != single:
+            raise errors.InputError("text and second must be one text each, or a list of texts each")
+        inputs = self._vocabulary.encode(
+            [text] if isinstance(text, str) else text,
+            [second] if isinstance(second, str) else second,
+            length=self.config.input_spec(1, length=length).shape[1],
+            token_types=self.config.token_types,
+        )
+        return inputs[0] if single else inputs
 
     @property
     def subnets(self) -> tuple[subnets.Subnet, ...]:
@@ -99,6 +143,7 @@ def export(
     *,
     measured: str,
     class_names: Sequence[str] = (),
+    vocabulary: vocabularies.Vocabulary | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes an export, replacing an older one in the same place at once or not at all.
@@ -109,13 +154,17 @@ def export(
       served: the subnets to serve.
       measured: how and on what the accuracies were measured, in words.
       class_names: names of the logits.
+      vocabulary: of a model of texts.
       training: the training config, kept for the record.
 
     Raises:
       NotCalibratedError: a served subnet has no statistics. ExportError: the place holds something else.
+      ConfigError: nothing to serve, or a vocabulary that is not the model's.
     """
     if not served:
         raise errors.ConfigError("an export needs at least one subnet to serve; got an empty list")
+    if vocabulary is not None:
+        vocabulary.check_fit(model.config)
     path = pathlib.Path(path)
     if path.exists() and not (path / _MANIFEST).exists() and not all(map(_is_leftover, path.iterdir())):
         raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
@@ -128,6 +177,8 @@ def export(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((part / "weights").absolute(), model.params)
     (part / "statistics.npz").write_bytes(_pack_rows(rows))
+    if vocabulary is not None:
+        (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
     files = {str(f.relative_to(part)): _describe(f) for f in _files(part)}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     payload = path / f"payload-{digest}"
@@ -141,6 +192,7 @@ def export(
         "config": supernets.config_to_json(model.config),
         "input": _input_contract(model.config),
         "class_names": list(class_names),
+        "vocabulary": vocabulary.settings if vocabulary is not None else None,
         "space_size": model.space.size,
         "served": [s.to_json() for s in sorted(served, key=lambda s: s.flops)],
         "measured": measured,
@@ -182,6 +234,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     except (errors.SuperServeError, KeyError, TypeError) as e:
         raise errors.ExportError(f"{path / _MANIFEST} does not describe a SuperNet that this version can build: {e}") from e
     rows = _unpack_rows(payload / "statistics.npz")
+    vocabulary = _read_vocabulary(payload / _VOCABULARY, manifest.get("vocabulary"), config)
     spec = programs.param_spec(config)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in spec.items()}
@@ -190,7 +243,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             params = checkpointer.restore((payload / "weights").absolute(), target)
     except Exception as e:  # Orbax raises many kinds; digests matched, so the weights are not those of this config
         raise errors.ExportError(f"{payload / 'weights'} does not hold the weights of its own config: {e}") from e
-    return Model(path, manifest, served, config, params, rows)
+    return Model(path, manifest, served, vocabulary, config, params, rows)
 
 
 def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path:
@@ -272,6 +325,18 @@ def _unpack_rows(file: pathlib.Path) -> dict[subnets.Subnet, np.ndarray]:
         raise errors.ExportError(f"{file} is not consistent: {len(order)} subnets, rows {rows.shape}; export again")
     ends = np.cumsum(widths)
     return {s: rows[:, end - w : end].copy() for s, w, end in zip(order, widths, ends, strict=True)}
+
+
+def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> vocabularies.Vocabulary | None:
+    """The vocabulary, by its settings in the manifest, which older exports and those of other models do not have."""
+    if settings is None:
+        return None
+    try:
+        vocabulary = vocabularies.Vocabulary.read(file, **settings)
+        vocabulary.check_fit(config)
+    except (errors.SuperServeError, TypeError) as e:
+        raise errors.ExportError(f"{file} is not the vocabulary that the manifest describes: {e}; export again") from e
+    return vocabulary
 
 
 def _is_leftover(file: pathlib.Path) -> bool:

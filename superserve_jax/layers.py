@@ -19,10 +19,14 @@ from superserve_jax import ops
 
 
 class BatchStats:
-    """Statistics of the batch itself, recorded by the norm's name as (mean, variance)."""
+    """Statistics of the batch itself, recorded by the norm's name as (mean, variance).
+
+    A family whose hidden states have one shape in all subnets also leaves them here, for distillation.
+    """
 
     def __init__(self):
         self.recorded: dict[str, tuple[jax.Array, jax.Array]] = {}
+        self.hidden: list[tuple[jax.Array, jax.Array]] = []  # per block: 1 where it is kept, its output
 
     def __call__(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and variance, each (C,), of `x`."""

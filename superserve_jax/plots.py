@@ -11,22 +11,25 @@ from matplotlib import figure, ticker
 Path = str | os.PathLike[str]
 
 
-def metrics(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+def metrics(lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = ()) -> None:
     """The course of training: losses and the largest subnet's training accuracy over steps.
 
     Args:
-      lines: the run's metrics, with "step", "loss", "loss_smallest" and "accuracy".
+      lines: the run's metrics, with "step", "loss", "accuracy" and, where other subnets are trained, "loss_smallest".
       path: of the PNG.
+      validation: validation accuracies, with "step" and one value per name of a subnet.
     """
     fig = figure.Figure(figsize=(9, 3.5), layout="constrained")
     left, right = fig.subplots(1, 2)
     steps = [m["step"] for m in lines]
     left.plot(steps, [m["loss"] for m in lines], label="largest, against labels")
-    left.plot(steps, [m["loss_smallest"] for m in lines], label="smallest, against the largest")
+    left.plot(steps, [m.get("loss_smallest", float("nan")) for m in lines], label="smallest, distilled")
     left.set(xlabel="step", ylabel="loss")
     left.legend()
-    right.plot(steps, [100 * m["accuracy"] for m in lines], label="largest")
-    right.set(xlabel="step", ylabel="training accuracy (%)")
+    right.plot(steps, [100 * m["accuracy"] for m in lines], label="largest, training")
+    for name in validation[0].keys() - {"step"} if validation else ():
+        right.plot([v["step"] for v in validation], [100 * v[name] for v in validation], "o-", label=f"{name}, validation")
+    right.set(xlabel="step", ylabel="accuracy (%)")
     right.legend()
     fig.savefig(path, dpi=120)
 

@@ -254,6 +254,44 @@ class SearchSpace:
         axes = {a.name: [draw(c, now) for c, now in zip(a.choices, subnet[a.name], strict=True)] for a in self.axes}
         return self.subnet(depth=depth, **axes)
 
+    def narrowed(self, elastic: Sequence[str] | None = None, *, choices: int = 0) -> "SearchSpace":
+        """The space with some freedom taken away; its subnets are, once validated here, subnets of this one.
+
+        Args:
+          elastic: axes that stay elastic, "depth" among them; the others keep their largest choice. All, where it is None.
+          choices: at most so many of the largest choices of an axis stay; 0 leaves all.
+
+        >>> SearchSpace(((1, 2, 3),)).narrowed(choices=2).depths, SearchSpace(((1, 2, 3),)).narrowed(()).size
+        (((2, 3),), 1)
+        """
+        known = ["depth", *(a.name for a in self.axes)]
+        for name in elastic or ():
+            if name not in known:
+                raise errors.unknown_name("axis", name, known)
+
+        def left(name: str, values: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
+            count = 1 if elastic is not None and name not in elastic else choices
+            return tuple(v[-count:] for v in values)
+
+        axes = tuple(dataclasses.replace(a, choices=left(a.name, a.choices)) for a in self.axes)
+        return dataclasses.replace(self, depths=left("depth", self.depths), axes=axes)
+
+    def tied(self, subnet: Subnet) -> Subnet:
+        """`subnet` with the choices of every kept block tied to the depth of its stage: the smallest where that is the
+        smallest, the largest where it is the largest (CompOFA, Sahni et al., ICLR 2021). Axes that do not belong to blocks,
+        and stages whose depth is not elastic, are left as they are."""
+        rank = {}
+        for stage, depths in zip(self.stages, self.depths, strict=True):
+            if len(depths) > 1:
+                place = depths.index(sum(subnet.gates[b] for b in stage)) / (len(depths) - 1)
+                rank.update(dict.fromkeys(stage, place))
+        axes = []
+        for axis, (name, values) in zip(self.axes, subnet.axes, strict=True):
+            ranks = [rank.get(b) for b in axis.blocks] if axis.blocks is not None else [None] * len(values)
+            places = zip(values, ranks, axis.choices, strict=True)
+            axes.append((name, tuple(v if r is None else c[round(r * (len(c) - 1))] for v, r, c in places)))
+        return self.validate(Subnet(subnet.gates, tuple(axes)))
+
     # -- counting and listing -------------------------------------------------------------------------------------------
 
     @property

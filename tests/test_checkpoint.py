@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -9,9 +10,10 @@ import types
 
 import numpy as np
 import pytest
-from conftest import TINY, random_images
+from conftest import TINY, random_images, random_params
 
-from superserve_jax import checkpoint, errors
+from superserve_jax import checkpoint, errors, vocabulary
+from superserve_jax.supernets import dynabert, supernet
 
 
 def served_of(model):
@@ -205,3 +207,97 @@ def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(ti
 
 def test_paths_of_profiles_are_made_from_the_device_kind():
     assert checkpoint.profile_path("e", "cpu AMD EPYC 2 cores") == pathlib.Path("e/profiles/cpu-amd-epyc-2-cores.json")
+
+
+# -- a vocabulary in the export -----------------------------------------------------------------------------------------
+
+BERT = dynabert.DynaBERTConfig(
+    num_classes=3, vocab_size=9, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(4, 8), token_types=2
+)
+PIECES = vocabulary.Vocabulary(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "sat"))
+
+
+@pytest.fixture
+def reader():
+    """A DynaBERT that reads; it needs no statistics."""
+    return supernet.SuperNet(BERT, random_params(BERT))
+
+
+def write_reader(path, model, **changes):
+    served = [
+        checkpoint.Served(s, 0.5, None, BERT.flops(s), BERT.num_params(s))
+        for s in (model.space.smallest(), model.space.largest())
+    ]
+    return checkpoint.export(path, model, served, measured="", **{"vocabulary": PIECES, **changes})
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_an_export_of_texts_encodes_as_its_vocabulary_did(reader, tmp_path, lowercase):
+    words = dataclasses.replace(PIECES, lowercase=lowercase)
+    model = checkpoint.load(write_reader(tmp_path / "e", reader, vocabulary=words))
+    assert model.vocabulary == PIECES.tokens
+    one, batch = model.encode("The cats"), model.encode(["The cats", "sat"])
+    assert (one.shape, batch.shape) == ((6, 2), (2, 6, 2))
+    assert np.array_equal(batch, words.encode(["The cats", "sat"], length=6, token_types=2))
+    assert np.array_equal(one, batch[0])
+    assert one[1, 0] == (4 if lowercase else 1)
+    assert model(batch, model.subnets[0]).shape == (2, 3)
+    assert model.manifest["files"]["vocabulary.txt"]["sha256"]
+
+
+def test_pairs_are_encoded_one_by_one_or_many_at_once(reader, tmp_path):
+    model = checkpoint.load(write_reader(tmp_path / "e", reader))
+    one, batch = model.encode("the", "cat"), model.encode(["the"], ["cat"], length=5)
+    assert (one.shape, batch.shape) == ((6, 2), (1, 5, 2))
+    assert np.array_equal(one[:5], batch[0])
+    with pytest.raises(errors.InputError, match="one text each, or a list"):
+        model.encode("the", ["cat"])
+
+
+def test_a_model_without_vocabulary_has_no_tokens_and_encodes_nothing(exported):
+    model = checkpoint.load(exported)
+    assert model.vocabulary == ()
+    with pytest.raises(errors.InputError, match="has no vocabulary"):
+        model.encode("the cat")
+
+
+def test_an_export_from_before_there_were_vocabularies_still_loads(exported):
+    reseal(exported, lambda m: m.pop("vocabulary"))
+    assert checkpoint.load(exported).vocabulary == ()
+
+
+def test_a_vocabulary_that_is_not_the_models_cannot_be_exported(reader, tiny, tmp_path):
+    more = vocabulary.Vocabulary((*PIECES.tokens, "a", "b"))
+    for path, call in (
+        (tmp_path / "a", lambda path: write_reader(path, reader, vocabulary=more)),
+        (tmp_path / "b", lambda path: write(path, tiny, vocabulary=PIECES)),
+    ):
+        with pytest.raises(errors.ConfigError, match="make them agree"):
+            call(path)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(vocabulary={"scheme": "nonsense", "lowercase": True}),
+        lambda m: m.update(vocabulary={"scheme": ["wordpiece"], "lowercase": True}),
+        lambda m: m.update(vocabulary={"scheme": "wordpiece", "lowercase": 7}),
+        lambda m: m.update(vocabulary={"surplus": 1}),
+        lambda m: m.update(vocabulary=[1]),
+        lambda m: m["config"].update(pad_id=2),
+    ],
+)
+def test_a_manifest_that_lies_about_the_vocabulary_is_refused(reader, tmp_path, change):
+    path = write_reader(tmp_path / "e", reader)
+    reseal(path, change)
+    with pytest.raises(errors.ExportError, match="vocabulary"):
+        checkpoint.load(path)
+
+
+def test_a_damaged_vocabulary_is_refused(reader, tmp_path):
+    path = write_reader(tmp_path / "e", reader)
+    file = next(path.glob("payload-*/vocabulary.txt"))
+    file.write_text(file.read_text().replace("cat", "cow"))
+    with pytest.raises(errors.ExportError, match="SHA-256 does not match"):
+        checkpoint.load(path)

@@ -17,7 +17,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from tensorflow_datasets.image_classification import cifar
 
 from superserve_jax import errors
-from superserve_jax.training import data
+from superserve_jax.training import data, images, streams
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.cluttered_digits import render
 
@@ -329,10 +329,10 @@ def test_a_dataset_without_images_and_labels_is_a_data_error():
     features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features, supervised_keys=None))
     with pytest.raises(errors.DataError, match=r"holds \['text'\]"):
-        data.Dataset(data.DataConfig("ag_news_subset"), builder)
+        images.from_builder(data.DataConfig("ag_news_subset"), builder)
 
 
 def test_images_that_do_not_fit_into_memory_are_refused(digits, monkeypatch):
-    monkeypatch.setattr(data, "_MAX_MEMORY", 1000)
+    monkeypatch.setattr(streams, "_MAX_MEMORY", 1000)
     with pytest.raises(errors.DataError, match="set cache=False"):
         digits.train(8, seed=0)

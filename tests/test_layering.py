@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "superserve_jax"
 LAYERS = [
     ["errors", "files"],
-    ["subnet", "plots", "progress", "cli"],
+    ["subnet", "plots", "progress", "cli", "vocabulary"],
     ["ops"],
     ["layers"],
     ["supernets"],
@@ -20,7 +20,7 @@ LAYERS = [
     ["training", "serving"],
 ]
 NO_JAX = (
-    ["errors", "files", "subnet", "profile", "plots", "progress", "cli"]
+    ["errors", "files", "subnet", "profile", "plots", "progress", "cli", "vocabulary"]
     + [
         f"serving.{name}"
         for name in ("queue", "policies", "traces", "azure", "simulator", "bounds", "reference", "metrics", "engine")

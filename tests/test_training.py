@@ -8,53 +8,17 @@ import signal
 import jax
 import numpy as np
 import pytest
+from noise import DEBUG, Noise
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
 from superserve_jax.training import config as configs
 from superserve_jax.training import data, evaluation, latency, loop, runs, sampling, stages, step
 
-DEBUG = os.path.join(os.path.dirname(__file__), "..", "configs", "debug.py")
-
-
-class FakeDataset:
-    """Noise with labels that depend on it, behind the interface of `data.Dataset`; batch k is a function of (seed, k)."""
-
-    num_classes, class_names = 10, tuple("0123456789")
-
-    def __init__(self, config):
-        self.config = config
-
-    def num_examples(self, split):
-        return {"train": 640, "validation": 250, "test": 300}[split]
-
-    def _make(self, rng, n):
-        images = rng.integers(0, 256, (n, 32, 32, 1), dtype=np.uint8)
-        return images, (images[:, :16].mean((1, 2, 3)) > 127.5).astype(np.int32)
-
-    def train(self, batch_size, *, seed, start_step=0):
-        k = start_step
-        while True:
-            images, labels = self._make(np.random.default_rng([seed, k]), batch_size)
-            yield {"inputs": images, "label": labels}
-            k += 1
-
-    def arrays(self, split, limit=None):
-        n = self.num_examples(split)
-        return self._make(np.random.default_rng(len(split)), n if limit is None else min(limit, n))
-
-    def eval(self, split, batch_size):
-        images, labels = self.arrays(split)
-        for i in range(0, len(images), batch_size):
-            x, y = images[i : i + batch_size], labels[i : i + batch_size]
-            fill = batch_size - len(x)
-            weight = np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)]
-            yield {"inputs": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))), "label": np.pad(y, (0, fill)), "weight": weight}
-
 
 @pytest.fixture
 def config(monkeypatch):
-    monkeypatch.setattr(data, "open", FakeDataset)
+    monkeypatch.setattr(data, "open", Noise)
     return dataclasses.replace(configs.load(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2)  # 12 steps
 
 
@@ -88,11 +52,11 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_pat
     calls = []
     real = step.SandwichStep.__call__
 
-    def interrupted(self, *arguments):
+    def interrupted(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(step.SandwichStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 12; run the same command to go on"):
@@ -100,7 +64,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_pat
     resumed = loop.train(config, tmp_path / "b")
     assert len(calls) == 12
     assert_same(params_of(resumed), params_of(undisturbed))
-    drop = {"images_per_s"}
+    drop = {"examples_per_s"}
     assert [{k: v for k, v in m.items() if k not in drop} for m in resumed.metrics() if m["step"] > 8] == [
         {k: v for k, v in m.items() if k not in drop} for m in undisturbed.metrics() if m["step"] > 8
     ]
@@ -114,7 +78,7 @@ def test_ctrl_c_is_left_as_it_was_found(config, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):
     loop.train(config, tmp_path / "run")
-    monkeypatch.setattr(step.SandwichStep, "__call__", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(step.SandwichStep, "__call__", lambda *_, **__: pytest.fail("trained again"))
     loop.train(config, tmp_path / "run")
 
 
@@ -138,7 +102,7 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, tmp_path):
     import superserve_jax as ss
 
     model = ss.load(path)
-    images, labels = FakeDataset(config.data).arrays("test")
+    images, labels = Noise(config.data).arrays("test")
     for s in model.served:
         hits = np.argmax(np.asarray(model(images, s.subnet)), -1) == labels
         assert hits.mean() == pytest.approx(s.accuracy)
@@ -177,8 +141,8 @@ def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(config, tmp_path,
     stages.search(with_search(run, candidates=10, served=3, tolerance=0.5))  # what is made of the candidates may change
     assert len(calls) == 5 + 6
     with caplog.at_level("INFO"):
-        stages.search(with_search(run, examples=500))
-    assert "is of other examples; searching anew" in caplog.text
+        stages.search(with_search(run, calibration_examples=100))
+    assert "is of other data; searching anew" in caplog.text
 
 
 def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(config, tmp_path, monkeypatch):
@@ -234,11 +198,10 @@ def test_a_step_sums_the_gradients_of_the_sandwich(config):
     params = programs.initial_params(config.model, 0)
     sampler = sampling.Sampler(config.model, buckets=2, random_subnets=2, seed=0)
     choices = sampler.step(3)
-    images, labels = FakeDataset(config.data)._make(np.random.default_rng(0), 8)
+    images, labels = Noise(config.data)._make(np.random.default_rng(0), 8)
     sgd = optax.sgd(1.0)
-    after, _, scalars = step.SandwichStep(sgd, label_smoothing=0.1)(
-        jax.tree.map(lambda p: p.copy(), params), sgd.init(params), images, labels, choices
-    )
+    sandwich = step.SandwichStep(sgd, recipe=step.Recipe(smoothing=0.1))
+    state, scalars = sandwich(sandwich.init(jax.tree.map(lambda p: p.copy(), params)), images, labels, choices)
 
     def total(params):
         logits = [c.program.train(params, images, c.program.active(c.subnet))[0] for c in choices]
@@ -249,7 +212,7 @@ def test_a_step_sums_the_gradients_of_the_sandwich(config):
     assert scalars["loss"] == pytest.approx(float(first), rel=1e-5)
     largest = max(float(np.abs(g).max()) for g in grads.values())
     for name, g in grads.items():
-        np.testing.assert_allclose(params[name] - after[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
+        np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
 
 
 def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config, tmp_path, monkeypatch):

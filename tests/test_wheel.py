@@ -26,7 +26,8 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert {n.split("/")[0] for n in names} == {"superserve_jax", *[n.split("/")[0] for n in names if ".dist-info/" in n]}
     assert "superserve_jax/py.typed" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
-    assert "superserve_jax/training/datasets/cluttered_digits/cluttered_digits_dataset_builder.py" in names
+    for name in ("cluttered_digits", "listops"):
+        assert f"superserve_jax/training/datasets/{name}/{name}_dataset_builder.py" in names
 
 
 @pytest.mark.slow

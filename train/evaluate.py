@@ -3,7 +3,8 @@
     python train/evaluate.py runs/digits_resnet
 
 The second column is the paper's point: one set of statistics for all subnets drops accuracy to as low as chance.
-Leaves evaluation.json in the run's folder. Library: training.stages.evaluate (training.evaluation).
+For texts, what the majority class and a logistic regression on token counts reach is printed below: whoever is not better has
+not learnt to read. Leaves evaluation.json in the run's folder. Library: training.stages.evaluate (training.evaluation).
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
-from superserve_jax.training import runs, stages
+from superserve_jax.training import data, evaluation, runs, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ def main() -> None:
     run = runs.Run.open(options.run)
     served = stages.evaluate(run)
     cli.print_table(stages.table(served))
+    dataset = data.open(run.config.data)
+    if dataset.vocabulary is not None:
+        for name, accuracy in evaluation.text_baselines(dataset).items():
+            print(f"to compare: {name}, {100 * accuracy:.2f} %")
     if options.json:
         files.write_json(options.json, [s.to_json() for s in served])
     print(f"go on with `python train/export.py {run.workdir}`")

@@ -1,37 +1,44 @@
 """The families of SuperNets, by name.
 
-A family is a frozen config dataclass with a class variable `family` and the methods `create(rngs)`, `input_spec(batch)`,
-`space()`, `sizes(subnet)`, `norm_sizes(sizes)`, `flops(subnet)` and `num_params(subnet)`; the module that `create` makes is
-called as `module(inputs, sizes, stats)`. `ofa_resnet.py` is the example to follow; `register` makes a new one loadable.
+A family is a frozen config dataclass with a class variable `family`, the field `num_classes` and the methods `create(rngs)`,
+`input_spec(batch)`, `space()`, `sizes(subnet)`, `norm_sizes(sizes)`, `flops(subnet)` and `num_params(subnet)`; the module that
+`create` makes is called as `module(inputs, sizes, stats)`. With `units()`, too, training can rewire it.
+
+A family whose file stands in this folder is known; `register` makes one known that stands elsewhere. `ofa_resnet.py` is the
+example to follow, tests/test_third_family.py a small one.
 """
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax.supernets import dynabert, ofa_resnet
+from superserve_jax import subnet as subnets
 
-_FAMILIES: dict[str, type] = {c.family: c for c in (ofa_resnet.OFAResNetConfig, dynabert.DynaBERTConfig)}
+_FAMILIES: dict[str, type] = {}
 
 
 def register(config_class: type) -> type:
-    """Makes a family known under its `family` name, so that exports of it can be loaded. Usable as a class decorator."""
+    """Makes a family known under its `family` name, so that its runs and exports can be read. Usable as a class decorator."""
     _FAMILIES[config_class.family] = config_class
     return config_class
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
     """A family's config as a dict for `json.dump`."""
-    return {"family": config.family, **dataclasses.asdict(config)}
+    return {"family": config.family, **{f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}}
 
 
 def config_from_json(data: Mapping[str, Any]) -> Any:
     """The inverse of `config_to_json`. Raises UnknownNameError for an unknown family, ConfigError for unfit fields."""
-    fields = {k: _tuples(v) for k, v in data.items() if k != "family"}
     name = data.get("family")
     if name not in _FAMILIES:
-        raise errors.unknown_name("family", name, _FAMILIES)
+        # Data never names code to run: a family is known only where its module was imported.
+        unknown = errors.unknown_name("family", name, _FAMILIES)
+        raise errors.UnknownNameError(f"{unknown}; import the module that registers it first (supernets.register)")
+    fields = {k: _from_plain(v) for k, v in data.items() if k != "family"}
     known = {f.name for f in dataclasses.fields(_FAMILIES[name])}
     if surplus := set(fields) - known:
         raise errors.unknown_name(f"field of {name}'s config", sorted(surplus)[0], known)
@@ -41,5 +48,25 @@ def config_from_json(data: Mapping[str, Any]) -> Any:
         raise errors.ConfigError(f"the config of family '{name}' does not fit: {e}") from e
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, subnets.Subnet):
+        return value.to_json()
+    return config_to_json(value) if hasattr(value, "family") else value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return config_from_json(value) if "family" in value else subnets.Subnet.from_json(value)
+    return tuple(_from_plain(v) for v in value) if isinstance(value, list) else value
+
+
+def _register_files() -> None:
+    """Registers the family of every file in this folder."""
+    for found in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{found.name}")
+        for value in list(vars(module).values()):
+            if isinstance(value, type) and value.__module__ == module.__name__ and isinstance(vars(value).get("family"), str):
+                register(value)
+
+
+_register_files()

@@ -24,6 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from superserve_jax import errors, layers, ops
 from superserve_jax import subnet as subnets
+from superserve_jax.supernets import units
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +154,16 @@ class DynaBERTConfig:
         embeddings = (self.vocab_size + self.max_length + self.token_types + 2) * d
         return embeddings + sum(per_layer) + (d + 1) * (d + self.num_classes)
 
+    def units(self) -> list[units.Units]:
+        """What may be reordered: the heads and the neurons of each layer."""
+        found = []
+        for layer in (f"layers.{i}" for i in range(self.num_layers)):
+            heads = [(f"{layer}.{n}.kernel", 1) for n in _PROJECTIONS] + [(f"{layer}.{n}.bias", 0) for n in _PROJECTIONS]
+            found.append(units.Units(self.heads[-1], tuple(heads), (f"{layer}.attention_out.kernel", 0)))
+            neurons = ((f"{layer}.ffn_in.kernel", 1), (f"{layer}.ffn_in.bias", 0))
+            found.append(units.Units(self.ffn[-1], neurons, (f"{layer}.ffn_out.kernel", 0)))
+        return found
+
     def _kept(self, subnet: subnets.Subnet) -> list[tuple[int, int]]:
         """(attention channels, feed-forward neurons) of every layer that a subnet keeps."""
         s = self.sizes(subnet)
@@ -177,7 +190,8 @@ class Embeddings(nnx.Module):
         """An id or type that the tables do not have gives NaN, never another token's embedding."""
         positions = ops.weight_slice(self.positions[...], ids.shape[1], self.positions.shape[1])
         kinds = self.types[0] if types is None else _look_up(self.types[...], types)
-        return self.norm(_look_up(self.words[...], ids) + positions + kinds)
+        x = _look_up(self.words[...], ids) + positions + kinds
+        return self.norm(x).astype(x.dtype)
 
 
 class EncoderLayer(nnx.Module):
@@ -228,7 +242,10 @@ class DynaBERT(nnx.Module):
         for i, layer in enumerate(self.layers):
             attention, ffn = sizes[f"layer{i}.attention"], sizes[f"layer{i}.ffn"]
             run = lambda x, layer=layer, attention=attention, ffn=ffn: layer(x, attention, ffn, mask)  # noqa: E731
-            x = ops.layer_select(sizes[f"layer{i}.gate"], run, x, skip=isinstance(stats, layers.RowStats))
+            gate = sizes[f"layer{i}.gate"]
+            x = ops.layer_select(gate, run, x, skip=isinstance(stats, layers.RowStats))
+            if isinstance(stats, layers.BatchStats):
+                stats.hidden.append((jnp.asarray(gate if isinstance(gate, int) else gate[1], jnp.float32), x))
         return self.classifier(jnp.tanh(self.pooler(x[:, 0], config.hidden_size)), config.num_classes)
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Num
 
 from superserve_jax import errors, layers, ops
 from superserve_jax import subnet as subnets
+from superserve_jax.supernets import units
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -145,6 +146,16 @@ class OFAResNetConfig:
         convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
         return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
 
+    def units(self) -> list[units.Units]:
+        """What may be reordered: the inner channels of each block, after each of its convolutions but the last."""
+        sizes, found = self.sizes(self.space().largest()), []
+        for _, b, _, _ in _blocks(self):
+            for i in range(2 if self.block == "bottleneck" else 1):
+                conv = f"blocks.{b}.convs.{i}"
+                writers = ((f"{conv}.conv.kernel", 3), (f"{conv}.norm.scale", 0), (f"{conv}.norm.bias", 0))
+                found.append(units.Units(sizes[f"block{b}.mid"], writers, (f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)))
+        return found
+
     def _convs(self, sizes: dict[str, int]) -> Iterator[tuple[str, int, int, int, int]]:
         """(name, kernel size, input channels, output channels, output pixels) of every convolution that runs, in order."""
         side = math.ceil(self.image_size / self.stem_stride)
@@ -263,6 +274,7 @@ class OFAResNet(nnx.Module):
         x = images
         if config.input_dtype == "uint8":
             x = (x.astype(jnp.float32) / 255.0 - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)
+        x = x.astype(self.classifier.kernel.dtype)  # the network computes in the dtype of its parameters
         mid = sizes["stem.mid"]
         x = self.stem[0](x, mid, stats)
         x = ops.layer_select(sizes["stem.gate"], lambda x: x + self.stem[1](x, mid, stats), x, skip=skip)

@@ -23,6 +23,8 @@ from superserve_jax import layers, ops
 from superserve_jax import subnet as subnets
 
 Params = Mapping[str, jax.Array]
+Hidden = tuple[tuple[jax.Array, jax.Array], ...]
+"""For each block of the whole network: a scalar, 1 where the subnet keeps the block and 0 where not, and its output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +88,20 @@ class Program:
 
     def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits (B, num_classes), normalised with the batch's statistics, and those statistics as a row (2, N)."""
-        stats = layers.BatchStats()
-        logits = self._module(params)(inputs, self._sizes(active), stats)
+        logits, stats = self._observe(params, inputs, active)
         if not self.offsets:
             return logits, jnp.zeros((2, 0), jnp.float32)
         parts = [jnp.stack(stats.recorded[name]) for name in self.offsets]
         return logits, jnp.concatenate(parts, axis=1)
+
+    def train_hidden(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, Hidden]:
+        """Logits as `train` gives them, and the hidden states (see `Hidden`); none where the family offers none."""
+        logits, stats = self._observe(params, inputs, active)
+        return logits, tuple(stats.hidden)
+
+    def _observe(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, layers.BatchStats]:
+        stats = layers.BatchStats()
+        return self._module(params)(inputs, self._sizes(active), stats), stats
 
     def _sizes(self, active: jax.Array) -> dict[str, ops.Size]:
         place = {name: i for i, name in enumerate(self.traced)}

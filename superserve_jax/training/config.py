@@ -4,71 +4,60 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
 import os
 import pathlib
 from typing import Any, Literal
 
-import optax
-
 from superserve_jax import errors, supernets
 from superserve_jax.training import data
-
-
-def _demand_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise errors.ConfigError(f"{name} must be a whole number from {least} up, got {value!r}")
-
-
-def _demand_number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value < below:
-        limit = f" and below {below}" if below < math.inf else ""
-        raise errors.ConfigError(f"{name} must be a finite number of at least {least:g}{limit}, got {value!r}")
+from superserve_jax.training.optim import OptimConfig, demand_number, demand_whole
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """Optimiser and learning-rate schedule.
+class Phase:
+    """A part of training with a freedom of its own. Progressive shrinking opens one axis after another:
+
+        phases=(Phase(share=0.2, elastic=()), Phase(share=0.3, elastic=("depth",)), Phase(share=0.5))
 
     Args:
-      name: "adamw" or "sgd" (with Nesterov momentum).
-      lr: peak learning rate.
-      schedule: "cosine" to zero, or "constant"; both after a linear warm-up over `warmup` (a fraction of all steps).
-      weight_decay: decoupled; norms and biases (parameters of fewer than two axes) are spared.
-      clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+      share: of the run's steps, in proportion to the other phases' shares.
+      elastic: axes that vary, "depth" among them; the others stay at their largest. All, where it is None; none, where it
+        is empty: then the largest subnet is trained alone.
+      choices: so many of the largest choices of an axis are open; 0 opens all.
+      tied: blocks take the choice that their stage's depth implies (CompOFA).
+      rewire: before the phase, sort what the family can sort by importance (for DynaBERT heads and neurons).
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 4e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 1e-2
-    momentum: float = 0.9
-    clip_norm: float = 0.0
+    share: float = 1.0
+    elastic: tuple[str, ...] | None = None
+    choices: int = 0
+    tied: bool = False
+    rewire: bool = False
 
     def __post_init__(self):
-        for name, known in (("name", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
-            if getattr(self, name) not in known:
-                raise errors.unknown_name(f"optim.{name}", getattr(self, name), known)
-        _demand_number("optim.lr", self.lr, least=1e-12)
-        _demand_number("optim.warmup", self.warmup, below=1)
-        _demand_number("optim.weight_decay", self.weight_decay)
-        _demand_number("optim.momentum", self.momentum, below=1)
-        _demand_number("optim.clip_norm", self.clip_norm)
+        demand_number("phases.share", self.share, least=1e-6)
+        demand_whole("phases.choices", self.choices, 0)
 
-    def create(self, steps: int) -> optax.GradientTransformation:
-        """The Optax transformation for a run of `steps` steps."""
-        warmup = round(self.warmup * steps)
-        cosine = self.schedule == "cosine"
-        main = optax.cosine_decay_schedule(self.lr, max(steps - warmup, 1)) if cosine else optax.constant_schedule(self.lr)
-        schedule = optax.join_schedules(
-            [optax.linear_schedule(self.lr / (warmup + 1), self.lr, max(warmup, 1)), main], [warmup]
-        )
-        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
-        if self.name == "adamw":
-            return optax.chain(clip, optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decayed))
-        decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
-        return optax.chain(clip, decay, optax.sgd(schedule, momentum=self.momentum, nesterov=True))
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """What subnets learn from beside labels. Without a teacher the largest subnet of the same step teaches the others.
+
+    Args:
+      teacher: a run's folder or an export, own or converted, for the same inputs and classes; its largest subnet's soft
+        output teaches every subnet, the largest as well.
+      weight: of the teacher's soft output in the largest subnet's loss, beside the labels.
+      hidden: weight of the mean squared distance between hidden states of kept blocks and the teacher's, in every loss;
+        for families that offer them, such as DynaBERT.
+    """
+
+    teacher: str | None = None
+    weight: float = 1.0
+    hidden: float = 0.0
+
+    def __post_init__(self):
+        demand_number("distill.weight", self.weight)
+        demand_number("distill.hidden", self.hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +91,11 @@ class SearchConfig:
             ("latency_batch", 1),
             ("served", 2),
         ):
-            _demand_whole(f"search.{name}", getattr(self, name), least)
+            demand_whole(f"search.{name}", getattr(self, name), least)
         if self.cost not in ("flops", "latency"):
             raise errors.unknown_name("search.cost", self.cost, ("flops", "latency"))
         if self.tolerance is not None:
-            _demand_number("search.tolerance", self.tolerance, below=1)
+            demand_number("search.tolerance", self.tolerance, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +105,20 @@ class TrainConfig:
     Args:
       name: names the run's folder, runs/NAME.
       model: a family's config, such as OFAResNetConfig.
-      data: the dataset and its augmentation.
+      data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig; None where the dataset is given beside
+        the config, see `loop.train`.
       optim: optimiser and schedule.
-      epochs: passes over the training images; may be a fraction.
-      batch_size: global batch.
+      phases: parts of training with different freedom; one with all of it, where it is empty.
+      distill: what teaches the subnets.
+      epochs: passes over the training examples; may be a fraction.
+      batch_size: global batch, whatever the number of devices, which must divide it.
       buckets: subnet buckets that random subnets are drawn from; each costs one compilation.
       random_subnets: random subnets per step, beside the largest and the smallest.
       label_smoothing: of the largest subnet's labels.
+      ema: decay per step of an exponential moving average of the parameters, which then are the result; 0 keeps none.
+      compute_dtype: "bfloat16" computes in it, with float32 parameters, losses and statistics.
+      eval_every: every so many steps the smallest, a middle and the largest subnet are calibrated and evaluated on
+        validation examples, as the search does it; 0 never.
       calibration_examples: training images for the statistics of a served subnet.
       search: which subnets to serve.
       seed: of weights, data order and subnet sampling.
@@ -131,13 +127,18 @@ class TrainConfig:
 
     name: str
     model: Any
-    data: data.DataConfig
-    optim: OptimConfig = OptimConfig()
+    data: Any = None
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    phases: tuple[Phase, ...] = ()
+    distill: DistillConfig = DistillConfig()
     epochs: float = 7.0
     batch_size: int = 64
     buckets: int = 8
     random_subnets: int = 1
     label_smoothing: float = 0.0
+    ema: float = 0.0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    eval_every: int = 0
     calibration_examples: int = 4096
     search: SearchConfig = SearchConfig()
     seed: int = 0
@@ -149,12 +150,18 @@ class TrainConfig:
             raise errors.ConfigError(f"name must be usable as a folder's name, got '{self.name}'")
         if not hasattr(self.model, "family"):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
-        _demand_number("epochs", self.epochs, least=1e-6)
-        _demand_number("label_smoothing", self.label_smoothing, below=1)
-        _demand_whole("random_subnets", self.random_subnets, 0)
-        _demand_whole("seed", self.seed, 0)
+        demand_number("epochs", self.epochs, least=1e-6)
+        demand_number("label_smoothing", self.label_smoothing, below=1)
+        demand_number("ema", self.ema, below=1)
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise errors.unknown_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        for phase in self.phases:
+            self.model.space().narrowed(phase.elastic, choices=phase.choices)  # raises for an unknown axis
+        demand_whole("eval_every", self.eval_every, 0)
+        demand_whole("random_subnets", self.random_subnets, 0)
+        demand_whole("seed", self.seed, 0)
         for name in ("batch_size", "buckets", "calibration_examples", "checkpoint_every", "log_every"):
-            _demand_whole(name, getattr(self, name), 1)
+            demand_whole(name, getattr(self, name), 1)
 
 
 def load(path: str | os.PathLike[str]) -> TrainConfig:
@@ -179,7 +186,8 @@ def load(path: str | os.PathLike[str]) -> TrainConfig:
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The resolved config as a dict of plain values, as `json.load` would give it back."""
-    as_dict = {**dataclasses.asdict(config), "model": supernets.config_to_json(config.model)}
+    parts = {"model": supernets.config_to_json(config.model), "data": config.data and data.config_to_json(config.data)}
+    as_dict = {**dataclasses.asdict(config), **parts}
     return json.loads(json.dumps(as_dict))
 
 
@@ -187,8 +195,10 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`."""
     parts = {
         "model": supernets.config_from_json(values["model"]),
-        "data": data.DataConfig(**values["data"]),
+        "data": values["data"] and data.config_from_json(values["data"]),
         "optim": OptimConfig(**values["optim"]),
+        "phases": tuple(Phase(**{**p, "elastic": p["elastic"] and tuple(p["elastic"])}) for p in values["phases"]),
+        "distill": DistillConfig(**values["distill"]),
         "search": SearchConfig(**values["search"]),
     }
     return TrainConfig(**{**values, **parts})
@@ -204,7 +214,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             result.append(f"{prefix}{key}: {a} -> {b}")
     return result
-
-
-def _decayed(params: Any) -> dict[str, bool]:
-    return {name: value.ndim > 1 for name, value in params.items()}

@@ -1,14 +1,17 @@
-"""Accuracy of subnets over labelled images, by the masked program: one compilation for all of them."""
+"""Accuracy of subnets over labelled examples, by the masked program (one compilation for all of them), and baselines."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import data
 
 
 def accuracy(
@@ -36,6 +39,41 @@ def accuracy(
         hits, total = np.sum(np.array(counts, np.float64), 0)
         result.append(float(hits / total))
     return result
+
+
+def text_baselines(dataset: data.Dataset, *, limit: int = 20_000) -> dict[str, float]:
+    """Test accuracies, as fractions, that a model of texts has to beat: they know what stands there, but not in which order.
+
+    Args:
+      dataset: one of texts.
+      limit: training examples, the first ones, that both learn from.
+
+    Returns:
+      {"majority class": the most frequent training label, "logistic regression on token counts": scikit-learn's}
+    """
+    import sklearn.linear_model  # takes over a second
+
+    inputs, labels = dataset.arrays("train", limit)
+    test_inputs, test_labels = dataset.arrays("test")
+    regression = sklearn.linear_model.LogisticRegression(max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at this size it is close enough to its limit
+        regression.fit(_token_counts(dataset, inputs), labels)
+    majority = np.bincount(labels).argmax()
+    return {
+        "majority class": float(np.mean(test_labels == majority)),
+        "logistic regression on token counts": float(regression.score(_token_counts(dataset, test_inputs), test_labels)),
+    }
+
+
+def _token_counts(dataset: data.Dataset, inputs: np.ndarray) -> scipy.sparse.csr_matrix:
+    """How often each token is in each input, the two texts of a pair counted apart; padding is not."""
+    assert dataset.vocabulary is not None
+    size = len(dataset.vocabulary.tokens)
+    ids, types = (inputs[..., 0], inputs[..., 1]) if inputs.ndim == 3 else (inputs, np.zeros_like(inputs))
+    rows, columns = np.nonzero(ids != dataset.vocabulary.pad_id)
+    tokens = (ids + size * types)[rows, columns]
+    return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, tokens)), (len(inputs), 2 * size))
 
 
 @functools.partial(jax.jit, static_argnums=0)

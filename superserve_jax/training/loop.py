@@ -2,94 +2,131 @@
 an undisturbed one exactly."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 
 from superserve_jax import errors, plots, progress
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import calibration, checkpoints, data, evaluation, phases, records, runs, sampling, step, teacher
 from superserve_jax.training import config as configs
-from superserve_jax.training import data, runs, sampling, step
 
 _log = logging.getLogger(__name__)
 
 
-def train(config: configs.TrainConfig, workdir: str | os.PathLike[str]) -> runs.Run:
+def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> runs.Run:
     """Trains a SuperNet in `workdir`, or goes on from its last checkpoint; returns the run.
+
+    It uses all devices: the batch is divided among them, statistics and gradients are those of the whole batch.
 
     Args:
       config: the experiment.
       workdir: the run's folder, made if need be.
+      dataset: what to train on, such as `data.from_arrays` makes; the config's dataset, where it is None.
 
     Raises:
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
-      ConfigError: the folder holds a run of another config. DataError: the dataset is not there.
+      ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
     """
-    dataset = data.open(config.data)  # first, since without data no folder should be left behind
-    if dataset.num_classes != config.model.num_classes:
-        raise errors.ConfigError(
-            f"model.num_classes is {config.model.num_classes}, but {config.data.name} has {dataset.num_classes} classes"
-        )
-    run = runs.Run.create(config, workdir)
+    given, dataset = dataset, dataset or data.open(config.data)  # first, since without data no folder should be left behind
+    data.check_fit(dataset, config.model)
+    recipe = step.Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
+    outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
+    teacher.check_hidden(recipe, config.model, outside)
+    whole, split = _shardings(config.batch_size)
+
+    run = runs.Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
+    parts = phases.plan(config, num_steps)
+    sandwich = step.SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
-    optimiser = config.optim.create(num_steps)
-    sampler = sampling.Sampler(config.model, buckets=config.buckets, random_subnets=config.random_subnets, seed=config.seed)
-    sandwich = step.SandwichStep(optimiser, label_smoothing=config.label_smoothing)
-
-    with run.checkpoints() as manager, _stop_signal() as stopped:
-        start, params, opt_state = _restore(manager, config, optimiser)
+    with run.checkpoints() as saved, _stop_signal() as stopped:
+        start, state = _restore(saved, config, sandwich)
         if start >= num_steps:
             return run
         if start:
             _log.info("going on from step %d of %d", start, num_steps)
-        metrics = _MetricsFile(run.workdir / "metrics.jsonl", start)
-        batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
-        bar = progress.track(range(start, num_steps), "training", total=num_steps, completed=start, note=lambda: metrics.note)
-        saved = start
-        try:
-            for k in bar:
-                batch = next(batches)
-                params, opt_state, scalars = sandwich(params, opt_state, batch["inputs"], batch["label"], sampler.step(k))
+        state = jax.device_put(state, whole)
+        last, unsaved = start, None
+        with records.Records(run.workdir, start) as record:
+            batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
+            steps = range(start, num_steps)
+            for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
+                choices = phases.at(parts, k).sampler.step(k)
+                batch = jax.device_put(next(batches), split)
+                lesson = None if outside is None else outside(recipe, batch["inputs"])
+                state, scalars = sandwich(state, batch["inputs"], batch["label"], choices, step=k, lesson=lesson)
                 done = k + 1
-                metrics.add(scalars)
+                record.add(scalars)
                 if done % config.log_every == 0 or done == num_steps:
-                    metrics.flush(done, images=config.batch_size)
+                    record.flush(done, examples=config.batch_size)
+                if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
+                    record.validation(done, _validate(config, state, dataset))
                 if done % config.checkpoint_every == 0 or done == num_steps or stopped():
                     # On disk before the next step, which gives these buffers away.
-                    runs.save(manager, done, params=params, opt_state=opt_state)
-                    saved = done
+                    unsaved = _save(saved, done, state)
+                    last = last if unsaved else done
                 if stopped():
                     break
-        finally:
-            metrics.close()
-    plots.metrics(run.metrics(), run.workdir / "metrics.png")
-    if saved < num_steps:
-        raise KeyboardInterrupt(f"stopped after step {saved} of {num_steps}; run the same command to go on from there")
+    if unsaved is not None:
+        raise errors.DataError(f"{unsaved} and run the same command to go on from step {last} of {num_steps}") from unsaved
+    plots.metrics(run.metrics(), run.workdir / "metrics.png", validation=records.read(run.workdir, "validation"))
+    if last < num_steps:
+        raise KeyboardInterrupt(f"stopped after step {last} of {num_steps}; run the same command to go on from there")
     return run
 
 
+def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
+    """Of what every device has whole, and of what is divided along the batch."""
+    devices = jax.devices()
+    if batch_size % len(devices):
+        raise errors.ConfigError(
+            f"batch_size must be a multiple of the number of devices, which is {len(devices)}; got {batch_size}"
+        )
+    mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
+    return jax.sharding.NamedSharding(mesh, whole), jax.sharding.NamedSharding(mesh, split)
+
+
 def _restore(
-    manager: ocp.CheckpointManager, config: configs.TrainConfig, optimiser: optax.GradientTransformation
-) -> tuple[int, dict[str, jax.Array], Any]:
-    """(steps done, parameters, optimiser state): of the last checkpoint, or fresh."""
-    latest = manager.latest_step()
+    saved: checkpoints.Checkpoints, config: configs.TrainConfig, sandwich: step.SandwichStep
+) -> tuple[int, step.TrainState]:
+    """(steps done, state): of the last checkpoint, or fresh."""
+    latest = saved.latest()
     if latest is None:
-        params = programs.initial_params(config.model, config.seed)
-        return 0, params, optimiser.init(params)
-    params = programs.param_spec(config.model)
-    restored = runs.restore(manager, latest, params=params, opt_state=jax.eval_shape(optimiser.init, params))
-    return latest, restored["params"], restored["opt_state"]
+        return 0, sandwich.init(programs.initial_params(config.model, config.seed))
+    specs = jax.eval_shape(sandwich.init, programs.param_spec(config.model))
+    return latest, step.TrainState(**saved.restore(latest, **specs._asdict()))
+
+
+def _save(saved: checkpoints.Checkpoints, done: int, state: step.TrainState) -> errors.DataError | None:
+    """Saves a checkpoint; where the disk does not take it, training goes on, and the error is returned."""
+    try:
+        saved.save(done, **state._asdict())
+    except errors.DataError as e:
+        _log.warning("%s. Training goes on", e)
+        return e
+    return None
+
+
+def _validate(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> dict[str, float]:
+    """Accuracies of the smallest, a middle and the largest subnet on validation examples, with statistics of their own."""
+    space = config.model.space()
+    (middle,) = sampling.envelopes(config.model, 1, seed=config.seed) or [space.largest()]
+    subnets = {"smallest": space.smallest(), "middle": space.validate(middle), "largest": space.largest()}
+    chosen = list(dict.fromkeys(subnets.values()))
+    params = jax.device_put(state.ema or state.params, jax.devices()[0])
+    inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)
+    rows = calibration.calibrate(supernet.SuperNet(config.model, params), chosen, inputs)
+    model = supernet.SuperNet(config.model, params, rows)
+    found = evaluation.accuracy(model, chosen, lambda: dataset.eval("validation", 250))
+    accuracies = dict(zip(chosen, found, strict=True))
+    return {name: accuracies[s] for name, s in subnets.items()}
 
 
 @contextlib.contextmanager
@@ -110,31 +147,3 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
         yield event.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class _MetricsFile:
-    """JSON lines, one per `flush`, each the mean since the last. Lines beyond the step gone on from are dropped."""
-
-    def __init__(self, path, start: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._pending: list[dict[str, jax.Array]] = []
-        self._since = time.monotonic()
-        self.note = ""
-
-    def add(self, scalars: dict[str, jax.Array]) -> None:
-        self._pending.append(scalars)
-
-    def flush(self, done: int, *, images: int) -> None:
-        means = {k: float(np.mean([float(s[k]) for s in self._pending])) for k in self._pending[0]}
-        now = time.monotonic()
-        rate = images * len(self._pending) / (now - self._since)
-        self._file.write(json.dumps({"step": done, **means, "images_per_s": rate}) + "\n")
-        self._file.flush()
-        self.note = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}"
-        self._pending, self._since = [], now
-
-    def close(self) -> None:
-        self._file.close()

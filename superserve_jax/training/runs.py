@@ -1,9 +1,9 @@
 """A run's folder: what training, search, calibration and evaluation leave there, and how to read it back.
 
 config.json        the resolved config
-checkpoints/       Orbax: step, parameters, optimiser state
-metrics.jsonl/png  the course of training
-search.json/png    candidates and the subnets chosen to be served
+checkpoints/       Orbax: step, parameters, optimiser state, average; checkpoints.json: their SHA-256
+metrics.jsonl/png  the course of training; validation.jsonl, tensorboard/
+search.json/png    candidates and the subnets chosen to be served; search.jsonl: what was tried, for going on
 statistics.npz     SubnetNorm rows of the served subnets
 evaluation.json    their accuracies on test data
 export/            the export, see checkpoint.py
@@ -18,13 +18,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from superserve_jax import errors, files
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import checkpoints, data, records
 from superserve_jax.training import config as configs
 
 _log = logging.getLogger(__name__)
@@ -32,13 +31,20 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folder of one run. Made by `create`, opened again by `Run.open`."""
+    """The folder of one run. Made by `create`, opened again by `Run.open`.
+
+    Args:
+      workdir: the folder.
+      config: the experiment.
+      given: the dataset, where it is not that of the config.
+    """
 
     workdir: pathlib.Path
     config: configs.TrainConfig
+    given: data.Dataset | None = None
 
     @staticmethod
-    def create(config: configs.TrainConfig, workdir: str | os.PathLike[str]) -> "Run":
+    def create(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> "Run":
         """The run of `config` in `workdir`, new or gone on with. Raises ConfigError where another config made the folder."""
         workdir = pathlib.Path(workdir)
         path = workdir / "config.json"
@@ -51,10 +57,10 @@ class Run:
                 )
         else:
             files.write_json(path, configs.to_json(config))
-        return Run(workdir, config)
+        return Run(workdir, config, dataset)
 
     @staticmethod
-    def open(workdir: str | os.PathLike[str]) -> "Run":
+    def open(workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> "Run":
         """An existing run. Raises ConfigError where the folder holds none."""
         workdir = pathlib.Path(workdir)
         if not (workdir / "config.json").is_file():
@@ -62,21 +68,30 @@ class Run:
                 f"{workdir} is not the folder of a run: it has no config.json; train one first, "
                 f"for example with `python train/supernet.py configs/digits_resnet.py`"
             )
-        return Run(workdir, configs.from_json(_read(workdir / "config.json")))
+        return Run(workdir, configs.from_json(_read(workdir / "config.json")), dataset)
 
-    def checkpoints(self) -> ocp.CheckpointManager:
-        """The Orbax manager of the run's checkpoints; close it after use."""
-        return ocp.CheckpointManager(
-            (self.workdir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
+    def dataset(self) -> data.Dataset:
+        """What the run trains on. Raises as `data.open` does, and ConfigError where only its maker knows."""
+        if self.given is None and self.config.data is None:
+            raise errors.ConfigError(
+                f"the run in {self.workdir} was trained on a dataset that its config does not name: give it again, as "
+                f"Run.open({str(self.workdir)!r}, dataset=...)"
+            )
+        return self.given or data.open(self.config.data)
+
+    def checkpoints(self) -> checkpoints.Checkpoints:
+        """The run's checkpoints; close them after use."""
+        return checkpoints.Checkpoints(self.workdir)
 
     def model(self) -> supernet.SuperNet:
-        """The SuperNet of the last checkpoint, with the statistics that calibration left."""
-        with self.checkpoints() as manager:
-            step = manager.latest_step()
+        """The SuperNet of the last checkpoint, with the statistics that calibration left: its averaged parameters, where the
+        run keeps an average."""
+        with self.checkpoints() as saved:
+            step = saved.latest()
             if step is None:
                 raise errors.ConfigError(f"{self.workdir} has no checkpoint yet; train it first")
-            params = restore(manager, step, params=programs.param_spec(self.config.model))["params"]
+            name = "ema" if self.config.ema else "params"
+            params = saved.restore(step, **{name: programs.param_spec(self.config.model)})[name]
         return supernet.SuperNet(self.config.model, params, self.rows())
 
     def start_from(self, model: supernet.SuperNet) -> None:
@@ -87,13 +102,11 @@ class Run:
         """
         if model.config != self.config.model:
             raise errors.ConfigError(f"{self.workdir} is a run of {self.config.model}, not of {model.config}")
-        with self.checkpoints() as manager:
-            if manager.latest_step() is not None:
-                raise errors.ConfigError(
-                    f"{self.workdir} has a checkpoint already, of step {manager.latest_step()}; choose another folder"
-                )
+        with self.checkpoints() as saved:
+            if (step := saved.latest()) is not None:
+                raise errors.ConfigError(f"{self.workdir} has a checkpoint already, of step {step}; choose another folder")
             opt_state = self.config.optim.create(1).init(model.params)  # the number of steps does not matter to it
-            save(manager, 0, params=model.params, opt_state=opt_state)
+            saved.save(0, params=model.params, opt_state=opt_state, ema=model.params if self.config.ema else {})
         if model.rows:
             self.save_rows(model.rows)
 
@@ -115,7 +128,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """The course of training, one dict per line of metrics.jsonl."""
-        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+        return records.read(self.workdir)
 
     def read(self, name: str, *, made_by: str) -> Any:
         """A JSON file of the run. Raises ConfigError, naming the program that makes it, where it is not there."""
@@ -130,20 +143,6 @@ class Run:
     def served(self) -> list[subnets.Subnet]:
         """The subnets that the search chose, in ascending order of FLOPs."""
         return [subnets.Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
-
-
-def save(manager: ocp.CheckpointManager, step: int, **items: Any) -> None:
-    """Writes pytrees, such as `params` and `opt_state`, as the checkpoint of a step, and returns when they are on disk."""
-    manager.save(step, args=ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()}))
-    manager.wait_until_finished()
-
-
-def restore(manager: ocp.CheckpointManager, step: int, **specs: Any) -> Any:
-    """The named pytrees of a checkpoint, on the first device; each spec is one of shapes and dtypes."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
-    items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    return manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def _read(path: pathlib.Path) -> Any:

@@ -27,45 +27,69 @@ class Choice:
 
 
 class Sampler:
-    """The subnets of every step.
+    """The subnets of every step, within the freedom of one phase.
 
     Args:
       config: the family's config.
       buckets: number of subnet buckets for the random subnets.
       random_subnets: random subnets per step.
       seed: of envelopes and members.
+      space: the space of the phase, narrower than the family's own; the latter, where it is None.
+      tied: see `SearchSpace.tied`.
     """
 
-    def __init__(self, config: Any, *, buckets: int, random_subnets: int, seed: int):
-        self.space = config.space()
+    def __init__(
+        self,
+        config: Any,
+        *,
+        buckets: int,
+        random_subnets: int,
+        seed: int,
+        space: subnets.SearchSpace | None = None,
+        tied: bool = False,
+    ):
+        whole = config.space()
+        self.space = space or whole
         self.random_subnets = random_subnets
         self.seed = seed
-        self.largest = Choice(programs.sliced(config, self.space.largest()), self.space.largest())
-        self.smallest = Choice(programs.sliced(config, self.space.smallest()), self.space.smallest())
-        self.buckets = tuple(
-            programs.bucketed(config, [lowest_member(self.space, e), e]) for e in envelopes(config, buckets, seed=seed)
+        self._validate, self._tied = whole.validate, tied
+        self.largest, self.smallest = (
+            Choice(programs.sliced(config, s), s) for s in (whole.largest(), whole.validate(self.space.smallest()))
         )
+        found = envelopes(config, buckets, seed=seed, space=self.space, tied=tied) if random_subnets else []
+        self.buckets = tuple(programs.bucketed(config, [self._lowest(e), e]) for e in found)
 
     def step(self, step: int) -> tuple[Choice, ...]:
-        """The largest, the smallest, then the random subnets of this step."""
+        """The largest, the smallest, then the random subnets of this step; the largest alone where nothing is elastic."""
+        if self.smallest == self.largest:
+            return (self.largest,)
         rng = np.random.default_rng([self.seed, step])
         choices = [self.largest, self.smallest]
         for _ in range(self.random_subnets):
             program = self.buckets[rng.integers(len(self.buckets))]
-            choices.append(Choice(program, member(self.space, program.envelope, rng)))
+            found = member(self.space, program.envelope, rng)
+            choices.append(Choice(program, self._validate(self.space.tied(found) if self._tied else found)))
         return tuple(choices)
 
+    def _lowest(self, envelope: subnets.Subnet) -> subnets.Subnet:
+        lowest = lowest_member(self.space, envelope)
+        # Tied to a depth that is one lower, a choice may be several lower.
+        return dataclasses.replace(lowest, axes=self.space.smallest().axes) if self._tied else lowest
 
-def envelopes(config: Any, count: int, *, seed: int) -> list[subnets.Subnet]:
+
+def envelopes(
+    config: Any, count: int, *, seed: int, space: subnets.SearchSpace | None = None, tied: bool = False
+) -> list[subnets.Subnet]:
     """`count` different random subnets, evenly spaced in the logarithm of FLOPs between smallest and largest.
 
     Drawn so that depth and width grow together, as CompOFA found good subnets to do: all positions of a subnet are drawn
-    around one common level.
+    around one common level. `space` and `tied` as for `Sampler`.
     """
-    space = config.space()
-    low, high = (math.log(config.flops(s)) for s in (space.smallest(), space.largest()))
+    within = space or config.space()
+    low, high = (math.log(config.flops(s)) for s in (within.smallest(), within.largest()))
     rng = np.random.default_rng([seed, 2])
-    pool = {compound(space, rng): None for _ in range(_CANDIDATES)}
+    drawn = [compound(within, rng) for _ in range(_CANDIDATES)]
+    pool = dict.fromkeys(map(within.tied, drawn) if tied else drawn)
     cost = {s: math.log(config.flops(s)) for s in pool}
     chosen: list[subnets.Subnet] = []
     for i in range(min(count, len(cost))):

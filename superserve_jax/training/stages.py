@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,8 +13,7 @@ import numpy as np
 
 from superserve_jax import checkpoint, plots, progress
 from superserve_jax import subnet as subnets
-from superserve_jax.supernets import supernet
-from superserve_jax.training import calibration, data, evaluation, latency, runs
+from superserve_jax.training import calibration, evaluation, latency, runs
 from superserve_jax.training import config as configs
 from superserve_jax.training import search as searching
 
@@ -26,10 +26,10 @@ def search(run: runs.Run) -> list[searching.Candidate]:
 
     What was tried stands in search.jsonl: an interrupted search goes on from there, and so does one for more candidates.
     """
-    settings, model, dataset = run.config.search, run.model(), data.open(run.config.data)
+    settings, model, dataset = run.config.search, run.model(), run.dataset()
     space = model.space
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
-    num_batches = -(-settings.examples // _EVAL_BATCH)
+    batches = list(itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH)))
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
 
     def measure() -> dict[subnets.Subnet, float]:
@@ -40,12 +40,20 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             progress=lambda items: progress.track(items, "latencies, compiling", total=len(timed)),
         )
 
-    with searching.Log(run.workdir / "search.jsonl", _search_settings(run.config, model), measure=measure) as log:
+    depends_on = {
+        "model": configs.to_json(run.config)["model"],
+        "weights": _digest(model.params),
+        "data": _digest({"inputs": images}, *batches),
+        "cost": settings.cost,
+    }
+    if timed:
+        depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
+    with searching.Log(run.workdir / "search.jsonl", depends_on, measure=measure) as log:
         predictor = latency.Predictor(model.config, log.latencies) if timed else None
         tried = searching.search(
             model,
             images,
-            lambda: itertools.islice(dataset.eval("validation", _EVAL_BATCH), num_batches),
+            lambda: batches,
             candidates=settings.candidates,
             seed=run.config.seed,
             cost=predictor,
@@ -78,16 +86,13 @@ def search(run: runs.Run) -> list[searching.Candidate]:
     return chosen
 
 
-def _search_settings(config: configs.TrainConfig, model: supernet.SuperNet) -> dict[str, Any]:
-    """What a candidate's cost and accuracy depend on."""
+def _digest(*groups: Mapping[str, Any]) -> str:
+    """SHA-256 of arrays by name."""
     digest = hashlib.sha256()
-    for name in sorted(model.params):
-        digest.update(np.asarray(model.params[name]).tobytes())
-    as_json, chosen = configs.to_json(config), ("calibration_examples", "examples", "cost")
-    kept = {name: as_json["search"][name] for name in chosen}
-    if kept["cost"] == "latency":
-        kept |= {"latency_batch": config.search.latency_batch, "device": jax.devices()[0].device_kind, "seed": config.seed}
-    return {"model": as_json["model"], "data": as_json["data"], **kept, "weights": digest.hexdigest()}
+    for arrays in groups:
+        for name in sorted(arrays):
+            digest.update(np.asarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) -> None:
@@ -97,7 +102,7 @@ def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) ->
       run: the run.
       subnet_list: subnets to calibrate; those that the search chose, where it is None.
     """
-    images, _ = data.open(run.config.data).arrays("train", limit=run.config.calibration_examples)
+    images, _ = run.dataset().arrays("train", limit=run.config.calibration_examples)
     served = subnet_list if subnet_list is not None else run.served()
     rows = calibration.calibrate(
         run.model(), served, images, progress=lambda items: progress.track(items, "calibration", total=len(served))
@@ -107,7 +112,7 @@ def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) ->
 
 def evaluate(run: runs.Run) -> list[checkpoint.Served]:
     """Accuracy of the served subnets on test images, with their own statistics and with the largest's: evaluation.json."""
-    model, dataset = run.model(), data.open(run.config.data)
+    model, dataset = run.model(), run.dataset()
     served = run.served()
     accuracies = {
         norm: evaluation.accuracy(
@@ -138,14 +143,15 @@ def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib
     if run.read("search.json", made_by="train/search.py").get("tolerance") is None:
         best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
         evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
-    dataset = data.open(run.config.data)
+    dataset = run.dataset()
     return checkpoint.export(
         path if path is not None else run.workdir / "export",
         run.model(),
         evaluated,
-        measured=f"top-1 on the {dataset.num_examples('test')} test images of {run.config.data.name}, masked program, each "
-        f"subnet's own statistics from {run.config.calibration_examples} training images",
+        measured=f"top-1 on the {dataset.num_examples('test')} test examples of {dataset.name}, masked program, each "
+        f"subnet's own statistics from {run.config.calibration_examples} training examples",
         class_names=dataset.class_names,
+        vocabulary=dataset.vocabulary,
         training=configs.to_json(run.config),
     )
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,62 +15,158 @@ from superserve_jax.training import losses, sampling
 Params = dict[str, jax.Array]
 
 
-class SandwichStep:
-    """The sandwich rule with in-place distillation: the largest subnet learns the labels, the others its soft output.
+class TrainState(NamedTuple):
+    """What a step changes and a checkpoint holds.
 
-    Gradients are jitted per program, so the number of compilations is the number of subnet buckets plus three.
+    Args:
+      params: {dotted path: float32 array}.
+      opt_state: of the Optax transformation.
+      ema: moving average of the parameters; empty where none is kept.
+    """
+
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+class Lesson(NamedTuple):
+    """What a teacher says of a batch: logits (B, K), and hidden states, empty where they are not asked for."""
+
+    logits: jax.Array
+    hidden: programs.Hidden = ()
+
+
+class Recipe(NamedTuple):
+    """The settings of a loss. Hashable, since losses are compiled for them.
+
+    Args:
+      smoothing: of the labels.
+      teacher_weight: of an outside teacher's soft output in the largest subnet's loss.
+      hidden_weight: of the distance between hidden states.
+      compute_dtype: name of the dtype that networks compute in.
+    """
+
+    smoothing: float = 0.0
+    teacher_weight: float = 1.0
+    hidden_weight: float = 0.0
+    compute_dtype: str = "float32"
+
+
+class SandwichStep:
+    """The sandwich rule: the largest subnet learns the labels, the others its soft output (in-place distillation). With a
+    lesson from outside all of them learn that one, the largest beside the labels.
+
+    Gradients are jitted per program, so the number of compilations is bounded by the number of subnet buckets plus four.
 
     Args:
       optimiser: an Optax transformation.
-      label_smoothing: of the largest subnet's labels.
+      recipe: of the losses.
+      ema: decay of the parameters' moving average, 0 for none; in the first steps smaller, as (1 + k) / (10 + k).
     """
 
-    def __init__(self, optimiser: optax.GradientTransformation, *, label_smoothing: float = 0.0):
+    def __init__(self, optimiser: optax.GradientTransformation, *, recipe: Recipe | None = None, ema: float = 0.0):
         self.optimiser = optimiser
-        self._smoothing = label_smoothing
-        self._update = jax.jit(self._apply, donate_argnums=(0, 1))
+        self._recipe = recipe or Recipe()
+        self._ema = ema
+        self._update = jax.jit(self._apply, donate_argnums=0)
+
+    def init(self, params: Params) -> TrainState:
+        """The state before the first step."""
+        ema = {name: jnp.copy(p) for name, p in params.items()} if self._ema else {}
+        return TrainState(params, self.optimiser.init(params), ema)
 
     def __call__(
-        self, params: Params, opt_state: Any, images: np.ndarray, labels: np.ndarray, choices: Sequence[sampling.Choice]
-    ) -> tuple[Params, Any, dict[str, jax.Array]]:
-        """New parameters, new optimiser state, and scalars: loss of the largest and the smallest, accuracy of the largest.
+        self,
+        state: TrainState,
+        inputs: Any,
+        labels: Any,
+        choices: Sequence[sampling.Choice],
+        *,
+        step: int = 0,
+        lesson: Lesson | None = None,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The new state, and scalars: loss of the largest and, if there are others, the smallest; accuracy of the largest.
 
-        `params` and `opt_state` are donated: use what is returned.
+        `state` is donated: use what is returned.
+
+        Args:
+          state: parameters and all that goes with them.
+          inputs, labels: the batch.
+          choices: the largest subnet first, then the smallest and others.
+          step: number of steps done before.
+          lesson: what an outside teacher says of the batch.
         """
         largest, *others = choices
-        (loss, logits), grads = _labels_grad(largest.program, self._smoothing, params, images, labels)
-        all_grads, all_losses = [grads], [loss]
+        (loss, own), grads = _largest_grad(largest.program, self._recipe, state.params, inputs, labels, lesson)
+        all_grads, scalars = [grads], {"loss": loss}
         for choice in others:
             active = choice.program.active(choice.subnet)
-            other_loss, grads = _distill_grad(choice.program, params, images, logits, active)
+            other_loss, grads = _other_grad(choice.program, self._recipe, state.params, inputs, active, lesson or own)
             all_grads.append(grads)
-            all_losses.append(other_loss)
-        params, opt_state = self._update(params, opt_state, all_grads)
-        accuracy = _accuracy(logits, labels)
-        return params, opt_state, {"loss": loss, "loss_smallest": all_losses[1], "accuracy": accuracy}
+            scalars.setdefault("loss_smallest", other_loss)
+        state = self._update(state, all_grads, np.float32(step))
+        return state, {**scalars, "accuracy": _accuracy(own.logits, labels)}
 
-    def _apply(self, params: Params, opt_state: Any, all_grads: list[Params]) -> tuple[Params, Any]:
+    def _apply(self, state: TrainState, all_grads: list[Params], step: jax.Array) -> TrainState:
         grads = jax.tree.map(lambda *g: sum(g[1:], start=g[0]), *all_grads)
-        updates, opt_state = self.optimiser.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state  # type: ignore[return-value]
+        updates, opt_state = self.optimiser.update(grads, state.opt_state, state.params)
+        params: Params = optax.apply_updates(state.params, updates)  # type: ignore[assignment]
+        decay = jnp.minimum(self._ema, (1 + step) / (10 + step))
+        ema = {name: decay * old + (1 - decay) * params[name] for name, old in state.ema.items()}
+        return TrainState(params, opt_state, ema)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _labels_grad(program: programs.Program, smoothing: float, params: Params, images: jax.Array, labels: jax.Array):
+def lesson(program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, row: jax.Array) -> Lesson:
+    """What a teacher, run by the program of its largest subnet with its own statistics, says of a batch.
+
+    Hidden states come from the pass in which the batch normalises itself; families that offer them have no statistics.
+    """
+    active = jnp.zeros((0,), jnp.int32)
+    if recipe.hidden_weight:
+        return Lesson(*_forward(program, recipe, params, inputs, active))
+    return Lesson(program.infer(params, inputs, row, active))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _largest_grad(
+    program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, labels: jax.Array, lesson: Lesson | None
+):
     def loss_fn(params):
-        logits, _ = program.train(params, images, jnp.zeros((0,), jnp.int32))
-        return losses.cross_entropy(logits, labels, smoothing=smoothing), logits
+        own = _forward(program, recipe, params, inputs, jnp.zeros((0,), jnp.int32))
+        loss = losses.cross_entropy(own.logits, labels, smoothing=recipe.smoothing)
+        if lesson is not None:
+            loss += recipe.teacher_weight * losses.distillation(own.logits, lesson.logits)
+            if recipe.hidden_weight:
+                loss += recipe.hidden_weight * losses.hidden_distance(own.hidden, lesson.hidden)
+        return loss, own
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _distill_grad(program: programs.Program, params: Params, images: jax.Array, teacher: jax.Array, active: jax.Array):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _other_grad(
+    program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array, lesson: Lesson
+):
     def loss_fn(params):
-        logits, _ = program.train(params, images, active)
-        return losses.distillation(logits, teacher)
+        own = _forward(program, recipe, params, inputs, active)
+        loss = losses.distillation(own.logits, lesson.logits)
+        if recipe.hidden_weight:
+            loss += recipe.hidden_weight * losses.hidden_distance(own.hidden, lesson.hidden)
+        return loss
 
     return jax.value_and_grad(loss_fn)(params)
+
+
+def _forward(program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array) -> Lesson:
+    """Logits in float32, and hidden states where the recipe asks for them; computed in the recipe's dtype."""
+    if recipe.compute_dtype != "float32":  # vectors, which are scales and biases, cost nothing and keep their precision
+        params = {name: p.astype(recipe.compute_dtype) if p.ndim > 1 else p for name, p in params.items()}
+    if recipe.hidden_weight:
+        logits, hidden = program.train_hidden(params, inputs, active)
+    else:
+        (logits, _), hidden = program.train(params, inputs, active), ()
+    return Lesson(logits.astype(jnp.float32), hidden)
 
 
 @jax.jit

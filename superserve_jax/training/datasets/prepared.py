@@ -1,19 +1,31 @@
 """Prepared TFDS datasets by name, read without TensorFlow and without a network.
 
-`cluttered_digits` is made at first use. Every other dataset must have been prepared by its owner, which for most of them needs
-TensorFlow and a download; the error that says so also says how.
+`cluttered_digits` and `listops` are made at first use. Every other dataset must have been prepared by its owner, which for
+most of them needs TensorFlow and a download; the error that says so also says how.
 """
 
 import difflib
 import pathlib
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors
+from superserve_jax.training import streams
 from superserve_jax.training.datasets.cluttered_digits import cluttered_digits_dataset_builder
+from superserve_jax.training.datasets.listops import listops_dataset_builder
 
-_OWN = cluttered_digits_dataset_builder.ClutteredDigits.name
-_WELL_KNOWN = (_OWN, "cifar10", "imagenet2012")
+_OWN = (cluttered_digits_dataset_builder.ClutteredDigits.name, listops_dataset_builder.Listops.name)
+_WELL_KNOWN = (*_OWN, "cifar10", "imagenet2012", "glue")
+
+# Where the split that TFDS names test has no labels, or there is none of that name.
+_TEST_SPLITS = {"imagenet2012": "validation", "glue": "validation", "glue/mnli": "validation_matched"}
+
+
+def check_name(name: Any) -> None:
+    """Raises ConfigError unless `name` may be that of a TFDS dataset."""
+    if not isinstance(name, str) or not name or ":" in name:
+        raise errors.ConfigError(f"name must be that of a TFDS dataset, like 'cifar10', without a namespace; got {name!r}")
 
 
 def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
@@ -27,7 +39,7 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
       UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, or not for random access.
     """
     builder = _find(name, data_dir)
-    if not builder.info.splits and builder.name == _OWN:
+    if not builder.info.splits and builder.name in _OWN:
         _make(builder)
         builder = _find(name, data_dir)  # a builder reads what is on disk when it is constructed
     if not builder.info.splits:
@@ -40,6 +52,29 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
             f"array_record. Remove that folder or choose another data_dir, then: {_command(name, data_dir)}"
         )
     return builder
+
+
+def features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
+    """The features of a dataset by name."""
+    found: Any = builder.info.features
+    return dict(found) if isinstance(found, tfds.features.FeaturesDict) else {}
+
+
+def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]:
+    """What each of our splits is in TFDS' language, the last `validation` training examples held out."""
+    stored, name = builder.info.splits, builder.name
+    if "train" not in stored:
+        raise errors.DataError(f"dataset '{name}' has no train split, only {sorted(stored)}; choose another dataset")
+    kept = streams.num_kept(stored["train"].num_examples, validation)
+    found = {"train": f"train[:{kept}]"}
+    if validation:
+        found["validation"] = f"train[{kept}:]"
+    config: Any = builder.builder_config
+    by_name = _TEST_SPLITS.get(name, "test")
+    for test in (_TEST_SPLITS.get(f"{name}/{config.name}", by_name) if config else by_name, "validation"):
+        if test in stored:
+            return {**found, "test": test}
+    return found
 
 
 def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

@@ -1,0 +1,71 @@
+"""The optimiser and its learning-rate schedule, and the checks that configs share."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import optax
+
+from superserve_jax import errors
+
+
+def demand_whole(name: str, value: Any, least: int) -> None:
+    """Raises ConfigError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise errors.ConfigError(f"{name} must be a whole number from {least} up, got {value!r}")
+
+
+def demand_number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf) -> None:
+    """Raises ConfigError unless `value` is a finite number from `least` up and below `below`."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value < below:
+        limit = f" and below {below}" if below < math.inf else ""
+        raise errors.ConfigError(f"{name} must be a finite number of at least {least:g}{limit}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule.
+
+    Args:
+      name: "adamw" or "sgd" (with Nesterov momentum).
+      lr: peak learning rate.
+      schedule: "cosine" to zero, or "constant"; both after a linear warm-up over `warmup` (a fraction of all steps).
+      weight_decay: decoupled; norms and biases (parameters of fewer than two axes) are spared.
+      clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 4e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
+    clip_norm: float = 0.0
+
+    def __post_init__(self):
+        for name, known in (("name", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
+            if getattr(self, name) not in known:
+                raise errors.unknown_name(f"optim.{name}", getattr(self, name), known)
+        demand_number("optim.lr", self.lr, least=1e-12)
+        demand_number("optim.warmup", self.warmup, below=1)
+        demand_number("optim.weight_decay", self.weight_decay)
+        demand_number("optim.momentum", self.momentum, below=1)
+        demand_number("optim.clip_norm", self.clip_norm)
+
+    def create(self, steps: int) -> optax.GradientTransformation:
+        """The Optax transformation for a run of `steps` steps."""
+        warmup = round(self.warmup * steps)
+        cosine = self.schedule == "cosine"
+        main = optax.cosine_decay_schedule(self.lr, max(steps - warmup, 1)) if cosine else optax.constant_schedule(self.lr)
+        schedule = optax.join_schedules(
+            [optax.linear_schedule(self.lr / (warmup + 1), self.lr, max(warmup, 1)), main], [warmup]
+        )
+        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        if self.name == "adamw":
+            return optax.chain(clip, optax.adamw(schedule, weight_decay=self.weight_decay, mask=_decayed))
+        decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
+        return optax.chain(clip, decay, optax.sgd(schedule, momentum=self.momentum, nesterov=True))
+
+
+def _decayed(params: Any) -> dict[str, bool]:
+    return {name: value.ndim > 1 for name, value in params.items()}

@@ -1,0 +1,40 @@
+"""Phases of training laid over the steps of a run."""
+
+import itertools
+from typing import NamedTuple
+
+from superserve_jax.training import config as configs
+from superserve_jax.training import sampling
+
+
+class Part(NamedTuple):
+    """A phase in place: the step that it begins with, and the sampler of its subnets."""
+
+    first: int
+    phase: configs.Phase
+    sampler: sampling.Sampler
+
+
+def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
+    """The phases of a run of `num_steps` steps, in order; one that gets no step is left out."""
+    phases, space = config.phases or (configs.Phase(),), config.model.space()
+    total = sum(p.share for p in phases)
+    ends = [round(num_steps * share / total) for share in itertools.accumulate(p.share for p in phases)]
+    parts = []
+    for phase, first, end in zip(phases, [0, *ends], ends, strict=False):
+        if first < end:
+            sampler = sampling.Sampler(
+                config.model,
+                buckets=config.buckets,
+                random_subnets=config.random_subnets,
+                seed=config.seed,
+                space=space.narrowed(phase.elastic, choices=phase.choices),
+                tied=phase.tied,
+            )
+            parts.append(Part(first, phase, sampler))
+    return parts
+
+
+def at(parts: list[Part], step: int) -> Part:
+    """The part that a step belongs to."""
+    return next(part for part in reversed(parts) if part.first <= step)

@@ -1,0 +1,76 @@
+"""What training leaves behind of its course: JSON lines, and the same for TensorBoard."""
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+
+_FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
+
+
+class Records:
+    """Appends to metrics.jsonl (means since the last line), validation.jsonl and tensorboard/ in a run's folder.
+
+    Lines of steps beyond the one that training goes on from are dropped. A context manager.
+
+    Args:
+      workdir: the run's folder.
+      start: steps done.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        self._files = {kind: _reopen(workdir / name, start) for kind, name in _FILES.items()}
+        # TensorBoard hides what an earlier process wrote of these steps.
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._pending: list[Mapping[str, Any]] = []
+        self._since_s = time.monotonic()
+        self.note = ""
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+    def add(self, scalars: Mapping[str, Any]) -> None:
+        """One step's scalars; arrays still on their way are not waited for."""
+        self._pending.append(scalars)
+
+    def flush(self, step: int, *, examples: int) -> None:
+        """Writes the means since the last flush; `examples` is their number in a step."""
+        means = {k: float(np.mean([float(s[k]) for s in self._pending])) for k in self._pending[-1] if k in self._pending[0]}
+        now_s = time.monotonic()
+        rate = examples * len(self._pending) / (now_s - self._since_s)
+        self._write("train", step, {**means, "examples_per_s": rate})
+        self.note = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.3f}"
+        self._pending, self._since_s = [], now_s
+
+    def validation(self, step: int, accuracies: Mapping[str, float]) -> None:
+        """Writes accuracies on validation examples, by the name of the subnet."""
+        self._write("validation", step, accuracies)
+        self._since_s = time.monotonic()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._files[kind].write(json.dumps({"step": step, **values}) + "\n")
+        self._files[kind].flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
+    """The lines of a kind, "train" or "validation", one dict each. A last line that a kill cut off is left out."""
+    path = workdir / _FILES[kind]
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def _reopen(path: pathlib.Path, start: int):
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")

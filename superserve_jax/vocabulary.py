@@ -1,0 +1,172 @@
+"""A vocabulary: how text becomes token ids, the same way in training and for whoever loads an export.
+
+Two schemes. `wordpiece` is BERT's (Devlin et al., NAACL 2019): pieces of words out of a vocabulary file, [CLS] before the
+first text and [SEP] after each, which needs the package tokenizers. `words` takes tokens that are parted by blanks, with
+[CLS] before them.
+
+Axis letters: B batch, T tokens.
+"""
+
+import dataclasses
+import difflib
+import functools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from superserve_jax import errors
+
+PAD, UNKNOWN, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+_NEEDED = {"wordpiece": (PAD, UNKNOWN, CLS, SEP), "words": (PAD, CLS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by id, and how text is cut into them.
+
+    Args:
+      tokens: the token of each id.
+      scheme: "wordpiece" or "words".
+      lowercase: of wordpiece: lowercase the text and strip its accents first, as BERT's uncased models do.
+
+    >>> words = Vocabulary(("[PAD]", "[CLS]", "1", "2", "+"), scheme="words")
+    >>> words.encode(["1 + 2", "2"], length=5).tolist()
+    [[1, 2, 4, 3, 0], [1, 3, 0, 0, 0]]
+    """
+
+    tokens: tuple[str, ...]
+    scheme: Literal["wordpiece", "words"] = "wordpiece"
+    lowercase: bool = True
+
+    def __post_init__(self):
+        if self.scheme not in _NEEDED:
+            raise errors.unknown_name("scheme of a vocabulary", self.scheme, _NEEDED)
+        if not isinstance(self.lowercase, bool):
+            raise errors.ConfigError(f"lowercase must be True or False, got {self.lowercase!r}")
+        if not all(isinstance(token, str) and token and not {"\n", "\r"} & set(token) for token in self.tokens):
+            raise errors.ConfigError("every token of a vocabulary must be text of one line, and not empty")
+        if len(self._ids) < len(self.tokens):
+            twice = next(t for i, t in enumerate(self.tokens) if self._ids[t] != i)
+            raise errors.ConfigError(f"a vocabulary must hold every token once; {twice!r} is there twice")
+        if missing := [token for token in _NEEDED[self.scheme] if token not in self._ids]:
+            raise errors.ConfigError(f"a vocabulary for {self.scheme} must hold {', '.join(missing)}, and this one does not")
+
+    @staticmethod
+    def from_text(text: str, **settings: Any) -> "Vocabulary":
+        """A vocabulary out of the text of a vocabulary file, one token a line, the first of id 0; settings as above."""
+        # Not splitlines(), for which some characters end a line that are tokens of BERT's.
+        lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        return Vocabulary(tuple(lines), **settings)
+
+    @staticmethod
+    def read(path: str | os.PathLike[str], **settings: Any) -> "Vocabulary":
+        """A vocabulary out of a file such as BERT's vocab.txt. Raises DataError where it cannot be one."""
+        try:
+            return Vocabulary.from_text(pathlib.Path(path).expanduser().read_bytes().decode(), **settings)
+        except (OSError, UnicodeDecodeError, errors.ConfigError) as e:
+            raise errors.DataError(
+                f"{path} cannot be read as a vocabulary file (UTF-8, one token a line, such as BERT's vocab.txt): {e}"
+            ) from e
+
+    def to_text(self) -> str:
+        """The text of a vocabulary file."""
+        return "".join(token + "\n" for token in self.tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `from_text` needs beside the tokens, as a dict for `json.dump`."""
+        return {"scheme": self.scheme, "lowercase": self.lowercase}
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+        return self._ids[PAD]
+
+    def encode(
+        self, texts: Sequence[str], second: Sequence[str] | None = None, *, length: int, token_types: int = 1
+    ) -> np.ndarray:
+        """Inputs of a transformer out of B texts, or out of B pairs of texts.
+
+        Args:
+          texts: B texts.
+          second: the second text of each pair, such as a hypothesis.
+          length: T. Shorter inputs are padded. Of longer ones wordpiece cuts off the end, of the longer text of a pair first.
+          token_types: 2 to give out the token type (1 in the second text) beside each id.
+
+        Returns:
+          int32 (B, T), or (B, T, 2) with token types, as `DynaBERTConfig.pack` gives.
+
+        Raises:
+          InputError: something is no text, or `words` meets a token that it does not know or more than fit.
+          DataError: the package tokenizers is missing.
+        """
+        if second is not None and len(second) != len(texts):
+            raise errors.InputError(f"every text needs its second text, got {len(texts)} texts and {len(second)} second ones")
+        for text in [*texts, *(second or ())]:
+            if not isinstance(text, str):
+                raise errors.InputError(f"a text must be a str, got {type(text).__name__}")
+        inputs = np.zeros((len(texts), length, 2), np.int32)
+        inputs[:, :, 0] = self.pad_id
+        for i, text in enumerate(texts):
+            ids, types = self._sequence(text, None if second is None else second[i], length)
+            inputs[i, : len(ids)] = np.stack([ids, types], axis=-1)
+        return inputs if token_types > 1 else inputs[:, :, 0]
+
+    def check_fit(self, model: Any) -> None:
+        """Raises ConfigError unless a network with this config knows every token, and the same padding."""
+        size, pad_id = getattr(model, "vocab_size", None), getattr(model, "pad_id", None)
+        if size is None or len(self.tokens) > size or self.pad_id != pad_id:
+            raise errors.ConfigError(
+                f"the vocabulary has {len(self.tokens)} tokens and pads with {self.pad_id}, but the model has vocab_size="
+                f"{size} and pad_id={pad_id}; make them agree"
+            )
+
+    def _sequence(self, text: str, second: str | None, length: int) -> tuple[list[int], list[int]]:
+        """Token ids and types of one input, not padded."""
+        if self.scheme == "words":
+            return self._word_sequence(text, second, length)
+        parts = [self._pieces(text)] if second is None else [self._pieces(text), self._pieces(second)]
+        while sum(map(len, parts)) > max(length - 1 - len(parts), 0):
+            max(reversed(parts), key=len).pop()  # of two equally long ones the second, as BERT's own code does
+        ids, types = [self._ids[CLS]], [0]
+        for kind, part in enumerate(parts):
+            ids += [*part, self._ids[SEP]]
+            types += [kind] * (len(part) + 1)
+        return ids[:length], types[:length]
+
+    def _word_sequence(self, text: str, second: str | None, length: int) -> tuple[list[int], list[int]]:
+        if second is not None:
+            raise errors.InputError("this vocabulary takes single texts, not pairs")
+        words = text.split()
+        if len(words) >= length:
+            raise errors.InputError(f"a text may have {length - 1} tokens here, got {len(words)}: '{text[:80]}'")
+        for word in words:
+            if word not in self._ids:
+                near = difflib.get_close_matches(word, self.tokens, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"tokens are {' '.join(self.tokens)[:200]}"
+                raise errors.InputError(f"'{word}' is not a token of this vocabulary; {hint} Blanks part tokens")
+        return [self._ids[CLS], *(self._ids[word] for word in words)], [0] * (len(words) + 1)
+
+    def _pieces(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _ids(self) -> Mapping[str, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            import tokenizers
+        except ImportError as e:
+            raise errors.DataError(
+                f"cutting text into word pieces needs '{e.name}': pip install 'superserve-jax[text]'"
+            ) from e
+        # Special tokens are not told to the tokenizer, so "[SEP]" in a user's text is four pieces and not a separator.
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(dict(self._ids), unk_token=UNKNOWN))
+        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=self.lowercase)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        return tokenizer

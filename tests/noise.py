@@ -1,0 +1,82 @@
+"""A dataset of noise, and training on it as a process of its own, which other tests kill, starve of disk or give 8 devices.
+
+    python tests/noise.py WORKDIR SPEC.json
+
+SPEC holds changes to the config and "log", a file that gets one line per step: the step, a hash of its batch, its subnets.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+DEBUG = pathlib.Path(__file__).parent.parent / "configs" / "debug.py"
+
+
+class Noise:
+    """Noise with labels that depend on it, behind the interface of `data.Dataset`; batch k is a function of (seed, k)."""
+
+    name, num_classes, class_names, vocabulary = "noise", 10, tuple("0123456789"), None
+
+    def __init__(self, config=None):
+        self.config = config
+
+    def num_examples(self, split):
+        return {"train": 640, "validation": 250, "test": 300}[split]
+
+    def _make(self, rng, n):
+        images = rng.integers(0, 256, (n, 32, 32, 1), dtype=np.uint8)
+        return images, (images[:, :16].mean((1, 2, 3)) > 127.5).astype(np.int32)
+
+    def train(self, batch_size, *, seed, start_step=0):
+        k = start_step
+        while True:
+            images, labels = self._make(np.random.default_rng([seed, k]), batch_size)
+            yield {"inputs": images, "label": labels}
+            k += 1
+
+    def arrays(self, split, limit=None):
+        n = self.num_examples(split)
+        return self._make(np.random.default_rng(len(split)), n if limit is None else min(limit, n))
+
+    def eval(self, split, batch_size):
+        images, labels = self.arrays(split)
+        for i in range(0, len(images), batch_size):
+            x, y = images[i : i + batch_size], labels[i : i + batch_size]
+            fill = batch_size - len(x)
+            weight = np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)]
+            yield {"inputs": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))), "label": np.pad(y, (0, fill)), "weight": weight}
+
+
+def main() -> None:
+    import logging
+
+    from superserve_jax import errors
+    from superserve_jax.training import config as configs
+    from superserve_jax.training import loop, step
+
+    workdir, spec = sys.argv[1], json.loads(pathlib.Path(sys.argv[2]).read_text())
+    log = spec.pop("log", None)
+    real = step.SandwichStep.__call__
+
+    def logged(self, state, inputs, labels, choices, **options):
+        digest = hashlib.sha256(np.asarray(inputs).tobytes() + np.asarray(labels).tobytes()).hexdigest()
+        line = {"step": options["step"], "batch": digest, "subnets": [c.subnet.to_json() for c in choices]}
+        with open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return real(self, state, inputs, labels, choices, **options)
+
+    if log:
+        step.SandwichStep.__call__ = logged
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        loop.train(dataclasses.replace(configs.load(DEBUG), **spec), workdir, dataset=Noise())
+    except errors.SuperServeError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

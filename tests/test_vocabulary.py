@@ -1,0 +1,127 @@
+"""Text to token ids: BERT's way against ids worked out by hand, and the words of listops."""
+
+import numpy as np
+import pytest
+
+from superserve_jax import errors, vocabulary
+from superserve_jax.supernets import dynabert
+
+TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "play", "##ing", "##ed", ",", "uber", "E", "##s")
+PIECES = vocabulary.Vocabulary(TOKENS)
+WORDS = vocabulary.Vocabulary(("[PAD]", "[CLS]", "0", "1", "[MAX", "]"), scheme="words")
+
+
+def tokens(ids):
+    return [TOKENS[i] for i in ids]
+
+
+def test_a_text_becomes_cls_pieces_sep_and_padding():
+    ids = PIECES.encode(["The cat, playing"], length=9)
+    assert ids.dtype == np.int32
+    assert tokens(ids[0]) == ["[CLS]", "the", "cat", ",", "play", "##ing", "[SEP]", "[PAD]", "[PAD]"]
+
+
+def test_a_pair_has_types_of_its_own_and_the_second_text_a_separator():
+    inputs = PIECES.encode(["the cat"], ["cat played"], length=9, token_types=2)
+    assert tokens(inputs[0, :, 0]) == ["[CLS]", "the", "cat", "[SEP]", "cat", "play", "##ed", "[SEP]", "[PAD]"]
+    assert inputs[0, :, 1].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0]
+
+
+def test_inputs_are_those_of_the_models_own_packing():
+    config = dynabert.DynaBERTConfig(vocab_size=len(TOKENS), max_length=9)
+    inputs = PIECES.encode(["the cat"], ["cat"], length=9, token_types=2)
+    assert np.array_equal(inputs, config.pack([[2, 4, 5, 3, 5, 3]], [[0, 0, 0, 0, 1, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length", "expected"),
+    [
+        ("the cat sat the cat", None, 5, "[CLS] the cat sat [SEP]"),
+        ("the cat sat the cat", "sat", 7, "[CLS] the cat sat [SEP] sat [SEP]"),
+        ("sat", "the cat sat the cat", 7, "[CLS] sat [SEP] the cat sat [SEP]"),
+        ("the cat sat", "the cat sat", 8, "[CLS] the cat sat [SEP] the cat [SEP]"),  # of equals the second
+        ("the cat", None, 2, "[CLS] [SEP]"),
+    ],
+)
+def test_what_is_too_long_is_cut_as_bert_does(first, second, length, expected):
+    ids = PIECES.encode([first], None if second is None else [second], length=length)
+    assert " ".join(tokens(ids[0])) == expected
+
+
+def test_lowercasing_strips_accents_and_can_be_left_out():
+    assert tokens(PIECES.encode(["Über"], length=3)[0]) == ["[CLS]", "uber", "[SEP]"]
+    cased = vocabulary.Vocabulary(TOKENS, lowercase=False)
+    assert tokens(cased.encode(["Es The"], length=5)[0]) == ["[CLS]", "E", "##s", "[UNK]", "[SEP]"]
+
+
+def test_a_special_token_in_a_users_text_is_only_text():
+    ids = PIECES.encode(["the [SEP] cat"], length=12)[0].tolist()
+    assert ids.count(TOKENS.index("[SEP]")) == 1
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_vocabulary_file_may_end_its_lines_in_any_way(tmp_path, newline, end):
+    odd = (*TOKENS, "\u2028")  # a token of BERT's that str.splitlines takes for the end of a line
+    (tmp_path / "vocab.txt").write_bytes((newline.join(odd) + end.replace("\n", newline)).encode())
+    found = vocabulary.Vocabulary.read(tmp_path / "vocab.txt", lowercase=False)
+    assert found == vocabulary.Vocabulary(odd, lowercase=False)
+    assert vocabulary.Vocabulary.from_text(found.to_text(), **found.settings) == found
+
+
+def test_words_are_parted_by_blanks_and_follow_cls():
+    assert WORDS.encode(["[MAX 0 1 ]", " 1  0 "], length=6).tolist() == [[1, 4, 2, 3, 5, 0], [1, 3, 2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: WORDS.encode(["[MAXX 0 ]"], length=6), r"did you mean '\[MAX'"),
+        (lambda: WORDS.encode(["0 1 0"], length=3), "may have 2 tokens here, got 3"),
+        (lambda: WORDS.encode(["0"], ["1"], length=3), "single texts"),
+        (lambda: PIECES.encode(["a", "b"], ["c"], length=9), "got 2 texts and 1 second"),
+        (lambda: PIECES.encode([b"the"], length=9), "must be a str, got bytes"),
+        (lambda: PIECES.encode(["a"], [None], length=9), "must be a str, got NoneType"),
+    ],
+)
+def test_what_cannot_be_encoded_is_an_input_error(call, message):
+    with pytest.raises(errors.InputError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": TOKENS[1:]}, r"must hold \[PAD\]"),
+        ({"tokens": (*TOKENS, "cat")}, "'cat' is there twice"),
+        ({"tokens": (*TOKENS, "")}, "not empty"),
+        ({"tokens": (*TOKENS, "a\nb")}, "one line"),
+        ({"tokens": TOKENS, "scheme": "word"}, "did you mean 'words'"),
+        ({"tokens": TOKENS, "lowercase": 1}, "lowercase must be True or False, got 1"),
+    ],
+)
+def test_tokens_that_cannot_be_a_vocabulary_are_refused(arguments, message):
+    with pytest.raises(errors.SuperServeError, match=message):
+        vocabulary.Vocabulary(**arguments)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"the\ncat\n", b"\xff\xfe"])
+def test_a_file_that_is_no_vocabulary_is_a_data_error_that_names_it(tmp_path, content):
+    file = tmp_path / "vocab.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(errors.DataError, match=r"vocab\.txt cannot be read"):
+        vocabulary.Vocabulary.read(file)
+
+
+def test_a_missing_tokenizer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(errors.DataError, match=r"pip install 'superserve-jax\[text\]'"):
+        vocabulary.Vocabulary(TOKENS).encode(["the"], length=4)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 13}, {"pad_id": 1}])
+def test_a_network_with_other_tokens_does_not_fit(changes):
+    PIECES.check_fit(dynabert.DynaBERTConfig(vocab_size=14))
+    with pytest.raises(errors.ConfigError, match="make them agree"):
+        PIECES.check_fit(dynabert.DynaBERTConfig(**{"vocab_size": 14, **changes}))
