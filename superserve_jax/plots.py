@@ -39,14 +39,20 @@ def search(
     front: Sequence[tuple[float, float]],
     served: Sequence[tuple[float, float]],
     path: Path,
+    *,
+    cost: str,
 ) -> None:
-    """The search's candidates, its Pareto front and the subnets chosen, each as (FLOPs, accuracy as a fraction)."""
+    """The search's candidates, its Pareto front and the subnets chosen, each as (cost, accuracy as a fraction).
+
+    Args:
+      cost: what the cost is, with its unit.
+    """
     fig = figure.Figure(figsize=(6, 4), layout="constrained")
     axes = fig.subplots()
     axes.scatter(*_columns(cloud), s=12, color="0.6", label="candidates")
-    axes.plot(*_columns(front), color="tab:blue", label="Pareto front")
-    axes.scatter(*_columns(served), color="tab:orange", zorder=3, label="served")
-    axes.set(xscale="log", xlabel="multiply-adds per image", ylabel="validation accuracy (%)")
+    axes.plot(*_columns(front), color="tab:blue", zorder=2.5, label="Pareto front")
+    axes.scatter(*_columns(served), s=18, color="tab:orange", zorder=3, label="served")
+    axes.set(xscale="log", xlabel=cost, ylabel="validation accuracy (%)")
     axes.legend()
     fig.savefig(path, dpi=120)
 

@@ -4,7 +4,7 @@ from conftest import TINY, random_images, random_params
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import calibration, evaluation, search
+from superserve_jax.training import calibration, evaluation
 
 
 @pytest.fixture
@@ -70,35 +70,3 @@ def test_accuracy_counts_each_image_once_and_padding_never(model):
     assert found[0] == pytest.approx(18 / 23)
     other = np.argmax(np.asarray(model(images, chosen[1])), -1)
     assert found[1] == pytest.approx((other == labels).mean())
-
-
-def test_the_search_tries_what_it_was_told_each_once_and_is_repeatable(model):
-    images = random_images(TINY, 32)
-    labels = np.arange(32, dtype=np.int32) % 3
-    tried = search.search(model, images, batches_of(images, labels, 16), candidates=14, seed=3)
-    again = search.search(model, images, batches_of(images, labels, 16), candidates=14, seed=3)
-    assert tried == again
-    assert len({c.subnet for c in tried}) == len(tried) == 14
-    assert {TINY.space().smallest(), TINY.space().largest()} <= {c.subnet for c in tried}
-    assert all(c.flops == TINY.flops(c.subnet) for c in tried)
-
-
-def candidate(step, flops, accuracy):
-    return search.Candidate(TINY.space().sample(9, step), flops, accuracy)
-
-
-def test_the_front_ascends_in_cost_and_accuracy():
-    cloud = [candidate(0, 1, 0.5), candidate(1, 2, 0.4), candidate(2, 2, 0.6), candidate(3, 3, 0.6), candidate(4, 4, 0.9)]
-    assert [(c.flops, c.accuracy) for c in search.front(cloud)] == [(1, 0.5), (2, 0.6), (4, 0.9)]
-
-
-def test_choosing_takes_the_best_of_each_band_and_keeps_what_must_be_kept():
-    steps = {TINY.space().sample(9, k): k for k in range(40)}
-    cloud = [candidate(k, 2**i, 0.5 + 0.05 * i + 0.001 * (k % 3)) for i, k in enumerate(list(steps.values())[:8])]
-    bad = candidate(list(steps.values())[8], 300, 0.2)
-    chosen = search.choose([*cloud, bad], 5, keep=(cloud[0].subnet,))
-    assert cloud[0] in chosen
-    assert bad not in chosen
-    assert len(chosen) <= 5
-    assert [c.flops for c in chosen] == sorted(c.flops for c in chosen)
-    assert len(search.choose([*cloud, bad], 9, tolerance=1.0)) >= len(chosen)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,23 @@ def test_each_stage_is_a_program_of_its_own(trained, name, tmp_path):
     done = program(f"train/{name}.py", trained, "--json", tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())
     assert done.stdout.strip()
+
+
+def test_a_search_that_was_killed_goes_on_to_the_result_of_an_undisturbed_one(trained, tmp_path):
+    for name in ("killed", "undisturbed"):
+        shutil.copytree(trained, tmp_path / name)
+        (tmp_path / name / "search.jsonl").unlink()
+    options = ["--candidates", "48", "--examples", "1000"]
+    process = subprocess.Popen([sys.executable, "train/search.py", str(tmp_path / "killed"), *options], cwd=ROOT)
+    lines, deadline = tmp_path / "killed" / "search.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (lines.exists() and lines.read_bytes().count(b"\n") > 5):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert "candidates already; going on from there" in program("train/search.py", tmp_path / "killed", *options).stderr
+    program("train/search.py", tmp_path / "undisturbed", *options)
+    results = [(tmp_path / name / "search.json").read_bytes() for name in ("killed", "undisturbed")]
+    assert results[0] == results[1]
 
 
 def test_measuring_and_replaying_give_a_table_a_plot_and_json(trained, tmp_path):

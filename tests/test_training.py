@@ -13,7 +13,7 @@ from noise import DEBUG, Noise
 from superserve_jax import errors
 from superserve_jax.supernets import programs
 from superserve_jax.training import config as configs
-from superserve_jax.training import data, loop, runs, sampling, stages, step
+from superserve_jax.training import data, evaluation, latency, loop, runs, sampling, stages, step
 
 
 @pytest.fixture
@@ -109,6 +109,67 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, tmp_path):
     assert {s.subnet for s in model.served} <= set(run.served())
     assert configs.from_json(model.manifest["training"]) == config
     assert {"search.png", "search.json", "statistics.npz", "evaluation.json"} <= set(os.listdir(run.workdir))
+
+
+def with_search(run, **changes):
+    return dataclasses.replace(
+        run, config=dataclasses.replace(run.config, search=dataclasses.replace(run.config.search, **changes))
+    )
+
+
+def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(config, tmp_path, monkeypatch, caplog):
+    run = with_search(loop.train(config, tmp_path / "run"), candidates=10, served=6)
+    undisturbed = stages.search(run)
+    before = (run.workdir / "search.json").read_bytes()
+    (run.workdir / "search.jsonl").unlink()
+    real, calls = evaluation.accuracy, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.search(run)
+    with caplog.at_level("INFO"):
+        assert stages.search(run) == undisturbed
+    assert "has 4 candidates already" in caplog.text
+    assert len(calls) == 5 + 6
+    assert (run.workdir / "search.json").read_bytes() == before
+    stages.search(with_search(run, candidates=10, served=3, tolerance=0.5))  # what is made of the candidates may change
+    assert len(calls) == 5 + 6
+    with caplog.at_level("INFO"):
+        stages.search(with_search(run, calibration_examples=100))
+    assert "is of other data; searching anew" in caplog.text
+
+
+def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(config, tmp_path, monkeypatch):
+    run = with_search(loop.train(config, tmp_path / "run"), candidates=12, cost="latency", latency_batch=2)
+    monkeypatch.setattr(stages, "_TIMED", 6)
+    chosen = stages.search(run)
+    found = json.loads((run.workdir / "search.json").read_text())
+    assert found["cost"] == "latency"
+    assert 0 < found["latency_error"] < 10
+    assert 0 < chosen[0].cost <= chosen[-1].cost < 1000  # milliseconds
+    monkeypatch.setattr(latency, "measure", lambda *_, **__: pytest.fail("timed again"))
+    assert stages.search(run) == chosen
+    costs = [config.model.flops(s) for s in run.served()]
+    assert costs == sorted(costs)
+
+
+def test_with_a_tolerance_all_that_were_chosen_are_exported(config, tmp_path):
+    run = with_search(loop.train(config, tmp_path / "run"), candidates=12, served=12, tolerance=0.99)
+    stages.search(run)
+    stages.calibrate(run)
+    stages.evaluate(run)
+    import superserve_jax as ss
+
+    model = ss.load(stages.export(run))
+    assert list(model.subnets) == run.served()
+    assert len(model.subnets) == 12
+    assert set(model.rows) == set(model.subnets)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,23 @@ def main() -> None:
     path = stages.export(runs.Run.open(options.run), options.out)
     model = ss.load(path)  # what was written can be read
     size = sum(f["bytes"] for f in model.manifest["files"].values())
+    weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.rows))
     cli.print_table(stages.table(list(model.served)))
     if options.json:
-        files.write_json(options.json, {"path": str(path), "bytes": size, "served": [s.to_json() for s in model.served]})
-    print(f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; go on with `python serve/measure.py {path}`")
+        files.write_json(
+            options.json,
+            {
+                "path": str(path),
+                "bytes": size,
+                "weights_bytes": weights,
+                "statistics_bytes": statistics,
+                "served": [s.to_json() for s in model.served],
+            },
+        )
+    print(
+        f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; {statistics:,} bytes of statistics, "
+        f"{weights:,} of weights; go on with `python serve/measure.py {path}`"
+    )
 
 
 if __name__ == "__main__":

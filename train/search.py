@@ -1,18 +1,24 @@
 """Searches a trained run for Pareto-optimal subnets and chooses those to serve.
 
-    python train/search.py runs/digits_resnet --candidates 200
+    python train/search.py runs/digits_resnet --candidates 1000
+    python train/search.py runs/digits_resnet --candidates 1000 --served 500 --tolerance 0.02
+    python train/search.py runs/digits_resnet --cost latency --latency-batch 16
 
-Leaves search.json and search.png in the run's folder; calibrate, evaluate and export come next.
-Library: training.stages.search (training.search, training.calibration, training.evaluation).
+Leaves search.json and search.png in the run's folder; calibrate, evaluate and export come next. Ctrl-C keeps what was tried
+(search.jsonl); the same command goes on from there. What is not given is as in the run's config; --help after the folder lists
+it. Library: training.stages.search (training.search, training.latency, training.calibration, training.evaluation).
 """
 
 import dataclasses
 import pathlib
+import sys
+import time
 from typing import Annotated
 
 import tyro
 
 from superserve_jax import cli, files
+from superserve_jax.training import config as configs
 from superserve_jax.training import runs, stages
 
 
@@ -21,34 +27,44 @@ class Options:
     """Options.
 
     Args:
-      run: the run's folder.
-      candidates: subnets to try; as the run's config says if left out.
-      served: subnets to choose at most; as the run's config says if left out.
+      search: every field can be overridden.
       json: write the chosen subnets to this file.
     """
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    candidates: int | None = None
-    served: int | None = None
+    search: Annotated[configs.SearchConfig, tyro.conf.arg(name="")]
     json: pathlib.Path | None = None
 
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
-    run = runs.Run.open(options.run)
-    changes = {k: v for k in ("candidates", "served") if (v := getattr(options, k)) is not None}
-    settings = dataclasses.replace(run.config.search, **changes)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, search=settings))
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    run = runs.Run.open(sys.argv[1])
+    options = tyro.cli(Options, default=Options(run.config.search), args=sys.argv[2:], prog=f"train/search.py {sys.argv[1]}")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, search=options.search))
+    start = time.monotonic()
     chosen = stages.search(run)
+    seconds = time.monotonic() - start
+    found, flops = run.read("search.json", made_by="train/search.py"), run.config.model.flops
+    latency = options.search.cost == "latency"
     cli.print_table(
         [
-            ("MFLOPs", "validation accuracy"),
-            *((f"{c.flops / 1e6:.2f}", f"{100 * c.accuracy:.2f} %") for c in chosen),
+            ("MFLOPs", *(["ms"] if latency else []), "validation accuracy"),
+            *(
+                (f"{flops(c.subnet) / 1e6:.2f}", *([f"{c.cost:.3f}"] if latency else []), f"{100 * c.accuracy:.2f} %")
+                for c in chosen
+            ),
         ]
     )
     if options.json:
         files.write_json(options.json, [c.to_json() for c in chosen])
+    print(
+        f"{len(found['candidates'])} candidates in {seconds:.0f} s, {len(chosen)} chosen; standard error of an accuracy: "
+        f"{100 * found['standard_error']:.2f} points"
+    )
+    if latency:
+        print(f"latencies are predicted; mean error, cross-validated: {100 * found['latency_error']:.1f} %")
     print(f"plot: {run.workdir / 'search.png'}; go on with `python train/calibrate.py {run.workdir}`")
 
 

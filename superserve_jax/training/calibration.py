@@ -18,7 +18,7 @@ from superserve_jax.supernets import programs, supernet
 def calibrate(
     model: supernet.SuperNet,
     subnet_list: Sequence[subnets.Subnet],
-    images: np.ndarray,
+    images: np.ndarray | jax.Array,
     *,
     batch_size: int = 256,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -45,6 +45,8 @@ def calibrate(
         raise errors.ConfigError(f"statistics need batches of 2 or more, got {len(images)} images in batches of {batch_size}")
     batch_size = min(batch_size, len(images))
     program = programs.masked(model.config)
+    if not program.offsets:  # a family without batch statistics
+        return {subnet: np.zeros((2, 0), np.float32) for subnet in progress(subnet_list)}
     starts = range(0, len(images) - batch_size + 1, batch_size)
     rows = {}
     for subnet in progress(subnet_list):

@@ -67,17 +67,35 @@ class SearchConfig:
     Args:
       candidates: subnets to try, the smallest and the largest among them.
       calibration_examples, examples: training examples for a candidate's statistics, validation examples for its accuracy.
-      served: at most this many subnets are chosen, spread evenly over the logarithm of FLOPs.
+      cost: what accuracy is weighed against: "flops", or "latency", measured on this machine.
+      latency_batch: the batch size whose latency counts.
+      served: at most this many subnets are chosen, spread evenly over the logarithm of the cost.
+      tolerance: how much less accurate than a cheaper subnet a served one may be, a fraction such as 0.02; all that are chosen
+        are exported then. None: by the standard error, and the export keeps those that test images confirm to be better than
+        every cheaper one.
     """
 
     candidates: int = 60
     calibration_examples: int = 512
     examples: int = 1000
+    cost: Literal["flops", "latency"] = "flops"
+    latency_batch: int = 1
     served: int = 12
+    tolerance: float | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            demand_whole(f"search.{field.name}", getattr(self, field.name), 2 if field.name in ("candidates", "served") else 1)
+        for name, least in (
+            ("candidates", 2),
+            ("calibration_examples", 1),
+            ("examples", 1),
+            ("latency_batch", 1),
+            ("served", 2),
+        ):
+            demand_whole(f"search.{name}", getattr(self, name), least)
+        if self.cost not in ("flops", "latency"):
+            raise errors.unknown_name("search.cost", self.cost, ("flops", "latency"))
+        if self.tolerance is not None:
+            demand_number("search.tolerance", self.tolerance, below=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 config.json        the resolved config
 checkpoints/       Orbax: step, parameters, optimiser state, average; checkpoints.json: their SHA-256
 metrics.jsonl/png  the course of training; validation.jsonl, tensorboard/
-search.json/png    candidates and the subnets chosen to be served
+search.json/png    candidates and the subnets chosen to be served; search.jsonl: what was tried, for going on
 statistics.npz     SubnetNorm rows of the served subnets
 evaluation.json    their accuracies on test data
 export/            the export, see checkpoint.py

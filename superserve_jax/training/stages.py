@@ -1,52 +1,98 @@
 """What follows training, each stage on an existing run: search, calibrate, evaluate, export. Each leaves its result in the
 run's folder and may be repeated by itself; programs of the same names are in train/."""
 
+import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 from superserve_jax import checkpoint, plots, progress
 from superserve_jax import subnet as subnets
-from superserve_jax.training import calibration, evaluation, runs
+from superserve_jax.training import calibration, evaluation, latency, runs
 from superserve_jax.training import config as configs
 from superserve_jax.training import search as searching
 
 _EVAL_BATCH = 250
+_TIMED = 40  # subnets that are timed where latency is the cost
 
 
 def search(run: runs.Run) -> list[searching.Candidate]:
-    """Tries subnets on validation images and chooses those to serve, in ascending order of FLOPs: search.json, search.png."""
+    """Tries subnets on validation images and chooses those to serve, in ascending order of cost: search.json, search.png.
+
+    What was tried stands in search.jsonl: an interrupted search goes on from there, and so does one for more candidates.
+    """
     settings, model, dataset = run.config.search, run.model(), run.dataset()
+    space = model.space
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
+    batches = list(itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH)))
+    timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
 
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        return itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH))
+    def measure() -> dict[subnets.Subnet, float]:
+        return latency.measure(
+            model,
+            timed,
+            batch=settings.latency_batch,
+            progress=lambda items: progress.track(items, "latencies, compiling", total=len(timed)),
+        )
 
-    tried = searching.search(
-        model,
-        images,
-        batches,
-        candidates=settings.candidates,
-        seed=run.config.seed,
-        progress=lambda items: progress.track(items, "search", total=min(settings.candidates, model.space.size)),
-    )
+    depends_on = {
+        "model": configs.to_json(run.config)["model"],
+        "weights": _digest(model.params),
+        "data": _digest({"inputs": images}, *batches),
+        "cost": settings.cost,
+    }
+    if timed:
+        depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
+    with searching.Log(run.workdir / "search.jsonl", depends_on, measure=measure) as log:
+        predictor = latency.Predictor(model.config, log.latencies) if timed else None
+        tried = searching.search(
+            model,
+            images,
+            lambda: batches,
+            candidates=settings.candidates,
+            seed=run.config.seed,
+            cost=predictor,
+            known=log.known,
+            record=log.add,
+            progress=lambda items: progress.track(items, "search", total=min(settings.candidates, space.size)),
+        )
     best = max(c.accuracy for c in tried)
+    error = searching.standard_error(best, min(settings.examples, dataset.num_examples("validation")))
     chosen = searching.choose(
         tried,
         settings.served,
-        keep=(model.space.smallest(), model.space.largest()),
-        tolerance=searching.standard_error(best, min(settings.examples, dataset.num_examples("validation"))),
+        keep=(space.smallest(), space.largest()),
+        tolerance=error if settings.tolerance is None else settings.tolerance,
     )
     run.write(
         "search.json",
-        {"candidates": [c.to_json() for c in tried], "served": [c.subnet.to_json() for c in chosen]},
+        {
+            "cost": settings.cost,
+            "tolerance": settings.tolerance,
+            "standard_error": error,
+            "latency_error": predictor.error if predictor else None,
+            "candidates": [c.to_json() for c in tried],
+            "served": [s.to_json() for s in sorted((c.subnet for c in chosen), key=model.config.flops)],
+        },
     )
-    cloud, front, served = ([(float(c.flops), c.accuracy) for c in group] for group in (tried, searching.front(tried), chosen))
-    plots.search(cloud, front, served, run.workdir / "search.png")
+    cloud, front, served = ([(c.cost, c.accuracy) for c in group] for group in (tried, searching.front(tried), chosen))
+    label = f"latency of a batch of {settings.latency_batch} (ms), predicted" if timed else "multiply-adds per input"
+    plots.search(cloud, front, served, run.workdir / "search.png", cost=label)
     return chosen
+
+
+def _digest(*groups: Mapping[str, Any]) -> str:
+    """SHA-256 of arrays by name."""
+    digest = hashlib.sha256()
+    for arrays in groups:
+        for name in sorted(arrays):
+            digest.update(np.asarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) -> None:
@@ -89,12 +135,14 @@ def evaluate(run: runs.Run) -> list[checkpoint.Served]:
 def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Writes the export of an evaluated run, by default into its folder; returns where.
 
-    It offers the subnets that are more accurate on test images than every cheaper one, and the largest.
+    It offers the subnets that are more accurate on test images than every cheaper one, and the largest; all that were
+    evaluated, where the search was given a tolerance.
     """
     evaluated = [checkpoint.Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
     evaluated.sort(key=lambda s: s.flops)
-    best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
-    evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
+    if run.read("search.json", made_by="train/search.py").get("tolerance") is None:
+        best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
+        evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
     dataset = run.dataset()
     return checkpoint.export(
         path if path is not None else run.workdir / "export",

@@ -1,0 +1,90 @@
+"""What SubnetNorm costs at a network's full size: bytes of many subnets' statistics against bytes of the shared weights.
+
+    python train/bench_statistics.py configs/ofa_resnet50.py --subnets 500
+
+Builds the network with fresh weights, exports it with a row of statistics for every subnet, loads the export and runs a few
+subnets at batch 1. The rows are made up, not calibrated: their sizes are real, the logits mean nothing. Library:
+checkpoint.export, load; training.latency.measure.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from superserve_jax import checkpoint, cli, files
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import config as configs
+from superserve_jax.training import latency, sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      config: the experiment; only its network counts.
+      subnets: how many have statistics: the smallest, the largest and random ones.
+      run: how many of them are run.
+      json: write the result to this file.
+    """
+
+    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    subnets: int = 500
+    run: int = 3
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    default = Options(configs.load(sys.argv[1]))
+    options = tyro.cli(Options, default=default, args=sys.argv[2:], prog=f"train/bench_statistics.py {sys.argv[1]}")
+    config = options.config.model
+    chosen, rng = [config.space().smallest(), config.space().largest()], np.random.default_rng(0)
+    while len(chosen) < min(options.subnets, config.space().size):
+        drawn = sampling.compound(config.space(), rng)
+        chosen += [drawn] * (drawn not in chosen)
+    model = supernet.SuperNet.create(config, seed=0)
+    model.rows = {s: np.ones((2, programs.sliced(config, s).row_size), np.float32) for s in chosen}
+    served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
+    with tempfile.TemporaryDirectory() as folder:
+        path = checkpoint.export(pathlib.Path(folder) / "export", model, served, measured="not measured: fresh weights")
+        del model
+        start = time.monotonic()
+        loaded = checkpoint.load(path)
+        load_s = time.monotonic() - start
+        kinds = {"statistics.npz": 0, "weights": 0}
+        for name, file in loaded.manifest["files"].items():
+            kinds[name.split("/")[0]] += file["bytes"]
+    weights, rows = sum(p.nbytes for p in loaded.params.values()), [r.nbytes for r in loaded.rows.values()]
+    ordered = loaded.subnets
+    shown = [ordered[i] for i in np.linspace(0, len(ordered) - 1, options.run).round().astype(int)]
+    table = [("MFLOPs", "params", "bytes of statistics", "weights / statistics", "ms per input")]
+    for subnet, ms in latency.measure(loaded, shown, batch=1, repeats=5).items():
+        flops, params, size = config.flops(subnet), config.num_params(subnet), loaded.rows[subnet].nbytes
+        table.append((f"{flops / 1e6:.0f}", f"{params:,}", f"{size:,}", f"{weights / size:.0f}", f"{ms:.0f}"))
+    cli.print_table(table)
+    total = sum(rows)
+    print(
+        f"{len(rows)} subnets (rows made up, their sizes real): {total:,} bytes of statistics, {total / len(rows):,.0f} each, "
+        f"{weights / (total / len(rows)):.0f} times less than the {weights:,} bytes of weights\n"
+        f"on disk: {kinds['statistics.npz']:,} bytes of statistics, the subnets' names included, and {kinds['weights']:,} of "
+        f"weights; loaded and checked in {load_s:.1f} s"
+    )
+    if options.json:
+        files.write_json(
+            options.json,
+            {"subnets": len(rows), "weights_bytes": weights, "statistics_bytes": rows, "disk_bytes": kinds, "load_s": load_s},
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
