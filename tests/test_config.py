@@ -115,3 +115,13 @@ def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):
 def test_differences_between_configs_are_named_by_field():
     a, b = configs.to_json(debug()), configs.to_json(dataclasses.replace(debug(), seed=5))
     assert configs.differences(a, b) == ["seed: 0 -> 5"]
+
+
+def test_a_config_of_an_older_version_is_read_with_defaults_and_one_of_a_newer_refused():
+    values = configs.to_json(debug())
+    old = {k: v for k, v in values.items() if k not in ("phases", "distill", "ema")}
+    assert configs.from_json(old) == debug()
+    with pytest.raises(errors.UnknownNameError, match="field of OptimConfig 'lrr': did you mean 'lr'"):
+        configs.from_json({**values, "optim": {**values["optim"], "lrr": 1}})
+    with pytest.raises(errors.ConfigError, match="the config does not fit"):
+        configs.from_json({k: v for k, v in values.items() if k != "model"})

@@ -222,3 +222,10 @@ def test_a_tolerance_lets_as_many_be_served_as_are_asked_for():
     assert len(search.choose(cloud, 100, keep=ends, tolerance=0.02)) == 24
     assert len(search.choose(cloud, 20, keep=ends)) < 20
     assert search.choose(cloud, 2, keep=ends, tolerance=0.02) == [cloud[0], cloud[-1]]
+
+
+def test_a_search_after_a_tied_phase_tries_tied_subnets_only_and_ends_with_the_last(model, judged):
+    space = TINY.space()
+    tied = {space.tied(s) for s in space.enumerate()}
+    assert {c.subnet for c in run(model, 10**6, tied=True)} == tied
+    assert len(tied) < space.size

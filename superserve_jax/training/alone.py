@@ -24,7 +24,7 @@ def train(run: runs.Run, subnet: subnets.Subnet, name: str) -> checkpoint.Served
     Raises:
       KeyboardInterrupt, ConfigError, DataError: as `loop.train` does.
     """
-    alone = loop.train(config(run.config, subnet), run.workdir / "alone" / name)
+    alone = loop.train(config(run.config, subnet), run.workdir / "alone" / name, dataset=run.given)
     if not (alone.workdir / "evaluation.json").is_file():
         # Nothing to search for in a space of one.
         alone.write("search.json", {"candidates": [], "served": [alone.config.model.space().largest().to_json()]})

@@ -196,16 +196,30 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`."""
-    parts = {
-        "model": supernets.config_from_json(values["model"]),
-        "data": values["data"] and data.config_from_json(values["data"]),
-        "optim": OptimConfig(**values["optim"]),
-        "phases": tuple(Phase(**{**p, "elastic": _tuple(p["elastic"])}) for p in values["phases"]),
-        "distill": DistillConfig(**values["distill"]),
-        "search": SearchConfig(**values["search"]),
+    """The inverse of `to_json`. A field that an older version did not have is left at its default.
+
+    Raises:
+      UnknownNameError: a field that this version does not have. ConfigError: a value that does not fit.
+    """
+    readers = {
+        "model": supernets.config_from_json,
+        "data": lambda v: v and data.config_from_json(v),
+        "optim": lambda v: _read(OptimConfig, v),
+        "phases": lambda v: tuple(_read(Phase, {**p, "elastic": _tuple(p.get("elastic"))}) for p in v),
+        "distill": lambda v: _read(DistillConfig, v),
+        "search": lambda v: _read(SearchConfig, v),
     }
-    return TrainConfig(**{**values, **parts})
+    return _read(TrainConfig, {name: readers.get(name, lambda v: v)(value) for name, value in values.items()})
+
+
+def _read(config_class: Any, values: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(config_class)}
+    if surplus := sorted(set(values) - known):
+        raise errors.unknown_name(f"field of {config_class.__name__}", surplus[0], known)
+    try:
+        return config_class(**values)
+    except TypeError as e:
+        raise errors.ConfigError(f"the config does not fit: {e}") from e
 
 
 def _tuple(names: list[str] | None) -> tuple[str, ...] | None:

@@ -49,7 +49,8 @@ class Run:
         workdir = pathlib.Path(workdir)
         path = workdir / "config.json"
         if path.exists():
-            changed = configs.differences(_read(path), configs.to_json(config))
+            # Through a config, since an older version may not have written every field.
+            changed = configs.differences(configs.to_json(configs.from_json(_read(path))), configs.to_json(config))
             if changed:
                 raise errors.ConfigError(
                     f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "

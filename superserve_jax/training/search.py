@@ -7,6 +7,7 @@ before, so an interrupted search repeats an undisturbed one.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -55,6 +56,7 @@ def search(
     candidates: int,
     seed: int,
     cost: Callable[[subnets.Subnet], float] | None = None,
+    tied: bool = False,
     known: Mapping[subnets.Subnet, Candidate] | None = None,
     record: Callable[[Candidate], None] = lambda _: None,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -68,6 +70,7 @@ def search(
       candidates: how many to try; fewer where the space has fewer.
       seed: of the random choices.
       cost: of a subnet; its multiply-adds if left out.
+      tied: only subnets that were trained in a tied phase are tried, see `SearchSpace.tied`.
       known: candidates that an interrupted search judged; they are not judged again.
       record: is given each candidate that is judged, at once.
       progress: wraps an iteration over candidates, for a progress bar.
@@ -86,7 +89,7 @@ def search(
         return candidate
 
     def judged():
-        for subnet in _proposals(model.config, tried, min(candidates, model.space.size), seed):
+        for subnet in _proposals(model.config, tried, min(candidates, model.space.size), seed, tied):
             tried[subnet] = known[subnet] if subnet in known else judge(subnet)
             yield tried[subnet]
 
@@ -98,33 +101,48 @@ def search(
 # -- what to try --------------------------------------------------------------------------------------------------------
 
 
-def _proposals(config: Any, tried: Mapping[subnets.Subnet, Candidate], total: int, seed: int) -> Iterator[subnets.Subnet]:
-    """Generation by generation, `total` subnets; each must be in `tried` before the next is asked for."""
+def _proposals(
+    config: Any, tried: Mapping[subnets.Subnet, Candidate], total: int, seed: int, tied: bool
+) -> Iterator[subnets.Subnet]:
+    """Generation by generation, `total` subnets, or as many as can be found; each must be in `tried` before the next is asked
+    for."""
     space = config.space()
     rng = np.random.default_rng([seed, 1])
-    spread = sampling.envelopes(config, _POPULATION - 2, seed=seed + 1)
+    spread = sampling.envelopes(config, _POPULATION - 2, seed=seed + 1, tied=tied)
     first = [space.smallest(), space.largest(), *(spread[i] for i in rng.permutation(len(spread)))]
     yield from list(dict.fromkeys(first))[:total]
     while len(tried) < total:
         parents = survivors(tried.values(), _POPULATION)
         generation: dict[subnets.Subnet, None] = {}
         for _ in range(min(_POPULATION, total - len(tried))):
-            generation[_new_child(space, parents, {*tried, *generation}, rng)] = None
+            if (child := _new_child(space, parents, {*tried, *generation}, rng, tied)) is not None:
+                generation[child] = None
+        if not generation:
+            return
         yield from generation
 
 
 def _new_child(
-    space: subnets.SearchSpace, parents: Sequence[Candidate], taken: set[subnets.Subnet], rng: np.random.Generator
-) -> subnets.Subnet:
-    """A child of two tournament winners that is not `taken`; a random subnet where that is hard to find."""
+    space: subnets.SearchSpace,
+    parents: Sequence[Candidate],
+    taken: set[subnets.Subnet],
+    rng: np.random.Generator,
+    tied: bool,
+) -> subnets.Subnet | None:
+    """A child of two tournament winners that is not `taken`, or a random subnet where that is hard to find; None where a tied
+    space, whose size is not known, seems to have no other."""
     for _ in range(_TRIES):
         mother, father = (parents[rng.integers(len(parents), size=2).min()].subnet for _ in range(2))
         child = mutate(space, crossover(space, mother, father, rng), rng)
+        child = space.tied(child) if tied else child
         if child not in taken:
             return child
-    while child in taken:
+    for _ in itertools.repeat(None) if not tied else range(100 * _TRIES):
         child = space.vary(child, lambda choices, _: choices[int(rng.integers(len(choices)))])
-    return child
+        child = space.tied(child) if tied else child
+        if child not in taken:
+            return child
+    return None
 
 
 def crossover(

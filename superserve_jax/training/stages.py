@@ -40,6 +40,7 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             progress=lambda items: progress.track(items, "latencies, compiling", total=len(timed)),
         )
 
+    tied = bool(run.config.phases) and run.config.phases[-1].tied
     depends_on = {
         "model": configs.to_json(run.config)["model"],
         "weights": _digest(model.params),
@@ -57,6 +58,7 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             candidates=settings.candidates,
             seed=run.config.seed,
             cost=predictor,
+            tied=tied,
             known=log.known,
             record=log.add,
             progress=lambda items: progress.track(items, "search", total=min(settings.candidates, space.size)),
