@@ -11,7 +11,7 @@ fine-tuned weights, then train them further:
 """
 
 from superserve_jax.supernets.dynabert import DynaBERTConfig
-from superserve_jax.training.config import OptimConfig, SearchConfig, TrainConfig
+from superserve_jax.training.config import DistillConfig, OptimConfig, Phase, SearchConfig, TrainConfig
 from superserve_jax.training.data import TextConfig
 
 
@@ -22,6 +22,8 @@ def get_config() -> TrainConfig:
         model=DynaBERTConfig(num_classes=2, max_length=64),
         data=TextConfig("glue/sst2", validation=2000, max_length=64, token_types=2, vocabulary="vocab.txt"),
         optim=OptimConfig(name="adamw", lr=2e-5, schedule="cosine", warmup=0.1, weight_decay=0.01, clip_norm=1.0),
+        phases=(Phase(elastic=("heads", "ffn"), rewire=True), Phase()),
+        distill=DistillConfig(hidden=0.1),
         epochs=6,
         batch_size=32,
         random_subnets=2,

@@ -31,7 +31,8 @@ def test_python_in_the_readme_is_short_and_runs(code, tmp_path, monkeypatch, cap
     served = [checkpoint.Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(chosen)]
     checkpoint.export(tmp_path / "runs" / "demo" / "export", model, served, measured="made up", class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("32, 32, 1", "9, 9, 1"), "README.md", "exec"), {})
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    exec(compile(code.replace("16, 32, 32, 1", "16, 9, 9, 1"), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
