@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
-from superserve_jax.training import evaluation, runs, stages
+from superserve_jax.training import runs, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,8 @@ def main() -> None:
     run = runs.Run.open(options.run)
     served = stages.evaluate(run)
     cli.print_table(stages.table(served))
-    dataset = run.dataset()
-    if dataset.vocabulary is not None:
-        for name, accuracy in evaluation.text_baselines(dataset).items():
-            print(f"to compare: {name}, {100 * accuracy:.2f} %")
+    for name, accuracy in stages.baselines(run).items():
+        print(f"to compare: {name}, {100 * accuracy:.2f} %")
     if options.json:
         files.write_json(options.json, [s.to_json() for s in served])
     print(f"go on with `python train/export.py {run.workdir}`")

@@ -54,6 +54,8 @@ def main() -> None:
     served = stages.evaluate(run)
     path = stages.export(run)
     cli.print_table(stages.table(served))
+    for name, accuracy in stages.baselines(run).items():
+        print(f"to compare: {name}, {100 * accuracy:.2f} %")
     if options.json:
         files.write_json(options.json, [s.to_json() for s in served])
     print(

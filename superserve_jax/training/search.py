@@ -220,14 +220,16 @@ def choose(
     costs = [c.cost for c in ordered]
     best = np.maximum.accumulate([0.0, *(c.accuracy for c in ordered)])
     lacks = dict(zip(ordered, best[np.searchsorted(costs, costs)] - [c.accuracy for c in ordered], strict=True))
-    near = [c for c in ordered if lacks[c] <= tolerance]
+    # Rounding to a divisor makes different choices one network: of candidates alike in both one is enough.
+    near = list({(c.cost, c.accuracy): c for c in ordered if lacks[c] <= tolerance}.values())
     chosen = {c: None for c in ordered if c.subnet in keep}
     bands = count - len(chosen)
     low, high = math.log(costs[0]), math.log(costs[-1])
     of_band = {c: min(int(bands * (math.log(c.cost) - low) / max(high - low, 1e-9)), bands - 1) for c in near}
     first = {of_band[c]: c for c in sorted(near, key=lambda c: c.accuracy)}
+    alike = {(c.cost, c.accuracy) for c in chosen}
     for c in (*first.values(), *sorted(near, key=lambda c: lacks[c])):
-        if len(chosen) < count:
+        if len(chosen) < count and (c in chosen or (c.cost, c.accuracy) not in alike):
             chosen[c] = None
     return sorted(chosen, key=lambda c: c.cost)
 

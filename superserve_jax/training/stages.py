@@ -13,6 +13,7 @@ import numpy as np
 
 from superserve_jax import checkpoint, plots, progress
 from superserve_jax import subnet as subnets
+from superserve_jax.supernets import supernet
 from superserve_jax.training import calibration, evaluation, latency, runs
 from superserve_jax.training import config as configs
 from superserve_jax.training import search as searching
@@ -113,25 +114,34 @@ def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) ->
 
 
 def evaluate(run: runs.Run) -> list[checkpoint.Served]:
-    """Accuracy of the served subnets on test images, with their own statistics and with the largest's: evaluation.json."""
+    """Accuracy of the served subnets on test examples, with their own statistics and, where the family has any, with the
+    largest's: evaluation.json."""
     model, dataset = run.model(), run.dataset()
     served = run.served()
-    accuracies = {
-        norm: evaluation.accuracy(
+
+    def accuracies(norm: supernet.Norm) -> list[float]:
+        return evaluation.accuracy(
             model,
             served,
             lambda: dataset.eval("test", _EVAL_BATCH),
             norm=norm,
-            progress=lambda items, norm=norm: progress.track(items, f"test images, {norm} statistics", total=len(served)),
+            progress=lambda items: progress.track(items, f"test examples, {norm} statistics", total=len(served)),
         )
-        for norm in ("own", "shared")
-    }
+
+    own = accuracies("own")
+    shared = accuracies("shared") if model.row(model.space.largest()).size else [None] * len(own)
     result = [
-        checkpoint.Served(s, own, shared, model.config.flops(s), model.config.num_params(s))
-        for s, own, shared in zip(served, accuracies["own"], accuracies["shared"], strict=True)
+        checkpoint.Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s))
+        for s, accuracy, other in zip(served, own, shared, strict=True)
     ]
     run.write("evaluation.json", [s.to_json() for s in result])
     return result
+
+
+def baselines(run: runs.Run) -> dict[str, float]:
+    """Test accuracies that a model of texts has to beat (see `evaluation.text_baselines`); none for other data."""
+    dataset = run.dataset()
+    return {} if dataset.vocabulary is None else evaluation.text_baselines(dataset)
 
 
 def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
@@ -160,7 +170,9 @@ def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib
 
 def table(served: list[checkpoint.Served]) -> list[tuple[str, ...]]:
     """Header and rows for printing: cost and accuracies of served subnets."""
-    header = ("MFLOPs", "params", "test accuracy", "with the largest's statistics")
+    header, shown = ("MFLOPs", "params", "test accuracy", "with the largest's statistics"), 4
+    if all(s.accuracy_shared is None for s in served):
+        shown = 3
     rows = [
         (
             f"{s.flops / 1e6:.2f}",
@@ -170,4 +182,4 @@ def table(served: list[checkpoint.Served]) -> list[tuple[str, ...]]:
         )
         for s in served
     ]
-    return [header, *rows]
+    return [row[:shown] for row in (header, *rows)]
