@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
         ),
         data=DataConfig(name="cluttered_digits", image_size=32, channels=1, shift=2, cache=True),
         optim=OptimConfig(name="adamw", lr=4e-3, schedule="cosine"),
-        epochs=6,
+        epochs=8,
         batch_size=64,
         calibration_examples=2048,
         search=SearchConfig(candidates=80, served=24),
