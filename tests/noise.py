@@ -5,7 +5,6 @@
 SPEC holds changes to the config and "log", a file that gets one line per step: the step, a hash of its batch, its subnets.
 """
 
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -73,7 +72,8 @@ def main() -> None:
         step.SandwichStep.__call__ = logged
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        loop.train(dataclasses.replace(configs.load(DEBUG), **spec), workdir, dataset=Noise())
+        old = configs.to_json(configs.load(DEBUG))
+        loop.train(configs.from_json({**old, **spec}), workdir, dataset=Noise())
     except errors.SuperServeError as e:
         sys.exit(f"error: {e}")
 

@@ -16,7 +16,7 @@ import pytest
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
-from superserve_jax.training import checkpoints, loop, rewiring, runs
+from superserve_jax.training import checkpoints, loop, rewiring, runs, stages
 from superserve_jax.training import config as configs
 
 SCRIPT = pathlib.Path(__file__).parent / "noise.py"
@@ -87,7 +87,8 @@ def everything(run):
 
 @pytest.mark.slow
 def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
-    settings = {"epochs": 2.4, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
+    settings: dict = {"epochs": 2.4, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
+    settings["phases"] = [{"share": 1, "elastic": ["depth"]}, {"share": 2, "rewire": True}]
     finish(start(tmp_path, "undisturbed", **settings))
     rng, deaths = np.random.default_rng(0), 0
     for _ in range(20):
@@ -150,7 +151,7 @@ def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(con
 def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):
     run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
     files = [p for p in (run.workdir / "checkpoints" / "4").rglob("*") if p.is_file() and p.stat().st_size]
-    sums = checkpoints._sums_of(run.workdir / "checkpoints" / "4")
+    sums = run.workdir / "checksums" / "4.json"
     assert len(files) > 5
     for path in files:
         good = path.read_bytes()
@@ -162,19 +163,28 @@ def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):
     assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") == "file more"
 
 
-def test_a_checkpoint_whose_sums_were_not_written_does_not_count(config, tmp_path, caplog):
+def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_and_costs_no_other(config, tmp_path, caplog):
     run = loop.train(config, tmp_path / "run", dataset=Noise())
-    path = run.workdir / "checkpoints.json"
-    sums = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in sums.items() if k != "12"}))
-    with caplog.at_level(logging.WARNING), run.checkpoints() as saved:
-        assert saved.latest() == 8
-    assert "it has no checksums" in caplog.text
-    path.write_text("{")
+    assert sorted(p.name for p in (run.workdir / "checksums").iterdir()) == ["12.json", "8.json"]
+    path = run.workdir / "checksums" / "12.json"
+    good = path.read_bytes()
+    for spoil in (path.unlink, lambda: path.write_text("{"), lambda: path.write_bytes(bytes([good[0] ^ 32]) + good[1:])):
+        spoil()
+        with caplog.at_level(logging.WARNING), run.checkpoints() as saved:
+            assert saved.latest() == 8
+        assert "its checksums cannot be read" in caplog.text
+        caplog.clear()
+    path.write_bytes(good)
     with run.checkpoints() as saved:
-        assert saved.latest() is None
+        assert saved.latest() == 12  # who only reads has removed nothing
+
+
+def test_without_a_whole_checkpoint_a_run_says_so(config, tmp_path, caplog):
+    run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
+    (run.workdir / "checksums" / "4.json").unlink()
     with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
         run.model()
+    assert "there is none before it" in caplog.text
 
 
 @pytest.mark.slow
@@ -217,14 +227,28 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_p
 
 @pytest.mark.slow
 def test_one_and_eight_devices_have_the_same_losses(tmp_path):
-    settings = {"epochs": 2.0, "log_every": 1, "random_subnets": 2, "checkpoint_every": 100}
+    """With all that a recipe can have: a teacher, phases, rewiring, an average, validation."""
+    settings: dict = {
+        "epochs": 2.0,
+        "log_every": 1,
+        "random_subnets": 2,
+        "checkpoint_every": 100,
+        "ema": 0.9,
+        "eval_every": 10,
+    }
+    settings["phases"] = [{"share": 1, "elastic": []}, {"share": 3, "rewire": True}]
+    teacher = loop.train(dataclasses.replace(configs.load(DEBUG), epochs=0.2), tmp_path / "teacher", dataset=Noise())
+    stages.calibrate(teacher, [teacher.config.model.space().largest()])
+    settings["distill"] = {"teacher": str(teacher.workdir), "weight": 0.5}
     for name, devices in (("one", 1), ("eight", 8)):
         finish(start(tmp_path, name, devices=devices, **settings))
     one, eight = (runs.Run.open(tmp_path / name).metrics() for name in ("one", "eight"))
     assert len(one) == len(eight) == 20
     for a, b in zip(one, eight, strict=True):
-        for key in ("loss", "loss_smallest"):
+        assert a.keys() == b.keys()
+        for key in {"loss", "loss_smallest"} & a.keys():
             assert b[key] == pytest.approx(a[key], abs=1e-4), a["step"]
+    assert "loss_smallest" in one[-1]
     assert len({m["loss"] for m in one}) == 20
 
 

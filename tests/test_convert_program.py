@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import pytest
 from conftest import random_params, random_row
 from published import assert_same_model, ofa_state
 
+from superserve_jax import errors
 from superserve_jax.supernets import supernet
 from superserve_jax.training import config as configs
-from superserve_jax.training import loop, runs
+from superserve_jax.training import loop, runs, step
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -59,12 +61,16 @@ def test_the_program_makes_a_run_that_training_goes_on_from(tmp_path):
     assert_same_model(runs.Run.open(run).model(), model)
     assert "has a checkpoint already" in program(*command, status=2).stderr
     run = runs.Run.open(run)
-    with run.checkpoints() as manager:  # where the training loop begins
-        step, params, opt_state = loop._restore(manager, run.config, run.config.optim.create(10))
-    assert step == 0
+    sandwich = step.SandwichStep(run.config.optim.create(10))
+    with run.checkpoints() as saved:  # where the training loop begins
+        done, state = loop._restore(saved, run, sandwich)
+    assert done == 0
     for name, value in model.params.items():
-        np.testing.assert_array_equal(params[name], value)
-    assert jax.tree.structure(opt_state) == jax.tree.structure(run.config.optim.create(10).init(params))
+        np.testing.assert_array_equal(state.params[name], value)
+    assert jax.tree.structure(state) == jax.tree.structure(sandwich.init(state.params))
+    shutil.rmtree(run.workdir / "checkpoints")
+    with run.checkpoints() as saved, pytest.raises(errors.DataError, match="convert them again"):
+        loop._restore(saved, run, sandwich)
 
 
 def test_unfit_weights_leave_no_run_behind(tmp_path):

@@ -11,7 +11,7 @@ def test_every_subnet_asked_for_is_timed_in_positive_milliseconds():
     chosen = [TINY.space().smallest(), TINY.space().largest()]
     found = latency.measure(model, chosen, batch=2, repeats=3)
     assert list(found) == chosen
-    assert all(0 < ms < 1000 for ms in found.values())
+    assert all(ms > 0 for ms in found.values())
 
 
 def test_what_is_timed_begins_with_the_ends_of_the_space_and_repeats_none():

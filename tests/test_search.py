@@ -231,9 +231,12 @@ def test_a_search_after_a_tied_phase_tries_tied_subnets_only_and_ends_with_the_l
     assert len(tied) < space.size
 
 
-def test_of_candidates_that_are_one_network_one_is_chosen():
+def test_of_subnets_that_are_one_network_one_is_chosen():
     space = TINY.space()
-    alike = [search.Candidate(s, 5.0, 0.7) for s in list(space.enumerate())[3:6]]
+    middle = list(space.enumerate())[3:9]
+    candidates = [search.Candidate(s, 5.0, 0.7) for s in middle]
     ends = [search.Candidate(space.smallest(), 1.0, 0.5), search.Candidate(space.largest(), 9.0, 0.9)]
-    chosen = search.choose([*ends, *alike], 5, keep=(space.smallest(), space.largest()), tolerance=0.1)
-    assert [(c.cost, c.accuracy) for c in chosen] == [(1.0, 0.5), (5.0, 0.7), (9.0, 0.9)]
+    options = {"keep": (space.smallest(), space.largest()), "tolerance": 0.1}
+    assert len(search.choose([*ends, *candidates], 8, **options)) == 8
+    alike = search.choose([*ends, *candidates], 8, **options, network=lambda s: middle.index(s) // 2 if s in middle else s)
+    assert len(alike) == 5

@@ -11,7 +11,8 @@ import pytest
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
-from superserve_jax.supernets import programs
+from superserve_jax import subnet as subnets
+from superserve_jax.supernets import programs, supernet
 from superserve_jax.training import config as configs
 from superserve_jax.training import data, evaluation, latency, loop, runs, sampling, stages, step
 
@@ -152,7 +153,7 @@ def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(con
     found = json.loads((run.workdir / "search.json").read_text())
     assert found["cost"] == "latency"
     assert 0 < found["latency_error"] < 10
-    assert 0 < chosen[0].cost <= chosen[-1].cost < 1000  # milliseconds
+    assert 0 < chosen[0].cost <= chosen[-1].cost
     monkeypatch.setattr(latency, "measure", lambda *_, **__: pytest.fail("timed again"))
     assert stages.search(run) == chosen
     costs = [config.model.flops(s) for s in run.served()]
@@ -168,7 +169,11 @@ def test_with_a_tolerance_all_that_were_chosen_are_exported(config, tmp_path):
 
     model = ss.load(stages.export(run))
     assert list(model.subnets) == run.served()
-    assert len(model.subnets) == 12
+    tried = [
+        subnets.Subnet.from_json(c["subnet"]) for c in json.loads((run.workdir / "search.json").read_text())["candidates"]
+    ]
+    assert len(tried) == 12
+    assert len(model.subnets) == len({tuple(config.model.sizes(s).values()) for s in tried})
     assert set(model.rows) == set(model.subnets)
 
 
@@ -229,3 +234,49 @@ def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config
     used = {c.program for k in range(12) for c in sampling.Sampler(fresh.model, buckets=2, random_subnets=2, seed=0).step(k)}
     assert len(used) == 2 + 2
     assert len(traced) == len(set(traced)) == len(used)
+
+
+def test_a_run_on_a_given_dataset_takes_no_other_in_later_stages(config, tmp_path):
+    run = loop.train(config, tmp_path / "run", dataset=Noise())
+    stages.search(run)
+    again = runs.Run.open(tmp_path / "run")
+    with pytest.raises(errors.ConfigError, match=r"Run\.open\(.*dataset=\.\.\.\)"):
+        stages.calibrate(again)
+    stages.calibrate(runs.Run.open(tmp_path / "run", dataset=Noise()))
+    with pytest.raises(errors.ConfigError, match="the config names no dataset"):
+        loop.train(dataclasses.replace(config, data=None), tmp_path / "other")
+
+
+def test_training_on_forgets_what_the_stages_found_of_other_weights(config, tmp_path):
+    run = runs.Run.convert(config, tmp_path / "run", supernet.SuperNet.create(config.model, seed=3))
+    stages.calibrate(run, [config.model.space().largest()])
+    assert (run.workdir / "statistics.npz").exists()
+    loop.train(config, tmp_path / "run")
+    assert not (run.workdir / "statistics.npz").exists()
+
+
+def test_validation_without_validation_examples_is_refused_before_the_first_step(config, tmp_path):
+    class Without(Noise):
+        def num_examples(self, split):
+            if split == "validation":
+                raise errors.DataError("no validation split; set validation above 0")
+            return super().num_examples(split)
+
+    with pytest.raises(errors.DataError, match="set validation above 0"):
+        loop.train(dataclasses.replace(config, eval_every=2), tmp_path / "run", dataset=Without())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_tries_only_what_the_last_phase_trained(config, tmp_path):
+    depth_only = dataclasses.replace(config, epochs=0.2, phases=(configs.Phase(elastic=("depth",)),))
+    run = loop.train(depth_only, tmp_path / "run")
+    space = config.model.space()
+    assert {c.subnet for c in stages.search(run)} <= {space.subnet(depth=d) for d in ((1, 1), (1, 2))}
+
+
+def test_phases_that_alternate_within_one_line_of_the_records_are_averaged_over_their_own_steps(config, tmp_path):
+    frozen = configs.Phase(elastic=())
+    run = loop.train(
+        dataclasses.replace(config, epochs=0.6, log_every=6, phases=(configs.Phase(), frozen, configs.Phase())), tmp_path
+    )
+    assert np.isfinite(run.metrics()[0]["loss_smallest"])

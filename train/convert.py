@@ -5,7 +5,7 @@
 The config says which network the weights are for and which data it is judged on. The run has a checkpoint of step 0 with the
 weights and the statistics that came with them; train/search.py, calibrate.py, evaluate.py and export.py go on from there, and
 so does train/supernet.py with the same config, which trains the weights further. A .pth file needs
-`pip install 'superserve-jax[convert]'`. Library: convert.weights, training.runs.Run.start_from.
+`pip install 'superserve-jax[convert]'`. Library: convert.weights, training.runs.Run.convert.
 """
 
 import dataclasses
@@ -45,8 +45,7 @@ def main() -> None:
     default = Options(tyro.MISSING, configs.load(sys.argv[1]))
     options = tyro.cli(Options, default=default, args=sys.argv[2:], prog=f"train/convert.py {sys.argv[1]}")
     model = convert.weights(options.weights, options.config.model)  # first, since unfit weights should leave no folder behind
-    run = runs.Run.create(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
-    run.start_from(model)
+    run = runs.Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
     largest = model.space.largest()
     flops, params = model.config.flops(largest), model.config.num_params(largest)
     if options.json:

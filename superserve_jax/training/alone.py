@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from superserve_jax import checkpoint
+from superserve_jax import checkpoint, errors
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import single
 from superserve_jax.training import config as configs
@@ -24,6 +24,11 @@ def train(run: runs.Run, subnet: subnets.Subnet, name: str) -> checkpoint.Served
     Raises:
       KeyboardInterrupt, ConfigError, DataError: as `loop.train` does.
     """
+    if run.converted:
+        raise errors.ConfigError(
+            f"{run.workdir} began with converted weights: subnets that are trained alone from random ones say nothing about "
+            f"what sharing costs it"
+        )
     alone = loop.train(config(run.config, subnet), run.workdir / "alone" / name, dataset=run.given)
     if not (alone.workdir / "evaluation.json").is_file():
         # Nothing to search for in a space of one.

@@ -1,7 +1,7 @@
 """A run's checkpoints: Orbax, with a SHA-256 of every file, since Orbax restores many a flipped bit without a word.
 
-The sums stand in checkpoints.json beside the folder, written after the checkpoint: one that a kill, a full disk or a bad
-sector has spoiled does not match them, and the one before takes its place.
+The sums of a step stand in checksums/STEP.json, written after its checkpoint: one that a kill, a full disk or a bad sector has
+spoiled does not match them, and the one before takes its place.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str]):
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._sums_path = self._folder.with_suffix(".json")
+        self._sums = self._folder.with_name("checksums")
         self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -42,20 +42,23 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self._manager.close()
 
-    def latest(self) -> int | None:
-        """The last step whose checkpoint is whole, None where there is none. Damaged ones after it are removed, with a
-        warning each."""
-        sums = self._sums()
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            wrong = _difference(sums.get(str(step)), self._folder / str(step))
+    def latest(self, *, clean: bool = False) -> int | None:
+        """The last step whose checkpoint is whole, None where there is none. Warns of each damaged one after it.
+
+        Args:
+          clean: also remove those, so that their steps can be saved again; for the process that trains.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for i, step in enumerate(steps):
+            wrong = _difference(self._sums / f"{step}.json", self._folder / str(step))
             if wrong is None:
                 return step
+            what_now = "the one before it is used" if i + 1 < len(steps) else "there is none before it"
             _log.warning(
-                "the checkpoint of step %d in %s is damaged or was not finished (%s): it is removed, and the one before it "
-                "is used",
-                *(step, self._folder, wrong),
+                "the checkpoint of step %d in %s is damaged or was not finished (%s); %s", step, self._folder, wrong, what_now
             )
-            self._remove(step)
+            if clean:
+                self._remove(step)
         return None
 
     def save(self, step: int, **items: Any) -> None:
@@ -68,8 +71,10 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
             self._manager.wait_until_finished()
-            sums = {str(s): v for s in self._manager.all_steps() if (v := self._sums().get(str(s)))}
-            files.write_json(self._sums_path, {**sums, str(step): _sums_of(self._folder / str(step))})
+            files.write_json(self._sums / f"{step}.json", _sums_of(self._folder / str(step)))
+            for path in self._sums.glob("*.json"):
+                if not (self._folder / path.stem).exists():
+                    path.unlink()
             return
         except Exception as e:  # Orbax passes on whatever its storage layer raises
             problem = repr(e)
@@ -91,12 +96,6 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT))
 
-    def _sums(self) -> dict[str, dict[str, str]]:
-        try:
-            return json.loads(self._sums_path.read_text())
-        except (OSError, ValueError):  # then no checkpoint can be trusted, and `latest` says so
-            return {}
-
     def _remove(self, step: int) -> None:
         """Whatever is there of a step, finished or not."""
         with contextlib.suppress(Exception):  # it reports the failed write once more
@@ -104,6 +103,7 @@ class Checkpoints:
         for path in self._folder.glob(f"{step}*"):
             if path.name.split(".")[0] == str(step):
                 shutil.rmtree(path, ignore_errors=True)
+        (self._sums / f"{step}.json").unlink(missing_ok=True)
         self._manager = self._open()
 
 
@@ -113,9 +113,11 @@ def _sums_of(folder: pathlib.Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def _difference(expected: dict[str, str] | None, folder: pathlib.Path) -> str | None:
-    """What is wrong with a folder; None where every file is as it should be."""
-    if expected is None:
-        return "it has no checksums"
-    found = _sums_of(folder)
-    return next((f"file {name}" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None)
+def _difference(sums: pathlib.Path, folder: pathlib.Path) -> str | None:
+    """What is wrong with a folder, by the file of its sums; None where every file is as it should be."""
+    try:
+        expected = json.loads(sums.read_text())
+        found = _sums_of(folder)
+        return next((f"file {name}" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None)
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        return f"its checksums cannot be read: {e}"

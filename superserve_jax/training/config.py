@@ -9,8 +9,8 @@ import pathlib
 from typing import Any, Literal
 
 from superserve_jax import errors, supernets
-from superserve_jax.training import data
-from superserve_jax.training.optim import OptimConfig, demand_number, demand_whole
+from superserve_jax.training import checks, data
+from superserve_jax.training.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Phase:
     rewire: bool = False
 
     def __post_init__(self):
-        demand_number("phases.share", self.share, least=1e-6)
-        demand_whole("phases.choices", self.choices, 0)
+        checks.demand_number("phases.share", self.share, least=1e-6)
+        checks.demand_whole("phases.choices", self.choices, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class DistillConfig:
     hidden: float = 0.0
 
     def __post_init__(self):
-        demand_number("distill.weight", self.weight)
-        demand_number("distill.hidden", self.hidden)
+        checks.demand_number("distill.weight", self.weight)
+        checks.demand_number("distill.hidden", self.hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +91,11 @@ class SearchConfig:
             ("latency_batch", 1),
             ("served", 2),
         ):
-            demand_whole(f"search.{name}", getattr(self, name), least)
+            checks.demand_whole(f"search.{name}", getattr(self, name), least)
         if self.cost not in ("flops", "latency"):
             raise errors.unknown_name("search.cost", self.cost, ("flops", "latency"))
         if self.tolerance is not None:
-            demand_number("search.tolerance", self.tolerance, below=1)
+            checks.demand_number("search.tolerance", self.tolerance, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +150,9 @@ class TrainConfig:
             raise errors.ConfigError(f"name must be usable as a folder's name, got '{self.name}'")
         if not hasattr(self.model, "family"):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
-        demand_number("epochs", self.epochs, least=1e-6)
-        demand_number("label_smoothing", self.label_smoothing, below=1)
-        demand_number("ema", self.ema, below=1)
+        checks.demand_number("epochs", self.epochs, least=1e-6)
+        checks.demand_number("label_smoothing", self.label_smoothing, below=1)
+        checks.demand_number("ema", self.ema, below=1)
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise errors.unknown_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         for phase in self.phases:
@@ -161,11 +161,11 @@ class TrainConfig:
                 raise errors.ConfigError(
                     f"phases.rewire: family '{self.model.family}' has no units to sort (its config has no method units)"
                 )
-        demand_whole("eval_every", self.eval_every, 0)
-        demand_whole("random_subnets", self.random_subnets, 0)
-        demand_whole("seed", self.seed, 0)
+        checks.demand_whole("eval_every", self.eval_every, 0)
+        checks.demand_whole("random_subnets", self.random_subnets, 0)
+        checks.demand_whole("seed", self.seed, 0)
         for name in ("batch_size", "buckets", "calibration_examples", "checkpoint_every", "log_every"):
-            demand_whole(name, getattr(self, name), 1)
+            checks.demand_whole(name, getattr(self, name), 1)
 
 
 def load(path: str | os.PathLike[str]) -> TrainConfig:

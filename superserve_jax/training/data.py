@@ -17,7 +17,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.supernets import supernet
-from superserve_jax.training import folder, images, streams, text
+from superserve_jax.training import checks, folder, images, streams, text
 
 Dataset = streams.Dataset
 DataConfig = images.DataConfig
@@ -86,13 +86,13 @@ def from_arrays(
         if y.min() < 0 or y.max() >= len(names):
             bad = int(y.min() if y.min() < 0 else y.max())
             raise errors.DataError(f"labels must be from 0 to {len(names) - 1} ({len(names)} classes); {split} has {bad}")
-    streams.check_int("shift", shift, 0)
+    checks.demand_whole("shift", shift, 0)
     if (shift or flip) and inputs.ndim != 4:
         raise errors.ConfigError(f"shift and flip are for images (N, H, W, C), got inputs of shape {inputs.shape}")
     splits = {split: streams.Arrays(*pair, order=streams.fixed_order(len(pair[1]))) for split, pair in arrays.items()}
     splits["test"] = streams.Arrays(*arrays["test"])
     if isinstance(validation, int):
-        streams.check_int("validation", validation, 0)
+        checks.demand_whole("validation", validation, 0)
         order, kept = streams.fixed_order(len(labels)), streams.num_kept(len(labels), validation)
         splits["train"] = streams.Arrays(inputs, labels, order=order[:kept])
         if validation:

@@ -13,7 +13,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors
-from superserve_jax.training import augment, streams
+from superserve_jax.training import augment, checks, streams
 from superserve_jax.training.datasets import prepared
 
 
@@ -41,7 +41,7 @@ class ImageConfig:
 
     def __post_init__(self):
         for field, least in (("validation", 0), ("image_size", 1), ("shift", 0)):
-            streams.check_int(field, getattr(self, field), least)
+            checks.demand_whole(field, getattr(self, field), least)
         if self.channels not in (1, 3):
             raise errors.ConfigError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels!r}")
         if self.shift >= self.image_size:

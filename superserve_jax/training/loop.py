@@ -2,6 +2,7 @@
 an undisturbed one exactly."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -31,7 +32,7 @@ from superserve_jax.training import config as configs
 
 _log = logging.getLogger(__name__)
 
-_REWIRING_EXAMPLES = 256
+_REWIRING_EXAMPLES, _REWIRING_BATCH = 256, 32
 
 
 def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> runs.Run:
@@ -48,12 +49,21 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
       ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
     """
-    given, dataset = dataset, dataset or data.open(config.data)  # first, since without data no folder should be left behind
+    given = dataset
+    if given is not None:
+        config = dataclasses.replace(config, data=None)  # no later stage shall take another dataset for this one
+    elif config.data is None:
+        raise errors.ConfigError("the config names no dataset: set its `data`, or give train(..., dataset=...)")
+    dataset = given or data.open(config.data)  # first, since without data no folder should be left behind
     data.check_fit(dataset, config.model)
+    if config.eval_every:
+        dataset.num_examples("validation")  # raises where there is none
     recipe = step.Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
     teacher.check_hidden(recipe, config.model, outside)
     whole, split = _shardings(config.batch_size)
+    if outside is not None:
+        outside = outside._replace(params=jax.device_put(outside.params, whole))
 
     run = runs.Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
@@ -61,9 +71,10 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
     sandwich = step.SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
     with run.checkpoints() as saved, _stop_signal() as stopped:
-        start, state = _restore(saved, config, sandwich)
+        start, state = _restore(saved, run, sandwich)
         if start >= num_steps:
             return run
+        run.forget_stages()
         if start:
             _log.info("going on from step %d of %d", start, num_steps)
         state = jax.device_put(state, whole)
@@ -83,12 +94,12 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
                 record.add(scalars)
                 if done % config.log_every == 0 or done == num_steps:
                     record.flush(done, examples=config.batch_size)
-                if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
-                    record.validation(done, _validate(config, state, dataset))
                 if done % config.checkpoint_every == 0 or done == num_steps or stopped():
                     # On disk before the next step, which gives these buffers away.
                     unsaved = _save(saved, done, state)
                     last = last if unsaved else done
+                if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
+                    record.validation(done, _validate(config, state, dataset))
                 if stopped():
                     break
     if unsaved is not None:
@@ -111,11 +122,13 @@ def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sha
     return jax.sharding.NamedSharding(mesh, whole), jax.sharding.NamedSharding(mesh, split)
 
 
-def _restore(
-    saved: checkpoints.Checkpoints, config: configs.TrainConfig, sandwich: step.SandwichStep
-) -> tuple[int, step.TrainState]:
+def _restore(saved: checkpoints.Checkpoints, run: runs.Run, sandwich: step.SandwichStep) -> tuple[int, step.TrainState]:
     """(steps done, state): of the last checkpoint, or fresh."""
-    latest = saved.latest()
+    latest, config = saved.latest(clean=True), run.config
+    if latest is None and run.converted:
+        raise errors.DataError(
+            f"{run.workdir} began with converted weights, but has no whole checkpoint; remove it and convert them again"
+        )
     if latest is None:
         return 0, sandwich.init(programs.initial_params(config.model, config.seed))
     specs = jax.eval_shape(sandwich.init, programs.param_spec(config.model))
@@ -134,17 +147,20 @@ def _save(saved: checkpoints.Checkpoints, done: int, state: step.TrainState) -> 
 
 def _rewire(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> step.TrainState:
     """The state with units in order of importance; a pure function of the state, so that a resumed run repeats it."""
-    # Single examples, since gains and harms of a unit cancel within a batch.
-    few = itertools.islice(dataset.train(1, seed=config.seed), _REWIRING_EXAMPLES)
+    # Single examples where statistics of a batch are not needed, since gains and harms of a unit cancel within a batch.
+    size = _REWIRING_BATCH if programs.masked(config.model).offsets else 1
+    few = itertools.islice(dataset.train(size, seed=config.seed), _REWIRING_EXAMPLES // size)
     params = jax.device_put(state.params, jax.devices()[0])
     return rewiring.reorder(config.model, state, rewiring.orders(config.model, params, few))
 
 
 def _validate(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> dict[str, float]:
     """Accuracies of the smallest, a middle and the largest subnet on validation examples, with statistics of their own."""
-    space = config.model.space()
-    (middle,) = sampling.envelopes(config.model, 1, seed=config.seed) or [space.largest()]
-    subnets = {"smallest": space.smallest(), "middle": space.validate(middle), "largest": space.largest()}
+    (middle,) = sampling.envelopes(
+        config.model, 1, seed=config.seed, space=phases.final_space(config), tied=phases.tied(config)
+    )
+    smallest, largest = phases.ends(config)
+    subnets = {"smallest": smallest, "middle": config.model.space().validate(middle), "largest": largest}
     chosen = list(dict.fromkeys(subnets.values()))
     params = jax.device_put(state.ema or state.params, jax.devices()[0])
     inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)

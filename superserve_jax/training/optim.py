@@ -1,25 +1,12 @@
-"""The optimiser and its learning-rate schedule, and the checks that configs share."""
+"""The optimiser and its learning-rate schedule."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import optax
 
 from superserve_jax import errors
-
-
-def demand_whole(name: str, value: Any, least: int) -> None:
-    """Raises ConfigError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise errors.ConfigError(f"{name} must be a whole number from {least} up, got {value!r}")
-
-
-def demand_number(name: str, value: Any, *, least: float = 0.0, below: float = math.inf) -> None:
-    """Raises ConfigError unless `value` is a finite number from `least` up and below `below`."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value < below:
-        limit = f" and below {below}" if below < math.inf else ""
-        raise errors.ConfigError(f"{name} must be a finite number of at least {least:g}{limit}, got {value!r}")
+from superserve_jax.training import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +17,9 @@ class OptimConfig:
       name: "adamw" or "sgd" (with Nesterov momentum).
       lr: peak learning rate.
       schedule: "cosine" to zero, or "constant"; both after a linear warm-up over `warmup` (a fraction of all steps).
-      weight_decay: decoupled; norms and biases (parameters of fewer than two axes) are spared.
+      weight_decay: decoupled from the gradient with adamw, added to it with sgd; norms and biases (parameters of fewer than
+        two axes) are spared.
+      momentum: of sgd.
       clip_norm: gradients are scaled down to this global norm; 0 leaves them.
     """
 
@@ -46,11 +35,11 @@ class OptimConfig:
         for name, known in (("name", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
             if getattr(self, name) not in known:
                 raise errors.unknown_name(f"optim.{name}", getattr(self, name), known)
-        demand_number("optim.lr", self.lr, least=1e-12)
-        demand_number("optim.warmup", self.warmup, below=1)
-        demand_number("optim.weight_decay", self.weight_decay)
-        demand_number("optim.momentum", self.momentum, below=1)
-        demand_number("optim.clip_norm", self.clip_norm)
+        checks.demand_number("optim.lr", self.lr, least=1e-12)
+        checks.demand_number("optim.warmup", self.warmup, below=1)
+        checks.demand_number("optim.weight_decay", self.weight_decay)
+        checks.demand_number("optim.momentum", self.momentum, below=1)
+        checks.demand_number("optim.clip_norm", self.clip_norm)
 
     def create(self, steps: int) -> optax.GradientTransformation:
         """The Optax transformation for a run of `steps` steps."""

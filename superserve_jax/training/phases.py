@@ -3,6 +3,7 @@
 import itertools
 from typing import NamedTuple
 
+from superserve_jax import subnet as subnets
 from superserve_jax.training import config as configs
 from superserve_jax.training import sampling
 
@@ -33,6 +34,23 @@ def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
             )
             parts.append(Part(first, phase, sampler))
     return parts
+
+
+def final_space(config: configs.TrainConfig) -> subnets.SearchSpace:
+    """The space of the subnets that training ends with: that of the last phase."""
+    phase = (config.phases or (configs.Phase(),))[-1]
+    return config.model.space().narrowed(phase.elastic, choices=phase.choices)
+
+
+def tied(config: configs.TrainConfig) -> bool:
+    """Whether the last phase is tied."""
+    return bool(config.phases) and config.phases[-1].tied
+
+
+def ends(config: configs.TrainConfig) -> tuple[subnets.Subnet, subnets.Subnet]:
+    """The smallest and the largest subnet of the last phase."""
+    whole = config.model.space()
+    return whole.validate(final_space(config).smallest()), whole.largest()
 
 
 def at(parts: list[Part], step: int) -> Part:

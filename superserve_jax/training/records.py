@@ -1,6 +1,7 @@
 """What training leaves behind of its course: JSON lines, and the same for TensorBoard."""
 
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Mapping
@@ -8,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import tensorboardX
+
+from superserve_jax import files
+
+_log = logging.getLogger(__name__)
 
 _FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
 
@@ -44,7 +49,8 @@ class Records:
 
     def flush(self, step: int, *, examples: int) -> None:
         """Writes the means since the last flush; `examples` is their number in a step."""
-        means = {k: float(np.mean([float(s[k]) for s in self._pending])) for k in self._pending[-1] if k in self._pending[0]}
+        names = dict.fromkeys(k for s in self._pending for k in s)  # a frozen phase has no loss of a smallest subnet
+        means = {k: float(np.mean([float(s[k]) for s in self._pending if k in s])) for k in names}
         now_s = time.monotonic()
         rate = examples * len(self._pending) / (now_s - self._since_s)
         self._write("train", step, {**means, "examples_per_s": rate})
@@ -57,10 +63,13 @@ class Records:
         self._since_s = time.monotonic()
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._files[kind].write(json.dumps({"step": step, **values}) + "\n")
-        self._files[kind].flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._files[kind].write(json.dumps({"step": step, **values}) + "\n")
+            self._files[kind].flush()
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as e:
+            _log.warning("the records of step %d could not be written: %s. Training goes on", step, e)
 
 
 def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
@@ -72,5 +81,5 @@ def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
 def _reopen(path: pathlib.Path, start: int):
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    path.write_text("".join(line + "\n" for line in kept))
+    files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
     return path.open("a")

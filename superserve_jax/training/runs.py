@@ -1,7 +1,8 @@
 """A run's folder: what training, search, calibration and evaluation leave there, and how to read it back.
 
 config.json        the resolved config
-checkpoints/       Orbax: step, parameters, optimiser state, average; checkpoints.json: their SHA-256
+checkpoints/       Orbax: step, parameters, optimiser state, average; checksums/: their SHA-256
+converted.json     where the first checkpoint is of converted weights
 metrics.jsonl/png  the course of training; validation.jsonl, tensorboard/
 search.json/png    candidates and the subnets chosen to be served; search.jsonl: what was tried, for going on
 statistics.npz     SubnetNorm rows of the served subnets
@@ -27,6 +28,8 @@ from superserve_jax.training import checkpoints, data, records
 from superserve_jax.training import config as configs
 
 _log = logging.getLogger(__name__)
+
+_CONVERTED = "converted.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,21 +98,39 @@ class Run:
             params = saved.restore(step, **{name: programs.param_spec(self.config.model)})[name]
         return supernet.SuperNet(self.config.model, params, self.rows())
 
-    def start_from(self, model: supernet.SuperNet) -> None:
-        """Makes a model's weights and statistics those of step 0, from which training and the later stages go on.
+    @staticmethod
+    def convert(config: configs.TrainConfig, workdir: str | os.PathLike[str], model: supernet.SuperNet) -> "Run":
+        """A run whose step 0 has a model's weights and statistics, from which training and the later stages go on.
 
         Raises:
-          ConfigError: the run has a checkpoint already, or is of another network.
+          ConfigError: the folder has a checkpoint already, or is of another config, or the model of another network.
+          DataError: the disk is full.
         """
-        if model.config != self.config.model:
-            raise errors.ConfigError(f"{self.workdir} is a run of {self.config.model}, not of {model.config}")
-        with self.checkpoints() as saved:
+        workdir = pathlib.Path(workdir)
+        if model.config != config.model:
+            raise errors.ConfigError(f"{workdir} is a run of {config.model}, not of {model.config}")
+        # First, since a run without it that has no checkpoint would be trained from random weights.
+        if not (workdir / "config.json").exists():
+            files.write_json(workdir / _CONVERTED, {"parameters": sum(p.size for p in model.params.values())})
+        run = Run.create(config, workdir)
+        with run.checkpoints() as saved:
             if (step := saved.latest()) is not None:
-                raise errors.ConfigError(f"{self.workdir} has a checkpoint already, of step {step}; choose another folder")
-            opt_state = self.config.optim.create(1).init(model.params)  # the number of steps does not matter to it
-            saved.save(0, params=model.params, opt_state=opt_state, ema=model.params if self.config.ema else {})
+                raise errors.ConfigError(f"{workdir} has a checkpoint already, of step {step}; choose another folder")
+            opt_state = config.optim.create(1).init(model.params)  # the number of steps does not matter to it
+            saved.save(0, params=model.params, opt_state=opt_state, ema=model.params if config.ema else {})
         if model.rows:
-            self.save_rows(model.rows)
+            run.save_rows(model.rows)
+        return run
+
+    @property
+    def converted(self) -> bool:
+        """Whether the run began with converted weights."""
+        return (self.workdir / _CONVERTED).exists()
+
+    def forget_stages(self) -> None:
+        """Removes what search, calibration and evaluation found, since it is of other weights once training goes on."""
+        for name in ("search.json", "statistics.npz", "evaluation.json"):
+            (self.workdir / name).unlink(missing_ok=True)
 
     def rows(self) -> dict[subnets.Subnet, np.ndarray]:
         """The calibrated statistics; empty before calibration."""

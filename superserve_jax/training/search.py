@@ -56,6 +56,7 @@ def search(
     candidates: int,
     seed: int,
     cost: Callable[[subnets.Subnet], float] | None = None,
+    space: subnets.SearchSpace | None = None,
     tied: bool = False,
     known: Mapping[subnets.Subnet, Candidate] | None = None,
     record: Callable[[Candidate], None] = lambda _: None,
@@ -70,13 +71,15 @@ def search(
       candidates: how many to try; fewer where the space has fewer.
       seed: of the random choices.
       cost: of a subnet; its multiply-adds if left out.
+      space: that the subnets come from; the model's own, where it is None.
       tied: only subnets that were trained in a tied phase are tried, see `SearchSpace.tied`.
       known: candidates that an interrupted search judged; they are not judged again.
       record: is given each candidate that is judged, at once.
       progress: wraps an iteration over candidates, for a progress bar.
     """
     known = known or {}
-    tried: dict[subnets.Subnet, Candidate] = {}
+    tried: dict[subnets.Subnet, Candidate] = {}  # as subnets of `space`, whose canonical form may be another
+    found: dict[subnets.Subnet, Candidate] = {}
     on_device = jax.device_put(list(batches()))
     inputs = jax.device_put(images)
 
@@ -89,26 +92,33 @@ def search(
         return candidate
 
     def judged():
-        for subnet in _proposals(model.config, tried, min(candidates, model.space.size), seed, tied):
-            tried[subnet] = known[subnet] if subnet in known else judge(subnet)
-            yield tried[subnet]
+        within = space or model.space
+        for subnet in _proposals(model.config, within, tried, min(candidates, within.size), seed, tied):
+            whole = model.space.validate(subnet)
+            found[whole] = known[whole] if whole in known else judge(whole)
+            tried[subnet] = dataclasses.replace(found[whole], subnet=subnet)
+            yield found[whole]
 
     for _ in progress(judged()):
         pass
-    return list(tried.values())
+    return list(found.values())
 
 
 # -- what to try --------------------------------------------------------------------------------------------------------
 
 
 def _proposals(
-    config: Any, tried: Mapping[subnets.Subnet, Candidate], total: int, seed: int, tied: bool
+    config: Any,
+    space: subnets.SearchSpace,
+    tried: Mapping[subnets.Subnet, Candidate],
+    total: int,
+    seed: int,
+    tied: bool,
 ) -> Iterator[subnets.Subnet]:
     """Generation by generation, `total` subnets, or as many as can be found; each must be in `tried` before the next is asked
     for."""
-    space = config.space()
     rng = np.random.default_rng([seed, 1])
-    spread = sampling.envelopes(config, _POPULATION - 2, seed=seed + 1, tied=tied)
+    spread = sampling.envelopes(config, _POPULATION - 2, seed=seed + 1, space=space, tied=tied)
     first = [space.smallest(), space.largest(), *(spread[i] for i in rng.permutation(len(spread)))]
     yield from list(dict.fromkeys(first))[:total]
     while len(tried) < total:
@@ -203,7 +213,12 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def choose(
-    candidates: Sequence[Candidate], count: int, *, keep: Sequence[subnets.Subnet] = (), tolerance: float = 0.0
+    candidates: Sequence[Candidate],
+    count: int,
+    *,
+    keep: Sequence[subnets.Subnet] = (),
+    tolerance: float = 0.0,
+    network: Callable[[subnets.Subnet], Any] = lambda subnet: subnet,
 ) -> list[Candidate]:
     """At most `count` candidates on or near the front, in ascending order of cost.
 
@@ -215,22 +230,24 @@ def choose(
       count: at least 2.
       keep: subnets to choose in any case, such as the smallest and the largest.
       tolerance: a fraction. Accuracies are uncertain by their standard error; a front is blurred by it.
+      network: what two subnets have in common if they are one network, because their choices are rounded to the same sizes; of
+        such only one is chosen.
     """
     ordered = sorted(candidates, key=lambda c: c.cost)
     costs = [c.cost for c in ordered]
     best = np.maximum.accumulate([0.0, *(c.accuracy for c in ordered)])
     lacks = dict(zip(ordered, best[np.searchsorted(costs, costs)] - [c.accuracy for c in ordered], strict=True))
-    # Rounding to a divisor makes different choices one network: of candidates alike in both one is enough.
-    near = list({(c.cost, c.accuracy): c for c in ordered if lacks[c] <= tolerance}.values())
+    near = [c for c in ordered if lacks[c] <= tolerance]
     chosen = {c: None for c in ordered if c.subnet in keep}
     bands = count - len(chosen)
     low, high = math.log(costs[0]), math.log(costs[-1])
     of_band = {c: min(int(bands * (math.log(c.cost) - low) / max(high - low, 1e-9)), bands - 1) for c in near}
     first = {of_band[c]: c for c in sorted(near, key=lambda c: c.accuracy)}
-    alike = {(c.cost, c.accuracy) for c in chosen}
+    taken = {network(c.subnet) for c in chosen}
     for c in (*first.values(), *sorted(near, key=lambda c: lacks[c])):
-        if len(chosen) < count and (c in chosen or (c.cost, c.accuracy) not in alike):
+        if len(chosen) < count and network(c.subnet) not in taken:
             chosen[c] = None
+            taken.add(network(c.subnet))
     return sorted(chosen, key=lambda c: c.cost)
 
 

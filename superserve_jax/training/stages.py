@@ -14,7 +14,7 @@ import numpy as np
 from superserve_jax import checkpoint, plots, progress
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import supernet
-from superserve_jax.training import calibration, evaluation, latency, runs
+from superserve_jax.training import calibration, evaluation, latency, phases, runs
 from superserve_jax.training import config as configs
 from superserve_jax.training import search as searching
 
@@ -28,7 +28,6 @@ def search(run: runs.Run) -> list[searching.Candidate]:
     What was tried stands in search.jsonl: an interrupted search goes on from there, and so does one for more candidates.
     """
     settings, model, dataset = run.config.search, run.model(), run.dataset()
-    space = model.space
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
     batches = list(itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH)))
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
@@ -41,7 +40,7 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             progress=lambda items: progress.track(items, "latencies, compiling", total=len(timed)),
         )
 
-    tied = bool(run.config.phases) and run.config.phases[-1].tied
+    narrowed = phases.final_space(run.config)
     depends_on = {
         "model": configs.to_json(run.config)["model"],
         "weights": _digest(model.params),
@@ -59,18 +58,20 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             candidates=settings.candidates,
             seed=run.config.seed,
             cost=predictor,
-            tied=tied,
+            space=narrowed,
+            tied=phases.tied(run.config),
             known=log.known,
             record=log.add,
-            progress=lambda items: progress.track(items, "search", total=min(settings.candidates, space.size)),
+            progress=lambda items: progress.track(items, "search", total=min(settings.candidates, narrowed.size)),
         )
     best = max(c.accuracy for c in tried)
     error = searching.standard_error(best, min(settings.examples, dataset.num_examples("validation")))
     chosen = searching.choose(
         tried,
         settings.served,
-        keep=(space.smallest(), space.largest()),
+        keep=phases.ends(run.config),
         tolerance=error if settings.tolerance is None else settings.tolerance,
+        network=lambda s: tuple(model.config.sizes(s).values()),
     )
     run.write(
         "search.json",

@@ -56,7 +56,8 @@ class SandwichStep:
     """The sandwich rule: the largest subnet learns the labels, the others its soft output (in-place distillation). With a
     lesson from outside all of them learn that one, the largest beside the labels.
 
-    Gradients are jitted per program, so the number of compilations is bounded by the number of subnet buckets plus four.
+    Gradients are jitted per program, so that in each phase of training the number of compilations is bounded by the number of
+    subnet buckets plus four: the largest, the smallest, the update and the accuracy.
 
     Args:
       optimiser: an Optax transformation.

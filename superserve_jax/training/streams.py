@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from superserve_jax import errors, vocabulary
+from superserve_jax.training import checks
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, np.ndarray]
@@ -150,9 +151,9 @@ class Dataset:
         Yields:
           {"inputs": (B, ...), "label": int32 (B,)}
         """
-        check_int("batch_size", batch_size, 1)
-        check_int("start_step", start_step, 0)
-        check_int("seed", seed, 0)
+        checks.demand_whole("batch_size", batch_size, 1)
+        checks.demand_whole("start_step", start_step, 0)
+        checks.demand_whole("seed", seed, 0)
         if seed >= 2**32:
             raise errors.ConfigError(f"seed must be less than 2**32, got {seed}")
         shuffle_seed, read_seed, augment_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
@@ -169,7 +170,7 @@ class Dataset:
         Yields:
           {"inputs": (B, ...), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 where there is only padding.
         """
-        check_int("batch_size", batch_size, 1)
+        checks.demand_whole("batch_size", batch_size, 1)
         examples = self._examples(split)
         batches = examples.batches(grain.MapDataset.range(len(examples)), batch_size)
         return iter(batches.map(lambda batch: _pad(batch, batch_size)).to_iter_dataset(_read_options(examples)))
@@ -180,7 +181,7 @@ class Dataset:
         Read-only where the split is in memory, which a `limit` alone does not bring about.
         """
         if limit is not None:
-            check_int("limit", limit, 1)
+            checks.demand_whole("limit", limit, 1)
         examples = self._examples(split) if limit is None else self._find(split)
         return examples.load(limit)
 
@@ -218,12 +219,6 @@ def fixed_order(total: int) -> np.ndarray:
     [0, 1, 2, 3]
     """
     return np.argsort(np.random.PCG64(0).random_raw(total), kind="stable")
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raises ConfigError unless a value is a whole number from `least` up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise errors.ConfigError(f"{name} must be a whole number from {least} up, got {value!r}")
 
 
 def _read_options(examples: Arrays | Records) -> grain.ReadOptions:

@@ -43,6 +43,7 @@ def load(path: str | os.PathLike[str], student: Any) -> Teacher:
     for what, theirs, ours in (
         ("inputs", config.input_spec(1), student.input_spec(1)),
         ("num_classes", config.num_classes, student.num_classes),
+        *((name, getattr(config, name, None), getattr(student, name, None)) for name in ("vocab_size", "pad_id")),
     ):
         if theirs != ours:
             raise errors.ConfigError(f"distill.teacher: {path} has {what} {theirs}, the SuperNet to train has {ours}")

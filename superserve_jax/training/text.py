@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors, vocabulary
-from superserve_jax.training import streams
+from superserve_jax.training import checks, streams
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
 
@@ -50,7 +50,7 @@ class TextConfig:
     def __post_init__(self):
         prepared.check_name(self.name)
         for field, least in (("validation", 0), ("max_length", 3)):
-            streams.check_int(field, getattr(self, field), least)
+            checks.demand_whole(field, getattr(self, field), least)
         if self.token_types not in (1, 2):
             raise errors.ConfigError(f"token_types must be 1 or 2, got {self.token_types!r}")
         if not isinstance(self.lowercase, bool):
