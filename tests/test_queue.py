@@ -80,6 +80,13 @@ def test_no_floors_are_reported_once_the_items_that_had_them_are_gone():
     assert q.head_floors(2) == ()
 
 
+def test_deferred_items_that_are_done_are_dropped_up_to_the_first_that_is_not():
+    q = filled([(1.0, 0.8), (2.0, 0.0), (3.0, 0.7), (4.0, 0.0), (9.0, 0.0)])
+    q.defer(5.0)
+    q.drop_late(lambda item: item in (0, 1, 3, 4))
+    assert (q.late, q.drain(), q.head_floors(9)) == (2, [4, 2, 3], ())
+
+
 def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
     q = filled([(1.0, 0.0), (2.0, 0.7), (3.0, 0.75), (4.0, 0.0)])
     assert queue.take(q, PROFILE, SMALL, 4, slack_ms=100.0) == (SMALL, [0, 1])

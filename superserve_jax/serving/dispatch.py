@@ -40,6 +40,8 @@ def next_batch(
       ConfigError, ProfileError: the decision is of no query, or of a subnet that the profile does not have. Then, as with
         whatever the policy raises, nothing has been taken.
     """
+    if isinstance(waiting, padding.LengthQueue):
+        waiting.look(now_s)
     while True:
         length = waiting.head_length
         table = profile.at_length(length) if length else profile

@@ -13,7 +13,7 @@ import heapq
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from superserve_jax import errors
@@ -63,6 +63,11 @@ class DeadlineQueue:
         """Number of deferred items."""
         return len(self._deferred)
 
+    @property
+    def late_deadline_s(self) -> float:
+        """The deadline of the first deferred item; inf where there is none."""
+        return self._deferred[0][0] if self._deferred else math.inf
+
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
         """Adds an item. O(1) where its deadline is the last, else O(log n). Only `padding.LengthQueue` heeds its length."""
         self.pushed += 1
@@ -94,6 +99,11 @@ class DeadlineQueue:
             self._drop_head()
             self._deferred.append(head)
         return len(self._deferred) - before
+
+    def drop_late(self, done: Callable[[Any], bool]) -> None:
+        """Drops from the front of the deferred items those that are `done`. O(1) but for those."""
+        while self._deferred and done(self._deferred[0][3]):
+            self._floored -= self._deferred.popleft()[2] > 0
 
     def pop_before(self, before_s: float) -> list[Any]:
         """Takes every item whose deadline is earlier, deferred or not."""
