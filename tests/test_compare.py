@@ -154,8 +154,8 @@ def test_misses_after_a_stall_are_timed_from_its_end():
 
 
 def test_the_bound_of_a_cluster_that_shrinks_lies_between_those_of_its_ends():
-    cluster = simulator.Cluster(workers=8, outages=tuple(simulator.Outage(i, 0.5) for i in range(4)))
-    cell = dataclasses.replace(short("faults", seconds=1.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
+    cluster = simulator.Cluster(workers=8, outages=tuple(simulator.Outage(i, 2.0) for i in range(4)))
+    cell = dataclasses.replace(short("faults", seconds=4.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
     [row], [whole], [half] = (
         evaluation.run_cell(dataclasses.replace(cell, cluster=c), PAPER)
         for c in (cluster, simulator.Cluster(workers=8), simulator.Cluster(workers=4))
