@@ -142,6 +142,16 @@ def test_a_policy_is_told_of_work_in_units_of_the_head_s_length():
     assert first.variance_qps == pytest.approx(16 * second.variance_qps)
 
 
+def test_the_first_reading_takes_the_traffic_for_a_poisson_process_in_units_of_the_head_s_work():
+    for tokens, variance_per_mean in ([5] * 8, 1.0), ([32] * 8, 1.0), ([32] * 4 + [5] * 4, (1 + 1 / 16) / (1 + 1 / 4)):
+        q, meter, states = filled([]), queue.Meter(), []
+        meter.read(0.0, 0.0)
+        for i, n in enumerate(tokens):
+            q.push(1.0, i, 0.0, n)
+        decide(q, lambda _, state, seen=states: seen.append(state) or policies.Decision(SUBNETS[0], 4), 0.05, meter)
+        assert states[0].variance_qps == pytest.approx(variance_per_mean * states[0].rate_qps)
+
+
 def test_where_the_decision_defers_the_head_another_length_is_asked_for_anew():
     # Alone, a query of 32 tokens takes 4 ms: this one is lost. That of 8 tokens can be saved, in 1 ms.
     q, states = filled([(0.001, 0.0, 32), (0.0015, 0.0, 8)]), []

@@ -78,7 +78,7 @@ def _state(
     """What the policy may know."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
     floors = waiting.head_floors(max_batch)
-    rate, variance = meter.read(now_s, waiting.pushed)
+    rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
     count = len(waiting)
     near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, meter.slo_ms))
     if isinstance(waiting, padding.LengthQueue):

@@ -123,6 +123,11 @@ class LengthQueue(queue.DeadlineQueue):
         return sum(q.pushed * ms for q, ms in zip(self._queues, self._work_ms, strict=True))
 
     @property
+    def unit(self) -> float:  # type: ignore[override]
+        """Variance over mean of `pushed`, if arrivals are independent, in milliseconds: the mean work, weighted by itself."""
+        return sum(q.pushed * ms**2 for q, ms in zip(self._queues, self._work_ms, strict=True)) / (self.pushed or 1.0)
+
+    @property
     def work_ms(self) -> float:
         """Work of one query of the head's length bucket."""
         return self._work_ms[self._head_place()]

@@ -47,6 +47,7 @@ class DeadlineQueue:
     __slots__ = ("_deferred", "_fifo", "_floored", "_heap", "pushed")
 
     head_length = 0  # inputs have one shape; see `padding.LengthQueue`
+    unit = 1.0  # variance over mean of `pushed`, if arrivals are independent: it counts items
 
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
@@ -185,8 +186,13 @@ class Meter:
             self._shortest_ms = slo_ms
             self.slo_ms = min(self.slo_ms, slo_ms)
 
-    def read(self, now_s: float, arrived: float) -> tuple[float, float]:
-        """The mean and the variance, given that `arrived` queries have come since the beginning. O(1)."""
+    def read(self, now_s: float, arrived: float, unit: float = 1.0) -> tuple[float, float]:
+        """The mean and the variance, given that `arrived` queries have come since the beginning. O(1).
+
+        Args:
+          unit: the variance over the mean of independent arrivals, with which the first reading makes do; 1 for a number of
+            queries.
+        """
         elapsed_s = now_s - self._since_s
         if elapsed_s < self.window_s:
             return self._reading
@@ -194,7 +200,7 @@ class Meter:
             rate, variance = self._reading
             now_qps = (arrived - self._arrived) / elapsed_s
             if not rate:
-                self._reading = now_qps, now_qps
+                self._reading = now_qps, now_qps * unit
             else:
                 # Where nobody has asked for several windows, as though the arrivals had been spread evenly over them.
                 windows = int(elapsed_s / self.window_s)
