@@ -250,6 +250,13 @@ def test_shorter_queries_ride_in_what_would_be_padding():
     assert ms(result.finish_s) == [4, 14, 14, 14]
 
 
+def test_a_change_of_length_is_no_change_of_subnet():
+    profile = Profile.from_json(PROFILE.to_json())  # whose tables have equal subnets, not the same
+    trace = traces.Trace(np.array([0.0, 0.01, 0.03]), 100.0, lengths=np.array([5, 30, 5]))
+    result = simulator.simulate(profile, always(0, 1), trace, cluster=simulator.Cluster(workers=1, actuation_ms=3.0))
+    assert ms(result.finish_s - result.start_s) == [4, 4, 1]
+
+
 def test_a_trace_that_knows_no_lengths_is_padded_to_the_longest():
     trace = traces.gamma(rate_qps=200.0, duration_s=0.5)
     known = dataclasses.replace(trace, lengths=32)
