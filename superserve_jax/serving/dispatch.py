@@ -24,7 +24,7 @@ def next_batch(
     last_subnet: Subnet | None,
     worker: int,
 ) -> tuple[Row, list[Any], float]:
-    """The row to run, its batch, taken from the queue, and the milliseconds of loading that the policy wants before.
+    """The row to run, its batch, taken from the queue, and the milliseconds for which its subnet is loaded before.
 
     The row is of the profile at the batch's length bucket.
 
@@ -62,7 +62,7 @@ def next_batch(
         row, items = queue.take(
             waiting, table, row, min(size, table.max_batch), slack_ms=state.slack_ms, defer_before_s=defer_before_s
         )
-        return row, items, decision.loading_ms
+        return row, items, decision.loading_ms if row.subnet != last_subnet else 0.0
 
 
 def _state(

@@ -52,7 +52,8 @@ class Decision(NamedTuple):
 
     Args:
       defer_ms: queries with less slack than this first step back behind all the others, for good; by default none does.
-      loading_ms: what the batch takes longer because its subnet is loaded first. Only the simulator spends it.
+      loading_ms: what the batch takes longer if its subnet is not what the worker ran last, and is loaded first. Only the
+        simulator spends it.
     """
 
     subnet: Subnet
