@@ -130,6 +130,27 @@ def test_what_is_due_is_counted_and_what_is_overdue_is_taken_deferred_or_not(ent
     assert q.head_floors(3) == ()
 
 
+def test_counting_what_is_due_looks_at_few_of_those_that_wait():
+    looked = []
+
+    class Watched(float):
+        def __le__(self, other):
+            looked.append(self)
+            return float(self) <= other
+
+        def __neg__(self):
+            looked.append(self)
+            return -float(self)
+
+    q = queue.DeadlineQueue()
+    q.push(1e6, "the last")
+    for i in range(1000):
+        q.push(Watched(i), i)
+    looked.clear()
+    assert q.due_by(499.5) == 500
+    assert len(looked) < 20
+
+
 def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():
     q = filled([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
     assert queue.take(q, PROFILE, SMALL, 2, slack_ms=50.0, defer_before_s=2.0) == (SMALL, [1, 2])
