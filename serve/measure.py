@@ -6,7 +6,8 @@ Of a SuperNet that reads text there is one table for each length bucket that bat
 
 The profile holds the subnets worth serving here: no other is both faster and more accurate, and neighbours differ by at least
 0.3 points of accuracy and 10 % of latency. The server and replay.py find it by themselves.
-Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on what was measured, before noise is repaired.
+Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on all that was measured, before any subnet is
+left out and noise is repaired.
 Library: serving.executables.DeviceEngine, serving.measuring.measure and properties, checkpoint.profile_path, plots.latencies.
 """
 
@@ -20,6 +21,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, plots
+from superserve_jax import profile as profiles
 from superserve_jax.serving import executables, measuring
 
 STATEMENTS = {
@@ -54,6 +56,7 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
+    profiles.check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
     device = jax.devices()[0]
     kind = executables.device_kind(device)
@@ -63,13 +66,12 @@ def main() -> None:
     )
     accuracies = {s.subnet: s.accuracy for s in model.served}
     measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, repeats=options.repeats)
-    measured = executables.worth_serving(measured)
-    profile = measured.monotone()
+    profile = executables.worth_serving(measured).monotone()
     path = checkpoint.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
-    for at_length, before_repair in zip(profile.tables, measured.tables, strict=True):
-        report(at_length, before_repair, {s.subnet: s.flops for s in model.served})
+    for at_length, as_measured in zip(profile.tables, measured.tables, strict=True):
+        report(at_length, as_measured, {s.subnet: s.flops for s in model.served})
     if options.json:
         files.write_json(options.json, profile.to_json())
     if options.plot:
@@ -85,7 +87,7 @@ def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, i
     """Prints what was measured at one length.
 
     Args:
-      profile: repaired. measured: as it was before that.
+      profile: of the subnets worth serving, repaired. measured: of all subnets, as it was before that.
       cost: FLOPs of each subnet.
     """
     if profile.lengths:

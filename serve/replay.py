@@ -23,7 +23,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, plots
-from superserve_jax.serving import executables, fidelity, loadgen, metrics, padding, policies, server, traces
+from superserve_jax.serving import executables, fidelity, loadgen, metrics, padding, server, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 
@@ -77,6 +77,8 @@ def main() -> None:
     slowest = profile.rows[-1].latency_ms[-1]
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest)
     trace = make_trace(options, profile, workers=len(engines), slo_ms=slo_ms, lengths=lengths)
+    if not len(trace):
+        raise ss.DataError(f"no queries ({trace.name}): record at least one, or replay more --seconds")
     # Every example in turn, shuffled anew each time round, so that a policy's queries show all of them alike.
     rng = np.random.default_rng(options.seed)
     chosen = np.concatenate([rng.permutation(len(inputs)) for _ in range(-(-len(trace) // len(inputs)))])[: len(trace)]
@@ -93,7 +95,7 @@ def main() -> None:
 
     names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows))))
     for name in names:
-        policies.create(name, profile)  # a mistyped name should not wait for its turn
+        server.make_policy(name, profile)  # a mistyped name should not wait for its turn
     results, replays = [], {}
     for name in names:
         watches = [fidelity.Stopwatch(engine, profile) for engine in engines]
@@ -162,7 +164,8 @@ def make_trace(
 def summarise(name: str, done: loadgen.Replay, truth: np.ndarray) -> dict[str, Any]:
     """One policy's figures, as --json has them."""
     s = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
-    lateness = 1e3 * np.percentile(done.lateness_s[np.isfinite(done.lateness_s)], [50, 99])
+    submitted = np.isfinite(done.lateness_s)
+    lateness = 1e3 * np.percentile(done.lateness_s[submitted], [50, 99]) if submitted.any() else (float("nan"),) * 2
     met = done.met
     return {
         "name": name,

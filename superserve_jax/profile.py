@@ -254,7 +254,7 @@ class Profile:
             tables = [*data.get("shorter", ()), data["rows"]]
             return join([Profile(sizes, _rows(t), device, at) for t, at in zip(tables, lengths, strict=True)])
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            if isinstance(e, errors.ProfileError | errors.ConfigError):
+            if isinstance(e, errors.ProfileError):
                 raise
             raise errors.ProfileError(f"not a latency profile: {type(e).__name__}: {e}; measure it again") from e
 

@@ -56,6 +56,18 @@ def test_several_days_are_joined_in_the_order_of_time(tmp_path, texts):
 
 
 @pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("function,1,2\nfunction,5,6\nb,1,1\n", [6, 7]),
+        ("HashFunction,Trigger,1,2\nf,Trigger,5,6\ng,http,1,1\n", [6, 7]),
+        ("HashFunction,Trigger,1,2\nf,http,5,6\nTrigger,HashFunction,3,4\nhttp,g,1,1\n", [5, 6, 1, 1]),
+    ],
+)
+def test_a_row_is_a_header_only_if_it_repeats_all_names(tmp_path, text, counts):
+    assert minutes(tmp_path, text) == counts
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ("c,1", "line 3: 2 cells where the header has 3"),

@@ -35,7 +35,7 @@ def test_a_subnet_that_is_slower_than_the_slo_does_not_count():
 
 
 def test_a_floor_spends_the_workers_on_the_queries_that_have_it():
-    arrivals = np.arange(1, 41) / 40
+    arrivals = np.arange(1, 41) * 0.95 / 40  # with the SLO of 50 ms after the last, 1 s for 40 queries
     floored = traces.Trace(arrivals, 50.0, np.where(np.arange(40) % 4, 0.0, 0.8))
     bound = bounds.fluid_of_trace(TWO, floored, workers=1)
     assert (bound.attainment, bound.accuracy) == (pytest.approx(1.0), pytest.approx(0.75))
@@ -45,7 +45,8 @@ def test_a_floor_spends_the_workers_on_the_queries_that_have_it():
 
 def test_a_trace_of_steady_traffic_has_the_bound_of_its_rate():
     trace = traces.gamma(rate_qps=7050.0, cv2=0)
-    of_trace, of_rate = bounds.fluid_of_trace(PAPER.scaled(1.9), trace), bounds.fluid(PAPER.scaled(1.9), 7050.0)
+    of_trace = bounds.fluid_of_trace(PAPER.scaled(1.9), trace)
+    of_rate = bounds.fluid(PAPER.scaled(1.9), 7050.0 * 60 / 60.036)  # the last are answered after the traffic has ended
     assert of_trace.accuracy == pytest.approx(of_rate.accuracy, abs=1e-6)
 
 
@@ -54,6 +55,16 @@ def test_windows_tighten_the_bound_of_traffic_that_changes():
     loose = bounds.fluid_of_trace(PAPER.scaled(1.9), trace)
     tight = bounds.fluid_of_trace(PAPER.scaled(1.9), trace, window_s=1.0)
     assert tight.accuracy < loose.accuracy - 0.001
+
+
+@pytest.mark.parametrize("arrivals_ms", [[0.0], [1.0], [0.0, 0.0], [0.0, 1.0]])
+def test_the_last_queries_have_the_slo_after_them_in_which_to_be_answered(arrivals_ms):
+    trace = traces.Trace(np.array(arrivals_ms) / 1e3)
+    result = simulator.simulate(PAPER, "fixed:largest", trace, cluster=simulator.Cluster(workers=1))
+    assert (result.attainment, result.mean_accuracy) == (1.0, pytest.approx(PAPER.rows[-1].accuracy))
+    bound = bounds.fluid_of_trace(PAPER, trace, workers=1)
+    assert bound.attainment == pytest.approx(1.0)
+    assert bound.accuracy >= result.mean_accuracy - 1e-9
 
 
 @settings(deadline=None, max_examples=15)
@@ -67,7 +78,7 @@ def test_no_policy_beats_the_bound(policy, burst_qps, window_s, seed):
     profile = PAPER.scaled(1.9)
     trace = traces.bursty(burst_qps=burst_qps, cv2=2.0, duration_s=2.0, seed=seed)
     result = simulator.simulate(profile, policy, trace)
-    bound = bounds.fluid_of_trace(profile, trace, window_s=window_s or 2.036)
+    bound = bounds.fluid_of_trace(profile, trace, window_s=window_s)
     assert result.attainment <= bound.attainment + 1e-9
     # Compared as the sum over all queries, since a policy may buy accuracy with attainment.
     if bound.attainment > 1 - 1e-6:
@@ -86,8 +97,9 @@ def test_workers_and_windows_must_be_positive():
     trace = traces.gamma(rate_qps=100.0, duration_s=1.0)
     with pytest.raises(errors.ConfigError, match="workers"):
         bounds.fluid_of_trace(PAPER, trace, workers=0)
-    with pytest.raises(errors.ConfigError, match="window_s"):
-        bounds.fluid_of_trace(PAPER, trace, window_s=-1.0)
+    for window_s in (-1.0, 0.0):
+        with pytest.raises(errors.ConfigError, match="window_s"):
+            bounds.fluid_of_trace(PAPER, trace, window_s=window_s)
 
 
 def test_a_trace_without_queries_has_no_accuracy_to_bound():

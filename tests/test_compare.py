@@ -154,8 +154,8 @@ def test_misses_after_a_stall_are_timed_from_its_end():
 
 
 def test_the_bound_of_a_cluster_that_shrinks_lies_between_those_of_its_ends():
-    cluster = simulator.Cluster(workers=8, outages=tuple(simulator.Outage(i, 0.5) for i in range(4)))
-    cell = dataclasses.replace(short("faults", seconds=1.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
+    cluster = simulator.Cluster(workers=8, outages=tuple(simulator.Outage(i, 2.0) for i in range(4)))
+    cell = dataclasses.replace(short("faults", seconds=4.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
     [row], [whole], [half] = (
         evaluation.run_cell(dataclasses.replace(cell, cluster=c), PAPER)
         for c in (cluster, simulator.Cluster(workers=8), simulator.Cluster(workers=4))
@@ -264,3 +264,13 @@ def test_a_bad_option_ends_the_program_with_one_line_before_anything_runs(compar
 def test_neither_the_program_nor_its_processes_need_jax():
     code = "import runpy, sys; runpy.run_path('serve/compare.py'); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_policy_has_a_line_over_the_number_of_workers(tmp_path, monkeypatch):
+    names = ["slackfit", "slackfit-paper", "least-accurate", "max-acc", "proteus"]
+    about = {"preset": "scale", "trace": "steady", "scale": 1.0, "seed": 0, "workers": 8, "rate_qps": 9.0}
+    figures_of = {"attainment": 1.0, "accuracy": 78.0, "fluid_accuracy": 79.0}
+    drawn = []
+    monkeypatch.setattr(figures.plots, "panels", lambda panels, path, **options: drawn.extend(panels))
+    list(figures.draw([{**about, **figures_of, "policy": name} for name in names], tmp_path))
+    assert [list(panel.lines) for panel in drawn] == [names]

@@ -90,6 +90,21 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(trained, tmp_path)
     assert "SlackFit, guarded (default)" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 1000
 
+    options = ["--seconds", "1", "--policies", "slackfit", "fixed:0", "--simulate", "--json", tmp_path / "s.json"]
+    done = program("serve/replay.py", trained / "export", *options)
+    assert "the same traffic in the simulator: real / simulated" in done.stdout
+    simulated = json.loads((tmp_path / "s.json").read_text())["policies"]
+    assert [r["name"] for r in simulated] == ["slackfit", "fixed:0"]
+    for r in simulated:
+        assert 0 <= r["simulated_attainment"] <= 1
+        assert r["overhead_ms"] >= 0
+        assert r["stalled_s"] >= 0
+        assert f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %" in done.stdout
+
+    (tmp_path / "none.csv").write_text("arrival_s\n")
+    done = program("serve/replay.py", trained / "export", "--trace", tmp_path / "none.csv", check=False)
+    assert (done.returncode, "no queries" in done.stderr) == (2, True)
+
 
 def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(tmp_path, data_dir, trained):
     command = ["train/supernet.py", "configs/debug.py", "--workdir", tmp_path / "run", "--data.data-dir", data_dir]
@@ -121,6 +136,7 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(tmp_path, data_dir, 
         (["train/supernet.py", "configs/debug.py", "--data.name", "cifr10"], "did you mean 'cifar10'"),
         (["train/evaluate.py", "nowhere"], "is not the folder of a run"),
         (["serve/measure.py", "nowhere"], "is not an export"),
+        (["serve/measure.py", "nowhere", "--batch-sizes", "4", "1"], "batch_sizes must be ascending"),
         (["serve/replay.py", "nowhere"], "is not an export"),
     ],
 )

@@ -3,9 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from superserve_jax import errors
 from superserve_jax import profile as profiles
 from superserve_jax import subnet as subnets
-from superserve_jax.serving import engine, fidelity, loadgen, metrics, server, traces
+from superserve_jax.serving import engine, fidelity, futures, loadgen, metrics, server, traces
 
 
 def make_profile():
@@ -81,3 +82,56 @@ def test_a_late_generator_never_makes_a_deadline_later(trace):
         done = loadgen.replay(target, trace, [np.float32(1)] * len(trace))
     assert np.percentile(done.lateness_s, 90) > 0.005
     np.testing.assert_allclose(done.deadline_s - done.arrival_s, 0.2)
+
+
+class Recorder:
+    """Stands for a server: notes what is submitted, and refuses what `refuses` says."""
+
+    def __init__(self, refuses=lambda slo_ms, floor: None):
+        self.groups, self.refuses = [], refuses
+
+    def submit_many(self, xs, *, slo_ms, min_accuracy=0.0):
+        if error := self.refuses(slo_ms, min_accuracy):
+            raise error
+        self.groups.append((list(xs), slo_ms, min_accuracy))
+        answers = [futures.Future() for _ in xs]
+        for x, answer in zip(xs, answers, strict=True):
+            answer.set_result(futures.Reply(np.eye(10)[x], None, 0.9, True, 1.0, 0.5, 0.5, len(xs)))
+        return answers
+
+
+MIXED = traces.Trace(np.zeros(6), np.array([30.0, 90.0, 30.0, 90.0, 30.0, 90.0]), np.array([0.0, 0.0, 0.8, 0.8, 0.0, 0.8]))
+
+
+def test_queries_that_are_due_at_once_keep_their_own_slos_and_floors():
+    target = Recorder()
+    done = loadgen.replay(target, MIXED, list(range(6)))
+    assert [(xs, floor) for xs, _, floor in target.groups] == [([0, 4], 0.0), ([1], 0.0), ([2], 0.8), ([3, 5], 0.8)]
+    assert [slo_ms > 40 for _, slo_ms, _ in target.groups] == [False, True, False, True]
+    assert all(slo_ms <= 90 for _, slo_ms, _ in target.groups)
+    np.testing.assert_array_equal(done.label, range(6))
+    again = fidelity.again(done, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    assert again.accuracy.tolist().count(0.9) >= 3  # those with a floor, which the smaller subnet does not reach
+
+
+@pytest.mark.parametrize("error", [errors.QueueFullError("full"), errors.WorkersLostError("lost")])
+def test_a_refused_query_counts_as_missed_and_ends_nothing(error):
+    done = loadgen.replay(Recorder(lambda slo_ms, floor: error if floor else None), MIXED, list(range(6)))
+    np.testing.assert_array_equal(np.isfinite(done.finish_s), MIXED.floors == 0)
+    np.testing.assert_array_equal(np.isfinite(done.lateness_s), MIXED.floors == 0)
+    assert done.label.tolist() == [0, 1, -1, -1, 4, -1]
+    assert done.met.sum() == 3
+
+
+def test_a_floor_that_no_subnet_reaches_is_an_error():
+    error = errors.AccuracyFloorError("too high")
+    with pytest.raises(errors.AccuracyFloorError):
+        loadgen.replay(Recorder(lambda slo_ms, floor: error), MIXED, list(range(6)))
+
+
+def test_a_trace_without_queries_is_refused():
+    with pytest.raises(errors.DataError, match="holds no query"):
+        loadgen.replay(Recorder(), traces.Trace(np.zeros(0)), [])
+    nothing = loadgen.Replay(*[np.zeros(0)] * 7)
+    with pytest.raises(errors.DataError, match="holds no query"):
+        fidelity.again(nothing, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))

@@ -80,6 +80,13 @@ def test_no_floors_are_reported_once_the_items_that_had_them_are_gone():
     assert q.head_floors(2) == ()
 
 
+def test_deferred_items_that_are_done_are_dropped_up_to_the_first_that_is_not():
+    q = filled([(1.0, 0.8), (2.0, 0.0), (3.0, 0.7), (4.0, 0.0), (9.0, 0.0)])
+    q.defer(5.0)
+    q.drop_late(lambda item: item in (0, 1, 3, 4))
+    assert (q.late, q.drain(), q.head_floors(9)) == (2, [4, 2, 3], ())
+
+
 def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
     q = filled([(1.0, 0.0), (2.0, 0.7), (3.0, 0.75), (4.0, 0.0)])
     assert queue.take(q, PROFILE, SMALL, 4, slack_ms=100.0) == (SMALL, [0, 1])
@@ -121,6 +128,27 @@ def test_what_is_due_is_counted_and_what_is_overdue_is_taken_deferred_or_not(ent
     assert sorted(q.pop_before(time_s)) == [i for i, (deadline_s, _) in enumerate(entries) if deadline_s < time_s]
     assert sorted(q.drain()) == [i for i, (deadline_s, _) in enumerate(entries) if deadline_s >= time_s]
     assert q.head_floors(3) == ()
+
+
+def test_counting_what_is_due_looks_at_few_of_those_that_wait():
+    looked = []
+
+    class Watched(float):
+        def __le__(self, other):
+            looked.append(self)
+            return float(self) <= other
+
+        def __neg__(self):
+            looked.append(self)
+            return -float(self)
+
+    q = queue.DeadlineQueue()
+    q.push(1e6, "the last")
+    for i in range(1000):
+        q.push(Watched(i), i)
+    looked.clear()
+    assert q.due_by(499.5) == 500
+    assert len(looked) < 20
 
 
 def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():

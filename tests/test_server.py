@@ -607,3 +607,10 @@ def test_each_query_is_answered_exactly_once_with_threads_submitting_from_all_si
             outcomes["answered"] += 1
     assert outcomes["answered"] > 2 * per_thread
     assert outcomes["cancelled"] > 0
+
+
+@pytest.mark.parametrize("policy", ["switching:100:slackfit", policies.Switching(lambda profile, state: None, 5.0)])
+def test_a_policy_that_loads_models_is_refused_since_a_server_loads_nothing(policy):
+    table = Profile((1,), (Row(SUBNETS[0], 0.7, (1.0,)),))
+    with pytest.raises(errors.ConfigError, match="loads models"):
+        server.Server.from_engines([engine.FakeEngine(table)], table, policy=policy)

@@ -247,6 +247,12 @@ def test_a_switching_policy_pays_for_every_change_of_subnet():
     assert ms(result.finish_s - result.start_s) == [15, 25, 20]
 
 
+def test_what_is_loaded_is_the_subnet_that_runs_where_a_floor_has_another_step_in():
+    small = policies.Switching(always(0, 1), 5.0)
+    result = serve(small, [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]))
+    assert ms(result.finish_s - result.start_s) == [15, 25, 20, 15]
+
+
 def test_the_planner_follows_the_traffic_and_a_switching_one_misses_deadlines_when_it_does():
     profile, trace = PAPER.scaled(1.9), traces.steps(rates_qps=(2000.0, 5000.0, 2000.0), step_s=6.0)
     follows = simulator.simulate(profile, "proteus", trace)

@@ -104,13 +104,18 @@ def test_recorded_arrivals_need_only_the_one_column_and_no_order(tmp_path):
         ("", "column 'arrival_s'"),
         ("arrival_s\n1\nsoon\n", "line 3"),
         ("arrival_s,slo_ms\n1,36\n2\n", "line 3"),
-        ("arrival_s\n1\n-2\n", "from 0"),
-        ("arrival_s,slo_ms\n1,0\n", "positive"),
+        ("arrival_s\n1\n-2\n", "line 3: .*from 0, got -2"),
+        ("arrival_s\nnan\n", "line 2: .*from 0, got nan"),
+        ("arrival_s,slo_ms\n1,0\n", "line 2: .*positive"),
+        ("arrival_s,slo_ms\n1,inf\n", "line 2: .*finite"),
+        ("arrival_s,floor\n1,0.5\n1,2\n", "line 3: .*from 0 to 1, got 2"),
+        ("arrival_s,length\n1,2.5\n", "line 2: .*whole numbers of tokens"),
+        ("arrival_s,length\n1,nan\n", "line 2: .*whole numbers of tokens"),
     ],
 )
 def test_a_malformed_recording_is_refused_with_the_reason(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(errors.SuperServeError, match=message):
+    with pytest.raises(errors.DataError, match=message):
         traces.load(tmp_path / "a.csv")
 
 

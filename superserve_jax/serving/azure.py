@@ -84,7 +84,10 @@ def _days(path: pathlib.Path) -> list[np.ndarray]:
                 if not any(row):
                     continue
                 where = f"{path}, line {reader.line_num}"
-                if not header or row == header or names & set(row):
+                # Parts may have their columns in another order, or other minutes. A row of data may have a name in common with
+                # the header, such as a function called "function".
+                repeated = sorted(row) == sorted(header) or (len(names) > 1 and names <= set(row))
+                if not header or repeated:
                     header, columns = row, _minute_columns(row, where)
                     names = {cell for cell in row if cell and not _MINUTE.fullmatch(cell.strip())}
                     days.append(np.zeros(len(columns), np.int64))

@@ -49,20 +49,21 @@ def fluid_of_trace(
     Args:
       window_s: None lets the workers carry the mean rate of the whole trace, as though it had always been even. A length
         bounds window by window: what arrives in a window must be done in it or within the longest SLO after it. That is
-        tighter where the rate changes, and looser where it does not, so let a window be many SLOs long.
+        tighter where the rate changes, and looser where it does not, so let a window be many SLOs long. Without windows, too,
+        the last arrivals may be answered within the longest SLO after them.
     """
     if not len(trace):
         return Bound(1.0, float("nan"))
     _, *per_query = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors, trace.lengths)
     kinds, kind = np.unique(np.stack(per_query, axis=1), axis=0, return_inverse=True)
     end_s = float(trace.arrivals_s[-1])
-    length_s = window_s or end_s
-    if not 0 < length_s < np.inf:
-        raise errors.ConfigError(f"window_s must be positive and finite, got {window_s}, for arrivals up to {end_s} s")
-    windows = int(end_s / length_s) + 1 if window_s else 1
-    window = np.minimum(trace.arrivals_s / length_s, windows - 1).astype(int)
+    if window_s is not None and not 0 < window_s < np.inf:
+        raise errors.ConfigError(f"window_s must be positive and finite, got {window_s}")
+    length_s = end_s if window_s is None else window_s
+    windows = 1 if window_s is None else int(end_s / window_s) + 1
+    window = np.zeros(len(trace), int) if window_s is None else (trace.arrivals_s / window_s).astype(int)
     counts = np.bincount(window * len(kinds) + kind.ravel(), minlength=windows * len(kinds)).reshape(windows, len(kinds))
-    usable_s = length_s + (1e-3 * kinds[:, 0].max() if window_s else 0.0)
+    usable_s = length_s + 1e-3 * kinds[:, 0].max()
     return _solve(profile, kinds, counts / usable_s, workers)
 
 

@@ -24,7 +24,7 @@ def next_batch(
     last_subnet: Subnet | None,
     worker: int,
 ) -> tuple[Row, list[Any], float]:
-    """The row to run, its batch, taken from the queue, and the milliseconds of loading that the policy wants before.
+    """The row to run, its batch, taken from the queue, and the milliseconds for which its subnet is loaded before.
 
     The row is of the profile at the batch's length bucket.
 
@@ -40,6 +40,8 @@ def next_batch(
       ConfigError, ProfileError: the decision is of no query, or of a subnet that the profile does not have. Then, as with
         whatever the policy raises, nothing has been taken.
     """
+    if isinstance(waiting, padding.LengthQueue):
+        waiting.look(now_s)
     while True:
         length = waiting.head_length
         table = profile.at_length(length) if length else profile
@@ -60,7 +62,7 @@ def next_batch(
         row, items = queue.take(
             waiting, table, row, min(size, table.max_batch), slack_ms=state.slack_ms, defer_before_s=defer_before_s
         )
-        return row, items, decision.loading_ms
+        return row, items, decision.loading_ms if row.subnet != last_subnet else 0.0
 
 
 def _state(
@@ -76,7 +78,7 @@ def _state(
     """What the policy may know."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
     floors = waiting.head_floors(max_batch)
-    rate, variance = meter.read(now_s, waiting.pushed)
+    rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
     count = len(waiting)
     near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, meter.slo_ms))
     if isinstance(waiting, padding.LengthQueue):

@@ -118,7 +118,7 @@ def prepare(
       lengths: None takes `padding.default_lengths`, where inputs have a length.
 
     Raises:
-      ExportError, ConfigError, NotCalibratedError.
+      ExportError, ConfigError, NotCalibratedError. ProfileError: the profile beside the export is malformed.
     """
     batch_sizes = profiles.check_batch_sizes(batch_sizes)
     model = path_or_model if isinstance(path_or_model, supernet.SuperNet) else checkpoint.load(path_or_model)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.serving import engine, loadgen, padding, policies, simulator, traces
 from superserve_jax.subnet import Subnet
@@ -148,13 +149,16 @@ def _turn_ms(done: loadgen.Replay, batches: Sequence[tuple[float, float, float, 
 def again(
     done: loadgen.Replay, profile: profile_lib.Profile, policy: str | policies.Policy, *, workers: int, machine: Machine
 ) -> simulator.Result:
-    """The simulator's account of a replay on such a machine."""
+    """The simulator's account of a replay on such a machine. Raises DataError where it holds no query."""
+    if not len(done.arrival_s):
+        raise errors.DataError("the replay holds no query; there is nothing to simulate")
     submitted_s = _submitted_s(done)
     order = np.argsort(submitted_s, kind="stable")
     left_ms = np.maximum(1e3 * (done.deadline_s - submitted_s)[order], 1e-3)
     cluster = simulator.Cluster(workers, machine.overhead_ms, machine.noise, stalls=machine.stalls)
     tokens = done.lengths[order] if isinstance(done.lengths, np.ndarray) else done.lengths
-    trace = traces.Trace(submitted_s[order], left_ms, lengths=tokens)
+    floors = done.floors[order] if isinstance(done.floors, np.ndarray) else done.floors
+    trace = traces.Trace(submitted_s[order], left_ms, floors, lengths=tokens)
     return simulator.simulate(profile, policy, trace, cluster=cluster)
 
 

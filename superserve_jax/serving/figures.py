@@ -78,7 +78,7 @@ def _tradeoff(trace: str, group: Sequence[readings.Summary]) -> plots.Panel:
 def _scale(title: str, group: Sequence[readings.Summary]) -> Iterator[plots.Panel]:
     lines = {
         name: _line(own, lambda s: s.mean("workers"), lambda s: s.mean("rate_qps"), style=style)
-        for (name, own), style in zip(_by_policy(group).items(), ("o-", "x:", "+--"), strict=False)
+        for (name, own), style in zip(_by_policy(group).items(), itertools.cycle(("o-", "x:", "+--")), strict=False)
     }
     yield plots.Panel(title, "workers", f"queries/s at {evaluation.SUSTAINED}", lines)
 

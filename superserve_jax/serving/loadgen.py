@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from superserve_jax import errors
 from superserve_jax.serving import futures, server, traces
 
 _WAKE_UP_S = 1e-3
@@ -29,9 +30,9 @@ class Replay:
       accuracy: profiled accuracy of the subnet that answered, a fraction; NaN where none did.
       batch: queries in its batch; NaN where it was not answered.
       label: index of the largest output; -1 where it was not answered.
-      lateness_s: by how much the generator was late with each query.
+      lateness_s: by how much the generator was late with each query; infinite where the server refused it.
       start_s: the trace's zero on the clock `time.monotonic`.
-      lengths: as in the trace.
+      lengths, floors: as in the trace.
     """
 
     arrival_s: np.ndarray
@@ -43,6 +44,7 @@ class Replay:
     lateness_s: np.ndarray
     start_s: float = 0.0
     lengths: int | np.ndarray = 0
+    floors: float | np.ndarray = 0.0
 
     @property
     def met(self) -> np.ndarray:
@@ -53,17 +55,25 @@ class Replay:
 def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) -> Replay:
     """Replays a trace on an open server; returns when the last deadline has passed.
 
-    What is unanswered by then has missed its deadline and is not waited for.
+    What is unanswered by then has missed its deadline and is not waited for; so has what the server refuses because its queue
+    is full or its workers are lost.
 
     Args:
-      target: the server; its queue should hold the whole trace, since a refused query counts as missed.
-      trace: the arrivals.
+      target: the server; its queue should hold the whole trace.
+      trace: the arrivals, with the SLO and the floor of each.
       inputs: one per query; they have the lengths that the trace says, if it does.
+
+    Raises:
+      DataError: the trace holds no query. AccuracyFloorError: no subnet of the server reaches one of its floors.
     """
+    if not len(trace):
+        raise errors.DataError(f"trace '{trace.name}' holds no query; replay one that does, or a longer time of it")
     arrivals, deadlines = trace.arrivals_s, trace.deadlines_s
     n = len(arrivals)
     submitted = np.full(n, np.inf)
-    pending: list[futures.Future] = []
+    pending: list[futures.Future | None] = [None] * n
+    per_query = np.broadcast_arrays(arrivals, trace.slo_ms, trace.floors)[1:]
+    slo_and_floor = list(zip(*(values.tolist() for values in per_query), strict=True))
     start = time.monotonic() + _LEAD_S
     done = 0
     while done < n:
@@ -72,21 +82,30 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
         if due == done:
             time.sleep(min(_WAKE_UP_S, max(arrivals[done] - now, 0.0)))
             continue
-        # One group shares an SLO: what the earliest of it has left, so that no deadline is later than the trace's.
-        left_ms = max(1e3 * float(np.min(deadlines[done:due]) - now), 1e-3)
-        pending += target.submit_many(inputs[done:due], slo_ms=left_ms)
-        submitted[done:due] = now
+        groups: dict[tuple[float, float], list[int]] = {}
+        for i in range(done, due):
+            groups.setdefault(slo_and_floor[i], []).append(i)
+        for (_, floor), group in groups.items():
+            # A group shares an SLO: what the earliest of it has left, so that no deadline is later than the trace's.
+            left_ms = max(1e3 * float(deadlines[group[0]] - now), 1e-3)
+            try:
+                answers = target.submit_many([inputs[i] for i in group], slo_ms=left_ms, min_accuracy=floor)
+            except (errors.QueueFullError, errors.WorkersLostError):
+                continue
+            submitted[group] = now
+            for i, future in zip(group, answers, strict=True):
+                pending[i] = future
         done = due
     time.sleep(max(0.0, start + float(deadlines.max()) - time.monotonic()))
     return _collect(trace, submitted, pending, start)
 
 
-def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futures.Future], start_s: float) -> Replay:
+def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futures.Future | None], start_s: float) -> Replay:
     n = len(trace)
     finish, accuracy, batch = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan)
     label = np.full(n, -1)
     for i, future in enumerate(pending):
-        if not future.done():
+        if future is None or not future.done():
             continue
         try:
             reply = future.result(timeout=0)
@@ -95,4 +114,5 @@ def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futur
         finish[i] = submitted[i] + 1e-3 * reply.latency_ms
         accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
     lateness = submitted - trace.arrivals_s
-    return Replay(trace.arrivals_s, trace.deadlines_s, finish, accuracy, batch, label, lateness, start_s, trace.lengths)
+    answers = (finish, accuracy, batch, label)
+    return Replay(trace.arrivals_s, trace.deadlines_s, *answers, lateness, start_s, trace.lengths, trace.floors)

@@ -12,7 +12,8 @@ deadlines nearly every large batch has one. Hence `LengthQueue`: it lets queries
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,12 @@ class LengthQueue(queue.DeadlineQueue):
     The **head** is the earliest deadline of all; of equal ones, the longest. Its length bucket is that of the next batch. The
     batch takes the earliest deadlines of this length bucket, and where those do not fill it, of the shorter ones, the nearest
     length first, which ride in what would be padding. Longer ones are passed over: they have a batch of their own as soon as
-    one of them is the head, which is for the next free worker. Deferred items come in only where no others are left.
+    one of them is the head, which is for the next free worker.
+
+    Deferred items come in where the others do not fill a batch, as in the plain queue. Those of the head's length bucket and
+    of shorter ones ride in its batch. Those of a longer one need a batch of that length: the first of them becomes the head,
+    and its batch is full of its like before any others ride in it, but no larger than lets the others be served after it in
+    time (`look`). A policy is told of those late ones that can be in the batch: of others it need not make haste.
 
     In strict order instead a batch pays for the longest of its queries. Simulated with the default policy, 3 length buckets,
     the paper's profile slowed 1.9 times for 128 tokens and nearly proportional to the length, bursts of CV^2 8 at 85 % of what
@@ -85,10 +91,12 @@ class LengthQueue(queue.DeadlineQueue):
     (128, 1.0, ['long'])
     """
 
-    __slots__ = ("_alone_s", "_lengths", "_place", "_queues", "_work_ms")
+    __slots__ = ("_alone_s", "_lengths", "_now_s", "_place", "_profile", "_queues", "_seats", "_work_ms")
 
     def __init__(self, profile: Profile):
-        self._lengths = profile.lengths
+        self._profile, self._lengths = profile, profile.lengths
+        self._now_s = -math.inf
+        self._seats = sys.maxsize  # in the next batch
         self._queues = tuple(queue.DeadlineQueue() for _ in profile.lengths)
         self._place: int | None = None  # of the head's length bucket, once it has been looked for
         self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.tables)
@@ -98,15 +106,26 @@ class LengthQueue(queue.DeadlineQueue):
     def __len__(self) -> int:
         return sum(map(len, self._queues))
 
+    def look(self, now_s: float) -> None:
+        """Tells it the time, from which it knows how large a batch of deferred items the others can wait for."""
+        self._now_s = now_s
+        if any(q.late for q in self._queues):
+            self._place = None
+
     @property
     def late(self) -> int:
-        """Number of deferred items."""
-        return sum(q.late for q in self._queues)
+        """Number of deferred items that could be in the head's batch."""
+        return sum(q.late for q in self._queues[: self._head_place() + 1])
 
     @property
     def pushed(self) -> float:  # type: ignore[override]
         """Work of all items since the beginning, in milliseconds of a worker."""
         return sum(q.pushed * ms for q, ms in zip(self._queues, self._work_ms, strict=True))
+
+    @property
+    def unit(self) -> float:  # type: ignore[override]
+        """Variance over mean of `pushed`, if arrivals are independent, in milliseconds: the mean work, weighted by itself."""
+        return sum(q.pushed * ms**2 for q, ms in zip(self._queues, self._work_ms, strict=True)) / (self.pushed or 1.0)
 
     @property
     def work_ms(self) -> float:
@@ -120,16 +139,17 @@ class LengthQueue(queue.DeadlineQueue):
 
     @property
     def riders(self) -> int:
-        """Number of items that could be in the head's batch."""
-        return sum(map(len, self._queues[: self._head_place() + 1]))
+        """Number of items that could be in the head's batch; where that of a late head lets items on time wait, no more than
+        it can hold and be in time for them."""
+        return min(sum(map(len, self._queues[: self._head_place() + 1])), self._seats)
 
     @property
     def head_deadline_s(self) -> float:
-        """The earliest deadline; inf when empty."""
+        """The head's deadline; inf when empty."""
         return self._queues[self._head_place()].head_deadline_s
 
     def head(self) -> Any:
-        """The item of the earliest deadline, left in place; None when empty."""
+        """The first item of the next batch, left in place; None when empty."""
         return self._queues[self._head_place()].head()
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
@@ -165,6 +185,12 @@ class LengthQueue(queue.DeadlineQueue):
         self._place = None
         return moved
 
+    def drop_late(self, done: Callable[[Any], bool]) -> None:
+        """See `DeadlineQueue.drop_late`."""
+        self._place = None
+        for q in self._queues:
+            q.drop_late(done)
+
     def pop_before(self, before_s: float) -> list[Any]:
         """Takes every item whose deadline is earlier, deferred or not: `before_s` is that of the shortest length bucket, and
         later for the others by what the fastest subnet takes longer for them."""
@@ -185,21 +211,45 @@ class LengthQueue(queue.DeadlineQueue):
 
     def _head_place(self) -> int:
         if self._place is None:
-            self._place, earliest_s, late = len(self._queues) - 1, math.inf, True
-            for place, q in enumerate(self._queues):
+            self._seats = sys.maxsize
+            place, earliest_s, late = len(self._queues) - 1, math.inf, True
+            for i, q in enumerate(self._queues):
                 on_time, deadline_s = len(q) > q.late, q.head_deadline_s
                 if (on_time and late) or (on_time != late and deadline_s <= earliest_s):
-                    self._place, earliest_s, late = place, deadline_s, not on_time
+                    place, earliest_s, late = i, deadline_s, not on_time
+            self._place = place if late else self._lost_first(place, earliest_s)
         return self._place
 
+    def _lost_first(self, place: int, deadline_s: float) -> int:
+        """The longer length bucket whose deferred items have the next batch, though there are items on time, the earliest of
+        which is in `place`; that itself where there is none, or these would have to wait for too long."""
+        for i in sorted(range(place + 1, len(self._queues)), key=lambda i: self._queues[i].late_deadline_s):
+            q, riding = self._queues[i], self._queues[: i + 1]
+            on_time = sum(len(q) - q.late for q in riding)
+            if not q.late or on_time >= self._profile.max_batch:
+                continue
+            # What is on time is served after it, by the same worker if need be, and more of it will have come.
+            then_ms = queue.fastest(self._profile.tables[place]).latency_ms[-1]
+            first = queue.fastest(self._profile.tables[i], (*q.head_floors(1), 0.0)[0])
+            sizes = zip(self._profile.batch_sizes, first.latency_ms, strict=True)
+            if seats := [n for n, ms in sizes if self._now_s + 1e-3 * (ms + then_ms) <= deadline_s]:
+                self._seats = seats[-1]
+                return i
+        return place
+
     def _shares(self, n: int) -> Iterator[tuple[queue.DeadlineQueue, int, int]]:
-        """The queues that a batch of `n` takes from, in order: from which item on, and how many at most; late ones last."""
-        riding = self._queues[self._head_place() :: -1]
+        """The queues that a batch of `n` takes from, in order: from which item on, and how many at most; late ones last, but
+        for those of a late head's length bucket."""
+        head, *shorter = riding = self._queues[self._head_place() :: -1]
+        late_head = len(head) == head.late
+        if n > 0 and late_head:
+            yield head, 0, head.late
+            n -= head.late
         for q in riding:
             if n > 0 and (count := len(q) - q.late):
                 yield q, 0, count
                 n -= count
-        for q in riding:
+        for q in shorter if late_head else riding:
             if n > 0 and q.late:
                 yield q, len(q) - q.late, q.late
                 n -= q.late

@@ -1,7 +1,8 @@
 """The earliest-deadline-first queue of the server and of the simulator, and how a decision's batch is taken from it. No jax.
 
 With one SLO, arrivals come in the order of their deadlines and the queue is a plain FIFO. Only an item whose deadline
-precedes that of the last FIFO item goes to a heap; taking merges the two.
+precedes that of the last FIFO item goes to a list that is kept sorted; taking merges the two. A heap would take and add items
+faster still, but could not say how many of them are due by some time without looking at all of those (`due_by`).
 
 Items that cannot be met any more may be put behind all the others (`DeadlineQueue.defer`). In an overload, strict order serves
 every query a little too late; whoever lets the lost ones wait meets as many as there is throughput for.
@@ -13,7 +14,7 @@ import heapq
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from superserve_jax import errors
@@ -22,6 +23,10 @@ from superserve_jax.profile import Profile, Row
 # (deadline_s, arrival number, floor, item); arrival numbers differ, so comparing two entries never reaches the item.
 Entry = tuple[float, int, float, Any]
 _deadline_s = operator.itemgetter(0)
+
+
+def _latest_first(entry: Entry) -> tuple[float, int]:
+    return -entry[0], -entry[1]
 
 
 class DeadlineQueue:
@@ -44,40 +49,47 @@ class DeadlineQueue:
     (['late', 'later'], ['early'])
     """
 
-    __slots__ = ("_deferred", "_fifo", "_floored", "_heap", "pushed")
+    __slots__ = ("_deferred", "_early", "_fifo", "_floored", "pushed")
 
     head_length = 0  # inputs have one shape; see `padding.LengthQueue`
+    unit = 1.0  # variance over mean of `pushed`, if arrivals are independent: it counts items
 
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
-        self._heap: list[Entry] = []
+        self._early: list[Entry] = []  # deadlines descend, so that the earliest is taken from the end
         self._deferred: collections.deque[Entry] = collections.deque()
         self.pushed = 0  # items, since the beginning
         self._floored = 0  # waiting items with a floor
 
     def __len__(self) -> int:
-        return len(self._fifo) + len(self._heap) + len(self._deferred)
+        return len(self._fifo) + len(self._early) + len(self._deferred)
 
     @property
     def late(self) -> int:
         """Number of deferred items."""
         return len(self._deferred)
 
+    @property
+    def late_deadline_s(self) -> float:
+        """The deadline of the first deferred item; inf where there is none."""
+        return self._deferred[0][0] if self._deferred else math.inf
+
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
-        """Adds an item. O(1) where its deadline is the last, else O(log n). Only `padding.LengthQueue` heeds its length."""
+        """Adds an item. O(1) where its deadline is the last, else a search and a move of pointers: 3 us among 9,000. Only
+        `padding.LengthQueue` heeds its length."""
         self.pushed += 1
         fifo = self._fifo
         if not fifo or deadline_s >= fifo[-1][0]:
             fifo.append((deadline_s, self.pushed, floor, item))
         else:
-            heapq.heappush(self._heap, (deadline_s, self.pushed, floor, item))
+            bisect.insort(self._early, (deadline_s, self.pushed, floor, item), key=_latest_first)
         if floor > 0:
             self._floored += 1
 
     def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
         """Takes up to `n` items of the earliest deadlines, stopping before the first whose floor exceeds `accuracy`."""
         fifo = self._fifo
-        if not self._heap and not self._floored and not self._deferred:
+        if not self._early and not self._floored and not self._deferred:
             return [fifo.popleft()[3] for _ in range(min(n, len(fifo)))]
         items = []
         while len(items) < n and (head := self._head()) is not None and head[2] <= accuracy:
@@ -90,10 +102,15 @@ class DeadlineQueue:
     def defer(self, before_s: float) -> int:
         """Puts the items whose deadlines are earlier behind all others, where they stay; returns how many it moved."""
         before = len(self._deferred)
-        while (self._fifo or self._heap) and (head := self._head()) is not None and head[0] < before_s:
+        while (self._fifo or self._early) and (head := self._head()) is not None and head[0] < before_s:
             self._drop_head()
             self._deferred.append(head)
         return len(self._deferred) - before
+
+    def drop_late(self, done: Callable[[Any], bool]) -> None:
+        """Drops from the front of the deferred items those that are `done`. O(1) but for those."""
+        while self._deferred and done(self._deferred[0][3]):
+            self._floored -= self._deferred.popleft()[2] > 0
 
     def pop_before(self, before_s: float) -> list[Any]:
         """Takes every item whose deadline is earlier, deferred or not."""
@@ -105,10 +122,10 @@ class DeadlineQueue:
         return [entry[3] for entry in taken]
 
     def due_by(self, time_s: float) -> int:
-        """Number of items with deadlines up to a time, the deferred ones left out."""
-        fifo = self._fifo
+        """Number of items with deadlines up to a time, the deferred ones left out. O(log n)."""
+        fifo, early = self._fifo, self._early
         count = len(fifo) if fifo and fifo[-1][0] <= time_s else bisect.bisect_right(fifo, time_s, key=_deadline_s)
-        return count + sum(entry[0] <= time_s for entry in self._heap) if self._heap else count
+        return count + len(early) - bisect.bisect_left(early, (-time_s,), key=_latest_first) if early else count
 
     def head(self) -> Any:
         """The item of the earliest deadline, left in place; None when empty."""
@@ -125,7 +142,7 @@ class DeadlineQueue:
         """The floors of the first `n` items in the order they would be taken; `()` where no waiting item has a floor."""
         if not self._floored:
             return ()
-        entries = itertools.chain(heapq.merge(self._fifo, _ascending(self._heap)), self._deferred)
+        entries = itertools.chain(heapq.merge(self._fifo, reversed(self._early)), self._deferred)
         return tuple(entry[2] for entry in itertools.islice(entries, n))
 
     def drain(self) -> list[Any]:
@@ -133,13 +150,13 @@ class DeadlineQueue:
         return self.pop(len(self))
 
     def _head(self) -> Entry | None:
-        if self._heap and (not self._fifo or self._heap[0] < self._fifo[0]):
-            return self._heap[0]
+        if self._early and (not self._fifo or self._early[-1] < self._fifo[0]):
+            return self._early[-1]
         return self._fifo[0] if self._fifo else self._deferred[0] if self._deferred else None
 
     def _drop_head(self) -> None:
-        if self._heap and (not self._fifo or self._heap[0] < self._fifo[0]):
-            heapq.heappop(self._heap)
+        if self._early and (not self._fifo or self._early[-1] < self._fifo[0]):
+            self._early.pop()
         else:
             (self._fifo or self._deferred).popleft()
 
@@ -175,8 +192,13 @@ class Meter:
             self._shortest_ms = slo_ms
             self.slo_ms = min(self.slo_ms, slo_ms)
 
-    def read(self, now_s: float, arrived: float) -> tuple[float, float]:
-        """The mean and the variance, given that `arrived` queries have come since the beginning. O(1)."""
+    def read(self, now_s: float, arrived: float, unit: float = 1.0) -> tuple[float, float]:
+        """The mean and the variance, given that `arrived` queries have come since the beginning. O(1).
+
+        Args:
+          unit: the variance over the mean of independent arrivals, with which the first reading makes do; 1 for a number of
+            queries.
+        """
         elapsed_s = now_s - self._since_s
         if elapsed_s < self.window_s:
             return self._reading
@@ -184,7 +206,7 @@ class Meter:
             rate, variance = self._reading
             now_qps = (arrived - self._arrived) / elapsed_s
             if not rate:
-                self._reading = now_qps, now_qps
+                self._reading = now_qps, now_qps * unit
             else:
                 # Where nobody has asked for several windows, as though the arrivals had been spread evenly over them.
                 windows = int(elapsed_s / self.window_s)
@@ -225,14 +247,3 @@ def fastest(profile: Profile, floor: float = 0.0) -> Row:
         best = profile.rows[-1].accuracy
         raise errors.ProfileError(f"no subnet is as accurate as {floor}, the best reaches {best}; lower the floor")
     return min(rows, key=lambda row: row.latency_ms[0])
-
-
-def _ascending(heap: list[Entry]) -> Iterator[Entry]:
-    """The entries of a heap in ascending order, found lazily: the first n cost O(n log n), whatever the heap's size."""
-    frontier = [(heap[0], 0)] if heap else []
-    while frontier:
-        entry, i = heapq.heappop(frontier)
-        yield entry
-        for child in (2 * i + 1, 2 * i + 2):
-            if child < len(heap):
-                heapq.heappush(frontier, (heap[child], child))

@@ -159,7 +159,7 @@ class Server:
         self._pool = workers.Pool(
             engines,
             profile,
-            policies.create(policy, profile),
+            make_policy(policy, profile),
             max_queue=max_queue,
             expire=expire,
             max_tries=max_tries,
@@ -251,6 +251,17 @@ class Server:
         """How the server is: `workers` it began with, those `alive`, those `abandoned`; `failures` of batches, and
         `last_error` (None if none); queries `waiting` and `running`; whether it is `closed`."""
         return self._pool.health()
+
+
+def make_policy(policy: str | policies.Policy, profile: Profile) -> policies.Policy:
+    """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
+    made = policies.create(policy, profile)
+    if str(getattr(made, "name", "")).startswith("switching:"):
+        raise errors.ConfigError(
+            f"policy '{getattr(made, 'name', made)}' loads models, which a server has no need to: it would look as though "
+            "loading took no time; simulate it, or serve with the policy after the second colon"
+        )
+    return made
 
 
 def check_slo(slo_ms: float) -> float:

@@ -249,7 +249,7 @@ class _Run:
             waiting, self.meter, self.policy, self.profile, now_s, workers=self.alive, last_subnet=last, worker=worker
         )
         latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms + loading_ms
-        if row.subnet is not last:
+        if row.subnet != last:
             latency_ms += self.cluster.actuation_ms
             self.last_subnet[worker] = row.subnet
         batch = _Batch(worker, queries, now_s, row.accuracy)

@@ -114,8 +114,9 @@ def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
     Args:
       slo_ms: of a file without that column.
     """
+    _check(slo_ms=slo_ms)
     path = pathlib.Path(path)
-    rows = []
+    rows: list[tuple[float, ...]] = []
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
@@ -127,11 +128,26 @@ def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
                     rows.append((float(row["arrival_s"]), *asked))
                 except (TypeError, ValueError):
                     raise errors.DataError(f"{path}, line {reader.line_num}: not numbers: {list(row.values())}") from None
+                if problem := _problem(*rows[-1]):
+                    raise errors.DataError(f"{path}, line {reader.line_num}: {problem}; mend or remove the row")
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise errors.DataError(f"cannot read arrivals from {path}: {e}") from e
     rows.sort(key=lambda r: r[0])
     arrivals, slos, floors, lengths = np.array(rows, np.float64).reshape(-1, 4).T
     return Trace(arrivals, slos, floors, path.stem, lengths if lengths.any() else 0)
+
+
+def _problem(arrival_s: float, slo_ms: float, floor: float, length: float) -> str:
+    """What is wrong with a query; empty where nothing is."""
+    if not 0 <= arrival_s < math.inf:
+        return f"arrivals are finite seconds from 0, got {arrival_s:g}"
+    if not 0 < slo_ms < math.inf:
+        return f"SLOs must be positive, finite milliseconds, got {slo_ms:g}"
+    if not 0 <= floor <= 1:
+        return f"accuracy floors are fractions from 0 to 1, got {floor:g}"
+    if not (0 <= length < math.inf and length == int(length)):
+        return f"lengths are whole numbers of tokens, 0 where unknown, got {length:g}"
+    return ""
 
 
 def bursty(

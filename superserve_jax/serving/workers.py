@@ -205,8 +205,9 @@ class Pool:
 
     def _locked_prune(self, now_s: float) -> list[Query]:
         """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
-        are returned. A cancelled query counts as waiting until it reaches the front."""
+        are returned. A cancelled query counts as waiting until it reaches the front, of the deferred ones if it is one."""
         expired = self._queue.pop_before(now_s + self._fastest_s) if self._expire else []
+        self._queue.drop_late(Query.done)
         while (head := self._queue.head()) is not None and head.done():
             self._queue.pop(1)
         return [query for query in expired if not query.done()]

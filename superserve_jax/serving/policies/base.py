@@ -23,7 +23,7 @@ class State(NamedTuple):
         batch; empty where none of them has a floor.
       workers: number of live workers, the asking one counted.
       last_subnet: what the asking worker ran last, None if nothing yet.
-      late: how many of those that wait have stepped back because they could not be met (`Decision.defer_ms`).
+      late: how many of `waiting` have stepped back because they could not be met (`Decision.defer_ms`).
       rate_qps, variance_qps: of late, mean and variance per second of the number of arrivals (see `queue.Meter`); the
         variance of a Poisson process is its rate. 0 as long as nothing is known. With length buckets a query counts here and
         in `near` for its work over that of one of the head's length (see `padding.LengthQueue`).
@@ -52,7 +52,8 @@ class Decision(NamedTuple):
 
     Args:
       defer_ms: queries with less slack than this first step back behind all the others, for good; by default none does.
-      loading_ms: what the batch takes longer because its subnet is loaded first. Only the simulator spends it.
+      loading_ms: what the batch takes longer if its subnet is not what the worker ran last, and is loaded first. Only the
+        simulator spends it.
     """
 
     subnet: Subnet

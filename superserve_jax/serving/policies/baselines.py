@@ -101,16 +101,14 @@ class Switching:
     """A server that switches models: any policy, with a loading delay when a worker's subnet changes (the paper's Figure 1).
 
     The policy decides as though loading cost nothing, which is what the paper shows to be the trouble. The first subnet of a
-    worker is loaded too. Only the simulator spends the delay: `Server` actuates in place and has nothing to load. With
-    `simulator.Cluster.actuation_ms` the same delay is a property of the machine, whatever the policy.
+    worker is loaded too. Only the simulator spends the delay: `Server` actuates in place, has nothing to load and refuses this
+    policy. With `simulator.Cluster.actuation_ms` the same delay is a property of the machine, whatever the policy.
 
     >>> from superserve_jax.serving import reference
     >>> profile = reference.paper_profile()
     >>> policy = Switching(MaxAcc(profile), loading_ms=100.0)
-    >>> state = base.State(now_s=0.0, slack_ms=36.0, waiting=9)
-    >>> first = policy(profile, state)
-    >>> first.loading_ms, policy(profile, state._replace(last_subnet=first.subnet)).loading_ms
-    (100.0, 0.0)
+    >>> policy(profile, base.State(now_s=0.0, slack_ms=36.0, waiting=9)).loading_ms
+    100.0
     """
 
     def __init__(self, policy: base.Policy, loading_ms: float):
@@ -121,5 +119,4 @@ class Switching:
 
     def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
         """See `base.Policy`."""
-        decision = self._policy(profile, state)
-        return decision if decision.subnet == state.last_subnet else decision._replace(loading_ms=self._loading_ms)
+        return self._policy(profile, state)._replace(loading_ms=self._loading_ms)

@@ -37,8 +37,9 @@ class SlackFit:
        batch that does, provided that its latency and its rest fit into the slack. Else the batch of 1. all the same, and
        with `defer` the queries which that does not save step back behind all others. In strict order a backlog longer than
        the SLO makes every query a little too late until it is gone (the domino effect of EDF under overload); this way as
-       many are met as there is throughput for. While late ones wait, the fastest subnet runs and they fill up its batches:
-       they are answered by the time at which the backlog is gone, as in strict order.
+       many are met as there is throughput for. While late ones wait that can be in the batch, the fastest subnet runs and they
+       fill it up: they are answered by the time at which the backlog is gone, as in strict order. With length buckets late
+       ones that are longer than the batch have batches of their own (see `padding.LengthQueue`).
 
     It cannot collapse, whatever the profile: a backlog that the workers cannot clear within the head's slack is served at the
     highest throughput there is, and as long as they can, nothing is lost by serving it more slowly.
