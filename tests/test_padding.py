@@ -188,6 +188,8 @@ def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
         q.defer(0.01)
         q.look(now_s)
         assert (q.head_length, q.riders) == (length, riders), now_s
+        _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that does not look at how many there are
+        assert len(batch) == riders, now_s
 
 
 @pytest.mark.parametrize("workers", [1, 4])

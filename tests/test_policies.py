@@ -70,7 +70,7 @@ def test_every_policy_made_by_name_answers_with_a_subnet_and_a_batch_of_the_prof
         assert 1 <= decision.batch <= PAPER.max_batch
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("slackfit") or n == "slackfit-paper"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "slackfit"])
 @given(data=st.data())
 def test_no_tuple_above_the_slack_is_chosen_while_one_of_the_policy_fits(name, data):
     profile = data.draw(profiles()).pareto().monotone()
@@ -147,6 +147,30 @@ def test_a_backlog_that_cannot_be_cleared_within_the_heads_slack_is_drained_at_t
     elif decision.subnet == profile.rows[0].subnet and qps(profile, decision, state.waiting) < best * (1 - 1e-9):
         drain_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
         assert latency_ms + (state.waiting - decision.batch) * drain_ms / state.workers <= state.slack_ms * (1 + 1e-9)
+
+
+@given(data=st.data())
+def test_the_guarded_policy_is_late_only_where_neither_its_batch_nor_a_smaller_one_and_the_rest_fit_into_the_slack(data):
+    profile = data.draw(profiles()).pareto().monotone().pareto()
+    state = data.draw(states(profile))
+    sizes, fastest = profile.batch_sizes, profile.rows[0].latency_ms
+    queries = min(state.waiting, profile.max_batch)
+    drain = max(range(len(sizes)), key=lambda i: (min(queries, sizes[i]) / fastest[i], i))
+    query_ms = min(ms / b for b, ms in zip(sizes, fastest, strict=True))
+
+    def needs_ms(i):
+        rest_ms = max(state.waiting - sizes[i], 0) * query_ms / state.workers
+        return fastest[i] + rest_ms * (i != drain)
+
+    decision = policies.SlackFit(profile)(profile, state)
+    in_time = [i for i in range(drain + 1) if needs_ms(i) <= state.slack_ms]
+    if not in_time:
+        assert decision == policies.Decision(profile.rows[0].subnet, min(sizes[drain], queries), fastest[drain])
+        return
+    assert profile.latency_ms(decision.subnet, decision.batch) <= state.slack_ms
+    assert decision.defer_ms == -math.inf
+    if decision.subnet == profile.rows[0].subnet:
+        assert decision.batch == min(sizes[in_time[-1]], queries)
 
 
 def test_the_guarded_policy_saves_an_urgent_head_with_a_small_batch_only_while_the_rest_can_wait():

@@ -614,3 +614,26 @@ def test_a_policy_that_loads_models_is_refused_since_a_server_loads_nothing(poli
     table = Profile((1,), (Row(SUBNETS[0], 0.7, (1.0,)),))
     with pytest.raises(errors.ConfigError, match="loads models"):
         server.Server.from_engines([engine.FakeEngine(table)], table, policy=policy)
+
+
+def test_a_cancelled_query_that_has_stepped_back_is_forgotten():
+    submitted, late, lost = threading.Event(), [], []
+
+    def policy(profile, state):
+        late.append(state.late)
+        return policies.Decision(SUBNETS[0], 1, defer_ms=1000.0)
+
+    def on_run(subnet, size, inputs):
+        if inputs == [0]:
+            submitted.wait(WAIT_S)
+        if inputs == [2]:
+            lost[0].cancel()
+
+    fake = engine.FakeEngine(PROFILE, speed=math.inf, on_run=on_run)
+    with server.Server.from_engines([fake], PROFILE, policy=policy, slo_ms=LONG_MS, tune_runtime=False) as s:
+        s.submit(np.float32(0))
+        lost.append(s.submit(np.float32(1), slo_ms=1.0))
+        others = [s.submit(np.float32(x)) for x in (2, 3)]
+        submitted.set()
+        assert [f.result(WAIT_S).output[0] for f in others] == [2, 3]
+    assert late[2:] == [0]  # when the last is taken, after the cancellation

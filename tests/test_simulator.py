@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import pathlib
 
@@ -18,6 +19,7 @@ ROWS = (
     profile_lib.Row(Subnet((1, 1)), 0.8, (20.0, 30.0)),
 )
 TWO = profile_lib.Profile((1, 2), ROWS)
+BY_LENGTH = profile_lib.join([dataclasses.replace(TWO.scaled(k), lengths=(n,)) for n, k in ((8, 0.2), (32, 0.5), (128, 1))])
 
 
 def always(rank, batch):
@@ -166,12 +168,18 @@ def test_every_arrival_has_exactly_one_outcome_whatever_goes_wrong(data):
         stalls=tuple(stalls),
     )
     policy = data.draw(st.sampled_from(policies.NAMES))
-    trace = traces.Trace(arrivals, slo_ms, floors)
-    result = simulator.simulate(TWO, policy, trace, cluster=cluster)
+    profile, lengths = TWO, 0
+    if data.draw(st.booleans()):
+        profile, lengths = BY_LENGTH, np.array([data.draw(st.sampled_from([0, 5, 30, 128])) for _ in arrivals], int)
+    trace = traces.Trace(arrivals, slo_ms, floors, lengths=lengths)
+    run = simulator._Run(profile, policies.create(policy, profile), trace, cluster, seed=0)
+    result = run.result()
 
-    outcomes = (simulator.MET, simulator.LATE, simulator.EXPIRED, simulator.REFUSED)
-    assert sum(result.count(o) for o in outcomes) == len(arrivals)
+    assert sorted(run.answered + run.expired + run.refused) == list(range(len(arrivals)))
+    assert not any(run.running)
+    assert len(run.queue) == 0
     answered = np.isin(result.outcome, [simulator.MET, simulator.LATE])
+    assert np.flatnonzero(answered).tolist() == sorted(run.answered)
     np.testing.assert_array_equal(answered, np.isfinite(result.finish_s))
     np.testing.assert_array_equal(result.outcome == simulator.MET, result.finish_s <= result.deadline_s)
     assert (result.start_s[answered] >= result.arrival_s[answered]).all()

@@ -59,9 +59,8 @@ def next_batch(
             waiting.defer(defer_before_s)
             if waiting.head_length != length:
                 continue  # the decision was for a head that has stepped back, and there is one of another length
-        row, items = queue.take(
-            waiting, table, row, min(size, table.max_batch), slack_ms=state.slack_ms, defer_before_s=defer_before_s
-        )
+        size = min(size, table.max_batch, state.waiting)
+        row, items = queue.take(waiting, table, row, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
         return row, items, decision.loading_ms if row.subnet != last_subnet else 0.0
 
 
