@@ -71,10 +71,7 @@ class LengthQueue(queue.DeadlineQueue):
     and its batch is full of its like before any others ride in it, but no larger than lets the others be served after it in
     time (`look`). A policy is told of those late ones that can be in the batch: of others it need not make haste.
 
-    In strict order instead a batch pays for the longest of its queries. Simulated with the default policy, 3 length buckets,
-    the paper's profile slowed 1.9 times for 128 tokens and nearly proportional to the length, bursts of CV^2 8 at 85 % of what
-    is carried when all are padded to 128, half the queries with 20 tokens, 30 % with 50, 20 % with 120: padded 0.9994 at
-    74.26 %, in strict order 0.9966 at 74.74 %, in this one 1.0000 at 78.51 %.
+    In strict order instead a batch pays for the longest of its queries, and in a mix nearly every large batch has a long one.
 
     Two numbers stand for work, `pushed` and `due_by`: in them a query counts for what it costs a worker at the highest
     throughput of the fastest subnet.
