@@ -2,13 +2,15 @@
 
     python tests/noise.py WORKDIR SPEC.json
 
-SPEC holds changes to the config and "log", a file that gets one line per step: the step, a hash of its batch, its subnets.
+SPEC holds changes to the config; "log", a file that gets one line per step: the step, a hash of its batch, its subnets; and
+"pause_s", seconds to wait before each step.
 """
 
 import hashlib
 import json
 import pathlib
 import sys
+import time
 
 import numpy as np
 
@@ -58,7 +60,7 @@ def main() -> None:
     from superserve_jax.training import loop, step
 
     workdir, spec = sys.argv[1], json.loads(pathlib.Path(sys.argv[2]).read_text())
-    log = spec.pop("log", None)
+    log, pause_s = spec.pop("log", None), spec.pop("pause_s", 0.0)
     real = step.SandwichStep.__call__
 
     def logged(self, state, inputs, labels, choices, **options):
@@ -66,6 +68,7 @@ def main() -> None:
         line = {"step": options["step"], "batch": digest, "subnets": [c.subnet.to_json() for c in choices]}
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
+        time.sleep(pause_s)
         return real(self, state, inputs, labels, choices, **options)
 
     if log:

@@ -87,12 +87,12 @@ def everything(run):
 
 @pytest.mark.slow
 def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
-    settings: dict = {"epochs": 2.4, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
+    settings: dict = {"epochs": 4.0, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
     settings["phases"] = [{"share": 1, "elastic": ["depth"]}, {"share": 2, "rewire": True}]
     finish(start(tmp_path, "undisturbed", **settings))
     rng, deaths = np.random.default_rng(0), 0
     for _ in range(20):
-        process = start(tmp_path, "killed", **settings)
+        process = start(tmp_path, "killed", pause_s=0.05, **settings)  # else it might be finished before it is killed
         before = done = len(steps(tmp_path, "killed")) if (tmp_path / "killed.log").exists() else 0
         while process.poll() is None and done < before + 6:  # somewhere in the next steps, or in a checkpoint of them
             time.sleep(0.01)
