@@ -9,7 +9,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import padding, policies, queue
+from superserve_jax.serving import policies, queue
 from superserve_jax.subnet import Subnet
 
 
@@ -40,8 +40,7 @@ def next_batch(
       ConfigError, ProfileError: the decision is of no query, or of a subnet that the profile does not have. Then, as with
         whatever the policy raises, nothing has been taken.
     """
-    if isinstance(waiting, padding.LengthQueue):
-        waiting.look(now_s)
+    waiting.look(now_s)
     while True:
         length = waiting.head_length
         table = profile.at_length(length) if length else profile
@@ -77,12 +76,11 @@ def _state(
     """What the policy may know."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
     floors = waiting.head_floors(max_batch)
+    work_ms = waiting.work_ms
     rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
-    count = len(waiting)
+    rate, variance = rate / work_ms, variance / work_ms**2
     near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, meter.slo_ms))
-    if isinstance(waiting, padding.LengthQueue):
-        count, work_ms = waiting.riders, waiting.work_ms
-        rate, variance = rate / work_ms, variance / work_ms**2
     return policies.State(
-        now_s, slack_ms, count, floors, workers, last_subnet, waiting.late, rate, variance, meter.slo_ms, near, worker
+        *(now_s, slack_ms, waiting.riders, floors, workers, last_subnet, waiting.late),
+        *(rate, variance, meter.slo_ms, near, worker),
     )

@@ -125,7 +125,7 @@ class LengthQueue(queue.DeadlineQueue):
         return sum(q.pushed * ms**2 for q, ms in zip(self._queues, self._work_ms, strict=True)) / (self.pushed or 1.0)
 
     @property
-    def work_ms(self) -> float:
+    def work_ms(self) -> float:  # type: ignore[override]
         """Work of one query of the head's length bucket."""
         return self._work_ms[self._head_place()]
 

@@ -53,6 +53,7 @@ class DeadlineQueue:
 
     head_length = 0  # inputs have one shape; see `padding.LengthQueue`
     unit = 1.0  # variance over mean of `pushed`, if arrivals are independent: it counts items
+    work_ms = 1.0  # what `pushed` counts for one item like the head
 
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
@@ -63,6 +64,14 @@ class DeadlineQueue:
 
     def __len__(self) -> int:
         return len(self._fifo) + len(self._early) + len(self._deferred)
+
+    def look(self, now_s: float) -> None:
+        """Tells the queue the time before it is asked for a batch; only `padding.LengthQueue` needs to know."""
+
+    @property
+    def riders(self) -> int:
+        """Number of items that could be in the next batch."""
+        return len(self)
 
     @property
     def late(self) -> int:
