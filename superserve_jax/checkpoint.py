@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from superserve_jax import errors, supernets
+from superserve_jax import errors, files, supernets
 from superserve_jax import subnet as subnets
 from superserve_jax import vocabulary as vocabularies
 from superserve_jax.supernets import programs, supernet
@@ -179,8 +179,8 @@ def export(
     (part / "statistics.npz").write_bytes(_pack_rows(rows))
     if vocabulary is not None:
         (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
-    files = {str(f.relative_to(part)): _describe(f) for f in _files(part)}
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    contents = {str(f.relative_to(part)): _describe(f) for f in _files(part)}
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
     payload = path / f"payload-{digest}"
     if payload.exists():
         shutil.rmtree(payload)
@@ -200,7 +200,7 @@ def export(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint", "numpy")},
         "payload": payload.name,
-        "files": files,
+        "files": contents,
     }
     manifest["sha256"] = _digest_of_manifest(manifest)
     new = path / f"{_MANIFEST}.part"
@@ -286,22 +286,22 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify(payload: pathlib.Path, files: Mapping[str, Any]) -> None:
+def _verify(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
     """Raises ExportError unless the payload holds exactly these files, with these sizes and digests."""
     if not payload.is_dir() or payload.is_symlink():
         raise errors.ExportError(f"{payload} is missing; the export is not whole, copy or export it again")
     found = {str(f.relative_to(payload)): f for f in _files(payload)}
-    if odd := sorted(set(found) ^ set(files)):
-        state = "missing" if odd[0] in files else "not in the manifest"
+    if odd := sorted(set(found) ^ set(contents)):
+        state = "missing" if odd[0] in contents else "not in the manifest"
         raise errors.ExportError(f"{payload / odd[0]} is {state}; the export is not whole, copy or export it again")
-    sizes = [f.get("bytes") if isinstance(f, dict) else None for f in files.values()]
+    sizes = [f.get("bytes") if isinstance(f, dict) else None for f in contents.values()]
     if not all(isinstance(s, int) and 0 <= s <= _MAX_BYTES for s in sizes):
         raise errors.ExportError(f"the manifest of {payload.parent} gives impossible file sizes; export again")
-    for name, expected in files.items():
+    for name, expected in contents.items():
         size = found[name].stat().st_size
         if found[name].is_symlink() or size != expected["bytes"]:
             raise errors.ExportError(f"{found[name]} has {size} bytes instead of {expected['bytes']}; copy or export it again")
-        if _sha256(found[name]) != expected.get("sha256"):
+        if files.sha256(found[name]) != expected.get("sha256"):
             raise errors.ExportError(f"{found[name]} is damaged: its SHA-256 does not match; copy or export it again")
 
 
@@ -354,12 +354,7 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def _describe(file: pathlib.Path) -> dict[str, Any]:
     with file.open("rb") as f:
         os.fsync(f.fileno())
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: pathlib.Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
 
 
 def _digest_of_manifest(manifest: Mapping[str, Any]) -> str:

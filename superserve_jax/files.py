@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what they hold by their SHA-256."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -22,3 +23,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a value as JSON, as `write_bytes` does."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -6,7 +6,6 @@ spoiled does not match them, and the one before takes its place.
 
 import contextlib
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -110,7 +109,7 @@ class Checkpoints:
 def _sums_of(folder: pathlib.Path) -> dict[str, str]:
     """The SHA-256 of every file, by its path in the folder."""
     paths = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    return {str(p.relative_to(folder)): files.sha256(p) for p in paths}
 
 
 def _difference(sums: pathlib.Path, folder: pathlib.Path) -> str | None:
