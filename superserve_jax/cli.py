@@ -22,6 +22,19 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def config_argument(arguments: list[str], explanation: str | None) -> tuple[str, list[str]]:
+    """The config file that is a program's first argument, and the arguments after it; without one the program ends with its
+    explanation.
+
+    >>> config_argument(["configs/debug.py", "--epochs", "2"], "how to use it")
+    ('configs/debug.py', ['--epochs', '2'])
+    """
+    if not arguments or arguments[0].startswith("-"):
+        print(explanation)
+        sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
+    return arguments[0], arguments[1:]
+
+
 def print_table(rows: list[tuple[str, ...]]) -> None:
     """Prints a header and rows in aligned columns, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

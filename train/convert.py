@@ -39,11 +39,9 @@ class Options:
 
 def main() -> None:
     """The program."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    default = Options(tyro.MISSING, configs.load(sys.argv[1]))
-    options = tyro.cli(Options, default=default, args=sys.argv[2:], prog=f"train/convert.py {sys.argv[1]}")
+    config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
+    default = Options(tyro.MISSING, configs.load(config_path))
+    options = tyro.cli(Options, default=default, args=rest, prog=f"train/convert.py {config_path}")
     model = convert.weights(options.weights, options.config.model)  # first, since unfit weights should leave no folder behind
     run = runs.Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
     largest = model.space.largest()

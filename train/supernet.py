@@ -40,11 +40,9 @@ class Options:
 
 def main() -> None:
     """The program."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    default = Options(configs.load(sys.argv[1]))
-    options = tyro.cli(Options, default=default, args=sys.argv[2:], prog=f"train/supernet.py {sys.argv[1]}")
+    config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
+    default = Options(configs.load(config_path))
+    options = tyro.cli(Options, default=default, args=rest, prog=f"train/supernet.py {config_path}")
     run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
     if options.train_only:
         print(f"trained: {run.workdir}; go on with `python train/search.py {run.workdir}`")
