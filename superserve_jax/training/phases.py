@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
 def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
     """The phases of a run of `num_steps` steps, in order; one that gets no step is left out."""
-    phases, space = config.phases or (configs.Phase(),), config.model.space()
+    phases = _phases(config)
     total = sum(p.share for p in phases)
     ends = [round(num_steps * share / total) for share in itertools.accumulate(p.share for p in phases)]
     parts = []
@@ -29,7 +29,7 @@ def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
                 buckets=config.buckets,
                 random_subnets=config.random_subnets,
                 seed=config.seed,
-                space=space.narrowed(phase.elastic, choices=phase.choices),
+                space=_space(config, phase),
                 tied=phase.tied,
             )
             parts.append(Part(first, phase, sampler))
@@ -38,13 +38,12 @@ def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
 
 def final_space(config: configs.TrainConfig) -> subnets.SearchSpace:
     """The space of the subnets that training ends with: that of the last phase."""
-    phase = (config.phases or (configs.Phase(),))[-1]
-    return config.model.space().narrowed(phase.elastic, choices=phase.choices)
+    return _space(config, _phases(config)[-1])
 
 
 def tied(config: configs.TrainConfig) -> bool:
     """Whether the last phase is tied."""
-    return bool(config.phases) and config.phases[-1].tied
+    return _phases(config)[-1].tied
 
 
 def ends(config: configs.TrainConfig) -> tuple[subnets.Subnet, subnets.Subnet]:
@@ -56,3 +55,11 @@ def ends(config: configs.TrainConfig) -> tuple[subnets.Subnet, subnets.Subnet]:
 def at(parts: list[Part], step: int) -> Part:
     """The part that a step belongs to."""
     return next(part for part in reversed(parts) if part.first <= step)
+
+
+def _phases(config: configs.TrainConfig) -> tuple[configs.Phase, ...]:
+    return config.phases or (configs.Phase(),)
+
+
+def _space(config: configs.TrainConfig, phase: configs.Phase) -> subnets.SearchSpace:
+    return config.model.space().narrowed(phase.elastic, choices=phase.choices)
