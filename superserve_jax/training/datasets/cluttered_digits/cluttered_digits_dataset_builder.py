@@ -1,7 +1,6 @@
 """The TFDS builder of cluttered_digits. It needs neither TensorFlow nor a network: images are given as encoded PNG."""
 
 import io
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +8,8 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from superserve_jax import progress
+from superserve_jax.training.datasets import logged
 from superserve_jax.training.datasets.cluttered_digits import render
-
-logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """\
 32x32 grey images made from the 8x8 scans of handwritten digits that scikit-learn carries. Each holds one digit, scaled 1.5 to
@@ -31,7 +29,7 @@ _CITATION = """\
 """
 
 
-class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
+class ClutteredDigits(logged.Logged, tfds.core.GeneratorBasedBuilder):
     """One handwritten digit among pieces of others; importing this module registers it as `cluttered_digits`."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -64,11 +62,3 @@ class ClutteredDigits(tfds.core.GeneratorBasedBuilder):
             png = io.BytesIO()
             PIL.Image.fromarray(pixels[:, :, 0]).save(png, format="png", compress_level=1)  # noise does not compress
             yield index, {"image": png.getvalue(), "label": int(digits[chosen])}
-
-    # TFDS prints these two; a library logs.
-
-    def _log_download_bytes(self) -> None:
-        logger.info("making %s in %s (once, some seconds)", self.name, self.data_dir)
-
-    def _log_download_done(self) -> None:
-        logger.info("made %s in %s", self.name, self.data_dir)

@@ -1,15 +1,13 @@
 """The TFDS builder of listops. It needs neither TensorFlow nor a network."""
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from superserve_jax import progress
+from superserve_jax.training.datasets import logged
 from superserve_jax.training.datasets.listops import grammar
-
-logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """\
 Nested operations on lists of digits, such as "[MAX 2 9 [MIN 4 7 ] 0 ]", to be worked out: MIN, MAX, MED (median, rounded
@@ -29,7 +27,7 @@ _CITATION = """\
 """
 
 
-class Listops(tfds.core.GeneratorBasedBuilder):
+class Listops(logged.Logged, tfds.core.GeneratorBasedBuilder):
     """Expressions and their values; importing this module registers it as `listops`."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -56,11 +54,3 @@ class Listops(tfds.core.GeneratorBasedBuilder):
         own = [(text, value) for found, text, value in grammar.generate() if found == split]
         for index, (text, value) in enumerate(progress.track(own, f"making {self.name}, {split}")):
             yield index, {"text": text, "label": value}
-
-    # TFDS prints these two; a library logs.
-
-    def _log_download_bytes(self) -> None:
-        logger.info("making %s in %s (once, some seconds)", self.name, self.data_dir)
-
-    def _log_download_done(self) -> None:
-        logger.info("made %s in %s", self.name, self.data_dir)
