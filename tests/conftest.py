@@ -58,6 +58,19 @@ def config(request):
     return CONFIGS[request.param]
 
 
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A TFDS folder with a small cluttered_digits in it: 300 training images, 90 test images."""
+    from superserve_jax.training.datasets import prepared
+    from superserve_jax.training.datasets.cluttered_digits import render
+
+    folder = tmp_path_factory.mktemp("tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "NUM_IMAGES", {"train": 300, "test": 90})
+        prepared.load("cluttered_digits", str(folder))
+    return str(folder)
+
+
 @pytest.fixture
 def tiny():
     """A SuperNet of basic blocks, calibrated (with made-up statistics) for its smallest, a middle and its largest subnet."""

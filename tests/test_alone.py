@@ -19,21 +19,15 @@ from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, single
 from superserve_jax.training import alone, data, loop, losses, runs, stages
 from superserve_jax.training import config as configs
-from superserve_jax.training.datasets import prepared
-from superserve_jax.training.datasets.cluttered_digits import render
 
 UNEVEN = TINY.space().subnet(depth=(1, 0, 2), expand=(0.5, 0.5, 1.0), width=(0.5, 1.0, 0.5))
 NONE = np.zeros(0, np.int32)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, digits_dir):
     """A run of an MLP on a small cluttered_digits; whether it was trained does not matter to its subnets alone."""
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "NUM_IMAGES", {"train": 300, "test": 90})
-        prepared.load("cluttered_digits", str(folder))
-    digits = data.DataConfig(data_dir=str(folder), image_size=8, validation=20)
+    digits = data.DataConfig(data_dir=digits_dir, image_size=8, validation=20)
     config = configs.TrainConfig("mlp", MLPConfig(), digits, epochs=3, batch_size=28, calibration_examples=64, log_every=10)
     return runs.Run.create(config, tmp_path_factory.mktemp("runs") / "mlp")
 

@@ -18,21 +18,9 @@ from tensorflow_datasets.image_classification import cifar
 
 from superserve_jax import errors
 from superserve_jax.training import data, images, streams
-from superserve_jax.training.datasets import prepared
-from superserve_jax.training.datasets.cluttered_digits import render
 
 FEW = {"train": 300, "test": 90}
 OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
-
-
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """A TFDS folder with a small cluttered_digits in it."""
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "NUM_IMAGES", FEW)
-        prepared.load("cluttered_digits", str(folder))
-    return str(folder)
 
 
 @pytest.fixture

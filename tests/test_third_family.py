@@ -18,8 +18,6 @@ from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs
 from superserve_jax.training import config as configs
 from superserve_jax.training import data, stages
-from superserve_jax.training.datasets import prepared
-from superserve_jax.training.datasets.cluttered_digits import render
 
 # -- the family ---------------------------------------------------------------------------------------------------------
 
@@ -91,16 +89,12 @@ class MLP(nnx.Module):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, digits_dir):
     """A trained, searched, calibrated and evaluated run."""
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "NUM_IMAGES", {"train": 300, "test": 90})
-        prepared.load("cluttered_digits", str(folder))
     config = configs.TrainConfig(
         name="mlp",
         model=MLPConfig(),
-        data=data.DataConfig(data_dir=str(folder), image_size=8, validation=60),
+        data=data.DataConfig(data_dir=digits_dir, image_size=8, validation=60),
         epochs=20,
         batch_size=60,
         buckets=2,
