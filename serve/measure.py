@@ -5,30 +5,35 @@
 Of a SuperNet that reads text there is one table for each length bucket that batches are padded to (--lengths 32 64 128).
 
 The profile holds the subnets worth serving here: no other is both faster and more accurate, and neighbours differ by at least
-0.3 points of accuracy and 10 % of latency. The server and replay.py find it by themselves.
+0.3 points of accuracy and 10 % of latency (--keep-all keeps these). The server and replay.py find it by themselves.
+The faster way of slicing weights is found first (--slicing decides it). More than --executables subnets share so many of them
+per batch size, in subnet buckets; what that costs is measured beside executables of their own for some.
 Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on all that was measured, before any subnet is
 left out and noise is repaired.
-Library: serving.executables.DeviceEngine, serving.measuring.measure and properties, checkpoint.profile_path, plots.latencies.
+Library: serving.prepare, serving.device_engine, serving.subnet_buckets, serving.measuring.measure and properties,
+checkpoint.profile_path, plots.latencies.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, plots
 from superserve_jax import profile as profiles
-from superserve_jax.serving import executables, measuring
+from superserve_jax.serving import device_engine, measuring, prepare, subnet_buckets
 
 STATEMENTS = {
     "P1": "a larger batch takes longer",
     "P2": "a more accurate subnet takes longer",
     "P3": "the fastest subnet does a larger batch in the time of the most accurate",
 }
+EXACT = 24  # subnets that are measured with executables of their own, too, to see what sharing costs
 UNITS = {"P1": "long", "P2": "long", "P3": "large"}
 
 
@@ -40,6 +45,9 @@ class Options:
       export: the export's directory.
       batch_sizes: batch sizes to make executables for.
       lengths: length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
+      slicing: how weights are sliced; if left out, the faster way.
+      executables: the most subnet buckets, and so executables of each shape.
+      keep_all: keep every subnet that no other beats, however near its neighbours are.
       repeats: calls of each subnet at each batch size and length.
       json: write the profile to this file, too.
       plot: draw the latencies over subnet and batch into this file (PNG).
@@ -48,6 +56,9 @@ class Options:
     export: Annotated[pathlib.Path, tyro.conf.Positional]
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     lengths: tuple[int, ...] | None = None
+    slicing: device_engine.Slicing | None = None
+    executables: int = prepare.MAX_BUCKETS
+    keep_all: bool = False
     repeats: int = 50
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
@@ -59,14 +70,25 @@ def main() -> None:
     profiles.check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
     device = jax.devices()[0]
-    kind = executables.device_kind(device)
-    lengths = executables.check_lengths(model.config, options.lengths)
-    engine = executables.DeviceEngine(
-        model, device, subnet_list=model.subnets, batch_sizes=options.batch_sizes, lengths=lengths
-    )
+    kind = prepare.device_kind(device)
+    lengths = prepare.check_lengths(model.config, options.lengths)
+    slicing = options.slicing or choose_slicing(model, device, options, lengths)
+    envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
+
+    def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> device_engine.DeviceEngine:
+        shapes = {"batch_sizes": options.batch_sizes, "lengths": lengths}
+        return device_engine.DeviceEngine(
+            model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes
+        )
+
+    engine = make_engine(model.subnets, envelopes)
     accuracies = {s.subnet: s.accuracy for s in model.served}
     measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, repeats=options.repeats)
-    profile = executables.worth_serving(measured).monotone()
+    measured = dataclasses.replace(measured.with_envelopes(envelopes), slicing=slicing)
+    if measured.envelopes:
+        exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
+        report_sharing(measured, engine, exact, model.config.flops, options.repeats)
+    profile = (measured.pareto() if options.keep_all else prepare.worth_serving(measured)).monotone()
     path = checkpoint.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
@@ -81,6 +103,38 @@ def main() -> None:
         plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
         print(f"plot: {options.plot}")
     print(f"kept in {path}")
+
+
+def choose_slicing(model: checkpoint.Model, device: Any, options: Options, lengths: Sequence[int]) -> device_engine.Slicing:
+    """The faster way, and prints by how much."""
+    slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
+    print(f"slicing: '{slicing}'; the other way takes {ratio:.2f} times as long, with another subnet in every call")
+    return slicing
+
+
+def report_sharing(
+    measured: ss.Profile,
+    shared: device_engine.DeviceEngine,
+    exact: device_engine.DeviceEngine,
+    flops: subnet_buckets.Flops,
+    repeats: int,
+) -> None:
+    """Prints what sharing executables costs: FLOPs of all subnets, latencies of those that `exact` has executables for."""
+    bucket_of = {r.subnet: r.envelope or r.subnet for r in measured.rows}
+    extra = subnet_buckets.extra(bucket_of, flops)
+    buckets = len(set(bucket_of.values()))
+    print(f"{len(bucket_of)} subnets in {buckets} subnet buckets: {100 * extra:.1f} % more FLOPs than needed")
+    ratios = []
+    accuracies = {s: measured.row(s).accuracy for s in exact.subnets}
+    for engine in (shared, exact):
+        again = measuring.measure(engine, accuracies, measured.batch_sizes, device=measured.device, repeats=repeats)
+        ratios.append(np.array([again.row(s).latency_ms for s in accuracies]))
+    ratio = ratios[0] / ratios[1]
+    print(
+        f"latency over that of an executable of its own, {len(accuracies)} subnets: "
+        + ", ".join(f"{np.mean(column):.2f} at batch {b}" for b, column in zip(measured.batch_sizes, ratio.T, strict=True))
+        + f"; at worst {ratio.max():.2f}"
+    )
 
 
 def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, int]) -> None:

@@ -23,7 +23,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, plots
-from superserve_jax.serving import executables, fidelity, loadgen, metrics, padding, server, traces
+from superserve_jax.serving import fidelity, loadgen, metrics, padding, prepare, server, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 
@@ -71,7 +71,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     model = ss.load(options.export)
     inputs, labels = test_examples(model)
-    _, engines, profile = executables.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
+    _, engines, profile = prepare.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
     # What an example's length is, the server finds out by itself; rates and the simulator need to know it.
     lengths = np.array([len(padding.trimmed(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None
     slowest = profile.rows[-1].latency_ms[-1]

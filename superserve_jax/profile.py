@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from superserve_jax import errors, files
 from superserve_jax.subnet import Subnet
@@ -34,12 +34,14 @@ class Row:
       accuracy: top-1 accuracy as a fraction of 1, measured on test data.
       latency_ms: median latency of one batch, for each of the profile's batch sizes.
       p99_ms: 99th percentile of the same; the medians where it was not measured.
+      envelope: the subnet bucket in whose executables it ran; None where it had its own.
     """
 
     subnet: Subnet
     accuracy: float
     latency_ms: tuple[float, ...]
     p99_ms: tuple[float, ...] = ()
+    envelope: Subnet | None = None
 
     def __post_init__(self):
         if not self.p99_ms:
@@ -61,6 +63,7 @@ class Profile:
       device: the kind of device that it was measured on.
       lengths: length buckets in tokens, ascending; `()` where inputs have one shape.
       shorter: the profiles of the same subnets at the other lengths (see `join`).
+      slicing: how weights were sliced, "kept" or "in_call" (see `serving.device_engine`).
 
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> Profile((1, 2), (row,)).latency_ms(row.subnet, 2)
@@ -72,6 +75,7 @@ class Profile:
     device: str = "unknown"
     lengths: tuple[int, ...] = ()
     shorter: tuple["Profile", ...] = ()
+    slicing: Literal["kept", "in_call"] = "kept"
 
     def __post_init__(self):
         check_batch_sizes(self.batch_sizes)
@@ -87,6 +91,8 @@ class Profile:
             raise errors.ProfileError("a subnet stands in the profile twice; keep one row of each")
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda r: r.accuracy)))
         object.__setattr__(self, "_index", index)
+        if self.slicing not in ("kept", "in_call"):
+            raise errors.ProfileError(f"slicing is 'kept' or 'in_call', got {self.slicing!r}")
         if self.lengths:
             check_lengths(self.lengths)
         if tuple(t.lengths for t in self.shorter) != tuple((length,) for length in self.lengths[:-1]):
@@ -180,6 +186,16 @@ class Profile:
             tables.append(dataclasses.replace(table, rows=tuple(rows)))
         return join(tables)
 
+    @property
+    def envelopes(self) -> dict[Subnet, Subnet]:
+        """The subnet buckets of the subnets that share one."""
+        return {r.subnet: r.envelope for r in self.rows if r.envelope is not None}
+
+    def with_envelopes(self, envelopes: Mapping[Subnet, Subnet]) -> "Profile":
+        """The same, of subnets that ran in these subnet buckets; those that are not named, or are their own, had their own."""
+        of = {s: envelope for s, envelope in envelopes.items() if envelope != s}
+        return self._with_rows(lambda r: dataclasses.replace(r, envelope=of.get(r.subnet)))
+
     def scaled(self, factor: float) -> "Profile":
         """The profile of a device that is `factor` times slower."""
         return self._with_latencies(lambda ms: tuple(v * factor for v in ms))
@@ -205,12 +221,14 @@ class Profile:
         self, change: Callable[[tuple[float, ...]], tuple[float, ...]], batch_sizes: Sequence[int] | None = None
     ) -> "Profile":
         """The latencies of every row changed, at every length."""
+        return self._with_rows(
+            lambda r: dataclasses.replace(r, latency_ms=change(r.latency_ms), p99_ms=change(r.p99_ms)), batch_sizes
+        )
+
+    def _with_rows(self, change: Callable[[Row], Row], batch_sizes: Sequence[int] | None = None) -> "Profile":
+        """Every row changed, at every length."""
         sizes = self.batch_sizes if batch_sizes is None else tuple(batch_sizes)
-        tables = []
-        for t in self.tables:
-            rows = (dataclasses.replace(r, latency_ms=change(r.latency_ms), p99_ms=change(r.p99_ms)) for r in t.rows)
-            tables.append(dataclasses.replace(t, batch_sizes=sizes, rows=tuple(rows)))
-        return join(tables)
+        return join([dataclasses.replace(t, batch_sizes=sizes, rows=tuple(map(change, t.rows))) for t in self.tables])
 
     def throughput_qps(self, subnet: Subnet, lengths: Iterable[int] = ()) -> float:
         """Queries per second of one worker that runs `subnet` at its best batch size.
@@ -235,12 +253,14 @@ class Profile:
                     "accuracy": r.accuracy,
                     "latency_ms": list(r.latency_ms),
                     "p99_ms": list(r.p99_ms),
+                    **({} if r.envelope is None else {"envelope": r.envelope.to_json()}),
                 }
                 for r in table.rows
             ]
             for table in self.tables
         ]
-        about = {"schema": SCHEMA, "device": self.device, "batch_sizes": list(self.batch_sizes), "rows": tables[-1]}
+        about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing}
+        about |= {"batch_sizes": list(self.batch_sizes), "rows": tables[-1]}
         return {**about, "lengths": list(self.lengths), "shorter": tables[:-1]} if self.lengths else about
 
     @staticmethod
@@ -252,7 +272,9 @@ class Profile:
             sizes, device = tuple(int(b) for b in data["batch_sizes"]), str(data["device"])
             lengths = [(int(length),) for length in data.get("lengths", ())] or [()]
             tables = [*data.get("shorter", ()), data["rows"]]
-            return join([Profile(sizes, _rows(t), device, at) for t, at in zip(tables, lengths, strict=True)])
+            slicing = data.get("slicing", "kept")
+            made = [Profile(sizes, _rows(t), device, at, slicing=slicing) for t, at in zip(tables, lengths, strict=True)]
+            return join(made)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             if isinstance(e, errors.ProfileError):
                 raise
@@ -313,6 +335,7 @@ def _rows(data: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:
             float(r["accuracy"]),
             tuple(float(v) for v in r["latency_ms"]),
             tuple(float(v) for v in r["p99_ms"]),
+            Subnet.from_json(r["envelope"]) if "envelope" in r else None,
         )
         for r in data
     )

@@ -13,7 +13,7 @@ from conftest import random_params, random_row
 from published import BERT, OFA, OFA_LISTS, assert_same_model, bert_state, ofa_state
 
 from superserve_jax import checkpoint, convert, errors
-from superserve_jax.serving import executables
+from superserve_jax.serving import device_engine
 from superserve_jax.supernets import ofa_resnet, programs, supernet
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_logits_of_the_fixtures_agree_sliced_masked_and_through_an_export(read, 
         sliced = jax.jit(program.infer)(model.params, inputs, rows[subnet], program.active(subnet))
         np.testing.assert_allclose(sliced, expected, **tolerance)
         np.testing.assert_allclose(loaded(inputs, subnet), expected, **tolerance)
-    engine = executables.DeviceEngine(loaded, jax.devices()[0], subnet_list=subnet_list[-1:], batch_sizes=[4])
+    engine = device_engine.DeviceEngine(loaded, jax.devices()[0], subnet_list=subnet_list[-1:], batch_sizes=[4])
     np.testing.assert_allclose(engine.run(subnet_list[-1], 4, list(inputs)), logits[-1], **tolerance)
 
 

@@ -7,8 +7,8 @@ from conftest import TINY, random_images
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors
-from superserve_jax.serving import cache, executables
-from superserve_jax.supernets import supernet
+from superserve_jax.serving import cache, device_engine, executables, prepare
+from superserve_jax.supernets import programs, supernet
 
 BATCHES = (1, 4)
 
@@ -24,7 +24,7 @@ def model(tiny, tmp_path):
 
 @pytest.fixture
 def engine(model):
-    return executables.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
+    return device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
 
 
 def live_bytes():
@@ -61,19 +61,20 @@ def test_outputs_survive_later_calls_and_pin_no_batch(model, engine):
     assert all(o.base is None for o in first)
 
 
-def test_weights_are_arguments_and_exist_once_on_the_device(model):
+@pytest.mark.parametrize("slicing", ["kept", "in_call"])
+def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
     before = live_bytes()
-    engine = executables.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
-    rows = sum(r.nbytes for r in model.rows.values())
-    assert live_bytes() - before <= rows  # the weights lay there already
-    made = executables.build(TINY, [model.space.largest()], (4,), jax.devices()[0])
-    [executable] = made.values()
+    engine = device_engine.DeviceEngine(
+        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing
+    )
+    assert live_bytes() - before <= engine.rows.nbytes + engine.slices.nbytes  # the weights lay there already
+    assert (engine.slices.nbytes > 0) == (slicing == "kept")
     weights = sum(v.nbytes for v in model.params.values())
-    argument_bytes = executable.call.memory_analysis().argument_size_in_bytes
-    assert argument_bytes >= weights
-    assert set(executable.leaves) == set(model.params)
-    smallest = executables.compile_executable(TINY, model.space.smallest(), 4, jax.devices()[0])
-    assert not any(name.startswith(("stem.1.", "blocks.0.", "blocks.2.")) for name in smallest.leaves)
+    largest = executables.compile_program(programs.sliced(TINY, model.space.largest()), 4, jax.devices()[0])
+    assert largest.call.memory_analysis().argument_size_in_bytes >= weights
+    assert {name for name, _ in largest.leaves} == set(model.params)
+    smallest = executables.compile_program(programs.sliced(TINY, model.space.smallest()), 4, jax.devices()[0])
+    assert not any(name.startswith(("stem.1.", "blocks.0.", "blocks.2.")) for name, _ in smallest.leaves)
     assert engine.name == "cpu:0"
 
 
@@ -106,19 +107,19 @@ def test_a_server_opens_from_a_path_and_answers_what_the_model_says(model):
 
 def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
     device = jax.devices()[0]
-    engine = executables.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
-    kind = executables.device_kind(device)
-    measured = executables.measure(model, engine, BATCHES, kind, repeats=2)
+    engine = device_engine.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
+    kind = prepare.device_kind(device)
+    measured = prepare.measure(model, engine, BATCHES, kind, repeats=2)
     path = checkpoint.profile_path(model.path, kind)
     measured.save(path)
-    assert executables.prepare(model, batch_sizes=BATCHES)[2] == measured
-    assert executables.stored_profile(model, device, (1,)) == measured.at((1,))
-    assert executables.stored_profile(model, device, (1, 64)) is None
+    assert prepare.prepare(model, batch_sizes=BATCHES)[2] == measured
+    assert prepare.stored_profile(model, device, (1,)) == measured.at((1,))
+    assert prepare.stored_profile(model, device, (1, 64)) is None
     changed = measured.to_json()
     changed["rows"][0]["accuracy"] = 0.123
     ss.Profile.from_json(changed).save(path)
     with caplog.at_level(logging.WARNING):
-        assert executables.stored_profile(model, device, BATCHES) is None
+        assert prepare.stored_profile(model, device, BATCHES) is None
     assert "another export" in caplog.text
 
 
@@ -140,18 +141,19 @@ class TestCache:
         monkeypatch.setenv("SUPERSERVE_CACHE", str(self.root))
 
     def build(self, model):
-        return executables.build(TINY, [model.space.smallest()], (1,), jax.devices()[0])
+        return executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])[0]
 
     def answer(self, model):
         [executable] = self.build(model).values()
-        leaves = tuple(model.params[name] for name in executable.leaves)
-        return np.asarray(executable.call(leaves, random_images(TINY, 1), model.rows[model.space.smallest()]))
+        leaves = tuple(model.params[name] for name, _ in executable.leaves)
+        row, active = model.rows[model.space.smallest()], np.zeros(0, np.int32)
+        return np.asarray(executable.call(leaves, random_images(TINY, 1), row, active))
 
     def test_a_second_start_loads_what_the_first_compiled_without_compiling(self, model, compilations):
         first = self.answer(model)
         [entry] = self.root.glob("*.bin")
         assert self.root.stat().st_mode & 0o077 == 0
-        executables._used_leaves.cache_clear()
+        executables.used_leaves.cache_clear()
         before = [e for e in compilations() if "backend_compile" in e or "trace" in e]
         np.testing.assert_array_equal(self.answer(model), first)
         assert [e for e in compilations() if "backend_compile" in e or "trace" in e] == before
@@ -179,5 +181,4 @@ class TestCache:
     def test_another_config_or_batch_has_an_entry_of_its_own(self, model):
         store = cache.ExecutableCache(TINY, jax.devices()[0])
         other = cache.ExecutableCache(TINY.__class__(num_classes=7), jax.devices()[0])
-        s = model.space.smallest()
-        assert len({store._path(s, 1), store._path(s, 2), other._path(s, 1)}) == 3
+        assert len({store._path({"batch": 1}), store._path({"batch": 2}), other._path({"batch": 1})}) == 3

@@ -27,7 +27,17 @@ NO_JAX = (
     ]
     + [
         f"serving.{name}"
-        for name in ("futures", "workers", "server", "runtime", "measuring", "loadgen", "dispatch", "padding")
+        for name in (
+            "futures",
+            "workers",
+            "server",
+            "runtime",
+            "measuring",
+            "loadgen",
+            "dispatch",
+            "padding",
+            "subnet_buckets",
+        )
     ]
     + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity")]
 )

@@ -10,7 +10,7 @@ import pytest
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors
 from superserve_jax import profile as profiles
-from superserve_jax.serving import executables, measuring
+from superserve_jax.serving import device_engine, measuring
 from superserve_jax.subnet import Subnet
 
 PROGRAM = str(pathlib.Path(__file__).parents[1] / "serve" / "measure.py")
@@ -23,10 +23,12 @@ PROFILE = profiles.Profile((1, 2), tuple(profiles.Row(Subnet((i,)), a, ms) for i
 def measure(monkeypatch, tmp_path):
     """Runs the program with options, on an export and an engine that stand for real ones."""
     served = [types.SimpleNamespace(subnet=r.subnet, accuracy=r.accuracy, flops=1) for r in PROFILE.rows]
-    model = types.SimpleNamespace(config=types.SimpleNamespace(), subnets=[r.subnet for r in PROFILE.rows], served=served)
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(flops=lambda subnet: 1), subnets=[r.subnet for r in PROFILE.rows], served=served
+    )
     engines = []
     monkeypatch.setattr(ss, "load", lambda path: model)
-    monkeypatch.setattr(executables, "DeviceEngine", lambda *args, **options: engines.append(options))
+    monkeypatch.setattr(device_engine, "DeviceEngine", lambda *args, **options: engines.append(options))
     monkeypatch.setattr(measuring, "measure", lambda *args, **options: PROFILE)
     monkeypatch.setattr(checkpoint, "profile_path", lambda path, kind: tmp_path / "profile.json")
 
@@ -47,7 +49,7 @@ def test_batch_sizes_that_cannot_be_are_refused_before_anything_is_compiled(meas
 
 
 def test_what_slackfit_needs_is_checked_on_all_that_was_measured(measure, capsys):
-    measure("--batch-sizes", "1", "2")
+    measure("--batch-sizes", "1", "2", "--slicing", "kept")
     printed = capsys.readouterr().out
     assert "3 of 4 subnets worth serving" in printed
     assert "P1: a larger batch takes longer: 3 of 4 times" in printed

@@ -9,8 +9,8 @@ from conftest import random_params
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors
-from superserve_jax.serving import cache, executables, padding
-from superserve_jax.supernets import dynabert, supernet
+from superserve_jax.serving import device_engine, executables, padding, prepare
+from superserve_jax.supernets import dynabert, programs, supernet
 
 BATCHES, LENGTHS = (1, 4), (3, 7)
 CONFIG = dynabert.DynaBERTConfig(
@@ -64,7 +64,9 @@ def assert_close(actual, expected):
 
 
 def test_padded_executables_answer_as_the_model_does_at_every_length(model):
-    engine = executables.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS)
+    engine = device_engine.DeviceEngine(
+        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS
+    )
     assert engine.input_shape[0] == 7
     for subnet in model.subnets:
         for seed, lengths in enumerate([(1,), (2,), (3,), (7,), (4,), (2, 1), (5, 1, 3), (1, 7, 2, 4), (1, 3, 2, 2)]):
@@ -77,18 +79,20 @@ def test_padded_executables_answer_as_the_model_does_at_every_length(model):
 def test_inputs_may_be_ids_alone(tmp_path):
     model = export(tmp_path / "export", dataclasses.replace(CONFIG, token_types=1))
     [subnet, _] = model.subnets
-    engine = executables.DeviceEngine(model, jax.devices()[0], subnet_list=[subnet], batch_sizes=(2,), lengths=LENGTHS)
+    engine = device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=[subnet], batch_sizes=(2,), lengths=LENGTHS)
     for lengths in ((7, 2), (1,), (3, 2)):
         inputs = texts(model.config, *lengths)
         assert_close(engine.run(subnet, 2, inputs), expected(model, subnet, inputs))
 
 
 def test_a_batch_runs_the_program_of_its_own_length_bucket(model):
-    engine = executables.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS)
+    engine = device_engine.DeviceEngine(
+        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS
+    )
     ran = []
-    engine._table = {
+    engine._calls = {
         key: ((lambda *args, key=key, call=call: (ran.append((key[2], args[1].shape[:2])), call(*args))[1]), *rest)
-        for key, (call, *rest) in engine._table.items()
+        for key, (call, *rest) in engine._calls.items()
     }
     for lengths in ((1, 2), (3,), (2, 4, 1), (7, 1)):
         engine.run(model.subnets[0], 4, texts(model.config, *lengths))
@@ -120,8 +124,8 @@ def test_serving_texts_compiles_nothing_after_the_start(model):
 
 
 def test_lengths_default_to_powers_of_two_and_are_checked_against_the_family(model):
-    assert executables.check_lengths(dynabert.DynaBERTConfig(), None) == (16, 32, 64, 128) == padding.default_lengths(128)
-    assert executables.check_lengths(CONFIG, (2, 4)) == (2, 4)
+    assert prepare.check_lengths(dynabert.DynaBERTConfig(), None) == (16, 32, 64, 128) == padding.default_lengths(128)
+    assert prepare.check_lengths(CONFIG, (2, 4)) == (2, 4)
     with pytest.raises(errors.ConfigError, match="length 8 exceeds the model's max_length=7"):
         ss.Server(model, lengths=(4, 8))
     with pytest.raises(errors.ConfigError, match="lengths must be ascending"):
@@ -129,28 +133,27 @@ def test_lengths_default_to_powers_of_two_and_are_checked_against_the_family(mod
 
 
 def test_images_have_no_lengths(tiny):
-    assert executables.check_lengths(tiny.config, None) == ()
+    assert prepare.check_lengths(tiny.config, None) == ()
     with pytest.raises(errors.ConfigError, match="one shape and no lengths"):
-        executables.check_lengths(tiny.config, (32,))
+        prepare.check_lengths(tiny.config, (32,))
 
 
 def test_a_stored_profile_serves_some_of_its_lengths_and_no_others(tmp_path):
     model = export(tmp_path / "export", CONFIG)
     device = jax.devices()[0]
-    engine = executables.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
-    kind = executables.device_kind(device)
-    measured = executables.measure(model, engine, (1,), kind, repeats=2)
+    engine = device_engine.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
+    kind = prepare.device_kind(device)
+    measured = prepare.measure(model, engine, (1,), kind, repeats=2)
     measured.save(checkpoint.profile_path(model.path, kind))
-    assert executables.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == measured
-    assert executables.stored_profile(model, device, (1,), (7,)) == measured.at((1,), (7,)) == measured.tables[-1]
-    assert executables.stored_profile(model, device, (1,), (4, 7)) is None
+    assert prepare.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == measured
+    assert prepare.stored_profile(model, device, (1,), (7,)) == measured.at((1,), (7,)) == measured.tables[-1]
+    assert prepare.stored_profile(model, device, (1,), (4, 7)) is None
 
 
 def test_each_length_has_a_cache_entry_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("SUPERSERVE_CACHE", str(tmp_path / "cache"))
-    store, smallest = cache.ExecutableCache(CONFIG, jax.devices()[0]), CONFIG.space().smallest()
-    assert len({store._path(smallest, 1, n) for n in (0, 3, 7)}) == 3
+    smallest = programs.sliced(CONFIG, CONFIG.space().smallest())
     for _ in range(2):
-        made = executables.build(CONFIG, [smallest], (1,), jax.devices()[0], lengths=(3, 7))
+        made, _ = executables.build([smallest], (1,), jax.devices()[0], lengths=(3, 7))
         assert [key[1:] for key in made] == [(1, 3), (1, 7)]
         assert len(list((tmp_path / "cache").glob("*.bin"))) == 2

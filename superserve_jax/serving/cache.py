@@ -1,9 +1,10 @@
 """Compiled executables kept between processes, in a private cache of this user.
 
 Loading one runs the machine code in it, so entries are only read from a directory that belongs to this user and that nobody
-else may write to; never from an export. An entry is keyed by everything that the program depends on: config, subnet, batch
-size, length, device, the versions of jax and jaxlib, processor features and the source of the operators. What is stale or
-damaged is compiled again. Deleting the directory is always safe.
+else may write to; never from an export. An entry is keyed by everything that the program depends on: config, program, batch
+size, length, device, the versions of jax and jaxlib, processor features and the source of the operators. Weights are not among
+that, since executables take them as arguments: two exports of one config share their entries. What is stale or damaged is
+compiled again. Deleting the directory is always safe.
 """
 
 import functools
@@ -17,19 +18,18 @@ import pathlib
 import pickle
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jax.experimental import serialize_executable
 
 from superserve_jax import files, layers, ops, supernets
-from superserve_jax import subnet as subnets
 
 Device = Any  # a jax.Device, which is a variable to type checkers
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
+_FORMAT = 2  # of entries, and of what executables take and give
 
 
 def directory() -> pathlib.Path:
@@ -50,6 +50,7 @@ class ExecutableCache:
         self._device = device
         self._root = _private(directory()) if os.environ.get("SUPERSERVE_CACHE") != "" else None
         self._about = {
+            "format": _FORMAT,
             "config": supernets.config_to_json(config),
             "device": [device.platform, device.device_kind, device.id],
             "jax": [importlib.metadata.version(name) for name in ("jax", "jaxlib")],
@@ -58,11 +59,9 @@ class ExecutableCache:
             "source": _source_digest(type(config)),
         }
 
-    def load(
-        self, subnet: subnets.Subnet, batch: int, length: int = 0
-    ) -> tuple[Callable[..., jax.Array], tuple[str, ...]] | None:
-        """(compiled, names of its leaves), or None where there is no sound entry."""
-        path = self._path(subnet, batch, length)
+    def load(self, about: Mapping[str, Any]) -> tuple[Callable[..., Any], Any] | None:
+        """(compiled, its leaves) of the executable that `about`, JSON, describes; None where there is no sound entry."""
+        path = self._path(about)
         if path is None or not path.exists():
             return None
         content = path.read_bytes()
@@ -80,9 +79,9 @@ class ExecutableCache:
             return None
         return compiled, leaves
 
-    def save(self, subnet: subnets.Subnet, batch: int, length: int, compiled: Any, leaves: tuple[str, ...]) -> None:
+    def save(self, about: Mapping[str, Any], compiled: Any, leaves: Any) -> None:
         """Keeps an executable; a full or read-only disk costs only the next start."""
-        path = self._path(subnet, batch, length)
+        path = self._path(about)
         if path is None:
             return
         try:
@@ -91,11 +90,10 @@ class ExecutableCache:
         except (OSError, ValueError, NotImplementedError) as e:
             _log.warning("cannot keep an executable in %s: %s", path.parent, e)
 
-    def _path(self, subnet: subnets.Subnet, batch: int, length: int = 0) -> pathlib.Path | None:
+    def _path(self, about: Mapping[str, Any]) -> pathlib.Path | None:
         if self._root is None:
             return None
-        shape = {"batch": batch, "length": length} if length else {"batch": batch}
-        key = json.dumps({**self._about, "subnet": subnet.to_json(), **shape}, sort_keys=True)
+        key = json.dumps({**self._about, **about}, sort_keys=True)
         return self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
 
 

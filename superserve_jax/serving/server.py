@@ -26,7 +26,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -65,6 +65,9 @@ class Server:
       lengths: of a family whose inputs have a length, the length buckets to make executables for: inputs are padded to one of
         them, and the longest that is served is the last. None takes powers of two from 16 up to the model's longest.
       devices: jax devices, one worker each; None takes all.
+      slicing: when a device slices a subnet's weights out of the SuperNet's: "in_call" in every call, "kept" when the subnet
+        changes (see `serving.device_engine`); None takes the faster one, as the profile says.
+      slice_bytes: of "kept", the most that the slices may take; None takes as much as "in_call" would need.
       max_queue: queries that may wait; one more is refused.
       expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
       **tuning: see `Tuning`.
@@ -96,14 +99,21 @@ class Server:
         batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
         lengths: Sequence[int] | None = None,
         devices: Sequence[Any] | None = None,
+        slicing: Literal["kept", "in_call"] | None = None,
+        slice_bytes: int | None = None,
         max_queue: int = 10_000,
         expire: bool = False,
         **tuning: Unpack[Tuning],
     ):
-        from superserve_jax.serving import executables  # here, since it imports jax
+        from superserve_jax.serving import prepare  # here, since it imports jax
 
-        self.model, engines, profile = executables.prepare(
-            path_or_model, batch_sizes=batch_sizes, lengths=lengths, devices=devices
+        self.model, engines, profile = prepare.prepare(
+            path_or_model,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            devices=devices,
+            slicing=slicing,
+            slice_bytes=slice_bytes,
         )
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
 

@@ -149,13 +149,17 @@ def masked(config: Any) -> Program:
     return _between(config, [low, space.largest()])
 
 
-def bucketed(config: Any, members: Iterable[subnets.Subnet]) -> Program:
-    """The program of a subnet bucket: the envelope of `members`, tracing the sizes in which they differ."""
-    return _between(config, list(members))
+def bucketed(config: Any, members: Iterable[subnets.Subnet], *, envelope: subnets.Subnet | None = None) -> Program:
+    """The program of a subnet bucket, which traces the sizes in which its members differ from its envelope.
+
+    Args:
+      envelope: a subnet that covers all members; None takes the smallest.
+    """
+    return _between(config, list(members), envelope)
 
 
-def _between(config: Any, members: list[subnets.Subnet]) -> Program:
-    top = subnets.envelope(members)
+def _between(config: Any, members: list[subnets.Subnet], envelope: subnets.Subnet | None = None) -> Program:
+    top = envelope or subnets.envelope(members)
     limits = config.sizes(top)
     sizes = [config.sizes(m) for m in members]
     return Program(config, top, tuple(name for name, limit in limits.items() if any(s[name] != limit for s in sizes)))

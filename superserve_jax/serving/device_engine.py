@@ -1,0 +1,248 @@
+"""SubNetAct's actuation: one device that holds the weights once, and runs any served subnet by a look-up.
+
+A subnet runs in the executables of its **subnet bucket**, the envelope of the subnets that share them; alone in one, it is a
+static slice of the weights. What a program reads of the weights is sliced in one of two ways:
+
+- `in_call`: by the executable, in every call. Nothing else is resident, but every call copies the slices.
+- `kept`: when the subnet changes. The slices are kept under a byte budget, the least recently used go first; calls run at the
+  speed of the subnet extracted on its own, and a change to a bucket whose slices are gone costs one copy of them.
+
+While serving nothing can compile, since an engine holds compiled objects only.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax import subnet as subnets
+from superserve_jax.serving import executables, padding
+from superserve_jax.supernets import programs, supernet
+
+Slicing = Literal["kept", "in_call"]
+
+_LEAST_BUDGET_BYTES = 64 << 20  # below that nobody gains from dropping slices
+_ROWS_KEPT = 32  # about as many as are in use at a time
+_SLOW_CALL_S = 0.05  # the first call of an executable costs less than that over a usual one
+
+
+class LeastRecentlyUsed:
+    """Values that can be made again, kept as long as all of them fit into a byte budget.
+
+    One that is larger than the whole budget is kept alone.
+
+    >>> kept = LeastRecentlyUsed(10)
+    >>> [kept.get(key, 6, lambda: print("makes", key) or key.upper()) for key in ("a", "a", "b", "a")]
+    makes a
+    makes b
+    makes a
+    ['A', 'A', 'B', 'A']
+    >>> kept.nbytes, kept.makes
+    (6, 3)
+    """
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes = budget_bytes
+        self.nbytes = 0  # of what is kept
+        self.makes = 0  # since the beginning
+        self._values: collections.OrderedDict[Any, tuple[int, Any]] = collections.OrderedDict()
+
+    def get(self, key: Any, nbytes: int, make: Callable[[], Any]) -> Any:
+        """The value of `key`, which `make()` gives and which takes `nbytes`."""
+        found = self._values.get(key)
+        if found is not None:
+            self._values.move_to_end(key)
+            return found[1]
+        while self._values and self.nbytes + nbytes > self.budget_bytes:  # first, or both would exist for a moment
+            self.nbytes -= self._values.popitem(last=False)[1][0]
+        value = make()
+        self._values[key] = nbytes, value
+        self.nbytes += nbytes
+        self.makes += 1
+        return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bucket:
+    """A subnet bucket on the device.
+
+    Args:
+      program: of its subnets.
+      leaves: the SuperNet's parameters that it reads, on the device.
+      cut: places in `leaves` of those that are larger than what is read of them.
+      slicer: makes the slices of those; None where they are sliced in the call.
+      slice_bytes: of the slices.
+    """
+
+    program: programs.Program
+    leaves: tuple[jax.Array, ...]
+    cut: tuple[int, ...]
+    slicer: Callable[..., tuple[jax.Array, ...]] | None
+    slice_bytes: int
+
+    def sliced(self) -> tuple[jax.Array, ...]:
+        """What its executables take."""
+        assert self.slicer is not None
+        leaves = list(self.leaves)
+        for place, value in zip(self.cut, self.slicer(tuple(leaves[i] for i in self.cut)), strict=True):
+            leaves[place] = value
+        return tuple(leaves)
+
+
+class DeviceEngine:
+    """An `engine.Engine`: one device with the weights once, the statistics and executables of the served subnets.
+
+    Args:
+      model: the SuperNet, calibrated for every subnet.
+      device: where to run.
+      subnet_list, batch_sizes: what can be run,
+      lengths: and of a family whose inputs have a length, at each of these.
+      envelopes: the subnet bucket of each subnet that shares one (see `subnet_buckets`); the others have their own.
+      slicing: see above.
+      slice_bytes: the byte budget of kept slices; None takes what slicing in the call would need, which is the slices of the
+        largest subnet bucket, or 64 MiB if that is more. A bucket whose own slices exceed it is sliced in the call.
+    """
+
+    def __init__(
+        self,
+        model: supernet.SuperNet,
+        device: executables.Device,
+        *,
+        subnet_list: Sequence[subnets.Subnet],
+        batch_sizes: Sequence[int],
+        lengths: Sequence[int] = (),
+        envelopes: Mapping[subnets.Subnet, subnets.Subnet] | None = None,
+        slicing: Slicing = "kept",
+        slice_bytes: int | None = None,
+    ):
+        check_slicing(slicing, slice_bytes)
+        self.lengths, self.pad_id = tuple(lengths), getattr(model.config, "pad_id", 0)
+        spec = executables.input_spec(model.config, 1, self.lengths[-1] if self.lengths else 0)
+        self.name = f"{device.platform}:{device.id}"
+        self.input_shape = tuple(spec.shape[1:])
+        self.input_dtype = np.dtype(spec.dtype)
+        self._device, self._model = device, model
+
+        program_of = bucket_programs(model.config, subnet_list, envelopes or {})
+        made, slicers = executables.build(
+            dict.fromkeys(program_of.values()),
+            batch_sizes,
+            device,
+            lengths=self.lengths,
+            kept=lambda p: (
+                slicing == "kept" and (slice_bytes is None or 4 * model.config.num_params(p.envelope) <= slice_bytes)
+            ),
+        )
+        leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
+        weights = {
+            name: jax.device_put(model.params[name], device)
+            for name in sorted({n for names in leaves.values() for n in names})
+        }
+        buckets = {
+            program: _bucket(program, [weights[name] for name in names], names, slicers.get(program))
+            for program, names in leaves.items()
+        }
+        self._calls = {
+            (s, b, length): (made[program, b, length].call, buckets[program])
+            for s, program in program_of.items()
+            for b in batch_sizes
+            for length in self.lengths or (0,)
+        }
+        largest = max((bucket.slice_bytes for bucket in buckets.values() if bucket.slicer), default=0)
+        self.slices = LeastRecentlyUsed(max(largest, _LEAST_BUDGET_BYTES) if slice_bytes is None else slice_bytes)
+        self.rows = LeastRecentlyUsed(_ROWS_KEPT * 8 * max(program.row_size for program in buckets))
+        self.subnets, self.executables = tuple(program_of), len(made)
+        self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:
+        self._actuated: tuple[Any, ...] = ()
+
+        # One staging buffer per shape is enough: `run` returns only when the output is ready.
+        self._staging = {
+            (b, length): np.zeros(executables.input_spec(model.config, b, length).shape, self.input_dtype)
+            for b in batch_sizes
+            for length in self.lengths or (0,)
+        }
+        if self.lengths:
+            [self._padding] = model.config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
+            for staged in self._staging.values():
+                staged[:] = self._padding[: len(staged[0])]
+        self._warm_up(program_of)
+
+    def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """See `engine.Engine.run`: one array of logits, float32 (num_classes,), for each input."""
+        length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
+        call, bucket = self._calls[subnet, batch_size, length]
+        staged = self._staging[batch_size, length]
+        if not length:
+            for i, x in enumerate(inputs):
+                staged[i] = x
+        else:
+            for i, x in enumerate(inputs):
+                staged[i, : len(x)] = x
+                staged[i, len(x) :] = self._padding[len(x) : length]
+        if subnet is not self._subnet:
+            self._actuate(subnet, bucket)
+        leaves, row, active = self._actuated
+        logits = np.asarray(call(leaves, staged, row, active))
+        return [logits[i].copy() for i in range(len(inputs))]  # a view would pin the batch for as long as a reply lives
+
+    def _actuate(self, subnet: subnets.Subnet, bucket: _Bucket) -> None:
+        """Makes the next calls run `subnet`."""
+        self._subnet, self._actuated = None, ()  # or the slices that it holds could not go
+        program = bucket.program
+
+        def row() -> tuple[jax.Array, jax.Array]:
+            values = program.pad_row(self._model.row(subnet), subnet), program.active(subnet)
+            return jax.device_put(values, self._device)
+
+        leaves = bucket.leaves
+        if bucket.slicer is not None:
+            leaves = self.slices.get(bucket, bucket.slice_bytes, bucket.sliced)
+        self._actuated = (leaves, *self.rows.get(subnet, 8 * program.row_size, row))
+        self._subnet = subnet
+
+    def _warm_up(self, program_of: Mapping[subnets.Subnet, programs.Program]) -> None:
+        """Calls the executables once, since the first call is slow and no query should pay for it. Where every call of a
+        subnet bucket is, the first does not matter, and larger batches are left alone: that would take minutes."""
+        for subnet in {program: s for s, program in program_of.items()}.values():
+            for batch, length in sorted(self._staging):
+                inputs = [self._staging[batch, length][0]]
+                if self._time_s(subnet, batch, inputs) > _SLOW_CALL_S < self._time_s(subnet, batch, inputs):
+                    break
+
+    def _time_s(self, subnet: subnets.Subnet, batch: int, inputs: list[np.ndarray]) -> float:
+        start_s = time.perf_counter()
+        self.run(subnet, batch, inputs)
+        return time.perf_counter() - start_s
+
+
+def bucket_programs(
+    config: Any, subnet_list: Iterable[subnets.Subnet], envelopes: Mapping[subnets.Subnet, subnets.Subnet]
+) -> dict[subnets.Subnet, programs.Program]:
+    """The program that each subnet runs in: its bucket's, or where it has none, its own."""
+    members: dict[subnets.Subnet, list[subnets.Subnet]] = {}
+    for s in subnet_list:
+        members.setdefault(envelopes.get(s, s), []).append(s)
+    made = {envelope: programs.bucketed(config, of, envelope=envelope) for envelope, of in members.items()}
+    return {s: made[envelope] for envelope, of in members.items() for s in of}
+
+
+def _bucket(
+    program: programs.Program, leaves: list[jax.Array], names: Sequence[str], slicer: executables.Executable | None
+) -> _Bucket:
+    shapes = {} if slicer is None else dict(slicer.leaves)
+    cut = tuple(i for i, name in enumerate(names) if name in shapes)
+    slice_bytes = sum(leaves[i].dtype.itemsize * int(np.prod(shapes[names[i]])) for i in cut)
+    return _Bucket(program, tuple(leaves), cut, slicer.call if slicer and cut else None, slice_bytes)
+
+
+def check_slicing(slicing: str, slice_bytes: int | None) -> None:
+    """Raises UnknownNameError or ConfigError for what `DeviceEngine` cannot do."""
+    if slicing not in ("kept", "in_call"):
+        raise errors.unknown_name("slicing", slicing, ["kept", "in_call"])
+    if slice_bytes is not None and not slice_bytes > 0:
+        raise errors.ConfigError(f"slice_bytes must be a positive number of bytes, got {slice_bytes}")

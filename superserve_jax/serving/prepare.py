@@ -1,0 +1,184 @@
+"""What a server of an export needs: engines, one per device, and the latency profile of this kind of device."""
+
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from superserve_jax import checkpoint, errors
+from superserve_jax import profile as profiles
+from superserve_jax import subnet as subnets
+from superserve_jax.serving import cache, device_engine, executables, measuring, padding, subnet_buckets
+from superserve_jax.supernets import supernet
+
+_log = logging.getLogger(__name__)
+
+MAX_BUCKETS = 32
+"""Subnet buckets, and so executables per batch size, that a server makes for an export without a profile."""
+
+_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1  # nearer neighbours than this are not worth an executable
+
+
+def prepare(
+    path_or_model: Any,
+    *,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int] | None = None,
+    devices: Sequence[executables.Device] | None = None,
+    slicing: device_engine.Slicing | None = None,
+    slice_bytes: int | None = None,
+) -> tuple[supernet.SuperNet, list[device_engine.DeviceEngine], profiles.Profile]:
+    """What a server needs: the model, one engine per device, and the latency profile of this kind of device.
+
+    The profile is read from beside the export; where it has none for this device and these shapes, one is measured.
+
+    Args:
+      lengths: None takes `padding.default_lengths`, where inputs have a length.
+      slicing, slice_bytes: see `device_engine.DeviceEngine`; None takes what the profile was measured with.
+
+    Raises:
+      ExportError, ConfigError, NotCalibratedError. ProfileError: the profile beside the export is malformed.
+    """
+    batch_sizes = profiles.check_batch_sizes(batch_sizes)
+    device_engine.check_slicing(slicing or "kept", slice_bytes)
+    model = path_or_model if isinstance(path_or_model, supernet.SuperNet) else checkpoint.load(path_or_model)
+    if not isinstance(model, checkpoint.Model):
+        raise errors.ConfigError(
+            "a server takes an export's directory or what superserve_jax.load returned; export the "
+            "SuperNet first, since only an export knows the accuracies of its subnets"
+        )
+    devices = list(devices if devices is not None else jax.devices())
+    if not devices:
+        raise errors.ConfigError("devices is empty; give at least one jax device, or None for all")
+    lengths = check_lengths(model.config, lengths)
+    profile = stored_profile(model, devices[0], batch_sizes, lengths)
+    if profile is not None:
+        served = [r.subnet for r in profile.rows]
+        envelopes, slicing = profile.envelopes, slicing or profile.slicing
+    else:
+        served, envelopes = list(model.subnets), subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
+    engines = [
+        device_engine.DeviceEngine(
+            *(model, d),
+            subnet_list=served,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            envelopes=envelopes,
+            slicing=slicing or "kept",
+            slice_bytes=slice_bytes,
+        )
+        for d in devices
+    ]
+    if profile is None:
+        _log.warning(
+            "%s has no latency profile for %s, batch sizes %s%s: measuring one; `python serve/measure.py %s` keeps it",
+            model.path,
+            device_kind(devices[0]),
+            list(batch_sizes),
+            f" and lengths {list(lengths)}" if lengths else "",
+            model.path,
+        )
+        profile = measure(model, engines[0], batch_sizes, device_kind(devices[0]), envelopes=envelopes)
+    return model, engines, profile
+
+
+def check_lengths(config: Any, lengths: Sequence[int] | None) -> tuple[int, ...]:
+    """The length buckets for a family's config, the default ones for None; `()` for a family whose inputs have one shape.
+
+    Raises ConfigError for lengths that the family does not have.
+    """
+    longest = getattr(config, "max_length", None)
+    if longest is None:
+        if lengths:
+            raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {list(lengths)}")
+        return ()
+    buckets = padding.default_lengths(longest) if lengths is None else profiles.check_lengths(lengths)
+    if buckets[-1] > longest:
+        raise errors.ConfigError(f"length {buckets[-1]} exceeds the model's max_length={longest}; lengths may go up to that")
+    return buckets
+
+
+def stored_profile(
+    model: checkpoint.Model, device: executables.Device, batch_sizes: Sequence[int], lengths: Sequence[int] = ()
+) -> profiles.Profile | None:
+    """The profile beside the export, cut to batch sizes and lengths; None where it does not cover them and this device."""
+    path = checkpoint.profile_path(model.path, device_kind(device))
+    if not path.exists():
+        return None
+    profile = profiles.Profile.load(path)
+    accuracies = {s.subnet: s.accuracy for s in model.served}
+    if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
+        return None
+    if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
+        _log.warning("%s was measured on another export; ignoring it", path)
+        return None
+    return profile.at(batch_sizes, lengths)
+
+
+def measure(
+    model: checkpoint.Model,
+    engine: device_engine.DeviceEngine,
+    batch_sizes: Sequence[int],
+    device: str,
+    *,
+    envelopes: Mapping[subnets.Subnet, subnets.Subnet] | None = None,
+    repeats: int = 30,
+) -> profiles.Profile:
+    """Measures the latency profile of an engine: repaired to be monotone, and only the subnets that are worth serving."""
+    accuracies = {s.subnet: s.accuracy for s in model.served}
+    measured = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats)
+    return worth_serving(measured.with_envelopes(envelopes or {})).monotone()
+
+
+def worth_serving(profile: profiles.Profile) -> profiles.Profile:
+    """The rows that a server makes use of: no other is faster and more accurate, and neighbours differ enough to matter."""
+    return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
+
+
+def faster_slicing(
+    model: checkpoint.Model,
+    device: executables.Device,
+    batch_sizes: Sequence[int],
+    *,
+    lengths: Sequence[int] = (),
+    repeats: int = 10,
+) -> tuple[device_engine.Slicing, float]:
+    """Which way of slicing is faster on a device, and how many times as long the other takes.
+
+    Measured on three subnets, from the smallest to the largest, at the smallest and the largest batch, with another subnet in
+    every call: kept slices pay for the changes that their budget makes them pay for.
+    """
+    by_cost = sorted(model.subnets, key=model.config.flops)
+    chosen = list(dict.fromkeys((by_cost[0], by_cost[len(by_cost) // 2], by_cost[-1])))
+    sizes, lengths = sorted({batch_sizes[0], batch_sizes[-1]}), lengths[-1:]
+    ways: tuple[device_engine.Slicing, ...] = ("kept", "in_call")
+    engines = [
+        device_engine.DeviceEngine(model, device, subnet_list=chosen, batch_sizes=sizes, lengths=lengths, slicing=way)
+        for way in ways
+    ]
+    example = np.zeros(engines[0].input_shape, engines[0].input_dtype)
+    log_ratios = []
+    for _ in range(repeats):
+        for batch in sizes:
+            for subnet in chosen:
+                seconds = []
+                for engine in engines:
+                    start_s = time.perf_counter()
+                    engine.run(subnet, batch, [example])
+                    seconds.append(time.perf_counter() - start_s)
+                log_ratios.append(math.log(seconds[1] / seconds[0]))
+    ratio = math.exp(statistics.median(log_ratios))
+    return (ways[0], ratio) if ratio >= 1 else (ways[1], 1 / ratio)
+
+
+def device_kind(device: executables.Device) -> str:
+    """What a latency profile holds for: the card's name, or for a CPU its model and number of cores."""
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"cpu {cache.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"
