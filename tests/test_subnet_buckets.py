@@ -22,7 +22,7 @@ def test_every_subnet_has_a_bucket_that_covers_it_and_there_are_no_more_than_ask
 
 def test_more_buckets_cost_less_and_enough_cost_nothing():
     chosen = SPACE[::6]
-    extras = [subnet_buckets.extra(subnet_buckets.choose(chosen, TINY.flops, n), TINY.flops) for n in (1, 4, 16, len(chosen))]
+    extras = [subnet_buckets.extra(subnet_buckets.choose(chosen, TINY.flops, n), TINY.flops) for n in (1, 2, 4, len(chosen))]
     assert extras == sorted(extras, reverse=True)
     assert extras[-1] == 0 < extras[-2] < extras[0]
 
