@@ -139,8 +139,7 @@ def measure(
 
 def worth_serving(profile: profiles.Profile) -> profiles.Profile:
     """The rows that a server makes use of: no other is faster and more accurate, and neighbours differ enough to matter."""
-    return profile.pareto(min_accuracy_gap=_WORTH_KEEPING = 1.03
-_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
+    return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
 
 
 def faster_slicing(
