@@ -29,6 +29,9 @@ NO_JAX = (
         f"serving.{name}"
         for name in (
             "futures",
+            "query",
+            "retries",
+            "crew",
             "workers",
             "server",
             "runtime",

@@ -4,9 +4,10 @@ Threads
 - **Client threads**, any number: `submit` checks the query and puts it into the queue. They never wait for a device.
 - **One worker thread per engine** (`workers.Pool._work_on`): waits on the condition `_work` while the queue is empty, else
   asks the policy, takes the batch, runs the engine, answers the futures and runs their done-callbacks. No router in between.
-- **One watchdog** (`workers.Pool._watch`): sleeps on a bell, which rings when the last worker has left or the server has been
-  collected. Every quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
-- **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads.
+- **One watchdog** (`crew.Crew._watch`): sleeps on a bell, which rings when the server has been closed or collected. Every
+  quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
+- **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads. So does
+  whoever removes a worker, for that one.
 
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
@@ -17,11 +18,21 @@ Who may block on what: clients and workers on the pool's lock, briefly; workers 
 client in `Future.result` on that future's event. A done-callback runs in a worker and keeps its device waiting.
 
 Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
-cancelled query, a close) has no effect. Never not at all: a query is in the queue, in `Worker.batch` of a live worker, or
-about to be resolved by the thread that took it from there; a worker that goes gives its batch back to the queue, and the last
-one fails what waits. All threads are daemons, so a server that nobody closed does not keep the interpreter alive.
+cancelled query, a close) has no effect. Never not at all: a query is in the queue, among the retries (see `retries.py`), in
+`Worker.batch` of a worker that is present, or about to be resolved by the thread that took it from there; a worker that goes
+gives its batch back, and the last one fails what waits.
+
+Faults: a batch that failed is run again in halves, by another worker if there is one, until the input that fails has failed
+alone; only that query gets the error. The worker runs the failed batch once more with blank inputs. Only where that fails,
+too, it is to blame, and it leaves after `max_failures` such batches in a row. Where its memory did not suffice, the batch goes
+back and the worker's batches are half as large from then on.
+
+All threads are daemons, so a server that nobody closed does not keep the interpreter alive; before that goes, the workers end
+(`crew.Crew._exit`). A fork has the server's memory but none of its threads: there it refuses everything, and closing it does
+nothing.
 """
 
+import functools
 import math
 import time
 import weakref
@@ -33,16 +44,18 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, padding, policies, workers
+from superserve_jax.serving.query import Query
 
 
 class Tuning(TypedDict, total=False):
     """Options of `Server` that seldom need a change.
 
     Args:
-      max_tries: batches of a query that may fail before it does. Default 3.
-      max_failures: failures in a row after which a worker leaves; more than max_tries, or one bad query could end a
-        worker. Default 5.
-      stall_s: a worker whose batch takes longer is taken for stuck and abandoned. Default 30.
+      max_tries: how many batches with a query have to fail at least, the last of it alone, before it is answered with the
+        error. Default 3.
+      max_failures: batches in a row that fail, and fail with blank inputs, too, after which a worker leaves. Default 5.
+      stall_s: a worker whose batch takes longer, and 20 times longer than its profiled 99th percentile, is taken for stuck
+        and abandoned. Default 5.
       tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
       clock: monotonic seconds. Default `time.monotonic`.
     """
@@ -146,11 +159,11 @@ class Server:
         expire: bool,
         max_tries: int = 3,
         max_failures: int = 5,
-        stall_s: float = 30.0,
+        stall_s: float = 5.0,
         tune_runtime: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        specs = {(tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id) for e in engines}
+        specs = {_spec(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
         [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
@@ -169,7 +182,7 @@ class Server:
         self._pool = workers.Pool(
             engines,
             profile,
-            make_policy(policy, profile),
+            functools.partial(make_policy, policy),
             max_queue=max_queue,
             expire=expire,
             max_tries=max_tries,
@@ -180,7 +193,7 @@ class Server:
             clock=clock,
         )
         self._clock = clock
-        weakref.finalize(self, self._pool.ring)
+        weakref.finalize(self, self._pool.ring).atexit = False
 
     def __enter__(self) -> "Server":
         return self
@@ -212,7 +225,7 @@ class Server:
         """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
         return list(self._admit(xs, slo_ms, min_accuracy))
 
-    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[workers.Query]:
+    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Query]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
         if not min_accuracy <= self._best:
             raise errors.AccuracyFloorError(
@@ -220,7 +233,7 @@ class Server:
             )
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
-        queries = [workers.Query(self._checked(x), now_s, deadline_s, min_accuracy) for x in xs]
+        queries = [Query(self._checked(x), now_s, deadline_s, min_accuracy) for x in xs]
         if self._lengths:
             for query in queries:
                 query.length = len(query.inputs)
@@ -257,10 +270,63 @@ class Server:
         """
         self._pool.close(drain=drain, timeout_s=timeout_s)
 
+    def add_worker(self, engine_or_device: Any) -> str:
+        """Adds a worker while serving, to a server that has lost all of its workers, too, which then serves again.
+
+        Args:
+          engine_or_device: an engine like the others; or, where the server was opened with a model, a jax device, for which
+            the executables are made first, in the calling thread.
+
+        Returns:
+          Its name: the engine's, with a number where a worker has that name already.
+
+        Raises:
+          ConfigError: the engine takes other inputs, or there is no model. ServerClosedError.
+        """
+        new = engine_or_device
+        if not hasattr(new, "run"):
+            if self.model is None:
+                raise errors.ConfigError(f"a server of engines takes an engine, got {new!r}; it has no model to make one from")
+            from superserve_jax.serving import executables
+
+            table = self.profile
+            served = [row.subnet for row in table.rows]
+            new = executables.DeviceEngine(
+                self.model, new, subnet_list=served, batch_sizes=table.batch_sizes, lengths=table.lengths
+            )
+        if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
+            raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
+        return self._pool.add(new)
+
+    def remove_worker(self, name: str) -> None:
+        """Removes a worker while serving; returns when it has finished its batch and its thread has ended.
+
+        In a done-callback on that worker it does not wait.
+
+        Args:
+          name: one of `health()["per_worker"]`.
+
+        Raises:
+          UnknownNameError: no worker has that name, or it has left. ConfigError: it is the last one, whom nobody could
+          relieve: add another first, or close the server.
+        """
+        self._pool.remove(name)
+
     def health(self) -> dict[str, Any]:
-        """How the server is: `workers` it began with, those `alive`, those `abandoned`; `failures` of batches, and
-        `last_error` (None if none); queries `waiting` and `running`; whether it is `closed`."""
+        """How the server is, as plain values.
+
+        `workers` it knows of, those `alive`, those `abandoned`; `failures` of batches, and `last_error` (None if none);
+        queries `waiting` and `running`; whether it is `closed`; and `per_worker`, a list of dicts:
+        `name`; `state`, "idle", "running", or how it went: "left" (it failed too often, or the server was closed), "abandoned"
+        (it was stuck), "removed"; `batches` that it answered and `failures`, batches that it did not; `max_batch`, less than
+        the profile's where its memory did not suffice; `last_error`; and `running_s`, since when its present batch runs.
+        """
         return self._pool.health()
+
+
+def _spec(e: engine.Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
+    """What inputs an engine takes."""
+    return tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id
 
 
 def make_policy(policy: str | policies.Policy, profile: Profile) -> policies.Policy:
