@@ -244,8 +244,8 @@ class Crew:
         period_s = self._stall_s / 4
         due_s = time.monotonic() + period_s
         while not self._bell.acquire(timeout=period_s):
-            now_s = time.monotonic()
-            self._abandon_stuck(late_s=max(now_s - due_s - period_s, 0.0))
+            late_s = time.monotonic() - due_s
+            self._abandon_stuck(late_s=late_s if late_s > period_s else 0.0)
             due_s = time.monotonic() + period_s
         if not self._closing.is_set():
             self.stop(drain=False)

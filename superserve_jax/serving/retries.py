@@ -1,9 +1,10 @@
 """What becomes of the queries of a batch that failed. No jax.
 
-A single poisoned input fails every batch that it is in. So the queries of a failed batch no longer mix with others: they are
-run again by themselves, in two halves, preferably by another worker, and those that fail are halved again, until the poisoned
-one has failed alone. The rest of its batch has been answered by then, and a batch of n has cost 2 log2(n) more. A query that
-was alone in the first place is tried `max_tries` times.
+A single poisoned input fails every batch that it is in. So the queries of a failed batch no longer mix with others. They are
+run again by themselves, by another worker if there is one: whole at first, for it may have been the worker that failed. Where
+that fails, too, or there is no other, they are run in two halves, and what fails is halved again, until the poisoned input has
+failed alone. The rest of its batch has been answered by then; for a batch of n it took 2 log2(n) + 1 more. A query that was
+alone in the first place is tried `max_tries` times.
 
 Alone on one worker is not enough where there are others, for that worker may be the broken one: a query is given up once it
 has failed alone on two. Where a batch hangs, nothing is halved, and its queries are given up with the batch that hangs as the
@@ -100,7 +101,8 @@ class Retries:
                 hopeless.append((query, "no slack was left to try again"))
             else:
                 live.append(query)
-        middle = len(live) if hung else -(-len(live) // 2)
+        whole = hung or (before is None and workers > 1)
+        middle = len(live) if whole else -(-len(live) // 2)
         for part in (live[:middle], live[middle:]):
             if part:
                 self._add(part, failures, worker, alone_on)

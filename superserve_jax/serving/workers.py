@@ -180,8 +180,10 @@ class Pool(crew.Crew):
 
     def _failed(self, worker: crew.Worker, row: Row, size: int, error: BaseException) -> bool:
         """Gives the batch of a failed run back. False when the worker is to leave."""
-        again = worker.retry is not None
-        _log.warning("%s failed on a batch of %d%s", worker.name, len(worker.batch), ", again" * again, exc_info=error)
+        fresh = worker.retry is None
+        _log.warning(
+            "%s failed on a batch of %d: %r", worker.name, len(worker.batch), error, exc_info=error if fresh else None
+        )
         inputs = [query.inputs for query in worker.batch]
         too_large = retries.out_of_memory(error) and size > self._profile.batch_sizes[0]
         with self._lock:
