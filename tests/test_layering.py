@@ -42,7 +42,7 @@ NO_JAX = (
             "subnet_buckets",
         )
     ]
-    + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity")]
+    + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity", "faults")]
 )
 
 
