@@ -18,7 +18,7 @@ from hypothesis import strategies
 
 from superserve_jax import checkpoint, errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import engine, executables, policies, retries, server
+from superserve_jax.serving import device_engine, engine, policies, retries, server
 from superserve_jax.subnet import Subnet
 
 SIZES = (1, 2, 4, 8, 16)
@@ -447,12 +447,17 @@ class Injecting:
         return self._real.run(subnet, batch_size, inputs)
 
 
-def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(tiny, tmp_path):
+@pytest.fixture
+def export(tiny, tmp_path):
+    """An export with one served subnet."""
     served = [checkpoint.Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
     checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
-    model = checkpoint.load(tmp_path / "export")
-    [subnet] = model.subnets
-    real = executables.DeviceEngine(model, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4))
+    return checkpoint.load(tmp_path / "export")
+
+
+def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(export):
+    [subnet] = export.subnets
+    real = device_engine.DeviceEngine(export, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4))
     images = random_images(TINY, 16)
     calls = itertools.count()
 
@@ -468,7 +473,20 @@ def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(
         with pytest.raises(errors.InferenceError, match=r"shape \(9, 9, 1\), dtype uint8"):
             answers[5].result(WAIT_S)
         assert (state(s, real.name)["max_batch"], s.health()["alive"]) == (2, 1)
-    expected = np.asarray(model(images, subnet))
+    expected = np.asarray(export(images, subnet))
     for i, f in enumerate(answers):
         if i != 5:
             np.testing.assert_allclose(f.result(0).output, expected[i], atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(export):
+    images = random_images(TINY, 2)
+    with server.Server(export, batch_sizes=(2,), devices=jax.devices()[:1], slo_ms=LONG_MS) as s:
+        [first] = s.health()["per_worker"]
+        added = s.add_worker(jax.devices()[0])
+        assert added == f"{first['name']} (2)"
+        s.remove_worker(first["name"])
+        outputs = [f.result(WAIT_S).output for f in s.submit_many(list(images))]
+        assert state(s, added)["batches"] >= 1
+    expected = np.asarray(export(images, export.subnets[0]))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())

@@ -118,7 +118,7 @@ class Server:
         expire: bool = False,
         **tuning: Unpack[Tuning],
     ):
-        from superserve_jax.serving import prepare  # here, since it imports jax
+        from superserve_jax.serving import device_engine, prepare  # here, since they import jax
 
         self.model, engines, profile = prepare.prepare(
             path_or_model,
@@ -126,6 +126,16 @@ class Server:
             lengths=lengths,
             devices=devices,
             slicing=slicing,
+            slice_bytes=slice_bytes,
+        )
+        self._make_engine = functools.partial(
+            device_engine.DeviceEngine,
+            self.model,
+            subnet_list=[row.subnet for row in profile.rows],
+            batch_sizes=profile.batch_sizes,
+            lengths=profile.lengths,
+            envelopes=profile.envelopes,
+            slicing=slicing or profile.slicing,
             slice_bytes=slice_bytes,
         )
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
@@ -144,7 +154,7 @@ class Server:
     ) -> "Server":
         """A server of engines that exist already, all with the subnets, batch sizes and length buckets of `profile`."""
         self = cls.__new__(cls)
-        self.model = None
+        self.model = self._make_engine = None
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
         return self
 
@@ -285,15 +295,9 @@ class Server:
         """
         new = engine_or_device
         if not hasattr(new, "run"):
-            if self.model is None:
+            if self._make_engine is None:
                 raise errors.ConfigError(f"a server of engines takes an engine, got {new!r}; it has no model to make one from")
-            from superserve_jax.serving import executables
-
-            table = self.profile
-            served = [row.subnet for row in table.rows]
-            new = executables.DeviceEngine(
-                self.model, new, subnet_list=served, batch_sizes=table.batch_sizes, lengths=table.lengths
-            )
+            new = self._make_engine(new)
         if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
             raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
         return self._pool.add(new)
