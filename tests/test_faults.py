@@ -16,9 +16,10 @@ from conftest import TINY, random_images
 from fakes import LONG_MS, WAIT_S, Gate, fail, x
 from hypothesis import strategies
 
-from superserve_jax import checkpoint, errors
+from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving import device_engine, engine, policies, retries, server
+from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
 SIZES = (1, 2, 4, 8, 16)
@@ -77,7 +78,7 @@ def test_a_poisoned_input_is_named_and_the_rest_of_its_batch_is_answered(workers
             rf"input of shape \(\), dtype float32, values from {position} to {position}: . batches with it .*alone.*bad luck"
         )
         with pytest.raises(errors.InferenceError, match=named):
-            raise error
+            queries[position - 1].result(0)
         assert s.health()["alive"] == workers
 
 
@@ -139,6 +140,21 @@ def test_what_has_failed_is_run_by_another_worker_first():
     with serve(*(fake(choke(name), name=name) for name in names)) as s:
         s.submit(x(9)).exception(WAIT_S)
     assert [a != b for a, b in itertools.pairwise(ran)] == [True, True]
+
+
+def test_a_batch_goes_whole_to_another_worker_before_it_is_halved():
+    waiting, now = retries.Retries(PROFILE, max_tries=3), {"now_s": 0.0, "workers": 2}
+    batch, before, failed_on = [Query(x(i), 0.0, LONG_MS, 0.0) for i in range(16)], None, 0
+    sizes = []
+    while not (hopeless := waiting.failed(batch, before, failed_on, **now)):
+        assert waiting.find(failed_on, workers=2) is None
+        failed_on = 1 - failed_on
+        before = waiting.find(failed_on, workers=2)
+        batch = before.waiting.drain()
+        sizes.append(len(batch))
+        waiting.groups.clear()
+    assert sizes == [16, 8, 4, 2, 1, 1]  # alone on both
+    assert [query for query, _ in hopeless] == batch
 
 
 # -- outputs ------------------------------------------------------------------------------------------------------------------
@@ -232,11 +248,12 @@ def test_a_named_policy_plans_with_the_batches_that_are_left():
         if batch_size > 8:
             raise MemoryError
 
-    fakes_ = [engine.FakeEngine(table, speed=math.inf, on_run=on_run)]
-    with server.Server.from_engines(fakes_, table, policy="max-batch", slo_ms=LONG_MS, tune_runtime=False) as s:
+    engines, options = [engine.FakeEngine(table, speed=math.inf, on_run=on_run)], {"slo_ms": 50.0, "tune_runtime": False}
+    with server.Server.from_engines(engines, table, policy="max-batch", clock=lambda: 0.0, **options) as s:
         outcomes(s.submit_many([x(i) for i in range(16)]))
-    decision = made(table, policies.State(now_s=0.0, slack_ms=LONG_MS, waiting=16))
-    assert ran[1] == (decision.subnet, decision.batch)
+    decision = made(table, policies.State(now_s=0.0, slack_ms=50.0, waiting=16))
+    assert ran[:2] == [(ROW.subnet, 16), (decision.subnet, decision.batch)]
+    assert decision.subnet != ROW.subnet  # in 50 ms all 16 can have only the fast one
 
 
 def test_without_memory_for_a_single_query_a_worker_fails_as_with_any_error():
@@ -293,6 +310,20 @@ def test_an_input_that_hangs_its_worker_costs_no_more_workers_than_it_has_tries(
         assert (s.health()["alive"], s.health()["abandoned"]) == (2, 2)
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
         opened.set()
+
+
+def test_a_batch_that_hangs_is_not_halved():
+    opened, batches = threading.Event(), []
+
+    def on_run(subnet, batch_size, inputs):
+        batches.append(len(inputs))
+        if len(batches) == 1:
+            opened.wait(WAIT_S)
+
+    with serve(*(fake(on_run, name=f"fake:{i}") for i in range(2)), stall_s=0.02) as s:
+        assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
+        opened.set()
+    assert batches == [16, 16]
 
 
 def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
@@ -445,14 +476,6 @@ class Injecting:
     def run(self, subnet, batch_size, inputs):
         self._hook(batch_size, inputs)
         return self._real.run(subnet, batch_size, inputs)
-
-
-@pytest.fixture
-def export(tiny, tmp_path):
-    """An export with one served subnet."""
-    served = [checkpoint.Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
-    checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
-    return checkpoint.load(tmp_path / "export")
 
 
 def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(export):

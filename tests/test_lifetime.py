@@ -94,7 +94,7 @@ def test_draining_ends_after_its_time_and_leaves_no_thread_but_the_abandoned_one
         time.sleep(0.001)
 
 
-def test_closing_while_a_failed_batch_waits_for_another_worker_answers_it():
+def test_while_a_server_closes_a_worker_runs_again_what_failed_on_itself():
     def fail_once(*_):
         if not failed:
             failed.append(True)
@@ -103,12 +103,16 @@ def test_closing_while_a_failed_batch_waits_for_another_worker_answers_it():
     failed = []
     with held(1) as (s, gate, first):
         s.add_worker(fake(fail_once, name="other"))
-        second = s.submit(x(1))  # on the other, which must leave it to the one that is held
+        second = s.submit(x(1))  # on the other, which would leave it to the one that is held
         while not failed:
             time.sleep(0.001)
-        threading.Timer(0.02, gate.opened.set).start()
-        s.close()
-        assert (first.result(0).output[0], second.result(0).output[0]) == (0.0, 1.0)
+        closer = threading.Thread(target=s.close)
+        closer.start()
+        assert second.result(WAIT_S).output == (1.0, 0)
+        assert not first.done()
+        gate.opened.set()
+        closer.join()
+        assert first.result(0).output == (0.0, 0)
 
 
 # -- the end of the interpreter -----------------------------------------------------------------------------------------------
@@ -147,6 +151,26 @@ while not hung.health()["running"]:
     start_s = time.monotonic()
     run(code)
     assert time.monotonic() - start_s < 20
+
+
+def test_the_interpreter_exits_amid_traffic_on_real_executables(export):
+    code = f"""
+import superserve_jax as ss
+real = ss.Server({str(export.path)!r}, batch_sizes=(1, 16))
+images = np.zeros((32, *real._shape), np.uint8)
+
+def classify():
+    while True:
+        for future in real.submit_many(list(images)):
+            future.result()
+
+for _ in range(4):
+    threading.Thread(target=classify, daemon=True).start()
+time.sleep(0.3)
+"""
+    # A thread that XLA finds taken down under it calls std::terminate, which aborts the process.
+    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "terminate" in done.stderr, "Traceback" in done.stderr) == (0, False, False)
 
 
 # -- forks and stops ----------------------------------------------------------------------------------------------------------
