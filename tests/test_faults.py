@@ -382,6 +382,7 @@ def test_a_removed_worker_that_is_stuck_is_abandoned():
         busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
         s.remove_worker(busy)
         assert state(s, busy)["state"] == "abandoned"
+        assert f"superserve-{busy}" in [t.name for t in threading.enumerate()]
         assert first.result(WAIT_S).output == (0.0, 0)
 
 
@@ -407,6 +408,7 @@ def test_a_callback_may_remove_its_own_worker():
         first.add_done_callback(lambda f: s.remove_worker(busy))
         gate.opened.set()
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+    assert s.health()["abandoned"] == 0
 
 
 def test_the_last_worker_cannot_be_removed_nor_one_that_there_is_not():
