@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import logging
 import math
 import threading
 import time
@@ -452,16 +453,23 @@ def test_a_worker_that_does_not_fit_is_refused(new, message):
         s.add_worker(fake())
 
 
-def test_an_engine_that_was_removed_is_not_held():
-    with serve(fake(), fake(name="big")) as s:
-        new = fake(name="other")
+@pytest.mark.parametrize("how", ["removed", "left"])
+def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("superserve_jax.serving.workers"), "disabled", True)  # pytest keeps what is logged
+    with serve(fake(), slo_ms=1, max_failures=1) as s:
+        new = fake(fail if how == "left" else None, name="other")
         held = weakref.ref(new)
         s.add_worker(new)
         del new
-        s.remove_worker("other")
-        gc.collect()
-        assert held() is None
-        assert state(s, "other")["state"] == "removed"
+        if how == "removed":
+            s.remove_worker("other")
+        while state(s, "other")["state"] != how:
+            outcomes(s.submit_many([x(i) for i in range(50)], slo_ms=LONG_MS))
+        end_s = time.monotonic() + WAIT_S
+        while held() is not None:
+            assert time.monotonic() < end_s
+            gc.collect()
+        assert state(s, "other")["max_batch"] == 16
 
 
 # -- real executables ---------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ cancelled query, a close) has no effect. Never not at all: a query is in the que
 `Worker.batch` of a worker that is present, or about to be resolved by the thread that took it from there; a worker that goes
 gives its batch back, and the last one fails what waits.
 
-Faults: a batch that failed is run again in halves, by another worker if there is one, until the input that fails has failed
-alone; only that query gets the error. The worker runs the failed batch once more with blank inputs. Only where that fails,
-too, it is to blame, and it leaves after `max_failures` such batches in a row. Where its memory did not suffice, the batch goes
-back and the worker's batches are half as large from then on.
+Faults: a batch that failed is run again, by another worker if there is one, and then in ever smaller parts, until the input
+that fails has failed alone; only that query gets the error. The worker meanwhile runs the failed batch with blank inputs. Only
+where that fails, too, it is to blame, and it leaves after `max_failures` such batches in a row. Where its memory did not
+suffice, the batch goes back and the worker's batches are at most half as large from then on.
 
 All threads are daemons, so a server that nobody closed does not keep the interpreter alive; before that goes, the workers end
 (`crew.Crew._exit`). A fork has the server's memory but none of its threads: there it refuses everything, and closing it does

@@ -85,7 +85,11 @@ class Pool(crew.Crew):
             worker.last_error = self._last_error = error
         finally:
             self._drop([worker], "left", self._lost_error)
-            del worker.engine  # whoever reads the health of a worker that has left need not keep its device's memory
+            # The health of a worker that has left is there to be read, but must not keep its device's memory: neither by the
+            # engine, nor by the frames of its last error, which has been logged.
+            del worker.engine
+            if worker.last_error is not None:
+                worker.last_error.__traceback__ = None
 
     def _turn(self, worker: crew.Worker) -> bool:
         """Waits for one batch, runs it and answers it. False when the worker is to leave."""
