@@ -11,10 +11,12 @@ Threads
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
   (10 us); never while an engine runs, and never while a future resolves, since that runs foreign code.
-- **Each future's own lock** is held for a few instructions, and never while the pool's lock is held.
+- **The futures' locks**, one for all queries of a submit, and **the mailboxes' locks**, one for each event loop that awaits
+  queries, are held for a few instructions, and never while the pool's lock is.
 
 Who may block on what: clients and workers on the pool's lock, briefly; workers on their engine, for as long as it takes; a
-client in `Future.result` on that future's event. A done-callback runs in a worker and keeps its device waiting.
+client in `Future.result` on a lock of its own, which the worker that answers releases. A done-callback runs in a worker and
+keeps its device waiting.
 
 Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
 cancelled query, a close) has no effect. Never not at all: a query is in the queue, in `Worker.batch` of a live worker, or
@@ -23,6 +25,7 @@ one fails what waits. All threads are daemons, so a server that nobody closed do
 """
 
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -210,9 +213,9 @@ class Server:
         self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0
     ) -> list[futures.Future]:
         """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
-        return list(self._admit(xs, slo_ms, min_accuracy))
+        return self._admit(xs, slo_ms, min_accuracy)
 
-    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[workers.Query]:
+    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
         if not min_accuracy <= self._best:
             raise errors.AccuracyFloorError(
@@ -220,7 +223,8 @@ class Server:
             )
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
-        queries = [workers.Query(self._checked(x), now_s, deadline_s, min_accuracy) for x in xs]
+        lock = threading.RLock()
+        queries = [workers.Query(self._checked(x), now_s, deadline_s, min_accuracy, lock) for x in xs]
         if self._lengths:
             for query in queries:
                 query.length = len(query.inputs)

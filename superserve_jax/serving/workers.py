@@ -23,8 +23,10 @@ class Query(futures.Future):
 
     __slots__ = ("deadline_s", "floor", "inputs", "length", "submitted_s", "tries")
 
-    def __init__(self, inputs: Any, submitted_s: float, deadline_s: float, floor: float):
-        super().__init__()
+    def __init__(
+        self, inputs: Any, submitted_s: float, deadline_s: float, floor: float, lock: "threading.RLock | None" = None
+    ):
+        futures.Future.__init__(self, lock)  # a fifth faster than with super()
         self.inputs = inputs
         self.length = 0  # tokens; 0 where inputs have one shape
         self.submitted_s = submitted_s
@@ -104,7 +106,7 @@ class Pool:
     # -- called by clients --------------------------------------------------------------------------------------------------
 
     def admit(self, queries: Sequence[Query]) -> None:
-        """Queues all of `queries`, which share an SLO, or raises and queues none."""
+        """Queues all of `queries`, which share deadline and floor, or raises and queues none."""
         with self._lock:
             if self._closing.is_set():
                 raise errors.ServerClosedError("the server is closed and takes no queries; open a new one")
@@ -115,10 +117,11 @@ class Pool:
                     f"{len(self._queue)} queries wait and {len(queries)} more would exceed max_queue={self._max_queue}; "
                     "submit more slowly, add devices, or raise max_queue"
                 )
-            for query in queries:
-                self._queue.push(query.deadline_s, query, query.floor, query.length)
             if queries:
-                self._meter.shorten(queries[0].submitted_s, 1e3 * (queries[0].deadline_s - queries[0].submitted_s))
+                first = queries[0]
+                lengths = [query.length for query in queries] if self._profile.shorter else ()
+                self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
+                self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
             self._locked_wake()
 
     def stop(self, *, drain: bool) -> None:
@@ -248,12 +251,11 @@ class Pool:
         worker.failures = 0
         compute_ms = 1e3 * (finish_s - start_s)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
+        make = futures.Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
             queue_ms = 1e3 * (start_s - query.submitted_s)
             met_slo = finish_s <= query.deadline_s
-            query.set_result(
-                futures.Reply(output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count)
-            )
+            query.set_result(make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count)))
         return True
 
     def _failed(self, worker: Worker, error: BaseException) -> bool:
