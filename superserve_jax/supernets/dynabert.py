@@ -63,6 +63,7 @@ class DynaBERTConfig:
     pad_id: int = 0
     eps: float = 1e-12
 
+    @errors.refusing(errors.ConfigError, "DynaBERTConfig: a field is of another type than its default")
     def __post_init__(self):
         _check(self)
 
@@ -85,6 +86,7 @@ class DynaBERTConfig:
         length = self._length(length)
         return jax.ShapeDtypeStruct((batch, length) if self.token_types == 1 else (batch, length, 2), jnp.int32)
 
+    @errors.refusing(errors.InputError, "ids, types and mask must be arrays of whole numbers (B, T)")
     def pack(self, ids: Any, types: Any = None, *, mask: Any = None, length: int | None = None) -> np.ndarray:
         """Inputs out of what a tokenizer gives.
 
@@ -170,8 +172,8 @@ class DynaBERTConfig:
         return [(s[f"layer{i}.attention"], s[f"layer{i}.ffn"]) for i in range(self.num_layers) if s[f"layer{i}.gate"]]
 
     def _length(self, length: int | None) -> int:
-        if length is not None and not 1 <= length <= self.max_length:
-            raise errors.ConfigError(f"length must be from 1 to max_length={self.max_length}, got {length}")
+        if length is not None and not (isinstance(length, int) and 1 <= length <= self.max_length):
+            raise errors.ConfigError(f"length must be from 1 to max_length={self.max_length}, got {length!r}")
         return length or self.max_length
 
 

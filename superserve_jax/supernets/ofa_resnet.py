@@ -84,6 +84,7 @@ class OFAResNetConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    @errors.refusing(errors.ConfigError, "OFAResNetConfig: a field is of another type than its default")
     def __post_init__(self):
         _check(self)
 
