@@ -10,6 +10,7 @@ Axis letters: B batch, T tokens.
 import dataclasses
 import difflib
 import functools
+import numbers
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,7 @@ class Vocabulary:
         """
         if isinstance(texts, str) or isinstance(second, str):
             raise errors.InputError("texts are lists of texts; give a single one as [text]")
-        if not isinstance(length, int) or length < 1:
+        if not isinstance(length, numbers.Integral) or length < 1:
             raise errors.InputError(f"length must be a whole number of tokens from 1 up, got {length!r}")
         if second is not None and len(second) != len(texts):
             raise errors.InputError(f"every text needs its second text, got {len(texts)} texts and {len(second)} second ones")

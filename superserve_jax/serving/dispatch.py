@@ -5,6 +5,7 @@ units of the head's work (see `padding`).
 """
 
 import math
+import operator
 from typing import Any
 
 from superserve_jax import errors
@@ -48,7 +49,7 @@ def next_batch(
         state = _state(waiting, meter, max_batch, now_s, workers=workers, last_subnet=last_subnet, worker=worker)
         try:
             decision = policy(table, state)
-            row, size = table.row(decision.subnet), decision.batch
+            row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
             if size < 1:
                 raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
         except Exception as error:

@@ -14,6 +14,7 @@ Axis letters: B batch, T tokens, N heads, H channels of a head, D model, C chann
 
 import dataclasses
 import math
+import numbers
 from typing import Any, ClassVar
 
 import jax
@@ -172,8 +173,8 @@ class DynaBERTConfig:
         return [(s[f"layer{i}.attention"], s[f"layer{i}.ffn"]) for i in range(self.num_layers) if s[f"layer{i}.gate"]]
 
     def _length(self, length: int | None) -> int:
-        if length is not None and not (isinstance(length, int) and 1 <= length <= self.max_length):
-            raise errors.ConfigError(f"length must be from 1 to max_length={self.max_length}, got {length!r}")
+        if length is not None and not (isinstance(length, numbers.Integral) and 1 <= length <= self.max_length):
+            raise errors.ConfigError(f"length must be from 1 to max_length={self.max_length}, got {length}")
         return length or self.max_length
 
 
