@@ -57,6 +57,8 @@ class Served:
     params: int
 
     def __post_init__(self):
+        if not isinstance(self.subnet, subnets.Subnet):
+            raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
         for name, value in (("accuracy", self.accuracy), ("accuracy_shared", self.accuracy_shared)):
             known = isinstance(value, int | float) or (value is None and name == "accuracy_shared")
             if not known or not 0 <= (value or 0) <= 1:

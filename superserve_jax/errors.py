@@ -91,6 +91,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
     """
     names, name = sorted(known), str(name)
     name = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+    name = name if name.isprintable() else ascii(name)[1:-1]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return UnknownNameError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or '(none)'}")

@@ -53,8 +53,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not re.fullmatch(r"payload-[0-9a-f]{16}", manifest["payload"]):
         raise errors.ExportError(f"{file} names a payload folder that cannot be one: {manifest['payload']!r}")
     sizes = [f.get("bytes") if isinstance(f, dict) else None for f in manifest["files"].values()]
-    if not all(isinstance(s, int) and 0 <= s <= _MAX_BYTES for s in sizes):
-        raise errors.ExportError(f"{file} gives impossible file sizes; export again")
+    if not all(isinstance(s, int) and 0 <= s <= _MAX_BYTES for s in sizes) or not "".join(manifest["files"]).isprintable():
+        raise errors.ExportError(f"{file} gives impossible names or sizes of files; export again")
     return manifest
 
 

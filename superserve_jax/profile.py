@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,8 @@ from superserve_jax import errors, files
 from superserve_jax.subnet import Subnet
 
 SCHEMA = 1
+
+_LEAST_MS, _MOST_MS = 1e-9, 1e12  # of a latency that can be: outside of it, a policy's arithmetic would fail, not the profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Row:
         if not 0 <= self.accuracy <= 1:
             raise errors.ProfileError(f"accuracy must be a fraction from 0 to 1, got {self.accuracy}")
         for v in (*self.latency_ms, *self.p99_ms):
-            if not (math.isfinite(v) and v > 0):
+            if not _LEAST_MS <= v <= _MOST_MS:
                 raise errors.ProfileError(f"latencies must be positive and finite milliseconds, got {list(self.latency_ms)}")
 
 

@@ -30,7 +30,14 @@ def read(file: pathlib.Path, config: Any) -> dict[subnets.Subnet, np.ndarray]:
     try:
         with errors.refusing(errors.ExportError, f"{file} does not hold SubnetNorm statistics; export again"):
             return _read(file, config)
-    except (OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as e:  # of damaged or odd archives
+    except (
+        errors.SubnetError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+    ) as e:  # of damaged or odd archives
         raise errors.ExportError(f"{file} does not hold SubnetNorm statistics: {e}; export again") from e
 
 

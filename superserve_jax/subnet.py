@@ -21,7 +21,7 @@ from superserve_jax import errors
 
 DepthRule = Literal["first", "every_other"]
 
-_MAX_BLOCKS = 10_000  # a config that was read from a file may ask for more than there is memory for
+_MAX_BLOCKS = 1_000  # a config that was read from a file may ask for more than there is memory for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,17 @@ def envelope(subnets: Iterable[Subnet]) -> Subnet:
     return Subnet(gates, axes)
 
 
+def check_depths(depths: Sequence[Sequence[int]]) -> None:
+    """Raises ConfigError unless the depths of each stage can be. Families ask before they list what each block may choose."""
+    for d in depths:
+        if not all(isinstance(n, int) for n in d):
+            raise errors.ConfigError(f"depths are whole numbers of blocks, got {d}")
+        if not d or list(d) != sorted(set(d)) or d[0] < 0 or d[-1] < 1:
+            raise errors.ConfigError(f"depths of a stage must be ascending, from 0, with a largest of 1 or more; got {d}")
+    if (blocks := sum(d[-1] for d in depths)) > _MAX_BLOCKS:
+        raise errors.ConfigError(f"a search space may have {_MAX_BLOCKS:,} blocks, got {blocks:,}")
+
+
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
     """All subnets of a SuperNet.
@@ -146,13 +157,7 @@ class SearchSpace:
     def __post_init__(self):
         if self.rule not in ("first", "every_other"):
             raise errors.unknown_name("depth rule", self.rule, ["first", "every_other"])
-        for d in self.depths:
-            if not all(isinstance(n, int) for n in d):
-                raise errors.ConfigError(f"depths are whole numbers of blocks, got {d}")
-            if not d or list(d) != sorted(set(d)) or d[0] < 0 or d[-1] < 1:
-                raise errors.ConfigError(f"depths of a stage must be ascending, from 0, with a largest of 1 or more; got {d}")
-        if self.num_blocks > _MAX_BLOCKS:
-            raise errors.ConfigError(f"a search space may have {_MAX_BLOCKS:,} blocks, got {self.num_blocks:,}")
+        check_depths(self.depths)
         names = [a.name for a in self.axes]
         if len(set(names)) != len(names) or {"depth", "gates"} & set(names):
             raise errors.ConfigError(f"axis names must differ and not be 'depth' or 'gates', got {names}")

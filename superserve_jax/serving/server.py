@@ -222,7 +222,11 @@ class Server:
         self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0
     ) -> list[futures.Future]:
         """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
-        return self._admit(xs, slo_ms, min_accuracy)
+        try:
+            each = iter(xs)
+        except TypeError as e:
+            raise errors.InputError(f"submit_many takes inputs, got {type(xs).__name__} ({e}); submit takes one") from e
+        return self._admit(each, slo_ms, min_accuracy)
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)

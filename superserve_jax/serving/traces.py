@@ -201,6 +201,7 @@ def accelerating(
 ) -> Trace:
     """The paper's accelerating traffic (its Section 6.3): one rate, from `ramp_at_s` on a linear ramp, then another rate."""
     check(duration_s=duration_s, from_qps=from_qps, to_qps=to_qps, qps_per_s=qps_per_s)
+    check(0, ramp_at_s=ramp_at_s)
     t = _grid(duration_s)
     ramp = np.clip((t - ramp_at_s) * qps_per_s, 0, abs(to_qps - from_qps))
     rate = from_qps + math.copysign(1, to_qps - from_qps) * ramp
@@ -234,10 +235,11 @@ def steps(*, rates_qps: Sequence[float], step_s: float, cv2: float = 1.0, slo_ms
     [1.0, 2.05, 3.0]
     """
     check(step_s=step_s)
-    with errors.refusing(errors.ConfigError, f"rates_qps needs at least one finite rate of 0 or more, got {rates_qps!r}"):
-        if not len(rates_qps) or not all(math.isfinite(r) and r >= 0 for r in rates_qps):
-            raise ValueError("at least one of them is not")
-    expected = np.concatenate([[0.0], np.cumsum(rates_qps) * step_s])
+    with errors.refusing(errors.ConfigError, f"rates_qps needs at least one rate, got {rates_qps!r}"):
+        first, *others = rates_qps
+    for rate in (first, *others):
+        check(0, rates_qps=rate)
+    expected = np.concatenate([[0.0], np.cumsum([first, *others]) * step_s])
     t = step_s * np.arange(len(expected))
     arrivals = np.interp(_renewal(expected[-1], cv2, seed), *_invertible(expected, t))
     return Trace(arrivals, slo_ms, name=f"steps {'-'.join(f'{r:g}' for r in rates_qps)}")

@@ -278,6 +278,7 @@ def _check(config: DynaBERTConfig) -> None:
             bool(values) and all(map(whole, values)) and list(values) == sorted(set(values)),
             f"{name} must be ascending whole numbers from 1 up, got {values!r}",
         )
+    subnets.check_depths((config.depths,))
     demand(
         config.hidden_size % config.heads[-1] == 0,
         f"hidden_size must be a multiple of the {config.heads[-1]} heads, got {config.hidden_size}",

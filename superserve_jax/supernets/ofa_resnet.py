@@ -336,6 +336,7 @@ def _check(config: OFAResNetConfig) -> None:
         f"depths, strides and stage_widths need one value per stage, got {stages}, {len(config.strides)} and "
         f"{len(config.stage_widths)}",
     )
+    subnets.check_depths(config.depths)
     before = config.stem_width
     for m in range(stages):
         if config.depths[m] and config.depths[m][0] == 0:
