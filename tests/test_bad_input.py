@@ -118,7 +118,7 @@ def test_sizes_that_no_machine_has_are_refused_before_memory_is_taken(exported, 
     whole = json.loads((exported / manifests.NAME).read_text())
     change(whole)
     forging(whole)
-    with pytest.raises(errors.ExportError):
+    with pytest.raises(errors.ExportError, match="does not describe a SuperNet that this version can build"):
         checkpoint.load(exported)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 300_000
 
@@ -137,7 +137,7 @@ def test_a_file_outside_the_payload_is_refused(exported, forging, name):
     whole = json.loads((exported / manifests.NAME).read_text())
     whole["files"][name] = {"bytes": 0, "sha256": ""}
     forging(whole)
-    with pytest.raises(errors.ExportError, match="missing|impossible names"):
+    with pytest.raises(errors.ExportError, match=r"missing|impossible names"):
         checkpoint.load(exported)
 
 
@@ -338,6 +338,13 @@ def test_a_profile_out_of_any_objects_is_one_or_refused(what, value):
     else:
         made = {"batch_sizes": (1,), "rows": (profile.Row(**row),), what: value}
         bad.attempt(lambda: profile.Profile(**made), errors.ProfileError, errors.ConfigError)
+
+
+@pytest.mark.parametrize("ms", [0.0, -1.0, 5e-324, 1e300, math.inf, math.nan])
+def test_a_latency_that_cannot_be_is_refused(ms):
+    for latency_ms, p99_ms in (((ms,), ()), ((1.0,), (ms,))):
+        with pytest.raises(errors.ProfileError, match="positive and finite"):
+            profile.Row(SUBNETS[0], 0.5, latency_ms, p99_ms)
 
 
 latencies = st.floats(1e-9, 1e12)

@@ -101,9 +101,11 @@ def test_every_flipped_bit_of_a_payload_file_is_refused(exported):
     assert {"statistics.npz", "weights/_METADATA"} <= set(contents)
     for name, expected in contents.items():
         for where in flips(payload / name):
-            with pytest.raises(errors.ExportError, match="SHA-256"):
+            try:
                 manifests.check_file(payload / name, expected)
-            assert where
+            except errors.ExportError:
+                continue
+            raise AssertionError(f"{name}: nobody noticed bit {where}")
         manifests.check_file(payload / name, expected)
 
 
@@ -148,7 +150,7 @@ def test_a_file_cut_to_any_length_or_grown_is_refused(exported):
         file.write_bytes(content + b"0")
         for length in (len(content) + 1, *reversed(range(len(content)))):
             os.truncate(file, length)
-            with pytest.raises(errors.ExportError):
+            with pytest.raises(errors.ExportError, match=r"manifest\.json|bytes instead of"):
                 read(file)
         file.write_bytes(content)
     checkpoint.load(exported)
