@@ -50,6 +50,8 @@ class Row:
             object.__setattr__(self, "p99_ms", self.latency_ms)
         if not isinstance(self.subnet, Subnet):
             raise errors.ProfileError(f"a row is of a Subnet, got {self.subnet!r}")
+        if self.envelope is not None and not self.envelope.covers(self.subnet):
+            raise errors.ProfileError(f"the envelope of {self.subnet} does not cover it: {self.envelope}")
         if not 0 <= self.accuracy <= 1:
             raise errors.ProfileError(f"accuracy must be a fraction from 0 to 1, got {self.accuracy}")
         for v in (*self.latency_ms, *self.p99_ms):
