@@ -163,3 +163,51 @@ def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
     assert future.set_result(1)
     assert not caplog.records
     task._log_destroy_pending = False  # asyncio would report, rightly, that this test leaves it pending
+
+
+def test_whoever_asks_again_and_again_leaves_nothing_behind():
+    future = futures.Future()
+    future.add_done_callback(print)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            future.result(timeout=0)
+    assert future._callbacks == [print]
+
+
+def test_a_client_that_waits_is_woken_before_a_slow_callback():
+    future, answered, in_time = futures.Future(), threading.Event(), []
+    future.add_done_callback(lambda f: in_time.append(answered.wait(5)))
+    client = threading.Thread(target=lambda: (future.result(10), answered.set()))
+    client.start()
+    while len(future._callbacks) < 2:
+        pass
+    future.set_result(1)
+    client.join()
+    assert in_time == [True]
+
+
+def test_a_finalizer_may_cancel_one_query_while_another_of_the_same_submit_resolves():
+    lock = threading.RLock()
+    first, second = futures.Future(lock), futures.Future(lock)
+    with lock:
+        assert second.cancel()
+        assert first.set_result(1)
+
+
+def test_an_event_loop_is_woken_once_for_all_queries_that_resolve_meanwhile():
+    async def main():
+        loop, pending = asyncio.get_running_loop(), [futures.Future() for _ in range(50)]
+        tasks = [asyncio.ensure_future(wait(f)) for f in pending]
+        await asyncio.sleep(0)  # each awaits its future
+        wake_ups, wake_up = [], loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args: (wake_ups.append(1), wake_up(*args))
+        thread = threading.Thread(target=lambda: [f.set_result(i) for i, f in enumerate(pending)])
+        thread.start()
+        thread.join()  # the loop stands still meanwhile
+        assert await asyncio.gather(*tasks) == list(range(50))
+        assert len(wake_ups) == 1
+
+    async def wait(future):
+        return await future
+
+    asyncio.run(main())

@@ -135,3 +135,11 @@ def test_a_trace_without_queries_is_refused():
     nothing = loadgen.Replay(*[np.zeros(0)] * 7)
     with pytest.raises(errors.DataError, match="holds no query"):
         fidelity.again(nothing, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+
+
+def test_the_generator_submits_what_is_due_at_most_every_millisecond():
+    trace = traces.gamma(rate_qps=20_000.0, duration_s=0.05)
+    sent = list(loadgen.submit_when_due(Recorder(), trace, [0] * len(trace)))
+    assert [i for s in sent for i in s.places] == list(range(len(trace)))
+    assert np.diff([s.now_s for s in sent]).min() >= 1e-3
+    assert all(trace.arrivals_s[s.places[-1]] <= s.now_s for s in sent)

@@ -69,6 +69,18 @@ def test_every_batch_has_its_head_and_nobody_too_long_for_the_head_s_length_buck
     assert sorted(seen) == list(range(len(entries)))
 
 
+@given(st.lists(st.integers(1, 32)), DEADLINES)
+def test_texts_that_are_added_together_go_to_the_length_bucket_of_each(lengths, deadline_s):
+    together, one_by_one = padding.LengthQueue(PROFILE), filled([(deadline_s, 0.0, length) for length in lengths])
+    together.push_all(deadline_s, range(len(lengths)), lengths=lengths)
+    for q in together, one_by_one:
+        q.look(0.0)
+    while len(one_by_one):
+        assert together.head_length == one_by_one.head_length
+        assert together.pop(4) == one_by_one.pop(4)
+    assert not len(together)
+
+
 @given(ENTRIES, st.integers(1, 5))
 def test_the_head_is_the_earliest_deadline_and_each_length_bucket_is_served_in_order(entries, n):
     q, taken = filled(entries), []

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_the_head_is_what_the_next_pops_take(entries, n):
     assert q.head() == (order[0] if order else None)
     floors = tuple(entries[i][1] for i in order[:n])
     assert q.head_floors(n) == (floors if any(floor for _, floor in entries) else ())
+
+
+@given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.0, 0.7, 0.8]), st.integers(0, 3))))
+def test_items_that_are_added_together_are_as_if_added_one_by_one(groups):
+    together, one_by_one, item = queue.DeadlineQueue(), queue.DeadlineQueue(), itertools.count()
+    for deadline_s, floor, count in groups:
+        items = [next(item) for _ in range(count)]
+        together.push_all(deadline_s, items, floor)
+        for i in items:
+            one_by_one.push(deadline_s, i, floor)
+    assert (together.pushed, len(together)) == (one_by_one.pushed, len(one_by_one))
+    assert together.head_floors(99) == one_by_one.head_floors(99)
+    assert together.drain() == one_by_one.drain()
+    assert together.head_floors(1) == ()
 
 
 @given(st.lists(st.one_of(st.floats(0, 10), st.integers(1, 4))))

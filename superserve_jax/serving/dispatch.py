@@ -5,6 +5,7 @@ units of the head's work (see `padding`).
 """
 
 import math
+import operator
 from typing import Any
 
 from superserve_jax import errors
@@ -44,10 +45,11 @@ def next_batch(
     while True:
         length = waiting.head_length
         table = profile.at_length(length) if length else profile
-        state = _state(waiting, meter, table.max_batch, now_s, workers=workers, last_subnet=last_subnet, worker=worker)
+        max_batch = table.batch_sizes[-1]
+        state = _state(waiting, meter, max_batch, now_s, workers=workers, last_subnet=last_subnet, worker=worker)
         try:
             decision = policy(table, state)
-            row, size = table.row(decision.subnet), decision.batch
+            row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
             if size < 1:
                 raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
         except Exception as error:
@@ -58,9 +60,10 @@ def next_batch(
             waiting.defer(defer_before_s)
             if waiting.head_length != length:
                 continue  # the decision was for a head that has stepped back, and there is one of another length
-        size = min(size, table.max_batch, state.waiting)
+        size = min(size, max_batch, state.waiting)
         row, items = queue.take(waiting, table, row, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
-        return row, items, decision.loading_ms if row.subnet != last_subnet else 0.0
+        loading_ms = decision.loading_ms
+        return row, items, loading_ms if loading_ms and row.subnet != last_subnet else 0.0  # comparing subnets takes long
 
 
 def _state(
@@ -78,9 +81,7 @@ def _state(
     floors = waiting.head_floors(max_batch)
     work_ms = waiting.work_ms
     rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
-    rate, variance = rate / work_ms, variance / work_ms**2
-    near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, meter.slo_ms))
-    return policies.State(
-        *(now_s, slack_ms, waiting.riders, floors, workers, last_subnet, waiting.late),
-        *(rate, variance, meter.slo_ms, near, worker),
-    )
+    slo_ms = meter.slo_ms
+    near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
+    values = (now_s, slack_ms, waiting.riders, floors, workers, last_subnet, waiting.late)
+    return policies.State._make((*values, rate / work_ms, variance / work_ms**2, slo_ms, near, worker))

@@ -1,7 +1,7 @@
 """What a client holds while its query waits, and what it gets: `Future` and `Reply`. No jax.
 
-A future of the standard library costs three times as much, since each makes a condition at birth. Here the event that a client
-waits on, and the list of callbacks, are made by the first who needs them.
+A future of the standard library costs three times as much, since each makes a condition at birth. Here those that are
+submitted together share a lock, and the list of who wants to know is made by the first who does.
 """
 
 import asyncio
@@ -47,6 +47,10 @@ class Future:
 
     It resolves once, to a result, an error or as cancelled; whoever comes later is turned away.
 
+    Args:
+      lock: held for a few instructions, so that many futures may share it; None makes one. It is reentrant, since a finalizer
+        or a signal handler may come in between at any moment and cancel another of them.
+
     >>> future = Future()
     >>> future.add_done_callback(lambda f: print("done:", f.result()))
     >>> future.set_result(3), future.set_result(4)
@@ -56,13 +60,12 @@ class Future:
     3
     """
 
-    __slots__ = ("_callbacks", "_event", "_lock", "_state", "_value")
+    __slots__ = ("_callbacks", "_lock", "_state", "_value")
 
-    def __init__(self):
-        self._lock = threading.Lock()  # held for a few instructions, and never while foreign code runs
+    def __init__(self, lock: "threading.RLock | None" = None):
+        self._lock = threading.RLock() if lock is None else lock
         self._state = _PENDING
         self._value: Any = None
-        self._event: threading.Event | None = None
         self._callbacks: list[Callable[[Any], object]] | None = None
 
     def __repr__(self) -> str:
@@ -121,18 +124,11 @@ class Future:
     def __await__(self) -> Generator[Any, None, Any]:
         """Waits without blocking the loop. Cancelling the task that awaits cancels the query, as with asyncio's futures."""
         if self._state == _PENDING:
-            loop = asyncio.get_running_loop()
-            resolved = asyncio.Event()
-
-            def wake(_):
-                try:
-                    loop.call_soon_threadsafe(resolved.set)
-                except RuntimeError:
-                    _log.debug("a query was answered after the event loop that awaited it had closed")
-
-            self.add_done_callback(wake)
+            mailbox = _mailbox(asyncio.get_running_loop())
+            resolved = mailbox.loop.create_future()
+            self.add_done_callback(lambda _: mailbox.put(resolved))
             try:
-                yield from resolved.wait().__await__()
+                yield from resolved
             except asyncio.CancelledError:
                 self.cancel()
                 raise
@@ -154,9 +150,7 @@ class Future:
                 return False
             self._value = value
             self._state = state  # last: a reader without the lock looks at the state first
-        # Nobody registers any more, so these can be read without the lock.
-        if self._event is not None:
-            self._event.set()
+        # Nobody registers any more, so the list can be read without the lock.
         if self._callbacks is not None:
             callbacks, self._callbacks = self._callbacks, None
             for fn in callbacks:
@@ -164,12 +158,20 @@ class Future:
         return True
 
     def _wait(self, timeout: float | None) -> None:
+        gate = threading.Lock()  # shut until the query is answered; an event would wake up no sooner, and costs 3 us more
+        gate.acquire()
+
+        def wake(_: Any) -> None:
+            gate.release()
+
         with self._lock:
             if self._state != _PENDING:
                 return
-            if self._event is None:
-                self._event = threading.Event()
-        if not self._event.wait(timeout):
+            self._callbacks = [wake, *(self._callbacks or ())]  # first, since the others may be slow
+        if not gate.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+            with self._lock:
+                if self._state == _PENDING and self._callbacks is not None:
+                    self._callbacks.remove(wake)  # else they would pile up with whoever asks again and again
             raise TimeoutError(f"no answer within {timeout} s; wait longer, or cancel() the query")
 
     def _call(self, fn: Callable[[Any], object]) -> None:
@@ -179,3 +181,42 @@ class Future:
             raise
         except BaseException:
             _log.exception("a done-callback of %r raised", self)
+
+
+class _Mailbox:
+    """Wakes those who await in one event loop. To wake a loop from another thread is a system call, and costs more than all
+    else that a query costs, so there is one for all queries that resolve before the loop has had time to look."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._resolved: list[asyncio.Future[None]] = []
+
+    def put(self, resolved: "asyncio.Future[None]") -> None:
+        """Has the loop resolve a future of its own. May be called in any thread."""
+        with self._lock:
+            self._resolved.append(resolved)
+            first = len(self._resolved) == 1
+        if first:
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                _log.debug("a query was answered after the event loop that awaited it had closed")
+
+    def _deliver(self) -> None:
+        with self._lock:
+            delivered, self._resolved = self._resolved, []
+        for resolved in delivered:
+            if not resolved.done():
+                resolved.set_result(None)
+
+
+_in_thread = threading.local()  # a thread runs one event loop at a time
+
+
+def _mailbox(loop: asyncio.AbstractEventLoop) -> _Mailbox:
+    """The mailbox of the loop that runs in this thread."""
+    mailbox = getattr(_in_thread, "mailbox", None)
+    if mailbox is None or mailbox.loop is not loop:
+        mailbox = _in_thread.mailbox = _Mailbox(loop)
+    return mailbox

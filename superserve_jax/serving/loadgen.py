@@ -1,15 +1,15 @@
 """An open-loop load generator: submits a trace's queries to a real server when they are due, whatever the server does.
 
-It runs in the calling thread, wakes up every millisecond and submits all that is due. Latencies and deadlines count from the
-time at which a query was due, not from when the generator got round to it, so a late generator is never to the server's
-advantage; its lateness is reported.
+It runs in the calling thread, wakes up at most every millisecond and submits all that is due. Latencies and deadlines count
+from the time at which a query was due, not from when the generator got round to it, so a late generator is never to the
+server's advantage; its lateness is reported.
 """
 
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,59 @@ class Replay:
         return self.finish_s <= self.deadline_s
 
 
+class Submission(NamedTuple):
+    """Queries that were due and were submitted together.
+
+    Args:
+      start_s: the trace's zero on the clock `time.monotonic`.
+      now_s: when they were submitted, from that zero.
+      places: which queries of the trace, in order.
+      answers: their futures; None where the server refused them because its queue is full or its workers are lost.
+    """
+
+    start_s: float
+    now_s: float
+    places: Sequence[int]
+    answers: list[futures.Future] | None
+
+
+def submit_when_due(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) -> Iterator[Submission]:
+    """Submits a trace's queries to an open server in the calling thread, all that are due at each wake-up, 1 ms apart.
+
+    Args and Raises: see `replay`. What the caller does between two submissions makes the next one late.
+    """
+    if not len(trace):
+        raise errors.DataError(f"trace '{trace.name}' holds no query; replay one that does, or a longer time of it")
+    arrivals, deadlines = trace.arrivals_s, trace.deadlines_s
+    n = len(arrivals)
+    slos, floors = np.broadcast_to(trace.slo_ms, n), np.broadcast_to(trace.floors, n)
+    alike = bool((slos == slos[0]).all() and (floors == floors[0]).all())
+    start = time.monotonic() + _LEAD_S
+    done, wake_up = 0, 0.0
+    while done < n:
+        now = time.monotonic() - start
+        due = int(np.searchsorted(arrivals, now, side="right")) if now >= wake_up else done
+        if due == done:
+            time.sleep(max(arrivals[done] - now, wake_up - now, 0.0))
+            continue
+        wake_up = now + _WAKE_UP_S  # not at every arrival: waking up takes longer than submitting dozens of queries
+        groups: dict[tuple[float, float], list[int] | range] = {}
+        if alike:
+            groups[slos[0], floors[0]] = range(done, due)
+        else:
+            for i, slo_and_floor in enumerate(zip(slos[done:due].tolist(), floors[done:due].tolist(), strict=True), done):
+                groups.setdefault(slo_and_floor, []).append(i)  # type: ignore[union-attr]
+        for (_, floor), group in groups.items():
+            # A group shares an SLO: what the earliest of it has left, so that no deadline is later than the trace's.
+            left_ms = max(1e3 * float(deadlines[group[0]] - now), 1e-3)
+            try:
+                answers = target.submit_many([inputs[i] for i in group], slo_ms=left_ms, min_accuracy=float(floor))
+            except (errors.QueueFullError, errors.WorkersLostError):
+                answers = None
+            yield Submission(start, now, group, answers)
+        done = due
+
+
 def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) -> Replay:
     """Replays a trace on an open server; returns when the last deadline has passed.
 
@@ -66,37 +119,16 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
     Raises:
       DataError: the trace holds no query. AccuracyFloorError: no subnet of the server reaches one of its floors.
     """
-    if not len(trace):
-        raise errors.DataError(f"trace '{trace.name}' holds no query; replay one that does, or a longer time of it")
-    arrivals, deadlines = trace.arrivals_s, trace.deadlines_s
-    n = len(arrivals)
-    submitted = np.full(n, np.inf)
-    pending: list[futures.Future | None] = [None] * n
-    per_query = np.broadcast_arrays(arrivals, trace.slo_ms, trace.floors)[1:]
-    slo_and_floor = list(zip(*(values.tolist() for values in per_query), strict=True))
-    start = time.monotonic() + _LEAD_S
-    done = 0
-    while done < n:
-        now = time.monotonic() - start
-        due = int(np.searchsorted(arrivals, now, side="right"))
-        if due == done:
-            time.sleep(min(_WAKE_UP_S, max(arrivals[done] - now, 0.0)))
-            continue
-        groups: dict[tuple[float, float], list[int]] = {}
-        for i in range(done, due):
-            groups.setdefault(slo_and_floor[i], []).append(i)
-        for (_, floor), group in groups.items():
-            # A group shares an SLO: what the earliest of it has left, so that no deadline is later than the trace's.
-            left_ms = max(1e3 * float(deadlines[group[0]] - now), 1e-3)
-            try:
-                answers = target.submit_many([inputs[i] for i in group], slo_ms=left_ms, min_accuracy=floor)
-            except (errors.QueueFullError, errors.WorkersLostError):
-                continue
-            submitted[group] = now
-            for i, future in zip(group, answers, strict=True):
+    submitted = np.full(len(trace), np.inf)
+    pending: list[futures.Future | None] = [None] * len(trace)
+    start = 0.0
+    for sent in submit_when_due(target, trace, inputs):
+        start = sent.start_s
+        if sent.answers is not None:
+            submitted[sent.places] = sent.now_s
+            for i, future in zip(sent.places, sent.answers, strict=True):
                 pending[i] = future
-        done = due
-    time.sleep(max(0.0, start + float(deadlines.max()) - time.monotonic()))
+    time.sleep(max(0.0, start + float(trace.deadlines_s.max()) - time.monotonic()))
     return _collect(trace, submitted, pending, start)
 
 

@@ -154,6 +154,11 @@ class LengthQueue(queue.DeadlineQueue):
         self._place = None
         self._queues[bisect.bisect_left(self._lengths, length) if length else -1].push(deadline_s, item, floor)
 
+    def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None:
+        """Adds items that share a deadline and a floor, each of its own length."""
+        for item, length in zip(items, lengths, strict=True):
+            self.push(deadline_s, item, floor, length)
+
     def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
         """Takes up to `n` items that may share the head's batch; none where the head's floor exceeds `accuracy`, and of each
         length bucket those before its first floor that does."""

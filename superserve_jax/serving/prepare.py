@@ -54,9 +54,11 @@ def prepare(
             "a server takes an export's directory or what superserve_jax.load returned; export the "
             "SuperNet first, since only an export knows the accuracies of its subnets"
         )
-    devices = list(devices if devices is not None else jax.devices())
-    if not devices:
-        raise errors.ConfigError("devices is empty; give at least one jax device, or None for all")
+    devices = jax.devices() if devices is None else devices
+    if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
+        raise errors.ConfigError(
+            f"devices is empty or no list of jax devices, got {devices!r}; give at least one, or None for all"
+        )
     lengths = check_lengths(model.config, lengths)
     profile = stored_profile(model, devices[0], batch_sizes, lengths)
     if profile is not None:
@@ -97,7 +99,7 @@ def check_lengths(config: Any, lengths: Sequence[int] | None) -> tuple[int, ...]
     longest = getattr(config, "max_length", None)
     if longest is None:
         if lengths:
-            raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {list(lengths)}")
+            raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {lengths!r}")
         return ()
     buckets = padding.default_lengths(longest) if lengths is None else profiles.check_lengths(lengths)
     if buckets[-1] > longest:

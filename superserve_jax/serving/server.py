@@ -12,10 +12,12 @@ Threads
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
   (10 us); never while an engine runs, and never while a future resolves, since that runs foreign code.
-- **Each future's own lock** is held for a few instructions, and never while the pool's lock is held.
+- **The futures' locks**, one for all queries of a submit, and **the mailboxes' locks**, one for each event loop that awaits
+  queries, are held for a few instructions, and never while the pool's lock is.
 
 Who may block on what: clients and workers on the pool's lock, briefly; workers on their engine, for as long as it takes; a
-client in `Future.result` on that future's event. A done-callback runs in a worker and keeps its device waiting.
+client in `Future.result` on a lock of its own, which the worker that answers releases. A done-callback runs in a worker and
+keeps its device waiting.
 
 Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
 cancelled query, a close) has no effect. Never not at all: a query is in the queue, among the retries (see `retries.py`), in
@@ -33,7 +35,8 @@ nothing.
 """
 
 import functools
-import math
+import numbers
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +48,9 @@ from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, padding, policies, workers
 from superserve_jax.serving.query import Query
+
+_MAX_SLO_MS, _MAX_STALL_S = 1e12, 1e6  # 31 years, 11 days; a thread cannot wait for much longer
+_MAX_NAME = 100  # characters of a policy's name, which may nest
 
 
 class Tuning(TypedDict, total=False):
@@ -173,7 +179,11 @@ class Server:
         tune_runtime: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        specs = {_spec(e) for e in engines}
+        if not isinstance(profile, Profile):
+            raise errors.ConfigError(f"profile must be a Profile, got {profile!r}")
+        with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engine.Engine)"):
+            engines = list(engines)
+            specs = {_spec(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
         [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
@@ -182,10 +192,12 @@ class Server:
                 f"engines for the lengths {list(self._lengths)} and a profile of {list(profile.lengths)}; they must agree"
             )
         for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
-            if value < 1:
-                raise errors.ConfigError(f"{name} must be at least 1, got {value}")
-        if not stall_s > 0:
-            raise errors.ConfigError(f"stall_s must be a positive number of seconds, got {stall_s}")
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
+        if not isinstance(stall_s, numbers.Real) or not 0 < stall_s <= _MAX_STALL_S:
+            raise errors.ConfigError(f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {stall_s!r}")
+        if not callable(clock):
+            raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
         self.profile = profile
         self._slo_ms = check_slo(slo_ms)
         self._best = profile.rows[-1].accuracy
@@ -233,17 +245,22 @@ class Server:
         self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0
     ) -> list[futures.Future]:
         """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
-        return list(self._admit(xs, slo_ms, min_accuracy))
+        try:
+            each = iter(xs)
+        except TypeError as e:
+            raise errors.InputError(f"submit_many takes inputs, got {type(xs).__name__} ({e}); submit takes one") from e
+        return self._admit(each, slo_ms, min_accuracy)
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Query]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
-        if not min_accuracy <= self._best:
+        if not _is_at_most(min_accuracy, self._best):
             raise errors.AccuracyFloorError(
-                f"min_accuracy={min_accuracy}, a fraction of 1, but the best served subnet has {self._best}; ask for no more"
+                f"min_accuracy={min_accuracy!r}, a fraction of 1, but the best served subnet has {self._best}; ask for no more"
             )
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
-        queries = [Query(self._checked(x), now_s, deadline_s, min_accuracy) for x in xs]
+        lock = threading.RLock()
+        queries = [Query(self._checked(x), now_s, deadline_s, min_accuracy, lock) for x in xs]
         if self._lengths:
             for query in queries:
                 query.length = len(query.inputs)
@@ -252,7 +269,7 @@ class Server:
 
     def _checked(self, x: Any) -> np.ndarray:
         """`x` as an array. Never cast: pixels of 0..255 read as 0..1 would be wrong answers without an error."""
-        array = x if type(x) is np.ndarray else np.asarray(x)
+        array = x if type(x) is np.ndarray else _as_array(x)
         if self._lengths and array.ndim and array.shape[1:] == self._shape[1:] and array.dtype == self._dtype:
             array = padding.trimmed(array, self._pad_id)
             if not 0 < len(array) <= self._lengths[-1]:
@@ -335,6 +352,8 @@ def _spec(e: engine.Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...],
 
 def make_policy(policy: str | policies.Policy, profile: Profile) -> policies.Policy:
     """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
+    if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
+        raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")
     made = policies.create(policy, profile)
     if str(getattr(made, "name", "")).startswith("switching:"):
         raise errors.ConfigError(
@@ -347,8 +366,20 @@ def make_policy(policy: str | policies.Policy, profile: Profile) -> policies.Pol
 def check_slo(slo_ms: float) -> float:
     """`slo_ms`. Raises DeadlineError unless it is a positive, finite number."""
     try:
-        if 0 < slo_ms < math.inf:
-            return slo_ms
-    except TypeError:
+        if 0 < slo_ms < _MAX_SLO_MS:
+            return float(slo_ms)
+    except (TypeError, ValueError):
         pass
     raise errors.DeadlineError(f"slo_ms must be a positive, finite number of milliseconds, got {slo_ms!r}; 36 is the default")
+
+
+def _is_at_most(floor: float, best: float) -> bool:
+    try:
+        return bool(floor <= best)
+    except (TypeError, ValueError):
+        return False
+
+
+def _as_array(x: Any) -> np.ndarray:
+    with errors.refusing(errors.InputError, "an input is one array, and this cannot be made one"):
+        return np.asarray(x)

@@ -56,7 +56,7 @@ class Pool(crew.Crew):
     # -- called by clients --------------------------------------------------------------------------------------------------
 
     def admit(self, queries: Sequence[Query]) -> None:
-        """Queues all of `queries`, which share an SLO, or raises and queues none."""
+        """Queues all of `queries`, which share deadline and floor, or raises and queues none."""
         self._check_process()
         with self._lock:
             if self._closing.is_set():
@@ -68,10 +68,11 @@ class Pool(crew.Crew):
                     f"{len(self._queue)} queries wait and {len(queries)} more would exceed max_queue={self._max_queue}; "
                     "submit more slowly, add devices, or raise max_queue"
                 )
-            for query in queries:
-                self._queue.push(query.deadline_s, query, query.floor, query.length)
             if queries:
-                self._meter.shorten(queries[0].submitted_s, 1e3 * (queries[0].deadline_s - queries[0].submitted_s))
+                first = queries[0]
+                lengths = [query.length for query in queries] if self._profile.shorter else ()
+                self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
+                self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
             self._locked_wake()
 
     # -- the worker threads -------------------------------------------------------------------------------------------------
@@ -174,12 +175,11 @@ class Pool(crew.Crew):
         worker.batches += 1
         compute_ms = 1e3 * (finish_s - start_s)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
+        make = futures.Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
             queue_ms = 1e3 * (start_s - query.submitted_s)
             met_slo = finish_s <= query.deadline_s
-            query.set_result(
-                futures.Reply(output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count)
-            )
+            query.set_result(make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count)))
         return True
 
     def _failed(self, worker: crew.Worker, row: Row, size: int, error: BaseException) -> bool:
