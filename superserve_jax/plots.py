@@ -185,6 +185,27 @@ def latencies(
     fig.savefig(path, dpi=120)
 
 
+def loading(sizes_mb: Sequence[float], ratios: Mapping[str, Sequence[float]], path: Path, *, title: str) -> None:
+    """How many times as long as an inference it takes to load the weights of a network (the paper's Figure 1a).
+
+    Args:
+      sizes_mb: bytes of each network's weights, in millions.
+      ratios: loading over inference of each, by where the weights are loaded from.
+    """
+    fig = figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = fig.subplots()
+    for label, values in ratios.items():
+        axes.plot(sizes_mb, values, "o-", label=label)
+    axes.axhline(1, color="0.6", linestyle=":", linewidth=1)
+    axes.set(yscale="log", xlabel="weights of the network (MB)", ylabel="loading / inference", title=title)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    fig.savefig(path, dpi=120)
+
+
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     points = sorted(points)
     return [p[0] for p in points], [100 * p[1] for p in points]

@@ -135,6 +135,22 @@ def check_depths(depths: Sequence[Sequence[int]]) -> None:
         raise errors.ConfigError(f"a search space may have {_MAX_BLOCKS:,} blocks, got {blocks:,}")
 
 
+def evenly_spaced(subnets: Iterable[Subnet], cost: Callable[[Subnet], float], count: int) -> list[Subnet]:
+    """`count` of the subnets, from the cheapest to the dearest, as evenly spaced in cost as there are; all, if no more.
+
+    >>> evenly_spaced([Subnet((i,)) for i in (0, 1, 4, 9, 10)], lambda s: s.gates[0], 3)
+    [Subnet(gates=(0,), axes=()), Subnet(gates=(4,), axes=()), Subnet(gates=(10,), axes=())]
+    """
+    left = sorted(subnets, key=cost)
+    if len(left) <= count:
+        return left
+    chosen = []
+    for target in np.linspace(cost(left[0]), cost(left[-1]), count):
+        chosen.append(min(left, key=lambda s: abs(cost(s) - target)))
+        left.remove(chosen[-1])
+    return sorted(chosen, key=cost)
+
+
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
     """All subnets of a SuperNet.

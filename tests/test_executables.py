@@ -7,7 +7,7 @@ from conftest import TINY, random_images
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors
-from superserve_jax.serving import cache, device_engine, executables, prepare
+from superserve_jax.serving import cache, device_engine, executables, prepare, subnet_buckets
 from superserve_jax.supernets import programs, supernet
 
 BATCHES = (1, 4)
@@ -76,6 +76,31 @@ def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
     smallest = executables.compile_program(programs.sliced(TINY, model.space.smallest()), 4, jax.devices()[0])
     assert not any(name.startswith(("stem.1.", "blocks.0.", "blocks.2.")) for name, _ in smallest.leaves)
     assert engine.name == "cpu:0"
+
+
+@pytest.mark.parametrize("slicing", ["kept", "in_call"])
+def test_weights_exist_once_however_many_executables_share_them(model, slicing):
+    device, envelopes = jax.devices()[0], subnet_buckets.choose(model.subnets, TINY.flops, 2)
+    program_list = set(device_engine.bucket_programs(TINY, model.subnets, envelopes).values())
+    read = sum(
+        4 * int(np.prod(shape)) if slicing == "kept" else model.params[name].nbytes
+        for program in program_list
+        for name, shape in executables.used_leaves(program).items()
+    )
+    grown = []
+    for batch_sizes in ((1,), BATCHES):
+        before = live_bytes()
+        engine = device_engine.DeviceEngine(
+            *(model, device), subnet_list=model.subnets, batch_sizes=batch_sizes, envelopes=envelopes, slicing=slicing
+        )
+        grown.append(live_bytes() - before)
+        assert len(engine.executables) == len(program_list) * len(batch_sizes)
+        # Were weights closed over, they would lie in the executables, where no live buffer shows them.
+        arguments = sum(call.memory_analysis().argument_size_in_bytes for call in engine.executables)
+        assert arguments >= len(batch_sizes) * read
+        assert grown[-1] <= engine.rows.nbytes + engine.slices.nbytes + 128  # and sizes that are traced
+        del engine
+    assert grown[0] == grown[1]
 
 
 def test_serving_traces_and_compiles_nothing_after_the_start(model, compilations):

@@ -4,7 +4,7 @@
 
 Builds the network with fresh weights, exports it with a row of statistics for every subnet, loads the export and runs a few
 subnets at batch 1. The rows are made up, not calibrated: their sizes are real, the logits mean nothing. Library:
-checkpoint.export, load; training.latency.measure.
+training.made_up.export, checkpoint.load, training.latency.measure.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ import numpy as np
 import tyro
 
 from superserve_jax import checkpoint, cli, files
-from superserve_jax.supernets import programs, supernet
 from superserve_jax.training import config as configs
-from superserve_jax.training import latency, sampling
+from superserve_jax.training import latency, made_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +45,8 @@ def main() -> None:
     default = Options(configs.load(config_path))
     options = tyro.cli(Options, default=default, args=rest, prog=f"train/bench_statistics.py {config_path}")
     config = options.config.model
-    chosen, rng = [config.space().smallest(), config.space().largest()], np.random.default_rng(0)
-    while len(chosen) < min(options.subnets, config.space().size):
-        drawn = sampling.compound(config.space(), rng)
-        chosen += [drawn] * (drawn not in chosen)
-    model = supernet.SuperNet.create(config, seed=0)
-    model.rows = {s: np.ones((2, programs.sliced(config, s).row_size), np.float32) for s in chosen}
-    served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint.export(pathlib.Path(folder) / "export", model, served, measured="not measured: fresh weights")
-        del model
+        path = made_up.export(config, pathlib.Path(folder) / "export", subnets=options.subnets)
         start = time.monotonic()
         loaded = checkpoint.load(path)
         load_s = time.monotonic() - start

@@ -156,7 +156,7 @@ class DeviceEngine:
         largest = max((bucket.slice_bytes for bucket in buckets.values() if bucket.slicer), default=0)
         self.slices = LeastRecentlyUsed(max(largest, _LEAST_BUDGET_BYTES) if slice_bytes is None else slice_bytes)
         self.rows = LeastRecentlyUsed(_ROWS_KEPT * 8 * max(program.row_size for program in buckets))
-        self.subnets, self.executables = tuple(program_of), len(made)
+        self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
         self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:
         self._actuated: tuple[Any, ...] = ()
 
