@@ -175,7 +175,7 @@ def measure(model: checkpoint.Model, options: Options, folder: pathlib.Path) -> 
     chosen = subnets.evenly_spaced(model.subnets, config.flops, options.subnets)
     if len(chosen) < 2:
         raise errors.ConfigError(f"{model.path} serves one subnet; there must be at least two to alternate")
-    lengths = prepare.check_lengths(config, options.length and (options.length,))[-1:]
+    lengths = prepare.check_lengths(config, None if options.length is None else (options.length,))[-1:]
     engines = {
         way: device_engine.DeviceEngine(
             *(model, device),

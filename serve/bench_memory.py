@@ -13,6 +13,7 @@ subnet bucket, or every extracted network, twice, and then three subnets in turn
   include executables' code, rows on the host and Python's own objects. On a GPU, peak is the device's own counting since the
   start of the process.
 - rows on host: statistics of all subnets, of which the device holds those of the most recently used.
+- executables: on a CPU, what resident grows by besides arrays when they are loaded: XLA keeps far more than their code.
 
 All subnets extracted are not measured, but computed from their number of parameters.
 Library: serving.device_engine, serving.executables, serving.subnet_buckets, subnet.evenly_spaced, training.made_up.
@@ -132,6 +133,8 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     before, live_before = resident("VmRSS"), live_bytes(device)
     model = checkpoint.load(path)
     weights = sum(value.nbytes for value in model.params.values())
+    settle()
+    loaded, host_rows = resident("VmRSS") - live_bytes(device), sum(row.nbytes for row in model.rows.values())
     batch_size, length = variant.shape
     if variant.slicing is None:
         engine = Extracted(model, device, subnet_list=variant.subnet_list, shape=variant.shape)
@@ -150,6 +153,8 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     live = max(visit(engine, variant, inputs, device))
     settle()
     after = resident("VmRSS")
+    dropped = host_rows - sum(row.nbytes for row in model.rows.values())  # those of extracted networks
+    growth = after - live_bytes(device) - loaded + dropped
     reset_peak()
     live = max(live, *visit(engine, variant, inputs, device))
     times_ms: dict[subnets.Subnet, list[float]] = {s: [] for s in variant.shown}
@@ -176,7 +181,8 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
         "temporary_bytes": max(a.temp_size_in_bytes for a in analyses),
         "resident_bytes": after - before,
         "peak_bytes": peak,
-        "host_rows_bytes": sum(row.nbytes for row in model.rows.values()),
+        "host_rows_bytes": host_rows - dropped,
+        "executables_bytes": growth if device.platform == "cpu" else None,
         "code_bytes": code or sum(len(call.runtime_executable().serialize()) for call in engine.executables),
         "code_counted": "loaded" if code else "serialised",
         "latency_ms": [statistics.median(times) for times in times_ms.values()],
@@ -229,7 +235,7 @@ def in_fresh_process(function: Any, *arguments: Any) -> Any:
 def variants(model: checkpoint.Model, options: Options) -> list[Variant]:
     """What is measured."""
     flops = model.config.flops
-    [length] = prepare.check_lengths(model.config, options.length and (options.length,))[-1:] or (0,)
+    [length] = prepare.check_lengths(model.config, None if options.length is None else (options.length,))[-1:] or (0,)
     envelopes = subnet_buckets.choose(model.subnets, flops, options.executables)
     by_bucket = {envelopes[s]: s for s in sorted(model.subnets, key=flops)}
     extracted = tuple(subnets.evenly_spaced(model.subnets, flops, options.extracted))
@@ -273,10 +279,11 @@ def report(found: dict[str, Any]) -> None:
         "resident_bytes": "resident",
         "peak_bytes": "peak",
         "host_rows_bytes": "rows on host",
+        "executables_bytes": "executables",
         "code_bytes": "code",
     }
     latencies = [f"{flops / 1e6:.4g} MFLOPs" for flops in found["shown_flops"]]
-    rows = [("", "executables", *columns.values(), *latencies)]
+    rows = [("", "programs", *columns.values(), *latencies)]
     for of in found["variants"]:
         sizes = (f"{of[key] / 1e6:.1f}" if of.get(key) is not None else "" for key in columns)
         times = [f"{ms:.3g}" for ms in of.get("latency_ms", ())] or [""] * len(latencies)
