@@ -35,6 +35,7 @@ NO_JAX = (
             "measuring",
             "loadgen",
             "dispatch",
+            "drift",
             "padding",
             "subnet_buckets",
         )

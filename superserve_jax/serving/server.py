@@ -34,6 +34,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from superserve_jax import errors
+from superserve_jax import profile as profile_lib
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, padding, policies, workers
 
@@ -47,6 +48,7 @@ class Tuning(TypedDict, total=False):
         worker. Default 5.
       stall_s: a worker whose batch takes longer is taken for stuck and abandoned. Default 30.
       tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
+      follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
       clock: monotonic seconds. Default `time.monotonic`.
     """
 
@@ -54,6 +56,7 @@ class Tuning(TypedDict, total=False):
     max_failures: int
     stall_s: float
     tune_runtime: bool
+    follow_drift: bool
     clock: Callable[[], float]
 
 
@@ -78,7 +81,7 @@ class Server:
     Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
     step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
     With several length buckets a batch takes the head and others that are no longer (see `serving.padding`); a policy that is
-    no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByLength`).
+    no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByProfile`).
 
     Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
 
@@ -110,7 +113,7 @@ class Server:
     ):
         from superserve_jax.serving import prepare  # here, since it imports jax
 
-        self.model, engines, profile = prepare.prepare(
+        self.model, engines, each = prepare.prepare(
             path_or_model,
             batch_sizes=batch_sizes,
             lengths=lengths,
@@ -118,13 +121,13 @@ class Server:
             slicing=slicing,
             slice_bytes=slice_bytes,
         )
-        self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
+        self._open(engines, each, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
 
     @classmethod
     def from_engines(
         cls,
         engines: Sequence[engine.Engine],
-        profile: Profile,
+        profile: Profile | Sequence[Profile],
         *,
         policy: str | policies.Policy = "slackfit",
         slo_ms: float = 36.0,
@@ -132,7 +135,11 @@ class Server:
         expire: bool = False,
         **tuning: Unpack[Tuning],
     ) -> "Server":
-        """A server of engines that exist already, all with the subnets, batch sizes and length buckets of `profile`."""
+        """A server of engines that exist already, all with the batch sizes and length buckets of `profile`.
+
+        Args:
+          profile: of all engines, or one for each, since devices differ: each is a worker with the subnets of its profile.
+        """
         self = cls.__new__(cls)
         self.model = None
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
@@ -141,7 +148,7 @@ class Server:
     def _open(
         self,
         engines: Sequence[engine.Engine],
-        profile: Profile,
+        profile: Profile | Sequence[Profile],
         policy: str | policies.Policy,
         *,
         slo_ms: float,
@@ -151,28 +158,30 @@ class Server:
         max_failures: int = 5,
         stall_s: float = 30.0,
         tune_runtime: bool = True,
+        follow_drift: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         specs = {(tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
         [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
-        if self._lengths != profile.lengths:
+        each = profile_lib.of_workers(profile, len(engines))
+        if self._lengths != each[0].lengths:
             raise errors.ConfigError(
-                f"engines for the lengths {list(self._lengths)} and a profile of {list(profile.lengths)}; they must agree"
+                f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
             )
         for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
             if value < 1:
                 raise errors.ConfigError(f"{name} must be at least 1, got {value}")
         if not stall_s > 0:
             raise errors.ConfigError(f"stall_s must be a positive number of seconds, got {stall_s}")
-        self.profile = profile
+        self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms = check_slo(slo_ms)
-        self._best = profile.rows[-1].accuracy
+        self._best = min(p.rows[-1].accuracy for p in each)
         self._pool = workers.Pool(
             engines,
-            profile,
-            make_policy(policy, profile),
+            each,
+            make_policy(policy, *each),
             max_queue=max_queue,
             expire=expire,
             max_tries=max_tries,
@@ -180,6 +189,7 @@ class Server:
             pause_s=1e-3 * self._slo_ms,
             stall_s=stall_s,
             tune_runtime=tune_runtime,
+            follow_drift=follow_drift,
             clock=clock,
         )
         self._clock = clock
@@ -263,13 +273,14 @@ class Server:
 
     def health(self) -> dict[str, Any]:
         """How the server is: `workers` it began with, those `alive`, those `abandoned`; `failures` of batches, and
-        `last_error` (None if none); queries `waiting` and `running`; whether it is `closed`."""
+        `last_error` (None if none); queries `waiting` and `running`; whether it is `closed`; and as `slowdowns`, for each
+        worker, how many times slower than its profile it has been of late (see `drift`), 1 where it was not."""
         return self._pool.health()
 
 
-def make_policy(policy: str | policies.Policy, profile: Profile) -> policies.Policy:
+def make_policy(policy: str | policies.Policy, *profiles: Profile) -> policies.Policy:
     """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
-    made = policies.create(policy, profile)
+    made = policies.create(policy, *profiles)
     if str(getattr(made, "name", "")).startswith("switching:"):
         raise errors.ConfigError(
             f"policy '{getattr(made, 'name', made)}' loads models, which a server has no need to: it would look as though "

@@ -12,7 +12,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import dispatch, engine, futures, padding, policies, queue, runtime
+from superserve_jax.serving import dispatch, drift, engine, futures, padding, policies, queue, runtime
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Worker:
 
     engine: engine.Engine
     index: int
+    profile: Profile
     thread: threading.Thread = dataclasses.field(init=False)
     batch: Sequence[Query] = ()
     started_s: float = 0.0
@@ -57,7 +58,7 @@ class Pool:
     def __init__(
         self,
         engines: Sequence[engine.Engine],
-        profile: Profile,
+        profiles: Sequence[Profile],
         policy: policies.Policy,
         *,
         max_queue: int,
@@ -67,19 +68,23 @@ class Pool:
         pause_s: float,
         stall_s: float,
         tune_runtime: bool,
+        follow_drift: bool,
         clock: Callable[[], float],
     ):
         self._clock = clock
-        self._profile, self._policy = profile, policy
+        self._policy = policy
+        self._batch_sizes, self._has_lengths = profiles[0].batch_sizes, bool(profiles[0].shorter)  # as those of all
+        self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
+        self._fleet = drift.Fleet(profiles, correct=follow_drift)
         self._max_queue, self._expire = max_queue, expire
         self._max_tries, self._max_failures = max_tries, max_failures
         self._pause_s, self._stall_s = pause_s, stall_s
-        self._fastest_s = 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0]
+        self._fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # idle workers wait for queries
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
-        self._queue = padding.make_queue(profile)
+        self._queue = padding.make_queue(profiles[0])
         self._meter = queue.Meter()
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
@@ -94,8 +99,8 @@ class Pool:
         if tune_runtime:
             self._runtime.enter_context(runtime.low_latency())
         self._workers: list[Worker] = []
-        for i, e in enumerate(engines):
-            worker = Worker(e, i)
+        for i, (e, profile) in enumerate(zip(engines, profiles, strict=True)):
+            worker = Worker(e, i, profile)
             worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{e.name}", daemon=True)
             self._workers.append(worker)
         self._alive = len(self._workers)
@@ -119,7 +124,7 @@ class Pool:
                 )
             if queries:
                 first = queries[0]
-                lengths = [query.length for query in queries] if self._profile.shorter else ()
+                lengths = [query.length for query in queries] if self._has_lengths else ()
                 self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
                 self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
             self._locked_wake()
@@ -163,6 +168,7 @@ class Pool:
                 "waiting": len(self._queue),
                 "running": sum(len(w.batch) for w in self._workers if w.alive),
                 "closed": self._closing.is_set(),
+                "slowdowns": self._fleet.slowdowns(),
             }
 
     # -- the worker threads -------------------------------------------------------------------------------------------------
@@ -224,25 +230,25 @@ class Pool:
                 self._queue,
                 self._meter,
                 self._policy,
-                self._profile,
+                worker.profile,
                 now_s,
-                workers=self._alive,
+                pace=self._fleet.pace(worker.index),
                 last_subnet=worker.last_subnet,
                 worker=worker.index,
             )
         except Exception as error:
             _log.exception("the policy failed")
             self._last_error = error
-            return None, self._queue.pop(self._profile.max_batch), error
+            return None, self._queue.pop(self._batch_sizes[-1]), error
         worker.last_subnet = row.subnet
         return row, [query for query in batch if not query.done()], None
 
     def _run(self, worker: Worker, row: Row, batch: list[Query]) -> bool:
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
-        size = self._profile.batch_sizes[self._profile.batch_index(count)]
+        size = self._padded[count]
         start_s = self._clock()
         try:
-            outputs = list(worker.engine.run(subnet, size, [query.inputs for query in batch]))
+            outputs = list(worker.engine.run(subnet, self._batch_sizes[size], [query.inputs for query in batch]))
             if len(outputs) != count:
                 raise errors.InferenceError(f"{len(outputs)} outputs for {count} inputs; an engine returns one for each")
         except BaseException as error:
@@ -250,6 +256,7 @@ class Pool:
         finish_s = self._clock()
         worker.failures = 0
         compute_ms = 1e3 * (finish_s - start_s)
+        self._fleet.observe(worker.index, row.latency_ms[size], compute_ms)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
         make = futures.Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
@@ -307,6 +314,7 @@ class Pool:
                 if worker.alive and which(worker):
                     worker.alive, worker.abandoned = False, abandon
                     self._alive -= 1
+                    self._fleet.leave(worker.index)
                     if abandon and worker.batch:
                         ran_s = self._clock() - worker.started_s
                         self._last_error = TimeoutError(f"{worker.engine.name} has not returned for {ran_s:.3g} s")
