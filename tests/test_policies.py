@@ -374,6 +374,7 @@ def spread(profile, factor):
     return dataclasses.replace(profile, rows=tuple(rows))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_spread_within_the_reserve_changes_nothing_and_a_wider_one_only_makes_faster(data):
     state = data.draw(states(PAPER))
