@@ -4,6 +4,7 @@
     python serve/replay.py runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
     python serve/replay.py runs/digits_resnet/export --policies slackfit --simulate
     python serve/replay.py runs/digits_resnet/export --policies slackfit --slow-factor 1.5
+    python serve/replay.py --kill-every 12
 
 All policies face the same arrivals, inputs and SLO; inputs are the dataset's test examples, texts with the lengths that they
 have. The traffic calms down and bursts in turn; its rates are set from this machine's measured latencies, so that a burst
@@ -13,11 +14,15 @@ With --simulate each replay is run once more in the simulator, on the measured p
 meanwhile (see serving.fidelity), and both are printed.
 With --slow-factor 1.5 every device becomes 1.5 times slower half-way, without telling the server; each policy is replayed with
 the online correction (see serving.drift) and without it, and what it attains before and after is printed.
-Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, serving.fidelity, plots.
+With --kill-every it is the paper's fault experiment instead, which needs no export: eight workers on the paper's latencies,
+half of which are killed one after another while 3,500 queries/s come in, beside the same in the simulator.
+Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, serving.fidelity, serving.faults,
+plots.
 """
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import time
 from collections.abc import Sequence
@@ -28,7 +33,19 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, plots
-from superserve_jax.serving import fidelity, loadgen, metrics, padding, prepare, server, traces
+from superserve_jax.serving import (
+    experiments,
+    faults,
+    fidelity,
+    loadgen,
+    metrics,
+    padding,
+    prepare,
+    reference,
+    server,
+    simulator,
+    traces,
+)
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 
@@ -38,10 +55,10 @@ class Options:
     """Options.
 
     Args:
-      export: the export's directory.
+      export: the export's directory; left out with --kill-every.
       policies: names of policies, such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest; if left out, both
         SlackFits and every subnet fixed.
-      seconds: length of the traffic.
+      seconds: length of the traffic; if left out, 9, or five times --kill-every.
       slo_ms: latency objective; if left out, 36 or, on a slow machine, four batches of the most accurate subnet.
       calm: arrival rate between bursts, over the capacity of the most accurate subnet.
       burst: arrival rate in a burst, over the capacity of the fastest subnet.
@@ -49,17 +66,18 @@ class Options:
       trace: recorded arrivals to replay instead.
       batch_sizes: batch sizes to serve with.
       lengths: of texts, the length buckets to serve with; if left out, powers of two from 16 up to the model's longest.
+      kill_every: seconds after which one more of eight workers is killed.
       simulate: run each replay once more in the simulator, and print both.
       slow_factor: from some time on, every batch takes so many times as long.
       slow_after: from when, as a share of the traffic.
       seed: of arrivals and inputs.
       json: write the results to this file.
-      plot: write a plot over time to this file.
+      plot: write a plot over time to this file; with --kill-every, if left out, to runs/faults.png.
     """
 
-    export: Annotated[pathlib.Path, tyro.conf.Positional]
+    export: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
     policies: tuple[str, ...] = ()
-    seconds: float = 9.0
+    seconds: float | None = None
     slo_ms: float | None = None
     calm: float = 0.3
     burst: float = 0.45
@@ -67,6 +85,7 @@ class Options:
     trace: pathlib.Path | None = None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     lengths: tuple[int, ...] | None = None
+    kill_every: float | None = None
     simulate: bool = False
     slow_factor: float = 1.0
     slow_after: float = 0.5
@@ -80,6 +99,12 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
         raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and above 1 no --simulate")
+    if options.kill_every is not None:
+        return kill_workers(options, options.kill_every)
+    if options.export is None:
+        raise ss.ConfigError(
+            "which export? give its directory, or --kill-every 12 for the paper's fault experiment without one"
+        )
     model = ss.load(options.export)
     inputs, labels = test_examples(model)
     _, engines, profiles = prepare.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
@@ -154,6 +179,44 @@ def main() -> None:
         print(f"plot: {options.plot}")
 
 
+def kill_workers(options: Options, every_s: float) -> None:
+    """What --kill-every does: the paper's fault experiment, with its traffic, on its latencies."""
+    if options.export is not None:
+        raise ss.ConfigError(f"--kill-every has engines of its own and needs no export; leave {options.export} out")
+    if not every_s > 0:
+        raise ss.ConfigError(f"--kill-every must be a positive number of seconds, got {every_s:g}")
+    [grid] = experiments.PRESETS["faults"]
+    profile, cluster = reference.paper_profile(), experiments.killed(every_s)
+    slo_ms = experiments.SLO_MS if options.slo_ms is None else options.slo_ms
+    trace = grid.traffics[0].create(options.seed, duration_s=options.seconds or 5 * every_s)
+    trace = dataclasses.replace(trace, slo_ms=slo_ms)
+    names = options.policies or ("slackfit",)
+    for name in names:
+        server.make_policy(name, profile)
+    print(
+        f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
+        f"{cluster.workers} workers that take as long as a {profile.device}"
+    )
+    logging.getLogger("superserve_jax.serving.workers").setLevel(logging.ERROR)  # that they fail is no news
+    results, shown = [], {}
+    for name in names:
+        run = faults.run(trace, profile, name, cluster=cluster, slo_ms=slo_ms)
+        found = faults.intervals(run)
+        health = run.health
+        print(f"\n{name}, on the real server / simulated; {health['alive']} of {health['workers']} workers were left")
+        cli.print_table(faults.table(found))
+        results.append({"name": name, "intervals": [dataclasses.asdict(i) for i in found], "health": health})
+        shown |= {name: timeline(run.done, window_s=0.25), f"{name}, simulated": timeline(run.simulated, window_s=0.25)}
+        marks_s = [outage.from_s for outage in run.cluster.outages]
+    if options.json:
+        files.write_json(options.json, {"slo_ms": slo_ms, "trace": trace.name, "queries": len(trace), "policies": results})
+        print(f"results: {options.json}")
+    plot = options.plot or pathlib.Path("runs/faults.png")
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    plots.replay(shown, plot, marks_s=marks_s)
+    print(f"plot: {plot}")
+
+
 def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels of the test split that an export was trained for. Raises ConfigError where it names none."""
     config = configs.from_json(model.manifest["training"])
@@ -174,7 +237,7 @@ def make_trace(options: Options, profiles: Sequence[ss.Profile], *, slo_ms: floa
     burst = options.burst * sum(p.throughput_qps(p.rows[0].subnet, tokens) for p in profiles)
     step_s = 0.5
     pattern = [calm, calm, calm, burst, calm, calm]
-    rates = [pattern[i % len(pattern)] for i in range(max(1, round(options.seconds / step_s)))]
+    rates = [pattern[i % len(pattern)] for i in range(max(1, round((options.seconds or 9.0) / step_s)))]
     trace = traces.steps(rates_qps=rates, step_s=step_s, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
     return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
 
@@ -287,9 +350,9 @@ def slowdown(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def timeline(done: loadgen.Replay) -> metrics.Series:
-    """The run in windows of a tenth of a second."""
-    return metrics.series(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy, done.batch, window_s=0.1)
+def timeline(done: loadgen.Replay | simulator.Result, *, window_s: float = 0.1) -> metrics.Series:
+    """The run over time."""
+    return metrics.series(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy, done.batch, window_s=window_s)
 
 
 if __name__ == "__main__":

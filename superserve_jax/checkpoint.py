@@ -8,41 +8,35 @@
     profiles/<device>.json   latency profiles, one per kind of device; made later, not part of the manifest
 
 It is data only: nothing in it is executed or unpickled. Replacing manifest.json is the commit, so whoever is killed while
-writing leaves the old export or the new one. Every file is checked against its digest before it is read.
+writing leaves the old export or the new one. Every file is checked against its digest before it is read (`manifest.py`).
 """
 
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-import io
 import json
-import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from superserve_jax import errors, files, supernets
+from superserve_jax import errors, files, rows, supernets
+from superserve_jax import manifest as manifests
 from superserve_jax import subnet as subnets
 from superserve_jax import vocabulary as vocabularies
 from superserve_jax.supernets import programs, supernet
 
-FORMAT = "superserve_jax export"
-SCHEMA = 1
-
-_log = logging.getLogger(__name__)
-_MANIFEST = "manifest.json"
 _VOCABULARY = "vocabulary.txt"
-_MAX_MANIFEST_BYTES = 64 << 20
-_MAX_BYTES = 1 << 40  # of one payload file; more than any device holds
+# How much larger than its files the weights of an export can be, and what may be in its files beside weights and rows.
+_MAX_RATIO, _MAX_OTHER_BYTES, _MAX_SUBNET_BYTES = 10_000, 64 << 20, 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +56,26 @@ class Served:
     flops: int
     params: int
 
+    def __post_init__(self):
+        if not isinstance(self.subnet, subnets.Subnet):
+            raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
+        for name, value in (("accuracy", self.accuracy), ("accuracy_shared", self.accuracy_shared)):
+            known = isinstance(value, int | float) or (value is None and name == "accuracy_shared")
+            if not known or not 0 <= (value or 0) <= 1:
+                raise errors.ConfigError(f"{name} of a served subnet must be a fraction from 0 to 1, got {value!r}")
+        for name, value in (("flops", self.flops), ("params", self.params)):
+            if not isinstance(value, int) or value < 0:
+                raise errors.ConfigError(f"{name} of a served subnet must be a whole number from 0 up, got {value!r}")
+
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`."""
         return {**dataclasses.asdict(self), "subnet": self.subnet.to_json()}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Served":
-        """The inverse of `to_json`."""
-        return Served(**{**data, "subnet": subnets.Subnet.from_json(data["subnet"])})
+        """The inverse of `to_json`. Raises ConfigError where `data` has not that form."""
+        with errors.refusing(errors.ConfigError, "not a served subnet as `Served.to_json` gives it"):
+            return Served(**{**data, "subnet": subnets.Subnet.from_json(data["subnet"])})
 
 
 class Model(supernet.SuperNet):
@@ -158,28 +164,23 @@ def export(
       training: the training config, kept for the record.
 
     Raises:
-      NotCalibratedError: a served subnet has no statistics. ExportError: the place holds something else.
-      ConfigError: nothing to serve, or a vocabulary that is not the model's.
+      NotCalibratedError: a served subnet has no statistics. SubnetError: it is not of the model.
+      ExportError: the place holds something else, or cannot be written to.
+      ConfigError: nothing to serve, a vocabulary that is not the model's, or an argument of another type.
     """
-    if not served:
-        raise errors.ConfigError("an export needs at least one subnet to serve; got an empty list")
-    if vocabulary is not None:
-        vocabulary.check_fit(model.config)
-    path = pathlib.Path(path)
-    if path.exists() and not (path / _MANIFEST).exists() and not all(map(_is_leftover, path.iterdir())):
-        raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
+    _check_arguments(model, served, measured, class_names, vocabulary, training)
     kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.rows))
-    rows = {subnet: model.row(subnet) for subnet in sorted(kept, key=model.config.flops)}
-    path.mkdir(parents=True, exist_ok=True)
+    statistics = {subnet: model.row(subnet) for subnet in sorted(kept, key=model.config.flops)}
+    path = _make_folder(path)
     part = path / f"payload-part.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((part / "weights").absolute(), model.params)
-    (part / "statistics.npz").write_bytes(_pack_rows(rows))
+    (part / "statistics.npz").write_bytes(rows.pack(statistics))
     if vocabulary is not None:
         (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
-    contents = {str(f.relative_to(part)): _describe(f) for f in _files(part)}
+    contents = {str(f.relative_to(part)): _describe(f) for f in manifests.files_of(part)}
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
     payload = path / f"payload-{digest}"
     if payload.exists():
@@ -187,8 +188,8 @@ def export(
     os.rename(part, payload)
     _sync_directory(path)
     manifest = {
-        "format": FORMAT,
-        "schema": SCHEMA,
+        "format": manifests.FORMAT,
+        "schema": manifests.SCHEMA,
         "config": supernets.config_to_json(model.config),
         "input": _input_contract(model.config),
         "class_names": list(class_names),
@@ -202,13 +203,13 @@ def export(
         "payload": payload.name,
         "files": contents,
     }
-    manifest["sha256"] = _digest_of_manifest(manifest)
-    new = path / f"{_MANIFEST}.part"
+    manifest["sha256"] = files.digest(manifest)
+    new = path / f"{manifests.NAME}.part"
     with new.open("w") as f:
         json.dump(manifest, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(new, path / _MANIFEST)
+    os.replace(new, path / manifests.NAME)
     _sync_directory(path)
     for stale in path.glob("payload-*"):
         if stale != payload:
@@ -222,28 +223,34 @@ def load(path: str | os.PathLike[str]) -> Model:
     Raises:
       ExportError: the directory is missing, foreign, from a newer version, truncated or edited; says what and where.
     """
+    manifest = manifests.read(path)
     path = pathlib.Path(path)
-    manifest = _read_manifest(path)
     payload = path / manifest["payload"]
-    _verify(payload, manifest["files"])
+    file = path / manifests.NAME
     try:
-        config = supernets.config_from_json(manifest["config"])
-        served = tuple(Served.from_json(s) for s in manifest["served"])
-        for s in served:
-            config.space().validate(s.subnet)
-    except (errors.SuperServeError, KeyError, TypeError) as e:
-        raise errors.ExportError(f"{path / _MANIFEST} does not describe a SuperNet that this version can build: {e}") from e
-    rows = _unpack_rows(payload / "statistics.npz")
+        with errors.refusing(errors.ExportError, "its fields do not fit together"):
+            config = supernets.config_from_json(manifest["config"])
+            served = tuple(Served.from_json(s) for s in manifest["served"])
+            if not served or len({config.space().validate(s.subnet) for s in served}) < len(served):
+                raise errors.ExportError("it must serve at least one subnet, each of them once")
+            _check_sizes(config, len(served), sum(f["bytes"] for f in manifest["files"].values()))
+    except errors.SuperServeError as e:
+        raise errors.ExportError(f"{file} does not describe a SuperNet that this version can build: {e}; export again") from e
+    manifests.verify(payload, manifest["files"])
+    statistics = rows.read(payload / "statistics.npz", config)
+    if missing := [s.subnet for s in served if s.subnet not in statistics]:
+        raise errors.ExportError(
+            f"{payload / 'statistics.npz'} lacks those of the served {missing[0].to_json()}; export again"
+        )
     vocabulary = _read_vocabulary(payload / _VOCABULARY, manifest.get("vocabulary"), config)
-    spec = programs.param_spec(config)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in spec.items()}
+    target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in programs.param_spec(config).items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((payload / "weights").absolute(), target)
     except Exception as e:  # Orbax raises many kinds; digests matched, so the weights are not those of this config
         raise errors.ExportError(f"{payload / 'weights'} does not hold the weights of its own config: {e}") from e
-    return Model(path, manifest, served, vocabulary, config, params, rows)
+    return Model(path, manifest, served, vocabulary, config, params, statistics)
 
 
 def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path:
@@ -255,76 +262,50 @@ def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path
     return pathlib.Path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
-
-
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    file = path / _MANIFEST
-    if not file.is_file():
-        what = "has no manifest.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
-        raise errors.ExportError(f"{path} is not an export: it {what}; make one with train/export.py")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise errors.ExportError(f"{file} is larger than the {_MAX_MANIFEST_BYTES >> 20} MiB that a manifest may have")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise errors.ExportError(f"{file} is damaged: {e}; export again") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise errors.ExportError(f"{file} is not the manifest of a {FORMAT}; export again with train/export.py")
-    schema = manifest.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise errors.ExportError(
-            f"{file} has schema {schema}, newer than the {SCHEMA} that this version reads; upgrade superserve-jax"
+@errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, texts, and a training config as plain values")
+def _check_arguments(
+    model: supernet.SuperNet,
+    served: Sequence[Served],
+    measured: str,
+    class_names: Sequence[str],
+    vocabulary: vocabularies.Vocabulary | None,
+    training: Mapping[str, Any] | None,
+) -> None:
+    """Raises before anything is written."""
+    if not isinstance(model, supernet.SuperNet) or not all(isinstance(s, Served) for s in served):
+        raise errors.ConfigError(
+            f"an export is of a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}"
         )
-    if manifest.get("sha256") != _digest_of_manifest(manifest):
-        raise errors.ExportError(f"{file} is damaged or was edited: its SHA-256 does not match; export again")
-    for key, kind in (("files", dict), ("served", list), ("class_names", list), ("config", dict), ("payload", str)):
-        if not isinstance(manifest.get(key), kind):
-            raise errors.ExportError(f"{file} is damaged: '{key}' is missing or no {kind.__name__}; export again")
-    if not re.fullmatch(r"payload-[0-9a-f]{16}", manifest["payload"]):
-        raise errors.ExportError(f"{file} names a payload folder that cannot be one: {manifest['payload']!r}")
-    return manifest
+    if not served or len({s.subnet for s in served}) < len(served):
+        raise errors.ConfigError(f"an export needs at least one subnet to serve, each of them once; got {len(served)}")
+    if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
+        raise errors.ConfigError(f"measured and class_names are texts, got {measured!r} and {class_names!r}")
+    json.dumps(dict(training or {}))
+    for s in served:
+        model.space.validate(s.subnet)
+    if vocabulary is not None:
+        vocabulary.check_fit(model.config)
 
 
-def _verify(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
-    """Raises ExportError unless the payload holds exactly these files, with these sizes and digests."""
-    if not payload.is_dir() or payload.is_symlink():
-        raise errors.ExportError(f"{payload} is missing; the export is not whole, copy or export it again")
-    found = {str(f.relative_to(payload)): f for f in _files(payload)}
-    if odd := sorted(set(found) ^ set(contents)):
-        state = "missing" if odd[0] in contents else "not in the manifest"
-        raise errors.ExportError(f"{payload / odd[0]} is {state}; the export is not whole, copy or export it again")
-    sizes = [f.get("bytes") if isinstance(f, dict) else None for f in contents.values()]
-    if not all(isinstance(s, int) and 0 <= s <= _MAX_BYTES for s in sizes):
-        raise errors.ExportError(f"the manifest of {payload.parent} gives impossible file sizes; export again")
-    for name, expected in contents.items():
-        size = found[name].stat().st_size
-        if found[name].is_symlink() or size != expected["bytes"]:
-            raise errors.ExportError(f"{found[name]} has {size} bytes instead of {expected['bytes']}; copy or export it again")
-        if files.sha256(found[name]) != expected.get("sha256"):
-            raise errors.ExportError(f"{found[name]} is damaged: its SHA-256 does not match; copy or export it again")
-
-
-def _pack_rows(rows: Mapping[subnets.Subnet, np.ndarray]) -> bytes:
-    """One npz: the subnets as JSON text, and their rows end to end."""
-    buffer = io.BytesIO()
-    order = json.dumps([s.to_json() for s in rows])
-    widths = np.array([r.shape[1] for r in rows.values()], np.int64)
-    np.savez(buffer, subnets=np.array(order), widths=widths, rows=np.concatenate(list(rows.values()), axis=1))
-    return buffer.getvalue()
-
-
-def _unpack_rows(file: pathlib.Path) -> dict[subnets.Subnet, np.ndarray]:
+def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            order = [subnets.Subnet.from_json(s) for s in json.loads(str(arrays["subnets"]))]
-            widths, rows = arrays["widths"], arrays["rows"]
-    except (OSError, ValueError, KeyError, errors.SuperServeError) as e:
-        raise errors.ExportError(f"{file} does not hold SubnetNorm statistics: {e}; export again") from e
-    if len(order) != len(widths) or rows.shape != (2, int(widths.sum())) or rows.dtype != np.float32:
-        raise errors.ExportError(f"{file} is not consistent: {len(order)} subnets, rows {rows.shape}; export again")
-    ends = np.cumsum(widths)
-    return {s: rows[:, end - w : end].copy() for s, w, end in zip(order, widths, ends, strict=True)}
+        path = pathlib.Path(path)
+        if path.exists() and not (path / manifests.NAME).exists() and not all(map(_is_leftover, path.iterdir())):
+            raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError) as e:
+        raise errors.ExportError(f"cannot export to {path!r}: {e}; choose another directory") from e
+    return path
+
+
+def _check_sizes(config: Any, num_served: int, payload_bytes: int) -> None:
+    """Raises ExportError unless files of so many bytes can hold a network of this config; before they are read, and before
+    memory is taken for it."""
+    weights = sum(math.prod(s.shape) * s.dtype.itemsize for s in programs.param_spec(config).values())
+    row = 8 * sum(config.norm_sizes(config.sizes(config.space().largest())).values())
+    most = 2 * weights + (num_served + 1) * (row + _MAX_SUBNET_BYTES) + _MAX_OTHER_BYTES
+    if not weights / _MAX_RATIO <= payload_bytes <= most:
+        raise errors.ExportError(f"weights of {weights:,} bytes do not fit files of {payload_bytes:,} bytes")
 
 
 def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> vocabularies.Vocabulary | None:
@@ -341,25 +322,13 @@ def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> vocabula
 
 def _is_leftover(file: pathlib.Path) -> bool:
     """Whether a file is what an interrupted first export leaves behind."""
-    return file.name.startswith(("payload-", _MANIFEST))
-
-
-# -- files and digests --------------------------------------------------------------------------------------------------
-
-
-def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    return (f for f in sorted(folder.rglob("*")) if f.is_symlink() or not f.is_dir())
+    return file.name.startswith(("payload-", manifests.NAME))
 
 
 def _describe(file: pathlib.Path) -> dict[str, Any]:
     with file.open("rb") as f:
         os.fsync(f.fileno())
     return {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-
-
-def _digest_of_manifest(manifest: Mapping[str, Any]) -> str:
-    content = {k: v for k, v in manifest.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_directory(path: pathlib.Path) -> None:

@@ -4,8 +4,11 @@ Each also derives from the builtin that a caller would expect (`ValueError` for 
 deadline, ...), and each message names the value, what was expected and the remedy.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+_SHOWN = 100  # characters of a name; a file may name a megabyte
 
 
 class SuperServeError(Exception):
@@ -86,7 +89,30 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
     >>> print(unknown_name("policy", "slakfit", ["slackfit", "fixed"]))
     unknown policy 'slakfit': did you mean 'slackfit'? Known: fixed, slackfit
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1)
+    names, name = sorted(known), str(name)
+    name = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return UnknownNameError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or '(none)'}")
+
+
+@contextlib.contextmanager
+def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
+    """What goes wrong inside because a value is of another type or form becomes an `error` about it, in one line.
+
+    It stands around code that reads what somebody else wrote, after the checks that can say more, and may decorate a function.
+    Errors of this library pass.
+
+    >>> with refusing(DataError, "not a pair of numbers; give two"):
+    ...     first, second = map(int, "1 x".split())
+    Traceback (most recent call last):
+    superserve_jax.errors.DataError: not a pair of numbers; give two (ValueError: invalid literal for int() with base 10: 'x')
+    """
+    try:
+        yield
+    except SuperServeError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        raise error(f"{about} ({type(e).__name__}: {reason[:300]})") from e

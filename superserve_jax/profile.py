@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,8 @@ from superserve_jax import errors, files
 from superserve_jax.subnet import Subnet
 
 SCHEMA = 1
+
+_LEAST_MS, _MOST_MS = 1e-9, 1e12  # of a latency that can be: outside of it, a policy's arithmetic would fail, not the profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,18 @@ class Row:
     p99_ms: tuple[float, ...] = ()
     envelope: Subnet | None = None
 
+    @errors.refusing(errors.ProfileError, "a row is of a subnet, an accuracy and a tuple of latencies")
     def __post_init__(self):
         if not self.p99_ms:
             object.__setattr__(self, "p99_ms", self.latency_ms)
+        if not isinstance(self.subnet, Subnet):
+            raise errors.ProfileError(f"a row is of a Subnet, got {self.subnet!r}")
+        if self.envelope is not None and not self.envelope.covers(self.subnet):
+            raise errors.ProfileError(f"the envelope of {self.subnet} does not cover it: {self.envelope}")
         if not 0 <= self.accuracy <= 1:
             raise errors.ProfileError(f"accuracy must be a fraction from 0 to 1, got {self.accuracy}")
         for v in (*self.latency_ms, *self.p99_ms):
-            if not (math.isfinite(v) and v > 0):
+            if not _LEAST_MS <= v <= _MOST_MS:
                 raise errors.ProfileError(f"latencies must be positive and finite milliseconds, got {list(self.latency_ms)}")
 
 
@@ -77,6 +83,7 @@ class Profile:
     shorter: tuple["Profile", ...] = ()
     slicing: Literal["kept", "in_call"] = "kept"
 
+    @errors.refusing(errors.ProfileError, "a profile is of a tuple of batch sizes and one of `Row`")
     def __post_init__(self):
         check_batch_sizes(self.batch_sizes)
         if not self.rows:
@@ -266,29 +273,32 @@ class Profile:
     def from_json(data: Mapping[str, Any]) -> "Profile":
         """The inverse of `to_json`. Raises ProfileError where `data` has not that form."""
         try:
-            if data["schema"] != SCHEMA:
-                raise errors.ProfileError(f"profile schema {data['schema']} is not the {SCHEMA} that this version reads")
-            sizes, device = tuple(int(b) for b in data["batch_sizes"]), str(data["device"])
-            lengths = [(int(length),) for length in data.get("lengths", ())] or [()]
-            tables = [*data.get("shorter", ()), data["rows"]]
-            slicing = data.get("slicing", "kept")
-            made = [Profile(sizes, _rows(t), device, at, slicing=slicing) for t, at in zip(tables, lengths, strict=True)]
-            return join(made)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            if isinstance(e, errors.ProfileError):
-                raise
-            raise errors.ProfileError(f"not a latency profile: {type(e).__name__}: {e}; measure it again") from e
+            with errors.refusing(errors.ProfileError, "not a latency profile; measure it again"):
+                if data["schema"] != SCHEMA:
+                    raise errors.ProfileError(f"profile schema {data['schema']} is not the {SCHEMA} that this version reads")
+                sizes, device = tuple(data["batch_sizes"]), str(data["device"])
+                lengths = [(length,) for length in data.get("lengths", ())] or [()]
+                tables = [*data.get("shorter", ()), data["rows"]]
+                slicing = data.get("slicing", "kept")
+                made = [Profile(sizes, _rows(t), device, at, slicing=slicing) for t, at in zip(tables, lengths, strict=True)]
+                return join(made)
+        except (errors.ConfigError, errors.SubnetError, errors.UnknownNameError) as e:
+            raise errors.ProfileError(f"not a latency profile; measure it again ({e})") from e
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON; the file is replaced whole or not at all."""
-        files.write_json(path, self.to_json())
+        """Writes JSON with a SHA-256 of what it says; the file is replaced whole or not at all."""
+        values = self.to_json()
+        files.write_json(path, {**values, "sha256": files.digest(values)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Profile":
-        """Reads what `save` wrote. Raises ProfileError for a missing or malformed file."""
+        """Reads what `save` wrote, or the same without a SHA-256. Raises ProfileError for a missing or malformed file."""
         try:
-            return Profile.from_json(json.loads(pathlib.Path(path).read_text()))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            if isinstance(data, dict) and "sha256" in data and data["sha256"] != files.digest(data):
+                raise errors.ProfileError("it is damaged or was edited: measure it again, or remove its sha256")
+            return Profile.from_json(data)
+        except (OSError, RecursionError, TypeError, ValueError) as e:
             raise errors.ProfileError(f"cannot read a profile from {path}: {e}") from e
 
 
@@ -316,7 +326,10 @@ def of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile
     """
     if isinstance(profile, Profile):
         return [profile] * count
-    profiles = list(profile)
+    with errors.refusing(errors.ConfigError, "profile must be a Profile, or one for each worker"):
+        profiles = list(profile)
+    if not all(isinstance(p, Profile) for p in profiles):
+        raise errors.ConfigError(f"profile must be a Profile, or one for each worker, got {profile!r}")
     if not profiles or len(profiles) != count:
         raise errors.ConfigError(f"{len(profiles)} profiles for {count} workers; give one for all, or one for each")
     if len(shapes := {(p.batch_sizes, p.lengths) for p in profiles}) > 1:
@@ -339,6 +352,8 @@ def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _ascending(name: str, values: Sequence[int], example: str) -> tuple[int, ...]:
+    if not isinstance(values, Iterable):
+        raise errors.ConfigError(f"{name} must be a list such as {example}, got {values!r}")
     values = tuple(values)
     if not values:
         raise errors.ConfigError(f"{name} is empty; give at least one, such as {example}")

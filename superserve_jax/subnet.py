@@ -21,6 +21,8 @@ from superserve_jax import errors
 
 DepthRule = Literal["first", "every_other"]
 
+_MAX_BLOCKS = 1_000  # a config that was read from a file may ask for more than there is memory for
+
 
 @dataclasses.dataclass(frozen=True)
 class Subnet:
@@ -36,7 +38,10 @@ class Subnet:
 
     def __post_init__(self):
         # A subnet is a dictionary key on serving's hot path; hashing long tuples there would cost microseconds.
-        object.__setattr__(self, "_hash", hash((self.gates, self.axes)))
+        try:
+            object.__setattr__(self, "_hash", hash((self.gates, self.axes)))
+        except TypeError as e:
+            raise errors.SubnetError(f"gates and axes are tuples of tuples, got {self}; use SearchSpace.subnet ({e})") from e
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
@@ -50,6 +55,7 @@ class Subnet:
                 return values
         raise errors.unknown_name("axis", axis, [name for name, _ in self.axes])
 
+    @errors.refusing(errors.SubnetError, "two subnets can be compared that are of one search space")
     def covers(self, other: "Subnet") -> bool:
         """Whether every block and every channel of `other` is also in this subnet."""
         return all(a >= b for a, b in zip(self.gates, other.gates, strict=True)) and all(
@@ -65,14 +71,12 @@ class Subnet:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Subnet":
         """The inverse of `to_json`. Raises SubnetError where `data` has not that form."""
-        try:
-            gates = tuple(int(g) for g in data["gates"])
+        with errors.refusing(errors.SubnetError, "not a subnet: expected a dict of 'gates' and one list per axis"):
+            gates = tuple(data["gates"])
+            if not set(gates) <= {0, 1}:
+                raise errors.SubnetError(f"gates are 0 or 1, got {list(gates)}")
             axes = tuple((str(k), tuple(float(v) for v in data[k])) for k in data if k != "gates")
-        except (KeyError, TypeError, ValueError) as e:
-            raise errors.SubnetError(f"not a subnet: {data!r} (expected a dict of 'gates' and one list per axis)") from e
-        if not set(gates) <= {0, 1}:
-            raise errors.SubnetError(f"gates are 0 or 1, got {list(gates)}")
-        return Subnet(gates, axes)
+            return Subnet(tuple(int(g) for g in gates), axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,10 @@ class Axis:
     choices: tuple[tuple[float, ...], ...]
     blocks: tuple[int, ...] | None = None
 
+    @errors.refusing(errors.ConfigError, "an axis needs a name, and a tuple of numbers at every position")
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise errors.ConfigError(f"an axis needs a name, got {self.name!r}")
         if not self.choices or not all(self.choices):
             raise errors.ConfigError(f"axis '{self.name}' needs at least one choice at every position, got {self.choices}")
         for c in self.choices:
@@ -98,6 +105,7 @@ class Axis:
             )
 
 
+@errors.refusing(errors.SubnetError, "an envelope is of subnets of one search space")
 def envelope(subnets: Iterable[Subnet]) -> Subnet:
     """The smallest subnet that covers all of `subnets`: union of gates, maximum of every axis.
 
@@ -114,6 +122,17 @@ def envelope(subnets: Iterable[Subnet]) -> Subnet:
         (name, tuple(max(column) for column in zip(*(s[name] for s in subnets), strict=True))) for name, _ in subnets[0].axes
     )
     return Subnet(gates, axes)
+
+
+def check_depths(depths: Sequence[Sequence[int]]) -> None:
+    """Raises ConfigError unless the depths of each stage can be. Families ask before they list what each block may choose."""
+    for d in depths:
+        if not all(isinstance(n, int) for n in d):
+            raise errors.ConfigError(f"depths are whole numbers of blocks, got {d}")
+        if not d or list(d) != sorted(set(d)) or d[0] < 0 or d[-1] < 1:
+            raise errors.ConfigError(f"depths of a stage must be ascending, from 0, with a largest of 1 or more; got {d}")
+    if (blocks := sum(d[-1] for d in depths)) > _MAX_BLOCKS:
+        raise errors.ConfigError(f"a search space may have {_MAX_BLOCKS:,} blocks, got {blocks:,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +153,11 @@ class SearchSpace:
     axes: tuple[Axis, ...] = ()
     rule: DepthRule = "first"
 
+    @errors.refusing(errors.ConfigError, "a search space needs tuples of whole depths, one per stage, and a tuple of `Axis`")
     def __post_init__(self):
         if self.rule not in ("first", "every_other"):
             raise errors.unknown_name("depth rule", self.rule, ["first", "every_other"])
-        for d in self.depths:
-            if not d or list(d) != sorted(set(d)) or d[0] < 0 or d[-1] < 1:
-                raise errors.ConfigError(f"depths of a stage must be ascending, from 0, with a largest of 1 or more; got {d}")
+        check_depths(self.depths)
         names = [a.name for a in self.axes]
         if len(set(names)) != len(names) or {"depth", "gates"} & set(names):
             raise errors.ConfigError(f"axis names must differ and not be 'depth' or 'gates', got {names}")
@@ -160,6 +178,7 @@ class SearchSpace:
 
     # -- making subnets -------------------------------------------------------------------------------------------------
 
+    @errors.refusing(errors.SubnetError, "a subnet is chosen by numbers: depth or gates, and choices of the axes")
     def subnet(self, *, depth: Any = None, gates: Sequence[int] | None = None, **axes: Any) -> Subnet:
         """A validated subnet of this space.
 
@@ -181,8 +200,9 @@ class SearchSpace:
             if name not in (a.name for a in self.axes):
                 raise errors.unknown_name("axis", name, ["depth", "gates", *(a.name for a in self.axes)])
         values = tuple((a.name, _positions(a.name, axes.get(a.name), a.choices)) for a in self.axes)
-        return self.validate(Subnet(tuple(int(g) for g in gates), values))
+        return self.validate(Subnet(tuple(gates), values))
 
+    @errors.refusing(errors.SubnetError, "a depth is a whole number, or one per stage")
     def gates(self, depth: Any = None) -> tuple[int, ...]:
         """The gates that a depth (one int, or one per stage) is shorthand for."""
         depth = _positions("depth", depth, self.depths)
@@ -197,8 +217,11 @@ class SearchSpace:
             result += [int(i in kept) for i in range(blocks)]
         return tuple(result)
 
+    @errors.refusing(errors.SubnetError, "not a subnet of gates and (axis, choices); use SearchSpace.subnet")
     def validate(self, subnet: Subnet) -> Subnet:
         """`subnet` in canonical form: choices of dropped blocks set to the smallest. Raises SubnetError with the reason."""
+        if not isinstance(subnet, Subnet):
+            raise errors.SubnetError(f"expected a Subnet, such as SearchSpace.subnet makes, got {subnet!r}")
         if len(subnet.gates) != self.num_blocks or not set(subnet.gates) <= {0, 1}:
             raise errors.SubnetError(f"gates must be {self.num_blocks} values of 0 or 1, got {list(subnet.gates)}")
         for m, (stage, choices) in enumerate(zip(self.stages, self.depths, strict=True)):
@@ -215,7 +238,7 @@ class SearchSpace:
             if len(values) != len(axis.choices):
                 raise errors.SubnetError(f"axis '{axis.name}' has {len(axis.choices)} positions, got {len(values)}")
             axes.append((axis.name, tuple(self._choice(axis, i, v, subnet.gates) for i, v in enumerate(values))))
-        return Subnet(subnet.gates, tuple(axes))
+        return Subnet(tuple(int(g) for g in subnet.gates), tuple(axes))
 
     @staticmethod
     def _choice(axis: Axis, position: int, value: float, gates: tuple[int, ...]) -> float:
@@ -236,6 +259,7 @@ class SearchSpace:
         """The whole SuperNet."""
         return self.subnet()
 
+    @errors.refusing(errors.SubnetError, "seed and step are whole numbers from 0 up, and 'below' a subnet of this space")
     def sample(self, seed: int, step: int, *, below: Subnet | None = None) -> Subnet:
         """A random subnet, a pure function of (seed, step): uniform over depths, then over choices.
 
@@ -254,6 +278,7 @@ class SearchSpace:
         axes = {a.name: [draw(c, now) for c, now in zip(a.choices, subnet[a.name], strict=True)] for a in self.axes}
         return self.subnet(depth=depth, **axes)
 
+    @errors.refusing(errors.ConfigError, "elastic is a tuple of axes, choices a whole number")
     def narrowed(self, elastic: Sequence[str] | None = None, *, choices: int = 0) -> "SearchSpace":
         """The space with some freedom taken away; its subnets are, once validated here, subnets of this one.
 
@@ -264,6 +289,8 @@ class SearchSpace:
         >>> SearchSpace(((1, 2, 3),)).narrowed(choices=2).depths, SearchSpace(((1, 2, 3),)).narrowed(()).size
         (((2, 3),), 1)
         """
+        if choices < 0:
+            raise errors.ConfigError(f"choices must be at least 0, which leaves all, got {choices}")
         known = ["depth", *(a.name for a in self.axes)]
         for name in elastic or ():
             if name not in known:
@@ -280,6 +307,7 @@ class SearchSpace:
         """`subnet` with the choices of every kept block tied to the depth of its stage: the smallest where that is the
         smallest, the largest where it is the largest (CompOFA, Sahni et al., ICLR 2021). Axes that do not belong to blocks,
         and stages whose depth is not elastic, are left as they are."""
+        subnet = self.validate(subnet)
         rank = {}
         for stage, depths in zip(self.stages, self.depths, strict=True):
             if len(depths) > 1:

@@ -10,6 +10,7 @@ Axis letters: B batch, T tokens.
 import dataclasses
 import difflib
 import functools
+import numbers
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ class Vocabulary:
     scheme: Literal["wordpiece", "words"] = "wordpiece"
     lowercase: bool = True
 
+    @errors.refusing(errors.ConfigError, "a vocabulary needs a tuple of tokens and the name of a scheme")
     def __post_init__(self):
         if self.scheme not in _NEEDED:
             raise errors.unknown_name("scheme of a vocabulary", self.scheme, _NEEDED)
@@ -48,6 +50,7 @@ class Vocabulary:
             raise errors.ConfigError(f"lowercase must be True or False, got {self.lowercase!r}")
         if not all(isinstance(token, str) and token and not {"\n", "\r"} & set(token) for token in self.tokens):
             raise errors.ConfigError("every token of a vocabulary must be text of one line, and not empty")
+        "".join(self.tokens).encode()  # raises for half of a surrogate pair, which no file can hold
         if len(self._ids) < len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self._ids[t] != i)
             raise errors.ConfigError(f"a vocabulary must hold every token once; {twice!r} is there twice")
@@ -66,7 +69,7 @@ class Vocabulary:
         """A vocabulary out of a file such as BERT's vocab.txt. Raises DataError where it cannot be one."""
         try:
             return Vocabulary.from_text(pathlib.Path(path).expanduser().read_bytes().decode(), **settings)
-        except (OSError, UnicodeDecodeError, errors.ConfigError) as e:
+        except (OSError, TypeError, ValueError) as e:
             raise errors.DataError(
                 f"{path} cannot be read as a vocabulary file (UTF-8, one token a line, such as BERT's vocab.txt): {e}"
             ) from e
@@ -85,6 +88,7 @@ class Vocabulary:
         """Token id of padding."""
         return self._ids[PAD]
 
+    @errors.refusing(errors.InputError, "texts and second are lists of texts")
     def encode(
         self, texts: Sequence[str], second: Sequence[str] | None = None, *, length: int, token_types: int = 1
     ) -> np.ndarray:
@@ -103,6 +107,10 @@ class Vocabulary:
           InputError: something is no text, or `words` meets a token that it does not know or more than fit.
           DataError: the package tokenizers is missing.
         """
+        if isinstance(texts, str) or isinstance(second, str):
+            raise errors.InputError("texts are lists of texts; give a single one as [text]")
+        if not isinstance(length, numbers.Integral) or length < 1:
+            raise errors.InputError(f"length must be a whole number of tokens from 1 up, got {length!r}")
         if second is not None and len(second) != len(texts):
             raise errors.InputError(f"every text needs its second text, got {len(texts)} texts and {len(second)} second ones")
         for text in [*texts, *(second or ())]:

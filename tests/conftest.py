@@ -8,6 +8,7 @@ os.environ.setdefault("SUPERSERVE_CACHE", "")  # tests neither read nor fill thi
 import numpy as np
 import pytest
 
+from superserve_jax import checkpoint
 from superserve_jax.supernets import ofa_resnet, programs, supernet
 
 TINY = ofa_resnet.OFAResNetConfig(
@@ -77,3 +78,11 @@ def tiny():
     space = TINY.space()
     chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
     return supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+
+
+@pytest.fixture
+def export(tiny, tmp_path):
+    """An export with one served subnet."""
+    served = [checkpoint.Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
+    checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
+    return checkpoint.load(tmp_path / "export")

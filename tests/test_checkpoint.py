@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY, random_images, random_params
 
-from superserve_jax import checkpoint, errors, vocabulary
+from superserve_jax import checkpoint, errors, files, vocabulary
 from superserve_jax.supernets import dynabert, supernet
 
 
@@ -40,7 +40,7 @@ def reseal(path, change):
     """Edits the manifest and makes its digest fit again, as somebody with bad intent would."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    manifest["sha256"] = checkpoint._digest_of_manifest(manifest)
+    manifest["sha256"] = files.digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -82,7 +82,7 @@ def test_workers_that_are_all_slower_are_as_many_as_before():
     assert paces[2].workers == pytest.approx(3.0)
     assert paces[2].slowdown == pytest.approx(2.0, rel=0.01)
     assert paces[2].lead == pytest.approx(1.0)
-    assert fleet.slowdowns() == [pace.slowdown for pace in paces]
+    assert [fleet.slowdown(i) for i in range(len(paces))] == [pace.slowdown for pace in paces]
     assert drift.Fleet([PAPER], correct=False).pace(0) == drift.Pace()
 
 

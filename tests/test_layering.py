@@ -10,17 +10,18 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "superserve_jax"
 LAYERS = [
     ["errors", "files"],
+    ["manifest"],
     ["subnet", "plots", "progress", "cli", "vocabulary"],
     ["ops"],
     ["layers"],
     ["supernets"],
-    ["profile"],
+    ["profile", "rows"],
     ["checkpoint"],
     ["convert"],
     ["training", "serving"],
 ]
 NO_JAX = (
-    ["errors", "files", "subnet", "profile", "plots", "progress", "cli", "vocabulary"]
+    ["errors", "files", "manifest", "subnet", "rows", "profile", "plots", "progress", "cli", "vocabulary"]
     + [
         f"serving.{name}"
         for name in ("queue", "policies", "traces", "azure", "simulator", "bounds", "reference", "metrics", "engine")
@@ -29,6 +30,9 @@ NO_JAX = (
         f"serving.{name}"
         for name in (
             "futures",
+            "query",
+            "retries",
+            "crew",
             "workers",
             "server",
             "runtime",
@@ -40,7 +44,7 @@ NO_JAX = (
             "subnet_buckets",
         )
     ]
-    + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity")]
+    + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity", "faults")]
 )
 
 

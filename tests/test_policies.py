@@ -416,8 +416,8 @@ def test_a_named_policy_decides_by_the_profile_that_it_is_passed(name):
             alone = policies.create(name, profile)
             assert choose(both, profile, slack_ms) == choose(alone, profile, slack_ms)
     assert both.name == name
-    with pytest.raises(errors.ConfigError, match="not made for"):
-        choose(both, PAPER.scaled(3.0), 30.0)
+    other = PAPER.scaled(3.0)  # of a worker that is added later
+    assert choose(both, other, 30.0) == choose(policies.create(name, other), other, 30.0)
 
 
 def test_a_planner_counts_workers_that_differ_in_units_of_the_one_that_asks():

@@ -6,7 +6,6 @@ Section 6.2) shrinks a day to 120 s keeping the shape, at a mean of 6400 queries
 """
 
 import csv
-import math
 import os
 import pathlib
 import re
@@ -22,10 +21,13 @@ Path = str | os.PathLike[str]
 # "7", "007", "7.0", "minute 7", "Min_7", "m7"; of a table that joins days "day2 minute 7", "d02_7", and as pandas marks
 # columns of the same name "7.1", "7_y".
 _MINUTE = re.compile(
-    r"(?:d(?:ay)?[ _.-]?(?P<day>\d+)[ _.:-]+)?(?:m(?:in(?:ute)?s?)?[ _.-]?)?"
-    r"(?P<minute>\d+)(?:\.(?P<copy>\d+)|_(?P<side>[xy]))?",
+    r"(?:d(?:ay)?[ _.-]?(?P<day>\d{1,9})[ _.:-]+)?(?:m(?:in(?:ute)?s?)?[ _.-]?)?"
+    r"(?P<minute>\d{1,9})(?:\.(?P<copy>\d{1,9})|_(?P<side>[xy]))?",
     re.IGNORECASE,
 )
+
+
+_EXACT = 2.0**53  # up to which a float holds every whole number
 
 
 def invocations_per_minute(paths: Path | Sequence[Path]) -> np.ndarray:
@@ -40,9 +42,11 @@ def invocations_per_minute(paths: Path | Sequence[Path]) -> np.ndarray:
     Raises DataError for a file without minutes, and for a bad row with its line.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    if not paths:
+    with errors.refusing(errors.ConfigError, f"expected the path of a CSV file, or a list of paths, got {paths!r}"):
+        files = [pathlib.Path(path) for path in paths or ()]
+    if not files:
         raise errors.ConfigError("no files given; name at least one CSV file of invocations per minute")
-    return np.concatenate([day for path in paths for day in _days(pathlib.Path(path))])
+    return np.concatenate([day for file in files for day in _days(file)])
 
 
 def trace(
@@ -58,15 +62,15 @@ def trace(
     Each minute keeps its share of the queries, to within one. Inside its slice of time arrivals are uniformly random, a
     Poisson process given its count: the files say nothing about times within a minute.
     """
-    for name, value in (("mean_qps", mean_qps), ("duration_s", duration_s)):
-        if not (math.isfinite(value) and value > 0):
-            raise errors.ConfigError(f"{name} must be a positive, finite number, got {value}")
+    traces.check(mean_qps=mean_qps, duration_s=duration_s)
+    traces.count(mean_qps, duration_s)
+    rng = traces.generator(seed)
     minutes = invocations_per_minute(paths)
     if not minutes.sum():
         raise errors.DataError(f"{paths}: not one invocation in {len(minutes)} minutes; there is no shape to keep")
     ends = np.rint(np.cumsum(minutes) / minutes.sum() * mean_qps * duration_s).astype(np.int64)
     counts = np.diff(ends, prepend=0)
-    within = np.random.default_rng(seed).random(int(ends[-1]))
+    within = rng.random(int(ends[-1]))
     arrivals = (np.repeat(np.arange(len(minutes)), counts) + within) * (duration_s / len(minutes))
     return traces.Trace(np.sort(arrivals), slo_ms, name=f"MAF {mean_qps:g} qps")
 
@@ -90,14 +94,18 @@ def _days(path: pathlib.Path) -> list[np.ndarray]:
                 if not header or repeated:
                     header, columns = row, _minute_columns(row, where)
                     names = {cell for cell in row if cell and not _MINUTE.fullmatch(cell.strip())}
-                    days.append(np.zeros(len(columns), np.int64))
+                    days.append(np.zeros(len(columns)))
                 else:
                     days[-1] += _counts(row, columns, len(header), where)
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except errors.DataError:
+        raise
+    except (OSError, ValueError, csv.Error) as e:
         raise errors.DataError(f"cannot read invocations from {path}: {e}") from e
     if not days:
         raise errors.DataError(f"{path} is empty; expected a header and a row of invocations per function")
-    return days
+    if not sum(day.sum() for day in days) < _EXACT:
+        raise errors.DataError(f"{path} counts more than {_EXACT:g} invocations; that cannot be")
+    return [day.astype(np.int64) for day in days]
 
 
 def _minute_columns(header: Sequence[str], where: str) -> list[int]:
@@ -123,8 +131,8 @@ def _counts(row: Sequence[str], columns: Sequence[int], width: int, where: str) 
         counts = np.array([row[c] or "0" for c in columns], np.float64)
     except ValueError as e:
         raise errors.DataError(f"{where}: invocations are whole numbers, {e}; mend or remove the row") from None
-    bad = ~((counts >= 0) & (counts < 2**53) & (counts == np.floor(counts)))
+    bad = ~((counts >= 0) & (counts < _EXACT) & (counts == np.floor(counts)))
     if bad.any():
         value = row[columns[int(np.argmax(bad))]]
         raise errors.DataError(f"{where}: invocations are whole numbers from 0 up, got {value!r}; mend or remove the row")
-    return counts.astype(np.int64)
+    return counts

@@ -21,7 +21,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import subnet as subnets
-from superserve_jax.serving import executables, padding
+from superserve_jax.serving import engine, executables, padding
 from superserve_jax.supernets import programs, supernet
 
 Slicing = Literal["kept", "in_call"]
@@ -188,6 +188,7 @@ class DeviceEngine:
             self._actuate(subnet, bucket)
         leaves, row, active = self._actuated
         logits = np.asarray(call(leaves, staged, row, active))
+        engine.check_outputs(logits[: len(inputs)], len(inputs))
         return [logits[i].copy() for i in range(len(inputs))]  # a view would pin the batch for as long as a reply lives
 
     def _actuate(self, subnet: subnets.Subnet, bucket: _Bucket) -> None:

@@ -6,6 +6,7 @@ free, and with what a worker that is slower than its profile makes of time (see 
 """
 
 import math
+import operator
 from typing import Any
 
 from superserve_jax import errors
@@ -78,10 +79,10 @@ def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> t
     """Row, batch size and the milliseconds of the policy's decision: of loading, and of slack below which a query is lost."""
     try:
         decision = policy(table, state)
-        row = table.row(decision.subnet)
-        if decision.batch < 1:
-            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {decision.batch}")
-        return row, decision.batch, decision.loading_ms, decision.defer_ms
+        row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
+        if size < 1:
+            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
+        return row, size, decision.loading_ms, decision.defer_ms
     except Exception as error:
         error.add_note(f"the policy was asked in {state!r}")
         raise

@@ -77,7 +77,7 @@ class Fleet:
     """The workers' speeds. The caller holds a lock, but for `observe`.
 
     Args:
-      profiles: of each worker.
+      profiles: of the workers 0, 1, ...; others may join.
       correct: whether drift is followed; else every worker is as fast as its profile says.
 
     >>> from superserve_jax.serving import reference
@@ -90,14 +90,22 @@ class Fleet:
     1.5
     """
 
-    def __init__(self, profiles: Sequence[Profile], *, correct: bool = True):
+    def __init__(self, profiles: Sequence[Profile] = (), *, correct: bool = True):
         self._correct = correct
-        self._drifts = [Drift() for _ in profiles]
-        throughput = [p.throughput_qps(p.rows[0].subnet) for p in profiles]
-        # Over that of the first, so that workers that are alike count as whole numbers.
-        self._profiled = [qps / throughput[0] for qps in throughput]
-        self._speeds = list(self._profiled)  # of late; 0 of a worker that is gone
+        self._drifts: dict[int, Drift] = {}
+        self._first_qps = 0.0  # throughput of the first worker, in units of which those that are alike are whole numbers
+        self._profiled: dict[int, float] = {}
+        self._speeds: dict[int, float] = {}  # of late; 0 of a worker that is gone
         self._paces: dict[int, Pace] = {}  # that still hold
+        for worker, profile in enumerate(profiles):
+            self.join(worker, profile)
+
+    def join(self, worker: int, profile: Profile) -> None:
+        """A worker is new."""
+        qps = profile.throughput_qps(profile.rows[0].subnet)
+        self._first_qps = self._first_qps or qps
+        self._drifts[worker], self._profiled[worker] = Drift(), qps / self._first_qps
+        self._set(worker, self._profiled[worker])
 
     def observe(self, worker: int, profiled_ms: float, took_ms: float) -> None:
         """See `Drift.observe`; called by the worker itself, without a lock."""
@@ -111,7 +119,7 @@ class Fleet:
         if speed != speeds[worker]:
             self._set(worker, speed)
         if (pace := self._paces.get(worker)) is None:
-            pace = self._paces[worker] = Pace(sum(speeds) / speed, slowdown, max(speeds) / speed)
+            pace = self._paces[worker] = Pace(sum(speeds.values()) / speed, slowdown, max(speeds.values()) / speed)
         return pace
 
     def leave(self, worker: int) -> None:
@@ -126,6 +134,6 @@ class Fleet:
         self._speeds[worker] = speed
         self._paces.clear()
 
-    def slowdowns(self) -> list[float]:
-        """How many times slower than its profile each worker has been of late; 1 where it was not slower."""
-        return [drift.slowdown for drift in self._drifts]
+    def slowdown(self, worker: int) -> float:
+        """How many times slower than its profile a worker has been of late; 1 where it was not slower."""
+        return self._drifts[worker].slowdown

@@ -1,5 +1,6 @@
 """What the server asks of a device that holds a SuperNet, and an engine without a model to test it with. No jax."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.serving import padding
 from superserve_jax.subnet import Subnet
@@ -39,10 +41,37 @@ class Engine(Protocol):
           inputs: arrays of `input_shape` and `input_dtype`, read only. With length buckets the engine runs the program of the
             one that holds the longest (`padding.of_inputs`).
 
-        No output may share memory with a buffer that a later call writes to. Whatever it raises counts as a failure of
-        the device, and the batch is tried elsewhere.
+        No output may share memory with a buffer that a later call writes to. An output is a valid one: the server cannot
+        look at each without costing every query time, so the engine looks at all of a batch at once (`check_outputs`).
+        Whatever it raises is a failure of the batch, which is tried again in parts, elsewhere if there is another worker. The
+        engine is then called once more with inputs of zeros, and where it raises again, the failure is its own. An error that
+        says the batch needs more memory than there is, MemoryError or jax's RESOURCE_EXHAUSTED, makes its batches smaller.
         """
         ...
+
+
+def check_outputs(logits: np.ndarray, count: int) -> None:
+    """Refuses what cannot be the outputs of `count` inputs; half a microsecond for a batch of small ones.
+
+    Args:
+      logits: (count, ...), floating point, padding stripped: what a padded row holds is of no query.
+
+    Raises InferenceError for another number of outputs, and for a NaN among them. Infinities pass.
+
+    >>> check_outputs(np.zeros((2, 10), np.float32), 2)
+    >>> check_outputs(np.array([[1.0, 2.0], [np.nan, 1.0]]), 2)
+    Traceback (most recent call last):
+      ...
+    superserve_jax.errors.InferenceError: outputs [1] of 2 have NaN in them; look at the inputs, then at the weights
+    """
+    if len(logits) != count:
+        raise errors.InferenceError(f"outputs of shape {logits.shape} for {count} inputs; an engine returns one for each")
+    # A sum of squares is NaN only where one of them is: infinities have one sign.
+    if math.isnan(np.vdot(logits, logits)):
+        bad = np.flatnonzero(np.isnan(logits.reshape(count, -1)).any(axis=1))
+        raise errors.InferenceError(
+            f"outputs {bad.tolist()} of {count} have NaN in them; look at the inputs, then at the weights"
+        )
 
 
 class FakeEngine:

@@ -158,7 +158,8 @@ _OURS = ("slackfit", "slackfit-paper")
 _AGAINST_FIXED = (*_OURS, "proteus", "fixed:all")
 
 
-def _killed(every_s: float = 12.0, survivors: int = WORKERS // 2) -> simulator.Cluster:
+def killed(every_s: float = 12.0, survivors: int = WORKERS // 2) -> simulator.Cluster:
+    """The paper's fault experiment: a worker is killed again and again, until half of them are left."""
     outages = tuple(simulator.Outage(i, every_s * (i + 1)) for i in range(WORKERS - survivors))
     return simulator.Cluster(workers=WORKERS, outages=outages)
 
@@ -191,7 +192,7 @@ PRESETS: Mapping[str, tuple[Grid, ...]] = {
         Grid(
             (Traffic("gamma 3500 cv2=2", "gamma", (("rate_qps", 3500.0), ("cv2", 2.0))),),
             (*_OURS, "proteus", "least-accurate"),
-            (_killed(),),
+            (killed(),),
         ),
     ),
     "scale": (

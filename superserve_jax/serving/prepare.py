@@ -55,22 +55,26 @@ def prepare(
             "a server takes an export's directory or what superserve_jax.load returned; export the "
             "SuperNet first, since only an export knows the accuracies of its subnets"
         )
-    devices = list(devices if devices is not None else jax.devices())
-    if not devices:
-        raise errors.ConfigError("devices is empty; give at least one jax device, or None for all")
+    devices = jax.devices() if devices is None else devices
+    if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
+        raise errors.ConfigError(
+            f"devices is empty or no list of jax devices, got {devices!r}; give at least one, or None for all"
+        )
     lengths = check_lengths(model.config, lengths)
     stored = of_each_kind(devices, lambda device: stored_profile(model, device, batch_sizes, lengths))
     envelopes: Mapping[subnets.Subnet, subnets.Subnet] = {}  # where no profile says which
     if None in stored:
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
     engines = [
-        device_engine.DeviceEngine(
+        make_engine(model, device, profile, slicing=slicing, slice_bytes=slice_bytes)
+        if profile is not None
+        else device_engine.DeviceEngine(
             *(model, device),
-            subnet_list=[r.subnet for r in profile.rows] if profile else model.subnets,
+            subnet_list=model.subnets,
             batch_sizes=batch_sizes,
             lengths=lengths,
-            envelopes=profile.envelopes if profile else envelopes,
-            slicing=slicing or (profile.slicing if profile else "kept"),
+            envelopes=envelopes,
+            slicing=slicing or "kept",
             slice_bytes=slice_bytes,
         )
         for device, profile in zip(devices, stored, strict=True)
@@ -94,6 +98,26 @@ def prepare(
     return model, engines, of_each_kind(devices, stored_or_measured)
 
 
+def make_engine(
+    model: supernet.SuperNet,
+    device: executables.Device,
+    profile: profiles.Profile,
+    *,
+    slicing: device_engine.Slicing | None = None,
+    slice_bytes: int | None = None,
+) -> device_engine.DeviceEngine:
+    """An engine for what a profile serves, as it was measured unless `slicing` says otherwise."""
+    return device_engine.DeviceEngine(
+        *(model, device),
+        subnet_list=[r.subnet for r in profile.rows],
+        batch_sizes=profile.batch_sizes,
+        lengths=profile.lengths,
+        envelopes=profile.envelopes,
+        slicing=slicing or profile.slicing,
+        slice_bytes=slice_bytes,
+    )
+
+
 def of_each_kind(devices: Sequence[executables.Device], make: Callable[[executables.Device], Any]) -> list[Any]:
     """For each device what `make` gives for the first device of its kind."""
     made: dict[str, Any] = {}
@@ -111,7 +135,7 @@ def check_lengths(config: Any, lengths: Sequence[int] | None) -> tuple[int, ...]
     longest = getattr(config, "max_length", None)
     if longest is None:
         if lengths:
-            raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {list(lengths)}")
+            raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {lengths!r}")
         return ()
     buckets = padding.default_lengths(longest) if lengths is None else profiles.check_lengths(lengths)
     if buckets[-1] > longest:

@@ -4,9 +4,10 @@ Threads
 - **Client threads**, any number: `submit` checks the query and puts it into the queue. They never wait for a device.
 - **One worker thread per engine** (`workers.Pool._work_on`): waits on the condition `_work` while the queue is empty, else
   asks the policy, takes the batch, runs the engine, answers the futures and runs their done-callbacks. No router in between.
-- **One watchdog** (`workers.Pool._watch`): sleeps on a bell, which rings when the last worker has left or the server has been
-  collected. Every quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
-- **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads.
+- **One watchdog** (`crew.Crew._watch`): sleeps on a bell, which rings when the server has been closed or collected. Every
+  quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
+- **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads. So does
+  whoever removes a worker, for that one.
 
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
@@ -19,12 +20,22 @@ client in `Future.result` on a lock of its own, which the worker that answers re
 keeps its device waiting.
 
 Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
-cancelled query, a close) has no effect. Never not at all: a query is in the queue, in `Worker.batch` of a live worker, or
-about to be resolved by the thread that took it from there; a worker that goes gives its batch back to the queue, and the last
-one fails what waits. All threads are daemons, so a server that nobody closed does not keep the interpreter alive.
+cancelled query, a close) has no effect. Never not at all: a query is in the queue, among the retries (see `retries.py`), in
+`Worker.batch` of a worker that is present, or about to be resolved by the thread that took it from there; a worker that goes
+gives its batch back, and the last one fails what waits.
+
+Faults: a batch that failed is run again, by another worker if there is one, and then in ever smaller parts, until the input
+that fails has failed alone; only that query gets the error. The worker meanwhile runs the failed batch with blank inputs. Only
+where that fails, too, it is to blame, and it leaves after `max_failures` such batches in a row. Where its memory did not
+suffice, the batch goes back and the worker's batches are at most half as large from then on.
+
+All threads are daemons, so a server that nobody closed does not keep the interpreter alive; before that goes, the workers end
+(`crew.Crew._exit`). A fork has the server's memory but none of its threads: there it refuses everything, and closing it does
+nothing.
 """
 
-import math
+import functools
+import numbers
 import threading
 import time
 import weakref
@@ -37,16 +48,21 @@ from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, padding, policies, workers
+from superserve_jax.serving.query import Query
+
+_MAX_SLO_MS, _MAX_STALL_S = 1e12, 1e6  # 31 years, 11 days; a thread cannot wait for much longer
+_MAX_NAME = 100  # characters of a policy's name, which may nest
 
 
 class Tuning(TypedDict, total=False):
     """Options of `Server` that seldom need a change.
 
     Args:
-      max_tries: batches of a query that may fail before it does. Default 3.
-      max_failures: failures in a row after which a worker leaves; more than max_tries, or one bad query could end a
-        worker. Default 5.
-      stall_s: a worker whose batch takes longer is taken for stuck and abandoned. Default 30.
+      max_tries: how many batches with a query have to fail at least, the last of it alone, before it is answered with the
+        error. Default 3.
+      max_failures: batches in a row that fail, and fail with blank inputs, too, after which a worker leaves. Default 5.
+      stall_s: a worker whose batch takes longer, and 20 times longer than its profiled 99th percentile, is taken for stuck
+        and abandoned. Default 5.
       tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
       follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
       clock: monotonic seconds. Default `time.monotonic`.
@@ -121,6 +137,7 @@ class Server:
             slicing=slicing,
             slice_bytes=slice_bytes,
         )
+        self._make_engine = functools.partial(prepare.make_engine, self.model, slicing=slicing, slice_bytes=slice_bytes)
         self._open(engines, each, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
 
     @classmethod
@@ -141,7 +158,7 @@ class Server:
           profile: of all engines, or one for each, since devices differ: each is a worker with the subnets of its profile.
         """
         self = cls.__new__(cls)
-        self.model = None
+        self.model = self._make_engine = None
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
         return self
 
@@ -156,12 +173,14 @@ class Server:
         expire: bool,
         max_tries: int = 3,
         max_failures: int = 5,
-        stall_s: float = 30.0,
+        stall_s: float = 5.0,
         tune_runtime: bool = True,
         follow_drift: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        specs = {(tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id) for e in engines}
+        with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engine.Engine)"):
+            engines = list(engines)
+            specs = {_spec(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
         [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
@@ -171,17 +190,19 @@ class Server:
                 f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
             )
         for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
-            if value < 1:
-                raise errors.ConfigError(f"{name} must be at least 1, got {value}")
-        if not stall_s > 0:
-            raise errors.ConfigError(f"stall_s must be a positive number of seconds, got {stall_s}")
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
+        if not isinstance(stall_s, numbers.Real) or not 0 < stall_s <= _MAX_STALL_S:
+            raise errors.ConfigError(f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {stall_s!r}")
+        if not callable(clock):
+            raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
         self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms = check_slo(slo_ms)
         self._best = min(p.rows[-1].accuracy for p in each)
         self._pool = workers.Pool(
             engines,
             each,
-            make_policy(policy, *each),
+            functools.partial(make_policy, policy),
             max_queue=max_queue,
             expire=expire,
             max_tries=max_tries,
@@ -193,7 +214,7 @@ class Server:
             clock=clock,
         )
         self._clock = clock
-        weakref.finalize(self, self._pool.ring)
+        weakref.finalize(self, self._pool.ring).atexit = False
 
     def __enter__(self) -> "Server":
         return self
@@ -223,18 +244,22 @@ class Server:
         self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0
     ) -> list[futures.Future]:
         """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
-        return self._admit(xs, slo_ms, min_accuracy)
+        try:
+            each = iter(xs)
+        except TypeError as e:
+            raise errors.InputError(f"submit_many takes inputs, got {type(xs).__name__} ({e}); submit takes one") from e
+        return self._admit(each, slo_ms, min_accuracy)
 
-    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
+    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Query]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
-        if not min_accuracy <= self._best:
+        if not _is_at_most(min_accuracy, self._best):
             raise errors.AccuracyFloorError(
-                f"min_accuracy={min_accuracy}, a fraction of 1, but the best served subnet has {self._best}; ask for no more"
+                f"min_accuracy={min_accuracy!r}, a fraction of 1, but the best served subnet has {self._best}; ask for no more"
             )
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
         lock = threading.RLock()
-        queries = [workers.Query(self._checked(x), now_s, deadline_s, min_accuracy, lock) for x in xs]
+        queries = [Query(self._checked(x), now_s, deadline_s, min_accuracy, lock) for x in xs]
         if self._lengths:
             for query in queries:
                 query.length = len(query.inputs)
@@ -243,7 +268,7 @@ class Server:
 
     def _checked(self, x: Any) -> np.ndarray:
         """`x` as an array. Never cast: pixels of 0..255 read as 0..1 would be wrong answers without an error."""
-        array = x if type(x) is np.ndarray else np.asarray(x)
+        array = x if type(x) is np.ndarray else _as_array(x)
         if self._lengths and array.ndim and array.shape[1:] == self._shape[1:] and array.dtype == self._dtype:
             array = padding.trimmed(array, self._pad_id)
             if not 0 < len(array) <= self._lengths[-1]:
@@ -271,15 +296,67 @@ class Server:
         """
         self._pool.close(drain=drain, timeout_s=timeout_s)
 
+    def add_worker(self, engine_or_device: Any, *, profile: Profile | None = None) -> str:
+        """Adds a worker while serving, to a server that has lost all of its workers, too, which then serves again.
+
+        Args:
+          engine_or_device: an engine like the others; or, where the server was opened with a model, a jax device, for which
+            the executables are made first, in the calling thread.
+          profile: its latencies; None takes those of the first worker.
+
+        Returns:
+          Its name: the engine's, with a number where a worker has that name already.
+
+        Raises:
+          ConfigError: the engine takes other inputs, or there is no model. ServerClosedError.
+        """
+        new, profile = engine_or_device, profile or self.profile
+        if not hasattr(new, "run"):
+            if self._make_engine is None:
+                raise errors.ConfigError(f"a server of engines takes an engine, got {new!r}; it has no model to make one from")
+            new = self._make_engine(new, profile)
+        if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
+            raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
+        profile_lib.of_workers([self.profile, profile], 2)
+        self._best = min(self._best, profile.rows[-1].accuracy)
+        return self._pool.add(new, profile)
+
+    def remove_worker(self, name: str) -> None:
+        """Removes a worker while serving; returns when it has finished its batch and its thread has ended.
+
+        In a done-callback on that worker it does not wait.
+
+        Args:
+          name: one of `health()["per_worker"]`.
+
+        Raises:
+          UnknownNameError: no worker has that name, or it has left. ConfigError: it is the last one, whom nobody could
+          relieve: add another first, or close the server.
+        """
+        self._pool.remove(name)
+
     def health(self) -> dict[str, Any]:
-        """How the server is: `workers` it began with, those `alive`, those `abandoned`; `failures` of batches, and
-        `last_error` (None if none); queries `waiting` and `running`; whether it is `closed`; and as `slowdowns`, for each
-        worker, how many times slower than its profile it has been of late (see `drift`), 1 where it was not."""
+        """How the server is, as plain values.
+
+        `workers` it knows of, those `alive`, those `abandoned`; `failures` of batches, and `last_error` (None if none);
+        queries `waiting` and `running`; whether it is `closed`; and `per_worker`, a list of dicts:
+        `name`; `state`, "idle", "running", or how it went: "left" (it failed too often, or the server was closed), "abandoned"
+        (it was stuck), "removed"; `batches` that it answered and `failures`, batches that it did not; `max_batch`, less than
+        the profile's where its memory did not suffice; `slowdown`, how many times slower than its profile it has been of late
+        (see `drift`); `last_error`; and `running_s`, since when its present batch runs.
+        """
         return self._pool.health()
+
+
+def _spec(e: engine.Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
+    """What inputs an engine takes."""
+    return tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id
 
 
 def make_policy(policy: str | policies.Policy, *profiles: Profile) -> policies.Policy:
     """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
+    if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
+        raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")
     made = policies.create(policy, *profiles)
     if str(getattr(made, "name", "")).startswith("switching:"):
         raise errors.ConfigError(
@@ -292,8 +369,20 @@ def make_policy(policy: str | policies.Policy, *profiles: Profile) -> policies.P
 def check_slo(slo_ms: float) -> float:
     """`slo_ms`. Raises DeadlineError unless it is a positive, finite number."""
     try:
-        if 0 < slo_ms < math.inf:
-            return slo_ms
-    except TypeError:
+        if 0 < slo_ms < _MAX_SLO_MS:
+            return float(slo_ms)
+    except (TypeError, ValueError):
         pass
     raise errors.DeadlineError(f"slo_ms must be a positive, finite number of milliseconds, got {slo_ms!r}; 36 is the default")
+
+
+def _is_at_most(floor: float, best: float) -> bool:
+    try:
+        return bool(floor <= best)
+    except (TypeError, ValueError):
+        return False
+
+
+def _as_array(x: Any) -> np.ndarray:
+    with errors.refusing(errors.InputError, "an input is one array, and this cannot be made one"):
+        return np.asarray(x)

@@ -8,6 +8,7 @@ Poisson, and larger is burstier. Rates that change over time stretch and squeeze
 import csv
 import dataclasses
 import math
+import numbers
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ import numpy as np
 from superserve_jax import errors
 
 _STEP_S = 1e-3  # resolution of rates that change continuously
+_MAX_QUERIES = 50_000_000  # of a trace, which is made in memory
+_MAX_CV2 = 1e6  # above it a process hardly ever has an arrival, below its inverse it is evenly spaced
+_MAX_LENGTH, _MAX_NUMBER = 1 << 40, 1e12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class Trace:
     name: str = "trace"
     lengths: int | np.ndarray = 0
 
+    @errors.refusing(errors.ConfigError, "a trace is of numbers: arrivals in seconds, SLOs, floors and lengths")
     def __post_init__(self):
         arrivals = np.asarray(self.arrivals_s, np.float64)
         object.__setattr__(self, "arrivals_s", arrivals)
@@ -52,7 +57,8 @@ class Trace:
             raise errors.DeadlineError(f"SLOs must be positive, finite milliseconds, got {self.slo_ms}")
         if not (np.greater_equal(self.floors, 0).all() and np.less_equal(self.floors, 1).all()):
             raise errors.ConfigError(f"accuracy floors are fractions from 0 to 1, got {self.floors}")
-        if not (np.greater_equal(self.lengths, 0).all() and np.equal(self.lengths, np.rint(self.lengths)).all()):
+        small = np.greater_equal(self.lengths, 0).all() and np.less_equal(self.lengths, _MAX_LENGTH).all()
+        if not (small and np.equal(self.lengths, np.rint(self.lengths)).all()):
             raise errors.ConfigError(f"lengths are whole numbers of tokens, 0 where unknown, got {self.lengths}")
         object.__setattr__(self, "lengths", np.asarray(self.lengths, np.int64) if np.ndim(self.lengths) else int(self.lengths))
 
@@ -69,6 +75,7 @@ class Trace:
         """Arrivals per second, from 0 to the last."""
         return len(self) / float(self.arrivals_s[-1]) if len(self) and self.arrivals_s[-1] > 0 else 0.0
 
+    @errors.refusing(errors.ConfigError, "a mix is a dict of values and their shares, the seed a whole number from 0 up")
     def mixed(
         self,
         *,
@@ -114,11 +121,11 @@ def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
     Args:
       slo_ms: of a file without that column.
     """
-    _check(slo_ms=slo_ms)
-    path = pathlib.Path(path)
+    check(slo_ms=slo_ms)
     rows: list[tuple[float, ...]] = []
     try:
-        with path.open(newline="") as file:
+        path = pathlib.Path(path)
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if "arrival_s" not in (reader.fieldnames or ()):
                 raise errors.DataError(f"{path}: the header needs a column 'arrival_s', got {reader.fieldnames}")
@@ -130,7 +137,9 @@ def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
                     raise errors.DataError(f"{path}, line {reader.line_num}: not numbers: {list(row.values())}") from None
                 if problem := _problem(*rows[-1]):
                     raise errors.DataError(f"{path}, line {reader.line_num}: {problem}; mend or remove the row")
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except errors.DataError:
+        raise
+    except (OSError, TypeError, ValueError, csv.Error) as e:
         raise errors.DataError(f"cannot read arrivals from {path}: {e}") from e
     rows.sort(key=lambda r: r[0])
     arrivals, slos, floors, lengths = np.array(rows, np.float64).reshape(-1, 4).T
@@ -145,7 +154,7 @@ def _problem(arrival_s: float, slo_ms: float, floor: float, length: float) -> st
         return f"SLOs must be positive, finite milliseconds, got {slo_ms:g}"
     if not 0 <= floor <= 1:
         return f"accuracy floors are fractions from 0 to 1, got {floor:g}"
-    if not (0 <= length < math.inf and length == int(length)):
+    if not (0 <= length <= _MAX_LENGTH and length == int(length)):
         return f"lengths are whole numbers of tokens, 0 where unknown, got {length:g}"
     return ""
 
@@ -165,18 +174,17 @@ def bursty(
     >>> trace.name, bool(6500 < len(trace) < 7600)
     ('bursty 1500+5550 cv2=8', True)
     """
-    _check(duration_s=duration_s, burst_qps=burst_qps)
-    if not 0 <= base_qps < math.inf:
-        raise errors.ConfigError(f"base_qps must be a finite number of 0 or more, got {base_qps}")
-    base = np.arange(1, _count(base_qps, duration_s) + 1) / base_qps if base_qps else np.zeros(0)
-    burst = _renewal(burst_qps * duration_s, cv2, np.random.default_rng(seed)) / burst_qps
+    check(duration_s=duration_s, burst_qps=burst_qps)
+    check(0, base_qps=base_qps)
+    base = np.arange(1, count(base_qps, duration_s) + 1) / base_qps if base_qps else np.zeros(0)
+    burst = _renewal(burst_qps * duration_s, cv2, seed) / burst_qps
     return Trace(np.sort(np.concatenate([base, burst])), slo_ms, name=f"bursty {base_qps:g}+{burst_qps:g} cv2={cv2:g}")
 
 
 def gamma(*, rate_qps: float, cv2: float = 1.0, duration_s: float = 60.0, slo_ms: float = 36.0, seed: int = 0) -> Trace:
     """A gamma process; Poisson arrivals with the default `cv2`, evenly spaced ones with 0."""
-    _check(duration_s=duration_s, rate_qps=rate_qps)
-    arrivals = _renewal(rate_qps * duration_s, cv2, np.random.default_rng(seed)) / rate_qps
+    check(duration_s=duration_s, rate_qps=rate_qps)
+    arrivals = _renewal(rate_qps * duration_s, cv2, seed) / rate_qps
     return Trace(arrivals, slo_ms, name=f"gamma {rate_qps:g} cv2={cv2:g}")
 
 
@@ -192,7 +200,8 @@ def accelerating(
     seed: int = 0,
 ) -> Trace:
     """The paper's accelerating traffic (its Section 6.3): one rate, from `ramp_at_s` on a linear ramp, then another rate."""
-    _check(duration_s=duration_s, from_qps=from_qps, to_qps=to_qps, qps_per_s=qps_per_s)
+    check(duration_s=duration_s, from_qps=from_qps, to_qps=to_qps, qps_per_s=qps_per_s)
+    check(0, ramp_at_s=ramp_at_s)
     t = _grid(duration_s)
     ramp = np.clip((t - ramp_at_s) * qps_per_s, 0, abs(to_qps - from_qps))
     rate = from_qps + math.copysign(1, to_qps - from_qps) * ramp
@@ -210,8 +219,9 @@ def sine(
     seed: int = 0,
 ) -> Trace:
     """A rate that swings around a mean."""
-    _check(duration_s=duration_s, mean_qps=mean_qps, period_s=period_s)
-    if not 0 <= amplitude_qps <= mean_qps:
+    check(duration_s=duration_s, mean_qps=mean_qps, period_s=period_s)
+    check(0, amplitude_qps=amplitude_qps)
+    if not amplitude_qps <= mean_qps:
         raise errors.ConfigError(f"amplitude_qps must lie from 0 to mean_qps={mean_qps:g}, got {amplitude_qps}")
     t = _grid(duration_s)
     rate = mean_qps + amplitude_qps * np.sin(2 * math.pi * t / period_s)
@@ -224,19 +234,21 @@ def steps(*, rates_qps: Sequence[float], step_s: float, cv2: float = 1.0, slo_ms
     >>> steps(rates_qps=(10.0, 0.0, 20.0), step_s=1.0, cv2=0).arrivals_s[[9, 10, -1]].tolist()
     [1.0, 2.05, 3.0]
     """
-    _check(step_s=step_s)
-    if not rates_qps or not all(math.isfinite(r) and r >= 0 for r in rates_qps):
-        raise errors.ConfigError(f"rates_qps needs at least one finite rate of 0 or more, got {list(rates_qps)}")
-    expected = np.concatenate([[0.0], np.cumsum(rates_qps) * step_s])
+    check(step_s=step_s)
+    with errors.refusing(errors.ConfigError, f"rates_qps needs at least one rate, got {rates_qps!r}"):
+        first, *others = rates_qps
+    for rate in (first, *others):
+        check(0, rates_qps=rate)
+    expected = np.concatenate([[0.0], np.cumsum([first, *others]) * step_s])
     t = step_s * np.arange(len(expected))
-    arrivals = np.interp(_renewal(expected[-1], cv2, np.random.default_rng(seed)), *_invertible(expected, t))
+    arrivals = np.interp(_renewal(expected[-1], cv2, seed), *_invertible(expected, t))
     return Trace(arrivals, slo_ms, name=f"steps {'-'.join(f'{r:g}' for r in rates_qps)}")
 
 
 def _modulated(t: np.ndarray, rate: np.ndarray, cv2: float, slo_ms: float, seed: int, name: str) -> Trace:
     """Arrivals at a rate given on a grid: a process of rate 1 in the time that counts expected arrivals."""
     expected = np.concatenate([[0.0], np.cumsum((rate[1:] + rate[:-1]) / 2 * np.diff(t))])
-    unit = _renewal(expected[-1], cv2, np.random.default_rng(seed))
+    unit = _renewal(expected[-1], cv2, seed)
     return Trace(np.interp(unit, *_invertible(expected, t)), slo_ms, name=f"{name} cv2={cv2:g}")
 
 
@@ -250,28 +262,52 @@ def _invertible(expected: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.nda
     return expected, t
 
 
-def _renewal(expected: float, cv2: float, rng: np.random.Generator) -> np.ndarray:
+def _renewal(expected: float, cv2: float, seed: int) -> np.ndarray:
     """Arrivals up to `expected` of a process with mean gap 1, in ascending order."""
-    if not (math.isfinite(cv2) and cv2 >= 0):
-        raise errors.ConfigError(f"cv2 must be a finite number of 0 (evenly spaced) or more, got {cv2}")
-    if cv2 == 0:
-        return np.arange(1, _count(expected, 1.0) + 1, dtype=np.float64)
-    gaps = [rng.gamma(1 / cv2, cv2, math.ceil(expected) + 1)]
+    rng = generator(seed)
+    if not (_is_number(cv2) and 0 <= cv2 <= _MAX_CV2):
+        raise errors.ConfigError(f"cv2 must be a number from 0 (evenly spaced) to {_MAX_CV2:g}, got {cv2!r}")
+    evenly = count(expected, 1.0)
+    if cv2 < 1 / _MAX_CV2:
+        return np.arange(1, evenly + 1, dtype=np.float64)
+    gaps, more = [rng.gamma(1 / cv2, cv2, math.ceil(expected) + 1)], math.ceil(expected / 8) + 1
     while sum(g.sum() for g in gaps) <= expected:
-        gaps.append(rng.gamma(1 / cv2, cv2, math.ceil(expected / 8) + 1))
+        gaps.append(rng.gamma(1 / cv2, cv2, more))
+        more *= 2
     arrivals = np.cumsum(np.concatenate(gaps))
     return arrivals[arrivals <= expected]
 
 
-def _count(rate: float, duration_s: float) -> int:
-    return math.floor(rate * duration_s + 1e-9)
-
-
 def _grid(duration_s: float) -> np.ndarray:
+    count(1 / _STEP_S, duration_s)
     return np.linspace(0, duration_s, math.ceil(duration_s / _STEP_S) + 1)
 
 
-def _check(**values: float) -> None:
+# -- checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check(least: float = math.nextafter(0, 1), **values: float) -> None:
+    """Raises ConfigError, with its name, for a value that is not a number of at least `least`, by default any above 0."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise errors.ConfigError(f"{name} must be a positive, finite number, got {value}")
+        if not (_is_number(value) and least <= value <= _MAX_NUMBER):
+            kind = "positive number" if least else "number from 0"
+            raise errors.ConfigError(f"{name} must be a {kind} up to {_MAX_NUMBER:g}, got {value!r}")
+
+
+def count(rate: float, duration_s: float) -> int:
+    """Arrivals at a rate. Raises ConfigError for more than a trace may have, before memory is taken for them."""
+    if not rate * duration_s <= _MAX_QUERIES:
+        raise errors.ConfigError(
+            f"a trace may have {_MAX_QUERIES:,} queries, got {rate * duration_s:.3g}; lower rate or duration"
+        )
+    return math.floor(rate * duration_s + 1e-9)
+
+
+def generator(seed: int) -> np.random.Generator:
+    """The random numbers of a seed. Raises ConfigError for one that cannot be."""
+    with errors.refusing(errors.ConfigError, f"seed must be a whole number from 0 up, got {seed!r}"):
+        return np.random.default_rng(seed)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real)

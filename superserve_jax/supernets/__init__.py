@@ -34,6 +34,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
     return {"family": config.family, **{f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}}
 
 
+@errors.refusing(errors.ConfigError, "not the config of a family as config_to_json writes it")
 def config_from_json(data: Mapping[str, Any]) -> Any:
     """The inverse of `config_to_json`. Raises UnknownNameError for an unknown family, ConfigError for unfit fields."""
     name = data.get("family")
@@ -45,10 +46,8 @@ def config_from_json(data: Mapping[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(_FAMILIES[name])}
     if surplus := set(fields) - known:
         raise errors.unknown_name(f"field of {name}'s config", sorted(surplus)[0], known)
-    try:
+    with errors.refusing(errors.ConfigError, f"the config of family '{name}' does not fit"):
         return _FAMILIES[name](**fields)
-    except (TypeError, AttributeError, IndexError) as e:
-        raise errors.ConfigError(f"the config of family '{name}' does not fit: {e}") from e
 
 
 def _to_plain(value: Any) -> Any:

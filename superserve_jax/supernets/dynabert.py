@@ -14,6 +14,7 @@ Axis letters: B batch, T tokens, N heads, H channels of a head, D model, C chann
 
 import dataclasses
 import math
+import numbers
 from typing import Any, ClassVar
 
 import jax
@@ -63,6 +64,7 @@ class DynaBERTConfig:
     pad_id: int = 0
     eps: float = 1e-12
 
+    @errors.refusing(errors.ConfigError, "DynaBERTConfig: a field is of another type than its default")
     def __post_init__(self):
         _check(self)
 
@@ -85,6 +87,7 @@ class DynaBERTConfig:
         length = self._length(length)
         return jax.ShapeDtypeStruct((batch, length) if self.token_types == 1 else (batch, length, 2), jnp.int32)
 
+    @errors.refusing(errors.InputError, "ids, types and mask must be arrays of whole numbers (B, T)")
     def pack(self, ids: Any, types: Any = None, *, mask: Any = None, length: int | None = None) -> np.ndarray:
         """Inputs out of what a tokenizer gives.
 
@@ -170,7 +173,7 @@ class DynaBERTConfig:
         return [(s[f"layer{i}.attention"], s[f"layer{i}.ffn"]) for i in range(self.num_layers) if s[f"layer{i}.gate"]]
 
     def _length(self, length: int | None) -> int:
-        if length is not None and not 1 <= length <= self.max_length:
+        if length is not None and not (isinstance(length, numbers.Integral) and 1 <= length <= self.max_length):
             raise errors.ConfigError(f"length must be from 1 to max_length={self.max_length}, got {length}")
         return length or self.max_length
 
@@ -275,6 +278,7 @@ def _check(config: DynaBERTConfig) -> None:
             bool(values) and all(map(whole, values)) and list(values) == sorted(set(values)),
             f"{name} must be ascending whole numbers from 1 up, got {values!r}",
         )
+    subnets.check_depths((config.depths,))
     demand(
         config.hidden_size % config.heads[-1] == 0,
         f"hidden_size must be a multiple of the {config.heads[-1]} heads, got {config.hidden_size}",

@@ -84,6 +84,7 @@ class OFAResNetConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    @errors.refusing(errors.ConfigError, "OFAResNetConfig: a field is of another type than its default")
     def __post_init__(self):
         _check(self)
 
@@ -335,6 +336,7 @@ def _check(config: OFAResNetConfig) -> None:
         f"depths, strides and stage_widths need one value per stage, got {stages}, {len(config.strides)} and "
         f"{len(config.stage_widths)}",
     )
+    subnets.check_depths(config.depths)
     before = config.stem_width
     for m in range(stages):
         if config.depths[m] and config.depths[m][0] == 0:

@@ -30,6 +30,7 @@ class SingleSubnetConfig:
     model: Any
     subnet: subnets.Subnet
 
+    @errors.refusing(errors.ConfigError, "SingleSubnetConfig: model is a family's config, subnet one of its space")
     def __post_init__(self):
         if not hasattr(self.model, "family"):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")

@@ -92,6 +92,7 @@ class SuperNet:
         return _infer(self._masked, self.params, inputs, row, self._masked.active(subnet))
 
 
+@errors.refusing(errors.InputError, "inputs must be one array with a batch dimension")
 def check_inputs(config: Any, inputs: Any) -> None:
     """Raises InputError unless `inputs` has the shape and dtype of `config.input_spec`."""
     shape, dtype = tuple(np.shape(inputs)), getattr(inputs, "dtype", None)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import traceback
 from typing import Any, Literal
 
 from superserve_jax import errors, supernets
@@ -37,6 +38,11 @@ class Phase:
     def __post_init__(self):
         checks.demand_number("phases.share", self.share, least=1e-6)
         checks.demand_whole("phases.choices", self.choices, 0)
+        checks.demand_bool("phases.tied", self.tied)
+        checks.demand_bool("phases.rewire", self.rewire)
+        names = self.elastic
+        if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
+            raise errors.ConfigError(f"phases.elastic must be a tuple of axes, or None for all, got {names!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,7 @@ class DistillConfig:
     hidden: float = 0.0
 
     def __post_init__(self):
+        checks.demand_path("distill.teacher", self.teacher)
         checks.demand_number("distill.weight", self.weight)
         checks.demand_number("distill.hidden", self.hidden)
 
@@ -145,7 +152,10 @@ class TrainConfig:
     checkpoint_every: int = 500
     log_every: int = 50
 
+    @errors.refusing(errors.ConfigError, "TrainConfig: a field is of another type than its default")
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise errors.ConfigError(f"name must be text, got {self.name!r}")
         if not self.name or pathlib.Path(self.name).name != self.name:
             raise errors.ConfigError(f"name must be usable as a folder's name, got '{self.name}'")
         if not hasattr(self.model, "family"):
@@ -155,7 +165,14 @@ class TrainConfig:
         checks.demand_number("ema", self.ema, below=1)
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise errors.unknown_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        for name, kind in (("optim", OptimConfig), ("distill", DistillConfig), ("search", SearchConfig), ("phases", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise errors.ConfigError(f"{name} must be of {kind.__name__}, got {getattr(self, name)!r}")
+        if self.data is not None:
+            data.check_kind(self.data)
         for phase in self.phases:
+            if not isinstance(phase, Phase):
+                raise errors.ConfigError(f"phases must be a tuple of Phase, got {phase!r}")
             self.model.space().narrowed(phase.elastic, choices=phase.choices)  # raises for an unknown axis
             if phase.rewire and not hasattr(self.model, "units"):
                 raise errors.ConfigError(
@@ -170,19 +187,26 @@ class TrainConfig:
 
 def load(path: str | os.PathLike[str]) -> TrainConfig:
     """The config that a Python file's `get_config()` returns. Raises ConfigError where the file cannot give one."""
-    path = pathlib.Path(path)
+    with errors.refusing(errors.ConfigError, f"expected the path of a config file, got {path!r}"):
+        path = pathlib.Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; the examples are in configs/"
         raise errors.ConfigError(f"no config file {path}{hint}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
+    if spec is None or spec.loader is None:
+        raise errors.ConfigError(f"{path} is no Python file; a config's name ends in .py, as those in configs/")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise errors.ConfigError(f"{path} has no function get_config(); it must return a TrainConfig")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise errors.ConfigError(f"{path} has no function get_config(); it must return a TrainConfig")
+        config = module.get_config()
+    except errors.SuperServeError:
+        raise
+    except Exception as e:  # of any kind: the file is the user's code
+        line = traceback.extract_tb(e.__traceback__)[-1]
+        raise errors.ConfigError(f"{path} fails, see {line.filename}:{line.lineno}: {type(e).__name__}: {e}") from e
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"get_config() of {path} must return a TrainConfig, got {type(config).__name__}")
     return config
@@ -195,6 +219,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(as_dict))
 
 
+@errors.refusing(errors.ConfigError, "not a config as `to_json` gives it")
 def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`. A field that an older version did not have is left at its default.
 

@@ -120,16 +120,22 @@ def config_to_json(config: Config) -> dict[str, Any]:
     return {**({} if kind == "images" else {"kind": kind}), **dataclasses.asdict(config)}
 
 
+@errors.refusing(errors.ConfigError, "not the config of a dataset as config_to_json gives it")
 def config_from_json(values: Mapping[str, Any]) -> Config:
     """The inverse of `config_to_json`. Raises UnknownNameError for an unknown kind or field."""
     kind = values.get("kind", "images")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise errors.unknown_name("kind of dataset", kind, _KINDS)
     known = {f.name for f in dataclasses.fields(_KINDS[kind][0])}
     fields = {key: value for key, value in values.items() if key != "kind"}
     if surplus := sorted(set(fields) - known):
         raise errors.unknown_name(f"field of a config of {kind}", surplus[0], known)
     return _KINDS[kind][0](**fields)
+
+
+def check_kind(config: Any) -> None:
+    """Raises ConfigError for what is no dataset's config."""
+    _kind(config)
 
 
 def _kind(config: Any) -> str:

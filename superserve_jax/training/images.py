@@ -47,8 +47,7 @@ class ImageConfig:
         if self.shift >= self.image_size:
             raise errors.ConfigError(f"shift must be less than image_size={self.image_size}, got {self.shift}")
         for field in ("flip", "random_crop", "cache"):
-            if not isinstance(getattr(self, field), bool):
-                raise errors.ConfigError(f"{field} must be True or False, got {getattr(self, field)!r}")
+            checks.demand_bool(field, getattr(self, field))
         if self.random_crop and self.cache:
             raise errors.ConfigError("random_crop=True needs whole images, but cache=True keeps cropped ones; set cache=False")
 
@@ -70,6 +69,7 @@ class DataConfig(ImageConfig):
 
     def __post_init__(self):
         prepared.check_name(self.name)
+        checks.demand_path("data_dir", self.data_dir)
         super().__post_init__()
 
 

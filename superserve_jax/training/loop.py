@@ -49,11 +49,16 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
       ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
     """
+    if not isinstance(config, configs.TrainConfig):
+        raise errors.ConfigError(f"expected a TrainConfig, such as `config.load` gives, got {config!r}")
+    if dataset is not None and not isinstance(dataset, data.Dataset):
+        raise errors.ConfigError(f"dataset must be one such as `data.from_arrays` makes, got {type(dataset).__name__}")
     given = dataset
     if given is not None:
         config = dataclasses.replace(config, data=None)  # no later stage shall take another dataset for this one
     elif config.data is None:
         raise errors.ConfigError("the config names no dataset: set its `data`, or give train(..., dataset=...)")
+    workdir = runs.check_workdir(workdir)
     dataset = given or data.open(config.data)  # first, since without data no folder should be left behind
     data.check_fit(dataset, config.model)
     if config.eval_every:

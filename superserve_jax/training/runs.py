@@ -32,6 +32,16 @@ _log = logging.getLogger(__name__)
 _CONVERTED = "converted.json"
 
 
+def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """`workdir` as a path. Raises ConfigError where no folder can be there."""
+    with errors.refusing(errors.ConfigError, f"workdir must be the path of a folder, got {workdir!r}"):
+        path = pathlib.Path(workdir)
+    above = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise errors.ConfigError(f"workdir {path} cannot be made: {above} is no folder that one may write to")
+    return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The folder of one run. Made by `create`, opened again by `Run.open`.

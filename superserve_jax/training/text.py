@@ -53,8 +53,9 @@ class TextConfig:
             checks.demand_whole(field, getattr(self, field), least)
         if self.token_types not in (1, 2):
             raise errors.ConfigError(f"token_types must be 1 or 2, got {self.token_types!r}")
-        if not isinstance(self.lowercase, bool):
-            raise errors.ConfigError(f"lowercase must be True or False, got {self.lowercase!r}")
+        checks.demand_bool("lowercase", self.lowercase)
+        checks.demand_path("data_dir", self.data_dir)
+        checks.demand_path("vocabulary", self.vocabulary)
         if (self.vocabulary is None) != (self.name == "listops"):
             remedy = "leave it out" if self.vocabulary else "give the path of a WordPiece file, such as BERT's vocab.txt"
             raise errors.ConfigError(f"vocabulary of '{self.name}' is {self.vocabulary!r}; {remedy}")

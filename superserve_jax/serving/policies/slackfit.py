@@ -171,8 +171,8 @@ class SlackFit:
 
 def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple[list[float], list[base.Decision]]:
     """The least slack of each of the paper's decisions, ascending from minus infinity, and the decisions."""
-    if not (isinstance(buckets, int) and buckets >= 1):
-        raise errors.ConfigError(f"buckets must be a whole number of 1 or more, got {buckets!r}; 8 is the default")
+    if not (isinstance(buckets, int) and 1 <= buckets <= 100_000):
+        raise errors.ConfigError(f"buckets must be a whole number from 1 to 100,000, got {buckets!r}; 8 is the default")
     if reading not in ("in_range", "cumulative"):
         raise errors.unknown_name("reading", reading, ["in_range", "cumulative"])
     low, high = table.rows[0][0], table.rows[-1][-1]

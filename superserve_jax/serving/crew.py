@@ -1,0 +1,315 @@
+"""Who serves: the workers of one server, how they come and go, and how all of it ends. No jax.
+
+`Crew` is the part of `workers.Pool` that runs once per worker, not once per batch. `server.py` opens with the map of threads
+and locks. Methods named `_locked_...` expect the caller to hold the lock.
+
+A worker is *alive* while it takes batches, and *present* until its thread has ended or was abandoned. In between, one that was
+removed finishes its batch.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from superserve_jax import errors
+from superserve_jax.profile import Profile
+from superserve_jax.serving import drift, engine, padding, policies, retries, runtime
+from superserve_jax.serving.query import Query
+from superserve_jax.subnet import Subnet
+
+_PATIENCE = 20  # a batch that takes so many times its profiled p99 will not come back
+_EXIT_S = 1.0  # how long the interpreter's exit waits for running batches
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Worker:
+    """One engine and its thread. `batch` is what it runs at the moment, since `started_s`."""
+
+    engine: engine.Engine
+    name: str
+    index: int
+    profile: Profile  # of the batch sizes that it may run
+    policy: policies.Policy  # for that profile
+    thread: threading.Thread = dataclasses.field(init=False)
+    batch: Sequence[Query] = ()
+    retry: retries.Retry | None = None  # where the batch came from; None for the queue
+    started_s: float = 0.0
+    last_subnet: Subnet | None = None
+    alive: bool = True
+    present: bool = True
+    gone: Literal["", "left", "abandoned", "removed"] = ""
+    batches: int = 0  # answered
+    failed: int = 0  # batches
+    failures: int = 0  # in a row for which it is to blame
+    last_error: BaseException | None = None
+
+    def health(self, now_s: float, fleet: drift.Fleet) -> dict[str, Any]:
+        """See `server.Server.health`."""
+        return {
+            "name": self.name,
+            "state": self.gone or ("running" if self.batch else "idle"),
+            "batches": self.batches,
+            "failures": self.failed,
+            "max_batch": self.profile.max_batch,
+            "slowdown": fleet.slowdown(self.index) if self.present else 1.0,
+            "last_error": None if self.last_error is None else repr(self.last_error),
+            "running_s": now_s - self.started_s if self.batch else 0.0,
+        }
+
+
+class Crew:
+    """Workers, watchdog and what waits. A subclass says in `_work_on` what a worker does."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        make_policy: Callable[[Profile], policies.Policy],
+        *,
+        max_tries: int,
+        stall_s: float,
+        tune_runtime: bool,
+        follow_drift: bool,
+        clock: Callable[[], float],
+    ):
+        self._clock = clock
+        self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
+        self._fleet = drift.Fleet(correct=follow_drift)
+        self._stall_s = stall_s
+        self._pid = os.getpid()
+
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # idle workers wait for queries
+        self._left = threading.Condition(self._lock)  # closers wait for workers to leave
+        self._queue = padding.make_queue(profile)
+        self._retries = retries.Retries(profile, max_tries=max_tries)
+        self._workers: list[Worker] = []
+        self._alive = self._abandoned = self._failures = 0
+        self._last_error: BaseException | None = None
+        self._closing = threading.Event()
+        # Rung by releasing it, which is safe in a finalizer: it takes no lock and runs no Python code.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+        self._runtime = contextlib.ExitStack()
+        if tune_runtime:
+            self._runtime.enter_context(runtime.low_latency())
+        self._watchdog = threading.Thread(target=self._watch, name="superserve-watchdog", daemon=True)
+        # A daemon thread that is still at work while the interpreter is taken down can crash it.
+        atexit.register(self._exit)
+
+    # -- called by clients --------------------------------------------------------------------------------------------------
+
+    def add(self, new: engine.Engine, profile: Profile) -> str:
+        """See `Server.add_worker`."""
+        self._check_process()
+        policy = self._make_policy(profile)
+        with self._lock:
+            if self._closing.is_set():
+                raise errors.ServerClosedError("the server is closed and takes no workers; open a new one")
+            taken = {w.name for w in self._workers if w.present}
+            names = itertools.chain([new.name], (f"{new.name} ({n})" for n in itertools.count(2)))
+            name = next(n for n in names if n not in taken)
+            used = {w.index for w in self._workers if w.present}
+            index = next(i for i in itertools.count() if i not in used)
+            worker = Worker(new, name, index, profile, policy)
+            self._fleet.join(index, profile)
+            worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{name}", daemon=True)
+            worker.thread.start()
+            self._workers = [*(w for w in self._workers if w.name != name), worker]
+            self._alive += 1
+        return name
+
+    def remove(self, name: str) -> None:
+        """See `Server.remove_worker`."""
+        self._check_process()
+        with self._lock:
+            found = {w.name: w for w in self._workers if w.alive}
+            if name not in found:
+                raise errors.unknown_name("worker", name, found)
+            if len(found) == 1:
+                raise errors.ConfigError(f"{name} is the last worker; add another before you remove it, or close the server")
+            worker = found[name]
+            worker.alive, worker.gone = False, "removed"
+            self._alive -= 1
+            self._fleet.leave(worker.index)
+            self._work.notify_all()
+            if threading.current_thread() is worker.thread:
+                return  # a done-callback removes the worker that it runs in
+            self._left.wait_for(lambda: not worker.present)
+        if worker.gone != "abandoned":
+            worker.thread.join()
+
+    def stop(self, *, drain: bool) -> None:
+        """From now on nothing is admitted, and workers leave once nothing waits; without `drain` what waits is failed."""
+        with self._lock:
+            self._closing.set()
+            waiting = [] if drain else self._locked_drain()
+            self._work.notify_all()
+        for query in waiting:
+            query.set_exception(errors.ServerClosedError("the server was closed without draining before this query ran"))
+
+    def close(self, *, drain: bool, timeout_s: float | None) -> None:
+        """See `Server.close`."""
+        if os.getpid() != self._pid:
+            return  # a fork has none of the threads, and its copy of the lock may never be free
+        self.stop(drain=drain)
+        workers = self._workers
+        if threading.current_thread() in (self._watchdog, *(w.thread for w in workers)):
+            return  # a done-callback closes its own server: the thread that it would wait for is the one that it runs in
+        if not self._wait_until_left(timeout_s):
+            reason = f"the server was closed, and after {timeout_s} s this query had still not been answered"
+            self._drop([w for w in workers if w.present], "abandoned", lambda: errors.ServerClosedError(reason))
+        for worker in workers:
+            if worker.gone != "abandoned":
+                worker.thread.join()
+        self.ring()
+        self._watchdog.join()
+
+    def ring(self) -> None:
+        """Tells the watchdog that the server is gone. May be called from anywhere, any number of times."""
+        with contextlib.suppress(RuntimeError):  # it has been rung before
+            self._bell.release()
+
+    def health(self) -> dict[str, Any]:
+        """See `Server.health`."""
+        self._check_process()
+        with self._lock:
+            now_s = self._clock()
+            return {
+                "workers": len(self._workers),
+                "alive": self._alive,
+                "abandoned": self._abandoned,
+                "failures": self._failures,
+                "last_error": None if self._last_error is None else repr(self._last_error),
+                "waiting": len(self._queue) + self._retries.waiting(),
+                "running": sum(len(w.batch) for w in self._workers if w.present),
+                "closed": self._closing.is_set(),
+                "per_worker": [w.health(now_s, self._fleet) for w in self._workers],
+            }
+
+    # -- leaving ------------------------------------------------------------------------------------------------------------
+
+    def _work_on(self, worker: Worker) -> None:
+        """What a worker's thread runs; it ends with `_drop`."""
+        raise NotImplementedError
+
+    def _drop(
+        self, workers: Iterable[Worker], gone: Literal["left", "abandoned"], reason: Callable[[], errors.SuperServeError]
+    ) -> None:
+        """Takes workers out of service for good. When none is alive, everything that waits fails for `reason`."""
+        failed: list[tuple[Query, errors.SuperServeError]] = []
+        with self._lock:
+            for worker in workers:
+                if worker.present:
+                    failed += self._locked_drop(worker, gone)
+            if not self._alive:
+                failed += [(query, reason()) for query in self._locked_drain()]
+            self._work.notify_all()  # what has been given back is not for every worker; and it may be the last that is left
+            self._left.notify_all()
+        for query, error in failed:
+            query.set_exception(error)
+
+    def _locked_drop(self, worker: Worker, gone: Literal["left", "abandoned"]) -> list[tuple[Query, errors.SuperServeError]]:
+        self._alive -= worker.alive
+        self._fleet.leave(worker.index)
+        worker.alive = worker.present = False
+        if gone == "abandoned":
+            worker.gone = gone
+            self._abandoned += 1
+            ran_s = self._clock() - worker.started_s
+            worker.last_error = self._last_error = TimeoutError(f"{worker.name} has not returned for {ran_s:.3g} s")
+        worker.gone = worker.gone or gone
+        return self._locked_failed(worker, worker.last_error, hung=gone == "abandoned")
+
+    def _locked_failed(
+        self, worker: Worker, error: BaseException | None, *, hung: bool = False
+    ) -> list[tuple[Query, errors.SuperServeError]]:
+        """Takes the worker's batch, which failed, from it. Returns the queries that are given up, and why."""
+        batch, worker.batch = worker.batch, ()
+        hopeless = self._retries.failed(batch, worker.retry, worker.index, now_s=self._clock(), workers=self._alive, hung=hung)
+        return [(query, retries.inference_error(query, worker.name, why, error)) for query, why in hopeless]
+
+    def _locked_drain(self) -> list[Query]:
+        """Takes everything that waits."""
+        return [*self._queue.drain(), *self._retries.drain()]
+
+    def _wait_until_left(self, timeout_s: float | None) -> bool:
+        with self._lock:
+            return self._left.wait_for(lambda: not any(w.present for w in self._workers), timeout_s)
+
+    # -- the watchdog's thread ----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Abandons workers that are stuck, and closes what a server that was dropped without `close` has left."""
+        period_s = self._stall_s / 4
+        due_s = time.monotonic() + period_s
+        while not self._bell.acquire(timeout=period_s):
+            late_s = time.monotonic() - due_s
+            self._abandon_stuck(late_s=late_s if late_s > period_s else 0.0)
+            due_s = time.monotonic() + period_s
+        if not self._closing.is_set():
+            self.stop(drain=False)
+        while not self._wait_until_left(period_s):
+            self._abandon_stuck()
+        self._runtime.close()
+        atexit.unregister(self._exit)
+
+    def _abandon_stuck(self, *, late_s: float = 0.0) -> None:
+        """Abandons the workers whose batches should have been back long ago.
+
+        Args:
+          late_s: for how long the whole process stood still, as a suspended one does; which is no fault of a worker's.
+        """
+        with self._lock:
+            running = [w for w in self._workers if w.present and w.batch]
+            for worker in running:
+                worker.started_s += late_s
+            now_s = self._clock()
+            stuck = [w for w in running if now_s - w.started_s > self._patience_s(w)]
+        if stuck:
+            self._drop(stuck, "abandoned", self._lost_error)
+
+    def _patience_s(self, worker: Worker) -> float:
+        """How long the batch of a worker may take."""
+        if worker.last_subnet is None:
+            return self._stall_s
+        row = worker.profile.row(worker.last_subnet)  # at the longest length
+        return max(self._stall_s, 1e-3 * _PATIENCE * row.p99_ms[worker.profile.batch_index(len(worker.batch))])
+
+    # -- errors -------------------------------------------------------------------------------------------------------------
+
+    def _lost_error(self) -> errors.SuperServeError:
+        reason = f"the last of {len(self._workers)} workers has left; its last error was {self._last_error!r}"
+        remedy = "Look into that error, and add a worker or open a new server"
+        return retries.caused(errors.WorkersLostError(f"{reason}. {remedy}"), self._last_error)
+
+    def _check_process(self) -> None:
+        """Raises ServerClosedError in a fork: it has the server's memory but none of its threads."""
+        if os.getpid() != self._pid:
+            raise errors.ServerClosedError(
+                f"the server belongs to process {self._pid}, this is its fork {os.getpid()}, which has none of its threads; "
+                "open the server after forking, or submit in the process that opened it"
+            )
+
+    def _exit(self) -> None:
+        """Before the interpreter goes, ends the workers after the batches that they run.
+
+        What waits is left waiting: only daemon threads are there to see it, which go without a word where an error would be
+        the last thing on the screen.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            for worker in self._workers:
+                worker.alive = False
+            self._work.notify_all()
+            self._left.wait_for(lambda: not any(w.present for w in self._workers), _EXIT_S)
+        for worker in self._workers:
+            worker.thread.join(0 if worker.present else _EXIT_S)
