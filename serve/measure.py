@@ -8,6 +8,8 @@ The profile holds the subnets worth serving here: no other is both faster and mo
 0.3 points of accuracy and 10 % of latency (--keep-all keeps these). The server and replay.py find it by themselves.
 The faster way of slicing weights is found first (--slicing decides it). More than --executables subnets share so many of them
 per batch size, in subnet buckets; what that costs is measured beside executables of their own for some.
+Latencies are measured beside a server and a load generator, as batches run in earnest; --no-load leaves those out. Devices of
+several kinds are measured one after the other, and have a profile each.
 Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on all that was measured, before any subnet is
 left out and noise is repaired.
 Library: serving.prepare, serving.device_engine, serving.subnet_buckets, serving.measuring.measure and properties,
@@ -16,6 +18,7 @@ checkpoint.profile_path, plots.latencies.
 
 import dataclasses
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -49,8 +52,9 @@ class Options:
       executables: the most subnet buckets, and so executables of each shape.
       keep_all: keep every subnet that no other beats, however near its neighbours are.
       repeats: calls of each subnet at each batch size and length.
-      json: write the profile to this file, too.
-      plot: draw the latencies over subnet and batch into this file (PNG).
+      load: measure beside the threads of a server under load.
+      json: write the profile to this file, too; of several kinds of devices, that of the first.
+      plot: draw the latencies over subnet and batch into this file (PNG), of the first, too.
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
@@ -60,6 +64,7 @@ class Options:
     executables: int = prepare.MAX_BUCKETS
     keep_all: bool = False
     repeats: int = 50
+    load: bool = True
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
 
@@ -69,9 +74,14 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     profiles.check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
-    device = jax.devices()[0]
-    kind = prepare.device_kind(device)
     lengths = prepare.check_lengths(model.config, options.lengths)
+    kinds = {prepare.device_kind(device): device for device in jax.devices()[::-1]}  # the first of a kind, written last
+    for kind, device in kinds.items():
+        measure(options, model, device, kind, lengths)
+
+
+def measure(options: Options, model: checkpoint.Model, device: Any, kind: str, lengths: Sequence[int]) -> None:
+    """Measures one kind of device, and keeps the profile."""
     slicing = options.slicing or choose_slicing(model, device, options, lengths)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
@@ -83,7 +93,8 @@ def main() -> None:
 
     engine = make_engine(model.subnets, envelopes)
     accuracies = {s.subnet: s.accuracy for s in model.served}
-    measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, repeats=options.repeats)
+    calls = {"repeats": options.repeats, "load": options.load}
+    measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, **calls)
     measured = dataclasses.replace(measured.with_envelopes(envelopes), slicing=slicing)
     if measured.envelopes:
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
@@ -162,6 +173,8 @@ def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, i
             ),
         ]
     )
+    spread = statistics.median(p99 / ms for r in profile.rows for ms, p99 in zip(r.latency_ms, r.p99_ms, strict=True))
+    print(f"the 99th percentile is {spread:.2f} times the median (the middle one of all these latencies)")
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
     for p in measuring.properties(measured):

@@ -3,6 +3,7 @@
     python serve/replay.py runs/digits_resnet/export
     python serve/replay.py runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
     python serve/replay.py runs/digits_resnet/export --policies slackfit --simulate
+    python serve/replay.py runs/digits_resnet/export --policies slackfit --slow-factor 1.5
     python serve/replay.py --kill-every 12
 
 All policies face the same arrivals, inputs and SLO; inputs are the dataset's test examples, texts with the lengths that they
@@ -11,6 +12,8 @@ overloads the most accurate subnet but not the fastest. Replies are compared wit
 recorded arrivals are replayed instead (a column arrival_s, see serving.traces.load).
 With --simulate each replay is run once more in the simulator, on the measured profile and under what was seen of the machine
 meanwhile (see serving.fidelity), and both are printed.
+With --slow-factor 1.5 every device becomes 1.5 times slower half-way, without telling the server; each policy is replayed with
+the online correction (see serving.drift) and without it, and what it attains before and after is printed.
 With --kill-every it is the paper's fault experiment instead, which needs no export: eight workers on the paper's latencies,
 half of which are killed one after another while 3,500 queries/s come in, beside the same in the simulator.
 Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, serving.fidelity, serving.faults,
@@ -21,6 +24,8 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -63,6 +68,8 @@ class Options:
       lengths: of texts, the length buckets to serve with; if left out, powers of two from 16 up to the model's longest.
       kill_every: seconds after which one more of eight workers is killed.
       simulate: run each replay once more in the simulator, and print both.
+      slow_factor: from some time on, every batch takes so many times as long.
+      slow_after: from when, as a share of the traffic.
       seed: of arrivals and inputs.
       json: write the results to this file.
       plot: write a plot over time to this file; with --kill-every, if left out, to runs/faults.png.
@@ -80,6 +87,8 @@ class Options:
     lengths: tuple[int, ...] | None = None
     kill_every: float | None = None
     simulate: bool = False
+    slow_factor: float = 1.0
+    slow_after: float = 0.5
     seed: int = 0
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
@@ -88,6 +97,8 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
+    if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
+        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and above 1 no --simulate")
     if options.kill_every is not None:
         return kill_workers(options, options.kill_every)
     if options.export is None:
@@ -96,12 +107,13 @@ def main() -> None:
         )
     model = ss.load(options.export)
     inputs, labels = test_examples(model)
-    _, engines, profile = prepare.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
+    _, engines, profiles = prepare.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
+    profile = profiles[0]
     # What an example's length is, the server finds out by itself; rates and the simulator need to know it.
     lengths = np.array([len(padding.trimmed(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None
-    slowest = profile.rows[-1].latency_ms[-1]
+    slowest = max(p.rows[-1].latency_ms[-1] for p in profiles)
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest)
-    trace = make_trace(options, profile, workers=len(engines), slo_ms=slo_ms, lengths=lengths)
+    trace = make_trace(options, profiles, slo_ms=slo_ms, lengths=lengths)
     if not len(trace):
         raise ss.DataError(f"no queries ({trace.name}): record at least one, or replay more --seconds")
     # Every example in turn, shuffled anew each time round, so that a policy's queries show all of them alike.
@@ -112,7 +124,7 @@ def main() -> None:
         trace = dataclasses.replace(trace, lengths=lengths[chosen])
     print(
         f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
-        f"{len(engines)} worker(s) on {profile.device}"
+        f"{len(engines)} worker(s) on {', '.join(dict.fromkeys(p.device for p in profiles))}"
     )
     if lengths is not None:
         p50, p90 = np.percentile(lengths, [50, 90])
@@ -120,26 +132,34 @@ def main() -> None:
 
     names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows))))
     for name in names:
-        server.make_policy(name, profile)  # a mistyped name should not wait for its turn
+        server.make_policy(name, *profiles)  # a mistyped name should not wait for its turn
     results, replays = [], {}
-    for name in names:
-        watches = [fidelity.Stopwatch(engine, profile) for engine in engines]
+    runs = [(name, follow) for name in names for follow in ((True, False) if options.slow_factor > 1 else (True,))]
+    for name, follow in runs:
+        slowed = [Slowed(engine, options.slow_factor) for engine in engines]
+        watches = [fidelity.Stopwatch(*each) for each in zip(engines, profiles, strict=True)]
         heart = fidelity.Heartbeat()
-        used = watches if options.simulate else engines
+        used = watches if options.simulate else slowed if options.slow_factor > 1 else engines
         with (
             heart if options.simulate else contextlib.nullcontext(),
-            server.Server.from_engines(used, profile, policy=name, slo_ms=slo_ms, max_queue=len(trace) + 1) as target,
+            server.Server.from_engines(
+                used, profiles, policy=name, slo_ms=slo_ms, max_queue=len(trace) + 1, follow_drift=follow
+            ) as target,
         ):
+            for engine in slowed:
+                engine.from_s = time.monotonic() + options.slow_after * float(trace.arrivals_s[-1])
             done = loadgen.replay(target, trace, inputs)
             target.close(drain=False)
-        replays[name] = done
+        replays[name] = replays.get(name, done)
         results.append(summarise(name, done, truth))
         if options.simulate:
-            results[-1] |= simulated(name, done, profile, fidelity.machine(done, watches, heart), len(engines))
+            results[-1] |= simulated(name, done, profiles, fidelity.machine(done, watches, heart))
+        if options.slow_factor > 1:
+            results[-1] |= {"corrected": follow, **halves(done, options.slow_after)}
         print(f"{name}: {100 * results[-1]['attainment']:.2f} % in time", flush=True)
 
     print()
-    cli.print_table(table(results, profile))
+    cli.print_table(table(results, profile) if options.slow_factor == 1 else slowdown(results))
     if options.simulate:
         print("\nthe same traffic in the simulator: real / simulated")
         cli.print_table(comparison(results))
@@ -208,15 +228,13 @@ def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
     return data.open(config.data).arrays("test")
 
 
-def make_trace(
-    options: Options, profile: ss.Profile, *, workers: int, slo_ms: float, lengths: np.ndarray | None
-) -> traces.Trace:
+def make_trace(options: Options, profiles: Sequence[ss.Profile], *, slo_ms: float, lengths: np.ndarray | None) -> traces.Trace:
     """Recorded arrivals, or calm and burst in turn at rates that suit this machine, and of texts their lengths."""
     if options.trace is not None:
         return traces.load(options.trace, slo_ms=slo_ms)
     tokens = [] if lengths is None else lengths.tolist()
-    calm = options.calm * workers * profile.throughput_qps(profile.rows[-1].subnet, tokens)
-    burst = options.burst * workers * profile.throughput_qps(profile.rows[0].subnet, tokens)
+    calm = options.calm * sum(p.throughput_qps(p.rows[-1].subnet, tokens) for p in profiles)
+    burst = options.burst * sum(p.throughput_qps(p.rows[0].subnet, tokens) for p in profiles)
     step_s = 0.5
     pattern = [calm, calm, calm, burst, calm, calm]
     rates = [pattern[i % len(pattern)] for i in range(max(1, round((options.seconds or 9.0) / step_s)))]
@@ -265,11 +283,9 @@ def table(results: list[dict[str, Any]], profile: ss.Profile) -> list[tuple[str,
     return [header, *rows]
 
 
-def simulated(
-    name: str, done: loadgen.Replay, profile: ss.Profile, machine: fidelity.Machine, workers: int
-) -> dict[str, float]:
+def simulated(name: str, done: loadgen.Replay, profiles: Sequence[ss.Profile], machine: fidelity.Machine) -> dict[str, float]:
     """What --simulate adds to a policy's figures."""
-    again = fidelity.again(done, profile, name, workers=workers, machine=machine)
+    again = fidelity.again(done, profiles, name, workers=len(profiles), machine=machine)
     return {
         "simulated_attainment": again.attainment,
         "simulated_accuracy": 100 * again.mean_accuracy,
@@ -294,6 +310,44 @@ def comparison(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         for r in results
     ]
     return [header, *rows]
+
+
+class Slowed:
+    """An engine whose batches take `factor` times as long from `from_s` on, on the clock `time.monotonic`."""
+
+    def __init__(self, engine: Any, factor: float):
+        self.name, self.input_shape, self.input_dtype = engine.name, engine.input_shape, engine.input_dtype
+        self.lengths, self.pad_id = engine.lengths, engine.pad_id
+        self.from_s = float("inf")
+        self._engine, self._factor = engine, factor
+
+    def run(self, subnet: ss.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Any:
+        """See `serving.engine.Engine.run`."""
+        start_s = time.monotonic()
+        outputs = self._engine.run(subnet, batch_size, inputs)
+        if start_s >= self.from_s:
+            time.sleep((self._factor - 1) * (time.monotonic() - start_s))
+        return outputs
+
+
+def halves(done: loadgen.Replay, share: float) -> dict[str, float]:
+    """Attainment and profiled accuracy of the queries before the devices became slower, and of those after."""
+    figures = {}
+    slow_s = share * done.arrival_s[-1]
+    for when, which in ("before", done.arrival_s < slow_s), ("after", done.arrival_s >= slow_s):
+        s = metrics.summary(*(a[which] for a in (done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)))
+        figures |= {f"attainment_{when}": s.attainment, f"accuracy_{when}": 100 * s.accuracy}
+    return figures
+
+
+def slowdown(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Header and two rows per policy, with the online correction and without."""
+    header = ("policy", "correction", "SLO attainment before", "after", "accuracy before", "after")
+    kinds = ("attainment_before", 100), ("attainment_after", 100), ("accuracy_before", 1), ("accuracy_after", 1)
+    return [
+        header,
+        *((r["name"], "on" if r["corrected"] else "off", *(f"{f * r[k]:.2f} %" for k, f in kinds)) for r in results),
+    ]
 
 
 def timeline(done: loadgen.Replay | simulator.Result, *, window_s: float = 0.1) -> metrics.Series:

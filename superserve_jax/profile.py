@@ -178,18 +178,17 @@ class Profile:
 
     def monotone(self) -> "Profile":
         """Repaired so that latency never falls as batch, accuracy (the paper's P1 and P2) or length rise: noise raised to the
-        running maximum, never lowered."""
+        running maximum, never lowered. A 99th percentile is raised only where it would be below the median: one that stands
+        out, as after a single disturbance, is no reason to raise all those behind it."""
         tables: list[Profile] = []
-        best_of: dict[Subnet, tuple[list[float], list[float]]] = {}  # at the length before
+        best_of: dict[Subnet, list[float]] = {}  # at the length before
         for table in self.tables:
-            best, best_p99 = [0.0] * len(self.batch_sizes), [0.0] * len(self.batch_sizes)
+            best = [0.0] * len(self.batch_sizes)
             rows = []
             for r in table.rows:
-                shorter, shorter_p99 = best_of.get(r.subnet, (best, best_p99))
-                best = _running_max(map(max, best, shorter), r.latency_ms)
-                best_p99 = _running_max(map(max, best_p99, shorter_p99, best), r.p99_ms)
-                best_of[r.subnet] = best, best_p99
-                rows.append(dataclasses.replace(r, latency_ms=tuple(best), p99_ms=tuple(best_p99)))
+                best = _running_max(map(max, best, best_of.get(r.subnet, best)), r.latency_ms)
+                best_of[r.subnet] = best
+                rows.append(dataclasses.replace(r, latency_ms=tuple(best), p99_ms=tuple(map(max, best, r.p99_ms))))
             tables.append(dataclasses.replace(table, rows=tuple(rows)))
         return join(tables)
 
@@ -314,6 +313,32 @@ def join(tables: Sequence[Profile]) -> Profile:
     *shorter, longest = tables
     lengths = tuple(itertools.chain.from_iterable(t.lengths for t in tables))
     return dataclasses.replace(longest, lengths=lengths, shorter=tuple(shorter)) if shorter else longest
+
+
+def of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile]:
+    """The profile of each of `count` workers: one for all, or one for each. Equal ones become one object.
+
+    Raises ConfigError where they are not as many, or have not the same batch sizes and length buckets.
+
+    >>> fast = Profile((1,), (Row(Subnet((1,)), 0.7, (1.0,)),))
+    >>> [p.rows[0].latency_ms for p in of_workers([fast, fast.scaled(2.0)], 2)], len(of_workers(fast, 3))
+    ([(1.0,), (2.0,)], 3)
+    """
+    if isinstance(profile, Profile):
+        return [profile] * count
+    with errors.refusing(errors.ConfigError, "profile must be a Profile, or one for each worker"):
+        profiles = list(profile)
+    if not all(isinstance(p, Profile) for p in profiles):
+        raise errors.ConfigError(f"profile must be a Profile, or one for each worker, got {profile!r}")
+    if not profiles or len(profiles) != count:
+        raise errors.ConfigError(f"{len(profiles)} profiles for {count} workers; give one for all, or one for each")
+    if len(shapes := {(p.batch_sizes, p.lengths) for p in profiles}) > 1:
+        raise errors.ConfigError(f"profiles of workers need the same batch sizes and lengths, got {sorted(shapes)}")
+    distinct: list[Profile] = []
+    for p in profiles:
+        if p not in distinct:
+            distinct.append(p)
+    return [distinct[distinct.index(p)] for p in profiles]
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:

@@ -122,5 +122,5 @@ def test_the_profile_says_how_weights_are_sliced_and_executables_shared(model, t
     assert set(profile.envelopes.values()) <= set(envelopes.values())
     profile.save(checkpoint.profile_path(loaded.path, prepare.device_kind(DEVICE)))
     _, [again], stored = prepare.prepare(loaded, batch_sizes=(2,))
-    assert stored == profile
+    assert stored == [profile]
     assert len(again.executables) == len(set(envelopes[r.subnet] for r in profile.rows)) <= 3

@@ -137,7 +137,7 @@ def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
     measured = prepare.measure(model, engine, BATCHES, kind, repeats=2)
     path = checkpoint.profile_path(model.path, kind)
     measured.save(path)
-    assert prepare.prepare(model, batch_sizes=BATCHES)[2] == measured
+    assert prepare.prepare(model, batch_sizes=BATCHES)[2] == [measured]
     assert prepare.stored_profile(model, device, (1,)) == measured.at((1,))
     assert prepare.stored_profile(model, device, (1, 64)) is None
     changed = measured.to_json()

@@ -39,6 +39,7 @@ NO_JAX = (
             "measuring",
             "loadgen",
             "dispatch",
+            "drift",
             "padding",
             "subnet_buckets",
         )

@@ -1,4 +1,6 @@
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -45,3 +47,31 @@ def test_latencies_are_measured_for_every_length():
     for table, true in zip(measured.tables, both.tables, strict=True):
         for got, ms in zip(table.rows[0].latency_ms, true.rows[0].latency_ms, strict=True):
             assert ms <= got < 4 * ms
+
+
+def test_under_load_a_server_and_its_generator_run_beside_what_is_measured_and_are_gone_afterwards():
+    def names():
+        return {t.name for t in threading.enumerate() if t.name.startswith("superserve")}
+
+    table, seen = make((1.0, 2.0), sizes=(1, 2)), []
+    fake = engine.FakeEngine(table, on_run=lambda *_: seen.append(names()))
+    accuracies = {r.subnet: r.accuracy for r in table.rows}
+    for load in (False, True):
+        seen.clear()
+        measuring.measure(fake, accuracies, (1, 2), device="fake", repeats=3, load=load)
+        beside = {"superserve-traffic", "superserve-fake:0", "superserve-watchdog"} if load else set()
+        assert seen == [set()] * 4 + [beside] * 6  # two warm-ups of each, then three rounds
+    assert names() == set()
+
+
+def test_the_load_submits_queries_and_no_more_than_are_due(monkeypatch):
+    counted = []
+    submit_many = measuring.server.Server.submit_many
+    monkeypatch.setattr(
+        measuring.server.Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs)
+    )
+    before_s = time.monotonic()
+    with measuring.traffic(5000.0):
+        time.sleep(0.2)
+    lasted_s = time.monotonic() - before_s
+    assert 0 < sum(counted) <= 5000.0 * lasted_s

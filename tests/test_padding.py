@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row, join
-from superserve_jax.serving import bounds, dispatch, engine, padding, policies, queue, reference, server, simulator, traces
+from superserve_jax.serving import (
+    bounds,
+    dispatch,
+    drift,
+    engine,
+    padding,
+    policies,
+    queue,
+    reference,
+    server,
+    simulator,
+    traces,
+)
 from superserve_jax.subnet import Subnet
 
 LENGTHS = (8, 16, 32)
@@ -45,7 +57,9 @@ def filled(entries):
 
 
 def decide(q, policy, now_s=0.0, meter=None):
-    return dispatch.next_batch(q, meter or queue.Meter(), policy, PROFILE, now_s, workers=1, last_subnet=None, worker=0)
+    return dispatch.next_batch(
+        q, meter or queue.Meter(), policy, PROFILE, now_s, pace=drift.Pace(), last_subnet=None, worker=0
+    )
 
 
 def test_inputs_of_one_shape_or_one_length_wait_in_a_plain_queue():

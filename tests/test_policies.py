@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import policies, reference
+from superserve_jax.serving import policies, reference, simulator, traces
 from superserve_jax.serving.policies import base
 from superserve_jax.subnet import Subnet
 
@@ -366,3 +367,61 @@ def test_the_planner_keeps_a_plan_for_its_period_and_makes_another_when_a_worker
     assert at(1.2, 9000.0) == at(6.1, 10.0) == busy
     assert at(6.3, 10.0) > busy
     assert at(6.4, 4000.0) > at(6.5, 4000.0, workers=1) == busy
+
+
+def spread(profile, factor):
+    rows = (dataclasses.replace(r, p99_ms=tuple(factor * ms for ms in r.latency_ms)) for r in profile.rows)
+    return dataclasses.replace(profile, rows=tuple(rows))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_spread_within_the_reserve_changes_nothing_and_a_wider_one_only_makes_faster(data):
+    state = data.draw(states(PAPER))
+    plain, narrow, wide = (policies.SlackFit(spread(PAPER, f))(PAPER, state) for f in (1.0, 1.1, 1.4))
+    assert plain == policies.SlackFit(PAPER)(PAPER, state)
+    assert narrow == plain
+    assert (wide.batch, wide.defer_ms) == (plain.batch, plain.defer_ms)
+    assert PAPER.row(wide.subnet).accuracy <= PAPER.row(plain.subnet).accuracy
+
+
+def test_a_wide_spread_keeps_so_much_that_the_99th_percentile_fits_into_the_slack():
+    profile = make_profile([(10, 20, 40), (14, 28, 56)])
+    assert choose(policies.SlackFit(profile), profile, 17.0, 1) == (1, 1)
+    wide = spread(profile, 1.3)
+    assert choose(policies.SlackFit(wide), wide, 17.0, 1) == (0, 1)
+    assert choose(policies.SlackFit(wide), wide, 18.3, 1) == (1, 1)
+
+
+def test_one_percentile_that_stands_out_is_not_taken_for_the_spread():
+    stalled = dataclasses.replace(PAPER.rows[2], p99_ms=(500.0, *PAPER.rows[2].latency_ms[1:]))
+    profile = dataclasses.replace(PAPER, rows=(*PAPER.rows[:2], stalled, *PAPER.rows[3:]))
+    assert base.Table(profile).tails == base.Table(PAPER).tails == base.Table(PAPER).columns
+
+
+def test_with_a_measured_spread_more_deadlines_are_met_on_a_device_that_has_one():
+    trace, cluster = traces.bursty(duration_s=6.0), simulator.Cluster(noise=0.15)
+    z99 = 2.326
+    profiles = SLOWED, spread(SLOWED, math.exp(0.15 * z99))
+    missed = [1 - simulator.simulate(p, "slackfit", trace, cluster=cluster).attainment for p in profiles]
+    assert missed[1] < 0.4 * missed[0]
+
+
+@pytest.mark.parametrize("name", ["slackfit", "max-acc"])
+def test_a_named_policy_decides_by_the_profile_that_it_is_passed(name):
+    fast, slow = PAPER, SLOWED
+    both = policies.create(name, fast, slow)
+    for profile in (fast, slow, dataclasses.replace(slow)):
+        for slack_ms in (12.0, 30.0):
+            alone = policies.create(name, profile)
+            assert choose(both, profile, slack_ms) == choose(alone, profile, slack_ms)
+    assert both.name == name
+    other = PAPER.scaled(3.0)  # of a worker that is added later
+    assert choose(both, other, 30.0) == choose(policies.create(name, other), other, 30.0)
+
+
+def test_a_planner_counts_workers_that_differ_in_units_of_the_one_that_asks():
+    planner = policies.Planner(PAPER)
+    options = {"rate_qps": 2000.0, "slo_ms": 36.0}
+    whole, parts = (policies.State(0.0, 30.0, 9, (), workers, **options) for workers in (3, 2.7))
+    assert planner(PAPER, whole) == policies.Planner(PAPER)(PAPER, parts)

@@ -42,6 +42,13 @@ def test_the_monotone_repair_only_raises_and_leaves_nothing_falling(data):
         assert all(x <= y for x, y in zip(faster.latency_ms, slower.latency_ms, strict=True))
 
 
+def test_the_monotone_repair_leaves_a_percentile_that_stands_out_where_it_is():
+    rows = (profiles.Row(net(0), 0.7, (1.0, 2.0), (50.0, 2.5)), profiles.Row(net(1), 0.8, (1.5, 1.9), (1.8, 2.2)))
+    after = profiles.Profile((1, 4), rows).monotone()
+    assert [r.p99_ms for r in after.rows] == [(50.0, 2.5), (1.8, 2.2)]
+    assert after.rows[1].latency_ms == (1.5, 2.0)
+
+
 @hypothesis.given(rows)
 def test_no_row_of_the_pareto_front_is_beaten_and_every_dropped_row_is(data):
     profile = make(*data)

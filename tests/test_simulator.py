@@ -172,7 +172,7 @@ def test_every_arrival_has_exactly_one_outcome_whatever_goes_wrong(data):
     if data.draw(st.booleans()):
         profile, lengths = BY_LENGTH, np.array([data.draw(st.sampled_from([0, 5, 30, 128])) for _ in arrivals], int)
     trace = traces.Trace(arrivals, slo_ms, floors, lengths=lengths)
-    run = simulator._Run(profile, policies.create(policy, profile), trace, cluster, seed=0)
+    run = simulator._Run([profile] * workers, policies.create(policy, profile), trace, cluster, seed=0)
     result = run.result()
 
     assert sorted(run.answered + run.expired + run.refused) == list(range(len(arrivals)))

@@ -10,6 +10,7 @@ removed finishes its batch.
 import atexit
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import threading
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.serving import engine, padding, policies, retries, runtime
+from superserve_jax.serving import drift, engine, padding, policies, retries, runtime
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
@@ -49,7 +50,7 @@ class Worker:
     failures: int = 0  # in a row for which it is to blame
     last_error: BaseException | None = None
 
-    def health(self, now_s: float) -> dict[str, Any]:
+    def health(self, now_s: float, fleet: drift.Fleet) -> dict[str, Any]:
         """See `server.Server.health`."""
         return {
             "name": self.name,
@@ -57,6 +58,7 @@ class Worker:
             "batches": self.batches,
             "failures": self.failed,
             "max_batch": self.profile.max_batch,
+            "slowdown": fleet.slowdown(self.index) if self.present else 1.0,
             "last_error": None if self.last_error is None else repr(self.last_error),
             "running_s": now_s - self.started_s if self.batch else 0.0,
         }
@@ -73,11 +75,12 @@ class Crew:
         max_tries: int,
         stall_s: float,
         tune_runtime: bool,
+        follow_drift: bool,
         clock: Callable[[], float],
     ):
         self._clock = clock
-        self._profile, self._make_policy = profile, make_policy
-        self._policy = make_policy(profile)
+        self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
+        self._fleet = drift.Fleet(correct=follow_drift)
         self._stall_s = stall_s
         self._pid = os.getpid()
 
@@ -103,9 +106,10 @@ class Crew:
 
     # -- called by clients --------------------------------------------------------------------------------------------------
 
-    def add(self, new: engine.Engine) -> str:
+    def add(self, new: engine.Engine, profile: Profile) -> str:
         """See `Server.add_worker`."""
         self._check_process()
+        policy = self._make_policy(profile)
         with self._lock:
             if self._closing.is_set():
                 raise errors.ServerClosedError("the server is closed and takes no workers; open a new one")
@@ -114,7 +118,8 @@ class Crew:
             name = next(n for n in names if n not in taken)
             used = {w.index for w in self._workers if w.present}
             index = next(i for i in itertools.count() if i not in used)
-            worker = Worker(new, name, index, self._profile, self._policy)
+            worker = Worker(new, name, index, profile, policy)
+            self._fleet.join(index, profile)
             worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{name}", daemon=True)
             worker.thread.start()
             self._workers = [*(w for w in self._workers if w.name != name), worker]
@@ -133,6 +138,7 @@ class Crew:
             worker = found[name]
             worker.alive, worker.gone = False, "removed"
             self._alive -= 1
+            self._fleet.leave(worker.index)
             self._work.notify_all()
             if threading.current_thread() is worker.thread:
                 return  # a done-callback removes the worker that it runs in
@@ -185,7 +191,7 @@ class Crew:
                 "waiting": len(self._queue) + self._retries.waiting(),
                 "running": sum(len(w.batch) for w in self._workers if w.present),
                 "closed": self._closing.is_set(),
-                "per_worker": [w.health(now_s) for w in self._workers],
+                "per_worker": [w.health(now_s, self._fleet) for w in self._workers],
             }
 
     # -- leaving ------------------------------------------------------------------------------------------------------------
@@ -212,6 +218,7 @@ class Crew:
 
     def _locked_drop(self, worker: Worker, gone: Literal["left", "abandoned"]) -> list[tuple[Query, errors.SuperServeError]]:
         self._alive -= worker.alive
+        self._fleet.leave(worker.index)
         worker.alive = worker.present = False
         if gone == "abandoned":
             worker.gone = gone

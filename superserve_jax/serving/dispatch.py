@@ -1,7 +1,8 @@
 """What happens when a worker is free: the policy is asked, and the batch is taken. Server and simulator share it. No jax.
 
 With length buckets the policy is asked about the head's: with the profile at that length, and with what waits and arrives in
-units of the head's work (see `padding`).
+units of the head's work (see `padding`). Where workers are not equally fast, it is asked with the profile of the one that is
+free, and with what a worker that is slower than its profile makes of time (see `drift`).
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import policies, queue
+from superserve_jax.serving import drift, policies, queue
 from superserve_jax.subnet import Subnet
 
 
@@ -21,7 +22,7 @@ def next_batch(
     profile: Profile,
     now_s: float,
     *,
-    workers: int,
+    pace: drift.Pace,
     last_subnet: Subnet | None,
     worker: int,
 ) -> tuple[Row, list[Any], float]:
@@ -33,8 +34,9 @@ def next_batch(
       waiting: the queue, not empty.
       meter: of its arrivals.
       policy: for `profile`.
+      profile: of the asking worker.
       now_s: the time.
-      workers: how many are alive.
+      pace: the asking worker's and the others' speed.
       last_subnet, worker: what the asking worker ran last, and its number.
 
     Raises:
@@ -42,28 +44,48 @@ def next_batch(
         whatever the policy raises, nothing has been taken.
     """
     waiting.look(now_s)
-    while True:
-        length = waiting.head_length
-        table = profile.at_length(length) if length else profile
-        max_batch = table.batch_sizes[-1]
-        state = _state(waiting, meter, max_batch, now_s, workers=workers, last_subnet=last_subnet, worker=worker)
-        try:
-            decision = policy(table, state)
-            row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
-            if size < 1:
-                raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        except Exception as error:
-            error.add_note(f"the policy was asked in {state!r}")
-            raise
-        defer_before_s = now_s + 1e-3 * decision.defer_ms
-        if length and defer_before_s > -math.inf:
-            waiting.defer(defer_before_s)
-            if waiting.head_length != length:
-                continue  # the decision was for a head that has stepped back, and there is one of another length
-        size = min(size, max_batch, state.waiting)
-        row, items = queue.take(waiting, table, row, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
-        loading_ms = decision.loading_ms
-        return row, items, loading_ms if loading_ms and row.subnet != last_subnet else 0.0  # comparing subnets takes long
+    aside = None
+    try:
+        while True:
+            length = waiting.head_length
+            table = profile.at_length(length) if length else profile
+            max_batch = table.batch_sizes[-1]
+            state = _state(waiting, meter, max_batch, now_s, pace=pace, last_subnet=last_subnet, worker=worker)
+            row, size, loading_ms, lost_ms = _decide(policy, table, state)
+            defer_before_s = -math.inf
+            if lost_ms > -math.inf:
+                # What is lost to this worker is not lost as long as the fastest can save it, and is left to that one.
+                defer_before_s = now_s + 1e-3 * lost_ms * pace.slowdown / pace.lead
+                if pace.lead > 1 and aside is None:
+                    waiting.defer(defer_before_s)
+                    aside = waiting.set_aside(now_s + 1e-3 * lost_ms * pace.slowdown)
+                    if len(waiting):
+                        continue
+                    waiting.put_back(aside)
+                    aside = ()
+                if length:
+                    waiting.defer(defer_before_s)
+                    if waiting.head_length != length:
+                        continue  # the decision was for a head that has stepped back, and there is one of another length
+            size = min(size, max_batch, state.waiting)
+            row, items = queue.take(waiting, table, row, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
+            return row, items, loading_ms if loading_ms and row.subnet != last_subnet else 0.0  # comparing subnets takes long
+    finally:
+        if aside:
+            waiting.put_back(aside)
+
+
+def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> tuple[Row, int, float, float]:
+    """Row, batch size and the milliseconds of the policy's decision: of loading, and of slack below which a query is lost."""
+    try:
+        decision = policy(table, state)
+        row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
+        if size < 1:
+            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
+        return row, size, decision.loading_ms, decision.defer_ms
+    except Exception as error:
+        error.add_note(f"the policy was asked in {state!r}")
+        raise
 
 
 def _state(
@@ -72,16 +94,17 @@ def _state(
     max_batch: int,
     now_s: float,
     *,
-    workers: int,
+    pace: drift.Pace,
     last_subnet: Subnet | None,
     worker: int,
 ) -> policies.State:
-    """What the policy may know."""
+    """What the policy may know. On a device that is f times slower than its profile, time runs f times faster."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
     floors = waiting.head_floors(max_batch)
     work_ms = waiting.work_ms
     rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
-    slo_ms = meter.slo_ms
+    slo_ms, slowdown = meter.slo_ms, pace.slowdown
     near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
-    values = (now_s, slack_ms, waiting.riders, floors, workers, last_subnet, waiting.late)
-    return policies.State._make((*values, rate / work_ms, variance / work_ms**2, slo_ms, near, worker))
+    values = (now_s, slack_ms / slowdown, waiting.riders, floors, pace.workers, last_subnet, waiting.late)
+    rate, variance = rate / work_ms * slowdown, variance / work_ms**2 * slowdown
+    return policies.State._make((*values, rate, variance, slo_ms / slowdown, near, worker))

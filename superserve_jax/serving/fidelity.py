@@ -147,7 +147,12 @@ def _turn_ms(done: loadgen.Replay, batches: Sequence[tuple[float, float, float, 
 
 
 def again(
-    done: loadgen.Replay, profile: profile_lib.Profile, policy: str | policies.Policy, *, workers: int, machine: Machine
+    done: loadgen.Replay,
+    profile: profile_lib.Profile | Sequence[profile_lib.Profile],
+    policy: str | policies.Policy,
+    *,
+    workers: int,
+    machine: Machine,
 ) -> simulator.Result:
     """The simulator's account of a replay on such a machine. Raises DataError where it holds no query."""
     if not len(done.arrival_s):

@@ -1,19 +1,26 @@
 """Measuring a latency profile: calls of an engine as the server makes them; and what the paper expects of one. No jax."""
 
+import contextlib
 import gc
 import itertools
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from superserve_jax import errors, progress
 from superserve_jax import profile as profiles
-from superserve_jax import progress
 from superserve_jax import subnet as subnets
 from superserve_jax.serving import engine as engines
+from superserve_jax.serving import server
 
 _WARM_UPS = 2
+_LOAD = 0.5  # of the highest throughput seen in the warm-up
+_MAX_RATE_QPS = 50_000.0
+_SLEEPER_BATCH = 16
+_QUERY = np.zeros((), np.float32)
 
 
 def measure(
@@ -23,6 +30,7 @@ def measure(
     *,
     device: str,
     repeats: int = 30,
+    load: bool = False,
 ) -> profiles.Profile:
     """Median and 99th percentile of the latency of every subnet at every batch size and length.
 
@@ -34,21 +42,26 @@ def measure(
       batch_sizes: ascending.
       device: the kind of device, written into the profile.
       repeats: rounds; at least 1.
+      load: measure beside the threads of a server (see `traffic`), at half the engine's highest throughput.
     """
     batch_sizes = profiles.check_batch_sizes(batch_sizes)
     examples = _examples(engine, batch_sizes[-1])
     keys = list(itertools.product(accuracies, batch_sizes, examples))
+    fastest_qps = 0.0
     for subnet, batch, length in keys:
         for _ in range(_WARM_UPS):
+            start = time.perf_counter()
             engine.run(subnet, batch, examples[length][:batch])
+            fastest_qps = max(fastest_qps, batch / (time.perf_counter() - start))
     times_ms: dict[tuple[subnets.Subnet, int, int], list[float]] = {key: [] for key in keys}
     gc.collect()
-    for _ in progress.track(range(repeats), f"latencies of {engine.name}"):
-        for subnet, batch, length in keys:
-            inputs = examples[length][:batch]
-            start = time.perf_counter()
-            engine.run(subnet, batch, inputs)
-            times_ms[subnet, batch, length].append(1e3 * (time.perf_counter() - start))
+    with traffic(_LOAD * fastest_qps) if load else contextlib.nullcontext():
+        for _ in progress.track(range(repeats), f"latencies of {engine.name}"):
+            for subnet, batch, length in keys:
+                inputs = examples[length][:batch]
+                start = time.perf_counter()
+                engine.run(subnet, batch, inputs)
+                times_ms[subnet, batch, length].append(1e3 * (time.perf_counter() - start))
     tables = []
     for length in examples:
         rows = tuple(
@@ -62,6 +75,42 @@ def measure(
         )
         tables.append(profiles.Profile(batch_sizes, rows, device, (length,) if length else ()))
     return profiles.join(tables)
+
+
+@contextlib.contextmanager
+def traffic(rate_qps: float) -> Iterator[None]:
+    """While open, what runs beside an engine that serves: a server, here on a worker that sleeps, and a load generator.
+
+    They cost the processor and hold the interpreter's lock as they do in earnest, and batches take longer beside them.
+
+    Args:
+      rate_qps: evenly spaced queries per second, at most 50,000, beyond which a generator in Python is the limit.
+
+    >>> with traffic(1000.0):
+    ...     time.sleep(0.01)
+    """
+    rate_qps = min(rate_qps, _MAX_RATE_QPS)
+    row = profiles.Row(subnets.Subnet((1,)), 1.0, (1e3 * _SLEEPER_BATCH / max(2 * rate_qps, 1.0),))
+    table = profiles.Profile((_SLEEPER_BATCH,), (row,))
+    stop = threading.Event()
+
+    def generate(target: server.Server) -> None:
+        due, before_s = 0.0, time.monotonic()
+        while not stop.wait(1e-3):
+            now_s = time.monotonic()
+            due, before_s = due + rate_qps * (now_s - before_s), now_s
+            with contextlib.suppress(errors.QueueFullError):
+                target.submit_many([_QUERY] * int(due))
+            due %= 1
+
+    with server.Server.from_engines([engines.FakeEngine(table)], table) as target:
+        thread = threading.Thread(target=generate, args=(target,), name="superserve-traffic", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 def _examples(engine: engines.Engine, count: int) -> dict[int, list[np.ndarray]]:

@@ -187,6 +187,18 @@ class LengthQueue(queue.DeadlineQueue):
         self._place = None
         return moved
 
+    def set_aside(self, before_s: float) -> Any:
+        """Takes out the items of the head's length bucket and of longer ones whose deadlines are earlier, as `defer` would."""
+        aside = [(q, q.set_aside(before_s)) for q in self._queues[self._head_place() :]]
+        self._place = None
+        return aside
+
+    def put_back(self, aside: Any) -> None:
+        """See `DeadlineQueue.put_back`."""
+        for q, entries in aside:
+            q.put_back(entries)
+        self._place = None
+
     def drop_late(self, done: Callable[[Any], bool]) -> None:
         """See `DeadlineQueue.drop_late`."""
         self._place = None

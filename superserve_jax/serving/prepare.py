@@ -1,11 +1,11 @@
-"""What a server of an export needs: engines, one per device, and the latency profile of this kind of device."""
+"""What a server of an export needs: engines, one per device, and the latency profile of each, measured once per kind."""
 
 import logging
 import math
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +34,11 @@ def prepare(
     devices: Sequence[executables.Device] | None = None,
     slicing: device_engine.Slicing | None = None,
     slice_bytes: int | None = None,
-) -> tuple[supernet.SuperNet, list[device_engine.DeviceEngine], profiles.Profile]:
-    """What a server needs: the model, one engine per device, and the latency profile of this kind of device.
+) -> tuple[supernet.SuperNet, list[device_engine.DeviceEngine], list[profiles.Profile]]:
+    """What a server needs: the model, one engine per device, and the latency profile of each.
 
-    The profile is read from beside the export; where it has none for this device and these shapes, one is measured.
+    Devices of one kind share a profile. It is read from beside the export; where that has none for this kind and these
+    shapes, one is measured.
 
     Args:
       lengths: None takes `padding.default_lengths`, where inputs have a length.
@@ -60,35 +61,70 @@ def prepare(
             f"devices is empty or no list of jax devices, got {devices!r}; give at least one, or None for all"
         )
     lengths = check_lengths(model.config, lengths)
-    profile = stored_profile(model, devices[0], batch_sizes, lengths)
-    if profile is not None:
-        served = [r.subnet for r in profile.rows]
-        envelopes, slicing = profile.envelopes, slicing or profile.slicing
-    else:
-        served, envelopes = list(model.subnets), subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
+    stored = of_each_kind(devices, lambda device: stored_profile(model, device, batch_sizes, lengths))
+    envelopes: Mapping[subnets.Subnet, subnets.Subnet] = {}  # where no profile says which
+    if None in stored:
+        envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
     engines = [
-        device_engine.DeviceEngine(
-            *(model, d),
-            subnet_list=served,
+        make_engine(model, device, profile, slicing=slicing, slice_bytes=slice_bytes)
+        if profile is not None
+        else device_engine.DeviceEngine(
+            *(model, device),
+            subnet_list=model.subnets,
             batch_sizes=batch_sizes,
             lengths=lengths,
             envelopes=envelopes,
             slicing=slicing or "kept",
             slice_bytes=slice_bytes,
         )
-        for d in devices
+        for device, profile in zip(devices, stored, strict=True)
     ]
-    if profile is None:
+    made = dict(zip(devices, zip(engines, stored, strict=True), strict=True))
+
+    def stored_or_measured(device: executables.Device) -> profiles.Profile:
+        engine, profile = made[device]
+        if profile is not None:
+            return profile
         _log.warning(
             "%s has no latency profile for %s, batch sizes %s%s: measuring one; `python serve/measure.py %s` keeps it",
             model.path,
-            device_kind(devices[0]),
+            device_kind(device),
             list(batch_sizes),
             f" and lengths {list(lengths)}" if lengths else "",
             model.path,
         )
-        profile = measure(model, engines[0], batch_sizes, device_kind(devices[0]), envelopes=envelopes)
-    return model, engines, profile
+        return measure(model, engine, batch_sizes, device_kind(device), envelopes=envelopes)
+
+    return model, engines, of_each_kind(devices, stored_or_measured)
+
+
+def make_engine(
+    model: supernet.SuperNet,
+    device: executables.Device,
+    profile: profiles.Profile,
+    *,
+    slicing: device_engine.Slicing | None = None,
+    slice_bytes: int | None = None,
+) -> device_engine.DeviceEngine:
+    """An engine for what a profile serves, as it was measured unless `slicing` says otherwise."""
+    return device_engine.DeviceEngine(
+        *(model, device),
+        subnet_list=[r.subnet for r in profile.rows],
+        batch_sizes=profile.batch_sizes,
+        lengths=profile.lengths,
+        envelopes=profile.envelopes,
+        slicing=slicing or profile.slicing,
+        slice_bytes=slice_bytes,
+    )
+
+
+def of_each_kind(devices: Sequence[executables.Device], make: Callable[[executables.Device], Any]) -> list[Any]:
+    """For each device what `make` gives for the first device of its kind."""
+    made: dict[str, Any] = {}
+    for device in devices:
+        if (kind := device_kind(device)) not in made:
+            made[kind] = make(device)
+    return [made[device_kind(device)] for device in devices]
 
 
 def check_lengths(config: Any, lengths: Sequence[int] | None) -> tuple[int, ...]:
@@ -133,9 +169,10 @@ def measure(
     envelopes: Mapping[subnets.Subnet, subnets.Subnet] | None = None,
     repeats: int = 30,
 ) -> profiles.Profile:
-    """Measures the latency profile of an engine: repaired to be monotone, and only the subnets that are worth serving."""
+    """Measures the latency profile of an engine under load: repaired to be monotone, and only the subnets that are worth
+    serving."""
     accuracies = {s.subnet: s.accuracy for s in model.served}
-    measured = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats)
+    measured = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, load=True)
     return worth_serving(measured.with_envelopes(envelopes or {})).monotone()
 
 

@@ -130,6 +130,18 @@ class DeadlineQueue:
             self._deferred.append(head)
         return len(self._deferred) - before
 
+    def set_aside(self, before_s: float) -> Any:
+        """Takes out the items whose deadlines are earlier, but for the deferred; what it returns is for `put_back`."""
+        entries = []
+        while (self._fifo or self._early) and (head := self._head()) is not None and head[0] < before_s:
+            self._drop_head()
+            entries.append(head)
+        return entries
+
+    def put_back(self, aside: Any) -> None:
+        """Puts back what `set_aside` has taken out, before anything else has been added."""
+        self._fifo.extendleft(reversed(aside))
+
     def drop_late(self, done: Callable[[Any], bool]) -> None:
         """Drops from the front of the deferred items those that are `done`. O(1) but for those."""
         while self._deferred and done(self._deferred[0][3]):

@@ -45,6 +45,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 
 from superserve_jax import errors
+from superserve_jax import profile as profile_lib
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, padding, policies, workers
 from superserve_jax.serving.query import Query
@@ -63,6 +64,7 @@ class Tuning(TypedDict, total=False):
       stall_s: a worker whose batch takes longer, and 20 times longer than its profiled 99th percentile, is taken for stuck
         and abandoned. Default 5.
       tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
+      follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
       clock: monotonic seconds. Default `time.monotonic`.
     """
 
@@ -70,6 +72,7 @@ class Tuning(TypedDict, total=False):
     max_failures: int
     stall_s: float
     tune_runtime: bool
+    follow_drift: bool
     clock: Callable[[], float]
 
 
@@ -94,7 +97,7 @@ class Server:
     Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
     step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
     With several length buckets a batch takes the head and others that are no longer (see `serving.padding`); a policy that is
-    no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByLength`).
+    no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByProfile`).
 
     Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
 
@@ -124,9 +127,9 @@ class Server:
         expire: bool = False,
         **tuning: Unpack[Tuning],
     ):
-        from superserve_jax.serving import device_engine, prepare  # here, since they import jax
+        from superserve_jax.serving import prepare  # here, since it imports jax
 
-        self.model, engines, profile = prepare.prepare(
+        self.model, engines, each = prepare.prepare(
             path_or_model,
             batch_sizes=batch_sizes,
             lengths=lengths,
@@ -134,23 +137,14 @@ class Server:
             slicing=slicing,
             slice_bytes=slice_bytes,
         )
-        self._make_engine = functools.partial(
-            device_engine.DeviceEngine,
-            self.model,
-            subnet_list=[row.subnet for row in profile.rows],
-            batch_sizes=profile.batch_sizes,
-            lengths=profile.lengths,
-            envelopes=profile.envelopes,
-            slicing=slicing or profile.slicing,
-            slice_bytes=slice_bytes,
-        )
-        self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
+        self._make_engine = functools.partial(prepare.make_engine, self.model, slicing=slicing, slice_bytes=slice_bytes)
+        self._open(engines, each, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
 
     @classmethod
     def from_engines(
         cls,
         engines: Sequence[engine.Engine],
-        profile: Profile,
+        profile: Profile | Sequence[Profile],
         *,
         policy: str | policies.Policy = "slackfit",
         slo_ms: float = 36.0,
@@ -158,7 +152,11 @@ class Server:
         expire: bool = False,
         **tuning: Unpack[Tuning],
     ) -> "Server":
-        """A server of engines that exist already, all with the subnets, batch sizes and length buckets of `profile`."""
+        """A server of engines that exist already, all with the batch sizes and length buckets of `profile`.
+
+        Args:
+          profile: of all engines, or one for each, since devices differ: each is a worker with the subnets of its profile.
+        """
         self = cls.__new__(cls)
         self.model = self._make_engine = None
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
@@ -167,7 +165,7 @@ class Server:
     def _open(
         self,
         engines: Sequence[engine.Engine],
-        profile: Profile,
+        profile: Profile | Sequence[Profile],
         policy: str | policies.Policy,
         *,
         slo_ms: float,
@@ -177,19 +175,19 @@ class Server:
         max_failures: int = 5,
         stall_s: float = 5.0,
         tune_runtime: bool = True,
+        follow_drift: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not isinstance(profile, Profile):
-            raise errors.ConfigError(f"profile must be a Profile, got {profile!r}")
         with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engine.Engine)"):
             engines = list(engines)
             specs = {_spec(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
         [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
-        if self._lengths != profile.lengths:
+        each = profile_lib.of_workers(profile, len(engines))
+        if self._lengths != each[0].lengths:
             raise errors.ConfigError(
-                f"engines for the lengths {list(self._lengths)} and a profile of {list(profile.lengths)}; they must agree"
+                f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
             )
         for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
             if not isinstance(value, numbers.Integral) or value < 1:
@@ -198,12 +196,12 @@ class Server:
             raise errors.ConfigError(f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {stall_s!r}")
         if not callable(clock):
             raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
-        self.profile = profile
+        self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms = check_slo(slo_ms)
-        self._best = profile.rows[-1].accuracy
+        self._best = min(p.rows[-1].accuracy for p in each)
         self._pool = workers.Pool(
             engines,
-            profile,
+            each,
             functools.partial(make_policy, policy),
             max_queue=max_queue,
             expire=expire,
@@ -212,6 +210,7 @@ class Server:
             pause_s=1e-3 * self._slo_ms,
             stall_s=stall_s,
             tune_runtime=tune_runtime,
+            follow_drift=follow_drift,
             clock=clock,
         )
         self._clock = clock
@@ -297,12 +296,13 @@ class Server:
         """
         self._pool.close(drain=drain, timeout_s=timeout_s)
 
-    def add_worker(self, engine_or_device: Any) -> str:
+    def add_worker(self, engine_or_device: Any, *, profile: Profile | None = None) -> str:
         """Adds a worker while serving, to a server that has lost all of its workers, too, which then serves again.
 
         Args:
           engine_or_device: an engine like the others; or, where the server was opened with a model, a jax device, for which
             the executables are made first, in the calling thread.
+          profile: its latencies; None takes those of the first worker.
 
         Returns:
           Its name: the engine's, with a number where a worker has that name already.
@@ -310,14 +310,16 @@ class Server:
         Raises:
           ConfigError: the engine takes other inputs, or there is no model. ServerClosedError.
         """
-        new = engine_or_device
+        new, profile = engine_or_device, profile or self.profile
         if not hasattr(new, "run"):
             if self._make_engine is None:
                 raise errors.ConfigError(f"a server of engines takes an engine, got {new!r}; it has no model to make one from")
-            new = self._make_engine(new)
+            new = self._make_engine(new, profile)
         if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
             raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
-        return self._pool.add(new)
+        profile_lib.of_workers([self.profile, profile], 2)
+        self._best = min(self._best, profile.rows[-1].accuracy)
+        return self._pool.add(new, profile)
 
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving; returns when it has finished its batch and its thread has ended.
@@ -340,7 +342,8 @@ class Server:
         queries `waiting` and `running`; whether it is `closed`; and `per_worker`, a list of dicts:
         `name`; `state`, "idle", "running", or how it went: "left" (it failed too often, or the server was closed), "abandoned"
         (it was stuck), "removed"; `batches` that it answered and `failures`, batches that it did not; `max_batch`, less than
-        the profile's where its memory did not suffice; `last_error`; and `running_s`, since when its present batch runs.
+        the profile's where its memory did not suffice; `slowdown`, how many times slower than its profile it has been of late
+        (see `drift`); `last_error`; and `running_s`, since when its present batch runs.
         """
         return self._pool.health()
 
@@ -350,11 +353,11 @@ def _spec(e: engine.Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...],
     return tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id
 
 
-def make_policy(policy: str | policies.Policy, profile: Profile) -> policies.Policy:
+def make_policy(policy: str | policies.Policy, *profiles: Profile) -> policies.Policy:
     """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
     if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
         raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")
-    made = policies.create(policy, profile)
+    made = policies.create(policy, *profiles)
     if str(getattr(made, "name", "")).startswith("switching:"):
         raise errors.ConfigError(
             f"policy '{getattr(made, 'name', made)}' loads models, which a server has no need to: it would look as though "

@@ -10,14 +10,14 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
-from superserve_jax.serving import dispatch, padding, policies, queue, traces
+from superserve_jax.serving import dispatch, drift, padding, policies, queue, traces
 
 MET, LATE, EXPIRED, REFUSED = range(4)
 """Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
@@ -38,18 +38,28 @@ class Stall(NamedTuple):
     until_s: float
 
 
+class Slowdown(NamedTuple):
+    """Batches that begin on a worker from one time until another take `factor` times as long; on every worker for None."""
+
+    factor: float
+    from_s: float
+    until_s: float = math.inf
+    worker: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """What serves the traffic.
 
     Args:
-      workers: devices, all as fast as the profile.
+      workers: devices, each as fast as its profile.
       overhead_ms: added to every batch; the policy does not know of it.
       noise: spread of the latencies, as the standard deviation of their logarithm.
       actuation_ms: added to every batch whose subnet is not the one that its worker ran last: a server that loads models.
       max_queue: waiting queries beyond which new ones are refused.
       expire: give up a head that could not be saved even alone on the fastest subnet, instead of serving it late.
-      outages, stalls: what goes wrong, and when.
+      outages, stalls, slowdowns: what goes wrong, and when.
+      follow_drift: whether what a worker is slower than its profile is made up for (see `drift`).
     """
 
     workers: int = 8
@@ -60,6 +70,8 @@ class Cluster:
     expire: bool = False
     outages: tuple[Outage, ...] = ()
     stalls: tuple[Stall, ...] = ()
+    slowdowns: tuple[Slowdown, ...] = ()
+    follow_drift: bool = True
 
     def __post_init__(self):
         if self.workers < 1:
@@ -73,6 +85,12 @@ class Cluster:
         for stall in self.stalls:
             if not 0 <= stall.from_s < stall.until_s < math.inf:
                 raise errors.ConfigError(f"{stall} ends before it begins, or never")
+        for slow in self.slowdowns:
+            known = slow.worker is None or 0 <= slow.worker < self.workers
+            if not (known and 0 < slow.factor < math.inf and 0 <= slow.from_s < slow.until_s):
+                raise errors.ConfigError(
+                    f"{slow} names no worker of 0..{self.workers - 1}, has no positive factor, or ends before it begins"
+                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +132,7 @@ class Result:
 
 
 def simulate(
-    profile: profile_lib.Profile,
+    profile: profile_lib.Profile | Sequence[profile_lib.Profile],
     policy: str | policies.Policy,
     trace: traces.Trace,
     *,
@@ -124,7 +142,8 @@ def simulate(
     """Serves a trace, and returns when the last query has an outcome.
 
     Args:
-      profile: where it has length buckets, a query whose length the trace does not know belongs to the longest.
+      profile: of every worker, or one for each. Where it has length buckets, a query whose length the trace does not know
+        belongs to the longest.
       policy: or the name of one, see `policies.create`.
       seed: of the latency noise.
 
@@ -134,7 +153,9 @@ def simulate(
     >>> result.attainment, round(result.mean_accuracy, 4)
     (1.0, 0.7382)
     """
-    return _Run(profile, policies.create(policy, profile), trace, cluster or Cluster(), seed).result()
+    cluster = cluster or Cluster()
+    profiles = profile_lib.of_workers(profile, cluster.workers)
+    return _Run(profiles, policies.create(policy, *profiles), trace, cluster, seed).result()
 
 
 class _Batch(NamedTuple):
@@ -144,22 +165,26 @@ class _Batch(NamedTuple):
     queries: list[int]
     start_s: float
     accuracy: float
+    profiled_ms: float
+    extra_ms: float  # that the device did not compute
 
 
 class _Run:
     """The state of one simulation. Events are heap entries (time, number, method, argument); numbers break ties."""
 
     def __init__(
-        self, profile: profile_lib.Profile, policy: policies.Policy, trace: traces.Trace, cluster: Cluster, seed: int
+        self, profiles: list[profile_lib.Profile], policy: policies.Policy, trace: traces.Trace, cluster: Cluster, seed: int
     ):
-        self.profile, self.policy, self.trace, self.cluster = profile, policy, trace, cluster
+        self.profiles, self.policy, self.trace, self.cluster = profiles, policy, trace, cluster
+        profile = profiles[0]  # shapes are those of all
+        self.fleet = drift.Fleet(profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
         self.max_batch = profile.max_batch
         self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
-        self.fastest_s = 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0]
+        self.fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
         self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
         self.deadlines: list[float] = trace.deadlines_s.tolist()
-        best = profile.rows[-1].accuracy
+        best = min(p.rows[-1].accuracy for p in profiles)
         if np.any(np.greater(trace.floors, best)):
             raise errors.AccuracyFloorError(f"a floor of {np.max(trace.floors)} is above the best subnet's {best}; lower it")
         self.floors: list[float] = np.broadcast_to(trace.floors, trace.arrivals_s.shape).tolist()
@@ -177,7 +202,6 @@ class _Run:
         self.running: list[_Batch | None] = [None] * cluster.workers
         self.last_subnet: list[Any] = [None] * cluster.workers
         self.outages = [0] * cluster.workers  # that a worker is in
-        self.alive = cluster.workers
         self.stalled_until_s = 0.0
         # Of the finished batches; flat lists, which the garbage collector need not walk through.
         self.answered: list[int] = []
@@ -245,16 +269,26 @@ class _Run:
                 return
         worker = self.idle.popleft()
         last = self.last_subnet[worker]
-        row, queries, loading_ms = dispatch.next_batch(
-            waiting, self.meter, self.policy, self.profile, now_s, workers=self.alive, last_subnet=last, worker=worker
+        pace = self.fleet.pace(worker)
+        row, queries, extra_ms = dispatch.next_batch(
+            waiting, self.meter, self.policy, self.profiles[worker], now_s, pace=pace, last_subnet=last, worker=worker
         )
-        latency_ms = row.latency_ms[self.padded[len(queries)]] * next(self.factors) + self.cluster.overhead_ms + loading_ms
+        profiled_ms = row.latency_ms[self.padded[len(queries)]]
+        latency_ms = profiled_ms * next(self.factors) * self.slowdown(worker, now_s) + self.cluster.overhead_ms
         if row.subnet != last:
-            latency_ms += self.cluster.actuation_ms
+            extra_ms += self.cluster.actuation_ms
             self.last_subnet[worker] = row.subnet
-        batch = _Batch(worker, queries, now_s, row.accuracy)
+        batch = _Batch(worker, queries, now_s, row.accuracy, profiled_ms, extra_ms)
         self.running[worker] = batch
-        self.at(now_s + 1e-3 * latency_ms, self.finish, batch)
+        self.at(now_s + 1e-3 * (latency_ms + extra_ms), self.finish, batch)
+
+    def slowdown(self, worker: int, now_s: float) -> float:
+        """By which batches that begin now on a worker take longer."""
+        factor = 1.0
+        for slow in self.cluster.slowdowns:
+            if slow.worker in (None, worker) and slow.from_s <= now_s < slow.until_s:
+                factor *= slow.factor
+        return factor
 
     def finish(self, now_s: float, batch: _Batch) -> None:
         if self.running[batch.worker] is not batch:
@@ -263,6 +297,7 @@ class _Run:
             self.at(self.stalled_until_s, self.finish, batch)
             return
         self.running[batch.worker] = None
+        self.fleet.observe(batch.worker, batch.profiled_ms, 1e3 * (now_s - batch.start_s) - batch.extra_ms)
         self.idle.append(batch.worker)
         self.answered += batch.queries
         self.sizes.append(len(batch.queries))
@@ -276,7 +311,7 @@ class _Run:
         self.outages[worker] += 1
         if self.outages[worker] > 1:
             return
-        self.alive -= 1
+        self.fleet.leave(worker)
         batch, self.running[worker], self.last_subnet[worker] = self.running[worker], None, None
         if batch is None:
             self.idle.remove(worker)
@@ -290,7 +325,7 @@ class _Run:
     def come_back(self, now_s: float, worker: int) -> None:
         self.outages[worker] -= 1
         if not self.outages[worker]:
-            self.alive += 1
+            self.fleet.come_back(worker)
             self.idle.append(worker)
 
     def result(self) -> Result:

@@ -22,7 +22,8 @@ class Pool(crew.Crew):
     that nobody holds any more can be collected and then closes.
 
     Args:
-      make_policy: makes the policy for a profile: that of all workers, and for one whose batches have to be smaller.
+      profiles: of each engine.
+      make_policy: makes the policy for a profile: of a worker, and of one whose batches have to be smaller.
       pause_s: how long a worker rests after a failure.
       For the others see `server.Server` and `server.Tuning`.
     """
@@ -30,7 +31,7 @@ class Pool(crew.Crew):
     def __init__(
         self,
         engines: Sequence[engine.Engine],
-        profile: Profile,
+        profiles: Sequence[Profile],
         make_policy: Callable[[Profile], policies.Policy],
         *,
         max_queue: int,
@@ -40,17 +41,28 @@ class Pool(crew.Crew):
         pause_s: float,
         stall_s: float,
         tune_runtime: bool,
+        follow_drift: bool,
         clock: Callable[[], float],
     ):
-        super().__init__(profile, make_policy, max_tries=max_tries, stall_s=stall_s, tune_runtime=tune_runtime, clock=clock)
+        super().__init__(
+            profiles[0],
+            make_policy,
+            max_tries=max_tries,
+            stall_s=stall_s,
+            tune_runtime=tune_runtime,
+            follow_drift=follow_drift,
+            clock=clock,
+        )
+        self._batch_sizes, self._has_lengths = profiles[0].batch_sizes, bool(profiles[0].shorter)  # as those of all
+        self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
         self._max_queue, self._expire = max_queue, expire
         self._max_failures, self._pause_s = max_failures, pause_s
-        self._fastest_s = 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0]
+        self._fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
         self._meter = queue.Meter()
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
-        for e in engines:
-            self.add(e)
+        for e, profile in zip(engines, profiles, strict=True):
+            self.add(e, profile)
         self._watchdog.start()
 
     # -- called by clients --------------------------------------------------------------------------------------------------
@@ -70,7 +82,7 @@ class Pool(crew.Crew):
                 )
             if queries:
                 first = queries[0]
-                lengths = [query.length for query in queries] if self._profile.shorter else ()
+                lengths = [query.length for query in queries] if self._has_lengths else ()
                 self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
                 self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
             self._locked_wake()
@@ -146,14 +158,14 @@ class Pool(crew.Crew):
                 worker.policy,
                 worker.profile,
                 now_s,
-                workers=self._alive,
+                pace=self._fleet.pace(worker.index),
                 last_subnet=worker.last_subnet,
                 worker=worker.index,
             )
         except Exception as error:
             _log.exception("the policy failed")
             self._last_error = error
-            return None, waiting.pop(self._profile.max_batch), error
+            return None, waiting.pop(self._batch_sizes[-1]), error
         finally:
             if retry is not None:
                 self._retries.taken(retry)
@@ -162,7 +174,8 @@ class Pool(crew.Crew):
 
     def _run(self, worker: crew.Worker, row: Row, batch: list[Query]) -> bool:
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
-        size = self._profile.batch_sizes[self._profile.batch_index(count)]
+        place = self._padded[count]
+        size = self._batch_sizes[place]
         start_s = self._clock()
         try:
             outputs = list(worker.engine.run(subnet, size, [query.inputs for query in batch]))
@@ -174,6 +187,8 @@ class Pool(crew.Crew):
         worker.failures = 0
         worker.batches += 1
         compute_ms = 1e3 * (finish_s - start_s)
+        if worker.present:  # else another may have its index by now
+            self._fleet.observe(worker.index, row.latency_ms[place], compute_ms)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
         make = futures.Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
@@ -189,7 +204,7 @@ class Pool(crew.Crew):
             "%s failed on a batch of %d: %r", worker.name, len(worker.batch), error, exc_info=error if fresh else None
         )
         inputs = [query.inputs for query in worker.batch]
-        too_large = retries.out_of_memory(error) and size > self._profile.batch_sizes[0]
+        too_large = retries.out_of_memory(error) and size > self._batch_sizes[0]
         with self._lock:
             self._failures += 1
             worker.failed += 1

@@ -11,13 +11,13 @@ from superserve_jax import profile as profile_lib
 from superserve_jax.serving.policies import slackfit
 from superserve_jax.serving.policies.base import Decision, Policy, State
 from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
-from superserve_jax.serving.policies.by_length import ByLength
+from superserve_jax.serving.policies.by_profile import ByProfile
 from superserve_jax.serving.policies.planner import Planner
 from superserve_jax.serving.policies.slackfit import SlackFit
 
 __all__ = [
     "NAMES",
-    "ByLength",
+    "ByProfile",
     "Decision",
     "Fixed",
     "LeastAccurate",
@@ -48,9 +48,9 @@ NAMES = tuple(_FACTORIES)
 loads a subnet for so many milliseconds before it runs it."""
 
 
-def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
-    """The policy of a name, built for `profile`, and where that has several length buckets, for each of them (`ByLength`); a
-    callable is returned as it is.
+def create(policy: str | Policy, *profiles: profile_lib.Profile) -> Policy:
+    """The policy of a name, built for a profile; for each, where the workers have several or they have several length buckets
+    (`ByProfile`). A callable is returned as it is.
 
     Raises UnknownNameError for a name that is not known, ConfigError for a subnet that the profile does not have.
 
@@ -61,8 +61,9 @@ def create(policy: str | Policy, profile: profile_lib.Profile) -> Policy:
     """
     if callable(policy):
         return policy
-    if profile.shorter:
-        return ByLength(functools.partial(create, policy), profile)
+    profile = profiles[0]
+    if profile.shorter or any(other is not profile for other in profiles):
+        return ByProfile(functools.partial(create, policy), *profiles)
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
     kind, _, index = str(policy).partition(":")

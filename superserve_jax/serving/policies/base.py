@@ -1,11 +1,15 @@
 """What a policy is asked, what it answers, and the look-up table that the policies share. No jax.
 
 With length buckets a policy is asked with the profile at the head's, and what it is told about the traffic is in units of it.
+Where workers have profiles of their own, it is asked with that of the worker that is free. Of a worker that is slower than its
+profile of late, all times and rates are in units of its profile, as though time ran faster (see `drift`).
 """
 
 import bisect
+import itertools
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from superserve_jax import profile as profile_lib
@@ -21,7 +25,8 @@ class State(NamedTuple):
       waiting: number of queries in the queue, at least 1; with length buckets, of those that are no longer than the head's.
       floors: the lowest accuracy that each of the first waiting queries accepts, in the queue's order, up to the largest
         batch; empty where none of them has a floor.
-      workers: number of live workers, the asking one counted.
+      workers: number of live workers, the asking one counted; where they are not equally fast, what they carry together over
+        what the asking one does, which need not be a whole number.
       last_subnet: what the asking worker ran last, None if nothing yet.
       late: how many of `waiting` have stepped back because they could not be met (`Decision.defer_ms`).
       rate_qps, variance_qps: of late, mean and variance per second of the number of arrivals (see `queue.Meter`); the
@@ -37,7 +42,7 @@ class State(NamedTuple):
     slack_ms: float
     waiting: int
     floors: tuple[float, ...] = ()
-    workers: int = 1
+    workers: float = 1
     last_subnet: Subnet | None = None
     late: int = 0
     rate_qps: float = 0.0
@@ -67,10 +72,19 @@ Policy = Callable[[profile_lib.Profile, State], Decision]
 and hold tables of it; they do not look at the profile they are passed."""
 
 
+_NEIGHBOURS = 9  # cells next to one another in latency, whose spread is taken together
+
+
 class Table:
     """Latencies of the Pareto-optimal subnets, ascending along both axes, so that every choice is a bisection.
 
     A subnet is named by its rank in accuracy, a batch by its index in `sizes`.
+
+    Attributes:
+      rows, columns: median latencies, of each subnet and of each size.
+      tails: by size, latencies that one batch in a hundred exceeds. A 99th percentile out of some tens of calls is nearly
+        their maximum, and one disturbance decides it; so each cell's is its median times the middle one of the ratios of
+        the nine cells around it in the order of their latencies. Where none was measured, the medians.
 
     >>> from superserve_jax.serving import reference
     >>> table = Table(reference.paper_profile())
@@ -85,6 +99,8 @@ class Table:
         self.accuracies = tuple(r.accuracy for r in rows)
         self.rows = tuple(r.latency_ms for r in rows)
         self.columns = tuple(zip(*self.rows, strict=True))
+        spread = _spreads([cell for r in rows for cell in zip(r.latency_ms, r.p99_ms, strict=True)])
+        self.tails = tuple(tuple(itertools.accumulate((ms * spread[ms] for ms in column), max)) for column in self.columns)
 
     def most_accurate(self, size: int, budget_ms: float) -> int:
         """The most accurate subnet that does a batch within the budget; -1 where none does."""
@@ -97,3 +113,12 @@ class Table:
     def above(self, floor: float) -> int:
         """The least accurate subnet that meets a floor; the most accurate where none does."""
         return min(bisect.bisect_left(self.accuracies, floor), len(self.accuracies) - 1)
+
+
+def _spreads(cells: Sequence[tuple[float, float]]) -> dict[float, float]:
+    """99th percentile over median at each latency, out of cells of median and 99th percentile."""
+    ordered = sorted(cells)
+    spreads = [p99 / ms for ms, p99 in ordered]
+    window = min(_NEIGHBOURS, len(spreads))
+    starts = (min(max(i - window // 2, 0), len(spreads) - window) for i in range(len(spreads)))
+    return {ms: statistics.median(spreads[i : i + window]) for (ms, _), i in zip(ordered, starts, strict=True)}

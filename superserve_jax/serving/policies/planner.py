@@ -49,12 +49,13 @@ class Planner:
 
     def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
         """See `base.Policy`."""
-        holds = self._from_s <= state.now_s < self._until_s and state.workers == self._workers
+        workers = max(round(state.workers), 1)
+        holds = self._from_s <= state.now_s < self._until_s and workers == self._workers
         if not holds and state.rate_qps:
-            self._plan = self.plan(state.rate_qps, workers=state.workers, slo_ms=state.slo_ms)
+            self._plan = self.plan(state.rate_qps, workers=workers, slo_ms=state.slo_ms)
             # The first rests on a glimpse of the traffic.
             lasts_s = self.period_s if self._workers else min(self.period_s, 1.0)
-            self._from_s, self._until_s, self._workers = state.now_s, state.now_s + lasts_s, state.workers
+            self._from_s, self._until_s, self._workers = state.now_s, state.now_s + lasts_s, workers
         return self._fixed[self._plan[state.worker % len(self._plan)]](profile, state)
 
     def plan(self, rate_qps: float, *, workers: int, slo_ms: float) -> tuple[Subnet, ...]:

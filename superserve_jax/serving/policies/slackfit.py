@@ -24,9 +24,11 @@ class SlackFit:
        rather than 16 padded by 4: the other 4 have time for the next free worker.
     2. Subnet: the most accurate that needs no more than the slack, less `reserve` of it, less `foresight` of the rest; out of
        those on the concave hull of accuracy over latency, since off the hull a mixture of two others is as fast and more
-       accurate. The reserve is for jitter. The rest makes the policy feel a burst when it arrives, not when its first query
-       has grown old. Nor may the subnet need more than the shortest SLO seen lately, less the reserve: a query with
-       that SLO may come at any moment, and would find all workers busy for longer than it can wait.
+       accurate. The reserve is for jitter; where the profile holds a spread that asks for more, more is kept, so that one
+       batch in a hundred exceeds the slack less that share of the rest (`base.Table.tails`). The rest makes the policy feel
+       a burst when it arrives, not when its first query has grown old. Nor may the subnet need more than the shortest SLO
+       seen lately, less the reserve: a query with that SLO may come at any moment, and would find all workers busy for
+       longer than it can wait.
     3. Risk: but the fastest subnet, if between its latency and the slack there is less time than the rest takes, or less than
        a *buffer*, without which even the fastest subnet would fall behind too often. With arrivals of mean m and variance
        v per second and a capacity of c queries per second, its backlog exceeds x queries with a probability of about
@@ -111,7 +113,12 @@ class SlackFit:
         )
         # What one query costs a worker at that throughput.
         self._query_ms = min(ms / b for b, ms in zip(table.sizes, fastest, strict=True))
-        self._hulls = tuple(_hull(column, table.accuracies) for column in table.columns)
+        hulls = [_hull(column, table.accuracies) for column in table.columns]
+        # For each size the subnets on the hull: their latencies, what one batch in a hundred exceeds, their ranks.
+        self._hulls = tuple(
+            ([column[r] for r in ranks], [tail[r] for r in ranks], ranks)
+            for column, tail, ranks in zip(table.columns, table.tails, hulls, strict=True)
+        )
 
     def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
         """See `base.Policy`."""
@@ -124,12 +131,15 @@ class SlackFit:
         table, queries = self._table, min(state.waiting, self._table.sizes[-1])
         size = self._size[queries]
         rest_ms = self._rest_ms(state, size)
-        budget_ms = min(self._usable * state.slack_ms - self._foresight * rest_ms, self._usable * state.slo_ms)
+        ahead_ms = self._foresight * rest_ms
+        budget_ms = min(self._usable * state.slack_ms - ahead_ms, self._usable * state.slo_ms)
+        tail_ms = min(state.slack_ms - ahead_ms, state.slo_ms)
         if state.late or state.slack_ms - table.rows[0][size] < max(rest_ms, self._buffer_ms(state)):
             budget_ms = -math.inf
-        latencies, ranks = self._hulls[size]
+        latencies, tails, ranks = self._hulls[size]
         least = table.above(state.floors[0]) if state.floors else 0
-        rank = max(ranks[max(bisect.bisect_right(latencies, budget_ms) - 1, 0)], least)
+        fitting = min(bisect.bisect_right(latencies, budget_ms), bisect.bisect_right(tails, tail_ms))
+        rank = max(ranks[max(fitting - 1, 0)], least)
         if table.columns[size][rank] <= budget_ms:
             return base.Decision(table.subnets[rank], min(table.sizes[size], queries))
         if least:
@@ -177,8 +187,8 @@ def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple
     return [ms for ms, _, _ in tuples], [base.Decision(table.subnets[rank], table.sizes[size]) for _, size, rank in tuples]
 
 
-def _hull(latencies: Sequence[float], accuracies: Sequence[float]) -> tuple[list[float], list[int]]:
-    """The latencies and the ranks of the subnets on the upper concave hull of accuracy over latency, in ascending order."""
+def _hull(latencies: Sequence[float], accuracies: Sequence[float]) -> list[int]:
+    """The ranks of the subnets on the upper concave hull of accuracy over latency, in ascending order."""
     hull: list[int] = []
     for rank, (x, y) in enumerate(zip(latencies, accuracies, strict=True)):
         while len(hull) >= 2:
@@ -187,4 +197,4 @@ def _hull(latencies: Sequence[float], accuracies: Sequence[float]) -> tuple[list
                 break
             hull.pop()
         hull.append(rank)
-    return [latencies[rank] for rank in hull], hull
+    return hull
