@@ -166,7 +166,7 @@ def test_the_guarded_policy_is_late_only_where_neither_its_batch_nor_a_smaller_o
     decision = policies.SlackFit(profile)(profile, state)
     in_time = [i for i in range(drain + 1) if needs_ms(i) <= state.slack_ms]
     if not in_time:
-        assert decision == policies.Decision(profile.rows[0].subnet, min(sizes[drain], queries), fastest[drain])
+        assert decision == policies.Decision(profile.rows[0].subnet, min(sizes[drain], queries), fastest[drain], reason="lost")
         return
     assert profile.latency_ms(decision.subnet, decision.batch) <= state.slack_ms
     assert decision.defer_ms == -math.inf

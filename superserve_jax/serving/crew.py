@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.serving import drift, engine, padding, policies, retries, runtime
+from superserve_jax.serving import drift, engine, padding, policies, retries, runtime, telemetry
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
@@ -45,6 +45,7 @@ class Worker:
     alive: bool = True
     present: bool = True
     gone: Literal["", "left", "abandoned", "removed"] = ""
+    answered: tuple[Any, ...] = ()  # what `telemetry.Counters.add` is to be told of its last batch
     batches: int = 0  # answered
     failed: int = 0  # batches
     failures: int = 0  # in a row for which it is to blame
@@ -89,6 +90,8 @@ class Crew:
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
         self._queue = padding.make_queue(profile)
         self._retries = retries.Retries(profile, max_tries=max_tries)
+        self._counters = telemetry.Counters(profile)
+        self._opened_s = clock()
         self._workers: list[Worker] = []
         self._alive = self._abandoned = self._failures = 0
         self._last_error: BaseException | None = None
@@ -181,18 +184,38 @@ class Crew:
         """See `Server.health`."""
         self._check_process()
         with self._lock:
+            return self._locked_health(self._clock())
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Server.snapshot`."""
+        self._check_process()
+        with self._lock:
             now_s = self._clock()
-            return {
-                "workers": len(self._workers),
-                "alive": self._alive,
-                "abandoned": self._abandoned,
-                "failures": self._failures,
-                "last_error": None if self._last_error is None else repr(self._last_error),
-                "waiting": len(self._queue) + self._retries.waiting(),
-                "running": sum(len(w.batch) for w in self._workers if w.present),
-                "closed": self._closing.is_set(),
-                "per_worker": [w.health(now_s, self._fleet) for w in self._workers],
-            }
+            health = self._locked_health(now_s)
+            counted = self._counters.snapshot(unanswered=health["waiting"] + health["running"])
+            waiting = self._queue.items() + self._retries.items()
+        oldest_s = min((query.submitted_s for query in waiting if not query.done()), default=now_s)
+        return {
+            "uptime_s": now_s - self._opened_s,
+            "waiting": health["waiting"],
+            "running": health["running"],
+            "oldest_wait_s": now_s - oldest_s,
+            **counted,
+            "workers": health["per_worker"],
+        }
+
+    def _locked_health(self, now_s: float) -> dict[str, Any]:
+        return {
+            "workers": len(self._workers),
+            "alive": self._alive,
+            "abandoned": self._abandoned,
+            "failures": self._failures,
+            "last_error": None if self._last_error is None else repr(self._last_error),
+            "waiting": len(self._queue) + self._retries.waiting(),
+            "running": sum(len(w.batch) for w in self._workers if w.present),
+            "closed": self._closing.is_set(),
+            "per_worker": [w.health(now_s, self._fleet) for w in self._workers],
+        }
 
     # -- leaving ------------------------------------------------------------------------------------------------------------
 
@@ -233,12 +256,17 @@ class Crew:
     ) -> list[tuple[Query, errors.SuperServeError]]:
         """Takes the worker's batch, which failed, from it. Returns the queries that are given up, and why."""
         batch, worker.batch = worker.batch, ()
+        live = sum(not query.done() for query in batch)
         hopeless = self._retries.failed(batch, worker.retry, worker.index, now_s=self._clock(), workers=self._alive, hung=hung)
+        self._counters.failed += len(hopeless)
+        self._counters.requeued += live - len(hopeless)
         return [(query, retries.inference_error(query, worker.name, why, error)) for query, why in hopeless]
 
     def _locked_drain(self) -> list[Query]:
-        """Takes everything that waits."""
-        return [*self._queue.drain(), *self._retries.drain()]
+        """Takes everything that waits, to be failed."""
+        waiting = [query for query in (*self._queue.drain(), *self._retries.drain()) if not query.done()]
+        self._counters.failed += len(waiting)
+        return waiting
 
     def _wait_until_left(self, timeout_s: float | None) -> bool:
         with self._lock:

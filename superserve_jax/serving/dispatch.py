@@ -25,10 +25,10 @@ def next_batch(
     pace: drift.Pace,
     last_subnet: Subnet | None,
     worker: int,
-) -> tuple[Row, list[Any], float]:
-    """The row to run, its batch, taken from the queue, and the milliseconds for which its subnet is loaded before.
+) -> tuple[Row, list[Any], float, str]:
+    """The row to run, its batch, taken from the queue, the milliseconds for which its subnet is loaded before, and the reason.
 
-    The row is of the profile at the batch's length bucket.
+    The row is of the profile at the batch's length bucket, the reason one of `policies.REASONS` or the policy's own.
 
     Args:
       waiting: the queue, not empty.
@@ -51,7 +51,7 @@ def next_batch(
             table = profile.at_length(length) if length else profile
             max_batch = table.batch_sizes[-1]
             state = _state(waiting, meter, max_batch, now_s, pace=pace, last_subnet=last_subnet, worker=worker)
-            row, size, loading_ms, lost_ms = _decide(policy, table, state)
+            chosen, size, loading_ms, lost_ms, reason = _decide(policy, table, state)
             defer_before_s = -math.inf
             if lost_ms > -math.inf:
                 # What is lost to this worker is not lost as long as the fastest can save it, and is left to that one.
@@ -68,21 +68,23 @@ def next_batch(
                     if waiting.head_length != length:
                         continue  # the decision was for a head that has stepped back, and there is one of another length
             size = min(size, max_batch, state.waiting)
-            row, items = queue.take(waiting, table, row, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
-            return row, items, loading_ms if loading_ms and row.subnet != last_subnet else 0.0  # comparing subnets takes long
+            row, items = queue.take(waiting, table, chosen, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
+            if loading_ms and row.subnet == last_subnet:  # comparing subnets takes long
+                loading_ms = 0.0
+            return row, items, loading_ms, reason if row is chosen else "floor"
     finally:
         if aside:
             waiting.put_back(aside)
 
 
-def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> tuple[Row, int, float, float]:
-    """Row, batch size and the milliseconds of the policy's decision: of loading, and of slack below which a query is lost."""
+def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> tuple[Row, int, float, float, str]:
+    """Row, batch size, the milliseconds of loading and of slack below which a query is lost, and the policy's reason."""
     try:
         decision = policy(table, state)
         row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
         if size < 1:
             raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        return row, size, decision.loading_ms, decision.defer_ms
+        return row, size, decision.loading_ms, decision.defer_ms, decision.reason
     except Exception as error:
         error.add_note(f"the policy was asked in {state!r}")
         raise

@@ -218,6 +218,10 @@ class LengthQueue(queue.DeadlineQueue):
         """Work of the items with deadlines up to a time, but for the deferred, in queries of the head's length bucket."""
         return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.work_ms
 
+    def items(self) -> list[Any]:
+        """Every item, left in place, in no order."""
+        return [item for q in self._queues for item in q.items()]
+
     def drain(self) -> list[Any]:
         """Takes every item."""
         self._place = None

@@ -180,6 +180,10 @@ class DeadlineQueue:
         entries = itertools.chain(heapq.merge(self._fifo, reversed(self._early)), self._deferred)
         return tuple(entry[2] for entry in itertools.islice(entries, n))
 
+    def items(self) -> list[Any]:
+        """Every item, left in place, in no order."""
+        return [entry[3] for entry in itertools.chain(self._fifo, self._early, self._deferred)]
+
     def drain(self) -> list[Any]:
         """Takes every item."""
         return self.pop(len(self))

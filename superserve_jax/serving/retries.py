@@ -52,6 +52,10 @@ class Retries:
         """Number of queries."""
         return sum(len(group.waiting) for group in self.groups)
 
+    def items(self) -> list[Query]:
+        """Every query, left in place."""
+        return [query for group in self.groups for query in group.waiting.items()]
+
     def find(self, worker: int, *, workers: int) -> Retry | None:
         """The first that a worker may run: none that it failed on itself, unless it is the only one of `workers`."""
         for group in self.groups:

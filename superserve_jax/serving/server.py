@@ -347,6 +347,29 @@ class Server:
         """
         return self._pool.health()
 
+    def snapshot(self) -> dict[str, Any]:
+        """What the server has done since it was opened, and what it holds now, at one moment, as plain values for `json.dump`.
+
+        `uptime_s`; queries `waiting` and `running` now, and `oldest_wait_s`, how long the one that has waited longest has
+        (0 where none waits). What follows counts from the opening on:
+
+        - `queries`: those that `arrived`, whatever became of them; `met`, answered by the deadline; `late`, answered after it;
+          `expired`, dropped with `expire`; `failed`, answered with another error; `cancelled`, as soon as the server has let
+          go of them; `refused`, not admitted. The last six, `waiting` and `running` sum to the first. `requeued` is how often
+          one was put back since its batch had failed. Queries that are wrong (their shape, say) are counted nowhere.
+        - `subnets`: of each that ran, by its position in the profile, a dict of its `accuracy`, `batches`, queries `met` and
+          `late`, and `busy_s`, the time its batches took.
+        - `batch_sizes`, `reasons`: batches by number of queries, from 1 to the largest, and by why the policy chose as it did
+          (see `policies.REASONS`).
+        - `latency_s`, from submit until the answer, and `wait_s`, until the batch started, of the queries that were
+          answered; and `slack_s`, until the first query of a batch was due when it started, 0 where it was late already: each
+          a histogram with `edges`, the upper ones of its buckets, `counts`, one more than edges, and `sum`.
+        - `workers`: `health()["per_worker"]`.
+
+        A batch is counted as a whole once all of its queries have been answered and their done-callbacks have run.
+        """
+        return self._pool.snapshot()
+
 
 def _spec(e: engine.Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
     """What inputs an engine takes."""

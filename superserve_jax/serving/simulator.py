@@ -270,7 +270,7 @@ class _Run:
         worker = self.idle.popleft()
         last = self.last_subnet[worker]
         pace = self.fleet.pace(worker)
-        row, queries, extra_ms = dispatch.next_batch(
+        row, queries, extra_ms, _ = dispatch.next_batch(
             waiting, self.meter, self.policy, self.profiles[worker], now_s, pace=pace, last_subnet=last, worker=worker
         )
         profiled_ms = row.latency_ms[self.padded[len(queries)]]

@@ -71,6 +71,7 @@ class Pool(crew.Crew):
         """Queues all of `queries`, which share deadline and floor, or raises and queues none."""
         self._check_process()
         with self._lock:
+            self._counters.arrived += len(queries)
             if self._closing.is_set():
                 raise errors.ServerClosedError("the server is closed and takes no queries; open a new one")
             if not self._alive:
@@ -85,6 +86,7 @@ class Pool(crew.Crew):
                 lengths = [query.length for query in queries] if self._has_lengths else ()
                 self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
                 self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
+            self._counters.admitted += len(queries)
             self._locked_wake()
 
     # -- the worker threads -------------------------------------------------------------------------------------------------
@@ -108,6 +110,9 @@ class Pool(crew.Crew):
         """Waits for one batch, runs it and answers it. False when the worker is to leave."""
         with self._lock:
             worker.batch = ()
+            if worker.answered:  # counted only now, since the lock would be taken once more for it
+                self._counters.add(worker.answered)
+                worker.answered = ()
             while worker.alive and not (retry := self._locked_retry(worker)) and not len(self._queue):
                 if self._closing.is_set():
                     return False
@@ -120,8 +125,9 @@ class Pool(crew.Crew):
             worker.retry = retry
             now_s = self._clock()
             expired = self._locked_prune(now_s)
-            row, batch, error = self._locked_decide(worker, now_s)
+            row, batch, reason, error = self._locked_decide(worker, now_s)
             worker.batch, worker.started_s = batch, now_s
+            self._counters.expired += len(expired)
             self._locked_wake()
         for query in expired:
             query.set_exception(
@@ -134,7 +140,7 @@ class Pool(crew.Crew):
             for query in batch:
                 query.set_exception(retries.caused(errors.InferenceError(f"the policy failed: {error!r}; mend it"), error))
             return True
-        return not batch or self._run(worker, row, batch)
+        return not batch or self._run(worker, row, batch, reason)
 
     def _locked_prune(self, now_s: float) -> list[Query]:
         """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
@@ -145,14 +151,14 @@ class Pool(crew.Crew):
             self._queue.pop(1)
         return [query for query in expired if not query.done()]
 
-    def _locked_decide(self, worker: crew.Worker, now_s: float) -> tuple[Row | None, list[Query], BaseException | None]:
-        """The row to run and the batch; where the policy failed, no row, the batch that suffers, and the error."""
+    def _locked_decide(self, worker: crew.Worker, now_s: float) -> tuple[Row | None, list[Query], str, BaseException | None]:
+        """The row to run, the batch, and why; where the policy failed, no row, the batch that suffers, and the error."""
         retry = worker.retry
         waiting, meter = (self._queue, self._meter) if retry is None else (retry.waiting, retry.meter)
         if not len(waiting):
-            return None, [], None
+            return None, [], "", None
         try:
-            row, batch, _ = dispatch.next_batch(
+            row, batch, _, reason = dispatch.next_batch(
                 waiting,
                 meter,
                 worker.policy,
@@ -165,14 +171,16 @@ class Pool(crew.Crew):
         except Exception as error:
             _log.exception("the policy failed")
             self._last_error = error
-            return None, waiting.pop(self._batch_sizes[-1]), error
+            batch = [query for query in waiting.pop(self._batch_sizes[-1]) if not query.done()]
+            self._counters.failed += len(batch)
+            return None, batch, "", error
         finally:
             if retry is not None:
                 self._retries.taken(retry)
         worker.last_subnet = row.subnet
-        return row, [query for query in batch if not query.done()], None
+        return row, [query for query in batch if not query.done()], reason, None
 
-    def _run(self, worker: crew.Worker, row: Row, batch: list[Query]) -> bool:
+    def _run(self, worker: crew.Worker, row: Row, batch: list[Query], reason: str) -> bool:
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
         place = self._padded[count]
         size = self._batch_sizes[place]
@@ -190,11 +198,21 @@ class Pool(crew.Crew):
         if worker.present:  # else another may have its index by now
             self._fleet.observe(worker.index, row.latency_ms[place], compute_ms)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
+        # As much as can be is done before the first answer, after which its client wants the interpreter, too.
+        slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
+        late, turned_away = 0, []
         make = futures.Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
             queue_ms = 1e3 * (start_s - query.submitted_s)
             met_slo = finish_s <= query.deadline_s
-            query.set_result(make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count)))
+            reply = make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count))
+            if not query.set_result(reply):
+                turned_away.append(query)
+            elif not met_slo:
+                late += 1
+        if turned_away:
+            submitted_s = [query.submitted_s for query in batch if query not in turned_away]
+        worker.answered = (subnet, count, submitted_s, late, start_s, finish_s, slack_s, reason)
         return True
 
     def _failed(self, worker: crew.Worker, row: Row, size: int, error: BaseException) -> bool:
@@ -232,6 +250,7 @@ class Pool(crew.Crew):
         worker.profile = retries.at_most(worker.profile, size // 2)
         worker.policy = self._make_policy(worker.profile)
         batch, worker.batch = worker.batch, ()
+        self._counters.requeued += len(batch)
         if worker.retry is not None:
             self._retries.give_back(batch, worker.retry, worker.index)
             return

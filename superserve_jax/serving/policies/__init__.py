@@ -9,7 +9,7 @@ from collections.abc import Callable
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.serving.policies import slackfit
-from superserve_jax.serving.policies.base import Decision, Policy, State
+from superserve_jax.serving.policies.base import REASONS, Decision, Policy, State
 from superserve_jax.serving.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
 from superserve_jax.serving.policies.by_profile import ByProfile
 from superserve_jax.serving.policies.planner import Planner
@@ -17,6 +17,7 @@ from superserve_jax.serving.policies.slackfit import SlackFit
 
 __all__ = [
     "NAMES",
+    "REASONS",
     "ByProfile",
     "Decision",
     "Fixed",

@@ -59,12 +59,27 @@ class Decision(NamedTuple):
       defer_ms: queries with less slack than this first step back behind all the others, for good; by default none does.
       loading_ms: what the batch takes longer if its subnet is not what the worker ran last, and is loaded first. Only the
         simulator spends it.
+      reason: a word for why, for the server's counters: one of `REASONS` or your own; empty where nobody says.
     """
 
     subnet: Subnet
     batch: int
     defer_ms: float = -math.inf
     loading_ms: float = 0.0
+    reason: str = ""
+
+
+REASONS = {
+    "best": "the most accurate subnet: there is time for it",
+    "slack": "the most accurate subnet for which there is time",
+    "late": "the fastest subnet, since late queries wait",
+    "risk": "the fastest subnet, since a burst could make others late",
+    "guard": "the fastest subnet: there is no time for another",
+    "short": "the fastest subnet and fewer queries: else the first would be late",
+    "lost": "no choice saves the first query",
+    "floor": "the first query asks for more accuracy than the policy's choice has",
+}
+"""Why a batch was dispatched as it was, as the policies of this package say; "floor" is said by `dispatch`."""
 
 
 Policy = Callable[[profile_lib.Profile, State], Decision]

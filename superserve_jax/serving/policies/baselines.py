@@ -33,7 +33,9 @@ class Fixed:
         self.name = f"fixed:{profile.rows.index(row)}"
         self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
         # One decision per batch size, and at index -1, for a head that is lost, the largest once more.
-        self._decisions = tuple(base.Decision(subnet, b) for b in profile.batch_sizes)
+        sizes = (*profile.batch_sizes, profile.max_batch)
+        reasons = (*("slack" for _ in profile.batch_sizes), "lost")
+        self._decisions = tuple(base.Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
 
     def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
         """See `base.Policy`."""
@@ -68,8 +70,8 @@ class MaxAcc:
         table = self._table
         rank = table.most_accurate(0, state.slack_ms)
         if rank < 0:
-            return base.Decision(table.subnets[0], table.sizes[-1])
-        return base.Decision(table.subnets[rank], table.sizes[table.largest_batch(rank, state.slack_ms)])
+            return base.Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        return base.Decision(table.subnets[rank], table.sizes[table.largest_batch(rank, state.slack_ms)], reason="slack")
 
 
 class MaxBatch:
@@ -93,8 +95,8 @@ class MaxBatch:
         table = self._table
         size = table.largest_batch(0, state.slack_ms)
         if size < 0:
-            return base.Decision(table.subnets[0], table.sizes[-1])
-        return base.Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size])
+            return base.Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        return base.Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size], reason="slack")
 
 
 class Switching:

@@ -133,30 +133,33 @@ class SlackFit:
         rest_ms = self._rest_ms(state, size)
         ahead_ms = self._foresight * rest_ms
         budget_ms = min(self._usable * state.slack_ms - ahead_ms, self._usable * state.slo_ms)
+        why = "guard"
         tail_ms = min(state.slack_ms - ahead_ms, state.slo_ms)
         if state.late or state.slack_ms - table.rows[0][size] < max(rest_ms, self._buffer_ms(state)):
-            budget_ms = -math.inf
+            budget_ms, why = -math.inf, "late" if state.late else "risk"
         latencies, tails, ranks = self._hulls[size]
         least = table.above(state.floors[0]) if state.floors else 0
         fitting = min(bisect.bisect_right(latencies, budget_ms), bisect.bisect_right(tails, tail_ms))
         rank = max(ranks[max(fitting - 1, 0)], least)
         if table.columns[size][rank] <= budget_ms:
-            return base.Decision(table.subnets[rank], min(table.sizes[size], queries))
+            why = "best" if rank == ranks[-1] else "slack"
+            return base.Decision(table.subnets[rank], min(table.sizes[size], queries), reason=why)
         if least:
             alike = itertools.takewhile(lambda floor: table.above(floor) >= least, state.floors[:queries])
             queries = sum(1 for _ in alike)
-        return self._fastest(state, least, queries)
+        return self._fastest(state, least, queries, why)
 
-    def _fastest(self, state: base.State, rank: int, queries: int) -> base.Decision:
-        """The guard: what the fastest subnet that will do takes of the first `queries`."""
+    def _fastest(self, state: base.State, rank: int, queries: int, why: str) -> base.Decision:
+        """The guard: what the fastest subnet that will do takes of the first `queries`, and why it is that subnet."""
         table, drain = self._table, self._size[queries]
         for size in range(drain, -1, -1):
             limit_ms = state.slack_ms if size == drain else state.slack_ms - self._rest_ms(state, size)
             if table.columns[size][rank] <= limit_ms:
-                return base.Decision(table.subnets[rank], min(table.sizes[size], queries))
+                why = why if size == drain else "short"
+                return base.Decision(table.subnets[rank], min(table.sizes[size], queries), reason=why)
         # Late are those that the fastest subnet of all does not save; a floor of the head must not make others late.
         late_ms = table.rows[0][drain] if self._defer else -math.inf
-        return base.Decision(table.subnets[rank], min(table.sizes[drain], queries), late_ms)
+        return base.Decision(table.subnets[rank], min(table.sizes[drain], queries), late_ms, reason="lost")
 
     def _rest_ms(self, state: base.State, size: int) -> float:
         waiting = state.waiting if state.near is None else state.near
@@ -184,7 +187,8 @@ def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple
             best[i] = (size, rank)  # they come in ascending order
     kept = sorted({(table.rows[rank][size], size, rank) for size, rank in filter(None, best)})
     tuples = [(-math.inf, len(table.sizes) - 1, 0), *kept]
-    return [ms for ms, _, _ in tuples], [base.Decision(table.subnets[rank], table.sizes[size]) for _, size, rank in tuples]
+    lost, *decisions = (base.Decision(table.subnets[rank], table.sizes[size], reason="slack") for _, size, rank in tuples)
+    return [ms for ms, _, _ in tuples], [lost._replace(reason="lost"), *decisions]
 
 
 def _hull(latencies: Sequence[float], accuracies: Sequence[float]) -> list[int]:

@@ -1,0 +1,168 @@
+"""What a server has done so far: queries by outcome, batches by subnet, size and reason, and histograms of times. No jax.
+
+Everything is counted under the pool's lock, where that is held anyway: arrivals by the client that submits, a batch by its
+worker when it comes for the next one. So nothing takes a lock of its own, a query costs a share of its batch and hardly more,
+and a snapshot is of one moment: whatever has arrived waits, runs, or is counted under its outcome.
+"""
+
+import bisect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from superserve_jax.profile import Profile
+from superserve_jax.subnet import Subnet
+
+EDGES_S = tuple(float(f"{step}e{power}") for power in range(-4, 1) for step in ("1", "1.6", "2.5", "4", "6.3"))
+"""Upper edges of the buckets of times, in seconds: five to a decade, from 0.1 ms to 6.3 s."""
+
+
+Batch = tuple[Subnet, int, list[float], int, float, float, float, str]
+"""A batch that has been answered; a named tuple would take longer to make than all else that it costs the worker:
+
+- the subnet that ran, and the number of queries, not padded;
+- when each query was submitted, of those that took the answer, which one that had been cancelled did not;
+- how many of these were answered after their deadline;
+- when the engine began and when it was done, and at the beginning how much time was left to the first query's deadline;
+- `policies.Decision.reason`.
+
+All times in seconds.
+"""
+
+_PENDING = 32  # batches that are counted together; the lock is held for 40 us meanwhile
+
+
+class Histogram:
+    """How many times lie in each bucket: the first holds those up to the first edge, the last those above all edges.
+
+    >>> h = Histogram((1.0, 10.0))
+    >>> h.add(7.0), h.add_since([20.0, 21.0, 29.5], 30.0, 70.5)
+    (None, None)
+    >>> h.snapshot()
+    {'edges': [1.0, 10.0], 'counts': [1, 3, 0], 'sum': 26.5}
+    """
+
+    __slots__ = ("_edges", "counts", "total")
+
+    def __init__(self, edges: Iterable[float]):
+        self._edges = (*edges, float("inf"))
+        self.counts = [0] * len(self._edges)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Adds one time."""
+        self.counts[bisect.bisect_left(self._edges, value)] += 1
+        self.total += value
+
+    def add_since(self, starts_s: Sequence[float], end_s: float, sum_s: float) -> None:
+        """Adds the times from each of `starts_s` until `end_s`. O(log n) for each bucket that they fall into.
+
+        Args:
+          starts_s: at least one; they ascend.
+          sum_s: of `starts_s`.
+        """
+        edges, counts, count = self._edges, self.counts, len(starts_s)
+        self.total += count * end_s - sum_s
+        bucket, i = bisect.bisect_left(edges, end_s - starts_s[0]), 0
+        while bucket and end_s - starts_s[-1] <= edges[bucket - 1]:  # as a rule all times of a batch are in one bucket
+            shorter = bisect.bisect_left(starts_s, -edges[bucket - 1], i, key=lambda start_s: start_s - end_s)
+            counts[bucket] += shorter - i
+            bucket, i = bucket - 1, shorter
+        counts[bucket] += count - i
+
+    def snapshot(self) -> dict[str, Any]:
+        """`edges`, the upper ones, included in their buckets; `counts`, one more; and the `sum` of all times."""
+        return {"edges": list(self._edges[:-1]), "counts": list(self.counts), "sum": self.total}
+
+
+class Counters:
+    """The counters of one server since it was opened; none ever falls. Not thread-safe: the caller holds the pool's lock.
+
+    Attributes:
+      arrived, admitted: queries that were submitted, and of those the ones that were not refused.
+      expired: dropped, since they could no longer be met.
+      failed: answered with another error.
+      requeued: put back after their batch had failed; a query counts each time.
+    """
+
+    __slots__ = (
+        *("_by_reason", "_by_size", "_by_subnet", "_cancelled", "_latency", "_pending", "_profile", "_slack", "_wait"),
+        *("admitted", "arrived", "expired", "failed", "requeued"),
+    )
+
+    def __init__(self, profile: Profile):
+        self._profile = profile
+        self._pending: list[Batch] = []
+        self.arrived = self.admitted = self.expired = self.failed = self.requeued = self._cancelled = 0
+        # Of each subnet: batches, queries answered, of those the late ones, and the seconds that its batches took.
+        self._by_subnet: dict[Subnet, list[Any]] = {row.subnet: [0, 0, 0, 0.0] for row in profile.rows}
+        self._by_size = [0] * (profile.max_batch + 1)
+        self._by_reason: dict[str, int] = {}
+        self._latency, self._wait, self._slack = Histogram(EDGES_S), Histogram(EDGES_S), Histogram((0.0, *EDGES_S))
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch, soon: a loop over many of them takes half the time that they take one by one."""
+        self._pending.append(batch)
+        if len(self._pending) >= _PENDING:
+            self._count()
+
+    def _count(self) -> None:
+        by_subnet, by_size, by_reason = self._by_subnet, self._by_size, self._by_reason
+        wait, latency, slack = self._wait.add_since, self._latency.add_since, self._slack.add
+        for subnet, size, submitted_s, late, start_s, finish_s, slack_s, reason in self._pending:
+            counts = by_subnet[subnet]
+            counts[0] += 1
+            counts[1] += len(submitted_s)
+            counts[2] += late
+            counts[3] += finish_s - start_s
+            by_size[size] += 1
+            by_reason[reason] = by_reason.get(reason, 0) + 1
+            slack(slack_s if slack_s > 0 else 0.0)
+            if submitted_s:
+                submitted_s.sort()
+                sum_s = sum(submitted_s)
+                wait(submitted_s, start_s, sum_s)
+                latency(submitted_s, finish_s, sum_s)
+        self._pending.clear()
+
+    def snapshot(self, *, unanswered: int) -> dict[str, Any]:
+        """The part of `server.Server.snapshot` that is counted.
+
+        Args:
+          unanswered: queries that wait or run. All that have not been counted otherwise have been cancelled; of a query that
+            was cancelled the server knows when it lets go of it.
+        """
+        self._count()
+        answered, late = (sum(counts[i] for counts in self._by_subnet.values()) for i in (1, 2))
+        cancelled = self.admitted - answered - self.expired - self.failed - unanswered
+        # A worker that was abandoned may answer queries after all that wait for another one again: they count twice until
+        # that one finds them.
+        self._cancelled = max(self._cancelled, cancelled)
+        ran = ((i, row, self._by_subnet[row.subnet]) for i, row in enumerate(self._profile.rows))
+        return {
+            "queries": {
+                "arrived": self.arrived,
+                "met": answered - late,
+                "late": late,
+                "expired": self.expired,
+                "failed": self.failed,
+                "cancelled": self._cancelled,
+                "refused": self.arrived - self.admitted,
+                "requeued": self.requeued,
+            },
+            "subnets": {
+                str(i): {
+                    "accuracy": row.accuracy,
+                    "batches": counts[0],
+                    "met": counts[1] - counts[2],
+                    "late": counts[2],
+                    "busy_s": counts[3],
+                }
+                for i, row, counts in ran
+                if counts[0]
+            },
+            "batch_sizes": {str(size): count for size, count in enumerate(self._by_size) if size},
+            "reasons": dict(sorted(self._by_reason.items())),
+            "latency_s": self._latency.snapshot(),
+            "wait_s": self._wait.snapshot(),
+            "slack_s": self._slack.snapshot(),
+        }
