@@ -32,6 +32,8 @@ NO_JAX = (
             "futures",
             "query",
             "retries",
+            "telemetry",
+            "prometheus",
             "crew",
             "workers",
             "server",
@@ -39,7 +41,6 @@ NO_JAX = (
             "measuring",
             "loadgen",
             "dispatch",
-            "drift",
             "padding",
             "subnet_buckets",
         )

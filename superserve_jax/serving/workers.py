@@ -6,6 +6,7 @@ failed in `retries.py`. Methods named `_locked_...` expect the caller to hold th
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class Pool(crew.Crew):
         stall_s: float,
         tune_runtime: bool,
         follow_drift: bool,
+        telemetry: bool,
         clock: Callable[[], float],
     ):
         super().__init__(
@@ -58,6 +60,7 @@ class Pool(crew.Crew):
         self._max_queue, self._expire = max_queue, expire
         self._max_failures, self._pause_s = max_failures, pause_s
         self._fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
+        self._telemetry = telemetry
         self._meter = queue.Meter()
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
@@ -88,6 +91,12 @@ class Pool(crew.Crew):
                 self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
             self._counters.admitted += len(queries)
             self._locked_wake()
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Server.snapshot`."""
+        if not self._telemetry:
+            raise errors.ConfigError("a server with telemetry=False counts no batches; open it with telemetry=True")
+        return super().snapshot()
 
     # -- the worker threads -------------------------------------------------------------------------------------------------
 
@@ -199,7 +208,7 @@ class Pool(crew.Crew):
             self._fleet.observe(worker.index, row.latency_ms[place], compute_ms)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
         # As much as can be is done before the first answer, after which its client wants the interpreter, too.
-        slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
+        slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch] if self._telemetry else []
         late, turned_away = 0, []
         make = futures.Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
@@ -212,7 +221,8 @@ class Pool(crew.Crew):
                 late += 1
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
-        worker.answered = (subnet, count, submitted_s, late, start_s, finish_s, slack_s, reason)
+        if self._telemetry:
+            worker.answered = (subnet, count, submitted_s, late, start_s, finish_s, slack_s, reason)
         return True
 
     def _failed(self, worker: crew.Worker, row: Row, size: int, error: BaseException) -> bool:

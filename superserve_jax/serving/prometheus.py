@@ -1,0 +1,117 @@
+"""The counters of a server for Prometheus, through prometheus-client (`pip install 'superserve-jax[prometheus]'`). No jax.
+
+    import prometheus_client
+    import superserve_jax as ss
+    from superserve_jax.serving import prometheus
+
+    with ss.Server("runs/demo/export") as server:
+        prometheus_client.REGISTRY.register(prometheus.Collector(server))
+        prometheus_client.start_http_server(9000)  # http://localhost:9000/metrics
+        ...
+
+The server pays for it when it is scraped, and not before. For example,
+SLO attainment over the last minute, and the 99th percentile of the latency:
+
+    sum(rate(superserve_queries_total{outcome="met"}[1m])) / sum(rate(superserve_arrivals_total[1m]))
+    histogram_quantile(0.99, rate(superserve_latency_seconds_bucket[1m]))
+"""
+
+import collections
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import core, registry
+
+from superserve_jax.serving import server
+
+_OUTCOMES = ("met", "late", "expired", "failed", "cancelled", "refused")
+_STATES = ("idle", "running", "left", "abandoned", "removed")
+
+
+class Collector(registry.Collector):
+    """Turns `Server.snapshot` into metrics whenever it is asked. Once the server has been collected there are none.
+
+    A registry takes one of them; several servers in a process have a `CollectorRegistry` each.
+    """
+
+    def __init__(self, served: server.Server):
+        self._server = weakref.ref(served)  # a registry lives as long as the process, and must not keep the server
+
+    def collect(self) -> Iterator[core.Metric]:
+        """All metrics, of one moment."""
+        served = self._server()
+        if served is not None:
+            yield from metrics(served.snapshot())
+
+
+def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
+    """The metrics of a snapshot.
+
+    >>> from superserve_jax.serving import reference, telemetry
+    >>> counted = telemetry.Counters(reference.paper_profile()).snapshot(unanswered=0)
+    >>> now = {"uptime_s": 1.0, "waiting": 3, "running": 0, "oldest_wait_s": 0.02, "workers": []}
+    >>> {m.name: m for m in metrics({**now, **counted})}["superserve_oldest_wait_seconds"].samples[0].value
+    0.02
+    """
+    queries, subnets, workers = snapshot["queries"], snapshot["subnets"], snapshot["workers"]
+    yield core.CounterMetricFamily("superserve_arrivals", "Queries submitted.", queries["arrived"])
+    yield _counter("queries", "Queries by what became of them.", "outcome", {o: queries[o] for o in _OUTCOMES})
+    yield core.CounterMetricFamily("superserve_requeues", "Queries put back after a failure.", queries["requeued"])
+    yield core.GaugeMetricFamily("superserve_waiting", "Queries in the queue.", snapshot["waiting"])
+    yield core.GaugeMetricFamily("superserve_running", "Queries in a batch that runs.", snapshot["running"])
+    yield core.GaugeMetricFamily(
+        "superserve_oldest_wait_seconds", "How long the longest has waited.", snapshot["oldest_wait_s"]
+    )
+
+    answers = core.CounterMetricFamily("superserve_answers", "Queries answered by a subnet.", labels=["subnet", "outcome"])
+    for subnet, counts in subnets.items():
+        for outcome in ("met", "late"):
+            answers.add_metric([subnet, outcome], counts[outcome])
+    yield answers
+    busy_s = {subnet: counts["busy_s"] for subnet, counts in subnets.items()}
+    yield _counter("busy_seconds", "Time that a subnet's batches took.", "subnet", busy_s)
+    yield _counter("dispatches", "Batches answered, by the policy's reason.", "reason", snapshot["reasons"])
+    accuracies = core.GaugeMetricFamily("superserve_subnet_accuracy", "Profiled accuracy, a fraction of 1.", labels=["subnet"])
+    for subnet, counts in subnets.items():
+        accuracies.add_metric([subnet], counts["accuracy"])
+    yield accuracies
+
+    yield _histogram("latency_seconds", "From submit until the answer.", snapshot["latency_s"])
+    yield _histogram("wait_seconds", "From submit until the batch started.", snapshot["wait_s"])
+    yield _histogram("slack_seconds", "Of a batch's first query when it started; 0 where late.", snapshot["slack_s"])
+    sizes = snapshot["batch_sizes"]
+    yield core.HistogramMetricFamily(
+        "superserve_batch_size",
+        "Queries in a batch.",
+        buckets=_cumulative(list(sizes), [*sizes.values(), 0]),
+        sum_value=sum(int(size) * count for size, count in sizes.items()),
+    )
+
+    states = collections.Counter(worker["state"] for worker in workers)
+    gauge = core.GaugeMetricFamily("superserve_workers", "Workers by state.", labels=["state"])
+    for state in _STATES:
+        gauge.add_metric([state], states[state])
+    yield gauge
+    batches = {worker["name"]: worker["batches"] for worker in workers}
+    yield _counter("worker_batches", "Batches that a worker answered.", "worker", batches)
+    failures = {worker["name"]: worker["failures"] for worker in workers}
+    yield _counter("worker_failures", "Batches that failed on a worker.", "worker", failures)
+
+
+def _counter(name: str, text: str, label: str, values: dict[str, float]) -> core.Metric:
+    family = core.CounterMetricFamily(f"superserve_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _histogram(name: str, text: str, histogram: dict[str, Any]) -> core.Metric:
+    buckets = _cumulative(histogram["edges"], histogram["counts"])
+    return core.HistogramMetricFamily(f"superserve_{name}", text, buckets=buckets, sum_value=histogram["sum"])
+
+
+def _cumulative(edges: list[Any], counts: list[int]) -> list[tuple[str, float]]:
+    """Prometheus counts in a bucket all that is no greater than its edge."""
+    return list(zip([*map(str, edges), "+Inf"], itertools.accumulate(counts), strict=True))
