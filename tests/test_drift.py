@@ -102,7 +102,7 @@ def test_a_device_that_is_slower_than_its_profile_is_served_as_one_whose_profile
         meter.shorten(now_s, 36.0)
         pace = drift.Pace(workers, slowdown)
         options = {"pace": pace, "last_subnet": None, "worker": 0}
-        row, items, _ = dispatch.next_batch(waiting, meter, policies.SlackFit(table), table, now_s, **options)
+        row, items, _ = dispatch.next_batch(waiting, meter, policies.SlackFit(table), table, now_s, **options)[:3]
         return row.subnet, items, waiting.late
 
     assert decided(PAPER, factor) == decided(PAPER.scaled(factor), 1.0)
@@ -124,7 +124,7 @@ def test_on_a_slow_device_slack_and_slo_are_shorter_and_more_comes_in_a_second_a
         for i in range(250):
             waiting.push(0.16 + 1e-3 * i, i)
         options = {"pace": drift.Pace(3.0, slowdown), "last_subnet": None, "worker": 1}
-        dispatch.next_batch(waiting, meter, policy, PAPER, 0.15, **options)
+        dispatch.next_batch(waiting, meter, policy, PAPER, 0.15, **options)[:3]
         late.append(waiting.late)
     plain, slowed = seen
     doubled = {"rate_qps": 2 * plain.rate_qps, "variance_qps": 2 * plain.variance_qps}
@@ -179,7 +179,7 @@ def test_what_a_slow_worker_cannot_save_is_left_to_the_fast_one():
         waiting.push(urgent_s if i < 20 else 1.0, i)
     fleet = drift.Fleet([fast, slow])
     options = {"pace": fleet.pace(1), "last_subnet": None, "worker": 1}
-    _, items, _ = dispatch.next_batch(waiting, queue.Meter(), policies.SlackFit(slow), slow, 0.0, **options)
+    _, items, _ = dispatch.next_batch(waiting, queue.Meter(), policies.SlackFit(slow), slow, 0.0, **options)[:3]
     assert items[0] == 20
     assert waiting.late == 0
     assert waiting.drain() == [i for i in range(40) if i not in items]
@@ -191,7 +191,7 @@ def test_of_queries_that_nobody_can_save_the_slow_worker_takes_its_share():
         waiting.push(-1.0, i)
     slow = PAPER.scaled(3.0)
     options = {"pace": drift.Fleet([PAPER, slow]).pace(1), "last_subnet": None, "worker": 1}
-    _, items, _ = dispatch.next_batch(waiting, queue.Meter(), policies.SlackFit(slow), slow, 0.0, **options)
+    _, items, _ = dispatch.next_batch(waiting, queue.Meter(), policies.SlackFit(slow), slow, 0.0, **options)[:3]
     assert items == list(range(16))
 
 
