@@ -4,9 +4,10 @@
     python serve/soak.py --faults --queries 1000000 --json runs/faults.json
 
 With an export: its real executables, under a load that swings around 80 % of what this machine carries if every subnet serves
-as many queries as any other, with three SLOs; so the policy changes the subnet all the time. Every second the resident memory
-and the latencies are noted. Promised are memory that stays within 2 % after the first minute, latency that does not drift,
-an answer to every query, and no executable but those of the start. The generator keeps nothing of a query but a few counts.
+as many queries as any other, with three SLOs and some floors, so that the policy changes the subnet all the time. Every second
+the resident memory and the latencies are noted. Promised are memory that stays within 2 % after the first minute, latency that
+does not drift, an answer to every query, and no executable but those of the start. The generator keeps nothing of a query but
+a few counts.
 
 With --faults: the real server on fake engines that take no time, with random faults in everything, by serving.stress. Promised
 is that every query resolves once, which a history kept outside of the server has to show, and all that promises.Checker knows.
@@ -117,13 +118,13 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
             "--warm-up-s; serve longer"
         )
     assert options.export is not None
-    model, made, profile = prepare.prepare(ss.load(options.export), batch_sizes=options.batch_sizes)
+    _, made, profile = prepare.prepare(ss.load(options.export), batch_sizes=options.batch_sizes)
     engines = [endurance.Counting(e) for e in made]
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * profile.rows[-1].latency_ms[-1])
     rate_qps = options.load * len(engines) * endurance.carried_qps(profile)
     print(
         f"{rate_qps:,.0f} queries/s on average for {options.minutes:g} min, SLOs of "
-        f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of {model.path}, "
+        f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of {options.export}, "
         f"{len(engines)} worker(s) on {profile.device}"
     )
     compilations, executables = Compilations(), live_executables()

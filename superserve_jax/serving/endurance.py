@@ -22,6 +22,9 @@ SLO_FACTORS = (1, 2, 4)
 SWING, PERIOD_S = 0.5, 10
 """The rate goes up and down by half, once in so many seconds."""
 
+FLOORED = 0.03
+"""Share of the queries that ask for the accuracy of a subnet, any one: so the accurate ones answer in a burst, too."""
+
 _WAKE_UP_S = 1e-3
 _STATM = pathlib.Path("/proc/self/statm")
 
@@ -72,12 +75,21 @@ class Counting:
 
 
 class Traffic:
-    """Submits Poisson arrivals of a swinging rate, and notes what comes back, second by second."""
+    """Submits Poisson arrivals of a swinging rate, with several SLOs and floors, and notes what comes back, second by second.
+
+    Args:
+      target: an open server.
+      engines: those of `target`.
+      rate_qps: queries per second on average.
+      slo_ms: the shortest SLO; the others are `SLO_FACTORS` times as long.
+    """
 
     def __init__(self, target: server.Server, engines: Sequence[Counting], *, rate_qps: float, slo_ms: float, seed: int):
         self.submitted = self.resolved = self.failed = 0
         self._target, self._engines = target, engines
-        self._rate_qps, self._slo_ms = rate_qps, slo_ms
+        self._rate_qps = rate_qps
+        self._slos_ms = [factor * slo_ms for factor in SLO_FACTORS]
+        self._floors = [row.accuracy for row in target.profile.rows]
         self._rng = np.random.default_rng(seed)
         self._inputs = make_inputs(engines[0], self._rng)
         # Latency in ms, negative where the SLO was missed, NaN for an error; emptied every second.
@@ -88,7 +100,9 @@ class Traffic:
         """One second of it; `start_s` is the beginning of the first on the clock time.monotonic."""
         rate_qps = self._rate_qps * (1 + SWING * math.sin(2 * math.pi * number / PERIOD_S))
         arrivals_s = start_s + number + np.sort(self._rng.random(self._rng.poisson(rate_qps)))
-        slos = self._rng.integers(len(SLO_FACTORS), size=len(arrivals_s))
+        slos = self._rng.choice(self._slos_ms, len(arrivals_s))
+        floors = np.where(self._rng.random(len(arrivals_s)) < FLOORED, self._rng.choice(self._floors, len(arrivals_s)), 0.0)
+        asked = list(zip(slos.tolist(), floors.tolist(), strict=True))
         chosen = self._rng.integers(len(self._inputs), size=len(arrivals_s))
         done, lag_s = 0, 0.0
         while done < len(arrivals_s):
@@ -98,9 +112,11 @@ class Traffic:
                 time.sleep(min(_WAKE_UP_S, arrivals_s[done] - now_s))
                 continue
             lag_s = max(lag_s, now_s - arrivals_s[done])
-            for i, factor in enumerate(SLO_FACTORS):
-                inputs = [self._inputs[k] for k in chosen[done:due][slos[done:due] == i]]
-                queries = self._target.submit_many(inputs, slo_ms=factor * self._slo_ms)
+            groups: dict[tuple[float, float], list[np.ndarray]] = {}
+            for slo_and_floor, k in zip(asked[done:due], chosen[done:due], strict=True):
+                groups.setdefault(slo_and_floor, []).append(self._inputs[k])
+            for (slo_ms, floor), inputs in groups.items():
+                queries = self._target.submit_many(inputs, slo_ms=slo_ms, min_accuracy=floor)
                 self.submitted += len(queries)
                 for query in queries:
                     query.add_done_callback(self._on_done)
@@ -173,10 +189,10 @@ def make_inputs(target: engine.Engine, rng: np.random.Generator, count: int = 25
     return [rng.integers(0, 256, shape).astype(dtype) for _ in range(count)]
 
 
-def windows(seconds: Sequence[Second], name: str, window_s: int = PERIOD_S) -> list[float]:
-    """The median of a figure over each window; an unfinished last one is left out."""
+def windows(seconds: Sequence[Second], name: str) -> list[float]:
+    """The median of a figure over each `PERIOD_S`; an unfinished last one is left out."""
     values = [getattr(second, name) for second in seconds]
-    return [float(np.nanmedian(values[i : i + window_s])) for i in range(0, len(values) - window_s + 1, window_s)]
+    return [float(np.nanmedian(values[i : i + PERIOD_S])) for i in range(0, len(values) - PERIOD_S + 1, PERIOD_S)]
 
 
 def growth(values: Sequence[float]) -> tuple[float, float]:

@@ -17,13 +17,14 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.serving import engine, futures, policies, server
+from superserve_jax.serving import query as query_lib
 from superserve_jax.subnet import Subnet
 
 Note = tuple[Any, ...]
@@ -63,10 +64,11 @@ class Recorder:
         note = self.notes.append
         note(("offered", keys, self.clock(), slo_ms, min_accuracy))
         try:
-            queries = target.submit_many([np.array(key) for key in keys], slo_ms=slo_ms, min_accuracy=min_accuracy)
+            made = target.submit_many([np.array(key) for key in keys], slo_ms=slo_ms, min_accuracy=min_accuracy)
         except errors.SuperServeError as error:
             note((REFUSED, keys, type(error).__name__))
             return []
+        queries = cast(list[query_lib.Query], made)
         note(("submitted", keys, self.clock(), queries[0].deadline_s))
         for key, query in zip(keys, queries, strict=True):
             query.add_done_callback(functools.partial(self._resolved, key))
