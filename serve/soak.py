@@ -53,7 +53,7 @@ class Options:
       workers: with --faults, how many.
       seed: of arrivals, inputs and faults.
       json: write the figures to this file.
-      plot: write memory and latency over time to this file.
+      plot: without --faults, write memory and latency over time to this file.
     """
 
     export: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
@@ -124,8 +124,8 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
     rate_qps = options.load * len(engines) * endurance.carried_qps(profile)
     print(
         f"{rate_qps:,.0f} queries/s on average for {options.minutes:g} min, SLOs of "
-        f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of {options.export}, "
-        f"{len(engines)} worker(s) on {profile.device}"
+        f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of "
+        f"{options.export}, {len(engines)} worker(s) on {profile.device}"
     )
     compilations, executables = Compilations(), live_executables()
     options_of_server = {"policy": options.policy, "slo_ms": slo_ms, "max_queue": 100_000}
@@ -144,7 +144,8 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
         *judge(seconds, options.warm_up_s),
         Promise(
             "every future resolves",
-            f"{traffic.submitted:,} submitted, {traffic.resolved:,} resolved, {traffic.failed:,} of them to an error",
+            f"{traffic.submitted:,} submitted, {traffic.resolved:,} resolved, {traffic.failed:,} of them to an error; "
+            f"{traffic.refused:,} were refused at once",
             traffic.submitted == traffic.resolved,
         ),
         Promise(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, server
 from superserve_jax.subnet import Subnet
@@ -85,7 +86,7 @@ class Traffic:
     """
 
     def __init__(self, target: server.Server, engines: Sequence[Counting], *, rate_qps: float, slo_ms: float, seed: int):
-        self.submitted = self.resolved = self.failed = 0
+        self.submitted = self.refused = self.resolved = self.failed = 0
         self._target, self._engines = target, engines
         self._rate_qps = rate_qps
         self._slos_ms = [factor * slo_ms for factor in SLO_FACTORS]
@@ -116,7 +117,11 @@ class Traffic:
             for slo_and_floor, k in zip(asked[done:due], chosen[done:due], strict=True):
                 groups.setdefault(slo_and_floor, []).append(self._inputs[k])
             for (slo_ms, floor), inputs in groups.items():
-                queries = self._target.submit_many(inputs, slo_ms=slo_ms, min_accuracy=floor)
+                try:
+                    queries = self._target.submit_many(inputs, slo_ms=slo_ms, min_accuracy=floor)
+                except errors.QueueFullError:
+                    self.refused += len(inputs)
+                    continue
                 self.submitted += len(queries)
                 for query in queries:
                     query.add_done_callback(self._on_done)

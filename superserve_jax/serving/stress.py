@@ -35,7 +35,7 @@ PROFILE = Profile(
 """What the engines are said to take. They take no time at all, but for the faults."""
 
 _MOST_NOTES = 100_000  # unread ones, before clients wait for the checker
-_PATIENCE_S = 60.0  # of a client with one query
+_PATIENCE_S = 30.0  # of a client with a query, and of who closes the server
 _GONE = ("left", "abandoned", "removed")  # see `server.Server.health`
 
 
@@ -165,7 +165,7 @@ class _Run:
                     target.close(drain=False)
             self._over.set()
             keeper.join()
-            target.close()
+            target.close(timeout_s=_PATIENCE_S)
             self._woken.set()
             self._checker.read(recorder.notes)
         if self._errors:
@@ -193,10 +193,9 @@ class _Run:
             under_way.append(queries[-1][1])
             if rng.random() < storm.cancelled:
                 recorder.cancel(*rng.choice(queries))
-            if len(under_way) >= storm.window:
-                _wait(under_way.popleft())
-        for query in under_way:
-            _wait(query)
+            if len(under_way) >= storm.window and not _waited(under_way.popleft()):
+                return
+        all(map(_waited, under_way))
 
     # -- workers ------------------------------------------------------------------------------------------------------------
 
@@ -265,10 +264,16 @@ class _Run:
         return thread
 
 
-def _wait(query: futures.Future) -> None:
-    """Waits as a client does, who takes an error for an answer. That a query is lost, the checker says."""
-    with contextlib.suppress(concurrent.futures.CancelledError, TimeoutError):
+def _waited(query: futures.Future) -> bool:
+    """Waits as a client does, who takes an error for an answer. False where there is none: then the query is lost, which the
+    checker will say, and this client gives up."""
+    try:
         query.exception(timeout=_PATIENCE_S)
+    except concurrent.futures.CancelledError:
+        pass
+    except TimeoutError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
