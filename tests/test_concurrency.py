@@ -7,6 +7,7 @@ is broken.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -82,7 +83,7 @@ def test_a_queue_out_of_order_is_convicted(monkeypatch):
     pop = queue.DeadlineQueue.pop
 
     def pop_one_too_many(self, n, accuracy=math.inf):
-        items = pop(self, n + 1, accuracy)
+        items = pop(self, n + (n > 1), accuracy)  # one at a time, what is done is dropped
         if len(items) > n:  # the first goes back, so the last goes ahead of it
             first = items.pop(0)
             self.push(first.deadline_s, first, first.floor)
@@ -98,7 +99,7 @@ def test_a_future_that_resolves_again_is_convicted(monkeypatch):
     resolve = futures.Future._resolve
 
     def resolve_twice(self, state, value):
-        callbacks = list(self._callbacks or ())
+        callbacks = [fn for fn in self._callbacks or () if isinstance(fn, functools.partial)]  # the recorder's
         done = resolve(self, state, value)
         for fn in callbacks:
             fn(self)
