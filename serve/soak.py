@@ -118,10 +118,10 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
             "--warm-up-s; serve longer"
         )
     assert options.export is not None
-    _, made, profile = prepare.prepare(ss.load(options.export), batch_sizes=options.batch_sizes)
-    engines = [endurance.Counting(e) for e in made]
-    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * profile.rows[-1].latency_ms[-1])
-    rate_qps = options.load * len(engines) * endurance.carried_qps(profile)
+    _, made, profiles = prepare.prepare(ss.load(options.export), batch_sizes=options.batch_sizes)
+    profile, engines = profiles[0], [endurance.Counting(e) for e in made]
+    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * max(p.rows[-1].latency_ms[-1] for p in profiles))
+    rate_qps = options.load * sum(map(endurance.carried_qps, profiles))
     print(
         f"{rate_qps:,.0f} queries/s on average for {options.minutes:g} min, SLOs of "
         f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of "
@@ -130,7 +130,7 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
     compilations, executables = Compilations(), live_executables()
     options_of_server = {"policy": options.policy, "slo_ms": slo_ms, "max_queue": 100_000}
     seconds: list[endurance.Second] = []
-    with server.Server.from_engines(engines, profile, **options_of_server) as target:
+    with server.Server.from_engines(engines, profiles, **options_of_server) as target:
         traffic = endurance.Traffic(target, engines, rate_qps=rate_qps, slo_ms=slo_ms, seed=options.seed)
         start_s = time.monotonic() + 0.1
         for number in progress.track(range(round(60 * options.minutes)), "serving"):

@@ -120,7 +120,7 @@ def export(monkeypatch, tmp_path):
     fake = engine.FakeEngine(PROFILE, input_shape=(2,))
     model = types.SimpleNamespace(path=tmp_path)
     monkeypatch.setattr(ss, "load", lambda path: model)
-    monkeypatch.setattr(prepare, "prepare", lambda *args, **options: (model, [fake], PROFILE))
+    monkeypatch.setattr(prepare, "prepare", lambda *args, **options: (model, [fake], [PROFILE]))
     monkeypatch.setattr(endurance, "PERIOD_S", 1)
     return tmp_path
 
