@@ -29,7 +29,7 @@ Device = Any  # a jax.Device, which is a variable to type checkers
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
-_FORMAT = 2  # of entries, and of what executables take and give
+_FORMAT = 3  # of entries, and of what executables take and give
 
 
 def directory() -> pathlib.Path:

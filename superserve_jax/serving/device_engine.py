@@ -26,7 +26,8 @@ from superserve_jax.supernets import programs, supernet
 
 Slicing = Literal["kept", "in_call"]
 
-_LEAST_BUDGET_BYTES = 64 << 20  # below that nobody gains from dropping slices
+_BUDGET = 0.25  # of the weights' bytes: more would take from what sharing the weights saves,
+_LEAST_BUDGET_BYTES = 16 << 20  # and less would take speed and save little
 _ROWS_KEPT = 32  # about as many as are in use at a time
 _SLOW_CALL_S = 0.05  # the first call of an executable costs less than that over a usual one
 
@@ -104,8 +105,9 @@ class DeviceEngine:
       lengths: and of a family whose inputs have a length, at each of these.
       envelopes: the subnet bucket of each subnet that shares one (see `subnet_buckets`); the others have their own.
       slicing: see above.
-      slice_bytes: the byte budget of kept slices; None takes what slicing in the call would need, which is the slices of the
-        largest subnet bucket, or 64 MiB if that is more. A bucket whose own slices exceed it is sliced in the call.
+      slice_bytes: the byte budget of kept slices; None takes a quarter of the weights' bytes, which is about what slicing in
+        the call needs for its temporaries, or 16 MiB if that is more. A bucket whose own slices exceed it is sliced in the
+        call. With a budget of several buckets' slices, changes between these cost nothing either.
     """
 
     def __init__(
@@ -128,15 +130,16 @@ class DeviceEngine:
         self.input_dtype = np.dtype(spec.dtype)
         self._device, self._model = device, model
 
+        if slice_bytes is None:
+            slice_bytes = max(int(_BUDGET * sum(v.nbytes for v in model.params.values())), _LEAST_BUDGET_BYTES)
+        self.slices = LeastRecentlyUsed(slice_bytes)
         program_of = bucket_programs(model.config, subnet_list, envelopes or {})
         made, slicers = executables.build(
             dict.fromkeys(program_of.values()),
             batch_sizes,
             device,
             lengths=self.lengths,
-            kept=lambda p: (
-                slicing == "kept" and (slice_bytes is None or 4 * model.config.num_params(p.envelope) <= slice_bytes)
-            ),
+            kept=lambda p: slicing == "kept" and 4 * model.config.num_params(p.envelope) <= slice_bytes,
         )
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         weights = {
@@ -153,8 +156,6 @@ class DeviceEngine:
             for b in batch_sizes
             for length in self.lengths or (0,)
         }
-        largest = max((bucket.slice_bytes for bucket in buckets.values() if bucket.slicer), default=0)
-        self.slices = LeastRecentlyUsed(max(largest, _LEAST_BUDGET_BYTES) if slice_bytes is None else slice_bytes)
         self.rows = LeastRecentlyUsed(_ROWS_KEPT * 8 * max(program.row_size for program in buckets))
         self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
         self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:

@@ -26,6 +26,11 @@ Leaves = tuple[tuple[str, Shape], ...]
 """Names of parameters, in the order in which an executable takes them, with the shapes in which it does."""
 
 
+# By default XLA's CPU backend slices all weights before the first layer, and holds all of the slices at once. This order takes
+# less than half of the temporary memory and is as fast.
+_COMPILER_OPTIONS: Mapping[str, Any] = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Executable:
     """A compiled program.
@@ -95,7 +100,8 @@ def compile_program(
     on_device = _placed(device)
     values = tuple(on_device(jax.ShapeDtypeStruct(shape, full[name].dtype)) for name, shape in leaves)
     inputs, row, active = map(on_device, _arguments(program, batch, length))
-    return Executable(jax.jit(infer).lower(values, inputs, row, active).compile(), leaves)
+    lowered = jax.jit(infer).lower(values, inputs, row, active)
+    return Executable(lowered.compile(compiler_options=_COMPILER_OPTIONS.get(device.platform)), leaves)
 
 
 def compile_slicer(program: programs.Program, leaves: Leaves, device: Device) -> Executable:

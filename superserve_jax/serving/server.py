@@ -89,7 +89,7 @@ class Server:
       devices: jax devices, one worker each; None takes all.
       slicing: when a device slices a subnet's weights out of the SuperNet's: "in_call" in every call, "kept" when the subnet
         changes (see `serving.device_engine`); None takes the faster one, as the profile says.
-      slice_bytes: of "kept", the most that the slices may take; None takes as much as "in_call" would need.
+      slice_bytes: of "kept", the most that the slices may take; None takes a quarter of the weights' bytes, at least 16 MiB.
       max_queue: queries that may wait; one more is refused.
       expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
       **tuning: see `Tuning`.
