@@ -46,6 +46,7 @@ NO_JAX = (
         )
     ]
     + [f"serving.{name}" for name in ("experiments", "evaluation", "readings", "findings", "figures", "fidelity", "faults")]
+    + [f"serving.{name}" for name in ("stress", "endurance")]
 )
 
 
