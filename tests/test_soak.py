@@ -1,6 +1,7 @@
 """serve/soak.py on fake engines: what it judges, and that a broken promise ends it with status 1."""
 
 import json
+import logging
 import math
 import pathlib
 import runpy
@@ -24,8 +25,9 @@ def soak():
 
 
 @pytest.fixture
-def program(soak, monkeypatch, tmp_path):
+def program(soak, monkeypatch, tmp_path, caplog):
     """Runs the program with options; returns its exit status and what it wrote."""
+    caplog.set_level(logging.CRITICAL, logger="superserve_jax.serving")  # as the program does; this puts it back
 
     def run(*options):
         path = tmp_path / "soak.json"
