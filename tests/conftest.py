@@ -5,11 +5,20 @@ import os
 
 os.environ.setdefault("SUPERSERVE_CACHE", "")  # tests neither read nor fill this user's cache, unless one sets its own
 
+import jax
 import numpy as np
 import pytest
 
 from superserve_jax import checkpoint
 from superserve_jax.supernets import ofa_resnet, programs, supernet
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a GPU, tests that need one are not there to be skipped."""
+    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() == "cpu":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
 
 TINY = ofa_resnet.OFAResNetConfig(
     num_classes=3,

@@ -89,6 +89,17 @@ def test_slices_that_went_are_gone_from_the_device(model):
     assert len(jax.live_arrays()) <= with_subnet + 2  # rows of both
 
 
+def test_a_buffer_that_is_written_to_after_a_batch_changes_no_answer(model):
+    engine = make(model)
+    for seed, subnet in enumerate(model.calibrated):
+        images = random_images(TINY, 2, seed=seed)
+        outputs = engine.run(subnet, 2, list(images))
+        for staged in engine._staging.values():
+            staged[:] = 255
+        expected = np.asarray(model(images, subnet))
+        np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_changing_the_subnet_compiles_nothing(model, compilations):  # noqa: F811
     envelopes = subnet_buckets.choose(model.calibrated, TINY.flops, 3)
     engine = make(model, envelopes=envelopes, slice_bytes=4 * TINY.num_params(model.space.largest()))
