@@ -36,6 +36,7 @@ NO_JAX = (
             "prometheus",
             "crew",
             "workers",
+            "swap",
             "server",
             "runtime",
             "measuring",

@@ -12,20 +12,29 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.serving import drift, engine, padding, policies, retries, runtime, telemetry
+from superserve_jax.serving import drift, engine, padding, policies, queue, retries, runtime, telemetry
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
 _PATIENCE = 20  # a batch that takes so many times its profiled p99 will not come back
 _EXIT_S = 1.0  # how long the interpreter's exit waits for running batches
+
+
+class Successor(NamedTuple):
+    """What a worker is to run instead (see `swap`)."""
+
+    engine: engine.Engine
+    profile: Profile
+    policy: policies.Policy
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -42,6 +51,7 @@ class Worker:
     retry: retries.Retry | None = None  # where the batch came from; None for the queue
     started_s: float = 0.0
     last_subnet: Subnet | None = None
+    successor: Successor | None = None  # which it takes up before its next batch
     alive: bool = True
     present: bool = True
     gone: Literal["", "left", "abandoned", "removed"] = ""
@@ -81,7 +91,10 @@ class Crew:
     ):
         self._clock = clock
         self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
+        self._follow_drift = follow_drift
         self._fleet = drift.Fleet(correct=follow_drift)
+        self.best = math.inf  # the greatest accuracy that every worker offers
+        self._fastest_s = math.inf  # the least that a query takes
         self._stall_s = stall_s
         self._pid = os.getpid()
 
@@ -89,6 +102,7 @@ class Crew:
         self._work = threading.Condition(self._lock)  # idle workers wait for queries
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
         self._queue = padding.make_queue(profile)
+        self._meter = queue.Meter()
         self._retries = retries.Retries(profile, max_tries=max_tries)
         self._counters = telemetry.Counters(profile)
         self._opened_s = clock()
@@ -123,6 +137,7 @@ class Crew:
             index = next(i for i in itertools.count() if i not in used)
             worker = Worker(new, name, index, profile, policy)
             self._fleet.join(index, profile)
+            self._locked_allow_for(profile)
             worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{name}", daemon=True)
             worker.thread.start()
             self._workers = [*(w for w in self._workers if w.name != name), worker]
@@ -239,10 +254,16 @@ class Crew:
         for query, error in failed:
             query.set_exception(error)
 
+    def _locked_allow_for(self, profile: Profile) -> None:
+        """A worker has this profile."""
+        self.best = min(self.best, profile.rows[-1].accuracy)
+        self._fastest_s = min(self._fastest_s, 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0])
+
     def _locked_drop(self, worker: Worker, gone: Literal["left", "abandoned"]) -> list[tuple[Query, errors.SuperServeError]]:
         self._alive -= worker.alive
         self._fleet.leave(worker.index)
         worker.alive = worker.present = False
+        worker.successor = None
         if gone == "abandoned":
             worker.gone = gone
             self._abandoned += 1
@@ -260,7 +281,15 @@ class Crew:
         hopeless = self._retries.failed(batch, worker.retry, worker.index, now_s=self._clock(), workers=self._alive, hung=hung)
         self._counters.failed += len(hopeless)
         self._counters.requeued += live - len(hopeless)
-        return [(query, retries.inference_error(query, worker.name, why, error)) for query, why in hopeless]
+        given_up = [(query, retries.inference_error(query, worker.name, why, error)) for query, why in hopeless]
+        return given_up + self._locked_refuse()
+
+    def _locked_refuse(self) -> list[tuple[Query, errors.SuperServeError]]:
+        """Takes what waits and asks for more accuracy than there is since a swap. Returns these queries, and why."""
+        refused = self._queue.pop_above(self.best) + self._retries.pop_above(self.best)
+        live = [query for query in refused if not query.done()]
+        self._counters.failed += len(live)
+        return [(query, self._floor_error(query)) for query in live]
 
     def _locked_drain(self) -> list[Query]:
         """Takes everything that waits, to be failed."""
@@ -317,6 +346,11 @@ class Crew:
         reason = f"the last of {len(self._workers)} workers has left; its last error was {self._last_error!r}"
         remedy = "Look into that error, and add a worker or open a new server"
         return retries.caused(errors.WorkersLostError(f"{reason}. {remedy}"), self._last_error)
+
+    def _floor_error(self, query: Query) -> errors.SuperServeError:
+        return errors.AccuracyFloorError(
+            f"min_accuracy={query.floor}, but the best subnet that is served now has {self.best}; ask for no more"
+        )
 
     def _check_process(self) -> None:
         """Raises ServerClosedError in a fork: it has the server's memory but none of its threads."""

@@ -128,7 +128,7 @@ class DeviceEngine:
         self.name = f"{device.platform}:{device.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
-        self._device, self._model = device, model
+        self.device, self._model = device, model
 
         if slice_bytes is None:
             slice_bytes = max(int(_BUDGET * sum(v.nbytes for v in model.params.values())), _LEAST_BUDGET_BYTES)
@@ -199,7 +199,7 @@ class DeviceEngine:
 
         def row() -> tuple[jax.Array, jax.Array]:
             values = program.pad_row(self._model.row(subnet), subnet), program.active(subnet)
-            return jax.device_put(values, self._device)
+            return jax.device_put(values, self.device)
 
         leaves = bucket.leaves
         if bucket.slicer is not None:

@@ -91,11 +91,16 @@ class LengthQueue(queue.DeadlineQueue):
     __slots__ = ("_alone_s", "_lengths", "_now_s", "_place", "_profile", "_queues", "_seats", "_work_ms")
 
     def __init__(self, profile: Profile):
-        self._profile, self._lengths = profile, profile.lengths
+        self._lengths = profile.lengths
         self._now_s = -math.inf
         self._seats = sys.maxsize  # in the next batch
         self._queues = tuple(queue.DeadlineQueue() for _ in profile.lengths)
         self._place: int | None = None  # of the head's length bucket, once it has been looked for
+        self.retime(profile)
+
+    def retime(self, profile: Profile) -> None:
+        """Counts work by another profile, with the same length buckets, from now on; also what has been pushed before."""
+        self._profile, self._place = profile, None
         self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.tables)
         alone_ms = [queue.fastest(t).latency_ms[0] for t in profile.tables]
         self._alone_s = tuple(1e-3 * (ms - alone_ms[0]) for ms in alone_ms)
@@ -213,6 +218,11 @@ class LengthQueue(queue.DeadlineQueue):
         for q, extra_s in zip(self._queues, self._alone_s, strict=True):
             taken += q.pop_before(before_s + extra_s)
         return taken
+
+    def pop_above(self, accuracy: float) -> list[Any]:
+        """See `DeadlineQueue.pop_above`."""
+        self._place = None
+        return [item for q in self._queues for item in q.pop_above(accuracy)]
 
     def due_by(self, time_s: float) -> float:  # type: ignore[override]
         """Work of the items with deadlines up to a time, but for the deferred, in queries of the head's length bucket."""

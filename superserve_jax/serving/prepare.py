@@ -34,7 +34,7 @@ def prepare(
     devices: Sequence[executables.Device] | None = None,
     slicing: device_engine.Slicing | None = None,
     slice_bytes: int | None = None,
-) -> tuple[supernet.SuperNet, list[device_engine.DeviceEngine], list[profiles.Profile]]:
+) -> tuple[checkpoint.Model, list[device_engine.DeviceEngine], list[profiles.Profile]]:
     """What a server needs: the model, one engine per device, and the latency profile of each.
 
     Devices of one kind share a profile. It is read from beside the export; where that has none for this kind and these
@@ -49,12 +49,7 @@ def prepare(
     """
     batch_sizes = profiles.check_batch_sizes(batch_sizes)
     device_engine.check_slicing(slicing or "kept", slice_bytes)
-    model = path_or_model if isinstance(path_or_model, supernet.SuperNet) else checkpoint.load(path_or_model)
-    if not isinstance(model, checkpoint.Model):
-        raise errors.ConfigError(
-            "a server takes an export's directory or what superserve_jax.load returned; export the "
-            "SuperNet first, since only an export knows the accuracies of its subnets"
-        )
+    model = load(path_or_model)
     devices = jax.devices() if devices is None else devices
     if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
         raise errors.ConfigError(
@@ -96,6 +91,44 @@ def prepare(
         return measure(model, engine, batch_sizes, device_kind(device), envelopes=envelopes)
 
     return model, engines, of_each_kind(devices, stored_or_measured)
+
+
+def load(path_or_model: Any) -> checkpoint.Model:
+    """The model of an export's directory, or as it is. Raises ExportError, or ConfigError for a SuperNet of no export."""
+    model = path_or_model if isinstance(path_or_model, supernet.SuperNet) else checkpoint.load(path_or_model)
+    if not isinstance(model, checkpoint.Model):
+        raise errors.ConfigError(
+            "a server takes an export's directory or what superserve_jax.load returned; export the "
+            "SuperNet first, since only an export knows the accuracies of its subnets"
+        )
+    return model
+
+
+def check_same_inputs(old: checkpoint.Model, new: checkpoint.Model, lengths: Sequence[int]) -> None:
+    """Raises ConfigError unless what is submitted for one model means the same to the other, at these length buckets.
+
+    For that the shape, the dtype, the padding's id and the vocabulary have to be the same.
+    """
+    had, has = (_inputs(model.config, lengths) for model in (old, new))
+    if had != has:
+        raise errors.ConfigError(f"{new.path} takes {has}, this server {had}; open another server for other inputs")
+    if old.vocabulary != new.vocabulary:
+        raise errors.ConfigError(
+            f"{new.path} has another vocabulary than {old.path}: what is being submitted would mean other texts to it; "
+            "open another server"
+        )
+
+
+def _inputs(config: Any, lengths: Sequence[int]) -> str:
+    if not hasattr(config, "max_length"):
+        spec, of_length = executables.input_spec(config, 1), ""
+    else:
+        longest = check_lengths(config, lengths or None)[-1]
+        spec, of_length = (
+            executables.input_spec(config, 1, longest),
+            f" of up to {longest} tokens, padded with {config.pad_id}",
+        )
+    return f"inputs of shape {tuple(spec.shape[1:])} and dtype {spec.dtype}{of_length}"
 
 
 def make_engine(

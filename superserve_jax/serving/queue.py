@@ -156,6 +156,21 @@ class DeadlineQueue:
             self._floored -= sum(entry[2] > 0 for entry in taken)
         return [entry[3] for entry in taken]
 
+    def pop_above(self, accuracy: float) -> list[Any]:
+        """Takes every item whose floor exceeds `accuracy`."""
+        if not self._floored:
+            return []
+        taken = [e for entries in (self._fifo, self._early, self._deferred) for e in entries if e[2] > accuracy]
+        if taken:
+            self._fifo = collections.deque(e for e in self._fifo if e[2] <= accuracy)
+            self._early = [e for e in self._early if e[2] <= accuracy]
+            self._deferred = collections.deque(e for e in self._deferred if e[2] <= accuracy)
+            self._floored -= len(taken)
+        return [e[3] for e in taken]
+
+    def retime(self, profile: Profile) -> None:
+        """Counts work by another profile from now on; only `padding.LengthQueue` counts anything but items."""
+
     def due_by(self, time_s: float) -> int:
         """Number of items with deadlines up to a time, the deferred ones left out. O(log n)."""
         fifo, early = self._fifo, self._early
@@ -230,6 +245,11 @@ class Meter:
         elif slo_ms < self._shortest_ms:
             self._shortest_ms = slo_ms
             self.slo_ms = min(self.slo_ms, slo_ms)
+
+    def rescale(self, factor: float) -> None:
+        """What `read` is told from now on is in units of which one of before is `factor`."""
+        rate, variance = self._reading
+        self._arrived, self._reading = self._arrived * factor, (rate * factor, variance * factor**2)
 
     def read(self, now_s: float, arrived: float, unit: float = 1.0) -> tuple[float, float]:
         """The mean and the variance, given that `arrived` queries have come since the beginning. O(1).

@@ -74,6 +74,19 @@ class Retries:
         self.groups.clear()
         return taken
 
+    def pop_above(self, accuracy: float) -> list[Query]:
+        """Takes every query whose floor exceeds `accuracy`."""
+        taken = [query for group in self.groups for query in group.waiting.pop_above(accuracy)]
+        self.groups = [group for group in self.groups if len(group.waiting)]
+        return taken
+
+    def retime(self, profile: Profile) -> None:
+        """Counts work by another profile from now on."""
+        self._profile = profile
+        for group in self.groups:
+            group.waiting.retime(profile)
+            group.meter = queue.Meter()  # there was nothing in it
+
     def give_back(self, batch: Sequence[Query], before: Retry | None, worker: int) -> None:
         """Puts a batch back that shall not count as tried; `before` is where it came from."""
         if live := [query for query in batch if not query.done()]:
@@ -129,6 +142,13 @@ def out_of_memory(error: BaseException) -> bool:
     """
     # jax.errors.JaxRuntimeError is a RuntimeError, and gives the status code first.
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drops the tracebacks of an error and of those that it came from: the frames in them hold what was at work."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def at_most(profile: Profile, size: int) -> Profile:

@@ -8,10 +8,13 @@ Threads
   quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
 - **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads. So does
   whoever removes a worker, for that one.
+- **A swapping thread**, any but a worker's: makes the new engines while the workers run, gives each worker its successor under
+  the pool's lock, and waits on `_left` until all have taken theirs up, each between two batches (`swap.Swapping`).
 
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
   (10 us); never while an engine runs, and never while a future resolves, since that runs foreign code.
+- **The server's `_changing`** is held by who swaps or adds a worker while the engines are made, and taken before the pool's.
 - **The futures' locks**, one for all queries of a submit, and **the mailboxes' locks**, one for each event loop that awaits
   queries, are held for a few instructions, and never while the pool's lock is.
 
@@ -140,7 +143,7 @@ class Server:
             slicing=slicing,
             slice_bytes=slice_bytes,
         )
-        self._make_engine = functools.partial(prepare.make_engine, self.model, slicing=slicing, slice_bytes=slice_bytes)
+        self._options = {"slicing": slicing, "slice_bytes": slice_bytes}
         self._open(engines, each, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
 
     @classmethod
@@ -161,7 +164,7 @@ class Server:
           profile: of all engines, or one for each, since devices differ: each is a worker with the subnets of its profile.
         """
         self = cls.__new__(cls)
-        self.model = self._make_engine = None
+        self.model, self._options = None, {}
         self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
         return self
 
@@ -202,7 +205,7 @@ class Server:
             raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
         self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms = check_slo(slo_ms)
-        self._best = min(p.rows[-1].accuracy for p in each)
+        self._changing = threading.Lock()  # held by who adds or swaps: a swap is for the workers that there were at its start
         self._pool = workers.Pool(
             engines,
             each,
@@ -257,9 +260,10 @@ class Server:
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Query]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
-        if not _is_at_most(min_accuracy, self._best):
+        best = self._pool.best
+        if not _is_at_most(min_accuracy, best):
             raise errors.AccuracyFloorError(
-                f"min_accuracy={min_accuracy!r}, a fraction of 1, but the best served subnet has {self._best}; ask for no more"
+                f"min_accuracy={min_accuracy!r}, a fraction of 1, but the best served subnet has {best}; ask for no more"
             )
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
@@ -315,16 +319,20 @@ class Server:
         Raises:
           ConfigError: the engine takes other inputs, or there is no model. ServerClosedError.
         """
-        new, profile = engine_or_device, profile or self.profile
-        if not hasattr(new, "run"):
-            if self._make_engine is None:
-                raise errors.ConfigError(f"a server of engines takes an engine, got {new!r}; it has no model to make one from")
-            new = self._make_engine(new, profile)
-        if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
-            raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
-        profile_lib.of_workers([self.profile, profile], 2)
-        self._best = min(self._best, profile.rows[-1].accuracy)
-        return self._pool.add(new, profile)
+        with self._changing:
+            new, profile = engine_or_device, profile or self.profile
+            if not hasattr(new, "run"):
+                if self.model is None:
+                    raise errors.ConfigError(
+                        f"a server of engines takes an engine, got {new!r}; it has no model to make one of"
+                    )
+                from superserve_jax.serving import prepare  # here, since it imports jax
+
+                new = prepare.make_engine(self.model, new, profile, **self._options)
+            if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
+                raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
+            profile_lib.of_workers([self.profile, profile], 2)
+            return self._pool.add(new, profile)
 
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving; returns when it has finished its batch and its thread has ended.
@@ -339,6 +347,53 @@ class Server:
           relieve: add another first, or close the server.
         """
         self._pool.remove(name)
+
+    def swap(self, path_or_model: Any) -> None:
+        """Changes over to another export between two batches, without a gap in serving.
+
+        It is loaded, compiled and warmed in the calling thread, beside the running one, for the same devices, batch sizes and
+        length buckets and with the same options; without a latency profile beside it one is measured, beside the traffic and
+        so with too long latencies: measure it before (`serve/measure.py`). Whatever is wrong with it is found before anything
+        changes, and the old one goes on. Then all workers change over at once; batches that run end as they began, on the old
+        one. Returns when these are back and the old one is dropped, with its memory unless somebody else holds its model.
+
+        **Both are in the device's memory until then**: twice the weights, slices and executables. Where that does not
+        suffice, jax's RESOURCE_EXHAUSTED is raised here; a batch that fails for it meanwhile makes its worker's batches
+        smaller, as ever, until the next swap that succeeds.
+
+        What waits is answered by the new one, but for queries whose `min_accuracy` that cannot meet: they fail with
+        AccuracyFloorError. A policy given by name is made anew for the new profiles; another is asked with them from then on.
+        A second swap, or `add_worker`, waits for this one; a close does not, and this one is then of no effect.
+
+        Args:
+          path_or_model: an export's directory, or what `superserve_jax.load` returned, with the same kind of inputs and the
+            same vocabulary. Classes may differ.
+
+        Raises:
+          ExportError: it is missing or damaged. ConfigError: its inputs differ, the policy cannot do with it, this server has
+          no model or a worker of an engine that was given, or this is a done-callback. NotCalibratedError, ProfileError.
+          ServerClosedError, WorkersLostError.
+        """
+        from superserve_jax.serving import prepare  # here, since it imports jax
+
+        if self.model is None:
+            raise errors.ConfigError("a server of engines has no model that another could replace; add and remove workers")
+        with self._changing:
+            members = self._pool.members()
+            devices = [getattr(worker.engine, "device", None) for worker in members]
+            if None in devices:
+                name = members[devices.index(None)].name
+                raise errors.ConfigError(f"the worker {name} has an engine that was given to it; remove it first")
+            model = prepare.load(path_or_model)
+            prepare.check_same_inputs(self.model, model, self._lengths)
+            _, engines, profiles = prepare.prepare(
+                model, batch_sizes=self.profile.batch_sizes, lengths=self._lengths or None, devices=devices, **self._options
+            )
+            each = profile_lib.of_workers(profiles, len(engines))
+            old = self._pool.swap(members, engines, each)
+            self.model, self.profiles, self.profile = model, tuple(each), each[0]
+        self._pool.wait_for_swap()
+        del old  # here, since to free a device's memory may take long, and workers take their engines under the pool's lock
 
     def health(self) -> dict[str, Any]:
         """How the server is, as plain values.

@@ -6,6 +6,7 @@ and a snapshot is of one moment: whatever has arrived waits, runs, or is counted
 """
 
 import bisect
+import collections
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -85,7 +86,18 @@ class Counters:
     """
 
     __slots__ = (
-        *("_by_reason", "_by_size", "_by_subnet", "_cancelled", "_latency", "_pending", "_profile", "_slack", "_wait"),
+        *(
+            "_by_reason",
+            "_by_size",
+            "_before",
+            "_by_subnet",
+            "_cancelled",
+            "_latency",
+            "_pending",
+            "_profile",
+            "_slack",
+            "_wait",
+        ),
         *("admitted", "arrived", "expired", "failed", "requeued"),
     )
 
@@ -94,7 +106,8 @@ class Counters:
         self._pending: list[Batch] = []
         self.arrived = self.admitted = self.expired = self.failed = self.requeued = self._cancelled = 0
         # Of each subnet: batches, queries answered, of those the late ones, and the seconds that its batches took.
-        self._by_subnet: dict[Subnet, list[Any]] = {row.subnet: [0, 0, 0, 0.0] for row in profile.rows}
+        self._by_subnet: dict[Subnet, list[Any]] = collections.defaultdict(lambda: [0, 0, 0, 0.0])
+        self._before = (0, 0)  # queries answered, and late ones, before the last swap
         self._by_size = [0] * (profile.max_batch + 1)
         self._by_reason: dict[str, int] = {}
         self._latency, self._wait, self._slack = Histogram(EDGES_S), Histogram(EDGES_S), Histogram((0.0, *EDGES_S))
@@ -104,6 +117,17 @@ class Counters:
         self._pending.append(batch)
         if len(self._pending) >= _PENDING:
             self._count()
+
+    def swap(self, profile: Profile) -> None:
+        """Counts the subnets of another profile from now on, from zero; the totals go on."""
+        self._count()
+        self._before = self._answered()
+        self._profile = profile
+        self._by_subnet.clear()
+
+    def _answered(self) -> tuple[int, int]:
+        answered, late = (sum(counts[i] for counts in self._by_subnet.values()) for i in (1, 2))
+        return self._before[0] + answered, self._before[1] + late
 
     def _count(self) -> None:
         by_subnet, by_size, by_reason = self._by_subnet, self._by_size, self._by_reason
@@ -132,7 +156,7 @@ class Counters:
             was cancelled the server knows when it lets go of it.
         """
         self._count()
-        answered, late = (sum(counts[i] for counts in self._by_subnet.values()) for i in (1, 2))
+        answered, late = self._answered()
         cancelled = self.admitted - answered - self.expired - self.failed - unanswered
         # A worker that was abandoned may answer queries after all that wait for another one again: they count twice until
         # that one finds them.

@@ -12,13 +12,13 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import crew, dispatch, engine, futures, policies, queue, retries
+from superserve_jax.serving import crew, dispatch, engine, futures, policies, retries, swap
 from superserve_jax.serving.query import Query
 
 _log = logging.getLogger(__name__)
 
 
-class Pool(crew.Crew):
+class Pool(swap.Swapping):
     """Queue, workers and watchdog of one server. Its threads refer to the pool, never to the `Server`, so that a server
     that nobody holds any more can be collected and then closes.
 
@@ -59,9 +59,7 @@ class Pool(crew.Crew):
         self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
         self._max_queue, self._expire = max_queue, expire
         self._max_failures, self._pause_s = max_failures, pause_s
-        self._fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
         self._telemetry = telemetry
-        self._meter = queue.Meter()
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
         for e, profile in zip(engines, profiles, strict=True):
@@ -86,6 +84,8 @@ class Pool(crew.Crew):
                 )
             if queries:
                 first = queries[0]
+                if first.floor > self.best:  # since the client looked
+                    raise self._floor_error(first)
                 lengths = [query.length for query in queries] if self._has_lengths else ()
                 self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
                 self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
@@ -113,7 +113,7 @@ class Pool(crew.Crew):
             # engine, nor by the frames of its last error, which has been logged.
             del worker.engine
             if worker.last_error is not None:
-                worker.last_error.__traceback__ = None
+                retries.forget_frames(worker.last_error)
 
     def _turn(self, worker: crew.Worker) -> bool:
         """Waits for one batch, runs it and answers it. False when the worker is to leave."""
@@ -122,6 +122,8 @@ class Pool(crew.Crew):
             if worker.answered:  # counted only now, since the lock would be taken once more for it
                 self._counters.add(worker.answered)
                 worker.answered = ()
+            if worker.successor is not None:
+                self._locked_take_up(worker, worker.successor)
             while worker.alive and not (retry := self._locked_retry(worker)) and not len(self._queue):
                 if self._closing.is_set():
                     return False
@@ -129,6 +131,8 @@ class Pool(crew.Crew):
                 self._work.wait()
                 self._idle -= 1
                 self._waking = False
+                if worker.successor is not None:
+                    self._locked_take_up(worker, worker.successor)
             if not worker.alive:
                 return False
             worker.retry = retry
@@ -231,6 +235,8 @@ class Pool(crew.Crew):
         _log.warning(
             "%s failed on a batch of %d: %r", worker.name, len(worker.batch), error, exc_info=error if fresh else None
         )
+        # The frames hold the engine, and so its device's memory, for as long as a client or `last_error` holds the error.
+        retries.forget_frames(error)
         inputs = [query.inputs for query in worker.batch]
         too_large = retries.out_of_memory(error) and size > self._batch_sizes[0]
         with self._lock:
@@ -238,8 +244,7 @@ class Pool(crew.Crew):
             worker.failed += 1
             worker.last_error = self._last_error = error
             if too_large:
-                self._locked_shrink(worker, size)
-                hopeless = []
+                hopeless = self._locked_shrink(worker, size)
             else:
                 hopeless = self._locked_failed(worker, error)
             self._work.notify_all()  # what has been given back is not for every worker
@@ -255,17 +260,19 @@ class Pool(crew.Crew):
             self._closing.wait(self._pause_s * worker.failures)
         return True
 
-    def _locked_shrink(self, worker: crew.Worker, size: int) -> None:
-        """From now on this worker runs no batches of `size`, for which its device has not enough memory."""
+    def _locked_shrink(self, worker: crew.Worker, size: int) -> list[tuple[Query, errors.SuperServeError]]:
+        """From now on this worker runs no batches of `size`, for which its device has not enough memory. Its batch goes back,
+        but for the queries that are returned, and why."""
         worker.profile = retries.at_most(worker.profile, size // 2)
         worker.policy = self._make_policy(worker.profile)
         batch, worker.batch = worker.batch, ()
         self._counters.requeued += len(batch)
         if worker.retry is not None:
             self._retries.give_back(batch, worker.retry, worker.index)
-            return
-        for query in batch:
-            self._queue.push(query.deadline_s, query, query.floor, query.length)
+        else:
+            for query in batch:
+                self._queue.push(query.deadline_s, query, query.floor, query.length)
+        return self._locked_refuse()
 
     def _works(self, worker: crew.Worker, row: Row, size: int, inputs: Sequence[np.ndarray]) -> bool:
         """Whether the worker can do with blank inputs what it failed at: then the inputs were to blame, and not the device."""
