@@ -154,6 +154,40 @@ def test_what_cannot_be_met_is_refused_at_arrival_if_asked():
         assert s.submit_many([x(2)] * 1000, slo_ms=1.0)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "query", "needs_ms"),
+    [
+        ([], {}, 1 + 1),
+        ([], {"idle": True}, 1),
+        ([], {"floor": 0.8}, 1 + 3),
+        ([], {"length": 8}, 2 + 2),
+        ([], {"length": 0}, 2 + 2),
+        ([], {"count": 6}, 6 + 4),
+        ([], {"count": 6, "idle": True}, 2 + 4),
+        ([1] * 4, {}, 5 + 4),
+        ([8] * 4, {}, 9 + 4),
+        ([1] * 4, {"length": 8}, 6 + 8),
+    ],
+)
+def test_a_query_needs_the_time_of_what_is_before_it_and_of_its_own_batch(lengths, query, needs_ms):
+    waiting, fleet = padding.make_queue(BY_LENGTH), drift.Fleet([BY_LENGTH])
+    for length in lengths:
+        waiting.push(0.0, "text", length=length)
+    for slack_ms, admitted in (needs_ms / 0.9 + 0.01, True), (needs_ms / 0.9 - 0.01, False):
+        control = admission.Admission(BY_LENGTH)
+        options = {"length": 1, "shortest_ms": slack_ms, **query}
+        assert control.admits(waiting, fleet, 0.0, 1e-3 * slack_ms, **options) == admitted
+
+
+def test_texts_are_admitted_by_their_length():
+    fake = engine.FakeEngine(BY_LENGTH, speed=math.inf, input_shape=(8,), input_dtype=np.int32)
+    options = {"tune_runtime": False, "admission": True, "clock": lambda: 0.0}
+    with server.Server.from_engines([fake], BY_LENGTH, **options) as s:
+        with pytest.raises(errors.AdmissionError):
+            s.submit_many([text(1), text(8), text(1)], slo_ms=8.5)
+        assert len(s.submit_many([text(1)] * 3, slo_ms=8.5)) == 3
+
+
 @settings(deadline=None)
 @given(
     due=st.lists(st.floats(0.001, 0.3), max_size=60),
@@ -211,6 +245,19 @@ def test_in_a_short_burst_admission_control_lets_those_wait_that_can():
     trace = traces.steps(rates_qps=(3 * CAPACITY, 0.3 * CAPACITY, 0.3 * CAPACITY) * 3, step_s=0.06).mixed(slo_ms=MIX)
     result = simulator.simulate(PAPER, "slackfit", trace, cluster=simulator.Cluster(admission=True))
     assert (result.outcome[trace.slo_ms == 200.0] == simulator.MET).mean() > 0.99
+
+
+def test_however_short_an_slo_is_an_overload_keeps_every_worker_busy():
+    control, full, fleet = admission.Admission(PAPER), queue.DeadlineQueue(), drift.Fleet([PAPER] * 8)
+    full.push_all(0.0, range(1000))
+    for ms in range(0, 300, 10):
+        assert not control.admits(full, fleet, 1e-3 * ms, 1e-3 * (ms + 9), shortest_ms=9.0)
+    one_batch_each = queue.DeadlineQueue()
+    one_batch_each.push_all(1.0, range(8 * 16 - 1))
+    assert control.admits(one_batch_each, fleet, 0.3, 1.0, shortest_ms=9.0)
+    one_batch_each.push(1.0, "one more")
+    assert not control.admits(one_batch_each, fleet, 0.3, 1.0, shortest_ms=9.0)
+    assert control.admits(one_batch_each, fleet, 0.4, 1.0, shortest_ms=9.0)  # nobody has been refused for a while
 
 
 def test_a_query_that_could_never_be_met_does_not_count_as_an_overload():
