@@ -1,7 +1,7 @@
 """A server on a virtual clock: the same queue and the same policies, with latencies read from a profile. No jax.
 
-What it shares with `server.py` is code: `queue.DeadlineQueue`, `queue.take`, the policies. What it replaces is time: a
-batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
+What it shares with `server.py` is code: `queue.DeadlineQueue`, `dispatch`, `admission`, the policies. What it replaces is
+time: a batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
 """
 
 import bisect
