@@ -41,6 +41,7 @@ NO_JAX = (
             "measuring",
             "loadgen",
             "dispatch",
+            "admission",
             "padding",
             "subnet_buckets",
         )
