@@ -64,7 +64,11 @@ class AccuracyFloorError(SuperServeError, ValueError):
 
 
 class QueueFullError(SuperServeError, RuntimeError):
-    """The server's queue holds as many queries as it may."""
+    """The server's queue holds as many queries, or bytes, as it may."""
+
+
+class AdmissionError(QueueFullError):
+    """With what waits already, the query's deadline cannot be met, and the server refuses such queries."""
 
 
 class ServerClosedError(SuperServeError, RuntimeError):

@@ -672,7 +672,10 @@ def open_server(policy="slackfit", **options):
 
 @examples(50)
 @given(
-    name=st.sampled_from(["slo_ms", "max_queue", "max_tries", "max_failures", "stall_s", "clock", "policy"]), value=bad.objects
+    name=st.sampled_from(
+        ["slo_ms", "max_queue", "max_queue_bytes", "admission", "max_tries", "max_failures", "stall_s", "clock", "policy"]
+    ),
+    value=bad.objects,
 )
 def test_a_server_opens_and_answers_or_refuses_its_arguments(name, value):
     if callable(value):  # any function may be a policy or a clock; those that are none fail when they are asked

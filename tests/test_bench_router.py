@@ -1,4 +1,4 @@
-"""serve/bench_router.py and serve/bench_stages.py: that they run, and that their figures are consistent."""
+"""serve/bench_router.py, bench_overload.py and bench_stages.py: that they run, and that their figures are consistent."""
 
 import json
 import pathlib
@@ -46,6 +46,31 @@ def test_a_rate_must_be_positive(run, capsys):
     with pytest.raises(SystemExit):
         run("bench_router.py", "--rate", "0")
     assert "rate must be above 0, got 0" in capsys.readouterr().err
+
+
+def test_of_an_overload_every_query_is_counted_and_a_full_queue_is_seen(run, capsys):
+    found = run(
+        "bench_overload.py",
+        "--seconds",
+        "0.4",
+        "--calm-s",
+        "0.3",
+        "--workers",
+        "2",
+        "--max-queue",
+        "50",
+        "--slo-ms",
+        "20",
+        "40",
+    )
+    over, each = found["served"]["overload"], found["served"]["by_slo"].values()
+    assert over["arrived"] == found["simulated"]["overload"]["arrived"] > found["served"]["calm"]["arrived"] > 0
+    assert {what: sum(of[what] for of in each) for what in ("arrived", "refused")} == {
+        what: over[what] for what in ("arrived", "refused")
+    }
+    assert over["refused"] > 0 < found["us_per_refusal"]
+    assert found["waiting_at_most"] <= 50
+    assert "of 50 allowed" in capsys.readouterr().out
 
 
 def test_the_stages_of_a_query_add_up(run, capsys):

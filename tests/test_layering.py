@@ -42,6 +42,7 @@ NO_JAX = (
             "measuring",
             "loadgen",
             "dispatch",
+            "admission",
             "padding",
             "subnet_buckets",
         )

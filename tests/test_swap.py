@@ -208,6 +208,16 @@ def test_speeds_are_those_of_the_new_profiles():
 # -- floors -------------------------------------------------------------------------------------------------------------------
 
 
+def test_who_is_admitted_goes_by_the_new_profile():
+    slow = OTHER.scaled(1000.0)
+    with serve(fake(), admission=True) as s:
+        assert s.submit(x(1), slo_ms=500.0).result(WAIT_S).met_slo
+        swap(s, lambda: engine.FakeEngine(slow, speed=math.inf), slow)
+        s._pool.wait_for_swap()
+        with pytest.raises(errors.AdmissionError):
+            s.submit(x(2), slo_ms=500.0)
+
+
 def test_waiting_queries_whose_floor_the_new_one_cannot_meet_fail_and_the_others_do_not():
     with held(1, policy=best) as (s, gate, first):
         floors = [0.0, 0.75, 0.7, 0.8, 0.0]

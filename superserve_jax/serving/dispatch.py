@@ -12,6 +12,7 @@ from typing import Any
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving import drift, policies, queue
+from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
 
@@ -75,6 +76,20 @@ def next_batch(
     finally:
         if aside:
             waiting.put_back(aside)
+
+
+def refill(waiting: queue.DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
+    """A batch of `next_batch` with what comes next, and is no longer, in the places of its cancelled queries."""
+    live = [query for query in batch if not query.done()]
+    if len(live) == len(batch):
+        return live
+    longest = profile.at_length(max(query.length for query in batch)).lengths[-1] if profile.shorter else 0
+    while len(live) < len(batch) and len(waiting) and waiting.head_length <= longest:
+        more = waiting.pop(len(batch) - len(live), row.accuracy)
+        if not more:
+            break
+        live += [query for query in more if not query.done()]
+    return live
 
 
 def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> tuple[Row, int, float, float, str]:

@@ -122,6 +122,11 @@ class Fleet:
             pace = self._paces[worker] = Pace(sum(speeds.values()) / speed, slowdown, max(speeds.values()) / speed)
         return pace
 
+    def strength(self) -> tuple[float, int]:
+        """What all live workers carry together, in units of the first worker as profiled, and how many they are."""
+        speeds = self._speeds.values()
+        return sum(speeds), sum(map(bool, speeds))
+
     def leave(self, worker: int) -> None:
         """A worker is gone."""
         self._set(worker, 0.0)

@@ -108,6 +108,11 @@ class LengthQueue(queue.DeadlineQueue):
     def __len__(self) -> int:
         return sum(map(len, self._queues))
 
+    def tokens(self, more: Sequence[int] = ()) -> int:
+        """Tokens of all items, and of more of such lengths, each padded to its length bucket."""
+        waiting = sum(len(q) * length for q, length in zip(self._queues, self._lengths, strict=True))
+        return waiting + sum(self._lengths[bisect.bisect_left(self._lengths, length)] for length in more)
+
     def look(self, now_s: float) -> None:
         """Tells it the time, from which it knows how large a batch of deferred items the others can wait for."""
         self._now_s = now_s
@@ -209,6 +214,12 @@ class LengthQueue(queue.DeadlineQueue):
         self._place = None
         for q in self._queues:
             q.drop_late(done)
+
+    def sweep(self, done: Callable[[Any], bool]) -> None:
+        """See `DeadlineQueue.sweep`."""
+        self._place = None
+        for q in self._queues:
+            q.sweep(done)
 
     def pop_before(self, before_s: float) -> list[Any]:
         """Takes every item whose deadline is earlier, deferred or not: `before_s` is that of the shortest length bucket, and

@@ -65,6 +65,10 @@ class DeadlineQueue:
     def __len__(self) -> int:
         return len(self._fifo) + len(self._early) + len(self._deferred)
 
+    def tokens(self, more: Sequence[int] = ()) -> int:
+        """Tokens of the items and of more; only `padding.LengthQueue` has any."""
+        return 0
+
     def look(self, now_s: float) -> None:
         """Tells the queue the time before it is asked for a batch; only `padding.LengthQueue` needs to know."""
 
@@ -146,6 +150,15 @@ class DeadlineQueue:
         """Drops from the front of the deferred items those that are `done`. O(1) but for those."""
         while self._deferred and done(self._deferred[0][3]):
             self._floored -= self._deferred.popleft()[2] > 0
+
+    def sweep(self, done: Callable[[Any], bool]) -> None:
+        """Drops all items that are `done`. O(n)."""
+        for entries in (self._fifo, self._early, self._deferred):
+            kept = [entry for entry in entries if not done(entry[3])]
+            entries.clear()
+            entries.extend(kept)
+        if self._floored:
+            self._floored = sum(e[2] > 0 for e in itertools.chain(self._fifo, self._early, self._deferred))
 
     def pop_before(self, before_s: float) -> list[Any]:
         """Takes every item whose deadline is earlier, deferred or not."""

@@ -38,6 +38,7 @@ nothing.
 """
 
 import functools
+import math
 import numbers
 import threading
 import time
@@ -61,6 +62,10 @@ class Tuning(TypedDict, total=False):
     """Options of `Server` that seldom need a change.
 
     Args:
+      max_queue_bytes: bytes of inputs that may wait, next to `max_queue`, a text's as padded to its length bucket.
+        Default 1 GiB.
+      admission: whether queries that cannot be met any more are refused with AdmissionError at arrival (see `admission`).
+        Default False.
       max_tries: how many batches with a query have to fail at least, the last of it alone, before it is answered with the
         error. Default 3.
       max_failures: batches in a row that fail, and fail with blank inputs, too, after which a worker leaves. Default 5.
@@ -73,6 +78,8 @@ class Tuning(TypedDict, total=False):
       clock: monotonic seconds. Default `time.monotonic`.
     """
 
+    max_queue_bytes: int
+    admission: bool
     max_tries: int
     max_failures: int
     stall_s: float
@@ -104,6 +111,11 @@ class Server:
     step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
     With several length buckets a batch takes the head and others that are no longer (see `serving.padding`); a policy that is
     no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByProfile`).
+
+    In an overload the default policy is fair to SLOs: by the time they are due, queries with a long one are as urgent as those
+    with a short one that came later, and of each SLO the same share is met, what the workers carry over what comes (see
+    `tests/test_overload.py`). A full queue refuses all alike, and admission control is fair once an overload has lasted for
+    0.2 s; until then it prefers long SLOs (see `admission`).
 
     Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
 
@@ -177,6 +189,8 @@ class Server:
         slo_ms: float,
         max_queue: int,
         expire: bool,
+        max_queue_bytes: int = 1 << 30,
+        admission: bool = False,
         max_tries: int = 3,
         max_failures: int = 5,
         stall_s: float = 5.0,
@@ -196,11 +210,22 @@ class Server:
             raise errors.ConfigError(
                 f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
             )
-        for name, value in (("max_queue", max_queue), ("max_tries", max_tries), ("max_failures", max_failures)):
+        wholes = {
+            "max_queue": max_queue,
+            "max_queue_bytes": max_queue_bytes,
+            "max_tries": max_tries,
+            "max_failures": max_failures,
+        }
+        for name, value in wholes.items():
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
+        input_bytes = math.prod((*self._lengths[-1:], *self._shape[bool(self._lengths) :])) * self._dtype.itemsize
+        if input_bytes > max_queue_bytes:
+            raise errors.ConfigError(f"max_queue_bytes={max_queue_bytes}, but one input has {input_bytes}; allow more")
         if not isinstance(stall_s, numbers.Real) or not 0 < stall_s <= _MAX_STALL_S:
             raise errors.ConfigError(f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {stall_s!r}")
+        if not isinstance(admission, bool):
+            raise errors.ConfigError(f"admission must be True or False, got {admission!r}")
         if not callable(clock):
             raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
         self.profiles, self.profile = tuple(each), each[0]
@@ -211,7 +236,10 @@ class Server:
             each,
             functools.partial(make_policy, policy),
             max_queue=max_queue,
+            max_queue_bytes=max_queue_bytes,
+            input_bytes=input_bytes,
             expire=expire,
+            admission=admission,
             max_tries=max_tries,
             max_failures=max_failures,
             pause_s=1e-3 * self._slo_ms,
@@ -243,8 +271,8 @@ class Server:
           A future whose result is a `futures.Reply`.
 
         Raises:
-          InputError, DeadlineError, AccuracyFloorError: the query cannot be served. QueueFullError, ServerClosedError,
-          WorkersLostError: not by this server, now.
+          InputError, DeadlineError, AccuracyFloorError: the query cannot be served. QueueFullError, AdmissionError,
+          ServerClosedError, WorkersLostError: not by this server, now.
         """
         return self._admit((x,), slo_ms, min_accuracy)[0]
 

@@ -1,7 +1,7 @@
 """A server on a virtual clock: the same queue and the same policies, with latencies read from a profile. No jax.
 
-What it shares with `server.py` is code: `queue.DeadlineQueue`, `queue.take`, the policies. What it replaces is time: a
-batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
+What it shares with `server.py` is code: `queue.DeadlineQueue`, `dispatch`, `admission`, the policies. What it replaces is
+time: a batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
 """
 
 import bisect
@@ -17,6 +17,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
+from superserve_jax.serving import admission as admission_lib
 from superserve_jax.serving import dispatch, drift, padding, policies, queue, traces
 
 MET, LATE, EXPIRED, REFUSED = range(4)
@@ -58,6 +59,7 @@ class Cluster:
       actuation_ms: added to every batch whose subnet is not the one that its worker ran last: a server that loads models.
       max_queue: waiting queries beyond which new ones are refused.
       expire: give up a head that could not be saved even alone on the fastest subnet, instead of serving it late.
+      admission: whether what cannot be met is refused when it arrives (see `admission`).
       outages, stalls, slowdowns: what goes wrong, and when.
       follow_drift: whether what a worker is slower than its profile is made up for (see `drift`).
     """
@@ -68,6 +70,7 @@ class Cluster:
     actuation_ms: float = 0.0
     max_queue: float = math.inf
     expire: bool = False
+    admission: bool = False
     outages: tuple[Outage, ...] = ()
     stalls: tuple[Stall, ...] = ()
     slowdowns: tuple[Slowdown, ...] = ()
@@ -197,6 +200,7 @@ class _Run:
         self.arrived = 0
         self.queue = padding.make_queue(profile)
         self.meter = queue.Meter()
+        self.admission = admission_lib.Admission(profile)
 
         self.idle = collections.deque(range(cluster.workers))
         self.running: list[_Batch | None] = [None] * cluster.workers
@@ -258,7 +262,23 @@ class _Run:
         if first < end:
             self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
         for i in range(first, end):
-            push(deadlines[i], i, floors[i], tokens[i])
+            if self.cluster.admission and not self.admits(i):
+                self.refused.append(i)
+            else:
+                push(deadlines[i], i, floors[i], tokens[i])
+
+    def admits(self, i: int) -> bool:
+        """Whether a query is admitted when it arrives: since then nothing else has happened."""
+        return self.admission.admits(
+            self.queue,
+            self.fleet,
+            self.arrivals[i],
+            self.deadlines[i],
+            shortest_ms=self.meter.slo_ms,
+            floor=self.floors[i],
+            length=self.lengths[i],
+            idle=bool(self.idle) and not len(self.queue),
+        )
 
     def dispatch(self, now_s: float) -> None:
         """One idle worker takes what the policy says."""

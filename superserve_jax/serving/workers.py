@@ -12,10 +12,16 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
+from superserve_jax.serving import admission as admission_lib
 from superserve_jax.serving import crew, dispatch, engine, futures, policies, retries, swap
 from superserve_jax.serving.query import Query
 
 _log = logging.getLogger(__name__)
+
+_NOT_ADMITTED = (
+    "what waits leaves no time to meet the deadline, and this server admits no query that it would miss (admission=True); "
+    "allow a longer slo_ms, submit more slowly, or add devices"
+)
 
 
 class Pool(swap.Swapping):
@@ -24,6 +30,7 @@ class Pool(swap.Swapping):
 
     Args:
       profiles: of each engine.
+      input_bytes: of one input, at the longest length.
       make_policy: makes the policy for a profile: of a worker, and of one whose batches have to be smaller.
       pause_s: how long a worker rests after a failure.
       For the others see `server.Server` and `server.Tuning`.
@@ -36,7 +43,10 @@ class Pool(swap.Swapping):
         make_policy: Callable[[Profile], policies.Policy],
         *,
         max_queue: int,
+        max_queue_bytes: int,
+        input_bytes: int,
         expire: bool,
+        admission: bool,
         max_tries: int,
         max_failures: int,
         pause_s: float,
@@ -57,7 +67,14 @@ class Pool(swap.Swapping):
         )
         self._batch_sizes, self._has_lengths = profiles[0].batch_sizes, bool(profiles[0].shorter)  # as those of all
         self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
-        self._max_queue, self._expire = max_queue, expire
+        self._bounds = admission_lib.Bounds(
+            profiles[0].lengths if self._has_lengths else (),
+            max_queue=max_queue,
+            max_queue_bytes=max_queue_bytes,
+            input_bytes=input_bytes,
+        )
+        self._admission = admission_lib.Admission(profiles[0]) if admission else None
+        self._expire = expire
         self._max_failures, self._pause_s = max_failures, pause_s
         self._telemetry = telemetry
         self._idle = 0  # workers that wait on _work
@@ -77,20 +94,33 @@ class Pool(swap.Swapping):
                 raise errors.ServerClosedError("the server is closed and takes no queries; open a new one")
             if not self._alive:
                 raise self._lost_error()
-            if len(self._queue) + len(queries) > self._max_queue:
-                raise errors.QueueFullError(
-                    f"{len(self._queue)} queries wait and {len(queries)} more would exceed max_queue={self._max_queue}; "
-                    "submit more slowly, add devices, or raise max_queue"
-                )
             if queries:
                 first = queries[0]
                 if first.floor > self.best:  # since the client looked
                     raise self._floor_error(first)
                 lengths = [query.length for query in queries] if self._has_lengths else ()
-                self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
+                self._bounds.check(self._queue, len(queries), lengths)
                 self._meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
+                if self._admission is not None and not self._admission.admits(
+                    self._queue,
+                    self._fleet,
+                    first.submitted_s,
+                    first.deadline_s,
+                    shortest_ms=self._meter.slo_ms,
+                    count=len(queries),
+                    floor=first.floor,
+                    length=max(lengths, default=0),
+                    idle=self._idle > 0 and not len(self._queue),
+                ):
+                    raise errors.AdmissionError(_NOT_ADMITTED)
+                self._queue.push_all(first.deadline_s, queries, first.floor, lengths)
             self._counters.admitted += len(queries)
             self._locked_wake()
+
+    def _locked_swap(self, pairs: Sequence[tuple[crew.Worker, crew.Successor]]) -> None:
+        super()._locked_swap(pairs)
+        if self._admission is not None:
+            self._admission = admission_lib.Admission(pairs[0][1].profile)
 
     def snapshot(self) -> dict[str, Any]:
         """See `Server.snapshot`."""
@@ -157,7 +187,8 @@ class Pool(swap.Swapping):
 
     def _locked_prune(self, now_s: float) -> list[Query]:
         """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
-        are returned. A cancelled query counts as waiting until it reaches the front, of the deferred ones if it is one."""
+        are returned. A cancelled query counts as waiting until it reaches the front, of the deferred ones if it is one, or the
+        queue is full."""
         expired = self._queue.pop_before(now_s + self._fastest_s) if self._expire else []
         self._queue.drop_late(Query.done)
         while (head := self._queue.head()) is not None and head.done():
@@ -181,6 +212,7 @@ class Pool(swap.Swapping):
                 last_subnet=worker.last_subnet,
                 worker=worker.index,
             )
+            batch = dispatch.refill(waiting, worker.profile, row, batch)
         except Exception as error:
             _log.exception("the policy failed")
             self._last_error = error
@@ -191,7 +223,7 @@ class Pool(swap.Swapping):
             if retry is not None:
                 self._retries.taken(retry)
         worker.last_subnet = row.subnet
-        return row, [query for query in batch if not query.done()], reason, None
+        return row, batch, reason, None
 
     def _run(self, worker: crew.Worker, row: Row, batch: list[Query], reason: str) -> bool:
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)

@@ -51,7 +51,7 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
     """
     if not isinstance(config, configs.TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `config.load` gives, got {config!r}")
-    if dataset is not None and not isinstance(dataset, data.Dataset):
+    if dataset is not None and not (hasattr(dataset, "train") and hasattr(dataset, "num_examples")):
         raise errors.ConfigError(f"dataset must be one such as `data.from_arrays` makes, got {type(dataset).__name__}")
     given = dataset
     if given is not None:
