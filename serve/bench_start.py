@@ -10,9 +10,11 @@ or measuring it would be most of the start. Library: ss.Server, serving.prepare,
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, profile
-from superserve_jax.serving import prepare
+from superserve_jax.serving import prepare, subnet_buckets
 from superserve_jax.training import made_up
 
 STAGES = ("import", "load", "server", "answer")
@@ -76,13 +78,14 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    with made_up.export_of(options.source, subnets=options.subnets) as export, tempfile.TemporaryDirectory() as cache:
-        count, made = ensure_profile(export, options.batch_sizes)
-        try:
-            starts = [start(export, options.batch_sizes, cache) for _ in range(1 + options.warm)]
-        finally:
-            if made is not None:
-                made.unlink()
+    batch_sizes = profile.check_batch_sizes(options.batch_sizes)
+    if options.warm < 1:
+        raise ss.ConfigError(f"--warm must be at least 1, got {options.warm}")
+    with made_up.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
+        export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
+        shutil.copytree(source, export)  # which may get a made-up profile
+        count = ensure_profile(export, batch_sizes)
+        starts = [start(export, batch_sizes, cache) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
     cold, warm = starts[0], {stage: statistics.median(s[stage] for s in starts[1:]) for stage in starts[0]}
     cli.print_table(
@@ -97,22 +100,21 @@ def main() -> None:
         files.write_json(options.json, figures)
 
 
-def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> tuple[int, pathlib.Path | None]:
-    """The number of executables that a server will have; and the made-up profile, where there was none."""
+def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
+    """The number of executables that a server will have; where there is no profile, one is made up."""
     model = ss.load(export)
     device = jax.devices()[0]
     lengths = prepare.check_lengths(model.config, None)
-    stored, made = prepare.stored_profile(model, device, batch_sizes, lengths), None
+    stored = prepare.stored_profile(model, device, batch_sizes, lengths)
     if stored is None:
-        made = checkpoint.profile_path(export, prepare.device_kind(device))
-        if made.exists():
-            raise ss.ConfigError(f"{made} does not hold the batch sizes {list(batch_sizes)}; choose some that it holds")
         rows = [profile.Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served]
         at = [(length,) for length in lengths] or [()]
-        stored = profile.join([profile.Profile(batch_sizes, tuple(rows), "made up", lengths=length) for length in at])
-        stored.save(made)
+        kind = prepare.device_kind(device)
+        stored = profile.join([profile.Profile(batch_sizes, tuple(rows), kind, lengths=length) for length in at])
+        stored = stored.with_envelopes(subnet_buckets.choose(model.subnets, model.config.flops, prepare.MAX_BUCKETS))
+        stored.save(checkpoint.profile_path(export, kind))
     buckets = {r.envelope or r.subnet for r in stored.rows}
-    return len(buckets) * len(batch_sizes) * max(1, len(lengths)), made
+    return len(buckets) * len(batch_sizes) * max(1, len(lengths))
 
 
 def start(export: pathlib.Path, batch_sizes: tuple[int, ...], cache: str) -> dict[str, float]:
@@ -120,9 +122,11 @@ def start(export: pathlib.Path, batch_sizes: tuple[int, ...], cache: str) -> dic
     environment = {**os.environ, "SUPERSERVE_CACHE": cache}
     command = [sys.executable, "-c", START, str(export), *map(str, batch_sizes)]
     began_s = time.time()
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ss.ConfigError(f"the server did not start (status {done.returncode}); what it said stands above")
     times = [began_s, *json.loads(done.stdout.splitlines()[-1])]
-    stages = {stage: b - a for stage, a, b in zip(STAGES, times, times[1:], strict=True)}
+    stages = {stage: b - a for stage, (a, b) in zip(STAGES, itertools.pairwise(times), strict=True)}
     return {**stages, "ready": times[-1] - times[0]}
 
 

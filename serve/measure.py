@@ -73,6 +73,9 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     profiles.check_batch_sizes(options.batch_sizes)  # before minutes of compiling
+    for name, value in (("--repeats", options.repeats), ("--executables", options.executables)):
+        if value < 1:
+            raise ss.ConfigError(f"{name} must be at least 1, got {value}")
     model = ss.load(options.export)
     lengths = prepare.check_lengths(model.config, options.lengths)
     kinds = {prepare.device_kind(device): device for device in jax.devices()[::-1]}  # the first of a kind, written last

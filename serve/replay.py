@@ -97,6 +97,10 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
+    if options.seconds is not None and not options.seconds > 0:
+        raise ss.ConfigError(f"--seconds must be positive, got {options.seconds:g}")
+    if not 0 < options.slow_after < 1:
+        raise ss.ConfigError(f"--slow-after is a share of the traffic between 0 and 1, got {options.slow_after:g}")
     if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
         raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and above 1 no --simulate")
     if options.kill_every is not None:
@@ -188,7 +192,7 @@ def kill_workers(options: Options, every_s: float) -> None:
     [grid] = experiments.PRESETS["faults"]
     profile, cluster = reference.paper_profile(), experiments.killed(every_s)
     slo_ms = experiments.SLO_MS if options.slo_ms is None else options.slo_ms
-    trace = grid.traffics[0].create(options.seed, duration_s=options.seconds or 5 * every_s)
+    trace = grid.traffics[0].create(options.seed, duration_s=options.seconds if options.seconds is not None else 5 * every_s)
     trace = dataclasses.replace(trace, slo_ms=slo_ms)
     names = options.policies or ("slackfit",)
     for name in names:
@@ -237,7 +241,8 @@ def make_trace(options: Options, profiles: Sequence[ss.Profile], *, slo_ms: floa
     burst = options.burst * sum(p.throughput_qps(p.rows[0].subnet, tokens) for p in profiles)
     step_s = 0.5
     pattern = [calm, calm, calm, burst, calm, calm]
-    rates = [pattern[i % len(pattern)] for i in range(max(1, round((options.seconds or 9.0) / step_s)))]
+    seconds = 9.0 if options.seconds is None else options.seconds
+    rates = [pattern[i % len(pattern)] for i in range(max(1, round(seconds / step_s)))]
     trace = traces.steps(rates_qps=rates, step_s=step_s, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
     return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
 

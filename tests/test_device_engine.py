@@ -135,3 +135,14 @@ def test_the_profile_says_how_weights_are_sliced_and_executables_shared(model, t
     _, [again], stored = prepare.prepare(loaded, batch_sizes=(2,))
     assert stored == [profile]
     assert len(again.executables) == len(set(envelopes[r.subnet] for r in profile.rows)) <= 3
+
+
+def test_what_no_subnet_slices_does_not_count_against_the_budget():
+    config = dynabert.DynaBERTConfig(
+        vocab_size=5000, num_classes=2, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8, 16)
+    )
+    text = supernet.SuperNet.create(config, seed=0)
+    smallest = config.space().smallest()
+    engine = make(text, [smallest], lengths=(6,), slice_bytes=4 * 5000)  # the embeddings alone have 8 times as many
+    engine.run(smallest, 2, [np.ones(6, np.int32)] if config.token_types == 1 else [np.ones((6, 2), np.int32)])
+    assert 0 < engine.slices.nbytes <= 4 * 5000

@@ -1,4 +1,5 @@
 import logging
+import time
 
 import jax
 import numpy as np
@@ -207,3 +208,28 @@ class TestCache:
         store = cache.ExecutableCache(TINY, jax.devices()[0])
         other = cache.ExecutableCache(TINY.__class__(num_classes=7), jax.devices()[0])
         assert len({store._path({"batch": 1}), store._path({"batch": 2}), other._path({"batch": 1})}) == 3
+
+
+def test_a_family_whose_source_cannot_be_read_is_compiled_without_a_cache(model, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("SUPERSERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache.inspect, "getsource", lambda module: (_ for _ in ()).throw(OSError("no source")))
+    cache._source_digest.cache_clear()
+    made, _ = executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])
+    cache._source_digest.cache_clear()
+    assert len(made) == 1
+    assert "no cache of executables" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_that_cannot_be_compiled_keeps_nobody_waiting_for_the_others(model, monkeypatch):
+    begun = []
+
+    def compile_program(program, batch, device, **_):
+        begun.append(batch)
+        time.sleep(0.01)
+        raise RuntimeError("cannot be compiled")
+
+    monkeypatch.setattr(executables, "compile_program", compile_program)
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        executables.build([programs.sliced(TINY, model.space.smallest())], range(1, 500), jax.devices()[0])
+    assert len(begun) < 499

@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import math
+import sys
 import threading
 import time
 import weakref
@@ -522,3 +523,52 @@ def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(expor
         assert state(s, added)["batches"] >= 1
     expected = np.asarray(export(images, export.subnets[0]))
     np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_who_joins_with_less_accuracy_makes_only_the_floors_above_it_fail_and_leaving_undoes_that():
+    two = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.9, ROW.latency_ms)))
+    gate = Gate()
+    first_engine, second = (engine.FakeEngine(p, speed=math.inf, on_run=gate, name=n) for p, n in ((two, "a"), (PROFILE, "b")))
+    with server.Server.from_engines([first_engine], two, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
+        first = s.submit(x(0))
+        assert gate.entered.wait(WAIT_S)
+        demanding, modest = s.submit(x(1), min_accuracy=0.8), s.submit(x(2))
+        s.add_worker(second, profile=PROFILE)
+        with pytest.raises(errors.AccuracyFloorError, match="that every worker serves now"):
+            demanding.result(WAIT_S)
+        assert modest.result(WAIT_S).output[0] == 2.0
+        s.remove_worker("b")
+        gate.opened.set()
+        assert first.result(WAIT_S).output[0] == 0.0
+        assert s.submit(x(3), min_accuracy=0.8).result(WAIT_S).accuracy == 0.9
+
+
+def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
+    def on_run(*_):
+        error = RuntimeError("round and round")
+        raise error from error
+
+    with serve(fake(on_run), max_failures=1) as s, pytest.raises(errors.SuperServeError, match="round and round"):
+        s.submit(x(1), slo_ms=50.0).result(WAIT_S)
+
+
+def test_a_server_that_cannot_be_opened_leaves_the_process_as_it_was():
+    before, threads = sys.getswitchinterval(), threading.active_count()
+    with pytest.raises(errors.UnknownNameError):
+        server.Server.from_engines([fake()], PROFILE, policy="nope", tune_runtime=True)
+    assert (sys.getswitchinterval(), threading.active_count()) == (before, threads)
+
+
+def test_a_worker_with_less_memory_counts_for_what_it_still_carries():
+    def on_run(subnet, batch_size, inputs):
+        if batch_size > 1:
+            raise MemoryError
+
+    cheap = Profile(SIZES, (Row(ROW.subnet, 0.7, tuple(1.0 + 0.1 * b for b in SIZES)),))
+    engines = [engine.FakeEngine(cheap, speed=math.inf, on_run=on_run)]
+    with server.Server.from_engines(engines, cheap, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
+        full, _ = s._pool._fleet.strength()
+        for future in s.submit_many([x(i) for i in range(8)]):
+            future.result(WAIT_S)
+        assert s.health()["per_worker"][0]["max_batch"] == 1
+        assert s._pool._fleet.strength()[0] < full

@@ -476,7 +476,7 @@ def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
     checkpoint.export(folder, model, [checkpoint.Served(subnet, accuracy, None, 1, 1)], measured="made up")
     place = checkpoint.profile_path(folder, prepare.device_kind(jax.devices()[0]))
     place.parent.mkdir(exist_ok=True)
-    Profile((1,), (Row(subnet, accuracy, (1.0,)),), "here").save(place)
+    Profile((1,), (Row(subnet, accuracy, (1.0,)),), prepare.device_kind(jax.devices()[0])).save(place)
     return folder
 
 
@@ -645,7 +645,9 @@ def test_a_worker_with_an_engine_that_was_given_stands_in_the_way(exports):
     with opened(exports[0]) as s:
         given = engine.FakeEngine(s.profile, name="mine", input_shape=s._shape, input_dtype=s._dtype)
         s.add_worker(given)
-        with pytest.raises(errors.ConfigError, match="worker mine has an engine that was given to it; remove it first"):
+        with pytest.raises(
+            errors.ConfigError, match="worker mine has left, or has an engine that was given to it; remove it first"
+        ):
             s.swap(exports[1])
         s.remove_worker("mine")
         s.swap(exports[1])

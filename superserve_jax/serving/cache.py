@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax.experimental import serialize_executable
 
 from superserve_jax import files, layers, ops, supernets
@@ -48,15 +49,18 @@ class ExecutableCache:
 
     def __init__(self, config: Any, device: Device):
         self._device = device
-        self._root = _private(directory()) if os.environ.get("SUPERSERVE_CACHE") != "" else None
+        source = _source_digest(type(config)) if os.environ.get("SUPERSERVE_CACHE") != "" else None
+        self._root = _private(directory()) if source is not None else None
         self._about = {
             "format": _FORMAT,
             "config": supernets.config_to_json(config),
             "device": [device.platform, device.device_kind, device.id],
             "jax": [importlib.metadata.version(name) for name in ("jax", "jaxlib")],
+            "runtime": device.client.platform_version,
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "features": " ".join(sorted(cpu_info("flags").split())) if device.platform == "cpu" else "",
-            "source": _source_digest(type(config)),
+            "settings": [str(jax.config.jax_default_matmul_precision), bool(jax.config.jax_enable_x64)],
+            "features": " ".join(sorted(_cpu_features().split())) if device.platform == "cpu" else "",
+            "source": source,
         }
 
     def load(self, about: Mapping[str, Any]) -> tuple[Callable[..., Any], Any] | None:
@@ -64,7 +68,11 @@ class ExecutableCache:
         path = self._path(about)
         if path is None or not path.exists():
             return None
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as e:
+            _log.warning("cannot read an executable from %s: %s", path, e)
+            return None
         digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != digest:
             _log.warning("%s is damaged; compiling again", path)
@@ -87,7 +95,7 @@ class ExecutableCache:
         try:
             body = pickle.dumps((leaves, serialize_executable.serialize(compiled)))
             files.write_bytes(path, hashlib.sha256(body).digest() + body)
-        except (OSError, ValueError, NotImplementedError) as e:
+        except (OSError, ValueError, RuntimeError, pickle.PicklingError) as e:  # not every backend can serialise
             _log.warning("cannot keep an executable in %s: %s", path.parent, e)
 
     def _path(self, about: Mapping[str, Any]) -> pathlib.Path | None:
@@ -112,12 +120,21 @@ def _private(root: pathlib.Path) -> pathlib.Path | None:
 
 
 @functools.cache
-def _source_digest(config_class: type) -> str:
-    """Digest of the code that a program is traced from: an edited operator must not meet an old executable."""
+def _source_digest(config_class: type) -> str | None:
+    """Digest of the code that a program is traced from: an edited operator must not meet an old executable. None, with a
+    warning, where it cannot be read, as that of a family which was typed into a notebook."""
     # All families, since one may build on another; the config's own may stand outside of the package.
     families = [sys.modules[name] for name in sorted(sys.modules) if name.startswith(f"{supernets.__name__}.")]
     modules = [ops, layers, *families, inspect.getmodule(config_class)]
-    return hashlib.sha256("".join(inspect.getsource(m) for m in modules if m is not None).encode()).hexdigest()
+    try:
+        return hashlib.sha256("".join(inspect.getsource(m) for m in modules if m is not None).encode()).hexdigest()
+    except (OSError, TypeError) as e:
+        _log.warning("no cache of executables for %s: %s", config_class.__name__, e)
+        return None
+
+
+def _cpu_features() -> str:
+    return cpu_info("flags") or cpu_info("Features")  # the latter on ARM
 
 
 @functools.cache

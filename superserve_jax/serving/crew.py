@@ -137,11 +137,15 @@ class Crew:
             index = next(i for i in itertools.count() if i not in used)
             worker = Worker(new, name, index, profile, policy)
             self._fleet.join(index, profile)
-            self._locked_allow_for(profile)
-            worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{name}", daemon=True)
-            worker.thread.start()
             self._workers = [*(w for w in self._workers if w.name != name), worker]
             self._alive += 1
+            self._locked_recount()
+            self._counters.know(profile)
+            refused = self._locked_refuse()
+            worker.thread = threading.Thread(target=self._work_on, args=(worker,), name=f"superserve-{name}", daemon=True)
+            worker.thread.start()
+        for query, error in refused:
+            query.set_exception(error)
         return name
 
     def remove(self, name: str) -> None:
@@ -157,9 +161,10 @@ class Crew:
             worker.alive, worker.gone = False, "removed"
             self._alive -= 1
             self._fleet.leave(worker.index)
+            self._locked_recount()
             self._work.notify_all()
-            if threading.current_thread() is worker.thread:
-                return  # a done-callback removes the worker that it runs in
+            if threading.current_thread() in (worker.thread, self._watchdog):
+                return  # a done-callback removes the worker that it runs in, or one that only this thread could abandon
             self._left.wait_for(lambda: not worker.present)
         if worker.gone != "abandoned":
             worker.thread.join()
@@ -242,28 +247,37 @@ class Crew:
         self, workers: Iterable[Worker], gone: Literal["left", "abandoned"], reason: Callable[[], errors.SuperServeError]
     ) -> None:
         """Takes workers out of service for good. When none is alive, everything that waits fails for `reason`."""
-        failed: list[tuple[Query, errors.SuperServeError]] = []
         with self._lock:
-            for worker in workers:
-                if worker.present:
-                    failed += self._locked_drop(worker, gone)
-            if not self._alive:
-                failed += [(query, reason()) for query in self._locked_drain()]
-            self._work.notify_all()  # what has been given back is not for every worker; and it may be the last that is left
-            self._left.notify_all()
+            failed = self._locked_drop_all(workers, gone, reason)
         for query, error in failed:
             query.set_exception(error)
 
-    def _locked_allow_for(self, profile: Profile) -> None:
-        """A worker has this profile."""
-        self.best = min(self.best, profile.rows[-1].accuracy)
-        self._fastest_s = min(self._fastest_s, 1e-3 * queue.fastest(profile.at_length(0)).latency_ms[0])
+    def _locked_drop_all(
+        self, workers: Iterable[Worker], gone: Literal["left", "abandoned"], reason: Callable[[], errors.SuperServeError]
+    ) -> list[tuple[Query, errors.SuperServeError]]:
+        """See `_drop`. Returns the queries that are given up, and why."""
+        failed: list[tuple[Query, errors.SuperServeError]] = []
+        for worker in workers:
+            if worker.present:
+                failed += self._locked_drop(worker, gone)
+        if not self._alive:
+            failed += [(query, reason()) for query in self._locked_drain()]
+        self._work.notify_all()  # what has been given back is not for every worker; and it may be the last that is left
+        self._left.notify_all()
+        return failed
+
+    def _locked_recount(self) -> None:
+        """Finds what the workers that are alive, or those that come after them, offer; as it was where none is alive."""
+        if profiles := [(w.successor or w).profile for w in self._workers if w.alive]:
+            self.best = min(p.rows[-1].accuracy for p in profiles)
+            self._fastest_s = min(1e-3 * queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
 
     def _locked_drop(self, worker: Worker, gone: Literal["left", "abandoned"]) -> list[tuple[Query, errors.SuperServeError]]:
         self._alive -= worker.alive
         self._fleet.leave(worker.index)
         worker.alive = worker.present = False
         worker.successor = None
+        self._locked_recount()
         if gone == "abandoned":
             worker.gone = gone
             self._abandoned += 1
@@ -330,8 +344,11 @@ class Crew:
                 worker.started_s += late_s
             now_s = self._clock()
             stuck = [w for w in running if now_s - w.started_s > self._patience_s(w)]
-        if stuck:
-            self._drop(stuck, "abandoned", self._lost_error)
+            if not stuck:
+                return
+            failed = self._locked_drop_all(stuck, "abandoned", self._lost_error)
+        for query, error in failed:
+            query.set_exception(error)
 
     def _patience_s(self, worker: Worker) -> float:
         """How long the batch of a worker may take."""
@@ -349,7 +366,7 @@ class Crew:
 
     def _floor_error(self, query: Query) -> errors.SuperServeError:
         return errors.AccuracyFloorError(
-            f"min_accuracy={query.floor}, but the best subnet that is served now has {self.best}; ask for no more"
+            f"min_accuracy={query.floor}, but the best subnet that every worker serves now has {self.best}; ask for no more"
         )
 
     def _check_process(self) -> None:

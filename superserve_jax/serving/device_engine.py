@@ -12,6 +12,7 @@ While serving nothing can compile, since an engine holds compiled objects only.
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -133,13 +134,15 @@ class DeviceEngine:
         if slice_bytes is None:
             slice_bytes = max(int(_BUDGET * sum(v.nbytes for v in model.params.values())), _LEAST_BUDGET_BYTES)
         self.slices = LeastRecentlyUsed(slice_bytes)
+        whole_bytes = _whole_bytes(model.config) if slicing == "kept" else 0
+        self.slicing = slicing
         program_of = bucket_programs(model.config, subnet_list, envelopes or {})
         made, slicers = executables.build(
             dict.fromkeys(program_of.values()),
             batch_sizes,
             device,
             lengths=self.lengths,
-            kept=lambda p: slicing == "kept" and 4 * model.config.num_params(p.envelope) <= slice_bytes,
+            kept=lambda p: slicing == "kept" and 4 * model.config.num_params(p.envelope) - whole_bytes <= slice_bytes,
         )
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         weights = {
@@ -209,12 +212,15 @@ class DeviceEngine:
 
     def _warm_up(self, program_of: Mapping[subnets.Subnet, programs.Program]) -> None:
         """Calls the executables once, since the first call is slow and no query should pay for it. Where every call of a
-        subnet bucket is, the first does not matter, and larger batches are left alone: that would take minutes."""
+        subnet bucket is, the first does not matter, and larger ones are left alone: that would take minutes."""
         for subnet in {program: s for s, program in program_of.items()}.values():
+            slow: list[tuple[int, int]] = []
             for batch, length in sorted(self._staging):
+                if any(batch >= b and length >= n for b, n in slow):
+                    continue
                 inputs = [self._staging[batch, length][0]]
                 if self._time_s(subnet, batch, inputs) > _SLOW_CALL_S < self._time_s(subnet, batch, inputs):
-                    break
+                    slow.append((batch, length))
 
     def _time_s(self, subnet: subnets.Subnet, batch: int, inputs: list[np.ndarray]) -> float:
         start_s = time.perf_counter()
@@ -240,6 +246,13 @@ def _bucket(
     cut = tuple(i for i, name in enumerate(names) if name in shapes)
     slice_bytes = sum(leaves[i].dtype.itemsize * int(np.prod(shapes[names[i]])) for i in cut)
     return _Bucket(program, tuple(leaves), cut, slicer.call if slicer and cut else None, slice_bytes)
+
+
+def _whole_bytes(config: Any) -> int:
+    """Bytes of the parameters that no subnet slices, such as embeddings."""
+    full = programs.param_spec(config)
+    read = executables.used_leaves(programs.sliced(config, config.space().smallest()))
+    return 4 * sum(math.prod(shape) for name, shape in read.items() if shape == full[name].shape)
 
 
 def check_slicing(slicing: str, slice_bytes: int | None) -> None:

@@ -107,6 +107,11 @@ class Fleet:
         self._drifts[worker], self._profiled[worker] = Drift(), qps / self._first_qps
         self._set(worker, self._profiled[worker])
 
+    def resize(self, worker: int, profile: Profile) -> None:
+        """A worker carries less from now on, as this profile says, and has run of late as it did."""
+        self._profiled[worker] = profile.throughput_qps(profile.rows[0].subnet) / self._first_qps
+        self._set(worker, self._profiled[worker] / self._drifts[worker].slowdown)
+
     def observe(self, worker: int, profiled_ms: float, took_ms: float) -> None:
         """See `Drift.observe`; called by the worker itself, without a lock."""
         if self._correct:

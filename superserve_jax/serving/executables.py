@@ -57,7 +57,7 @@ def build(
     lengths: Sequence[int] = (),
     kept: Callable[[programs.Program], bool] = lambda program: False,
 ) -> tuple[dict[Key, Executable], dict[programs.Program, Executable]]:
-    """The executables of every program at every batch size and length, and the slicers of those with kept slices.
+    """The executables of every program at every batch size and length, and the slicers of those that take kept slices.
 
     Cached ones are loaded, the others compiled, in parallel and with progress.
 
@@ -71,6 +71,7 @@ def build(
     def load_or_compile(key: Key) -> Executable:
         program, batch, length = key
         about = {**_about(program), "batch": batch, "length": length, "kept": kept(program)}
+        about["options"] = _COMPILER_OPTIONS.get(device.platform, {})
         make = functools.partial(compile_program, program, batch, device, length=length, kept=kept(program))
         return _cached(store, about, make)
 
@@ -78,11 +79,20 @@ def build(
         make = functools.partial(compile_slicer, program, leaves[program], device)
         return _cached(store, {**_about(program), "slicer": True}, make)
 
+    full = programs.param_spec(program_list[0].config)
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        jobs = [pool.submit(load_or_compile, key) for key in keys]
-        made = [job.result() for job in progress.track(jobs, f"executables for {device.platform}:{device.id}")]
-        leaves = {program: e.leaves for (program, _, _), e in zip(keys, made, strict=True) if kept(program)}
-        slicers = list(pool.map(load_or_compile_slicer, leaves))
+        try:
+            jobs = [pool.submit(load_or_compile, key) for key in keys]
+            made = [job.result() for job in progress.track(jobs, f"executables for {device.platform}:{device.id}")]
+            leaves = {
+                program: e.leaves
+                for (program, _, _), e in zip(keys, made, strict=True)
+                if any(shape != full[name].shape for name, shape in e.leaves)
+            }
+            slicers = list(pool.map(load_or_compile_slicer, leaves))
+        except BaseException:  # Ctrl-C, or one that cannot be compiled: the others are of no use
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return dict(zip(keys, made, strict=True)), dict(zip(leaves, slicers, strict=True))
 
 

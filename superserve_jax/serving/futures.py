@@ -111,7 +111,8 @@ class Future:
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Calls `fn(future)` once it has resolved: at once if it has, else in the thread that resolves it.
 
-        That thread is one of the server's workers: a slow callback keeps its device waiting. What it raises is logged.
+        That thread is as a rule one of the server's workers, whose device a slow callback keeps waiting; it may also be the
+        server's watchdog, or whoever cancels, closes or swaps. What it raises is logged.
         """
         with self._lock:
             if self._state == _PENDING:

@@ -44,6 +44,8 @@ def measure(
       repeats: rounds; at least 1.
       load: measure beside the threads of a server (see `traffic`), at half the engine's highest throughput.
     """
+    if repeats < 1:
+        raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
     batch_sizes = profiles.check_batch_sizes(batch_sizes)
     examples = _examples(engine, batch_sizes[-1])
     keys = list(itertools.product(accuracies, batch_sizes, examples))

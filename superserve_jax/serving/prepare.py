@@ -1,5 +1,6 @@
 """What a server of an export needs: engines, one per device, and the latency profile of each, measured once per kind."""
 
+import dataclasses
 import logging
 import math
 import os
@@ -187,6 +188,9 @@ def stored_profile(
     accuracies = {s.subnet: s.accuracy for s in model.served}
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
+    if profile.device != device_kind(device):
+        _log.warning("%s was measured on '%s'; ignoring it", path, profile.device)
+        return None
     if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
         _log.warning("%s was measured on another export; ignoring it", path)
         return None
@@ -206,7 +210,8 @@ def measure(
     serving."""
     accuracies = {s.subnet: s.accuracy for s in model.served}
     measured = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, load=True)
-    return worth_serving(measured.with_envelopes(envelopes or {})).monotone()
+    measured = dataclasses.replace(measured.with_envelopes(envelopes or {}), slicing=engine.slicing)
+    return worth_serving(measured).monotone()
 
 
 def worth_serving(profile: profiles.Profile) -> profiles.Profile:
@@ -227,7 +232,7 @@ def faster_slicing(
     Kept slices have to gain 3 %, since they take memory while nothing runs.
 
     Measured on three subnets, from the smallest to the largest, at the smallest and the largest batch, with another subnet in
-    every call: kept slices pay for the changes that their budget makes them pay for.
+    every call: kept slices pay for changes, though fewer than among many subnets whose slices do not fit into the budget.
     """
     by_cost = sorted(model.subnets, key=model.config.flops)
     chosen = list(dict.fromkeys((by_cost[0], by_cost[len(by_cost) // 2], by_cost[-1])))

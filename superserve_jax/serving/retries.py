@@ -146,7 +146,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 def forget_frames(error: BaseException | None) -> None:
     """Drops the tracebacks of an error and of those that it came from: the frames in them hold what was at work."""
-    while error is not None:
+    seen: set[int] = set()  # an error may be its own cause
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 

@@ -391,7 +391,8 @@ class Server:
 
         What waits is answered by the new one, but for queries whose `min_accuracy` that cannot meet: they fail with
         AccuracyFloorError. A policy given by name is made anew for the new profiles; another is asked with them from then on.
-        A second swap, or `add_worker`, waits for this one; a close does not, and this one is then of no effect.
+        A second swap, or `add_worker`, waits until all workers know of this one; a close does not, and this one is then of no
+        effect.
 
         Args:
           path_or_model: an export's directory, or what `superserve_jax.load` returned, with the same kind of inputs and the
@@ -408,10 +409,10 @@ class Server:
             raise errors.ConfigError("a server of engines has no model that another could replace; add and remove workers")
         with self._changing:
             members = self._pool.members()
-            devices = [getattr(worker.engine, "device", None) for worker in members]
+            devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in members]
             if None in devices:
                 name = members[devices.index(None)].name
-                raise errors.ConfigError(f"the worker {name} has an engine that was given to it; remove it first")
+                raise errors.ConfigError(f"the worker {name} has left, or has an engine that was given to it; remove it first")
             model = prepare.load(path_or_model)
             prepare.check_same_inputs(self.model, model, self._lengths)
             _, engines, profiles = prepare.prepare(

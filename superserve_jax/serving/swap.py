@@ -7,7 +7,6 @@ is given back by the rules of that one. Methods named `_locked_...` expect the c
 """
 
 import functools
-import math
 import threading
 from collections.abc import Sequence
 
@@ -26,7 +25,7 @@ class Swapping(crew.Crew):
         """
         self._check_process()
         with self._lock:
-            if threading.current_thread() in [w.thread for w in self._workers]:
+            if threading.current_thread() in (self._watchdog, *(w.thread for w in self._workers)):
                 raise errors.ConfigError(
                     "a swap in a done-callback would keep the worker that it runs in waiting; call it in another thread"
                 )
@@ -94,15 +93,14 @@ class Swapping(crew.Crew):
 
     def _locked_swap(self, pairs: Sequence[tuple[crew.Worker, crew.Successor]]) -> None:
         fleet = drift.Fleet(correct=self._follow_drift)
-        self.best = self._fastest_s = math.inf
         successors = dict(pairs)
         for worker in sorted(self._workers, key=lambda w: w.present):  # the index of one that is gone may be another's
             worker.successor = successor = successors.get(worker)  # none of one that has been removed and finishes its batch
-            fleet.join(worker.index, successor.profile if successor else worker.profile)
-            if successor:
-                self._locked_allow_for(successor.profile)
-            else:
+            # The first to join sets the unit, which is to be the new profile's, also where that worker is gone.
+            fleet.join(worker.index, (successor or pairs[0][1]).profile)
+            if not successor:
                 fleet.leave(worker.index)
+        self._locked_recount()
         self._fleet = fleet  # only now, since workers tell it without the lock how long their batches took
         profile = pairs[0][1].profile
         pushed = self._queue.pushed
@@ -111,6 +109,8 @@ class Swapping(crew.Crew):
             self._meter.rescale(self._queue.pushed / pushed)
         self._retries.retime(profile)
         self._counters.swap(profile)
+        for _, successor in pairs:
+            self._counters.know(successor.profile)
 
     def _locked_take_up(self, worker: crew.Worker, successor: crew.Successor) -> None:
         """What a worker does with its successor, in its own thread and between two batches."""

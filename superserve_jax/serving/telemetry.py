@@ -87,6 +87,7 @@ class Counters:
 
     __slots__ = (
         *(
+            "_accuracies",
             "_by_reason",
             "_by_size",
             "_before",
@@ -94,7 +95,6 @@ class Counters:
             "_cancelled",
             "_latency",
             "_pending",
-            "_profile",
             "_slack",
             "_wait",
         ),
@@ -102,7 +102,7 @@ class Counters:
     )
 
     def __init__(self, profile: Profile):
-        self._profile = profile
+        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # of all subnets that may run
         self._pending: list[Batch] = []
         self.arrived = self.admitted = self.expired = self.failed = self.requeued = self._cancelled = 0
         # Of each subnet: batches, queries answered, of those the late ones, and the seconds that its batches took.
@@ -122,8 +122,12 @@ class Counters:
         """Counts the subnets of another profile from now on, from zero; the totals go on."""
         self._count()
         self._before = self._answered()
-        self._profile = profile
+        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}
         self._by_subnet.clear()
+
+    def know(self, profile: Profile) -> None:
+        """A worker may run these subnets."""
+        self._accuracies |= {row.subnet: row.accuracy for row in profile.rows if row.subnet not in self._accuracies}
 
     def _answered(self) -> tuple[int, int]:
         answered, late = (sum(counts[i] for counts in self._by_subnet.values()) for i in (1, 2))
@@ -161,7 +165,7 @@ class Counters:
         # A worker that was abandoned may answer queries after all that wait for another one again: they count twice until
         # that one finds them.
         self._cancelled = max(self._cancelled, cancelled)
-        ran = ((i, row, self._by_subnet[row.subnet]) for i, row in enumerate(self._profile.rows))
+        ran = ((i, accuracy, self._by_subnet[subnet]) for i, (subnet, accuracy) in enumerate(self._accuracies.items()))
         return {
             "queries": {
                 "arrived": self.arrived,
@@ -175,13 +179,13 @@ class Counters:
             },
             "subnets": {
                 str(i): {
-                    "accuracy": row.accuracy,
+                    "accuracy": accuracy,
                     "batches": counts[0],
                     "met": counts[1] - counts[2],
                     "late": counts[2],
                     "busy_s": counts[3],
                 }
-                for i, row, counts in ran
+                for i, accuracy, counts in ran
                 if counts[0]
             },
             "batch_sizes": {str(size): count for size, count in enumerate(self._by_size) if size},

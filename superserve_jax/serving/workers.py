@@ -18,6 +18,7 @@ from superserve_jax.serving.query import Query
 
 _log = logging.getLogger(__name__)
 
+_LONGEST_PAUSE_S = 1.0
 _NOT_ADMITTED = (
     "what waits leaves no time to meet the deadline, and this server admits no query that it would miss (admission=True); "
     "allow a longer slo_ms, submit more slowly, or add devices"
@@ -56,6 +57,8 @@ class Pool(swap.Swapping):
         telemetry: bool,
         clock: Callable[[], float],
     ):
+        for profile in profiles:  # before anything is begun that would have to be ended
+            make_policy(profile)
         super().__init__(
             profiles[0],
             make_policy,
@@ -75,7 +78,7 @@ class Pool(swap.Swapping):
         )
         self._admission = admission_lib.Admission(profiles[0]) if admission else None
         self._expire = expire
-        self._max_failures, self._pause_s = max_failures, pause_s
+        self._max_failures, self._pause_s = max_failures, min(pause_s, _LONGEST_PAUSE_S)
         self._telemetry = telemetry
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
@@ -297,6 +300,8 @@ class Pool(swap.Swapping):
         but for the queries that are returned, and why."""
         worker.profile = retries.at_most(worker.profile, size // 2)
         worker.policy = self._make_policy(worker.profile)
+        if worker.alive and worker.successor is None:
+            self._fleet.resize(worker.index, worker.profile)
         batch, worker.batch = worker.batch, ()
         self._counters.requeued += len(batch)
         if worker.retry is not None:

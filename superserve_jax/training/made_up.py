@@ -46,8 +46,9 @@ def export(config: Any, path: str | os.PathLike[str], *, subnets: int) -> pathli
     space, rng = config.space(), np.random.default_rng(0)
     chosen = dict.fromkeys((space.smallest(), space.largest()))
     for _ in range(_DRAWS * subnets):
-        if len(chosen) < subnets:
-            chosen[sampling.compound(space, rng)] = None
+        if len(chosen) >= subnets:
+            break
+        chosen[sampling.compound(space, rng)] = None
     model = supernet.SuperNet.create(config, seed=0)
     model.rows = {s: np.ones((2, programs.sliced(config, s).row_size), np.float32) for s in chosen}
     served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
