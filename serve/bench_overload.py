@@ -25,13 +25,12 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, files
-from superserve_jax.serving import engine, futures, loadgen, reference, server, simulator, traces
+from superserve_jax.serving import endurance, engine, futures, loadgen, reference, server, simulator, traces
 
 X = np.zeros((), np.float32)
 CALM = 0.5  # load after the overload
 SIMULATED_S = 10.0  # of the overload
 WINDOW_S = 0.1
-STATUS = pathlib.Path("/proc/self/status")
 PENDING, MET, MISSED, REFUSED = range(4)
 
 
@@ -148,7 +147,7 @@ def served(options: Options, profile: Any, trace: traces.Trace) -> tuple[np.ndar
                 looked_s, most = sent.now_s, max(most, target.health()["waiting"])
             for mark, at_s in ("begin", 0.1 * options.seconds), ("end", options.seconds):
                 if mark not in rss and sent.now_s >= at_s:
-                    rss[mark] = resident()
+                    rss[mark] = endurance.resident_mb()
         time.sleep(wait_s)
         for sent in unresolved:
             count(sent)
@@ -156,7 +155,7 @@ def served(options: Options, profile: Any, trace: traces.Trace) -> tuple[np.ndar
     return became, {
         "us_per_refusal": 1e6 * client.refusals_s / client.refused if client.refused else float("nan"),
         "waiting_at_most": most,
-        "rss_mb": {mark: value / 1e6 for mark, value in rss.items()},
+        "rss_mb": rss,
         "generator_late_ms": 1e3 * late_s,
     }
 
@@ -201,12 +200,6 @@ def recovery_s(trace: traces.Trace, became: np.ndarray, seconds: float) -> float
     missed = np.bincount(window, weights=became[after] != MET)
     perfect: Sequence[int] = np.flatnonzero(missed == 0).tolist()
     return WINDOW_S * perfect[0] if len(perfect) else float("inf")
-
-
-def resident() -> int:
-    """Bytes of this process in memory, by Linux; 0 where the system does not say."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def measure(options: Options) -> dict[str, Any]:
