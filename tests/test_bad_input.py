@@ -251,7 +251,7 @@ def test_loading_what_is_no_path_of_an_export_is_refused(path):
         *({"measured": v} for v in (None, 5, b"x")),
         *({"class_names": v} for v in (None, 5, [1, 2], [b"x"])),
         *({"vocabulary": v} for v in (5, "x", WORDS)),
-        *({"training": v} for v in (5, "x", {"a": object()}, {"a": {1}}, [1])),
+        *({"training": v} for v in (5, "x", {"a": ...}, {"a": {1}}, [1])),
         *({"path": v} for v in (None, 5, b"x", "/dev/null", "/dev/null/x", "/proc/nowhere")),
     ],
     ids=str,
@@ -687,7 +687,7 @@ def test_a_server_opens_and_answers_or_refuses_its_arguments(name, value):
             assert s.submit(np.float32(5), slo_ms=1e4).result(WAIT_S).output[0] == 5
 
 
-@pytest.mark.parametrize("engines", [None, 5, [], [None], "x", [object()]], ids=str)
+@pytest.mark.parametrize("engines", [None, 5, [], [None], "x", [...]], ids=str)
 def test_a_server_of_no_engines_is_refused(engines):
     with pytest.raises(errors.ConfigError, match="engines"):
         server.Server.from_engines(engines, TABLE)
