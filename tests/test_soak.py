@@ -1,5 +1,6 @@
 """serve/soak.py on fake engines: what it judges, and that a broken promise ends it with status 1."""
 
+import gc
 import json
 import logging
 import math
@@ -132,6 +133,7 @@ def export(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, tmp_path, capsys):
     plot = tmp_path / "plots" / "soak.png"
+    gc.collect()  # else executables of other tests may go meanwhile
     _, written = program(export, "--minutes", 0.1, "--warm-up-s", 1, "--load", 1.5, "--plot", plot)
     assert written["submitted"] == written["resolved"] > 500
     assert written["subnets"] == 3
