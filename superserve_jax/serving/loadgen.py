@@ -7,6 +7,7 @@ server's advantage; its lateness is reported.
 
 import concurrent.futures
 import dataclasses
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
     """Replays a trace on an open server; returns when the last deadline has passed.
 
     What is unanswered by then has missed its deadline and is not waited for; so has what the server refuses because its queue
-    is full or its workers are lost.
+    is full or its workers are lost. All futures are kept until then; lest the server stand still while ever more of them are
+    looked through for garbage, none is collected meanwhile.
 
     Args:
       target: the server; its queue should hold the whole trace.
@@ -122,13 +124,19 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
     submitted = np.full(len(trace), np.inf)
     pending: list[futures.Future | None] = [None] * len(trace)
     start = 0.0
-    for sent in submit_when_due(target, trace, inputs):
-        start = sent.start_s
-        if sent.answers is not None:
-            submitted[sent.places] = sent.now_s
-            for i, future in zip(sent.places, sent.answers, strict=True):
-                pending[i] = future
-    time.sleep(max(0.0, start + float(trace.deadlines_s.max()) - time.monotonic()))
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for sent in submit_when_due(target, trace, inputs):
+            start = sent.start_s
+            if sent.answers is not None:
+                submitted[sent.places] = sent.now_s
+                for i, future in zip(sent.places, sent.answers, strict=True):
+                    pending[i] = future
+        time.sleep(max(0.0, start + float(trace.deadlines_s.max()) - time.monotonic()))
+    finally:
+        if collects:
+            gc.enable()
     return _collect(trace, submitted, pending, start)
 
 
