@@ -101,7 +101,7 @@ class Extracted:
         self._device, self._row = device, jax.device_put(model.row(subnet), device)
         self._params = self.load_from_host()
         active = program.active(subnet)
-        self._infer = jax.jit(lambda params, inputs, row: program.infer(params, inputs, row, active))
+        self._infer = jax.jit(lambda params, inputs, row: program.infer(params, inputs, row, active))  # type: ignore[arg-type]
         self._file = file
         with file.open("wb") as f:
             f.writelines(value.tobytes() for value in self.host.values())
@@ -298,7 +298,7 @@ def report(found: dict[str, Any]) -> None:
                 cells = [f"{of['flops'] / 1e6:.4g}", str(at["batch"]), name.ljust(width), str(e["count"])]
                 cells += [f"{e['median_ms']:.2f}", f"{e['p99_ms']:.2f}", f"{e['over_extracted']:.3f}"]
                 cells += ["", ""] if event == "same" else [f"{e['change_ms']:.2f}", f"{e['change_less_copy_ms']:.2f}"]
-                rows.append(tuple(cells))
+                rows.append(tuple(cells))  # type: ignore[arg-type]
     cli.print_table(rows)
     print()
     sizes = [at["batch"] for at in found["subnets"][0]["batches"]]
@@ -307,7 +307,7 @@ def report(found: dict[str, Any]) -> None:
     for of in found["subnets"]:
         ratios = (at["loading_over_inference"][kind] for kind in LOADS for at in of["batches"])
         rows.append(
-            (
+            (  # type: ignore[arg-type]
                 f"{of['flops'] / 1e6:.4g}",
                 f"{of['weights_bytes'] / 1e6:.3g}",
                 *(f"{ms:.2f}" for ms in (of["copy_ms"], *of["loading_ms"].values(), *ratios)),

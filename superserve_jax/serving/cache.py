@@ -58,7 +58,7 @@ class ExecutableCache:
             "jax": [importlib.metadata.version(name) for name in ("jax", "jaxlib")],
             "runtime": device.client.platform_version,
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "settings": [str(jax.config.jax_default_matmul_precision), bool(jax.config.jax_enable_x64)],
+            "settings": [str(jax.config.values["jax_default_matmul_precision"]), bool(jax.config.values["jax_enable_x64"])],
             "features": " ".join(sorted(_cpu_features().split())) if device.platform == "cpu" else "",
             "source": source,
         }

@@ -181,7 +181,7 @@ def _uses(jaxpr: Any, variable: Any) -> Iterator[Shape]:
             yield tuple(equation.params["limit_indices"])
         elif equation.primitive.name == "cond":
             for place, branch in itertools.product(places, equation.params["branches"]):  # the first argument is the index
-                yield from _uses(branch.jaxpr, branch.jaxpr.invars[place - 1])
+                yield from _uses(branch.jaxpr, branch.jaxpr.invars[place - 1])  # type: ignore[attr-defined]
         elif equation.primitive.name in ("jit", "pjit"):
             inner = equation.params["jaxpr"].jaxpr
             for place in places:

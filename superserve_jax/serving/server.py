@@ -286,7 +286,7 @@ class Server:
             raise errors.InputError(f"submit_many takes inputs, got {type(xs).__name__} ({e}); submit takes one") from e
         return self._admit(each, slo_ms, min_accuracy)
 
-    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Query]:
+    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
         slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
         best = self._pool.best
         if not _is_at_most(min_accuracy, best):

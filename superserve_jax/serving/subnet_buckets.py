@@ -65,7 +65,7 @@ def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[lis
         for j in range(i + 1, len(tops)):
             adds[i, j] = union_adds(i, j)
     for _ in range(len(tops) - count):
-        i, j = np.unravel_index(np.argmin(adds), adds.shape)
+        i, j = map(int, np.unravel_index(np.argmin(adds), adds.shape))
         cost[i] += cost[j] + adds[i, j]
         need[i] += need[j]
         tops[i] = subnets.envelope((tops[i], tops[j]))
