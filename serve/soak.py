@@ -27,10 +27,9 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files, plots, progress
+from superserve_jax import cli, compiling, files, plots, progress
 from superserve_jax.serving import endurance, prepare, server, stress
 
-COMPILATION = "/jax/core/compile/backend_compile_duration"
 MEMORY = 0.02  # by which it may change
 DRIFT, SURE = 0.1, 2.33  # by which a latency may grow, and the z from which it is taken for more than chance
 
@@ -80,17 +79,6 @@ class Promise:
     kept: bool | None
 
 
-class Compilations:
-    """Counts what XLA compiles from now on."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        self.count += event == COMPILATION
-
-
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
@@ -127,7 +115,7 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
         f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of "
         f"{options.export}, {len(engines)} worker(s) on {profile.device}"
     )
-    compilations, executables = Compilations(), live_executables()
+    compilations, executables = compiling.Compilations(), live_executables()
     options_of_server = {"policy": options.policy, "slo_ms": slo_ms, "max_queue": 100_000}
     seconds: list[endurance.Second] = []
     with server.Server.from_engines(engines, profiles, **options_of_server) as target:

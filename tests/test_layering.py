@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "files"],
     ["manifest"],
     ["subnet", "plots", "progress", "cli", "vocabulary"],
-    ["ops"],
+    ["ops", "compiling"],
     ["layers"],
     ["supernets"],
     ["profile", "rows"],

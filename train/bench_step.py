@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, files, progress
+from superserve_jax import cli, compiling, files, progress
 from superserve_jax.supernets import programs
 from superserve_jax.training import config as configs
 from superserve_jax.training import sampling, step
@@ -28,7 +28,6 @@ from superserve_jax.training import sampling, step
 DEFAULT_CONFIG = "configs/digits_resnet.py"
 RANDOM_SUBNETS = 2
 STEPS = 2 + RANDOM_SUBNETS  # of the largest, as many as a sandwich step trains subnets
-COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +63,13 @@ class Bench:
         return 1e3 * (time.perf_counter() - start)
 
 
-class Compilations:
-    """Counts what XLA compiles from now on."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        self.count += event == COMPILATION
-
-
 def measure(config: configs.TrainConfig, repetitions: int) -> dict[str, Any]:
     """The figures that the program prints: times in ms, the ratio of every repetition, compilations."""
     sampler = sampling.Sampler(config.model, buckets=config.buckets, random_subnets=RANDOM_SUBNETS, seed=config.seed)
     steps = [sampler.step(k) for k in range(repetitions)]
     largest = steps[0][0]
     others = list({choice.program: choice for choices in steps for choice in choices[1:]}.values())
-    bench, compilations = Bench(config), Compilations()
+    bench, compilations = Bench(config), compiling.Compilations()
     seen = set()
     for choices in progress.track(steps, "compiling"):
         if not seen >= (used := {choice.program for choice in choices}):

@@ -80,7 +80,7 @@ class Crew:
 
     def __init__(
         self,
-        profile: Profile,
+        profiles: Sequence[Profile],
         make_policy: Callable[[Profile], policies.Policy],
         *,
         max_tries: int,
@@ -90,7 +90,10 @@ class Crew:
         clock: Callable[[], float],
     ):
         self._clock = clock
+        profile = profiles[0]
         self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
+        for each in profiles:  # which may fail: before anything is begun that would have to be ended
+            self._make_policy(each)
         self._follow_drift = follow_drift
         self._fleet = drift.Fleet(correct=follow_drift)
         self.best = math.inf  # the greatest accuracy that every worker offers

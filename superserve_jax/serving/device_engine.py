@@ -134,7 +134,6 @@ class DeviceEngine:
         if slice_bytes is None:
             slice_bytes = max(int(_BUDGET * sum(v.nbytes for v in model.params.values())), _LEAST_BUDGET_BYTES)
         self.slices = LeastRecentlyUsed(slice_bytes)
-        whole_bytes = _whole_bytes(model.config) if slicing == "kept" else 0
         self.slicing = slicing
         program_of = bucket_programs(model.config, subnet_list, envelopes or {})
         made, slicers = executables.build(
@@ -142,7 +141,7 @@ class DeviceEngine:
             batch_sizes,
             device,
             lengths=self.lengths,
-            kept=lambda p: slicing == "kept" and 4 * model.config.num_params(p.envelope) - whole_bytes <= slice_bytes,
+            kept=lambda p: slicing == "kept" and _fits(model.config, p.envelope, slice_bytes),
         )
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         weights = {
@@ -246,6 +245,16 @@ def _bucket(
     cut = tuple(i for i, name in enumerate(names) if name in shapes)
     slice_bytes = sum(leaves[i].dtype.itemsize * int(np.prod(shapes[names[i]])) for i in cut)
     return _Bucket(program, tuple(leaves), cut, slicer.call if slicer and cut else None, slice_bytes)
+
+
+def _fits(config: Any, envelope: subnets.Subnet, slice_bytes: int) -> bool:
+    """Whether the slices of a subnet bucket need no more than `slice_bytes`. Nothing is traced, which takes half a second of a
+    start, unless it depends on what no subnet slices."""
+    read_bytes = 4 * config.num_params(envelope)
+    most_whole_bytes = 4 * config.num_params(config.space().smallest())
+    if read_bytes <= slice_bytes or read_bytes - most_whole_bytes > slice_bytes:
+        return read_bytes <= slice_bytes
+    return read_bytes - _whole_bytes(config) <= slice_bytes
 
 
 def _whole_bytes(config: Any) -> int:

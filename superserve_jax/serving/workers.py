@@ -57,10 +57,8 @@ class Pool(swap.Swapping):
         telemetry: bool,
         clock: Callable[[], float],
     ):
-        for profile in profiles:  # before anything is begun that would have to be ended
-            make_policy(profile)
         super().__init__(
-            profiles[0],
+            profiles,
             make_policy,
             max_tries=max_tries,
             stall_s=stall_s,
