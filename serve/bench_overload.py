@@ -69,9 +69,7 @@ class Options:
     def __post_init__(self):
         if not self.slo_ms:
             raise errors.ConfigError("slo_ms is empty; give at least one, such as 36")
-        for name in ("overload", "seconds", "calm_s", "workers", "speed", "max_queue"):
-            if not getattr(self, name) > 0:
-                raise errors.ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        cli.check_above_zero(self, "overload", "seconds", "calm_s", "workers", "speed", "max_queue")
 
 
 class Always(Sequence):

@@ -77,9 +77,7 @@ class Options:
     def __post_init__(self):
         if not self.slo_ms:
             raise errors.ConfigError("slo_ms is empty; give at least one, such as 36")
-        for name in ("rate", "seconds", "workers", "speed", "callers"):
-            if not getattr(self, name) > 0:
-                raise errors.ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        cli.check_above_zero(self, "rate", "seconds", "workers", "speed", "callers")
 
 
 class Engine(engine.FakeEngine):

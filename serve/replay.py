@@ -34,6 +34,7 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import checkpoint, cli, files, plots
 from superserve_jax.serving import (
+    engine,
     experiments,
     faults,
     fidelity,
@@ -140,7 +141,7 @@ def main() -> None:
     results, replays = [], {}
     runs = [(name, follow) for name in names for follow in ((True, False) if options.slow_factor > 1 else (True,))]
     for name, follow in runs:
-        slowed = [Slowed(engine, options.slow_factor) for engine in engines]
+        slowed = [Slowed(e, options.slow_factor) for e in engines]
         watches = [fidelity.Stopwatch(*each) for each in zip(engines, profiles, strict=True)]
         heart = fidelity.Heartbeat()
         used = watches if options.simulate else slowed if options.slow_factor > 1 else engines
@@ -317,19 +318,18 @@ def comparison(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
-class Slowed:
+class Slowed(engine.Wrapper):
     """An engine whose batches take `factor` times as long from `from_s` on, on the clock `time.monotonic`."""
 
-    def __init__(self, engine: Any, factor: float):
-        self.name, self.input_shape, self.input_dtype = engine.name, engine.input_shape, engine.input_dtype
-        self.lengths, self.pad_id = engine.lengths, engine.pad_id
+    def __init__(self, inner: engine.Engine, factor: float):
+        super().__init__(inner)
         self.from_s = float("inf")
-        self._engine, self._factor = engine, factor
+        self._factor = factor
 
     def run(self, subnet: ss.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Any:
         """See `serving.engine.Engine.run`."""
         start_s = time.monotonic()
-        outputs = self._engine.run(subnet, batch_size, inputs)
+        outputs = super().run(subnet, batch_size, inputs)
         if start_s >= self.from_s:
             time.sleep((self._factor - 1) * (time.monotonic() - start_s))
         return outputs

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from superserve_jax import errors
 
@@ -20,6 +21,19 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as e:
         print(e or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_above_zero(options: Any, *names: str) -> None:
+    """Raises ConfigError unless all these options are above 0.
+
+    >>> import types
+    >>> check_above_zero(types.SimpleNamespace(seconds=0.0), "seconds")
+    Traceback (most recent call last):
+    superserve_jax.errors.ConfigError: seconds must be above 0, got 0.0
+    """
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise errors.ConfigError(f"{name} must be above 0, got {getattr(options, name)}")
 
 
 def config_argument(arguments: list[str], explanation: str | None) -> tuple[str, list[str]]:

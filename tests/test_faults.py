@@ -475,17 +475,16 @@ def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, monkeypatch):
 # -- real executables ---------------------------------------------------------------------------------------------------------
 
 
-class Injecting:
+class Injecting(engine.Wrapper):
     """A device's engine with faults put in by a hook, which may raise, or change the inputs."""
 
     def __init__(self, real, hook):
-        self._real, self._hook = real, hook
-        self.name, self.input_shape, self.input_dtype = real.name, real.input_shape, real.input_dtype
-        self.lengths, self.pad_id = real.lengths, real.pad_id
+        super().__init__(real)
+        self._hook = hook
 
     def run(self, subnet, batch_size, inputs):
         self._hook(batch_size, inputs)
-        return self._real.run(subnet, batch_size, inputs)
+        return super().run(subnet, batch_size, inputs)
 
 
 def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(export):

@@ -56,15 +56,14 @@ class Second:
     memory_mb: float
 
 
-class Counting:
+class Counting(engine.Wrapper):
     """An engine that counts the batches of another one, the changes of its subnet, and the subnets."""
 
     def __init__(self, watched: engine.Engine):
-        self.name, self.input_shape, self.input_dtype = watched.name, watched.input_shape, watched.input_dtype
-        self.lengths, self.pad_id = watched.lengths, watched.pad_id
+        super().__init__(watched)
         self.batches = self.changes = 0
         self.subnets: set[Subnet] = set()
-        self._watched, self._last = watched, None
+        self._last = None
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """See `engine.Engine.run`."""
@@ -72,7 +71,7 @@ class Counting:
         self.changes += subnet is not self._last
         self.subnets.add(subnet)
         self._last = subnet
-        return self._watched.run(subnet, batch_size, inputs)
+        return super().run(subnet, batch_size, inputs)
 
 
 class Traffic:

@@ -74,6 +74,19 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
         )
 
 
+class Wrapper:
+    """An engine in front of another one, for the same inputs; a subclass does something of its own around `run`."""
+
+    def __init__(self, inner: Engine):
+        self.name, self.input_shape, self.input_dtype = inner.name, inner.input_shape, inner.input_dtype
+        self.lengths, self.pad_id = inner.lengths, inner.pad_id
+        self._inner = inner
+
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
+        """See `Engine.run`."""
+        return self._inner.run(subnet, batch_size, inputs)
+
+
 class FakeEngine:
     """Sleeps for the latency in the profile; the output of an input is (its first value, rank of the subnet in accuracy).
 

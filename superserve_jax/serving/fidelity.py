@@ -26,7 +26,7 @@ _BEAT_S = 1e-3
 _STALL_S = 3e-3  # a beat that comes later than this is a stall
 
 
-class Stopwatch:
+class Stopwatch(engine.Wrapper):
     """An engine that notes when each batch of another engine begins and ends.
 
     >>> from superserve_jax import profile, subnet
@@ -41,15 +41,14 @@ class Stopwatch:
     """
 
     def __init__(self, watched: engine.Engine, profile: profile_lib.Profile):
-        self.name, self.input_shape, self.input_dtype = watched.name, watched.input_shape, watched.input_dtype
-        self.lengths, self.pad_id = watched.lengths, watched.pad_id
+        super().__init__(watched)
         self.batches: list[tuple[float, float, float, int]] = []  # start and end on time.monotonic, profiled ms, queries
-        self._watched, self._profile = watched, profile
+        self._profile = profile
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """See `engine.Engine.run`."""
         start_s = time.monotonic()
-        outputs = self._watched.run(subnet, batch_size, inputs)
+        outputs = super().run(subnet, batch_size, inputs)
         end_s = time.monotonic()
         table = self._profile.at_length(padding.of_inputs(self.lengths, inputs)) if self.lengths else self._profile
         self.batches.append((start_s, end_s, table.latency_ms(subnet, batch_size), len(inputs)))

@@ -107,13 +107,12 @@ class Recorder:
         self.notes.append(("resolved", key, now_s, outcome, reply))
 
 
-class _Watched:
+class _Watched(engine.Wrapper):
     """See `Recorder.engine`."""
 
     def __init__(self, watched: engine.Engine, recorder: Recorder):
-        self.name, self.input_shape, self.input_dtype = watched.name, watched.input_shape, watched.input_dtype
-        self.lengths, self.pad_id = watched.lengths, watched.pad_id
-        self._watched, self._recorder = watched, recorder
+        super().__init__(watched)
+        self._recorder = recorder
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """See `engine.Engine.run`."""
@@ -121,7 +120,7 @@ class _Watched:
         note = self._recorder.notes.append
         note(("started", threading.get_ident(), keys))
         try:
-            outputs = self._watched.run(subnet, batch_size, inputs)
+            outputs = super().run(subnet, batch_size, inputs)
         except BaseException:
             note(("raised", keys))
             raise
