@@ -302,8 +302,8 @@ class Crew:
         return given_up + self._locked_refuse()
 
     def _locked_refuse(self) -> list[tuple[Query, errors.SuperServeError]]:
-        """Takes what waits and asks for more accuracy than there is, since a swap or a worker that joined. Returns these queries,
-        and why."""
+        """Takes what waits and asks for more accuracy than there is since a swap, or since a worker joined. Returns these
+        queries, and why."""
         refused = self._queue.pop_above(self.best) + self._retries.pop_above(self.best)
         live = [query for query in refused if not query.done()]
         self._counters.failed += len(live)
