@@ -1,4 +1,4 @@
-# make demo   train, export, measure and serve: six to eight minutes on 2 cores, no GPU needed
+# make demo   train, export, measure and serve: six to ten minutes on 2 cores, no GPU needed
 # make test   the whole test suite
 # make lint   formatting, lint and types
 #
