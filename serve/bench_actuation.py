@@ -101,7 +101,10 @@ class Extracted:
         self._device, self._row = device, jax.device_put(model.row(subnet), device)
         self._params = self.load_from_host()
         active = program.active(subnet)
-        self._infer = jax.jit(lambda params, inputs, row: program.infer(params, inputs, row, active))  # type: ignore[arg-type]
+        self._infer = jax.jit(
+            lambda params, inputs, row: program.infer(params, inputs, row, active),  # type: ignore[arg-type]
+            compiler_options=programs.compiler_options(device.platform),
+        )
         self._file = file
         with file.open("wb") as f:
             f.writelines(value.tobytes() for value in self.host.values())

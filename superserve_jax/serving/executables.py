@@ -26,11 +26,6 @@ Leaves = tuple[tuple[str, Shape], ...]
 """Names of parameters, in the order in which an executable takes them, with the shapes in which it does."""
 
 
-# By default XLA's CPU backend slices all weights before the first layer, and holds all of the slices at once. This order takes
-# less than half of the temporary memory and is as fast.
-_COMPILER_OPTIONS: Mapping[str, Any] = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
-
-
 @dataclasses.dataclass(frozen=True)
 class Executable:
     """A compiled program.
@@ -71,7 +66,7 @@ def build(
     def load_or_compile(key: Key) -> Executable:
         program, batch, length = key
         about = {**_about(program), "batch": batch, "length": length, "kept": kept(program)}
-        about["options"] = _COMPILER_OPTIONS.get(device.platform, {})
+        about["options"] = programs.compiler_options(device.platform)
         make = functools.partial(compile_program, program, batch, device, length=length, kept=kept(program))
         return _cached(store, about, make)
 
@@ -111,7 +106,7 @@ def compile_program(
     values = tuple(on_device(jax.ShapeDtypeStruct(shape, full[name].dtype)) for name, shape in leaves)
     inputs, row, active = map(on_device, _arguments(program, batch, length))
     lowered = jax.jit(infer).lower(values, inputs, row, active)
-    return Executable(lowered.compile(compiler_options=_COMPILER_OPTIONS.get(device.platform)), leaves)
+    return Executable(lowered.compile(compiler_options=programs.compiler_options(device.platform)), leaves)
 
 
 def compile_slicer(program: programs.Program, leaves: Leaves, device: Device) -> Executable:

@@ -55,7 +55,10 @@ def measure(
     def compiled(subnet: subnets.Subnet) -> tuple[Any, jax.Array]:
         program = programs.sliced(model.config, subnet)
         row = jnp.ones((2, program.row_size), jnp.float32)
-        infer = jax.jit(lambda params, x, row: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)))
+        infer = jax.jit(
+            lambda params, x, row: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)),
+            compiler_options=programs.compiler_options(jax.default_backend()),  # as it will be served
+        )
         return infer.lower(model.params, inputs, row).compile(), row
 
     order = list(subnet_list)
