@@ -35,9 +35,10 @@ def run(**options):
     return stress.run(dataclasses.replace(STORM, **options))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(2))
-def test_every_promise_is_kept_while_everything_goes_wrong_at_once(seed):
-    result = run(seed=seed)
+def test_every_promise_is_kept_while_everything_goes_wrong_at_once(seed, overlap):
+    result = run(seed=seed, overlap=overlap)
     found = result.findings
     assert found.examples == ()
     assert (found.lost, found.twice, found.violations) == (0, 0, 0)
@@ -52,7 +53,9 @@ def test_every_promise_is_kept_while_everything_goes_wrong_at_once(seed):
     "options",
     [
         {"strict": False},
+        {"strict": False, "overlap": True},
         {"workers": 1},
+        {"workers": 1, "overlap": True},
         {"workers": 12, "clients": 2},
         {"max_queue": 50},
         {"broken": 1.0, "queries": 2_000},

@@ -1,5 +1,7 @@
 """What only a GPU can show; without one these are deselected (`conftest.py`), and tests of the same name run on the CPU."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_a_buffer_that_is_written_to_after_a_batch_changes_no_answer(model, devi
     for seed in range(20):
         images = random_images(TINY, 2, seed=seed)
         outputs = engine.run(subnet, 2, list(images))
-        for staged in engine._staging.values():
+        for staged in itertools.chain(*engine._staging.values()):
             staged[:] = 255
         expected = np.asarray(model(images, subnet))
         np.testing.assert_allclose(outputs, expected, atol=1e-4 * np.abs(expected).max())

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile
+from superserve_jax.profile import Profile, Row
 from superserve_jax.serving import drift, engine, padding, policies, queue, retries, runtime, telemetry
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
@@ -38,8 +38,29 @@ class Successor(NamedTuple):
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class Flight:
+    """A batch that has been taken from where it waited, until it is answered or given back.
+
+    Args:
+      row: what it was decided to run on.
+      retry: where it was taken from; None for the queue.
+      reason: the policy's (see `policies.Decision`).
+      started_s: since when the device has had nothing else to do first, as far as is known.
+      outputs: waits for its outputs; None until it has been handed to the engine.
+    """
+
+    row: Row
+    batch: Sequence[Query]
+    retry: retries.Retry | None
+    reason: str
+    started_s: float
+    outputs: Callable[[], Sequence[Any]] | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class Worker:
-    """One engine and its thread. `batch` is what it runs at the moment, since `started_s`."""
+    """One engine and its thread. `flights` are the batches that it has: one, or where the engine can stage a second one while
+    the device computes the first (`overlap`), up to two, in the order in which they run."""
 
     engine: engine.Engine
     name: str
@@ -47,15 +68,18 @@ class Worker:
     profile: Profile  # of the batch sizes that it may run
     policy: policies.Policy  # for that profile
     thread: threading.Thread = dataclasses.field(init=False)
-    batch: Sequence[Query] = ()
-    retry: retries.Retry | None = None  # where the batch came from; None for the queue
-    started_s: float = 0.0
+    overlap: bool  # see `workers`
+    flights: list[Flight] = dataclasses.field(default_factory=list)
     last_subnet: Subnet | None = None
     successor: Successor | None = None  # which it takes up before its next batch
     alive: bool = True
     present: bool = True
     gone: Literal["", "left", "abandoned", "removed"] = ""
-    answered: tuple[Any, ...] = ()  # what `telemetry.Counters.add` is to be told of its last batch
+    landed: bool = False  # whether the first flight has been answered
+    answered: tuple[Any, ...] = ()  # what `telemetry.Counters.add` is to be told of it
+    free_s: float = 0.0  # when its device was done with the last batch
+    host_s: float = 0.0  # with `overlap`, how long it takes to decide about a batch and hand it over,
+    pace: float = 1.0  # and a batch over what its profile says, both of late
     batches: int = 0  # answered
     failed: int = 0  # batches
     failures: int = 0  # in a row for which it is to blame
@@ -65,13 +89,13 @@ class Worker:
         """See `server.Server.health`."""
         return {
             "name": self.name,
-            "state": self.gone or ("running" if self.batch else "idle"),
+            "state": self.gone or ("running" if self.flights else "idle"),
             "batches": self.batches,
             "failures": self.failed,
             "max_batch": self.profile.max_batch,
             "slowdown": fleet.slowdown(self.index) if self.present else 1.0,
             "last_error": None if self.last_error is None else repr(self.last_error),
-            "running_s": now_s - self.started_s if self.batch else 0.0,
+            "running_s": now_s - self.flights[0].started_s if self.flights else 0.0,
         }
 
 
@@ -85,11 +109,12 @@ class Crew:
         *,
         max_tries: int,
         stall_s: float,
+        overlap: bool | None,
         tune_runtime: bool,
         follow_drift: bool,
         clock: Callable[[], float],
     ):
-        self._clock = clock
+        self._clock, self._overlap = clock, overlap
         profile = profiles[0]
         self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
         for each in profiles:  # which may fail: before anything is begun that would have to be ended
@@ -138,7 +163,7 @@ class Crew:
             name = next(n for n in names if n not in taken)
             used = {w.index for w in self._workers if w.present}
             index = next(i for i in itertools.count() if i not in used)
-            worker = Worker(new, name, index, profile, policy)
+            worker = Worker(new, name, index, profile, policy, self._overlaps(new))
             self._fleet.join(index, profile)
             self._workers = [*(w for w in self._workers if w.name != name), worker]
             self._alive += 1
@@ -235,7 +260,7 @@ class Crew:
             "failures": self._failures,
             "last_error": None if self._last_error is None else repr(self._last_error),
             "waiting": len(self._queue) + self._retries.waiting(),
-            "running": sum(len(w.batch) for w in self._workers if w.present),
+            "running": sum(len(flight.batch) for w in self._workers if w.present for flight in w.flights),
             "closed": self._closing.is_set(),
             "per_worker": [w.health(now_s, self._fleet) for w in self._workers],
         }
@@ -284,18 +309,33 @@ class Crew:
         if gone == "abandoned":
             worker.gone = gone
             self._abandoned += 1
-            ran_s = self._clock() - worker.started_s
+            ran_s = self._clock() - worker.flights[0].started_s if worker.flights else 0.0
             worker.last_error = self._last_error = TimeoutError(f"{worker.name} has not returned for {ran_s:.3g} s")
         worker.gone = worker.gone or gone
-        return self._locked_failed(worker, worker.last_error, hung=gone == "abandoned")
+        flights, worker.flights = worker.flights, []
+        failed = []
+        for flight in flights[:1]:
+            failed = self._locked_failed(worker, flight, worker.last_error, hung=gone == "abandoned")
+        for flight in flights[1:]:  # it waited for the first
+            self._locked_give_back(worker, flight)
+        return failed
+
+    def _locked_give_back(self, worker: Worker, flight: Flight) -> None:
+        """Puts a batch back to where it came from; it does not count as tried."""
+        self._counters.requeued += sum(not query.done() for query in flight.batch)
+        if flight.retry is not None:
+            self._retries.give_back(flight.batch, flight.retry, worker.index)
+        else:
+            for query in flight.batch:
+                self._queue.push(query.deadline_s, query, query.floor, query.length)
 
     def _locked_failed(
-        self, worker: Worker, error: BaseException | None, *, hung: bool = False
+        self, worker: Worker, flight: Flight, error: BaseException | None, *, hung: bool = False
     ) -> list[tuple[Query, errors.SuperServeError]]:
-        """Takes the worker's batch, which failed, from it. Returns the queries that are given up, and why."""
-        batch, worker.batch = worker.batch, ()
+        """What becomes of a batch that failed. Returns the queries that are given up, and why."""
+        batch = flight.batch
         live = sum(not query.done() for query in batch)
-        hopeless = self._retries.failed(batch, worker.retry, worker.index, now_s=self._clock(), workers=self._alive, hung=hung)
+        hopeless = self._retries.failed(batch, flight.retry, worker.index, now_s=self._clock(), workers=self._alive, hung=hung)
         self._counters.failed += len(hopeless)
         self._counters.requeued += live - len(hopeless)
         given_up = [(query, retries.inference_error(query, worker.name, why, error)) for query, why in hopeless]
@@ -343,11 +383,11 @@ class Crew:
           late_s: for how long the whole process stood still, as a suspended one does; which is no fault of a worker's.
         """
         with self._lock:
-            running = [w for w in self._workers if w.present and w.batch]
+            running = [w for w in self._workers if w.present and w.flights]
             for worker in running:
-                worker.started_s += late_s
+                worker.flights[0].started_s += late_s
             now_s = self._clock()
-            stuck = [w for w in running if now_s - w.started_s > self._patience_s(w)]
+            stuck = [w for w in running if now_s - w.flights[0].started_s > self._patience_s(w)]
             if not stuck:
                 return
             failed = self._locked_drop_all(stuck, "abandoned", self._lost_error)
@@ -356,10 +396,14 @@ class Crew:
 
     def _patience_s(self, worker: Worker) -> float:
         """How long the batch of a worker may take."""
-        if worker.last_subnet is None:
-            return self._stall_s
-        row = worker.profile.row(worker.last_subnet)  # at the longest length
-        return max(self._stall_s, 1e-3 * _PATIENCE * row.p99_ms[worker.profile.batch_index(len(worker.batch))])
+        flight = worker.flights[0]
+        place = worker.profile.batch_index(min(len(flight.batch), worker.profile.max_batch))
+        return max(self._stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[place])
+
+    def _overlaps(self, new: engine.Engine) -> bool:
+        """Whether a worker with this engine stages its next batch while the device computes."""
+        gains = getattr(new, "overlap", None)  # None of an engine that cannot
+        return gains is not None and (gains if self._overlap is None else self._overlap)
 
     # -- errors -------------------------------------------------------------------------------------------------------------
 

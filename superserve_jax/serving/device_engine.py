@@ -12,6 +12,8 @@ While serving nothing can compile, since an engine holds compiled objects only.
 
 import collections
 import dataclasses
+import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -163,36 +165,45 @@ class DeviceEngine:
         self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:
         self._actuated: tuple[Any, ...] = ()
 
-        # One staging buffer per shape is enough: `run` returns only when the output is ready.
+        # Free staging buffers: one belongs to a batch until its output is ready, since the device may read it until then.
         self._staging = {
-            (b, length): np.zeros(executables.input_spec(model.config, b, length).shape, self.input_dtype)
+            (b, length): [np.zeros(executables.input_spec(model.config, b, length).shape, self.input_dtype) for _ in range(2)]
             for b in batch_sizes
             for length in self.lengths or (0,)
         }
+        self.overlap = device.platform != "cpu"
         if self.lengths:
             [self._padding] = model.config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
-            for staged in self._staging.values():
+            for staged in itertools.chain(*self._staging.values()):
                 staged[:] = self._padding[: len(staged[0])]
         self._warm_up(program_of)
 
     def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """See `engine.Engine.run`: one array of logits, float32 (num_classes,), for each input."""
+        return self.launch(subnet, batch_size, inputs)()
+
+    def launch(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+        """See `engine.Overlapping.launch`."""
         length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
         call, bucket = self._calls[subnet, batch_size, length]
-        staged = self._staging[batch_size, length]
-        if not length:
-            for i, x in enumerate(inputs):
-                staged[i] = x
-        else:
-            for i, x in enumerate(inputs):
-                staged[i, : len(x)] = x
-                staged[i, len(x) :] = self._padding[len(x) : length]
-        if subnet is not self._subnet:
-            self._actuate(subnet, bucket)
-        leaves, row, active = self._actuated
-        logits = np.asarray(call(leaves, staged, row, active))
-        engine.check_outputs(logits[: len(inputs)], len(inputs))
-        return [logits[i].copy() for i in range(len(inputs))]  # a view would pin the batch for as long as a reply lives
+        free = self._staging[batch_size, length]
+        staged = free.pop()
+        try:
+            if not length:
+                for i, x in enumerate(inputs):
+                    staged[i] = x
+            else:
+                for i, x in enumerate(inputs):
+                    staged[i, : len(x)] = x
+                    staged[i, len(x) :] = self._padding[len(x) : length]
+            if subnet is not self._subnet:
+                self._actuate(subnet, bucket)
+            leaves, row, active = self._actuated
+            computed = call(leaves, staged, row, active)
+        except BaseException:
+            free.append(staged)
+            raise
+        return functools.partial(_outputs, computed, len(inputs), staged, free)
 
     def _actuate(self, subnet: subnets.Subnet, bucket: _Bucket) -> None:
         """Makes the next calls run `subnet`."""
@@ -217,7 +228,7 @@ class DeviceEngine:
             for batch, length in sorted(self._staging):
                 if any(batch >= b and length >= n for b, n in slow):
                     continue
-                inputs = [self._staging[batch, length][0]]
+                inputs = [self._staging[batch, length][0][0]]
                 if self._time_s(subnet, batch, inputs) > _SLOW_CALL_S < self._time_s(subnet, batch, inputs):
                     slow.append((batch, length))
 
@@ -225,6 +236,15 @@ class DeviceEngine:
         start_s = time.perf_counter()
         self.run(subnet, batch, inputs)
         return time.perf_counter() - start_s
+
+
+def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:
+    try:
+        logits = np.asarray(computed)  # waits for them
+    finally:
+        free.append(staged)
+    engine.check_outputs(logits[:count], count)
+    return [logits[i].copy() for i in range(count)]  # a view would pin the batch for as long as a reply lives
 
 
 def bucket_programs(

@@ -50,6 +50,23 @@ class Engine(Protocol):
         ...
 
 
+class Overlapping(Engine, Protocol):
+    """An engine whose device computes on its own, so that the host can stage the next batch meanwhile.
+
+    Attributes:
+      overlap: whether that gains anything: on a CPU the host's work takes from the device's.
+    """
+
+    overlap: bool
+
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], Sequence[Any]]:
+        """Begins what `run` does, and returns what waits for the outputs and gives them.
+
+        Up to two batches are under way at a time. Either call may raise. `inputs` are not read any more once it has returned.
+        """
+        ...
+
+
 def check_outputs(logits: np.ndarray, count: int) -> None:
     """Refuses what cannot be the outputs of `count` inputs; half a microsecond for a batch of small ones.
 
@@ -132,10 +149,52 @@ class FakeEngine:
             assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
             if self._on_run is not None:
                 self._on_run(subnet, batch_size, inputs)
-            length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
-            if latency_s := self._latency_s[subnet, batch_size, length]:
+            if latency_s := self._takes_s(subnet, batch_size, inputs):
                 time.sleep(latency_s)
-            rank = self._rank[subnet]
-            return [(x.item(0), rank) for x in inputs]
+            return self._outputs(subnet, inputs)
         finally:
             self._running.release()
+
+    def _takes_s(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
+        return self._latency_s[subnet, batch_size, padding.of_inputs(self.lengths, inputs) if self.lengths else 0]
+
+    def _outputs(self, subnet: Subnet, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
+        rank = self._rank[subnet]
+        return [(x.item(0), rank) for x in inputs]
+
+
+class FakeDevice(FakeEngine):
+    """A `FakeEngine` whose device computes on its own, one batch after the other, while the host copies the next one's inputs
+    into a staging buffer, as it would for a real device. `on_run` is called when the outputs are waited for."""
+
+    overlap = True
+
+    def __init__(self, profile: Profile, **options: Any):
+        super().__init__(profile, **options)
+        self._free = [np.zeros((profile.max_batch, *self.input_shape), self.input_dtype) for _ in range(2)]
+        self._free_s = 0.0  # when it is done with all that was launched
+
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
+        """See `Engine.run`."""
+        return self.launch(subnet, batch_size, inputs)()
+
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], list[tuple[Any, int]]]:
+        """See `Overlapping.launch`. Raises AssertionError where the server breaks that contract."""
+        assert self._free, "three batches at once"
+        assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
+        staged = self._free.pop()
+        for i, x in enumerate(inputs):
+            staged[i] = x
+        self._free_s = done_s = max(time.monotonic(), self._free_s) + self._takes_s(subnet, batch_size, inputs)
+
+        def outputs() -> list[tuple[Any, int]]:
+            try:
+                if self._on_run is not None:
+                    self._on_run(subnet, batch_size, inputs)
+                if (left_s := done_s - time.monotonic()) > 0:
+                    time.sleep(left_s)
+                return self._outputs(subnet, list(staged[: len(inputs)]))
+            finally:
+                self._free.append(staged)
+
+        return outputs

@@ -112,17 +112,30 @@ class _Watched(engine.Wrapper):
 
     def __init__(self, watched: engine.Engine, recorder: Recorder):
         super().__init__(watched)
+        self.overlap = getattr(watched, "overlap", None)
         self._recorder = recorder
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """See `engine.Engine.run`."""
+        return self._watch(inputs, lambda: super(_Watched, self).run(subnet, batch_size, inputs))()
+
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], Sequence[Any]]:
+        """See `engine.Overlapping.launch`."""
+        launched = cast(engine.Overlapping, self._inner).launch(subnet, batch_size, inputs)
+        return self._watch(inputs, launched)
+
+    def _watch(self, inputs: list[np.ndarray], outputs: Callable[[], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
         keys = tuple(x.item() for x in inputs)
         note = self._recorder.notes.append
         note(("started", threading.get_ident(), keys))
-        try:
-            outputs = super().run(subnet, batch_size, inputs)
-        except BaseException:
-            note(("raised", keys))
-            raise
-        note(("finished", keys, self._recorder.clock()))
-        return outputs
+
+        def finished() -> Sequence[Any]:
+            try:
+                found = outputs()
+            except BaseException:
+                note(("raised", keys))
+                raise
+            note(("finished", keys, self._recorder.clock()))
+            return found
+
+        return finished

@@ -71,6 +71,9 @@ class Tuning(TypedDict, total=False):
       max_failures: batches in a row that fail, and fail with blank inputs, too, after which a worker leaves. Default 5.
       stall_s: a worker whose batch takes longer, and 20 times longer than its profiled 99th percentile, is taken for stuck
         and abandoned. Default 5.
+      overlap: whether a worker takes and stages its next batch shortly before the device is done with the last, and answers
+        that while the device computes (see `engine.Overlapping`). Default None: where the device is no CPU, whose cores the
+        host needs itself.
       tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
       follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
       telemetry: whether batches are counted for `Server.snapshot`, which costs a query half a microsecond of CPU time. Default
@@ -83,6 +86,7 @@ class Tuning(TypedDict, total=False):
     max_tries: int
     max_failures: int
     stall_s: float
+    overlap: bool | None
     tune_runtime: bool
     follow_drift: bool
     telemetry: bool
@@ -194,6 +198,7 @@ class Server:
         max_tries: int = 3,
         max_failures: int = 5,
         stall_s: float = 5.0,
+        overlap: bool | None = None,
         tune_runtime: bool = True,
         follow_drift: bool = True,
         telemetry: bool = True,
@@ -226,6 +231,8 @@ class Server:
             raise errors.ConfigError(f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {stall_s!r}")
         if not isinstance(admission, bool):
             raise errors.ConfigError(f"admission must be True or False, got {admission!r}")
+        if overlap not in (None, True, False):
+            raise errors.ConfigError(f"overlap must be True, False or None for where the device allows it, got {overlap!r}")
         if not callable(clock):
             raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
         self.profiles, self.profile = tuple(each), each[0]
@@ -244,6 +251,7 @@ class Server:
             max_failures=max_failures,
             pause_s=1e-3 * self._slo_ms,
             stall_s=stall_s,
+            overlap=overlap,
             tune_runtime=tune_runtime,
             follow_drift=follow_drift,
             telemetry=telemetry,

@@ -67,6 +67,7 @@ class Storm:
       changed_every_s: how often a worker is removed, and another one added; inf for never.
       closed_after: so many offered queries, after which the server is closed without draining; the clients go on.
       stall_s: see `server.Tuning`.
+      overlap: whether workers take their next batch while the device computes.
       strict: whether the policy keeps the strict order of deadlines, and the checker judges it; else the default policy.
       switch_interval_s: how long a Python thread runs before another may.
       seed: of everything random.
@@ -90,6 +91,7 @@ class Storm:
     changed_every_s: float = 0.1
     closed_after: float = math.inf
     stall_s: float = 0.2
+    overlap: bool = False
     strict: bool = True
     switch_interval_s: float = 1e-5
     seed: int = 0
@@ -203,7 +205,8 @@ class _Run:
         number = next(self._numbers)
         rng = random.Random(f"{self._storm.seed} engine {number}")
         hook = self._mishaps(rng, broken=rng.random() < self._storm.broken)
-        fake = engine.FakeEngine(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
+        kind = engine.FakeDevice if self._storm.overlap else engine.FakeEngine
+        fake = kind(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
         return self._recorder.engine(fake)
 
     def _mishaps(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:

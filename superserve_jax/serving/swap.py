@@ -116,5 +116,6 @@ class Swapping(crew.Crew):
         """What a worker does with its successor, in its own thread and between two batches."""
         worker.engine, worker.profile, worker.policy = successor
         worker.successor = worker.last_subnet = None
+        worker.overlap = self._overlaps(worker.engine)
         worker.failures = 0
         self._left.notify_all()

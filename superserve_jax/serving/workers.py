@@ -4,9 +4,11 @@
 failed in `retries.py`. Methods named `_locked_...` expect the caller to hold the lock.
 """
 
+import functools
 import logging
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -19,10 +21,35 @@ from superserve_jax.serving.query import Query
 _log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 1.0
+_NEARLY = 0.9  # of a batch's latency, after which the next one is taken
+_LEARNED = 0.2  # weight of the last batch in what is estimated from the last ones
+_LEAST_HOST_S = 1e-4  # at least so much more may be learned at once, although one outlier must not count for much
 _NOT_ADMITTED = (
     "what waits leaves no time to meet the deadline, and this server admits no query that it would miss (admission=True); "
     "allow a longer slo_ms, submit more slowly, or add devices"
 )
+
+
+class _Taken(NamedTuple):
+    """What a worker has taken from what waits.
+
+    Args:
+      flight: to run; None where there was nothing.
+      expired: dropped (`expire`).
+      unlucky: they, because of the policy's error.
+    """
+
+    flight: crew.Flight | None = None
+    expired: Sequence[Query] = ()
+    unlucky: Sequence[Query] = ()
+    error: BaseException | None = None
+
+
+_NOTHING = _Taken()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 class Pool(swap.Swapping):
@@ -52,6 +79,7 @@ class Pool(swap.Swapping):
         max_failures: int,
         pause_s: float,
         stall_s: float,
+        overlap: bool | None,
         tune_runtime: bool,
         follow_drift: bool,
         telemetry: bool,
@@ -62,6 +90,7 @@ class Pool(swap.Swapping):
             make_policy,
             max_tries=max_tries,
             stall_s=stall_s,
+            overlap=overlap,
             tune_runtime=tune_runtime,
             follow_drift=follow_drift,
             clock=clock,
@@ -147,44 +176,83 @@ class Pool(swap.Swapping):
                 retries.forget_frames(worker.last_error)
 
     def _turn(self, worker: crew.Worker) -> bool:
-        """Waits for one batch, runs it and answers it. False when the worker is to leave."""
+        """Takes a batch if there is one, and answers one. False when the worker is to leave."""
+        taken, wake_s = _NOTHING, 0.0
         with self._lock:
-            worker.batch = ()
-            if worker.answered:  # counted only now, since the lock would be taken once more for it
+            self._locked_settle(worker)
+            first = worker.flights[0] if worker.flights else None
+            if first is None:
+                if not self._locked_wait(worker):
+                    return False
+                taken = self._locked_take(worker, self._clock())
+        if first is not None:
+            wake_s, due_s = self._sleep_until_nearly_due(worker, first)
+            with self._lock:
+                # One that is to leave, or to change over, first answers what it has.
+                if worker.alive and worker.successor is None and (len(self._queue) or self._locked_retry(worker)):
+                    taken = self._locked_take(worker, max(self._clock(), due_s))
+        self._refuse(taken)
+        if (flight := taken.flight) is not None:
+            self._launch(worker, flight)
+            if first is None and worker.overlap:
+                return True  # there is time until it is nearly due
+            if first is not None:
+                worker.host_s += _LEARNED * (min(self._clock() - wake_s, 2 * worker.host_s + _LEAST_HOST_S) - worker.host_s)
+        landing = first or flight
+        return landing is None or self._land(worker, landing)
+
+    def _locked_settle(self, worker: crew.Worker) -> None:
+        """Lets go of a flight that has been answered, and counts it: only now, or the lock would be taken once more for it."""
+        if worker.landed:
+            worker.landed = False
+            if worker.flights:  # else it has been abandoned meanwhile
+                del worker.flights[0]
+            for flight in worker.flights:
+                flight.started_s = max(flight.started_s, worker.free_s)
+            if worker.answered:
                 self._counters.add(worker.answered)
                 worker.answered = ()
+        if worker.successor is not None and not worker.flights:
+            self._locked_take_up(worker, worker.successor)
+
+    def _locked_wait(self, worker: crew.Worker) -> bool:
+        """Waits until there is work. False when the worker is to leave."""
+        while worker.alive and not self._locked_retry(worker) and not len(self._queue):
+            if self._closing.is_set():
+                return False
+            self._idle += 1
+            self._work.wait()
+            self._idle -= 1
+            self._waking = False
             if worker.successor is not None:
                 self._locked_take_up(worker, worker.successor)
-            while worker.alive and not (retry := self._locked_retry(worker)) and not len(self._queue):
-                if self._closing.is_set():
-                    return False
-                self._idle += 1
-                self._work.wait()
-                self._idle -= 1
-                self._waking = False
-                if worker.successor is not None:
-                    self._locked_take_up(worker, worker.successor)
-            if not worker.alive:
-                return False
-            worker.retry = retry
-            now_s = self._clock()
-            expired = self._locked_prune(now_s)
-            row, batch, reason, error = self._locked_decide(worker, now_s)
-            worker.batch, worker.started_s = batch, now_s
-            self._counters.expired += len(expired)
-            self._locked_wake()
-        for query in expired:
+        return worker.alive
+
+    def _locked_take(self, worker: crew.Worker, now_s: float) -> "_Taken":
+        """Decides about a batch and takes it from where it waits; `now_s` is when the device can begin with it."""
+        retry = self._locked_retry(worker)
+        expired = self._locked_prune(now_s)
+        row, batch, reason, error = self._locked_decide(worker, retry, now_s)
+        self._counters.expired += len(expired)
+        flight = None
+        if row is not None and batch:
+            flight = crew.Flight(row, batch, retry, reason, now_s)
+            worker.flights.append(flight)
+        self._locked_wake()
+        return _Taken(flight, expired, () if row is not None else batch, error)
+
+    def _refuse(self, taken: "_Taken") -> None:
+        """Answers what was taken and will not run."""
+        for query in taken.expired:
             query.set_exception(
                 errors.DeadlineExpiredError(
                     "dropped, since its deadline could no longer be met (expire=True); "
                     "allow a longer slo_ms, submit more slowly, or serve late with expire=False"
                 )
             )
-        if row is None:
-            for query in batch:
-                query.set_exception(retries.caused(errors.InferenceError(f"the policy failed: {error!r}; mend it"), error))
-            return True
-        return not batch or self._run(worker, row, batch, reason)
+        for query in taken.unlucky:
+            error = errors.InferenceError(f"the policy failed: {taken.error!r}; mend it")
+            query.set_exception(retries.caused(error, taken.error))
 
     def _locked_prune(self, now_s: float) -> list[Query]:
         """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
@@ -196,9 +264,10 @@ class Pool(swap.Swapping):
             self._queue.pop(1)
         return [query for query in expired if not query.done()]
 
-    def _locked_decide(self, worker: crew.Worker, now_s: float) -> tuple[Row | None, list[Query], str, BaseException | None]:
+    def _locked_decide(
+        self, worker: crew.Worker, retry: retries.Retry | None, now_s: float
+    ) -> tuple[Row | None, list[Query], str, BaseException | None]:
         """The row to run, the batch, and why; where the policy failed, no row, the batch that suffers, and the error."""
-        retry = worker.retry
         waiting, meter = (self._queue, self._meter) if retry is None else (retry.waiting, retry.meter)
         if not len(waiting):
             return None, [], "", None
@@ -226,23 +295,53 @@ class Pool(swap.Swapping):
         worker.last_subnet = row.subnet
         return row, batch, reason, None
 
-    def _run(self, worker: crew.Worker, row: Row, batch: list[Query], reason: str) -> bool:
-        subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
-        place = self._padded[count]
-        size = self._batch_sizes[place]
-        start_s = self._clock()
+    # -- with `overlap`: what the host does while the device computes -------------------------------------------------------
+
+    def _sleep_until_nearly_due(self, worker: crew.Worker, flight: crew.Flight) -> tuple[float, float]:
+        """Returns in time to take the next batch and hand it over before the device has nothing to do; no sooner, since what
+        comes until then should have a say. Returns when that is, and when the device will be done.
+
+        A device that is sooner done than it was of late makes the answers late by what it was, so a tenth is kept back.
+        """
+        latency_s = 1e-3 * flight.row.latency_ms[self._padded[len(flight.batch)]] * worker.pace
+        wake_s, now_s = flight.started_s + _NEARLY * latency_s - worker.host_s, self._clock()
+        if wake_s > now_s:
+            time.sleep(wake_s - now_s)
+        return max(wake_s, now_s), flight.started_s + latency_s
+
+    def _launch(self, worker: crew.Worker, flight: crew.Flight) -> None:
+        """Hands a batch to the engine. Without `overlap` that does nothing before its outputs are asked for."""
+        size, inputs = self._batch_sizes[self._padded[len(flight.batch)]], [query.inputs for query in flight.batch]
+        flight.started_s = self._clock()
+        if not worker.overlap:
+            flight.outputs = functools.partial(worker.engine.run, flight.row.subnet, size, inputs)
+            return
         try:
-            outputs = list(worker.engine.run(subnet, size, [query.inputs for query in batch]))
+            flight.outputs = worker.engine.launch(flight.row.subnet, size, inputs)  # type: ignore[attr-defined]
+        except BaseException as error:  # it fails in its turn, after what was launched before
+            flight.outputs = functools.partial(_raise, error)
+
+    def _land(self, worker: crew.Worker, flight: crew.Flight) -> bool:
+        """Waits for a batch's outputs and answers it. False when the worker is to leave."""
+        subnet, accuracy, batch = flight.row.subnet, flight.row.accuracy, flight.batch
+        count, place = len(batch), self._padded[len(batch)]
+        assert flight.outputs is not None
+        try:
+            outputs = list(flight.outputs())
             if len(outputs) != count:
                 raise errors.InferenceError(f"{len(outputs)} outputs for {count} inputs; an engine returns one for each")
         except BaseException as error:
-            return self._failed(worker, row, size, error)
-        finish_s = self._clock()
+            return self._failed(worker, flight, error)
+        finish_s, start_s = self._clock(), flight.started_s
+        worker.free_s, worker.landed = finish_s, True
         worker.failures = 0
         worker.batches += 1
-        compute_ms = 1e3 * (finish_s - start_s)
+        compute_ms, profiled_ms = 1e3 * (finish_s - start_s), flight.row.latency_ms[place]
         if worker.present:  # else another may have its index by now
-            self._fleet.observe(worker.index, row.latency_ms[place], compute_ms)
+            self._fleet.observe(worker.index, profiled_ms, compute_ms)
+        if worker.overlap:  # soon where it is faster, since answers would be late, and slowly where it is not
+            more = compute_ms / profiled_ms - worker.pace
+            worker.pace += more / 2 if more < 0 else _LEARNED**2 * min(more, worker.pace)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
         # As much as can be is done before the first answer, after which its client wants the interpreter, too.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch] if self._telemetry else []
@@ -259,54 +358,57 @@ class Pool(swap.Swapping):
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
         if self._telemetry:
-            worker.answered = (subnet, count, submitted_s, late, start_s, finish_s, slack_s, reason)
+            worker.answered = (subnet, count, submitted_s, late, start_s, finish_s, slack_s, flight.reason)
         return True
 
-    def _failed(self, worker: crew.Worker, row: Row, size: int, error: BaseException) -> bool:
+    # -- when a batch fails -------------------------------------------------------------------------------------------------
+
+    def _failed(self, worker: crew.Worker, flight: crew.Flight, error: BaseException) -> bool:
         """Gives the batch of a failed run back. False when the worker is to leave."""
-        fresh = worker.retry is None
+        fresh = flight.retry is None
         _log.warning(
-            "%s failed on a batch of %d: %r", worker.name, len(worker.batch), error, exc_info=error if fresh else None
+            "%s failed on a batch of %d: %r", worker.name, len(flight.batch), error, exc_info=error if fresh else None
         )
         # The frames hold the engine, and so its device's memory, for as long as a client or `last_error` holds the error.
         retries.forget_frames(error)
-        inputs = [query.inputs for query in worker.batch]
+        flight.outputs = None
+        size, hopeless = self._batch_sizes[self._padded[len(flight.batch)]], []
         too_large = retries.out_of_memory(error) and size > self._batch_sizes[0]
         with self._lock:
             self._failures += 1
             worker.failed += 1
             worker.last_error = self._last_error = error
-            if too_large:
-                hopeless = self._locked_shrink(worker, size)
-            else:
-                hopeless = self._locked_failed(worker, error)
+            if flight in worker.flights:  # else it has been abandoned with it, and who did that gave it back
+                worker.flights.remove(flight)
+                for other in worker.flights:
+                    other.started_s = max(other.started_s, self._clock())
+                if too_large:
+                    hopeless = self._locked_shrink(worker, flight, size)
+                else:
+                    hopeless = self._locked_failed(worker, flight, error)
             self._work.notify_all()  # what has been given back is not for every worker
         for query, gave_up in hopeless:
             query.set_exception(gave_up)
-        if too_large or not worker.alive or self._works(worker, row, size, inputs):
-            return worker.alive
+        if too_large or not worker.alive or self._works(worker, flight.row, size, [query.inputs for query in flight.batch]):
+            return worker.alive or bool(worker.flights)
         worker.failures += 1
         if worker.failures >= self._max_failures:
             return False
-        if self._alive > 1:
+        if self._alive > 1 and not worker.flights:
             # Else a broken device, which is always free, would be the first to take whatever comes.
             self._closing.wait(self._pause_s * worker.failures)
         return True
 
-    def _locked_shrink(self, worker: crew.Worker, size: int) -> list[tuple[Query, errors.SuperServeError]]:
+    def _locked_shrink(
+        self, worker: crew.Worker, flight: crew.Flight, size: int
+    ) -> list[tuple[Query, errors.SuperServeError]]:
         """From now on this worker runs no batches of `size`, for which its device has not enough memory. Its batch goes back,
         but for the queries that are returned, and why."""
         worker.profile = retries.at_most(worker.profile, size // 2)
         worker.policy = self._make_policy(worker.profile)
         if worker.alive and worker.successor is None:
             self._fleet.resize(worker.index, worker.profile)
-        batch, worker.batch = worker.batch, ()
-        self._counters.requeued += len(batch)
-        if worker.retry is not None:
-            self._retries.give_back(batch, worker.retry, worker.index)
-        else:
-            for query in batch:
-                self._queue.push(query.deadline_s, query, query.floor, query.length)
+        self._locked_give_back(worker, flight)
         return self._locked_refuse()
 
     def _works(self, worker: crew.Worker, row: Row, size: int, inputs: Sequence[np.ndarray]) -> bool:
@@ -314,17 +416,20 @@ class Pool(swap.Swapping):
         blanks = [Query(np.zeros_like(x), 0.0, 0.0, 0.0) for x in inputs]
         for query in blanks:
             query.cancel()  # nobody waits for an answer
+        flight = crew.Flight(row, blanks, None, "", self._clock())  # as any batch, it may hang
         with self._lock:
             if not worker.alive:
                 return True
-            worker.batch, worker.started_s = blanks, self._clock()  # as any batch, it may hang
+            worker.flights.insert(0, flight)
         try:
             worker.engine.run(row.subnet, size, [query.inputs for query in blanks])
         except BaseException as error:
             _log.warning("%s fails on blank inputs, too: %r", worker.name, error)
             return False
         finally:
-            worker.batch = ()
+            with self._lock:
+                if flight in worker.flights:
+                    worker.flights.remove(flight)
         worker.failures = 0
         return True
 

@@ -23,9 +23,9 @@ from superserve_jax import layers, ops
 from superserve_jax import subnet as subnets
 
 # By default XLA's CPU backend slices all weights before the first layer, and holds all of the slices at once. The
-# memory-optimised order takes less than half of the temporary memory and is as fast. And it leaves convolutions to a library of
-# fused kernels (YNN) that takes 1.4 to 1.8 times as long as its own (OFA-ResNet50, two cores with AVX-512) and 10 ms more for a
-# first call; so only matrix products are left to that.
+# memory-optimised order takes less than half of the temporary memory and is as fast. And it leaves convolutions to a library
+# of fused kernels (YNN) that takes 1.4 to 1.8 times as long as its own (OFA-ResNet50, two cores with AVX-512) and 10 ms more
+# for a first call; so only matrix products are left to that.
 _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "cpu": {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
