@@ -11,7 +11,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import drift, policies, queue
+from superserve_jax.serving import drift, futures, policies, queue
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
@@ -80,9 +80,9 @@ def next_batch(
 
 def refill(waiting: queue.DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
     """A batch of `next_batch` with what comes next, and is no longer, in the places of its cancelled queries."""
+    if not any(map(futures.resolved, batch)):
+        return batch
     live = [query for query in batch if not query.done()]
-    if len(live) == len(batch):
-        return live
     longest = profile.at_length(max(query.length for query in batch)).lengths[-1] if profile.shorter else 0
     while len(live) < len(batch) and len(waiting) and waiting.head_length <= longest:
         more = waiting.pop(len(batch) - len(live), row.accuracy)
@@ -117,11 +117,23 @@ def _state(
 ) -> policies.State:
     """What the policy may know. On a device that is f times slower than its profile, time runs f times faster."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
-    floors = waiting.head_floors(max_batch)
     work_ms = waiting.work_ms
     rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
-    slo_ms, slowdown = meter.slo_ms, pace.slowdown
-    near = waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms))
-    values = (now_s, slack_ms / slowdown, waiting.riders, floors, pace.workers, last_subnet, waiting.late)
-    rate, variance = rate / work_ms * slowdown, variance / work_ms**2 * slowdown
-    return policies.State._make((*values, rate, variance, slo_ms / slowdown, near, worker))
+    workers, slowdown, _ = pace
+    slo_ms = meter.slo_ms
+    return policies.State._make(
+        (
+            now_s,
+            slack_ms / slowdown,
+            waiting.riders,
+            waiting.head_floors(max_batch),
+            workers,
+            last_subnet,
+            waiting.late,
+            rate / work_ms * slowdown,
+            variance / work_ms**2 * slowdown,
+            slo_ms / slowdown,
+            waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms)),
+            worker,
+        )
+    )

@@ -116,7 +116,7 @@ class DeadlineQueue:
     def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
         """Takes up to `n` items of the earliest deadlines, stopping before the first whose floor exceeds `accuracy`."""
         fifo = self._fifo
-        if not self._early and not self._floored and not self._deferred:
+        if not self._early and not self._floored and (len(fifo) >= n or not self._deferred):
             return [fifo.popleft()[3] for _ in range(min(n, len(fifo)))]
         items = []
         while len(items) < n and (head := self._head()) is not None and head[2] <= accuracy:

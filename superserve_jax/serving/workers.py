@@ -30,22 +30,17 @@ _NOT_ADMITTED = (
 )
 
 
-class _Taken(NamedTuple):
-    """What a worker has taken from what waits.
+class _Refused(NamedTuple):
+    """What a worker has taken and does not run.
 
     Args:
-      flight: to run; None where there was nothing.
       expired: dropped (`expire`).
-      unlucky: they, because of the policy's error.
+      unlucky: they, because of the policy's `failure`.
     """
 
-    flight: crew.Flight | None = None
-    expired: Sequence[Query] = ()
-    unlucky: Sequence[Query] = ()
-    error: BaseException | None = None
-
-
-_NOTHING = _Taken()
+    expired: Sequence[Query]
+    unlucky: Sequence[Query]
+    failure: BaseException | None
 
 
 def _raise(error: BaseException) -> NoReturn:
@@ -177,29 +172,25 @@ class Pool(swap.Swapping):
 
     def _turn(self, worker: crew.Worker) -> bool:
         """Takes a batch if there is one, and answers one. False when the worker is to leave."""
-        taken, wake_s = _NOTHING, 0.0
+        flight = refused = None
         with self._lock:
-            self._locked_settle(worker)
+            if worker.landed or worker.successor is not None:
+                self._locked_settle(worker)
             first = worker.flights[0] if worker.flights else None
             if first is None:
                 if not self._locked_wait(worker):
                     return False
-                taken = self._locked_take(worker, self._clock())
+                flight, refused = self._locked_take(worker, self._clock())
         if first is not None:
-            wake_s, due_s = self._sleep_until_nearly_due(worker, first)
-            with self._lock:
-                # One that is to leave, or to change over, first answers what it has.
-                if worker.alive and worker.successor is None and (len(self._queue) or self._locked_retry(worker)):
-                    taken = self._locked_take(worker, max(self._clock(), due_s))
-        self._refuse(taken)
-        if (flight := taken.flight) is not None:
+            return self._turn_ahead(worker, first)
+        if refused:
+            self._refuse(*refused)
+        if flight is None:
+            return True
+        if worker.overlap:
             self._launch(worker, flight)
-            if first is None and worker.overlap:
-                return True  # there is time until it is nearly due
-            if first is not None:
-                worker.host_s += _LEARNED * (min(self._clock() - wake_s, 2 * worker.host_s + _LEAST_HOST_S) - worker.host_s)
-        landing = first or flight
-        return landing is None or self._land(worker, landing)
+            return True  # there is time until it is nearly due
+        return self._land(worker, flight)
 
     def _locked_settle(self, worker: crew.Worker) -> None:
         """Lets go of a flight that has been answered, and counts it: only now, or the lock would be taken once more for it."""
@@ -217,7 +208,7 @@ class Pool(swap.Swapping):
 
     def _locked_wait(self, worker: crew.Worker) -> bool:
         """Waits until there is work. False when the worker is to leave."""
-        while worker.alive and not self._locked_retry(worker) and not len(self._queue):
+        while worker.alive and not len(self._queue) and not self._locked_retry(worker):
             if self._closing.is_set():
                 return False
             self._idle += 1
@@ -228,74 +219,85 @@ class Pool(swap.Swapping):
                 self._locked_take_up(worker, worker.successor)
         return worker.alive
 
-    def _locked_take(self, worker: crew.Worker, now_s: float) -> "_Taken":
-        """Decides about a batch and takes it from where it waits; `now_s` is when the device can begin with it."""
+    def _locked_take(self, worker: crew.Worker, now_s: float) -> "tuple[crew.Flight | None, _Refused | None]":
+        """Decides about a batch and takes it, and what cannot run, from where it waits; `now_s` is when the device can begin.
+
+        Where the policy fails, the batch that it was asked about suffers.
+        """
         retry = self._locked_retry(worker)
         expired = self._locked_prune(now_s)
-        row, batch, reason, error = self._locked_decide(worker, retry, now_s)
-        self._counters.expired += len(expired)
-        flight = None
-        if row is not None and batch:
-            flight = crew.Flight(row, batch, retry, reason, now_s)
-            worker.flights.append(flight)
+        waiting, meter = (self._queue, self._meter) if retry is None else (retry.waiting, retry.meter)
+        flight = failure = None
+        batch = unlucky = ()
+        if len(waiting):
+            try:
+                row, batch, _, reason = dispatch.next_batch(
+                    waiting,
+                    meter,
+                    worker.policy,
+                    worker.profile,
+                    now_s,
+                    pace=self._fleet.pace(worker.index),
+                    last_subnet=worker.last_subnet,
+                    worker=worker.index,
+                )
+                batch = dispatch.refill(waiting, worker.profile, row, batch)
+            except Exception as error:
+                _log.exception("the policy failed")
+                self._last_error = failure = error
+                unlucky = [query for query in waiting.pop(self._batch_sizes[-1]) if not query.done()]
+                self._counters.failed += len(unlucky)
+            else:
+                worker.last_subnet = row.subnet
+                if batch:
+                    flight = crew.Flight(row, batch, retry, reason, now_s)
+                    worker.flights.append(flight)
+            if retry is not None:
+                self._retries.taken(retry)
         self._locked_wake()
-        return _Taken(flight, expired, () if row is not None else batch, error)
+        return flight, _Refused(expired, unlucky, failure) if expired or unlucky else None
 
-    def _refuse(self, taken: "_Taken") -> None:
-        """Answers what was taken and will not run."""
-        for query in taken.expired:
+    def _locked_prune(self, now_s: float) -> list[Query]:
+        """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
+        are returned. A cancelled query counts as waiting until it reaches the front, of the deferred ones if it is one, or the
+        queue is full."""
+        expired = []
+        if self._expire:
+            expired = [query for query in self._queue.pop_before(now_s + self._fastest_s) if not query.done()]
+            self._counters.expired += len(expired)
+        self._queue.drop_late(Query.done)
+        while (head := self._queue.head()) is not None and head.done():
+            self._queue.pop(1)
+        return expired
+
+    def _refuse(self, expired: Sequence[Query], unlucky: Sequence[Query], failure: BaseException | None) -> None:
+        """Answers what was taken and does not run."""
+        for query in expired:
             query.set_exception(
                 errors.DeadlineExpiredError(
                     "dropped, since its deadline could no longer be met (expire=True); "
                     "allow a longer slo_ms, submit more slowly, or serve late with expire=False"
                 )
             )
-        for query in taken.unlucky:
-            error = errors.InferenceError(f"the policy failed: {taken.error!r}; mend it")
-            query.set_exception(retries.caused(error, taken.error))
-
-    def _locked_prune(self, now_s: float) -> list[Query]:
-        """Takes from the front of the queue what need not run: cancelled queries, and with `expire` the hopeless, which
-        are returned. A cancelled query counts as waiting until it reaches the front, of the deferred ones if it is one, or the
-        queue is full."""
-        expired = self._queue.pop_before(now_s + self._fastest_s) if self._expire else []
-        self._queue.drop_late(Query.done)
-        while (head := self._queue.head()) is not None and head.done():
-            self._queue.pop(1)
-        return [query for query in expired if not query.done()]
-
-    def _locked_decide(
-        self, worker: crew.Worker, retry: retries.Retry | None, now_s: float
-    ) -> tuple[Row | None, list[Query], str, BaseException | None]:
-        """The row to run, the batch, and why; where the policy failed, no row, the batch that suffers, and the error."""
-        waiting, meter = (self._queue, self._meter) if retry is None else (retry.waiting, retry.meter)
-        if not len(waiting):
-            return None, [], "", None
-        try:
-            row, batch, _, reason = dispatch.next_batch(
-                waiting,
-                meter,
-                worker.policy,
-                worker.profile,
-                now_s,
-                pace=self._fleet.pace(worker.index),
-                last_subnet=worker.last_subnet,
-                worker=worker.index,
-            )
-            batch = dispatch.refill(waiting, worker.profile, row, batch)
-        except Exception as error:
-            _log.exception("the policy failed")
-            self._last_error = error
-            batch = [query for query in waiting.pop(self._batch_sizes[-1]) if not query.done()]
-            self._counters.failed += len(batch)
-            return None, batch, "", error
-        finally:
-            if retry is not None:
-                self._retries.taken(retry)
-        worker.last_subnet = row.subnet
-        return row, batch, reason, None
+        for query in unlucky:
+            query.set_exception(retries.caused(errors.InferenceError(f"the policy failed: {failure!r}; mend it"), failure))
 
     # -- with `overlap`: what the host does while the device computes -------------------------------------------------------
+
+    def _turn_ahead(self, worker: crew.Worker, first: crew.Flight) -> bool:
+        """Takes the next batch when the first is nearly due, and then answers that. False when the worker is to leave."""
+        flight = refused = None
+        wake_s, due_s = self._sleep_until_nearly_due(worker, first)
+        with self._lock:
+            # One that is to leave, or to change over, first answers what it has.
+            if worker.alive and worker.successor is None and (len(self._queue) or self._locked_retry(worker)):
+                flight, refused = self._locked_take(worker, max(self._clock(), due_s))
+        if refused:
+            self._refuse(*refused)
+        if flight is not None:
+            self._launch(worker, flight)
+            worker.host_s += _LEARNED * (min(self._clock() - wake_s, 2 * worker.host_s + _LEAST_HOST_S) - worker.host_s)
+        return self._land(worker, first)
 
     def _sleep_until_nearly_due(self, worker: crew.Worker, flight: crew.Flight) -> tuple[float, float]:
         """Returns in time to take the next batch and hand it over before the device has nothing to do; no sooner, since what
@@ -310,24 +312,29 @@ class Pool(swap.Swapping):
         return max(wake_s, now_s), flight.started_s + latency_s
 
     def _launch(self, worker: crew.Worker, flight: crew.Flight) -> None:
-        """Hands a batch to the engine. Without `overlap` that does nothing before its outputs are asked for."""
+        """Hands a batch to the device."""
         size, inputs = self._batch_sizes[self._padded[len(flight.batch)]], [query.inputs for query in flight.batch]
         flight.started_s = self._clock()
-        if not worker.overlap:
-            flight.outputs = functools.partial(worker.engine.run, flight.row.subnet, size, inputs)
-            return
         try:
             flight.outputs = worker.engine.launch(flight.row.subnet, size, inputs)  # type: ignore[attr-defined]
         except BaseException as error:  # it fails in its turn, after what was launched before
             flight.outputs = functools.partial(_raise, error)
 
+    # -- answers ------------------------------------------------------------------------------------------------------------
+
     def _land(self, worker: crew.Worker, flight: crew.Flight) -> bool:
         """Waits for a batch's outputs and answers it. False when the worker is to leave."""
-        subnet, accuracy, batch = flight.row.subnet, flight.row.accuracy, flight.batch
-        count, place = len(batch), self._padded[len(batch)]
-        assert flight.outputs is not None
+        row, batch = flight.row, flight.batch
+        subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
+        place = self._padded[count]
         try:
-            outputs = list(flight.outputs())
+            if flight.outputs is not None:
+                outputs = flight.outputs()
+            else:
+                inputs = [query.inputs for query in batch]
+                flight.started_s = self._clock()
+                outputs = worker.engine.run(subnet, self._batch_sizes[place], inputs)
+            outputs = list(outputs)
             if len(outputs) != count:
                 raise errors.InferenceError(f"{len(outputs)} outputs for {count} inputs; an engine returns one for each")
         except BaseException as error:
@@ -336,7 +343,7 @@ class Pool(swap.Swapping):
         worker.free_s, worker.landed = finish_s, True
         worker.failures = 0
         worker.batches += 1
-        compute_ms, profiled_ms = 1e3 * (finish_s - start_s), flight.row.latency_ms[place]
+        compute_ms, profiled_ms = 1e3 * (finish_s - start_s), row.latency_ms[place]
         if worker.present:  # else another may have its index by now
             self._fleet.observe(worker.index, profiled_ms, compute_ms)
         if worker.overlap:  # soon where it is faster, since answers would be late, and slowly where it is not
