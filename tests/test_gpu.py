@@ -68,6 +68,21 @@ def test_a_buffer_that_is_written_to_after_a_batch_changes_no_answer(model, devi
         np.testing.assert_allclose(outputs, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_two_batches_that_are_under_way_at_once_do_not_mix(model, device):
+    engine = device_engine.DeviceEngine(model, device, subnet_list=model.calibrated, batch_sizes=(2,))
+    assert engine.overlap
+    small, large = model.calibrated[0], model.calibrated[-1]
+    for seed in range(20):
+        images = random_images(TINY, 4, seed=seed)
+        first, then = engine.launch(large, 2, list(images[:2])), engine.launch(small, 2, list(images[2:]))
+        outputs = first()
+        for staged in itertools.chain(*engine._staging.values()):  # those that belong to no batch any more
+            staged[:] = 255
+        for subnet, found, of in (large, outputs, images[:2]), (small, then(), images[2:]):
+            expected = np.asarray(model(of, subnet))
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_slices_that_went_give_their_memory_back(model, device):
     subnet, other = model.calibrated[1:3]
     engine = device_engine.DeviceEngine(

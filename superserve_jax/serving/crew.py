@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import drift, engine, padding, policies, queue, retries, runtime, telemetry
+from superserve_jax.serving import drift, engine, padding, policies, queue, retries, runtime, telemetry, tuning
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 
@@ -106,24 +106,17 @@ class Crew:
         self,
         profiles: Sequence[Profile],
         make_policy: Callable[[Profile], policies.Policy],
-        *,
-        max_tries: int,
-        stall_s: float,
-        overlap: bool | None,
-        tune_runtime: bool,
-        follow_drift: bool,
-        clock: Callable[[], float],
+        settings: tuning.Options,
     ):
-        self._clock, self._overlap = clock, overlap
+        clock = self._clock = settings.clock
+        self._overlap, self._follow_drift, self._stall_s = settings.overlap, settings.follow_drift, settings.stall_s
         profile = profiles[0]
         self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
         for each in profiles:  # which may fail: before anything is begun that would have to be ended
             self._make_policy(each)
-        self._follow_drift = follow_drift
-        self._fleet = drift.Fleet(correct=follow_drift)
+        self._fleet = drift.Fleet(correct=self._follow_drift)
         self.best = math.inf  # the greatest accuracy that every worker offers
         self._fastest_s = math.inf  # the least that a query takes
-        self._stall_s = stall_s
         self._pid = os.getpid()
 
         self._lock = threading.Lock()
@@ -131,7 +124,7 @@ class Crew:
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
         self._queue = padding.make_queue(profile)
         self._meter = queue.Meter()
-        self._retries = retries.Retries(profile, max_tries=max_tries)
+        self._retries = retries.Retries(profile, max_tries=settings.max_tries)
         self._counters = telemetry.Counters(profile)
         self._opened_s = clock()
         self._workers: list[Worker] = []
@@ -143,7 +136,7 @@ class Crew:
         self._bell.acquire()
 
         self._runtime = contextlib.ExitStack()
-        if tune_runtime:
+        if settings.tune_runtime:
             self._runtime.enter_context(runtime.low_latency())
         self._watchdog = threading.Thread(target=self._watch, name="superserve-watchdog", daemon=True)
         # A daemon thread that is still at work while the interpreter is taken down can crash it.

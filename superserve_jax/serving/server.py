@@ -39,12 +39,10 @@ nothing.
 
 import functools
 import math
-import numbers
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -52,45 +50,11 @@ from superserve_jax import errors
 from superserve_jax import profile as profile_lib
 from superserve_jax.profile import Profile
 from superserve_jax.serving import engine, futures, padding, policies, workers
+from superserve_jax.serving import tuning as tuning_lib
 from superserve_jax.serving.query import Query
 
-_MAX_SLO_MS, _MAX_STALL_S = 1e12, 1e6  # 31 years, 11 days; a thread cannot wait for much longer
+_MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
 _MAX_NAME = 100  # characters of a policy's name, which may nest
-
-
-class Tuning(TypedDict, total=False):
-    """Options of `Server` that seldom need a change.
-
-    Args:
-      max_queue_bytes: bytes of inputs that may wait, next to `max_queue`, a text's as padded to its length bucket.
-        Default 1 GiB.
-      admission: whether queries that cannot be met any more are refused with AdmissionError at arrival (see `admission`).
-        Default False.
-      max_tries: how many batches with a query have to fail at least, the last of it alone, before it is answered with the
-        error. Default 3.
-      max_failures: batches in a row that fail, and fail with blank inputs, too, after which a worker leaves. Default 5.
-      stall_s: a worker whose batch takes longer, and 20 times longer than its profiled 99th percentile, is taken for stuck
-        and abandoned. Default 5.
-      overlap: whether a worker takes and stages its next batch shortly before the device is done with the last, and answers
-        that while the device computes (see `engine.Overlapping`). Default None: where the device is no CPU, whose cores the
-        host needs itself.
-      tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
-      follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
-      telemetry: whether batches are counted for `Server.snapshot`, which costs a query half a microsecond of CPU time. Default
-        True.
-      clock: monotonic seconds. Default `time.monotonic`.
-    """
-
-    max_queue_bytes: int
-    admission: bool
-    max_tries: int
-    max_failures: int
-    stall_s: float
-    overlap: bool | None
-    tune_runtime: bool
-    follow_drift: bool
-    telemetry: bool
-    clock: Callable[[], float]
 
 
 class Server:
@@ -109,7 +73,7 @@ class Server:
       slice_bytes: of "kept", the most that the slices may take; None takes a quarter of the weights' bytes, at least 16 MiB.
       max_queue: queries that may wait; one more is refused.
       expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
-      **tuning: see `Tuning`.
+      **tuning: see `tuning.Tuning`.
 
     Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
     step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
@@ -147,7 +111,7 @@ class Server:
         slice_bytes: int | None = None,
         max_queue: int = 10_000,
         expire: bool = False,
-        **tuning: Unpack[Tuning],
+        **tuning: Unpack[tuning_lib.Tuning],
     ):
         from superserve_jax.serving import prepare  # here, since it imports jax
 
@@ -172,7 +136,7 @@ class Server:
         slo_ms: float = 36.0,
         max_queue: int = 10_000,
         expire: bool = False,
-        **tuning: Unpack[Tuning],
+        **tuning: Unpack[tuning_lib.Tuning],
     ) -> "Server":
         """A server of engines that exist already, all with the batch sizes and length buckets of `profile`.
 
@@ -191,19 +155,9 @@ class Server:
         policy: str | policies.Policy,
         *,
         slo_ms: float,
-        max_queue: int,
-        expire: bool,
-        max_queue_bytes: int = 1 << 30,
-        admission: bool = False,
-        max_tries: int = 3,
-        max_failures: int = 5,
-        stall_s: float = 5.0,
-        overlap: bool | None = None,
-        tune_runtime: bool = True,
-        follow_drift: bool = True,
-        telemetry: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        **options: Any,
     ) -> None:
+        settings = tuning_lib.Options(**options)
         with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engine.Engine)"):
             engines = list(engines)
             specs = {_spec(e) for e in engines}
@@ -215,26 +169,11 @@ class Server:
             raise errors.ConfigError(
                 f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
             )
-        wholes = {
-            "max_queue": max_queue,
-            "max_queue_bytes": max_queue_bytes,
-            "max_tries": max_tries,
-            "max_failures": max_failures,
-        }
-        for name, value in wholes.items():
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
         input_bytes = math.prod((*self._lengths[-1:], *self._shape[bool(self._lengths) :])) * self._dtype.itemsize
-        if input_bytes > max_queue_bytes:
-            raise errors.ConfigError(f"max_queue_bytes={max_queue_bytes}, but one input has {input_bytes}; allow more")
-        if not isinstance(stall_s, numbers.Real) or not 0 < stall_s <= _MAX_STALL_S:
-            raise errors.ConfigError(f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {stall_s!r}")
-        if not isinstance(admission, bool):
-            raise errors.ConfigError(f"admission must be True or False, got {admission!r}")
-        if overlap not in (None, True, False):
-            raise errors.ConfigError(f"overlap must be True, False or None for where the device allows it, got {overlap!r}")
-        if not callable(clock):
-            raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {clock!r}")
+        if input_bytes > settings.max_queue_bytes:
+            raise errors.ConfigError(
+                f"max_queue_bytes={settings.max_queue_bytes}, but one input has {input_bytes}; allow more"
+            )
         self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms = check_slo(slo_ms)
         self._changing = threading.Lock()  # held by who adds or swaps: a swap is for the workers that there were at its start
@@ -242,22 +181,11 @@ class Server:
             engines,
             each,
             functools.partial(make_policy, policy),
-            max_queue=max_queue,
-            max_queue_bytes=max_queue_bytes,
+            settings,
             input_bytes=input_bytes,
-            expire=expire,
-            admission=admission,
-            max_tries=max_tries,
-            max_failures=max_failures,
             pause_s=1e-3 * self._slo_ms,
-            stall_s=stall_s,
-            overlap=overlap,
-            tune_runtime=tune_runtime,
-            follow_drift=follow_drift,
-            telemetry=telemetry,
-            clock=clock,
         )
-        self._clock = clock
+        self._clock = settings.clock
         weakref.finalize(self, self._pool.ring).atexit = False
 
     def __enter__(self) -> "Server":
@@ -335,7 +263,7 @@ class Server:
         Args:
           drain: False fails the waiting queries with ServerClosedError; batches that are running are still answered.
           timeout_s: the longest to wait. After that, workers that are still busy are abandoned, and every query left fails
-            with an error. None waits as long as it takes, but for no worker that is stuck (see `Tuning`).
+            with an error. None waits as long as it takes, but for no worker that is stuck (see `tuning.Tuning`).
 
         In a done-callback, which runs on a worker, it does not wait.
         """

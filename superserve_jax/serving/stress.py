@@ -66,7 +66,7 @@ class Storm:
       broken: share of the workers that raise from the start.
       changed_every_s: how often a worker is removed, and another one added; inf for never.
       closed_after: so many offered queries, after which the server is closed without draining; the clients go on.
-      stall_s: see `server.Tuning`.
+      stall_s: see `tuning.Tuning`.
       overlap: whether workers take their next batch while the device computes.
       strict: whether the policy keeps the strict order of deadlines, and the checker judges it; else the default policy.
       switch_interval_s: how long a Python thread runs before another may.

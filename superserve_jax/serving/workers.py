@@ -15,7 +15,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving import admission as admission_lib
-from superserve_jax.serving import crew, dispatch, engine, futures, policies, retries, swap
+from superserve_jax.serving import crew, dispatch, engine, futures, policies, retries, swap, tuning
 from superserve_jax.serving.query import Query
 
 _log = logging.getLogger(__name__)
@@ -53,10 +53,9 @@ class Pool(swap.Swapping):
 
     Args:
       profiles: of each engine.
-      input_bytes: of one input, at the longest length.
       make_policy: makes the policy for a profile: of a worker, and of one whose batches have to be smaller.
+      input_bytes: of one input, at the longest length.
       pause_s: how long a worker rests after a failure.
-      For the others see `server.Server` and `server.Tuning`.
     """
 
     def __init__(
@@ -64,44 +63,23 @@ class Pool(swap.Swapping):
         engines: Sequence[engine.Engine],
         profiles: Sequence[Profile],
         make_policy: Callable[[Profile], policies.Policy],
+        settings: tuning.Options,
         *,
-        max_queue: int,
-        max_queue_bytes: int,
         input_bytes: int,
-        expire: bool,
-        admission: bool,
-        max_tries: int,
-        max_failures: int,
         pause_s: float,
-        stall_s: float,
-        overlap: bool | None,
-        tune_runtime: bool,
-        follow_drift: bool,
-        telemetry: bool,
-        clock: Callable[[], float],
     ):
-        super().__init__(
-            profiles,
-            make_policy,
-            max_tries=max_tries,
-            stall_s=stall_s,
-            overlap=overlap,
-            tune_runtime=tune_runtime,
-            follow_drift=follow_drift,
-            clock=clock,
-        )
+        super().__init__(profiles, make_policy, settings)
         self._batch_sizes, self._has_lengths = profiles[0].batch_sizes, bool(profiles[0].shorter)  # as those of all
         self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
         self._bounds = admission_lib.Bounds(
             profiles[0].lengths if self._has_lengths else (),
-            max_queue=max_queue,
-            max_queue_bytes=max_queue_bytes,
+            max_queue=settings.max_queue,
+            max_queue_bytes=settings.max_queue_bytes,
             input_bytes=input_bytes,
         )
-        self._admission = admission_lib.Admission(profiles[0]) if admission else None
-        self._expire = expire
-        self._max_failures, self._pause_s = max_failures, min(pause_s, _LONGEST_PAUSE_S)
-        self._telemetry = telemetry
+        self._admission = admission_lib.Admission(profiles[0]) if settings.admission else None
+        self._expire, self._telemetry = settings.expire, settings.telemetry
+        self._max_failures, self._pause_s = settings.max_failures, min(pause_s, _LONGEST_PAUSE_S)
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
         for e, profile in zip(engines, profiles, strict=True):
