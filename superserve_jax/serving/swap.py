@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.serving import crew, dispatch, drift, engine, padding, policies, queue
+from superserve_jax.serving.roster import Successor, Worker
 
 
 class Swapping(crew.Crew):
     """A crew whose engines can be swapped."""
 
-    def members(self) -> list[crew.Worker]:
+    def members(self) -> list[Worker]:
         """The workers that a swap is for: those alive.
 
         Raises ServerClosedError, WorkersLostError; ConfigError in a worker's own thread.
@@ -32,7 +33,7 @@ class Swapping(crew.Crew):
             return self._locked_alive()
 
     def swap(
-        self, workers: Sequence[crew.Worker], engines: Sequence[engine.Engine], profiles: Sequence[Profile]
+        self, workers: Sequence[Worker], engines: Sequence[engine.Engine], profiles: Sequence[Profile]
     ) -> list[engine.Engine]:
         """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
 
@@ -47,7 +48,7 @@ class Swapping(crew.Crew):
           ConfigError: the policy can do nothing with a profile. ServerClosedError, WorkersLostError.
         """
         make_policy = functools.cache(self._make_policy.__wrapped__)  # anew, or it would grow with every swap
-        new = [crew.Successor(e, p, make_policy(p)) for e, p in zip(engines, profiles, strict=True)]
+        new = [Successor(e, p, make_policy(p)) for e, p in zip(engines, profiles, strict=True)]
         with self._lock:
             alive = self._locked_alive()
             pairs = [(worker, successor) for worker, successor in zip(workers, new, strict=True) if worker in alive]
@@ -68,7 +69,7 @@ class Swapping(crew.Crew):
         with self._lock:
             self._left.wait_for(lambda: not any(w.successor for w in self._workers))
 
-    def _locked_alive(self) -> list[crew.Worker]:
+    def _locked_alive(self) -> list[Worker]:
         if self._closing.is_set():
             raise errors.ServerClosedError("the server is closed and cannot be swapped; open a new one")
         if not self._alive:
@@ -91,7 +92,7 @@ class Swapping(crew.Crew):
                     "policy by name, or one that makes its tables anew for every profile (see policies.ByProfile)"
                 ) from error
 
-    def _locked_swap(self, pairs: Sequence[tuple[crew.Worker, crew.Successor]]) -> None:
+    def _locked_swap(self, pairs: Sequence[tuple[Worker, Successor]]) -> None:
         fleet = drift.Fleet(correct=self._follow_drift)
         successors = dict(pairs)
         for worker in sorted(self._workers, key=lambda w: w.present):  # the index of one that is gone may be another's
@@ -112,7 +113,7 @@ class Swapping(crew.Crew):
         for _, successor in pairs:
             self._counters.know(successor.profile)
 
-    def _locked_take_up(self, worker: crew.Worker, successor: crew.Successor) -> None:
+    def _locked_take_up(self, worker: Worker, successor: Successor) -> None:
         """What a worker does with its successor, in its own thread and between two batches."""
         worker.engine, worker.profile, worker.policy = successor
         worker.successor = worker.last_subnet = None

@@ -1,7 +1,7 @@
 """What each worker of a `Server` does: it pulls a batch from the one queue, runs it, and answers. No jax.
 
-`server.py` opens with the map of threads and locks. How workers come and go stands in `crew.py`, what becomes of a batch that
-failed in `retries.py`. Methods named `_locked_...` expect the caller to hold the lock.
+`server.py` opens with the map of threads and locks. How workers come and go stands in `crew.py`, what happens when a batch
+fails in `failing.py`. Methods named `_locked_...` expect the caller to hold the lock.
 """
 
 import functools
@@ -10,17 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
-
 from superserve_jax import errors
-from superserve_jax.profile import Profile, Row
+from superserve_jax.profile import Profile
 from superserve_jax.serving import admission as admission_lib
-from superserve_jax.serving import crew, dispatch, engine, futures, policies, retries, swap, tuning
+from superserve_jax.serving import dispatch, engine, failing, futures, policies, retries, tuning
 from superserve_jax.serving.query import Query
+from superserve_jax.serving.roster import Flight, Successor, Worker
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 1.0
 _NEARLY = 0.9  # of a batch's latency, after which the next one is taken
 _LEARNED = 0.2  # weight of the last batch in what is estimated from the last ones
 _LEAST_HOST_S = 1e-4  # at least so much more may be learned at once, although one outlier must not count for much
@@ -47,7 +45,7 @@ def _raise(error: BaseException) -> NoReturn:
     raise error
 
 
-class Pool(swap.Swapping):
+class Pool(failing.Failing):
     """Queue, workers and watchdog of one server. Its threads refer to the pool, never to the `Server`, so that a server
     that nobody holds any more can be collected and then closes.
 
@@ -68,9 +66,8 @@ class Pool(swap.Swapping):
         input_bytes: int,
         pause_s: float,
     ):
-        super().__init__(profiles, make_policy, settings)
-        self._batch_sizes, self._has_lengths = profiles[0].batch_sizes, bool(profiles[0].shorter)  # as those of all
-        self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
+        super().__init__(profiles, make_policy, settings, pause_s=pause_s)
+        self._has_lengths = bool(profiles[0].shorter)  # as those of all
         self._bounds = admission_lib.Bounds(
             profiles[0].lengths if self._has_lengths else (),
             max_queue=settings.max_queue,
@@ -79,7 +76,6 @@ class Pool(swap.Swapping):
         )
         self._admission = admission_lib.Admission(profiles[0]) if settings.admission else None
         self._expire, self._telemetry = settings.expire, settings.telemetry
-        self._max_failures, self._pause_s = settings.max_failures, min(pause_s, _LONGEST_PAUSE_S)
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
         for e, profile in zip(engines, profiles, strict=True):
@@ -120,7 +116,7 @@ class Pool(swap.Swapping):
             self._counters.admitted += len(queries)
             self._locked_wake()
 
-    def _locked_swap(self, pairs: Sequence[tuple[crew.Worker, crew.Successor]]) -> None:
+    def _locked_swap(self, pairs: Sequence[tuple[Worker, Successor]]) -> None:
         super()._locked_swap(pairs)
         if self._admission is not None:
             self._admission = admission_lib.Admission(pairs[0][1].profile)
@@ -133,7 +129,7 @@ class Pool(swap.Swapping):
 
     # -- the worker threads -------------------------------------------------------------------------------------------------
 
-    def _work_on(self, worker: crew.Worker) -> None:
+    def _work_on(self, worker: Worker) -> None:
         try:
             while self._turn(worker):
                 pass
@@ -148,7 +144,7 @@ class Pool(swap.Swapping):
             if worker.last_error is not None:
                 retries.forget_frames(worker.last_error)
 
-    def _turn(self, worker: crew.Worker) -> bool:
+    def _turn(self, worker: Worker) -> bool:
         """Takes a batch if there is one, and answers one. False when the worker is to leave."""
         flight = refused = None
         with self._lock:
@@ -170,7 +166,7 @@ class Pool(swap.Swapping):
             return True  # there is time until it is nearly due
         return self._land(worker, flight)
 
-    def _locked_settle(self, worker: crew.Worker) -> None:
+    def _locked_settle(self, worker: Worker) -> None:
         """Lets go of a flight that has been answered, and counts it: only now, or the lock would be taken once more for it."""
         if worker.landed:
             worker.landed = False
@@ -184,7 +180,7 @@ class Pool(swap.Swapping):
         if worker.successor is not None and not worker.flights:
             self._locked_take_up(worker, worker.successor)
 
-    def _locked_wait(self, worker: crew.Worker) -> bool:
+    def _locked_wait(self, worker: Worker) -> bool:
         """Waits until there is work. False when the worker is to leave."""
         while worker.alive and not len(self._queue) and not self._locked_retry(worker):
             if self._closing.is_set():
@@ -197,7 +193,7 @@ class Pool(swap.Swapping):
                 self._locked_take_up(worker, worker.successor)
         return worker.alive
 
-    def _locked_take(self, worker: crew.Worker, now_s: float) -> "tuple[crew.Flight | None, _Refused | None]":
+    def _locked_take(self, worker: Worker, now_s: float) -> "tuple[Flight | None, _Refused | None]":
         """Decides about a batch and takes it, and what cannot run, from where it waits; `now_s` is when the device can begin.
 
         Where the policy fails, the batch that it was asked about suffers.
@@ -228,7 +224,7 @@ class Pool(swap.Swapping):
             else:
                 worker.last_subnet = row.subnet
                 if batch:
-                    flight = crew.Flight(row, batch, retry, reason, now_s)
+                    flight = Flight(row, batch, retry, reason, now_s)
                     worker.flights.append(flight)
             if retry is not None:
                 self._retries.taken(retry)
@@ -262,7 +258,7 @@ class Pool(swap.Swapping):
 
     # -- with `overlap`: what the host does while the device computes -------------------------------------------------------
 
-    def _turn_ahead(self, worker: crew.Worker, first: crew.Flight) -> bool:
+    def _turn_ahead(self, worker: Worker, first: Flight) -> bool:
         """Takes the next batch when the first is nearly due, and then answers that. False when the worker is to leave."""
         flight = refused = None
         wake_s, due_s = self._sleep_until_nearly_due(worker, first)
@@ -277,7 +273,7 @@ class Pool(swap.Swapping):
             worker.host_s += _LEARNED * (min(self._clock() - wake_s, 2 * worker.host_s + _LEAST_HOST_S) - worker.host_s)
         return self._land(worker, first)
 
-    def _sleep_until_nearly_due(self, worker: crew.Worker, flight: crew.Flight) -> tuple[float, float]:
+    def _sleep_until_nearly_due(self, worker: Worker, flight: Flight) -> tuple[float, float]:
         """Returns in time to take the next batch and hand it over before the device has nothing to do; no sooner, since what
         comes until then should have a say. Returns when that is, and when the device will be done.
 
@@ -289,7 +285,7 @@ class Pool(swap.Swapping):
             time.sleep(wake_s - now_s)
         return max(wake_s, now_s), flight.started_s + latency_s
 
-    def _launch(self, worker: crew.Worker, flight: crew.Flight) -> None:
+    def _launch(self, worker: Worker, flight: Flight) -> None:
         """Hands a batch to the device."""
         size, inputs = self._batch_sizes[self._padded[len(flight.batch)]], [query.inputs for query in flight.batch]
         flight.started_s = self._clock()
@@ -300,7 +296,7 @@ class Pool(swap.Swapping):
 
     # -- answers ------------------------------------------------------------------------------------------------------------
 
-    def _land(self, worker: crew.Worker, flight: crew.Flight) -> bool:
+    def _land(self, worker: Worker, flight: Flight) -> bool:
         """Waits for a batch's outputs and answers it. False when the worker is to leave."""
         row, batch = flight.row, flight.batch
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
@@ -346,81 +342,9 @@ class Pool(swap.Swapping):
             worker.answered = (subnet, count, submitted_s, late, start_s, finish_s, slack_s, flight.reason)
         return True
 
-    # -- when a batch fails -------------------------------------------------------------------------------------------------
-
-    def _failed(self, worker: crew.Worker, flight: crew.Flight, error: BaseException) -> bool:
-        """Gives the batch of a failed run back. False when the worker is to leave."""
-        fresh = flight.retry is None
-        _log.warning(
-            "%s failed on a batch of %d: %r", worker.name, len(flight.batch), error, exc_info=error if fresh else None
-        )
-        # The frames hold the engine, and so its device's memory, for as long as a client or `last_error` holds the error.
-        retries.forget_frames(error)
-        flight.outputs = None
-        size, hopeless = self._batch_sizes[self._padded[len(flight.batch)]], []
-        too_large = retries.out_of_memory(error) and size > self._batch_sizes[0]
-        with self._lock:
-            self._failures += 1
-            worker.failed += 1
-            worker.last_error = self._last_error = error
-            if flight in worker.flights:  # else it has been abandoned with it, and who did that gave it back
-                worker.flights.remove(flight)
-                for other in worker.flights:
-                    other.started_s = max(other.started_s, self._clock())
-                if too_large:
-                    hopeless = self._locked_shrink(worker, flight, size)
-                else:
-                    hopeless = self._locked_failed(worker, flight, error)
-            self._work.notify_all()  # what has been given back is not for every worker
-        for query, gave_up in hopeless:
-            query.set_exception(gave_up)
-        if too_large or not worker.alive or self._works(worker, flight.row, size, [query.inputs for query in flight.batch]):
-            return worker.alive or bool(worker.flights)
-        worker.failures += 1
-        if worker.failures >= self._max_failures:
-            return False
-        if self._alive > 1 and not worker.flights:
-            # Else a broken device, which is always free, would be the first to take whatever comes.
-            self._closing.wait(self._pause_s * worker.failures)
-        return True
-
-    def _locked_shrink(
-        self, worker: crew.Worker, flight: crew.Flight, size: int
-    ) -> list[tuple[Query, errors.SuperServeError]]:
-        """From now on this worker runs no batches of `size`, for which its device has not enough memory. Its batch goes back,
-        but for the queries that are returned, and why."""
-        worker.profile = retries.at_most(worker.profile, size // 2)
-        worker.policy = self._make_policy(worker.profile)
-        if worker.alive and worker.successor is None:
-            self._fleet.resize(worker.index, worker.profile)
-        self._locked_give_back(worker, flight)
-        return self._locked_refuse()
-
-    def _works(self, worker: crew.Worker, row: Row, size: int, inputs: Sequence[np.ndarray]) -> bool:
-        """Whether the worker can do with blank inputs what it failed at: then the inputs were to blame, and not the device."""
-        blanks = [Query(np.zeros_like(x), 0.0, 0.0, 0.0) for x in inputs]
-        for query in blanks:
-            query.cancel()  # nobody waits for an answer
-        flight = crew.Flight(row, blanks, None, "", self._clock())  # as any batch, it may hang
-        with self._lock:
-            if not worker.alive:
-                return True
-            worker.flights.insert(0, flight)
-        try:
-            worker.engine.run(row.subnet, size, [query.inputs for query in blanks])
-        except BaseException as error:
-            _log.warning("%s fails on blank inputs, too: %r", worker.name, error)
-            return False
-        finally:
-            with self._lock:
-                if flight in worker.flights:
-                    worker.flights.remove(flight)
-        worker.failures = 0
-        return True
-
     # -- what any thread may do ---------------------------------------------------------------------------------------------
 
-    def _locked_retry(self, worker: crew.Worker) -> retries.Retry | None:
+    def _locked_retry(self, worker: Worker) -> retries.Retry | None:
         """What has failed, and is for this worker to run again. It comes first, since it has waited for longer."""
         if not self._retries.groups:
             return None

@@ -1,0 +1,110 @@
+"""What a worker does when a batch has failed. No jax.
+
+`Failing` is the part of `workers.Pool` for that; what becomes of the queries, and why, stands in `retries.py`. The worker
+runs the batch once more with blank inputs: only where that fails, too, the device is to blame. Methods named `_locked_...`
+expect the caller to hold the lock.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.profile import Profile, Row
+from superserve_jax.serving import policies, retries, swap, tuning
+from superserve_jax.serving.query import Query
+from superserve_jax.serving.roster import Flight, Worker
+
+_log = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_S = 1.0
+
+
+class Failing(swap.Swapping):
+    """A crew whose batches may fail.
+
+    Args:
+      pause_s: how long a worker rests after a failure.
+    """
+
+    def __init__(
+        self,
+        profiles: Sequence[Profile],
+        make_policy: Callable[[Profile], policies.Policy],
+        settings: tuning.Options,
+        *,
+        pause_s: float,
+    ):
+        super().__init__(profiles, make_policy, settings)
+        self._batch_sizes = profiles[0].batch_sizes  # as those of all
+        self._padded = [profiles[0].batch_index(n) for n in range(profiles[0].max_batch + 1)]
+        self._max_failures, self._pause_s = settings.max_failures, min(pause_s, _LONGEST_PAUSE_S)
+
+    def _failed(self, worker: Worker, flight: Flight, error: BaseException) -> bool:
+        """Gives the batch of a failed run back. False when the worker is to leave."""
+        fresh = flight.retry is None
+        _log.warning(
+            "%s failed on a batch of %d: %r", worker.name, len(flight.batch), error, exc_info=error if fresh else None
+        )
+        # The frames hold the engine, and so its device's memory, for as long as a client or `last_error` holds the error.
+        retries.forget_frames(error)
+        flight.outputs = None
+        size, hopeless = self._batch_sizes[self._padded[len(flight.batch)]], []
+        too_large = retries.out_of_memory(error) and size > self._batch_sizes[0]
+        with self._lock:
+            self._failures += 1
+            worker.failed += 1
+            worker.last_error = self._last_error = error
+            if flight in worker.flights:  # else it has been abandoned with it, and who did that gave it back
+                worker.flights.remove(flight)
+                for other in worker.flights:
+                    other.started_s = max(other.started_s, self._clock())
+                if too_large:
+                    hopeless = self._locked_shrink(worker, flight, size)
+                else:
+                    hopeless = self._locked_failed(worker, flight, error)
+            self._work.notify_all()  # what has been given back is not for every worker
+        for query, gave_up in hopeless:
+            query.set_exception(gave_up)
+        if too_large or not worker.alive or self._works(worker, flight.row, size, [query.inputs for query in flight.batch]):
+            return worker.alive or bool(worker.flights)
+        worker.failures += 1
+        if worker.failures >= self._max_failures:
+            return False
+        if self._alive > 1 and not worker.flights:
+            # Else a broken device, which is always free, would be the first to take whatever comes.
+            self._closing.wait(self._pause_s * worker.failures)
+        return True
+
+    def _locked_shrink(self, worker: Worker, flight: Flight, size: int) -> list[tuple[Query, errors.SuperServeError]]:
+        """From now on this worker runs no batches of `size`, for which its device has not enough memory. Its batch goes back,
+        but for the queries that are returned, and why."""
+        worker.profile = retries.at_most(worker.profile, size // 2)
+        worker.policy = self._make_policy(worker.profile)
+        if worker.alive and worker.successor is None:
+            self._fleet.resize(worker.index, worker.profile)
+        self._locked_give_back(worker, flight)
+        return self._locked_refuse()
+
+    def _works(self, worker: Worker, row: Row, size: int, inputs: Sequence[np.ndarray]) -> bool:
+        """Whether the worker can do with blank inputs what it failed at: then the inputs were to blame, and not the device."""
+        blanks = [Query(np.zeros_like(x), 0.0, 0.0, 0.0) for x in inputs]
+        for query in blanks:
+            query.cancel()  # nobody waits for an answer
+        flight = Flight(row, blanks, None, "", self._clock())  # as any batch, it may hang
+        with self._lock:
+            if not worker.alive:
+                return True
+            worker.flights.insert(0, flight)
+        try:
+            worker.engine.run(row.subnet, size, [query.inputs for query in blanks])
+        except BaseException as error:
+            _log.warning("%s fails on blank inputs, too: %r", worker.name, error)
+            return False
+        finally:
+            with self._lock:
+                if flight in worker.flights:
+                    worker.flights.remove(flight)
+        worker.failures = 0
+        return True

@@ -1,0 +1,81 @@
+"""What a server knows of each of its workers, and of the batches that a worker has. No jax."""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from superserve_jax.profile import Profile, Row
+from superserve_jax.serving import drift, engine, policies, retries
+from superserve_jax.serving.query import Query
+from superserve_jax.subnet import Subnet
+
+
+class Successor(NamedTuple):
+    """What a worker is to run instead (see `swap`)."""
+
+    engine: engine.Engine
+    profile: Profile
+    policy: policies.Policy
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Flight:
+    """A batch that has been taken from where it waited, until it is answered or given back.
+
+    Args:
+      row: what it was decided to run on.
+      retry: where it was taken from; None for the queue.
+      reason: the policy's (see `policies.Decision`).
+      started_s: since when the device has had nothing else to do first, as far as is known.
+      outputs: waits for its outputs; None until it has been handed to the engine.
+    """
+
+    row: Row
+    batch: Sequence[Query]
+    retry: retries.Retry | None
+    reason: str
+    started_s: float
+    outputs: Callable[[], Sequence[Any]] | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Worker:
+    """One engine and its thread. `flights` are the batches that it has: one, or where the engine can stage a second one while
+    the device computes the first (`overlap`), up to two, in the order in which they run."""
+
+    engine: engine.Engine
+    name: str
+    index: int
+    profile: Profile  # of the batch sizes that it may run
+    policy: policies.Policy  # for that profile
+    thread: threading.Thread = dataclasses.field(init=False)
+    overlap: bool  # see `workers`
+    flights: list[Flight] = dataclasses.field(default_factory=list)
+    last_subnet: Subnet | None = None
+    successor: Successor | None = None  # which it takes up before its next batch
+    alive: bool = True
+    present: bool = True
+    gone: Literal["", "left", "abandoned", "removed"] = ""
+    landed: bool = False  # whether the first flight has been answered
+    answered: tuple[Any, ...] = ()  # what `telemetry.Counters.add` is to be told of it
+    free_s: float = 0.0  # when its device was done with the last batch
+    host_s: float = 0.0  # with `overlap`, how long it takes to decide about a batch and hand it over,
+    pace: float = 1.0  # and a batch over what its profile says, both of late
+    batches: int = 0  # answered
+    failed: int = 0  # batches
+    failures: int = 0  # in a row for which it is to blame
+    last_error: BaseException | None = None
+
+    def health(self, now_s: float, fleet: drift.Fleet) -> dict[str, Any]:
+        """See `server.Server.health`."""
+        return {
+            "name": self.name,
+            "state": self.gone or ("running" if self.flights else "idle"),
+            "batches": self.batches,
+            "failures": self.failed,
+            "max_batch": self.profile.max_batch,
+            "slowdown": fleet.slowdown(self.index) if self.present else 1.0,
+            "last_error": None if self.last_error is None else repr(self.last_error),
+            "running_s": now_s - self.flights[0].started_s if self.flights else 0.0,
+        }
