@@ -202,7 +202,7 @@ def kill_workers(options: Options, every_s: float) -> None:
         f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
         f"{cluster.workers} workers that take as long as a {profile.device}"
     )
-    logging.getLogger("superserve_jax.serving.workers").setLevel(logging.ERROR)  # that they fail is no news
+    logging.getLogger("superserve_jax.serving").setLevel(logging.ERROR)  # that they fail is no news
     results, shown = [], {}
     for name in names:
         run = faults.run(trace, profile, name, cluster=cluster, slo_ms=slo_ms)

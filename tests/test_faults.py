@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import logging
 import math
 import sys
 import threading
@@ -454,8 +453,8 @@ def test_a_worker_that_does_not_fit_is_refused(new, message):
 
 
 @pytest.mark.parametrize("how", ["removed", "left"])
-def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("superserve_jax.serving.workers"), "disabled", True)  # pytest keeps what is logged
+def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, caplog):
+    caplog.set_level("CRITICAL", logger="superserve_jax.serving")  # pytest keeps what is logged
     with serve(fake(), slo_ms=1, max_failures=1) as s:
         new = fake(fail if how == "left" else None, name="other")
         held = weakref.ref(new)

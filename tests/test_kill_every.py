@@ -22,7 +22,7 @@ def replay(monkeypatch):
         runpy.run_path(PROGRAM)["main"]()
 
     yield run
-    logging.getLogger("superserve_jax.serving.workers").setLevel(logging.NOTSET)
+    logging.getLogger("superserve_jax.serving").setLevel(logging.NOTSET)
 
 
 def test_the_workers_that_are_killed_leave_the_server_and_the_others_answer():

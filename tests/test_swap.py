@@ -23,7 +23,7 @@ from test_executables import live_bytes
 
 from superserve_jax import checkpoint, errors
 from superserve_jax.profile import Profile, Row, join
-from superserve_jax.serving import engine, padding, policies, prepare, queue, retries, server, workers
+from superserve_jax.serving import engine, padding, policies, prepare, queue, retries, server
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import supernet
@@ -319,7 +319,7 @@ def test_a_server_of_engines_has_no_export_to_swap():
 
 
 def test_the_old_engine_goes_though_a_client_keeps_the_error_of_a_batch(caplog):
-    caplog.set_level("CRITICAL", logger=workers.__name__)  # or pytest would keep the record, with the traceback
+    caplog.set_level("CRITICAL", logger="superserve_jax.serving")  # or pytest would keep the record, with the traceback
 
     def fail_on(subnet, batch_size, inputs):
         if any(inputs):
