@@ -11,8 +11,8 @@ import pytest
 from conftest import TINY, random_images, random_params, random_row
 from fakes import PROFILE, SUBNETS, WAIT_S, Gate, x
 
-from superserve_jax import errors
-from superserve_jax.serving import device_engine, engine, policies, server
+from superserve_jax import errors, profile
+from superserve_jax.serving import device_engine, engine, policies, server, workers
 from superserve_jax.supernets import supernet
 
 
@@ -99,6 +99,46 @@ def test_pace_follows_a_fast_device_soon_and_no_outlier():
         slow.append(0.5)  # over a hundred times what the profile says
         values(s.submit_many([x(i) for i in range(4)]))
         assert worker.pace < 0.53
+
+
+@pytest.mark.parametrize("took", [0.2, 0.5, 0.9])
+def test_pace_is_soon_that_of_a_device_that_has_become_faster(took):
+    [worker] = (s := serve())._pool._workers
+    s.close()
+    worker.pace = 2.5
+    for _ in range(12):
+        asked = 0.9 * worker.pace
+        workers._learn_pace(worker, max(took, asked), asked)
+    assert 0.6 * took < worker.pace < 1.12 * took
+
+
+def test_a_process_that_stood_still_changes_no_measurement():
+    with Held(slo_ms=60_000.0) as held:
+        s = held.server
+        [worker] = s._pool._workers
+        s._pool._abandon_stuck(due_s=time.monotonic() - 1e3)
+        assert worker.alive
+        held.gate.opened.set()
+        replies = [future.result(WAIT_S) for future in held.futures]
+        assert min(min(reply.compute_ms, reply.queue_ms) for reply in replies) >= 0
+        assert max(reply.latency_ms for reply in replies) < 1e6
+        assert worker.pace > 0
+
+
+def test_done_callbacks_do_not_count_as_a_batch_that_hangs():
+    now_s = [0.0]
+
+    def slowly(_):
+        now_s[0] += 0.9
+        s._pool._abandon_stuck()
+
+    with Held(clock=lambda: now_s[0], stall_s=1.0) as held:
+        s = held.server
+        for future in held.futures[3::4]:
+            future.add_done_callback(slowly)
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+        assert s.health()["abandoned"] == 0
 
 
 def test_both_batches_of_a_worker_that_hangs_are_answered_elsewhere():
@@ -205,6 +245,108 @@ def test_a_worker_that_leaves_loses_neither():
         assert values(s.submit_many([x(i) for i in range(100)])) == list(range(100))
 
 
+def test_what_was_launched_behind_a_batch_that_ends_its_worker_has_not_failed():
+    gate = Gate()
+
+    def burn(*batch):
+        gate(*batch)
+        fakes.fail()
+
+    with serve(device(burn), max_failures=1, slo_ms=1.0) as s:
+        futures = s.submit_many([x(i) for i in range(8)])
+        assert gate.entered.wait(WAIT_S)
+        s.add_worker(device(name="fake:1"))
+        time.sleep(2e-3)  # now all of them are late
+        gate.opened.set()
+        failed = [future.exception(WAIT_S) is not None for future in futures]
+    assert failed == [True] * 4 + [False] * 4
+
+
+def test_a_broken_device_rests_though_batches_wait():
+    under_way = []
+
+    def burn(*batch):
+        if any(i > 0 for i in batch[2]):  # not of blank inputs
+            under_way.append(len(s._pool._workers[1].flights))
+        fakes.fail()
+
+    gate = Gate()
+    with serve(device(gate, name="good")) as s:
+        futures = s.submit_many([x(i) for i in range(1, 60)])
+        assert gate.entered.wait(WAIT_S)
+        s._pool._pause_s = 1e-3
+        s.add_worker(device(burn, name="bad"))
+        while s.health()["alive"] == 2:
+            time.sleep(1e-3)
+        gate.opened.set()
+        assert values(futures) == list(range(1, 60))
+    assert under_way == [2, 1, 1, 1, 1]
+
+
+class Small(engine.FakeDevice):
+    """A device whose memory suffices for one batch at a time."""
+
+    under_way = 0
+
+    def launch(self, subnet, batch_size, inputs):
+        outputs = super().launch(subnet, batch_size, inputs)
+        self.under_way += 1
+
+        def or_not():
+            crowded, self.under_way = self.under_way > 1, self.under_way - 1
+            found = outputs()
+            if crowded:
+                raise MemoryError
+            return found
+
+        return or_not
+
+
+def test_a_device_with_memory_for_one_batch_at_a_time_gets_one_at_a_time():
+    with serve(device(kind=Small)) as s:
+        assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
+        [worker] = s._pool._workers
+        assert (worker.overlap, worker.profile.max_batch) == (False, 4)
+
+
+def test_only_what_is_late_now_expires():
+    with Held(expire=True) as held:
+        pool = held.server._pool
+        [worker] = pool._workers
+        with pool._lock:
+            now_s = time.monotonic()
+            flight, refused = pool._locked_take(worker, now_s, now_s + 1e6)  # as though the device would take so long
+            assert (len(flight.batch), refused) == (4, None)
+            worker.flights.remove(flight)
+            pool._locked_give_back(worker, flight)
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+
+
+def test_blank_inputs_are_no_queries_that_run():
+    gate = Gate()
+
+    def fail_once(subnet, batch_size, inputs):
+        if any(i > 0 for i in inputs) and not gate.entered.is_set():
+            fakes.fail()
+        gate(subnet, batch_size, inputs)
+
+    with serve(device(fail_once)) as s:
+        futures = s.submit_many([x(1), x(2)])
+        assert gate.entered.wait(WAIT_S)
+        counts = s.snapshot()
+        gate.opened.set()
+        assert values(futures) == [1, 2]
+    assert (counts["running"], counts["waiting"], counts["queries"]["cancelled"]) == (0, 2, 0)
+
+
+def test_a_device_that_sleeps_takes_inputs_of_any_length():
+    table = profile.join([fakes.Profile((1, 2), (fakes.Row(SUBNETS[0], 0.7, (1.0, 2.0)),), lengths=(n,)) for n in (4, 8)])
+    sleeping = engine.FakeDevice(table, input_shape=(8,), input_dtype=np.int32, speed=math.inf)
+    for _ in range(3):
+        assert sleeping.run(SUBNETS[0], 2, [np.full(3, 7, np.int32), np.full(8, 9, np.int32)]) == [(7, 0), (9, 0)]
+
+
 def test_a_swap_ends_both_on_the_old_engine():
     with Held() as held:
         s, new = held.server, fakes.fake(name="new")
@@ -251,4 +393,7 @@ def test_a_staging_buffer_belongs_to_its_batch_until_the_output_is_ready():
         for free in real._staging[4, 0]:
             free[:] = 255
         np.testing.assert_allclose(outputs(), expected[i : i + 4], atol=1e-4)
+    np.testing.assert_allclose(real.run(space.largest(), 4, list(images[8:])), expected[8:], atol=1e-4)
+    for _ in range(3):
+        real.launch(space.largest(), 4, list(images[:4]))  # given up, as by a worker that leaves
     np.testing.assert_allclose(real.run(space.largest(), 4, list(images[8:])), expected[8:], atol=1e-4)

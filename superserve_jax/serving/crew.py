@@ -231,15 +231,17 @@ class Crew:
         if gone == "abandoned":
             worker.gone = gone
             self._abandoned += 1
-            ran_s = self._clock() - worker.flights[0].started_s if worker.flights else 0.0
+            ran_s = self._clock() - worker.flights[0].watched_s if worker.flights else 0.0
             worker.last_error = self._last_error = TimeoutError(f"{worker.name} has not returned for {ran_s:.3g} s")
         worker.gone = worker.gone or gone
         flights, worker.flights = worker.flights, []
         failed = []
-        for flight in flights[:1]:
-            failed = self._locked_failed(worker, flight, worker.last_error, hung=gone == "abandoned")
-        for flight in flights[1:]:  # it waited for the first
-            self._locked_give_back(worker, flight)
+        for flight in flights:
+            # What the device has been handed behind another one, which has hung or failed, is not to blame.
+            if flight is flights[0] and (gone == "abandoned" or worker.landed or flight.outputs is None):
+                failed += self._locked_failed(worker, flight, worker.last_error, hung=gone == "abandoned")
+            else:
+                self._locked_give_back(worker, flight)
         return failed
 
     def _locked_give_back(self, worker: Worker, flight: Flight) -> None:
@@ -288,8 +290,7 @@ class Crew:
         period_s = self._stall_s / 4
         due_s = time.monotonic() + period_s
         while not self._bell.acquire(timeout=period_s):
-            late_s = time.monotonic() - due_s
-            self._abandon_stuck(late_s=late_s if late_s > period_s else 0.0)
+            self._abandon_stuck(due_s=due_s, grace_s=period_s)
             due_s = time.monotonic() + period_s
         if not self._closing.is_set():
             self.stop(drain=False)
@@ -298,18 +299,20 @@ class Crew:
         self._runtime.close()
         atexit.unregister(self._exit)
 
-    def _abandon_stuck(self, *, late_s: float = 0.0) -> None:
+    def _abandon_stuck(self, *, due_s: float = math.inf, grace_s: float = 0.0) -> None:
         """Abandons the workers whose batches should have been back long ago.
 
         Args:
-          late_s: for how long the whole process stood still, as a suspended one does; which is no fault of a worker's.
+          due_s: when this was to be called. If it is later than that by more than `grace_s`, the whole process stood still, as
+            a suspended one does, which is no fault of a worker's.
         """
         with self._lock:
+            now_s, late_s = self._clock(), time.monotonic() - due_s
             running = [w for w in self._workers if w.present and w.flights]
-            for worker in running:
-                worker.flights[0].started_s += late_s
-            now_s = self._clock()
-            stuck = [w for w in running if now_s - w.flights[0].started_s > self._patience_s(w)]
+            if late_s > grace_s:
+                for worker in running:  # a batch may have begun after that
+                    worker.flights[0].watched_s = min(worker.flights[0].watched_s + late_s, now_s)
+            stuck = [w for w in running if now_s - w.flights[0].watched_s > self._patience_s(w)]
             if not stuck:
                 return
             failed = self._locked_drop_all(stuck, "abandoned", self._lost_error)
@@ -319,8 +322,7 @@ class Crew:
     def _patience_s(self, worker: Worker) -> float:
         """How long the batch of a worker may take."""
         flight = worker.flights[0]
-        place = worker.profile.batch_index(min(len(flight.batch), worker.profile.max_batch))
-        return max(self._stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[place])
+        return max(self._stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[flight.place])
 
     def _overlaps(self, new: engine.Engine) -> bool:
         """Whether a worker with this engine stages its next batch while the device computes."""

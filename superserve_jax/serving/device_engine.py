@@ -13,7 +13,6 @@ While serving nothing can compile, since an engine holds compiled objects only.
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -165,17 +164,15 @@ class DeviceEngine:
         self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:
         self._actuated: tuple[Any, ...] = ()
 
-        # Free staging buffers: one belongs to a batch until its output is ready, since the device may read it until then.
-        self._staging = {
-            (b, length): [np.zeros(executables.input_spec(model.config, b, length).shape, self.input_dtype) for _ in range(2)]
-            for b in batch_sizes
-            for length in self.lengths or (0,)
-        }
         self.overlap = device.platform != "cpu"
         if self.lengths:
             [self._padding] = model.config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
-            for staged in itertools.chain(*self._staging.values()):
-                staged[:] = self._padding[: len(staged[0])]
+        # Free staging buffers: one belongs to a batch until its output is ready, since the device may read it until then.
+        self._staging = {
+            (b, length): [self._make_staging(b, length) for _ in range(2)]
+            for b in batch_sizes
+            for length in self.lengths or (0,)
+        }
         self._warm_up(program_of)
 
     def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -187,7 +184,7 @@ class DeviceEngine:
         length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
         call, bucket = self._calls[subnet, batch_size, length]
         free = self._staging[batch_size, length]
-        staged = free.pop()
+        staged = free.pop() if free else self._make_staging(batch_size, length)  # those of a batch given up go with it
         try:
             if not length:
                 for i, x in enumerate(inputs):
@@ -204,6 +201,12 @@ class DeviceEngine:
             free.append(staged)
             raise
         return functools.partial(_outputs, computed, len(inputs), staged, free)
+
+    def _make_staging(self, batch_size: int, length: int) -> np.ndarray:
+        staged = np.zeros(executables.input_spec(self._model.config, batch_size, length).shape, self.input_dtype)
+        if length:
+            staged[:] = self._padding[:length]
+        return staged
 
     def _actuate(self, subnet: subnets.Subnet, bucket: _Bucket) -> None:
         """Makes the next calls run `subnet`."""

@@ -182,10 +182,14 @@ class FakeDevice(FakeEngine):
         """See `Overlapping.launch`. Raises AssertionError where the server breaks that contract."""
         assert self._free, "three batches at once"
         assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
+        latency_s = self._takes_s(subnet, batch_size, inputs)
         staged = self._free.pop()
         for i, x in enumerate(inputs):
-            staged[i] = x
-        self._free_s = done_s = max(time.monotonic(), self._free_s) + self._takes_s(subnet, batch_size, inputs)
+            if self.lengths:
+                staged[i, : len(x)] = x
+            else:
+                staged[i] = x
+        self._free_s = done_s = max(time.monotonic(), self._free_s) + latency_s
 
         def outputs() -> list[tuple[Any, int]]:
             try:

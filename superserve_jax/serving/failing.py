@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile, Row
+from superserve_jax.profile import Profile
 from superserve_jax.serving import policies, retries, swap, tuning
 from superserve_jax.serving.query import Query
 from superserve_jax.serving.roster import Flight, Worker
@@ -50,24 +50,26 @@ class Failing(swap.Swapping):
         # The frames hold the engine, and so its device's memory, for as long as a client or `last_error` holds the error.
         retries.forget_frames(error)
         flight.outputs = None
-        size, hopeless = self._batch_sizes[self._padded[len(flight.batch)]], []
-        too_large = retries.out_of_memory(error) and size > self._batch_sizes[0]
+        size, hopeless = self._batch_sizes[flight.place], []
+        too_large = retries.out_of_memory(error) and (size > self._batch_sizes[0] or flight.shared)
         with self._lock:
             self._failures += 1
             worker.failed += 1
             worker.last_error = self._last_error = error
             if flight in worker.flights:  # else it has been abandoned with it, and who did that gave it back
                 worker.flights.remove(flight)
-                for other in worker.flights:
-                    other.started_s = max(other.started_s, self._clock())
-                if too_large:
+                worker.next_begins(self._clock(), self._clock())
+                if too_large and flight.shared:
+                    worker.overlap = False  # for two there is not enough memory, but maybe for one
+                    self._locked_give_back(worker, flight)
+                elif too_large:
                     hopeless = self._locked_shrink(worker, flight, size)
                 else:
                     hopeless = self._locked_failed(worker, flight, error)
             self._work.notify_all()  # what has been given back is not for every worker
         for query, gave_up in hopeless:
             query.set_exception(gave_up)
-        if too_large or not worker.alive or self._works(worker, flight.row, size, [query.inputs for query in flight.batch]):
+        if too_large or not worker.alive or self._works(worker, flight):
             return worker.alive or bool(worker.flights)
         worker.failures += 1
         if worker.failures >= self._max_failures:
@@ -87,18 +89,16 @@ class Failing(swap.Swapping):
         self._locked_give_back(worker, flight)
         return self._locked_refuse()
 
-    def _works(self, worker: Worker, row: Row, size: int, inputs: Sequence[np.ndarray]) -> bool:
+    def _works(self, worker: Worker, failed: Flight) -> bool:
         """Whether the worker can do with blank inputs what it failed at: then the inputs were to blame, and not the device."""
-        blanks = [Query(np.zeros_like(x), 0.0, 0.0, 0.0) for x in inputs]
-        for query in blanks:
-            query.cancel()  # nobody waits for an answer
-        flight = Flight(row, blanks, None, "", self._clock())  # as any batch, it may hang
+        blanks, now_s = [np.zeros_like(query.inputs) for query in failed.batch], self._clock()
+        flight = Flight(failed.row, (), failed.place, None, "", now_s, now_s)  # as any batch, it may hang
         with self._lock:
             if not worker.alive:
                 return True
             worker.flights.insert(0, flight)
         try:
-            worker.engine.run(row.subnet, size, [query.inputs for query in blanks])
+            worker.engine.run(failed.row.subnet, self._batch_sizes[failed.place], blanks)
         except BaseException as error:
             _log.warning("%s fails on blank inputs, too: %r", worker.name, error)
             return False
@@ -106,5 +106,6 @@ class Failing(swap.Swapping):
             with self._lock:
                 if flight in worker.flights:
                     worker.flights.remove(flight)
+                worker.next_begins(self._clock(), self._clock())
         worker.failures = 0
         return True

@@ -25,18 +25,25 @@ class Flight:
 
     Args:
       row: what it was decided to run on.
+      batch: empty where blank inputs run in its place.
+      place: of the batch size that it is padded to, among the profile's.
       retry: where it was taken from; None for the queue.
       reason: the policy's (see `policies.Decision`).
       started_s: since when the device has had nothing else to do first, as far as is known.
+      watched_s: since when the watchdog waits for it.
       outputs: waits for its outputs; None until it has been handed to the engine.
+      shared: whether another batch has been on the device beside it.
     """
 
     row: Row
     batch: Sequence[Query]
+    place: int
     retry: retries.Retry | None
     reason: str
     started_s: float
+    watched_s: float
     outputs: Callable[[], Sequence[Any]] | None = None
+    shared: bool = False
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -67,6 +74,11 @@ class Worker:
     failures: int = 0  # in a row for which it is to blame
     last_error: BaseException | None = None
 
+    def next_begins(self, since_s: float, now_s: float) -> None:
+        """What is still under way has the device to itself, at the earliest since `since_s`, and is watched from now on."""
+        for flight in self.flights:
+            flight.started_s, flight.watched_s = max(flight.started_s, since_s), now_s
+
     def health(self, now_s: float, fleet: drift.Fleet) -> dict[str, Any]:
         """See `server.Server.health`."""
         return {
@@ -77,5 +89,5 @@ class Worker:
             "max_batch": self.profile.max_batch,
             "slowdown": fleet.slowdown(self.index) if self.present else 1.0,
             "last_error": None if self.last_error is None else repr(self.last_error),
-            "running_s": now_s - self.flights[0].started_s if self.flights else 0.0,
+            "running_s": now_s - self.flights[0].watched_s if self.flights else 0.0,
         }

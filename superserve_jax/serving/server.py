@@ -4,6 +4,8 @@ Threads
 - **Client threads**, any number: `submit` checks the query and puts it into the queue. They never wait for a device.
 - **One worker thread per engine** (`workers.Pool._work_on`): waits on the condition `_work` while the queue is empty, else
   asks the policy, takes the batch, runs the engine, answers the futures and runs their done-callbacks. No router in between.
+  Where the device computes on its own (`engine.Overlapping`), it takes the next batch and hands it over shortly before the
+  last is done, and then answers that one.
 - **One watchdog** (`crew.Crew._watch`): sleeps on a bell, which rings when the server has been closed or collected. Every
   quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
 - **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads. So does
@@ -24,8 +26,8 @@ keeps its device waiting.
 
 Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
 cancelled query, a close) has no effect. Never not at all: a query is in the queue, among the retries (see `retries.py`), in
-`Worker.batch` of a worker that is present, or about to be resolved by the thread that took it from there; a worker that goes
-gives its batch back, and the last one fails what waits.
+`Worker.flights` of a worker that is present, or about to be resolved by the thread that took it from there; a worker that goes
+gives its batches back, and the last one fails what waits.
 
 Faults: a batch that failed is run again, by another worker if there is one, and then in ever smaller parts, until the input
 that fails has failed alone; only that query gets the error. The worker meanwhile runs the failed batch with blank inputs. Only

@@ -6,6 +6,7 @@ fails in `failing.py`. Methods named `_locked_...` expect the caller to hold the
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -21,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 _NEARLY = 0.9  # of a batch's latency, after which the next one is taken
 _LEARNED = 0.2  # weight of the last batch in what is estimated from the last ones
+_AT_ONCE = 0.02  # of a batch's latency: whoever waits for it no longer than that has come too late,
+_CUT = 0.7  # and this is what is left of a worker's pace then;
+_LEAST_PACE = 1e-3  # it grows in proportion, and so could not from 0
 _LEAST_HOST_S = 1e-4  # at least so much more may be learned at once, although one outlier must not count for much
 _NOT_ADMITTED = (
     "what waits leaves no time to meet the deadline, and this server admits no query that it would miss (admission=True); "
@@ -43,6 +47,21 @@ class _Refused(NamedTuple):
 
 def _raise(error: BaseException) -> NoReturn:
     raise error
+
+
+def _learn_pace(worker: Worker, took: float, asked: float) -> None:
+    """What a batch took, and after what time its outputs were asked for, both over what its profile says.
+
+    The pace follows a faster device soon, since answers would be late, and a slower one slowly. Where the outputs were there
+    when they were asked for, how much faster it is cannot be told, since the worker slept meanwhile.
+    """
+    pace = worker.pace
+    if took - asked < _AT_ONCE * pace and took < (_NEARLY + 1) / 2 * pace:
+        pace *= _CUT
+    else:
+        more = took - pace
+        pace += more / 2 if more < 0 else _LEARNED**2 * min(more, pace)
+    worker.pace = max(pace, _LEAST_PACE)
 
 
 class Pool(failing.Failing):
@@ -154,7 +173,8 @@ class Pool(failing.Failing):
             if first is None:
                 if not self._locked_wait(worker):
                     return False
-                flight, refused = self._locked_take(worker, self._clock())
+                now_s = self._clock()
+                flight, refused = self._locked_take(worker, now_s, now_s)
         if first is not None:
             return self._turn_ahead(worker, first)
         if refused:
@@ -172,8 +192,8 @@ class Pool(failing.Failing):
             worker.landed = False
             if worker.flights:  # else it has been abandoned meanwhile
                 del worker.flights[0]
-            for flight in worker.flights:
-                flight.started_s = max(flight.started_s, worker.free_s)
+            if worker.flights:
+                worker.next_begins(worker.free_s, self._clock())
             if worker.answered:
                 self._counters.add(worker.answered)
                 worker.answered = ()
@@ -193,8 +213,8 @@ class Pool(failing.Failing):
                 self._locked_take_up(worker, worker.successor)
         return worker.alive
 
-    def _locked_take(self, worker: Worker, now_s: float) -> "tuple[Flight | None, _Refused | None]":
-        """Decides about a batch and takes it, and what cannot run, from where it waits; `now_s` is when the device can begin.
+    def _locked_take(self, worker: Worker, now_s: float, begin_s: float) -> "tuple[Flight | None, _Refused | None]":
+        """Decides about a batch and takes it, and what cannot run, from where it waits; at `begin_s` the device can begin.
 
         Where the policy fails, the batch that it was asked about suffers.
         """
@@ -210,7 +230,7 @@ class Pool(failing.Failing):
                     meter,
                     worker.policy,
                     worker.profile,
-                    now_s,
+                    begin_s,
                     pace=self._fleet.pace(worker.index),
                     last_subnet=worker.last_subnet,
                     worker=worker.index,
@@ -224,7 +244,7 @@ class Pool(failing.Failing):
             else:
                 worker.last_subnet = row.subnet
                 if batch:
-                    flight = Flight(row, batch, retry, reason, now_s)
+                    flight = Flight(row, batch, self._padded[len(batch)], retry, reason, now_s, now_s)
                     worker.flights.append(flight)
             if retry is not None:
                 self._retries.taken(retry)
@@ -263,12 +283,15 @@ class Pool(failing.Failing):
         flight = refused = None
         wake_s, due_s = self._sleep_until_nearly_due(worker, first)
         with self._lock:
-            # One that is to leave, or to change over, first answers what it has.
-            if worker.alive and worker.successor is None and (len(self._queue) or self._locked_retry(worker)):
-                flight, refused = self._locked_take(worker, max(self._clock(), due_s))
+            # One that is to leave, or to change over, first answers what it has, and so does one that has just failed.
+            goes_on = worker.alive and worker.overlap and worker.successor is None and not worker.failures
+            if goes_on and (len(self._queue) or self._locked_retry(worker)):
+                now_s = self._clock()
+                flight, refused = self._locked_take(worker, now_s, max(now_s, due_s))
         if refused:
             self._refuse(*refused)
         if flight is not None:
+            first.shared = flight.shared = True
             self._launch(worker, flight)
             worker.host_s += _LEARNED * (min(self._clock() - wake_s, 2 * worker.host_s + _LEAST_HOST_S) - worker.host_s)
         return self._land(worker, first)
@@ -279,7 +302,7 @@ class Pool(failing.Failing):
 
         A device that is sooner done than it was of late makes the answers late by what it was, so a tenth is kept back.
         """
-        latency_s = 1e-3 * flight.row.latency_ms[self._padded[len(flight.batch)]] * worker.pace
+        latency_s = 1e-3 * flight.row.latency_ms[flight.place] * worker.pace
         wake_s, now_s = flight.started_s + _NEARLY * latency_s - worker.host_s, self._clock()
         if wake_s > now_s:
             time.sleep(wake_s - now_s)
@@ -287,8 +310,8 @@ class Pool(failing.Failing):
 
     def _launch(self, worker: Worker, flight: Flight) -> None:
         """Hands a batch to the device."""
-        size, inputs = self._batch_sizes[self._padded[len(flight.batch)]], [query.inputs for query in flight.batch]
-        flight.started_s = self._clock()
+        size, inputs = self._batch_sizes[flight.place], [query.inputs for query in flight.batch]
+        flight.started_s = flight.watched_s = self._clock()
         try:
             flight.outputs = worker.engine.launch(flight.row.subnet, size, inputs)  # type: ignore[attr-defined]
         except BaseException as error:  # it fails in its turn, after what was launched before
@@ -298,15 +321,16 @@ class Pool(failing.Failing):
 
     def _land(self, worker: Worker, flight: Flight) -> bool:
         """Waits for a batch's outputs and answers it. False when the worker is to leave."""
-        row, batch = flight.row, flight.batch
+        row, batch, place = flight.row, flight.batch, flight.place
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
-        place = self._padded[count]
+        asked_s = -math.inf
         try:
             if flight.outputs is not None:
+                asked_s = self._clock()
                 outputs = flight.outputs()
             else:
                 inputs = [query.inputs for query in batch]
-                flight.started_s = self._clock()
+                flight.started_s = flight.watched_s = self._clock()
                 outputs = worker.engine.run(subnet, self._batch_sizes[place], inputs)
             outputs = list(outputs)
             if len(outputs) != count:
@@ -320,9 +344,8 @@ class Pool(failing.Failing):
         compute_ms, profiled_ms = 1e3 * (finish_s - start_s), row.latency_ms[place]
         if worker.present:  # else another may have its index by now
             self._fleet.observe(worker.index, profiled_ms, compute_ms)
-        if worker.overlap:  # soon where it is faster, since answers would be late, and slowly where it is not
-            more = compute_ms / profiled_ms - worker.pace
-            worker.pace += more / 2 if more < 0 else _LEARNED**2 * min(more, worker.pace)
+        if worker.overlap:
+            _learn_pace(worker, compute_ms / profiled_ms, 1e3 * (asked_s - start_s) / profiled_ms)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
         # As much as can be is done before the first answer, after which its client wants the interpreter, too.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch] if self._telemetry else []
