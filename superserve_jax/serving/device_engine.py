@@ -30,7 +30,8 @@ Slicing = Literal["kept", "in_call"]
 
 _BUDGET = 0.25  # of the weights' bytes: more would take from what sharing the weights saves,
 _LEAST_BUDGET_BYTES = 16 << 20  # and less would take speed and save little
-_ROWS_KEPT = 32  # about as many as are in use at a time
+_ROWS_KEPT = 32  # about as many as are in use at a time,
+_LEAST_ROWS_BYTES = 4 << 20  # and more as long as they are small
 _SLOW_CALL_S = 0.05  # the first call of an executable costs less than that over a usual one
 
 
@@ -159,7 +160,8 @@ class DeviceEngine:
             for b in batch_sizes
             for length in self.lengths or (0,)
         }
-        self.rows = LeastRecentlyUsed(_ROWS_KEPT * 8 * max(program.row_size for program in buckets))
+        largest_row_bytes = 8 * max(program.row_size for program in buckets)
+        self.rows = LeastRecentlyUsed(max(_ROWS_KEPT * largest_row_bytes, _LEAST_ROWS_BYTES))
         self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
         self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:
         self._actuated: tuple[Any, ...] = ()
@@ -224,15 +226,16 @@ class DeviceEngine:
         self._subnet = subnet
 
     def _warm_up(self, program_of: Mapping[subnets.Subnet, programs.Program]) -> None:
-        """Calls the executables once, since the first call is slow and no query should pay for it. Where every call of a
-        subnet bucket is, the first does not matter, and larger ones are left alone: that would take minutes."""
-        for subnet in {program: s for s, program in program_of.items()}.values():
-            slow: list[tuple[int, int]] = []
+        """Calls the executables once, since the first call is slow and no query should pay for it. Where every call is, the
+        first does not matter, and larger batches are left alone, also of larger subnets: that would take minutes."""
+        flops = self._model.config.flops
+        slow: list[tuple[int, int]] = []
+        for subnet in sorted({program: s for s, program in program_of.items()}.values(), key=flops):
             for batch, length in sorted(self._staging):
-                if any(batch >= b and length >= n for b, n in slow):
+                if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
-                inputs = [self._staging[batch, length][0][0]]
-                if self._time_s(subnet, batch, inputs) > _SLOW_CALL_S < self._time_s(subnet, batch, inputs):
+                call, known = (subnet, batch, [self._staging[batch, length][0][0]]), (batch, length) in slow
+                if self._time_s(*call) > _SLOW_CALL_S and not known and self._time_s(*call) > _SLOW_CALL_S:
                     slow.append((batch, length))
 
     def _time_s(self, subnet: subnets.Subnet, batch: int, inputs: list[np.ndarray]) -> float:
