@@ -75,10 +75,11 @@ def test_two_batches_that_are_under_way_at_once_do_not_mix(model, device):
     for seed in range(20):
         images = random_images(TINY, 4, seed=seed)
         first, then = engine.launch(large, 2, list(images[:2])), engine.launch(small, 2, list(images[2:]))
-        outputs = first()
+        first.wait()
+        outputs = first.outputs()
         for staged in itertools.chain(*engine._staging.values()):  # those that belong to no batch any more
             staged[:] = 255
-        for subnet, found, of in (large, outputs, images[:2]), (small, then(), images[2:]):
+        for subnet, found, of in (large, outputs, images[:2]), (small, then.outputs(), images[2:]):
             expected = np.asarray(model(of, subnet))
             np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 

@@ -102,14 +102,35 @@ def test_pace_follows_a_fast_device_soon_and_no_outlier():
 
 
 @pytest.mark.parametrize("took", [0.2, 0.5, 0.9])
-def test_pace_is_soon_that_of_a_device_that_has_become_faster(took):
+@pytest.mark.parametrize("overslept", [0.0, 0.15])
+def test_pace_is_soon_that_of_a_device_that_has_become_faster(took, overslept):
     [worker] = (s := serve())._pool._workers
     s.close()
-    worker.pace = 2.5
-    for _ in range(12):
-        asked = 0.9 * worker.pace
-        workers._learn_pace(worker, max(took, asked), asked)
-    assert 0.6 * took < worker.pace < 1.12 * took
+    worker.pace, paces = 2.5, []
+    for _ in range(100):
+        asked = 0.9 * worker.pace + overslept
+        workers._learn_pace(worker, took if asked < took else None)
+        paces.append(worker.pace)
+    assert paces[11] < 1.12 * took
+    assert min(paces) > 0.6 * (took - overslept)
+    assert max(paces[50:]) < 1.12 * took
+
+
+def test_reading_outputs_is_not_taken_for_the_device():
+    now_s = [0.0]
+
+    def passes(ms):
+        now_s[0] += 1e-3 * ms
+
+    class Reading(engine.FakeDevice):
+        def launch(self, subnet, batch_size, inputs):
+            wait, outputs = super().launch(subnet, batch_size, inputs)
+            return engine.Launched(wait, lambda: passes(2) or outputs())
+
+    with serve(device(lambda *_: passes(1), kind=Reading), clock=lambda: now_s[0]) as s:
+        for i in range(20):
+            assert values(s.submit_many([x(i)])) == [i]
+        assert s._pool._workers[0].pace == pytest.approx(1.0)
 
 
 def test_a_process_that_stood_still_changes_no_measurement():
@@ -206,15 +227,15 @@ class Landing(engine.FakeDevice):
     """A device that fails with 5 when its outputs are waited for."""
 
     def launch(self, subnet, batch_size, inputs):
-        outputs, poisoned = super().launch(subnet, batch_size, inputs), any(i == 5 for i in inputs)
+        launched, poisoned = super().launch(subnet, batch_size, inputs), any(i == 5 for i in inputs)
 
         def failing():
-            found = outputs()
+            found = launched.outputs()
             if poisoned:
                 raise RuntimeError("it fell down")
             return found
 
-        return failing
+        return launched._replace(outputs=failing)
 
 
 @pytest.mark.parametrize("kind", [Launching, Landing])
@@ -289,17 +310,26 @@ class Small(engine.FakeDevice):
     under_way = 0
 
     def launch(self, subnet, batch_size, inputs):
-        outputs = super().launch(subnet, batch_size, inputs)
+        launched = super().launch(subnet, batch_size, inputs)
         self.under_way += 1
 
         def or_not():
             crowded, self.under_way = self.under_way > 1, self.under_way - 1
-            found = outputs()
+            found = launched.outputs()
             if crowded:
                 raise MemoryError
             return found
 
-        return or_not
+        return launched._replace(outputs=or_not)
+
+
+class Narrow(engine.FakeDevice):
+    """A device whose memory suffices for no batch of 4."""
+
+    def launch(self, subnet, batch_size, inputs):
+        if batch_size == 4:
+            raise MemoryError
+        return super().launch(subnet, batch_size, inputs)
 
 
 def test_a_device_with_memory_for_one_batch_at_a_time_gets_one_at_a_time():
@@ -307,6 +337,13 @@ def test_a_device_with_memory_for_one_batch_at_a_time_gets_one_at_a_time():
         assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
         [worker] = s._pool._workers
         assert (worker.overlap, worker.profile.max_batch) == (False, 4)
+
+
+def test_a_batch_that_is_too_large_alone_does_not_end_the_overlap():
+    with serve(device(kind=Narrow)) as s:
+        assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
+        [worker] = s._pool._workers
+        assert (worker.overlap, worker.profile.max_batch) == (True, 2)
 
 
 def test_only_what_is_late_now_expires():
@@ -389,10 +426,11 @@ def test_a_staging_buffer_belongs_to_its_batch_until_the_output_is_ready():
     expected = np.asarray(model(images, space.largest()))
     first = real.launch(space.largest(), 4, list(images[:4]))
     then = real.launch(space.largest(), 4, list(images[4:8]))
-    for outputs, i in (then, 4), (first, 0):  # in any order, since a batch that failed may be run in between
+    for launched, i in (then, 4), (first, 0):  # in any order, since a batch that failed may be run in between
         for free in real._staging[4, 0]:
             free[:] = 255
-        np.testing.assert_allclose(outputs(), expected[i : i + 4], atol=1e-4)
+        launched.wait()
+        np.testing.assert_allclose(launched.outputs(), expected[i : i + 4], atol=1e-4)
     np.testing.assert_allclose(real.run(space.largest(), 4, list(images[8:])), expected[8:], atol=1e-4)
     for _ in range(3):
         real.launch(space.largest(), 4, list(images[:4]))  # given up, as by a worker that leaves

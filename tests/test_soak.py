@@ -168,12 +168,12 @@ def test_a_storm_ends_with_status_0_and_its_figures(program):
 
 def test_a_storm_with_a_query_lost_ends_with_status_1(program, monkeypatch):
     monkeypatch.setattr(stress, "_PATIENCE_S", 0.2)
-    resolve = futures.Future._resolve
+    set_result = futures.Future.set_result
 
-    def forget(self, state, value):
-        return self.inputs != 7 and resolve(self, state, value)
+    def forget(self, value):
+        return self.inputs != 7 and set_result(self, value)
 
-    monkeypatch.setattr(futures.Future, "_resolve", forget)
+    monkeypatch.setattr(futures.Future, "set_result", forget)
     status, written = program("--faults", "--queries", 100)
     assert status == 1
     assert written["findings"]["lost"] == 1

@@ -236,9 +236,12 @@ class Crew:
         worker.gone = worker.gone or gone
         flights, worker.flights = worker.flights, []
         failed = []
+        # To blame is the batch that is being handed over, or else waited for or answered. One behind it has not begun, and one
+        # that is left of a worker which failed at another has not failed.
+        hands_over = next((f for f in flights if f.launched is f.refused is None), None)
+        blamed = hands_over or (flights[0] if flights and (gone == "abandoned" or worker.landed) else None)
         for flight in flights:
-            # What the device has been handed behind another one, which has hung or failed, is not to blame.
-            if flight is flights[0] and (gone == "abandoned" or worker.landed or flight.outputs is None):
+            if flight is blamed:
                 failed += self._locked_failed(worker, flight, worker.last_error, hung=gone == "abandoned")
             else:
                 self._locked_give_back(worker, flight)

@@ -179,10 +179,17 @@ class DeviceEngine:
 
     def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """See `engine.Engine.run`: one array of logits, float32 (num_classes,), for each input."""
-        return self.launch(subnet, batch_size, inputs)()
+        return _outputs(*self._launch(subnet, batch_size, inputs))
 
-    def launch(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+    def launch(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> engine.Launched:
         """See `engine.Overlapping.launch`."""
+        launched = self._launch(subnet, batch_size, inputs)
+        return engine.Launched(launched[0].block_until_ready, functools.partial(_outputs, *launched))
+
+    def _launch(
+        self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]
+    ) -> tuple[jax.Array, int, np.ndarray, list[np.ndarray]]:
+        """What `_outputs` takes."""
         length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
         call, bucket = self._calls[subnet, batch_size, length]
         free = self._staging[batch_size, length]
@@ -202,7 +209,7 @@ class DeviceEngine:
         except BaseException:
             free.append(staged)
             raise
-        return functools.partial(_outputs, computed, len(inputs), staged, free)
+        return computed, len(inputs), staged, free
 
     def _make_staging(self, batch_size: int, length: int) -> np.ndarray:
         staged = np.zeros(executables.input_spec(self._model.config, batch_size, length).shape, self.input_dtype)
@@ -227,16 +234,22 @@ class DeviceEngine:
 
     def _warm_up(self, program_of: Mapping[subnets.Subnet, programs.Program]) -> None:
         """Calls the executables once, since the first call is slow and no query should pay for it. Where every call is, the
-        first does not matter, and larger batches are left alone, also of larger subnets: that would take minutes."""
-        flops = self._model.config.flops
-        slow: list[tuple[int, int]] = []
+        first does not matter, and larger batches are left alone: that would take minutes. What is slow of one subnet is taken
+        to be so of a larger one, unless its own call shows that it is not."""
+
+        def flops(subnet: subnets.Subnet) -> int:
+            return self._model.config.flops(subnets.Subnet(subnet.gates, program_of[subnet].envelope.axes))
+
+        slow: set[tuple[int, int]] = set()
         for subnet in sorted({program: s for s, program in program_of.items()}.values(), key=flops):
             for batch, length in sorted(self._staging):
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
-                call, known = (subnet, batch, [self._staging[batch, length][0][0]]), (batch, length) in slow
-                if self._time_s(*call) > _SLOW_CALL_S and not known and self._time_s(*call) > _SLOW_CALL_S:
-                    slow.append((batch, length))
+                call = subnet, batch, [self._staging[batch, length][0][0]]
+                if self._time_s(*call) <= _SLOW_CALL_S:
+                    slow.discard((batch, length))
+                elif (batch, length) not in slow and self._time_s(*call) > _SLOW_CALL_S:
+                    slow.add((batch, length))
 
     def _time_s(self, subnet: subnets.Subnet, batch: int, inputs: list[np.ndarray]) -> float:
         start_s = time.perf_counter()

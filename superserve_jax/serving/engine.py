@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,12 +59,24 @@ class Overlapping(Engine, Protocol):
 
     overlap: bool
 
-    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], Sequence[Any]]:
-        """Begins what `run` does, and returns what waits for the outputs and gives them.
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> "Launched":
+        """Begins what `run` does. `inputs` are not read any more once it has returned.
 
-        Up to two batches are under way at a time. Either call may raise. `inputs` are not read any more once it has returned.
+        Up to two batches are under way at a time; one may be given up. All three calls may raise.
         """
         ...
+
+
+class Launched(NamedTuple):
+    """A batch that a device has been handed.
+
+    Args:
+      wait: returns when the device is done with it, at once if it is done already.
+      outputs: returns what `Engine.run` does; called once, after `wait`.
+    """
+
+    wait: Callable[[], object]
+    outputs: Callable[[], Sequence[Any]]
 
 
 def check_outputs(logits: np.ndarray, count: int) -> None:
@@ -176,9 +188,11 @@ class FakeDevice(FakeEngine):
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
         """See `Engine.run`."""
-        return self.launch(subnet, batch_size, inputs)()
+        launched = self.launch(subnet, batch_size, inputs)
+        launched.wait()
+        return list(launched.outputs())
 
-    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], list[tuple[Any, int]]]:
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `Overlapping.launch`. Raises AssertionError where the server breaks that contract."""
         assert self._free, "three batches at once"
         assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
@@ -191,14 +205,18 @@ class FakeDevice(FakeEngine):
                 staged[i] = x
         self._free_s = done_s = max(time.monotonic(), self._free_s) + latency_s
 
-        def outputs() -> list[tuple[Any, int]]:
+        def wait() -> None:
             try:
                 if self._on_run is not None:
                     self._on_run(subnet, batch_size, inputs)
-                if (left_s := done_s - time.monotonic()) > 0:
-                    time.sleep(left_s)
-                return self._outputs(subnet, list(staged[: len(inputs)]))
-            finally:
+            except BaseException:
                 self._free.append(staged)
+                raise
+            if (left_s := done_s - time.monotonic()) > 0:
+                time.sleep(left_s)
 
-        return outputs
+        def outputs() -> list[tuple[Any, int]]:
+            self._free.append(staged)
+            return self._outputs(subnet, list(staged[: len(inputs)]))
+
+        return Launched(wait, outputs)

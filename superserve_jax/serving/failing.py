@@ -6,6 +6,7 @@ expect the caller to hold the lock.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,7 +50,7 @@ class Failing(swap.Swapping):
         )
         # The frames hold the engine, and so its device's memory, for as long as a client or `last_error` holds the error.
         retries.forget_frames(error)
-        flight.outputs = None
+        flight.launched = None
         size, hopeless = self._batch_sizes[flight.place], []
         too_large = retries.out_of_memory(error) and (size > self._batch_sizes[0] or flight.shared)
         with self._lock:
@@ -84,6 +85,7 @@ class Failing(swap.Swapping):
         but for the queries that are returned, and why."""
         worker.profile = retries.at_most(worker.profile, size // 2)
         worker.policy = self._make_policy(worker.profile)
+        worker.overlap = self._overlaps(worker.engine)  # it failed alone, so the other one was not to blame before
         if worker.alive and worker.successor is None:
             self._fleet.resize(worker.index, worker.profile)
         self._locked_give_back(worker, flight)
@@ -106,6 +108,6 @@ class Failing(swap.Swapping):
             with self._lock:
                 if flight in worker.flights:
                     worker.flights.remove(flight)
-                worker.next_begins(self._clock(), self._clock())
+                worker.next_begins(-math.inf, self._clock())  # as it has long before the blanks
         worker.failures = 0
         return True

@@ -117,25 +117,28 @@ class _Watched(engine.Wrapper):
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """See `engine.Engine.run`."""
-        return self._watch(inputs, lambda: super(_Watched, self).run(subnet, batch_size, inputs))()
+        keys = self._started(inputs)
+        return self._finished(keys, lambda: super(_Watched, self).run(subnet, batch_size, inputs))
 
-    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Callable[[], Sequence[Any]]:
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> engine.Launched:
         """See `engine.Overlapping.launch`."""
-        launched = cast(engine.Overlapping, self._inner).launch(subnet, batch_size, inputs)
-        return self._watch(inputs, launched)
+        wait, outputs = cast(engine.Overlapping, self._inner).launch(subnet, batch_size, inputs)
+        keys = self._started(inputs)
+        return engine.Launched(lambda: self._watched(keys, wait), lambda: self._finished(keys, outputs))
 
-    def _watch(self, inputs: list[np.ndarray], outputs: Callable[[], Sequence[Any]]) -> Callable[[], Sequence[Any]]:
+    def _started(self, inputs: list[np.ndarray]) -> tuple[Any, ...]:
         keys = tuple(x.item() for x in inputs)
-        note = self._recorder.notes.append
-        note(("started", threading.get_ident(), keys))
+        self._recorder.notes.append(("started", threading.get_ident(), keys))
+        return keys
 
-        def finished() -> Sequence[Any]:
-            try:
-                found = outputs()
-            except BaseException:
-                note(("raised", keys))
-                raise
-            note(("finished", keys, self._recorder.clock()))
-            return found
+    def _watched(self, keys: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BaseException:
+            self._recorder.notes.append(("raised", keys))
+            raise
 
-        return finished
+    def _finished(self, keys: tuple[Any, ...], call: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        found = self._watched(keys, call)
+        self._recorder.notes.append(("finished", keys, self._recorder.clock()))
+        return found

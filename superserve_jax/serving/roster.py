@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from superserve_jax.profile import Profile, Row
@@ -31,7 +31,8 @@ class Flight:
       reason: the policy's (see `policies.Decision`).
       started_s: since when the device has had nothing else to do first, as far as is known.
       watched_s: since when the watchdog waits for it.
-      outputs: waits for its outputs; None until it has been handed to the engine.
+      launched: what has been handed to the device; None before, and where it runs in one call,
+      refused: or the error that the device answered that with.
       shared: whether another batch has been on the device beside it.
     """
 
@@ -42,7 +43,8 @@ class Flight:
     reason: str
     started_s: float
     watched_s: float
-    outputs: Callable[[], Sequence[Any]] | None = None
+    launched: engine.Launched | None = None
+    refused: BaseException | None = None
     shared: bool = False
 
 

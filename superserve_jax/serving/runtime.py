@@ -49,8 +49,8 @@ def low_latency() -> Iterator[None]:
             _unfreeze = gc.get_freeze_count() == 0
             _switch_interval_s = sys.getswitchinterval()
             _gc_thresholds = gc.get_threshold()
-            if 0 < _gc_thresholds[0] < GC_THRESHOLDS[0]:  # 0 turns collections off
-                gc.set_threshold(*GC_THRESHOLDS)
+            if _gc_thresholds[0]:  # 0 turns collections off
+                gc.set_threshold(*map(max, _gc_thresholds, GC_THRESHOLDS))
         _users += 1
         gc.collect()
         gc.freeze()

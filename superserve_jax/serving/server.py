@@ -370,7 +370,8 @@ class Server:
         `name`; `state`, "idle", "running", or how it went: "left" (it failed too often, or the server was closed), "abandoned"
         (it was stuck), "removed"; `batches` that it answered and `failures`, batches that it did not; `max_batch`, less than
         the profile's where its memory did not suffice; `slowdown`, how many times slower than its profile it has been of late
-        (see `drift`); `last_error`; and `running_s`, since when its present batch runs.
+        (see `drift`); `last_error`; and `running_s`, for how long its present batch runs as the watchdog counts it, without
+        times at which the whole process stood still.
         """
         return self._pool.health()
 

@@ -26,7 +26,7 @@ class Tuning(TypedDict, total=False):
         and abandoned. Default 5.
       overlap: whether a worker takes and stages its next batch shortly before the device is done with the last, and answers
         that while the device computes (see `engine.Overlapping`). Default None: where the device is no CPU, whose cores the
-        host needs itself. Where two batches at once need more memory than there is, a worker goes on with one at a time.
+        host needs itself. Where memory does not suffice for two batches at once, a worker goes on with one at a time.
       tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
       follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
       telemetry: whether batches are counted for `Server.snapshot`, which costs a query a third of a microsecond of CPU time.

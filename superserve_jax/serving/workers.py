@@ -4,12 +4,10 @@
 fails in `failing.py`. Methods named `_locked_...` expect the caller to hold the lock.
 """
 
-import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
@@ -22,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 _NEARLY = 0.9  # of a batch's latency, after which the next one is taken
 _LEARNED = 0.2  # weight of the last batch in what is estimated from the last ones
-_AT_ONCE = 0.02  # of a batch's latency: whoever waits for it no longer than that has come too late,
-_CUT = 0.7  # and this is what is left of a worker's pace then;
-_LEAST_PACE = 1e-3  # it grows in proportion, and so could not from 0
+_AT_ONCE_S = 2e-5  # who waits for a device no longer than that has come too late,
+_CUT = 0.8  # and if it had slept before, this is what is left of its pace;
+_LEAST_PACE = 1e-2  # which grows in proportion, and so could not from 0
 _LEAST_HOST_S = 1e-4  # at least so much more may be learned at once, although one outlier must not count for much
 _NOT_ADMITTED = (
     "what waits leaves no time to meet the deadline, and this server admits no query that it would miss (admission=True); "
@@ -45,23 +43,17 @@ class _Refused(NamedTuple):
     failure: BaseException | None
 
 
-def _raise(error: BaseException) -> NoReturn:
-    raise error
+def _learn_pace(worker: Worker, took: float | None) -> None:
+    """A batch took so many times what its profile says; None where the device was done before the worker had slept enough.
 
-
-def _learn_pace(worker: Worker, took: float, asked: float) -> None:
-    """What a batch took, and after what time its outputs were asked for, both over what its profile says.
-
-    The pace follows a faster device soon, since answers would be late, and a slower one slowly. Where the outputs were there
-    when they were asked for, how much faster it is cannot be told, since the worker slept meanwhile.
+    The pace follows a faster device soon, since answers would be late, and a slower one slowly.
     """
-    pace = worker.pace
-    if took - asked < _AT_ONCE * pace and took < (_NEARLY + 1) / 2 * pace:
-        pace *= _CUT
+    if took is None:
+        worker.pace *= _CUT
     else:
-        more = took - pace
-        pace += more / 2 if more < 0 else _LEARNED**2 * min(more, pace)
-    worker.pace = max(pace, _LEAST_PACE)
+        more = took - worker.pace
+        worker.pace += more / 2 if more < 0 else _LEARNED**2 * min(more, worker.pace)
+    worker.pace = max(worker.pace, _LEAST_PACE)
 
 
 class Pool(failing.Failing):
@@ -280,8 +272,10 @@ class Pool(failing.Failing):
 
     def _turn_ahead(self, worker: Worker, first: Flight) -> bool:
         """Takes the next batch when the first is nearly due, and then answers that. False when the worker is to leave."""
+        if first.refused is not None:
+            return self._land(worker, first)
         flight = refused = None
-        wake_s, due_s = self._sleep_until_nearly_due(worker, first)
+        slept, wake_s, due_s = self._sleep_until_nearly_due(worker, first)
         with self._lock:
             # One that is to leave, or to change over, first answers what it has, and so does one that has just failed.
             goes_on = worker.alive and worker.overlap and worker.successor is None and not worker.failures
@@ -294,11 +288,11 @@ class Pool(failing.Failing):
             first.shared = flight.shared = True
             self._launch(worker, flight)
             worker.host_s += _LEARNED * (min(self._clock() - wake_s, 2 * worker.host_s + _LEAST_HOST_S) - worker.host_s)
-        return self._land(worker, first)
+        return self._land(worker, first, slept=slept)
 
-    def _sleep_until_nearly_due(self, worker: Worker, flight: Flight) -> tuple[float, float]:
+    def _sleep_until_nearly_due(self, worker: Worker, flight: Flight) -> tuple[bool, float, float]:
         """Returns in time to take the next batch and hand it over before the device has nothing to do; no sooner, since what
-        comes until then should have a say. Returns when that is, and when the device will be done.
+        comes until then should have a say. Returns whether it slept, when that is, and when the device will be done.
 
         A device that is sooner done than it was of late makes the answers late by what it was, so a tenth is kept back.
         """
@@ -306,28 +300,37 @@ class Pool(failing.Failing):
         wake_s, now_s = flight.started_s + _NEARLY * latency_s - worker.host_s, self._clock()
         if wake_s > now_s:
             time.sleep(wake_s - now_s)
-        return max(wake_s, now_s), flight.started_s + latency_s
+        return wake_s > now_s, max(wake_s, now_s), flight.started_s + latency_s
 
     def _launch(self, worker: Worker, flight: Flight) -> None:
         """Hands a batch to the device."""
         size, inputs = self._batch_sizes[flight.place], [query.inputs for query in flight.batch]
         flight.started_s = flight.watched_s = self._clock()
         try:
-            flight.outputs = worker.engine.launch(flight.row.subnet, size, inputs)  # type: ignore[attr-defined]
+            flight.launched = worker.engine.launch(flight.row.subnet, size, inputs)  # type: ignore[attr-defined]
         except BaseException as error:  # it fails in its turn, after what was launched before
-            flight.outputs = functools.partial(_raise, error)
+            flight.refused = error
 
     # -- answers ------------------------------------------------------------------------------------------------------------
 
-    def _land(self, worker: Worker, flight: Flight) -> bool:
-        """Waits for a batch's outputs and answers it. False when the worker is to leave."""
+    def _land(self, worker: Worker, flight: Flight, *, slept: bool = False) -> bool:
+        """Waits for a batch's outputs and answers it. False when the worker is to leave.
+
+        Args:
+          slept: whether the worker did until now, so that the device may have been done sooner.
+        """
         row, batch, place = flight.row, flight.batch, flight.place
         subnet, accuracy, count = row.subnet, row.accuracy, len(batch)
-        asked_s = -math.inf
+        too_late, ready_s = False, None
         try:
-            if flight.outputs is not None:
+            if flight.refused is not None:
+                raise flight.refused
+            if flight.launched is not None:
                 asked_s = self._clock()
-                outputs = flight.outputs()
+                flight.launched.wait()
+                ready_s = self._clock()
+                too_late = slept and ready_s - asked_s < _AT_ONCE_S
+                outputs = flight.launched.outputs()
             else:
                 inputs = [query.inputs for query in batch]
                 flight.started_s = flight.watched_s = self._clock()
@@ -338,14 +341,14 @@ class Pool(failing.Failing):
         except BaseException as error:
             return self._failed(worker, flight, error)
         finish_s, start_s = self._clock(), flight.started_s
-        worker.free_s, worker.landed = finish_s, True
+        worker.free_s, worker.landed = finish_s if ready_s is None else ready_s, True
         worker.failures = 0
         worker.batches += 1
         compute_ms, profiled_ms = 1e3 * (finish_s - start_s), row.latency_ms[place]
-        if worker.present:  # else another may have its index by now
+        if worker.present and not too_late:  # else another may have its index by now
             self._fleet.observe(worker.index, profiled_ms, compute_ms)
-        if worker.overlap:
-            _learn_pace(worker, compute_ms / profiled_ms, 1e3 * (asked_s - start_s) / profiled_ms)
+        if ready_s is not None:
+            _learn_pace(worker, None if too_late else 1e3 * (ready_s - start_s) / profiled_ms)
         # Where this worker has been abandoned meanwhile, its queries drop these answers, unless they still wait for another.
         # As much as can be is done before the first answer, after which its client wants the interpreter, too.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch] if self._telemetry else []
