@@ -55,6 +55,14 @@ class Subnet:
                 return values
         raise errors.unknown_name("axis", axis, [name for name, _ in self.axes])
 
+    def computed_in(self, envelope: "Subnet") -> "Subnet":
+        """What is computed of this subnet by a program for all that `envelope` covers: its own blocks, at the envelope's size.
+
+        >>> Subnet((1, 0), (("width", (0.5,)),)).computed_in(Subnet((1, 1), (("width", (1.0,)),)))
+        Subnet(gates=(1, 0), axes=(('width', (1.0,)),))
+        """
+        return Subnet(self.gates, envelope.axes)
+
     @errors.refusing(errors.SubnetError, "two subnets can be compared that are of one search space")
     def covers(self, other: "Subnet") -> bool:
         """Whether every block and every channel of `other` is also in this subnet."""

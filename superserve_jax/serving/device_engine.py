@@ -238,7 +238,7 @@ class DeviceEngine:
         to be so of a larger one, unless its own call shows that it is not."""
 
         def flops(subnet: subnets.Subnet) -> int:
-            return self._model.config.flops(subnets.Subnet(subnet.gates, program_of[subnet].envelope.axes))
+            return self._model.config.flops(subnet.computed_in(program_of[subnet].envelope))
 
         slow: set[tuple[int, int]] = set()
         for subnet in sorted({program: s for s, program in program_of.items()}.values(), key=flops):

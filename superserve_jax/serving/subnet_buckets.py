@@ -47,7 +47,7 @@ def choose(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> dict[Subn
 
 def extra(bucket_of: Mapping[Subnet, Subnet], flops: Flops) -> float:
     """The mean over the subnets of FLOPs computed over FLOPs needed, less 1: 0 where every subnet has its own executable."""
-    return sum(flops(Subnet(s.gates, top.axes)) / flops(s) for s, top in bucket_of.items()) / len(bucket_of) - 1
+    return sum(flops(s.computed_in(top)) / flops(s) for s, top in bucket_of.items()) / len(bucket_of) - 1
 
 
 def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[list[Subnet]]:
@@ -84,8 +84,8 @@ def _moved(buckets: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dic
     known: dict[Subnet, float] = {}
 
     def computed(subnet: Subnet, envelope: Subnet) -> float:
-        """FLOPs of a subnet in its bucket: the envelope's channels in the subnet's own blocks."""
-        key = Subnet(subnet.gates, envelope.axes)
+        """FLOPs of a subnet in its bucket."""
+        key = subnet.computed_in(envelope)
         if key not in known:
             known[key] = flops(key)
         return known[key]
