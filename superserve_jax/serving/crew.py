@@ -231,7 +231,7 @@ class Crew:
         if gone == "abandoned":
             worker.gone = gone
             self._abandoned += 1
-            ran_s = self._clock() - worker.flights[0].watched_s if worker.flights else 0.0
+            ran_s = self._clock() - worker.watched_s if worker.flights else 0.0
             worker.last_error = self._last_error = TimeoutError(f"{worker.name} has not returned for {ran_s:.3g} s")
         worker.gone = worker.gone or gone
         flights, worker.flights = worker.flights, []
@@ -314,8 +314,8 @@ class Crew:
             running = [w for w in self._workers if w.present and w.flights]
             if late_s > grace_s:
                 for worker in running:  # a batch may have begun after that
-                    worker.flights[0].watched_s = min(worker.flights[0].watched_s + late_s, now_s)
-            stuck = [w for w in running if now_s - w.flights[0].watched_s > self._patience_s(w)]
+                    worker.watched_s = min(worker.watched_s + late_s, now_s)
+            stuck = [w for w in running if now_s - w.watched_s > self._patience_s(w)]
             if not stuck:
                 return
             failed = self._locked_drop_all(stuck, "abandoned", self._lost_error)

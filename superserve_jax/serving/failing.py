@@ -59,7 +59,8 @@ class Failing(swap.Swapping):
             worker.last_error = self._last_error = error
             if flight in worker.flights:  # else it has been abandoned with it, and who did that gave it back
                 worker.flights.remove(flight)
-                worker.next_begins(self._clock(), self._clock())
+                now_s = self._clock()
+                worker.next_begins(now_s, now_s)
                 if too_large and flight.shared:
                     worker.overlap = False  # for two there is not enough memory, but maybe for one
                     self._locked_give_back(worker, flight)
@@ -93,12 +94,13 @@ class Failing(swap.Swapping):
 
     def _works(self, worker: Worker, failed: Flight) -> bool:
         """Whether the worker can do with blank inputs what it failed at: then the inputs were to blame, and not the device."""
-        blanks, now_s = [np.zeros_like(query.inputs) for query in failed.batch], self._clock()
-        flight = Flight(failed.row, (), failed.place, None, "", now_s, now_s)  # as any batch, it may hang
+        blanks = [np.zeros_like(query.inputs) for query in failed.batch]
+        flight = Flight(failed.row, (), failed.place, None, "", self._clock())  # as any batch, it may hang
         with self._lock:
             if not worker.alive:
                 return True
             worker.flights.insert(0, flight)
+            worker.watched_s = flight.started_s
         try:
             worker.engine.run(failed.row.subnet, self._batch_sizes[failed.place], blanks)
         except BaseException as error:

@@ -30,7 +30,6 @@ class Flight:
       retry: where it was taken from; None for the queue.
       reason: the policy's (see `policies.Decision`).
       started_s: since when the device has had nothing else to do first, as far as is known.
-      watched_s: since when the watchdog waits for it.
       launched: what has been handed to the device; None before, and where it runs in one call,
       refused: or the error that the device answered that with.
       shared: whether another batch has been on the device beside it.
@@ -42,7 +41,6 @@ class Flight:
     retry: retries.Retry | None
     reason: str
     started_s: float
-    watched_s: float
     launched: engine.Launched | None = None
     refused: BaseException | None = None
     shared: bool = False
@@ -68,6 +66,7 @@ class Worker:
     gone: Literal["", "left", "abandoned", "removed"] = ""
     landed: bool = False  # whether the first flight has been answered
     answered: tuple[Any, ...] = ()  # what `telemetry.Counters.add` is to be told of it
+    watched_s: float = 0.0  # since when the watchdog waits for the first flight
     free_s: float = 0.0  # when its device was done with the last batch
     host_s: float = 0.0  # with `overlap`, how long it takes to decide about a batch and hand it over,
     pace: float = 1.0  # and a batch over what its profile says, both of late
@@ -78,8 +77,9 @@ class Worker:
 
     def next_begins(self, since_s: float, now_s: float) -> None:
         """What is still under way has the device to itself, at the earliest since `since_s`, and is watched from now on."""
+        self.watched_s = now_s
         for flight in self.flights:
-            flight.started_s, flight.watched_s = max(flight.started_s, since_s), now_s
+            flight.started_s = max(flight.started_s, since_s)
 
     def health(self, now_s: float, fleet: drift.Fleet) -> dict[str, Any]:
         """See `server.Server.health`."""
@@ -91,5 +91,5 @@ class Worker:
             "max_batch": self.profile.max_batch,
             "slowdown": fleet.slowdown(self.index) if self.present else 1.0,
             "last_error": None if self.last_error is None else repr(self.last_error),
-            "running_s": now_s - self.flights[0].watched_s if self.flights else 0.0,
+            "running_s": now_s - self.watched_s if self.flights else 0.0,
         }

@@ -236,7 +236,9 @@ class Pool(failing.Failing):
             else:
                 worker.last_subnet = row.subnet
                 if batch:
-                    flight = Flight(row, batch, self._padded[len(batch)], retry, reason, now_s, now_s)
+                    flight = Flight(row, batch, self._padded[len(batch)], retry, reason, now_s)
+                    if not worker.flights:
+                        worker.watched_s = now_s
                     worker.flights.append(flight)
             if retry is not None:
                 self._retries.taken(retry)
@@ -305,7 +307,9 @@ class Pool(failing.Failing):
     def _launch(self, worker: Worker, flight: Flight) -> None:
         """Hands a batch to the device."""
         size, inputs = self._batch_sizes[flight.place], [query.inputs for query in flight.batch]
-        flight.started_s = flight.watched_s = self._clock()
+        flight.started_s = self._clock()
+        if not flight.shared:
+            worker.watched_s = flight.started_s
         try:
             flight.launched = worker.engine.launch(flight.row.subnet, size, inputs)  # type: ignore[attr-defined]
         except BaseException as error:  # it fails in its turn, after what was launched before
@@ -333,7 +337,7 @@ class Pool(failing.Failing):
                 outputs = flight.launched.outputs()
             else:
                 inputs = [query.inputs for query in batch]
-                flight.started_s = flight.watched_s = self._clock()
+                flight.started_s = worker.watched_s = self._clock()
                 outputs = worker.engine.run(subnet, self._batch_sizes[place], inputs)
             outputs = list(outputs)
             if len(outputs) != count:
