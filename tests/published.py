@@ -1,7 +1,7 @@
 """Networks as others would publish them: tiny ones of random weights, and how their programs save them."""
 
 import numpy as np
-from conftest import random_params, random_row
+from tiny import random_params, random_row
 
 from superserve_jax.supernets import dynabert, ofa_resnet, programs, supernet
 

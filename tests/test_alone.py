@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIGS, TINY, random_images, random_params
 from test_third_family import MLPConfig
+from tiny import CONFIGS, TINY, random_images, random_params
 
 import superserve_jax as ss
 from superserve_jax import errors, supernets

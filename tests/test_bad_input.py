@@ -16,10 +16,10 @@ import zipfile
 import bad
 import numpy as np
 import pytest
-from conftest import TINY
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_bit_flips import IMAGES, TEXTS, WORDS, payload_of, write
+from tiny import TINY
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors, files, profile, rows, subnet, vocabulary

@@ -11,7 +11,7 @@ import shutil
 import bad
 import numpy as np
 import pytest
-from conftest import random_images, random_params, random_row
+from tiny import random_images, random_params, random_row
 
 from superserve_jax import checkpoint, errors, profile, vocabulary
 from superserve_jax import manifest as manifests

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_params
+from tiny import TINY, random_images, random_params
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs, supernet

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_params
+from tiny import TINY, random_images, random_params
 
 from superserve_jax import checkpoint, errors, files, vocabulary
 from superserve_jax.supernets import dynabert, supernet

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import published
 import pytest
-from conftest import random_params, random_row
 from published import BERT, OFA, OFA_LISTS, assert_same_model, bert_state, ofa_state
+from tiny import random_params, random_row
 
 from superserve_jax import checkpoint, convert, errors
 from superserve_jax.serving import device_engine

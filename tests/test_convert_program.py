@@ -9,8 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import random_params, random_row
 from published import assert_same_model, ofa_state
+from tiny import random_params, random_row
 
 from superserve_jax import errors
 from superserve_jax.supernets import supernet

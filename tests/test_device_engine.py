@@ -5,8 +5,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_params, random_row
 from test_executables import compilations  # noqa: F401 (a fixture)
+from tiny import TINY, random_images, random_params, random_row
 
 from superserve_jax import checkpoint, errors
 from superserve_jax.serving import device_engine, executables, prepare, subnet_buckets

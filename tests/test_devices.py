@@ -96,7 +96,7 @@ def main():
     import tempfile
 
     import jax
-    from conftest import TINY, random_images, random_params, random_row
+    from tiny import TINY, random_images, random_params, random_row
 
     from superserve_jax import checkpoint
     from superserve_jax.serving import prepare

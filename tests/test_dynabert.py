@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
 from jax.extend import core
 from scipy import special
+from tiny import random_params
 
 from superserve_jax import checkpoint, errors, supernets
 from superserve_jax.supernets import dynabert, programs, supernet

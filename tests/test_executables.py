@@ -4,7 +4,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_images
+from tiny import TINY, random_images
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors

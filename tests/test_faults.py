@@ -13,9 +13,9 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_images
 from fakes import LONG_MS, WAIT_S, Gate, fail, x
 from hypothesis import strategies
+from tiny import TINY, random_images
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from superserve_jax import errors
 from superserve_jax.supernets import dynabert

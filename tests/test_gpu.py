@@ -1,11 +1,11 @@
-"""What only a GPU can show; without one these are deselected (`conftest.py`), and tests of the same name run on the CPU."""
+"""What only a GPU can show; without one these are deselected (`tiny.py`), and tests of the same name run on the CPU."""
 
 import itertools
 
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_params, random_row
+from tiny import TINY, random_images, random_params, random_row
 
 from superserve_jax.serving import device_engine, executables, subnet_buckets
 from superserve_jax.supernets import programs, supernet

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from tiny import TINY, random_params
 
 from superserve_jax.supernets import supernet
 from superserve_jax.training import latency

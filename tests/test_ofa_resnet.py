@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS, TINY
 from jax import lax
+from tiny import CONFIGS, TINY
 
 from superserve_jax import errors
 from superserve_jax.supernets import ofa_resnet, programs

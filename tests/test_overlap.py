@@ -8,8 +8,8 @@ import fakes
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_params, random_row
 from fakes import PROFILE, SUBNETS, WAIT_S, Gate, x
+from tiny import TINY, random_images, random_params, random_row
 
 from superserve_jax import errors, profile
 from superserve_jax.serving import device_engine, engine, policies, server, workers

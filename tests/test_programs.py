@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS, TINY, random_images, random_params, random_row
+from tiny import CONFIGS, TINY, random_images, random_params, random_row
 
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images
+from tiny import random_images
 
 import superserve_jax as ss
 from superserve_jax import checkpoint

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import TINY, random_params, random_row
+from tiny import TINY, random_params, random_row
 
 from superserve_jax import checkpoint
 from superserve_jax.supernets import supernet

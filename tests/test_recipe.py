@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, random_images, random_params, random_row
+from tiny import TINY, random_images, random_params, random_row
 
 from superserve_jax import checkpoint, errors
 from superserve_jax.supernets import dynabert, programs, supernet

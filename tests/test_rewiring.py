@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS, random_images, random_params
 from test_dynabert import TINY_BERT, random_tokens
+from tiny import CONFIGS, random_images, random_params
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs

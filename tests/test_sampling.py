@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import TINY
+from tiny import TINY
 
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import ofa_resnet

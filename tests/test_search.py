@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import published
 import pytest
-from conftest import TINY, random_images, random_params
 from test_calibration import batches_of
+from tiny import TINY, random_images, random_params
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs, supernet

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import random_params
+from tiny import random_params
 
 import superserve_jax as ss
 from superserve_jax import checkpoint, errors

@@ -1,7 +1,7 @@
 import pytest
-from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 
 from superserve_jax import errors, subnet
 from superserve_jax.serving import subnet_buckets

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_row
+from tiny import TINY, random_images, random_row
 
 from superserve_jax import errors, supernets
 from superserve_jax.supernets import programs, supernet

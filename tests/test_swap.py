@@ -15,11 +15,11 @@ import fakes
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, random_images, random_params, random_row
 from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, fake, held, x
 from hypothesis import given
 from hypothesis import strategies as st
 from test_executables import live_bytes
+from tiny import TINY, random_images, random_params, random_row
 
 from superserve_jax import checkpoint, errors
 from superserve_jax.profile import Profile, Row, join

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images, random_params, random_row
 from flax import nnx
+from tiny import random_images, random_params, random_row
 
 import superserve_jax as ss
 from superserve_jax import errors, layers, ops, supernets

@@ -1,0 +1,49 @@
+"""A tiny SuperNet of each kind of block, and random inputs for them."""
+
+import dataclasses
+
+import numpy as np
+
+from superserve_jax.supernets import ofa_resnet, programs
+
+TINY = ofa_resnet.OFAResNetConfig(
+    num_classes=3,
+    image_size=9,
+    channels=1,
+    block="basic",
+    stem_width=8,
+    stem_pool=False,
+    stage_widths=(8, 16),
+    strides=(1, 2),
+    depths=((0, 1), (1, 2)),
+    expand_ratios=(0.5, 1.0),
+    width_mults=(0.5, 1.0),
+    divisor=4,
+    mean=(0.4,),
+    std=(0.3,),
+)
+CONFIGS = {
+    "basic": TINY,
+    "bottleneck": dataclasses.replace(TINY, block="bottleneck", stem_pool=True, image_size=13),
+}
+
+
+def random_params(config, seed=0):
+    """Parameters with which nothing cancels: norms have scales and biases of their own."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.asarray(rng.normal(1.0 if name.endswith("scale") else 0.0, 0.3, spec.shape), np.float32)
+        for name, spec in programs.param_spec(config).items()
+    }
+
+
+def random_images(config, batch, seed=0):
+    spec = config.input_spec(batch)
+    return np.random.default_rng(seed).integers(0, 256, spec.shape, dtype=np.uint8)
+
+
+def random_row(config, subnet, seed=0):
+    """Statistics (2, n) of a subnet that belong to no data."""
+    n = sum(config.norm_sizes(config.sizes(subnet)).values())
+    rng = np.random.default_rng([seed, n])
+    return np.stack([rng.normal(0, 1, n), rng.uniform(0.5, 2, n)]).astype(np.float32)
