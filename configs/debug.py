@@ -3,7 +3,7 @@
 python train/supernet.py configs/debug.py
 """
 
-from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.training.config import SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 

@@ -7,7 +7,7 @@ Expected on test images: largest subnet 94.9 %, smallest 89.9 %. About 4 minutes
     python train/supernet.py configs/digits_resnet.py
 """
 
-from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.training.config import OptimConfig, SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 

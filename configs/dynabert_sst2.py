@@ -10,7 +10,7 @@ fine-tuned weights, then train them further:
     python train/supernet.py configs/dynabert_sst2.py
 """
 
-from superserve_jax.supernets.dynabert import DynaBERTConfig
+from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.training.config import DistillConfig, OptimConfig, Phase, SearchConfig, TrainConfig
 from superserve_jax.training.data import TextConfig
 

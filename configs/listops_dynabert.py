@@ -10,7 +10,7 @@ frequent value 10.5 %. About 8 minutes on 2 cores without a GPU.
     python train/supernet.py configs/listops_dynabert.py
 """
 
-from superserve_jax.supernets.dynabert import DynaBERTConfig
+from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.training.config import OptimConfig, Phase, SearchConfig, TrainConfig
 from superserve_jax.training.data import TextConfig
 

@@ -8,7 +8,7 @@ the paper. Training it anew takes many GPUs; convert its weights instead, then s
     python train/search.py runs/ofa_resnet50
 """
 
-from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.training.config import OptimConfig, SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 

@@ -8,7 +8,7 @@ Presets: maf, bursty, acceleration, policies, faults, scale, actuation, capacity
 table is a mean over the seeds, +- the standard deviation; accuracy is in percent, attainment a fraction. The traffic is the
 paper's whatever the profile: --scale makes the device slower or faster. Without --profile it is the paper's, reconstructed.
 `maf` reads a file of Azure Functions 2019, or a sample of one: --maf-trace FILE; without it `all` leaves maf out.
-Library: serving.experiments (the presets), serving.evaluation (their rows, and what one holds), readings, findings, figures.
+Library: experiments.presets (the presets), experiments.runner (their rows, and what one holds), readings, findings, figures.
 """
 
 import dataclasses
@@ -21,7 +21,13 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files
-from superserve_jax.serving import evaluation, experiments, figures, findings, policies, readings, reference
+from superserve_jax.experiments import figures
+from superserve_jax.experiments import paper_table as findings
+from superserve_jax.experiments import presets as experiments
+from superserve_jax.experiments import runner as evaluation
+from superserve_jax.experiments import summaries as readings
+from superserve_jax.scheduling import policies
+from superserve_jax.simulation import paper_profile as reference
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ Latencies are measured beside a server and a load generator, as batches run in e
 several kinds are measured one after the other, and have a profile each.
 Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on all that was measured, before any subnet is
 left out and noise is repaired.
-Library: serving.prepare, serving.device_engine, serving.subnet_buckets, serving.measuring.measure and properties,
+Library: engines.prepare, engines.device, engines.subnet_buckets, engines.profiling.measure and properties,
 checkpoint.profile_path, plots.latencies.
 """
 
@@ -27,9 +27,12 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import checkpoint, cli, files, plots
+from superserve_jax import cli, files, plots
 from superserve_jax import profile as profiles
-from superserve_jax.serving import device_engine, measuring, prepare, subnet_buckets
+from superserve_jax.engines import device as device_engine
+from superserve_jax.engines import prepare, subnet_buckets
+from superserve_jax.engines import profiling as measuring
+from superserve_jax.exports import export as checkpoint
 
 STATEMENTS = {
     "P1": "a larger batch takes longer",

@@ -9,14 +9,15 @@
 All policies face the same arrivals, inputs and SLO; inputs are the dataset's test examples, texts with the lengths that they
 have. The traffic calms down and bursts in turn; its rates are set from this machine's measured latencies, so that a burst
 overloads the most accurate subnet but not the fastest. Replies are compared with the real labels. With --trace FILE.csv
-recorded arrivals are replayed instead (a column arrival_s, see serving.traces.load).
+recorded arrivals are replayed instead (a column arrival_s, see simulation.traces.load).
 With --simulate each replay is run once more in the simulator, on the measured profile and under what was seen of the machine
-meanwhile (see serving.fidelity), and both are printed.
+meanwhile (see loadtest.sim_vs_real), and both are printed.
 With --slow-factor 1.5 every device becomes 1.5 times slower half-way, without telling the server; each policy is replayed with
-the online correction (see serving.drift) and without it, and what it attains before and after is printed.
+the online correction (see scheduling.speeds) and without it, and what it attains before and after is printed.
 With --kill-every it is the paper's fault experiment instead, which needs no export: eight workers on the paper's latencies,
 half of which are killed one after another while 3,500 queries/s come in, beside the same in the simulator.
-Library: serving.loadgen, serving.server, serving.policies, serving.traces, serving.metrics, serving.fidelity, serving.faults,
+Library: loadtest.loadgen, serving.server, scheduling.policies, simulation.traces, simulation.metrics, loadtest.sim_vs_real,
+loadtest.worker_kills,
 plots.
 """
 
@@ -32,21 +33,18 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import checkpoint, cli, files, plots
-from superserve_jax.serving import (
-    engine,
-    experiments,
-    faults,
-    fidelity,
-    loadgen,
-    metrics,
-    padding,
-    prepare,
-    reference,
-    server,
-    simulator,
-    traces,
-)
+from superserve_jax import cli, files, plots
+from superserve_jax.engines import base as engine
+from superserve_jax.engines import prepare
+from superserve_jax.experiments import presets as experiments
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.loadtest import loadgen
+from superserve_jax.loadtest import sim_vs_real as fidelity
+from superserve_jax.loadtest import worker_kills as faults
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.serving import server
+from superserve_jax.simulation import metrics, simulator, traces
+from superserve_jax.simulation import paper_profile as reference
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 
@@ -228,7 +226,7 @@ def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
     if config.data is None:
         raise ss.ConfigError(
             "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
-            "inputs of your own with superserve_jax.serving.loadgen.replay"
+            "inputs of your own with superserve_jax.loadtest.loadgen.replay"
         )
     return data.open(config.data).arrays("test")
 
@@ -327,7 +325,7 @@ class Slowed(engine.Wrapper):
         self._factor = factor
 
     def run(self, subnet: ss.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Any:
-        """See `serving.engine.Engine.run`."""
+        """See `engines.base.Engine.run`."""
         start_s = time.monotonic()
         outputs = super().run(subnet, batch_size, inputs)
         if start_s >= self.from_s:

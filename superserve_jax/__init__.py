@@ -40,7 +40,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.subnet import SearchSpace, Subnet
 
 if TYPE_CHECKING:
-    from superserve_jax.checkpoint import export, load
+    from superserve_jax.exports.export import export, load
     from superserve_jax.serving.server import Server
     from superserve_jax.supernets.supernet import SuperNet
     from superserve_jax.training.loop import train
@@ -77,8 +77,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "export": "superserve_jax.checkpoint",
-    "load": "superserve_jax.checkpoint",
+    "export": "superserve_jax.exports.export",
+    "load": "superserve_jax.exports.export",
     "Server": "superserve_jax.serving.server",
     "SuperNet": "superserve_jax.supernets.supernet",
     "train": "superserve_jax.training.loop",

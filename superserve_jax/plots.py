@@ -61,7 +61,7 @@ def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()
     """Traffic over time, one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
 
     Args:
-      runs: `serving.metrics.Series` by policy, all of the same trace.
+      runs: `simulation.metrics.Series` by policy, all of the same trace.
       path: of the PNG.
       marks_s: times at which something happens, such as the loss of a worker.
     """

@@ -69,7 +69,7 @@ class Profile:
       device: the kind of device that it was measured on.
       lengths: length buckets in tokens, ascending; `()` where inputs have one shape.
       shorter: the profiles of the same subnets at the other lengths (see `join`).
-      slicing: how weights were sliced, "kept" or "in_call" (see `serving.device_engine`).
+      slicing: how weights were sliced, "kept" or "in_call" (see `engines.device`).
 
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> Profile((1, 2), (row,)).latency_ms(row.subnet, 2)

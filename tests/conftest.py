@@ -8,7 +8,7 @@ import jax
 import pytest
 from tiny import CONFIGS, TINY, random_params, random_row
 
-from superserve_jax import checkpoint
+from superserve_jax.exports import export as checkpoint
 from superserve_jax.supernets import supernet
 
 
@@ -51,3 +51,12 @@ def export(tiny, tmp_path):
     served = [checkpoint.Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
     checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
     return checkpoint.load(tmp_path / "export")
+
+
+@pytest.fixture
+def compilations(caplog):
+    """Counts what jax traces and compiles from now on."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    yield lambda: [e for e in events if "compile" in e or "trace" in e]
+    events.clear()

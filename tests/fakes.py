@@ -6,8 +6,10 @@ import threading
 
 import numpy as np
 
+from superserve_jax.engines import base as engine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import engine, policies, server
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import server
 from superserve_jax.subnet import Subnet
 
 SUBNETS = [Subnet((i,)) for i in range(3)]

@@ -3,7 +3,8 @@
 import numpy as np
 from tiny import random_params, random_row
 
-from superserve_jax.supernets import dynabert, ofa_resnet, programs, supernet
+from superserve_jax.families import dynabert, ofa_resnet
+from superserve_jax.supernets import programs, supernet
 
 OFA = ofa_resnet.OFAResNetConfig(
     num_classes=5,

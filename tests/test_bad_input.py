@@ -18,14 +18,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_bit_flips import IMAGES, TEXTS, WORDS, payload_of, write
+from small_exports import IMAGES, TEXTS, WORDS, payload_of, write
 from tiny import TINY
 
 import superserve_jax as ss
-from superserve_jax import checkpoint, errors, files, profile, rows, subnet, vocabulary
+from superserve_jax import errors, files, profile, subnet, vocabulary
 from superserve_jax import manifest as manifests
-from superserve_jax.serving import azure, engine, policies, server, traces
-from superserve_jax.supernets import single
+from superserve_jax.engines import base as engine
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.exports import statistics as rows
+from superserve_jax.families import subset as single
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import server
+from superserve_jax.simulation import azure, traces
 from superserve_jax.training import config as configs
 from superserve_jax.training import data
 

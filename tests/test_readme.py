@@ -7,7 +7,7 @@ import shlex
 import pytest
 from tiny import TINY, random_params, random_row
 
-from superserve_jax import checkpoint
+from superserve_jax.exports import export as checkpoint
 from superserve_jax.supernets import supernet
 
 ROOT = pathlib.Path(__file__).parent.parent

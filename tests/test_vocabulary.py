@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from superserve_jax import errors, vocabulary
-from superserve_jax.supernets import dynabert
+from superserve_jax.families import dynabert
 
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "play", "##ing", "##ed", ",", "uber", "E", "##s")
 PIECES = vocabulary.Vocabulary(TOKENS)

@@ -43,7 +43,7 @@ def test_the_installed_wheel_works_without_the_clone(wheel, tmp_path):
         "import superserve_jax as ss, sys\n"
         f"assert ss.__file__.startswith({str(site)!r}), ss.__file__\n"
         "ss.load, ss.Server, ss.train\n"
-        "from superserve_jax.supernets.ofa_resnet import OFAResNetConfig\n"
+        "from superserve_jax.families.ofa_resnet import OFAResNetConfig\n"
         "print(OFAResNetConfig().space().size)\n"
     )
     done = subprocess.run([python, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)

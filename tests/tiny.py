@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
-from superserve_jax.supernets import ofa_resnet, programs
+from superserve_jax.families import dynabert, ofa_resnet
+from superserve_jax.supernets import programs
 
 TINY = ofa_resnet.OFAResNetConfig(
     num_classes=3,
@@ -47,3 +49,39 @@ def random_row(config, subnet, seed=0):
     n = sum(config.norm_sizes(config.sizes(subnet)).values())
     rng = np.random.default_rng([seed, n])
     return np.stack([rng.normal(0, 1, n), rng.uniform(0.5, 2, n)]).astype(np.float32)
+
+
+def live_bytes():
+    """Bytes of the buffers that live on devices; arrays that share one count once."""
+    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}.values())
+
+
+TINY_BERT = dynabert.DynaBERTConfig(
+    num_classes=3, vocab_size=11, max_length=6, hidden_size=8, depths=(1, 2, 3), heads=(1, 2), ffn=(3, 5), eps=1e-5
+)
+
+
+def random_tokens(config, batch=3, seed=0):
+    """Sequences of different lengths, the first a full one."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, config.max_length)
+    lengths = np.concatenate([[config.max_length], rng.integers(1, config.max_length, batch - 1)])
+    return config.pack(
+        rng.integers(1, config.vocab_size, shape),
+        rng.integers(0, config.token_types, shape),
+        mask=np.arange(config.max_length) < lengths[:, None],
+    )
+
+
+def batches_of(images, labels, size):
+    def make():
+        for i in range(0, len(images), size):
+            x, y = images[i : i + size], labels[i : i + size]
+            fill = size - len(x)
+            yield {
+                "inputs": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))),
+                "label": np.pad(y, (0, fill)),
+                "weight": np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)],
+            }
+
+    return make

@@ -4,7 +4,8 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.convert import hugging_face, once_for_all, state_dict
-from superserve_jax.supernets import dynabert, ofa_resnet, supernet
+from superserve_jax.families import dynabert, ofa_resnet
+from superserve_jax.supernets import supernet
 
 _FILL = {ofa_resnet.OFAResNetConfig.family: once_for_all.fill, dynabert.DynaBERTConfig.family: hugging_face.fill}
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.convert import state_dict
-from superserve_jax.supernets import dynabert, programs, supernet
+from superserve_jax.families import dynabert
+from superserve_jax.supernets import programs, supernet
 
 _EMBEDDINGS = "bert.embeddings"
 _LAYER = "bert.encoder.layer"

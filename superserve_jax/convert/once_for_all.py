@@ -14,7 +14,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax import subnet as subnets
 from superserve_jax.convert import state_dict
-from superserve_jax.supernets import ofa_resnet as family
+from superserve_jax.families import ofa_resnet as family
 from superserve_jax.supernets import programs, supernet
 
 _BASE_DEPTHS = (2, 2, 4, 2)

@@ -19,8 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from superserve_jax import errors
+from superserve_jax.engines import base as engine
 from superserve_jax.profile import Profile
-from superserve_jax.serving import drift, engine, padding, policies, queue, retries, runtime, telemetry, tuning
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.scheduling import policies, queue
+from superserve_jax.scheduling import speeds as drift
+from superserve_jax.serving import options as tuning
+from superserve_jax.serving import retries, runtime, telemetry
 from superserve_jax.serving.query import Query
 from superserve_jax.serving.roster import Flight, Worker
 

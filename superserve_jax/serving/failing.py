@@ -13,7 +13,9 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.serving import policies, retries, swap, tuning
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import options as tuning
+from superserve_jax.serving import retries, swap
 from superserve_jax.serving.query import Query
 from superserve_jax.serving.roster import Flight, Worker
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.serving import padding, queue
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.scheduling import queue
 from superserve_jax.serving.query import Query
 
 
@@ -156,7 +157,7 @@ def forget_frames(error: BaseException | None) -> None:
 def at_most(profile: Profile, size: int) -> Profile:
     """The profile without the batch sizes above `size`, the smallest kept in any case.
 
-    >>> from superserve_jax.serving import reference
+    >>> from superserve_jax.simulation import paper_profile as reference
     >>> at_most(reference.paper_profile(), 5).batch_sizes
     (1, 2, 4)
     """

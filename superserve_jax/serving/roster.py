@@ -5,8 +5,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from superserve_jax.engines import base as engine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.serving import drift, engine, policies, retries
+from superserve_jax.scheduling import policies
+from superserve_jax.scheduling import speeds as drift
+from superserve_jax.serving import retries
 from superserve_jax.serving.query import Query
 from superserve_jax.subnet import Subnet
 

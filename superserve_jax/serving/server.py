@@ -50,9 +50,12 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax import profile as profile_lib
+from superserve_jax.engines import base as engine
 from superserve_jax.profile import Profile
-from superserve_jax.serving import engine, futures, padding, policies, workers
-from superserve_jax.serving import tuning as tuning_lib
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import futures, workers
+from superserve_jax.serving import options as tuning_lib
 from superserve_jax.serving.query import Query
 
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
@@ -64,14 +67,14 @@ class Server:
 
     Args:
       path_or_model: an export's directory, or what `superserve_jax.load` returned.
-      policy: a name, such as "slackfit", or a policy (see `serving.policies`).
+      policy: a name, such as "slackfit", or a policy (see `scheduling.policies`).
       slo_ms: a query's latency objective unless it names its own.
       batch_sizes: batch sizes to make executables for.
       lengths: of a family whose inputs have a length, the length buckets to make executables for: inputs are padded to one of
         them, and the longest that is served is the last. None takes powers of two from 16 up to the model's longest.
       devices: jax devices, one worker each; None takes all.
       slicing: when a device slices a subnet's weights out of the SuperNet's: "in_call" in every call, "kept" when the subnet
-        changes (see `serving.device_engine`); None takes the faster one, as the profile says.
+        changes (see `engines.device`); None takes the faster one, as the profile says.
       slice_bytes: of "kept", the most that the slices may take; None takes a quarter of the weights' bytes, at least 16 MiB.
       max_queue: queries that may wait; one more is refused.
       expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
@@ -79,7 +82,7 @@ class Server:
 
     Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
     step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
-    With several length buckets a batch takes the head and others that are no longer (see `serving.padding`); a policy that is
+    With several length buckets a batch takes the head and others that are no longer (see `length_queue`); a policy that is
     no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByProfile`).
 
     In an overload the default policy is fair to SLOs: by the time they are due, queries with a long one are as urgent as those
@@ -115,7 +118,7 @@ class Server:
         expire: bool = False,
         **tuning: Unpack[tuning_lib.Tuning],
     ):
-        from superserve_jax.serving import prepare  # here, since it imports jax
+        from superserve_jax.engines import prepare  # here, since it imports jax
 
         self.model, engines, each = prepare.prepare(
             path_or_model,
@@ -292,7 +295,7 @@ class Server:
                     raise errors.ConfigError(
                         f"a server of engines takes an engine, got {new!r}; it has no model to make one of"
                     )
-                from superserve_jax.serving import prepare  # here, since it imports jax
+                from superserve_jax.engines import prepare  # here, since it imports jax
 
                 new = prepare.make_engine(self.model, new, profile, **self._options)
             if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
@@ -341,7 +344,7 @@ class Server:
           no model or a worker of an engine that was given, or this is a done-callback. NotCalibratedError, ProfileError.
           ServerClosedError, WorkersLostError.
         """
-        from superserve_jax.serving import prepare  # here, since it imports jax
+        from superserve_jax.engines import prepare  # here, since it imports jax
 
         if self.model is None:
             raise errors.ConfigError("a server of engines has no model that another could replace; add and remove workers")

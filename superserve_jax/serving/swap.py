@@ -11,8 +11,12 @@ import threading
 from collections.abc import Sequence
 
 from superserve_jax import errors
+from superserve_jax.engines import base as engine
 from superserve_jax.profile import Profile
-from superserve_jax.serving import crew, dispatch, drift, engine, padding, policies, queue
+from superserve_jax.scheduling import dispatch, policies, queue
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.scheduling import speeds as drift
+from superserve_jax.serving import crew
 from superserve_jax.serving.roster import Successor, Worker
 
 

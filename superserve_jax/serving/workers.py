@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from superserve_jax import errors
+from superserve_jax.engines import base as engine
 from superserve_jax.profile import Profile
-from superserve_jax.serving import admission as admission_lib
-from superserve_jax.serving import dispatch, engine, failing, futures, policies, retries, tuning
+from superserve_jax.scheduling import admission as admission_lib
+from superserve_jax.scheduling import dispatch, policies
+from superserve_jax.serving import failing, futures, retries
+from superserve_jax.serving import options as tuning
 from superserve_jax.serving.query import Query
 from superserve_jax.serving.roster import Flight, Successor, Worker
 

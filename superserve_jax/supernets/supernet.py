@@ -22,7 +22,7 @@ class SuperNet:
       params: {dotted path: array}, of maximum size.
       rows: SubnetNorm statistics by subnet, each a float32 array (2, n) of means and variances.
 
-    >>> from superserve_jax.supernets.ofa_resnet import OFAResNetConfig
+    >>> from superserve_jax.families.ofa_resnet import OFAResNetConfig
     >>> config = OFAResNetConfig(num_classes=3, image_size=8, channels=1, stem_width=8, stage_widths=(8,), strides=(1,),
     ...                          depths=((0, 1),), block="basic", stem_pool=False, divisor=4, mean=(0.5,), std=(0.5,))
     >>> model = SuperNet.create(config, seed=0)

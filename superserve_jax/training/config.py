@@ -9,7 +9,7 @@ import pathlib
 import traceback
 from typing import Any, Literal
 
-from superserve_jax import errors, supernets
+from superserve_jax import errors, families
 from superserve_jax.training import checks, data
 from superserve_jax.training.optim import OptimConfig
 
@@ -214,7 +214,7 @@ def load(path: str | os.PathLike[str]) -> TrainConfig:
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The resolved config as a dict of plain values, as `json.load` would give it back."""
-    parts = {"model": supernets.config_to_json(config.model), "data": config.data and data.config_to_json(config.data)}
+    parts = {"model": families.config_to_json(config.model), "data": config.data and data.config_to_json(config.data)}
     as_dict = {**dataclasses.asdict(config), **parts}
     return json.loads(json.dumps(as_dict))
 
@@ -227,7 +227,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
       UnknownNameError: a field that this version does not have. ConfigError: a value that does not fit.
     """
     readers = {
-        "model": supernets.config_from_json,
+        "model": families.config_from_json,
         "data": lambda v: v and data.config_from_json(v),
         "optim": lambda v: _read(OptimConfig, v),
         "phases": lambda v: tuple(_read(Phase, {**p, "elastic": _tuple(p.get("elastic"))}) for p in v),

@@ -15,20 +15,9 @@ import numpy as np
 
 from superserve_jax import errors, plots, progress
 from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import (
-    calibration,
-    checkpoints,
-    data,
-    evaluation,
-    phases,
-    records,
-    rewiring,
-    runs,
-    sampling,
-    step,
-    teacher,
-)
+from superserve_jax.training import calibration, checkpoints, data, evaluation, phases, rewiring, runs, sampling, step, teacher
 from superserve_jax.training import config as configs
+from superserve_jax.training import metrics_log as records
 
 _log = logging.getLogger(__name__)
 

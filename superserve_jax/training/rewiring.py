@@ -38,7 +38,7 @@ def rewire(config: Any, params: Params, batches: Iterable[Mapping[str, np.ndarra
     Raises:
       ConfigError: there is no batch, or an importance is not finite.
 
-    >>> from superserve_jax.supernets.dynabert import DynaBERTConfig
+    >>> from superserve_jax.families.dynabert import DynaBERTConfig
     >>> config = DynaBERTConfig(num_classes=2, vocab_size=9, hidden_size=4, depths=(1,), heads=(1, 2), ffn=(2, 3))
     >>> batch = {"inputs": config.pack([[5, 7], [3, 2]], length=2), "label": np.array([0, 1], np.int32)}
     >>> params = programs.initial_params(config, 0)

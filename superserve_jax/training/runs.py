@@ -24,8 +24,9 @@ import numpy as np
 from superserve_jax import errors, files
 from superserve_jax import subnet as subnets
 from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import checkpoints, data, records
+from superserve_jax.training import checkpoints, data
 from superserve_jax.training import config as configs
+from superserve_jax.training import metrics_log as records
 
 _log = logging.getLogger(__name__)
 

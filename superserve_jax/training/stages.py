@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import checkpoint, plots, progress
+from superserve_jax import plots, progress
 from superserve_jax import subnet as subnets
+from superserve_jax.exports import export as checkpoint
 from superserve_jax.supernets import supernet
 from superserve_jax.training import calibration, evaluation, latency, phases, runs
 from superserve_jax.training import config as configs

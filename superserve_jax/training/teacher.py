@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from superserve_jax import checkpoint, errors
+from superserve_jax import errors
+from superserve_jax.exports import export as checkpoint
 from superserve_jax.supernets import programs
 from superserve_jax.training import runs, step
 

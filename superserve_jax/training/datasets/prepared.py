@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors
-from superserve_jax.training import streams
+from superserve_jax.training.data import streams
 from superserve_jax.training.datasets.cluttered_digits import cluttered_digits_dataset_builder
 from superserve_jax.training.datasets.listops import listops_dataset_builder
 

@@ -1,0 +1,133 @@
+"""What a query costs between submit and result, stage by stage.
+
+    python serve/bench/stages.py
+    python serve/bench/stages.py --policy max-batch --rounds 5000
+
+One client, one worker, and an engine that does not even sleep: first one query at a time, then one full batch. The stages are
+the real server's; the functions at their borders are wrapped so that they note the time. Times are what a clock on the wall
+shows, since the two longest stages are waits, for a thread to wake up.
+Library: serving.server.Server, serving.workers, scheduling.dispatch, engines.base, simulation.paper_profile.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import tyro
+
+from superserve_jax import cli, errors, files
+from superserve_jax.engines import base as engine
+from superserve_jax.scheduling import dispatch
+from superserve_jax.serving import server, workers
+from superserve_jax.simulation import paper_profile as reference
+
+X = np.zeros((), np.float32)
+STAMPS = ("submit", "admit", "admitted", "decide", "policy", "decided", "taken", "engine", "computed", "resolved", "result")
+STAGES = (
+    "check inputs, make futures",
+    "lock, push into the queue, wake a worker",
+    "the worker wakes up",
+    "state of the queue",
+    "policy",
+    "take the batch",
+    "hand over to the engine",
+    "engine (does not sleep)",
+    "make replies, resolve futures",
+    "the client wakes up",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      policy: its name.
+      rounds: how often each is measured; the medians are printed.
+      json: write the figures to this file.
+    """
+
+    policy: str = "slackfit"
+    rounds: int = 2000
+    json: pathlib.Path | None = None
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise errors.ConfigError(f"rounds must be at least 1, got {self.rounds}")
+
+
+class Stamps:
+    """The times, in nanoseconds, at which each border was last crossed."""
+
+    def __init__(self):
+        self.at_ns: dict[str, int] = {}
+
+    def around(self, fn: Callable[..., Any], before: str | None, after: str | None = None) -> Callable[..., Any]:
+        """`fn`, noting when it is entered and when it is left."""
+
+        @functools.wraps(fn)
+        def stamped(*args: Any, **kwargs: Any) -> Any:
+            if before:
+                self.at_ns[before] = time.perf_counter_ns()
+            result = fn(*args, **kwargs)
+            if after:
+                self.at_ns[after] = time.perf_counter_ns()
+            return result
+
+        return stamped
+
+    def stages_us(self) -> list[float]:
+        """Microseconds between each two of `STAMPS`."""
+        return [(self.at_ns[b] - self.at_ns[a]) / 1e3 for a, b in itertools.pairwise(STAMPS)]
+
+
+def measure(options: Options, size: int) -> dict[str, float]:
+    """Median microseconds of each stage, and of all, for `size` queries submitted in one call to an idle worker."""
+    profile, stamps, rounds = reference.paper_profile(), Stamps(), []
+    device = engine.FakeEngine(profile, speed=float("inf"))
+    policy = stamps.around(server.make_policy(options.policy, profile), "policy", "decided")
+
+    def ask(target: server.Server) -> None:
+        target.submit_many([X] * size)[-1].exception()
+
+    ask = stamps.around(ask, "submit", "result")
+    with (
+        mock.patch.object(device, "run", stamps.around(device.run, "engine", "computed")),
+        mock.patch.object(workers.Pool, "admit", stamps.around(workers.Pool.admit, "admit", "admitted")),
+        mock.patch.object(dispatch, "next_batch", stamps.around(dispatch.next_batch, "decide", "taken")),
+        mock.patch.object(workers.Query, "set_result", stamps.around(workers.Query.set_result, "resolved")),
+        server.Server.from_engines([device], profile, policy=policy) as target,
+    ):
+        for _ in range(options.rounds):
+            time.sleep(1e-4)  # else the worker would not have fallen asleep
+            ask(target)
+            rounds.append(stamps.stages_us())
+    medians = {stage: statistics.median(times) for stage, times in zip(STAGES, zip(*rounds, strict=True), strict=True)}
+    return {**medians, "total": statistics.median(map(sum, rounds))}
+
+
+def main() -> None:
+    """The program."""
+    options = tyro.cli(Options, description=__doc__)
+    largest = reference.paper_profile().max_batch
+    one, full = measure(options, 1), measure(options, largest)
+    print(f"us from submit to result, medians of {options.rounds}; each border adds 0.1")
+    cli.print_table(
+        [
+            ("stage", "1 query", f"{largest} queries", "per query of these"),
+            *((name, f"{one[name]:.1f}", f"{full[name]:.1f}", f"{full[name] / largest:.2f}") for name in one),
+        ]
+    )
+    if options.json:
+        files.write_json(options.json, {"batch": largest, "one": one, "full": full})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,124 @@
+"""The policies that the paper compares SlackFit with (its Section 6.1). No jax.
+
+As in the paper they look at the slack of the earliest deadline and not at how many queries wait: where fewer wait than the
+batch they choose, fewer run. The paper does not say what becomes of a head that no choice can save; here the fastest
+choice of the policy with its largest batch takes it, since anything smaller would only lose more queries. Floors are left
+to `queue.take`, which cuts the batch, or steps in with the fastest subnet that the head accepts.
+"""
+
+import bisect
+import math
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.scheduling.policies import base
+from superserve_jax.subnet import Subnet
+
+
+class Fixed:
+    """One subnet for all traffic, with the largest batch that it does within the slack. The paper's Clipper+.
+
+    It stands for Clipper, Clockwork and TF-Serving, which adapt the batch to the slack and nothing else. Where
+    throughput grows with the batch, this can collapse: a short slack means small batches, and a backlog never drains.
+
+    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> profile = reference.paper_profile()
+    >>> policy = Fixed(profile, profile.rows[0].subnet)
+    >>> policy(profile, base.State(now_s=0.0, slack_ms=6.0, waiting=20)).batch
+    8
+    """
+
+    def __init__(self, profile: profile_lib.Profile, subnet: Subnet):
+        row = profile.row(subnet)
+        self.name = f"fixed:{profile.rows.index(row)}"
+        self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
+        # One decision per batch size, and at index -1, for a head that is lost, the largest once more.
+        sizes = (*profile.batch_sizes, profile.max_batch)
+        reasons = (*("slack" for _ in profile.batch_sizes), "lost")
+        self._decisions = tuple(base.Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
+
+    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+        """See `base.Policy`."""
+        return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
+
+
+class LeastAccurate(Fixed):
+    """Always the least accurate subnet, which is what INFaaS does without an accuracy threshold (the paper's Section 6.1)."""
+
+    def __init__(self, profile: profile_lib.Profile):
+        super().__init__(profile, profile.rows[0].subnet)
+        self.name = "least-accurate"
+
+
+class MaxAcc:
+    """The most accurate subnet that does one query within the slack, then the largest batch for it (the paper's MaxAcc).
+
+    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> profile = reference.paper_profile()
+    >>> decision = MaxAcc(profile)(profile, base.State(now_s=0.0, slack_ms=8.0, waiting=20))
+    >>> profile.row(decision.subnet).accuracy, decision.batch
+    (0.8016, 2)
+    """
+
+    name = "max-acc"
+
+    def __init__(self, profile: profile_lib.Profile):
+        self._table = base.Table(profile)
+
+    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+        """See `base.Policy`."""
+        table = self._table
+        rank = table.most_accurate(0, state.slack_ms)
+        if rank < 0:
+            return base.Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        return base.Decision(table.subnets[rank], table.sizes[table.largest_batch(rank, state.slack_ms)], reason="slack")
+
+
+class MaxBatch:
+    """The largest batch that the smallest subnet does within the slack, then the most accurate subnet for it (the paper's
+    MaxBatch).
+
+    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> profile = reference.paper_profile()
+    >>> decision = MaxBatch(profile)(profile, base.State(now_s=0.0, slack_ms=7.0, waiting=20))
+    >>> profile.row(decision.subnet).accuracy, decision.batch
+    (0.7669, 8)
+    """
+
+    name = "max-batch"
+
+    def __init__(self, profile: profile_lib.Profile):
+        self._table = base.Table(profile)
+
+    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+        """See `base.Policy`."""
+        table = self._table
+        size = table.largest_batch(0, state.slack_ms)
+        if size < 0:
+            return base.Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        return base.Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size], reason="slack")
+
+
+class Switching:
+    """A server that switches models: any policy, with a loading delay when a worker's subnet changes (the paper's Figure 1).
+
+    The policy decides as though loading cost nothing, which is what the paper shows to be the trouble. The first subnet of a
+    worker is loaded too. Only the simulator spends the delay: `Server` actuates in place, has nothing to load and refuses this
+    policy. With `simulator.Cluster.actuation_ms` the same delay is a property of the machine, whatever the policy.
+
+    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> profile = reference.paper_profile()
+    >>> policy = Switching(MaxAcc(profile), loading_ms=100.0)
+    >>> policy(profile, base.State(now_s=0.0, slack_ms=36.0, waiting=9)).loading_ms
+    100.0
+    """
+
+    def __init__(self, policy: base.Policy, loading_ms: float):
+        if not (math.isfinite(loading_ms) and loading_ms >= 0):
+            raise errors.ConfigError(f"loading_ms must be a finite number of 0 or more, got {loading_ms}")
+        self.name = f"switching:{loading_ms:g}:{getattr(policy, 'name', policy)}"
+        self._policy, self._loading_ms = policy, loading_ms
+
+    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+        """See `base.Policy`."""
+        return self._policy(profile, state)._replace(loading_ms=self._loading_ms)

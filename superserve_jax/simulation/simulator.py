@@ -1,0 +1,378 @@
+"""A server on a virtual clock: the same queue and the same policies, with latencies read from a profile. No jax.
+
+What it shares with `server.py` is code: `queue.DeadlineQueue`, `dispatch`, `admission`, the policies. What it replaces is
+time: a batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
+"""
+
+import bisect
+import collections
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.scheduling import admission as admission_lib
+from superserve_jax.scheduling import dispatch, policies, queue
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.scheduling import speeds as drift
+from superserve_jax.simulation import traces
+
+MET, LATE, EXPIRED, REFUSED = range(4)
+"""Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
+
+
+class Outage(NamedTuple):
+    """A worker is gone from one time until another; a batch that it runs goes back to the queue."""
+
+    worker: int
+    from_s: float
+    until_s: float = math.inf
+
+
+class Stall(NamedTuple):
+    """The whole server stands still: nothing is dispatched, and what finishes in the meantime is answered at the end."""
+
+    from_s: float
+    until_s: float
+
+
+class Slowdown(NamedTuple):
+    """Batches that begin on a worker from one time until another take `factor` times as long; on every worker for None."""
+
+    factor: float
+    from_s: float
+    until_s: float = math.inf
+    worker: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What serves the traffic.
+
+    Args:
+      workers: devices, each as fast as its profile.
+      overhead_ms: added to every batch; the policy does not know of it.
+      noise: spread of the latencies, as the standard deviation of their logarithm.
+      actuation_ms: added to every batch whose subnet is not the one that its worker ran last: a server that loads models.
+      max_queue: waiting queries beyond which new ones are refused.
+      expire: give up a head that could not be saved even alone on the fastest subnet, instead of serving it late.
+      admission: whether what cannot be met is refused when it arrives (see `admission`).
+      outages, stalls, slowdowns: what goes wrong, and when.
+      follow_drift: whether what a worker is slower than its profile is made up for (see `drift`).
+    """
+
+    workers: int = 8
+    overhead_ms: float = 0.0
+    noise: float = 0.0
+    actuation_ms: float = 0.0
+    max_queue: float = math.inf
+    expire: bool = False
+    admission: bool = False
+    outages: tuple[Outage, ...] = ()
+    stalls: tuple[Stall, ...] = ()
+    slowdowns: tuple[Slowdown, ...] = ()
+    follow_drift: bool = True
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise errors.ConfigError(f"workers must be 1 or more, got {self.workers}")
+        for name in ("overhead_ms", "noise", "actuation_ms", "max_queue"):
+            if not getattr(self, name) >= 0:
+                raise errors.ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for outage in self.outages:
+            if not (0 <= outage.worker < self.workers and 0 <= outage.from_s < outage.until_s):
+                raise errors.ConfigError(f"{outage} names no worker of 0..{self.workers - 1}, or ends before it begins")
+        for stall in self.stalls:
+            if not 0 <= stall.from_s < stall.until_s < math.inf:
+                raise errors.ConfigError(f"{stall} ends before it begins, or never")
+        for slow in self.slowdowns:
+            known = slow.worker is None or 0 <= slow.worker < self.workers
+            if not (known and 0 < slow.factor < math.inf and 0 <= slow.from_s < slow.until_s):
+                raise errors.ConfigError(
+                    f"{slow} names no worker of 0..{self.workers - 1}, has no positive factor, or ends before it begins"
+                )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What became of each query, in the order of arrival.
+
+    Args:
+      arrival_s, deadline_s: of the trace.
+      start_s, finish_s: when its batch began and ended; infinite where it was never answered.
+      accuracy: profiled accuracy of the subnet that answered; NaN where none did.
+      batch: number of queries in its batch, 0 where it was never answered.
+      worker: that answered, -1 where none did.
+      outcome: MET, LATE, EXPIRED or REFUSED.
+    """
+
+    arrival_s: np.ndarray
+    deadline_s: np.ndarray
+    start_s: np.ndarray
+    finish_s: np.ndarray
+    accuracy: np.ndarray
+    batch: np.ndarray
+    worker: np.ndarray
+    outcome: np.ndarray
+
+    def count(self, outcome: int) -> int:
+        """Number of queries with an outcome."""
+        return int((self.outcome == outcome).sum())
+
+    @property
+    def attainment(self) -> float:
+        """SLO attainment: the share of all queries that were answered by their deadline; 1 without queries."""
+        return self.count(MET) / len(self.outcome) if len(self.outcome) else 1.0
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean serving accuracy: of the subnets used, over the queries that met their deadline; NaN where none did."""
+        met = self.accuracy[self.outcome == MET]
+        return float(met.mean()) if len(met) else math.nan
+
+
+def simulate(
+    profile: profile_lib.Profile | Sequence[profile_lib.Profile],
+    policy: str | policies.Policy,
+    trace: traces.Trace,
+    *,
+    cluster: Cluster | None = None,
+    seed: int = 0,
+) -> Result:
+    """Serves a trace, and returns when the last query has an outcome.
+
+    Args:
+      profile: of every worker, or one for each. Where it has length buckets, a query whose length the trace does not know
+        belongs to the longest.
+      policy: or the name of one, see `policies.create`.
+      seed: of the latency noise.
+
+    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> trace = traces.gamma(rate_qps=2000.0, duration_s=1.0)
+    >>> result = simulate(reference.paper_profile(), "fixed:smallest", trace)
+    >>> result.attainment, round(result.mean_accuracy, 4)
+    (1.0, 0.7382)
+    """
+    cluster = cluster or Cluster()
+    profiles = profile_lib.of_workers(profile, cluster.workers)
+    return _Run(profiles, policies.create(policy, *profiles), trace, cluster, seed).result()
+
+
+class _Batch(NamedTuple):
+    """A batch that runs, or has run."""
+
+    worker: int
+    queries: list[int]
+    start_s: float
+    accuracy: float
+    profiled_ms: float
+    extra_ms: float  # that the device did not compute
+
+
+class _Run:
+    """The state of one simulation. Events are heap entries (time, number, method, argument); numbers break ties."""
+
+    def __init__(
+        self, profiles: list[profile_lib.Profile], policy: policies.Policy, trace: traces.Trace, cluster: Cluster, seed: int
+    ):
+        self.profiles, self.policy, self.trace, self.cluster = profiles, policy, trace, cluster
+        profile = profiles[0]  # shapes are those of all
+        self.fleet = drift.Fleet(profiles, correct=cluster.follow_drift)
+        self.factors = _latency_factors(cluster.noise, seed)
+        self.max_batch = profile.max_batch
+        self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
+        self.fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
+        self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
+        self.deadlines: list[float] = trace.deadlines_s.tolist()
+        best = min(p.rows[-1].accuracy for p in profiles)
+        if np.any(np.greater(trace.floors, best)):
+            raise errors.AccuracyFloorError(f"a floor of {np.max(trace.floors)} is above the best subnet's {best}; lower it")
+        self.floors: list[float] = np.broadcast_to(trace.floors, trace.arrivals_s.shape).tolist()
+        if profile.lengths and np.any(np.greater(trace.lengths, profile.lengths[-1])):
+            longest = profile.lengths[-1]
+            raise errors.InputError(f"a query of {np.max(trace.lengths)} tokens, but the longest length bucket has {longest}")
+        self.lengths: list[int] = np.broadcast_to(trace.lengths, trace.arrivals_s.shape).tolist()
+        self.mixed = np.ndim(trace.slo_ms) > 0
+        self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
+        self.arrived = 0
+        self.queue = padding.make_queue(profile)
+        self.meter = queue.Meter()
+        self.admission = admission_lib.Admission(profile)
+
+        self.idle = collections.deque(range(cluster.workers))
+        self.running: list[_Batch | None] = [None] * cluster.workers
+        self.last_subnet: list[Any] = [None] * cluster.workers
+        self.outages = [0] * cluster.workers  # that a worker is in
+        self.stalled_until_s = 0.0
+        # Of the finished batches; flat lists, which the garbage collector need not walk through.
+        self.answered: list[int] = []
+        self.sizes: list[int] = []
+        self.batches: list[float] = []  # worker, start, finish, accuracy; worker, ...
+        self.expired: list[int] = []
+        self.refused: list[int] = []
+
+        # The last arrival and the last event never come.
+        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self.stall, None)]
+        self.number = 0
+        for outage in cluster.outages:
+            self.at(outage.from_s, self.leave, outage.worker)
+            if outage.until_s < math.inf:
+                self.at(outage.until_s, self.come_back, outage.worker)
+        for stall in cluster.stalls:
+            self.at(stall.from_s, self.stall, stall.until_s)
+
+    def run(self) -> None:
+        arrivals, events, waiting, idle = self.arrivals, self.events, self.queue, self.idle
+        while True:
+            now_s = events[0][0]
+            if idle and arrivals[self.arrived] < now_s:
+                now_s = min(now_s, max(arrivals[self.arrived], self.stalled_until_s))
+            if now_s == math.inf:
+                break
+            if arrivals[self.arrived] <= now_s:
+                self.admit(now_s)
+            while events[0][0] <= now_s:
+                _, _, happens, argument = heapq.heappop(events)
+                happens(now_s, argument)
+            if now_s >= self.stalled_until_s:
+                while idle and len(waiting):
+                    self.dispatch(now_s)
+        # Nothing will happen any more: all has been answered, or every worker has left for good. What is left of the events
+        # are methods of this object, without which it goes at once, not when garbage is collected.
+        events.clear()
+        self.expired += waiting.drain()
+        self.refused += range(self.arrived, len(arrivals) - 1)
+
+    def at(self, time_s: float, happens: Callable[[float, Any], None], argument: Any) -> None:
+        self.number += 1
+        heapq.heappush(self.events, (time_s, self.number, happens, argument))
+
+    def admit(self, now_s: float) -> None:
+        """Everything that has arrived by now."""
+        first = self.arrived
+        self.arrived = end = bisect.bisect_right(self.arrivals, now_s, first)
+        if self.cluster.max_queue < math.inf:
+            admitted = min(end, first + max(int(self.cluster.max_queue) - len(self.queue), 0))
+            self.refused += range(admitted, end)
+            end = admitted
+        push, deadlines, floors, tokens = self.queue.push, self.deadlines, self.floors, self.lengths
+        if first < end:
+            self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
+        for i in range(first, end):
+            if self.cluster.admission and not self.admits(i):
+                self.refused.append(i)
+            else:
+                push(deadlines[i], i, floors[i], tokens[i])
+
+    def admits(self, i: int) -> bool:
+        """Whether a query is admitted when it arrives: since then nothing else has happened."""
+        return self.admission.admits(
+            self.queue,
+            self.fleet,
+            self.arrivals[i],
+            self.deadlines[i],
+            shortest_ms=self.meter.slo_ms,
+            floor=self.floors[i],
+            length=self.lengths[i],
+            idle=bool(self.idle) and not len(self.queue),
+        )
+
+    def dispatch(self, now_s: float) -> None:
+        """One idle worker takes what the policy says."""
+        waiting = self.queue
+        if self.cluster.expire:
+            self.expired += waiting.pop_before(now_s + self.fastest_s)
+            if not len(waiting):
+                return
+        worker = self.idle.popleft()
+        last = self.last_subnet[worker]
+        pace = self.fleet.pace(worker)
+        row, queries, extra_ms, _ = dispatch.next_batch(
+            waiting, self.meter, self.policy, self.profiles[worker], now_s, pace=pace, last_subnet=last, worker=worker
+        )
+        profiled_ms = row.latency_ms[self.padded[len(queries)]]
+        latency_ms = profiled_ms * next(self.factors) * self.slowdown(worker, now_s) + self.cluster.overhead_ms
+        if row.subnet != last:
+            extra_ms += self.cluster.actuation_ms
+            self.last_subnet[worker] = row.subnet
+        batch = _Batch(worker, queries, now_s, row.accuracy, profiled_ms, extra_ms)
+        self.running[worker] = batch
+        self.at(now_s + 1e-3 * (latency_ms + extra_ms), self.finish, batch)
+
+    def slowdown(self, worker: int, now_s: float) -> float:
+        """By which batches that begin now on a worker take longer."""
+        factor = 1.0
+        for slow in self.cluster.slowdowns:
+            if slow.worker in (None, worker) and slow.from_s <= now_s < slow.until_s:
+                factor *= slow.factor
+        return factor
+
+    def finish(self, now_s: float, batch: _Batch) -> None:
+        if self.running[batch.worker] is not batch:
+            return  # its worker left while it ran
+        if now_s < self.stalled_until_s:
+            self.at(self.stalled_until_s, self.finish, batch)
+            return
+        self.running[batch.worker] = None
+        self.fleet.observe(batch.worker, batch.profiled_ms, 1e3 * (now_s - batch.start_s) - batch.extra_ms)
+        self.idle.append(batch.worker)
+        self.answered += batch.queries
+        self.sizes.append(len(batch.queries))
+        self.batches += (batch.worker, batch.start_s, now_s, batch.accuracy)
+
+    def stall(self, now_s: float, until_s: float) -> None:
+        self.stalled_until_s = max(self.stalled_until_s, until_s)
+        self.at(until_s, lambda *_: None, None)  # a moment to dispatch at
+
+    def leave(self, now_s: float, worker: int) -> None:
+        self.outages[worker] += 1
+        if self.outages[worker] > 1:
+            return
+        self.fleet.leave(worker)
+        batch, self.running[worker], self.last_subnet[worker] = self.running[worker], None, None
+        if batch is None:
+            self.idle.remove(worker)
+            return
+        for i in batch.queries:  # as the server does: no slack left, no second try
+            if self.deadlines[i] > now_s:
+                self.queue.push(self.deadlines[i], i, self.floors[i], self.lengths[i])
+            else:
+                self.expired.append(i)
+
+    def come_back(self, now_s: float, worker: int) -> None:
+        self.outages[worker] -= 1
+        if not self.outages[worker]:
+            self.fleet.come_back(worker)
+            self.idle.append(worker)
+
+    def result(self) -> Result:
+        self.run()
+        n = len(self.trace)
+        start_s, finish_s, accuracy = np.full(n, np.inf), np.full(n, np.inf), np.full(n, np.nan)
+        batch, worker = np.zeros(n, np.int32), np.full(n, -1, np.int32)
+        outcome = np.full(n, LATE, np.uint8)
+        order, sizes = np.array(self.answered, np.int64), np.array(self.sizes, np.int64)
+        batch[order] = np.repeat(sizes, sizes)
+        columns = np.array(self.batches).reshape(-1, 4).T
+        for array, column in zip((worker, start_s, finish_s, accuracy), columns, strict=True):
+            array[order] = np.repeat(column, sizes)
+        deadline_s = self.trace.deadlines_s
+        outcome[finish_s <= deadline_s] = MET
+        outcome[self.expired] = EXPIRED
+        outcome[self.refused] = REFUSED
+        return Result(self.trace.arrivals_s, deadline_s, start_s, finish_s, accuracy, batch, worker, outcome)
+
+
+def _latency_factors(spread: float, seed: int) -> Iterator[float]:
+    """Log-normal factors with median 1."""
+    if not spread:
+        yield from itertools.repeat(1.0)
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from np.exp(spread * rng.standard_normal(1024)).tolist()

@@ -1,0 +1,27 @@
+"""The data that a SuperNet is trained on: its configs, and streams of batches."""
+
+from superserve_jax.training.data.sources import (
+    DataConfig,
+    Dataset,
+    FolderConfig,
+    TextConfig,
+    check_fit,
+    check_kind,
+    config_from_json,
+    config_to_json,
+    from_arrays,
+    open,
+)
+
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "FolderConfig",
+    "TextConfig",
+    "check_fit",
+    "check_kind",
+    "config_from_json",
+    "config_to_json",
+    "from_arrays",
+    "open",
+]

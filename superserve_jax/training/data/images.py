@@ -1,0 +1,184 @@
+"""Image datasets by their TFDS name, and what every dataset of encoded images shares: decoding, cropping, augmentation.
+
+Pixels stay uint8: normalising them belongs to the model, so that serving cannot differ from training.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from superserve_jax import errors
+from superserve_jax.training import checks
+from superserve_jax.training.data import augment, streams
+from superserve_jax.training.datasets import prepared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """What happens to images before the model sees them.
+
+    Args:
+      validation: number of training examples that are held out as the validation split.
+      image_size: height and width of the images given out; others are resized and cropped at the centre.
+      channels: 1 for grey, 3 for RGB; images are converted.
+      shift: training images are moved by up to this number of pixels; black comes in from outside.
+      flip: half of the training images are mirrored.
+      random_crop: Inception's random crop for training and the central 0.875 for evaluation, as is usual on ImageNet.
+      cache: decode a split once and keep it in memory, uint8. For small datasets.
+    """
+
+    validation: int = 1000
+    image_size: int = 32
+    channels: int = 1
+    shift: int = 0
+    flip: bool = False
+    random_crop: bool = False
+    cache: bool = True
+
+    def __post_init__(self):
+        for field, least in (("validation", 0), ("image_size", 1), ("shift", 0)):
+            checks.demand_whole(field, getattr(self, field), least)
+        if self.channels not in (1, 3):
+            raise errors.ConfigError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels!r}")
+        if self.shift >= self.image_size:
+            raise errors.ConfigError(f"shift must be less than image_size={self.image_size}, got {self.shift}")
+        for field in ("flip", "random_crop", "cache"):
+            checks.demand_bool(field, getattr(self, field))
+        if self.random_crop and self.cache:
+            raise errors.ConfigError("random_crop=True needs whole images, but cache=True keeps cropped ones; set cache=False")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(ImageConfig):
+    """An image dataset of TFDS; the fields of `ImageConfig` say what happens to its images.
+
+    Args:
+      name: a TFDS name; `cluttered_digits` is made at first use, others must have been prepared.
+      data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
+
+    >>> DataConfig("cifar10", channels=3, shift=4, flip=True).image_size
+    32
+    """
+
+    name: str = "cluttered_digits"
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        prepared.check_name(self.name)
+        checks.demand_path("data_dir", self.data_dir)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The encoded images of a split.
+
+    Args:
+      count: number of images.
+      read: the file (PNG, JPEG, ...) and the label at a position.
+      where: what to call the image at a position in an error.
+    """
+
+    count: int
+    read: Callable[[int], tuple[bytes, int]]
+    where: Callable[[int], str]
+
+
+def open(config: DataConfig) -> streams.Dataset:
+    """The TFDS dataset of `config`, made first if it is our own and not there yet.
+
+    Raises:
+      UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, or does not hold images with labels.
+    """
+    return from_builder(config, prepared.load(config.name, config.data_dir))
+
+
+def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> streams.Dataset:
+    """The dataset of a TFDS builder; raises DataError where it does not hold images with class labels."""
+    features, supervised = prepared.features(builder), builder.info.supervised_keys
+    match supervised:
+        case (str(image), str(label)):
+            pass
+        case _:
+            image, label = "image", "label"
+    wanted = (tfds.features.Image, tfds.features.ClassLabel)
+    if not all(isinstance(features.get(key), kind) for key, kind in zip((image, label), wanted, strict=True)):
+        raise errors.DataError(
+            f"dataset '{config.name}' is not one of images with class labels: it holds {sorted(features)}; "
+            f"choose one with an Image and a ClassLabel, such as cifar10"
+        )
+
+    data_source: Any = builder.as_data_source
+
+    def encoded(split: str) -> Encoded:
+        # Decoded by us: TFDS would leave grey JPEGs grey, and decode differently where OpenCV happens to be installed.
+        raw: Any = {image: tfds.decode.SkipDecoding()}
+        source = data_source(split, decoders=raw)
+
+        def read(i: int) -> tuple[bytes, int]:
+            record = source[i]
+            return record[image], record[label]
+
+        return Encoded(len(source), read, lambda i: f"image {i} of '{config.name}', {split}")
+
+    splits = {ours: encoded(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
+    return dataset(config, config.name, splits, class_names=features[label].names)
+
+
+def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, class_names: Sequence[str]) -> streams.Dataset:
+    """A dataset of uint8 images (H, W, C) out of encoded ones."""
+    return streams.Dataset(
+        name,
+        {split: _records(config, encoded) for split, encoded in splits.items()},
+        class_names=class_names,
+        cache=config.cache,
+        augment=augmentation(shift=config.shift, flip=config.flip),
+    )
+
+
+def augmentation(*, shift: int, flip: bool) -> Callable[[streams.Batch, np.random.Generator], streams.Batch] | None:
+    """Moves and mirrors the images (B, H, W, C) of a training batch by chance; None where there is nothing to do."""
+
+    def change(batch: streams.Batch, rng: np.random.Generator) -> streams.Batch:
+        images = batch["inputs"]
+        if shift:
+            images = augment.shift(images, shift, rng)
+        if flip:
+            images = augment.flip(images, rng)
+        return {**batch, "inputs": images}
+
+    return change if shift or flip else None
+
+
+def _records(config: ImageConfig, encoded: Encoded) -> streams.Records:
+    share = augment.EVAL_SHARE if config.random_crop else 1.0
+
+    def pixels(i: int) -> tuple[np.ndarray, int]:
+        file, label = encoded.read(i)
+        try:
+            return _decode(file, config.channels), label
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG
+            raise errors.DataError(f"{encoded.where(i)} cannot be decoded: {e}; replace or remove it") from e
+
+    def read(i: int) -> streams.Example:
+        image, label = pixels(i)
+        return augment.centre_crop(image, config.image_size, share=share), label
+
+    def read_random(i: int, rng: np.random.Generator) -> streams.Example:
+        image, label = pixels(i)
+        return augment.random_resized_crop(image, config.image_size, rng), label
+
+    shape = (config.image_size, config.image_size, config.channels)
+    return streams.Records(encoded.count, read, (shape, np.uint8), read_random if config.random_crop else None)
+
+
+def _decode(file: bytes, channels: int) -> np.ndarray:
+    """A PNG or JPEG as uint8 (H, W, C), whatever channels it was stored with."""
+    with PIL.Image.open(io.BytesIO(file)) as image:
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)

@@ -1,0 +1,106 @@
+"""Text datasets by their TFDS name, as token ids: listops, which is made here, and others by a WordPiece vocabulary."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from superserve_jax import errors, vocabulary
+from superserve_jax.training import checks
+from superserve_jax.training.data import streams
+from superserve_jax.training.datasets import prepared
+from superserve_jax.training.datasets.listops import grammar
+
+# Names of features that hold text, alone or in pairs, those of GLUE (Wang et al., ICLR 2019) first.
+_TEXTS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Which texts, and how they become token ids.
+
+    Args:
+      name: a TFDS name, such as "glue/mnli"; `listops` is made at first use, others must have been prepared.
+      data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
+      validation: number of training examples, the last ones, that are held out as the validation split.
+      max_length: tokens of an input; shorter ones are padded, longer ones cut off.
+      token_types: 2 to give out whether a token is of a pair's first or second text, beside its id.
+      vocabulary: a WordPiece vocabulary file, such as BERT's vocab.txt; `listops` has its own.
+      lowercase: lowercase texts and strip accents first, as BERT's uncased models do.
+
+    >>> TextConfig("listops", max_length=32).token_types
+    1
+    """
+
+    name: str = "listops"
+    data_dir: str | None = None
+    validation: int = 1000
+    max_length: int = 32
+    token_types: int = 1
+    vocabulary: str | None = None
+    lowercase: bool = True
+
+    def __post_init__(self):
+        prepared.check_name(self.name)
+        for field, least in (("validation", 0), ("max_length", 3)):
+            checks.demand_whole(field, getattr(self, field), least)
+        if self.token_types not in (1, 2):
+            raise errors.ConfigError(f"token_types must be 1 or 2, got {self.token_types!r}")
+        checks.demand_bool("lowercase", self.lowercase)
+        checks.demand_path("data_dir", self.data_dir)
+        checks.demand_path("vocabulary", self.vocabulary)
+        if (self.vocabulary is None) != (self.name == "listops"):
+            remedy = "leave it out" if self.vocabulary else "give the path of a WordPiece file, such as BERT's vocab.txt"
+            raise errors.ConfigError(f"vocabulary of '{self.name}' is {self.vocabulary!r}; {remedy}")
+
+
+def open(config: TextConfig) -> streams.Dataset:
+    """The dataset of `config`, made first if it is our own and not there yet.
+
+    Raises:
+      UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, does not hold texts with labels, or the
+        vocabulary cannot be read.
+    """
+    if config.vocabulary is None:
+        words = vocabulary.Vocabulary(grammar.TOKENS, scheme="words")
+    else:
+        words = vocabulary.Vocabulary.read(config.vocabulary, lowercase=config.lowercase)
+        words.encode([""], length=3)  # where the tokenizer is missing, that should be said now
+    return from_builder(config, prepared.load(config.name, config.data_dir), words)
+
+
+def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: vocabulary.Vocabulary) -> streams.Dataset:
+    """The dataset of a TFDS builder; raises DataError where it does not hold texts with class labels."""
+    features = prepared.features(builder)
+    texts = {key for key, feature in features.items() if isinstance(feature, tfds.features.Text)}
+    keys = next((keys for keys in _TEXTS if texts.issuperset(keys)), None)
+    if keys is None or not isinstance(features.get("label"), tfds.features.ClassLabel):
+        raise errors.DataError(
+            f"dataset '{config.name}' is not one of texts with class labels: it holds {sorted(features)}; choose one with a "
+            f"ClassLabel named label, and with Text features named {' or '.join('+'.join(keys) for keys in _TEXTS)}"
+        )
+
+    data_source: Any = builder.as_data_source
+
+    def records(split: str) -> streams.Records:
+        source = data_source(split)
+
+        def read(i: int) -> streams.Example:
+            record = source[i]
+            parts = [[record[key].decode()] for key in keys]
+            inputs = words.encode(*parts, length=config.max_length, token_types=config.token_types)
+            return inputs[0], record["label"]
+
+        shape = (config.max_length,) if config.token_types == 1 else (config.max_length, 2)
+        return streams.Records(len(source), read, (shape, np.int32))
+
+    splits = {ours: records(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
+    return streams.Dataset(config.name, splits, class_names=features["label"].names, vocabulary=words)

@@ -1,0 +1,55 @@
+"""Exports of networks that were never trained, for measuring what depends on sizes only: bytes and milliseconds."""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import config as configs
+from superserve_jax.training import sampling
+
+_DRAWS = 100  # for each subnet; in a small space the last ones are rare
+
+
+@contextlib.contextmanager
+def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib.Path]:
+    """The export that a path names; for a config file one of its network with made-up values, which is deleted at the end.
+
+    Args:
+      path: an export's directory or a config file.
+      subnets: how many are served, if it is a config file; see `export`.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".py":
+        yield path
+        return
+    model = configs.load(path).model
+    with tempfile.TemporaryDirectory() as folder:
+        yield export(model, pathlib.Path(folder) / "export", subnets=subnets)
+
+
+def export(config: Any, path: str | os.PathLike[str], *, subnets: int) -> pathlib.Path:
+    """Exports a network with fresh weights; returns the path.
+
+    Rows of statistics are made up, their sizes are real, and accuracies are 0: logits mean nothing.
+
+    Args:
+      config: the family's config.
+      subnets: how many are served, the smallest, the largest and compound random ones; fewer, if not so many are found.
+    """
+    space, rng = config.space(), np.random.default_rng(0)
+    chosen = dict.fromkeys((space.smallest(), space.largest()))
+    for _ in range(_DRAWS * subnets):
+        if len(chosen) >= subnets:
+            break
+        chosen[sampling.compound(space, rng)] = None
+    model = supernet.SuperNet.create(config, seed=0)
+    model.rows = {s: np.ones((2, programs.sliced(config, s).row_size), np.float32) for s in chosen}
+    served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
+    return checkpoint.export(path, model, served, measured="not measured: fresh weights")

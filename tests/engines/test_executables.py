@@ -1,0 +1,223 @@
+import logging
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny import TINY, live_bytes, random_images
+
+import superserve_jax as ss
+from superserve_jax import errors
+from superserve_jax.engines import cache, executables, prepare, subnet_buckets
+from superserve_jax.engines import device as device_engine
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.supernets import programs, supernet
+
+BATCHES = (1, 4)
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    served = [
+        checkpoint.Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)
+    ]
+    checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
+    return checkpoint.load(tmp_path / "export")
+
+
+@pytest.fixture
+def engine(model):
+    return device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
+
+
+def test_an_engine_answers_each_input_as_the_masked_program_does(model, engine):
+    images = random_images(TINY, 4)
+    for subnet in model.subnets:
+        for n, batch in ((1, 1), (1, 4), (3, 4), (4, 4)):
+            outputs = engine.run(subnet, batch, list(images[:n]))
+            expected = np.asarray(model(images[:n], subnet))
+            assert len(outputs) == n
+            np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_outputs_survive_later_calls_and_pin_no_batch(model, engine):
+    subnet = model.subnets[0]
+    first = engine.run(subnet, 4, list(random_images(TINY, 4, seed=1)))
+    kept = [o.copy() for o in first]
+    for seed in range(5):
+        engine.run(subnet, 4, list(random_images(TINY, 4, seed=seed)))
+    np.testing.assert_array_equal(first, kept)
+    assert all(o.base is None for o in first)
+
+
+@pytest.mark.parametrize("slicing", ["kept", "in_call"])
+def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
+    before = live_bytes()
+    engine = device_engine.DeviceEngine(
+        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing
+    )
+    assert live_bytes() - before <= engine.rows.nbytes + engine.slices.nbytes  # the weights lay there already
+    assert (engine.slices.nbytes > 0) == (slicing == "kept")
+    weights = sum(v.nbytes for v in model.params.values())
+    largest = executables.compile_program(programs.sliced(TINY, model.space.largest()), 4, jax.devices()[0])
+    assert largest.call.memory_analysis().argument_size_in_bytes >= weights
+    assert {name for name, _ in largest.leaves} == set(model.params)
+    smallest = executables.compile_program(programs.sliced(TINY, model.space.smallest()), 4, jax.devices()[0])
+    assert not any(name.startswith(("stem.1.", "blocks.0.", "blocks.2.")) for name, _ in smallest.leaves)
+    assert engine.name == "cpu:0"
+
+
+@pytest.mark.parametrize("slicing", ["kept", "in_call"])
+def test_weights_exist_once_however_many_executables_share_them(model, slicing):
+    device, envelopes = jax.devices()[0], subnet_buckets.choose(model.subnets, TINY.flops, 2)
+    program_list = set(device_engine.bucket_programs(TINY, model.subnets, envelopes).values())
+    read = sum(
+        4 * int(np.prod(shape)) if slicing == "kept" else model.params[name].nbytes
+        for program in program_list
+        for name, shape in executables.used_leaves(program).items()
+    )
+    grown = []
+    for batch_sizes in ((1,), BATCHES):
+        before = live_bytes()
+        engine = device_engine.DeviceEngine(
+            *(model, device), subnet_list=model.subnets, batch_sizes=batch_sizes, envelopes=envelopes, slicing=slicing
+        )
+        grown.append(live_bytes() - before)
+        assert len(engine.executables) == len(program_list) * len(batch_sizes)
+        # Were weights closed over, they would lie in the executables, where no live buffer shows them.
+        arguments = sum(call.memory_analysis().argument_size_in_bytes for call in engine.executables)
+        assert arguments >= len(batch_sizes) * read
+        assert grown[-1] <= engine.rows.nbytes + engine.slices.nbytes + 128  # and sizes that are traced
+        del engine
+    assert grown[0] == grown[1]
+
+
+def test_serving_traces_and_compiles_nothing_after_the_start(model, compilations):
+    with ss.Server(model, slo_ms=1000, batch_sizes=BATCHES) as server:
+        profile = server.profile
+        before = len(compilations())
+        for i in range(20):
+            futures = server.submit_many(list(random_images(TINY, 1 + i % 7, seed=i)))
+            assert all(f.result(timeout=10).output.shape == (3,) for f in futures)
+        for row in profile.rows:
+            reply = server.submit(random_images(TINY, 1)[0], min_accuracy=row.accuracy).result(timeout=10)
+            assert reply.accuracy >= row.accuracy
+        assert len(compilations()) == before
+
+
+def test_the_counter_of_compilations_can_count(compilations):
+    before = len(compilations())
+    jax.jit(lambda x: x * 2.5 + before)(np.float32(1))
+    assert len(compilations()) > before
+
+
+def test_a_server_opens_from_a_path_and_answers_what_the_model_says(model):
+    with ss.Server(model.path, policy="fixed:largest", slo_ms=1000, batch_sizes=BATCHES) as server:
+        x = random_images(TINY, 1)[0]
+        reply = server.submit(x).result(timeout=10)
+        np.testing.assert_allclose(reply.output, model(x[None], reply.subnet)[0], rtol=1e-4, atol=1e-5)
+        assert reply.accuracy == server.profile.rows[-1].accuracy
+
+
+def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
+    device = jax.devices()[0]
+    engine = device_engine.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
+    kind = prepare.device_kind(device)
+    measured = prepare.measure(model, engine, BATCHES, kind, repeats=2)
+    path = checkpoint.profile_path(model.path, kind)
+    measured.save(path)
+    assert prepare.prepare(model, batch_sizes=BATCHES)[2] == [measured]
+    assert prepare.stored_profile(model, device, (1,)) == measured.at((1,))
+    assert prepare.stored_profile(model, device, (1, 64)) is None
+    changed = measured.to_json()
+    changed["rows"][0]["accuracy"] = 0.123
+    ss.Profile.from_json(changed).save(path)
+    with caplog.at_level(logging.WARNING):
+        assert prepare.stored_profile(model, device, BATCHES) is None
+    assert "another export" in caplog.text
+
+
+def test_a_server_needs_an_export_batch_sizes_and_devices(model):
+    with pytest.raises(errors.ConfigError, match="export"):
+        ss.Server(supernet.SuperNet(TINY, model.params, model.rows))
+    with pytest.raises(errors.ConfigError, match="batch_sizes is empty"):
+        ss.Server(model, batch_sizes=())
+    with pytest.raises(errors.ConfigError, match="devices is empty"):
+        ss.Server(model, devices=[])
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'slackfit'"):
+        ss.Server(model, policy="slakfit", batch_sizes=(1,))
+
+
+class TestCache:
+    @pytest.fixture(autouse=True)
+    def private(self, monkeypatch, tmp_path):
+        self.root = tmp_path / "cache"
+        monkeypatch.setenv("SUPERSERVE_CACHE", str(self.root))
+
+    def build(self, model):
+        return executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])[0]
+
+    def answer(self, model):
+        [executable] = self.build(model).values()
+        leaves = tuple(model.params[name] for name, _ in executable.leaves)
+        row, active = model.rows[model.space.smallest()], np.zeros(0, np.int32)
+        return np.asarray(executable.call(leaves, random_images(TINY, 1), row, active))
+
+    def test_a_second_start_loads_what_the_first_compiled_without_compiling(self, model, compilations):
+        first = self.answer(model)
+        [entry] = self.root.glob("*.bin")
+        assert self.root.stat().st_mode & 0o077 == 0
+        executables.used_leaves.cache_clear()
+        before = [e for e in compilations() if "backend_compile" in e or "trace" in e]
+        np.testing.assert_array_equal(self.answer(model), first)
+        assert [e for e in compilations() if "backend_compile" in e or "trace" in e] == before
+        assert list(self.root.glob("*")) == [entry]
+
+    @pytest.mark.parametrize("damage", [lambda c: c[:100], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
+    def test_a_damaged_entry_is_compiled_again(self, model, damage, caplog):
+        first = self.answer(model)
+        [entry] = self.root.glob("*.bin")
+        content = entry.read_bytes()
+        entry.write_bytes(damage(content))
+        np.testing.assert_array_equal(self.answer(model), first)
+        assert "is damaged" in caplog.text
+        caplog.clear()
+        self.answer(model)
+        assert "is damaged" not in caplog.text
+
+    def test_a_directory_that_others_may_write_to_is_not_trusted(self, model, caplog):
+        self.root.mkdir(mode=0o777)
+        self.root.chmod(0o777)
+        self.answer(model)
+        assert "chmod 700" in caplog.text
+        assert not list(self.root.glob("*"))
+
+    def test_another_config_or_batch_has_an_entry_of_its_own(self, model):
+        store = cache.ExecutableCache(TINY, jax.devices()[0])
+        other = cache.ExecutableCache(TINY.__class__(num_classes=7), jax.devices()[0])
+        assert len({store._path({"batch": 1}), store._path({"batch": 2}), other._path({"batch": 1})}) == 3
+
+
+def test_a_family_whose_source_cannot_be_read_is_compiled_without_a_cache(model, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("SUPERSERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache.inspect, "getsource", lambda module: (_ for _ in ()).throw(OSError("no source")))
+    cache._source_digest.cache_clear()
+    made, _ = executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])
+    cache._source_digest.cache_clear()
+    assert len(made) == 1
+    assert "no cache of executables" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_that_cannot_be_compiled_keeps_nobody_waiting_for_the_others(model, monkeypatch):
+    begun = []
+
+    def compile_program(program, batch, device, **_):
+        begun.append(batch)
+        time.sleep(0.01)
+        raise RuntimeError("cannot be compiled")
+
+    monkeypatch.setattr(executables, "compile_program", compile_program)
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        executables.build([programs.sliced(TINY, model.space.smallest())], range(1, 500), jax.devices()[0])
+    assert len(begun) < 499

@@ -1,0 +1,49 @@
+"""The published OFA-ResNet50 itself, 48 M parameters at 224x224, with fresh weights: from a config to answers of an export."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_images
+
+import superserve_jax as ss
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import config as configs
+
+CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "ofa_resnet50.py")
+
+
+@pytest.mark.slow
+def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
+    config = configs.load(CONFIG).model
+    space = config.space()
+    assert config.num_params(space.largest()) == pytest.approx(48e6, rel=0.01)
+    chosen = [space.smallest(), space.subnet(depth=(0, 2, 3, 4, 3), expand=0.25, width=0.8), space.largest()]
+    model, image, logits = supernet.SuperNet.create(config, seed=0), random_images(config, 1), {}
+    # Statistics of the image itself, so that normalising with a stored row must give what normalising the batch gave.
+    for subnet in chosen:
+        program = programs.sliced(config, subnet)
+        train = jax.jit(lambda params, x, program=program: program.train(params, x, jnp.zeros((0,), jnp.int32)))
+        logits[subnet], row = map(np.asarray, train(model.params, image))
+        model.rows[subnet] = row
+    served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
+    checkpoint.export(tmp_path / "export", model, served, measured="not measured: fresh weights")
+    del model
+
+    loaded = ss.load(tmp_path / "export")
+    assert list(loaded.subnets) == chosen
+    weights = sum(p.nbytes for p in loaded.params.values())
+    assert weights == pytest.approx(4 * 48e6, rel=0.01)
+    for subnet in chosen:
+        assert weights > 500 * loaded.rows[subnet].nbytes
+        program = programs.sliced(config, subnet)
+        infer = jax.jit(lambda params, x, row, program=program: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)))
+        found = np.asarray(infer(loaded.params, image, loaded.row(subnet)))
+        assert found.shape == (1, 1000)
+        assert np.std(found) > 1e-3
+        np.testing.assert_allclose(found, logits[subnet], rtol=1e-2, atol=1e-2 * np.std(found))
+    masked = np.asarray(loaded(image, chosen[1]))
+    np.testing.assert_allclose(masked, logits[chosen[1]], rtol=1e-2, atol=1e-2 * np.std(masked))

@@ -1,0 +1,106 @@
+"""A family of SuperNets that the library does not know, in one file: from training to a server, nothing else touched."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from mlp_family import MLPConfig
+from tiny import random_images, random_params, random_row
+
+import superserve_jax as ss
+from superserve_jax import errors, families
+from superserve_jax.supernets import programs
+from superserve_jax.training import config as configs
+from superserve_jax.training import data, stages
+
+# -- what it gets for that ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits_dir):
+    """A trained, searched, calibrated and evaluated run."""
+    config = configs.TrainConfig(
+        name="mlp",
+        model=MLPConfig(),
+        data=data.DataConfig(data_dir=digits_dir, image_size=8, validation=60),
+        epochs=20,
+        batch_size=60,
+        buckets=2,
+        calibration_examples=240,
+        search=configs.SearchConfig(candidates=6, calibration_examples=240, examples=60, served=3),
+    )
+    run = ss.train(config, tmp_path_factory.mktemp("runs") / "mlp")
+    stages.search(run)
+    stages.calibrate(run)
+    stages.evaluate(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def path(run):
+    return stages.export(run)
+
+
+def test_its_programs_agree_over_the_whole_space():
+    config = MLPConfig()
+    params, images, masked = random_params(config), random_images(config, 3), programs.masked(config)
+    space = list(config.space().enumerate())
+    assert len(space) == 6
+    for subnet in space:
+        row, sliced = random_row(config, subnet), programs.sliced(config, subnet)
+        expected = sliced.infer(params, images, row, sliced.active(subnet))
+        found = masked.infer(params, images, masked.pad_row(row, subnet), masked.active(subnet))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_it_counts_the_parameters_that_it_has():
+    config = MLPConfig()
+    assert config.num_params(config.space().largest()) == sum(np.prod(s.shape) for s in programs.param_spec(config).values())
+
+
+def test_it_trains_and_is_searched(run):
+    assert run.metrics()[-1]["accuracy"] > 0.3  # guessing gives 0.1
+    space = run.config.model.space()
+    assert {space.smallest(), space.largest()} <= set(run.served())
+    assert ss.load(stages.export(run)).config == run.config.model
+
+
+def test_its_export_answers_as_evaluation_measured(run, path):
+    model = ss.load(path)
+    images, labels = data.open(run.config.data).arrays("test")
+    for served in model.served:
+        hits = np.argmax(np.asarray(model(images, served.subnet)), -1) == labels
+        assert hits.mean() == pytest.approx(served.accuracy)
+
+
+def test_a_server_answers_with_its_subnets(path):
+    model = ss.load(path)
+    images = random_images(MLPConfig(), 8)
+    with ss.Server(model, slo_ms=10_000, batch_sizes=(1, 4), devices=jax.devices()[:1]) as server:
+        for image, future in zip(images, server.submit_many(list(images)), strict=True):
+            reply = future.result(timeout=60)
+            expected = np.asarray(model(image[None], reply.subnet))[0]
+            np.testing.assert_allclose(reply.output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_export_of_a_family_that_nobody_registered_says_what_to_import(path, monkeypatch):
+    monkeypatch.delitem(families._FAMILIES, "mlp")
+    with pytest.raises(errors.ExportError, match=r"unknown family 'mlp'.*import the module that registers it"):
+        ss.load(path)
+
+
+def test_a_family_s_file_among_the_others_is_found_by_itself(tmp_path):
+    """In a process of its own, whose `supernets` folder has one more file."""
+    (tmp_path / "toy.py").write_text(
+        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass ToyConfig:\n    family = 'toy'\n    width: int = 1\n"
+    )
+    code = (
+        "import pkgutil\n"
+        "real = pkgutil.iter_modules\n"
+        f"pkgutil.iter_modules = lambda path: (path.append({str(tmp_path)!r}), real(path))[1]\n"
+        "from superserve_jax import families\n"
+        "assert families.config_from_json({'family': 'toy', 'width': 2}).width == 2"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,196 @@
+"""The checker of histories, fed with histories that are right, and with one broken promise each."""
+
+import collections
+
+import pytest
+from fakes import PROFILE, SUBNETS, always, fail, serve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superserve_jax.engines import base as engine
+from superserve_jax.loadtest import checker as promises
+from superserve_jax.loadtest import recorder as history
+from superserve_jax.serving import futures
+
+A, B = 101, 102  # threads
+
+
+def offered(*keys, floor=0.0):
+    return ("offered", keys, 0.0, 1000.0, floor)
+
+
+def submitted(*keys, deadline_s=1.5, now_s=1.0):
+    return ("submitted", keys, now_s, deadline_s)
+
+
+def given_in(*keys, deadline_s=1.5, floor=0.0):
+    return [offered(*keys, floor=floor), submitted(*keys, deadline_s=deadline_s)]
+
+
+def begun(thread, *keys):
+    return [("decided", thread), ("started", thread, keys)]
+
+
+def ended(*keys, now_s=1.2):
+    return [("finished", keys, now_s)]
+
+
+def answered(key, *, now_s=1.3, met_slo=True, value=None, rank=1):
+    output, accuracy = (key if value is None else value, rank), PROFILE.rows[rank].accuracy
+    return [("resolved", key, now_s, "answered", futures.Reply(output, SUBNETS[rank], accuracy, met_slo, 1.0, 1.0, 1.0, 1))]
+
+
+def failed(key, outcome="InferenceError"):
+    return [("resolved", key, 1.3, outcome, None)]
+
+
+def run(thread, *keys):
+    return [*begun(thread, *keys), *ended(*keys), *(note for key in keys for note in answered(key))]
+
+
+def check(notes, *, pieces=(), strict_order=True, **options):
+    checker = promises.Checker(PROFILE, strict_order=strict_order, **options)
+    for start, end in zip((0, *pieces), (*pieces, len(notes)), strict=True):
+        checker.read(collections.deque(notes[start:end]))
+    return checker.finish()
+
+
+RIGHT = [
+    *given_in(1, 2),
+    *given_in(3, deadline_s=1.2),
+    ("decided", A),
+    *given_in(4, deadline_s=1.1),  # too late for A's decision
+    ("decided", B),
+    ("started", B, (4, 1)),
+    ("started", A, (3,)),
+    ("cancelling", 2),
+    ("raised", (4, 1)),
+    *failed(2, "cancelled"),
+    *ended(3, now_s=1.1),
+    *answered(3),
+    *begun(A, 4),
+    *ended(4),
+    *answered(4, met_slo=False),
+    ("decided", B),  # all of its batch has been cancelled
+    *begun(B, 1),
+    *ended(1, now_s=1.6),
+    *answered(1, now_s=1.7, met_slo=False),
+    offered(5),
+    ("refused", (5,), "QueueFullError"),
+]
+
+
+def test_a_right_history_is_counted_and_not_blamed():
+    found = check(RIGHT)
+    assert found.examples == ()
+    assert (found.offered, found.lost, found.twice, found.violations, found.batches) == (5, 0, 0, 0, 4)
+    assert found.outcomes == {"answered": 3, "cancelled": 1, "refused: QueueFullError": 1}
+    assert found.compared == 2  # what has failed runs ahead of its turn
+
+
+@given(pieces=st.lists(st.integers(0, len(RIGHT))).map(sorted))
+@settings(deadline=None)
+def test_a_history_may_be_read_in_any_pieces(pieces):
+    broken = [*RIGHT, *given_in(6), *run(A, 6), *answered(6)]
+    assert check(broken, pieces=pieces) == check(broken)
+
+
+BROKEN = {
+    "never resolved": given_in(1),
+    "resolved again": [*given_in(1), *run(A, 1), *answered(1)],
+    "had never been offered": answered(1),
+    "no batch with it had finished": [*given_in(1), *begun(A, 1), ("raised", (1,)), *answered(1)],
+    "got the answer of 2": [*given_in(1), *begun(A, 1), *ended(1), *answered(1, value=2)],
+    "asked for an accuracy of 0.8": [*given_in(1, floor=0.8), *run(A, 1)],
+    "says reply.met_slo=True": [*given_in(1), *begun(A, 1), *ended(1, now_s=1.6), *answered(1, now_s=1.7)],
+    "says reply.met_slo=False": [*given_in(1), *begun(A, 1), *ended(1), *answered(1, met_slo=False)],
+    "cancelled by nobody": [*given_in(1), *failed(1, "cancelled")],
+    "was refused, and run": [offered(1), *begun(A, 1), ("refused", (1,), "QueueFullError")],
+    "after it had been refused": [offered(1), ("refused", (1,), "QueueFullError"), *begun(A, 1)],
+    "after it had been answered": [*given_in(1), *run(A, 1), *begun(A, 1)],
+    "runs twice at once": [*given_in(1), *begun(A, 1), *begun(B, 1), *ended(1), *answered(1)],
+    "got the deadline 2.5": [*given_in(1, deadline_s=2.5), *run(A, 1)],
+    "passed over": [*given_in(1, deadline_s=1.2), *given_in(2), *run(A, 2), *run(A, 1)],
+}
+
+
+@pytest.mark.parametrize("promise", BROKEN)
+def test_a_broken_promise_is_found(promise):
+    found = check(BROKEN[promise])
+    assert found.violations == 1
+    assert promise in found.examples[0]
+
+
+def test_a_batch_is_compared_with_all_that_waited_even_if_its_start_is_noted_after_theirs():
+    early, late = given_in(1, deadline_s=1.2), given_in(2)
+    assert check([*early, *late, ("decided", A), *begun(B, 1), ("started", A, (2,)), *failed(1), *failed(2)]).violations == 1
+    assert check([*early, *late, ("decided", A), *begun(B, 2), ("started", A, (1,)), *failed(1), *failed(2)]).violations == 0
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        [offered(1), *given_in(2), *begun(A, 2), submitted(1, deadline_s=1.2), *begun(B, 1)],  # may have come after
+        [*given_in(1, deadline_s=1.2), *given_in(2), *begun(A, 2)],  # never taken: cancelled in the queue, or dropped
+        [*given_in(1), *begun(A, 1), ("raised", (1,)), *given_in(2, deadline_s=1.2), *begun(A, 1), *begun(B, 2)],  # a retry
+    ],
+)
+def test_what_a_race_or_a_retry_explains_is_not_passed_over(notes):
+    assert check([*notes, *failed(1), *failed(2)]).violations == 0
+
+
+def test_a_policy_that_defers_is_not_held_to_the_order_of_deadlines():
+    found = check(BROKEN["passed over"], strict_order=False)
+    assert (found.violations, found.compared) == (0, 0)
+
+
+def test_what_an_abandoned_worker_holds_may_run_elsewhere():
+    assert check(BROKEN["runs twice at once"], abandons=True).violations == 0
+
+
+def test_a_decision_that_led_to_nothing_does_not_hold_up_the_reading():
+    checker = promises.Checker(PROFILE, strict_order=True, patience=10)
+    checker.read(collections.deque([("decided", A), *(note for key in range(1, 11) for note in given_in(key))]))
+    assert checker.offered == 10
+
+
+def test_nothing_is_kept_of_a_query_that_has_resolved():
+    # Those that are due late, among others that are due early, stay in the heap for a while.
+    notes = [note for key in range(1, 10_001) for note in (*given_in(key, deadline_s=1.5 + 0.4 * (key % 2)), *run(A, key))]
+    checker = promises.Checker(PROFILE, strict_order=True)
+    checker.read(collections.deque(notes))
+    assert not checker._open
+    assert not checker._unread
+    assert len(checker._waiting) < 2_000
+
+
+# -- the recorder -------------------------------------------------------------------------------------------------------------
+
+
+def recorded(recorder, **options):
+    return recorder.engine(engine.FakeEngine(PROFILE, speed=float("inf"), input_dtype="int64", **options))
+
+
+def test_the_recorder_notes_each_step_of_a_query():
+    recorder = history.Recorder()
+    with serve(recorded(recorder), policy=recorder.policy(lambda _: always(1))) as s:
+        [(key, query)] = recorder.submit(s, 1, slo_ms=10_000.0)
+        query.result(10)
+    kinds = collections.Counter(note[0] for note in recorder.notes)
+    assert key == 1
+    assert kinds == dict.fromkeys(("offered", "submitted", "decided", "started", "finished", "resolved"), 1)
+
+
+def test_the_recorder_notes_refusals_failures_and_cancellations():
+    recorder = history.Recorder()
+    with serve(recorded(recorder, on_run=fail), policy=recorder.policy(lambda _: always(1)), max_tries=1) as s:
+        [(_, query)] = recorder.submit(s, 1, slo_ms=10_000.0)
+        query.exception(10)
+        s.close()
+        assert recorder.submit(s, 2, slo_ms=10_000.0) == []
+        recorder.cancel(1, query)
+    notes = list(recorder.notes)
+    assert [note[1:] for note in notes if note[0] == "refused"] == [((2, 3), "ServerClosedError")]
+    assert [note[3] for note in notes if note[0] == "resolved"] == ["InferenceError of RuntimeError"]
+    assert notes[-1] == ("cancelling", 1)
+    assert ("raised", (1,)) in notes

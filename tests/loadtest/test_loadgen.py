@@ -1,0 +1,149 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from superserve_jax import errors
+from superserve_jax import profile as profiles
+from superserve_jax import subnet as subnets
+from superserve_jax.engines import base as engine
+from superserve_jax.loadtest import loadgen
+from superserve_jax.loadtest import sim_vs_real as fidelity
+from superserve_jax.serving import futures, server
+from superserve_jax.simulation import metrics, traces
+
+
+def make_profile():
+    nets = [subnets.Subnet((), (("width", (float(i),)),)) for i in range(2)]
+    rows = (profiles.Row(nets[0], 0.7, (1.0, 2.0)), profiles.Row(nets[1], 0.9, (2.0, 4.0)))
+    return profiles.Profile((1, 4), rows)
+
+
+class Classifier(engine.FakeEngine):
+    """Answers scores whose largest is at the input's value."""
+
+    def run(self, subnet, batch_size, inputs):
+        return [np.eye(10)[int(value)] for value, _ in super().run(subnet, batch_size, inputs)]
+
+
+@pytest.fixture
+def trace():
+    return traces.gamma(rate_qps=300.0, duration_s=0.5, slo_ms=200.0)
+
+
+def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace):
+    profile = make_profile()
+    values = np.random.default_rng(0).integers(10, size=len(trace))
+    with server.Server.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, [np.float32(v) for v in values])
+    np.testing.assert_array_equal(done.label, values)
+    assert done.met.mean() > 0.9
+    assert (done.lateness_s >= 0).all()
+    assert (done.finish_s > done.arrival_s).all()
+    assert set(np.unique(done.accuracy)) <= {0.7, 0.9}
+    assert metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy).queries == len(trace)
+
+
+def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_waited_for(trace):
+    profile = make_profile().scaled(200)  # 200 ms a query: five a second of three hundred
+    with server.Server.from_engines([Classifier(profile)], profile, policy="fixed:0", slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
+        target.close(drain=False)
+    assert np.isinf(done.finish_s).any()
+    assert (done.label[np.isinf(done.finish_s)] == -1).all()
+    assert done.met.mean() < 0.5
+
+
+def test_texts_are_replayed_with_the_lengths_that_they_have():
+    tables = [dataclasses.replace(make_profile().scaled(k), lengths=(n,)) for n, k in ((8, 0.1), (16, 1))]
+    profile, seen = profiles.join(tables), []
+    fake = engine.FakeEngine(
+        profile, input_shape=(16,), input_dtype=np.int32, on_run=lambda *args: seen.extend(len(x) for x in args[2])
+    )
+    trace = traces.gamma(rate_qps=200.0, duration_s=0.2, slo_ms=200.0).mixed(lengths={3: 1, 12: 1})
+    inputs = [np.pad(np.full(n, 1, np.int32), (0, 16 - n)) for n in trace.lengths]
+    watch = fidelity.Stopwatch(fake, profile)
+    with server.Server.from_engines([watch], profile, policy="fixed:0", slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, inputs)
+    assert sorted(seen) == sorted(trace.lengths.tolist())
+    np.testing.assert_array_equal(done.lengths, trace.lengths)
+    assert {ms for _, _, ms, _ in watch.batches} <= {0.1, 0.2, 1.0, 2.0}
+    assert {ms for _, _, ms, _ in watch.batches} & {0.1, 0.2}
+    again = fidelity.again(done, profile, "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    np.testing.assert_allclose((again.finish_s - again.start_s)[again.batch == 1].min(), 1e-4)
+
+
+def test_a_late_generator_never_makes_a_deadline_later(trace):
+    class Slow(server.Server):
+        def submit_many(self, xs, **options):
+            import time
+
+            time.sleep(0.02)
+            return super().submit_many(xs, **options)
+
+    profile = make_profile()
+    with Slow.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+        done = loadgen.replay(target, trace, [np.float32(1)] * len(trace))
+    assert np.percentile(done.lateness_s, 90) > 0.005
+    np.testing.assert_allclose(done.deadline_s - done.arrival_s, 0.2)
+
+
+class Recorder:
+    """Stands for a server: notes what is submitted, and refuses what `refuses` says."""
+
+    def __init__(self, refuses=lambda slo_ms, floor: None):
+        self.groups, self.refuses = [], refuses
+
+    def submit_many(self, xs, *, slo_ms, min_accuracy=0.0):
+        if error := self.refuses(slo_ms, min_accuracy):
+            raise error
+        self.groups.append((list(xs), slo_ms, min_accuracy))
+        answers = [futures.Future() for _ in xs]
+        for x, answer in zip(xs, answers, strict=True):
+            answer.set_result(futures.Reply(np.eye(10)[x], None, 0.9, True, 1.0, 0.5, 0.5, len(xs)))
+        return answers
+
+
+MIXED = traces.Trace(np.zeros(6), np.array([30.0, 90.0, 30.0, 90.0, 30.0, 90.0]), np.array([0.0, 0.0, 0.8, 0.8, 0.0, 0.8]))
+
+
+def test_queries_that_are_due_at_once_keep_their_own_slos_and_floors():
+    target = Recorder()
+    done = loadgen.replay(target, MIXED, list(range(6)))
+    assert [(xs, floor) for xs, _, floor in target.groups] == [([0, 4], 0.0), ([1], 0.0), ([2], 0.8), ([3, 5], 0.8)]
+    assert [slo_ms > 40 for _, slo_ms, _ in target.groups] == [False, True, False, True]
+    assert all(slo_ms <= 90 for _, slo_ms, _ in target.groups)
+    np.testing.assert_array_equal(done.label, range(6))
+    again = fidelity.again(done, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    assert again.accuracy.tolist().count(0.9) >= 3  # those with a floor, which the smaller subnet does not reach
+
+
+@pytest.mark.parametrize("error", [errors.QueueFullError("full"), errors.WorkersLostError("lost")])
+def test_a_refused_query_counts_as_missed_and_ends_nothing(error):
+    done = loadgen.replay(Recorder(lambda slo_ms, floor: error if floor else None), MIXED, list(range(6)))
+    np.testing.assert_array_equal(np.isfinite(done.finish_s), MIXED.floors == 0)
+    np.testing.assert_array_equal(np.isfinite(done.lateness_s), MIXED.floors == 0)
+    assert done.label.tolist() == [0, 1, -1, -1, 4, -1]
+    assert done.met.sum() == 3
+
+
+def test_a_floor_that_no_subnet_reaches_is_an_error():
+    error = errors.AccuracyFloorError("too high")
+    with pytest.raises(errors.AccuracyFloorError):
+        loadgen.replay(Recorder(lambda slo_ms, floor: error), MIXED, list(range(6)))
+
+
+def test_a_trace_without_queries_is_refused():
+    with pytest.raises(errors.DataError, match="holds no query"):
+        loadgen.replay(Recorder(), traces.Trace(np.zeros(0)), [])
+    nothing = loadgen.Replay(*[np.zeros(0)] * 7)
+    with pytest.raises(errors.DataError, match="holds no query"):
+        fidelity.again(nothing, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+
+
+def test_the_generator_submits_what_is_due_at_most_every_millisecond():
+    trace = traces.gamma(rate_qps=20_000.0, duration_s=0.05)
+    sent = list(loadgen.submit_when_due(Recorder(), trace, [0] * len(trace)))
+    assert [i for s in sent for i in s.places] == list(range(len(trace)))
+    assert np.diff([s.now_s for s in sent]).min() >= 1e-3
+    assert all(trace.arrivals_s[s.places[-1]] <= s.now_s for s in sent)

@@ -1,0 +1,137 @@
+"""serve/bench/actuation.py and memory.py on a minute network: every figure is there, and they agree with each other."""
+
+import gc
+import json
+import math
+import os
+import pathlib
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from superserve_jax import subnet as subnets
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.families import ofa_resnet
+from superserve_jax.training import random_export as made_up
+
+FOLDER = pathlib.Path(__file__).parents[2] / "serve" / "bench"
+TINY = ofa_resnet.OFAResNetConfig(  # one block: these tests compile thirty programs
+    num_classes=3,
+    image_size=8,
+    channels=1,
+    block="basic",
+    stem_width=8,
+    stem_depths=(1,),
+    stem_pool=False,
+    stage_widths=(16,),
+    strides=(1,),
+    depths=((1,),),
+    divisor=4,
+    expand_ratios=(0.25, 0.5, 1.0),
+    width_mults=(0.5, 1.0),
+    mean=(0.5,),
+    std=(0.5,),
+)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """An export of the tiny network with made-up values, six subnets of it."""
+    return made_up.export(TINY, tmp_path_factory.mktemp("made_up") / "export", subnets=6)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, export):
+    """Runs a program on the export, in this process; returns its figures."""
+
+    def in_this_process(function, path, variant, repeats):
+        gc.collect()
+        return function(path, variant, repeats) if repeats > 1 else None  # with 1 it only fills the cache
+
+    def run(name, *options):
+        main = runpy.run_path(str(FOLDER / name))["main"]
+        monkeypatch.setitem(main.__globals__, "in_fresh_process", in_this_process)
+        monkeypatch.setattr(sys, "argv", [name, str(export), "--json", str(tmp_path / "found.json"), *options])
+        main()
+        return json.loads((tmp_path / "found.json").read_text())
+
+    monkeypatch.setenv("SUPERSERVE_CACHE", str(export.parent / "cache"))
+    return run
+
+
+def numbers(value):
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export, tmp_path, capsys):
+    chosen, plot = subnets.evenly_spaced(checkpoint.load(export).subnets, TINY.flops, 4), tmp_path / "plots" / "loading.png"
+    budget = 4 * TINY.num_params(chosen[2])  # of two of the smaller three
+    found = run("actuation.py", *f"--subnets 4 --rounds 3 --loads 2 --slice-bytes {budget} --plot {plot}".split())
+    assert all(map(math.isfinite, numbers(found)))
+    copied = 0
+    for s, of in zip(chosen, found["subnets"], strict=True):
+        assert (of["flops"], of["weights_bytes"]) == (TINY.flops(s), 4 * TINY.num_params(s))
+        [at] = of["batches"]
+        events = at["events"]
+        copied += events.pop("kept_copied", {"count": 0})["count"]
+        assert {f"{way}_same" for way in ("in_call", "kept", "extracted")} <= set(events)
+        assert events["extracted_same"]["over_extracted"] == 1
+        assert events["kept_same"]["count"] == events["in_call_other"]["count"] == 3
+        assert all(0 < e["median_ms"] <= e["p99_ms"] for e in events.values())
+        assert min(of["copy_ms"], *of["loading_ms"].values(), *at["loading_over_inference"].values()) > 0
+    others = sum(of["batches"][0]["events"].get("kept_other", {"count": 0})["count"] for of in found["subnets"])
+    assert copied + others == 12
+    assert copied > 0 < others  # the largest is never copied
+    assert plot.stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "not measured: fresh weights; sizes are real" in printed
+    assert "kept, same subnet again: " in printed
+
+
+def test_loading_copies_the_weights(export, tmp_path):
+    program = runpy.run_path(str(FOLDER / "actuation.py"))
+    model = checkpoint.load(export)
+    network = program["Extracted"](model, model.subnets[0], jax.devices()[0], file=tmp_path / "weights")
+    for load in (network.load_from_host, network.load_from_disk):
+        loaded = load()
+        for name, value in network.host.items():
+            np.testing.assert_array_equal(loaded[name], value)
+            assert loaded[name].unsafe_buffer_pointer() != value.ctypes.data
+    assert network.drop_pages() == hasattr(os, "posix_fadvise")
+
+
+def test_memory_of_all_variants_adds_up(run, export, capsys):
+    found = run("memory.py", "--executables", "2", "--extracted", "2", "--repeats", "2")
+    assert all(map(math.isfinite, numbers(found)))
+    in_call, kept, small, extracted, everything = found["variants"]
+    model = checkpoint.load(export)
+    weights = 4 * TINY.num_params(model.space.largest())
+    for of in (in_call, kept, small):
+        assert (of["subnets"], of["executables"], of["weights_bytes"]) == (6, 2, weights)
+        beside = of["live_bytes"] - weights - of["rows_bytes"] - of["slices_bytes"]
+        assert 0 < beside < 128  # sizes that are traced in shared executables
+        assert of["host_rows_bytes"] == sum(model.row(s).nbytes for s in model.subnets)
+    assert in_call["slices_bytes"] == 0
+    assert kept["live_bytes"] - in_call["live_bytes"] == kept["slices_bytes"] > 0
+    chosen = [model.space.smallest(), model.space.largest()]
+    assert extracted["live_bytes"] == sum(4 * TINY.num_params(s) + model.row(s).nbytes for s in chosen)
+    assert everything["live_bytes"] == sum(4 * TINY.num_params(s) + model.row(s).nbytes for s in model.subnets)
+    for of in (in_call, kept, small, extracted):
+        assert min(of["temporary_bytes"], of["code_bytes"], *of["latency_ms"]) > 0
+    assert found["ratios"][in_call["name"]]["live_bytes"] == pytest.approx(extracted["live_bytes"] / in_call["live_bytes"])
+    assert "not measured: fresh weights; sizes are real" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "option"), [("actuation.py", "--subnets"), ("memory.py", "--extracted")])
+def test_numbers_that_cannot_be_are_refused(run, name, option, capsys):
+    with pytest.raises(SystemExit):
+        run(name, option, "0")
+    assert "at least" in capsys.readouterr().err

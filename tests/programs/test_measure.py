@@ -1,0 +1,58 @@
+"""serve/measure.py without a model: what it checks before it compiles, and what it reports."""
+
+import pathlib
+import runpy
+import sys
+import types
+
+import pytest
+
+import superserve_jax as ss
+from superserve_jax import errors
+from superserve_jax import profile as profiles
+from superserve_jax.engines import device as device_engine
+from superserve_jax.engines import profiling as measuring
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.subnet import Subnet
+
+PROGRAM = str(pathlib.Path(__file__).parents[2] / "serve" / "measure.py")
+# The third subnet is slower than the last, which is more accurate: it is not worth serving, and a breach of P2.
+ROWS = [(0.7, (1.0, 2.0)), (0.75, (2.0, 4.0)), (0.76, (9.0, 9.0)), (0.8, (4.0, 8.0))]
+PROFILE = profiles.Profile((1, 2), tuple(profiles.Row(Subnet((i,)), a, ms) for i, (a, ms) in enumerate(ROWS)))
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Runs the program with options, on an export and an engine that stand for real ones."""
+    served = [types.SimpleNamespace(subnet=r.subnet, accuracy=r.accuracy, flops=1) for r in PROFILE.rows]
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(flops=lambda subnet: 1), subnets=[r.subnet for r in PROFILE.rows], served=served
+    )
+    engines = []
+    monkeypatch.setattr(ss, "load", lambda path: model)
+    monkeypatch.setattr(device_engine, "DeviceEngine", lambda *args, **options: engines.append(options))
+    monkeypatch.setattr(measuring, "measure", lambda *args, **options: PROFILE)
+    monkeypatch.setattr(checkpoint, "profile_path", lambda path, kind: tmp_path / "profile.json")
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path), *options])
+        runpy.run_path(PROGRAM)["main"]()
+        return engines
+
+    run.engines = engines
+    return run
+
+
+@pytest.mark.parametrize("sizes", [["0"], ["4", "1"], ["2", "2"]])
+def test_batch_sizes_that_cannot_be_are_refused_before_anything_is_compiled(measure, sizes):
+    with pytest.raises(errors.ConfigError, match="batch_sizes must be ascending"):
+        measure("--batch-sizes", *sizes)
+    assert measure.engines == []
+
+
+def test_what_slackfit_needs_is_checked_on_all_that_was_measured(measure, capsys):
+    measure("--batch-sizes", "1", "2", "--slicing", "kept")
+    printed = capsys.readouterr().out
+    assert "3 of 4 subnets worth serving" in printed
+    assert "P1: a larger batch takes longer: 3 of 4 times" in printed
+    assert "P2: a more accurate subnet takes longer: 4 of 6 times" in printed

@@ -1,0 +1,363 @@
+"""Length buckets without a model: the queue, what a policy is told, the simulator and the server on engines that sleep."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from superserve_jax import errors
+from superserve_jax.engines import base as engine
+from superserve_jax.profile import Profile, Row, join
+from superserve_jax.scheduling import dispatch, policies, queue
+from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.scheduling import speeds as drift
+from superserve_jax.serving import server
+from superserve_jax.simulation import bounds, simulator, traces
+from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.subnet import Subnet
+
+LENGTHS = (8, 16, 32)
+SUBNETS = (Subnet((0,)), Subnet((1,)))
+
+
+def table(length):
+    """Batches of 1, 2 and 4 take 1, 1.5 and 2.5 ms for each 8 tokens, and twice as long on the more accurate subnet."""
+    rows = [
+        Row(s, a, tuple(k * ms * length / 8 for ms in (1.0, 1.5, 2.5)))
+        for s, a, k in zip(SUBNETS, (0.7, 0.8), (1, 2), strict=True)
+    ]
+    return Profile((1, 2, 4), tuple(rows), lengths=(length,))
+
+
+PROFILE = join([table(length) for length in LENGTHS])
+DEADLINES = st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0])
+FLOORS = st.sampled_from([0.0, 0.0, 0.7, 0.8])
+ENTRIES = st.lists(st.tuples(DEADLINES, FLOORS, st.integers(1, 32)), max_size=12)
+
+
+def bucket(length):
+    return next(limit for limit in LENGTHS if limit >= length)
+
+
+def filled(entries):
+    q = padding.LengthQueue(PROFILE)
+    for i, (deadline_s, floor, length) in enumerate(entries):
+        q.push(deadline_s, i, floor, length)
+    return q
+
+
+def decide(q, policy, now_s=0.0, meter=None):
+    return dispatch.next_batch(
+        q, meter or queue.Meter(), policy, PROFILE, now_s, pace=drift.Pace(), last_subnet=None, worker=0
+    )[:3]
+
+
+def test_inputs_of_one_shape_or_one_length_wait_in_a_plain_queue():
+    for profile in (dataclasses.replace(table(8), lengths=()), table(8)):
+        assert type(padding.make_queue(profile)) is queue.DeadlineQueue
+
+
+@given(ENTRIES, st.integers(1, 5), st.sampled_from([0.7, 0.8]), st.sampled_from([0.0, 2.5]))
+def test_every_batch_has_its_head_and_nobody_too_long_for_the_head_s_length_bucket(entries, n, accuracy, deferred_s):
+    q, seen = filled(entries), []
+    while len(q):
+        q.defer(deferred_s)
+        head, length, floors, before = q.head(), q.head_length, q.head_floors(n), len(q)
+        batch = q.pop(n, accuracy) or q.pop(n)
+        assert batch[0] == head
+        assert bucket(entries[head][2]) == length == max(bucket(entries[i][2]) for i in batch)
+        assert len(q) == before - len(batch)
+        if all(floor <= accuracy for _, floor, _ in entries):
+            assert (floors or (0.0,) * len(batch)) == tuple(entries[i][1] for i in batch)
+        seen += batch
+    assert sorted(seen) == list(range(len(entries)))
+
+
+@given(st.lists(st.integers(1, 32)), DEADLINES)
+def test_texts_that_are_added_together_go_to_the_length_bucket_of_each(lengths, deadline_s):
+    together, one_by_one = padding.LengthQueue(PROFILE), filled([(deadline_s, 0.0, length) for length in lengths])
+    together.push_all(deadline_s, range(len(lengths)), lengths=lengths)
+    for q in together, one_by_one:
+        q.look(0.0)
+    while len(one_by_one):
+        assert together.head_length == one_by_one.head_length
+        assert together.pop(4) == one_by_one.pop(4)
+    assert not len(together)
+
+
+@given(ENTRIES, st.integers(1, 5))
+def test_the_head_is_the_earliest_deadline_and_each_length_bucket_is_served_in_order(entries, n):
+    q, taken = filled(entries), []
+    while len(q):
+        assert q.head_deadline_s == min(entries[i][0] for i in set(range(len(entries))) - set(taken))
+        taken += q.pop(n)
+    for limit in LENGTHS:
+        own = [i for i in taken if bucket(entries[i][2]) == limit]
+        assert own == sorted(own, key=lambda i: (entries[i][0], i))
+
+
+@given(
+    st.lists(st.tuples(DEADLINES, FLOORS, st.just(20)), max_size=12),
+    st.integers(1, 5),
+    st.lists(st.sampled_from([0.0, 2.0, 4.0]), max_size=2),
+    st.sampled_from([0.5, 2.5, 9.0]),
+)
+def test_with_all_lengths_alike_it_is_the_plain_queue(entries, n, times, time_s):
+    q, plain = filled(entries), queue.DeadlineQueue()
+    for i, (deadline_s, floor, _) in enumerate(entries):
+        plain.push(deadline_s, i, floor)
+    for t in times:
+        assert q.defer(t) == plain.defer(t)
+    for ask in (len, lambda q: q.late, lambda q: q.head(), lambda q: q.head_deadline_s):
+        assert ask(q) == ask(plain)
+    assert (q.head_floors(n) or (0.0,) * n)[:n] == (plain.head_floors(n) or (0.0,) * n)[:n]
+    assert q.due_by(time_s) == pytest.approx(plain.due_by(time_s))
+    for accuracy in (0.0, 0.7, math.inf):
+        assert q.pop(n, accuracy) == plain.pop(n, accuracy)
+    extra_s = 1e-3 * (PROFILE.rows[0].latency_ms[0] - PROFILE.tables[0].rows[0].latency_ms[0])
+    assert q.pop_before(time_s - extra_s) == plain.pop_before(time_s)
+    assert q.drain() == plain.drain()
+
+
+@given(ENTRIES, st.sampled_from(["slackfit", "slackfit-paper", "max-acc", "max-batch", "fixed:1", "proteus"]), st.floats(0, 9))
+def test_the_latency_that_decides_is_that_of_the_program_that_will_run(entries, name, now_s):
+    q, policy, asked = filled(entries), policies.create(name, PROFILE), []
+
+    def spy(profile, state):
+        asked.append((profile, state))
+        return policy(profile, state)
+
+    while len(q):
+        before = len(q)
+        row, batch, _ = decide(q, spy, now_s)
+        profile, state = asked[-1]
+        ran = PROFILE.at_length(max(entries[i][2] for i in batch))
+        assert profile == ran
+        assert row == ran.row(row.subnet)
+        assert len(batch) <= state.waiting <= before
+        assert all(entries[i][1] <= row.accuracy for i in batch)
+
+
+def test_a_policy_is_told_of_work_in_units_of_the_head_s_length():
+    # At the fastest subnet's best throughput a query of 32 tokens costs 2.5 ms, one of 8 a quarter of that.
+    q, meter = filled([(0.1, 0.0, 5), (0.2, 0.0, 30), (0.3, 0.0, 8)]), queue.Meter()
+    meter.read(0.0, 0.0)
+    states = []
+
+    def policy(profile, state):
+        states.append((profile.lengths, state))
+        return policies.Decision(SUBNETS[0], 2)
+
+    assert decide(q, policy, 0.05, meter)[1] == [0, 2]
+    assert decide(q, policy, 0.05, meter)[1] == [1]
+    (short, first), (long, second) = states
+    assert (short, first.waiting, first.near) == ((8,), 2, pytest.approx(6.0))
+    assert (long, second.waiting, second.near) == ((32,), 1, pytest.approx(1.0))
+    assert first.rate_qps == pytest.approx(6 / 0.05)
+    assert second.rate_qps == pytest.approx(1.5 / 0.05)
+    assert first.variance_qps == pytest.approx(16 * second.variance_qps)
+
+
+def test_the_first_reading_takes_the_traffic_for_a_poisson_process_in_units_of_the_head_s_work():
+    for tokens, variance_per_mean in ([5] * 8, 1.0), ([32] * 8, 1.0), ([32] * 4 + [5] * 4, (1 + 1 / 16) / (1 + 1 / 4)):
+        q, meter, states = filled([]), queue.Meter(), []
+        meter.read(0.0, 0.0)
+        for i, n in enumerate(tokens):
+            q.push(1.0, i, 0.0, n)
+        decide(q, lambda _, state, seen=states: seen.append(state) or policies.Decision(SUBNETS[0], 4), 0.05, meter)
+        assert states[0].variance_qps == pytest.approx(variance_per_mean * states[0].rate_qps)
+
+
+def test_where_the_decision_defers_the_head_another_length_is_asked_for_anew():
+    # Alone, a query of 32 tokens takes 4 ms: this one is lost. That of 8 tokens can be saved, in 1 ms.
+    q, states = filled([(0.001, 0.0, 32), (0.0015, 0.0, 8)]), []
+    policy = policies.create("slackfit", PROFILE)
+
+    def spy(profile, state):
+        states.append((profile.lengths, state.late))
+        return policy(profile, state)
+
+    row, batch, _ = decide(q, spy)
+    assert (batch, row) == ([1], PROFILE.tables[0].rows[0])
+    assert states == [((32,), 0), ((8,), 0)]  # the lost one is too long for the second batch
+    assert (q.head(), q.late) == (0, 1)
+
+
+def lost_and_on_time(lost_tokens, on_time=1, deadline_s=1.0):
+    """One lost query, and others of 8 tokens with time."""
+    q = filled([(0.001, 0.0, lost_tokens), *[(deadline_s, 0.0, 8)] * on_time])
+    assert q.defer(0.01) == 1
+    return q
+
+
+def test_lost_queries_of_a_longer_bucket_have_a_batch_once_those_on_time_do_not_fill_one():
+    q = lost_and_on_time(32, on_time=5)
+    assert (q.head(), q.head_length, q.late, q.riders, q.pop(4)) == (1, 8, 0, 5, [1, 2, 3, 4])
+    assert (q.head(), q.head_length, q.late, q.riders, q.pop(4)) == (0, 32, 1, 2, [0, 5])
+
+
+def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
+    # A batch of 1, 2 or 4 long ones takes 4, 6 or 10 ms, then one of four short ones 2.5 ms.
+    for now_s, length, riders in (0.987, 32, 3), (0.991, 32, 2), (0.993, 32, 1), (0.994, 8, 1):
+        q = lost_and_on_time(32)
+        q.push(0.002, "another", 0.0, 32)
+        q.defer(0.01)
+        q.look(now_s)
+        assert (q.head_length, q.riders) == (length, riders), now_s
+        _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that does not look at how many there are
+        assert len(batch) == riders, now_s
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_lost_long_texts_are_answered_as_soon_as_lost_short_ones_of_the_same_work(workers):
+    paper = reference.paper_profile()
+    profile = join([dataclasses.replace(paper.scaled(k), lengths=(n,)) for n, k in ((8, 1), (32, 4))])
+    short = traces.gamma(rate_qps=0.9 * workers * paper.throughput_qps(paper.rows[0].subnet), duration_s=4.0, cv2=0.0)
+    done_s, accuracy = {}, {}
+    for tokens, count in (8, 160), (32, 40):
+        arrivals = np.concatenate([short.arrivals_s, np.full(count, 0.5)])
+        order, lost = np.argsort(arrivals, kind="stable"), np.repeat([False, True], [len(short), count])
+        slo_ms, lengths = np.where(lost, 0.1, 36.0)[order], np.where(lost, tokens, 5)[order]
+        trace = traces.Trace(arrivals[order], slo_ms, lengths=lengths)
+        result = simulator.simulate(profile, "slackfit", trace, cluster=simulator.Cluster(workers))
+        assert (result.outcome[slo_ms > 1] == simulator.MET).mean() > 0.997
+        done_s[tokens] = result.finish_s[slo_ms < 1].max() - 0.5
+        accuracy[tokens] = result.accuracy[result.arrival_s > 3].mean()
+    assert done_s[32] < 1.25 * done_s[8] < 2
+    assert accuracy[32] > accuracy[8] - 0.001
+    assert accuracy[32] > profile.rows[0].accuracy + 0.003
+
+
+def test_what_cannot_be_saved_depends_on_its_length():
+    q = filled([(0.0035, 0.0, 32), (0.0035, 0.0, 8)])
+    assert q.pop_before(0.001) == [0]  # alone on the fastest subnet it takes 4 ms, the other 1 ms
+    assert q.drain() == [1]
+
+
+def test_a_query_of_unknown_length_belongs_to_the_longest():
+    q = padding.LengthQueue(PROFILE)
+    q.push(1.0, "unknown")
+    assert q.head_length == 32
+
+
+def always(rank, batch):
+    return lambda profile, state: policies.Decision(SUBNETS[rank], batch)
+
+
+def serve(policy, arrivals_ms, tokens, slo_ms=100.0, **cluster):
+    trace = traces.Trace(np.array(arrivals_ms) / 1e3, slo_ms, lengths=np.array(tokens))
+    return simulator.simulate(PROFILE, policy, trace, cluster=simulator.Cluster(**{"workers": 1, **cluster}))
+
+
+def ms(seconds):
+    return (1e3 * seconds).round(6).tolist()
+
+
+def test_the_simulator_equals_an_example_worked_out_by_hand():
+    # The first runs alone, 8 tokens, for 1 ms. Then the head has 30 tokens and takes its like from behind the short one, two
+    # in 6 ms. Last the short ones, two in 1.5 ms, and the one of 12 tokens, which one of them could not take along, in 2 ms.
+    result = serve(always(0, 2), [0, 0.1, 0.2, 0.3, 0.4, 0.5], [5, 30, 8, 20, 3, 12])
+    assert ms(result.start_s) == [0, 1, 7, 1, 7, 8.5]
+    assert ms(result.finish_s) == [1, 7, 8.5, 7, 8.5, 10.5]
+    assert result.batch.tolist() == [1, 2, 2, 2, 2, 1]
+
+
+def test_shorter_queries_ride_in_what_would_be_padding():
+    result = serve(always(0, 4), [0, 0.1, 0.2, 0.3], [32, 17, 9, 3])
+    assert ms(result.start_s) == [0, 4, 4, 4]
+    assert ms(result.finish_s) == [4, 14, 14, 14]
+
+
+def test_a_change_of_length_is_no_change_of_subnet():
+    profile = Profile.from_json(PROFILE.to_json())  # whose tables have equal subnets, not the same
+    trace = traces.Trace(np.array([0.0, 0.01, 0.03]), 100.0, lengths=np.array([5, 30, 5]))
+    result = simulator.simulate(profile, always(0, 1), trace, cluster=simulator.Cluster(workers=1, actuation_ms=3.0))
+    assert ms(result.finish_s - result.start_s) == [4, 4, 1]
+
+
+def test_a_trace_that_knows_no_lengths_is_padded_to_the_longest():
+    trace = traces.gamma(rate_qps=200.0, duration_s=0.5)
+    known = dataclasses.replace(trace, lengths=32)
+    plain = simulator.simulate(table(32), "slackfit", trace)
+    for t in (trace, known):
+        result = simulator.simulate(PROFILE, "slackfit", t)
+        np.testing.assert_allclose(result.finish_s, plain.finish_s)
+    with pytest.raises(errors.InputError, match="40 tokens, but the longest length bucket has 32"):
+        simulator.simulate(PROFILE, "slackfit", dataclasses.replace(trace, lengths=40))
+
+
+def test_a_worker_that_dies_gives_back_queries_with_their_lengths():
+    result = serve(always(0, 1), [0], [5], outages=(simulator.Outage(worker=0, from_s=0.0005, until_s=0.002),))
+    assert ms(result.finish_s) == [3]
+
+
+def test_length_buckets_beat_padding_to_the_longest():
+    capacity_qps = PROFILE.throughput_qps(SUBNETS[0])
+    trace = traces.gamma(rate_qps=capacity_qps, duration_s=5.0, cv2=4.0).mixed(lengths={6: 6, 14: 3, 30: 1})
+    padded, bucketed = (
+        simulator.simulate(p, "slackfit", trace, cluster=simulator.Cluster(workers=1)) for p in (table(32), PROFILE)
+    )
+    assert bucketed.attainment > padded.attainment + 0.1
+    assert bucketed.mean_accuracy > padded.mean_accuracy + 0.02
+
+
+def test_the_fluid_bound_knows_what_each_length_costs():
+    trace = traces.gamma(rate_qps=2 * PROFILE.throughput_qps(SUBNETS[0]), duration_s=5.0, cv2=0)
+    long, short = (bounds.fluid_of_trace(PROFILE, dataclasses.replace(trace, lengths=n), workers=1) for n in (32, 8))
+    assert long.attainment == pytest.approx(0.5 * 5.036 / 5, abs=1e-3)
+    assert (short.attainment, short.accuracy) == (pytest.approx(1.0), pytest.approx(0.8))
+
+
+# -- the server ---------------------------------------------------------------------------------------------------------------
+
+
+def ids(*values):
+    return np.array(values, np.int32)
+
+
+def open_server(on_run=None, policy=None, **options):
+    fake = engine.FakeEngine(PROFILE, speed=math.inf, input_shape=(32,), input_dtype=np.int32, on_run=on_run)
+    options = {"slo_ms": 60_000.0, "tune_runtime": False, **options}
+    return server.Server.from_engines([fake], PROFILE, policy=policy or always(0, 4), **options)
+
+
+def test_inputs_of_any_length_are_answered_and_trailing_padding_does_not_count():
+    seen = []
+    with open_server(lambda subnet, size, inputs: seen.append([len(x) for x in inputs])) as s:
+        for x in (ids(7, 1), np.pad(ids(8, 0, 2), (0, 40)), np.full(32, 9, np.int32), np.zeros(12, np.int32)):
+            assert s.submit(x).result(10).output[0] == x[0]
+    assert seen == [[2], [3], [32], [1]]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.ones(33, np.int32), "33 tokens, padding at the end not counted; expected 1 to 32"),
+        (np.ones(0, np.int32), "0 tokens"),
+        (np.ones((4, 2), np.int32), r"shape \(4, 2\)"),
+        (np.ones(4, np.int64), "int64"),
+        (np.int32(4), r"shape \(\)"),
+    ],
+)
+def test_an_input_that_no_length_bucket_holds_is_refused(x, message):
+    with open_server() as s, pytest.raises(errors.InputError, match=message):
+        s.submit(x)
+
+
+def test_a_mixed_crowd_is_answered_exactly_once_by_every_policy():
+    rng = np.random.default_rng(0)
+    crowd = [np.full(n, i + 1, np.int32) for i, n in enumerate(rng.integers(1, 33, 200))]
+    for name in ("slackfit", "slackfit-paper", "max-batch", "fixed:0", "proteus"):
+        with open_server(policy=name) as s:
+            futures = list(itertools.chain(*(s.submit_many(crowd[i : i + 20], slo_ms=50.0) for i in range(0, 200, 20))))
+            assert [f.result(10).output[0] for f in futures] == list(range(1, 201)), name
+
+
+def test_engines_and_profile_must_agree_on_the_lengths():
+    fake = engine.FakeEngine(table(32), input_shape=(32,), input_dtype=np.int32)
+    with pytest.raises(errors.ConfigError, match=r"lengths \[32\] and a profile of \[8, 16, 32\]"):
+        server.Server.from_engines([fake], PROFILE)

@@ -1,0 +1,194 @@
+"""Server and queue under random faults, with threads that take turns every 10 us. serve/bench/soak.py --faults does it longer.
+
+What is checked is the history that clients and engines saw, not what the server counts; and that the check finds a server that
+is broken.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import sys
+import threading
+
+import pytest
+from fakes import WAIT_S
+
+from superserve_jax import errors
+from superserve_jax.engines import base as engine
+from superserve_jax.loadtest import storm as stress
+from superserve_jax.scheduling import queue
+from superserve_jax.serving import futures, retries
+
+STORM = stress.Storm(
+    **{"queries": 10_000, "poisoned": 200, "failing": 0.03, "slow": 0.02, "full": 0.02, "hanging": 0.003},
+    **{"broken": 0.2, "changed_every_s": 0.02, "stall_s": 0.1},
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.CRITICAL, logger="superserve_jax")  # thousands of batches fail
+
+
+def run(**options):
+    return stress.run(dataclasses.replace(STORM, **options))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_promise_is_kept_while_everything_goes_wrong_at_once(seed, overlap):
+    result = run(seed=seed, overlap=overlap)
+    found = result.findings
+    assert found.examples == ()
+    assert (found.lost, found.twice, found.violations) == (0, 0, 0)
+    assert found.offered == STORM.queries == sum(found.outcomes.values())
+    assert found.compared > 100
+    assert {"poisoned", "failing", "slow", "full"} <= set(result.faults)
+    assert {"answered", "cancelled", "InferenceError of PoisonedError"} <= set(found.outcomes)
+    assert result.workers["replaced"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strict": False},
+        {"strict": False, "overlap": True},
+        {"workers": 1},
+        {"workers": 1, "overlap": True},
+        {"workers": 12, "clients": 2},
+        {"max_queue": 50},
+        {"broken": 1.0, "queries": 2_000},
+        {"slos_ms": (0.1,), "queries": 2_000},
+        {"closed_after": 2_000},
+    ],
+    ids=str,
+)
+def test_every_promise_is_kept_by_another_policy_by_few_workers_or_many_when_it_is_full_or_closes(options):
+    found = run(**options).findings
+    assert found.examples == ()
+    assert found.offered == sum(found.outcomes.values()) == options.get("queries", STORM.queries)
+    if "closed_after" in options:
+        assert found.outcomes["refused: ServerClosedError"] > 0
+    if "max_queue" in options:
+        assert found.outcomes["refused: QueueFullError"] > 0
+
+
+# -- servers that are broken --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_patience(monkeypatch):
+    monkeypatch.setattr(stress, "_PATIENCE_S", 0.2)
+
+
+def test_a_queue_out_of_order_is_convicted(monkeypatch):
+    pop = queue.DeadlineQueue.pop
+
+    def pop_one_too_many(self, n, accuracy=math.inf):
+        items = pop(self, n + (n > 1), accuracy)  # one at a time, what is done is dropped
+        if len(items) > n:  # the first goes back, so the last goes ahead of it
+            first = items.pop(0)
+            self.push(first.deadline_s, first, first.floor)
+        return items
+
+    monkeypatch.setattr(queue.DeadlineQueue, "pop", pop_one_too_many)
+    found = run(queries=2_000).findings
+    assert found.violations > 0
+    assert all("passed over" in text for text in found.examples)
+
+
+def test_a_future_that_resolves_again_is_convicted(monkeypatch):
+    resolve = futures.Future._resolve
+
+    def resolve_twice(self, state, value):
+        callbacks = [fn for fn in self._callbacks or () if isinstance(fn, functools.partial)]  # the recorder's
+        done = resolve(self, state, value)
+        for fn in callbacks:
+            fn(self)
+        return done
+
+    monkeypatch.setattr(futures.Future, "_resolve", resolve_twice)
+    assert run(queries=500).findings.twice > 0
+
+
+def test_a_batch_that_is_forgotten_is_convicted(monkeypatch, short_patience):
+    monkeypatch.setattr(retries.Retries, "_add", lambda *_: None)
+    found = run(queries=1_000, hanging=0.0, failing=0.1, window=100, slos_ms=(30_000.0,)).findings
+    assert found.lost > 0
+    assert any("never resolved" in text for text in found.examples)
+
+
+def test_answers_that_are_mixed_up_are_convicted(monkeypatch):
+    compute = engine.FakeEngine.run
+    monkeypatch.setattr(engine.FakeEngine, "run", lambda *args: compute(*args)[::-1])
+    found = run(queries=500).findings
+    assert any("got the answer of" in text for text in found.examples)
+
+
+# -- futures ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_turns():
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before_s)
+
+
+def test_of_many_threads_that_resolve_a_future_one_succeeds_and_each_callback_runs_once(short_turns):
+    rounds, kinds = 300, 3
+    begin, end = threading.Barrier(2 * kinds + 2), threading.Barrier(2 * kinds + 2)
+    shared, won, called, seen = [None], [], [], []
+    ids = itertools.count()
+
+    def resolver(kind):
+        for _ in range(rounds):
+            begin.wait(WAIT_S)
+            future = shared[0]
+            if kind == 0:
+                done = future.set_result(kind)
+            elif kind == 1:
+                done = future.set_exception(ValueError())
+            else:
+                done = future.cancel() and future.cancelled() and None
+            won.append(done is True or (done is None and "cancelled"))
+            end.wait(WAIT_S)
+
+    def listener():
+        for _ in range(rounds):
+            begin.wait(WAIT_S)
+            future = shared[0]
+            name = next(ids)
+            future.add_done_callback(lambda f, name=name: called.append(name))
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                future.exception(WAIT_S)
+            seen.append(future.done())
+            end.wait(WAIT_S)
+
+    threads = [threading.Thread(target=resolver, args=(i % kinds,)) for i in range(2 * kinds)]
+    threads.append(threading.Thread(target=listener))
+    for thread in threads:
+        thread.start()
+    for turn in range(rounds):
+        shared[0] = futures.Future()
+        begin.wait(WAIT_S)
+        end.wait(WAIT_S)
+        results = won[turn * 2 * kinds :]
+        assert results.count(True) == (0 if shared[0].cancelled() else 1)
+        assert results.count("cancelled") == (2 if shared[0].cancelled() else 0)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert len(called) == len(set(called)) == rounds
+    assert all(seen)
+
+
+def test_a_storm_that_cannot_be_is_refused():
+    with pytest.raises(errors.ConfigError, match="failing is a share from 0 to 1, got 2"):
+        stress.Storm(failing=2)
+    with pytest.raises(errors.ConfigError, match="clients must be at least 1, got 0"):
+        stress.Storm(clients=0)

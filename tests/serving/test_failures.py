@@ -1,0 +1,575 @@
+"""Faults in the real server, of engines without a model and, at the end, of real executables."""
+
+import gc
+import itertools
+import math
+import sys
+import threading
+import time
+import weakref
+
+import fakes
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from fakes import LONG_MS, WAIT_S, Gate, fail, x
+from hypothesis import strategies
+from tiny import TINY, random_images
+
+from superserve_jax import errors
+from superserve_jax.engines import base as engine
+from superserve_jax.engines import device as device_engine
+from superserve_jax.profile import Profile, Row
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import retries, server
+from superserve_jax.serving.query import Query
+from superserve_jax.subnet import Subnet
+
+SIZES = (1, 2, 4, 8, 16)
+ROW = Row(Subnet((0,)), 0.7, tuple(float(b) for b in SIZES))
+PROFILE = Profile(SIZES, (ROW,))
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1048576 bytes."
+
+
+def largest(profile, state):
+    return policies.Decision(profile.rows[0].subnet, profile.max_batch)
+
+
+def fake(on_run=None, *, name="fake:0", make=engine.FakeEngine):
+    return make(PROFILE, speed=math.inf, on_run=on_run, name=name)
+
+
+def serve(*engines, **options):
+    options = {"policy": largest, "slo_ms": LONG_MS, "tune_runtime": False, **options}
+    return server.Server.from_engines(engines or [fake()], PROFILE, **options)
+
+
+class Faulty:
+    """An `on_run` hook that raises for some inputs, and remembers the batches."""
+
+    def __init__(self, *poison):
+        self.poison, self.batches = set(poison), []
+
+    def __call__(self, subnet, batch_size, inputs):
+        self.batches.append([float(i) for i in inputs])
+        if self.poison & set(self.batches[-1]):
+            raise RuntimeError("bad luck")
+
+
+def outcomes(queries):
+    """What each query got: its output's value, or the error."""
+    return [f.result(WAIT_S).output[0] if f.exception(WAIT_S) is None else f.exception() for f in queries]
+
+
+def state(s, name="fake:0"):
+    return next(w for w in s.health()["per_worker"] if w["name"] == name)
+
+
+# -- poisoned inputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("position", [1, 7, 16])
+def test_a_poisoned_input_is_named_and_the_rest_of_its_batch_is_answered(workers, position):
+    faulty = Faulty(position)
+    with serve(*(fake(faulty, name=f"fake:{i}") for i in range(workers))) as s:
+        queries = s.submit_many([x(i) for i in range(1, 17)])
+        *others, error = sorted(outcomes(queries), key=lambda o: (isinstance(o, Exception), o))
+        assert others == [i for i in range(1, 17) if i != position]
+        assert queries[position - 1].exception() is error
+        named = (
+            rf"input of shape \(\), dtype float32, values from {position} to {position}: . batches with it .*alone.*bad luck"
+        )
+        with pytest.raises(errors.InferenceError, match=named):
+            queries[position - 1].result(0)
+        assert s.health()["alive"] == workers
+
+
+def test_finding_a_poisoned_input_costs_a_logarithm_of_its_batch():
+    faulty = Faulty(5)
+    with serve(fake(faulty)) as s:
+        outcomes(s.submit_many([x(i) for i in range(1, 17)]))
+    assert [len(b) for b in faulty.batches if any(b)] == [16, 8, 8, 4, 4, 2, 2, 1, 1]
+    assert len(faulty.batches) == 9 + 5  # each failure is followed by one batch of blank inputs
+
+
+@hypothesis.given(poison=strategies.sets(strategies.integers(1, 40)), workers=strategies.integers(1, 3))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_whatever_is_poisoned_gets_an_error_and_nothing_else_does(poison, workers):
+    faulty = Faulty(*poison)
+    with serve(*(fake(faulty, name=f"fake:{i}") for i in range(workers))) as s:
+        answers = outcomes(s.submit_many([x(i) for i in range(1, 41)]))
+        assert s.health()["alive"] == workers
+    assert {i for i, o in enumerate(answers, 1) if isinstance(o, errors.InferenceError)} == poison
+    assert all(o == i for i, o in enumerate(answers, 1) if i not in poison)
+
+
+def test_nothing_but_poison_ends_no_worker():
+    with serve(fake(Faulty(*range(1, 50))), max_failures=1) as s:
+        for i in range(1, 50):
+            assert isinstance(s.submit(x(i)).exception(WAIT_S), errors.InferenceError)
+        assert (state(s)["state"], state(s)["failures"], state(s)["batches"]) == ("idle", 49 * 3, 0)
+
+
+def test_beside_a_broken_worker_only_what_is_poisoned_fails():
+    broken, sound = fake(fail, name="broken"), fake(Faulty(3), name="sound")
+    with serve(broken, sound, slo_ms=1, max_failures=50) as s:
+        for _ in range(5):
+            answers = outcomes(s.submit_many([x(i) for i in range(1, 9)], slo_ms=LONG_MS))
+            assert [isinstance(o, Exception) for o in answers] == [i == 3 for i in range(1, 9)]
+
+
+def test_a_worker_that_fails_on_what_others_answer_leaves():
+    with serve(fake(fail, name="broken"), fake(name="sound"), slo_ms=1, max_failures=2) as s:
+        while s.health()["alive"] == 2:
+            assert outcomes(s.submit_many([x(i) for i in range(8)], slo_ms=LONG_MS)) == list(range(8))
+        assert (state(s, "broken")["state"], state(s, "broken")["failures"]) == ("left", 2)
+        assert "the device burns" in state(s, "broken")["last_error"]
+        assert state(s, "sound")["last_error"] is None
+
+
+def test_what_has_failed_is_run_by_another_worker_first():
+    ran = []
+
+    def choke(name):
+        def on_run(subnet, batch_size, inputs):
+            if 9 in inputs:
+                ran.append(name)
+                raise RuntimeError("bad luck")
+
+        return on_run
+
+    names = ["fake:0", "fake:1"]
+    with serve(*(fake(choke(name), name=name) for name in names)) as s:
+        s.submit(x(9)).exception(WAIT_S)
+    assert [a != b for a, b in itertools.pairwise(ran)] == [True, True]
+
+
+def test_a_batch_goes_whole_to_another_worker_before_it_is_halved():
+    waiting, now = retries.Retries(PROFILE, max_tries=3), {"now_s": 0.0, "workers": 2}
+    batch, before, failed_on = [Query(x(i), 0.0, LONG_MS, 0.0) for i in range(16)], None, 0
+    sizes = []
+    while not (hopeless := waiting.failed(batch, before, failed_on, **now)):
+        assert waiting.find(failed_on, workers=2) is None
+        failed_on = 1 - failed_on
+        before = waiting.find(failed_on, workers=2)
+        batch = before.waiting.drain()
+        sizes.append(len(batch))
+        waiting.groups.clear()
+    assert sizes == [16, 8, 4, 2, 1, 1]  # alone on both
+    assert [query for query, _ in hopeless] == batch
+
+
+# -- outputs ------------------------------------------------------------------------------------------------------------------
+
+
+class Logits(engine.FakeEngine):
+    """Logits (x, 1) for input x, looked at as the contract says."""
+
+    def run(self, subnet, batch_size, inputs):
+        super().run(subnet, batch_size, inputs)
+        logits = self.spoil(np.array([[float(v), 1.0] for v in inputs], np.float32))
+        engine.check_outputs(logits, len(inputs))
+        return [row.copy() for row in logits]
+
+    def spoil(self, logits):
+        return logits
+
+
+class AllNan(Logits):
+    def spoil(self, logits):
+        return np.full_like(logits, np.nan)
+
+
+class WrongShape(Logits):
+    def spoil(self, logits):
+        return logits[:, :, None].T
+
+
+def test_an_input_whose_output_is_nan_fails_alone():
+    with serve(fake(make=Logits)) as s:
+        answers = s.submit_many([x(v) for v in (1, 2, math.nan, 4, math.inf)])
+        with pytest.raises(errors.InferenceError, match=r"values from nan to nan.*outputs \[0\] of 1 have NaN"):
+            answers[2].result(WAIT_S)
+        assert [f.result(WAIT_S).output[0] for i, f in enumerate(answers) if i != 2] == [1, 2, 4, math.inf]
+        assert s.health()["alive"] == 1
+
+
+@pytest.mark.parametrize(("make", "message"), [(AllNan, "have NaN"), (WrongShape, "outputs of shape")])
+def test_a_worker_whose_every_output_is_wrong_leaves(make, message):
+    with serve(fake(make=make, name="bad"), fake(make=Logits, name="good"), slo_ms=1, max_failures=2) as s:
+        while s.health()["alive"] == 2:
+            assert [f.result(WAIT_S).output[0] for f in s.submit_many([x(1), x(2)], slo_ms=LONG_MS)] == [1, 2]
+        assert state(s, "bad")["state"] == "left"
+        assert message in state(s, "bad")["last_error"]
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (16, 5, 4)])
+def test_outputs_pass_unless_one_of_them_is_nan(shape):
+    for value in (0.0, -math.inf, 1e30, math.inf):
+        logits = np.full(shape, 2.0, np.float32)
+        logits[0, 0], logits[-1, -1] = value, -value
+        engine.check_outputs(logits, shape[0])
+    logits[-1, -1] = math.nan
+    with pytest.raises(errors.InferenceError, match=rf"\[{shape[0] - 1}\] of {shape[0]} have NaN"):
+        engine.check_outputs(logits, shape[0])
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError(OUT_OF_MEMORY), MemoryError()], ids=["jax", "python"])
+def test_a_worker_without_the_memory_for_a_batch_runs_smaller_ones_from_then_on(error):
+    sizes, asked = [], []
+
+    def on_run(subnet, batch_size, inputs):
+        sizes.append(batch_size)
+        if batch_size > 4:
+            raise error
+
+    def policy(profile, state):
+        asked.append(profile.max_batch)
+        return policies.Decision(ROW.subnet, 16)  # whatever profile it is shown
+
+    with serve(fake(on_run), policy=policy) as s:
+        for _ in range(2):
+            assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
+        assert (state(s)["max_batch"], state(s)["failures"], s.health()["alive"]) == (4, 2, 1)
+    assert sizes[:2] == [16, 8]
+    assert set(sizes[2:]) == {4}
+    assert asked[:2] == [16, 8]
+    assert set(asked[2:]) == {4}
+
+
+def test_a_named_policy_plans_with_the_batches_that_are_left():
+    table = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.8, (10.0, 10.0, 10.0, 10.0, 100.0))))
+    made = server.make_policy("max-batch", retries.at_most(table, 8))
+    ran = []
+
+    def on_run(subnet, batch_size, inputs):
+        ran.append((subnet, batch_size))
+        if batch_size > 8:
+            raise MemoryError
+
+    engines, options = [engine.FakeEngine(table, speed=math.inf, on_run=on_run)], {"slo_ms": 50.0, "tune_runtime": False}
+    with server.Server.from_engines(engines, table, policy="max-batch", clock=lambda: 0.0, **options) as s:
+        outcomes(s.submit_many([x(i) for i in range(16)]))
+    decision = made(table, policies.State(now_s=0.0, slack_ms=50.0, waiting=16))
+    assert ran[:2] == [(ROW.subnet, 16), (decision.subnet, decision.batch)]
+    assert decision.subnet != ROW.subnet  # in 50 ms all 16 can have only the fast one
+
+
+def test_without_memory_for_a_single_query_a_worker_fails_as_with_any_error():
+    def on_run(subnet, batch_size, inputs):
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    with serve(fake(on_run), max_failures=2) as s:
+        for f in s.submit_many([x(i) for i in range(16)]):
+            with pytest.raises(errors.WorkersLostError, match="RESOURCE_EXHAUSTED"):
+                f.result(WAIT_S)
+        assert (state(s)["state"], state(s)["max_batch"]) == ("left", 1)
+
+
+def test_being_out_of_memory_uses_up_no_try():
+    def on_run(subnet, batch_size, inputs):
+        if batch_size > 1:
+            raise MemoryError
+
+    with serve(fake(on_run), max_tries=1) as s:
+        assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
+
+
+# -- hanging ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_given_twenty_times_as_long_as_profiled():
+    now_s, gate = [0.0], Gate()
+    slow = Profile((1,), (Row(ROW.subnet, 0.7, (50.0,), (100.0,)),))
+    engines = [engine.FakeEngine(slow, speed=math.inf, on_run=gate, name=f"fake:{i}") for i in range(2)]
+    options = {"policy": largest, "slo_ms": LONG_MS, "tune_runtime": False}
+    with server.Server.from_engines(engines, slow, stall_s=1.0, clock=lambda: now_s[0], **options) as s:
+        first = s.submit(x(0))
+        assert gate.entered.wait(WAIT_S)
+        now_s[0] = 1.99
+        time.sleep(0.6)  # some rounds of the watchdog
+        assert (s.health()["abandoned"], s.health()["running"]) == (0, 1)
+        now_s[0] = 20.0  # on a busy machine the watchdog itself is late, and allows for that
+        assert first.result(WAIT_S).output == (0.0, 0)
+        assert sorted(w["state"] for w in s.health()["per_worker"]) == ["abandoned", "idle"]
+        gate.opened.set()
+
+
+def test_an_input_that_hangs_its_worker_costs_no_more_workers_than_it_has_tries():
+    opened = threading.Event()
+
+    def on_run(subnet, batch_size, inputs):
+        if 13 in inputs:
+            opened.wait(WAIT_S)
+
+    with serve(*(fake(on_run, name=f"fake:{i}") for i in range(4)), stall_s=0.02, max_tries=2) as s:
+        with pytest.raises(errors.InferenceError, match=r"2 batches.*has not returned for"):
+            s.submit(x(13)).result(WAIT_S)
+        assert (s.health()["alive"], s.health()["abandoned"]) == (2, 2)
+        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+        opened.set()
+
+
+def test_a_batch_that_hangs_is_not_halved():
+    opened, batches = threading.Event(), []
+
+    def on_run(subnet, batch_size, inputs):
+        batches.append(len(inputs))
+        if len(batches) == 1:
+            opened.wait(WAIT_S)
+
+    with serve(*(fake(on_run, name=f"fake:{i}") for i in range(2)), stall_s=0.02) as s:
+        assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
+        opened.set()
+    assert batches == [16, 16]
+
+
+def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
+    opened = threading.Event()
+
+    def on_run(subnet, batch_size, inputs):
+        if 13 in inputs:
+            fail()
+        opened.wait(WAIT_S)
+
+    with serve(fake(on_run, name="bad"), stall_s=0.02) as s:
+        with pytest.raises(errors.WorkersLostError, match="bad has not returned for"):
+            s.submit(x(13)).result(WAIT_S)
+        opened.set()
+
+
+# -- adding and removing ------------------------------------------------------------------------------------------------------
+
+
+def test_workers_come_and_go_while_traffic_runs():
+    engines = [fake(lambda *_: time.sleep(0.0002), name=f"fake:{i}") for i in range(3)]
+    answers, stop = [], threading.Event()
+    with serve(*engines) as s:
+
+        def submit():
+            while not stop.is_set():
+                answers.append(s.submit_many([x(i) for i in range(5)]))
+                time.sleep(0.0005)
+
+        client = threading.Thread(target=submit)
+        client.start()
+        for i in range(20):
+            s.remove_worker(f"fake:{i % 3}")
+            assert s.health()["alive"] == 2
+            assert s.add_worker(engines[i % 3]) == f"fake:{i % 3}"
+        stop.set()
+        client.join()
+        for five in answers:
+            assert outcomes(five) == list(range(5))
+        assert (s.health()["workers"], s.health()["alive"], s.health()["failures"]) == (3, 3, 0)
+
+
+def test_a_removed_worker_finishes_its_batch_and_its_thread_ends():
+    with fakes.held(2) as (s, gate, first):
+        busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
+        threading.Timer(0.02, gate.opened.set).start()
+        s.remove_worker(busy)
+        assert first.result(0).output == (0.0, 0)
+        assert state(s, busy)["state"] == "removed"
+        assert not [t for t in threading.enumerate() if t.name == f"superserve-{busy}"]
+        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+
+
+def test_a_removed_worker_that_is_stuck_is_abandoned():
+    with fakes.held(2, stall_s=0.05) as (s, _, first):
+        busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
+        s.remove_worker(busy)
+        assert state(s, busy)["state"] == "abandoned"
+        assert f"superserve-{busy}" in [t.name for t in threading.enumerate()]
+        assert first.result(WAIT_S).output == (0.0, 0)
+
+
+def test_a_removed_worker_whose_last_batch_fails_gives_it_back():
+    gate = Gate()
+
+    def burn(*a):
+        gate(*a)
+        fail()
+
+    with serve(fake(burn)) as s:
+        first = s.submit(x(0))
+        assert gate.entered.wait(WAIT_S)
+        s.add_worker(fake(name="fresh"))
+        threading.Timer(0.02, gate.opened.set).start()
+        s.remove_worker("fake:0")
+        assert first.result(WAIT_S).output == (0.0, 0)
+
+
+def test_a_callback_may_remove_its_own_worker():
+    with fakes.held(2) as (s, gate, first):
+        busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
+        first.add_done_callback(lambda f: s.remove_worker(busy))
+        gate.opened.set()
+        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+    assert s.health()["abandoned"] == 0
+
+
+def test_the_last_worker_cannot_be_removed_nor_one_that_there_is_not():
+    with serve(fake(), fake(name="gpu:1")) as s:
+        with pytest.raises(errors.UnknownNameError, match="unknown worker 'gpu:0': did you mean 'gpu:1'"):
+            s.remove_worker("gpu:0")
+        s.remove_worker("gpu:1")
+        with pytest.raises(errors.ConfigError, match="fake:0 is the last worker; add another"):
+            s.remove_worker("fake:0")
+        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+
+
+def test_workers_of_one_name_are_told_apart():
+    with serve(fake(), fake()) as s:
+        assert s.add_worker(fake()) == "fake:0 (3)"
+        assert [w["name"] for w in s.health()["per_worker"]] == ["fake:0", "fake:0 (2)", "fake:0 (3)"]
+        s.remove_worker("fake:0 (2)")
+        assert s.add_worker(fake()) == "fake:0 (2)"
+
+
+def test_a_server_that_has_lost_its_workers_serves_again_with_a_new_one():
+    with serve(fake(fail), max_failures=1) as s:
+        with pytest.raises(errors.WorkersLostError, match="add a worker or open a new server"):
+            s.submit(x(1)).result(WAIT_S)
+        assert s.add_worker(fake()) == "fake:0"
+        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (engine.FakeEngine(PROFILE, input_shape=(3,), name="odd"), r"odd takes \(\(3,\).* must agree"),
+        ("gpu:0", "a server of engines takes an engine, got 'gpu:0'"),
+    ],
+    ids=["other inputs", "no engine"],
+)
+def test_a_worker_that_does_not_fit_is_refused(new, message):
+    with serve() as s, pytest.raises(errors.ConfigError, match=message):
+        s.add_worker(new)
+    with pytest.raises(errors.ServerClosedError):
+        s.add_worker(fake())
+
+
+@pytest.mark.parametrize("how", ["removed", "left"])
+def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, caplog):
+    caplog.set_level("CRITICAL", logger="superserve_jax.serving")  # pytest keeps what is logged
+    with serve(fake(), slo_ms=1, max_failures=1) as s:
+        new = fake(fail if how == "left" else None, name="other")
+        held = weakref.ref(new)
+        s.add_worker(new)
+        del new
+        if how == "removed":
+            s.remove_worker("other")
+        while state(s, "other")["state"] != how:
+            outcomes(s.submit_many([x(i) for i in range(50)], slo_ms=LONG_MS))
+        end_s = time.monotonic() + WAIT_S
+        while held() is not None:
+            assert time.monotonic() < end_s
+            gc.collect()
+        assert state(s, "other")["max_batch"] == 16
+
+
+# -- real executables ---------------------------------------------------------------------------------------------------------
+
+
+class Injecting(engine.Wrapper):
+    """A device's engine with faults put in by a hook, which may raise, or change the inputs."""
+
+    def __init__(self, real, hook):
+        super().__init__(real)
+        self._hook = hook
+
+    def run(self, subnet, batch_size, inputs):
+        self._hook(batch_size, inputs)
+        return super().run(subnet, batch_size, inputs)
+
+
+def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(export):
+    [subnet] = export.subnets
+    real = device_engine.DeviceEngine(export, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4))
+    images = random_images(TINY, 16)
+    calls = itertools.count()
+
+    def hook(batch_size, inputs):
+        if batch_size > 2:
+            raise RuntimeError(OUT_OF_MEMORY)
+        if any(np.array_equal(i, images[5]) for i in inputs) or next(calls) % 7 == 3:
+            raise RuntimeError("bad luck")
+
+    profile = Profile((1, 2, 4), (Row(subnet, 0.5, (1.0, 1.0, 1.0)),))
+    with server.Server.from_engines([Injecting(real, hook)], profile, policy="max-batch", slo_ms=LONG_MS) as s:
+        answers = s.submit_many(list(images))
+        with pytest.raises(errors.InferenceError, match=r"shape \(9, 9, 1\), dtype uint8"):
+            answers[5].result(WAIT_S)
+        assert (state(s, real.name)["max_batch"], s.health()["alive"]) == (2, 1)
+    expected = np.asarray(export(images, subnet))
+    for i, f in enumerate(answers):
+        if i != 5:
+            np.testing.assert_allclose(f.result(0).output, expected[i], atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(export):
+    images = random_images(TINY, 2)
+    with server.Server(export, batch_sizes=(2,), devices=jax.devices()[:1], slo_ms=LONG_MS) as s:
+        [first] = s.health()["per_worker"]
+        added = s.add_worker(jax.devices()[0])
+        assert added == f"{first['name']} (2)"
+        s.remove_worker(first["name"])
+        outputs = [f.result(WAIT_S).output for f in s.submit_many(list(images))]
+        assert state(s, added)["batches"] >= 1
+    expected = np.asarray(export(images, export.subnets[0]))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_who_joins_with_less_accuracy_makes_only_the_floors_above_it_fail_and_leaving_undoes_that():
+    two = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.9, ROW.latency_ms)))
+    gate = Gate()
+    first_engine, second = (engine.FakeEngine(p, speed=math.inf, on_run=gate, name=n) for p, n in ((two, "a"), (PROFILE, "b")))
+    with server.Server.from_engines([first_engine], two, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
+        first = s.submit(x(0))
+        assert gate.entered.wait(WAIT_S)
+        demanding, modest = s.submit(x(1), min_accuracy=0.8), s.submit(x(2))
+        s.add_worker(second, profile=PROFILE)
+        with pytest.raises(errors.AccuracyFloorError, match="that every worker serves now"):
+            demanding.result(WAIT_S)
+        assert modest.result(WAIT_S).output[0] == 2.0
+        s.remove_worker("b")
+        gate.opened.set()
+        assert first.result(WAIT_S).output[0] == 0.0
+        assert s.submit(x(3), min_accuracy=0.8).result(WAIT_S).accuracy == 0.9
+
+
+def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
+    def on_run(*_):
+        error = RuntimeError("round and round")
+        raise error from error
+
+    with serve(fake(on_run), max_failures=1) as s, pytest.raises(errors.SuperServeError, match="round and round"):
+        s.submit(x(1), slo_ms=50.0).result(WAIT_S)
+
+
+def test_a_server_that_cannot_be_opened_leaves_the_process_as_it_was():
+    before, threads = sys.getswitchinterval(), threading.active_count()
+    with pytest.raises(errors.UnknownNameError):
+        server.Server.from_engines([fake()], PROFILE, policy="nope", tune_runtime=True)
+    assert (sys.getswitchinterval(), threading.active_count()) == (before, threads)
+
+
+def test_a_worker_with_less_memory_counts_for_what_it_still_carries():
+    def on_run(subnet, batch_size, inputs):
+        if batch_size > 1:
+            raise MemoryError
+
+    cheap = Profile(SIZES, (Row(ROW.subnet, 0.7, tuple(1.0 + 0.1 * b for b in SIZES)),))
+    engines = [engine.FakeEngine(cheap, speed=math.inf, on_run=on_run)]
+    with server.Server.from_engines(engines, cheap, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
+        full, _ = s._pool._fleet.strength()
+        for future in s.submit_many([x(i) for i in range(8)]):
+            future.result(WAIT_S)
+        assert s.health()["per_worker"][0]["max_batch"] == 1
+        assert s._pool._fleet.strength()[0] < full

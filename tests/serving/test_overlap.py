@@ -1,0 +1,440 @@
+"""Workers that take their next batch while the device computes: the same promises, with two batches under way."""
+
+import math
+import threading
+import time
+
+import fakes
+import jax
+import numpy as np
+import pytest
+from fakes import PROFILE, SUBNETS, WAIT_S, Gate, x
+from tiny import TINY, random_images, random_params, random_row
+
+from superserve_jax import errors, profile
+from superserve_jax.engines import base as engine
+from superserve_jax.engines import device as device_engine
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import server, workers
+from superserve_jax.supernets import supernet
+
+
+def device(on_run=None, *, name="fake:0", speed=math.inf, kind=engine.FakeDevice):
+    return kind(PROFILE, speed=speed, on_run=on_run, name=name)
+
+
+def serve(*engines, **options):
+    return fakes.serve(*(engines or [device()]), **options)
+
+
+def values(futures):
+    return [future.result(timeout=WAIT_S).output[0] for future in futures]
+
+
+class Held:
+    """A server whose only worker waits for the outputs of its first batch, with 12 queries in three batches."""
+
+    def __init__(self, **options):
+        self.gate = Gate()
+        self.server = serve(device(self.gate), **options)
+        self.futures = self.server.submit_many([x(i) for i in range(12)])
+        assert self.gate.entered.wait(WAIT_S)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.gate.opened.set()
+        self.server.close()
+
+
+@pytest.mark.parametrize(("overlap", "running"), [(None, 8), (True, 8), (False, 4)])
+def test_the_next_batch_is_under_way_before_the_first_is_answered(overlap, running):
+    with Held(overlap=overlap) as held:
+        health = held.server.health()
+        assert (health["running"], health["waiting"]) == (running, 12 - running)
+        assert not any(future.done() for future in held.futures)
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+    assert held.gate.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    counts = held.server.snapshot()
+    assert counts["queries"]["met"] == 12
+    assert (counts["running"], counts["batch_sizes"]["4"]) == (0, 3)
+
+
+def test_an_engine_that_cannot_launch_runs_as_ever():
+    with serve(fakes.fake(), overlap=True) as s:
+        assert values(s.submit_many([x(i) for i in range(9)])) == list(range(9))
+
+
+def test_overlap_is_a_choice_of_three():
+    with pytest.raises(errors.ConfigError, match="overlap must be True, False or None"):
+        serve(overlap="yes")
+
+
+def test_the_next_batch_is_taken_late_and_decided_for_the_time_at_which_it_will_begin():
+    asked = []
+
+    def noting(profile, state):
+        asked.append((time.monotonic(), state.slack_ms))
+        return policies.Decision(SUBNETS[0], 4)
+
+    with serve(device(speed=0.04), policy=noting, slo_ms=1000.0) as s:  # 100 ms a batch
+        s._pool._workers[0].pace = 25.0  # as it would have learned
+        values(s.submit_many([x(i) for i in range(8)]))
+    (first_s, first_ms), (then_s, then_ms) = asked
+    assert then_s - first_s > 0.089  # nine tenths of the first
+    assert then_ms == pytest.approx(first_ms - 100.0, abs=5.0) or then_s - first_s > 0.1
+
+
+def test_pace_follows_a_fast_device_soon_and_no_outlier():
+    slow = []
+
+    def on_run(*_):
+        if slow:
+            time.sleep(slow.pop())
+
+    with serve(device(on_run)) as s:
+        values(s.submit_many([x(i) for i in range(200)]))
+        [worker] = s._pool._workers
+        assert worker.pace < 0.3
+        worker.pace = 0.5
+        slow.append(0.5)  # over a hundred times what the profile says
+        values(s.submit_many([x(i) for i in range(4)]))
+        assert worker.pace < 0.53
+
+
+@pytest.mark.parametrize("took", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("overslept", [0.0, 0.15])
+def test_pace_is_soon_that_of_a_device_that_has_become_faster(took, overslept):
+    [worker] = (s := serve())._pool._workers
+    s.close()
+    worker.pace, paces = 2.5, []
+    for _ in range(100):
+        asked = 0.9 * worker.pace + overslept
+        workers._learn_pace(worker, took if asked < took else None)
+        paces.append(worker.pace)
+    assert paces[11] < 1.12 * took
+    assert min(paces) > 0.6 * (took - overslept)
+    assert max(paces[50:]) < 1.12 * took
+
+
+def test_reading_outputs_is_not_taken_for_the_device():
+    now_s = [0.0]
+
+    def passes(ms):
+        now_s[0] += 1e-3 * ms
+
+    class Reading(engine.FakeDevice):
+        def launch(self, subnet, batch_size, inputs):
+            wait, outputs = super().launch(subnet, batch_size, inputs)
+            return engine.Launched(wait, lambda: passes(2) or outputs())
+
+    with serve(device(lambda *_: passes(1), kind=Reading), clock=lambda: now_s[0]) as s:
+        for i in range(20):
+            assert values(s.submit_many([x(i)])) == [i]
+        assert s._pool._workers[0].pace == pytest.approx(1.0)
+
+
+def test_a_process_that_stood_still_changes_no_measurement():
+    with Held(slo_ms=60_000.0) as held:
+        s = held.server
+        [worker] = s._pool._workers
+        s._pool._abandon_stuck(due_s=time.monotonic() - 1e3)
+        assert worker.alive
+        held.gate.opened.set()
+        replies = [future.result(WAIT_S) for future in held.futures]
+        assert min(min(reply.compute_ms, reply.queue_ms) for reply in replies) >= 0
+        assert max(reply.latency_ms for reply in replies) < 1e6
+        assert worker.pace > 0
+
+
+def test_done_callbacks_do_not_count_as_a_batch_that_hangs():
+    now_s = [0.0]
+
+    def slowly(_):
+        now_s[0] += 0.9
+        s._pool._abandon_stuck()
+
+    with Held(clock=lambda: now_s[0], stall_s=1.0) as held:
+        s = held.server
+        for future in held.futures[3::4]:
+            future.add_done_callback(slowly)
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+        assert s.health()["abandoned"] == 0
+
+
+def test_both_batches_of_a_worker_that_hangs_are_answered_elsewhere():
+    hanging, woken = threading.Event(), threading.Event()
+
+    def hang(*_):
+        hanging.set()
+        woken.wait(WAIT_S)
+
+    with serve(device(hang), stall_s=0.2) as s:
+        futures = s.submit_many([x(i) for i in range(12)])
+        assert hanging.wait(WAIT_S)
+        s.add_worker(device(name="fake:1"))
+        assert values(futures) == list(range(12))
+        woken.set()
+        counts, health = s.snapshot(), s.health()
+    assert [w["state"] for w in health["per_worker"]] == ["abandoned", "idle"]
+    assert counts["queries"]["requeued"] == 8
+    assert (counts["queries"]["met"], counts["running"]) == (12, 0)
+
+
+def test_when_the_only_worker_hangs_nobody_waits_for_ever():
+    woken = threading.Event()
+    with serve(device(lambda *_: woken.wait(WAIT_S)), stall_s=0.2) as s:
+        futures = s.submit_many([x(i) for i in range(12)])
+        failed = [future.exception(timeout=WAIT_S) for future in futures]
+        woken.set()
+    assert {type(error) for error in failed} == {errors.WorkersLostError}
+
+
+def test_a_worker_that_is_removed_answers_both():
+    with Held() as held:
+        held.server.add_worker(device(name="fake:1"))
+        assert values(held.futures[8:]) == [8, 9, 10, 11]
+        remover = threading.Thread(target=held.server.remove_worker, args=("fake:0",))
+        remover.start()
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+        remover.join(WAIT_S)
+        assert not remover.is_alive()
+        assert held.server.snapshot()["queries"]["requeued"] == 0
+
+
+def test_a_close_without_draining_answers_both():
+    with Held() as held:
+        closer = threading.Thread(target=held.server.close, kwargs={"drain": False})
+        closer.start()
+        assert isinstance(held.futures[8].exception(timeout=WAIT_S), errors.ServerClosedError)
+        held.gate.opened.set()
+        assert values(held.futures[:8]) == list(range(8))
+        closer.join(WAIT_S)
+        assert not closer.is_alive()
+
+
+class Launching(engine.FakeDevice):
+    """A device that refuses 5 when it is launched."""
+
+    def launch(self, subnet, batch_size, inputs):
+        if any(i == 5 for i in inputs):
+            raise RuntimeError("it will not fly")
+        return super().launch(subnet, batch_size, inputs)
+
+
+class Landing(engine.FakeDevice):
+    """A device that fails with 5 when its outputs are waited for."""
+
+    def launch(self, subnet, batch_size, inputs):
+        launched, poisoned = super().launch(subnet, batch_size, inputs), any(i == 5 for i in inputs)
+
+        def failing():
+            found = launched.outputs()
+            if poisoned:
+                raise RuntimeError("it fell down")
+            return found
+
+        return launched._replace(outputs=failing)
+
+
+@pytest.mark.parametrize("kind", [Launching, Landing])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_poisoned_input_fails_alone_wherever_it_fails(kind, workers):
+    with serve(*(device(name=f"fake:{i}", kind=kind) for i in range(workers))) as s:
+        futures = s.submit_many([x(i) for i in range(40)])
+        failed = {i for i, future in enumerate(futures) if future.exception(timeout=WAIT_S)}
+        assert failed == {5}
+        assert [future.result().output[0] for i, future in enumerate(futures) if i != 5] == [i for i in range(40) if i != 5]
+        assert s.health()["alive"] == workers
+
+
+def test_what_was_launched_behind_a_batch_that_fails_is_still_answered():
+    def broken_once(*_):
+        if not failures:
+            failures.append(1)
+            raise RuntimeError("once")
+
+    failures = []
+    with serve(device(broken_once)) as s:
+        assert values(s.submit_many([x(i) for i in range(12)])) == list(range(12))
+        assert s.snapshot()["queries"]["requeued"] == 4
+
+
+def test_a_worker_that_leaves_loses_neither():
+    with serve(device(fakes.fail), device(name="fake:1"), max_failures=1) as s:
+        assert values(s.submit_many([x(i) for i in range(100)])) == list(range(100))
+
+
+def test_what_was_launched_behind_a_batch_that_ends_its_worker_has_not_failed():
+    gate = Gate()
+
+    def burn(*batch):
+        gate(*batch)
+        fakes.fail()
+
+    with serve(device(burn), max_failures=1, slo_ms=1.0) as s:
+        futures = s.submit_many([x(i) for i in range(8)])
+        assert gate.entered.wait(WAIT_S)
+        s.add_worker(device(name="fake:1"))
+        time.sleep(2e-3)  # now all of them are late
+        gate.opened.set()
+        failed = [future.exception(WAIT_S) is not None for future in futures]
+    assert failed == [True] * 4 + [False] * 4
+
+
+def test_a_broken_device_rests_though_batches_wait():
+    under_way = []
+
+    def burn(*batch):
+        if any(i > 0 for i in batch[2]):  # not of blank inputs
+            under_way.append(len(s._pool._workers[1].flights))
+        fakes.fail()
+
+    gate = Gate()
+    with serve(device(gate, name="good")) as s:
+        futures = s.submit_many([x(i) for i in range(1, 60)])
+        assert gate.entered.wait(WAIT_S)
+        s._pool._pause_s = 1e-3
+        s.add_worker(device(burn, name="bad"))
+        while s.health()["alive"] == 2:
+            time.sleep(1e-3)
+        gate.opened.set()
+        assert values(futures) == list(range(1, 60))
+    assert under_way == [2, 1, 1, 1, 1]
+
+
+class Small(engine.FakeDevice):
+    """A device whose memory suffices for one batch at a time."""
+
+    under_way = 0
+
+    def launch(self, subnet, batch_size, inputs):
+        launched = super().launch(subnet, batch_size, inputs)
+        self.under_way += 1
+
+        def or_not():
+            crowded, self.under_way = self.under_way > 1, self.under_way - 1
+            found = launched.outputs()
+            if crowded:
+                raise MemoryError
+            return found
+
+        return launched._replace(outputs=or_not)
+
+
+class Narrow(engine.FakeDevice):
+    """A device whose memory suffices for no batch of 4."""
+
+    def launch(self, subnet, batch_size, inputs):
+        if batch_size == 4:
+            raise MemoryError
+        return super().launch(subnet, batch_size, inputs)
+
+
+def test_a_device_with_memory_for_one_batch_at_a_time_gets_one_at_a_time():
+    with serve(device(kind=Small)) as s:
+        assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
+        [worker] = s._pool._workers
+        assert (worker.overlap, worker.profile.max_batch) == (False, 4)
+
+
+def test_a_batch_that_is_too_large_alone_does_not_end_the_overlap():
+    with serve(device(kind=Narrow)) as s:
+        assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
+        [worker] = s._pool._workers
+        assert (worker.overlap, worker.profile.max_batch) == (True, 2)
+
+
+def test_only_what_is_late_now_expires():
+    with Held(expire=True) as held:
+        pool = held.server._pool
+        [worker] = pool._workers
+        with pool._lock:
+            now_s = time.monotonic()
+            flight, refused = pool._locked_take(worker, now_s, now_s + 1e6)  # as though the device would take so long
+            assert (len(flight.batch), refused) == (4, None)
+            worker.flights.remove(flight)
+            pool._locked_give_back(worker, flight)
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+
+
+def test_blank_inputs_are_no_queries_that_run():
+    gate = Gate()
+
+    def fail_once(subnet, batch_size, inputs):
+        if any(i > 0 for i in inputs) and not gate.entered.is_set():
+            fakes.fail()
+        gate(subnet, batch_size, inputs)
+
+    with serve(device(fail_once)) as s:
+        futures = s.submit_many([x(1), x(2)])
+        assert gate.entered.wait(WAIT_S)
+        counts = s.snapshot()
+        gate.opened.set()
+        assert values(futures) == [1, 2]
+    assert (counts["running"], counts["waiting"], counts["queries"]["cancelled"]) == (0, 2, 0)
+
+
+def test_a_device_that_sleeps_takes_inputs_of_any_length():
+    table = profile.join([fakes.Profile((1, 2), (fakes.Row(SUBNETS[0], 0.7, (1.0, 2.0)),), lengths=(n,)) for n in (4, 8)])
+    sleeping = engine.FakeDevice(table, input_shape=(8,), input_dtype=np.int32, speed=math.inf)
+    for _ in range(3):
+        assert sleeping.run(SUBNETS[0], 2, [np.full(3, 7, np.int32), np.full(8, 9, np.int32)]) == [(7, 0), (9, 0)]
+
+
+def test_a_swap_ends_both_on_the_old_engine():
+    with Held() as held:
+        s, new = held.server, fakes.fake(name="new")
+        members = s._pool.members()
+        old = s._pool.swap(members, [new], [PROFILE])
+        held.gate.opened.set()
+        assert values(held.futures) == list(range(12))
+        s._pool.wait_for_swap()
+        assert held.gate.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]  # the third ran on the new one
+        assert [worker.overlap for worker in s._pool._workers] == [False]
+        assert old[0] is not new
+
+
+def test_real_executables_give_the_same_answers_with_two_batches_under_way():
+    space = TINY.space()
+    served = [space.smallest(), space.largest()]
+    model = supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in served})
+    real = device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=served, batch_sizes=(1, 2, 4))
+    turns = iter(range(10**6))
+
+    def in_turn(profile, state):
+        return policies.Decision(served[next(turns) % 2], 4)
+
+    table = fakes.Profile((1, 2, 4), tuple(fakes.Row(s, a, (0.1, 0.2, 0.3)) for s, a in zip(served, (0.7, 0.8), strict=True)))
+    images = random_images(TINY, 120)
+    with server.Server.from_engines([real], table, policy=in_turn, slo_ms=60_000, overlap=True, tune_runtime=False) as s:
+        replies = [future.result(timeout=WAIT_S) for future in s.submit_many(list(images))]
+    for subnet in served:
+        mine = [i for i, reply in enumerate(replies) if reply.subnet == subnet]
+        assert len(mine) > 20
+        expected = np.asarray(model(images[mine], subnet))
+        np.testing.assert_allclose(np.stack([replies[i].output for i in mine]), expected, atol=1e-4)
+
+
+def test_a_staging_buffer_belongs_to_its_batch_until_the_output_is_ready():
+    space = TINY.space()
+    model = supernet.SuperNet(TINY, random_params(TINY), {space.largest(): random_row(TINY, space.largest())})
+    real = device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=[space.largest()], batch_sizes=(4,))
+    images = random_images(TINY, 12)
+    expected = np.asarray(model(images, space.largest()))
+    first = real.launch(space.largest(), 4, list(images[:4]))
+    then = real.launch(space.largest(), 4, list(images[4:8]))
+    for launched, i in (then, 4), (first, 0):  # in any order, since a batch that failed may be run in between
+        for free in real._staging[4, 0]:
+            free[:] = 255
+        launched.wait()
+        np.testing.assert_allclose(launched.outputs(), expected[i : i + 4], atol=1e-4)
+    np.testing.assert_allclose(real.run(space.largest(), 4, list(images[8:])), expected[8:], atol=1e-4)
+    for _ in range(3):
+        real.launch(space.largest(), 4, list(images[:4]))  # given up, as by a worker that leaves
+    np.testing.assert_allclose(real.run(space.largest(), 4, list(images[8:])), expected[8:], atol=1e-4)

@@ -1,0 +1,312 @@
+"""What a server counts: conserved whatever happens to the queries, the same in a snapshot and for Prometheus."""
+
+import gc
+import itertools
+import json
+import math
+import threading
+import time
+
+import prometheus_client
+import pytest
+from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, always, by_slack, fail, fake, held, serve, x
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import parser
+
+from superserve_jax import errors
+from superserve_jax.scheduling import dispatch, policies, queue
+from superserve_jax.scheduling import speeds as drift
+from superserve_jax.serving import prometheus, telemetry
+
+OUTCOMES = ("met", "late", "expired", "failed", "cancelled", "refused")
+
+
+def outcomes(snapshot):
+    """The outcomes that are not 0."""
+    return {name: n for name, n in snapshot["queries"].items() if n and name in OUTCOMES}
+
+
+def consistent(snapshot):
+    """Asserts what holds for every snapshot of a server whose workers have not been abandoned."""
+    queries, subnets = snapshot["queries"], snapshot["subnets"].values()
+    assert queries["arrived"] == sum(queries[o] for o in OUTCOMES) + snapshot["waiting"] + snapshot["running"]
+    for outcome in ("met", "late"):
+        assert queries[outcome] == sum(s[outcome] for s in subnets)
+    batches = sum(s["batches"] for s in subnets)
+    assert batches == sum(snapshot["batch_sizes"].values()) == sum(snapshot["reasons"].values())
+    assert batches == sum(snapshot["slack_s"]["counts"])
+    answered = queries["met"] + queries["late"]
+    assert answered == sum(snapshot["latency_s"]["counts"]) == sum(snapshot["wait_s"]["counts"])
+    assert json.loads(json.dumps(snapshot)) == snapshot
+    return snapshot
+
+
+# -- what becomes of queries --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_counted_before_anything_has_happened():
+    with serve() as s:
+        snapshot = consistent(s.snapshot())
+    assert not any(snapshot["queries"].values())
+    assert snapshot["oldest_wait_s"] == 0
+
+
+def test_answers_are_counted_by_outcome_subnet_batch_size_and_reason():
+    def choose(profile, state):
+        return policies.Decision(SUBNETS[2], 4, reason="whim") if state.waiting > 2 else policies.Decision(SUBNETS[0], 4)
+
+    with held(policy=choose) as (s, gate, _):
+        late = s.submit_many([x(1), x(2)], slo_ms=1e-3)
+        in_time = s.submit_many([x(i) for i in range(3, 7)])
+        gate.opened.set()
+        [f.result(WAIT_S) for f in (*late, *in_time)]
+    snapshot = consistent(s.snapshot())
+    assert outcomes(snapshot) == {"met": 5, "late": 2}
+    assert {k: [v[n] for n in ("accuracy", "batches", "met", "late")] for k, v in snapshot["subnets"].items()} == {
+        "0": [0.7, 2, 3, 0],
+        "2": [0.8, 1, 2, 2],
+    }
+    assert snapshot["batch_sizes"] == {"1": 1, "2": 1, "3": 0, "4": 1}
+    assert snapshot["reasons"] == {"": 2, "whim": 1}
+    assert snapshot["slack_s"]["counts"][0] == 1  # one batch began with a late query
+    assert [w["batches"] for w in snapshot["workers"]] == [3]
+
+
+def test_refused_queries_have_arrived_too():
+    with held(max_queue=2) as (s, gate, _):
+        s.submit_many([x(1), x(2)])
+        with pytest.raises(errors.QueueFullError):
+            s.submit_many([x(3), x(4), x(5)])
+        assert outcomes(consistent(s.snapshot())) == {"refused": 3}
+        gate.opened.set()
+    with pytest.raises(errors.ServerClosedError):
+        s.submit(x(6))
+    assert outcomes(consistent(s.snapshot())) == {"met": 3, "refused": 4}
+
+
+def test_expired_queries_are_counted():
+    with held(expire=True) as (s, gate, _):
+        hopeless = s.submit_many([x(1), x(2)], slo_ms=1e-3)
+        gate.opened.set()
+        assert all(isinstance(f.exception(WAIT_S), errors.DeadlineExpiredError) for f in hopeless)
+    assert outcomes(consistent(s.snapshot())) == {"met": 1, "expired": 2}
+
+
+def test_cancelled_queries_are_counted_whether_they_waited_or_ran():
+    with held(policy=always(0, batch=1)) as (s, gate, running):
+        waiting = s.submit_many([x(i) for i in range(1, 6)])
+        assert running.cancel()
+        assert waiting[1].cancel()
+        gate.opened.set()
+        [f.result(WAIT_S) for f in waiting if not f.cancelled()]
+    assert outcomes(consistent(s.snapshot())) == {"met": 4, "cancelled": 2}
+
+
+def test_queries_that_are_closed_on_have_failed():
+    with held() as (s, gate, _):
+        s.submit_many([x(i) for i in range(5)])
+        closing = threading.Thread(target=s.close, kwargs={"drain": False})
+        closing.start()
+        while s.snapshot()["waiting"]:
+            time.sleep(1e-3)
+        gate.opened.set()
+        closing.join(WAIT_S)
+        assert outcomes(consistent(s.snapshot())) == {"met": 1, "failed": 5}
+
+
+def test_a_batch_that_the_policy_fails_has_failed():
+    def burns(profile, state):
+        raise ZeroDivisionError
+
+    with serve(policy=burns) as s:
+        assert isinstance(s.submit(x(1)).exception(WAIT_S), errors.InferenceError)
+    assert outcomes(consistent(s.snapshot())) == {"failed": 1}
+
+
+def test_a_poisoned_query_has_failed_and_the_rest_of_its_batch_was_requeued():
+    def poisoned(subnet, batch_size, inputs):
+        if any(float(i) == 3 for i in inputs):
+            fail()
+
+    with serve(fake(poisoned), policy=always(0)) as s:
+        futures = s.submit_many([x(i) for i in range(4)])
+        assert [f.exception(WAIT_S) is None for f in futures] == [True, True, True, False]
+    snapshot = consistent(s.snapshot())
+    assert outcomes(snapshot) == {"met": 3, "failed": 1}
+    assert snapshot["queries"]["requeued"] == 4 + 2  # whole, then each half that failed; who has failed alone is not put back
+    assert sum(w["failures"] for w in snapshot["workers"]) >= 3
+
+
+def test_a_query_that_an_abandoned_worker_held_counts_once():
+    with held(count=2, stall_s=0.05) as (s, gate, first):
+        first.result(WAIT_S)  # the other worker's answer
+        gate.opened.set()
+        assert s.submit(x(1)).result(WAIT_S)
+    snapshot = s.snapshot()
+    assert outcomes(snapshot) == {"met": 2}
+    assert snapshot["queries"]["requeued"] == 1
+    assert sorted(w["state"] for w in snapshot["workers"]) == ["abandoned", "left"]
+
+
+def test_every_snapshot_amid_traffic_is_consistent_and_no_counter_falls():
+    with serve(*(fake(name=f"fake:{i}") for i in range(3)), policy=by_slack) as s:
+        done = threading.Event()
+
+        def submit():
+            for slo_ms in itertools.cycle((1e-3, 20.0, LONG_MS)):
+                if done.is_set():
+                    break
+                for future in s.submit_many([x(i) for i in range(20)], slo_ms=slo_ms):
+                    future.result(WAIT_S)
+
+        clients = [threading.Thread(target=submit) for _ in range(2)]
+        [c.start() for c in clients]
+        end_s, before = time.monotonic() + 0.3, s.snapshot()
+        while time.monotonic() < end_s or not before["queries"]["late"]:
+            snapshot = consistent(s.snapshot())
+            assert snapshot["queries"]["cancelled"] == 0  # which is what is left over
+            assert all(n >= before["queries"][name] for name, n in snapshot["queries"].items())
+            before = snapshot
+        done.set()
+        [c.join(WAIT_S) for c in clients]
+    last = consistent(s.snapshot())
+    assert (last["waiting"], last["running"]) == (0, 0)
+
+
+def test_the_oldest_wait_is_that_of_the_longest_waiting_not_of_the_head():
+    now = [0.0]
+    with held(clock=lambda: now[0]) as (s, gate, _):
+        now[0] = 1.0
+        s.submit(x(1))
+        now[0] = 1.5
+        s.submit(x(2), slo_ms=1.0)
+        now[0] = 3.0
+        snapshot = s.snapshot()
+        gate.opened.set()
+    assert (snapshot["waiting"], snapshot["running"], snapshot["uptime_s"]) == (2, 1, 3.0)
+    assert snapshot["oldest_wait_s"] == 2.0
+
+
+def test_a_server_that_does_not_count_serves_and_says_so_when_it_is_asked():
+    with serve(telemetry=False) as s:
+        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+        with pytest.raises(errors.ConfigError, match="telemetry=True"):
+            s.snapshot()
+
+
+# -- histograms ---------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    times_s=st.lists(st.floats(0, 100) | st.sampled_from(telemetry.EDGES_S), min_size=1, max_size=30),
+    end_s=st.floats(0, 1e6) | st.just(0.0),
+)
+def test_a_time_is_counted_in_the_first_bucket_whose_edge_it_does_not_exceed(times_s, end_s):
+    starts_s = sorted(end_s - t for t in times_s)
+    together, alone = telemetry.Histogram(telemetry.EDGES_S), telemetry.Histogram(telemetry.EDGES_S)
+    together.add_since(starts_s, end_s, sum(starts_s))
+    expected = [0] * (len(telemetry.EDGES_S) + 1)
+    for time_s in (end_s - s for s in starts_s):
+        alone.add(time_s)
+        expected[sum(time_s > edge for edge in telemetry.EDGES_S)] += 1
+    assert together.counts == alone.counts == expected
+    assert together.total == pytest.approx(alone.total, abs=1e-6)
+
+
+def test_the_edges_of_times_ascend_five_to_a_decade():
+    assert telemetry.EDGES_S[0] == 1e-4
+    assert len(telemetry.EDGES_S) == 25
+    for low, high in itertools.pairwise(telemetry.EDGES_S):
+        assert high / low == pytest.approx(10**0.2, rel=0.02)
+
+
+# -- reasons ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"),
+    [
+        ("best", {}),
+        ("slack", {"slack_ms": 2.5}),
+        ("late", {"late": 1}),
+        ("risk", {"rate_qps": 500.0, "variance_qps": 1e6}),
+        ("guard", {"slack_ms": 1.05}),
+        ("short", {"slack_ms": 1.5, "waiting": 2, "workers": 8}),
+        ("lost", {"slack_ms": 0.5}),
+    ],
+)
+def test_slackfit_says_by_which_of_its_rules_it_decided(reason, state):
+    state = policies.State(**{"now_s": 0.0, "slack_ms": 30.0, "waiting": 1, "workers": 1, **state})
+    assert policies.SlackFit(PROFILE)(PROFILE, state).reason == reason
+    assert reason in policies.REASONS
+
+
+@pytest.mark.parametrize("name", [*policies.NAMES, "fixed:1"])
+def test_every_policy_says_whether_the_head_is_lost(name):
+    policy = policies.create(name, PROFILE)
+    reasons = [policy(PROFILE, policies.State(0.0, slack_ms, 1)).reason for slack_ms in (1e-3, 30.0)]
+    assert reasons in (["lost", "slack"], ["lost", "best"])
+
+
+def test_a_batch_that_ran_on_another_subnet_than_decided_since_its_head_asks_for_more_says_so():
+    waiting = queue.DeadlineQueue()
+    waiting.push(1.0, "demanding", floor=0.8)
+    fixed = policies.create("fixed:0", PROFILE)
+    row, _, _, reason = dispatch.next_batch(
+        waiting, queue.Meter(), fixed, PROFILE, 0.0, pace=drift.Pace(), last_subnet=None, worker=0
+    )
+    assert (row.subnet, reason) == (SUBNETS[2], "floor")
+
+
+# -- Prometheus ---------------------------------------------------------------------------------------------------------------
+
+
+def scraped(registry):
+    """Samples by name and labels (in the order of the labels' names), out of the text that Prometheus reads."""
+    families = parser.text_string_to_metric_families(prometheus_client.generate_latest(registry).decode())
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_prometheus_reads_the_numbers_of_the_snapshot():
+    registry = prometheus_client.CollectorRegistry()
+    with serve(policy=by_slack) as s:
+        registry.register(prometheus.Collector(s))
+        [f.result(WAIT_S) for slo_ms in (1e-3, LONG_MS) for f in s.submit_many([x(i) for i in range(9)], slo_ms=slo_ms)]
+        s.close()
+        with pytest.raises(errors.ServerClosedError):
+            s.submit(x(0))
+        samples, snapshot = scraped(registry), s.snapshot()
+    queries = snapshot["queries"]
+    assert samples["superserve_arrivals_total",] == queries["arrived"] == 19
+    assert {o: samples["superserve_queries_total", o] for o in OUTCOMES} == {o: queries[o] for o in OUTCOMES}
+    for subnet, counts in snapshot["subnets"].items():
+        assert [samples["superserve_answers_total", o, subnet] for o in ("met", "late")] == [counts["met"], counts["late"]]
+        assert samples["superserve_busy_seconds_total", subnet] == pytest.approx(counts["busy_s"])
+    for name in ("latency", "wait", "slack"):
+        histogram = snapshot[f"{name}_s"]
+        cumulative = list(itertools.accumulate(histogram["counts"]))
+        buckets = [
+            (float(le), n)
+            for (metric, *le), n in samples.items()
+            if metric == f"superserve_{name}_seconds_bucket"
+            for le in le
+        ]
+        assert [n for _, n in buckets] == cumulative
+        assert [le for le, _ in buckets] == [*histogram["edges"], math.inf]
+        assert samples[f"superserve_{name}_seconds_count",] == cumulative[-1]
+        assert samples[f"superserve_{name}_seconds_sum",] == pytest.approx(histogram["sum"])
+    assert samples["superserve_batch_size_sum",] == 18
+    assert samples["superserve_batch_size_bucket", "+Inf"] == samples["superserve_dispatches_total", ""]
+    assert samples["superserve_workers", "left"] == 1
+    assert samples["superserve_worker_batches_total", "fake:0"] == samples["superserve_batch_size_count",]
+
+
+def test_a_registry_does_not_keep_a_server_that_nobody_holds():
+    registry = prometheus_client.CollectorRegistry()
+    s = serve()
+    registry.register(prometheus.Collector(s))
+    assert scraped(registry)
+    del s
+    gc.collect()
+    assert not scraped(registry)

@@ -1,0 +1,347 @@
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superserve_jax import errors
+from superserve_jax import profile as profile_lib
+from superserve_jax.scheduling import policies
+from superserve_jax.simulation import azure, simulator, traces
+from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.subnet import Subnet
+
+SAMPLE = pathlib.Path(__file__).parents[3] / "shared" / "data" / "maf2019_762fn.csv"
+PAPER = reference.paper_profile()
+ROWS = (
+    profile_lib.Row(Subnet((1, 0)), 0.7, (10.0, 16.0)),
+    profile_lib.Row(Subnet((1, 1)), 0.8, (20.0, 30.0)),
+)
+TWO = profile_lib.Profile((1, 2), ROWS)
+BY_LENGTH = profile_lib.join([dataclasses.replace(TWO.scaled(k), lengths=(n,)) for n, k in ((8, 0.2), (32, 0.5), (128, 1))])
+
+
+def always(rank, batch):
+    return lambda profile, state: policies.Decision(profile.rows[rank].subnet, batch)
+
+
+def serve(policy, arrivals_ms, slo_ms=50.0, floors=0.0, seed=0, **cluster):
+    trace = traces.Trace(np.array(arrivals_ms) / 1e3, slo_ms, floors)
+    return simulator.simulate(TWO, policy, trace, cluster=simulator.Cluster(**{"workers": 1, **cluster}), seed=seed)
+
+
+def ms(seconds):
+    return (1e3 * seconds).round(6).tolist()
+
+
+def test_it_equals_an_example_worked_out_by_hand():
+    # At 0 the only worker takes the only query, for 10 ms. Then three wait: a batch of two for 16 ms, then the last.
+    result = serve(always(0, 2), [0, 1, 2, 3], slo_ms=33.0)
+    assert ms(result.start_s) == [0, 10, 10, 26]
+    assert ms(result.finish_s) == [10, 26, 26, 36]
+    assert result.batch.tolist() == [1, 2, 2, 1]
+    assert ms(result.deadline_s) == [33, 34, 35, 36]
+    assert result.outcome.tolist() == [simulator.MET] * 4
+    assert (result.attainment, result.mean_accuracy) == (1.0, pytest.approx(0.7))
+
+
+def test_an_answer_after_its_deadline_is_late_and_does_not_count_towards_the_accuracy():
+    result = serve(lambda p, s: policies.Decision(p.rows[int(s.now_s > 0)].subnet, 1), [0, 0], slo_ms=15.0)
+    assert result.outcome.tolist() == [simulator.MET, simulator.LATE]
+    assert (result.attainment, result.mean_accuracy) == (0.5, 0.7)
+
+
+def test_the_earliest_deadline_is_served_first():
+    result = serve(always(0, 1), [0, 1, 2, 3], slo_ms=np.array([50.0, 90.0, 60.0, 30.0]))
+    assert np.argsort(result.start_s).tolist() == [0, 3, 2, 1]
+
+
+def test_two_workers_share_the_queue():
+    result = serve(always(0, 1), [0, 0, 0], workers=2)
+    assert ms(result.start_s) == [0, 0, 10]
+    assert result.worker.tolist() == [0, 1, 0]
+
+
+def test_the_policy_sees_the_state_at_each_decision():
+    seen = []
+
+    def policy(profile, state):
+        seen.append(state)
+        return policies.Decision(profile.rows[0].subnet, 1)
+
+    serve(policy, [0, 1, 2], floors=np.array([0.0, 0.0, 0.75]), workers=1)
+    first, second, third = seen
+    assert first == policies.State(0.0, 50.0, 1, (), 1, None, slo_ms=50.0, near=1)
+    assert (second.waiting, second.floors, second.last_subnet) == (2, (0.0, 0.75), ROWS[0].subnet)
+    assert second.slack_ms == pytest.approx(41.0)
+    assert third.waiting == 1
+
+
+def test_a_query_with_a_floor_is_served_by_a_subnet_that_reaches_it():
+    result = serve(always(0, 2), [0, 0, 0], floors=np.array([0.0, 0.8, 0.0]))
+    assert result.accuracy.tolist() == [0.7, 0.8, 0.8]
+    with pytest.raises(errors.AccuracyFloorError, match=r"0\.9"):
+        serve(always(0, 2), [0, 0], floors=0.9)
+
+
+def test_overhead_is_added_to_every_batch_and_actuation_to_every_change_of_subnet():
+    alternate = lambda p, s: policies.Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
+    result = serve(alternate, [0, 0, 0], overhead_ms=1.0, actuation_ms=5.0)
+    assert ms(result.finish_s - result.start_s) == [16, 26, 21]
+
+
+def test_noise_is_seeded_and_has_median_one():
+    runs = [serve(always(0, 1), np.arange(2000) * 100.0, noise=0.2, seed=s) for s in (1, 1, 2)]
+    factors = [(r.finish_s - r.start_s) / 0.01 for r in runs]
+    np.testing.assert_array_equal(factors[0], factors[1])
+    assert not np.array_equal(factors[0], factors[2])
+    assert np.median(factors[0]) == pytest.approx(1.0, abs=0.02)
+    assert np.log(factors[0]).std() == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_full_queue_refuses():
+    result = serve(always(0, 1), [0, 1, 2, 3, 12], max_queue=2)
+    assert result.outcome.tolist() == [simulator.MET] * 3 + [simulator.REFUSED, simulator.MET]
+    assert result.finish_s[3] == math.inf
+
+
+def test_a_hopeless_query_is_served_late_or_given_up_with_expire():
+    late = serve(always(0, 1), [0, 0, 0], slo_ms=25.0)
+    assert late.outcome.tolist() == [simulator.MET, simulator.MET, simulator.LATE]
+    expired = serve(always(0, 1), [0, 0, 0], slo_ms=25.0, expire=True)
+    assert expired.outcome.tolist() == [simulator.MET, simulator.MET, simulator.EXPIRED]
+    assert expired.batch.tolist() == [1, 1, 0]
+
+
+def test_a_worker_that_dies_gives_its_batch_back_and_may_return():
+    outage = simulator.Outage(worker=0, from_s=0.005, until_s=0.020)
+    result = serve(always(0, 1), [0], slo_ms=40.0, outages=(outage,))
+    assert (ms(result.start_s), ms(result.finish_s)) == ([20], [30])
+    shared = serve(always(0, 1), [0], slo_ms=40.0, workers=2, outages=(outage,))
+    assert (ms(shared.start_s), shared.worker.tolist()) == ([5], [1])
+
+
+def test_when_the_last_worker_leaves_for_good_what_waits_is_given_up_and_what_comes_is_refused():
+    result = serve(always(0, 1), [0, 1, 30], outages=(simulator.Outage(0, 0.005),))
+    assert result.outcome.tolist() == [simulator.EXPIRED, simulator.EXPIRED, simulator.REFUSED]
+    assert (result.attainment, math.isnan(result.mean_accuracy)) == (0.0, True)
+
+
+def test_the_policy_is_told_how_many_workers_live():
+    alive = []
+
+    def policy(profile, state):
+        alive.append(state.workers)
+        return policies.Decision(profile.rows[0].subnet, 1)
+
+    serve(policy, [0, 20, 40], workers=3, outages=(simulator.Outage(2, 0.010, 0.030),))
+    assert alive == [3, 2, 3]
+
+
+def test_in_a_stall_nothing_is_dispatched_and_answers_wait_for_its_end():
+    result = serve(always(0, 1), [0, 8], workers=2, stalls=(simulator.Stall(0.005, 0.025),))
+    assert ms(result.start_s) == [0, 25]
+    assert ms(result.finish_s) == [25, 35]
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_every_arrival_has_exactly_one_outcome_whatever_goes_wrong(data):
+    arrivals = np.sort(np.array(data.draw(st.lists(st.floats(0.0, 200.0), max_size=60)))) / 1e3
+    per_query = [st.sampled_from([12.0, 30.0, 90.0]), st.sampled_from([0.0, 0.75])]
+    slo_ms, floors = (np.array([data.draw(kind) for _ in arrivals]) for kind in per_query)
+    workers = data.draw(st.integers(1, 3))
+    times = st.floats(0.0, 0.25)
+    outages = data.draw(
+        st.lists(
+            st.builds(lambda w, t, d: simulator.Outage(w, t, t + d), st.integers(0, workers - 1), times, times.filter(bool))
+        )
+    )
+    stalls = data.draw(st.lists(st.builds(lambda t, d: simulator.Stall(t, t + d), times, times.filter(lambda d: d > 1e-6))))
+    cluster = simulator.Cluster(
+        workers=workers,
+        noise=data.draw(st.sampled_from([0.0, 0.3])),
+        max_queue=data.draw(st.sampled_from([2, 10, math.inf])),
+        expire=data.draw(st.booleans()),
+        outages=tuple(o for o in outages if o.until_s > o.from_s),
+        stalls=tuple(stalls),
+    )
+    policy = data.draw(st.sampled_from(policies.NAMES))
+    profile, lengths = TWO, 0
+    if data.draw(st.booleans()):
+        profile, lengths = BY_LENGTH, np.array([data.draw(st.sampled_from([0, 5, 30, 128])) for _ in arrivals], int)
+    trace = traces.Trace(arrivals, slo_ms, floors, lengths=lengths)
+    run = simulator._Run([profile] * workers, policies.create(policy, profile), trace, cluster, seed=0)
+    result = run.result()
+
+    assert sorted(run.answered + run.expired + run.refused) == list(range(len(arrivals)))
+    assert not any(run.running)
+    assert len(run.queue) == 0
+    answered = np.isin(result.outcome, [simulator.MET, simulator.LATE])
+    assert np.flatnonzero(answered).tolist() == sorted(run.answered)
+    np.testing.assert_array_equal(answered, np.isfinite(result.finish_s))
+    np.testing.assert_array_equal(result.outcome == simulator.MET, result.finish_s <= result.deadline_s)
+    assert (result.start_s[answered] >= result.arrival_s[answered]).all()
+    assert (result.accuracy[answered] >= floors[answered]).all()
+    assert (result.batch[answered] >= 1).all()
+    if not cluster.expire and not cluster.outages:
+        assert result.count(simulator.EXPIRED) == 0
+
+
+def test_a_run_is_determined_by_its_trace_and_seed():
+    trace = traces.bursty(duration_s=1.0)
+    a, b = (simulator.simulate(PAPER, "slackfit", trace, cluster=simulator.Cluster(noise=0.1), seed=3) for _ in range(2))
+    for name in ("start_s", "finish_s", "accuracy", "worker", "outcome"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
+    arrivals = np.sort(np.array(data.draw(st.lists(st.floats(0.0, 150.0), min_size=1, max_size=60)))) / 1e3
+    slo_ms, floors = (
+        np.array([data.draw(kind) for _ in arrivals])
+        for kind in (st.sampled_from([12.0, 40.0, 90.0]), st.sampled_from([0.0, 0.75]))
+    )
+    policy, workers = data.draw(st.sampled_from(policies.NAMES)), data.draw(st.integers(1, 3))
+    cluster = simulator.Cluster(workers=workers)
+    result = simulator.simulate(TWO, policy, traces.Trace(arrivals, slo_ms, floors), cluster=cluster)
+    # Row i starts while the queries of its columns have come and still wait.
+    waits = (result.arrival_s <= result.start_s[:, None]) & (result.start_s > result.start_s[:, None])
+    overtakes = waits & (result.deadline_s < result.deadline_s[:, None])
+    slack_ms = 1e3 * (result.deadline_s - result.start_s[:, None])
+    if policy == "slackfit":
+        overtakes &= slack_ms >= ROWS[0].latency_ms[-1] + 1e-6
+    assert not overtakes.any()
+
+
+def test_lost_queries_step_back_behind_those_that_can_be_met_but_are_all_answered():
+    arrivals = np.zeros(8)
+    policy = lambda p, s: policies.Decision(p.rows[0].subnet, 2, defer_ms=16.0)  # noqa: E731
+    late_last = serve(policy, arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4))
+    assert ms(late_last.finish_s) == [48, 48, 64, 64, 16, 16, 32, 32]
+    assert late_last.attainment == 0.5
+    assert serve(always(0, 2), arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4)).attainment == 0.0
+
+
+def test_in_an_overload_the_guarded_policy_meets_nearly_as_many_as_there_is_throughput_for():
+    capacity = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
+    trace = traces.steps(rates_qps=(1.5 * capacity, 0.5 * capacity), step_s=1.0)
+    attained = {
+        defer: simulator.simulate(PAPER, policies.SlackFit(PAPER, defer=defer), trace).attainment for defer in (True, False)
+    }
+    # Of 2 units of traffic 0.5 is too much, and what the SLO lets wait at the end of the overload is no loss.
+    assert attained[True] > 0.74 > 0.5 > attained[False]
+
+
+def test_the_policy_is_told_of_the_traffic_of_late():
+    seen = []
+
+    def policy(profile, state):
+        seen.append(state)
+        return policies.Decision(profile.rows[0].subnet, 1)
+
+    arrivals_ms = np.arange(100) * 12.0
+    serve(policy, arrivals_ms, slo_ms=np.where(np.arange(100) == 50, 30.0, 90.0))
+    assert seen[-1].rate_qps == pytest.approx(1e3 / 12.0, rel=0.1)
+    assert (seen[40].slo_ms, seen[60].slo_ms, seen[60].late, seen[60].worker) == (90.0, 30.0, 0, 0)
+    assert all(state.near == state.waiting for state in seen)
+
+
+def test_a_switching_policy_pays_for_every_change_of_subnet():
+    alternate = lambda p, s: policies.Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
+    result = serve(policies.Switching(alternate, 5.0), [0, 0, 0])
+    assert ms(result.finish_s - result.start_s) == [15, 25, 20]
+
+
+def test_what_is_loaded_is_the_subnet_that_runs_where_a_floor_has_another_step_in():
+    small = policies.Switching(always(0, 1), 5.0)
+    result = serve(small, [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]))
+    assert ms(result.finish_s - result.start_s) == [15, 25, 20, 15]
+
+
+def test_the_planner_follows_the_traffic_and_a_switching_one_misses_deadlines_when_it_does():
+    profile, trace = PAPER.scaled(1.9), traces.steps(rates_qps=(2000.0, 5000.0, 2000.0), step_s=6.0)
+    follows = simulator.simulate(profile, "proteus", trace)
+    rates = [follows.accuracy[(follows.arrival_s > t) & (follows.arrival_s < t + 1)].mean() for t in (4.0, 11.0, 17.0)]
+    assert rates[0] > rates[1] + 0.01 < rates[2]
+    assert simulator.simulate(profile, "switching:100:proteus", trace).attainment < follows.attainment
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.9])
+def test_near_the_capacity_the_guarded_policy_attains_what_the_least_accurate_subnet_does(scale):
+    profile, trace = PAPER.scaled(scale), traces.accelerating(to_qps=7800.0, qps_per_s=5000.0, ramp_at_s=2.0, duration_s=30.0)
+    least = simulator.simulate(profile, "least-accurate", trace)
+    ours = simulator.simulate(profile, "slackfit", trace)
+    assert ours.attainment >= least.attainment - 0.001
+    assert ours.mean_accuracy > least.mean_accuracy + 0.002
+
+
+@pytest.mark.parametrize("mix", [{18.0: 1, 36.0: 1, 200.0: 1}, {18.0: 0.05, 36.0: 0.05, 200.0: 0.9}])
+def test_of_mixed_slos_the_guarded_policy_meets_the_short_as_well_as_the_long(mix):
+    profile = PAPER.scaled(1.9)
+    trace = traces.bursty(burst_qps=4900.0, duration_s=8.0).mixed(slo_ms=mix)
+    result = simulator.simulate(profile, "slackfit", trace)
+    for slo_ms in mix:
+        assert (result.outcome[trace.slo_ms == slo_ms] == simulator.MET).mean() > 0.999
+    assert result.mean_accuracy > PAPER.rows[0].accuracy + 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.exists(), reason="the sample of MAF 2019 is not there")
+def test_on_recorded_traffic_the_guarded_policy_attains_more_than_the_least_accurate_subnet_and_is_far_more_accurate():
+    trace = azure.trace(SAMPLE)
+    least, ours = (simulator.simulate(PAPER, name, trace) for name in ("least-accurate", "slackfit"))
+    assert ours.attainment > least.attainment
+    assert ours.mean_accuracy > least.mean_accuracy + 0.0467
+
+
+@pytest.mark.parametrize(("scale", "cv2"), [(1.0, 8.0), (1.9, 4.0)])
+def test_the_guarded_policy_attains_what_the_least_accurate_subnet_does_and_is_far_more_accurate(scale, cv2):
+    profile, trace = PAPER.scaled(scale), traces.bursty(cv2=cv2, duration_s=15.0)
+    least = simulator.simulate(profile, "least-accurate", trace)
+    ours = simulator.simulate(profile, "slackfit", trace)
+    assert ours.attainment >= least.attainment - 0.001
+    assert ours.mean_accuracy > least.mean_accuracy + 0.014
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.9])
+@pytest.mark.parametrize("stall_s", [0.01, 0.2])
+def test_after_a_stall_the_guarded_policy_recovers_within_a_second(scale, stall_s):
+    profile = PAPER.scaled(scale)
+    rate = 0.8 * 8 * profile.throughput_qps(profile.rows[0].subnet)
+    cluster = simulator.Cluster(stalls=(simulator.Stall(1.0, 1.0 + stall_s),))
+    result = simulator.simulate(profile, "slackfit", traces.gamma(rate_qps=rate, cv2=0, duration_s=3.0), cluster=cluster)
+    missed = result.finish_s[result.outcome != simulator.MET]
+    assert missed.max(initial=0.0) < 2.0 + stall_s
+
+
+def test_the_papers_rule_collapses_with_32_latency_buckets_where_the_guarded_one_does_not():
+    profile, trace = PAPER.scaled(1.9), traces.bursty(duration_s=15.0)
+    collapsed = simulator.simulate(profile, policies.SlackFit(profile, guard=False, buckets=32), trace)
+    assert collapsed.attainment < 0.8 < 0.99 < simulator.simulate(profile, "slackfit", trace).attainment
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"workers": 0},
+        {"noise": -0.1},
+        {"overhead_ms": math.nan},
+        {"max_queue": -1},
+        {"outages": (simulator.Outage(8, 1.0),)},
+        {"outages": (simulator.Outage(0, 2.0, 1.0),)},
+        {"stalls": (simulator.Stall(1.0, math.inf),)},
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(bad):
+    with pytest.raises(errors.ConfigError):
+        simulator.Cluster(**bad)
+
+
+def test_a_trace_without_queries_is_served_perfectly():
+    result = serve(always(0, 1), [])
+    assert (result.attainment, len(result.outcome)) == (1.0, 0)

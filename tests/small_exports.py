@@ -1,0 +1,47 @@
+"""The smallest exports there are, of images and of texts: tests damage every bit of them."""
+
+from tiny import random_params, random_row
+
+from superserve_jax import manifest as manifests
+from superserve_jax import profile, vocabulary
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.families import dynabert, ofa_resnet
+from superserve_jax.supernets import supernet
+
+IMAGES = ofa_resnet.OFAResNetConfig(
+    num_classes=2,
+    image_size=4,
+    channels=1,
+    block="basic",
+    stem_width=4,
+    stem_pool=False,
+    stem_depths=(1,),
+    stage_widths=(4,),
+    strides=(1,),
+    depths=((0, 1),),
+    expand_ratios=(1.0,),
+    width_mults=(1.0,),
+    divisor=4,
+    mean=(0.4,),
+    std=(0.3,),
+)
+TEXTS = dynabert.DynaBERTConfig(
+    num_classes=2, vocab_size=9, max_length=4, token_types=1, hidden_size=4, depths=(1,), heads=(1,), ffn=(2, 4)
+)
+WORDS = vocabulary.Vocabulary(("[PAD]", "[CLS]", "a", "b", "é"), scheme="words")
+
+
+def write(folder, config, words=None):
+    space = config.space()
+    chosen = [space.smallest(), space.largest()]
+    model = supernet.SuperNet(config, random_params(config), {s: random_row(config, s) for s in chosen})
+    served = [checkpoint.Served(s, 0.5 + 1e-7 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
+    path = checkpoint.export(folder, model, served, measured="made up", training={"lr": 1e-5}, vocabulary=words)
+    rows = tuple(profile.Row(s.subnet, s.accuracy, (0.1 + i, 1e-5 + 2 + i)) for i, s in enumerate(served))
+    profile.Profile((1, 2), rows, "cpu").save(checkpoint.profile_path(path, "cpu"))
+    return path
+
+
+def payload_of(path):
+    manifest = manifests.read(path)
+    return path / manifest["payload"], manifest["files"]

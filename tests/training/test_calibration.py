@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from tiny import TINY, batches_of, random_images, random_params
+
+from superserve_jax import errors
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import calibration, evaluation
+
+
+@pytest.fixture
+def model():
+    return supernet.SuperNet(TINY, random_params(TINY))
+
+
+def test_statistics_of_one_batch_are_what_the_sliced_program_sees(model):
+    images = random_images(TINY, 16)
+    subnet = TINY.space().sample(0, 1)
+    program = programs.sliced(TINY, subnet)
+    expected = program.train(model.params, images, program.active(subnet))[1]
+    rows = calibration.calibrate(model, [subnet], images)
+    np.testing.assert_allclose(rows[subnet], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_several_batches_are_pooled_exactly_in_the_first_layer(model):
+    # Only the first norm's input does not depend on how the images are batched.
+    images, subnet = random_images(TINY, 40), TINY.space().largest()
+    whole = calibration.calibrate(model, [subnet], images, batch_size=40)[subnet]
+    parts = calibration.calibrate(model, [subnet], images, batch_size=10)[subnet]
+    first = TINY.sizes(subnet)["stem.mid"]
+    np.testing.assert_allclose(parts[:, :first], whole[:, :first], rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_leaves_the_model_as_it_was(model):
+    calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 8))
+    assert model.rows == {}
+
+
+def test_too_few_images_are_refused(model):
+    with pytest.raises(errors.ConfigError, match="2 or more"):
+        calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 1))
+
+
+def test_statistics_that_are_not_finite_are_refused(model):
+    model.params["stem.0.conv.kernel"] = np.full_like(model.params["stem.0.conv.kernel"], np.nan)
+    with pytest.raises(errors.ConfigError, match="not finite"):
+        calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 8))
+
+
+def test_accuracy_counts_each_image_once_and_padding_never(model):
+    images = random_images(TINY, 23)
+    chosen = [TINY.space().smallest(), TINY.space().largest()]
+    model.rows = calibration.calibrate(model, chosen, images)
+    labels = np.argmax(np.asarray(model(images, chosen[0])), -1).astype(np.int32)
+    labels[:5] = (labels[:5] + 1) % 3
+    found = evaluation.accuracy(model, chosen, batches_of(images, labels, 10))
+    assert found[0] == pytest.approx(18 / 23)
+    other = np.argmax(np.asarray(model(images, chosen[1])), -1)
+    assert found[1] == pytest.approx((other == labels).mean())

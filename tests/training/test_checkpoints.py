@@ -1,0 +1,290 @@
+"""Training that is killed, starved of disk, given damaged checkpoints or other numbers of devices."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from noise import DEBUG, Noise
+
+from superserve_jax import errors
+from superserve_jax.training import checkpoints, loop, rewiring, runs, stages
+from superserve_jax.training import config as configs
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "noise.py"
+
+
+@pytest.fixture
+def config():
+    return dataclasses.replace(configs.load(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
+
+
+def start(folder, name, *, devices=1, limit_bytes=None, **spec):
+    """A training process in folder/name that logs its steps beside it."""
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"log": str(folder / f"{name}.log"), **spec}))
+
+    def limits():
+        if limit_bytes is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows beyond it fails like one on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    # Processes of one test share what they compile, which is most of their time.
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder / name), str(path)],
+        env={**os.environ, **compiled, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limits,
+    )
+
+
+def finish(process):
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def steps(folder, name):
+    """What each step of a process trained, the last time that it ran."""
+    lines = [json.loads(line) for line in (folder / f"{name}.log").read_text().splitlines()]
+    return {line["step"]: (line["batch"], line["subnets"]) for line in lines}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def everything(run):
+    """Parameters, optimiser state and average of the last checkpoint, by path."""
+    import jax
+
+    from superserve_jax.supernets import programs
+    from superserve_jax.training import step
+
+    sandwich = step.SandwichStep(run.config.optim.create(1), ema=run.config.ema)
+    specs = jax.eval_shape(sandwich.init, programs.param_spec(run.config.model))
+    with run.checkpoints() as saved:
+        found = saved.restore(saved.latest(), **specs._asdict())
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
+    settings: dict = {"epochs": 4.0, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
+    settings["phases"] = [{"share": 1, "elastic": ["depth"]}, {"share": 2, "rewire": True}]
+    finish(start(tmp_path, "undisturbed", **settings))
+    rng, deaths = np.random.default_rng(0), 0
+    for _ in range(20):
+        process = start(tmp_path, "killed", pause_s=0.05, **settings)  # else it might be finished before it is killed
+        before = done = len(steps(tmp_path, "killed")) if (tmp_path / "killed.log").exists() else 0
+        while process.poll() is None and done < before + 6:  # somewhere in the next steps, or in a checkpoint of them
+            time.sleep(0.01)
+            done = len(steps(tmp_path, "killed")) if (tmp_path / "killed.log").exists() else 0
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        deaths += 1
+    finish(start(tmp_path, "killed", **settings))
+    assert deaths >= 3
+    assert steps(tmp_path, "killed") == steps(tmp_path, "undisturbed")
+    killed, undisturbed = (runs.Run.open(tmp_path / name) for name in ("killed", "undisturbed"))
+    assert_same(everything(killed), everything(undisturbed))
+    drop = {"examples_per_s"}
+    courses = ([{k: v for k, v in m.items() if k not in drop} for m in run.metrics()] for run in (killed, undisturbed))
+    assert next(courses) == next(courses)
+
+
+# -- damaged ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and_says_so(config, tmp_path, caplog):
+    undisturbed = loop.train(config, tmp_path / "a", dataset=Noise())
+    run = loop.train(config, tmp_path / "b", dataset=Noise())
+    files = [p for p in sorted((run.workdir / "checkpoints" / "12").rglob("*")) if p.is_file() and p.stat().st_size]
+    victim = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with caplog.at_level(logging.WARNING), run.checkpoints() as saved:
+        assert saved.latest() == 8
+    assert "checkpoint of step 12" in caplog.text
+    assert victim.name in caplog.text
+    again = loop.train(config, tmp_path / "b", dataset=Noise())
+    assert_same(everything(again), everything(undisturbed))
+
+
+def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(config, tmp_path, monkeypatch):
+    frozen, elastic = configs.Phase(elastic=()), configs.Phase(rewire=True)
+    config = dataclasses.replace(config, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
+    calls, real = [], rewiring.reorder
+    monkeypatch.setattr(rewiring, "reorder", lambda *a: calls.append(a) or real(*a))
+    run = loop.train(config, tmp_path / "run", dataset=Noise())
+    assert len(calls) == 1
+    assert any((order != np.arange(len(order))).any() for order in calls[0][2])
+    assert "loss_smallest" not in run.metrics()[0]
+    expected = everything(run)
+    [victim, *_] = [p for p in (run.workdir / "checkpoints" / "8").rglob("*") if p.is_file()]
+    victim.write_bytes(b"torn")
+    again = loop.train(config, tmp_path / "run", dataset=Noise())
+    assert len(calls) == 2
+    assert_same(everything(again), expected)
+
+
+def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):
+    run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
+    files = [p for p in (run.workdir / "checkpoints" / "4").rglob("*") if p.is_file() and p.stat().st_size]
+    sums = run.workdir / "checksums" / "4.json"
+    assert len(files) > 5
+    for path in files:
+        good = path.read_bytes()
+        path.write_bytes(bytes([good[0] ^ 4]) + good[1:])
+        assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") is not None
+        path.write_bytes(good)
+    assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") is None
+    (run.workdir / "checkpoints" / "4" / "more").write_text("x")
+    assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") == "file more"
+
+
+def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_and_costs_no_other(config, tmp_path, caplog):
+    run = loop.train(config, tmp_path / "run", dataset=Noise())
+    assert sorted(p.name for p in (run.workdir / "checksums").iterdir()) == ["12.json", "8.json"]
+    path = run.workdir / "checksums" / "12.json"
+    good = path.read_bytes()
+    for spoil in (path.unlink, lambda: path.write_text("{"), lambda: path.write_bytes(bytes([good[0] ^ 32]) + good[1:])):
+        spoil()
+        with caplog.at_level(logging.WARNING), run.checkpoints() as saved:
+            assert saved.latest() == 8
+        assert "its checksums cannot be read" in caplog.text
+        caplog.clear()
+    path.write_bytes(good)
+    with run.checkpoints() as saved:
+        assert saved.latest() == 12  # who only reads has removed nothing
+
+
+def test_without_a_whole_checkpoint_a_run_says_so(config, tmp_path, caplog):
+    run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
+    (run.workdir / "checksums" / "4.json").unlink()
+    with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
+        run.model()
+    assert "there is none before it" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(config, tmp_path):
+    settings = {"epochs": 1.2, "checkpoint_every": 4, "log_every": 2, "ema": 0.5}
+    run = loop.train(config, tmp_path / "a", dataset=Noise())
+    largest = max(p.stat().st_size for p in (run.workdir / "checkpoints").rglob("*") if p.is_file())
+    process = start(tmp_path, "full", limit_bytes=largest // 2, **settings)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "the checkpoint of step 4 could not be written" in stderr
+    assert "Training goes on" in stderr
+    assert stderr.rstrip().splitlines()[-1].startswith("error: the checkpoint of step 12 could not be written")
+    assert stderr.rstrip().endswith("make room on the disk and run the same command to go on from step 0 of 12")
+    finish(start(tmp_path, "full", **settings))
+    assert_same(everything(runs.Run.open(tmp_path / "full")), everything(run))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    run = runs.Run.create(config, tmp_path / "run")
+    with run.checkpoints() as saved:
+        saved.save(1, params={"a": np.arange(3.0)})
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+        with pytest.raises(errors.DataError, match=r"step 2 .*No space left"):
+            saved.save(2, params={"a": np.arange(3.0)})
+        monkeypatch.undo()
+        assert saved.latest() == 1
+        saved.save(2, params={"a": np.arange(3.0)})
+        assert saved.latest() == 2
+
+
+# -- devices ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_and_eight_devices_have_the_same_losses(tmp_path):
+    """With all that a recipe can have: a teacher, phases, rewiring, an average, validation."""
+    settings: dict = {
+        "epochs": 2.0,
+        "log_every": 1,
+        "random_subnets": 2,
+        "checkpoint_every": 100,
+        "ema": 0.9,
+        "eval_every": 10,
+    }
+    settings["phases"] = [{"share": 1, "elastic": []}, {"share": 3, "rewire": True}]
+    teacher = loop.train(dataclasses.replace(configs.load(DEBUG), epochs=0.2), tmp_path / "teacher", dataset=Noise())
+    stages.calibrate(teacher, [teacher.config.model.space().largest()])
+    settings["distill"] = {"teacher": str(teacher.workdir), "weight": 0.5}
+    for name, devices in (("one", 1), ("eight", 8)):
+        finish(start(tmp_path, name, devices=devices, **settings))
+    one, eight = (runs.Run.open(tmp_path / name).metrics() for name in ("one", "eight"))
+    assert len(one) == len(eight) == 20
+    for a, b in zip(one, eight, strict=True):
+        assert a.keys() == b.keys()
+        for key in {"loss", "loss_smallest"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=1e-4), a["step"]
+    assert "loss_smallest" in one[-1]
+    assert len({m["loss"] for m in one}) == 20
+
+
+def test_a_batch_that_the_devices_cannot_divide_is_refused(config, monkeypatch, tmp_path):
+    import jax
+
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
+    with pytest.raises(errors.ConfigError, match="batch_size must be a multiple of the number of devices, which is 3; got 64"):
+        loop.train(config, tmp_path / "run", dataset=Noise())
+
+
+# -- the course ------------------------------------------------------------------------------------------------------------
+
+
+def test_validation_during_training_is_written_as_lines_and_for_tensorboard(config, tmp_path):
+    run = loop.train(dataclasses.replace(config, eval_every=6), tmp_path / "run", dataset=Noise())
+    lines = [json.loads(line) for line in (run.workdir / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 12]
+    assert all(0 <= line[name] <= 1 for line in lines for name in ("smallest", "middle", "largest"))
+    import struct
+
+    from tensorboardX.proto import event_pb2
+
+    [path] = (run.workdir / "tensorboard").iterdir()
+    content, tags, place = path.read_bytes(), {}, 0
+    while place < len(content):  # TFRecord: length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", content, place)
+        event = event_pb2.Event.FromString(content[place + 12 : place + 12 + length])
+        for value in event.summary.value:
+            tags[value.tag, event.step] = value.simple_value
+        place += 16 + length
+    assert tags["validation/largest", 12] == pytest.approx(lines[-1]["largest"])
+    assert tags["train/loss", 2] == pytest.approx(run.metrics()[0]["loss"])
+
+
+def test_validation_does_not_change_training(config, tmp_path):
+    plain = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "a", dataset=Noise())
+    watched = loop.train(dataclasses.replace(config, epochs=0.4, eval_every=2), tmp_path / "b", dataset=Noise())
+    assert_same(everything(plain), everything(watched))

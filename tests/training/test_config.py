@@ -1,0 +1,127 @@
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from superserve_jax import errors
+from superserve_jax.training import config as configs
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_survives_json(path):
+    config = configs.load(path)
+    assert config.name == path.stem
+    assert configs.from_json(json.loads(json.dumps(configs.to_json(config)))) == config
+
+
+def debug():
+    return configs.load(CONFIGS[0].parent / "debug.py")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", float("nan")),
+        ("epochs", 0),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("buckets", 0),
+        ("random_subnets", -1),
+        ("label_smoothing", 1.0),
+        ("seed", -1),
+        ("seed", True),
+        ("name", ""),
+        ("name", "a/b"),
+        ("model", None),
+        ("checkpoint_every", 0),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(field, value):
+    with pytest.raises(errors.ConfigError, match=field):
+        dataclasses.replace(debug(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", float("nan")),
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("lr", float("inf")),
+        ("warmup", 1.0),
+        ("momentum", "x"),
+        ("clip_norm", -1.0),
+    ],
+)
+def test_an_optimiser_setting_that_cannot_work_is_refused_by_name(field, value):
+    with pytest.raises(errors.ConfigError, match=f"optim.{field}"):
+        configs.OptimConfig(**{field: value})
+
+
+def test_a_mistyped_optimiser_or_schedule_gets_the_nearest_suggested():
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'adamw'"):
+        configs.OptimConfig(name="adam")
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'cosine'"):
+        configs.OptimConfig(schedule="cosin")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_spares_norms_and_biases(name):
+    import jax
+
+    optimiser = configs.OptimConfig(name=name, weight_decay=0.5, schedule="constant", warmup=0.0).create(10)
+    params = {"a.kernel": jnp.ones((2, 2)), "a.bias": jnp.ones(2)}
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    assert (updates["a.kernel"] < 0).all()
+    assert (updates["a.bias"] == 0).all()
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    def step_size(step, **settings):
+        optimiser = configs.OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, momentum=0.0, **settings).create(100)
+        params = {"w.kernel": jnp.zeros((1, 1))}
+        state = optimiser.init(params)
+        for _ in range(step + 1):
+            updates, state = optimiser.update({"w.kernel": jnp.ones((1, 1))}, state, params)
+        return -float(updates["w.kernel"][0, 0])
+
+    rates = [step_size(k, warmup=0.1) for k in (0, 5, 10, 50, 99)]
+    assert rates[0] < rates[1] < rates[2] == pytest.approx(1.0)
+    assert rates[2] > rates[3] > rates[4] >= 0
+    assert step_size(99, schedule="constant", warmup=0.0) == pytest.approx(1.0)
+
+
+def test_a_missing_config_file_gets_the_nearest_suggested(tmp_path):
+    (tmp_path / "digits.py").write_text("")
+    with pytest.raises(errors.ConfigError, match=r"did you mean .*digits\.py"):
+        configs.load(tmp_path / "digit.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", r"has no function get_config"), ("def get_config(): return 3", "must return a TrainConfig, got int")],
+)
+def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(errors.ConfigError, match=message):
+        configs.load(tmp_path / "c.py")
+
+
+def test_differences_between_configs_are_named_by_field():
+    a, b = configs.to_json(debug()), configs.to_json(dataclasses.replace(debug(), seed=5))
+    assert configs.differences(a, b) == ["seed: 0 -> 5"]
+
+
+def test_a_config_of_an_older_version_is_read_with_defaults_and_one_of_a_newer_refused():
+    values = configs.to_json(debug())
+    old = {k: v for k, v in values.items() if k not in ("phases", "distill", "ema")}
+    assert configs.from_json(old) == debug()
+    with pytest.raises(errors.UnknownNameError, match="field of OptimConfig 'lrr': did you mean 'lr'"):
+        configs.from_json({**values, "optim": {**values["optim"], "lrr": 1}})
+    with pytest.raises(errors.ConfigError, match="the config does not fit"):
+        configs.from_json({k: v for k, v in values.items() if k != "model"})

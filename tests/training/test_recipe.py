@@ -1,0 +1,243 @@
+"""Phases, ties, teachers, averages, half precision: the parts of the recipe, each against what it should do."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import TINY, random_images, random_params, random_row
+
+from superserve_jax import errors
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.families import dynabert
+from superserve_jax.supernets import programs, supernet
+from superserve_jax.training import config as configs
+from superserve_jax.training import data, losses, phases, sampling, step, teacher
+
+BERT = dynabert.DynaBERTConfig(
+    num_classes=3, vocab_size=20, max_length=6, token_types=1, hidden_size=8, depths=(1, 2, 4), heads=(1, 2), ffn=(4, 8)
+)
+CONFIG = configs.TrainConfig(name="tiny", model=TINY, data=data.DataConfig(), buckets=3, random_subnets=1)
+LABELS = np.array([0, 1, 2, 1], np.int32)
+
+
+def tokens(seed=0):
+    return np.random.default_rng(seed).integers(1, 20, (4, 6), dtype=np.int32)
+
+
+def sandwich_of(config, **options):
+    sampler = sampling.Sampler(config, buckets=2, random_subnets=1, seed=0)
+    return step.SandwichStep(optax.sgd(1.0), **options), sampler.step(0)
+
+
+def copied(params):
+    return {name: jnp.array(p) for name, p in params.items()}
+
+
+# -- phases ----------------------------------------------------------------------------------------------------------------
+
+
+def test_phases_share_the_steps_of_a_run():
+    config = dataclasses.replace(
+        CONFIG, phases=(configs.Phase(share=1, elastic=()), configs.Phase(share=2, elastic=("depth",)), configs.Phase(share=1))
+    )
+    parts = phases.plan(config, 40)
+    assert [p.first for p in parts] == [0, 10, 30]
+    assert [phases.at(parts, k).first for k in (0, 9, 10, 29, 30, 39)] == [0, 0, 10, 10, 30, 30]
+
+
+def test_progressive_shrinking_opens_one_axis_after_another():
+    config = dataclasses.replace(
+        CONFIG, random_subnets=2, phases=(configs.Phase(elastic=()), configs.Phase(elastic=("depth",)), configs.Phase())
+    )
+    space = TINY.space()
+    frozen, depth, everything = phases.plan(config, 30)
+    assert frozen.sampler.step(0) == (frozen.sampler.largest,)
+    assert frozen.sampler.largest.subnet == space.largest()
+    drawn = {c.subnet for k in range(40) for c in depth.sampler.step(k)}
+    assert len(drawn) > 2
+    for s in drawn:
+        assert space.validate(s) == s
+        assert TINY.sizes(s)["stage0.out"] == TINY.sizes(space.largest())["stage0.out"]
+    assert depth.sampler.smallest.subnet == space.subnet(depth=[d[0] for d in space.depths])
+    assert everything.sampler.smallest.subnet == space.smallest()
+
+
+def test_the_number_of_open_choices_counts_from_the_largest():
+    space = dataclasses.replace(TINY, width_mults=(0.5, 0.75, 1.0)).space().narrowed(("width",), choices=2)
+    assert space.smallest()["width"] == (0.75,) * len(space.smallest()["width"])
+    assert space.smallest().gates == space.largest().gates
+
+
+def test_tied_phases_draw_only_subnets_whose_blocks_follow_their_stages_depth():
+    config = dataclasses.replace(CONFIG, random_subnets=3, phases=(configs.Phase(tied=True),))
+    (part,) = phases.plan(config, 10)
+    space = TINY.space()
+    drawn = {c.subnet for k in range(40) for c in part.sampler.step(k)}
+    assert len(drawn) > 4
+    for s in drawn:
+        assert space.tied(s) == s
+        stage = space.stages[-1]
+        depth = sum(s.gates[b] for b in stage)
+        place = space.depths[-1].index(depth)
+        axis = next(a for a in space.axes if a.name == "expand")
+        kept = [v for v, b in zip(s["expand"], axis.blocks, strict=True) if b in stage and s.gates[b]]
+        assert set(kept) == {axis.choices[0][place]}
+
+
+def test_a_tied_bucket_runs_its_members_as_they_are():
+    """Tied choices may lie several steps below an envelope's: the program must trace every size in which they differ."""
+    model = dataclasses.replace(TINY, expand_ratios=(0.25, 0.5, 0.75, 1.0), divisor=8, stage_widths=(16, 32), stem_width=16)
+    sampler = sampling.Sampler(model, buckets=3, random_subnets=2, seed=1, tied=True)
+    params, images = random_params(model), random_images(model, 2)
+    for choice in {c for k in range(12) for c in sampler.step(k)}:
+        alone = programs.sliced(model, choice.subnet)
+        expected, _ = alone.train(params, images, alone.active(choice.subnet))
+        found, _ = choice.program.train(params, images, choice.program.active(choice.subnet))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
+
+
+def test_a_phase_of_an_unknown_axis_is_refused_with_the_nearest():
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'width'"):
+        dataclasses.replace(CONFIG, phases=(configs.Phase(elastic=("widht",)),))
+
+
+def test_rewiring_a_family_without_units_is_refused():
+    class Family(dynabert.DynaBERTConfig):
+        units = property()
+
+    with pytest.raises(errors.ConfigError, match=r"phases\.rewire: family 'dynabert' has no units to sort"):
+        dataclasses.replace(CONFIG, model=Family(), phases=(configs.Phase(rewire=True),))
+
+
+# -- teachers --------------------------------------------------------------------------------------------------------------
+
+
+def saved_teacher(tmp_path, config, seed=3):
+    space = config.space()
+    model = supernet.SuperNet(config, random_params(config, seed), {space.largest(): random_row(config, space.largest())})
+    served = [checkpoint.Served(space.largest(), 0.5, None, 1, 1)]
+    return checkpoint.export(tmp_path / "teacher", model, served, measured="made up")
+
+
+def test_an_outside_teacher_teaches_every_subnet(tmp_path):
+    path = saved_teacher(tmp_path, TINY)
+    params, images = random_params(TINY), random_images(TINY, 4)
+    recipe = step.Recipe(teacher_weight=0.5)
+    outside = teacher.load(path, TINY)
+    sandwich, choices = sandwich_of(TINY, recipe=recipe)
+    lesson = outside(recipe, images)
+    state, _ = sandwich(sandwich.init(copied(params)), images, LABELS, choices, lesson=lesson)
+
+    def total(params):
+        logits = [c.program.train(params, images, c.program.active(c.subnet))[0] for c in choices]
+        first = losses.cross_entropy(logits[0], LABELS) + 0.5 * losses.distillation(logits[0], lesson.logits)
+        return first + sum(losses.distillation(other, lesson.logits) for other in logits[1:])
+
+    grads = jax.jit(jax.grad(total))(params)
+    largest = max(float(np.abs(g).max()) for g in grads.values())
+    for name, g in grads.items():
+        np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
+
+
+def test_a_lesson_is_what_the_teachers_largest_subnet_answers(tmp_path):
+    path = saved_teacher(tmp_path, TINY)
+    model, images = checkpoint.load(path), random_images(TINY, 4)
+    lesson = teacher.load(path, TINY)(step.Recipe(), images)
+    np.testing.assert_allclose(
+        lesson.logits, model(images, model.space.largest()), rtol=0, atol=1e-5 * np.abs(lesson.logits).max()
+    )
+
+
+def test_hidden_states_of_kept_layers_are_drawn_to_the_largest_subnets():
+    recipe = step.Recipe(hidden_weight=2.0)
+    sandwich, choices = sandwich_of(BERT, recipe=recipe)
+    params, inputs = random_params(BERT), tokens()
+    state, _ = sandwich(sandwich.init(copied(params)), inputs, LABELS, choices)
+
+    def total(params):
+        answers = [c.program.train_hidden(params, inputs, c.program.active(c.subnet)) for c in choices]
+        result = losses.cross_entropy(answers[0][0], LABELS)
+        states = [jax.lax.stop_gradient(x) for _, x in answers[0][1]]
+        for choice, (logits, hidden) in zip(choices[1:], answers[1:], strict=True):
+            result += losses.distillation(logits, answers[0][0])
+            kept = [i for i, gate in enumerate(choice.subnet.gates) if gate]
+            result += 2.0 * sum(jnp.mean((hidden[i][1] - states[i]) ** 2) for i in kept) / len(kept)
+        return result
+
+    grads = jax.jit(jax.grad(total))(params)
+    largest = max(float(np.abs(g).max()) for g in grads.values())
+    for name, g in grads.items():
+        np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=2e-4 * largest, err_msg=name)
+
+
+def test_hidden_states_of_a_family_without_or_of_another_shape_are_refused(tmp_path):
+    recipe = step.Recipe(hidden_weight=1.0)
+    with pytest.raises(errors.ConfigError, match=r"distill\.hidden is 1\.0, but the hidden states of family 'ofa_resnet'"):
+        teacher.check_hidden(recipe, TINY, None)
+    wider = teacher.load(saved_teacher(tmp_path, dataclasses.replace(BERT, hidden_size=16)), BERT)
+    with pytest.raises(errors.ConfigError, match="hidden states have the student's shapes"):
+        teacher.check_hidden(recipe, BERT, wider)
+    teacher.check_hidden(recipe, BERT, None)
+
+
+def test_a_teacher_of_other_classes_or_inputs_is_refused(tmp_path):
+    path = saved_teacher(tmp_path, TINY)
+    with pytest.raises(errors.ConfigError, match="num_classes 3, the SuperNet to train has 4"):
+        teacher.load(path, dataclasses.replace(TINY, num_classes=4))
+    with pytest.raises(errors.ConfigError, match="has inputs"):
+        teacher.load(path, dataclasses.replace(TINY, image_size=10))
+    with pytest.raises(errors.ConfigError, match="there is no folder"):
+        teacher.load(tmp_path / "nothing", TINY)
+
+
+# -- averages and half precision -------------------------------------------------------------------------------------------
+
+
+def test_the_average_follows_the_parameters():
+    sandwich, choices = sandwich_of(TINY, ema=0.9)
+    params, images = random_params(TINY), random_images(TINY, 4)
+    state = sandwich.init(copied(params))
+    expected = dict(params)
+    for k in range(3):
+        state, _ = sandwich(state, images, LABELS, choices, step=k)
+        decay = min(0.9, (1 + k) / (10 + k))
+        expected = {name: decay * old + (1 - decay) * np.asarray(state.params[name]) for name, old in expected.items()}
+    for name, average in expected.items():
+        np.testing.assert_allclose(state.ema[name], average, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_keeps_float32_parameters_and_comes_near():
+    params, images = random_params(TINY), random_images(TINY, 4)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        sandwich, choices = sandwich_of(TINY, recipe=step.Recipe(compute_dtype=dtype))
+        state, scalars = sandwich(sandwich.init(copied(params)), images, LABELS, choices)
+        assert {p.dtype for p in state.params.values()} == {jnp.dtype("float32")}
+        found[dtype] = float(scalars["loss"])
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.1)
+
+
+@pytest.mark.parametrize("config", [TINY, BERT], ids=["ofa_resnet", "dynabert"])
+def test_half_precision_multiplies_in_bfloat16(config):
+    """Every convolution and matrix product of the gradient, not just the casts around it."""
+    program = programs.sliced(config, config.space().largest())
+    recipe = step.Recipe(compute_dtype="bfloat16")
+    inputs = random_images(config, 4) if config is TINY else tokens()
+    text = step._largest_grad.lower(program, recipe, programs.param_spec(config), inputs, LABELS, None).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
+    assert len(products) > 5
+    assert not [line for line in products if re.search(r"\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", line)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("ema", 1.0, "ema"), ("compute_dtype", "float16", "did you mean"), ("eval_every", -1, "eval_every")],
+)
+def test_a_recipe_that_cannot_work_is_refused_by_name(field, value, message):
+    with pytest.raises(errors.SuperServeError, match=message):
+        dataclasses.replace(CONFIG, **{field: value})

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+from tiny import TINY
+
+from superserve_jax import subnet as subnets
+from superserve_jax.families import ofa_resnet
+from superserve_jax.training import sampling
+
+
+@pytest.fixture
+def sampler():
+    return sampling.Sampler(TINY, buckets=4, random_subnets=2, seed=7)
+
+
+def test_the_subnets_of_a_step_are_a_pure_function_of_seed_and_step(sampler):
+    again = sampling.Sampler(TINY, buckets=4, random_subnets=2, seed=7)
+    assert [sampler.step(k) for k in range(20)] == [again.step(k) for k in range(20)]
+    other = sampling.Sampler(TINY, buckets=4, random_subnets=2, seed=8)
+    assert [sampler.step(k) for k in range(20)] != [other.step(k) for k in range(20)]
+
+
+def test_a_step_trains_the_largest_the_smallest_and_random_ones(sampler):
+    choices = sampler.step(0)
+    space = TINY.space()
+    assert [c.subnet for c in choices[:2]] == [space.largest(), space.smallest()]
+    assert len(choices) == 4
+
+
+def test_random_subnets_need_no_more_programs_than_there_are_buckets(sampler):
+    used = {c.program for k in range(100) for c in sampler.step(k)}
+    assert len(used) == 4 + 2
+
+
+def test_members_are_covered_by_their_envelope_and_differ(sampler):
+    drawn = [c for k in range(100) for c in sampler.step(k)[2:]]
+    assert all(c.program.envelope.covers(c.subnet) for c in drawn)
+    assert all(TINY.space().validate(c.subnet) == c.subnet for c in drawn)
+    assert len({c.subnet for c in drawn}) > 10
+
+
+def test_envelopes_are_spread_over_the_logarithm_of_flops():
+    config = ofa_resnet.OFAResNetConfig()
+    space = config.space()
+    costs = [np.log(config.flops(e)) for e in sampling.envelopes(config, 8, seed=0)]
+    low, high = (np.log(config.flops(s)) for s in (space.smallest(), space.largest()))
+    targets = np.linspace(low, high, 10)[1:-1]
+    assert np.abs(np.array(costs) - targets).max() < 0.08 * (high - low)
+
+
+def test_more_buckets_than_subnets_give_what_there_is():
+    space = subnets.SearchSpace(((1, 2),))
+
+    class Config:
+        def space(self):
+            return space
+
+        def flops(self, s):
+            return 1 + sum(s.gates)
+
+    assert len(sampling.envelopes(Config(), 8, seed=0)) == 2
+
+
+def test_every_other_spaces_draw_members_below_their_envelope():
+    space = subnets.SearchSpace(
+        ((2, 3, 4, 6),), (subnets.Axis("heads", ((1.0, 2.0, 4.0),) * 6, tuple(range(6))),), "every_other"
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        top = sampling.compound(space, rng)
+        assert top.covers(sampling.member(space, top, rng))

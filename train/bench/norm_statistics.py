@@ -1,0 +1,81 @@
+"""What SubnetNorm costs at a network's full size: bytes of many subnets' statistics against bytes of the shared weights.
+
+    python train/bench/norm_statistics.py configs/ofa_resnet50.py --subnets 500
+
+Builds the network with fresh weights, exports it with a row of statistics for every subnet, loads the export and runs a few
+subnets at batch 1. The rows are made up, not calibrated: their sizes are real, the logits mean nothing. Library:
+training.random_export.export, checkpoint.load, training.latency.measure.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from superserve_jax import cli, files
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.training import config as configs
+from superserve_jax.training import latency
+from superserve_jax.training import random_export as made_up
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      config: the experiment; only its network counts.
+      subnets: how many have statistics: the smallest, the largest and random ones.
+      run: how many of them are run.
+      json: write the result to this file.
+    """
+
+    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    subnets: int = 500
+    run: int = 3
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
+    default = Options(configs.load(config_path))
+    options = tyro.cli(Options, default=default, args=rest, prog=f"train/bench/norm_statistics.py {config_path}")
+    config = options.config.model
+    with tempfile.TemporaryDirectory() as folder:
+        path = made_up.export(config, pathlib.Path(folder) / "export", subnets=options.subnets)
+        start = time.monotonic()
+        loaded = checkpoint.load(path)
+        load_s = time.monotonic() - start
+        kinds = {"statistics.npz": 0, "weights": 0}
+        for name, file in loaded.manifest["files"].items():
+            kinds[name.split("/")[0]] += file["bytes"]
+    weights, rows = sum(p.nbytes for p in loaded.params.values()), [r.nbytes for r in loaded.rows.values()]
+    ordered = loaded.subnets
+    shown = [ordered[i] for i in np.linspace(0, len(ordered) - 1, options.run).round().astype(int)]
+    table = [("MFLOPs", "params", "bytes of statistics", "weights / statistics", "ms per input")]
+    for subnet, ms in latency.measure(loaded, shown, batch=1, repeats=5).items():
+        flops, params, size = config.flops(subnet), config.num_params(subnet), loaded.rows[subnet].nbytes
+        table.append((f"{flops / 1e6:.0f}", f"{params:,}", f"{size:,}", f"{weights / size:.0f}", f"{ms:.0f}"))
+    cli.print_table(table)
+    total = sum(rows)
+    print(
+        f"{len(rows)} subnets (rows made up, their sizes real): {total:,} bytes of statistics, {total / len(rows):,.0f} each, "
+        f"{weights / (total / len(rows)):.0f} times less than the {weights:,} bytes of weights\n"
+        f"on disk: {kinds['statistics.npz']:,} bytes of statistics, the subnets' names included, and {kinds['weights']:,} of "
+        f"weights; loaded and checked in {load_s:.1f} s"
+    )
+    if options.json:
+        files.write_json(
+            options.json,
+            {"subnets": len(rows), "weights_bytes": weights, "statistics_bytes": rows, "disk_bytes": kinds, "load_s": load_s},
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

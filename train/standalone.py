@@ -1,0 +1,77 @@
+"""Trains subnets of a run alone, each as a network of its own for as many steps, and prints what sharing weights costs them.
+
+    python train/standalone.py runs/digits_resnet
+    python train/standalone.py runs/digits_resnet --subnets smallest 3 largest
+
+Data, order, optimiser, schedule, first weights, calibration and test images are those of the run; labels are the only teacher.
+It takes as many passes over the data as the run did for every subnet. Ctrl-C keeps the work, in RUN/alone; the same command
+goes on from there. Library: training.standalone.train (training.loop, training.stages).
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import tyro
+
+from superserve_jax import cli, errors, files
+from superserve_jax.exports import export as checkpoint
+from superserve_jax.training import runs
+from superserve_jax.training import standalone as alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      run: the run's folder, evaluated.
+      subnets: "smallest", "largest", or places in evaluation.json, in ascending order of FLOPs from 0.
+      json: write the table to this file.
+    """
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    subnets: tuple[str, ...] = ("smallest", "largest")
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The program."""
+    options = tyro.cli(Options, description=__doc__)
+    run = runs.Run.open(options.run)
+    evaluated = [checkpoint.Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
+    chosen = {name: find(evaluated, name) for name in options.subnets}  # all, before the first is trained
+    rows = []
+    for name, shared in chosen.items():
+        trained = alone.train(run, shared.subnet, name)
+        rows.append({"name": name, **shared.to_json(), "accuracy_alone": trained.accuracy})
+    cli.print_table(
+        [
+            ("subnet", "MFLOPs", "shared", "alone", "price of sharing"),
+            *(
+                (
+                    r["name"],
+                    f"{r['flops'] / 1e6:.2f}",
+                    f"{100 * r['accuracy']:.2f} %",
+                    f"{100 * r['accuracy_alone']:.2f} %",
+                    f"{100 * (r['accuracy_alone'] - r['accuracy']):+.2f} points",
+                )
+                for r in rows
+            ),
+        ]
+    )
+    if options.json:
+        files.write_json(options.json, rows)
+
+
+def find(evaluated: list[checkpoint.Served], name: str) -> checkpoint.Served:
+    """The subnet that an option names. Raises ConfigError where there is none."""
+    ends = {"smallest": 0, "largest": len(evaluated) - 1}
+    place = ends[name] if name in ends else int(name) if name.isdecimal() else -1
+    if not 0 <= place < len(evaluated):
+        raise errors.ConfigError(f"subnets must be 'smallest', 'largest' or from 0 to {len(evaluated) - 1}, got '{name}'")
+    return evaluated[place]
+
+
+if __name__ == "__main__":
+    cli.run(main)
