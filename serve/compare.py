@@ -21,13 +21,11 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files
-from superserve_jax.experiments import figures
-from superserve_jax.experiments import paper_table as findings
-from superserve_jax.experiments import presets as experiments
-from superserve_jax.experiments import runner as evaluation
-from superserve_jax.experiments import summaries as readings
-from superserve_jax.scheduling import policies
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.experiments import figures, paper_table, presets, runner
+from superserve_jax.experiments.presets import Cell
+from superserve_jax.experiments.summaries import Summary, summarize
+from superserve_jax.scheduling.policies import create
+from superserve_jax.simulation import paper_profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +63,21 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    profile = reference.paper_profile() if options.profile is None else ss.Profile.load(options.profile)
+    profile = paper_profile.paper_profile() if options.profile is None else ss.Profile.load(options.profile)
     cells = chosen_cells(options, profile)
     maf_trace = None if options.maf_trace is None else str(options.maf_trace)
     start = time.monotonic()
-    rows = evaluation.evaluate(cells, profile, jobs=options.jobs, maf_trace=maf_trace)
-    print(f"{len(rows)} runs on {profile.device} in {time.monotonic() - start:.0f} s; SLO {experiments.SLO_MS:g} ms")
+    rows = runner.evaluate(cells, profile, jobs=options.jobs, maf_trace=maf_trace)
+    print(f"{len(rows)} runs on {profile.device} in {time.monotonic() - start:.0f} s; SLO {presets.SLO_MS:g} ms")
 
-    summaries = readings.summaries(rows)
+    summaries = summarize(rows)
     for preset in dict.fromkeys(s.preset for s in summaries):
         print(f"\n{preset}")
         cli.print_table(table([s for s in summaries if s.preset == preset]))
     if options.paper:
         print("\nthe paper beside ours")
         header = ("preset", "scale", "what", "the paper", "ours")
-        found = findings.findings(rows)
+        found = paper_table.findings(rows)
         print_left([header, *((f.preset, f"x{f.scale:g}", f.what, f.reference, f.ours) for f in found)])
     if options.json:
         files.write_json(options.json, rows)
@@ -91,7 +89,7 @@ def main() -> None:
             print(f"plot: {path}")
 
 
-def chosen_cells(options: Options, profile: ss.Profile) -> list[experiments.Cell]:
+def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
     """What the options ask for. Raises for names that are not known, or values that cannot be, before anything runs."""
     if options.seeds < 1:
         raise ss.ConfigError(f"--seeds must be 1 or more, got {options.seeds}")
@@ -101,14 +99,14 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[experiments.Cell
         raise ss.ConfigError(f"--seconds must be positive and finite, got {options.seconds}")
     names = list(options.preset)
     if "all" in names:
-        names = [name for name in experiments.PRESETS if name != "maf" or options.maf_trace is not None]
+        names = [name for name in presets.PRESETS if name != "maf" or options.maf_trace is not None]
         if "maf" not in names:
             print("maf is left out: it needs a file of Azure Functions 2019, see --maf-trace")
     scales = options.scale or (None if options.profile is None else (1.0,))
     cells = [
         cell
         for name in names
-        for cell in experiments.cells(
+        for cell in presets.cells(
             name,
             seeds=range(options.seeds),
             scales=scales,
@@ -118,15 +116,15 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[experiments.Cell
         )
     ]
     for name in dict.fromkeys(name for cell in cells for name in cell.policies):
-        policies.create(name, profile)
+        create(name, profile)
     if options.maf_trace is None or not options.maf_trace.is_file():
         for cell in cells:
             if cell.traffic.process == "azure":
-                experiments.MAF.create(0, maf_trace=None if options.maf_trace is None else str(options.maf_trace))
+                presets.MAF.create(0, maf_trace=None if options.maf_trace is None else str(options.maf_trace))
     return cells
 
 
-def table(summaries: list[readings.Summary]) -> list[tuple[str, ...]]:
+def table(summaries: list[Summary]) -> list[tuple[str, ...]]:
     """Header and one row per trace, scale and policy of one preset; columns that nothing fills are left out."""
     extras = {
         "queries/s": lambda s: f"{s.mean('rate_qps'):,.0f}",

@@ -27,12 +27,12 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files, plots
-from superserve_jax import profile as profiles
-from superserve_jax.engines import device as device_engine
-from superserve_jax.engines import prepare, subnet_buckets
-from superserve_jax.engines import profiling as measuring
-from superserve_jax.exports import export as checkpoint
+from superserve_jax import cli, exports, files, plots
+from superserve_jax.engines import prepare, profiling, subnet_buckets
+from superserve_jax.engines.device import DeviceEngine, Slicing
+from superserve_jax.engines.subnet_buckets import Flops
+from superserve_jax.exports import Model
+from superserve_jax.profile import check_batch_sizes
 
 STATEMENTS = {
     "P1": "a larger batch takes longer",
@@ -63,7 +63,7 @@ class Options:
     export: Annotated[pathlib.Path, tyro.conf.Positional]
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     lengths: tuple[int, ...] | None = None
-    slicing: device_engine.Slicing | None = None
+    slicing: Slicing | None = None
     executables: int = prepare.MAX_BUCKETS
     keep_all: bool = False
     repeats: int = 50
@@ -75,7 +75,7 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    profiles.check_batch_sizes(options.batch_sizes)  # before minutes of compiling
+    check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     for name, value in (("--repeats", options.repeats), ("--executables", options.executables)):
         if value < 1:
             raise ss.ConfigError(f"{name} must be at least 1, got {value}")
@@ -86,27 +86,25 @@ def main() -> None:
         measure(options, model, device, kind, lengths)
 
 
-def measure(options: Options, model: checkpoint.Model, device: Any, kind: str, lengths: Sequence[int]) -> None:
+def measure(options: Options, model: Model, device: Any, kind: str, lengths: Sequence[int]) -> None:
     """Measures one kind of device, and keeps the profile."""
     slicing = options.slicing or choose_slicing(model, device, options, lengths)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
-    def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> device_engine.DeviceEngine:
+    def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> DeviceEngine:
         shapes = {"batch_sizes": options.batch_sizes, "lengths": lengths}
-        return device_engine.DeviceEngine(
-            model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes
-        )
+        return DeviceEngine(model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes)
 
     engine = make_engine(model.subnets, envelopes)
     accuracies = {s.subnet: s.accuracy for s in model.served}
     calls = {"repeats": options.repeats, "load": options.load}
-    measured = measuring.measure(engine, accuracies, options.batch_sizes, device=kind, **calls)
+    measured = profiling.measure(engine, accuracies, options.batch_sizes, device=kind, **calls)
     measured = dataclasses.replace(measured.with_envelopes(envelopes), slicing=slicing)
     if measured.envelopes:
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = (measured.pareto() if options.keep_all else prepare.worth_serving(measured)).monotone()
-    path = checkpoint.profile_path(options.export, kind)
+    path = exports.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.tables, measured.tables, strict=True):
@@ -122,7 +120,7 @@ def measure(options: Options, model: checkpoint.Model, device: Any, kind: str, l
     print(f"kept in {path}")
 
 
-def choose_slicing(model: checkpoint.Model, device: Any, options: Options, lengths: Sequence[int]) -> device_engine.Slicing:
+def choose_slicing(model: Model, device: Any, options: Options, lengths: Sequence[int]) -> Slicing:
     """The better way, and prints why."""
     slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
     print(
@@ -133,9 +131,9 @@ def choose_slicing(model: checkpoint.Model, device: Any, options: Options, lengt
 
 def report_sharing(
     measured: ss.Profile,
-    shared: device_engine.DeviceEngine,
-    exact: device_engine.DeviceEngine,
-    flops: subnet_buckets.Flops,
+    shared: DeviceEngine,
+    exact: DeviceEngine,
+    flops: Flops,
     repeats: int,
 ) -> None:
     """Prints what sharing executables costs: FLOPs of all subnets, latencies of those that `exact` has executables for."""
@@ -146,7 +144,7 @@ def report_sharing(
     ratios = []
     accuracies = {s: measured.row(s).accuracy for s in exact.subnets}
     for engine in (shared, exact):
-        again = measuring.measure(engine, accuracies, measured.batch_sizes, device=measured.device, repeats=repeats)
+        again = profiling.measure(engine, accuracies, measured.batch_sizes, device=measured.device, repeats=repeats)
         ratios.append(np.array([again.row(s).latency_ms for s in accuracies]))
     ratio = ratios[0] / ratios[1]
     print(
@@ -183,7 +181,7 @@ def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, i
     print(f"the 99th percentile is {spread:.2f} times the median (the middle one of all these latencies)")
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
-    for p in measuring.properties(measured):
+    for p in profiling.properties(measured):
         print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; at worst {p.worst:.2f} times as {UNITS[p.name]}")
 
 

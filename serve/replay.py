@@ -34,19 +34,22 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files, plots
-from superserve_jax.engines import base as engine
 from superserve_jax.engines import prepare
-from superserve_jax.experiments import presets as experiments
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.loadtest import loadgen
-from superserve_jax.loadtest import sim_vs_real as fidelity
-from superserve_jax.loadtest import worker_kills as faults
-from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.engines.base import Engine, Wrapper
+from superserve_jax.experiments import presets
+from superserve_jax.exports import Model
+from superserve_jax.lengths import trim_padding
+from superserve_jax.loadtest import loadgen, sim_vs_real, worker_kills
+from superserve_jax.loadtest.loadgen import Replay
+from superserve_jax.loadtest.sim_vs_real import Heartbeat, Machine, Stopwatch
 from superserve_jax.serving import server
-from superserve_jax.simulation import metrics, simulator, traces
-from superserve_jax.simulation import paper_profile as reference
-from superserve_jax.training import config as configs
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import metrics, paper_profile, traces
+from superserve_jax.simulation.metrics import Series
+from superserve_jax.simulation.simulator import SimulationResult
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.training import data
+from superserve_jax.training.config import config_from_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ def main() -> None:
     _, engines, profiles = prepare.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
     profile = profiles[0]
     # What an example's length is, the server finds out by itself; rates and the simulator need to know it.
-    lengths = np.array([len(padding.trimmed(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None
+    lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None
     slowest = max(p.rows[-1].latency_ms[-1] for p in profiles)
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest)
     trace = make_trace(options, profiles, slo_ms=slo_ms, lengths=lengths)
@@ -140,12 +143,12 @@ def main() -> None:
     runs = [(name, follow) for name in names for follow in ((True, False) if options.slow_factor > 1 else (True,))]
     for name, follow in runs:
         slowed = [Slowed(e, options.slow_factor) for e in engines]
-        watches = [fidelity.Stopwatch(*each) for each in zip(engines, profiles, strict=True)]
-        heart = fidelity.Heartbeat()
+        watches = [Stopwatch(*each) for each in zip(engines, profiles, strict=True)]
+        heart = Heartbeat()
         used = watches if options.simulate else slowed if options.slow_factor > 1 else engines
         with (
             heart if options.simulate else contextlib.nullcontext(),
-            server.Server.from_engines(
+            Server.from_engines(
                 used, profiles, policy=name, slo_ms=slo_ms, max_queue=len(trace) + 1, follow_drift=follow
             ) as target,
         ):
@@ -156,7 +159,7 @@ def main() -> None:
         replays[name] = replays.get(name, done)
         results.append(summarise(name, done, truth))
         if options.simulate:
-            results[-1] |= simulated(name, done, profiles, fidelity.machine(done, watches, heart))
+            results[-1] |= simulated(name, done, profiles, sim_vs_real.machine(done, watches, heart))
         if options.slow_factor > 1:
             results[-1] |= {"corrected": follow, **halves(done, options.slow_after)}
         print(f"{name}: {100 * results[-1]['attainment']:.2f} % in time", flush=True)
@@ -188,9 +191,9 @@ def kill_workers(options: Options, every_s: float) -> None:
         raise ss.ConfigError(f"--kill-every has engines of its own and needs no export; leave {options.export} out")
     if not every_s > 0:
         raise ss.ConfigError(f"--kill-every must be a positive number of seconds, got {every_s:g}")
-    [grid] = experiments.PRESETS["faults"]
-    profile, cluster = reference.paper_profile(), experiments.killed(every_s)
-    slo_ms = experiments.SLO_MS if options.slo_ms is None else options.slo_ms
+    [grid] = presets.PRESETS["faults"]
+    profile, cluster = paper_profile.paper_profile(), presets.killed(every_s)
+    slo_ms = presets.SLO_MS if options.slo_ms is None else options.slo_ms
     trace = grid.traffics[0].create(options.seed, duration_s=options.seconds if options.seconds is not None else 5 * every_s)
     trace = dataclasses.replace(trace, slo_ms=slo_ms)
     names = options.policies or ("slackfit",)
@@ -203,11 +206,11 @@ def kill_workers(options: Options, every_s: float) -> None:
     logging.getLogger("superserve_jax.serving").setLevel(logging.ERROR)  # that they fail is no news
     results, shown = [], {}
     for name in names:
-        run = faults.run(trace, profile, name, cluster=cluster, slo_ms=slo_ms)
-        found = faults.intervals(run)
+        run = worker_kills.run(trace, profile, name, cluster=cluster, slo_ms=slo_ms)
+        found = worker_kills.intervals(run)
         health = run.health
         print(f"\n{name}, on the real server / simulated; {health['alive']} of {health['workers']} workers were left")
-        cli.print_table(faults.table(found))
+        cli.print_table(worker_kills.table(found))
         results.append({"name": name, "intervals": [dataclasses.asdict(i) for i in found], "health": health})
         shown |= {name: timeline(run.done, window_s=0.25), f"{name}, simulated": timeline(run.simulated, window_s=0.25)}
         marks_s = [outage.from_s for outage in run.cluster.outages]
@@ -220,9 +223,9 @@ def kill_workers(options: Options, every_s: float) -> None:
     print(f"plot: {plot}")
 
 
-def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
+def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels of the test split that an export was trained for. Raises ConfigError where it names none."""
-    config = configs.from_json(model.manifest["training"])
+    config = config_from_json(model.manifest["training"])
     if config.data is None:
         raise ss.ConfigError(
             "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
@@ -231,7 +234,7 @@ def test_examples(model: checkpoint.Model) -> tuple[np.ndarray, np.ndarray]:
     return data.open(config.data).arrays("test")
 
 
-def make_trace(options: Options, profiles: Sequence[ss.Profile], *, slo_ms: float, lengths: np.ndarray | None) -> traces.Trace:
+def make_trace(options: Options, profiles: Sequence[ss.Profile], *, slo_ms: float, lengths: np.ndarray | None) -> Trace:
     """Recorded arrivals, or calm and burst in turn at rates that suit this machine, and of texts their lengths."""
     if options.trace is not None:
         return traces.load(options.trace, slo_ms=slo_ms)
@@ -246,7 +249,7 @@ def make_trace(options: Options, profiles: Sequence[ss.Profile], *, slo_ms: floa
     return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
 
 
-def summarise(name: str, done: loadgen.Replay, truth: np.ndarray) -> dict[str, Any]:
+def summarise(name: str, done: Replay, truth: np.ndarray) -> dict[str, Any]:
     """One policy's figures, as --json has them."""
     s = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
     submitted = np.isfinite(done.lateness_s)
@@ -287,9 +290,9 @@ def table(results: list[dict[str, Any]], profile: ss.Profile) -> list[tuple[str,
     return [header, *rows]
 
 
-def simulated(name: str, done: loadgen.Replay, profiles: Sequence[ss.Profile], machine: fidelity.Machine) -> dict[str, float]:
+def simulated(name: str, done: Replay, profiles: Sequence[ss.Profile], machine: Machine) -> dict[str, float]:
     """What --simulate adds to a policy's figures."""
-    again = fidelity.again(done, profiles, name, workers=len(profiles), machine=machine)
+    again = sim_vs_real.again(done, profiles, name, workers=len(profiles), machine=machine)
     return {
         "simulated_attainment": again.attainment,
         "simulated_accuracy": 100 * again.mean_accuracy,
@@ -316,10 +319,10 @@ def comparison(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
-class Slowed(engine.Wrapper):
+class Slowed(Wrapper):
     """An engine whose batches take `factor` times as long from `from_s` on, on the clock `time.monotonic`."""
 
-    def __init__(self, inner: engine.Engine, factor: float):
+    def __init__(self, inner: Engine, factor: float):
         super().__init__(inner)
         self.from_s = float("inf")
         self._factor = factor
@@ -333,7 +336,7 @@ class Slowed(engine.Wrapper):
         return outputs
 
 
-def halves(done: loadgen.Replay, share: float) -> dict[str, float]:
+def halves(done: Replay, share: float) -> dict[str, float]:
     """Attainment and profiled accuracy of the queries before the devices became slower, and of those after."""
     figures = {}
     slow_s = share * done.arrival_s[-1]
@@ -353,7 +356,7 @@ def slowdown(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def timeline(done: loadgen.Replay | simulator.Result, *, window_s: float = 0.1) -> metrics.Series:
+def timeline(done: Replay | SimulationResult, *, window_s: float = 0.1) -> Series:
     """The run over time."""
     return metrics.series(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy, done.batch, window_s=window_s)
 

@@ -40,7 +40,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.subnet import SearchSpace, Subnet
 
 if TYPE_CHECKING:
-    from superserve_jax.exports.export import export, load
+    from superserve_jax.exports import export, load
     from superserve_jax.serving.server import Server
     from superserve_jax.supernets.supernet import SuperNet
     from superserve_jax.training.loop import train

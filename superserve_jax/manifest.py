@@ -12,23 +12,23 @@ from typing import Any
 
 from superserve_jax import errors, files
 
-FORMAT = "superserve_jax export"
-SCHEMA = 1
-NAME = "manifest.json"
+MANIFEST_FORMAT = "superserve_jax export"
+MANIFEST_SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_BYTES = 1 << 40  # of one payload file; more than any device holds
 _KINDS = {"files": dict, "served": list, "class_names": list, "config": dict, "training": dict, "payload": str}
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of an export's directory.
 
     Raises:
       ExportError: the directory is missing, foreign or from a newer version, or the manifest was damaged or edited.
     """
     try:
-        file = pathlib.Path(path) / NAME
+        file = pathlib.Path(path) / MANIFEST_NAME
     except TypeError as e:
         raise errors.ExportError(f"an export is named by the path of its directory, got {path!r}") from e
     try:
@@ -36,13 +36,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         intact = isinstance(manifest, dict) and manifest.get("sha256") == files.digest(manifest)
     except (OSError, ValueError, RecursionError) as e:
         raise errors.ExportError(f"{file} is damaged or cannot be read: {e}; export again") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise errors.ExportError(f"{file} is not the manifest of a {FORMAT}; export again with train/export.py")
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise errors.ExportError(f"{file} is not the manifest of a {MANIFEST_FORMAT}; export again with train/export.py")
     schema = manifest.get("schema")
-    if schema != SCHEMA:
-        newer = isinstance(schema, int) and schema > SCHEMA
+    if schema != MANIFEST_SCHEMA:
+        newer = isinstance(schema, int) and schema > MANIFEST_SCHEMA
         remedy = "it is newer, upgrade superserve-jax" if newer else "it is damaged, export again"
-        raise errors.ExportError(f"{file} has schema {schema!r} where this version reads {SCHEMA}; {remedy}")
+        raise errors.ExportError(f"{file} has schema {schema!r} where this version reads {MANIFEST_SCHEMA}; {remedy}")
     if not intact:
         raise errors.ExportError(f"{file} is damaged or was edited: its SHA-256 does not match; export again")
     for key, kind in _KINDS.items():
@@ -58,7 +58,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def verify(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
+def verify_files(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
     """Raises ExportError unless the payload holds exactly these files, with these sizes and digests, and no links."""
     try:
         if not payload.is_dir() or payload.is_symlink():
@@ -91,7 +91,7 @@ def files_of(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def _parse(file: pathlib.Path) -> Any:
     if not file.is_file():
         path = file.parent
-        what = f"has no {NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
+        what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
         raise errors.ExportError(f"{path} is not an export: it {what}; make one with train/export.py")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:
         raise errors.ExportError(f"{file} is larger than the {_MAX_MANIFEST_BYTES >> 20} MiB that a manifest may have")

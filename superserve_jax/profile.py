@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from superserve_jax import errors, files
+from superserve_jax.lengths import check_ascending, check_length_buckets
 from superserve_jax.subnet import Subnet
 
 SCHEMA = 1
@@ -101,7 +102,7 @@ class Profile:
         if self.slicing not in ("kept", "in_call"):
             raise errors.ProfileError(f"slicing is 'kept' or 'in_call', got {self.slicing!r}")
         if self.lengths:
-            check_lengths(self.lengths)
+            check_length_buckets(self.lengths)
         if tuple(t.lengths for t in self.shorter) != tuple((length,) for length in self.lengths[:-1]):
             raise errors.ProfileError(
                 f"{len(self.shorter)} profiles of shorter inputs for the lengths {list(self.lengths)}; use `join`"
@@ -190,7 +191,7 @@ class Profile:
                 best_of[r.subnet] = best
                 rows.append(dataclasses.replace(r, latency_ms=tuple(best), p99_ms=tuple(map(max, best, r.p99_ms))))
             tables.append(dataclasses.replace(table, rows=tuple(rows)))
-        return join(tables)
+        return join_lengths(tables)
 
     @property
     def envelopes(self) -> dict[Subnet, Subnet]:
@@ -209,7 +210,7 @@ class Profile:
     def only(self, subnets: Iterable[Subnet]) -> "Profile":
         """The profile of some of the subnets."""
         kept = list(subnets)
-        return join([dataclasses.replace(t, rows=tuple(t.row(s) for s in kept)) for t in self.tables])
+        return join_lengths([dataclasses.replace(t, rows=tuple(t.row(s) for s in kept)) for t in self.tables])
 
     def at(self, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> "Profile":
         """The profile at some of its batch sizes and lengths; all lengths where none is given.
@@ -221,7 +222,7 @@ class Profile:
                 raise errors.ProfileError(f"{what} {min(odd)} was not measured, only {list(measured)}; measure it")
         places = [self.batch_sizes.index(b) for b in batch_sizes]
         cut = self._with_latencies(lambda ms: tuple(ms[i] for i in places), batch_sizes)
-        return join([t for t in cut.tables if not lengths or t.lengths[0] in lengths])
+        return join_lengths([t for t in cut.tables if not lengths or t.lengths[0] in lengths])
 
     def _with_latencies(
         self, change: Callable[[tuple[float, ...]], tuple[float, ...]], batch_sizes: Sequence[int] | None = None
@@ -234,7 +235,7 @@ class Profile:
     def _with_rows(self, change: Callable[[Row], Row], batch_sizes: Sequence[int] | None = None) -> "Profile":
         """Every row changed, at every length."""
         sizes = self.batch_sizes if batch_sizes is None else tuple(batch_sizes)
-        return join([dataclasses.replace(t, batch_sizes=sizes, rows=tuple(map(change, t.rows))) for t in self.tables])
+        return join_lengths([dataclasses.replace(t, batch_sizes=sizes, rows=tuple(map(change, t.rows))) for t in self.tables])
 
     def throughput_qps(self, subnet: Subnet, lengths: Iterable[int] = ()) -> float:
         """Queries per second of one worker that runs `subnet` at its best batch size.
@@ -281,7 +282,7 @@ class Profile:
                 tables = [*data.get("shorter", ()), data["rows"]]
                 slicing = data.get("slicing", "kept")
                 made = [Profile(sizes, _rows(t), device, at, slicing=slicing) for t, at in zip(tables, lengths, strict=True)]
-                return join(made)
+                return join_lengths(made)
         except (errors.ConfigError, errors.SubnetError, errors.UnknownNameError) as e:
             raise errors.ProfileError(f"not a latency profile; measure it again ({e})") from e
 
@@ -302,7 +303,7 @@ class Profile:
             raise errors.ProfileError(f"cannot read a profile from {path}: {e}") from e
 
 
-def join(tables: Sequence[Profile]) -> Profile:
+def join_lengths(tables: Sequence[Profile]) -> Profile:
     """One profile out of one for each length bucket, in ascending order.
 
     >>> short, long = (Profile((1,), (Row(Subnet((1,)), 0.7, (ms,)),), lengths=(n,)) for n, ms in ((32, 1.0), (128, 3.0)))
@@ -315,7 +316,7 @@ def join(tables: Sequence[Profile]) -> Profile:
     return dataclasses.replace(longest, lengths=lengths, shorter=tuple(shorter)) if shorter else longest
 
 
-def of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile]:
+def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile]:
     """The profile of each of `count` workers: one for all, or one for each. Equal ones become one object.
 
     Raises ConfigError where they are not as many, or have not the same batch sizes and length buckets.
@@ -343,25 +344,7 @@ def of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     """Batch sizes as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
-    return _ascending("batch_sizes", batch_sizes, "(1, 2, 4, 8, 16)")
-
-
-def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Length buckets as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
-    return _ascending("lengths", lengths, "(32, 64, 128)")
-
-
-def _ascending(name: str, values: Sequence[int], example: str) -> tuple[int, ...]:
-    if not isinstance(values, Iterable):
-        raise errors.ConfigError(f"{name} must be a list such as {example}, got {values!r}")
-    values = tuple(values)
-    if not values:
-        raise errors.ConfigError(f"{name} is empty; give at least one, such as {example}")
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values) or list(values) != sorted(
-        set(values)
-    ):
-        raise errors.ConfigError(f"{name} must be ascending whole numbers from 1 up, got {list(values)}")
-    return values
+    return check_ascending("batch_sizes", batch_sizes, "(1, 2, 4, 8, 16)")
 
 
 def _rows(data: Iterable[Mapping[str, Any]]) -> tuple[Row, ...]:

@@ -55,13 +55,13 @@ class Subnet:
                 return values
         raise errors.unknown_name("axis", axis, [name for name, _ in self.axes])
 
-    def computed_in(self, envelope: "Subnet") -> "Subnet":
+    def computed_in(self, envelope_of: "Subnet") -> "Subnet":
         """What is computed of this subnet by a program for all that `envelope` covers: its own blocks, at the envelope's size.
 
         >>> Subnet((1, 0), (("width", (0.5,)),)).computed_in(Subnet((1, 1), (("width", (1.0,)),)))
         Subnet(gates=(1, 0), axes=(('width', (1.0,)),))
         """
-        return Subnet(self.gates, envelope.axes)
+        return Subnet(self.gates, envelope_of.axes)
 
     @errors.refusing(errors.SubnetError, "two subnets can be compared that are of one search space")
     def covers(self, other: "Subnet") -> bool:
@@ -114,7 +114,7 @@ class Axis:
 
 
 @errors.refusing(errors.SubnetError, "an envelope is of subnets of one search space")
-def envelope(subnets: Iterable[Subnet]) -> Subnet:
+def envelope_of(subnets: Iterable[Subnet]) -> Subnet:
     """The smallest subnet that covers all of `subnets`: union of gates, maximum of every axis.
 
     It need not belong to the search space (a union of named layers may have a depth that is not offered).

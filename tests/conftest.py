@@ -8,8 +8,9 @@ import jax
 import pytest
 from tiny import CONFIGS, TINY, random_params, random_row
 
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.supernets import supernet
+from superserve_jax import exports
+from superserve_jax.exports import Served
+from superserve_jax.supernets.supernet import SuperNet
 
 
 def pytest_collection_modifyitems(config, items):
@@ -42,15 +43,15 @@ def tiny():
     """A SuperNet of basic blocks, calibrated (with made-up statistics) for its smallest, a middle and its largest subnet."""
     space = TINY.space()
     chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
-    return supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    return SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
 
 
 @pytest.fixture
 def export(tiny, tmp_path):
     """An export with one served subnet."""
-    served = [checkpoint.Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
-    checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
-    return checkpoint.load(tmp_path / "export")
+    served = [Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
+    exports.export(tmp_path / "export", tiny, served, measured="made up")
+    return exports.load(tmp_path / "export")
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import threading
 
 import numpy as np
 
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import server
+from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 SUBNETS = [Subnet((i,)) for i in range(3)]
@@ -25,22 +25,22 @@ LONG_MS = 60_000.0
 
 
 def always(rank, batch=4):
-    return lambda profile, state: policies.Decision(SUBNETS[rank], batch)
+    return lambda profile, state: Decision(SUBNETS[rank], batch)
 
 
 def by_slack(profile, state):
     """The larger the slack, the larger the subnet, and the smaller the batch."""
     rank = sum(state.slack_ms > ms for ms in (5, 50))
-    return policies.Decision(SUBNETS[rank], 4 >> rank)
+    return Decision(SUBNETS[rank], 4 >> rank)
 
 
 def fake(on_run=None, *, name="fake:0"):
-    return engine.FakeEngine(PROFILE, speed=math.inf, on_run=on_run, name=name)
+    return FakeEngine(PROFILE, speed=math.inf, on_run=on_run, name=name)
 
 
 def serve(*engines, policy=None, slo_ms=LONG_MS, **options):
     options = {"tune_runtime": False, **options}
-    return server.Server.from_engines(engines or [fake()], PROFILE, policy=policy or always(0), slo_ms=slo_ms, **options)
+    return Server.from_engines(engines or [fake()], PROFILE, policy=policy or always(0), slo_ms=slo_ms, **options)
 
 
 def x(value) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from superserve_jax import families, layers, ops
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import Axis, SearchSpace
 
 
 @families.register
@@ -30,7 +30,7 @@ class MLPConfig:
         return jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, 1), jnp.uint8)
 
     def space(self):
-        return subnets.SearchSpace((self.depths,), (subnets.Axis("width", (self.widths,)),))
+        return SearchSpace((self.depths,), (Axis("width", (self.widths,)),))
 
     def sizes(self, subnet):
         gates = {f"block{i}.gate": gate for i, gate in enumerate(subnet.gates)}

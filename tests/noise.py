@@ -56,12 +56,13 @@ def main() -> None:
     import logging
 
     from superserve_jax import errors
-    from superserve_jax.training import config as configs
-    from superserve_jax.training import loop, step
+    from superserve_jax.training import loop
+    from superserve_jax.training.config import config_from_json, config_to_json, load_config
+    from superserve_jax.training.step import SandwichStep
 
     workdir, spec = sys.argv[1], json.loads(pathlib.Path(sys.argv[2]).read_text())
     log, pause_s = spec.pop("log", None), spec.pop("pause_s", 0.0)
-    real = step.SandwichStep.__call__
+    real = SandwichStep.__call__
 
     def logged(self, state, inputs, labels, choices, **options):
         digest = hashlib.sha256(np.asarray(inputs).tobytes() + np.asarray(labels).tobytes()).hexdigest()
@@ -72,11 +73,11 @@ def main() -> None:
         return real(self, state, inputs, labels, choices, **options)
 
     if log:
-        step.SandwichStep.__call__ = logged
+        SandwichStep.__call__ = logged
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        old = configs.to_json(configs.load(DEBUG))
-        loop.train(configs.from_json({**old, **spec}), workdir, dataset=Noise())
+        old = config_to_json(load_config(DEBUG))
+        loop.train(config_from_json({**old, **spec}), workdir, dataset=Noise())
     except errors.SuperServeError as e:
         sys.exit(f"error: {e}")
 

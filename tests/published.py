@@ -3,10 +3,12 @@
 import numpy as np
 from tiny import random_params, random_row
 
-from superserve_jax.families import dynabert, ofa_resnet
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
-OFA = ofa_resnet.OFAResNetConfig(
+OFA = OFAResNetConfig(
     num_classes=5,
     image_size=32,
     depths=((2, 3), (2, 3), (4, 5), (2, 3)),
@@ -15,7 +17,7 @@ OFA = ofa_resnet.OFAResNetConfig(
     input_dtype="float32",
 )
 OFA_LISTS = {"depth_list": [0, 1], "expand_ratio_list": [0.25, 0.5], "width_mult_list": [0.06, 0.1], "image_size": 32}
-BERT = dynabert.DynaBERTConfig(
+BERT = DynaBERTConfig(
     num_classes=4,
     vocab_size=13,
     max_length=7,
@@ -80,12 +82,12 @@ def bert_state(model):
 def ofa_model():
     """A SuperNet of random weights and statistics that once-for-all could have made."""
     largest = OFA.space().largest()
-    return supernet.SuperNet(OFA, random_params(OFA), {largest: random_row(OFA, largest)})
+    return SuperNet(OFA, random_params(OFA), {largest: random_row(OFA, largest)})
 
 
 def bert_model():
     """A SuperNet of random weights that Hugging Face could have made."""
-    return supernet.SuperNet(BERT, random_params(BERT))
+    return SuperNet(BERT, random_params(BERT))
 
 
 def assert_same_model(actual, expected):

@@ -2,13 +2,16 @@
 
 from tiny import random_params, random_row
 
-from superserve_jax import manifest as manifests
-from superserve_jax import profile, vocabulary
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import dynabert, ofa_resnet
-from superserve_jax.supernets import supernet
+from superserve_jax import exports
+from superserve_jax.exports import Served
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.manifest import read_manifest
+from superserve_jax.profile import Profile, Row
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.vocabulary import Vocabulary
 
-IMAGES = ofa_resnet.OFAResNetConfig(
+IMAGES = OFAResNetConfig(
     num_classes=2,
     image_size=4,
     channels=1,
@@ -25,23 +28,23 @@ IMAGES = ofa_resnet.OFAResNetConfig(
     mean=(0.4,),
     std=(0.3,),
 )
-TEXTS = dynabert.DynaBERTConfig(
+TEXTS = DynaBERTConfig(
     num_classes=2, vocab_size=9, max_length=4, token_types=1, hidden_size=4, depths=(1,), heads=(1,), ffn=(2, 4)
 )
-WORDS = vocabulary.Vocabulary(("[PAD]", "[CLS]", "a", "b", "é"), scheme="words")
+WORDS = Vocabulary(("[PAD]", "[CLS]", "a", "b", "é"), scheme="words")
 
 
 def write(folder, config, words=None):
     space = config.space()
     chosen = [space.smallest(), space.largest()]
-    model = supernet.SuperNet(config, random_params(config), {s: random_row(config, s) for s in chosen})
-    served = [checkpoint.Served(s, 0.5 + 1e-7 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
-    path = checkpoint.export(folder, model, served, measured="made up", training={"lr": 1e-5}, vocabulary=words)
-    rows = tuple(profile.Row(s.subnet, s.accuracy, (0.1 + i, 1e-5 + 2 + i)) for i, s in enumerate(served))
-    profile.Profile((1, 2), rows, "cpu").save(checkpoint.profile_path(path, "cpu"))
+    model = SuperNet(config, random_params(config), {s: random_row(config, s) for s in chosen})
+    served = [Served(s, 0.5 + 1e-7 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
+    path = exports.export(folder, model, served, measured="made up", training={"lr": 1e-5}, vocabulary=words)
+    rows = tuple(Row(s.subnet, s.accuracy, (0.1 + i, 1e-5 + 2 + i)) for i, s in enumerate(served))
+    Profile((1, 2), rows, "cpu").save(exports.profile_path(path, "cpu"))
     return path
 
 
 def payload_of(path):
-    manifest = manifests.read(path)
+    manifest = read_manifest(path)
     return path / manifest["payload"], manifest["files"]

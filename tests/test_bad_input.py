@@ -22,17 +22,22 @@ from small_exports import IMAGES, TEXTS, WORDS, payload_of, write
 from tiny import TINY
 
 import superserve_jax as ss
-from superserve_jax import errors, files, profile, subnet, vocabulary
-from superserve_jax import manifest as manifests
-from superserve_jax.engines import base as engine
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.exports import statistics as rows
-from superserve_jax.families import subset as single
+from superserve_jax import errors, exports, files
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.exports import Served, statistics
+from superserve_jax.families.subset import SingleSubnetConfig
+from superserve_jax.manifest import MANIFEST_NAME
+from superserve_jax.profile import Profile, Row, join_lengths
 from superserve_jax.scheduling import policies
-from superserve_jax.serving import server
+from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.server import Server
 from superserve_jax.simulation import azure, traces
-from superserve_jax.training import config as configs
+from superserve_jax.simulation.traces import Trace
+from superserve_jax.subnet import Axis, SearchSpace, Subnet, envelope_of
 from superserve_jax.training import data
+from superserve_jax.training.config import Phase, TrainConfig, config_from_json, config_to_json, load_config
+from superserve_jax.training.data import DataConfig, FolderConfig, TextConfig
+from superserve_jax.vocabulary import Vocabulary
 
 WAIT_S = 10.0
 
@@ -64,27 +69,27 @@ def exported(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return checkpoint.load(write(tmp_path_factory.mktemp("model") / "export", IMAGES))
+    return exports.load(write(tmp_path_factory.mktemp("model") / "export", IMAGES))
 
 
 def forge(path, manifest):
     """Writes a manifest whose digest fits, as somebody with bad intent would; `manifest` may be any JSON value."""
     if isinstance(manifest, dict):
         manifest["sha256"] = files.digest(manifest)
-    (path / manifests.NAME).write_text(json.dumps(manifest))
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
 @pytest.fixture
 def forging(exported):
-    text = (exported / manifests.NAME).read_text()
+    text = (exported / MANIFEST_NAME).read_text()
     yield lambda manifest: forge(exported, manifest)
-    (exported / manifests.NAME).write_text(text)
+    (exported / MANIFEST_NAME).write_text(text)
 
 
 @examples(37)
 @given(choose=st.data())
 def test_a_forged_manifest_is_refused_or_serves_what_it_says(exported, choose):
-    text = (exported / manifests.NAME).read_text()
+    text = (exported / MANIFEST_NAME).read_text()
     whole = json.loads(text)
     part = choose.draw(st.sampled_from(["config", "served", "files", None]))
     if part is None:
@@ -93,9 +98,9 @@ def test_a_forged_manifest_is_refused_or_serves_what_it_says(exported, choose):
         whole[part] = choose.draw(bad.damaged(whole[part]))
     try:
         forge(exported, whole)
-        loaded = bad.attempt(lambda: checkpoint.load(exported), errors.ExportError)
+        loaded = bad.attempt(lambda: exports.load(exported), errors.ExportError)
     finally:
-        (exported / manifests.NAME).write_text(text)
+        (exported / MANIFEST_NAME).write_text(text)
     if isinstance(loaded, errors.ExportError):
         assert str(exported) in str(loaded)
         assert "\n" not in str(loaded)
@@ -120,11 +125,11 @@ HUGE = {
 @pytest.mark.parametrize("change", HUGE.values(), ids=HUGE)
 def test_sizes_that_no_machine_has_are_refused_before_memory_is_taken(exported, forging, change):
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    whole = json.loads((exported / manifests.NAME).read_text())
+    whole = json.loads((exported / MANIFEST_NAME).read_text())
     change(whole)
     forging(whole)
     with pytest.raises(errors.ExportError, match="does not describe a SuperNet that this version can build"):
-        checkpoint.load(exported)
+        exports.load(exported)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 300_000
 
 
@@ -132,26 +137,26 @@ def test_sizes_that_no_machine_has_are_refused_before_memory_is_taken(exported, 
     "payload", ["../outside", "/etc", "payload-../../../etc", "payload-0123456789abcde/", "payload-0123456789abcdeg", "", "."]
 )
 def test_a_payload_outside_the_export_is_refused(exported, forging, payload):
-    forging({**json.loads((exported / manifests.NAME).read_text()), "payload": payload})
+    forging({**json.loads((exported / MANIFEST_NAME).read_text()), "payload": payload})
     with pytest.raises(errors.ExportError, match="cannot be one"):
-        checkpoint.load(exported)
+        exports.load(exported)
 
 
 @pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", "weights/../../x", "", ".", "a\nb", "\0", "a" * 5000])
 def test_a_file_outside_the_payload_is_refused(exported, forging, name):
-    whole = json.loads((exported / manifests.NAME).read_text())
+    whole = json.loads((exported / MANIFEST_NAME).read_text())
     whole["files"][name] = {"bytes": 0, "sha256": ""}
     forging(whole)
     with pytest.raises(errors.ExportError, match=r"missing|impossible names"):
-        checkpoint.load(exported)
+        exports.load(exported)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "NaN", '"\ud800"', "\0"])
 def test_json_that_cannot_be_read_is_refused(tmp_path, text):
     raw = text.encode("utf-8", "surrogatepass")
     for name, load, kind in (
-        (manifests.NAME, lambda: checkpoint.load(tmp_path), errors.ExportError),
-        ("profile.json", lambda: profile.Profile.load(tmp_path / "profile.json"), errors.ProfileError),
+        (MANIFEST_NAME, lambda: exports.load(tmp_path), errors.ExportError),
+        ("profile.json", lambda: Profile.load(tmp_path / "profile.json"), errors.ProfileError),
     ):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(kind):
@@ -160,14 +165,14 @@ def test_json_that_cannot_be_read_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("depth", [100, 800, 980, 1000, 5000])
 def test_a_deeply_nested_manifest_is_refused(exported, depth):
-    text = (exported / manifests.NAME).read_text()
+    text = (exported / MANIFEST_NAME).read_text()
     nest = "[" * depth + "]" * depth
-    (exported / manifests.NAME).write_text(text.replace('"measured"', f'"nest": {nest}, "measured"'))
+    (exported / MANIFEST_NAME).write_text(text.replace('"measured"', f'"nest": {nest}, "measured"'))
     try:
         with pytest.raises(errors.ExportError):
-            checkpoint.load(exported)
+            exports.load(exported)
     finally:
-        (exported / manifests.NAME).write_text(text)
+        (exported / MANIFEST_NAME).write_text(text)
 
 
 def npz(**entries):
@@ -202,13 +207,13 @@ def test_no_statistics_but_fitting_ones_are_taken_and_nothing_is_unpickled(tmp_p
     good = (payload_of(model.path)[0] / "statistics.npz").read_bytes()
     file, trap = tmp_path / "statistics.npz", tmp_path / "trap"
     file.write_bytes(good)
-    assert rows.read(file, IMAGES).keys() == model.rows.keys()
+    assert statistics.read(file, IMAGES).keys() == model.rows.keys()
     order = np.array(json.dumps([s.to_json() for s in model.rows]))
     widths = np.array([r.shape[1] for r in model.rows.values()])
     whole = np.concatenate(list(model.rows.values()), axis=1)
     fitting = {"subnets": npy(order), "widths": npy(widths), "rows": npy(whole)}
     file.write_bytes(npz(**fitting))
-    assert rows.read(file, IMAGES).keys() == model.rows.keys()
+    assert statistics.read(file, IMAGES).keys() == model.rows.keys()
     pickled = npy(np.array([Pickled(trap)], object))
     for content in (
         *(b"", b"PK", b"\x80\x04.", good[:-30], npz(), npz(**{**fitting, "rows": b""}), pickled),
@@ -223,7 +228,7 @@ def test_no_statistics_but_fitting_ones_are_taken_and_nothing_is_unpickled(tmp_p
     ):
         file.write_bytes(content)
         with pytest.raises(errors.ExportError, match=r"statistics\.npz"):
-            rows.read(file, IMAGES)
+            statistics.read(file, IMAGES)
     assert not trap.exists()
 
 
@@ -235,7 +240,7 @@ def test_statistics_with_damaged_bytes_are_refused_or_of_the_right_shapes(tmp_pa
         content[choose.draw(st.integers(0, len(content) - 1))] = choose.draw(st.integers(0, 255))
     file = tmp_path_factory.mktemp("rows") / "statistics.npz"
     file.write_bytes(bytes(content[: choose.draw(st.integers(len(content) - 3, len(content)))]))
-    read = bad.attempt(lambda: rows.read(file, IMAGES), errors.ExportError)
+    read = bad.attempt(lambda: statistics.read(file, IMAGES), errors.ExportError)
     if not isinstance(read, errors.ExportError):
         assert [r.shape for r in read.values()] == [(2, sum(IMAGES.norm_sizes(IMAGES.sizes(s)).values())) for s in read]
 
@@ -274,7 +279,7 @@ def test_an_export_of_something_else_is_refused_before_anything_is_written(tmp_p
 @given(value=bad.objects)
 def test_a_served_subnet_holds_numbers_that_can_be(field, value):
     good = {"subnet": TINY.space().smallest(), "accuracy": 0.5, "accuracy_shared": None, "flops": 1, "params": 1}
-    made = bad.attempt(lambda: checkpoint.Served(**{**good, field: value}), errors.ConfigError)
+    made = bad.attempt(lambda: Served(**{**good, field: value}), errors.ConfigError)
     if not isinstance(made, errors.ConfigError):
         json.dumps(made.to_json())
 
@@ -288,7 +293,7 @@ def test_a_model_answers_inputs_of_its_kind_and_refuses_others(model, inputs):
 
 
 @examples(20)
-@given(chosen=bad.objects | st.builds(subnet.Subnet, st.sampled_from([(), (1,), (1, 0), ("x",), 5, "ab"])))
+@given(chosen=bad.objects | st.builds(Subnet, st.sampled_from([(), (1,), (1, 0), ("x",), 5, "ab"])))
 def test_a_model_refuses_what_is_no_subnet_of_its_space(model, chosen):
     with pytest.raises(errors.SubnetError):
         model(np.zeros((1, 4, 4, 1), np.uint8), chosen)
@@ -296,21 +301,21 @@ def test_a_model_refuses_what_is_no_subnet_of_its_space(model, chosen):
 
 # -- profiles -----------------------------------------------------------------------------------------------------------------
 
-SUBNETS = tuple(subnet.Subnet((i,)) for i in (0, 1))
-TABLE = profile.Profile(
+SUBNETS = tuple(Subnet((i,)) for i in (0, 1))
+TABLE = Profile(
     (1, 2, 4),
-    tuple(profile.Row(s, a, (1.0 + i, 1.5 + i, 2.0 + i)) for i, (s, a) in enumerate(zip(SUBNETS, (0.7, 0.8), strict=True))),
+    tuple(Row(s, a, (1.0 + i, 1.5 + i, 2.0 + i)) for i, (s, a) in enumerate(zip(SUBNETS, (0.7, 0.8), strict=True))),
 )
 AT = [dataclasses.replace(TABLE, lengths=(length,)) for length in (4, 8)]
-PROFILES = (TABLE.to_json(), profile.join(AT).to_json())
+PROFILES = (TABLE.to_json(), join_lengths(AT).to_json())
 
 
 @examples(100)
 @given(st.sampled_from(PROFILES).flatmap(bad.damaged) | bad.json_values)
 def test_a_profile_out_of_any_json_is_one_or_refused(values):
-    made = bad.attempt(lambda: profile.Profile.from_json(values), errors.ProfileError)
-    if isinstance(made, profile.Profile):
-        assert profile.Profile.from_json(json.loads(json.dumps(made.to_json()))) == made
+    made = bad.attempt(lambda: Profile.from_json(values), errors.ProfileError)
+    if isinstance(made, Profile):
+        assert Profile.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
 @examples(37)
@@ -318,7 +323,7 @@ def test_a_profile_out_of_any_json_is_one_or_refused(values):
 def test_a_profile_file_of_any_bytes_is_refused(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "profile.json"
     file.write_bytes(content)
-    assert isinstance(bad.attempt(lambda: profile.Profile.load(file), errors.ProfileError), errors.ProfileError)
+    assert isinstance(bad.attempt(lambda: Profile.load(file), errors.ProfileError), errors.ProfileError)
 
 
 def test_a_profile_that_was_edited_is_refused_unless_its_digest_is_removed(tmp_path):
@@ -327,10 +332,10 @@ def test_a_profile_that_was_edited_is_refused_unless_its_digest_is_removed(tmp_p
     values["rows"][0]["latency_ms"][0] = 0.5
     (tmp_path / "p.json").write_text(json.dumps(values))
     with pytest.raises(errors.ProfileError, match="remove its sha256"):
-        profile.Profile.load(tmp_path / "p.json")
+        Profile.load(tmp_path / "p.json")
     del values["sha256"]
     (tmp_path / "p.json").write_text(json.dumps(values))
-    assert profile.Profile.load(tmp_path / "p.json").rows[0].latency_ms[0] == 0.5
+    assert Profile.load(tmp_path / "p.json").rows[0].latency_ms[0] == 0.5
 
 
 @pytest.mark.parametrize("what", ["subnet", "accuracy", "latency_ms", "p99_ms", "batch_sizes", "rows", "lengths", "shorter"])
@@ -339,17 +344,17 @@ def test_a_profile_that_was_edited_is_refused_unless_its_digest_is_removed(tmp_p
 def test_a_profile_out_of_any_objects_is_one_or_refused(what, value):
     row = {"subnet": SUBNETS[0], "accuracy": 0.5, "latency_ms": (1.0,), "p99_ms": (1.0,)}
     if what in row:
-        bad.attempt(lambda: profile.Row(**{**row, what: value}), errors.ProfileError)
+        bad.attempt(lambda: Row(**{**row, what: value}), errors.ProfileError)
     else:
-        made = {"batch_sizes": (1,), "rows": (profile.Row(**row),), what: value}
-        bad.attempt(lambda: profile.Profile(**made), errors.ProfileError, errors.ConfigError)
+        made = {"batch_sizes": (1,), "rows": (Row(**row),), what: value}
+        bad.attempt(lambda: Profile(**made), errors.ProfileError, errors.ConfigError)
 
 
 @pytest.mark.parametrize("ms", [0.0, -1.0, 5e-324, 1e300, math.inf, math.nan])
 def test_a_latency_that_cannot_be_is_refused(ms):
     for latency_ms, p99_ms in (((ms,), ()), ((1.0,), (ms,))):
         with pytest.raises(errors.ProfileError, match="positive and finite"):
-            profile.Row(SUBNETS[0], 0.5, latency_ms, p99_ms)
+            Row(SUBNETS[0], 0.5, latency_ms, p99_ms)
 
 
 latencies = st.floats(1e-9, 1e12)
@@ -363,11 +368,11 @@ latencies = st.floats(1e-9, 1e12)
     policy=st.sampled_from(policies.NAMES),
 )
 def test_a_server_answers_every_query_with_any_profile_slo_and_floor(table, slos, floor, policy):
-    made = profile.Profile((1, 2, 4), tuple(profile.Row(subnet.Subnet((i,)), a, ms) for i, (a, ms) in enumerate(table)))
-    fake = engine.FakeEngine(
+    made = Profile((1, 2, 4), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enumerate(table)))
+    fake = FakeEngine(
         dataclasses.replace(made, rows=tuple(dataclasses.replace(r, latency_ms=(1.0,) * 3) for r in made.rows)), speed=math.inf
     )
-    with server.Server.from_engines([fake], made, policy=policy, tune_runtime=False) as s:
+    with Server.from_engines([fake], made, policy=policy, tune_runtime=False) as s:
         waiting = [s.submit(np.float32(i), slo_ms=ms) for i, ms in enumerate(slos)]
         asked = bad.attempt(lambda: s.submit(np.float32(9), min_accuracy=floor), errors.AccuracyFloorError)
         waiting += [] if isinstance(asked, errors.AccuracyFloorError) else [asked]
@@ -443,7 +448,7 @@ def csv_file(tmp_path_factory):
 def test_recorded_arrivals_of_any_bytes_are_a_trace_or_refused(csv_file, content):
     csv_file.write_bytes(content)
     trace = bad.attempt(lambda: traces.load(csv_file), errors.DataError)
-    if isinstance(trace, traces.Trace):
+    if isinstance(trace, Trace):
         assert np.isfinite(trace.deadlines_s).all()
         assert (np.diff(trace.arrivals_s) >= 0).all()
         assert (np.asarray(trace.lengths) >= 0).all()
@@ -504,7 +509,7 @@ def test_a_trace_is_made_or_refused_before_memory_is_taken(make, choose):
     name = choose.draw(st.sampled_from(sorted(set(known))))
     value = choose.draw(bad.objects | st.floats() | st.floats(1e-9, 100.0))
     made = bad.attempt(lambda: make(**{**MAKERS[make], name: value}), errors.ConfigError, errors.DeadlineError)
-    if isinstance(made, traces.Trace):
+    if isinstance(made, Trace):
         assert np.isfinite(made.arrivals_s).all()
 
 
@@ -520,10 +525,10 @@ def test_a_trace_of_any_values_is_one_or_refused(field, value):
     *mixed, name = field.split()
     kinds = errors.ConfigError, errors.DeadlineError
     if mixed:
-        made = bad.attempt(lambda: traces.Trace(**plain).mixed(**{name: value}), *kinds)
+        made = bad.attempt(lambda: Trace(**plain).mixed(**{name: value}), *kinds)
     else:
-        made = bad.attempt(lambda: traces.Trace(**{**plain, name: value}), *kinds)
-    if isinstance(made, traces.Trace):
+        made = bad.attempt(lambda: Trace(**{**plain, name: value}), *kinds)
+    if isinstance(made, Trace):
         assert np.asarray(made.deadlines_s, np.float64).shape == made.arrivals_s.shape
 
 
@@ -538,20 +543,20 @@ def test_what_is_no_path_of_a_csv_file_is_refused(path):
 # -- configs, subnets and vocabularies ----------------------------------------------------------------------------------------
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-WHOLE = {name: configs.load(CONFIGS / f"{name}.py") for name in ("debug", "listops_dynabert", "dynabert_mnli")}
-FAMILIES = (TINY, TEXTS, single.SingleSubnetConfig(TINY, TINY.space().smallest()))
+WHOLE = {name: load_config(CONFIGS / f"{name}.py") for name in ("debug", "listops_dynabert", "dynabert_mnli")}
+FAMILIES = (TINY, TEXTS, SingleSubnetConfig(TINY, TINY.space().smallest()))
 
 
 @examples(100)
-@given(st.sampled_from([configs.to_json(c) for c in WHOLE.values()]).flatmap(bad.damaged) | bad.json_values)
+@given(st.sampled_from([config_to_json(c) for c in WHOLE.values()]).flatmap(bad.damaged) | bad.json_values)
 def test_a_config_out_of_any_json_is_one_or_refused(values):
-    made = bad.attempt(lambda: configs.from_json(values), errors.ConfigError, errors.UnknownNameError, errors.SubnetError)
-    if isinstance(made, configs.TrainConfig):
-        json.dumps(configs.to_json(made))
+    made = bad.attempt(lambda: config_from_json(values), errors.ConfigError, errors.UnknownNameError, errors.SubnetError)
+    if isinstance(made, TrainConfig):
+        json.dumps(config_to_json(made))
 
 
-PARTS = [WHOLE["debug"], WHOLE["debug"].optim, WHOLE["debug"].search, WHOLE["debug"].distill, configs.Phase(), *FAMILIES]
-PARTS += [data.DataConfig(), data.TextConfig(), data.FolderConfig(path="x")]
+PARTS = [WHOLE["debug"], WHOLE["debug"].optim, WHOLE["debug"].search, WHOLE["debug"].distill, Phase(), *FAMILIES]
+PARTS += [DataConfig(), TextConfig(), FolderConfig(path="x")]
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda p: type(p).__name__)
@@ -582,13 +587,13 @@ def test_a_part_of_a_config_with_any_value_is_one_or_refused(part, choose):
 def test_a_config_file_that_fails_is_refused_by_its_path_and_line(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(errors.ConfigError, match=rf"{name}\b"):
-        configs.load(tmp_path / name)
+        load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x", [], "\0", "/", ""])
 def test_a_config_file_that_is_no_file_is_refused(path):
     with pytest.raises(errors.ConfigError):
-        configs.load(path)
+        load_config(path)
 
 
 @pytest.mark.parametrize("value", bad.ODD, ids=lambda v: repr(v)[:30])
@@ -612,9 +617,9 @@ SPACE = TINY.space()
 @examples(75)
 @given(st.sampled_from([s.to_json() for s in (SPACE.smallest(), SPACE.largest())]).flatmap(bad.damaged) | bad.json_values)
 def test_a_subnet_out_of_any_json_is_one_or_refused(values):
-    made = bad.attempt(lambda: SPACE.validate(subnet.Subnet.from_json(values)), errors.SubnetError)
-    if isinstance(made, subnet.Subnet):
-        assert SPACE.validate(subnet.Subnet.from_json(json.loads(json.dumps(made.to_json())))) == made
+    made = bad.attempt(lambda: SPACE.validate(Subnet.from_json(values)), errors.SubnetError)
+    if isinstance(made, Subnet):
+        assert SPACE.validate(Subnet.from_json(json.loads(json.dumps(made.to_json())))) == made
 
 
 @examples(75)
@@ -626,14 +631,14 @@ def test_a_subnet_out_of_any_json_is_one_or_refused(values):
 def test_a_space_chooses_a_subnet_or_refuses(name, value, call):
     calls = {
         "subnet": lambda: SPACE.subnet(**{name: value}),
-        "validate": lambda: SPACE.validate(subnet.Subnet(value, (("expand", value),))),
+        "validate": lambda: SPACE.validate(Subnet(value, (("expand", value),))),
         "sample": lambda: SPACE.sample(value, value),
         "narrowed": lambda: SPACE.narrowed(**{"elastic" if name == "depth" else "choices": value}),
         "covers": lambda: SPACE.largest().covers(value),
-        "envelope": lambda: subnet.envelope([SPACE.largest(), value]),
+        "envelope": lambda: envelope_of([SPACE.largest(), value]),
         "tied": lambda: SPACE.tied(value),
-        "axis": lambda: subnet.Axis(*((value, ((1.0,),)) if name == "x" else ("w", value))),
-        "space": lambda: subnet.SearchSpace(*(((value,),) if name == "x" else (((1,),), value))),
+        "axis": lambda: Axis(*((value, ((1.0,),)) if name == "x" else ("w", value))),
+        "space": lambda: SearchSpace(*(((value,),) if name == "x" else (((1,),), value))),
         "gates": lambda: SPACE.gates(value),
     }
     bad.attempt(calls[call], errors.SubnetError, errors.ConfigError, errors.UnknownNameError)
@@ -648,9 +653,9 @@ def test_a_space_chooses_a_subnet_or_refuses(name, value, call):
     types=st.sampled_from([1, 2]),
 )
 def test_a_vocabulary_is_made_and_encodes_or_refuses(tokens, texts, second, length, types):
-    bad.attempt(lambda: vocabulary.Vocabulary(tokens), errors.ConfigError, errors.UnknownNameError)
-    bad.attempt(lambda: vocabulary.Vocabulary(WORDS.tokens, scheme=tokens), errors.ConfigError, errors.UnknownNameError)
-    for words in (WORDS, vocabulary.Vocabulary(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"))):
+    bad.attempt(lambda: Vocabulary(tokens), errors.ConfigError, errors.UnknownNameError)
+    bad.attempt(lambda: Vocabulary(WORDS.tokens, scheme=tokens), errors.ConfigError, errors.UnknownNameError)
+    for words in (WORDS, Vocabulary(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"))):
         if not (isinstance(length, int) and length > 10**6):
             bad.attempt(lambda: words.encode(texts, length=length, token_types=types), errors.InputError)  # noqa: B023
         bad.attempt(lambda: words.encode(["a"], second, length=4), errors.InputError)  # noqa: B023
@@ -662,17 +667,17 @@ def test_a_vocabulary_file_of_any_bytes_is_one_or_refused(tmp_path_factory, cont
     file = tmp_path_factory.getbasetemp() / "vocab.txt"
     for whole in (content, b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n" + tail):
         file.write_bytes(whole)
-        made = bad.attempt(lambda: vocabulary.Vocabulary.read(file), errors.DataError)
-        if isinstance(made, vocabulary.Vocabulary):
-            assert vocabulary.Vocabulary.from_text(made.to_text()) == made
+        made = bad.attempt(lambda: Vocabulary.read(file), errors.DataError)
+        if isinstance(made, Vocabulary):
+            assert Vocabulary.from_text(made.to_text()) == made
 
 
 # -- the server ---------------------------------------------------------------------------------------------------------------
 
 
 def open_server(policy="slackfit", **options):
-    fake = engine.FakeEngine(TABLE, speed=math.inf)
-    return server.Server.from_engines([fake], TABLE, policy=policy, **{"tune_runtime": False, "slo_ms": 1e4, **options})
+    fake = FakeEngine(TABLE, speed=math.inf)
+    return Server.from_engines([fake], TABLE, policy=policy, **{"tune_runtime": False, "slo_ms": 1e4, **options})
 
 
 @examples(50)
@@ -687,7 +692,7 @@ def test_a_server_opens_and_answers_or_refuses_its_arguments(name, value):
         return
     kinds = errors.ConfigError, errors.DeadlineError, errors.UnknownNameError
     opened = bad.attempt(lambda: open_server(**{name: value}), *kinds)
-    if isinstance(opened, server.Server):
+    if isinstance(opened, Server):
         with opened as s:
             assert s.submit(np.float32(5), slo_ms=1e4).result(WAIT_S).output[0] == 5
 
@@ -695,9 +700,9 @@ def test_a_server_opens_and_answers_or_refuses_its_arguments(name, value):
 @pytest.mark.parametrize("engines", [None, 5, [], [None], "x", [...]], ids=str)
 def test_a_server_of_no_engines_is_refused(engines):
     with pytest.raises(errors.ConfigError, match="engines"):
-        server.Server.from_engines(engines, TABLE)
+        Server.from_engines(engines, TABLE)
     with pytest.raises(errors.ConfigError, match="profile"):
-        server.Server.from_engines([engine.FakeEngine(TABLE)], engines)
+        Server.from_engines([FakeEngine(TABLE)], engines)
 
 
 @pytest.mark.parametrize("options", [{"devices": v} for v in (5, "cpu", [], [None], ["cpu"], [0])], ids=str)
@@ -741,13 +746,13 @@ def test_a_query_is_answered_or_refused(opened, x, slo, floor, many):
                     assert len(future.result(WAIT_S).output) == 2
 
 
-rubbish = st.builds(policies.Decision, st.sampled_from([*SUBNETS, None, 5, []]), bad.objects, bad.objects) | bad.objects
+rubbish = st.builds(Decision, st.sampled_from([*SUBNETS, None, 5, []]), bad.objects, bad.objects) | bad.objects
 
 
 @examples(37)
 @given(decision=rubbish, floor=st.sampled_from([0.0, 0.75]), count=st.integers(1, 6))
-@example(decision=policies.Decision(SUBNETS[0], math.nan), floor=0.75, count=3)
-@example(decision=policies.Decision(SUBNETS[0], math.nan, math.nan), floor=0.0, count=3)
+@example(decision=Decision(SUBNETS[0], math.nan), floor=0.75, count=3)
+@example(decision=Decision(SUBNETS[0], math.nan, math.nan), floor=0.0, count=3)
 def test_queries_of_a_policy_that_decides_rubbish_are_answered_or_fail(decision, floor, count):
     with open_server(lambda profile, state: decision) as s:
         waiting = [s.submit(np.float32(i), min_accuracy=floor) for i in range(count)]
@@ -758,9 +763,9 @@ def test_queries_of_a_policy_that_decides_rubbish_are_answered_or_fail(decision,
 
 @pytest.mark.parametrize("output", [None, 5, [], [1, 2, 3, 4, 5], {}, "x"], ids=str)
 def test_queries_of_an_engine_that_returns_rubbish_fail(output):
-    fake = engine.FakeEngine(TABLE, speed=math.inf)
+    fake = FakeEngine(TABLE, speed=math.inf)
     fake.run = lambda *_: output
-    with server.Server.from_engines([fake], TABLE, tune_runtime=False, slo_ms=1e4) as s:
+    with Server.from_engines([fake], TABLE, tune_runtime=False, slo_ms=1e4) as s:
         waiting = [s.submit(np.float32(i)) for i in range(2)]
         for future in waiting:
             answered = bad.attempt(lambda: future.result(WAIT_S), errors.InferenceError, errors.WorkersLostError)  # noqa: B023
@@ -798,6 +803,6 @@ def test_a_policy_of_no_such_name_is_refused(name):
 def test_the_command_line_ends_in_one_of_our_errors_or_in_its_usage(arguments, capsys):
     tyro = pytest.importorskip("tyro")
     with pytest.raises((errors.ConfigError, errors.UnknownNameError, SystemExit)) as caught:
-        tyro.cli(configs.TrainConfig, default=WHOLE["debug"], args=arguments)
+        tyro.cli(TrainConfig, default=WHOLE["debug"], args=arguments)
     assert not isinstance(caught.value, SystemExit) or caught.value.code == 2
     capsys.readouterr()

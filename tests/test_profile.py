@@ -6,16 +6,16 @@ import hypothesis.strategies as st
 import pytest
 
 from superserve_jax import errors
-from superserve_jax import profile as profiles
-from superserve_jax import subnet as subnets
+from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
+from superserve_jax.subnet import Subnet
 
 
 def net(i):
-    return subnets.Subnet((), (("width", (float(i),)),))
+    return Subnet((), (("width", (float(i),)),))
 
 
 def make(*rows, batch_sizes=(1, 4)):
-    return profiles.Profile(batch_sizes, tuple(profiles.Row(net(i), a, tuple(ms)) for i, (a, ms) in enumerate(rows)))
+    return Profile(batch_sizes, tuple(Row(net(i), a, tuple(ms)) for i, (a, ms) in enumerate(rows)))
 
 
 latencies = st.floats(0.1, 100.0)
@@ -43,8 +43,8 @@ def test_the_monotone_repair_only_raises_and_leaves_nothing_falling(data):
 
 
 def test_the_monotone_repair_leaves_a_percentile_that_stands_out_where_it_is():
-    rows = (profiles.Row(net(0), 0.7, (1.0, 2.0), (50.0, 2.5)), profiles.Row(net(1), 0.8, (1.5, 1.9), (1.8, 2.2)))
-    after = profiles.Profile((1, 4), rows).monotone()
+    rows = (Row(net(0), 0.7, (1.0, 2.0), (50.0, 2.5)), Row(net(1), 0.8, (1.5, 1.9), (1.8, 2.2)))
+    after = Profile((1, 4), rows).monotone()
     assert [r.p99_ms for r in after.rows] == [(50.0, 2.5), (1.8, 2.2)]
     assert after.rows[1].latency_ms == (1.5, 2.0)
 
@@ -70,7 +70,7 @@ def test_thinning_keeps_the_fastest_and_the_most_accurate_row():
 def test_a_profile_survives_its_file(tmp_path):
     profile = make((0.7, (1, 2)), (0.9, (2, 3)))
     profile.save(tmp_path / "deep" / "p.json")
-    assert profiles.Profile.load(tmp_path / "deep" / "p.json") == profile
+    assert Profile.load(tmp_path / "deep" / "p.json") == profile
 
 
 @pytest.mark.parametrize(
@@ -93,20 +93,20 @@ def test_a_malformed_profile_is_refused_with_a_documented_error(damage, tmp_path
     damage(data)
     (tmp_path / "p.json").write_text(json.dumps(data))
     with pytest.raises((errors.ProfileError, errors.ConfigError)):
-        profiles.Profile.load(tmp_path / "p.json")
+        Profile.load(tmp_path / "p.json")
 
 
 def test_a_file_that_is_no_json_or_missing_is_refused(tmp_path):
     (tmp_path / "p.json").write_bytes(b"\xff{")
     for name in ("p.json", "absent.json"):
         with pytest.raises(errors.ProfileError, match=name):
-            profiles.Profile.load(tmp_path / name)
+            Profile.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (2, 1), (1, 1), (1.5,), (True, 2)])
 def test_batch_sizes_that_cannot_be_are_refused(sizes):
     with pytest.raises(errors.ConfigError, match="batch_sizes"):
-        profiles.check_batch_sizes(sizes)
+        check_batch_sizes(sizes)
 
 
 def test_a_subnet_or_batch_size_that_was_not_measured_is_named():
@@ -122,7 +122,7 @@ def of_length(length, *rows):
     return dataclasses.replace(make(*rows), lengths=(length,))
 
 
-BOTH = profiles.join([of_length(32, (0.7, (1, 2)), (0.9, (2, 3))), of_length(128, (0.7, (3, 8)), (0.9, (6, 16)))])
+BOTH = join_lengths([of_length(32, (0.7, (1, 2)), (0.9, (2, 3))), of_length(128, (0.7, (3, 8)), (0.9, (6, 16)))])
 
 
 def test_with_length_buckets_each_length_has_a_profile_and_the_longest_stands_for_all():
@@ -148,9 +148,9 @@ def test_what_changes_a_profile_changes_it_at_every_length():
 
 
 def test_the_pareto_front_is_that_of_the_longest_length_and_common_to_all():
-    slow = profiles.join([of_length(32, (0.7, (3, 3)), (0.9, (2, 2))), of_length(128, (0.7, (4, 4)), (0.9, (9, 9)))])
+    slow = join_lengths([of_length(32, (0.7, (3, 3)), (0.9, (2, 2))), of_length(128, (0.7, (4, 4)), (0.9, (9, 9)))])
     assert len(slow.pareto().rows) == len(slow.pareto().tables[0].rows) == 2
-    beaten = profiles.join([of_length(32, (0.7, (1, 1)), (0.9, (2, 2))), of_length(128, (0.7, (9, 9)), (0.9, (4, 4)))])
+    beaten = join_lengths([of_length(32, (0.7, (1, 1)), (0.9, (2, 2))), of_length(128, (0.7, (9, 9)), (0.9, (4, 4)))])
     assert [[r.accuracy for r in t.rows] for t in beaten.pareto().tables] == [[0.9]] * 2
 
 
@@ -158,7 +158,7 @@ def test_the_pareto_front_is_that_of_the_longest_length_and_common_to_all():
 def test_the_monotone_repair_leaves_nothing_falling_along_the_length_either(short, long):
     count = min(len(short), len(long))
     data = [[(short[i][0], made[i][1]) for i in range(count)] for made in (short, long)]
-    before = profiles.join([of_length(n, *d) for n, d in zip((32, 128), data, strict=True)])
+    before = join_lengths([of_length(n, *d) for n, d in zip((32, 128), data, strict=True)])
     after = before.monotone()
     for a, b, shorter in zip(before.rows, after.rows, after.tables[0].rows, strict=True):
         assert all(x <= y for x, y in zip(a.latency_ms, b.latency_ms, strict=True))
@@ -170,10 +170,10 @@ def test_the_monotone_repair_leaves_nothing_falling_along_the_length_either(shor
 
 def test_lengths_survive_json_and_an_old_profile_has_none(tmp_path):
     BOTH.save(tmp_path / "p.json")
-    assert profiles.Profile.load(tmp_path / "p.json") == BOTH
+    assert Profile.load(tmp_path / "p.json") == BOTH
     old = make((0.7, (1, 2))).to_json()
     assert not {"lengths", "shorter"} & set(old)
-    assert profiles.Profile.from_json(old).lengths == ()
+    assert Profile.from_json(old).lengths == ()
 
 
 @pytest.mark.parametrize(
@@ -188,4 +188,4 @@ def test_lengths_survive_json_and_an_old_profile_has_none(tmp_path):
 )
 def test_a_profile_whose_lengths_do_not_fit_together_is_refused(change, message):
     with pytest.raises(errors.ProfileError, match=message):
-        profiles.Profile.from_json(change(BOTH.to_json()))
+        Profile.from_json(change(BOTH.to_json()))

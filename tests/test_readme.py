@@ -7,8 +7,9 @@ import shlex
 import pytest
 from tiny import TINY, random_params, random_row
 
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.supernets import supernet
+from superserve_jax import exports
+from superserve_jax.exports import Served
+from superserve_jax.supernets.supernet import SuperNet
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,9 +28,9 @@ def test_python_in_the_readme_is_short_and_runs(code, tmp_path, monkeypatch, cap
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     space = TINY.space()
     chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
-    model = supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
-    served = [checkpoint.Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(chosen)]
-    checkpoint.export(tmp_path / "runs" / "demo" / "export", model, served, measured="made up", class_names=("a", "b", "c"))
+    model = SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    served = [Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(chosen)]
+    exports.export(tmp_path / "runs" / "demo" / "export", model, served, measured="made up", class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     exec(compile(code.replace("16, 32, 32, 1", "16, 9, 9, 1"), "README.md", "exec"), {})

@@ -7,15 +7,15 @@ import hypothesis.strategies as st
 import pytest
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import Axis, SearchSpace, Subnet, envelope_of
 
 
 def make_space(rule="first"):
-    return subnets.SearchSpace(
+    return SearchSpace(
         depths=((0, 1), (1, 2, 3)),
         axes=(
-            subnets.Axis("expand", ((0.5, 1.0),) * 4, blocks=(0, 1, 2, 3)),
-            subnets.Axis("width", ((0.25, 0.5, 1.0),) * 2),
+            Axis("expand", ((0.5, 1.0),) * 4, blocks=(0, 1, 2, 3)),
+            Axis("width", ((0.25, 0.5, 1.0),) * 2),
         ),
         rule=rule,
     )
@@ -54,7 +54,7 @@ def test_the_largest_covers_and_the_smallest_is_covered_by_every_subnet(s):
 
 @hypothesis.given(st.lists(members, min_size=1, max_size=5))
 def test_an_envelope_covers_its_members_and_is_the_smallest_that_does(group):
-    top = subnets.envelope(group)
+    top = envelope_of(group)
     assert all(top.covers(s) for s in group)
     assert all(any(s.gates[b] for s in group) for b, gate in enumerate(top.gates) if gate)
     assert all(top[a][i] in [s[a][i] for s in group] for a in ("expand", "width") for i in range(len(top[a])))
@@ -62,7 +62,7 @@ def test_an_envelope_covers_its_members_and_is_the_smallest_that_does(group):
 
 @hypothesis.given(members)
 def test_json_and_pickle_give_the_same_subnet_back(s):
-    assert subnets.Subnet.from_json(json.loads(json.dumps(s.to_json()))) == s
+    assert Subnet.from_json(json.loads(json.dumps(s.to_json()))) == s
     assert pickle.loads(pickle.dumps(s)) == s
 
 
@@ -79,7 +79,7 @@ def test_sampling_below_an_envelope_stays_below_it(top, step):
 
 
 def test_every_other_drops_exactly_the_rest_evenly_spaced():
-    space = subnets.SearchSpace(((1, 2, 3, 4, 5, 6),), rule="every_other")
+    space = SearchSpace(((1, 2, 3, 4, 5, 6),), rule="every_other")
     for depth in range(1, 7):
         gates = space.gates((depth,))
         kept = [i for i, g in enumerate(gates) if g]
@@ -90,7 +90,7 @@ def test_every_other_drops_exactly_the_rest_evenly_spaced():
 
 
 def test_a_transformer_subnet_may_name_its_kept_blocks():
-    space = subnets.SearchSpace(((2, 3, 4),), rule="every_other")
+    space = SearchSpace(((2, 3, 4),), rule="every_other")
     assert space.subnet(gates=(0, 1, 1, 0)).gates == (0, 1, 1, 0)
     with pytest.raises(errors.SubnetError, match="keeps 1 blocks"):
         space.subnet(gates=(0, 1, 0, 0))
@@ -121,7 +121,7 @@ def test_a_mistyped_axis_gets_the_nearest_name_suggested():
 
 
 def test_a_subnet_of_another_space_is_refused():
-    other = subnets.SearchSpace(((1, 2),)).largest()
+    other = SearchSpace(((1, 2),)).largest()
     with pytest.raises(errors.SubnetError):
         SPACE.validate(other)
 
@@ -129,19 +129,19 @@ def test_a_subnet_of_another_space_is_refused():
 @pytest.mark.parametrize("data", [{}, {"gates": [2]}, {"gates": "x"}, {"gates": [1], "width": [None]}, []])
 def test_json_that_is_no_subnet_is_refused(data):
     with pytest.raises(errors.SubnetError):
-        subnets.Subnet.from_json(data)
+        Subnet.from_json(data)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: subnets.SearchSpace(((2, 1),)),
-        lambda: subnets.SearchSpace(((),)),
-        lambda: subnets.Axis("width", ((1.0, 0.5),)),
-        lambda: subnets.Axis("width", ((float("nan"),),)),
-        lambda: subnets.Axis("width", ()),
-        lambda: subnets.SearchSpace(((1,),), (subnets.Axis("depth", ((1.0,),)),)),
-        lambda: subnets.SearchSpace(((1,),), (subnets.Axis("w", ((1.0,),), blocks=(5,)),)),
+        lambda: SearchSpace(((2, 1),)),
+        lambda: SearchSpace(((),)),
+        lambda: Axis("width", ((1.0, 0.5),)),
+        lambda: Axis("width", ((float("nan"),),)),
+        lambda: Axis("width", ()),
+        lambda: SearchSpace(((1,),), (Axis("depth", ((1.0,),)),)),
+        lambda: SearchSpace(((1,),), (Axis("w", ((1.0,),), blocks=(5,)),)),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(make):
@@ -151,4 +151,4 @@ def test_a_space_that_makes_no_sense_is_refused(make):
 
 def test_the_envelope_of_nothing_is_refused():
     with pytest.raises(errors.SubnetError, match="at least one"):
-        subnets.envelope([])
+        envelope_of([])

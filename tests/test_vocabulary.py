@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from superserve_jax import errors, vocabulary
-from superserve_jax.families import dynabert
+from superserve_jax import errors
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.vocabulary import Vocabulary
 
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "play", "##ing", "##ed", ",", "uber", "E", "##s")
-PIECES = vocabulary.Vocabulary(TOKENS)
-WORDS = vocabulary.Vocabulary(("[PAD]", "[CLS]", "0", "1", "[MAX", "]"), scheme="words")
+PIECES = Vocabulary(TOKENS)
+WORDS = Vocabulary(("[PAD]", "[CLS]", "0", "1", "[MAX", "]"), scheme="words")
 
 
 def tokens(ids):
@@ -28,7 +29,7 @@ def test_a_pair_has_types_of_its_own_and_the_second_text_a_separator():
 
 
 def test_inputs_are_those_of_the_models_own_packing():
-    config = dynabert.DynaBERTConfig(vocab_size=len(TOKENS), max_length=9)
+    config = DynaBERTConfig(vocab_size=len(TOKENS), max_length=9)
     inputs = PIECES.encode(["the cat"], ["cat"], length=9, token_types=2)
     assert np.array_equal(inputs, config.pack([[2, 4, 5, 3, 5, 3]], [[0, 0, 0, 0, 1, 1]]))
 
@@ -50,7 +51,7 @@ def test_what_is_too_long_is_cut_as_bert_does(first, second, length, expected):
 
 def test_lowercasing_strips_accents_and_can_be_left_out():
     assert tokens(PIECES.encode(["Über"], length=3)[0]) == ["[CLS]", "uber", "[SEP]"]
-    cased = vocabulary.Vocabulary(TOKENS, lowercase=False)
+    cased = Vocabulary(TOKENS, lowercase=False)
     assert tokens(cased.encode(["Es The"], length=5)[0]) == ["[CLS]", "E", "##s", "[UNK]", "[SEP]"]
 
 
@@ -64,9 +65,9 @@ def test_a_special_token_in_a_users_text_is_only_text():
 def test_a_vocabulary_file_may_end_its_lines_in_any_way(tmp_path, newline, end):
     odd = (*TOKENS, "\u2028")  # a token of BERT's that str.splitlines takes for the end of a line
     (tmp_path / "vocab.txt").write_bytes((newline.join(odd) + end.replace("\n", newline)).encode())
-    found = vocabulary.Vocabulary.read(tmp_path / "vocab.txt", lowercase=False)
-    assert found == vocabulary.Vocabulary(odd, lowercase=False)
-    assert vocabulary.Vocabulary.from_text(found.to_text(), **found.settings) == found
+    found = Vocabulary.read(tmp_path / "vocab.txt", lowercase=False)
+    assert found == Vocabulary(odd, lowercase=False)
+    assert Vocabulary.from_text(found.to_text(), **found.settings) == found
 
 
 def test_words_are_parted_by_blanks_and_follow_cls():
@@ -102,7 +103,7 @@ def test_what_cannot_be_encoded_is_an_input_error(call, message):
 )
 def test_tokens_that_cannot_be_a_vocabulary_are_refused(arguments, message):
     with pytest.raises(errors.SuperServeError, match=message):
-        vocabulary.Vocabulary(**arguments)
+        Vocabulary(**arguments)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"the\ncat\n", b"\xff\xfe"])
@@ -111,17 +112,17 @@ def test_a_file_that_is_no_vocabulary_is_a_data_error_that_names_it(tmp_path, co
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(errors.DataError, match=r"vocab\.txt cannot be read"):
-        vocabulary.Vocabulary.read(file)
+        Vocabulary.read(file)
 
 
 def test_a_missing_tokenizer_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(errors.DataError, match=r"pip install 'superserve-jax\[text\]'"):
-        vocabulary.Vocabulary(TOKENS).encode(["the"], length=4)
+        Vocabulary(TOKENS).encode(["the"], length=4)
 
 
 @pytest.mark.parametrize("changes", [{"vocab_size": 13}, {"pad_id": 1}])
 def test_a_network_with_other_tokens_does_not_fit(changes):
-    PIECES.check_fit(dynabert.DynaBERTConfig(vocab_size=14))
+    PIECES.check_fit(DynaBERTConfig(vocab_size=14))
     with pytest.raises(errors.ConfigError, match="make them agree"):
-        PIECES.check_fit(dynabert.DynaBERTConfig(**{"vocab_size": 14, **changes}))
+        PIECES.check_fit(DynaBERTConfig(**{"vocab_size": 14, **changes}))

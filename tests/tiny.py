@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 
-from superserve_jax.families import dynabert, ofa_resnet
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.supernets import programs
 
-TINY = ofa_resnet.OFAResNetConfig(
+TINY = OFAResNetConfig(
     num_classes=3,
     image_size=9,
     channels=1,
@@ -56,7 +57,7 @@ def live_bytes():
     return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}.values())
 
 
-TINY_BERT = dynabert.DynaBERTConfig(
+TINY_BERT = DynaBERTConfig(
     num_classes=3, vocab_size=11, max_length=6, hidden_size=8, depths=(1, 2, 3), heads=(1, 2), ffn=(3, 5), eps=1e-5
 )
 

@@ -12,7 +12,8 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
-from superserve_jax.training import runs, stages
+from superserve_jax.training import stages
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    run = runs.Run.open(options.run)
+    run = Run.open(options.run)
     stages.calibrate(run)
     model = run.model()
     weights = sum(p.nbytes for p in model.params.values())

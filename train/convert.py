@@ -16,8 +16,8 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, convert, files
-from superserve_jax.training import config as configs
-from superserve_jax.training import runs
+from superserve_jax.training.config import TrainConfig, load_config
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Options:
     """
 
     weights: Annotated[pathlib.Path, tyro.conf.Positional]
-    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     workdir: pathlib.Path | None = None
     json: pathlib.Path | None = None
 
@@ -40,10 +40,10 @@ class Options:
 def main() -> None:
     """The program."""
     config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
-    default = Options(tyro.MISSING, configs.load(config_path))
+    default = Options(tyro.MISSING, load_config(config_path))
     options = tyro.cli(Options, default=default, args=rest, prog=f"train/convert.py {config_path}")
     model = convert.weights(options.weights, options.config.model)  # first, since unfit weights should leave no folder behind
-    run = runs.Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
+    run = Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
     largest = model.space.largest()
     flops, params = model.config.flops(largest), model.config.num_params(largest)
     if options.json:

@@ -14,7 +14,8 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
-from superserve_jax.training import runs, stages
+from superserve_jax.training import stages
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    run = runs.Run.open(options.run)
+    run = Run.open(options.run)
     served = stages.evaluate(run)
     cli.print_table(stages.table(served))
     for name, accuracy in stages.baselines(run).items():

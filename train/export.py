@@ -13,7 +13,8 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files
-from superserve_jax.training import runs, stages
+from superserve_jax.training import stages
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    path = stages.export(runs.Run.open(options.run), options.out)
+    path = stages.export(Run.open(options.run), options.out)
     model = ss.load(path)  # what was written can be read
     size = sum(f["bytes"] for f in model.manifest["files"].values())
     weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.rows))

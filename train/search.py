@@ -18,8 +18,9 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
-from superserve_jax.training import config as configs
-from superserve_jax.training import runs, stages
+from superserve_jax.training import stages
+from superserve_jax.training.config import SearchConfig
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Options:
       json: write the chosen subnets to this file.
     """
 
-    search: Annotated[configs.SearchConfig, tyro.conf.arg(name="")]
+    search: Annotated[SearchConfig, tyro.conf.arg(name="")]
     json: pathlib.Path | None = None
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    run = runs.Run.open(sys.argv[1])
+    run = Run.open(sys.argv[1])
     options = tyro.cli(Options, default=Options(run.config.search), args=sys.argv[2:], prog=f"train/search.py {sys.argv[1]}")
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, search=options.search))
     start = time.monotonic()

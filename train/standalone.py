@@ -15,9 +15,9 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, errors, files
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.training import runs
-from superserve_jax.training import standalone as alone
+from superserve_jax.exports import Served
+from superserve_jax.training import standalone
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    run = runs.Run.open(options.run)
-    evaluated = [checkpoint.Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
+    run = Run.open(options.run)
+    evaluated = [Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
     chosen = {name: find(evaluated, name) for name in options.subnets}  # all, before the first is trained
     rows = []
     for name, shared in chosen.items():
-        trained = alone.train(run, shared.subnet, name)
+        trained = standalone.train(run, shared.subnet, name)
         rows.append({"name": name, **shared.to_json(), "accuracy_alone": trained.accuracy})
     cli.print_table(
         [
@@ -64,7 +64,7 @@ def main() -> None:
         files.write_json(options.json, rows)
 
 
-def find(evaluated: list[checkpoint.Served], name: str) -> checkpoint.Served:
+def find(evaluated: list[Served], name: str) -> Served:
     """The subnet that an option names. Raises ConfigError where there is none."""
     ends = {"smallest": 0, "largest": len(evaluated) - 1}
     place = ends[name] if name in ends else int(name) if name.isdecimal() else -1

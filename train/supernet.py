@@ -17,8 +17,8 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files
-from superserve_jax.training import config as configs
 from superserve_jax.training import stages
+from superserve_jax.training.config import TrainConfig, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Options:
       json: write the served subnets' accuracies to this file.
     """
 
-    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     workdir: pathlib.Path | None = None
     train_only: bool = False
     json: pathlib.Path | None = None
@@ -41,7 +41,7 @@ class Options:
 def main() -> None:
     """The program."""
     config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
-    default = Options(configs.load(config_path))
+    default = Options(load_config(config_path))
     options = tyro.cli(Options, default=default, args=rest, prog=f"train/supernet.py {config_path}")
     run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
     if options.train_only:

@@ -29,14 +29,14 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files, plots, progress
-from superserve_jax import profile as profiles
-from superserve_jax import subnet as subnets
-from superserve_jax.engines import device as device_engine
+from superserve_jax import cli, errors, exports, files, plots, progress
 from superserve_jax.engines import executables, prepare
-from superserve_jax.exports import export as checkpoint
+from superserve_jax.engines.device import DeviceEngine, LeastRecentlyUsed
+from superserve_jax.exports import Model
+from superserve_jax.profile import check_batch_sizes
+from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets import programs
-from superserve_jax.training import random_export as made_up
+from superserve_jax.training import random_export
 
 CANDIDATES = 500  # of a config file: made-up subnets, out of which evenly spaced ones are picked
 WARM_UP_ROUNDS = 2
@@ -93,7 +93,7 @@ class Extracted:
       file: is made.
     """
 
-    def __init__(self, model: checkpoint.Model, subnet: subnets.Subnet, device: Any, *, file: pathlib.Path):
+    def __init__(self, model: Model, subnet: Subnet, device: Any, *, file: pathlib.Path):
         program = programs.sliced(model.config, subnet)
         self.host = {
             name: np.array(np.asarray(model.params[name])[tuple(map(slice, shape))])
@@ -170,19 +170,19 @@ class Times:
         return self._ms.get(key, np.full(self._rounds, np.nan))
 
 
-def measure(model: checkpoint.Model, options: Options, folder: pathlib.Path) -> dict[str, Any]:
+def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, Any]:
     """The figures that the program prints.
 
     Args:
       folder: for files of weights.
     """
     device, config = jax.devices()[0], model.config
-    chosen = subnets.evenly_spaced(model.subnets, config.flops, options.subnets)
+    chosen = evenly_spaced(model.subnets, config.flops, options.subnets)
     if len(chosen) < 2:
         raise errors.ConfigError(f"{model.path} serves one subnet; there must be at least two to alternate")
     lengths = prepare.check_lengths(config, None if options.length is None else (options.length,))[-1:]
     engines = {
-        way: device_engine.DeviceEngine(
+        way: DeviceEngine(
             *(model, device),
             subnet_list=chosen,
             batch_sizes=options.batch_sizes,
@@ -237,15 +237,13 @@ def measure(model: checkpoint.Model, options: Options, folder: pathlib.Path) -> 
     }
 
 
-def alternating(chosen: Sequence[subnets.Subnet], last: subnets.Subnet | None, order: random.Random) -> list[subnets.Subnet]:
+def alternating(chosen: Sequence[Subnet], last: Subnet | None, order: random.Random) -> list[Subnet]:
     """Every subnet once, in a random order that does not begin with the one that was run last."""
     shuffled = order.sample(chosen, len(chosen))
     return shuffled[::-1] if shuffled[0] is last else shuffled
 
 
-def twice(
-    times: Times, key: tuple[Any, ...], turn: int, call: Callable[[], Any], slices: device_engine.LeastRecentlyUsed | None
-) -> None:
+def twice(times: Times, key: tuple[Any, ...], turn: int, call: Callable[[], Any], slices: LeastRecentlyUsed | None) -> None:
     """Times a call after a batch of another subnet, and again after itself."""
     makes = slices.makes if slices else 0
     start = time.perf_counter()
@@ -255,7 +253,7 @@ def twice(
     times.take((*key, "same"), turn, call)
 
 
-def slices_of(model: checkpoint.Model, subnet: subnets.Subnet, device: Any) -> Callable[[], Any]:
+def slices_of(model: Model, subnet: Subnet, device: Any) -> Callable[[], Any]:
     """A function that makes a subnet's slices, as the engine does when they are not there."""
     program = programs.sliced(model.config, subnet)
     leaves = tuple(executables.used_leaves(program).items())
@@ -264,7 +262,7 @@ def slices_of(model: checkpoint.Model, subnet: subnets.Subnet, device: Any) -> C
     return lambda: jax.block_until_ready(slicer.call(values))
 
 
-def of_batch(times: Times, subnet: subnets.Subnet, size: int) -> dict[str, Any]:
+def of_batch(times: Times, subnet: Subnet, size: int) -> dict[str, Any]:
     """What was measured of a subnet at a batch size: for each event its times, and what follows from them."""
     alone, copy = times.get(subnet, size, "extracted", "same"), times.get(subnet, "copy")
     events = {}
@@ -336,9 +334,9 @@ def report(found: dict[str, Any]) -> None:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    profiles.check_batch_sizes(options.batch_sizes)  # before minutes of compiling
-    with made_up.export_of(options.path, subnets=CANDIDATES) as path, tempfile.TemporaryDirectory() as folder:
-        found = measure(checkpoint.load(path), options, pathlib.Path(folder))
+    check_batch_sizes(options.batch_sizes)  # before minutes of compiling
+    with random_export.export_of(options.path, subnets=CANDIDATES) as path, tempfile.TemporaryDirectory() as folder:
+        found = measure(exports.load(path), options, pathlib.Path(folder))
     report(found)
     if options.json:
         files.write_json(options.json, found)

@@ -34,13 +34,14 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files
-from superserve_jax import subnet as subnets
-from superserve_jax.engines import device as device_engine
-from superserve_jax.engines import executables, prepare, subnet_buckets
-from superserve_jax.exports import export as checkpoint
+from superserve_jax import cli, errors, exports, files
+from superserve_jax.engines import prepare, subnet_buckets
+from superserve_jax.engines.device import DeviceEngine, Slicing
+from superserve_jax.engines.executables import build, input_spec
+from superserve_jax.exports import Model
+from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets import programs
-from superserve_jax.training import random_export as made_up
+from superserve_jax.training import random_export
 
 SHOWN = 3  # subnets whose latencies are measured
 STATUS = pathlib.Path("/proc/self/status")
@@ -91,23 +92,23 @@ class Variant:
     """
 
     name: str
-    subnet_list: tuple[subnets.Subnet, ...]
-    visited: tuple[subnets.Subnet, ...]
-    shown: tuple[subnets.Subnet, ...]
+    subnet_list: tuple[Subnet, ...]
+    visited: tuple[Subnet, ...]
+    shown: tuple[Subnet, ...]
     shape: tuple[int, int]
-    slicing: device_engine.Slicing | None
-    envelopes: Mapping[subnets.Subnet, subnets.Subnet] = dataclasses.field(default_factory=dict)
+    slicing: Slicing | None
+    envelopes: Mapping[Subnet, Subnet] = dataclasses.field(default_factory=dict)
     slice_bytes: int | None = None
 
 
 class Extracted:
     """Subnets extracted, each a network of its own on the device, with the calls that a DeviceEngine has."""
 
-    def __init__(self, model: checkpoint.Model, device: Any, *, subnet_list: Sequence[subnets.Subnet], shape: tuple[int, int]):
+    def __init__(self, model: Model, device: Any, *, subnet_list: Sequence[Subnet], shape: tuple[int, int]):
         self._length = shape[1]
         program_of = {s: programs.sliced(model.config, s) for s in subnet_list}
         lengths = (self._length,) if self._length else ()
-        made, _ = executables.build(program_of.values(), shape[:1], device, lengths=lengths, kept=lambda program: True)
+        made, _ = build(program_of.values(), shape[:1], device, lengths=lengths, kept=lambda program: True)
         self.executables = tuple(e.call for e in made.values())
         whole = {name: np.asarray(value) for name, value in model.params.items()}
         cut = {
@@ -122,7 +123,7 @@ class Extracted:
             self._networks[s] = made[program, *shape].call, *jax.device_put(arguments, device)
         model.rows.clear()
 
-    def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Logits."""
         call, leaves, row, active = self._networks[subnet]
         return list(np.asarray(call(leaves, np.stack(inputs), row, active)))
@@ -133,7 +134,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     device = jax.devices()[0]
     jax.block_until_ready(jax.device_put(0, device))
     before, live_before = resident("VmRSS"), live_bytes(device)
-    model = checkpoint.load(path)
+    model = exports.load(path)
     weights = sum(value.nbytes for value in model.params.values())
     settle()
     loaded, host_rows = resident("VmRSS") - live_bytes(device), sum(row.nbytes for row in model.rows.values())
@@ -141,7 +142,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     if variant.slicing is None:
         engine = Extracted(model, device, subnet_list=variant.subnet_list, shape=variant.shape)
     else:
-        engine = device_engine.DeviceEngine(
+        engine = DeviceEngine(
             *(model, device),
             subnet_list=variant.subnet_list,
             batch_sizes=(batch_size,),
@@ -150,7 +151,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
             slicing=variant.slicing,
             slice_bytes=variant.slice_bytes,
         )
-    spec = executables.input_spec(model.config, batch_size, length)
+    spec = input_spec(model.config, batch_size, length)
     inputs = list(np.random.default_rng(0).integers(0, 2, spec.shape).astype(spec.dtype))  # pixels or token ids
     live = max(visit(engine, variant, inputs, device))
     settle()
@@ -159,7 +160,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     growth = after - live_bytes(device) - loaded + dropped
     reset_peak()
     live = max(live, *visit(engine, variant, inputs, device))
-    times_ms: dict[subnets.Subnet, list[float]] = {s: [] for s in variant.shown}
+    times_ms: dict[Subnet, list[float]] = {s: [] for s in variant.shown}
     for _ in range(repeats):
         for s in variant.shown:
             engine.run(s, batch_size, inputs)
@@ -171,7 +172,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     peak = stats["peak_bytes_in_use"] if stats else resident("VmHWM") - before
     analyses = [call.memory_analysis() for call in engine.executables]
     code = sum(a.generated_code_size_in_bytes for a in analyses)
-    in_place = isinstance(engine, device_engine.DeviceEngine)
+    in_place = isinstance(engine, DeviceEngine)
     return {
         "name": variant.name,
         "subnets": len(variant.subnet_list),
@@ -234,14 +235,14 @@ def in_fresh_process(function: Any, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def variants(model: checkpoint.Model, options: Options) -> list[Variant]:
+def variants(model: Model, options: Options) -> list[Variant]:
     """What is measured."""
     flops = model.config.flops
     [length] = prepare.check_lengths(model.config, None if options.length is None else (options.length,))[-1:] or (0,)
     envelopes = subnet_buckets.choose(model.subnets, flops, options.executables)
     by_bucket = {envelopes[s]: s for s in sorted(model.subnets, key=flops)}
-    extracted = tuple(subnets.evenly_spaced(model.subnets, flops, options.extracted))
-    shown = tuple(subnets.evenly_spaced(extracted, flops, SHOWN))
+    extracted = tuple(evenly_spaced(model.subnets, flops, options.extracted))
+    shown = tuple(evenly_spaced(extracted, flops, SHOWN))
     in_place = Variant(
         name="in place, in_call",
         subnet_list=tuple(model.subnets),
@@ -261,7 +262,7 @@ def variants(model: checkpoint.Model, options: Options) -> list[Variant]:
     ]
 
 
-def all_extracted(model: checkpoint.Model) -> dict[str, Any]:
+def all_extracted(model: Model) -> dict[str, Any]:
     """Bytes of all subnets extracted: computed, since they may not fit into memory."""
     weights, config = sum(value.nbytes for value in model.params.values()), model.config
     each = weights / config.num_params(model.space.largest())
@@ -316,8 +317,8 @@ def ratios(reference: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, flo
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    with made_up.export_of(options.path, subnets=options.subnets) as path:
-        model = checkpoint.load(path)
+    with random_export.export_of(options.path, subnets=options.subnets) as path:
+        model = exports.load(path)
         todo = variants(model, options)
         for variant in todo:  # into the cache, since compiling leaves a process larger
             in_fresh_process(measure, path, variant, 1)

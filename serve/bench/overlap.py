@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files, profile
-from superserve_jax.engines import base as engine
-from superserve_jax.engines import profiling as measuring
+from superserve_jax import cli, errors, files
+from superserve_jax.engines import profiling
+from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.loadtest import loadgen
-from superserve_jax.serving import server
-from superserve_jax.simulation import metrics, traces
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.profile import Profile, Row
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import metrics, paper_profile, traces
 
 BATCH, SLO_MS = 16, 36.0  # of the paper's profile
 LOAD, CV2 = 0.35, 2.0  # of the bursty traffic: the mean over what the fastest subnet carries
@@ -68,7 +68,7 @@ def both_ways(measure: Callable[[bool], dict[str, float]], rounds: int) -> dict[
     return {"off": off, "on": on}
 
 
-def throughput(target: server.Server, example: np.ndarray, queries: int) -> float:
+def throughput(target: Server, example: np.ndarray, queries: int) -> float:
     """Queries per second of a new server with all of them waiting."""
     with target:
         target.submit_many([example] * 64)[-1].result()  # warm
@@ -80,17 +80,17 @@ def throughput(target: server.Server, example: np.ndarray, queries: int) -> floa
 
 def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
     """A device that sleeps, so fast that the fastest subnet of the paper's profile takes `batch_ms` for a full batch."""
-    paper = reference.paper_profile()
+    paper = paper_profile.paper_profile()
     faster = batch_ms / paper.rows[0].latency_ms[-1]
     table, slo_ms = paper.scaled(faster), SLO_MS * faster
-    fastest = profile.Profile(table.batch_sizes, table.rows[:1])
+    fastest = Profile(table.batch_sizes, table.rows[:1])
     limit_qps = table.throughput_qps(table.rows[0].subnet)
     trace = traces.gamma(rate_qps=LOAD * limit_qps, cv2=CV2, duration_s=options.seconds, slo_ms=slo_ms, seed=0)
     example = np.random.default_rng(0).integers(0, 256, options.input_shape, dtype=np.uint8)
 
-    def open_server(rows: profile.Profile, overlap: bool) -> server.Server:
-        device = engine.FakeDevice(rows, input_shape=options.input_shape, input_dtype=np.uint8)
-        return server.Server.from_engines([device], rows, slo_ms=slo_ms, overlap=overlap, **QUEUE)
+    def open_server(rows: Profile, overlap: bool) -> Server:
+        device = FakeDevice(rows, input_shape=options.input_shape, input_dtype=np.uint8)
+        return Server.from_engines([device], rows, slo_ms=slo_ms, overlap=overlap, **QUEUE)
 
     def measure(overlap: bool) -> dict[str, float]:
         qps = throughput(open_server(fastest, overlap), example, options.queries)
@@ -112,13 +112,13 @@ def exported(options: Options) -> dict[str, Any]:
     """This machine's first device with the largest subnet of an export."""
     import jax
 
-    from superserve_jax.engines import device as device_engine
     from superserve_jax.engines import prepare
+    from superserve_jax.engines.device import DeviceEngine
 
     model = prepare.load(options.export)
     device = jax.devices()[0]
     subnet = max(model.served, key=lambda s: s.accuracy)
-    made = device_engine.DeviceEngine(
+    made = DeviceEngine(
         model,
         device,
         subnet_list=[subnet.subnet],
@@ -126,11 +126,11 @@ def exported(options: Options) -> dict[str, Any]:
         lengths=prepare.check_lengths(model.config, None)[-1:],
     )
     example = np.full(made.input_shape, made.pad_id + 1, made.input_dtype)
-    [batch_ms] = measuring.measure(made, {subnet.subnet: subnet.accuracy}, (BATCH,), device="this").rows[0].latency_ms
-    rows = profile.Profile((BATCH,), (profile.Row(subnet.subnet, subnet.accuracy, (batch_ms,)),), lengths=made.lengths)
+    [batch_ms] = profiling.measure(made, {subnet.subnet: subnet.accuracy}, (BATCH,), device="this").rows[0].latency_ms
+    rows = Profile((BATCH,), (Row(subnet.subnet, subnet.accuracy, (batch_ms,)),), lengths=made.lengths)
 
     def measure(overlap: bool) -> dict[str, float]:
-        target = server.Server.from_engines([made], rows, slo_ms=1e6, overlap=overlap, **QUEUE)
+        target = Server.from_engines([made], rows, slo_ms=1e6, overlap=overlap, **QUEUE)
         return {"qps": throughput(target, example, options.queries)}
 
     return {"batch_ms": batch_ms, "device": prepare.device_kind(device), **both_ways(measure, options.rounds)}

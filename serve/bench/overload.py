@@ -25,11 +25,14 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, files
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import endurance, loadgen
-from superserve_jax.serving import futures, server
-from superserve_jax.simulation import paper_profile as reference
-from superserve_jax.simulation import simulator, traces
+from superserve_jax.loadtest.loadgen import Submission
+from superserve_jax.serving.futures import Future
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import paper_profile, simulator, traces
+from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.traces import Trace
 
 X = np.zeros((), np.float32)
 CALM = 0.5  # load after the overload
@@ -92,11 +95,11 @@ class Always(Sequence):
 class Client:
     """Stands between the generator and the server, and sums up the time that refusals took."""
 
-    def __init__(self, target: server.Server):
+    def __init__(self, target: Server):
         self.refused, self.refusals_s = 0, 0.0
         self._target = target
 
-    def submit_many(self, xs: list[np.ndarray], **options: Any) -> list[futures.Future]:
+    def submit_many(self, xs: list[np.ndarray], **options: Any) -> list[Future]:
         """See `server.Server.submit_many`."""
         start_s = time.thread_time()
         try:
@@ -107,30 +110,30 @@ class Client:
             raise
 
 
-def traffic(options: Options, capacity_qps: float, seconds: float) -> traces.Trace:
+def traffic(options: Options, capacity_qps: float, seconds: float) -> Trace:
     """An overload, and then calm."""
     over = traces.gamma(rate_qps=options.overload * capacity_qps, duration_s=seconds, seed=options.seed)
     calm = traces.gamma(rate_qps=CALM * capacity_qps, duration_s=options.calm_s, seed=options.seed + 1)
-    trace = traces.Trace(np.concatenate([over.arrivals_s, seconds + calm.arrivals_s]), options.slo_ms[0])
+    trace = Trace(np.concatenate([over.arrivals_s, seconds + calm.arrivals_s]), options.slo_ms[0])
     return trace if len(options.slo_ms) == 1 else trace.mixed(slo_ms=dict.fromkeys(options.slo_ms, 1.0), seed=options.seed)
 
 
-def served(options: Options, profile: Any, trace: traces.Trace) -> tuple[np.ndarray, dict[str, Any]]:
+def served(options: Options, profile: Any, trace: Trace) -> tuple[np.ndarray, dict[str, Any]]:
     """Serves a trace: what became of each query, and figures."""
-    fakes = [engine.FakeEngine(profile, name=f"fake:{i}") for i in range(options.workers)]
+    fakes = [FakeEngine(profile, name=f"fake:{i}") for i in range(options.workers)]
     became = np.full(len(trace), PENDING, np.uint8)
-    unresolved: collections.deque[loadgen.Submission] = collections.deque()
+    unresolved: collections.deque[Submission] = collections.deque()
     wait_s = 1e-3 * max(options.slo_ms) + 5e-3
     most, rss, late_s = 0, {}, 0.0
 
-    def count(sent: loadgen.Submission) -> None:
+    def count(sent: Submission) -> None:
         """What is unanswered now has missed its deadline, or is refused."""
         if sent.answers is None:
             became[sent.places] = REFUSED
         else:
             became[sent.places] = [MET if met(future) else MISSED for future in sent.answers]
 
-    with server.Server.from_engines(
+    with Server.from_engines(
         fakes,
         profile,
         policy=options.policy,
@@ -162,16 +165,14 @@ def served(options: Options, profile: Any, trace: traces.Trace) -> tuple[np.ndar
     }
 
 
-def met(future: futures.Future) -> bool:
+def met(future: Future) -> bool:
     """Whether a query has been answered by its deadline."""
     return future.done() and future.exception(0) is None and future.result(0).met_slo
 
 
-def simulated(options: Options, profile: Any, trace: traces.Trace) -> np.ndarray:
+def simulated(options: Options, profile: Any, trace: Trace) -> np.ndarray:
     """What becomes of each query of a trace by the simulation."""
-    cluster = simulator.Cluster(
-        workers=options.workers, max_queue=options.max_queue, expire=options.expire, admission=options.admission
-    )
+    cluster = Cluster(workers=options.workers, max_queue=options.max_queue, expire=options.expire, admission=options.admission)
     outcome = simulator.simulate(profile, options.policy, trace, cluster=cluster).outcome
     return np.select([outcome == simulator.MET, outcome == simulator.REFUSED], [MET, REFUSED], MISSED)
 
@@ -187,7 +188,7 @@ def phase(became: np.ndarray) -> dict[str, Any]:
     }
 
 
-def phases(options: Options, trace: traces.Trace, became: np.ndarray, seconds: float) -> dict[str, Any]:
+def phases(options: Options, trace: Trace, became: np.ndarray, seconds: float) -> dict[str, Any]:
     """The figures of the overload, of it by SLO, and of the calm after it."""
     over = trace.arrivals_s < seconds
     slo_ms = np.broadcast_to(trace.slo_ms, len(trace))
@@ -195,7 +196,7 @@ def phases(options: Options, trace: traces.Trace, became: np.ndarray, seconds: f
     return {"overload": phase(became[over]), "by_slo": each, "calm": phase(became[~over])}
 
 
-def recovery_s(trace: traces.Trace, became: np.ndarray, seconds: float) -> float:
+def recovery_s(trace: Trace, became: np.ndarray, seconds: float) -> float:
     """When, after the overload, the first window began in which every query was met; inf where none did."""
     after = trace.arrivals_s >= seconds
     window = ((trace.arrivals_s[after] - seconds) / WINDOW_S).astype(int)
@@ -206,7 +207,7 @@ def recovery_s(trace: traces.Trace, became: np.ndarray, seconds: float) -> float
 
 def measure(options: Options) -> dict[str, Any]:
     """The figures that the program prints."""
-    profile = reference.paper_profile().scaled(1 / options.speed)
+    profile = paper_profile.paper_profile().scaled(1 / options.speed)
     capacity_qps = options.workers * profile.throughput_qps(profile.rows[0].subnet)
     short_s = min(options.seconds, SIMULATED_S)
     short = traffic(options, capacity_qps, short_s)

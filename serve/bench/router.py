@@ -36,12 +36,13 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, files
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import loadgen
+from superserve_jax.loadtest.loadgen import Submission
 from superserve_jax.scheduling import dispatch
-from superserve_jax.serving import futures, server
-from superserve_jax.simulation import paper_profile as reference
-from superserve_jax.simulation import traces
+from superserve_jax.serving.futures import Future
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import paper_profile, traces
 
 X = np.zeros((), np.float32)
 PERCENTILES = (50, 99)
@@ -85,7 +86,7 @@ class Options:
         cli.check_above_zero(self, "rate", "seconds", "workers", "speed", "callers")
 
 
-class Engine(engine.FakeEngine):
+class Engine(FakeEngine):
     """A sleeping engine that counts its batches and its CPU time: waking up costs some, and so does this counting."""
 
     batches, queries, cpu_ns = 0, 0, 0
@@ -103,11 +104,11 @@ class Engine(engine.FakeEngine):
 class Submitter:
     """Stands between the generator and the server, and counts the CPU time of `submit_many`."""
 
-    def __init__(self, target: server.Server):
+    def __init__(self, target: Server):
         self.cpu_ns = 0
         self._target = target
 
-    def submit_many(self, xs: list[np.ndarray], **options: Any) -> list[futures.Future]:
+    def submit_many(self, xs: list[np.ndarray], **options: Any) -> list[Future]:
         """See `server.Server.submit_many`."""
         start_ns = time.thread_time_ns()
         try:
@@ -144,7 +145,7 @@ class Tally:
     def __init__(self):
         self.queries, self.met, self.accuracy, self.latencies_ms = 0, 0, 0.0, array.array("d")
 
-    def add(self, answers: Iterable[futures.Future]) -> None:
+    def add(self, answers: Iterable[Future]) -> None:
         """Counts queries; one without an answer has missed."""
         for future in answers:
             self.queries += 1
@@ -178,12 +179,12 @@ def timed_decisions() -> Iterator[array.array]:
         yield times_us
 
 
-def open_loop(options: Options, target: server.Server) -> dict[str, Any]:
+def open_loop(options: Options, target: Server) -> dict[str, Any]:
     """The figures of the generator and of its traffic."""
     trace = traces.gamma(rate_qps=options.rate, cv2=options.cv2, duration_s=options.seconds, seed=options.seed)
     trace = trace.mixed(slo_ms=dict.fromkeys(options.slo_ms, 1.0), seed=options.seed)
     submitter, tally, lateness_s = Submitter(target), Tally(), np.empty(len(trace))
-    waiting: collections.deque[loadgen.Submission] = collections.deque()
+    waiting: collections.deque[Submission] = collections.deque()
     wait_s = 1e-3 * max(options.slo_ms) + 5e-3
     blocks = []  # of memory, after a quarter of the queries, and at the end
     start_ns, used = time.thread_time_ns(), Usage()
@@ -193,14 +194,14 @@ def open_loop(options: Options, target: server.Server) -> dict[str, Any]:
             waiting.append(sent)
             while waiting[0].now_s < sent.now_s - wait_s:  # answered, or missed: to keep them would be a leak
                 done = waiting.popleft()
-                tally.add(done.answers or [futures.Future()] * len(done.places))
+                tally.add(done.answers or [Future()] * len(done.places))
             if not blocks and sent.places[-1] >= len(trace) // 4:
                 blocks.append(sys.getallocatedblocks())
         own_ns = time.thread_time_ns() - start_ns - submitter.cpu_ns
     blocks.append(sys.getallocatedblocks())
     time.sleep(wait_s)
     for sent in waiting:
-        tally.add(sent.answers or [futures.Future()] * len(sent.places))
+        tally.add(sent.answers or [Future()] * len(sent.places))
     return {
         **figures(tally, used, own_ns),
         "submit_us_per_query": submitter.cpu_ns / len(trace) / 1e3,
@@ -210,7 +211,7 @@ def open_loop(options: Options, target: server.Server) -> dict[str, Any]:
     }
 
 
-def blocking(options: Options, target: server.Server) -> dict[str, Any]:
+def blocking(options: Options, target: Server) -> dict[str, Any]:
     """Threads that each ask one query after another."""
     tallies = [Tally() for _ in range(options.callers)]
     ready, end_s = threading.Barrier(options.callers + 1), [0.0]
@@ -233,7 +234,7 @@ def blocking(options: Options, target: server.Server) -> dict[str, Any]:
     return figures(merged(tallies), used, 0)
 
 
-def awaiting(options: Options, target: server.Server) -> dict[str, Any]:
+def awaiting(options: Options, target: Server) -> dict[str, Any]:
     """Tasks of one event loop that each ask one query after another."""
     tally = Tally()
 
@@ -252,7 +253,7 @@ def awaiting(options: Options, target: server.Server) -> dict[str, Any]:
     return figures(tally, used, 0)
 
 
-def bulk(options: Options, target: server.Server) -> dict[str, Any]:
+def bulk(options: Options, target: Server) -> dict[str, Any]:
     """One thread that submits many inputs in one call, waits for all answers, and begins again."""
     tally, end_s = Tally(), time.monotonic() + options.seconds
     with Usage() as used:
@@ -304,12 +305,12 @@ def percentiles(values: Any) -> dict[str, float]:
 
 def measure(options: Options) -> dict[str, Any]:
     """The figures that the program prints."""
-    profile = reference.paper_profile()
+    profile = paper_profile.paper_profile()
     engines = [Engine(profile, name=f"fake:{i}", speed=options.speed) for i in range(options.workers)]
     scaled = profile if options.speed == float("inf") else profile.scaled(1 / options.speed)
     with (
         timed_decisions() as decisions_us,
-        server.Server.from_engines(engines, scaled, policy=options.policy, max_queue=1_000_000) as target,
+        Server.from_engines(engines, scaled, policy=options.policy, max_queue=1_000_000) as target,
     ):
         found = CLIENTS[options.clients](options, target)
         target.close(drain=False)

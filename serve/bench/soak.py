@@ -30,9 +30,11 @@ import superserve_jax as ss
 from superserve_jax import cli, files, plots, progress
 from superserve_jax.engines import prepare
 from superserve_jax.loadtest import endurance
-from superserve_jax.loadtest import storm as stress
-from superserve_jax.serving import server
-from superserve_jax.training import compilations as compiling
+from superserve_jax.loadtest.endurance import Counting, EnduranceTraffic, Second
+from superserve_jax.loadtest.storm import Storm, run_storm
+from superserve_jax.plots import Line, Panel
+from superserve_jax.serving.server import Server
+from superserve_jax.training.compilations import Compilations
 
 MEMORY = 0.02  # by which it may change
 DRIFT, SURE = 0.1, 2.33  # by which a latency may grow, and the z from which it is taken for more than chance
@@ -111,7 +113,7 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
         )
     assert options.export is not None
     _, made, profiles = prepare.prepare(ss.load(options.export), batch_sizes=options.batch_sizes)
-    profile, engines = profiles[0], [endurance.Counting(e) for e in made]
+    profile, engines = profiles[0], [Counting(e) for e in made]
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * max(p.rows[-1].latency_ms[-1] for p in profiles))
     rate_qps = options.load * sum(map(endurance.carried_qps, profiles))
     print(
@@ -119,11 +121,11 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
         f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of "
         f"{options.export}, {len(engines)} worker(s) on {profile.device}"
     )
-    compilations, executables = compiling.Compilations(), live_executables()
+    compilations, executables = Compilations(), live_executables()
     options_of_server = {"policy": options.policy, "slo_ms": slo_ms, "max_queue": 100_000}
-    seconds: list[endurance.Second] = []
-    with server.Server.from_engines(engines, profiles, **options_of_server) as target:
-        traffic = endurance.Traffic(target, engines, rate_qps=rate_qps, slo_ms=slo_ms, seed=options.seed)
+    seconds: list[Second] = []
+    with Server.from_engines(engines, profiles, **options_of_server) as target:
+        traffic = EnduranceTraffic(target, engines, rate_qps=rate_qps, slo_ms=slo_ms, seed=options.seed)
         start_s = time.monotonic() + 0.1
         for number in progress.track(range(round(60 * options.minutes)), "serving"):
             seconds.append(traffic.second(number, start_s))
@@ -161,7 +163,7 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
     return figures, promises
 
 
-def judge(seconds: Sequence[endurance.Second], warm_up_s: float) -> list[Promise]:
+def judge(seconds: Sequence[Second], warm_up_s: float) -> list[Promise]:
     """The promises about memory and latency, from what was seen after the first `warm_up_s` seconds."""
     judged = [second for second in seconds if second.time_s > warm_up_s]
     memory = [second.memory_mb for second in judged]
@@ -187,7 +189,7 @@ def judge(seconds: Sequence[endurance.Second], warm_up_s: float) -> list[Promise
     return promises
 
 
-def table(seconds: Sequence[endurance.Second]) -> list[tuple[str, ...]]:
+def table(seconds: Sequence[Second]) -> list[tuple[str, ...]]:
     """Header and one row per minute."""
     header = ("minute", "queries", "p50 ms", "p99 ms", "in time", "changes of the subnet/s", "of batches", "memory MB")
     rows = []
@@ -212,13 +214,13 @@ def table(seconds: Sequence[endurance.Second]) -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
-def draw(seconds: Sequence[endurance.Second], path: pathlib.Path) -> None:
+def draw(seconds: Sequence[Second], path: pathlib.Path) -> None:
     """Memory and latencies over time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     minutes = [second.time_s / 60 for second in seconds]
-    memory = {"resident memory": plots.Line(minutes, [s.memory_mb for s in seconds], style="-")}
-    latency = {name: plots.Line(minutes, [getattr(s, f"{name}_ms") for s in seconds], style="-") for name in ("p50", "p99")}
-    shown = [plots.Panel("memory", "minutes", "MB", memory), plots.Panel("latency", "minutes", "ms", latency)]
+    memory = {"resident memory": Line(minutes, [s.memory_mb for s in seconds], style="-")}
+    latency = {name: Line(minutes, [getattr(s, f"{name}_ms") for s in seconds], style="-") for name in ("p50", "p99")}
+    shown = [Panel("memory", "minutes", "MB", memory), Panel("latency", "minutes", "ms", latency)]
     plots.panels(shown, path, columns=2)
 
 
@@ -233,7 +235,7 @@ def live_executables() -> int:
 def storm(options: Options) -> tuple[dict[str, Any], list[Promise]]:
     """Figures and promises of a server under random faults."""
     logging.getLogger("superserve_jax.serving").setLevel(logging.CRITICAL)  # that batches fail is no news
-    plan = stress.Storm(queries=options.queries, workers=options.workers, seed=options.seed)
+    plan = Storm(queries=options.queries, workers=options.workers, seed=options.seed)
     print(f"{plan.queries:,} queries of {plan.clients} clients, {plan.workers} workers, seed {plan.seed}")
     told_s = time.monotonic()
 
@@ -243,7 +245,7 @@ def storm(options: Options) -> tuple[dict[str, Any], list[Promise]]:
             told_s = time.monotonic()
             print(f"{offered:,} offered", file=sys.stderr, flush=True)
 
-    result = stress.run(plan, on_progress=tell)
+    result = run_storm(plan, on_progress=tell)
     found = result.findings
     rows = [("outcome", "queries"), *((outcome, f"{count:,}") for outcome, count in found.outcomes.items())]
     cli.print_table(rows)

@@ -23,10 +23,12 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, files
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling import dispatch
-from superserve_jax.serving import server, workers
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.serving import server
+from superserve_jax.serving.server import Server
+from superserve_jax.serving.workers import Pool, Query
+from superserve_jax.simulation import paper_profile
 
 X = np.zeros((), np.float32)
 STAMPS = ("submit", "admit", "admitted", "decide", "policy", "decided", "taken", "engine", "computed", "resolved", "result")
@@ -90,20 +92,20 @@ class Stamps:
 
 def measure(options: Options, size: int) -> dict[str, float]:
     """Median microseconds of each stage, and of all, for `size` queries submitted in one call to an idle worker."""
-    profile, stamps, rounds = reference.paper_profile(), Stamps(), []
-    device = engine.FakeEngine(profile, speed=float("inf"))
+    profile, stamps, rounds = paper_profile.paper_profile(), Stamps(), []
+    device = FakeEngine(profile, speed=float("inf"))
     policy = stamps.around(server.make_policy(options.policy, profile), "policy", "decided")
 
-    def ask(target: server.Server) -> None:
+    def ask(target: Server) -> None:
         target.submit_many([X] * size)[-1].exception()
 
     ask = stamps.around(ask, "submit", "result")
     with (
         mock.patch.object(device, "run", stamps.around(device.run, "engine", "computed")),
-        mock.patch.object(workers.Pool, "admit", stamps.around(workers.Pool.admit, "admit", "admitted")),
+        mock.patch.object(Pool, "admit", stamps.around(Pool.admit, "admit", "admitted")),
         mock.patch.object(dispatch, "next_batch", stamps.around(dispatch.next_batch, "decide", "taken")),
-        mock.patch.object(workers.Query, "set_result", stamps.around(workers.Query.set_result, "resolved")),
-        server.Server.from_engines([device], profile, policy=policy) as target,
+        mock.patch.object(Query, "set_result", stamps.around(Query.set_result, "resolved")),
+        Server.from_engines([device], profile, policy=policy) as target,
     ):
         for _ in range(options.rounds):
             time.sleep(1e-4)  # else the worker would not have fallen asleep
@@ -116,7 +118,7 @@ def measure(options: Options, size: int) -> dict[str, float]:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    largest = reference.paper_profile().max_batch
+    largest = paper_profile.paper_profile().max_batch
     one, full = measure(options, 1), measure(options, largest)
     print(f"us from submit to result, medians of {options.rounds}; each border adds 0.1")
     cli.print_table(

@@ -26,10 +26,10 @@ import jax
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files, profile
+from superserve_jax import cli, exports, files
 from superserve_jax.engines import prepare, subnet_buckets
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.training import random_export as made_up
+from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
+from superserve_jax.training import random_export
 
 STAGES = ("import", "load", "server", "answer")
 LABELS = {
@@ -79,10 +79,10 @@ class Options:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    batch_sizes = profile.check_batch_sizes(options.batch_sizes)
+    batch_sizes = check_batch_sizes(options.batch_sizes)
     if options.warm < 1:
         raise ss.ConfigError(f"--warm must be at least 1, got {options.warm}")
-    with made_up.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
+    with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
         shutil.copytree(source, export)  # which may get a made-up profile
         count = ensure_profile(export, batch_sizes)
@@ -108,12 +108,12 @@ def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     lengths = prepare.check_lengths(model.config, None)
     stored = prepare.stored_profile(model, device, batch_sizes, lengths)
     if stored is None:
-        rows = [profile.Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served]
+        rows = [Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served]
         at = [(length,) for length in lengths] or [()]
         kind = prepare.device_kind(device)
-        stored = profile.join([profile.Profile(batch_sizes, tuple(rows), kind, lengths=length) for length in at])
+        stored = join_lengths([Profile(batch_sizes, tuple(rows), kind, lengths=length) for length in at])
         stored = stored.with_envelopes(subnet_buckets.choose(model.subnets, model.config.flops, prepare.MAX_BUCKETS))
-        stored.save(checkpoint.profile_path(export, kind))
+        stored.save(exports.profile_path(export, kind))
     buckets = {r.envelope or r.subnet for r in stored.rows}
     return len(buckets) * len(batch_sizes) * max(1, len(lengths))
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.convert import state_dict
-from superserve_jax.families import dynabert
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.convert.state_dict import Source
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 _EMBEDDINGS = "bert.embeddings"
 _LAYER = "bert.encoder.layer"
@@ -36,7 +38,7 @@ def bert(
     heads: Sequence[int] | None = None,
     ffn: Sequence[int] | None = None,
     max_length: int | None = None,
-) -> supernet.SuperNet:
+) -> SuperNet:
     """The SuperNet of a state dict of Hugging Face's `BertForSequenceClassification`.
 
     All sizes but the number of heads are in the weights. The search space offers what the network can run, unless `depths`,
@@ -62,7 +64,7 @@ def bert(
     positions = _size(weights, _POSITIONS)
     neurons = _size(weights, rf"{_LAYER}\.\d+\.intermediate\.dense\.bias")
     shares = {(k, n) for n in (num_heads, 4) for k in range(1, n + 1)}
-    config = dynabert.DynaBERTConfig(
+    config = DynaBERTConfig(
         num_classes=_size(weights, r"classifier\.(weight|bias)"),
         vocab_size=_size(weights, rf"{_EMBEDDINGS}\.word_embeddings\.weight"),
         max_length=positions if max_length is None else max_length,
@@ -77,7 +79,7 @@ def bert(
     return fill(config, weights)
 
 
-def fill(config: dynabert.DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> supernet.SuperNet:
+def fill(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
     """The SuperNet of `config` with these weights, read already. Raises as `bert` does."""
     positions = max(config.max_length, _size(weights, _POSITIONS))
     found = state_dict.take(
@@ -88,7 +90,7 @@ def fill(config: dynabert.DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> 
         hint="are they those of such a BertForSequenceClassification?",
     )
     found["embeddings.positions"] = found["embeddings.positions"][: config.max_length]
-    return supernet.SuperNet(config, {name: jnp.array(value) for name, value in found.items()})
+    return SuperNet(config, {name: jnp.array(value) for name, value in found.items()})
 
 
 def _choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> tuple[int, ...]:
@@ -110,22 +112,22 @@ def _num_layers(weights: Mapping[str, np.ndarray]) -> int:
     return 1 + max((int(m[1]) for m in found if m), default=0)
 
 
-def _sources(config: dynabert.DynaBERTConfig, positions: int) -> dict[str, state_dict.Source]:
+def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:
     """Where every parameter stands; the position table with all its rows."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     shapes["embeddings.positions"] = (positions, config.hidden_size)
     sources = {}
 
     def table(ours: str, theirs: str) -> None:
-        sources[ours] = state_dict.Source((f"{theirs}.weight",), shapes[ours])
+        sources[ours] = Source((f"{theirs}.weight",), shapes[ours])
 
     def dense(ours: str, theirs: str) -> None:
-        sources[f"{ours}.kernel"] = state_dict.Source((f"{theirs}.weight",), shapes[f"{ours}.kernel"], (1, 0))
-        sources[f"{ours}.bias"] = state_dict.Source((f"{theirs}.bias",), shapes[f"{ours}.bias"])
+        sources[f"{ours}.kernel"] = Source((f"{theirs}.weight",), shapes[f"{ours}.kernel"], (1, 0))
+        sources[f"{ours}.bias"] = Source((f"{theirs}.bias",), shapes[f"{ours}.bias"])
 
     def norm(ours: str, theirs: str) -> None:  # gamma and beta are the names of files made from TensorFlow's
-        sources[f"{ours}.scale"] = state_dict.Source((f"{theirs}.weight", f"{theirs}.gamma"), shapes[f"{ours}.scale"])
-        sources[f"{ours}.bias"] = state_dict.Source((f"{theirs}.bias", f"{theirs}.beta"), shapes[f"{ours}.bias"])
+        sources[f"{ours}.scale"] = Source((f"{theirs}.weight", f"{theirs}.gamma"), shapes[f"{ours}.scale"])
+        sources[f"{ours}.bias"] = Source((f"{theirs}.bias", f"{theirs}.beta"), shapes[f"{ours}.bias"])
 
     for ours, theirs in _TABLES.items():
         table(f"embeddings.{ours}", f"{_EMBEDDINGS}.{theirs}")

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
 from superserve_jax.convert import state_dict
-from superserve_jax.families import ofa_resnet as family
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.convert.state_dict import Source
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.subnet import Axis, SearchSpace, Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 _BASE_DEPTHS = (2, 2, 4, 2)
 _CLASSIFIER = ("classifier.linear.linear", "classifier.linear")
@@ -31,7 +33,7 @@ def ofa_resnet(
     image_size: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> supernet.SuperNet:
+) -> SuperNet:
     """The SuperNet of a state dict of once-for-all's `OFAResNets`, with the published keys or those of its own `state_dict()`.
 
     The running statistics become the row of the largest subnet: it runs at once, others do with `norm="shared"`, and as they
@@ -59,7 +61,7 @@ def ofa_resnet(
     options: dict[str, Any] = {"input_dtype": "float32"}
     if mean is not None and std is not None:
         options = {"mean": tuple(mean), "std": tuple(std)}
-    config = family.OFAResNetConfig(
+    config = OFAResNetConfig(
         num_classes=_num_classes(weights),
         image_size=image_size,
         stem_depths=(0, 1) if len(depths) > 1 else (1,),
@@ -71,7 +73,7 @@ def ofa_resnet(
     return fill(config, weights)
 
 
-def fill(config: family.OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> supernet.SuperNet:
+def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
     """The SuperNet of `config` with these weights, read already. Raises as `ofa_resnet` does."""
     for name, value in (("stem_stride", 2), ("stem_pool", True), ("strides", (1, 2, 2, 2)), ("block", "bottleneck")):
         if getattr(config, name) != value:  # the weights' shapes would not show it
@@ -87,10 +89,10 @@ def fill(config: family.OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> s
     largest = config.space().largest()
     norms = config.norm_sizes(config.sizes(largest))
     row = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
-    return supernet.SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: row})
+    return SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: row})
 
 
-def ofa_subnet(arch: Mapping[str, Any], space: subnets.SearchSpace) -> subnets.Subnet:
+def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
     """The subnet that once-for-all's dictionary describes.
 
     Args:
@@ -100,7 +102,7 @@ def ofa_subnet(arch: Mapping[str, Any], space: subnets.SearchSpace) -> subnets.S
     Raises:
       SubnetError: `arch` lacks an entry or has a value that the space does not offer.
 
-    >>> space = family.OFAResNetConfig().space()
+    >>> space = OFAResNetConfig().space()
     >>> ofa_subnet({"d": [0, 2, 2, 2, 2], "e": 0.35, "w": [0, 2, 2, 2, 2, 2]}, space)["width"]
     (0.65, 1.0, 1.0, 1.0, 1.0, 1.0)
     """
@@ -118,10 +120,10 @@ def ofa_subnet(arch: Mapping[str, Any], space: subnets.SearchSpace) -> subnets.S
     return space.subnet(depth=depth, expand=e, width=[c[int(i)] for c, i in zip(width.choices, w, strict=True)])
 
 
-def ofa_arch(subnet: subnets.Subnet, space: subnets.SearchSpace) -> dict[str, list]:
+def ofa_arch(subnet: Subnet, space: SearchSpace) -> dict[str, list]:
     """The inverse of `ofa_subnet`; blocks that do not run have the smallest expand ratio.
 
-    >>> space = family.OFAResNetConfig().space()
+    >>> space = OFAResNetConfig().space()
     >>> ofa_arch(space.smallest(), space)["d"]
     [0, 0, 0, 0, 0]
     """
@@ -139,7 +141,7 @@ def _ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
     return tuple(sorted(set(np.atleast_1d(np.asarray(values)).tolist())))
 
 
-def _axes(space: subnets.SearchSpace) -> tuple[list[int], subnets.Axis, subnets.Axis]:
+def _axes(space: SearchSpace) -> tuple[list[int], Axis, Axis]:
     """depth_list, and the expand and width axes; raises SubnetError for the space of another network."""
     lists = {tuple(d - base for d in depths) for depths, base in zip(space.depths[1:], _BASE_DEPTHS, strict=False)}
     axes = {a.name: a for a in space.axes}
@@ -168,23 +170,23 @@ def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
     return next((shape[0] for shape in shapes if shape and shape[0]), 1000)
 
 
-def _sources(config: family.OFAResNetConfig) -> dict[str, state_dict.Source]:
+def _sources(config: OFAResNetConfig) -> dict[str, Source]:
     """Where every parameter stands, and the statistics of every norm, as NORM.mean and NORM.var."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     sources = {}
     for path, norm, theirs in _convolutions(shapes):
         kernel = f"{path}.conv.kernel"
         convs = (f"{theirs}.conv.conv.weight", f"{theirs}.conv.weight")
-        sources[kernel] = state_dict.Source(convs, shapes[kernel], (2, 3, 1, 0))
+        sources[kernel] = Source(convs, shapes[kernel], (2, 3, 1, 0))
         for ours, name in (
             (f"{path}.norm.scale", "weight"),
             (f"{path}.norm.bias", "bias"),
             (f"{norm}.mean", "running_mean"),
             (f"{norm}.var", "running_var"),
         ):
-            sources[ours] = state_dict.Source((f"{theirs}.bn.bn.{name}", f"{theirs}.bn.{name}"), shapes[kernel][-1:])
+            sources[ours] = Source((f"{theirs}.bn.bn.{name}", f"{theirs}.bn.{name}"), shapes[kernel][-1:])
     for ours, name, axes in (("classifier.kernel", "weight", (1, 0)), ("classifier.bias", "bias", None)):
-        sources[ours] = state_dict.Source(tuple(f"{p}.{name}" for p in _CLASSIFIER), shapes[ours], axes)
+        sources[ours] = Source(tuple(f"{p}.{name}" for p in _CLASSIFIER), shapes[ours], axes)
     return sources
 
 

@@ -22,11 +22,14 @@ import jax
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
-from superserve_jax.engines import base as engine
-from superserve_jax.engines import executables
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.engines import base, executables
+from superserve_jax.engines.base import Launched
+from superserve_jax.engines.executables import Device, Executable
+from superserve_jax.lengths import length_bucket
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Program
+from superserve_jax.supernets.supernet import SuperNet
 
 Slicing = Literal["kept", "in_call"]
 
@@ -85,7 +88,7 @@ class _Bucket:
       slice_bytes: of the slices.
     """
 
-    program: programs.Program
+    program: Program
     leaves: tuple[jax.Array, ...]
     cut: tuple[int, ...]
     slicer: Callable[..., tuple[jax.Array, ...]] | None
@@ -117,13 +120,13 @@ class DeviceEngine:
 
     def __init__(
         self,
-        model: supernet.SuperNet,
-        device: executables.Device,
+        model: SuperNet,
+        device: Device,
         *,
-        subnet_list: Sequence[subnets.Subnet],
+        subnet_list: Sequence[Subnet],
         batch_sizes: Sequence[int],
         lengths: Sequence[int] = (),
-        envelopes: Mapping[subnets.Subnet, subnets.Subnet] | None = None,
+        envelopes: Mapping[Subnet, Subnet] | None = None,
         slicing: Slicing = "kept",
         slice_bytes: int | None = None,
     ):
@@ -165,7 +168,7 @@ class DeviceEngine:
         largest_row_bytes = 8 * max(program.row_size for program in buckets)
         self.rows = LeastRecentlyUsed(max(_ROWS_KEPT * largest_row_bytes, _LEAST_ROWS_BYTES))
         self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
-        self._subnet: subnets.Subnet | None = None  # whose slices, row and sizes those are:
+        self._subnet: Subnet | None = None  # whose slices, row and sizes those are:
         self._actuated: tuple[Any, ...] = ()
 
         self.overlap = device.platform != "cpu"
@@ -179,20 +182,20 @@ class DeviceEngine:
         }
         self._warm_up(program_of)
 
-    def run(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """See `engine.Engine.run`: one array of logits, float32 (num_classes,), for each input."""
         return _outputs(*self._launch(subnet, batch_size, inputs))
 
-    def launch(self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]) -> engine.Launched:
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `engine.Overlapping.launch`."""
         launched = self._launch(subnet, batch_size, inputs)
-        return engine.Launched(launched[0].block_until_ready, functools.partial(_outputs, *launched))
+        return Launched(launched[0].block_until_ready, functools.partial(_outputs, *launched))
 
     def _launch(
-        self, subnet: subnets.Subnet, batch_size: int, inputs: list[np.ndarray]
+        self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]
     ) -> tuple[jax.Array, int, np.ndarray, list[np.ndarray]]:
         """What `_outputs` takes."""
-        length = padding.of_inputs(self.lengths, inputs) if self.lengths else 0
+        length = length_bucket(self.lengths, inputs) if self.lengths else 0
         call, bucket = self._calls[subnet, batch_size, length]
         free = self._staging[batch_size, length]
         staged = free.pop() if free else self._make_staging(batch_size, length)  # those of a batch given up go with it
@@ -219,7 +222,7 @@ class DeviceEngine:
             staged[:] = self._padding[:length]
         return staged
 
-    def _actuate(self, subnet: subnets.Subnet, bucket: _Bucket) -> None:
+    def _actuate(self, subnet: Subnet, bucket: _Bucket) -> None:
         """Makes the next calls run `subnet`."""
         self._subnet, self._actuated = None, ()  # or the slices that it holds could not go
         program = bucket.program
@@ -234,12 +237,12 @@ class DeviceEngine:
         self._actuated = (leaves, *self.rows.get(subnet, 8 * program.row_size, row))
         self._subnet = subnet
 
-    def _warm_up(self, program_of: Mapping[subnets.Subnet, programs.Program]) -> None:
+    def _warm_up(self, program_of: Mapping[Subnet, Program]) -> None:
         """Calls the executables once, since the first call is slow and no query should pay for it. Where every call is, the
         first does not matter, and larger batches are left alone: that would take minutes. What is slow of one subnet is taken
         to be so of a larger one, unless its own call shows that it is not."""
 
-        def flops(subnet: subnets.Subnet) -> int:
+        def flops(subnet: Subnet) -> int:
             return self._model.config.flops(subnet.computed_in(program_of[subnet].envelope))
 
         slow: set[tuple[int, int]] = set()
@@ -253,7 +256,7 @@ class DeviceEngine:
                 elif (batch, length) not in slow and self._time_s(*call) > _SLOW_CALL_S:
                     slow.add((batch, length))
 
-    def _time_s(self, subnet: subnets.Subnet, batch: int, inputs: list[np.ndarray]) -> float:
+    def _time_s(self, subnet: Subnet, batch: int, inputs: list[np.ndarray]) -> float:
         start_s = time.perf_counter()
         self.run(subnet, batch, inputs)
         return time.perf_counter() - start_s
@@ -264,31 +267,27 @@ def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.
         logits = np.asarray(computed)  # waits for them
     finally:
         free.append(staged)
-    engine.check_outputs(logits[:count], count)
+    base.check_outputs(logits[:count], count)
     return [logits[i].copy() for i in range(count)]  # a view would pin the batch for as long as a reply lives
 
 
-def bucket_programs(
-    config: Any, subnet_list: Iterable[subnets.Subnet], envelopes: Mapping[subnets.Subnet, subnets.Subnet]
-) -> dict[subnets.Subnet, programs.Program]:
+def bucket_programs(config: Any, subnet_list: Iterable[Subnet], envelopes: Mapping[Subnet, Subnet]) -> dict[Subnet, Program]:
     """The program that each subnet runs in: its bucket's, or where it has none, its own."""
-    members: dict[subnets.Subnet, list[subnets.Subnet]] = {}
+    members: dict[Subnet, list[Subnet]] = {}
     for s in subnet_list:
         members.setdefault(envelopes.get(s, s), []).append(s)
     made = {envelope: programs.bucketed(config, of, envelope=envelope) for envelope, of in members.items()}
     return {s: made[envelope] for envelope, of in members.items() for s in of}
 
 
-def _bucket(
-    program: programs.Program, leaves: list[jax.Array], names: Sequence[str], slicer: executables.Executable | None
-) -> _Bucket:
+def _bucket(program: Program, leaves: list[jax.Array], names: Sequence[str], slicer: Executable | None) -> _Bucket:
     shapes = {} if slicer is None else dict(slicer.leaves)
     cut = tuple(i for i, name in enumerate(names) if name in shapes)
     slice_bytes = sum(leaves[i].dtype.itemsize * int(np.prod(shapes[names[i]])) for i in cut)
     return _Bucket(program, tuple(leaves), cut, slicer.call if slicer and cut else None, slice_bytes)
 
 
-def _fits(config: Any, envelope: subnets.Subnet, slice_bytes: int) -> bool:
+def _fits(config: Any, envelope: Subnet, slice_bytes: int) -> bool:
     """Whether the slices of a subnet bucket need no more than `slice_bytes`. Nothing is traced, which takes half a second of a
     start, unless it depends on what no subnet slices."""
     read_bytes = 4 * config.num_params(envelope)

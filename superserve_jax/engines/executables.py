@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from superserve_jax import progress
-from superserve_jax.engines import cache
+from superserve_jax.engines.cache import ExecutableCache
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Program
 
 Device = Any  # a jax.Device, which is a variable to type checkers
 Shape = tuple[int, ...]
@@ -40,18 +41,18 @@ class Executable:
     leaves: Leaves
 
 
-Key = tuple[programs.Program, int, int]
+Key = tuple[Program, int, int]
 """A program, a batch size and a length; the last is 0 where inputs have one shape."""
 
 
 def build(
-    program_list: Iterable[programs.Program],
+    program_list: Iterable[Program],
     batch_sizes: Iterable[int],
     device: Device,
     *,
     lengths: Sequence[int] = (),
-    kept: Callable[[programs.Program], bool] = lambda program: False,
-) -> tuple[dict[Key, Executable], dict[programs.Program, Executable]]:
+    kept: Callable[[Program], bool] = lambda program: False,
+) -> tuple[dict[Key, Executable], dict[Program, Executable]]:
     """The executables of every program at every batch size and length, and the slicers of those that take kept slices.
 
     Cached ones are loaded, the others compiled, in parallel and with progress.
@@ -61,7 +62,7 @@ def build(
     """
     program_list = list(program_list)
     keys = list(itertools.product(program_list, batch_sizes, lengths or (0,)))
-    store = cache.ExecutableCache(program_list[0].config, device)
+    store = ExecutableCache(program_list[0].config, device)
 
     def load_or_compile(key: Key) -> Executable:
         program, batch, length = key
@@ -70,7 +71,7 @@ def build(
         make = functools.partial(compile_program, program, batch, device, length=length, kept=kept(program))
         return _cached(store, about, make)
 
-    def load_or_compile_slicer(program: programs.Program) -> Executable:
+    def load_or_compile_slicer(program: Program) -> Executable:
         make = functools.partial(compile_slicer, program, leaves[program], device)
         return _cached(store, {**_about(program), "slicer": True}, make)
 
@@ -91,9 +92,7 @@ def build(
     return dict(zip(keys, made, strict=True)), dict(zip(leaves, slicers, strict=True))
 
 
-def compile_program(
-    program: programs.Program, batch: int, device: Device, *, length: int = 0, kept: bool = False
-) -> Executable:
+def compile_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Executable:
     """Traces, lowers and compiles a program for one device; `length` is 0 where inputs have none."""
     full = programs.param_spec(program.config)
     leaves = tuple((name, shape if kept else full[name].shape) for name, shape in used_leaves(program).items())
@@ -109,7 +108,7 @@ def compile_program(
     return Executable(lowered.compile(compiler_options=programs.compiler_options(device.platform)), leaves)
 
 
-def compile_slicer(program: programs.Program, leaves: Leaves, device: Device) -> Executable:
+def compile_slicer(program: Program, leaves: Leaves, device: Device) -> Executable:
     """Compiles what makes a program's slices, `leaves`, out of those of the SuperNet's parameters that are larger."""
     full = programs.param_spec(program.config)
     cut = tuple((name, shape) for name, shape in leaves if shape != full[name].shape)
@@ -121,7 +120,7 @@ def compile_slicer(program: programs.Program, leaves: Leaves, device: Device) ->
     return Executable(jax.jit(slices).lower(values).compile(), cut)
 
 
-def _cached(store: "cache.ExecutableCache", about: Mapping[str, Any], make: Callable[[], Executable]) -> Executable:
+def _cached(store: ExecutableCache, about: Mapping[str, Any], make: Callable[[], Executable]) -> Executable:
     found = store.load(about)
     if found is not None:
         return Executable(*found)
@@ -130,7 +129,7 @@ def _cached(store: "cache.ExecutableCache", about: Mapping[str, Any], make: Call
     return executable
 
 
-def _about(program: programs.Program) -> dict[str, Any]:
+def _about(program: Program) -> dict[str, Any]:
     return {"envelope": program.envelope.to_json(), "traced": list(program.traced)}
 
 
@@ -144,14 +143,14 @@ def input_spec(config: Any, batch: int, length: int = 0) -> jax.ShapeDtypeStruct
     return config.input_spec(batch, length=length) if length else config.input_spec(batch)
 
 
-def _arguments(program: programs.Program, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _arguments(program: Program, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     row = jax.ShapeDtypeStruct((2, program.row_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
     return input_spec(program.config, batch, length), row, active
 
 
 @functools.lru_cache(maxsize=1024)
-def used_leaves(program: programs.Program) -> dict[str, Shape]:
+def used_leaves(program: Program) -> dict[str, Shape]:
     """The parameters that a program reads, and how much of each: the smallest shape that holds all slices of it.
 
     Found in the program itself: WeightSlice takes the first entries along every axis, so what it takes of a parameter that has

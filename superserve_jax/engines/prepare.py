@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import errors
-from superserve_jax import profile as profiles
-from superserve_jax import subnet as subnets
-from superserve_jax.engines import cache, executables, subnet_buckets
-from superserve_jax.engines import device as device_engine
-from superserve_jax.engines import profiling as measuring
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.supernets import supernet
+from superserve_jax import errors, exports
+from superserve_jax.engines import cache, executables, profiling, subnet_buckets
+from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
+from superserve_jax.engines.executables import Device
+from superserve_jax.exports import Model
+from superserve_jax.lengths import check_length_buckets, default_lengths
+from superserve_jax.profile import Profile, check_batch_sizes
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.supernet import SuperNet
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ def prepare(
     *,
     batch_sizes: Sequence[int],
     lengths: Sequence[int] | None = None,
-    devices: Sequence[executables.Device] | None = None,
-    slicing: device_engine.Slicing | None = None,
+    devices: Sequence[Device] | None = None,
+    slicing: Slicing | None = None,
     slice_bytes: int | None = None,
-) -> tuple[checkpoint.Model, list[device_engine.DeviceEngine], list[profiles.Profile]]:
+) -> tuple[Model, list[DeviceEngine], list[Profile]]:
     """What a server needs: the model, one engine per device, and the latency profile of each.
 
     Devices of one kind share a profile. It is read from beside the export; where that has none for this kind and these
@@ -52,8 +52,8 @@ def prepare(
     Raises:
       ExportError, ConfigError, NotCalibratedError. ProfileError: the profile beside the export is malformed.
     """
-    batch_sizes = profiles.check_batch_sizes(batch_sizes)
-    device_engine.check_slicing(slicing or "kept", slice_bytes)
+    batch_sizes = check_batch_sizes(batch_sizes)
+    check_slicing(slicing or "kept", slice_bytes)
     model = load(path_or_model)
     devices = jax.devices() if devices is None else devices
     if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
@@ -62,13 +62,13 @@ def prepare(
         )
     lengths = check_lengths(model.config, lengths)
     stored = of_each_kind(devices, lambda device: stored_profile(model, device, batch_sizes, lengths))
-    envelopes: Mapping[subnets.Subnet, subnets.Subnet] = {}  # where no profile says which
+    envelopes: Mapping[Subnet, Subnet] = {}  # where no profile says which
     if None in stored:
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
     engines = [
         make_engine(model, device, profile, slicing=slicing, slice_bytes=slice_bytes)
         if profile is not None
-        else device_engine.DeviceEngine(
+        else DeviceEngine(
             *(model, device),
             subnet_list=model.subnets,
             batch_sizes=batch_sizes,
@@ -81,7 +81,7 @@ def prepare(
     ]
     made = dict(zip(devices, zip(engines, stored, strict=True), strict=True))
 
-    def stored_or_measured(device: executables.Device) -> profiles.Profile:
+    def stored_or_measured(device: Device) -> Profile:
         engine, profile = made[device]
         if profile is not None:
             return profile
@@ -98,10 +98,10 @@ def prepare(
     return model, engines, of_each_kind(devices, stored_or_measured)
 
 
-def load(path_or_model: Any) -> checkpoint.Model:
+def load(path_or_model: Any) -> Model:
     """The model of an export's directory, or as it is. Raises ExportError, or ConfigError for a SuperNet of no export."""
-    model = path_or_model if isinstance(path_or_model, supernet.SuperNet) else checkpoint.load(path_or_model)
-    if not isinstance(model, checkpoint.Model):
+    model = path_or_model if isinstance(path_or_model, SuperNet) else exports.load(path_or_model)
+    if not isinstance(model, Model):
         raise errors.ConfigError(
             "a server takes an export's directory or what superserve_jax.load returned; export the "
             "SuperNet first, since only an export knows the accuracies of its subnets"
@@ -109,7 +109,7 @@ def load(path_or_model: Any) -> checkpoint.Model:
     return model
 
 
-def check_same_inputs(old: checkpoint.Model, new: checkpoint.Model, lengths: Sequence[int]) -> None:
+def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
     """Raises ConfigError unless what is submitted for one model means the same to the other, at these length buckets.
 
     For that the shape, the dtype, the padding's id and the vocabulary have to be the same.
@@ -137,15 +137,15 @@ def _inputs(config: Any, lengths: Sequence[int]) -> str:
 
 
 def make_engine(
-    model: supernet.SuperNet,
-    device: executables.Device,
-    profile: profiles.Profile,
+    model: SuperNet,
+    device: Device,
+    profile: Profile,
     *,
-    slicing: device_engine.Slicing | None = None,
+    slicing: Slicing | None = None,
     slice_bytes: int | None = None,
-) -> device_engine.DeviceEngine:
+) -> DeviceEngine:
     """An engine for what a profile serves, as it was measured unless `slicing` says otherwise."""
-    return device_engine.DeviceEngine(
+    return DeviceEngine(
         *(model, device),
         subnet_list=[r.subnet for r in profile.rows],
         batch_sizes=profile.batch_sizes,
@@ -156,7 +156,7 @@ def make_engine(
     )
 
 
-def of_each_kind(devices: Sequence[executables.Device], make: Callable[[executables.Device], Any]) -> list[Any]:
+def of_each_kind(devices: Sequence[Device], make: Callable[[Device], Any]) -> list[Any]:
     """For each device what `make` gives for the first device of its kind."""
     made: dict[str, Any] = {}
     for device in devices:
@@ -175,20 +175,18 @@ def check_lengths(config: Any, lengths: Sequence[int] | None) -> tuple[int, ...]
         if lengths:
             raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {lengths!r}")
         return ()
-    buckets = padding.default_lengths(longest) if lengths is None else profiles.check_lengths(lengths)
+    buckets = default_lengths(longest) if lengths is None else check_length_buckets(lengths)
     if buckets[-1] > longest:
         raise errors.ConfigError(f"length {buckets[-1]} exceeds the model's max_length={longest}; lengths may go up to that")
     return buckets
 
 
-def stored_profile(
-    model: checkpoint.Model, device: executables.Device, batch_sizes: Sequence[int], lengths: Sequence[int] = ()
-) -> profiles.Profile | None:
+def stored_profile(model: Model, device: Device, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> Profile | None:
     """The profile beside the export, cut to batch sizes and lengths; None where it does not cover them and this device."""
-    path = checkpoint.profile_path(model.path, device_kind(device))
+    path = exports.profile_path(model.path, device_kind(device))
     if not path.exists():
         return None
-    profile = profiles.Profile.load(path)
+    profile = Profile.load(path)
     accuracies = {s.subnet: s.accuracy for s in model.served}
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
@@ -202,35 +200,35 @@ def stored_profile(
 
 
 def measure(
-    model: checkpoint.Model,
-    engine: device_engine.DeviceEngine,
+    model: Model,
+    engine: DeviceEngine,
     batch_sizes: Sequence[int],
     device: str,
     *,
-    envelopes: Mapping[subnets.Subnet, subnets.Subnet] | None = None,
+    envelopes: Mapping[Subnet, Subnet] | None = None,
     repeats: int = 30,
-) -> profiles.Profile:
+) -> Profile:
     """Measures the latency profile of an engine under load: repaired to be monotone, and only the subnets that are worth
     serving."""
     accuracies = {s.subnet: s.accuracy for s in model.served}
-    measured = measuring.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, load=True)
+    measured = profiling.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, load=True)
     measured = dataclasses.replace(measured.with_envelopes(envelopes or {}), slicing=engine.slicing)
     return worth_serving(measured).monotone()
 
 
-def worth_serving(profile: profiles.Profile) -> profiles.Profile:
+def worth_serving(profile: Profile) -> Profile:
     """The rows that a server makes use of: no other is faster and more accurate, and neighbours differ enough to matter."""
     return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
 
 
 def faster_slicing(
-    model: checkpoint.Model,
-    device: executables.Device,
+    model: Model,
+    device: Device,
     batch_sizes: Sequence[int],
     *,
     lengths: Sequence[int] = (),
     repeats: int = 10,
-) -> tuple[device_engine.Slicing, float]:
+) -> tuple[Slicing, float]:
     """Which way of slicing to serve with on a device, and how many times as long slicing in the call takes as kept slices do.
 
     Kept slices have to gain 3 %, since they take memory while nothing runs.
@@ -241,13 +239,12 @@ def faster_slicing(
     by_cost = sorted(model.subnets, key=model.config.flops)
     chosen = list(dict.fromkeys((by_cost[0], by_cost[len(by_cost) // 2], by_cost[-1])))
     sizes, lengths = sorted({batch_sizes[0], batch_sizes[-1]}), lengths[-1:]
-    ways: tuple[device_engine.Slicing, ...] = ("kept", "in_call")
+    ways: tuple[Slicing, ...] = ("kept", "in_call")
     engines = [
-        device_engine.DeviceEngine(model, device, subnet_list=chosen, batch_sizes=sizes, lengths=lengths, slicing=way)
-        for way in ways
+        DeviceEngine(model, device, subnet_list=chosen, batch_sizes=sizes, lengths=lengths, slicing=way) for way in ways
     ]
     example = np.zeros(engines[0].input_shape, engines[0].input_dtype)
-    log_ratios: dict[tuple[int, subnets.Subnet], list[float]] = {}
+    log_ratios: dict[tuple[int, Subnet], list[float]] = {}
     for _ in range(repeats):
         for batch in sizes:
             for subnet in chosen:
@@ -261,7 +258,7 @@ def faster_slicing(
     return "kept" if ratio > _WORTH_KEEPING else "in_call", ratio
 
 
-def device_kind(device: executables.Device) -> str:
+def device_kind(device: Device) -> str:
     """What a latency profile holds for: the card's name, or for a CPU its model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from superserve_jax import errors, progress
-from superserve_jax import profile as profiles
-from superserve_jax import subnet as subnets
-from superserve_jax.engines import base as engines
-from superserve_jax.serving import server
+from superserve_jax.engines.base import Engine
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
+from superserve_jax.serving.server import Server
+from superserve_jax.subnet import Subnet
 
 _WARM_UPS = 2
 _LOAD = 0.5  # of the highest throughput seen in the warm-up
@@ -24,14 +25,14 @@ _QUERY = np.zeros((), np.float32)
 
 
 def measure(
-    engine: engines.Engine,
-    accuracies: Mapping[subnets.Subnet, float],
+    engine: Engine,
+    accuracies: Mapping[Subnet, float],
     batch_sizes: Sequence[int],
     *,
     device: str,
     repeats: int = 30,
     load: bool = False,
-) -> profiles.Profile:
+) -> Profile:
     """Median and 99th percentile of the latency of every subnet at every batch size and length.
 
     All are measured in turn, round after round, so that a disturbance of the machine meets each of them alike.
@@ -46,7 +47,7 @@ def measure(
     """
     if repeats < 1:
         raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
-    batch_sizes = profiles.check_batch_sizes(batch_sizes)
+    batch_sizes = check_batch_sizes(batch_sizes)
     examples = _examples(engine, batch_sizes[-1])
     keys = list(itertools.product(accuracies, batch_sizes, examples))
     fastest_qps = 0.0
@@ -55,7 +56,7 @@ def measure(
             start = time.perf_counter()
             engine.run(subnet, batch, examples[length][:batch])
             fastest_qps = max(fastest_qps, batch / (time.perf_counter() - start))
-    times_ms: dict[tuple[subnets.Subnet, int, int], list[float]] = {key: [] for key in keys}
+    times_ms: dict[tuple[Subnet, int, int], list[float]] = {key: [] for key in keys}
     gc.collect()
     with traffic(_LOAD * fastest_qps) if load else contextlib.nullcontext():
         for _ in progress.track(range(repeats), f"latencies of {engine.name}"):
@@ -67,7 +68,7 @@ def measure(
     tables = []
     for length in examples:
         rows = tuple(
-            profiles.Row(
+            Row(
                 subnet,
                 accuracy,
                 tuple(float(np.median(times_ms[subnet, b, length])) for b in batch_sizes),
@@ -75,8 +76,8 @@ def measure(
             )
             for subnet, accuracy in accuracies.items()
         )
-        tables.append(profiles.Profile(batch_sizes, rows, device, (length,) if length else ()))
-    return profiles.join(tables)
+        tables.append(Profile(batch_sizes, rows, device, (length,) if length else ()))
+    return join_lengths(tables)
 
 
 @contextlib.contextmanager
@@ -92,11 +93,11 @@ def traffic(rate_qps: float) -> Iterator[None]:
     ...     time.sleep(0.01)
     """
     rate_qps = min(rate_qps, _MAX_RATE_QPS)
-    row = profiles.Row(subnets.Subnet((1,)), 1.0, (1e3 * _SLEEPER_BATCH / max(2 * rate_qps, 1.0),))
-    table = profiles.Profile((_SLEEPER_BATCH,), (row,))
+    row = Row(Subnet((1,)), 1.0, (1e3 * _SLEEPER_BATCH / max(2 * rate_qps, 1.0),))
+    table = Profile((_SLEEPER_BATCH,), (row,))
     stop = threading.Event()
 
-    def generate(target: server.Server) -> None:
+    def generate(target: Server) -> None:
         due, before_s = 0.0, time.monotonic()
         while not stop.wait(1e-3):
             now_s = time.monotonic()
@@ -105,7 +106,7 @@ def traffic(rate_qps: float) -> Iterator[None]:
                 target.submit_many([_QUERY] * int(due))
             due %= 1
 
-    with server.Server.from_engines([engines.FakeEngine(table)], table) as target:
+    with Server.from_engines([FakeEngine(table)], table) as target:
         thread = threading.Thread(target=generate, args=(target,), name="superserve-traffic", daemon=True)
         thread.start()
         try:
@@ -115,7 +116,7 @@ def traffic(rate_qps: float) -> Iterator[None]:
             thread.join()
 
 
-def _examples(engine: engines.Engine, count: int) -> dict[int, list[np.ndarray]]:
+def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:
     """Inputs of each length, 0 standing for that of a fixed shape. What they hold does not matter, but ids should exist."""
     rng = np.random.default_rng(0)
     ends = (0, 2) if engine.lengths else (0, 256) if np.issubdtype(engine.input_dtype, np.integer) else (0, 1)
@@ -142,7 +143,7 @@ class Property(NamedTuple):
     worst: float
 
 
-def properties(profile: profiles.Profile) -> tuple[Property, Property, Property]:
+def properties(profile: Profile) -> tuple[Property, Property, Property]:
     """P1: latency rises with the batch. P2: it rises with accuracy. P3: the fastest subnet does a larger batch than the most
     accurate in the time that this takes, for every batch size but the largest.
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
-from superserve_jax.subnet import Subnet
+from superserve_jax.subnet import Subnet, envelope_of
 
 Flops = Callable[[Subnet], float]
 
@@ -41,7 +40,7 @@ def choose(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> dict[Subn
     if len(subnet_list) <= count:
         return {s: s for s in subnet_list}
     if count == 1:
-        return dict.fromkeys(subnet_list, subnets.envelope(subnet_list))
+        return dict.fromkeys(subnet_list, envelope_of(subnet_list))
     return _moved(_joined(subnet_list, flops, count), flops, count)
 
 
@@ -59,7 +58,7 @@ def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[lis
     adds = np.full((len(tops), len(tops)), np.inf)  # what the union of two buckets costs more than they do; upper triangle
 
     def union_adds(i: int, j: int) -> float:
-        return flops(subnets.envelope((tops[i], tops[j]))) * (need[i] + need[j]) - cost[i] - cost[j]
+        return flops(envelope_of((tops[i], tops[j]))) * (need[i] + need[j]) - cost[i] - cost[j]
 
     for i in range(len(tops)):
         for j in range(i + 1, len(tops)):
@@ -68,7 +67,7 @@ def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[lis
         i, j = map(int, np.unravel_index(np.argmin(adds), adds.shape))
         cost[i] += cost[j] + adds[i, j]
         need[i] += need[j]
-        tops[i] = subnets.envelope((tops[i], tops[j]))
+        tops[i] = envelope_of((tops[i], tops[j]))
         members[i] += members[j]
         members[j] = []
         adds[j, :] = adds[:, j] = np.inf
@@ -91,7 +90,7 @@ def _moved(buckets: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dic
         return known[key]
 
     def cost(those: Sequence[Subnet]) -> float:
-        top = subnets.envelope(those) if those else None
+        top = envelope_of(those) if those else None
         return sum(computed(s, top) / needed[s] for s in those if top)
 
     needed = {s: flops(s) for those in buckets for s in those}
@@ -103,7 +102,7 @@ def _moved(buckets: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dic
         for s, here in before.items():
             rest = [m for m in members[here] if m is not s]
             saved = costs[here] - cost(rest)
-            tops = {i: subnets.envelope([*those, s]) for i, those in enumerate(members) if i != here}
+            tops = {i: envelope_of([*those, s]) for i, those in enumerate(members) if i != here}
             near = sorted(tops, key=lambda i: computed(s, tops[i]))[:_NEAR]
             there, rise = min(((i, cost([*members[i], s]) - costs[i]) for i in near), key=lambda found: found[1])
             if rise < saved - 1e-9:
@@ -113,4 +112,4 @@ def _moved(buckets: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dic
                 place[s] = there
         if place == before:
             break
-    return {s: subnets.envelope(those) for those in members for s in those}
+    return {s: envelope_of(those) for those in members for s in those}

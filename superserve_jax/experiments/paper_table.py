@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from superserve_jax.experiments import presets as experiments
-from superserve_jax.experiments import runner as evaluation
-from superserve_jax.experiments import summaries as readings
+from superserve_jax.experiments import presets, runner
+from superserve_jax.experiments.runner import CellResult
+from superserve_jax.experiments.summaries import Summary, gains, summarize
 
 DEFAULT, PAPER = "slackfit", "slackfit-paper"
 
@@ -29,27 +29,27 @@ class Finding(NamedTuple):
 class _Table:
     """The summaries of one preset at one scale, by trace and policy, in the order of the rows."""
 
-    def __init__(self, summaries: list[readings.Summary]):
+    def __init__(self, summaries: list[Summary]):
         self.all = summaries
         self._by_key = {(s.trace, s.policy): s for s in summaries}
         self.traces = list(dict.fromkeys(s.trace for s in summaries))
 
-    def get(self, trace: str, policy: str) -> readings.Summary | None:
+    def get(self, trace: str, policy: str) -> Summary | None:
         """None where it was not run; "least-accurate" and the first fixed model are the same policy."""
         found = self._by_key.get((trace, policy))
         return self._by_key.get((trace, "fixed:0")) if found is None and policy == "least-accurate" else found
 
-    def of(self, policy: str) -> list[readings.Summary]:
+    def of(self, policy: str) -> list[Summary]:
         """A policy's summary on each trace."""
         return [s for s in (self.get(trace, policy) for trace in self.traces) if s is not None]
 
-    def pairs(self, policy: str = DEFAULT, other: str = "least-accurate") -> list[tuple[readings.Summary, readings.Summary]]:
+    def pairs(self, policy: str = DEFAULT, other: str = "least-accurate") -> list[tuple[Summary, Summary]]:
         """Two policies on each trace that has both."""
         both = ((self.get(trace, policy), self.get(trace, other)) for trace in self.traces)
         return [(a, b) for a, b in both if a is not None and b is not None]
 
 
-def findings(rows: Iterable[evaluation.Row]) -> list[Finding]:
+def findings(rows: Iterable[CellResult]) -> list[Finding]:
     """What there is to compare in these rows; what was not run is left out.
 
     >>> row = dict(preset="acceleration", trace="t", scale=1.9, policy="slackfit", seed=0, accuracy=76.0, fluid_accuracy=76.1)
@@ -57,8 +57,8 @@ def findings(rows: Iterable[evaluation.Row]) -> list[Finding]:
     Finding(preset='acceleration', scale=1.9, what='attainment', reference='0.991 to 1.0', ours='0.9950')
     """
     found = []
-    groups: dict[tuple[str, float], list[readings.Summary]] = {}
-    for s in readings.summaries(rows):
+    groups: dict[tuple[str, float], list[Summary]] = {}
+    for s in summarize(rows):
         groups.setdefault((s.preset, s.scale), []).append(s)
     for (preset, scale), summaries in groups.items():
         if preset in _READERS:
@@ -73,7 +73,7 @@ def _maf(table: _Table) -> _Lines:
     yield from _attainment(table, "0.99999")
     yield from _loss(table)
     for policy in (DEFAULT, PAPER):
-        for trace, g in readings.gains(table.all, policy).items():
+        for trace, g in gains(table.all, policy).items():
             name = "" if policy == DEFAULT else f", {policy}"
             s, least = table.get(trace, policy), table.get(trace, "fixed:0")
             assert s is not None
@@ -96,7 +96,7 @@ def _bursty(table: _Table) -> _Lines:
         "+4.33 points",
         _range((a.accuracy - b.accuracy for a, b in table.pairs()), "+.2f"),
     )
-    if g := list(readings.gains(table.all, DEFAULT).values()):
+    if g := list(gains(table.all, DEFAULT).values()):
         yield "accuracy at equal attainment, on the lines", "+4.33 points", _range((x.points_line for x in g), "+.2f")
         yield "the same, strictly", "+4.33 points", _range((x.points for x in g), "+.2f")
         yield "attainment at equal accuracy, on the lines", "2.06x", _range((x.times_line for x in g), ".2f", "x")
@@ -140,7 +140,7 @@ def _scale(table: _Table) -> _Lines:
     cells = {s.mean("workers"): s.mean("rate_qps") for s in table.of(DEFAULT)}
     if cells:
         most, fewest = max(cells), min(cells)
-        yield f"queries/s at {evaluation.SUSTAINED} with {most:.0f} workers", "about 33,000", f"{cells[most]:,.0f}"
+        yield f"queries/s at {runner.SUSTAINED} with {most:.0f} workers", "about 33,000", f"{cells[most]:,.0f}"
         yield f"per worker, against {fewest:.0f}", "linear", f"{cells[most] / most / (cells[fewest] / fewest):.3f}"
 
 
@@ -163,7 +163,7 @@ def _capacity(table: _Table) -> _Lines:
 
 def _slowdown(table: _Table) -> _Lines:
     for reading in (PAPER, "slackfit-cumulative"):
-        swept = {n: table.get(experiments.HARDEST.name, f"{reading}:{n}") for n in experiments.BUCKETS}
+        swept = {n: table.get(presets.HARDEST.name, f"{reading}:{n}") for n in presets.BUCKETS}
         if known := {n: s for n, s in swept.items() if s is not None}:
             ours = ", ".join(f"{n}: {s.attainment:.3f}" for n, s in known.items())
             yield f"attainment by latency buckets, {reading}", "number not given", ours
@@ -177,7 +177,7 @@ def _slowdown(table: _Table) -> _Lines:
 def _decisions(table: _Table) -> _Lines:
     for s in table.all:
         ours = f"{s.mean('decision_p50_us'):.1f} and {s.mean('decision_p99_us'):.1f} us"
-        yield f"decision of {s.policy}, {experiments.DENSE} subnets", "sub-ms; goal: p50 10 us, p99 50 us", ours
+        yield f"decision of {s.policy}, {presets.DENSE} subnets", "sub-ms; goal: p50 10 us, p99 50 us", ours
 
 
 def _attainment(table: _Table, reference: str) -> _Lines:

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.simulation import azure, simulator, traces
+from superserve_jax.profile import Profile, Row
+from superserve_jax.simulation import azure, traces
+from superserve_jax.simulation.simulator import Cluster, Outage, Stall
+from superserve_jax.simulation.traces import Trace
 
 SLO_MS = 36.0
 DURATION_S = 60.0
@@ -46,7 +48,7 @@ class Traffic:
 
     def create(
         self, seed: int, *, capacity_qps: float = 0.0, duration_s: float = DURATION_S, maf_trace: str | None = None
-    ) -> traces.Trace:
+    ) -> Trace:
         """The trace.
 
         Args:
@@ -83,7 +85,7 @@ class Grid:
 
     traffics: tuple[Traffic, ...]
     policies: tuple[str, ...]
-    clusters: tuple[simulator.Cluster, ...] = (simulator.Cluster(workers=WORKERS),)
+    clusters: tuple[Cluster, ...] = (Cluster(workers=WORKERS),)
     scales: tuple[float, ...] = SCALES
     sustained: bool = False
     duration_s: float = DURATION_S
@@ -96,7 +98,7 @@ class Cell:
 
     preset: str
     traffic: Traffic
-    cluster: simulator.Cluster
+    cluster: Cluster
     scale: float
     seed: int
     policies: tuple[str, ...]
@@ -110,7 +112,7 @@ class Cell:
         return ", ".join([self.traffic.name, *_happens(self)])
 
 
-def dense(profile: profile_lib.Profile, subnets: int = DENSE) -> profile_lib.Profile:
+def dense(profile: Profile, subnets: int = DENSE) -> Profile:
     """A profile with many subnets, evenly spaced along the straight lines between the rows of `profile` (its longest length).
 
     >>> from superserve_jax.simulation import paper_profile as reference
@@ -125,7 +127,7 @@ def dense(profile: profile_lib.Profile, subnets: int = DENSE) -> profile_lib.Pro
         a, b, t = rows[low], rows[min(low + 1, n - 1)], place - low
         latency_ms = tuple(x + t * (y - x) for x, y in zip(a.latency_ms, b.latency_ms, strict=True))
         made.append(
-            profile_lib.Row(
+            Row(
                 dataclasses.replace(a.subnet, axes=(("between", (place,)),)),
                 a.accuracy + t * (b.accuracy - a.accuracy),
                 latency_ms,
@@ -158,14 +160,14 @@ _OURS = ("slackfit", "slackfit-paper")
 _AGAINST_FIXED = (*_OURS, "proteus", "fixed:all")
 
 
-def killed(every_s: float = 12.0, survivors: int = WORKERS // 2) -> simulator.Cluster:
+def killed(every_s: float = 12.0, survivors: int = WORKERS // 2) -> Cluster:
     """The paper's fault experiment: a worker is killed again and again, until half of them are left."""
-    outages = tuple(simulator.Outage(i, every_s * (i + 1)) for i in range(WORKERS - survivors))
-    return simulator.Cluster(workers=WORKERS, outages=outages)
+    outages = tuple(Outage(i, every_s * (i + 1)) for i in range(WORKERS - survivors))
+    return Cluster(workers=WORKERS, outages=outages)
 
 
-def _stalled(stall_ms: float) -> simulator.Cluster:
-    return simulator.Cluster(workers=WORKERS, stalls=(simulator.Stall(2.0, 2.0 + 1e-3 * stall_ms),))
+def _stalled(stall_ms: float) -> Cluster:
+    return Cluster(workers=WORKERS, stalls=(Stall(2.0, 2.0 + 1e-3 * stall_ms),))
 
 
 PRESETS: Mapping[str, tuple[Grid, ...]] = {
@@ -199,7 +201,7 @@ PRESETS: Mapping[str, tuple[Grid, ...]] = {
         Grid(
             (Traffic("steady", "gamma", (("cv2", 0.0),)),),
             (*_OURS, "least-accurate"),
-            tuple(simulator.Cluster(workers=n) for n in (1, 2, 4, 8, 16, 32)),
+            tuple(Cluster(workers=n) for n in (1, 2, 4, 8, 16, 32)),
             sustained=True,
             duration_s=10.0,
         ),
@@ -208,10 +210,7 @@ PRESETS: Mapping[str, tuple[Grid, ...]] = {
         Grid(
             (bursty(2950.0, 2.0),),
             (*_OURS, "proteus", "least-accurate"),
-            tuple(
-                simulator.Cluster(workers=WORKERS, actuation_ms=ms)
-                for ms in (0.0, 0.2, 1.0, 3.0, 10.0, 30.0, 100.0, 200.0, 500.0)
-            ),
+            tuple(Cluster(workers=WORKERS, actuation_ms=ms) for ms in (0.0, 0.2, 1.0, 3.0, 10.0, 30.0, 100.0, 200.0, 500.0)),
         ),
     ),
     "capacity": (

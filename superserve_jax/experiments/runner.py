@@ -25,21 +25,25 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import errors, progress
-from superserve_jax import profile as profile_lib
-from superserve_jax.experiments import presets as experiments
+from superserve_jax.experiments import presets
+from superserve_jax.experiments.presets import Cell
+from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import bounds, metrics, simulator, traces
+from superserve_jax.scheduling.policies import Decision, Policy, State
+from superserve_jax.simulation import bounds, metrics, simulator
+from superserve_jax.simulation.bounds import Bound
+from superserve_jax.simulation.metrics import Series
+from superserve_jax.simulation.simulator import Cluster, SimulationResult, Stall
+from superserve_jax.simulation.traces import Trace
 
 SUSTAINED = 0.999
 """Attainment at which a rate counts as sustained (the paper's Figure 5c and its scalability experiment)."""
 _BISECTIONS = 9
 
-Row = dict[str, Any]
+CellResult = dict[str, Any]
 
 
-def evaluate(
-    cells: Sequence[experiments.Cell], profile: profile_lib.Profile, *, jobs: int = 1, maf_trace: str | None = None
-) -> list[Row]:
+def evaluate(cells: Sequence[Cell], profile: Profile, *, jobs: int = 1, maf_trace: str | None = None) -> list[CellResult]:
     """The rows of all cells, in their order, whatever `jobs`; shows its progress.
 
     Args:
@@ -57,7 +61,7 @@ def evaluate(
     order = sorted(range(len(cells)), key=lambda i: cells[i].dense)
     together = [cells[i] for i in order if not cells[i].dense]
     alone = [cells[i] for i in order if cells[i].dense]
-    rows: list[list[Row]] = [[] for _ in cells]
+    rows: list[list[CellResult]] = [[] for _ in cells]
     with _mapped(run, together, jobs) as done:
         for i, result in zip(
             order, progress.track(itertools.chain(done, map(run, alone)), "simulating", total=len(cells)), strict=True
@@ -67,7 +71,7 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _mapped(run: Callable[[Any], list[Row]], items: Sequence[Any], jobs: int) -> Iterator[Iterable[list[Row]]]:
+def _mapped(run: Callable[[Any], list[CellResult]], items: Sequence[Any], jobs: int) -> Iterator[Iterable[list[CellResult]]]:
     """`map` over processes; leaving it early cancels what has not begun."""
     if jobs == 1 or len(items) < 2:
         yield map(run, items)
@@ -79,7 +83,7 @@ def _mapped(run: Callable[[Any], list[Row]], items: Sequence[Any], jobs: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def run_cell(cell: experiments.Cell, profile: profile_lib.Profile, maf_trace: str | None = None) -> list[Row]:
+def run_cell(cell: Cell, profile: Profile, maf_trace: str | None = None) -> list[CellResult]:
     """One row per policy of the cell."""
     profile = scaled(cell, profile)
     if cell.sustained:
@@ -93,20 +97,18 @@ def run_cell(cell: experiments.Cell, profile: profile_lib.Profile, maf_trace: st
     return [_row(cell, name, trace, bound, *_served(cell, name, profile, trace)) for name in cell.policies]
 
 
-def scaled(cell: experiments.Cell, profile: profile_lib.Profile) -> profile_lib.Profile:
+def scaled(cell: Cell, profile: Profile) -> Profile:
     """The profile that a cell's policies and devices have."""
-    return (experiments.dense(profile) if cell.dense else profile).scaled(cell.scale)
+    return (presets.dense(profile) if cell.dense else profile).scaled(cell.scale)
 
 
-def make_trace(cell: experiments.Cell, profile: profile_lib.Profile, maf_trace: str | None = None) -> traces.Trace:
+def make_trace(cell: Cell, profile: Profile, maf_trace: str | None = None) -> Trace:
     """A cell's arrivals; `profile` is the scaled one."""
     capacity_qps = cell.cluster.workers * profile.throughput_qps(profile.rows[0].subnet)
     return cell.traffic.create(cell.seed, capacity_qps=capacity_qps, duration_s=cell.duration_s, maf_trace=maf_trace)
 
 
-def timeline(
-    cell: experiments.Cell, policy: str, profile: profile_lib.Profile, *, maf_trace: str | None = None, window_s: float = 0.25
-) -> metrics.Series:
+def timeline(cell: Cell, policy: str, profile: Profile, *, maf_trace: str | None = None, window_s: float = 0.25) -> Series:
     """A cell's run over time, for a plot; `profile` is the one at scale 1."""
     profile = scaled(cell, profile)
     result, _ = _served(cell, policy, profile, make_trace(cell, profile, maf_trace))
@@ -115,18 +117,14 @@ def timeline(
     )
 
 
-def _served(
-    cell: experiments.Cell, name: str, profile: profile_lib.Profile, trace: traces.Trace
-) -> tuple[simulator.Result, "_Timed | None"]:
+def _served(cell: Cell, name: str, profile: Profile, trace: Trace) -> tuple[SimulationResult, "_Timed | None"]:
     policy = policies.create(name, profile)
     timed = _Timed(policy) if cell.dense else None
     result = simulator.simulate(profile, timed or policy, trace, cluster=cell.cluster, seed=cell.seed)
     return result, timed
 
 
-def _sustained(
-    cell: experiments.Cell, name: str, profile: profile_lib.Profile
-) -> tuple[traces.Trace, simulator.Result, "_Timed | None"]:
+def _sustained(cell: Cell, name: str, profile: Profile) -> tuple[Trace, SimulationResult, "_Timed | None"]:
     """The run at the highest rate that attains `SUSTAINED`: bisection up to 1.25 times what the fastest subnet carries."""
     low, high, best = 0.0, 1.25, None
     for _ in range(_BISECTIONS):
@@ -142,13 +140,13 @@ def _sustained(
 
 
 def _row(
-    cell: experiments.Cell,
+    cell: Cell,
     name: str,
-    trace: traces.Trace,
-    bound: bounds.Bound,
-    result: simulator.Result,
+    trace: Trace,
+    bound: Bound,
+    result: SimulationResult,
     timed: "_Timed | None",
-) -> Row:
+) -> CellResult:
     answered = np.isfinite(result.finish_s)
     fifth = max(len(trace) // 5, 1)
     decision_us = timed.percentiles_us() if timed else (None, None)
@@ -175,7 +173,7 @@ def _row(
     }
 
 
-def _fluid(profile: profile_lib.Profile, trace: traces.Trace, cluster: simulator.Cluster) -> bounds.Bound:
+def _fluid(profile: Profile, trace: Trace, cluster: Cluster) -> Bound:
     """The fluid bound; where workers leave or return, that of each time between, weighted by its queries."""
     edges = sorted({t for o in cluster.outages for t in (o.from_s, o.until_s) if t < math.inf})
     parts = np.split(trace.arrivals_s, np.searchsorted(trace.arrivals_s, edges))
@@ -183,19 +181,19 @@ def _fluid(profile: profile_lib.Profile, trace: traces.Trace, cluster: simulator
     for start_s, arrivals in zip([0.0, *edges], parts, strict=True):
         alive = cluster.workers - len({o.worker for o in cluster.outages if o.from_s <= start_s < o.until_s})
         if len(arrivals) and alive:
-            piece = traces.Trace(arrivals - start_s, trace.slo_ms, trace.floors) if edges else trace
+            piece = Trace(arrivals - start_s, trace.slo_ms, trace.floors) if edges else trace
             bound = bounds.fluid_of_trace(profile, piece, workers=alive)
             met += bound.attainment * len(arrivals)
             correct += bound.attainment * len(arrivals) * bound.accuracy
-    return bounds.Bound(met / max(len(trace), 1), correct / met if met else math.nan)
+    return Bound(met / max(len(trace), 1), correct / met if met else math.nan)
 
 
-def _accuracy(result: simulator.Result, which: slice) -> float:
+def _accuracy(result: SimulationResult, which: slice) -> float:
     met = result.accuracy[which][result.outcome[which] == simulator.MET]
     return float(met.mean()) if len(met) else math.nan
 
 
-def _last_miss_s(result: simulator.Result, stalls: Iterable[simulator.Stall]) -> float | None:
+def _last_miss_s(result: SimulationResult, stalls: Iterable[Stall]) -> float | None:
     if not stalls:
         return None
     missed = result.outcome != simulator.MET
@@ -210,11 +208,11 @@ def _percent(fraction: float) -> float | None:
 class _Timed:
     """A policy, and the time that each of its decisions took."""
 
-    def __init__(self, policy: policies.Policy):
+    def __init__(self, policy: Policy):
         self._policy = policy
         self._ns: list[int] = []
 
-    def __call__(self, profile: profile_lib.Profile, state: policies.State) -> policies.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         start = time.perf_counter_ns()
         decision = self._policy(profile, state)
         self._ns.append(time.perf_counter_ns() - start)

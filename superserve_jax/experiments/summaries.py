@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from superserve_jax import errors
-from superserve_jax.experiments import runner as evaluation
+from superserve_jax.experiments.runner import CellResult
 
 
 class Point(NamedTuple):
@@ -103,7 +103,7 @@ class Summary:
     accuracy: float
     accuracy_sd: float
     fluid_accuracy: float
-    rows: tuple[evaluation.Row, ...]
+    rows: tuple[CellResult, ...]
 
     def mean(self, key: str) -> float:
         """Mean of another value of the rows; NaN where they have none."""
@@ -115,7 +115,7 @@ class Summary:
         return Point(self.accuracy, self.attainment)
 
 
-def summaries(rows: Iterable[evaluation.Row]) -> list[Summary]:
+def summarize(rows: Iterable[CellResult]) -> list[Summary]:
     """The rows without their seeds, in the order of first appearance.
 
     >>> row = dict(preset="p", trace="t", scale=1.0, policy="q", accuracy=78.0, fluid_accuracy=79.0)
@@ -123,7 +123,7 @@ def summaries(rows: Iterable[evaluation.Row]) -> list[Summary]:
     >>> s.attainment, round(s.attainment_sd, 3), s.accuracy_sd
     (0.75, 0.354, 0.0)
     """
-    groups: dict[tuple, list[evaluation.Row]] = collections.defaultdict(list)
+    groups: dict[tuple, list[CellResult]] = collections.defaultdict(list)
     for row in rows:
         groups[row["preset"], row["trace"], row["scale"], row["policy"]].append(row)
     found = []
@@ -136,15 +136,15 @@ def summaries(rows: Iterable[evaluation.Row]) -> list[Summary]:
     return found
 
 
-def gains(summaries: Sequence[Summary], policy: str) -> dict[str, Gain]:
+def gains(summarize: Sequence[Summary], policy: str) -> dict[str, Gain]:
     """By trace, a policy's gain over the fixed models: read for each seed, on the same arrivals, then averaged.
 
     Args:
       summaries: of one preset and scale. Traces without fixed models are left out.
     """
     found = {}
-    for mine in summaries:
-        fixed = [s for s in summaries if s.trace == mine.trace and s.policy.startswith("fixed:")]
+    for mine in summarize:
+        fixed = [s for s in summarize if s.trace == mine.trace and s.policy.startswith("fixed:")]
         if mine.policy != policy or not fixed:
             continue
         per_seed = []
@@ -157,7 +157,7 @@ def gains(summaries: Sequence[Summary], policy: str) -> dict[str, Gain]:
     return found
 
 
-def _point(row: evaluation.Row) -> Point:
+def _point(row: CellResult) -> Point:
     return Point(row["accuracy"], row["attainment"])
 
 

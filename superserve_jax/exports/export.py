@@ -29,11 +29,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from superserve_jax import errors, families, files
-from superserve_jax import manifest as manifests
-from superserve_jax import subnet as subnets
-from superserve_jax import vocabulary as vocabularies
-from superserve_jax.exports import statistics as rows
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.exports.statistics import pack, read
+from superserve_jax.manifest import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_SCHEMA, files_of, read_manifest, verify_files
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.vocabulary import Vocabulary
 
 _VOCABULARY = "vocabulary.txt"
 # How much larger than its files the weights of an export can be, and what may be in its files beside weights and rows.
@@ -51,14 +52,14 @@ class Served:
       flops: multiply-adds per input. params: weights of the subnet on its own.
     """
 
-    subnet: subnets.Subnet
+    subnet: Subnet
     accuracy: float
     accuracy_shared: float | None
     flops: int
     params: int
 
     def __post_init__(self):
-        if not isinstance(self.subnet, subnets.Subnet):
+        if not isinstance(self.subnet, Subnet):
             raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
         for name, value in (("accuracy", self.accuracy), ("accuracy_shared", self.accuracy_shared)):
             known = isinstance(value, int | float) or (value is None and name == "accuracy_shared")
@@ -76,10 +77,10 @@ class Served:
     def from_json(data: Mapping[str, Any]) -> "Served":
         """The inverse of `to_json`. Raises ConfigError where `data` has not that form."""
         with errors.refusing(errors.ConfigError, "not a served subnet as `Served.to_json` gives it"):
-            return Served(**{**data, "subnet": subnets.Subnet.from_json(data["subnet"])})
+            return Served(**{**data, "subnet": Subnet.from_json(data["subnet"])})
 
 
-class Model(supernet.SuperNet):
+class Model(SuperNet):
     """A loaded export: a SuperNet that knows which of its subnets to serve.
 
     Attributes:
@@ -94,7 +95,7 @@ class Model(supernet.SuperNet):
         path: pathlib.Path,
         manifest: dict[str, Any],
         served: tuple[Served, ...],
-        vocabulary: vocabularies.Vocabulary | None,
+        vocabulary: Vocabulary | None,
         *args: Any,
     ):
         super().__init__(*args)
@@ -138,19 +139,19 @@ class Model(supernet.SuperNet):
         return inputs[0] if single else inputs
 
     @property
-    def subnets(self) -> tuple[subnets.Subnet, ...]:
+    def subnets(self) -> tuple[Subnet, ...]:
         """The served subnets, in ascending order of FLOPs."""
         return tuple(s.subnet for s in self.served)
 
 
 def export(
     path: str | os.PathLike[str],
-    model: supernet.SuperNet,
+    model: SuperNet,
     served: Sequence[Served],
     *,
     measured: str,
     class_names: Sequence[str] = (),
-    vocabulary: vocabularies.Vocabulary | None = None,
+    vocabulary: Vocabulary | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes an export, replacing an older one in the same place at once or not at all.
@@ -178,10 +179,10 @@ def export(
     part.mkdir()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((part / "weights").absolute(), model.params)
-    (part / "statistics.npz").write_bytes(rows.pack(statistics))
+    (part / "statistics.npz").write_bytes(pack(statistics))
     if vocabulary is not None:
         (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
-    contents = {str(f.relative_to(part)): _describe(f) for f in manifests.files_of(part)}
+    contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
     digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
     payload = path / f"payload-{digest}"
     if payload.exists():
@@ -189,8 +190,8 @@ def export(
     os.rename(part, payload)
     _sync_directory(path)
     manifest = {
-        "format": manifests.FORMAT,
-        "schema": manifests.SCHEMA,
+        "format": MANIFEST_FORMAT,
+        "schema": MANIFEST_SCHEMA,
         "config": families.config_to_json(model.config),
         "input": _input_contract(model.config),
         "class_names": list(class_names),
@@ -205,12 +206,12 @@ def export(
         "files": contents,
     }
     manifest["sha256"] = files.digest(manifest)
-    new = path / f"{manifests.NAME}.part"
+    new = path / f"{MANIFEST_NAME}.part"
     with new.open("w") as f:
         json.dump(manifest, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(new, path / manifests.NAME)
+    os.replace(new, path / MANIFEST_NAME)
     _sync_directory(path)
     for stale in path.glob("payload-*"):
         if stale != payload:
@@ -224,10 +225,10 @@ def load(path: str | os.PathLike[str]) -> Model:
     Raises:
       ExportError: the directory is missing, foreign, from a newer version, truncated or edited; says what and where.
     """
-    manifest = manifests.read(path)
+    manifest = read_manifest(path)
     path = pathlib.Path(path)
     payload = path / manifest["payload"]
-    file = path / manifests.NAME
+    file = path / MANIFEST_NAME
     try:
         with errors.refusing(errors.ExportError, "its fields do not fit together"):
             config = families.config_from_json(manifest["config"])
@@ -237,8 +238,8 @@ def load(path: str | os.PathLike[str]) -> Model:
             _check_sizes(config, len(served), sum(f["bytes"] for f in manifest["files"].values()))
     except errors.SuperServeError as e:
         raise errors.ExportError(f"{file} does not describe a SuperNet that this version can build: {e}; export again") from e
-    manifests.verify(payload, manifest["files"])
-    statistics = rows.read(payload / "statistics.npz", config)
+    verify_files(payload, manifest["files"])
+    statistics = read(payload / "statistics.npz", config)
     if missing := [s.subnet for s in served if s.subnet not in statistics]:
         raise errors.ExportError(
             f"{payload / 'statistics.npz'} lacks those of the served {missing[0].to_json()}; export again"
@@ -265,15 +266,15 @@ def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path
 
 @errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, texts, and a training config as plain values")
 def _check_arguments(
-    model: supernet.SuperNet,
+    model: SuperNet,
     served: Sequence[Served],
     measured: str,
     class_names: Sequence[str],
-    vocabulary: vocabularies.Vocabulary | None,
+    vocabulary: Vocabulary | None,
     training: Mapping[str, Any] | None,
 ) -> None:
     """Raises before anything is written."""
-    if not isinstance(model, supernet.SuperNet) or not all(isinstance(s, Served) for s in served):
+    if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
         raise errors.ConfigError(
             f"an export is of a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}"
         )
@@ -291,7 +292,7 @@ def _check_arguments(
 def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         path = pathlib.Path(path)
-        if path.exists() and not (path / manifests.NAME).exists() and not all(map(_is_leftover, path.iterdir())):
+        if path.exists() and not (path / MANIFEST_NAME).exists() and not all(map(_is_leftover, path.iterdir())):
             raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as e:
@@ -309,12 +310,12 @@ def _check_sizes(config: Any, num_served: int, payload_bytes: int) -> None:
         raise errors.ExportError(f"weights of {weights:,} bytes do not fit files of {payload_bytes:,} bytes")
 
 
-def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> vocabularies.Vocabulary | None:
+def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> Vocabulary | None:
     """The vocabulary, by its settings in the manifest, which older exports and those of other models do not have."""
     if settings is None:
         return None
     try:
-        vocabulary = vocabularies.Vocabulary.read(file, **settings)
+        vocabulary = Vocabulary.read(file, **settings)
         vocabulary.check_fit(config)
     except (errors.SuperServeError, TypeError) as e:
         raise errors.ExportError(f"{file} is not the vocabulary that the manifest describes: {e}; export again") from e
@@ -323,7 +324,7 @@ def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> vocabula
 
 def _is_leftover(file: pathlib.Path) -> bool:
     """Whether a file is what an interrupted first export leaves behind."""
-    return file.name.startswith(("payload-", manifests.NAME))
+    return file.name.startswith(("payload-", MANIFEST_NAME))
 
 
 def _describe(file: pathlib.Path) -> dict[str, Any]:

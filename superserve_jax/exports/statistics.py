@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import Subnet
 
-Rows = Mapping[subnets.Subnet, np.ndarray]
+Rows = Mapping[Subnet, np.ndarray]
 
 
 def pack(rows: Rows) -> bytes:
@@ -25,7 +25,7 @@ def pack(rows: Rows) -> bytes:
     return buffer.getvalue()
 
 
-def read(file: pathlib.Path, config: Any) -> dict[subnets.Subnet, np.ndarray]:
+def read(file: pathlib.Path, config: Any) -> dict[Subnet, np.ndarray]:
     """The rows, of as many channels as a family's config has for each subnet. Raises ExportError for any other content."""
     try:
         with errors.refusing(errors.ExportError, f"{file} does not hold SubnetNorm statistics; export again"):
@@ -41,12 +41,12 @@ def read(file: pathlib.Path, config: Any) -> dict[subnets.Subnet, np.ndarray]:
         raise errors.ExportError(f"{file} does not hold SubnetNorm statistics: {e}; export again") from e
 
 
-def _read(file: pathlib.Path, config: Any) -> dict[subnets.Subnet, np.ndarray]:
+def _read(file: pathlib.Path, config: Any) -> dict[Subnet, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             _check_size(archive, entry, file.stat().st_size)
     with np.load(file, allow_pickle=False) as arrays:
-        order = [subnets.Subnet.from_json(s) for s in json.loads(str(arrays["subnets"]))]
+        order = [Subnet.from_json(s) for s in json.loads(str(arrays["subnets"]))]
         widths, rows = arrays["widths"], arrays["rows"]
     space = config.space()
     expected = [sum(config.norm_sizes(config.sizes(space.validate(s))).values()) for s in order]

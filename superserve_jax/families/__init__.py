@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import Subnet
 
 _FAMILIES: dict[str, type] = {}
 
@@ -51,14 +51,14 @@ def config_from_json(data: Mapping[str, Any]) -> Any:
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, subnets.Subnet):
+    if isinstance(value, Subnet):
         return value.to_json()
     return config_to_json(value) if hasattr(value, "family") else value
 
 
 def _from_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return config_from_json(value) if "family" in value else subnets.Subnet.from_json(value)
+        return config_from_json(value) if "family" in value else Subnet.from_json(value)
     return tuple(_from_plain(v) for v in value) if isinstance(value, list) else value
 
 

@@ -24,8 +24,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from superserve_jax import errors, layers, ops
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import units
+from superserve_jax.subnet import Axis, SearchSpace, Subnet, check_depths
+from superserve_jax.supernets.units import Units
 
 _PROJECTIONS = ("query", "key", "value")
 
@@ -125,13 +125,13 @@ class DynaBERTConfig:
         packed[:, : ids.shape[1]] = np.stack([np.where(keep, ids, self.pad_id), np.where(keep, types, 0)], axis=-1)
         return packed[:, :, 0] if self.token_types == 1 else packed
 
-    def space(self) -> subnets.SearchSpace:
+    def space(self) -> SearchSpace:
         """The search space: one stage of layers, and two axes with a position per layer."""
         blocks = tuple(range(self.num_layers))
-        axes = (subnets.Axis(name, (getattr(self, name),) * len(blocks), blocks) for name in ("heads", "ffn"))
-        return subnets.SearchSpace((self.depths,), tuple(axes), rule="every_other")
+        axes = (Axis(name, (getattr(self, name),) * len(blocks), blocks) for name in ("heads", "ffn"))
+        return SearchSpace((self.depths,), tuple(axes), rule="every_other")
 
-    def sizes(self, subnet: subnets.Subnet) -> dict[str, int]:
+    def sizes(self, subnet: Subnet) -> dict[str, int]:
         """Gates and channels of a subnet by name; the one place where heads become channels."""
         sizes = {}
         for i, (gate, heads, ffn) in enumerate(zip(subnet.gates, subnet["heads"], subnet["ffn"], strict=True)):
@@ -144,30 +144,30 @@ class DynaBERTConfig:
         """None: LayerNorm has no statistics of a subnet."""
         return {}
 
-    def flops(self, subnet: subnets.Subnet) -> int:
+    def flops(self, subnet: Subnet) -> int:
         """Multiply-adds of one sequence of `max_length` tokens, padding included; look-ups and norms not."""
         d, t = self.hidden_size, self.max_length
         per_layer = (4 * t * d * attention + 2 * t * t * attention + 2 * t * d * ffn for attention, ffn in self._kept(subnet))
         return sum(per_layer) + d * d + d * self.num_classes
 
-    def num_params(self, subnet: subnets.Subnet) -> int:
+    def num_params(self, subnet: Subnet) -> int:
         """Weights of the subnet extracted on its own."""
         d = self.hidden_size
         per_layer = ((4 * d + 3) * attention + (2 * d + 1) * ffn + 6 * d for attention, ffn in self._kept(subnet))
         embeddings = (self.vocab_size + self.max_length + self.token_types + 2) * d
         return embeddings + sum(per_layer) + (d + 1) * (d + self.num_classes)
 
-    def units(self) -> list[units.Units]:
+    def units(self) -> list[Units]:
         """What may be reordered: the heads and the neurons of each layer."""
         found = []
         for layer in (f"layers.{i}" for i in range(self.num_layers)):
             heads = [(f"{layer}.{n}.kernel", 1) for n in _PROJECTIONS] + [(f"{layer}.{n}.bias", 0) for n in _PROJECTIONS]
-            found.append(units.Units(self.heads[-1], tuple(heads), (f"{layer}.attention_out.kernel", 0)))
+            found.append(Units(self.heads[-1], tuple(heads), (f"{layer}.attention_out.kernel", 0)))
             neurons = ((f"{layer}.ffn_in.kernel", 1), (f"{layer}.ffn_in.bias", 0))
-            found.append(units.Units(self.ffn[-1], neurons, (f"{layer}.ffn_out.kernel", 0)))
+            found.append(Units(self.ffn[-1], neurons, (f"{layer}.ffn_out.kernel", 0)))
         return found
 
-    def _kept(self, subnet: subnets.Subnet) -> list[tuple[int, int]]:
+    def _kept(self, subnet: Subnet) -> list[tuple[int, int]]:
         """(attention channels, feed-forward neurons) of every layer that a subnet keeps."""
         s = self.sizes(subnet)
         return [(s[f"layer{i}.attention"], s[f"layer{i}.ffn"]) for i in range(self.num_layers) if s[f"layer{i}.gate"]]
@@ -278,7 +278,7 @@ def _check(config: DynaBERTConfig) -> None:
             bool(values) and all(map(whole, values)) and list(values) == sorted(set(values)),
             f"{name} must be ascending whole numbers from 1 up, got {values!r}",
         )
-    subnets.check_depths((config.depths,))
+    check_depths((config.depths,))
     demand(
         config.hidden_size % config.heads[-1] == 0,
         f"hidden_size must be a multiple of the {config.heads[-1]} heads, got {config.hidden_size}",

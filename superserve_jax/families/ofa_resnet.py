@@ -24,8 +24,8 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 from superserve_jax import errors, layers, ops
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import units
+from superserve_jax.subnet import Axis, SearchSpace, Subnet, check_depths
+from superserve_jax.supernets.units import Units
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -96,15 +96,15 @@ class OFAResNetConfig:
         """Shape (B, H, W, C) and dtype of the raw input."""
         return jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, self.channels), jnp.dtype(self.input_dtype))
 
-    def space(self) -> subnets.SearchSpace:
+    def space(self) -> SearchSpace:
         """The search space. Its block 0 is the stem's residual layer; the stages' blocks follow."""
         blocks = tuple(range(1, 1 + sum(d[-1] for d in self.depths)))
         width_positions = 2 + sum(not self._tied(m) for m in range(len(self.depths)))
-        return subnets.SearchSpace(
+        return SearchSpace(
             depths=(self.stem_depths, *self.depths),
             axes=(
-                subnets.Axis("expand", (self.expand_ratios,) * len(blocks), blocks),
-                subnets.Axis("width", (self.width_mults,) * width_positions),
+                Axis("expand", (self.expand_ratios,) * len(blocks), blocks),
+                Axis("width", (self.width_mults,) * width_positions),
             ),
         )
 
@@ -112,7 +112,7 @@ class OFAResNetConfig:
         """Whether a stage takes the width of what stands before it."""
         return self.depths[stage][0] == 0
 
-    def sizes(self, subnet: subnets.Subnet) -> dict[str, int]:
+    def sizes(self, subnet: Subnet) -> dict[str, int]:
         """Channels and gates of a subnet by name; the one place where ratios become channels."""
         widths = iter(subnet["width"])
         stem = make_divisible(self.stem_width * next(widths), self.divisor)
@@ -135,26 +135,26 @@ class OFAResNetConfig:
         """Channels of every norm that a subnet of these sizes runs, in order."""
         return {f"{name}.norm": c_out for name, _, _, c_out, _ in self._convs(sizes)}
 
-    def flops(self, subnet: subnets.Subnet) -> int:
+    def flops(self, subnet: Subnet) -> int:
         """Multiply-adds of one image, padding taps included, norms and activations not: once-for-all's convention."""
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out * pixels for _, k, c_in, c_out, pixels in self._convs(sizes))
         return convs + sizes[f"stage{len(self.depths) - 1}.out"] * self.num_classes
 
-    def num_params(self, subnet: subnets.Subnet) -> int:
+    def num_params(self, subnet: Subnet) -> int:
         """Weights of the subnet extracted on its own, norm scales and biases included, statistics not."""
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
         return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
 
-    def units(self) -> list[units.Units]:
+    def units(self) -> list[Units]:
         """What may be reordered: the inner channels of each block, after each of its convolutions but the last."""
         sizes, found = self.sizes(self.space().largest()), []
         for _, b, _, _ in _blocks(self):
             for i in range(2 if self.block == "bottleneck" else 1):
                 conv = f"blocks.{b}.convs.{i}"
                 writers = ((f"{conv}.conv.kernel", 3), (f"{conv}.norm.scale", 0), (f"{conv}.norm.bias", 0))
-                found.append(units.Units(sizes[f"block{b}.mid"], writers, (f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)))
+                found.append(Units(sizes[f"block{b}.mid"], writers, (f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)))
         return found
 
     def _convs(self, sizes: dict[str, int]) -> Iterator[tuple[str, int, int, int, int]]:
@@ -336,7 +336,7 @@ def _check(config: OFAResNetConfig) -> None:
         f"depths, strides and stage_widths need one value per stage, got {stages}, {len(config.strides)} and "
         f"{len(config.stage_widths)}",
     )
-    subnets.check_depths(config.depths)
+    check_depths(config.depths)
     before = config.stem_width
     for m in range(stages):
         if config.depths[m] and config.depths[m][0] == 0:

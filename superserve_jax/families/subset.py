@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import SearchSpace, Subnet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SingleSubnetConfig:
     family: ClassVar[str] = "single_subnet"
 
     model: Any
-    subnet: subnets.Subnet
+    subnet: Subnet
 
     @errors.refusing(errors.ConfigError, "SingleSubnetConfig: model is a family's config, subnet one of its space")
     def __post_init__(self):
@@ -41,18 +41,18 @@ class SingleSubnetConfig:
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    def space(self) -> subnets.SearchSpace:
+    def space(self) -> SearchSpace:
         """The space of nothing elastic, whose one subnet `Subnet(())` stands for `subnet`."""
-        return subnets.SearchSpace(())
+        return SearchSpace(())
 
-    def sizes(self, _: subnets.Subnet) -> dict[str, int]:
+    def sizes(self, _: Subnet) -> dict[str, int]:
         """Those of `subnet`."""
         return self.model.sizes(self.subnet)
 
-    def flops(self, _: subnets.Subnet) -> int:
+    def flops(self, _: Subnet) -> int:
         """Those of `subnet`."""
         return self.model.flops(self.subnet)
 
-    def num_params(self, _: subnets.Subnet) -> int:
+    def num_params(self, _: Subnet) -> int:
         """Those of `subnet`."""
         return self.model.num_params(self.subnet)

@@ -5,11 +5,12 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from superserve_jax import profile as profile_lib
-from superserve_jax.loadtest import recorder as history
-from superserve_jax.serving import futures
+from superserve_jax.loadtest import recorder
+from superserve_jax.loadtest.recorder import Note
+from superserve_jax.profile import Profile
+from superserve_jax.serving.futures import Reply
 
-_MUST_NOT_RUN = {2: history.ANSWERED, 3: history.REFUSED}  # as `Checker._ended` has it
+_MUST_NOT_RUN = {2: recorder.ANSWERED, 3: recorder.REFUSED}  # as `Checker._ended` has it
 _SHOWN = 20  # violations that are kept as text; the others are only counted
 
 
@@ -82,10 +83,10 @@ class Checker:
     (1, 1, ('query 1 was lost: it never resolved',))
     """
 
-    def __init__(self, profile: profile_lib.Profile, *, strict_order: bool, abandons: bool = False, patience: int = 50_000):
+    def __init__(self, profile: Profile, *, strict_order: bool, abandons: bool = False, patience: int = 50_000):
         self._rows = profile.rows
         self._strict_order, self._abandons, self._patience = strict_order, abandons, patience
-        self._unread: collections.deque[history.Note] = collections.deque()
+        self._unread: collections.deque[Note] = collections.deque()
         self._undecided: dict[int, _Decision] = {}  # by thread
         self._open: dict[int, _Open] = {}
         self._ended = bytearray(1)  # by key: 1 resolved, 2 answered, 3 refused; a byte is all that stays of a query
@@ -94,7 +95,7 @@ class Checker:
         self.offered = self._twice = self._batches = self._compared = self._violations = 0
         self._examples: list[str] = []
 
-    def read(self, notes: collections.deque[history.Note]) -> None:
+    def read(self, notes: collections.deque[Note]) -> None:
         """Takes all notes from `notes`, to which others may append meanwhile."""
         while True:
             try:
@@ -169,7 +170,7 @@ class Checker:
 
     def _on_refused(self, keys: Sequence[int], error: str) -> None:
         for key in keys:
-            query = self._end(key, history.REFUSED, f"{history.REFUSED}: {error}")
+            query = self._end(key, recorder.REFUSED, f"{recorder.REFUSED}: {error}")
             if query is not None and query.taken:
                 self._violation(f"query {key} was refused, and run")
 
@@ -228,11 +229,11 @@ class Checker:
                 query.running -= 1
                 query.finished_s = now_s if query.finished_s is None else query.finished_s
 
-    def _on_resolved(self, key: int, now_s: float, outcome: str, reply: futures.Reply | None) -> None:
+    def _on_resolved(self, key: int, now_s: float, outcome: str, reply: Reply | None) -> None:
         query = self._end(key, outcome, outcome)
         if query is None:
             return
-        if outcome == history.CANCELLED and not query.cancelling:
+        if outcome == recorder.CANCELLED and not query.cancelling:
             self._violation(f"query {key} was cancelled by nobody")
         if reply is None:
             return
@@ -254,6 +255,6 @@ class Checker:
             self._twice += 1
             self._violation(f"query {key} resolved again, or had never been offered: {outcome}")
             return None
-        self._ended[key] = {history.ANSWERED: 2, history.REFUSED: 3}.get(how, 1)
+        self._ended[key] = {recorder.ANSWERED: 2, recorder.REFUSED: 3}.get(how, 1)
         self._outcomes[outcome] += 1
         return query

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.base import Engine, Wrapper
 from superserve_jax.profile import Profile
-from superserve_jax.serving import futures, server
+from superserve_jax.serving.futures import Future
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 SLO_FACTORS = (1, 2, 4)
@@ -57,10 +58,10 @@ class Second:
     memory_mb: float
 
 
-class Counting(engine.Wrapper):
+class Counting(Wrapper):
     """An engine that counts the batches of another one, the changes of its subnet, and the subnets."""
 
-    def __init__(self, watched: engine.Engine):
+    def __init__(self, watched: Engine):
         super().__init__(watched)
         self.batches = self.changes = 0
         self.subnets: set[Subnet] = set()
@@ -75,7 +76,7 @@ class Counting(engine.Wrapper):
         return super().run(subnet, batch_size, inputs)
 
 
-class Traffic:
+class EnduranceTraffic:
     """Submits Poisson arrivals of a swinging rate, with several SLOs and floors, and notes what comes back, second by second.
 
     Args:
@@ -85,7 +86,7 @@ class Traffic:
       slo_ms: the shortest SLO; the others are `SLO_FACTORS` times as long.
     """
 
-    def __init__(self, target: server.Server, engines: Sequence[Counting], *, rate_qps: float, slo_ms: float, seed: int):
+    def __init__(self, target: Server, engines: Sequence[Counting], *, rate_qps: float, slo_ms: float, seed: int):
         self.submitted = self.refused = self.resolved = self.failed = 0
         self._target, self._engines = target, engines
         self._rate_qps = rate_qps
@@ -136,7 +137,7 @@ class Traffic:
             time.sleep(0.01)
         self._take(0.0, 0.0)
 
-    def _on_done(self, query: futures.Future) -> None:
+    def _on_done(self, query: Future) -> None:
         if query.exception(timeout=0) is not None:
             self._answers.append(math.nan)
             return
@@ -185,7 +186,7 @@ def resident_mb() -> float:
     return 1e-6 * int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_inputs(target: engine.Engine, rng: np.random.Generator, count: int = 256) -> list[np.ndarray]:
+def make_inputs(target: Engine, rng: np.random.Generator, count: int = 256) -> list[np.ndarray]:
     """Made-up inputs: random pixels, or texts of random lengths of one token that is no padding."""
     shape, dtype = target.input_shape, target.input_dtype
     if target.lengths:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.serving import futures, server
-from superserve_jax.simulation import traces
+from superserve_jax.serving.futures import Future
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation.traces import Trace
 
 _WAKE_UP_S = 1e-3
 _LEAD_S = 0.05  # between the call and the trace's zero
@@ -67,10 +68,10 @@ class Submission(NamedTuple):
     start_s: float
     now_s: float
     places: Sequence[int]
-    answers: list[futures.Future] | None
+    answers: list[Future] | None
 
 
-def submit_when_due(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) -> Iterator[Submission]:
+def submit_when_due(target: Server, trace: Trace, inputs: Sequence[Any]) -> Iterator[Submission]:
     """Submits a trace's queries to an open server in the calling thread, all that are due at each wake-up, 1 ms apart.
 
     Args and Raises: see `replay`. What the caller does between two submissions makes the next one late.
@@ -107,7 +108,7 @@ def submit_when_due(target: server.Server, trace: traces.Trace, inputs: Sequence
         done = due
 
 
-def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) -> Replay:
+def replay(target: Server, trace: Trace, inputs: Sequence[Any]) -> Replay:
     """Replays a trace on an open server; returns when the last deadline has passed.
 
     What is unanswered by then has missed its deadline and is not waited for; so has what the server refuses because its queue
@@ -123,7 +124,7 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
       DataError: the trace holds no query. AccuracyFloorError: no subnet of the server reaches one of its floors.
     """
     submitted = np.full(len(trace), np.inf)
-    pending: list[futures.Future | None] = [None] * len(trace)
+    pending: list[Future | None] = [None] * len(trace)
     start = 0.0
     collects = gc.isenabled()
     gc.disable()
@@ -141,7 +142,7 @@ def replay(target: server.Server, trace: traces.Trace, inputs: Sequence[Any]) ->
     return _collect(trace, submitted, pending, start)
 
 
-def _collect(trace: traces.Trace, submitted: np.ndarray, pending: Sequence[futures.Future | None], start_s: float) -> Replay:
+def _collect(trace: Trace, submitted: np.ndarray, pending: Sequence[Future | None], start_s: float) -> Replay:
     n = len(trace)
     finish, accuracy, batch = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan)
     label = np.full(n, -1)

@@ -22,11 +22,11 @@ from typing import Any, cast
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.engines import base as engine
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import futures, server
-from superserve_jax.serving import query as query_lib
+from superserve_jax.engines.base import Engine, Launched, Overlapping, Wrapper
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies import Decision, Policy, State
+from superserve_jax.serving.futures import Future, Query
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 Note = tuple[Any, ...]
@@ -42,9 +42,9 @@ class Recorder:
     >>> from superserve_jax.simulation import paper_profile as reference
     >>> profile = reference.paper_profile()
     >>> recorder = Recorder()
-    >>> fake = recorder.engine(engine.FakeEngine(profile, input_dtype=np.int64))
-    >>> policy = recorder.policy(lambda table: policies.SlackFit(table, defer=False))
-    >>> with server.Server.from_engines([fake], profile, policy=policy) as served:
+    >>> fake = recorder.engine(FakeEngine(profile, input_dtype=np.int64))
+    >>> policy = recorder.policy(lambda table: SlackFit(table, defer=False))
+    >>> with Server.from_engines([fake], profile, policy=policy) as served:
     ...     _ = recorder.submit(served, 1, slo_ms=1000.0)
     >>> [note[0] for note in recorder.notes if note[0] != "decided"][-2:]
     ['finished', 'resolved']
@@ -56,9 +56,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._offered = 0
 
-    def submit(
-        self, target: server.Server, count: int, *, slo_ms: float, min_accuracy: float = 0.0
-    ) -> list[tuple[int, futures.Future]]:
+    def submit(self, target: Server, count: int, *, slo_ms: float, min_accuracy: float = 0.0) -> list[tuple[int, Future]]:
         """Submits so many queries in one call; returns their keys and futures, none where the server refuses them."""
         with self._lock:
             keys = tuple(range(self._offered + 1, self._offered + count + 1))
@@ -70,22 +68,22 @@ class Recorder:
         except errors.SuperServeError as error:
             note((REFUSED, keys, type(error).__name__))
             return []
-        queries = cast(list[query_lib.Query], made)
+        queries = cast(list[Query], made)
         note(("submitted", keys, self.clock(), queries[0].deadline_s))
         for key, query in zip(keys, queries, strict=True):
             query.add_done_callback(functools.partial(self._resolved, key))
         return list(zip(keys, queries, strict=True))
 
-    def cancel(self, key: int, query: futures.Future) -> None:
+    def cancel(self, key: int, query: Future) -> None:
         """Cancels a query, or tries to."""
         self.notes.append(("cancelling", key))
         query.cancel()
 
-    def policy(self, make: Callable[[profile_lib.Profile], policies.Policy]) -> policies.Policy:
+    def policy(self, make: Callable[[Profile], Policy]) -> Policy:
         """A policy that is made by `make` for every profile that it is asked about, and notes each decision."""
-        made: dict[tuple[int, ...], policies.Policy] = {}
+        made: dict[tuple[int, ...], Policy] = {}
 
-        def decide(profile: profile_lib.Profile, state: policies.State) -> policies.Decision:
+        def decide(profile: Profile, state: State) -> Decision:
             self.notes.append(("decided", threading.get_ident()))
             if profile.batch_sizes not in made:
                 made[profile.batch_sizes] = make(profile)
@@ -93,11 +91,11 @@ class Recorder:
 
         return decide
 
-    def engine(self, watched: engine.Engine) -> engine.Engine:
+    def engine(self, watched: Engine) -> Engine:
         """An engine that notes each batch of another one."""
         return _Watched(watched, self)
 
-    def _resolved(self, key: int, query: futures.Future) -> None:
+    def _resolved(self, key: int, query: Future) -> None:
         now_s = self.clock()
         if query.cancelled():
             outcome, reply = CANCELLED, None
@@ -109,10 +107,10 @@ class Recorder:
         self.notes.append(("resolved", key, now_s, outcome, reply))
 
 
-class _Watched(engine.Wrapper):
+class _Watched(Wrapper):
     """See `Recorder.engine`."""
 
-    def __init__(self, watched: engine.Engine, recorder: Recorder):
+    def __init__(self, watched: Engine, recorder: Recorder):
         super().__init__(watched)
         self.overlap = getattr(watched, "overlap", None)
         self._recorder = recorder
@@ -122,11 +120,11 @@ class _Watched(engine.Wrapper):
         keys = self._started(inputs)
         return self._finished(keys, lambda: super(_Watched, self).run(subnet, batch_size, inputs))
 
-    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> engine.Launched:
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `engine.Overlapping.launch`."""
-        wait, outputs = cast(engine.Overlapping, self._inner).launch(subnet, batch_size, inputs)
+        wait, outputs = cast(Overlapping, self._inner).launch(subnet, batch_size, inputs)
         keys = self._started(inputs)
-        return engine.Launched(lambda: self._watched(keys, wait), lambda: self._finished(keys, outputs))
+        return Launched(lambda: self._watched(keys, wait), lambda: self._finished(keys, outputs))
 
     def _started(self, inputs: list[np.ndarray]) -> tuple[Any, ...]:
         keys = tuple(x.item() for x in inputs)

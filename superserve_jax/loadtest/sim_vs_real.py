@@ -18,25 +18,27 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.engines import base as engine
-from superserve_jax.loadtest import loadgen
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import policies
-from superserve_jax.simulation import simulator, traces
+from superserve_jax.engines.base import Engine, Wrapper
+from superserve_jax.lengths import length_bucket
+from superserve_jax.loadtest.loadgen import Replay
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.simulation import simulator
+from superserve_jax.simulation.simulator import Cluster, SimulationResult, Stall
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 _BEAT_S = 1e-3
 _STALL_S = 3e-3  # a beat that comes later than this is a stall
 
 
-class Stopwatch(engine.Wrapper):
+class Stopwatch(Wrapper):
     """An engine that notes when each batch of another engine begins and ends.
 
     >>> from superserve_jax import profile, subnet
     >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
     >>> table = profile.Profile((1, 2), (row,))
-    >>> watch = Stopwatch(engine.FakeEngine(table), table)
+    >>> watch = Stopwatch(FakeEngine(table), table)
     >>> watch.run(row.subnet, 2, [np.float32(5)])
     [(5.0, 0)]
     >>> [(start_s, end_s, profiled_ms, count)] = watch.batches
@@ -44,7 +46,7 @@ class Stopwatch(engine.Wrapper):
     (True, 1.5, 1)
     """
 
-    def __init__(self, watched: engine.Engine, profile: profile_lib.Profile):
+    def __init__(self, watched: Engine, profile: Profile):
         super().__init__(watched)
         self.batches: list[tuple[float, float, float, int]] = []  # start and end on time.monotonic, profiled ms, queries
         self._profile = profile
@@ -54,7 +56,7 @@ class Stopwatch(engine.Wrapper):
         start_s = time.monotonic()
         outputs = super().run(subnet, batch_size, inputs)
         end_s = time.monotonic()
-        table = self._profile.at_length(padding.of_inputs(self.lengths, inputs)) if self.lengths else self._profile
+        table = self._profile.at_length(length_bucket(self.lengths, inputs)) if self.lengths else self._profile
         self.batches.append((start_s, end_s, table.latency_ms(subnet, batch_size), len(inputs)))
         return outputs
 
@@ -103,7 +105,7 @@ class Machine:
 
     overhead_ms: float
     noise: float
-    stalls: tuple[simulator.Stall, ...]
+    stalls: tuple[Stall, ...]
 
     @property
     def stalled_s(self) -> float:
@@ -111,13 +113,13 @@ class Machine:
         return sum(s.until_s - s.from_s for s in self.stalls)
 
 
-def machine(done: loadgen.Replay, watches: Sequence[Stopwatch], heart: Heartbeat) -> Machine:
+def machine(done: Replay, watches: Sequence[Stopwatch], heart: Heartbeat) -> Machine:
     """What was seen of the machine while `done` was replayed on the engines `watches`, one per worker.
 
     Batches that ended in a stall are left out of the overhead: the stall itself is in the simulation.
     """
     shifted = [(max(a - done.start_s, 0.0), b - done.start_s) for a, b in heart.stalls_s]
-    stalls = tuple(simulator.Stall(a, b) for a, b in shifted if b > a)
+    stalls = tuple(Stall(a, b) for a, b in shifted if b > a)
     batches = sorted((*batch, worker) for worker, watch in enumerate(watches) for batch in watch.batches)
     if not batches:
         return Machine(0.0, 0.0, stalls)
@@ -132,7 +134,7 @@ def machine(done: loadgen.Replay, watches: Sequence[Stopwatch], heart: Heartbeat
     return Machine(max(extra_ms, 0.0) + _turn_ms(done, batches), noise, stalls)
 
 
-def _turn_ms(done: loadgen.Replay, batches: Sequence[tuple[float, float, float, int, int]]) -> float:
+def _turn_ms(done: Replay, batches: Sequence[tuple[float, float, float, int, int]]) -> float:
     """Median time between two batches of a worker for which queries waited: to answer one, and to decide on the other.
 
     With one SLO the batches, in the order of their beginnings, take the queries in the order of their arrival; with several
@@ -150,26 +152,26 @@ def _turn_ms(done: loadgen.Replay, batches: Sequence[tuple[float, float, float, 
 
 
 def again(
-    done: loadgen.Replay,
-    profile: profile_lib.Profile | Sequence[profile_lib.Profile],
-    policy: str | policies.Policy,
+    done: Replay,
+    profile: Profile | Sequence[Profile],
+    policy: str | Policy,
     *,
     workers: int,
     machine: Machine,
-) -> simulator.Result:
+) -> SimulationResult:
     """The simulator's account of a replay on such a machine. Raises DataError where it holds no query."""
     if not len(done.arrival_s):
         raise errors.DataError("the replay holds no query; there is nothing to simulate")
     submitted_s = _submitted_s(done)
     order = np.argsort(submitted_s, kind="stable")
     left_ms = np.maximum(1e3 * (done.deadline_s - submitted_s)[order], 1e-3)
-    cluster = simulator.Cluster(workers, machine.overhead_ms, machine.noise, stalls=machine.stalls)
+    cluster = Cluster(workers, machine.overhead_ms, machine.noise, stalls=machine.stalls)
     tokens = done.lengths[order] if isinstance(done.lengths, np.ndarray) else done.lengths
     floors = done.floors[order] if isinstance(done.floors, np.ndarray) else done.floors
-    trace = traces.Trace(submitted_s[order], left_ms, floors, lengths=tokens)
+    trace = Trace(submitted_s[order], left_ms, floors, lengths=tokens)
     return simulator.simulate(profile, policy, trace, cluster=cluster)
 
 
-def _submitted_s(done: loadgen.Replay) -> np.ndarray:
+def _submitted_s(done: Replay) -> np.ndarray:
     """When each query was submitted; one that never was arrives at its deadline, and is missed."""
     return np.minimum(done.arrival_s + np.where(np.isfinite(done.lateness_s), done.lateness_s, np.inf), done.deadline_s)

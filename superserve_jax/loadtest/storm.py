@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
-from superserve_jax.loadtest import checker as promises
-from superserve_jax.loadtest import recorder as history
+from superserve_jax.engines.base import Engine
+from superserve_jax.engines.fake import FakeDevice, FakeEngine
+from superserve_jax.loadtest.checker import Checker, Findings
+from superserve_jax.loadtest.recorder import Recorder
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import futures, server
+from superserve_jax.scheduling.policies import SlackFit
+from superserve_jax.serving.futures import Future
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 _SIZES = (1, 2, 4, 8, 16)
@@ -110,16 +112,16 @@ class Storm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class StormResult:
     """What became of a storm: the findings, and how many workers came and went how. `faults` counts those drawn, by kind."""
 
-    findings: promises.Findings
+    findings: Findings
     seconds: float
     workers: dict[str, int]
     faults: dict[str, int]
 
 
-def run(storm: Storm, *, on_progress: Callable[[int], object] = lambda offered: None) -> Result:
+def run_storm(storm: Storm, *, on_progress: Callable[[int], object] = lambda offered: None) -> StormResult:
     """Runs a storm in threads of its own, and reads the history in this one.
 
     Args:
@@ -133,8 +135,8 @@ class _Run:
 
     def __init__(self, storm: Storm):
         self._storm = storm
-        self._recorder = history.Recorder()
-        self._checker = promises.Checker(PROFILE, strict_order=storm.strict, abandons=storm.hanging > 0)
+        self._recorder = Recorder()
+        self._checker = Checker(PROFILE, strict_order=storm.strict, abandons=storm.hanging > 0)
         self._over = threading.Event()  # the traffic is
         self._woken = threading.Event()  # whoever hangs
         self._numbers = itertools.count()
@@ -143,13 +145,13 @@ class _Run:
         self._lock = threading.Lock()  # of `_faults`
         self._errors: list[BaseException] = []  # of the threads here
 
-    def run(self, on_progress: Callable[[int], object]) -> Result:
+    def run(self, on_progress: Callable[[int], object]) -> StormResult:
         """See the function."""
         storm, recorder = self._storm, self._recorder
-        make = policies.SlackFit if not storm.strict else lambda table: policies.SlackFit(table, defer=False)
+        make = SlackFit if not storm.strict else lambda table: SlackFit(table, defer=False)
         start_s = time.monotonic()
         with _switch_interval(storm.switch_interval_s):
-            target = server.Server.from_engines(
+            target = Server.from_engines(
                 [self._engine() for _ in range(storm.workers)],
                 PROFILE,
                 policy=recorder.policy(make),
@@ -179,13 +181,13 @@ class _Run:
         for worker in target.health()["per_worker"]:
             self._went[f"{worker['state']} at the end"] += 1
         went, faults = dict(self._went.most_common()), dict(self._faults.most_common())
-        return Result(self._checker.finish(), time.monotonic() - start_s, went, faults)
+        return StormResult(self._checker.finish(), time.monotonic() - start_s, went, faults)
 
     # -- clients ------------------------------------------------------------------------------------------------------------
 
-    def _client(self, target: server.Server, rng: random.Random, share: int) -> None:
+    def _client(self, target: Server, rng: random.Random, share: int) -> None:
         storm, recorder = self._storm, self._recorder
-        under_way: collections.deque[futures.Future] = collections.deque()
+        under_way: collections.deque[Future] = collections.deque()
         while share > 0:
             while len(recorder.notes) > _MOST_NOTES:
                 time.sleep(1e-3)
@@ -205,11 +207,11 @@ class _Run:
 
     # -- workers ------------------------------------------------------------------------------------------------------------
 
-    def _engine(self) -> engine.Engine:
+    def _engine(self) -> Engine:
         number = next(self._numbers)
         rng = random.Random(f"{self._storm.seed} engine {number}")
         hook = self._mishaps(rng, broken=rng.random() < self._storm.broken)
-        kind = engine.FakeDevice if self._storm.overlap else engine.FakeEngine
+        kind = FakeDevice if self._storm.overlap else FakeEngine
         fake = kind(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
         return self._recorder.engine(fake)
 
@@ -238,7 +240,7 @@ class _Run:
 
         return on_run
 
-    def _keep(self, target: server.Server) -> None:
+    def _keep(self, target: Server) -> None:
         """Replaces lost workers, and now and then one that is well."""
         storm, rng = self._storm, random.Random(f"{self._storm.seed} keeper")
         change_s = time.monotonic() + storm.changed_every_s
@@ -271,7 +273,7 @@ class _Run:
         return thread
 
 
-def _waited(query: futures.Future) -> bool:
+def _waited(query: Future) -> bool:
     """Waits as a client does, who takes an error for an answer. False where there is none: then the query is lost, which the
     checker will say, and this client gives up."""
     try:

@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import loadgen
+from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.profile import Profile
-from superserve_jax.serving import server
-from superserve_jax.simulation import metrics, simulator, traces
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import metrics, simulator
+from superserve_jax.simulation.metrics import ReplaySummary
+from superserve_jax.simulation.simulator import Cluster, Outage, SimulationResult
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 
@@ -49,7 +53,7 @@ class Mortal:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Run:
+class KillRun:
     """What became of the traffic, in reality and simulated.
 
     Args:
@@ -59,9 +63,9 @@ class Run:
       health: of the server at the end.
     """
 
-    done: loadgen.Replay
-    simulated: simulator.Result
-    cluster: simulator.Cluster
+    done: Replay
+    simulated: SimulationResult
+    cluster: Cluster
     health: dict[str, Any]
 
 
@@ -72,14 +76,14 @@ class Interval:
     from_s: float
     until_s: float
     workers: int
-    real: metrics.Summary
-    simulated: metrics.Summary
+    real: ReplaySummary
+    simulated: ReplaySummary
 
 
-def run(trace: traces.Trace, profile: Profile, policy: str, *, cluster: simulator.Cluster, slo_ms: float) -> Run:
+def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms: float) -> KillRun:
     """Replays a trace on a server with one fake engine per worker, each killed when its outage in `cluster` begins."""
     hooks = [Mortal(profile) for _ in range(cluster.workers)]
-    engines = [engine.FakeEngine(profile, name=f"fake:{i}", speed=np.inf, on_run=hook) for i, hook in enumerate(hooks)]
+    engines = [FakeEngine(profile, name=f"fake:{i}", speed=np.inf, on_run=hook) for i, hook in enumerate(hooks)]
     deaths: list[tuple[int, float]] = []  # worker, time.monotonic
     over = threading.Event()
 
@@ -93,19 +97,19 @@ def run(trace: traces.Trace, profile: Profile, policy: str, *, cluster: simulato
 
     killer = threading.Thread(target=kill, name="superserve-killer", daemon=True)
     options = {"policy": policy, "slo_ms": slo_ms, "max_queue": len(trace) + 1}
-    with server.Server.from_engines(engines, profile, max_failures=1, **options) as target:
+    with Server.from_engines(engines, profile, max_failures=1, **options) as target:
         killer.start()
         done = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
         over.set()
         killer.join()
         health = target.health()
         target.close(drain=False)
-    outages = tuple(simulator.Outage(worker, max(at_s - done.start_s, 1e-3)) for worker, at_s in deaths)
+    outages = tuple(Outage(worker, max(at_s - done.start_s, 1e-3)) for worker, at_s in deaths)
     cluster = dataclasses.replace(cluster, outages=outages)
-    return Run(done, simulator.simulate(profile, policy, trace, cluster=cluster), cluster, health)
+    return KillRun(done, simulator.simulate(profile, policy, trace, cluster=cluster), cluster, health)
 
 
-def intervals(run: Run) -> list[Interval]:
+def intervals(run: KillRun) -> list[Interval]:
     """The run from death to death; the last element is all of it, with the workers that are left. Intervals in which nothing
     arrived are left out."""
     done, again = run.done, run.simulated

@@ -8,63 +8,14 @@ as the SLOs demand. Server and simulator share it.
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
 
-from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.scheduling import queue
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving.query import Query
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.speeds import Fleet
 
 _USABLE = 0.9  # of the slack; the rest is for jitter, as SlackFit's reserve is. In an overload it costs nothing: others wait
 _PAUSE_S = 0.05  # without refusals, after which an overload is over
 _PATIENCE_S = 0.2  # an overload that is longer is no burst
-
-
-class Bounds:
-    """How many queries, and bytes of inputs, may wait. Cancelled ones take no room.
-
-    Args:
-      lengths: length buckets; `()` where inputs have one shape, and counting them is counting bytes.
-      max_queue, max_queue_bytes: see `server.Server`.
-      input_bytes: of one input, at the longest length.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, max_queue: int, max_queue_bytes: int, input_bytes: int):
-        self._max_queue, self._limit = max_queue, f"max_queue={max_queue}"
-        self._max_tokens, self._token_limit = math.inf, f"max_queue_bytes={max_queue_bytes}"
-        if max_queue * input_bytes <= max_queue_bytes:
-            pass  # so many have fewer bytes, whatever they are
-        elif lengths:
-            self._max_tokens = max_queue_bytes * lengths[-1] // input_bytes
-        else:
-            self._max_queue, self._limit = max_queue_bytes // input_bytes, f"{self._token_limit} ({input_bytes} each)"
-        self._until_sweep = 0  # refusals
-
-    def check(self, waiting: queue.DeadlineQueue, count: int, lengths: Sequence[int]) -> None:
-        """Raises QueueFullError where the queue has no room for so many more, of these lengths if inputs have any.
-
-        Cancelled queries are swept out where there is none. That takes 0.1 us for each that waits, so it is not done again
-        before as many have been refused as it has left: of the cost of a refusal it is a constant part.
-        """
-        if (limit := self._exceeded(waiting, count, lengths)) is None:
-            return
-        self._until_sweep -= count
-        if self._until_sweep <= 0:
-            waiting.sweep(Query.done)
-            self._until_sweep = len(waiting)
-            if (limit := self._exceeded(waiting, count, lengths)) is None:
-                return
-        raise errors.QueueFullError(
-            f"{len(waiting)} queries wait and {count} more would exceed {limit}; "
-            f"submit more slowly, add devices, or raise {limit.partition('=')[0]}"
-        )
-
-    def _exceeded(self, waiting: queue.DeadlineQueue, count: int, lengths: Sequence[int]) -> str | None:
-        """The bound that so many more would exceed."""
-        if len(waiting) + count > self._max_queue:
-            return self._limit
-        return self._token_limit if self._max_tokens < math.inf and waiting.tokens(lengths) > self._max_tokens else None
 
 
 class Admission:
@@ -82,14 +33,14 @@ class Admission:
       profile: of the first worker; how fast the others are, and how fast all of them are of late, the fleet knows.
 
     >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile, waiting = reference.paper_profile(), queue.DeadlineQueue()
-    >>> admission, fleet = Admission(profile), drift.Fleet([profile] * 8)
+    >>> profile, waiting = reference.paper_profile(), DeadlineQueue()
+    >>> admission, fleet = Admission(profile), Fleet([profile] * 8)
     >>> waiting.push_all(0.036, range(500))
     >>> [admission.admits(waiting, fleet, 0.0, deadline_s, shortest_ms=36.0) for deadline_s in (0.035, 0.036, 0.044)]
     [True, False, True]
     """
 
-    def __init__(self, profile: profile_lib.Profile):
+    def __init__(self, profile: Profile):
         tables = profile.tables
         self._sizes, self._lengths = profile.batch_sizes, profile.lengths[:-1]
         self._query_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in tables)
@@ -103,8 +54,8 @@ class Admission:
 
     def admits(
         self,
-        waiting: queue.DeadlineQueue,
-        fleet: drift.Fleet,
+        waiting: DeadlineQueue,
+        fleet: Fleet,
         now_s: float,
         deadline_s: float,
         *,

@@ -11,21 +11,24 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies, queue
-from superserve_jax.scheduling import speeds as drift
+from superserve_jax.scheduling import queue
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.policies import Policy, State
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.speeds import Pace
 from superserve_jax.serving import futures
-from superserve_jax.serving.query import Query
+from superserve_jax.serving.futures import Query
 from superserve_jax.subnet import Subnet
 
 
 def next_batch(
-    waiting: queue.DeadlineQueue,
-    meter: queue.Meter,
-    policy: policies.Policy,
+    waiting: DeadlineQueue,
+    meter: ArrivalMeter,
+    policy: Policy,
     profile: Profile,
     now_s: float,
     *,
-    pace: drift.Pace,
+    pace: Pace,
     last_subnet: Subnet | None,
     worker: int,
 ) -> tuple[Row, list[Any], float, str]:
@@ -80,7 +83,7 @@ def next_batch(
             waiting.put_back(aside)
 
 
-def refill(waiting: queue.DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
+def refill(waiting: DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
     """A batch of `next_batch` with what comes next, and is no longer, in the places of its cancelled queries."""
     if not any(map(futures.resolved, batch)):
         return batch
@@ -94,7 +97,7 @@ def refill(waiting: queue.DeadlineQueue, profile: Profile, row: Row, batch: list
     return live
 
 
-def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> tuple[Row, int, float, float, str]:
+def _decide(policy: Policy, table: Profile, state: State) -> tuple[Row, int, float, float, str]:
     """Row, batch size, the milliseconds of loading and of slack below which a query is lost, and the policy's reason."""
     try:
         decision = policy(table, state)
@@ -108,22 +111,22 @@ def _decide(policy: policies.Policy, table: Profile, state: policies.State) -> t
 
 
 def _state(
-    waiting: queue.DeadlineQueue,
-    meter: queue.Meter,
+    waiting: DeadlineQueue,
+    meter: ArrivalMeter,
     max_batch: int,
     now_s: float,
     *,
-    pace: drift.Pace,
+    pace: Pace,
     last_subnet: Subnet | None,
     worker: int,
-) -> policies.State:
+) -> State:
     """What the policy may know. On a device that is f times slower than its profile, time runs f times faster."""
     slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
     work_ms = waiting.work_ms
     rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
     workers, slowdown, _ = pace
     slo_ms = meter.slo_ms
-    return policies.State._make(
+    return State._make(
         (
             now_s,
             slack_ms / slowdown,

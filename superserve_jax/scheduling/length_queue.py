@@ -10,55 +10,22 @@ deadlines nearly every large batch has one. Hence `LengthQueue`: it lets queries
 """
 
 import bisect
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import queue
-
-_SHORTEST = 16  # by default; shorter ones hardly run faster
-
-
-def default_lengths(max_length: int) -> tuple[int, ...]:
-    """Powers of two from 16 up, and last the longest length.
-
-    >>> default_lengths(128), default_lengths(100), default_lengths(6)
-    ((16, 32, 64, 128), (16, 32, 64, 100), (6,))
-    """
-    powers = itertools.takewhile(lambda length: length < max_length, (_SHORTEST << i for i in itertools.count()))
-    return (*powers, max_length)
+from superserve_jax.scheduling.queue import DeadlineQueue
 
 
-def trimmed(x: np.ndarray, pad_id: int) -> np.ndarray:
-    """A sequence (T,) of token ids, or (T, 2) of ids and types, without its trailing padding; at least one position is kept.
-
-    >>> trimmed(np.array([5, 0, 7, 0, 0]), 0).tolist(), trimmed(np.zeros((4, 2), int), 0).shape
-    ([5, 0, 7], (1, 2))
-    """
-    kept = np.flatnonzero((x if x.ndim == 1 else x[:, 0]) != pad_id)
-    return x[: kept[-1] + 1 if len(kept) else 1]
-
-
-def of_inputs(lengths: Sequence[int], inputs: Sequence[np.ndarray]) -> int:
-    """The length bucket that holds all inputs. Raises InputError where none does."""
-    longest = max(map(len, inputs))
-    if longest > lengths[-1]:
-        raise errors.InputError(f"an input of {longest} tokens, but the longest length bucket has {lengths[-1]}; cut it")
-    return lengths[bisect.bisect_left(lengths, longest)]
-
-
-def make_queue(profile: Profile) -> queue.DeadlineQueue:
+def make_queue(profile: Profile) -> DeadlineQueue:
     """An empty queue for a server with this profile: a plain one, unless there are several length buckets."""
-    return LengthQueue(profile) if profile.shorter else queue.DeadlineQueue()
+    return LengthQueue(profile) if profile.shorter else DeadlineQueue()
 
 
-class LengthQueue(queue.DeadlineQueue):
+class LengthQueue(DeadlineQueue):
     """One queue for each length bucket, seen as one. Not thread-safe: the caller holds a lock.
 
     The **head** is the earliest deadline of all; of equal ones, the longest. Its length bucket is that of the next batch. The
@@ -94,7 +61,7 @@ class LengthQueue(queue.DeadlineQueue):
         self._lengths = profile.lengths
         self._now_s = -math.inf
         self._seats = sys.maxsize  # in the next batch
-        self._queues = tuple(queue.DeadlineQueue() for _ in profile.lengths)
+        self._queues = tuple(DeadlineQueue() for _ in profile.lengths)
         self._place: int | None = None  # of the head's length bucket, once it has been looked for
         self.retime(profile)
 
@@ -276,7 +243,7 @@ class LengthQueue(queue.DeadlineQueue):
                 return i
         return place
 
-    def _shares(self, n: int) -> Iterator[tuple[queue.DeadlineQueue, int, int]]:
+    def _shares(self, n: int) -> Iterator[tuple[DeadlineQueue, int, int]]:
         """The queues that a batch of `n` takes from, in order: from which item on, and how many at most; late ones last, but
         for those of a late head's length bucket."""
         head, *shorter = riding = self._queues[self._head_place() :: -1]

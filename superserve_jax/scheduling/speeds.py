@@ -22,7 +22,7 @@ _IGNORED = 0.05  # as well: less is jitter, for which policies keep a reserve
 _LOG_LIMIT = math.log(8.0)  # a device that is even slower is no longer fit for what was measured of it
 
 
-class Drift:
+class SlowdownEstimate:
     """By how much one worker is slower than its profile says.
 
     The estimate is a running mean of the logarithm of the batches' latency over the profiled one, in which long batches count
@@ -92,7 +92,7 @@ class Fleet:
 
     def __init__(self, profiles: Sequence[Profile] = (), *, correct: bool = True):
         self._correct = correct
-        self._drifts: dict[int, Drift] = {}
+        self._drifts: dict[int, SlowdownEstimate] = {}
         self._first_qps = 0.0  # throughput of the first worker, in units of which those that are alike are whole numbers
         self._profiled: dict[int, float] = {}
         self._speeds: dict[int, float] = {}  # of late; 0 of a worker that is gone
@@ -104,7 +104,7 @@ class Fleet:
         """A worker is new."""
         qps = profile.throughput_qps(profile.rows[0].subnet)
         self._first_qps = self._first_qps or qps
-        self._drifts[worker], self._profiled[worker] = Drift(), qps / self._first_qps
+        self._drifts[worker], self._profiled[worker] = SlowdownEstimate(), qps / self._first_qps
         self._set(worker, self._profiled[worker])
 
     def resize(self, worker: int, profile: Profile) -> None:

@@ -19,15 +19,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import policies, queue
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving import options as tuning
-from superserve_jax.serving import retries, runtime, telemetry
-from superserve_jax.serving.query import Query
+from superserve_jax.scheduling import length_queue, queue
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving import retries, runtime
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.options import Options
+from superserve_jax.serving.retries import Retries
 from superserve_jax.serving.roster import Flight, Worker
+from superserve_jax.serving.telemetry import Counters
 
 _PATIENCE = 20  # a batch that takes so many times its profiled p99 will not come back
 _EXIT_S = 1.0  # how long the interpreter's exit waits for running batches
@@ -39,8 +42,8 @@ class Crew:
     def __init__(
         self,
         profiles: Sequence[Profile],
-        make_policy: Callable[[Profile], policies.Policy],
-        settings: tuning.Options,
+        make_policy: Callable[[Profile], Policy],
+        settings: Options,
     ):
         clock = self._clock = settings.clock
         self._overlap, self._follow_drift, self._stall_s = settings.overlap, settings.follow_drift, settings.stall_s
@@ -48,7 +51,7 @@ class Crew:
         self._make_policy = functools.cache(make_policy)  # one for all workers that are alike
         for each in profiles:  # which may fail: before anything is begun that would have to be ended
             self._make_policy(each)
-        self._fleet = drift.Fleet(correct=self._follow_drift)
+        self._fleet = Fleet(correct=self._follow_drift)
         self.best = math.inf  # the greatest accuracy that every worker offers
         self._fastest_s = math.inf  # the least that a query takes
         self._pid = os.getpid()
@@ -56,10 +59,10 @@ class Crew:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # idle workers wait for queries
         self._left = threading.Condition(self._lock)  # closers wait for workers to leave
-        self._queue = padding.make_queue(profile)
-        self._meter = queue.Meter()
-        self._retries = retries.Retries(profile, max_tries=settings.max_tries)
-        self._counters = telemetry.Counters(profile)
+        self._queue = length_queue.make_queue(profile)
+        self._meter = ArrivalMeter()
+        self._retries = Retries(profile, max_tries=settings.max_tries)
+        self._counters = Counters(profile)
         self._opened_s = clock()
         self._workers: list[Worker] = []
         self._alive = self._abandoned = self._failures = 0
@@ -78,7 +81,7 @@ class Crew:
 
     # -- called by clients --------------------------------------------------------------------------------------------------
 
-    def add(self, new: engine.Engine, profile: Profile) -> str:
+    def add(self, new: Engine, profile: Profile) -> str:
         """See `Server.add_worker`."""
         self._check_process()
         policy = self._make_policy(profile)
@@ -332,7 +335,7 @@ class Crew:
         flight = worker.flights[0]
         return max(self._stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[flight.place])
 
-    def _overlaps(self, new: engine.Engine) -> bool:
+    def _overlaps(self, new: Engine) -> bool:
         """Whether a worker with this engine stages its next batch while the device computes."""
         gains = getattr(new, "overlap", None)  # None of an engine that cannot
         return gains is not None and (gains if self._overlap is None else self._overlap)

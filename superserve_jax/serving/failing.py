@@ -13,18 +13,19 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import options as tuning
-from superserve_jax.serving import retries, swap
-from superserve_jax.serving.query import Query
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving import retries
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.options import Options
 from superserve_jax.serving.roster import Flight, Worker
+from superserve_jax.serving.swap import Swapping
 
 _log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 1.0
 
 
-class Failing(swap.Swapping):
+class Failing(Swapping):
     """A crew whose batches may fail.
 
     Args:
@@ -34,8 +35,8 @@ class Failing(swap.Swapping):
     def __init__(
         self,
         profiles: Sequence[Profile],
-        make_policy: Callable[[Profile], policies.Policy],
-        settings: tuning.Options,
+        make_policy: Callable[[Profile], Policy],
+        settings: Options,
         *,
         pause_s: float,
     ):

@@ -24,7 +24,7 @@ from typing import Any
 
 from prometheus_client import core, registry
 
-from superserve_jax.serving import server
+from superserve_jax.serving.server import Server
 
 _OUTCOMES = ("met", "late", "expired", "failed", "cancelled", "refused")
 _STATES = ("idle", "running", "left", "abandoned", "removed")
@@ -36,7 +36,7 @@ class Collector(registry.Collector):
     A registry takes one of them; several servers in a process have a `CollectorRegistry` each.
     """
 
-    def __init__(self, served: server.Server):
+    def __init__(self, served: Server):
         self._server = weakref.ref(served)  # a registry lives as long as the process, and must not keep the server
 
     def collect(self) -> Iterator[core.Metric]:

@@ -18,9 +18,10 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import queue
-from superserve_jax.serving.query import Query
+from superserve_jax.scheduling import length_queue
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.serving.futures import Query
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -35,8 +36,8 @@ class Retry:
       alone_on: of a single query, the indices of the workers on which it failed alone.
     """
 
-    waiting: queue.DeadlineQueue
-    meter: queue.Meter
+    waiting: DeadlineQueue
+    meter: ArrivalMeter
     failures: int
     avoid: int
     alone_on: frozenset[int] = frozenset()
@@ -86,7 +87,7 @@ class Retries:
         self._profile = profile
         for group in self.groups:
             group.waiting.retime(profile)
-            group.meter = queue.Meter()  # there was nothing in it
+            group.meter = ArrivalMeter()  # there was nothing in it
 
     def give_back(self, batch: Sequence[Query], before: Retry | None, worker: int) -> None:
         """Puts a batch back that shall not count as tried; `before` is where it came from."""
@@ -127,10 +128,10 @@ class Retries:
         return hopeless
 
     def _add(self, queries: Sequence[Query], failures: int, worker: int, alone_on: frozenset[int]) -> None:
-        waiting = padding.make_queue(self._profile)
+        waiting = length_queue.make_queue(self._profile)
         for query in queries:
             waiting.push(query.deadline_s, query, query.floor, query.length)
-        self.groups.append(Retry(waiting, queue.Meter(), failures, worker, alone_on))
+        self.groups.append(Retry(waiting, ArrivalMeter(), failures, worker, alone_on))
 
 
 def out_of_memory(error: BaseException) -> bool:

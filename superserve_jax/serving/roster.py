@@ -5,21 +5,21 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.base import Engine, Launched
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving import retries
-from superserve_jax.serving.query import Query
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.retries import Retry
 from superserve_jax.subnet import Subnet
 
 
 class Successor(NamedTuple):
     """What a worker is to run instead (see `swap`)."""
 
-    engine: engine.Engine
+    engine: Engine
     profile: Profile
-    policy: policies.Policy
+    policy: Policy
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -41,10 +41,10 @@ class Flight:
     row: Row
     batch: Sequence[Query]
     place: int
-    retry: retries.Retry | None
+    retry: Retry | None
     reason: str
     started_s: float
-    launched: engine.Launched | None = None
+    launched: Launched | None = None
     refused: BaseException | None = None
     shared: bool = False
 
@@ -54,11 +54,11 @@ class Worker:
     """One engine and its thread. `flights` are the batches that it has: one, or where the engine can stage a second one while
     the device computes the first (`overlap`), up to two, in the order in which they run."""
 
-    engine: engine.Engine
+    engine: Engine
     name: str
     index: int
     profile: Profile  # of the batch sizes that it may run
-    policy: policies.Policy  # for that profile
+    policy: Policy  # for that profile
     thread: threading.Thread = dataclasses.field(init=False)
     overlap: bool  # see `workers`
     flights: list[Flight] = dataclasses.field(default_factory=list)
@@ -84,7 +84,7 @@ class Worker:
         for flight in self.flights:
             flight.started_s = max(flight.started_s, since_s)
 
-    def health(self, now_s: float, fleet: drift.Fleet) -> dict[str, Any]:
+    def health(self, now_s: float, fleet: Fleet) -> dict[str, Any]:
         """See `server.Server.health`."""
         return {
             "name": self.name,

@@ -49,14 +49,14 @@ from typing import Any, Literal, Unpack
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.engines import base as engine
-from superserve_jax.profile import Profile
-from superserve_jax.scheduling import length_queue as padding
+from superserve_jax.engines.base import Engine
+from superserve_jax.lengths import trim_padding
+from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
-from superserve_jax.serving import futures, workers
-from superserve_jax.serving import options as tuning_lib
-from superserve_jax.serving.query import Query
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving.futures import Future, Query
+from superserve_jax.serving.options import Options, Tuning
+from superserve_jax.serving.workers import Pool
 
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
 _MAX_NAME = 100  # characters of a policy's name, which may nest
@@ -95,8 +95,8 @@ class Server:
     >>> from superserve_jax import profile, subnet
     >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
     >>> table = profile.Profile((1, 2), (row,))
-    >>> fake = engine.FakeEngine(table)
-    >>> always = lambda profile, state: policies.Decision(row.subnet, 2)
+    >>> fake = FakeEngine(table)
+    >>> always = lambda profile, state: Decision(row.subnet, 2)
     >>> with Server.from_engines([fake], table, policy=always) as server:
     ...     reply = server.submit(np.float32(5)).result(timeout=10)
     >>> reply.output, reply.accuracy
@@ -107,7 +107,7 @@ class Server:
         self,
         path_or_model: Any,
         *,
-        policy: str | policies.Policy = "slackfit",
+        policy: str | Policy = "slackfit",
         slo_ms: float = 36.0,
         batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
         lengths: Sequence[int] | None = None,
@@ -116,7 +116,7 @@ class Server:
         slice_bytes: int | None = None,
         max_queue: int = 10_000,
         expire: bool = False,
-        **tuning: Unpack[tuning_lib.Tuning],
+        **tuning: Unpack[Tuning],
     ):
         from superserve_jax.engines import prepare  # here, since it imports jax
 
@@ -134,14 +134,14 @@ class Server:
     @classmethod
     def from_engines(
         cls,
-        engines: Sequence[engine.Engine],
+        engines: Sequence[Engine],
         profile: Profile | Sequence[Profile],
         *,
-        policy: str | policies.Policy = "slackfit",
+        policy: str | Policy = "slackfit",
         slo_ms: float = 36.0,
         max_queue: int = 10_000,
         expire: bool = False,
-        **tuning: Unpack[tuning_lib.Tuning],
+        **tuning: Unpack[Tuning],
     ) -> "Server":
         """A server of engines that exist already, all with the batch sizes and length buckets of `profile`.
 
@@ -155,21 +155,21 @@ class Server:
 
     def _open(
         self,
-        engines: Sequence[engine.Engine],
+        engines: Sequence[Engine],
         profile: Profile | Sequence[Profile],
-        policy: str | policies.Policy,
+        policy: str | Policy,
         *,
         slo_ms: float,
         **options: Any,
     ) -> None:
-        settings = tuning_lib.Options(**options)
+        settings = Options(**options)
         with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engine.Engine)"):
             engines = list(engines)
             specs = {_spec(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
         [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
-        each = profile_lib.of_workers(profile, len(engines))
+        each = profiles_of_workers(profile, len(engines))
         if self._lengths != each[0].lengths:
             raise errors.ConfigError(
                 f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
@@ -182,7 +182,7 @@ class Server:
         self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms = check_slo(slo_ms)
         self._changing = threading.Lock()  # held by who adds or swaps: a swap is for the workers that there were at its start
-        self._pool = workers.Pool(
+        self._pool = Pool(
             engines,
             each,
             functools.partial(make_policy, policy),
@@ -199,7 +199,7 @@ class Server:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.close(drain=error_type is None)
 
-    def submit(self, x: Any, *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> futures.Future:
+    def submit(self, x: Any, *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> Future:
         """Asks for one answer.
 
         Args:
@@ -217,9 +217,7 @@ class Server:
         """
         return self._admit((x,), slo_ms, min_accuracy)[0]
 
-    def submit_many(
-        self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0
-    ) -> list[futures.Future]:
+    def submit_many(self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> list[Future]:
         """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
         try:
             each = iter(xs)
@@ -248,7 +246,7 @@ class Server:
         """`x` as an array. Never cast: pixels of 0..255 read as 0..1 would be wrong answers without an error."""
         array = x if type(x) is np.ndarray else _as_array(x)
         if self._lengths and array.ndim and array.shape[1:] == self._shape[1:] and array.dtype == self._dtype:
-            array = padding.trimmed(array, self._pad_id)
+            array = trim_padding(array, self._pad_id)
             if not 0 < len(array) <= self._lengths[-1]:
                 raise errors.InputError(
                     f"an input of {len(array)} tokens, padding at the end not counted; expected 1 to {self._lengths[-1]}: "
@@ -300,7 +298,7 @@ class Server:
                 new = prepare.make_engine(self.model, new, profile, **self._options)
             if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
                 raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
-            profile_lib.of_workers([self.profile, profile], 2)
+            profiles_of_workers([self.profile, profile], 2)
             return self._pool.add(new, profile)
 
     def remove_worker(self, name: str) -> None:
@@ -359,7 +357,7 @@ class Server:
             _, engines, profiles = prepare.prepare(
                 model, batch_sizes=self.profile.batch_sizes, lengths=self._lengths or None, devices=devices, **self._options
             )
-            each = profile_lib.of_workers(profiles, len(engines))
+            each = profiles_of_workers(profiles, len(engines))
             old = self._pool.swap(members, engines, each)
             self.model, self.profiles, self.profile = model, tuple(each), each[0]
         self._pool.wait_for_swap()
@@ -404,12 +402,12 @@ class Server:
         return self._pool.snapshot()
 
 
-def _spec(e: engine.Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
+def _spec(e: Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
     """What inputs an engine takes."""
     return tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id
 
 
-def make_policy(policy: str | policies.Policy, *profiles: Profile) -> policies.Policy:
+def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
     """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
     if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
         raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")

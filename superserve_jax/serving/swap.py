@@ -11,16 +11,17 @@ import threading
 from collections.abc import Sequence
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import dispatch, policies, queue
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving import crew
+from superserve_jax.scheduling import dispatch, length_queue
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.scheduling.speeds import Fleet, Pace
+from superserve_jax.serving.crew import Crew
 from superserve_jax.serving.roster import Successor, Worker
 
 
-class Swapping(crew.Crew):
+class Swapping(Crew):
     """A crew whose engines can be swapped."""
 
     def members(self) -> list[Worker]:
@@ -36,9 +37,7 @@ class Swapping(crew.Crew):
                 )
             return self._locked_alive()
 
-    def swap(
-        self, workers: Sequence[Worker], engines: Sequence[engine.Engine], profiles: Sequence[Profile]
-    ) -> list[engine.Engine]:
+    def swap(self, workers: Sequence[Worker], engines: Sequence[Engine], profiles: Sequence[Profile]) -> list[Engine]:
         """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
 
         Args:
@@ -80,15 +79,15 @@ class Swapping(crew.Crew):
             raise self._lost_error()
         return [w for w in self._workers if w.alive]
 
-    def _locked_try(self, policy: policies.Policy, profile: Profile, worker: int) -> None:
+    def _locked_try(self, policy: Policy, profile: Profile, worker: int) -> None:
         """Asks a policy about one query of each length with a second of slack. Raises ConfigError where that fails."""
         now_s = self._clock()
         for length in profile.lengths or (0,):
-            waiting = padding.make_queue(profile)
+            waiting = length_queue.make_queue(profile)
             waiting.push(now_s + 1.0, None, length=length)
             try:
                 dispatch.next_batch(
-                    *(waiting, queue.Meter(), policy, profile, now_s), pace=drift.Pace(), last_subnet=None, worker=worker
+                    *(waiting, ArrivalMeter(), policy, profile, now_s), pace=Pace(), last_subnet=None, worker=worker
                 )
             except Exception as error:
                 raise errors.ConfigError(
@@ -97,7 +96,7 @@ class Swapping(crew.Crew):
                 ) from error
 
     def _locked_swap(self, pairs: Sequence[tuple[Worker, Successor]]) -> None:
-        fleet = drift.Fleet(correct=self._follow_drift)
+        fleet = Fleet(correct=self._follow_drift)
         successors = dict(pairs)
         for worker in sorted(self._workers, key=lambda w: w.present):  # the index of one that is gone may be another's
             worker.successor = successor = successors.get(worker)  # none of one that has been removed and finishes its batch

@@ -10,13 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import admission as admission_lib
-from superserve_jax.scheduling import dispatch, policies
-from superserve_jax.serving import failing, futures, retries
-from superserve_jax.serving import options as tuning
-from superserve_jax.serving.query import Query
+from superserve_jax.scheduling import dispatch
+from superserve_jax.scheduling.admission import Admission
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving import retries
+from superserve_jax.serving.failing import Failing
+from superserve_jax.serving.futures import Query, Reply
+from superserve_jax.serving.limits import QueueLimits
+from superserve_jax.serving.options import Options
+from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.roster import Flight, Successor, Worker
 
 _log = logging.getLogger(__name__)
@@ -59,7 +63,7 @@ def _learn_pace(worker: Worker, took: float | None) -> None:
     worker.pace = max(worker.pace, _LEAST_PACE)
 
 
-class Pool(failing.Failing):
+class Pool(Failing):
     """Queue, workers and watchdog of one server. Its threads refer to the pool, never to the `Server`, so that a server
     that nobody holds any more can be collected and then closes.
 
@@ -72,23 +76,23 @@ class Pool(failing.Failing):
 
     def __init__(
         self,
-        engines: Sequence[engine.Engine],
+        engines: Sequence[Engine],
         profiles: Sequence[Profile],
-        make_policy: Callable[[Profile], policies.Policy],
-        settings: tuning.Options,
+        make_policy: Callable[[Profile], Policy],
+        settings: Options,
         *,
         input_bytes: int,
         pause_s: float,
     ):
         super().__init__(profiles, make_policy, settings, pause_s=pause_s)
         self._has_lengths = bool(profiles[0].shorter)  # as those of all
-        self._bounds = admission_lib.Bounds(
+        self._bounds = QueueLimits(
             profiles[0].lengths if self._has_lengths else (),
             max_queue=settings.max_queue,
             max_queue_bytes=settings.max_queue_bytes,
             input_bytes=input_bytes,
         )
-        self._admission = admission_lib.Admission(profiles[0]) if settings.admission else None
+        self._admission = Admission(profiles[0]) if settings.admission else None
         self._expire, self._telemetry = settings.expire, settings.telemetry
         self._idle = 0  # workers that wait on _work
         self._waking = False  # one of them has been notified and has not run yet
@@ -133,7 +137,7 @@ class Pool(failing.Failing):
     def _locked_swap(self, pairs: Sequence[tuple[Worker, Successor]]) -> None:
         super()._locked_swap(pairs)
         if self._admission is not None:
-            self._admission = admission_lib.Admission(pairs[0][1].profile)
+            self._admission = Admission(pairs[0][1].profile)
 
     def snapshot(self) -> dict[str, Any]:
         """See `Server.snapshot`."""
@@ -360,7 +364,7 @@ class Pool(failing.Failing):
         # As much as can be is done before the first answer, after which its client wants the interpreter, too.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch] if self._telemetry else []
         late, turned_away = 0, []
-        make = futures.Reply._make  # half the cost of the constructor
+        make = Reply._make  # half the cost of the constructor
         for query, output in zip(batch, outputs, strict=True):
             queue_ms = 1e3 * (start_s - query.submitted_s)
             met_slo = finish_s <= query.deadline_s
@@ -377,7 +381,7 @@ class Pool(failing.Failing):
 
     # -- what any thread may do ---------------------------------------------------------------------------------------------
 
-    def _locked_retry(self, worker: Worker) -> retries.Retry | None:
+    def _locked_retry(self, worker: Worker) -> Retry | None:
         """What has failed, and is for this worker to run again. It comes first, since it has waited for longer."""
         if not self._retries.groups:
             return None

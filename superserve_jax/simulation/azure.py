@@ -15,6 +15,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.simulation import traces
+from superserve_jax.simulation.traces import Trace
 
 Path = str | os.PathLike[str]
 
@@ -56,7 +57,7 @@ def trace(
     duration_s: float = 120.0,
     slo_ms: float = 36.0,
     seed: int = 0,
-) -> traces.Trace:
+) -> Trace:
     """The recorded time shrunk to `duration_s` and scaled to a mean rate, keeping its shape.
 
     Each minute keeps its share of the queries, to within one. Inside its slice of time arrivals are uniformly random, a
@@ -72,7 +73,7 @@ def trace(
     counts = np.diff(ends, prepend=0)
     within = rng.random(int(ends[-1]))
     arrivals = (np.repeat(np.arange(len(minutes)), counts) + within) * (duration_s / len(minutes))
-    return traces.Trace(np.sort(arrivals), slo_ms, name=f"MAF {mean_qps:g} qps")
+    return Trace(np.sort(arrivals), slo_ms, name=f"MAF {mean_qps:g} qps")
 
 
 def _days(path: pathlib.Path) -> list[np.ndarray]:

@@ -11,8 +11,8 @@ import numpy as np
 from scipy import optimize, sparse
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.simulation import traces
+from superserve_jax.profile import Profile
+from superserve_jax.simulation.traces import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Bound:
     accuracy: float
 
 
-def fluid(profile: profile_lib.Profile, rate_qps: float, *, workers: int = 8, slo_ms: float = 36.0) -> Bound:
+def fluid(profile: Profile, rate_qps: float, *, workers: int = 8, slo_ms: float = 36.0) -> Bound:
     """The fluid bound of a steady rate.
 
     >>> from superserve_jax.simulation import paper_profile as reference
@@ -41,9 +41,7 @@ def fluid(profile: profile_lib.Profile, rate_qps: float, *, workers: int = 8, sl
     return _solve(profile, np.array([[slo_ms, 0.0, 0.0]]), np.array([[rate_qps]]), workers)
 
 
-def fluid_of_trace(
-    profile: profile_lib.Profile, trace: traces.Trace, *, workers: int = 8, window_s: float | None = None
-) -> Bound:
+def fluid_of_trace(profile: Profile, trace: Trace, *, workers: int = 8, window_s: float | None = None) -> Bound:
     """The fluid bound of a trace; each kind of query (SLO, floor and length) may be served by what suits it.
 
     Args:
@@ -67,7 +65,7 @@ def fluid_of_trace(
     return _solve(profile, kinds, counts / usable_s, workers)
 
 
-def _solve(profile: profile_lib.Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
+def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
     """Serves as much as the workers can carry; of all ways to do that, the most accurate.
 
     Args:
@@ -101,7 +99,7 @@ def _solve(profile: profile_lib.Profile, kinds: np.ndarray, rates_qps: np.ndarra
     return Bound(min(answered / total, 1.0), correct / answered if answered else float("nan"))
 
 
-def _query_ms(profile: profile_lib.Profile, slo_ms: float) -> np.ndarray:
+def _query_ms(profile: Profile, slo_ms: float) -> np.ndarray:
     """[subnets]: a worker's time per query at the best throughput within the SLO, infinite where that is not allowed."""
     latency_ms = np.array([row.latency_ms for row in profile.rows])
     return np.where(latency_ms <= slo_ms, latency_ms / np.array(profile.batch_sizes), np.inf).min(axis=1)
@@ -122,9 +120,7 @@ class Optimum:
     accuracy: float
 
 
-def optimum(
-    profile: profile_lib.Profile, trace: traces.Trace, *, workers: int = 2, tick_ms: float = 1.0, limit_s: float = 60.0
-) -> Optimum:
+def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float = 1.0, limit_s: float = 60.0) -> Optimum:
     """The paper's zero-one programme, solved exactly; for tens of queries on a few workers, all of the longest length.
 
     Constraint 1c takes the latest arrival of a batch. A batch is a subnet, a batch size, a start and any queries that have
@@ -141,9 +137,9 @@ def optimum(
     an optimum within `limit_s`.
 
     >>> from superserve_jax.subnet import Subnet
-    >>> row = profile_lib.Row(Subnet((1,)), 0.7, (2.0, 3.0))
-    >>> two = traces.Trace(np.array([0.0, 0.001]), slo_ms=4.0)
-    >>> optimum(profile_lib.Profile((1, 2), (row,)), two, workers=1)  # together: from 1 to 4 ms
+    >>> row = Row(Subnet((1,)), 0.7, (2.0, 3.0))
+    >>> two = Trace(np.array([0.0, 0.001]), slo_ms=4.0)
+    >>> optimum(Profile((1, 2), (row,)), two, workers=1)  # together: from 1 to 4 ms
     Optimum(value=0.7, attainment=1.0, accuracy=0.7)
     """
     if not len(trace):

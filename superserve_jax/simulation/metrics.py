@@ -15,7 +15,7 @@ from superserve_jax import errors
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class ReplaySummary:
     """Figures of a whole run; NaN where no query counts towards one.
 
     Args:
@@ -55,7 +55,9 @@ class Series:
     batch: np.ndarray
 
 
-def summary(arrival_s: npt.ArrayLike, deadline_s: npt.ArrayLike, finish_s: npt.ArrayLike, accuracy: npt.ArrayLike) -> Summary:
+def summary(
+    arrival_s: npt.ArrayLike, deadline_s: npt.ArrayLike, finish_s: npt.ArrayLike, accuracy: npt.ArrayLike
+) -> ReplaySummary:
     """The figures of a run. Raises DataError where the arrays differ in length or hold no query.
 
     >>> s = summary([0.0, 1.0], [0.5, 1.5], [0.25, 2.0], [0.7, 0.8])
@@ -69,7 +71,7 @@ def summary(arrival_s: npt.ArrayLike, deadline_s: npt.ArrayLike, finish_s: npt.A
     latency_ms = 1e3 * (finish - arrival)[answered]
     p50, p99 = np.percentile(latency_ms, [50, 99]) if answered.any() else (math.nan, math.nan)
     span_s = finish[answered].max() - arrival.min() if answered.any() else math.nan
-    return Summary(
+    return ReplaySummary(
         queries=len(arrival),
         attainment=float(met.mean()),
         accuracy=float(accuracies[met].mean()) if met.any() else math.nan,

@@ -4,7 +4,7 @@ The latencies are linear in GFLOPs and in the batch, through the corners that th
 third accuracy and the last corner were read off plots.
 """
 
-from superserve_jax import profile as profile_lib
+from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -12,7 +12,7 @@ GFLOPS = (0.9, 2.05, 3.6, 3.95, 5.05, 7.55)
 CNN_ACCURACIES = (0.7382, 0.7669, 0.7764, 0.7825, 0.7944, 0.8016)
 
 
-def paper_profile() -> profile_lib.Profile:
+def paper_profile() -> Profile:
     """Six subnets of OFA-ResNet50 at batch sizes 1 to 16. The subnets are placeholders: one axis, the GFLOPs.
 
     >>> profile = paper_profile()
@@ -20,10 +20,10 @@ def paper_profile() -> profile_lib.Profile:
     [1.4, 7.4, 4.6, 30.7]
     """
     rows = tuple(
-        profile_lib.Row(Subnet((1,), (("gflops", (g,)),)), a, tuple(_latency_ms(g, b) for b in BATCH_SIZES))
+        Row(Subnet((1,), (("gflops", (g,)),)), a, tuple(_latency_ms(g, b) for b in BATCH_SIZES))
         for g, a in zip(GFLOPS, CNN_ACCURACIES, strict=True)
     )
-    return profile_lib.Profile(BATCH_SIZES, rows, device="RTX 2080 Ti (reconstructed from the paper)")
+    return Profile(BATCH_SIZES, rows, device="RTX 2080 Ti (reconstructed from the paper)")
 
 
 def _latency_ms(gflops: float, batch: int) -> float:

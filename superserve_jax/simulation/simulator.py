@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.scheduling import admission as admission_lib
-from superserve_jax.scheduling import dispatch, policies, queue
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.simulation import traces
+from superserve_jax.profile import Profile, profiles_of_workers
+from superserve_jax.scheduling import length_queue, policies, queue
+from superserve_jax.scheduling.admission import Admission
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.dispatch import next_batch
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.simulation.traces import Trace
 
 MET, LATE, EXPIRED, REFUSED = range(4)
 """Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
@@ -100,7 +102,7 @@ class Cluster:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Result:
+class SimulationResult:
     """What became of each query, in the order of arrival.
 
     Args:
@@ -138,13 +140,13 @@ class Result:
 
 
 def simulate(
-    profile: profile_lib.Profile | Sequence[profile_lib.Profile],
-    policy: str | policies.Policy,
-    trace: traces.Trace,
+    profile: Profile | Sequence[Profile],
+    policy: str | Policy,
+    trace: Trace,
     *,
     cluster: Cluster | None = None,
     seed: int = 0,
-) -> Result:
+) -> SimulationResult:
     """Serves a trace, and returns when the last query has an outcome.
 
     Args:
@@ -160,8 +162,8 @@ def simulate(
     (1.0, 0.7382)
     """
     cluster = cluster or Cluster()
-    profiles = profile_lib.of_workers(profile, cluster.workers)
-    return _Run(profiles, policies.create(policy, *profiles), trace, cluster, seed).result()
+    profiles = profiles_of_workers(profile, cluster.workers)
+    return _Simulation(profiles, policies.create(policy, *profiles), trace, cluster, seed).result()
 
 
 class _Batch(NamedTuple):
@@ -175,15 +177,13 @@ class _Batch(NamedTuple):
     extra_ms: float  # that the device did not compute
 
 
-class _Run:
+class _Simulation:
     """The state of one simulation. Events are heap entries (time, number, method, argument); numbers break ties."""
 
-    def __init__(
-        self, profiles: list[profile_lib.Profile], policy: policies.Policy, trace: traces.Trace, cluster: Cluster, seed: int
-    ):
+    def __init__(self, profiles: list[Profile], policy: Policy, trace: Trace, cluster: Cluster, seed: int):
         self.profiles, self.policy, self.trace, self.cluster = profiles, policy, trace, cluster
         profile = profiles[0]  # shapes are those of all
-        self.fleet = drift.Fleet(profiles, correct=cluster.follow_drift)
+        self.fleet = Fleet(profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
         self.max_batch = profile.max_batch
         self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
@@ -201,9 +201,9 @@ class _Run:
         self.mixed = np.ndim(trace.slo_ms) > 0
         self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
         self.arrived = 0
-        self.queue = padding.make_queue(profile)
-        self.meter = queue.Meter()
-        self.admission = admission_lib.Admission(profile)
+        self.queue = length_queue.make_queue(profile)
+        self.meter = ArrivalMeter()
+        self.admission = Admission(profile)
 
         self.idle = collections.deque(range(cluster.workers))
         self.running: list[_Batch | None] = [None] * cluster.workers
@@ -293,7 +293,7 @@ class _Run:
         worker = self.idle.popleft()
         last = self.last_subnet[worker]
         pace = self.fleet.pace(worker)
-        row, queries, extra_ms, _ = dispatch.next_batch(
+        row, queries, extra_ms, _ = next_batch(
             waiting, self.meter, self.policy, self.profiles[worker], now_s, pace=pace, last_subnet=last, worker=worker
         )
         profiled_ms = row.latency_ms[self.padded[len(queries)]]
@@ -351,7 +351,7 @@ class _Run:
             self.fleet.come_back(worker)
             self.idle.append(worker)
 
-    def result(self) -> Result:
+    def result(self) -> SimulationResult:
         self.run()
         n = len(self.trace)
         start_s, finish_s, accuracy = np.full(n, np.inf), np.full(n, np.inf), np.full(n, np.nan)
@@ -366,7 +366,7 @@ class _Run:
         outcome[finish_s <= deadline_s] = MET
         outcome[self.expired] = EXPIRED
         outcome[self.refused] = REFUSED
-        return Result(self.trace.arrivals_s, deadline_s, start_s, finish_s, accuracy, batch, worker, outcome)
+        return SimulationResult(self.trace.arrivals_s, deadline_s, start_s, finish_s, accuracy, batch, worker, outcome)
 
 
 def _latency_factors(spread: float, seed: int) -> Iterator[float]:

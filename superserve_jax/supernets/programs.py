@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from superserve_jax import layers, ops
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import Subnet, envelope_of
 
 # By default XLA's CPU backend slices all weights before the first layer, and holds all of the slices at once. The
 # memory-optimised order takes less than half of the temporary memory and is as fast. And it leaves convolutions to a library
@@ -49,7 +49,7 @@ class Program:
     """
 
     config: Any
-    envelope: subnets.Subnet
+    envelope: Subnet
     traced: tuple[str, ...]
 
     @functools.cached_property
@@ -69,12 +69,12 @@ class Program:
 
     # -- what a subnet is to this program, on the host ------------------------------------------------------------------
 
-    def active(self, subnet: subnets.Subnet) -> np.ndarray:
+    def active(self, subnet: Subnet) -> np.ndarray:
         """The traced sizes of a subnet, int32 of shape (number of traced sizes,)."""
         sizes = self.config.sizes(subnet)
         return np.array([sizes[name] for name in self.traced], np.int32)
 
-    def pad_row(self, row: np.ndarray, subnet: subnets.Subnet) -> np.ndarray:
+    def pad_row(self, row: np.ndarray, subnet: Subnet) -> np.ndarray:
         """A subnet's ragged row (2, n) as this program reads it: (2, N), mean 0 and variance 1 where nothing is active."""
         if subnet == self.envelope:
             return row
@@ -85,7 +85,7 @@ class Program:
             start += n
         return padded
 
-    def cut_row(self, padded: np.ndarray, subnet: subnets.Subnet) -> np.ndarray:
+    def cut_row(self, padded: np.ndarray, subnet: Subnet) -> np.ndarray:
         """The inverse of `pad_row`: the ragged row (2, n) of a subnet out of (2, N)."""
         sizes = self.config.norm_sizes(self.config.sizes(subnet))
         parts = [padded[:, self.offsets[name] : self.offsets[name] + n] for name, n in sizes.items()]
@@ -150,7 +150,7 @@ def param_spec(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return dict(_structure(config)[2])
 
 
-def sliced(config: Any, subnet: subnets.Subnet) -> Program:
+def sliced(config: Any, subnet: Subnet) -> Program:
     """The program of one subnet: every size static."""
     return Program(config, subnet, ())
 
@@ -165,7 +165,7 @@ def masked(config: Any) -> Program:
     return _between(config, [low, space.largest()])
 
 
-def bucketed(config: Any, members: Iterable[subnets.Subnet], *, envelope: subnets.Subnet | None = None) -> Program:
+def bucketed(config: Any, members: Iterable[Subnet], *, envelope: Subnet | None = None) -> Program:
     """The program of a subnet bucket, which traces the sizes in which its members differ from its envelope.
 
     Args:
@@ -174,8 +174,8 @@ def bucketed(config: Any, members: Iterable[subnets.Subnet], *, envelope: subnet
     return _between(config, list(members), envelope)
 
 
-def _between(config: Any, members: list[subnets.Subnet], envelope: subnets.Subnet | None = None) -> Program:
-    top = envelope or subnets.envelope(members)
+def _between(config: Any, members: list[Subnet], envelope: Subnet | None = None) -> Program:
+    top = envelope or envelope_of(members)
     limits = config.sizes(top)
     sizes = [config.sizes(m) for m in members]
     return Program(config, top, tuple(name for name, limit in limits.items() if any(s[name] != limit for s in sizes)))

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Params
 
 Norm = Literal["own", "shared"]
 
@@ -31,7 +32,7 @@ class SuperNet:
     superserve_jax.errors.NotCalibratedError: ...
     """
 
-    def __init__(self, config: Any, params: programs.Params, rows: Mapping[subnets.Subnet, np.ndarray] | None = None):
+    def __init__(self, config: Any, params: Params, rows: Mapping[Subnet, np.ndarray] | None = None):
         self.config = config
         self.params = dict(params)
         self.rows = dict(rows or {})
@@ -44,11 +45,11 @@ class SuperNet:
         return cls(config, programs.initial_params(config, seed))
 
     @property
-    def calibrated(self) -> tuple[subnets.Subnet, ...]:
+    def calibrated(self) -> tuple[Subnet, ...]:
         """The subnets that have statistics of their own."""
         return tuple(self.rows)
 
-    def row(self, subnet: subnets.Subnet, *, norm: Norm = "own") -> np.ndarray:
+    def row(self, subnet: Subnet, *, norm: Norm = "own") -> np.ndarray:
         """The statistics (2, n) that a subnet runs with.
 
         Args:
@@ -73,7 +74,7 @@ class SuperNet:
             return self.rows[subnet]
         return self._masked.cut_row(self._masked.pad_row(self.rows[owner], owner), subnet)
 
-    def __call__(self, inputs: Any, subnet: subnets.Subnet, *, norm: Norm = "own") -> jax.Array:
+    def __call__(self, inputs: Any, subnet: Subnet, *, norm: Norm = "own") -> jax.Array:
         """Logits of any calibrated subnet, by the masked program: one compilation per batch shape serves all subnets.
 
         Args:

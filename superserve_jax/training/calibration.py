@@ -11,18 +11,20 @@ import jax
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Params, Program
+from superserve_jax.supernets.supernet import SuperNet
 
 
 def calibrate(
-    model: supernet.SuperNet,
-    subnet_list: Sequence[subnets.Subnet],
+    model: SuperNet,
+    subnet_list: Sequence[Subnet],
     images: np.ndarray | jax.Array,
     *,
     batch_size: int = 256,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[subnets.Subnet, np.ndarray]:
+) -> dict[Subnet, np.ndarray]:
     """Statistics of each subnet over training images.
 
     Every layer is normalised by its batch's statistics; the batches' means and variances are then pooled exactly (the
@@ -63,5 +65,5 @@ def calibrate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _row(program: programs.Program, params: programs.Params, images: jax.Array, active: jax.Array) -> jax.Array:
+def _row(program: Program, params: Params, images: jax.Array, active: jax.Array) -> jax.Array:
     return program.train(params, images, active)[1]

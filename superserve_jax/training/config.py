@@ -10,7 +10,8 @@ import traceback
 from typing import Any, Literal
 
 from superserve_jax import errors, families
-from superserve_jax.training import checks, data
+from superserve_jax.training import checks
+from superserve_jax.training.data import check_kind, data_from_json, data_to_json
 from superserve_jax.training.optim import OptimConfig
 
 
@@ -169,7 +170,7 @@ class TrainConfig:
             if not isinstance(getattr(self, name), kind):
                 raise errors.ConfigError(f"{name} must be of {kind.__name__}, got {getattr(self, name)!r}")
         if self.data is not None:
-            data.check_kind(self.data)
+            check_kind(self.data)
         for phase in self.phases:
             if not isinstance(phase, Phase):
                 raise errors.ConfigError(f"phases must be a tuple of Phase, got {phase!r}")
@@ -185,7 +186,7 @@ class TrainConfig:
             checks.demand_whole(name, getattr(self, name), 1)
 
 
-def load(path: str | os.PathLike[str]) -> TrainConfig:
+def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     """The config that a Python file's `get_config()` returns. Raises ConfigError where the file cannot give one."""
     with errors.refusing(errors.ConfigError, f"expected the path of a config file, got {path!r}"):
         path = pathlib.Path(path)
@@ -212,15 +213,15 @@ def load(path: str | os.PathLike[str]) -> TrainConfig:
     return config
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
+def config_to_json(config: TrainConfig) -> dict[str, Any]:
     """The resolved config as a dict of plain values, as `json.load` would give it back."""
-    parts = {"model": families.config_to_json(config.model), "data": config.data and data.config_to_json(config.data)}
+    parts = {"model": families.config_to_json(config.model), "data": config.data and data_to_json(config.data)}
     as_dict = {**dataclasses.asdict(config), **parts}
     return json.loads(json.dumps(as_dict))
 
 
 @errors.refusing(errors.ConfigError, "not a config as `to_json` gives it")
-def from_json(values: dict[str, Any]) -> TrainConfig:
+def config_from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`. A field that an older version did not have is left at its default.
 
     Raises:
@@ -228,7 +229,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     """
     readers = {
         "model": families.config_from_json,
-        "data": lambda v: v and data.config_from_json(v),
+        "data": lambda v: v and data_from_json(v),
         "optim": lambda v: _read(OptimConfig, v),
         "phases": lambda v: tuple(_read(Phase, {**p, "elastic": _tuple(p.get("elastic"))}) for p in v),
         "distill": lambda v: _read(DistillConfig, v),
@@ -252,13 +253,13 @@ def _tuple(names: list[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def config_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """The fields in which two resolved configs differ, as "optim.lr: 0.004 -> 0.01"."""
     result = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            result += differences(a, b, f"{prefix}{key}.")
+            result += config_differences(a, b, f"{prefix}{key}.")
         elif a != b:
             result.append(f"{prefix}{key}: {a} -> {b}")
     return result

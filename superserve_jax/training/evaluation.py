@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import data
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import Norm, SuperNet
+from superserve_jax.training.data import Dataset
 
 
 def accuracy(
-    model: supernet.SuperNet,
-    subnet_list: Sequence[subnets.Subnet],
+    model: SuperNet,
+    subnet_list: Sequence[Subnet],
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     *,
-    norm: supernet.Norm = "own",
+    norm: Norm = "own",
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[float]:
     """Top-1 accuracy of each subnet, as a fraction.
@@ -41,7 +42,7 @@ def accuracy(
     return result
 
 
-def text_baselines(dataset: data.Dataset, *, limit: int = 20_000) -> dict[str, float]:
+def text_baselines(dataset: Dataset, *, limit: int = 20_000) -> dict[str, float]:
     """Test accuracies, as fractions, that a model of texts has to beat: they know what stands there, but not in which order.
 
     Args:
@@ -66,7 +67,7 @@ def text_baselines(dataset: data.Dataset, *, limit: int = 20_000) -> dict[str, f
     }
 
 
-def _token_counts(dataset: data.Dataset, inputs: np.ndarray) -> scipy.sparse.csr_matrix:
+def _token_counts(dataset: Dataset, inputs: np.ndarray) -> scipy.sparse.csr_matrix:
     """How often each token is in each input, the two texts of a pair counted apart; padding is not."""
     assert dataset.vocabulary is not None
     size = len(dataset.vocabulary.tokens)

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import sampling
 
 _WARM_UPS = 2
 
 
-def spread(config: Any, count: int, *, seed: int) -> list[subnets.Subnet]:
+def spread(config: Any, count: int, *, seed: int) -> list[Subnet]:
     """The smallest and the largest subnet and about `count` - 2 others to measure: half spread over FLOPs, half random."""
     space = config.space()
     half = (count - 2) // 2
@@ -31,13 +32,13 @@ def spread(config: Any, count: int, *, seed: int) -> list[subnets.Subnet]:
 
 
 def measure(
-    model: supernet.SuperNet,
-    subnet_list: Iterable[subnets.Subnet],
+    model: SuperNet,
+    subnet_list: Iterable[Subnet],
     *,
     batch: int,
     repeats: int = 50,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[subnets.Subnet, float]:
+) -> dict[Subnet, float]:
     """Latency of one batch by each subnet's sliced program, in milliseconds, on the first device.
 
     The shortest of several rounds over all subnets: whatever else a machine does makes it slower, never faster.
@@ -52,7 +53,7 @@ def measure(
     spec = model.config.input_spec(batch)
     inputs = jax.device_put(np.zeros(spec.shape, spec.dtype))
 
-    def compiled(subnet: subnets.Subnet) -> tuple[Any, jax.Array]:
+    def compiled(subnet: Subnet) -> tuple[Any, jax.Array]:
         program = programs.sliced(model.config, subnet)
         row = jnp.ones((2, program.row_size), jnp.float32)
         infer = jax.jit(
@@ -86,7 +87,7 @@ class Predictor:
       error: mean error relative to the measured, cross-validated: of subnets that the model has not seen.
     """
 
-    def __init__(self, config: Any, latencies: Mapping[subnets.Subnet, float]):
+    def __init__(self, config: Any, latencies: Mapping[Subnet, float]):
         # Importing it takes over a second, and a search over FLOPs does not need it.
         from sklearn import linear_model, model_selection, pipeline, preprocessing
 
@@ -102,11 +103,11 @@ class Predictor:
         self.error = float(np.mean(np.abs(unseen - measured) / measured))
         self._model.fit(features, measured)
 
-    def __call__(self, subnet: subnets.Subnet) -> float:
+    def __call__(self, subnet: Subnet) -> float:
         """Milliseconds; never less than the fastest that was measured."""
         return max(float(self._model.predict([self._features(subnet)])[0]), self._floor)
 
-    def _features(self, subnet: subnets.Subnet) -> list[float]:
+    def _features(self, subnet: Subnet) -> list[float]:
         config = self._config
         depths = [sum(subnet.gates[b] for b in stage) for stage in self._space.stages]
         channels = sum(config.norm_sizes(config.sizes(subnet)).values())

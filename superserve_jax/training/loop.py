@@ -14,17 +14,22 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, plots, progress
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import calibration, checkpoints, data, evaluation, phases, rewiring, runs, sampling, step, teacher
-from superserve_jax.training import config as configs
-from superserve_jax.training import metrics_log as records
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training import calibration, data, evaluation, metrics_log, phases, rewiring, runs, sampling, teacher
+from superserve_jax.training.checkpoints import Checkpoints
+from superserve_jax.training.config import TrainConfig
+from superserve_jax.training.data import Dataset
+from superserve_jax.training.metrics_log import MetricsLog
+from superserve_jax.training.runs import Run
+from superserve_jax.training.step import Recipe, SandwichStep, TrainState
 
 _log = logging.getLogger(__name__)
 
 _REWIRING_EXAMPLES, _REWIRING_BATCH = 256, 32
 
 
-def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> runs.Run:
+def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Dataset | None = None) -> Run:
     """Trains a SuperNet in `workdir`, or goes on from its last checkpoint; returns the run.
 
     It uses all devices: the batch is divided among them, statistics and gradients are those of the whole batch.
@@ -38,7 +43,7 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
       KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
       ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
     """
-    if not isinstance(config, configs.TrainConfig):
+    if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `config.load` gives, got {config!r}")
     if dataset is not None and not (hasattr(dataset, "train") and hasattr(dataset, "num_examples")):
         raise errors.ConfigError(f"dataset must be one such as `data.from_arrays` makes, got {type(dataset).__name__}")
@@ -52,17 +57,17 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
     data.check_fit(dataset, config.model)
     if config.eval_every:
         dataset.num_examples("validation")  # raises where there is none
-    recipe = step.Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
+    recipe = Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
     teacher.check_hidden(recipe, config.model, outside)
     whole, split = _shardings(config.batch_size)
     if outside is not None:
         outside = outside._replace(params=jax.device_put(outside.params, whole))
 
-    run = runs.Run.create(config, workdir, dataset=given)
+    run = Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
     parts = phases.plan(config, num_steps)
-    sandwich = step.SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
+    sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
     with run.checkpoints() as saved, _stop_signal() as stopped:
         start, state = _restore(saved, run, sandwich)
@@ -73,7 +78,7 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
             _log.info("going on from step %d of %d", start, num_steps)
         state = jax.device_put(state, whole)
         last, unsaved = start, None
-        with records.Records(run.workdir, start) as record:
+        with MetricsLog(run.workdir, start) as record:
             batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
             steps = range(start, num_steps)
             for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
@@ -98,7 +103,7 @@ def train(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, datas
                     break
     if unsaved is not None:
         raise errors.DataError(f"{unsaved} and run the same command to go on from step {last} of {num_steps}") from unsaved
-    plots.metrics(run.metrics(), run.workdir / "metrics.png", validation=records.read(run.workdir, "validation"))
+    plots.metrics(run.metrics(), run.workdir / "metrics.png", validation=metrics_log.read(run.workdir, "validation"))
     if last < num_steps:
         raise KeyboardInterrupt(f"stopped after step {last} of {num_steps}; run the same command to go on from there")
     return run
@@ -116,7 +121,7 @@ def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sha
     return jax.sharding.NamedSharding(mesh, whole), jax.sharding.NamedSharding(mesh, split)
 
 
-def _restore(saved: checkpoints.Checkpoints, run: runs.Run, sandwich: step.SandwichStep) -> tuple[int, step.TrainState]:
+def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int, TrainState]:
     """(steps done, state): of the last checkpoint, or fresh."""
     latest, config = saved.latest(clean=True), run.config
     if latest is None and run.converted:
@@ -126,10 +131,10 @@ def _restore(saved: checkpoints.Checkpoints, run: runs.Run, sandwich: step.Sandw
     if latest is None:
         return 0, sandwich.init(programs.initial_params(config.model, config.seed))
     specs = jax.eval_shape(sandwich.init, programs.param_spec(config.model))
-    return latest, step.TrainState(**saved.restore(latest, **specs._asdict()))
+    return latest, TrainState(**saved.restore(latest, **specs._asdict()))
 
 
-def _save(saved: checkpoints.Checkpoints, done: int, state: step.TrainState) -> errors.DataError | None:
+def _save(saved: Checkpoints, done: int, state: TrainState) -> errors.DataError | None:
     """Saves a checkpoint; where the disk does not take it, training goes on, and the error is returned."""
     try:
         saved.save(done, **state._asdict())
@@ -139,7 +144,7 @@ def _save(saved: checkpoints.Checkpoints, done: int, state: step.TrainState) -> 
     return None
 
 
-def _rewire(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> step.TrainState:
+def _rewire(config: TrainConfig, state: TrainState, dataset: Dataset) -> TrainState:
     """The state with units in order of importance; a pure function of the state, so that a resumed run repeats it."""
     # Single examples where statistics of a batch are not needed, since gains and harms of a unit cancel within a batch.
     size = _REWIRING_BATCH if programs.masked(config.model).offsets else 1
@@ -148,7 +153,7 @@ def _rewire(config: configs.TrainConfig, state: step.TrainState, dataset: data.D
     return rewiring.reorder(config.model, state, rewiring.orders(config.model, params, few))
 
 
-def _validate(config: configs.TrainConfig, state: step.TrainState, dataset: data.Dataset) -> dict[str, float]:
+def _validate(config: TrainConfig, state: TrainState, dataset: Dataset) -> dict[str, float]:
     """Accuracies of the smallest, a middle and the largest subnet on validation examples, with statistics of their own."""
     (middle,) = sampling.envelopes(
         config.model, 1, seed=config.seed, space=phases.final_space(config), tied=phases.tied(config)
@@ -158,8 +163,8 @@ def _validate(config: configs.TrainConfig, state: step.TrainState, dataset: data
     chosen = list(dict.fromkeys(subnets.values()))
     params = jax.device_put(state.ema or state.params, jax.devices()[0])
     inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)
-    rows = calibration.calibrate(supernet.SuperNet(config.model, params), chosen, inputs)
-    model = supernet.SuperNet(config.model, params, rows)
+    rows = calibration.calibrate(SuperNet(config.model, params), chosen, inputs)
+    model = SuperNet(config.model, params, rows)
     found = evaluation.accuracy(model, chosen, lambda: dataset.eval("validation", 250))
     accuracies = dict(zip(chosen, found, strict=True))
     return {name: accuracies[s] for name, s in subnets.items()}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Hidden
 
 
 def cross_entropy(logits: Float[Array, "B K"], labels: Int[Array, " B"], *, smoothing: float = 0.0) -> Float[Array, ""]:
@@ -31,7 +31,7 @@ def distillation(logits: Float[Array, "B K"], teacher_logits: Float[Array, "B K"
     return optax.softmax_cross_entropy(logits, soft).mean()
 
 
-def hidden_distance(hidden: programs.Hidden, teacher: programs.Hidden) -> Float[Array, ""]:
+def hidden_distance(hidden: Hidden, teacher: Hidden) -> Float[Array, ""]:
     """Mean squared distance between hidden states, over the blocks that the student keeps (Hou et al., NeurIPS 2020, eq. 5).
 
     No gradient flows through the teacher's.

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 _FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
 
 
-class Records:
+class MetricsLog:
     """Appends to metrics.jsonl (means since the last line), validation.jsonl and tensorboard/ in a run's folder.
 
     Lines of steps beyond the one that training goes on from are dropped. A context manager.
@@ -35,7 +35,7 @@ class Records:
         self._since_s = time.monotonic()
         self.note = ""
 
-    def __enter__(self) -> "Records":
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: Any) -> None:

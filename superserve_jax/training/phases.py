@@ -3,20 +3,20 @@
 import itertools
 from typing import NamedTuple
 
-from superserve_jax import subnet as subnets
-from superserve_jax.training import config as configs
-from superserve_jax.training import sampling
+from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.training.config import Phase, TrainConfig
+from superserve_jax.training.sampling import Sampler
 
 
 class Part(NamedTuple):
     """A phase in place: the step that it begins with, and the sampler of its subnets."""
 
     first: int
-    phase: configs.Phase
-    sampler: sampling.Sampler
+    phase: Phase
+    sampler: Sampler
 
 
-def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
+def plan(config: TrainConfig, num_steps: int) -> list[Part]:
     """The phases of a run of `num_steps` steps, in order; one that gets no step is left out."""
     phases = _phases(config)
     total = sum(p.share for p in phases)
@@ -24,7 +24,7 @@ def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
     parts = []
     for phase, first, end in zip(phases, [0, *ends], ends, strict=False):
         if first < end:
-            sampler = sampling.Sampler(
+            sampler = Sampler(
                 config.model,
                 buckets=config.buckets,
                 random_subnets=config.random_subnets,
@@ -36,17 +36,17 @@ def plan(config: configs.TrainConfig, num_steps: int) -> list[Part]:
     return parts
 
 
-def final_space(config: configs.TrainConfig) -> subnets.SearchSpace:
+def final_space(config: TrainConfig) -> SearchSpace:
     """The space of the subnets that training ends with: that of the last phase."""
     return _space(config, _phases(config)[-1])
 
 
-def tied(config: configs.TrainConfig) -> bool:
+def tied(config: TrainConfig) -> bool:
     """Whether the last phase is tied."""
     return _phases(config)[-1].tied
 
 
-def ends(config: configs.TrainConfig) -> tuple[subnets.Subnet, subnets.Subnet]:
+def ends(config: TrainConfig) -> tuple[Subnet, Subnet]:
     """The smallest and the largest subnet of the last phase."""
     whole = config.model.space()
     return whole.validate(final_space(config).smallest()), whole.largest()
@@ -57,9 +57,9 @@ def at(parts: list[Part], step: int) -> Part:
     return next(part for part in reversed(parts) if part.first <= step)
 
 
-def _phases(config: configs.TrainConfig) -> tuple[configs.Phase, ...]:
-    return config.phases or (configs.Phase(),)
+def _phases(config: TrainConfig) -> tuple[Phase, ...]:
+    return config.phases or (Phase(),)
 
 
-def _space(config: configs.TrainConfig, phase: configs.Phase) -> subnets.SearchSpace:
+def _space(config: TrainConfig, phase: Phase) -> SearchSpace:
     return config.model.space().narrowed(phase.elastic, choices=phase.choices)

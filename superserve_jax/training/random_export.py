@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import config as configs
+from superserve_jax import exports
+from superserve_jax.exports import Served
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import sampling
+from superserve_jax.training.config import load_config
 
 _DRAWS = 100  # for each subnet; in a small space the last ones are rare
 
@@ -29,7 +31,7 @@ def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib
     if path.suffix != ".py":
         yield path
         return
-    model = configs.load(path).model
+    model = load_config(path).model
     with tempfile.TemporaryDirectory() as folder:
         yield export(model, pathlib.Path(folder) / "export", subnets=subnets)
 
@@ -49,7 +51,7 @@ def export(config: Any, path: str | os.PathLike[str], *, subnets: int) -> pathli
         if len(chosen) >= subnets:
             break
         chosen[sampling.compound(space, rng)] = None
-    model = supernet.SuperNet.create(config, seed=0)
+    model = SuperNet.create(config, seed=0)
     model.rows = {s: np.ones((2, programs.sliced(config, s).row_size), np.float32) for s in chosen}
-    served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
-    return checkpoint.export(path, model, served, measured="not measured: fresh weights")
+    served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
+    return exports.export(path, model, served, measured="not measured: fresh weights")

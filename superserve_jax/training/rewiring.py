@@ -21,6 +21,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Program
 from superserve_jax.training import losses
 
 Params = Mapping[str, jax.Array]
@@ -103,7 +104,7 @@ def _moved(config: Any, arrays: Params, orders: Sequence[np.ndarray]) -> dict[st
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _changes(program: programs.Program, params: Params, inputs: jax.Array, labels: jax.Array) -> list[jax.Array]:
+def _changes(program: Program, params: Params, inputs: jax.Array, labels: jax.Array) -> list[jax.Array]:
     """For each of the config's units the sum of gradient x weight over what reads each unit, (count,)."""
 
     def loss_fn(params):

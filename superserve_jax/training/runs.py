@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import errors, files
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import checkpoints, data
-from superserve_jax.training import config as configs
-from superserve_jax.training import metrics_log as records
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training import data, metrics_log
+from superserve_jax.training.checkpoints import Checkpoints
+from superserve_jax.training.config import TrainConfig, config_differences, config_from_json, config_to_json
+from superserve_jax.training.data import Dataset
 
 _log = logging.getLogger(__name__)
 
@@ -54,28 +56,28 @@ class Run:
     """
 
     workdir: pathlib.Path
-    config: configs.TrainConfig
-    given: data.Dataset | None = None
+    config: TrainConfig
+    given: Dataset | None = None
 
     @staticmethod
-    def create(config: configs.TrainConfig, workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> "Run":
+    def create(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Dataset | None = None) -> "Run":
         """The run of `config` in `workdir`, new or gone on with. Raises ConfigError where another config made the folder."""
         workdir = pathlib.Path(workdir)
         path = workdir / "config.json"
         if path.exists():
             # Through a config, since an older version may not have written every field.
-            changed = configs.differences(configs.to_json(configs.from_json(_read(path))), configs.to_json(config))
+            changed = config_differences(config_to_json(config_from_json(_read(path))), config_to_json(config))
             if changed:
                 raise errors.ConfigError(
                     f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
                     f"remove that folder"
                 )
         else:
-            files.write_json(path, configs.to_json(config))
+            files.write_json(path, config_to_json(config))
         return Run(workdir, config, dataset)
 
     @staticmethod
-    def open(workdir: str | os.PathLike[str], *, dataset: data.Dataset | None = None) -> "Run":
+    def open(workdir: str | os.PathLike[str], *, dataset: Dataset | None = None) -> "Run":
         """An existing run. Raises ConfigError where the folder holds none."""
         workdir = pathlib.Path(workdir)
         if not (workdir / "config.json").is_file():
@@ -83,9 +85,9 @@ class Run:
                 f"{workdir} is not the folder of a run: it has no config.json; train one first, "
                 f"for example with `python train/supernet.py configs/digits_resnet.py`"
             )
-        return Run(workdir, configs.from_json(_read(workdir / "config.json")), dataset)
+        return Run(workdir, config_from_json(_read(workdir / "config.json")), dataset)
 
-    def dataset(self) -> data.Dataset:
+    def dataset(self) -> Dataset:
         """What the run trains on. Raises as `data.open` does, and ConfigError where only its maker knows."""
         if self.given is None and self.config.data is None:
             raise errors.ConfigError(
@@ -94,11 +96,11 @@ class Run:
             )
         return self.given or data.open(self.config.data)
 
-    def checkpoints(self) -> checkpoints.Checkpoints:
+    def checkpoints(self) -> Checkpoints:
         """The run's checkpoints; close them after use."""
-        return checkpoints.Checkpoints(self.workdir)
+        return Checkpoints(self.workdir)
 
-    def model(self) -> supernet.SuperNet:
+    def model(self) -> SuperNet:
         """The SuperNet of the last checkpoint, with the statistics that calibration left: its averaged parameters, where the
         run keeps an average."""
         with self.checkpoints() as saved:
@@ -107,10 +109,10 @@ class Run:
                 raise errors.ConfigError(f"{self.workdir} has no checkpoint yet; train it first")
             name = "ema" if self.config.ema else "params"
             params = saved.restore(step, **{name: programs.param_spec(self.config.model)})[name]
-        return supernet.SuperNet(self.config.model, params, self.rows())
+        return SuperNet(self.config.model, params, self.rows())
 
     @staticmethod
-    def convert(config: configs.TrainConfig, workdir: str | os.PathLike[str], model: supernet.SuperNet) -> "Run":
+    def convert(config: TrainConfig, workdir: str | os.PathLike[str], model: SuperNet) -> "Run":
         """A run whose step 0 has a model's weights and statistics, from which training and the later stages go on.
 
         Raises:
@@ -143,16 +145,16 @@ class Run:
         for name in ("search.json", "statistics.npz", "evaluation.json"):
             (self.workdir / name).unlink(missing_ok=True)
 
-    def rows(self) -> dict[subnets.Subnet, np.ndarray]:
+    def rows(self) -> dict[Subnet, np.ndarray]:
         """The calibrated statistics; empty before calibration."""
         path = self.workdir / "statistics.npz"
         if not path.exists():
             return {}
         with np.load(path, allow_pickle=False) as arrays:
             order = json.loads(str(arrays["subnets"]))
-            return {subnets.Subnet.from_json(s): arrays[f"row{i}"] for i, s in enumerate(order)}
+            return {Subnet.from_json(s): arrays[f"row{i}"] for i, s in enumerate(order)}
 
-    def save_rows(self, rows: Mapping[subnets.Subnet, np.ndarray]) -> None:
+    def save_rows(self, rows: Mapping[Subnet, np.ndarray]) -> None:
         """Writes statistics.npz."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"row{i}": row for i, row in enumerate(rows.values())}
@@ -161,7 +163,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """The course of training, one dict per line of metrics.jsonl."""
-        return records.read(self.workdir)
+        return metrics_log.read(self.workdir)
 
     def read(self, name: str, *, made_by: str) -> Any:
         """A JSON file of the run. Raises ConfigError, naming the program that makes it, where it is not there."""
@@ -173,9 +175,9 @@ class Run:
         """Writes a JSON file of the run."""
         files.write_json(self.workdir / name, value)
 
-    def served(self) -> list[subnets.Subnet]:
+    def served(self) -> list[Subnet]:
         """The subnets that the search chose, in ascending order of FLOPs."""
-        return [subnets.Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
+        return [Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
 
 
 def _read(path: pathlib.Path) -> Any:

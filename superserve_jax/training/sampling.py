@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import SearchSpace, Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Program
 
 _CANDIDATES = 256  # random subnets from which the envelopes are picked
 
@@ -22,8 +23,8 @@ _CANDIDATES = 256  # random subnets from which the envelopes are picked
 class Choice:
     """One subnet of a step and the program that runs it."""
 
-    program: programs.Program
-    subnet: subnets.Subnet
+    program: Program
+    subnet: Subnet
 
 
 class Sampler:
@@ -45,7 +46,7 @@ class Sampler:
         buckets: int,
         random_subnets: int,
         seed: int,
-        space: subnets.SearchSpace | None = None,
+        space: SearchSpace | None = None,
         tied: bool = False,
     ):
         whole = config.space()
@@ -71,15 +72,13 @@ class Sampler:
             choices.append(Choice(program, self._validate(self.space.tied(found) if self._tied else found)))
         return tuple(choices)
 
-    def _lowest(self, envelope: subnets.Subnet) -> subnets.Subnet:
+    def _lowest(self, envelope: Subnet) -> Subnet:
         lowest = lowest_member(self.space, envelope)
         # Tied to a depth that is one lower, a choice may be several lower.
         return dataclasses.replace(lowest, axes=self.space.smallest().axes) if self._tied else lowest
 
 
-def envelopes(
-    config: Any, count: int, *, seed: int, space: subnets.SearchSpace | None = None, tied: bool = False
-) -> list[subnets.Subnet]:
+def envelopes(config: Any, count: int, *, seed: int, space: SearchSpace | None = None, tied: bool = False) -> list[Subnet]:
     """`count` different random subnets, evenly spaced in the logarithm of FLOPs between smallest and largest.
 
     Drawn so that depth and width grow together, as CompOFA found good subnets to do: all positions of a subnet are drawn
@@ -91,7 +90,7 @@ def envelopes(
     drawn = [compound(within, rng) for _ in range(_CANDIDATES)]
     pool = dict.fromkeys(map(within.tied, drawn) if tied else drawn)
     cost = {s: math.log(config.flops(s)) for s in pool}
-    chosen: list[subnets.Subnet] = []
+    chosen: list[Subnet] = []
     for i in range(min(count, len(cost))):
         target = low + (high - low) * (i + 1) / (count + 1)
         best = min(cost, key=lambda s, target=target: abs(cost[s] - target))
@@ -100,7 +99,7 @@ def envelopes(
     return chosen
 
 
-def compound(space: subnets.SearchSpace, rng: np.random.Generator) -> subnets.Subnet:
+def compound(space: SearchSpace, rng: np.random.Generator) -> Subnet:
     """A random subnet whose depths and choices lie within half a step of one common level between smallest and largest."""
     level = rng.random()
 
@@ -111,13 +110,13 @@ def compound(space: subnets.SearchSpace, rng: np.random.Generator) -> subnets.Su
     return space.vary(space.largest(), draw)
 
 
-def member(space: subnets.SearchSpace, envelope: subnets.Subnet, rng: np.random.Generator) -> subnets.Subnet:
+def member(space: SearchSpace, envelope: Subnet, rng: np.random.Generator) -> Subnet:
     """A random member of a bucket: at every position the envelope's choice or, as often, the next smaller one."""
     found = space.vary(envelope, lambda choices, top: top if rng.integers(2) else _below(choices, top))
     return found if envelope.covers(found) else envelope  # every-other depths need not nest
 
 
-def lowest_member(space: subnets.SearchSpace, envelope: subnets.Subnet) -> subnets.Subnet:
+def lowest_member(space: SearchSpace, envelope: Subnet) -> Subnet:
     """The member with the next smaller choice at every position, not in canonical form: it says which sizes vary."""
     gates = [0] * space.num_blocks
     if space.rule == "first":
@@ -126,10 +125,10 @@ def lowest_member(space: subnets.SearchSpace, envelope: subnets.Subnet) -> subne
     axes = tuple(
         (a.name, tuple(_below(c, top) for c, top in zip(a.choices, envelope[a.name], strict=True))) for a in space.axes
     )
-    return subnets.Subnet(tuple(min(g, e) for g, e in zip(gates, envelope.gates, strict=True)), axes)
+    return Subnet(tuple(min(g, e) for g, e in zip(gates, envelope.gates, strict=True)), axes)
 
 
-def _kept(space: subnets.SearchSpace, subnet: subnets.Subnet) -> list[int]:
+def _kept(space: SearchSpace, subnet: Subnet) -> list[int]:
     return [sum(subnet.gates[b] for b in stage) for stage in space.stages]
 
 

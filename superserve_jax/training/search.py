@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, files
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import supernet
+from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation, sampling
 
 _POPULATION = 50  # parents, and children of a generation
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Candidate:
     """A subnet that was tried, its cost (multiply-adds, or milliseconds) and its validation accuracy (a fraction)."""
 
-    subnet: subnets.Subnet
+    subnet: Subnet
     cost: float
     accuracy: float
 
@@ -45,20 +45,20 @@ class Candidate:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Candidate":
         """The inverse of `to_json`."""
-        return Candidate(subnets.Subnet.from_json(data["subnet"]), data["cost"], data["accuracy"])
+        return Candidate(Subnet.from_json(data["subnet"]), data["cost"], data["accuracy"])
 
 
-def search(
-    model: supernet.SuperNet,
+def evolutionary_search(
+    model: SuperNet,
     images: np.ndarray,
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     *,
     candidates: int,
     seed: int,
-    cost: Callable[[subnets.Subnet], float] | None = None,
-    space: subnets.SearchSpace | None = None,
+    cost: Callable[[Subnet], float] | None = None,
+    space: SearchSpace | None = None,
     tied: bool = False,
-    known: Mapping[subnets.Subnet, Candidate] | None = None,
+    known: Mapping[Subnet, Candidate] | None = None,
     record: Callable[[Candidate], None] = lambda _: None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Candidate]:
@@ -78,14 +78,14 @@ def search(
       progress: wraps an iteration over candidates, for a progress bar.
     """
     known = known or {}
-    tried: dict[subnets.Subnet, Candidate] = {}  # as subnets of `space`, whose canonical form may be another
-    found: dict[subnets.Subnet, Candidate] = {}
+    tried: dict[Subnet, Candidate] = {}  # as subnets of `space`, whose canonical form may be another
+    found: dict[Subnet, Candidate] = {}
     on_device = jax.device_put(list(batches()))
     inputs = jax.device_put(images)
 
-    def judge(subnet: subnets.Subnet) -> Candidate:
+    def judge(subnet: Subnet) -> Candidate:
         rows = calibration.calibrate(model, [subnet], inputs)
-        judged = supernet.SuperNet(model.config, model.params, rows)
+        judged = SuperNet(model.config, model.params, rows)
         (accuracy,) = evaluation.accuracy(judged, [subnet], lambda: on_device)
         candidate = Candidate(subnet, (cost or model.config.flops)(subnet), accuracy)
         record(candidate)
@@ -109,12 +109,12 @@ def search(
 
 def _proposals(
     config: Any,
-    space: subnets.SearchSpace,
-    tried: Mapping[subnets.Subnet, Candidate],
+    space: SearchSpace,
+    tried: Mapping[Subnet, Candidate],
     total: int,
     seed: int,
     tied: bool,
-) -> Iterator[subnets.Subnet]:
+) -> Iterator[Subnet]:
     """Generation by generation, `total` subnets, or as many as can be found; each must be in `tried` before the next is asked
     for."""
     rng = np.random.default_rng([seed, 1])
@@ -123,7 +123,7 @@ def _proposals(
     yield from list(dict.fromkeys(first))[:total]
     while len(tried) < total:
         parents = survivors(tried.values(), _POPULATION)
-        generation: dict[subnets.Subnet, None] = {}
+        generation: dict[Subnet, None] = {}
         for _ in range(min(_POPULATION, total - len(tried))):
             if (child := _new_child(space, parents, {*tried, *generation}, rng, tied)) is not None:
                 generation[child] = None
@@ -133,12 +133,12 @@ def _proposals(
 
 
 def _new_child(
-    space: subnets.SearchSpace,
+    space: SearchSpace,
     parents: Sequence[Candidate],
-    taken: set[subnets.Subnet],
+    taken: set[Subnet],
     rng: np.random.Generator,
     tied: bool,
-) -> subnets.Subnet | None:
+) -> Subnet | None:
     """A child of two tournament winners that is not `taken`, or a random subnet where that is hard to find; None where a tied
     space, whose size is not known, seems to have no other."""
     for _ in range(_TRIES):
@@ -155,9 +155,7 @@ def _new_child(
     return None
 
 
-def crossover(
-    space: subnets.SearchSpace, mother: subnets.Subnet, father: subnets.Subnet, rng: np.random.Generator
-) -> subnets.Subnet:
+def crossover(space: SearchSpace, mother: Subnet, father: Subnet, rng: np.random.Generator) -> Subnet:
     """A subnet with each depth and choice of one parent or, as often, the other."""
     of_father = iter(
         [*(sum(father.gates[b] for b in stage) for stage in space.stages), *(v for _, values in father.axes for v in values)]
@@ -170,7 +168,7 @@ def crossover(
     return space.vary(mother, draw)
 
 
-def mutate(space: subnets.SearchSpace, subnet: subnets.Subnet, rng: np.random.Generator) -> subnets.Subnet:
+def mutate(space: SearchSpace, subnet: Subnet, rng: np.random.Generator) -> Subnet:
     """`subnet` with each depth and choice drawn anew with a chance of 10 %."""
 
     def draw(choices: Sequence[Any], now: Any) -> Any:
@@ -184,7 +182,7 @@ def survivors(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
     left = {c.subnet: c for c in candidates}
     result: list[Candidate] = []
     while left and len(result) < count:
-        layer = front(left.values())
+        layer = pareto_front(left.values())
         distance = _crowding(layer)
         result += sorted(layer, key=lambda c, distance=distance: -distance[c.subnet])
         for c in layer:
@@ -192,7 +190,7 @@ def survivors(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
     return result[:count]
 
 
-def _crowding(layer: Sequence[Candidate]) -> dict[subnets.Subnet, float]:
+def _crowding(layer: Sequence[Candidate]) -> dict[Subnet, float]:
     """How far apart a front's candidates are: between the two neighbours, in log cost and accuracy as shares of the front."""
     points = np.array([(math.log(c.cost), c.accuracy) for c in layer])
     width = np.maximum(np.ptp(points, axis=0), 1e-9)
@@ -203,7 +201,7 @@ def _crowding(layer: Sequence[Candidate]) -> dict[subnets.Subnet, float]:
 # -- what to make of it -------------------------------------------------------------------------------------------------
 
 
-def front(candidates: Iterable[Candidate]) -> list[Candidate]:
+def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:
     """The Pareto front: ascending in cost, each more accurate than all that are cheaper."""
     result: list[Candidate] = []
     for c in sorted(candidates, key=lambda c: (c.cost, -c.accuracy)):
@@ -212,13 +210,13 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
     return result
 
 
-def choose(
+def choose_served(
     candidates: Sequence[Candidate],
     count: int,
     *,
-    keep: Sequence[subnets.Subnet] = (),
+    keep: Sequence[Subnet] = (),
     tolerance: float = 0.0,
-    network: Callable[[subnets.Subnet], Any] = lambda subnet: subnet,
+    network: Callable[[Subnet], Any] = lambda subnet: subnet,
 ) -> list[Candidate]:
     """At most `count` candidates on or near the front, in ascending order of cost.
 
@@ -283,7 +281,7 @@ class Log:
         path: pathlib.Path,
         settings: Mapping[str, Any],
         *,
-        measure: Callable[[], Mapping[subnets.Subnet, float]] = dict,
+        measure: Callable[[], Mapping[Subnet, float]] = dict,
     ):
         head, *lines = _whole_lines(path) or [{}]
         if head.get("settings") != settings:
@@ -295,7 +293,7 @@ class Log:
         elif lines:
             _log.info("%s has %d candidates already; going on from there", path, len(lines))
         files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in (head, *lines)).encode())
-        self.latencies = {subnets.Subnet.from_json(s): value for s, value in head["latencies"]}
+        self.latencies = {Subnet.from_json(s): value for s, value in head["latencies"]}
         self.known = {c.subnet: c for c in map(Candidate.from_json, lines)}
         self._file = path.open("a")
 

@@ -11,19 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import plots, progress
-from superserve_jax import subnet as subnets
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.supernets import supernet
-from superserve_jax.training import calibration, evaluation, latency, phases, runs
-from superserve_jax.training import config as configs
-from superserve_jax.training import search as searching
+from superserve_jax import exports, plots, progress
+from superserve_jax.exports import Served
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.supernet import Norm
+from superserve_jax.training import calibration, evaluation, latency, phases
+from superserve_jax.training.config import config_to_json
+from superserve_jax.training.latency import Predictor
+from superserve_jax.training.runs import Run
+from superserve_jax.training.search import Candidate, Log, choose_served, evolutionary_search, pareto_front, standard_error
 
 _EVAL_BATCH = 250
 _TIMED = 40  # subnets that are timed where latency is the cost
 
 
-def search(run: runs.Run) -> list[searching.Candidate]:
+def search(run: Run) -> list[Candidate]:
     """Tries subnets on validation images and chooses those to serve, in ascending order of cost: search.json, search.png.
 
     What was tried stands in search.jsonl: an interrupted search goes on from there, and so does one for more candidates.
@@ -33,7 +35,7 @@ def search(run: runs.Run) -> list[searching.Candidate]:
     batches = list(itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH)))
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
 
-    def measure() -> dict[subnets.Subnet, float]:
+    def measure() -> dict[Subnet, float]:
         return latency.measure(
             model,
             timed,
@@ -43,16 +45,16 @@ def search(run: runs.Run) -> list[searching.Candidate]:
 
     narrowed = phases.final_space(run.config)
     depends_on = {
-        "model": configs.to_json(run.config)["model"],
+        "model": config_to_json(run.config)["model"],
         "weights": _digest(model.params),
         "data": _digest({"inputs": images}, *batches),
         "cost": settings.cost,
     }
     if timed:
         depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
-    with searching.Log(run.workdir / "search.jsonl", depends_on, measure=measure) as log:
-        predictor = latency.Predictor(model.config, log.latencies) if timed else None
-        tried = searching.search(
+    with Log(run.workdir / "search.jsonl", depends_on, measure=measure) as log:
+        predictor = Predictor(model.config, log.latencies) if timed else None
+        tried = evolutionary_search(
             model,
             images,
             lambda: batches,
@@ -66,8 +68,8 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             progress=lambda items: progress.track(items, "search", total=min(settings.candidates, narrowed.size)),
         )
     best = max(c.accuracy for c in tried)
-    error = searching.standard_error(best, min(settings.examples, dataset.num_examples("validation")))
-    chosen = searching.choose(
+    error = standard_error(best, min(settings.examples, dataset.num_examples("validation")))
+    chosen = choose_served(
         tried,
         settings.served,
         keep=phases.ends(run.config),
@@ -85,7 +87,7 @@ def search(run: runs.Run) -> list[searching.Candidate]:
             "served": [s.to_json() for s in sorted((c.subnet for c in chosen), key=model.config.flops)],
         },
     )
-    cloud, front, served = ([(c.cost, c.accuracy) for c in group] for group in (tried, searching.front(tried), chosen))
+    cloud, front, served = ([(c.cost, c.accuracy) for c in group] for group in (tried, pareto_front(tried), chosen))
     label = f"latency of a batch of {settings.latency_batch} (ms), predicted" if timed else "multiply-adds per input"
     plots.search(cloud, front, served, run.workdir / "search.png", cost=label)
     return chosen
@@ -100,7 +102,7 @@ def _digest(*groups: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) -> None:
+def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
     """Computes SubnetNorm statistics over training images: statistics.npz.
 
     Args:
@@ -115,13 +117,13 @@ def calibrate(run: runs.Run, subnet_list: list[subnets.Subnet] | None = None) ->
     run.save_rows(rows)
 
 
-def evaluate(run: runs.Run) -> list[checkpoint.Served]:
+def evaluate(run: Run) -> list[Served]:
     """Accuracy of the served subnets on test examples, with their own statistics and, where the family has any, with the
     largest's: evaluation.json."""
     model, dataset = run.model(), run.dataset()
     served = run.served()
 
-    def accuracies(norm: supernet.Norm) -> list[float]:
+    def accuracies(norm: Norm) -> list[float]:
         return evaluation.accuracy(
             model,
             served,
@@ -133,32 +135,32 @@ def evaluate(run: runs.Run) -> list[checkpoint.Served]:
     own = accuracies("own")
     shared = accuracies("shared") if model.row(model.space.largest()).size else [None] * len(own)
     result = [
-        checkpoint.Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s))
+        Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s))
         for s, accuracy, other in zip(served, own, shared, strict=True)
     ]
     run.write("evaluation.json", [s.to_json() for s in result])
     return result
 
 
-def baselines(run: runs.Run) -> dict[str, float]:
+def baselines(run: Run) -> dict[str, float]:
     """Test accuracies that a model of texts has to beat (see `evaluation.text_baselines`); none for other data."""
     dataset = run.dataset()
     return {} if dataset.vocabulary is None else evaluation.text_baselines(dataset)
 
 
-def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
+def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Writes the export of an evaluated run, by default into its folder; returns where.
 
     It offers the subnets that are more accurate on test images than every cheaper one, and the largest; all that were
     evaluated, where the search was given a tolerance.
     """
-    evaluated = [checkpoint.Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
+    evaluated = [Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
     evaluated.sort(key=lambda s: s.flops)
     if run.read("search.json", made_by="train/search.py").get("tolerance") is None:
         best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
         evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
     dataset = run.dataset()
-    return checkpoint.export(
+    return exports.export(
         path if path is not None else run.workdir / "export",
         run.model(),
         evaluated,
@@ -166,11 +168,11 @@ def export(run: runs.Run, path: str | os.PathLike[str] | None = None) -> pathlib
         f"subnet's own statistics from {run.config.calibration_examples} training examples",
         class_names=dataset.class_names,
         vocabulary=dataset.vocabulary,
-        training=configs.to_json(run.config),
+        training=config_to_json(run.config),
     )
 
 
-def table(served: list[checkpoint.Served]) -> list[tuple[str, ...]]:
+def table(served: list[Served]) -> list[tuple[str, ...]]:
     """Header and rows for printing: cost and accuracies of served subnets."""
     header, shown = ("MFLOPs", "params", "test accuracy", "with the largest's statistics"), 4
     if all(s.accuracy_shared is None for s in served):

@@ -3,21 +3,22 @@
 import dataclasses
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import subset as single
-from superserve_jax.training import config as configs
-from superserve_jax.training import loop, runs, stages
+from superserve_jax.exports import Served
+from superserve_jax.families.subset import SingleSubnetConfig
+from superserve_jax.subnet import Subnet
+from superserve_jax.training import loop, stages
+from superserve_jax.training.config import DistillConfig, TrainConfig
+from superserve_jax.training.runs import Run
 
 
-def config(shared: configs.TrainConfig, subnet: subnets.Subnet) -> configs.TrainConfig:
+def config(shared: TrainConfig, subnet: Subnet) -> TrainConfig:
     """The SuperNet's experiment with one subnet in its place: labels only; the same first weights, data, optimiser, steps."""
-    model = single.SingleSubnetConfig(shared.model, subnet)
-    alone = {"phases": (), "distill": configs.DistillConfig(), "random_subnets": 0, "buckets": 1, "eval_every": 0}
+    model = SingleSubnetConfig(shared.model, subnet)
+    alone = {"phases": (), "distill": DistillConfig(), "random_subnets": 0, "buckets": 1, "eval_every": 0}
     return dataclasses.replace(shared, model=model, **alone)
 
 
-def train(run: runs.Run, subnet: subnets.Subnet, name: str) -> checkpoint.Served:
+def train(run: Run, subnet: Subnet, name: str) -> Served:
     """Trains, calibrates and evaluates a subnet of a run alone, or goes on with that, in the run's folder alone/NAME.
 
     That folder is one of a run, too. What was finished before is only read.
@@ -37,4 +38,4 @@ def train(run: runs.Run, subnet: subnets.Subnet, name: str) -> checkpoint.Served
         stages.calibrate(alone)
         stages.evaluate(alone)
     [measured] = alone.read("evaluation.json", made_by="train/evaluate.py")
-    return checkpoint.Served.from_json(measured)
+    return Served.from_json(measured)

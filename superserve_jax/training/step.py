@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from superserve_jax.supernets import programs
-from superserve_jax.training import losses, sampling
+from superserve_jax.supernets.programs import Hidden, Program
+from superserve_jax.training import losses
+from superserve_jax.training.sampling import Choice
 
 Params = dict[str, jax.Array]
 
@@ -33,7 +34,7 @@ class Lesson(NamedTuple):
     """What a teacher says of a batch: logits (B, K), and hidden states, empty where they are not asked for."""
 
     logits: jax.Array
-    hidden: programs.Hidden = ()
+    hidden: Hidden = ()
 
 
 class Recipe(NamedTuple):
@@ -81,7 +82,7 @@ class SandwichStep:
         state: TrainState,
         inputs: Any,
         labels: Any,
-        choices: Sequence[sampling.Choice],
+        choices: Sequence[Choice],
         *,
         step: int = 0,
         lesson: Lesson | None = None,
@@ -118,7 +119,7 @@ class SandwichStep:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def lesson(program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, row: jax.Array) -> Lesson:
+def lesson(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, row: jax.Array) -> Lesson:
     """What a teacher, run by the program of its largest subnet with its own statistics, says of a batch.
 
     Hidden states come from the pass in which the batch normalises itself; families that offer them have no statistics.
@@ -131,7 +132,7 @@ def lesson(program: programs.Program, recipe: Recipe, params: Params, inputs: ja
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _largest_grad(
-    program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, labels: jax.Array, lesson: Lesson | None
+    program: Program, recipe: Recipe, params: Params, inputs: jax.Array, labels: jax.Array, lesson: Lesson | None
 ):
     def loss_fn(params):
         own = _forward(program, recipe, params, inputs, jnp.zeros((0,), jnp.int32))
@@ -146,9 +147,7 @@ def _largest_grad(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _other_grad(
-    program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array, lesson: Lesson
-):
+def _other_grad(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array, lesson: Lesson):
     def loss_fn(params):
         own = _forward(program, recipe, params, inputs, active)
         loss = losses.distillation(own.logits, lesson.logits)
@@ -159,7 +158,7 @@ def _other_grad(
     return jax.value_and_grad(loss_fn)(params)
 
 
-def _forward(program: programs.Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array) -> Lesson:
+def _forward(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array) -> Lesson:
     """Logits in float32, and hidden states where the recipe asks for them; computed in the recipe's dtype."""
     if recipe.compute_dtype != "float32":  # vectors, which are scales and biases, cost nothing and keep their precision
         params = {name: p.astype(recipe.compute_dtype) if p.ndim > 1 else p for name, p in params.items()}

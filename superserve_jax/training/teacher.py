@@ -8,20 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from superserve_jax import errors
-from superserve_jax.exports import export as checkpoint
+from superserve_jax import errors, exports
 from superserve_jax.supernets import programs
-from superserve_jax.training import runs, step
+from superserve_jax.supernets.programs import Params, Program
+from superserve_jax.training import step
+from superserve_jax.training.runs import Run
+from superserve_jax.training.step import Lesson, Recipe
 
 
 class Teacher(NamedTuple):
     """A network that is asked about every batch: the program of the largest subnet, its parameters and statistics."""
 
-    program: programs.Program
-    params: programs.Params
+    program: Program
+    params: Params
     row: np.ndarray
 
-    def __call__(self, recipe: step.Recipe, inputs: Any) -> step.Lesson:
+    def __call__(self, recipe: Recipe, inputs: Any) -> Lesson:
         """What it says of a batch."""
         return step.lesson(self.program, recipe, dict(self.params), inputs, jnp.asarray(self.row))
 
@@ -39,7 +41,7 @@ def load(path: str | os.PathLike[str], student: Any) -> Teacher:
     path = pathlib.Path(path)
     if not path.is_dir():
         raise errors.ConfigError(f"distill.teacher: there is no folder {path}; give that of a run or of an export")
-    model = runs.Run.open(path).model() if (path / "config.json").is_file() else checkpoint.load(path)
+    model = Run.open(path).model() if (path / "config.json").is_file() else exports.load(path)
     config, largest = model.config, model.space.largest()
     for what, theirs, ours in (
         ("inputs", config.input_spec(1), student.input_spec(1)),
@@ -51,7 +53,7 @@ def load(path: str | os.PathLike[str], student: Any) -> Teacher:
     return Teacher(programs.sliced(config, largest), model.params, model.row(largest))
 
 
-def check_hidden(recipe: step.Recipe, student: Any, teacher: Teacher | None) -> None:
+def check_hidden(recipe: Recipe, student: Any, teacher: Teacher | None) -> None:
     """Raises ConfigError where hidden states are asked for and student or teacher cannot give fitting ones."""
     if not recipe.hidden_weight:
         return

@@ -12,11 +12,12 @@ import pytest
 from published import BERT, OFA, OFA_LISTS, assert_same_model, bert_state, ofa_state
 from tiny import random_params, random_row
 
-from superserve_jax import convert, errors
-from superserve_jax.engines import device as device_engine
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import ofa_resnet
-from superserve_jax.supernets import programs, supernet
+from superserve_jax import convert, errors, exports
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.exports import Served
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIXTURES = ROOT.parent / "shared" / "fixtures"
@@ -67,20 +68,20 @@ def test_logits_of_the_fixtures_agree_sliced_masked_and_through_an_export(read, 
     model, subnet_list, inputs, logits = read()
     tolerance = {"rtol": 0, "atol": 1e-4 * np.abs(logits).max()}
     rows = {s: model.row(s, norm="shared") for s in subnet_list}
-    exported = checkpoint.export(
+    exported = exports.export(
         tmp_path / "export",
-        supernet.SuperNet(model.config, model.params, rows),
-        [checkpoint.Served(s, 0.5, None, model.config.flops(s), model.config.num_params(s)) for s in subnet_list],
+        SuperNet(model.config, model.params, rows),
+        [Served(s, 0.5, None, model.config.flops(s), model.config.num_params(s)) for s in subnet_list],
         measured="not at all",
     )
-    loaded = checkpoint.load(exported)
+    loaded = exports.load(exported)
     for subnet, expected in zip(subnet_list, logits, strict=True):
         np.testing.assert_allclose(model(inputs, subnet, norm="shared"), expected, **tolerance)
         program = programs.sliced(model.config, subnet)
         sliced = jax.jit(program.infer)(model.params, inputs, rows[subnet], program.active(subnet))
         np.testing.assert_allclose(sliced, expected, **tolerance)
         np.testing.assert_allclose(loaded(inputs, subnet), expected, **tolerance)
-    engine = device_engine.DeviceEngine(loaded, jax.devices()[0], subnet_list=subnet_list[-1:], batch_sizes=[4])
+    engine = DeviceEngine(loaded, jax.devices()[0], subnet_list=subnet_list[-1:], batch_sizes=[4])
     np.testing.assert_allclose(engine.run(subnet_list[-1], 4, list(inputs)), logits[-1], **tolerance)
 
 
@@ -98,7 +99,7 @@ def test_an_ofa_resnet_survives_being_written_as_once_for_all_does(ofa_model, wr
 def test_the_order_of_the_lists_does_not_matter_and_one_may_be_a_number():
     config = dataclasses.replace(OFA, stem_depths=(1,), depths=((3,), (3,), (5,), (3,)), num_classes=1)
     largest = config.space().largest()
-    expected = supernet.SuperNet(config, random_params(config), {largest: random_row(config, largest)})
+    expected = SuperNet(config, random_params(config), {largest: random_row(config, largest)})
     lists = {**OFA_LISTS, "depth_list": 1, "expand_ratio_list": (0.5, 0.25), "width_mult_list": [0.1, 0.06, 0.1]}
     assert_same_model(convert.ofa_resnet(ofa_state(expected), **lists), expected)
 
@@ -157,7 +158,7 @@ def test_weights_can_be_given_to_a_config_that_is_known(ofa_model, bert_model):
 
 
 def test_subnet_dictionaries_convert_both_ways():
-    space = ofa_resnet.OFAResNetConfig().space()
+    space = OFAResNetConfig().space()
     for k in range(50):
         subnet = space.sample(0, k)
         arch = json.loads(json.dumps(convert.ofa_arch(subnet, space)))
@@ -165,7 +166,7 @@ def test_subnet_dictionaries_convert_both_ways():
 
 
 def test_a_subnet_dictionary_means_what_it_means_there():
-    space = ofa_resnet.OFAResNetConfig().space()
+    space = OFAResNetConfig().space()
     arch = {"d": [1, 0, 1, 2, 0], "e": [0.2, 0.25, 0.35] * 6, "w": [0, 1, 2, 0, 1, 2], "image_size": 176}
     subnet = convert.ofa_subnet(arch, space)
     assert subnet.gates == (0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0)
@@ -189,14 +190,14 @@ def test_a_subnet_dictionary_means_what_it_means_there():
     ],
 )
 def test_a_subnet_dictionary_that_does_not_fit_is_refused(change, message):
-    space = ofa_resnet.OFAResNetConfig().space()
+    space = OFAResNetConfig().space()
     with pytest.raises(errors.SuperServeError, match=message):
         convert.ofa_subnet({"d": 2, "e": 0.35, "w": 2, **change}, space)
 
 
 def test_a_subnet_dictionary_needs_all_its_entries_and_the_right_space():
     with pytest.raises(errors.SubnetError, match="needs 'd', 'e' and 'w'"):
-        convert.ofa_subnet({"d": 2, "e": 0.35}, ofa_resnet.OFAResNetConfig().space())
+        convert.ofa_subnet({"d": 2, "e": 0.35}, OFAResNetConfig().space())
     for space in (BERT.space(), dataclasses.replace(OFA, depths=((2,), (2, 3), (4,), (2,))).space()):
         with pytest.raises(errors.SubnetError, match="only the space of an OFA-ResNet50"):
             convert.ofa_subnet({"d": 0, "e": 0.25, "w": 0}, space)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from tiny import TINY, random_images, random_params, random_row
 
-from superserve_jax import errors
-from superserve_jax.engines import device as device_engine
+from superserve_jax import errors, exports
 from superserve_jax.engines import executables, prepare, subnet_buckets
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import dynabert
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.exports import Served
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 DEVICE = jax.devices()[0]
 
@@ -21,12 +22,12 @@ DEVICE = jax.devices()[0]
 def model():
     """Calibrated for every twentieth subnet of the space."""
     chosen = list(TINY.space().enumerate())[::20]
-    return supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    return SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
 
 
 def make(model, subnet_list=None, **options):
     subnet_list = model.calibrated if subnet_list is None else subnet_list
-    return device_engine.DeviceEngine(model, DEVICE, subnet_list=subnet_list, batch_sizes=(2,), **options)
+    return DeviceEngine(model, DEVICE, subnet_list=subnet_list, batch_sizes=(2,), **options)
 
 
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
@@ -48,7 +49,7 @@ def test_slices_hold_just_the_subnets_own_weights(model):
 
 
 def test_a_transformers_slices_hold_just_its_own_weights():
-    config = dynabert.DynaBERTConfig(
+    config = DynaBERTConfig(
         vocab_size=20, num_classes=2, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8, 16)
     )
     for subnet in (config.space().smallest(), config.space().largest()):
@@ -126,26 +127,26 @@ def test_slicing_that_is_not_known_is_refused_before_anything_is_compiled(model,
 
 def test_the_profile_says_how_weights_are_sliced_and_executables_shared(model, tmp_path):
     subnet_list = sorted(model.calibrated, key=TINY.flops)
-    served = [checkpoint.Served(s, 0.5 + 0.02 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(subnet_list)]
-    checkpoint.export(tmp_path / "export", model, served, measured="made up")
-    loaded = checkpoint.load(tmp_path / "export")
+    served = [Served(s, 0.5 + 0.02 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(subnet_list)]
+    exports.export(tmp_path / "export", model, served, measured="made up")
+    loaded = exports.load(tmp_path / "export")
     way, ratio = prepare.faster_slicing(loaded, DEVICE, (2,), repeats=1)
     assert way == ("kept" if ratio > 1.03 else "in_call")
     envelopes = subnet_buckets.choose(subnet_list, TINY.flops, 3)
     engine = make(loaded, subnet_list, envelopes=envelopes)
     profile = prepare.measure(loaded, engine, (2,), prepare.device_kind(DEVICE), envelopes=envelopes, repeats=1)
     assert set(profile.envelopes.values()) <= set(envelopes.values())
-    profile.save(checkpoint.profile_path(loaded.path, prepare.device_kind(DEVICE)))
+    profile.save(exports.profile_path(loaded.path, prepare.device_kind(DEVICE)))
     _, [again], stored = prepare.prepare(loaded, batch_sizes=(2,))
     assert stored == [profile]
     assert len(again.executables) == len(set(envelopes[r.subnet] for r in profile.rows)) <= 3
 
 
 def test_what_no_subnet_slices_does_not_count_against_the_budget():
-    config = dynabert.DynaBERTConfig(
+    config = DynaBERTConfig(
         vocab_size=5000, num_classes=2, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8, 16)
     )
-    text = supernet.SuperNet.create(config, seed=0)
+    text = SuperNet.create(config, seed=0)
     smallest = config.space().smallest()
     engine = make(text, [smallest], lengths=(6,), slice_bytes=4 * 5000)  # the embeddings alone have 8 times as many
     engine.run(smallest, 2, [np.ones(6, np.int32)] if config.token_types == 1 else [np.ones((6, 2), np.int32)])

@@ -7,27 +7,27 @@ import pytest
 from tiny import TINY, live_bytes, random_images
 
 import superserve_jax as ss
-from superserve_jax import errors
+from superserve_jax import errors, exports
 from superserve_jax.engines import cache, executables, prepare, subnet_buckets
-from superserve_jax.engines import device as device_engine
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.engines.cache import ExecutableCache
+from superserve_jax.engines.device import DeviceEngine, bucket_programs
+from superserve_jax.exports import Served
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 BATCHES = (1, 4)
 
 
 @pytest.fixture
 def model(tiny, tmp_path):
-    served = [
-        checkpoint.Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)
-    ]
-    checkpoint.export(tmp_path / "export", tiny, served, measured="made up")
-    return checkpoint.load(tmp_path / "export")
+    served = [Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)]
+    exports.export(tmp_path / "export", tiny, served, measured="made up")
+    return exports.load(tmp_path / "export")
 
 
 @pytest.fixture
 def engine(model):
-    return device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
+    return DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
 
 
 def test_an_engine_answers_each_input_as_the_masked_program_does(model, engine):
@@ -53,9 +53,7 @@ def test_outputs_survive_later_calls_and_pin_no_batch(model, engine):
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
 def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
     before = live_bytes()
-    engine = device_engine.DeviceEngine(
-        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing
-    )
+    engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing)
     assert live_bytes() - before <= engine.rows.nbytes + engine.slices.nbytes  # the weights lay there already
     assert (engine.slices.nbytes > 0) == (slicing == "kept")
     weights = sum(v.nbytes for v in model.params.values())
@@ -70,7 +68,7 @@ def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
 def test_weights_exist_once_however_many_executables_share_them(model, slicing):
     device, envelopes = jax.devices()[0], subnet_buckets.choose(model.subnets, TINY.flops, 2)
-    program_list = set(device_engine.bucket_programs(TINY, model.subnets, envelopes).values())
+    program_list = set(bucket_programs(TINY, model.subnets, envelopes).values())
     read = sum(
         4 * int(np.prod(shape)) if slicing == "kept" else model.params[name].nbytes
         for program in program_list
@@ -79,7 +77,7 @@ def test_weights_exist_once_however_many_executables_share_them(model, slicing):
     grown = []
     for batch_sizes in ((1,), BATCHES):
         before = live_bytes()
-        engine = device_engine.DeviceEngine(
+        engine = DeviceEngine(
             *(model, device), subnet_list=model.subnets, batch_sizes=batch_sizes, envelopes=envelopes, slicing=slicing
         )
         grown.append(live_bytes() - before)
@@ -121,10 +119,10 @@ def test_a_server_opens_from_a_path_and_answers_what_the_model_says(model):
 
 def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
     device = jax.devices()[0]
-    engine = device_engine.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
+    engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
     kind = prepare.device_kind(device)
     measured = prepare.measure(model, engine, BATCHES, kind, repeats=2)
-    path = checkpoint.profile_path(model.path, kind)
+    path = exports.profile_path(model.path, kind)
     measured.save(path)
     assert prepare.prepare(model, batch_sizes=BATCHES)[2] == [measured]
     assert prepare.stored_profile(model, device, (1,)) == measured.at((1,))
@@ -139,7 +137,7 @@ def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
 
 def test_a_server_needs_an_export_batch_sizes_and_devices(model):
     with pytest.raises(errors.ConfigError, match="export"):
-        ss.Server(supernet.SuperNet(TINY, model.params, model.rows))
+        ss.Server(SuperNet(TINY, model.params, model.rows))
     with pytest.raises(errors.ConfigError, match="batch_sizes is empty"):
         ss.Server(model, batch_sizes=())
     with pytest.raises(errors.ConfigError, match="devices is empty"):
@@ -193,8 +191,8 @@ class TestCache:
         assert not list(self.root.glob("*"))
 
     def test_another_config_or_batch_has_an_entry_of_its_own(self, model):
-        store = cache.ExecutableCache(TINY, jax.devices()[0])
-        other = cache.ExecutableCache(TINY.__class__(num_classes=7), jax.devices()[0])
+        store = ExecutableCache(TINY, jax.devices()[0])
+        other = ExecutableCache(TINY.__class__(num_classes=7), jax.devices()[0])
         assert len({store._path({"batch": 1}), store._path({"batch": 2}), other._path({"batch": 1})}) == 3
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny import TINY, random_images, random_params, random_row
 
-from superserve_jax.engines import device as device_engine
 from superserve_jax.engines import executables, subnet_buckets
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +23,7 @@ def device():
 @pytest.fixture(scope="module")
 def model():
     chosen = list(TINY.space().enumerate())[::20]
-    return supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    return SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def whole_float32():
 @pytest.mark.parametrize("buckets", [3, 100])
 def test_sliced_bucketed_and_masked_agree_on_the_device(model, device, slicing, buckets):
     envelopes = subnet_buckets.choose(model.calibrated, TINY.flops, buckets)
-    engine = device_engine.DeviceEngine(
+    engine = DeviceEngine(
         *(model, device), subnet_list=model.calibrated, batch_sizes=(2,), envelopes=envelopes, slicing=slicing
     )
     images = random_images(TINY, 2)
@@ -51,14 +52,14 @@ def test_executables_run_on_the_device_and_weights_lie_there_once(model, device)
     weights = sum(v.nbytes for v in model.params.values())
     assert executable.call.memory_analysis().argument_size_in_bytes >= weights
     before = device.memory_stats()["bytes_in_use"]
-    engine = device_engine.DeviceEngine(*(model, device), subnet_list=model.calibrated, batch_sizes=(1, 2), slicing="in_call")
+    engine = DeviceEngine(*(model, device), subnet_list=model.calibrated, batch_sizes=(1, 2), slicing="in_call")
     engine.run(model.calibrated[0], 1, list(random_images(TINY, 1)))
     used = device.memory_stats()["bytes_in_use"] - before
     assert used < 2 * weights + (1 << 20)
 
 
 def test_a_buffer_that_is_written_to_after_a_batch_changes_no_answer(model, device):
-    engine = device_engine.DeviceEngine(model, device, subnet_list=model.calibrated, batch_sizes=(2,))
+    engine = DeviceEngine(model, device, subnet_list=model.calibrated, batch_sizes=(2,))
     subnet = model.calibrated[0]
     for seed in range(20):
         images = random_images(TINY, 2, seed=seed)
@@ -70,7 +71,7 @@ def test_a_buffer_that_is_written_to_after_a_batch_changes_no_answer(model, devi
 
 
 def test_two_batches_that_are_under_way_at_once_do_not_mix(model, device):
-    engine = device_engine.DeviceEngine(model, device, subnet_list=model.calibrated, batch_sizes=(2,))
+    engine = DeviceEngine(model, device, subnet_list=model.calibrated, batch_sizes=(2,))
     assert engine.overlap
     small, large = model.calibrated[0], model.calibrated[-1]
     for seed in range(20):
@@ -87,7 +88,7 @@ def test_two_batches_that_are_under_way_at_once_do_not_mix(model, device):
 
 def test_slices_that_went_give_their_memory_back(model, device):
     subnet, other = model.calibrated[1:3]
-    engine = device_engine.DeviceEngine(
+    engine = DeviceEngine(
         *(model, device), subnet_list=[subnet, other], batch_sizes=(2,),
         slice_bytes=4 * max(map(TINY.num_params, (subnet, other))),
     )  # fmt: skip

@@ -5,25 +5,25 @@ import time
 import numpy as np
 import pytest
 
-from superserve_jax import profile as profiles
-from superserve_jax.engines import base as engine
-from superserve_jax.engines import profiling as measuring
+from superserve_jax.engines import profiling
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.profile import Profile, Row, join_lengths
 from superserve_jax.subnet import Subnet
 
 
 def make(*latencies, sizes=(1, 2, 4)):
-    rows = [profiles.Row(Subnet((1,), (("w", (float(i),)),)), 0.7 + 0.05 * i, ms) for i, ms in enumerate(latencies)]
-    return profiles.Profile(sizes, tuple(rows))
+    rows = [Row(Subnet((1,), (("w", (float(i),)),)), 0.7 + 0.05 * i, ms) for i, ms in enumerate(latencies)]
+    return Profile(sizes, tuple(rows))
 
 
 def test_a_profile_as_slackfit_needs_it_has_all_three_properties():
-    for p in measuring.properties(make((1.0, 1.5, 2.5), (3.0, 5.0, 8.0))):
+    for p in profiling.properties(make((1.0, 1.5, 2.5), (3.0, 5.0, 8.0))):
         assert p.holding == p.of > 0
         assert p.worst > 1
 
 
 def test_what_is_amiss_is_counted_and_its_worst_case_named():
-    p1, p2, p3 = measuring.properties(make((1.0, 0.8, 2.0), (0.9, 1.6, 4.0)))
+    p1, p2, p3 = profiling.properties(make((1.0, 0.8, 2.0), (0.9, 1.6, 4.0)))
     assert (p1.holding, p1.of, p1.worst) == (3, 4, pytest.approx(0.8))
     assert (p2.holding, p2.of, p2.worst) == (2, 3, pytest.approx(0.9))
     # In 0.9 ms the fastest does a batch of 2 (0.8 ms), in 1.6 ms no more.
@@ -32,8 +32,8 @@ def test_what_is_amiss_is_counted_and_its_worst_case_named():
 
 def test_latencies_of_an_engine_are_measured_for_every_pair():
     table = make((1.0, 2.0), (2.0, 4.0), sizes=(1, 2))
-    fake = engine.FakeEngine(table)
-    measured = measuring.measure(fake, {r.subnet: r.accuracy for r in table.rows}, (1, 2), device="fake", repeats=3)
+    fake = FakeEngine(table)
+    measured = profiling.measure(fake, {r.subnet: r.accuracy for r in table.rows}, (1, 2), device="fake", repeats=3)
     for row, true in zip(measured.rows, table.rows, strict=True):
         assert all(got >= ms for got, ms in zip(row.latency_ms, true.latency_ms, strict=True))
         assert all(p99 >= ms for p99, ms in zip(row.p99_ms, row.latency_ms, strict=True))
@@ -41,9 +41,9 @@ def test_latencies_of_an_engine_are_measured_for_every_pair():
 
 def test_latencies_are_measured_for_every_length():
     tables = [dataclasses.replace(make((ms, 2 * ms), sizes=(1, 2)), lengths=(n,)) for n, ms in ((8, 1.0), (16, 4.0))]
-    both = profiles.join(tables)
-    fake = engine.FakeEngine(both, input_shape=(16,), input_dtype=np.int32)
-    measured = measuring.measure(fake, {r.subnet: r.accuracy for r in both.rows}, (1, 2), device="fake", repeats=3)
+    both = join_lengths(tables)
+    fake = FakeEngine(both, input_shape=(16,), input_dtype=np.int32)
+    measured = profiling.measure(fake, {r.subnet: r.accuracy for r in both.rows}, (1, 2), device="fake", repeats=3)
     assert measured.lengths == (8, 16)
     for table, true in zip(measured.tables, both.tables, strict=True):
         for got, ms in zip(table.rows[0].latency_ms, true.rows[0].latency_ms, strict=True):
@@ -55,11 +55,11 @@ def test_under_load_a_server_and_its_generator_run_beside_what_is_measured_and_a
         return {t.name for t in threading.enumerate() if t.name.startswith("superserve")}
 
     table, seen = make((1.0, 2.0), sizes=(1, 2)), []
-    fake = engine.FakeEngine(table, on_run=lambda *_: seen.append(names()))
+    fake = FakeEngine(table, on_run=lambda *_: seen.append(names()))
     accuracies = {r.subnet: r.accuracy for r in table.rows}
     for load in (False, True):
         seen.clear()
-        measuring.measure(fake, accuracies, (1, 2), device="fake", repeats=3, load=load)
+        profiling.measure(fake, accuracies, (1, 2), device="fake", repeats=3, load=load)
         beside = {"superserve-traffic", "superserve-fake:0", "superserve-watchdog"} if load else set()
         assert seen == [set()] * 4 + [beside] * 6  # two warm-ups of each, then three rounds
     assert names() == set()
@@ -67,12 +67,12 @@ def test_under_load_a_server_and_its_generator_run_beside_what_is_measured_and_a
 
 def test_the_load_submits_queries_and_no_more_than_are_due(monkeypatch):
     counted = []
-    submit_many = measuring.server.Server.submit_many
+    submit_many = profiling.server.Server.submit_many
     monkeypatch.setattr(
-        measuring.server.Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs)
+        profiling.server.Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs)
     )
     before_s = time.monotonic()
-    with measuring.traffic(5000.0):
+    with profiling.traffic(5000.0):
         time.sleep(0.2)
     lasted_s = time.monotonic() - before_s
     assert 0 < sum(counted) <= 5000.0 * lasted_s

@@ -3,8 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY
 
-from superserve_jax import errors, subnet
+from superserve_jax import errors
 from superserve_jax.engines import subnet_buckets
+from superserve_jax.subnet import envelope_of
 
 SPACE = list(TINY.space().enumerate())
 
@@ -16,7 +17,7 @@ def test_every_subnet_has_a_bucket_that_covers_it_and_there_are_no_more_than_ask
     assert set(bucket_of) == set(chosen)
     assert len(set(bucket_of.values())) <= count
     for top in set(bucket_of.values()):
-        assert top == subnet.envelope([s for s, t in bucket_of.items() if t == top])
+        assert top == envelope_of([s for s, t in bucket_of.items() if t == top])
     assert subnet_buckets.extra(bucket_of, TINY.flops) >= 0
 
 
@@ -31,7 +32,7 @@ def test_the_choice_beats_buckets_of_neighbours_in_flops():
     chosen = sorted(SPACE[::3], key=TINY.flops)
     size = -(-len(chosen) // 8)
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    neighbours = {s: subnet.envelope(group) for group in groups for s in group}
+    neighbours = {s: envelope_of(group) for group in groups for s in group}
     ours = subnet_buckets.choose(chosen, TINY.flops, 8)
     assert subnet_buckets.extra(ours, TINY.flops) < 0.7 * subnet_buckets.extra(neighbours, TINY.flops)
 

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superserve_jax import errors
-from superserve_jax.experiments import paper_table as findings
-from superserve_jax.experiments import summaries as readings
+from superserve_jax.experiments import paper_table, summaries
 from superserve_jax.experiments.summaries import Point
 
 # Lines through (70, 1.0), (74, 0.8), (78, 0.2).
@@ -21,41 +20,41 @@ def row(policy, attainment, accuracy, *, seed=0, preset="maf", trace="t", scale=
 def test_gains_equal_an_example_worked_out_by_hand():
     # At 0.9 the lines are at 72, half way from 1.0 to 0.8; the next better model is the one of 70.
     # At 76 the lines attain 0.5, half way from 0.8 to 0.2; the next better model is the one of 78, which attains 0.2.
-    g = readings.gain(Point(76.0, 0.9), FIXED)
+    g = summaries.gain(Point(76.0, 0.9), FIXED)
     assert g == pytest.approx((4.0, 6.0, 1.8, 4.5))
 
 
 def test_a_policy_on_the_lines_gains_nothing_on_them():
-    g = readings.gain(Point(75.0, 0.65), FIXED)
+    g = summaries.gain(Point(75.0, 0.65), FIXED)
     assert (g.points_line, g.times_line) == (pytest.approx(0.0), pytest.approx(1.0))
     assert (g.points, g.times) == (pytest.approx(1.0), pytest.approx(3.25))
 
 
 def test_a_model_compared_with_itself_gains_nothing_either_way():
     for model in FIXED:
-        assert readings.gain(model, FIXED) == pytest.approx((0.0, 0.0, 1.0, 1.0))
+        assert summaries.gain(model, FIXED) == pytest.approx((0.0, 0.0, 1.0, 1.0))
 
 
 def test_beyond_the_models_the_nearest_one_counts():
-    assert readings.gain(Point(72.0, 1.0), [Point(70.0, 0.9), Point(78.0, 0.2)]).points == pytest.approx(2.0)
-    assert readings.gain(Point(79.0, 0.6), FIXED).times_line == pytest.approx(3.0)
-    assert readings.gain(Point(69.0, 0.5), FIXED).times == pytest.approx(0.5)
+    assert summaries.gain(Point(72.0, 1.0), [Point(70.0, 0.9), Point(78.0, 0.2)]).points == pytest.approx(2.0)
+    assert summaries.gain(Point(79.0, 0.6), FIXED).times_line == pytest.approx(3.0)
+    assert summaries.gain(Point(69.0, 0.5), FIXED).times == pytest.approx(0.5)
 
 
 def test_models_that_attain_nothing_leave_an_infinite_gain():
-    g = readings.gain(Point(75.0, 0.9), [Point(70.0, 1.0), Point(74.0, 0.0), Point(78.0, 0.0)])
+    g = summaries.gain(Point(75.0, 0.9), [Point(70.0, 1.0), Point(74.0, 0.0), Point(78.0, 0.0)])
     assert (g.times_line, g.times) == (math.inf, math.inf)
 
 
 def test_a_more_accurate_model_that_attains_as_much_is_the_one_to_compare_with():
     # The lines need not fall: at 0.9 the most accurate place on them is on the way down from 76.
-    g = readings.gain(Point(77.0, 0.9), [Point(70.0, 0.8), Point(76.0, 1.0), Point(78.0, 0.8)])
+    g = summaries.gain(Point(77.0, 0.9), [Point(70.0, 0.8), Point(76.0, 1.0), Point(78.0, 0.8)])
     assert (g.points_line, g.points) == (pytest.approx(0.0), pytest.approx(1.0))
 
 
 def test_without_fixed_models_there_is_no_gain():
     with pytest.raises(errors.ConfigError, match="fixed:all"):
-        readings.gain(Point(75.0, 0.9), [])
+        summaries.gain(Point(75.0, 0.9), [])
 
 
 @given(
@@ -65,14 +64,14 @@ def test_without_fixed_models_there_is_no_gain():
 )
 def test_where_attainment_falls_with_accuracy_the_lines_are_never_kinder_than_the_models(models, accuracy, attainment):
     accuracies, attainments = sorted(m[0] for m in models), sorted((m[1] for m in models), reverse=True)
-    g = readings.gain(Point(accuracy, attainment), map(Point, accuracies, attainments))
+    g = summaries.gain(Point(accuracy, attainment), map(Point, accuracies, attainments))
     assert g.points_line <= g.points + 1e-9
     assert g.times_line <= g.times * (1 + 1e-9)
 
 
 def test_summaries_are_means_over_seeds_with_their_spread():
     rows = [row("a", 1.0, 76.0), row("b", 0.5, None), row("a", 0.98, 77.0, seed=1)]
-    a, b = readings.summaries(rows)
+    a, b = summaries.summarize(rows)
     assert (a.policy, a.attainment, a.accuracy) == ("a", pytest.approx(0.99), pytest.approx(76.5))
     assert (a.attainment_sd, a.accuracy_sd) == (pytest.approx(0.02 / math.sqrt(2)), pytest.approx(1 / math.sqrt(2)))
     assert (b.attainment, b.attainment_sd, math.isnan(b.accuracy)) == (0.5, 0.0, True)
@@ -81,14 +80,14 @@ def test_summaries_are_means_over_seeds_with_their_spread():
 def test_gains_are_read_seed_by_seed_and_then_averaged():
     fixed = [row(f"fixed:{i}", p.attainment, p.accuracy, seed=s) for s in (0, 1) for i, p in enumerate(sorted(FIXED))]
     mine = [row("slackfit", 0.9, 76.0, seed=0), row("slackfit", 0.8, 76.0, seed=1)]
-    g = readings.gains(readings.summaries([*fixed, *mine]), "slackfit")
+    g = summaries.gains(summaries.summarize([*fixed, *mine]), "slackfit")
     assert g["t"].points_line == pytest.approx((4.0 + 2.0) / 2)
     assert g["t"].times_line == pytest.approx((1.8 + 1.6) / 2)
 
 
 def test_findings_put_the_papers_figures_beside_ours():
     fixed = [row(f"fixed:{i}", p.attainment, p.accuracy) for i, p in enumerate(sorted(FIXED))]
-    found = {f.what: f for f in findings.findings([*fixed, row("slackfit", 0.9, 76.0)])}
+    found = {f.what: f for f in paper_table.findings([*fixed, row("slackfit", 0.9, 76.0)])}
     assert found["accuracy at equal attainment"].reference == "+4.67 points"
     assert found["accuracy at equal attainment"].ours.startswith("+4.00 on the lines, +6.00 strictly; +9.00")
     assert found["attainment at equal accuracy"].ours == "1.80x on the lines, 4.5x strictly"
@@ -97,6 +96,6 @@ def test_findings_put_the_papers_figures_beside_ours():
 
 def test_findings_tell_scales_apart_and_leave_out_what_was_not_run():
     rows = [row("slackfit", a, 76.0, preset="acceleration", scale=s) for s, a in ((1.0, 1.0), (1.9, 0.9))]
-    found = [f for f in findings.findings(rows) if f.what == "attainment"]
+    found = [f for f in paper_table.findings(rows) if f.what == "attainment"]
     assert [(f.scale, f.ours) for f in found] == [(1.0, "1.0000"), (1.9, "0.9000")]
-    assert findings.findings([row("max-acc", 0.5, 76.0, preset="unknown")]) == []
+    assert paper_table.findings([row("max-acc", 0.5, 76.0, preset="unknown")]) == []

@@ -14,9 +14,9 @@ import pytest
 from small_exports import IMAGES, TEXTS, WORDS, payload_of, write
 from tiny import random_images
 
-from superserve_jax import errors, profile
-from superserve_jax import manifest as manifests
-from superserve_jax.exports import export as checkpoint
+from superserve_jax import errors, exports
+from superserve_jax.manifest import MANIFEST_NAME, check_file, read_manifest
+from superserve_jax.profile import Profile
 
 
 # As small as they can be, so that there is time for every bit: 16 and 13 KB.
@@ -47,15 +47,15 @@ def flips(file):
 
 
 def test_every_flipped_bit_of_a_manifest_is_refused_or_reads_the_same(exported):
-    whole = json.dumps(manifests.read(exported), sort_keys=True)
+    whole = json.dumps(read_manifest(exported), sort_keys=True)
     refused = 0
-    for where in flips(exported / manifests.NAME):
-        read = bad.attempt(lambda: manifests.read(exported), errors.ExportError)
+    for where in flips(exported / MANIFEST_NAME):
+        read = bad.attempt(lambda: read_manifest(exported), errors.ExportError)
         if isinstance(read, errors.ExportError):
             refused += 1
         else:
             assert json.dumps(read, sort_keys=True) == whole, where
-    size = 8 * (exported / manifests.NAME).stat().st_size
+    size = 8 * (exported / MANIFEST_NAME).stat().st_size
     assert 0.99 * size < refused <= size
 
 
@@ -65,19 +65,19 @@ def test_every_flipped_bit_of_a_payload_file_is_refused(exported):
     for name, expected in contents.items():
         for where in flips(payload / name):
             try:
-                manifests.check_file(payload / name, expected)
+                check_file(payload / name, expected)
             except errors.ExportError:
                 continue
             raise AssertionError(f"{name}: nobody noticed bit {where}")
-        manifests.check_file(payload / name, expected)
+        check_file(payload / name, expected)
 
 
 def test_every_flipped_bit_of_a_profile_is_refused_or_reads_the_same(exported):
-    file = checkpoint.profile_path(exported, "cpu")
-    whole = profile.Profile.load(file)
+    file = exports.profile_path(exported, "cpu")
+    whole = Profile.load(file)
     refused = 0
     for where in flips(file):
-        read = bad.attempt(lambda: profile.Profile.load(file), errors.ProfileError)
+        read = bad.attempt(lambda: Profile.load(file), errors.ProfileError)
         refused += isinstance(read, errors.ProfileError)
         assert isinstance(read, errors.ProfileError) or read == whole, where
     assert refused > 0.9 * 8 * file.stat().st_size
@@ -86,29 +86,29 @@ def test_every_flipped_bit_of_a_profile_is_refused_or_reads_the_same(exported):
 def test_loading_refuses_flips_of_any_file(exported):
     """A sample of the flips above, another one in every run, through the door that users take."""
     payload, contents = payload_of(exported)
-    model = checkpoint.load(exported)
+    model = exports.load(exported)
     inputs = random_images(IMAGES, 1) if model.config == IMAGES else model.encode(["a b"])
     logits = np.asarray(model(inputs, model.subnets[-1]))
-    for file in [exported / manifests.NAME, *(payload / name for name in contents)]:
+    for file in [exported / MANIFEST_NAME, *(payload / name for name in contents)]:
         content = file.read_bytes()
         for _ in range(20):
             place, bit = random.randrange(len(content)), random.randrange(8)
             file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
-            loaded = bad.attempt(lambda: checkpoint.load(exported), errors.ExportError)
+            loaded = bad.attempt(lambda: exports.load(exported), errors.ExportError)
             if not isinstance(loaded, errors.ExportError):
-                assert file.name == manifests.NAME, (file, place, bit)
+                assert file.name == MANIFEST_NAME, (file, place, bit)
                 assert loaded.served == model.served
                 np.testing.assert_array_equal(loaded(inputs, model.subnets[-1]), logits)
             else:
                 assert str(exported) in str(loaded)
         file.write_bytes(content)
-    checkpoint.load(exported)
+    exports.load(exported)
 
 
 def test_a_file_cut_to_any_length_or_grown_is_refused(exported):
     payload, contents = payload_of(exported)
-    readers = {payload / name: functools.partial(manifests.check_file, expected=e) for name, e in contents.items()}
-    for file, read in {**readers, exported / manifests.NAME: lambda file: manifests.read(file.parent)}.items():
+    readers = {payload / name: functools.partial(check_file, expected=e) for name, e in contents.items()}
+    for file, read in {**readers, exported / MANIFEST_NAME: lambda file: read_manifest(file.parent)}.items():
         content = file.read_bytes()
         file.write_bytes(content + b"0")
         for length in (len(content) + 1, *reversed(range(len(content)))):
@@ -116,7 +116,7 @@ def test_a_file_cut_to_any_length_or_grown_is_refused(exported):
             with pytest.raises(errors.ExportError, match=r"manifest\.json|bytes instead of"):
                 read(file)
         file.write_bytes(content)
-    checkpoint.load(exported)
+    exports.load(exported)
 
 
 # -- what stands where a file was ---------------------------------------------------------------------------------------------
@@ -159,23 +159,23 @@ def test_something_else_in_place_of_a_file_or_folder_is_refused_by_its_name(expo
     if kept.exists():
         shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
     with pytest.raises(errors.ExportError) as caught:
-        checkpoint.load(export)
+        exports.load(export)
     assert str(export) in str(caught.value)
 
 
 @pytest.mark.parametrize("stand_in", [missing, folder, pipe, link_to_itself], ids=lambda f: f.__name__)
 def test_something_else_in_place_of_the_manifest_is_refused(export, stand_in):
-    (export / manifests.NAME).unlink()
-    stand_in(export / manifests.NAME)
+    (export / MANIFEST_NAME).unlink()
+    stand_in(export / MANIFEST_NAME)
     with pytest.raises(errors.ExportError, match=r"manifest\.json"):
-        checkpoint.load(export)
+        exports.load(export)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_one_may_not_read_is_refused(export):
-    for file in (payload_of(export)[0] / "statistics.npz", export / manifests.NAME):
+    for file in (payload_of(export)[0] / "statistics.npz", export / MANIFEST_NAME):
         mode = file.stat().st_mode
         file.chmod(0)
         with pytest.raises(errors.ExportError, match="cannot be read"):
-            checkpoint.load(export)
+            exports.load(export)
         file.chmod(mode)

@@ -12,21 +12,20 @@ import numpy as np
 import pytest
 from tiny import TINY, random_images, random_params
 
-from superserve_jax import errors, files, vocabulary
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import dynabert
-from superserve_jax.supernets import supernet
+from superserve_jax import errors, exports, files
+from superserve_jax.exports import Served, export
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.vocabulary import Vocabulary
 
 
 def served_of(model):
-    return [
-        checkpoint.Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(model.calibrated)
-    ]
+    return [Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(model.calibrated)]
 
 
 def write(path, model, **changes):
     arguments = {"measured": "made up", "class_names": ("a", "b", "c"), "training": {"lr": 0.1}, **changes}
-    return checkpoint.export(path, model, served_of(model), **arguments)
+    return exports.export(path, model, served_of(model), **arguments)
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def reseal(path, change):
 
 
 def test_a_loaded_export_gives_the_same_logits_and_knows_what_it_serves(tiny, exported):
-    model = checkpoint.load(exported)
+    model = exports.load(exported)
     images = random_images(TINY, 3)
     for subnet in tiny.calibrated:
         np.testing.assert_array_equal(model(images, subnet), tiny(images, subnet))
@@ -73,7 +72,7 @@ def test_an_export_opens_in_a_process_that_has_only_its_directory(exported, tmp_
 def test_exporting_again_replaces_the_old_one_and_leaves_nothing_behind(tiny, exported):
     tiny.params = {k: v + 1 for k, v in tiny.params.items()}
     write(exported, tiny, measured="second")
-    assert checkpoint.load(exported).manifest["measured"] == "second"
+    assert exports.load(exported).manifest["measured"] == "second"
     assert len(list(exported.glob("payload-*"))) == 1
 
 
@@ -89,23 +88,23 @@ def test_a_flipped_bit_a_cut_and_a_missing_file_are_each_refused_in_one_line(exp
         if damaged is not None:
             file.write_bytes(damaged)
         with pytest.raises(errors.ExportError) as caught:
-            checkpoint.load(exported)
+            exports.load(exported)
         assert str(exported) in str(caught.value)
         assert "\n" not in str(caught.value)
         file.write_bytes(content)
-    checkpoint.load(exported)
+    exports.load(exported)
 
 
 def test_a_surplus_file_in_the_payload_is_refused(exported):
     (next(exported.glob("payload-*")) / "extra.bin").write_bytes(b"x")
     with pytest.raises(errors.ExportError, match=r"extra\.bin is not in the manifest"):
-        checkpoint.load(exported)
+        exports.load(exported)
 
 
 def test_an_export_from_a_newer_version_is_refused_with_the_remedy(exported):
     reseal(exported, lambda m: m.update(schema=99))
     with pytest.raises(errors.ExportError, match="upgrade superserve-jax"):
-        checkpoint.load(exported)
+        exports.load(exported)
 
 
 @pytest.mark.parametrize(
@@ -127,24 +126,24 @@ def test_an_export_from_a_newer_version_is_refused_with_the_remedy(exported):
 def test_a_manifest_that_lies_is_refused_even_with_a_fitting_digest(exported, change):
     reseal(exported, change)
     with pytest.raises(errors.ExportError):
-        checkpoint.load(exported)
+        exports.load(exported)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', "not json", "[" * 100_000])
 def test_a_foreign_manifest_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(errors.ExportError):
-        checkpoint.load(tmp_path)
+        exports.load(tmp_path)
 
 
 def test_what_is_no_export_is_refused_with_the_reason(tmp_path):
     with pytest.raises(errors.ExportError, match="does not exist"):
-        checkpoint.load(tmp_path / "absent")
+        exports.load(tmp_path / "absent")
     with pytest.raises(errors.ExportError, match=r"has no manifest\.json"):
-        checkpoint.load(tmp_path)
+        exports.load(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.ExportError, match="not a directory"):
-        checkpoint.load(tmp_path / "file")
+        exports.load(tmp_path / "file")
 
 
 def test_a_folder_with_other_things_in_it_is_not_overwritten(tiny, tmp_path):
@@ -156,10 +155,10 @@ def test_a_folder_with_other_things_in_it_is_not_overwritten(tiny, tmp_path):
 
 def test_an_uncalibrated_subnet_or_none_at_all_cannot_be_exported(tiny, tmp_path):
     with pytest.raises(errors.ConfigError, match="at least one"):
-        checkpoint.export(tmp_path / "e", tiny, [], measured="")
+        exports.export(tmp_path / "e", tiny, [], measured="")
     odd = TINY.space().subnet(depth=(0, 0, 1), expand=1.0, width=0.5)
     with pytest.raises(errors.NotCalibratedError):
-        checkpoint.export(tmp_path / "e", tiny, [checkpoint.Served(odd, 0.5, None, 1, 1)], measured="")
+        exports.export(tmp_path / "e", tiny, [Served(odd, 0.5, None, 1, 1)], measured="")
     assert not (tmp_path / "e").exists()
 
 
@@ -187,18 +186,18 @@ def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(ti
 
         with monkeypatch.context() as patch:
             doubles = {name: functools.partial(step, name) for name in calls}
-            patch.setattr(checkpoint, "os", types.SimpleNamespace(**{**vars(os), **doubles}))
+            patch.setattr(export, "os", types.SimpleNamespace(**{**vars(os), **doubles}))
             try:
                 write(path, tiny, measured="new")
                 killed = False
             except Killed:
                 killed = True
         try:
-            outcomes.append(checkpoint.load(path).manifest["measured"])
+            outcomes.append(exports.load(path).manifest["measured"])
         except errors.ExportError:
             outcomes.append("nothing")  # only where there was nothing before, see below
         write(path, tiny, measured="after")  # the leftovers are in nobody's way
-        assert checkpoint.load(path).manifest["measured"] == "after"
+        assert exports.load(path).manifest["measured"] == "after"
         assert not list(path.glob("payload-part*"))
         if not killed:
             break
@@ -208,35 +207,32 @@ def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(ti
 
 
 def test_paths_of_profiles_are_made_from_the_device_kind():
-    assert checkpoint.profile_path("e", "cpu AMD EPYC 2 cores") == pathlib.Path("e/profiles/cpu-amd-epyc-2-cores.json")
+    assert exports.profile_path("e", "cpu AMD EPYC 2 cores") == pathlib.Path("e/profiles/cpu-amd-epyc-2-cores.json")
 
 
 # -- a vocabulary in the export -----------------------------------------------------------------------------------------
 
-BERT = dynabert.DynaBERTConfig(
+BERT = DynaBERTConfig(
     num_classes=3, vocab_size=9, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(4, 8), token_types=2
 )
-PIECES = vocabulary.Vocabulary(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "sat"))
+PIECES = Vocabulary(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "sat"))
 
 
 @pytest.fixture
 def reader():
     """A DynaBERT that reads; it needs no statistics."""
-    return supernet.SuperNet(BERT, random_params(BERT))
+    return SuperNet(BERT, random_params(BERT))
 
 
 def write_reader(path, model, **changes):
-    served = [
-        checkpoint.Served(s, 0.5, None, BERT.flops(s), BERT.num_params(s))
-        for s in (model.space.smallest(), model.space.largest())
-    ]
-    return checkpoint.export(path, model, served, measured="", **{"vocabulary": PIECES, **changes})
+    served = [Served(s, 0.5, None, BERT.flops(s), BERT.num_params(s)) for s in (model.space.smallest(), model.space.largest())]
+    return exports.export(path, model, served, measured="", **{"vocabulary": PIECES, **changes})
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_an_export_of_texts_encodes_as_its_vocabulary_did(reader, tmp_path, lowercase):
     words = dataclasses.replace(PIECES, lowercase=lowercase)
-    model = checkpoint.load(write_reader(tmp_path / "e", reader, vocabulary=words))
+    model = exports.load(write_reader(tmp_path / "e", reader, vocabulary=words))
     assert model.vocabulary == PIECES.tokens
     one, batch = model.encode("The cats"), model.encode(["The cats", "sat"])
     assert (one.shape, batch.shape) == ((6, 2), (2, 6, 2))
@@ -248,7 +244,7 @@ def test_an_export_of_texts_encodes_as_its_vocabulary_did(reader, tmp_path, lowe
 
 
 def test_pairs_are_encoded_one_by_one_or_many_at_once(reader, tmp_path):
-    model = checkpoint.load(write_reader(tmp_path / "e", reader))
+    model = exports.load(write_reader(tmp_path / "e", reader))
     one, batch = model.encode("the", "cat"), model.encode(["the"], ["cat"], length=5)
     assert (one.shape, batch.shape) == ((6, 2), (1, 5, 2))
     assert np.array_equal(one[:5], batch[0])
@@ -257,7 +253,7 @@ def test_pairs_are_encoded_one_by_one_or_many_at_once(reader, tmp_path):
 
 
 def test_a_model_without_vocabulary_has_no_tokens_and_encodes_nothing(exported):
-    model = checkpoint.load(exported)
+    model = exports.load(exported)
     assert model.vocabulary == ()
     with pytest.raises(errors.InputError, match="has no vocabulary"):
         model.encode("the cat")
@@ -265,11 +261,11 @@ def test_a_model_without_vocabulary_has_no_tokens_and_encodes_nothing(exported):
 
 def test_an_export_from_before_there_were_vocabularies_still_loads(exported):
     reseal(exported, lambda m: m.pop("vocabulary"))
-    assert checkpoint.load(exported).vocabulary == ()
+    assert exports.load(exported).vocabulary == ()
 
 
 def test_a_vocabulary_that_is_not_the_models_cannot_be_exported(reader, tiny, tmp_path):
-    more = vocabulary.Vocabulary((*PIECES.tokens, "a", "b"))
+    more = Vocabulary((*PIECES.tokens, "a", "b"))
     for path, call in (
         (tmp_path / "a", lambda path: write_reader(path, reader, vocabulary=more)),
         (tmp_path / "b", lambda path: write(path, tiny, vocabulary=PIECES)),
@@ -294,7 +290,7 @@ def test_a_manifest_that_lies_about_the_vocabulary_is_refused(reader, tmp_path, 
     path = write_reader(tmp_path / "e", reader)
     reseal(path, change)
     with pytest.raises(errors.ExportError, match="vocabulary"):
-        checkpoint.load(path)
+        exports.load(path)
 
 
 def test_a_damaged_vocabulary_is_refused(reader, tmp_path):
@@ -302,4 +298,4 @@ def test_a_damaged_vocabulary_is_refused(reader, tmp_path):
     file = next(path.glob("payload-*/vocabulary.txt"))
     file.write_text(file.read_text().replace("cat", "cow"))
     with pytest.raises(errors.ExportError, match="SHA-256 does not match"):
-        checkpoint.load(path)
+        exports.load(path)

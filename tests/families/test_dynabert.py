@@ -11,11 +11,12 @@ from jax.extend import core
 from scipy import special
 from tiny import TINY_BERT, random_params, random_tokens
 
-from superserve_jax import errors, families
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import dynabert
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import sampling
+from superserve_jax import errors, exports, families
+from superserve_jax.exports import Served
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training.sampling import Sampler
 
 ROW = np.zeros((2, 0), np.float32)  # LayerNorm has no statistics of a subnet
 
@@ -94,7 +95,7 @@ def test_a_subnet_bucket_runs_each_of_its_members_as_the_plain_network():
 
 def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does():
     config, params, inputs = TINY_BERT, random_params(TINY_BERT), random_tokens(TINY_BERT)
-    sampler = sampling.Sampler(config, buckets=3, random_subnets=1, seed=0)
+    sampler = Sampler(config, buckets=3, random_subnets=1, seed=0)
     runs = {p: jax.jit(p.train) for p in sampler.buckets}
     for k in range(20):
         choice = sampler.step(k)[2]
@@ -154,7 +155,7 @@ def test_masked_heads_and_neurons_contribute_exactly_nothing():
 
 @pytest.mark.parametrize("length", [3, 5])
 def test_padding_changes_nothing(length):
-    config, model = TINY_BERT, supernet.SuperNet(TINY_BERT, random_params(TINY_BERT))
+    config, model = TINY_BERT, SuperNet(TINY_BERT, random_params(TINY_BERT))
     rng = np.random.default_rng(1)
     ids, types = rng.integers(1, 11, (4, length)), rng.integers(0, 2, (4, length))
     program = programs.sliced(config, model.space.largest())
@@ -167,14 +168,14 @@ def test_padding_changes_nothing(length):
 
 
 def test_nothing_but_padding_still_gives_finite_logits():
-    model = supernet.SuperNet(TINY_BERT, random_params(TINY_BERT))
+    model = SuperNet(TINY_BERT, random_params(TINY_BERT))
     empty = np.zeros(TINY_BERT.input_spec(2).shape, np.int32)
     assert np.isfinite(model(empty, model.space.largest())).all()
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 11), (0, -1), (1, 2), (1, -1)])
 def test_an_unknown_token_or_type_gives_nan_for_its_own_sequence_only(place, value):
-    model, inputs = supernet.SuperNet(TINY_BERT, random_params(TINY_BERT)), random_tokens(TINY_BERT)
+    model, inputs = SuperNet(TINY_BERT, random_params(TINY_BERT)), random_tokens(TINY_BERT)
     expected = np.asarray(model(inputs, model.space.largest()))
     inputs[0, 2, place] = value
     logits = np.asarray(model(inputs, model.space.largest()))
@@ -188,7 +189,7 @@ def test_a_network_of_one_token_type_takes_ids_alone():
     assert inputs.shape == config.input_spec(3).shape == (3, 6)
     both = np.stack([inputs, np.zeros_like(inputs)], axis=-1)
     subnet = config.space().smallest()
-    assert_close(supernet.SuperNet(config, params)(inputs, subnet), plain_network(config, params, subnet, both))
+    assert_close(SuperNet(config, params)(inputs, subnet), plain_network(config, params, subnet, both))
 
 
 # -- packing ------------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_parameters_count_what_the_extracted_subnet_would_hold():
 
 
 def test_the_default_config_is_bert_base():
-    config = dynabert.DynaBERTConfig(max_length=512)
+    config = DynaBERTConfig(max_length=512)
     assert config.num_params(config.space().largest()) == 109_484_547  # BertForSequenceClassification, 3 labels
     spec = programs.param_spec(config)
     assert sum(int(np.prod(s.shape)) for s in spec.values()) == 109_484_547
@@ -276,10 +277,10 @@ def test_the_config_survives_json():
 
 
 def test_an_export_gives_the_same_logits(tmp_path):
-    model = supernet.SuperNet(TINY_BERT, random_params(TINY_BERT))
+    model = SuperNet(TINY_BERT, random_params(TINY_BERT))
     named = model.space.subnet(gates=(0, 1, 1), heads=(1, 2, 1), ffn=(3, 3, 5))
-    served = checkpoint.Served(named, 0.5, None, TINY_BERT.flops(named), TINY_BERT.num_params(named))
-    loaded = checkpoint.load(checkpoint.export(tmp_path / "export", model, [served], measured="made up"))
+    served = Served(named, 0.5, None, TINY_BERT.flops(named), TINY_BERT.num_params(named))
+    loaded = exports.load(exports.export(tmp_path / "export", model, [served], measured="made up"))
     assert loaded.subnets == (named,)
     inputs = random_tokens(TINY_BERT)
     for norm in ("own", "shared"):

@@ -9,9 +9,10 @@ from tiny import CONFIGS, TINY
 
 from superserve_jax import errors
 from superserve_jax.families import ofa_resnet
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.supernets import programs
 
-PUBLISHED = ofa_resnet.OFAResNetConfig()
+PUBLISHED = OFAResNetConfig()
 
 
 def convolutions(config, subnet):

@@ -9,28 +9,30 @@ import pytest
 from tiny import random_images
 
 import superserve_jax as ss
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import config as configs
+from superserve_jax import exports
+from superserve_jax.exports import Served
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training.config import load_config
 
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "ofa_resnet50.py")
 
 
 @pytest.mark.slow
 def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
-    config = configs.load(CONFIG).model
+    config = load_config(CONFIG).model
     space = config.space()
     assert config.num_params(space.largest()) == pytest.approx(48e6, rel=0.01)
     chosen = [space.smallest(), space.subnet(depth=(0, 2, 3, 4, 3), expand=0.25, width=0.8), space.largest()]
-    model, image, logits = supernet.SuperNet.create(config, seed=0), random_images(config, 1), {}
+    model, image, logits = SuperNet.create(config, seed=0), random_images(config, 1), {}
     # Statistics of the image itself, so that normalising with a stored row must give what normalising the batch gave.
     for subnet in chosen:
         program = programs.sliced(config, subnet)
         train = jax.jit(lambda params, x, program=program: program.train(params, x, jnp.zeros((0,), jnp.int32)))
         logits[subnet], row = map(np.asarray, train(model.params, image))
         model.rows[subnet] = row
-    served = [checkpoint.Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
-    checkpoint.export(tmp_path / "export", model, served, measured="not measured: fresh weights")
+    served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
+    exports.export(tmp_path / "export", model, served, measured="not measured: fresh weights")
     del model
 
     loaded = ss.load(tmp_path / "export")

@@ -12,8 +12,9 @@ from tiny import random_images, random_params, random_row
 import superserve_jax as ss
 from superserve_jax import errors, families
 from superserve_jax.supernets import programs
-from superserve_jax.training import config as configs
 from superserve_jax.training import data, stages
+from superserve_jax.training.config import SearchConfig, TrainConfig
+from superserve_jax.training.data import DataConfig
 
 # -- what it gets for that ----------------------------------------------------------------------------------------------
 
@@ -21,15 +22,15 @@ from superserve_jax.training import data, stages
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits_dir):
     """A trained, searched, calibrated and evaluated run."""
-    config = configs.TrainConfig(
+    config = TrainConfig(
         name="mlp",
         model=MLPConfig(),
-        data=data.DataConfig(data_dir=digits_dir, image_size=8, validation=60),
+        data=DataConfig(data_dir=digits_dir, image_size=8, validation=60),
         epochs=20,
         batch_size=60,
         buckets=2,
         calibration_examples=240,
-        search=configs.SearchConfig(candidates=6, calibration_examples=240, examples=60, served=3),
+        search=SearchConfig(candidates=6, calibration_examples=240, examples=60, served=3),
     )
     run = ss.train(config, tmp_path_factory.mktemp("runs") / "mlp")
     stages.search(run)

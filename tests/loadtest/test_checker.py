@@ -7,10 +7,10 @@ from fakes import PROFILE, SUBNETS, always, fail, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superserve_jax.engines import base as engine
-from superserve_jax.loadtest import checker as promises
-from superserve_jax.loadtest import recorder as history
-from superserve_jax.serving import futures
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.loadtest.checker import Checker
+from superserve_jax.loadtest.recorder import Recorder
+from superserve_jax.serving.futures import Reply
 
 A, B = 101, 102  # threads
 
@@ -37,7 +37,7 @@ def ended(*keys, now_s=1.2):
 
 def answered(key, *, now_s=1.3, met_slo=True, value=None, rank=1):
     output, accuracy = (key if value is None else value, rank), PROFILE.rows[rank].accuracy
-    return [("resolved", key, now_s, "answered", futures.Reply(output, SUBNETS[rank], accuracy, met_slo, 1.0, 1.0, 1.0, 1))]
+    return [("resolved", key, now_s, "answered", Reply(output, SUBNETS[rank], accuracy, met_slo, 1.0, 1.0, 1.0, 1))]
 
 
 def failed(key, outcome="InferenceError"):
@@ -49,7 +49,7 @@ def run(thread, *keys):
 
 
 def check(notes, *, pieces=(), strict_order=True, **options):
-    checker = promises.Checker(PROFILE, strict_order=strict_order, **options)
+    checker = Checker(PROFILE, strict_order=strict_order, **options)
     for start, end in zip((0, *pieces), (*pieces, len(notes)), strict=True):
         checker.read(collections.deque(notes[start:end]))
     return checker.finish()
@@ -149,7 +149,7 @@ def test_what_an_abandoned_worker_holds_may_run_elsewhere():
 
 
 def test_a_decision_that_led_to_nothing_does_not_hold_up_the_reading():
-    checker = promises.Checker(PROFILE, strict_order=True, patience=10)
+    checker = Checker(PROFILE, strict_order=True, patience=10)
     checker.read(collections.deque([("decided", A), *(note for key in range(1, 11) for note in given_in(key))]))
     assert checker.offered == 10
 
@@ -157,7 +157,7 @@ def test_a_decision_that_led_to_nothing_does_not_hold_up_the_reading():
 def test_nothing_is_kept_of_a_query_that_has_resolved():
     # Those that are due late, among others that are due early, stay in the heap for a while.
     notes = [note for key in range(1, 10_001) for note in (*given_in(key, deadline_s=1.5 + 0.4 * (key % 2)), *run(A, key))]
-    checker = promises.Checker(PROFILE, strict_order=True)
+    checker = Checker(PROFILE, strict_order=True)
     checker.read(collections.deque(notes))
     assert not checker._open
     assert not checker._unread
@@ -168,11 +168,11 @@ def test_nothing_is_kept_of_a_query_that_has_resolved():
 
 
 def recorded(recorder, **options):
-    return recorder.engine(engine.FakeEngine(PROFILE, speed=float("inf"), input_dtype="int64", **options))
+    return recorder.engine(FakeEngine(PROFILE, speed=float("inf"), input_dtype="int64", **options))
 
 
 def test_the_recorder_notes_each_step_of_a_query():
-    recorder = history.Recorder()
+    recorder = Recorder()
     with serve(recorded(recorder), policy=recorder.policy(lambda _: always(1))) as s:
         [(key, query)] = recorder.submit(s, 1, slo_ms=10_000.0)
         query.result(10)
@@ -182,7 +182,7 @@ def test_the_recorder_notes_each_step_of_a_query():
 
 
 def test_the_recorder_notes_refusals_failures_and_cancellations():
-    recorder = history.Recorder()
+    recorder = Recorder()
     with serve(recorded(recorder, on_run=fail), policy=recorder.policy(lambda _: always(1)), max_tries=1) as s:
         [(_, query)] = recorder.submit(s, 1, slo_ms=10_000.0)
         query.exception(10)

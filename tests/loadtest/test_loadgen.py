@@ -4,22 +4,25 @@ import numpy as np
 import pytest
 
 from superserve_jax import errors
-from superserve_jax import profile as profiles
-from superserve_jax import subnet as subnets
-from superserve_jax.engines import base as engine
-from superserve_jax.loadtest import loadgen
-from superserve_jax.loadtest import sim_vs_real as fidelity
-from superserve_jax.serving import futures, server
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.loadtest import loadgen, sim_vs_real
+from superserve_jax.loadtest.loadgen import Replay
+from superserve_jax.loadtest.sim_vs_real import Machine, Stopwatch
+from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.serving.futures import Future, Reply
+from superserve_jax.serving.server import Server
 from superserve_jax.simulation import metrics, traces
+from superserve_jax.simulation.traces import Trace
+from superserve_jax.subnet import Subnet
 
 
 def make_profile():
-    nets = [subnets.Subnet((), (("width", (float(i),)),)) for i in range(2)]
-    rows = (profiles.Row(nets[0], 0.7, (1.0, 2.0)), profiles.Row(nets[1], 0.9, (2.0, 4.0)))
-    return profiles.Profile((1, 4), rows)
+    nets = [Subnet((), (("width", (float(i),)),)) for i in range(2)]
+    rows = (Row(nets[0], 0.7, (1.0, 2.0)), Row(nets[1], 0.9, (2.0, 4.0)))
+    return Profile((1, 4), rows)
 
 
-class Classifier(engine.FakeEngine):
+class Classifier(FakeEngine):
     """Answers scores whose largest is at the input's value."""
 
     def run(self, subnet, batch_size, inputs):
@@ -34,7 +37,7 @@ def trace():
 def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace):
     profile = make_profile()
     values = np.random.default_rng(0).integers(10, size=len(trace))
-    with server.Server.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+    with Server.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
         done = loadgen.replay(target, trace, [np.float32(v) for v in values])
     np.testing.assert_array_equal(done.label, values)
     assert done.met.mean() > 0.9
@@ -46,7 +49,7 @@ def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace
 
 def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_waited_for(trace):
     profile = make_profile().scaled(200)  # 200 ms a query: five a second of three hundred
-    with server.Server.from_engines([Classifier(profile)], profile, policy="fixed:0", slo_ms=200.0) as target:
+    with Server.from_engines([Classifier(profile)], profile, policy="fixed:0", slo_ms=200.0) as target:
         done = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
         target.close(drain=False)
     assert np.isinf(done.finish_s).any()
@@ -56,25 +59,25 @@ def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_
 
 def test_texts_are_replayed_with_the_lengths_that_they_have():
     tables = [dataclasses.replace(make_profile().scaled(k), lengths=(n,)) for n, k in ((8, 0.1), (16, 1))]
-    profile, seen = profiles.join(tables), []
-    fake = engine.FakeEngine(
+    profile, seen = join_lengths(tables), []
+    fake = FakeEngine(
         profile, input_shape=(16,), input_dtype=np.int32, on_run=lambda *args: seen.extend(len(x) for x in args[2])
     )
     trace = traces.gamma(rate_qps=200.0, duration_s=0.2, slo_ms=200.0).mixed(lengths={3: 1, 12: 1})
     inputs = [np.pad(np.full(n, 1, np.int32), (0, 16 - n)) for n in trace.lengths]
-    watch = fidelity.Stopwatch(fake, profile)
-    with server.Server.from_engines([watch], profile, policy="fixed:0", slo_ms=200.0) as target:
+    watch = Stopwatch(fake, profile)
+    with Server.from_engines([watch], profile, policy="fixed:0", slo_ms=200.0) as target:
         done = loadgen.replay(target, trace, inputs)
     assert sorted(seen) == sorted(trace.lengths.tolist())
     np.testing.assert_array_equal(done.lengths, trace.lengths)
     assert {ms for _, _, ms, _ in watch.batches} <= {0.1, 0.2, 1.0, 2.0}
     assert {ms for _, _, ms, _ in watch.batches} & {0.1, 0.2}
-    again = fidelity.again(done, profile, "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    again = sim_vs_real.again(done, profile, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
     np.testing.assert_allclose((again.finish_s - again.start_s)[again.batch == 1].min(), 1e-4)
 
 
 def test_a_late_generator_never_makes_a_deadline_later(trace):
-    class Slow(server.Server):
+    class Slow(Server):
         def submit_many(self, xs, **options):
             import time
 
@@ -98,13 +101,13 @@ class Recorder:
         if error := self.refuses(slo_ms, min_accuracy):
             raise error
         self.groups.append((list(xs), slo_ms, min_accuracy))
-        answers = [futures.Future() for _ in xs]
+        answers = [Future() for _ in xs]
         for x, answer in zip(xs, answers, strict=True):
-            answer.set_result(futures.Reply(np.eye(10)[x], None, 0.9, True, 1.0, 0.5, 0.5, len(xs)))
+            answer.set_result(Reply(np.eye(10)[x], None, 0.9, True, 1.0, 0.5, 0.5, len(xs)))
         return answers
 
 
-MIXED = traces.Trace(np.zeros(6), np.array([30.0, 90.0, 30.0, 90.0, 30.0, 90.0]), np.array([0.0, 0.0, 0.8, 0.8, 0.0, 0.8]))
+MIXED = Trace(np.zeros(6), np.array([30.0, 90.0, 30.0, 90.0, 30.0, 90.0]), np.array([0.0, 0.0, 0.8, 0.8, 0.0, 0.8]))
 
 
 def test_queries_that_are_due_at_once_keep_their_own_slos_and_floors():
@@ -114,7 +117,7 @@ def test_queries_that_are_due_at_once_keep_their_own_slos_and_floors():
     assert [slo_ms > 40 for _, slo_ms, _ in target.groups] == [False, True, False, True]
     assert all(slo_ms <= 90 for _, slo_ms, _ in target.groups)
     np.testing.assert_array_equal(done.label, range(6))
-    again = fidelity.again(done, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    again = sim_vs_real.again(done, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
     assert again.accuracy.tolist().count(0.9) >= 3  # those with a floor, which the smaller subnet does not reach
 
 
@@ -135,10 +138,10 @@ def test_a_floor_that_no_subnet_reaches_is_an_error():
 
 def test_a_trace_without_queries_is_refused():
     with pytest.raises(errors.DataError, match="holds no query"):
-        loadgen.replay(Recorder(), traces.Trace(np.zeros(0)), [])
-    nothing = loadgen.Replay(*[np.zeros(0)] * 7)
+        loadgen.replay(Recorder(), Trace(np.zeros(0)), [])
+    nothing = Replay(*[np.zeros(0)] * 7)
     with pytest.raises(errors.DataError, match="holds no query"):
-        fidelity.again(nothing, make_profile(), "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+        sim_vs_real.again(nothing, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
 
 
 def test_the_generator_submits_what_is_due_at_most_every_millisecond():

@@ -3,34 +3,35 @@
 import numpy as np
 import pytest
 
-from superserve_jax import profile as profile_lib
-from superserve_jax.engines import base as engine
-from superserve_jax.loadtest import loadgen
-from superserve_jax.loadtest import sim_vs_real as fidelity
-from superserve_jax.serving import server
-from superserve_jax.simulation import metrics, simulator, traces
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.loadtest import loadgen, sim_vs_real
+from superserve_jax.loadtest.loadgen import Replay
+from superserve_jax.loadtest.sim_vs_real import Heartbeat, Machine, Stopwatch
+from superserve_jax.profile import Profile, Row
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import metrics, paper_profile, simulator, traces
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
-ROW = profile_lib.Row(Subnet((1,)), 0.7, (10.0, 16.0))
-ONE = profile_lib.Profile((1, 2), (ROW,))
+ROW = Row(Subnet((1,)), 0.7, (10.0, 16.0))
+ONE = Profile((1, 2), (ROW,))
 
 
 def replayed(arrivals_ms, lateness_ms, slo_ms=50.0, start_s=100.0):
     arrivals_s, lateness_s = (np.array(ms) / 1e3 for ms in (arrivals_ms, lateness_ms))
     unknown = np.zeros(len(arrivals_s))
-    return loadgen.Replay(arrivals_s, arrivals_s + slo_ms / 1e3, *[unknown] * 4, lateness_s, start_s)
+    return Replay(arrivals_s, arrivals_s + slo_ms / 1e3, *[unknown] * 4, lateness_s, start_s)
 
 
 def watch(*batches_ms, start_s=100.0):
     """A stopwatch that has seen batches: start, end, profiled latency, queries."""
-    seen = fidelity.Stopwatch(engine.FakeEngine(ONE), ONE)
+    seen = Stopwatch(FakeEngine(ONE), ONE)
     seen.batches = [(start_s + a / 1e3, start_s + b / 1e3, ms, n) for a, b, ms, n in batches_ms]
     return seen
 
 
 def heart(*stalls_ms, start_s=100.0):
-    beats = fidelity.Heartbeat()
+    beats = Heartbeat()
     beats.stalls_s = [(start_s + a / 1e3, start_s + b / 1e3) for a, b in stalls_ms]
     return beats
 
@@ -40,14 +41,16 @@ def test_the_overhead_is_what_batches_took_longer_and_the_time_between_two_of_th
     # there, and began 0.5 ms after the second had ended.
     done = replayed([0, 30, 35], [0, 0, 0])
     seen = watch((0.0, 11.0, 10.0, 1), (30.0, 41.0, 10.0, 1), (41.5, 52.5, 10.0, 1))
-    machine = fidelity.machine(done, [seen], heart())
+    machine = sim_vs_real.machine(done, [seen], heart())
     assert machine.overhead_ms == pytest.approx(1.5)
     assert (machine.noise, machine.stalls) == (pytest.approx(0.0, abs=1e-9), ())
 
 
 def test_a_batch_that_ends_in_a_stall_does_not_count_twice():
     done = replayed([0, 60], [0, 0])
-    machine = fidelity.machine(done, [watch((0.0, 40.0, 10.0, 1), (60.0, 71.0, 10.0, 1))], heart((5.0, 40.0), (-20.0, -10.0)))
+    machine = sim_vs_real.machine(
+        done, [watch((0.0, 40.0, 10.0, 1), (60.0, 71.0, 10.0, 1))], heart((5.0, 40.0), (-20.0, -10.0))
+    )
     assert machine.overhead_ms == pytest.approx(1.0)
     [stall] = machine.stalls
     assert (stall.from_s, stall.until_s, machine.stalled_s) == (
@@ -60,19 +63,19 @@ def test_a_batch_that_ends_in_a_stall_does_not_count_twice():
 def test_the_simulator_meets_the_queries_when_they_were_submitted_with_the_deadlines_they_had():
     # The first is submitted at 4 and answered at 4 + 10 + 2. The second is due at 70 and was submitted at 65: too late.
     done = replayed([0, 20], [4, 45])
-    machine = fidelity.Machine(overhead_ms=2.0, noise=0.0, stalls=())
-    result = fidelity.again(done, ONE, "fixed:0", workers=1, machine=machine)
+    machine = Machine(overhead_ms=2.0, noise=0.0, stalls=())
+    result = sim_vs_real.again(done, ONE, "fixed:0", workers=1, machine=machine)
     assert (1e3 * result.finish_s).round(6).tolist() == [16.0, 77.0]
     assert result.outcome.tolist() == [simulator.MET, simulator.LATE]
 
 
 def test_a_query_that_was_never_submitted_is_missed():
-    result = fidelity.again(replayed([0, 20], [0, np.inf]), ONE, "fixed:0", workers=1, machine=fidelity.Machine(0.0, 0.0, ()))
+    result = sim_vs_real.again(replayed([0, 20], [0, np.inf]), ONE, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
     assert result.outcome.tolist() == [simulator.MET, simulator.LATE]
 
 
 def test_a_machine_on_which_nothing_ran_has_no_overhead():
-    assert fidelity.machine(replayed([0], [0]), [watch()], heart()) == fidelity.Machine(0.0, 0.0, ())
+    assert sim_vs_real.machine(replayed([0], [0]), [watch()], heart()) == Machine(0.0, 0.0, ())
 
 
 # -- in real time -------------------------------------------------------------------------------------------------------------
@@ -83,23 +86,23 @@ TRIES = 4
 
 
 def serve_for_real(profile, trace, slo_ms):
-    watches = [fidelity.Stopwatch(engine.FakeEngine(profile, name=f"fake:{i}"), profile) for i in range(WORKERS)]
+    watches = [Stopwatch(FakeEngine(profile, name=f"fake:{i}"), profile) for i in range(WORKERS)]
     inputs = [np.float32(0)] * len(trace)
     with (
-        fidelity.Heartbeat() as heart,
-        server.Server.from_engines(watches, profile, slo_ms=slo_ms, max_queue=len(trace) + 1) as target,
+        Heartbeat() as heart,
+        Server.from_engines(watches, profile, slo_ms=slo_ms, max_queue=len(trace) + 1) as target,
     ):
         done = loadgen.replay(target, trace, inputs)
         target.close(drain=False)
-    return done, fidelity.machine(done, watches, heart)
+    return done, sim_vs_real.machine(done, watches, heart)
 
 
 @pytest.mark.slow
 def test_the_simulator_agrees_with_the_real_server_on_bursty_traffic():
     """The paper's hardest bursty cell at profile x1.9, in slow motion: 1,760 queries/s for 8 s on 8 sleeping engines."""
-    profile, slo_ms = reference.paper_profile().scaled(1.9 * SLOWER), 36.0 * SLOWER
+    profile, slo_ms = paper_profile.paper_profile().scaled(1.9 * SLOWER), 36.0 * SLOWER
     burst = traces.bursty(cv2=8.0, duration_s=2.0)
-    trace = traces.Trace(SLOWER * burst.arrivals_s, slo_ms)
+    trace = Trace(SLOWER * burst.arrivals_s, slo_ms)
     for _ in range(TRIES):
         done, machine = serve_for_real(profile, trace, slo_ms)
         if machine.stalled_s < 0.05 * trace.arrivals_s[-1] and machine.overhead_ms < 2.0:
@@ -107,7 +110,7 @@ def test_the_simulator_agrees_with_the_real_server_on_bursty_traffic():
     else:
         pytest.skip(f"this machine stood still for {machine.stalled_s:.1f} of 8 s, {TRIES} times: too busy to compare on")
     real = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
-    simulated = fidelity.again(done, profile, "slackfit", workers=WORKERS, machine=machine)
+    simulated = sim_vs_real.again(done, profile, "slackfit", workers=WORKERS, machine=machine)
     assert real.attainment > 0.95
     assert simulated.attainment == pytest.approx(real.attainment, abs=0.005)
     assert 100 * simulated.mean_accuracy == pytest.approx(100 * real.accuracy, abs=0.2)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.experiments import presets as experiments
-from superserve_jax.loadtest import worker_kills as faults
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.experiments import presets
+from superserve_jax.loadtest import worker_kills
+from superserve_jax.simulation import paper_profile
 
 PROGRAM = str(pathlib.Path(__file__).parents[2] / "serve" / "replay.py")
 
@@ -28,13 +28,13 @@ def replay(monkeypatch):
 
 
 def test_the_workers_that_are_killed_leave_the_server_and_the_others_answer():
-    trace = experiments.PRESETS["faults"][0].traffics[0].create(0, duration_s=1.0)
-    run = faults.run(trace, reference.paper_profile(), "slackfit", cluster=experiments.killed(0.2), slo_ms=36.0)
+    trace = presets.PRESETS["faults"][0].traffics[0].create(0, duration_s=1.0)
+    run = worker_kills.run(trace, paper_profile.paper_profile(), "slackfit", cluster=presets.killed(0.2), slo_ms=36.0)
     assert [w["state"] == "left" for w in run.health["per_worker"]] == [True] * 4 + [False] * 4
     assert all("killed" in w["last_error"] for w in run.health["per_worker"][:4])
     assert [o.worker for o in run.cluster.outages] == [0, 1, 2, 3]
     assert np.isfinite(run.done.finish_s).any()
-    *parts, whole = faults.intervals(run)
+    *parts, whole = worker_kills.intervals(run)
     assert [i.workers for i in (*parts, whole)] == [8, 7, 6, 5, 4, 4]
     assert sum(i.real.queries for i in parts) == whole.real.queries == whole.simulated.queries == len(trace)
     assert whole.simulated.attainment > 0.9  # 1 where the machine is quiet, and workers go when they should

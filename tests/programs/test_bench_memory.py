@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from superserve_jax import subnet as subnets
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import ofa_resnet
-from superserve_jax.training import random_export as made_up
+from superserve_jax import exports
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.subnet import evenly_spaced
+from superserve_jax.training import random_export
 
 FOLDER = pathlib.Path(__file__).parents[2] / "serve" / "bench"
-TINY = ofa_resnet.OFAResNetConfig(  # one block: these tests compile thirty programs
+TINY = OFAResNetConfig(  # one block: these tests compile thirty programs
     num_classes=3,
     image_size=8,
     channels=1,
@@ -40,7 +40,7 @@ TINY = ofa_resnet.OFAResNetConfig(  # one block: these tests compile thirty prog
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """An export of the tiny network with made-up values, six subnets of it."""
-    return made_up.export(TINY, tmp_path_factory.mktemp("made_up") / "export", subnets=6)
+    return random_export.export(TINY, tmp_path_factory.mktemp("made_up") / "export", subnets=6)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def numbers(value):
 
 
 def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export, tmp_path, capsys):
-    chosen, plot = subnets.evenly_spaced(checkpoint.load(export).subnets, TINY.flops, 4), tmp_path / "plots" / "loading.png"
+    chosen, plot = evenly_spaced(exports.load(export).subnets, TINY.flops, 4), tmp_path / "plots" / "loading.png"
     budget = 4 * TINY.num_params(chosen[2])  # of two of the smaller three
     found = run("actuation.py", *f"--subnets 4 --rounds 3 --loads 2 --slice-bytes {budget} --plot {plot}".split())
     assert all(map(math.isfinite, numbers(found)))
@@ -98,7 +98,7 @@ def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export
 
 def test_loading_copies_the_weights(export, tmp_path):
     program = runpy.run_path(str(FOLDER / "actuation.py"))
-    model = checkpoint.load(export)
+    model = exports.load(export)
     network = program["Extracted"](model, model.subnets[0], jax.devices()[0], file=tmp_path / "weights")
     for load in (network.load_from_host, network.load_from_disk):
         loaded = load()
@@ -112,7 +112,7 @@ def test_memory_of_all_variants_adds_up(run, export, capsys):
     found = run("memory.py", "--executables", "2", "--extracted", "2", "--repeats", "2")
     assert all(map(math.isfinite, numbers(found)))
     in_call, kept, small, extracted, everything = found["variants"]
-    model = checkpoint.load(export)
+    model = exports.load(export)
     weights = 4 * TINY.num_params(model.space.largest())
     for of in (in_call, kept, small):
         assert (of["subnets"], of["executables"], of["weights_bytes"]) == (6, 2, weights)

@@ -11,24 +11,21 @@ import sys
 import pytest
 
 from superserve_jax import cli, errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.experiments import figures
-from superserve_jax.experiments import paper_table as findings
-from superserve_jax.experiments import presets as experiments
-from superserve_jax.experiments import runner as evaluation
+from superserve_jax.experiments import figures, paper_table, presets, runner
+from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import paper_profile as reference
-from superserve_jax.simulation import simulator
+from superserve_jax.simulation import paper_profile, simulator
+from superserve_jax.simulation.simulator import Cluster, Outage
 
 ROOT = pathlib.Path(__file__).parents[2]
 SAMPLE = ROOT.parent / "shared" / "data" / "maf2019_762fn.csv"
-PAPER = reference.paper_profile()
+PAPER = paper_profile.paper_profile()
 FIGURES = {"attainment", "accuracy", "fluid_accuracy"}
 NAMED = {"preset", "trace", "scale", "policy", "seed"}
 
 
 def short(preset, *, seconds=0.3, **options):
-    return list(experiments.cells(preset, duration_s=seconds, **options))
+    return list(presets.cells(preset, duration_s=seconds, **options))
 
 
 @pytest.fixture
@@ -47,15 +44,15 @@ def day(tmp_path):
 
 def test_presets_are_those_of_the_evaluation_and_pure_data():
     known = {"maf", "bursty", "acceleration", "policies", "faults", "scale", "actuation", "capacity", "slowdown", "decisions"}
-    assert set(experiments.PRESETS) == known
-    for grids in experiments.PRESETS.values():
+    assert set(presets.PRESETS) == known
+    for grids in presets.PRESETS.values():
         assert json.dumps([dataclasses.asdict(grid) for grid in grids])
         assert hash(grids) == hash(tuple(dataclasses.replace(grid) for grid in grids))
 
 
-@pytest.mark.parametrize("preset", sorted(experiments.PRESETS))
+@pytest.mark.parametrize("preset", sorted(presets.PRESETS))
 def test_every_cell_is_there_once_and_all_its_policies_can_be_made(preset):
-    cells = list(experiments.cells(preset, seeds=range(5)))
+    cells = list(presets.cells(preset, seeds=range(5)))
     assert len(set(cells)) == len(cells)
     for name in {name for cell in cells for name in cell.policies}:
         assert callable(policies.create(name, PAPER))
@@ -63,14 +60,14 @@ def test_every_cell_is_there_once_and_all_its_policies_can_be_made(preset):
 
 def test_the_papers_grids_are_complete():
     def count(preset):
-        return len({c.trace for c in experiments.cells(preset)})
+        return len({c.trace for c in presets.cells(preset)})
 
     assert (count("bursty"), count("acceleration"), count("policies"), count("scale"), count("actuation")) == (9, 9, 3, 6, 9)
-    bursty = {c.trace for c in experiments.cells("bursty")}
+    bursty = {c.trace for c in presets.cells("bursty")}
     assert {"1500+2950 cv2=2", "1500+5550 cv2=8"} <= bursty
-    [cluster] = {c.cluster for c in experiments.cells("faults")}
+    [cluster] = {c.cluster for c in presets.cells("faults")}
     assert [(o.worker, o.from_s) for o in cluster.outages] == [(0, 12.0), (1, 24.0), (2, 36.0), (3, 48.0)]
-    assert {c.scale for c in experiments.cells("bursty")} == {1.0, 1.9}
+    assert {c.scale for c in presets.cells("bursty")} == {1.0, 1.9}
 
 
 def test_seeds_scales_and_policies_can_be_replaced():
@@ -82,22 +79,22 @@ def test_seeds_scales_and_policies_can_be_replaced():
 
 def test_an_unknown_preset_suggests_the_nearest():
     with pytest.raises(errors.UnknownNameError, match="did you mean 'bursty'"):
-        list(experiments.cells("burtsy"))
+        list(presets.cells("burtsy"))
 
 
 def test_a_dense_profile_lies_on_the_lines_of_the_given_one():
-    two = profile_lib.Profile(PAPER.batch_sizes, PAPER.rows[:2])
-    dense = experiments.dense(two, 5)
+    two = Profile(PAPER.batch_sizes, PAPER.rows[:2])
+    dense = presets.dense(two, 5)
     assert [r.accuracy for r in dense.rows] == pytest.approx([0.7382, 0.745375, 0.75255, 0.759725, 0.7669])
     middle = [(a + b) / 2 for a, b in zip(PAPER.rows[0].latency_ms, PAPER.rows[1].latency_ms, strict=True)]
     assert dense.rows[2].latency_ms == pytest.approx(middle)
-    assert len(experiments.dense(PAPER).rows) == 500
+    assert len(presets.dense(PAPER).rows) == 500
 
 
 def test_the_azure_trace_asks_for_its_file_and_says_where_it_is_to_be_had(day):
     with pytest.raises(errors.DataError, match=r"AzurePublicDataset.*--maf-trace"):
-        experiments.MAF.create(0)
-    trace = experiments.MAF.create(0, duration_s=2.0, maf_trace=str(day))
+        presets.MAF.create(0)
+    trace = presets.MAF.create(0, duration_s=2.0, maf_trace=str(day))
     assert (len(trace), trace.name) == (12_800, "MAF 6400")
 
 
@@ -106,9 +103,9 @@ def test_the_azure_trace_asks_for_its_file_and_says_where_it_is_to_be_had(day):
 
 def test_a_row_holds_what_the_simulator_says_under_the_documented_names():
     cell = short("policies", scales=(1.9,), seeds=(2,))[0]
-    rows = evaluation.run_cell(cell, PAPER)
+    rows = runner.run_cell(cell, PAPER)
     assert [r["policy"] for r in rows] == list(cell.policies)
-    trace = evaluation.make_trace(cell, PAPER.scaled(1.9))
+    trace = runner.make_trace(cell, PAPER.scaled(1.9))
     expected = simulator.simulate(PAPER.scaled(1.9), "slackfit", trace)
     assert rows[0]["attainment"] == expected.attainment
     assert rows[0]["accuracy"] == pytest.approx(100 * expected.mean_accuracy)
@@ -125,46 +122,45 @@ def test_a_row_holds_what_the_simulator_says_under_the_documented_names():
 
 def test_a_policy_that_meets_no_deadline_has_no_accuracy():
     cell = dataclasses.replace(short("bursty", scales=(100.0,))[0], policies=("fixed:0",))
-    [row] = evaluation.run_cell(cell, PAPER)
+    [row] = runner.run_cell(cell, PAPER)
     assert (row["attainment"], row["accuracy"], row["accuracy_first"]) == (0.0, None, None)
 
 
 def test_rows_are_determined_by_the_seed_and_the_same_in_parallel():
     cells = [*short("bursty", scales=(1.9,), seeds=(0, 1), policies=("slackfit", "fixed:1"))[:4], short("scale")[0]]
-    serial, again = (evaluation.evaluate(cells, PAPER) for _ in range(2))
+    serial, again = (runner.evaluate(cells, PAPER) for _ in range(2))
     assert serial == again
     assert [r["seed"] for r in serial[:6:2]] == [0, 1, 0]
     assert serial[0]["queries"] != serial[2]["queries"] or serial[0]["attainment"] != serial[2]["attainment"]
-    assert evaluation.evaluate(cells, PAPER, jobs=2) == serial
+    assert runner.evaluate(cells, PAPER, jobs=2) == serial
 
 
 def test_an_error_in_a_process_reaches_the_caller():
     cells = [dataclasses.replace(c, policies=("slakfit",)) for c in short("bursty")[:3]]
     with pytest.raises(errors.UnknownNameError, match="did you mean 'slackfit'"):
-        evaluation.evaluate(cells, PAPER, jobs=2)
+        runner.evaluate(cells, PAPER, jobs=2)
 
 
 def test_the_sustained_rate_of_a_fixed_model_is_its_throughput():
     cells = [c for c in short("capacity", seconds=2.0, scales=(1.0,)) if c.sustained]
-    [fastest, second, *_] = evaluation.run_cell(dataclasses.replace(cells[0], policies=("fixed:0", "fixed:1")), PAPER)
+    [fastest, second, *_] = runner.run_cell(dataclasses.replace(cells[0], policies=("fixed:0", "fixed:1")), PAPER)
     for row, subnet in ((fastest, PAPER.rows[0].subnet), (second, PAPER.rows[1].subnet)):
         assert row["rate_qps"] == pytest.approx(8 * PAPER.throughput_qps(subnet), rel=0.02)
-        assert row["attainment"] >= evaluation.SUSTAINED
+        assert row["attainment"] >= runner.SUSTAINED
 
 
 def test_misses_after_a_stall_are_timed_from_its_end():
     cell = short("slowdown", seconds=4.0, policies=("slackfit", "least-accurate"))[-1]
     assert cell.trace == "steady, 80 % load, stall of 200 ms"
-    guarded, least = evaluation.run_cell(cell, PAPER)
+    guarded, least = runner.run_cell(cell, PAPER)
     assert 0 < guarded["last_miss_s"] < 1.0 < least["last_miss_s"]
 
 
 def test_the_bound_of_a_cluster_that_shrinks_lies_between_those_of_its_ends():
-    cluster = simulator.Cluster(workers=8, outages=tuple(simulator.Outage(i, 2.0) for i in range(4)))
+    cluster = Cluster(workers=8, outages=tuple(Outage(i, 2.0) for i in range(4)))
     cell = dataclasses.replace(short("faults", seconds=4.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
     [row], [whole], [half] = (
-        evaluation.run_cell(dataclasses.replace(cell, cluster=c), PAPER)
-        for c in (cluster, simulator.Cluster(workers=8), simulator.Cluster(workers=4))
+        runner.run_cell(dataclasses.replace(cell, cluster=c), PAPER) for c in (cluster, Cluster(workers=8), Cluster(workers=4))
     )
     assert row["fluid_accuracy"] == pytest.approx((whole["fluid_accuracy"] + half["fluid_accuracy"]) / 2, abs=0.2)
     assert row["accuracy_first"] > row["accuracy_last"] + 1
@@ -172,13 +168,13 @@ def test_the_bound_of_a_cluster_that_shrinks_lies_between_those_of_its_ends():
 
 def test_decisions_are_timed_on_a_dense_profile():
     cell = dataclasses.replace(short("decisions", scales=(1.0,))[0], policies=("slackfit", "proteus"))
-    for row in evaluation.evaluate([cell], PAPER):
+    for row in runner.evaluate([cell], PAPER):
         assert 0 < row["decision_p50_us"] <= row["decision_p99_us"]
 
 
 def test_a_number_of_latency_buckets_is_part_of_the_name():
     cell = dataclasses.replace(short("bursty")[-1], policies=("slackfit-paper", "slackfit-paper:8", "slackfit-paper:64"))
-    default, eight, many = ({**r, "policy": ""} for r in evaluation.run_cell(cell, PAPER))
+    default, eight, many = ({**r, "policy": ""} for r in runner.run_cell(cell, PAPER))
     assert default == eight != many
     with pytest.raises(errors.ConfigError, match="number of latency buckets"):
         policies.create("slackfit-paper:many", PAPER)
@@ -187,9 +183,9 @@ def test_a_number_of_latency_buckets_is_part_of_the_name():
 @pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.exists(), reason="the sample of MAF 2019 is not here")
 def test_on_the_sample_of_maf_the_gains_over_fixed_models_are_above_the_papers():
-    cell = next(iter(experiments.cells("maf", scales=(1.0,), policies=("slackfit", "fixed:all"))))
-    rows = evaluation.run_cell(cell, PAPER, str(SAMPLE))
-    found = {f.what: f for f in findings.findings(rows)}
+    cell = next(iter(presets.cells("maf", scales=(1.0,), policies=("slackfit", "fixed:all"))))
+    rows = runner.run_cell(cell, PAPER, str(SAMPLE))
+    found = {f.what: f for f in paper_table.findings(rows)}
     assert float(found["accuracy at equal attainment"].ours.split()[0]) > 4.67
     assert float(found["attainment at equal accuracy"].ours.split("x")[0]) > 2.85
 
@@ -204,7 +200,7 @@ def test_every_preset_with_a_figure_draws_it(tmp_path, day):
         for c in short(preset, seconds=0.1, scales=(1.9,))[:6]
         if c.cluster.workers < 16
     ]
-    rows = evaluation.evaluate(cells, PAPER, maf_trace=str(day))
+    rows = runner.evaluate(cells, PAPER, maf_trace=str(day))
     drawn = [*figures.draw(rows, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(day))]
     names = {path.name for path in drawn}
     assert {"bursty_x1.9.png", "maf_x1.9.png", "faults_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
@@ -241,7 +237,7 @@ def test_the_program_prints_a_table_and_the_papers_figures_and_writes_the_rows(c
 def test_without_the_azure_file_all_presets_but_that_one_run(capsys):
     program = runpy.run_path(str(ROOT / "serve" / "compare.py"))
     cells = program["chosen_cells"](program["Options"](preset=("all",)), PAPER)
-    assert {cell.preset for cell in cells} == set(experiments.PRESETS) - {"maf"}
+    assert {cell.preset for cell in cells} == set(presets.PRESETS) - {"maf"}
     assert "--maf-trace" in capsys.readouterr().out
 
 

@@ -13,9 +13,11 @@ from published import assert_same_model, ofa_state
 from tiny import random_params, random_row
 
 from superserve_jax import errors
-from superserve_jax.supernets import supernet
-from superserve_jax.training import config as configs
-from superserve_jax.training import loop, runs, step
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training import loop
+from superserve_jax.training.config import load_config
+from superserve_jax.training.runs import Run
+from superserve_jax.training.step import SandwichStep
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -49,19 +51,19 @@ def get_config():
 
 def test_the_program_makes_a_run_that_training_goes_on_from(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.replace("{data_dir!r}", repr(str(tmp_path / "tfds"))))
-    config = configs.load(tmp_path / "config.py").model
+    config = load_config(tmp_path / "config.py").model
     largest = config.space().largest()
-    model = supernet.SuperNet(config, random_params(config), {largest: random_row(config, largest)})
+    model = SuperNet(config, random_params(config), {largest: random_row(config, largest)})
     np.savez(tmp_path / "weights.npz", **ofa_state(model, wrapped=False))
     run = tmp_path / "run"
     command = ["train/convert.py", tmp_path / "config.py", tmp_path / "weights.npz", "--workdir", run]
     done = program(*command, "--json", tmp_path / "out.json")
     assert "go on with" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["params"] == config.num_params(largest)
-    assert_same_model(runs.Run.open(run).model(), model)
+    assert_same_model(Run.open(run).model(), model)
     assert "has a checkpoint already" in program(*command, status=2).stderr
-    run = runs.Run.open(run)
-    sandwich = step.SandwichStep(run.config.optim.create(10))
+    run = Run.open(run)
+    sandwich = SandwichStep(run.config.optim.create(10))
     with run.checkpoints() as saved:  # where the training loop begins
         done, state = loop._restore(saved, run, sandwich)
     assert done == 0

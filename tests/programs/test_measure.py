@@ -9,16 +9,15 @@ import pytest
 
 import superserve_jax as ss
 from superserve_jax import errors
-from superserve_jax import profile as profiles
-from superserve_jax.engines import device as device_engine
-from superserve_jax.engines import profiling as measuring
-from superserve_jax.exports import export as checkpoint
+from superserve_jax.engines import device, profiling
+from superserve_jax.exports import export
+from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
 PROGRAM = str(pathlib.Path(__file__).parents[2] / "serve" / "measure.py")
 # The third subnet is slower than the last, which is more accurate: it is not worth serving, and a breach of P2.
 ROWS = [(0.7, (1.0, 2.0)), (0.75, (2.0, 4.0)), (0.76, (9.0, 9.0)), (0.8, (4.0, 8.0))]
-PROFILE = profiles.Profile((1, 2), tuple(profiles.Row(Subnet((i,)), a, ms) for i, (a, ms) in enumerate(ROWS)))
+PROFILE = Profile((1, 2), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enumerate(ROWS)))
 
 
 @pytest.fixture
@@ -30,9 +29,9 @@ def measure(monkeypatch, tmp_path):
     )
     engines = []
     monkeypatch.setattr(ss, "load", lambda path: model)
-    monkeypatch.setattr(device_engine, "DeviceEngine", lambda *args, **options: engines.append(options))
-    monkeypatch.setattr(measuring, "measure", lambda *args, **options: PROFILE)
-    monkeypatch.setattr(checkpoint, "profile_path", lambda path, kind: tmp_path / "profile.json")
+    monkeypatch.setattr(device, "DeviceEngine", lambda *args, **options: engines.append(options))
+    monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
+    monkeypatch.setattr(export, "profile_path", lambda path, kind: tmp_path / "profile.json")
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path), *options])

@@ -16,11 +16,11 @@ from fakes import PROFILE
 
 import superserve_jax as ss
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
 from superserve_jax.engines import prepare
-from superserve_jax.loadtest import endurance
-from superserve_jax.loadtest import storm as stress
-from superserve_jax.serving import futures
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.loadtest import endurance, storm
+from superserve_jax.loadtest.endurance import Second
+from superserve_jax.serving.futures import Future
 
 PROGRAM = str(pathlib.Path(__file__).parents[2] / "serve" / "bench" / "soak.py")
 
@@ -51,7 +51,7 @@ def seconds(count=300, **change):
     steady = {"memory_mb": lambda i: 500.0, "p50_ms": lambda i: 10.0, "p99_ms": lambda i: 30.0}
     figures = {**dict.fromkeys(("answers", "failed", "batches", "changes"), 1), "attainment": 1.0, "lag_ms": 0.0}
     return [
-        endurance.Second(
+        Second(
             time_s=i + 1.0,
             **figures,
             **{
@@ -126,7 +126,7 @@ def test_made_up_inputs_are_what_an_engine_takes(lengths):
 @pytest.fixture
 def export(monkeypatch, tmp_path):
     """An export that is served by a fake engine; in windows of a second."""
-    fake = engine.FakeEngine(PROFILE, input_shape=(2,))
+    fake = FakeEngine(PROFILE, input_shape=(2,))
     model = types.SimpleNamespace(path=tmp_path)
     monkeypatch.setattr(ss, "load", lambda path: model)
     monkeypatch.setattr(prepare, "prepare", lambda *args, **options: (model, [fake], [PROFILE]))
@@ -171,13 +171,13 @@ def test_a_storm_ends_with_status_0_and_its_figures(program):
 
 
 def test_a_storm_with_a_query_lost_ends_with_status_1(program, monkeypatch):
-    monkeypatch.setattr(stress, "_PATIENCE_S", 0.2)
-    set_result = futures.Future.set_result
+    monkeypatch.setattr(storm, "_PATIENCE_S", 0.2)
+    set_result = Future.set_result
 
     def forget(self, value):
         return self.inputs != 7 and set_result(self, value)
 
-    monkeypatch.setattr(futures.Future, "set_result", forget)
+    monkeypatch.setattr(Future, "set_result", forget)
     status, written = program("--faults", "--queries", 100)
     assert status == 1
     assert written["findings"]["lost"] == 1

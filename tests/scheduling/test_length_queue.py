@@ -10,14 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
-from superserve_jax.profile import Profile, Row, join
-from superserve_jax.scheduling import dispatch, policies, queue
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving import server
-from superserve_jax.simulation import bounds, simulator, traces
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.scheduling import dispatch, length_queue, policies
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.length_queue import LengthQueue
+from superserve_jax.scheduling.policies import Decision
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.speeds import Pace
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import bounds, paper_profile, simulator, traces
+from superserve_jax.simulation.simulator import Cluster, Outage
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 LENGTHS = (8, 16, 32)
@@ -33,7 +37,7 @@ def table(length):
     return Profile((1, 2, 4), tuple(rows), lengths=(length,))
 
 
-PROFILE = join([table(length) for length in LENGTHS])
+PROFILE = join_lengths([table(length) for length in LENGTHS])
 DEADLINES = st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0])
 FLOORS = st.sampled_from([0.0, 0.0, 0.7, 0.8])
 ENTRIES = st.lists(st.tuples(DEADLINES, FLOORS, st.integers(1, 32)), max_size=12)
@@ -44,21 +48,19 @@ def bucket(length):
 
 
 def filled(entries):
-    q = padding.LengthQueue(PROFILE)
+    q = LengthQueue(PROFILE)
     for i, (deadline_s, floor, length) in enumerate(entries):
         q.push(deadline_s, i, floor, length)
     return q
 
 
 def decide(q, policy, now_s=0.0, meter=None):
-    return dispatch.next_batch(
-        q, meter or queue.Meter(), policy, PROFILE, now_s, pace=drift.Pace(), last_subnet=None, worker=0
-    )[:3]
+    return dispatch.next_batch(q, meter or ArrivalMeter(), policy, PROFILE, now_s, pace=Pace(), last_subnet=None, worker=0)[:3]
 
 
 def test_inputs_of_one_shape_or_one_length_wait_in_a_plain_queue():
     for profile in (dataclasses.replace(table(8), lengths=()), table(8)):
-        assert type(padding.make_queue(profile)) is queue.DeadlineQueue
+        assert type(length_queue.make_queue(profile)) is DeadlineQueue
 
 
 @given(ENTRIES, st.integers(1, 5), st.sampled_from([0.7, 0.8]), st.sampled_from([0.0, 2.5]))
@@ -79,7 +81,7 @@ def test_every_batch_has_its_head_and_nobody_too_long_for_the_head_s_length_buck
 
 @given(st.lists(st.integers(1, 32)), DEADLINES)
 def test_texts_that_are_added_together_go_to_the_length_bucket_of_each(lengths, deadline_s):
-    together, one_by_one = padding.LengthQueue(PROFILE), filled([(deadline_s, 0.0, length) for length in lengths])
+    together, one_by_one = LengthQueue(PROFILE), filled([(deadline_s, 0.0, length) for length in lengths])
     together.push_all(deadline_s, range(len(lengths)), lengths=lengths)
     for q in together, one_by_one:
         q.look(0.0)
@@ -107,7 +109,7 @@ def test_the_head_is_the_earliest_deadline_and_each_length_bucket_is_served_in_o
     st.sampled_from([0.5, 2.5, 9.0]),
 )
 def test_with_all_lengths_alike_it_is_the_plain_queue(entries, n, times, time_s):
-    q, plain = filled(entries), queue.DeadlineQueue()
+    q, plain = filled(entries), DeadlineQueue()
     for i, (deadline_s, floor, _) in enumerate(entries):
         plain.push(deadline_s, i, floor)
     for t in times:
@@ -144,13 +146,13 @@ def test_the_latency_that_decides_is_that_of_the_program_that_will_run(entries, 
 
 def test_a_policy_is_told_of_work_in_units_of_the_head_s_length():
     # At the fastest subnet's best throughput a query of 32 tokens costs 2.5 ms, one of 8 a quarter of that.
-    q, meter = filled([(0.1, 0.0, 5), (0.2, 0.0, 30), (0.3, 0.0, 8)]), queue.Meter()
+    q, meter = filled([(0.1, 0.0, 5), (0.2, 0.0, 30), (0.3, 0.0, 8)]), ArrivalMeter()
     meter.read(0.0, 0.0)
     states = []
 
     def policy(profile, state):
         states.append((profile.lengths, state))
-        return policies.Decision(SUBNETS[0], 2)
+        return Decision(SUBNETS[0], 2)
 
     assert decide(q, policy, 0.05, meter)[1] == [0, 2]
     assert decide(q, policy, 0.05, meter)[1] == [1]
@@ -164,11 +166,11 @@ def test_a_policy_is_told_of_work_in_units_of_the_head_s_length():
 
 def test_the_first_reading_takes_the_traffic_for_a_poisson_process_in_units_of_the_head_s_work():
     for tokens, variance_per_mean in ([5] * 8, 1.0), ([32] * 8, 1.0), ([32] * 4 + [5] * 4, (1 + 1 / 16) / (1 + 1 / 4)):
-        q, meter, states = filled([]), queue.Meter(), []
+        q, meter, states = filled([]), ArrivalMeter(), []
         meter.read(0.0, 0.0)
         for i, n in enumerate(tokens):
             q.push(1.0, i, 0.0, n)
-        decide(q, lambda _, state, seen=states: seen.append(state) or policies.Decision(SUBNETS[0], 4), 0.05, meter)
+        decide(q, lambda _, state, seen=states: seen.append(state) or Decision(SUBNETS[0], 4), 0.05, meter)
         assert states[0].variance_qps == pytest.approx(variance_per_mean * states[0].rate_qps)
 
 
@@ -214,16 +216,16 @@ def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_lost_long_texts_are_answered_as_soon_as_lost_short_ones_of_the_same_work(workers):
-    paper = reference.paper_profile()
-    profile = join([dataclasses.replace(paper.scaled(k), lengths=(n,)) for n, k in ((8, 1), (32, 4))])
+    paper = paper_profile.paper_profile()
+    profile = join_lengths([dataclasses.replace(paper.scaled(k), lengths=(n,)) for n, k in ((8, 1), (32, 4))])
     short = traces.gamma(rate_qps=0.9 * workers * paper.throughput_qps(paper.rows[0].subnet), duration_s=4.0, cv2=0.0)
     done_s, accuracy = {}, {}
     for tokens, count in (8, 160), (32, 40):
         arrivals = np.concatenate([short.arrivals_s, np.full(count, 0.5)])
         order, lost = np.argsort(arrivals, kind="stable"), np.repeat([False, True], [len(short), count])
         slo_ms, lengths = np.where(lost, 0.1, 36.0)[order], np.where(lost, tokens, 5)[order]
-        trace = traces.Trace(arrivals[order], slo_ms, lengths=lengths)
-        result = simulator.simulate(profile, "slackfit", trace, cluster=simulator.Cluster(workers))
+        trace = Trace(arrivals[order], slo_ms, lengths=lengths)
+        result = simulator.simulate(profile, "slackfit", trace, cluster=Cluster(workers))
         assert (result.outcome[slo_ms > 1] == simulator.MET).mean() > 0.997
         done_s[tokens] = result.finish_s[slo_ms < 1].max() - 0.5
         accuracy[tokens] = result.accuracy[result.arrival_s > 3].mean()
@@ -239,18 +241,18 @@ def test_what_cannot_be_saved_depends_on_its_length():
 
 
 def test_a_query_of_unknown_length_belongs_to_the_longest():
-    q = padding.LengthQueue(PROFILE)
+    q = LengthQueue(PROFILE)
     q.push(1.0, "unknown")
     assert q.head_length == 32
 
 
 def always(rank, batch):
-    return lambda profile, state: policies.Decision(SUBNETS[rank], batch)
+    return lambda profile, state: Decision(SUBNETS[rank], batch)
 
 
 def serve(policy, arrivals_ms, tokens, slo_ms=100.0, **cluster):
-    trace = traces.Trace(np.array(arrivals_ms) / 1e3, slo_ms, lengths=np.array(tokens))
-    return simulator.simulate(PROFILE, policy, trace, cluster=simulator.Cluster(**{"workers": 1, **cluster}))
+    trace = Trace(np.array(arrivals_ms) / 1e3, slo_ms, lengths=np.array(tokens))
+    return simulator.simulate(PROFILE, policy, trace, cluster=Cluster(**{"workers": 1, **cluster}))
 
 
 def ms(seconds):
@@ -274,8 +276,8 @@ def test_shorter_queries_ride_in_what_would_be_padding():
 
 def test_a_change_of_length_is_no_change_of_subnet():
     profile = Profile.from_json(PROFILE.to_json())  # whose tables have equal subnets, not the same
-    trace = traces.Trace(np.array([0.0, 0.01, 0.03]), 100.0, lengths=np.array([5, 30, 5]))
-    result = simulator.simulate(profile, always(0, 1), trace, cluster=simulator.Cluster(workers=1, actuation_ms=3.0))
+    trace = Trace(np.array([0.0, 0.01, 0.03]), 100.0, lengths=np.array([5, 30, 5]))
+    result = simulator.simulate(profile, always(0, 1), trace, cluster=Cluster(workers=1, actuation_ms=3.0))
     assert ms(result.finish_s - result.start_s) == [4, 4, 1]
 
 
@@ -291,16 +293,14 @@ def test_a_trace_that_knows_no_lengths_is_padded_to_the_longest():
 
 
 def test_a_worker_that_dies_gives_back_queries_with_their_lengths():
-    result = serve(always(0, 1), [0], [5], outages=(simulator.Outage(worker=0, from_s=0.0005, until_s=0.002),))
+    result = serve(always(0, 1), [0], [5], outages=(Outage(worker=0, from_s=0.0005, until_s=0.002),))
     assert ms(result.finish_s) == [3]
 
 
 def test_length_buckets_beat_padding_to_the_longest():
     capacity_qps = PROFILE.throughput_qps(SUBNETS[0])
     trace = traces.gamma(rate_qps=capacity_qps, duration_s=5.0, cv2=4.0).mixed(lengths={6: 6, 14: 3, 30: 1})
-    padded, bucketed = (
-        simulator.simulate(p, "slackfit", trace, cluster=simulator.Cluster(workers=1)) for p in (table(32), PROFILE)
-    )
+    padded, bucketed = (simulator.simulate(p, "slackfit", trace, cluster=Cluster(workers=1)) for p in (table(32), PROFILE))
     assert bucketed.attainment > padded.attainment + 0.1
     assert bucketed.mean_accuracy > padded.mean_accuracy + 0.02
 
@@ -320,9 +320,9 @@ def ids(*values):
 
 
 def open_server(on_run=None, policy=None, **options):
-    fake = engine.FakeEngine(PROFILE, speed=math.inf, input_shape=(32,), input_dtype=np.int32, on_run=on_run)
+    fake = FakeEngine(PROFILE, speed=math.inf, input_shape=(32,), input_dtype=np.int32, on_run=on_run)
     options = {"slo_ms": 60_000.0, "tune_runtime": False, **options}
-    return server.Server.from_engines([fake], PROFILE, policy=policy or always(0, 4), **options)
+    return Server.from_engines([fake], PROFILE, policy=policy or always(0, 4), **options)
 
 
 def test_inputs_of_any_length_are_answered_and_trailing_padding_does_not_count():
@@ -358,6 +358,6 @@ def test_a_mixed_crowd_is_answered_exactly_once_by_every_policy():
 
 
 def test_engines_and_profile_must_agree_on_the_lengths():
-    fake = engine.FakeEngine(table(32), input_shape=(32,), input_dtype=np.int32)
+    fake = FakeEngine(table(32), input_shape=(32,), input_dtype=np.int32)
     with pytest.raises(errors.ConfigError, match=r"lengths \[32\] and a profile of \[8, 16, 32\]"):
-        server.Server.from_engines([fake], PROFILE)
+        Server.from_engines([fake], PROFILE)

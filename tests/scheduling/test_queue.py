@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import queue
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.simulation import traces
 from superserve_jax.subnet import Subnet
 
@@ -19,8 +21,8 @@ PROFILE = Profile((1, 2, 4), (SMALL, MIDDLE, LARGE))
 ENTRIES = st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0]), st.sampled_from([0.0, 0.0, 0.7, 0.8])))
 
 
-def filled(entries) -> queue.DeadlineQueue:
-    q = queue.DeadlineQueue()
+def filled(entries) -> DeadlineQueue:
+    q = DeadlineQueue()
     for i, (deadline_s, floor) in enumerate(entries):
         q.push(deadline_s, i, floor)
     return q
@@ -61,7 +63,7 @@ def test_the_head_is_what_the_next_pops_take(entries, n):
 
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.0, 0.7, 0.8]), st.integers(0, 3))))
 def test_items_that_are_added_together_are_as_if_added_one_by_one(groups):
-    together, one_by_one, item = queue.DeadlineQueue(), queue.DeadlineQueue(), itertools.count()
+    together, one_by_one, item = DeadlineQueue(), DeadlineQueue(), itertools.count()
     for deadline_s, floor, count in groups:
         items = [next(item) for _ in range(count)]
         together.push_all(deadline_s, items, floor)
@@ -75,7 +77,7 @@ def test_items_that_are_added_together_are_as_if_added_one_by_one(groups):
 
 @given(st.lists(st.one_of(st.floats(0, 10), st.integers(1, 4))))
 def test_every_item_comes_out_once_however_pushes_and_pops_interleave(steps):
-    q, waiting, pushed, popped = queue.DeadlineQueue(), [], 0, []
+    q, waiting, pushed, popped = DeadlineQueue(), [], 0, []
     for step in steps:
         if isinstance(step, float):
             q.push(step, pushed)
@@ -158,7 +160,7 @@ def test_counting_what_is_due_looks_at_few_of_those_that_wait():
             looked.append(self)
             return -float(self)
 
-    q = queue.DeadlineQueue()
+    q = DeadlineQueue()
     q.push(1e6, "the last")
     for i in range(1000):
         q.push(Watched(i), i)
@@ -176,7 +178,7 @@ def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():
 @pytest.mark.parametrize("cv2", [0.0, 1.0, 8.0])
 def test_the_meter_knows_the_mean_and_the_variance_of_the_arrivals(cv2):
     trace = traces.gamma(rate_qps=2000.0, cv2=cv2, duration_s=40.0)
-    meter, readings = queue.Meter(), []
+    meter, readings = ArrivalMeter(), []
     for i, t in enumerate(trace.arrivals_s.tolist()):
         readings.append(meter.read(t, i))
     rate, variance = np.mean(readings[len(readings) // 4 :], axis=0)
@@ -186,7 +188,7 @@ def test_the_meter_knows_the_mean_and_the_variance_of_the_arrivals(cv2):
 
 def test_the_meter_forgets_traffic_after_a_pause_as_though_somebody_had_asked_all_the_time():
     step_s = 2**-5
-    asked, alone = queue.Meter(window_s=step_s), queue.Meter(window_s=step_s)
+    asked, alone = ArrivalMeter(window_s=step_s), ArrivalMeter(window_s=step_s)
     for k in range(100):
         assert asked.read(step_s * k, 100 * k) == alone.read(step_s * k, 100 * k)
     for k in range(100, 200):
@@ -195,7 +197,7 @@ def test_the_meter_forgets_traffic_after_a_pause_as_though_somebody_had_asked_al
 
 
 def test_the_meter_remembers_the_shortest_slo_for_one_to_two_seconds():
-    meter = queue.Meter()
+    meter = ArrivalMeter()
     assert meter.slo_ms == math.inf
     meter.shorten(0.0, 18.0)
     seen = []

@@ -8,32 +8,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superserve_jax import errors, profile
-from superserve_jax.scheduling import dispatch, policies, queue
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.simulation import paper_profile as reference
-from superserve_jax.simulation import simulator, traces
+from superserve_jax import errors
+from superserve_jax.profile import Profile, profiles_of_workers
+from superserve_jax.scheduling import dispatch
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.policies import Decision, SlackFit
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.speeds import Fleet, Pace, SlowdownEstimate
+from superserve_jax.simulation import paper_profile, simulator, traces
+from superserve_jax.simulation.simulator import Cluster, Outage, Slowdown, Stall
 
-PAPER = reference.paper_profile()
+PAPER = paper_profile.paper_profile()
 TIMES_MS = st.floats(0.5, 50.0)
 
 
 def observed(*ratios, profiled_ms=10.0):
-    estimate = drift.Drift()
+    estimate = SlowdownEstimate()
     for ratio in ratios:
         estimate.observe(profiled_ms, profiled_ms * ratio)
     return estimate.slowdown
 
 
 def simulate(profiles, trace, seed=0, **cluster):
-    workers = 8 if isinstance(profiles, profile.Profile) else len(profiles)
-    return simulator.simulate(profiles, "slackfit", trace, cluster=simulator.Cluster(workers=workers, **cluster), seed=seed)
+    workers = 8 if isinstance(profiles, Profile) else len(profiles)
+    return simulator.simulate(profiles, "slackfit", trace, cluster=Cluster(workers=workers, **cluster), seed=seed)
 
 
 @settings(deadline=None)
 @given(st.floats(1.1, 7.0), TIMES_MS)
 def test_the_estimate_reaches_what_a_device_has_become_and_forgets_it_again(factor, profiled_ms):
-    estimate = drift.Drift()
+    estimate = SlowdownEstimate()
     batches = math.ceil(1000 / min(profiled_ms, 10.0))
     for _ in range(batches):
         estimate.observe(profiled_ms, factor * profiled_ms)
@@ -59,7 +63,7 @@ def test_one_batch_that_stood_still_or_took_no_time_does_not_count(profiled_ms):
 
 def test_noise_alone_is_no_drift():
     ratios = np.exp(0.1 * np.random.default_rng(0).standard_normal(2000))
-    estimate, seen = drift.Drift(), []
+    estimate, seen = SlowdownEstimate(), []
     for ratio in ratios:
         estimate.observe(10.0, 10.0 * ratio)
         seen.append(estimate.slowdown)
@@ -68,7 +72,7 @@ def test_noise_alone_is_no_drift():
 
 
 def test_a_worker_that_is_gone_counts_for_nothing_until_it_comes_back():
-    fleet = drift.Fleet([PAPER, PAPER.scaled(0.5), PAPER])
+    fleet = Fleet([PAPER, PAPER.scaled(0.5), PAPER])
     assert fleet.pace(0) == (4.0, 1.0, 2.0)
     fleet.leave(1)
     assert fleet.pace(0) == (2.0, 1.0, 1.0)
@@ -77,7 +81,7 @@ def test_a_worker_that_is_gone_counts_for_nothing_until_it_comes_back():
 
 
 def test_workers_that_are_all_slower_are_as_many_as_before():
-    fleet = drift.Fleet([PAPER] * 3)
+    fleet = Fleet([PAPER] * 3)
     for worker in range(3):
         for _ in range(200):
             fleet.observe(worker, 10.0, 20.0)
@@ -86,7 +90,7 @@ def test_workers_that_are_all_slower_are_as_many_as_before():
     assert paces[2].slowdown == pytest.approx(2.0, rel=0.01)
     assert paces[2].lead == pytest.approx(1.0)
     assert [fleet.slowdown(i) for i in range(len(paces))] == [pace.slowdown for pace in paces]
-    assert drift.Fleet([PAPER], correct=False).pace(0) == drift.Pace()
+    assert Fleet([PAPER], correct=False).pace(0) == Pace()
 
 
 deadlines = st.lists(st.floats(0.0, 0.09), min_size=1, max_size=60)
@@ -96,16 +100,16 @@ deadlines = st.lists(st.floats(0.0, 0.09), min_size=1, max_size=60)
 @given(deadlines, st.floats(-0.01, 0.03), st.sampled_from([2.0, 4.0]), st.integers(1, 9))
 def test_a_device_that_is_slower_than_its_profile_is_served_as_one_whose_profile_says_so(deadlines, now_s, factor, workers):
     def decided(table, slowdown):
-        waiting, meter = queue.DeadlineQueue(), queue.Meter()
+        waiting, meter = DeadlineQueue(), ArrivalMeter()
         for t in range(10):
             meter.read(now_s - 0.3 + 0.03 * t, t**3)
         for i, deadline_s in enumerate(deadlines):
             waiting.push(deadline_s, i)
         waiting.pushed += 1000
         meter.shorten(now_s, 36.0)
-        pace = drift.Pace(workers, slowdown)
+        pace = Pace(workers, slowdown)
         options = {"pace": pace, "last_subnet": None, "worker": 0}
-        row, items, _ = dispatch.next_batch(waiting, meter, policies.SlackFit(table), table, now_s, **options)[:3]
+        row, items, _ = dispatch.next_batch(waiting, meter, SlackFit(table), table, now_s, **options)[:3]
         return row.subnet, items, waiting.late
 
     assert decided(PAPER, factor) == decided(PAPER.scaled(factor), 1.0)
@@ -116,17 +120,17 @@ def test_on_a_slow_device_slack_and_slo_are_shorter_and_more_comes_in_a_second_a
 
     def policy(table, state):
         seen.append(state)
-        return policies.Decision(table.rows[0].subnet, 1, defer_ms=7.0)
+        return Decision(table.rows[0].subnet, 1, defer_ms=7.0)
 
     late = []
     for slowdown in (1.0, 2.0):
-        waiting, meter = queue.DeadlineQueue(), queue.Meter()
+        waiting, meter = DeadlineQueue(), ArrivalMeter()
         for t in range(5):
             meter.read(0.03 * t, 10 * t**2)
         meter.shorten(0.15, 36.0)
         for i in range(250):
             waiting.push(0.16 + 1e-3 * i, i)
-        options = {"pace": drift.Pace(3.0, slowdown), "last_subnet": None, "worker": 1}
+        options = {"pace": Pace(3.0, slowdown), "last_subnet": None, "worker": 1}
         dispatch.next_batch(waiting, meter, policy, PAPER, 0.15, **options)[:3]
         late.append(waiting.late)
     plain, slowed = seen
@@ -138,7 +142,7 @@ def test_on_a_slow_device_slack_and_slo_are_shorter_and_more_comes_in_a_second_a
 
 def test_a_server_whose_devices_slow_down_half_way_goes_on_meeting_its_deadlines():
     trace = traces.bursty(cv2=4.0, burst_qps=4900.0, duration_s=8.0)
-    table, slowed = PAPER.scaled(1.3), (simulator.Slowdown(1.5, from_s=4.0),)
+    table, slowed = PAPER.scaled(1.3), (Slowdown(1.5, from_s=4.0),)
     with_it, without = (simulate(table, trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
     after = trace.arrivals_s >= 4.5
     met = [float((r.outcome[after] == simulator.MET).mean()) for r in (with_it, without)]
@@ -147,14 +151,12 @@ def test_a_server_whose_devices_slow_down_half_way_goes_on_meeting_its_deadlines
 
 def test_one_device_that_slows_down_does_not_cost_the_deadlines_of_the_others():
     trace = traces.bursty(cv2=4.0, burst_qps=4000.0, duration_s=4.0)
-    slowed = tuple(simulator.Slowdown(2.0, from_s=1.0, worker=w) for w in (0, 1))
+    slowed = tuple(Slowdown(2.0, from_s=1.0, worker=w) for w in (0, 1))
     with_it, without = (simulate(PAPER.scaled(1.3), trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
     assert with_it.attainment > 0.99 > without.attainment + 0.03
 
 
-@pytest.mark.parametrize(
-    "cluster", [{}, {"stalls": (simulator.Stall(1.0, 1.2),), "outages": (simulator.Outage(3, 0.5, 1.5),)}]
-)
+@pytest.mark.parametrize("cluster", [{}, {"stalls": (Stall(1.0, 1.2),), "outages": (Outage(3, 0.5, 1.5),)}])
 def test_where_devices_keep_to_their_profile_nothing_is_different(cluster):
     trace = traces.bursty(duration_s=3.0)
     followed, ignored = (simulate(PAPER, trace, follow_drift=f, **cluster) for f in (True, False))
@@ -177,24 +179,24 @@ def test_devices_that_differ_threefold_meet_the_deadlines_together(slowdowns, lo
 def test_what_a_slow_worker_cannot_save_is_left_to_the_fast_one():
     fast, slow = PAPER, PAPER.scaled(10.0)
     urgent_s = 1e-3 * fast.rows[0].latency_ms[-1] * 2
-    waiting = queue.DeadlineQueue()
+    waiting = DeadlineQueue()
     for i in range(40):
         waiting.push(urgent_s if i < 20 else 1.0, i)
-    fleet = drift.Fleet([fast, slow])
+    fleet = Fleet([fast, slow])
     options = {"pace": fleet.pace(1), "last_subnet": None, "worker": 1}
-    _, items, _ = dispatch.next_batch(waiting, queue.Meter(), policies.SlackFit(slow), slow, 0.0, **options)[:3]
+    _, items, _ = dispatch.next_batch(waiting, ArrivalMeter(), SlackFit(slow), slow, 0.0, **options)[:3]
     assert items[0] == 20
     assert waiting.late == 0
     assert waiting.drain() == [i for i in range(40) if i not in items]
 
 
 def test_of_queries_that_nobody_can_save_the_slow_worker_takes_its_share():
-    waiting = queue.DeadlineQueue()
+    waiting = DeadlineQueue()
     for i in range(20):
         waiting.push(-1.0, i)
     slow = PAPER.scaled(3.0)
-    options = {"pace": drift.Fleet([PAPER, slow]).pace(1), "last_subnet": None, "worker": 1}
-    _, items, _ = dispatch.next_batch(waiting, queue.Meter(), policies.SlackFit(slow), slow, 0.0, **options)[:3]
+    options = {"pace": Fleet([PAPER, slow]).pace(1), "last_subnet": None, "worker": 1}
+    _, items, _ = dispatch.next_batch(waiting, ArrivalMeter(), SlackFit(slow), slow, 0.0, **options)[:3]
     assert items == list(range(16))
 
 
@@ -205,7 +207,7 @@ def test_of_queries_that_nobody_can_save_the_slow_worker_takes_its_share():
     st.floats(0.0, 9.0),
 )
 def test_what_is_set_aside_comes_back_in_its_place(entries, late_s, before_s):
-    queues = queue.DeadlineQueue(), queue.DeadlineQueue()
+    queues = DeadlineQueue(), DeadlineQueue()
     for q in queues:
         for i, (deadline_s, floor) in enumerate(entries):
             q.push(deadline_s, i, floor)
@@ -219,15 +221,15 @@ def test_what_is_set_aside_comes_back_in_its_place(entries, late_s, before_s):
 
 def test_profiles_of_workers_are_one_for_all_or_one_for_each_and_equal_ones_are_one():
     again = dataclasses.replace(PAPER)
-    each = profile.of_workers([PAPER, PAPER.scaled(2.0), again], 3)
+    each = profiles_of_workers([PAPER, PAPER.scaled(2.0), again], 3)
     assert each[0] is each[2] is PAPER is not again
     with pytest.raises(errors.ConfigError, match="2 profiles for 3 workers"):
-        profile.of_workers([PAPER, PAPER], 3)
+        profiles_of_workers([PAPER, PAPER], 3)
     with pytest.raises(errors.ConfigError, match="same batch sizes"):
-        profile.of_workers([PAPER, PAPER.at((1, 2))], 2)
+        profiles_of_workers([PAPER, PAPER.at((1, 2))], 2)
 
 
 @pytest.mark.parametrize("slow", [(0.0, 1.0), (2.0, 1.0, 0.5), (2.0, 1.0, 2.0, 8), (math.inf, 0.0)])
 def test_a_slowdown_that_cannot_be_is_refused(slow):
     with pytest.raises(errors.ConfigError, match="Slowdown"):
-        simulator.Cluster(slowdowns=(simulator.Slowdown(*slow),))
+        Cluster(slowdowns=(Slowdown(*slow),))

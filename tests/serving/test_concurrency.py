@@ -18,12 +18,14 @@ import pytest
 from fakes import WAIT_S
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
-from superserve_jax.loadtest import storm as stress
-from superserve_jax.scheduling import queue
-from superserve_jax.serving import futures, retries
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.loadtest import storm
+from superserve_jax.loadtest.storm import Storm
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.serving.futures import Future
+from superserve_jax.serving.retries import Retries
 
-STORM = stress.Storm(
+STORM = Storm(
     **{"queries": 10_000, "poisoned": 200, "failing": 0.03, "slow": 0.02, "full": 0.02, "hanging": 0.003},
     **{"broken": 0.2, "changed_every_s": 0.02, "stall_s": 0.1},
 )
@@ -35,7 +37,7 @@ def quiet(caplog):
 
 
 def run(**options):
-    return stress.run(dataclasses.replace(STORM, **options))
+    return storm.run_storm(dataclasses.replace(STORM, **options))
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -82,11 +84,11 @@ def test_every_promise_is_kept_by_another_policy_by_few_workers_or_many_when_it_
 
 @pytest.fixture
 def short_patience(monkeypatch):
-    monkeypatch.setattr(stress, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(storm, "_PATIENCE_S", 0.2)
 
 
 def test_a_queue_out_of_order_is_convicted(monkeypatch):
-    pop = queue.DeadlineQueue.pop
+    pop = DeadlineQueue.pop
 
     def pop_one_too_many(self, n, accuracy=math.inf):
         items = pop(self, n + (n > 1), accuracy)  # one at a time, what is done is dropped
@@ -95,14 +97,14 @@ def test_a_queue_out_of_order_is_convicted(monkeypatch):
             self.push(first.deadline_s, first, first.floor)
         return items
 
-    monkeypatch.setattr(queue.DeadlineQueue, "pop", pop_one_too_many)
+    monkeypatch.setattr(DeadlineQueue, "pop", pop_one_too_many)
     found = run(queries=2_000).findings
     assert found.violations > 0
     assert all("passed over" in text for text in found.examples)
 
 
 def test_a_future_that_resolves_again_is_convicted(monkeypatch):
-    resolve = futures.Future._resolve
+    resolve = Future._resolve
 
     def resolve_twice(self, state, value):
         callbacks = [fn for fn in self._callbacks or () if isinstance(fn, functools.partial)]  # the recorder's
@@ -111,20 +113,20 @@ def test_a_future_that_resolves_again_is_convicted(monkeypatch):
             fn(self)
         return done
 
-    monkeypatch.setattr(futures.Future, "_resolve", resolve_twice)
+    monkeypatch.setattr(Future, "_resolve", resolve_twice)
     assert run(queries=500).findings.twice > 0
 
 
 def test_a_batch_that_is_forgotten_is_convicted(monkeypatch, short_patience):
-    monkeypatch.setattr(retries.Retries, "_add", lambda *_: None)
+    monkeypatch.setattr(Retries, "_add", lambda *_: None)
     found = run(queries=1_000, hanging=0.0, failing=0.1, window=100, slos_ms=(30_000.0,)).findings
     assert found.lost > 0
     assert any("never resolved" in text for text in found.examples)
 
 
 def test_answers_that_are_mixed_up_are_convicted(monkeypatch):
-    compute = engine.FakeEngine.run
-    monkeypatch.setattr(engine.FakeEngine, "run", lambda *args: compute(*args)[::-1])
+    compute = FakeEngine.run
+    monkeypatch.setattr(FakeEngine, "run", lambda *args: compute(*args)[::-1])
     found = run(queries=500).findings
     assert any("got the answer of" in text for text in found.examples)
 
@@ -175,7 +177,7 @@ def test_of_many_threads_that_resolve_a_future_one_succeeds_and_each_callback_ru
     for thread in threads:
         thread.start()
     for turn in range(rounds):
-        shared[0] = futures.Future()
+        shared[0] = Future()
         begin.wait(WAIT_S)
         end.wait(WAIT_S)
         results = won[turn * 2 * kinds :]
@@ -189,6 +191,6 @@ def test_of_many_threads_that_resolve_a_future_one_succeeds_and_each_callback_ru
 
 def test_a_storm_that_cannot_be_is_refused():
     with pytest.raises(errors.ConfigError, match="failing is a share from 0 to 1, got 2"):
-        stress.Storm(failing=2)
+        Storm(failing=2)
     with pytest.raises(errors.ConfigError, match="clients must be at least 1, got 0"):
-        stress.Storm(clients=0)
+        Storm(clients=0)

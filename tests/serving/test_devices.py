@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import server
+from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 WAIT_S = 10.0
@@ -27,14 +27,14 @@ def x(value):
 
 
 def always(profile, state):
-    return policies.Decision(SUBNETS[0], 1)
+    return Decision(SUBNETS[0], 1)
 
 
 @contextlib.contextmanager
 def serve(*profiles, on_run=None, **options):
-    engines = [engine.FakeEngine(p, name=f"fake:{i}", speed=float("inf"), on_run=on_run) for i, p in enumerate(profiles)]
+    engines = [FakeEngine(p, name=f"fake:{i}", speed=float("inf"), on_run=on_run) for i, p in enumerate(profiles)]
     options = {"slo_ms": 60_000.0, "tune_runtime": False, "policy": always, **options}
-    with server.Server.from_engines(engines, profiles, **options) as s:
+    with Server.from_engines(engines, profiles, **options) as s:
         yield s
 
 
@@ -43,7 +43,7 @@ def test_the_policy_is_asked_with_the_profile_of_the_worker_that_is_free():
 
     def policy(profile, state):
         asked.add((state.worker, profile.latency_ms(SUBNETS[0], 1), state.workers))
-        return policies.Decision(SUBNETS[0], 1)
+        return Decision(SUBNETS[0], 1)
 
     with serve(FAST, SLOW, FAST, policy=policy, on_run=lambda *_: together.wait(WAIT_S)) as s:
         for future in s.submit_many([x(i) for i in range(3)]):
@@ -77,11 +77,11 @@ def test_a_floor_must_be_met_by_every_worker():
 
 
 def test_profiles_must_be_as_many_as_engines_and_of_the_same_batch_sizes():
-    fakes = [engine.FakeEngine(FAST), engine.FakeEngine(FAST)]
+    fakes = [FakeEngine(FAST), FakeEngine(FAST)]
     with pytest.raises(errors.ConfigError, match="3 profiles for 2 workers"):
-        server.Server.from_engines(fakes, [FAST] * 3)
+        Server.from_engines(fakes, [FAST] * 3)
     with pytest.raises(errors.ConfigError, match="same batch sizes"):
-        server.Server.from_engines(fakes, [FAST, FAST.at((1,))])
+        Server.from_engines(fakes, [FAST, FAST.at((1,))])
 
 
 def test_eight_devices_with_executables_of_their_own_answer_as_the_model_does():
@@ -101,21 +101,20 @@ def main():
     import jax
     from tiny import TINY, random_images, random_params, random_row
 
+    from superserve_jax import exports
     from superserve_jax.engines import prepare
-    from superserve_jax.exports import export as checkpoint
-    from superserve_jax.supernets import supernet
+    from superserve_jax.exports import Served
+    from superserve_jax.supernets.supernet import SuperNet
 
     devices, batch, kinds = jax.devices(), 4, ("left", "right")
     kind_of = {device: kinds[device.id % 2] for device in devices}
     prepare.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
     chosen = [TINY.space().smallest(), TINY.space().largest()]
     with tempfile.TemporaryDirectory() as folder:
-        tiny = supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
-        served = [
-            checkpoint.Served(s, a, None, TINY.flops(s), TINY.num_params(s)) for s, a in zip(chosen, (0.5, 0.9), strict=True)
-        ]
-        checkpoint.export(pathlib.Path(folder) / "export", tiny, served, measured="made up")
-        model = checkpoint.load(pathlib.Path(folder) / "export")
+        tiny = SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+        served = [Served(s, a, None, TINY.flops(s), TINY.num_params(s)) for s, a in zip(chosen, (0.5, 0.9), strict=True)]
+        exports.export(pathlib.Path(folder) / "export", tiny, served, measured="made up")
+        model = exports.load(pathlib.Path(folder) / "export")
     # One kind has a profile with one subnet, the other with another: each holds only the executables that it needs.
     for kind, subnet in zip(kinds, chosen, strict=True):
         accuracy = next(s.accuracy for s in model.served if s.subnet == subnet)
@@ -149,7 +148,7 @@ def main():
             return self._held.run(subnet, batch_size, inputs)
 
     images = random_images(TINY, 100)
-    with server.Server.from_engines([Together(e) for e in engines], profiles, slo_ms=60_000.0) as s:
+    with Server.from_engines([Together(e) for e in engines], profiles, slo_ms=60_000.0) as s:
         replies = [future.result(WAIT_S) for future in s.submit_many(images)]
     for subnet in chosen:
         places = [i for i, reply in enumerate(replies) if reply.subnet == subnet]

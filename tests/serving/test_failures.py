@@ -18,12 +18,16 @@ from hypothesis import strategies
 from tiny import TINY, random_images
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
-from superserve_jax.engines import device as device_engine
+from superserve_jax.engines import base
+from superserve_jax.engines.base import Wrapper
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies
+from superserve_jax.scheduling.policies import Decision, State
 from superserve_jax.serving import retries, server
-from superserve_jax.serving.query import Query
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.retries import Retries
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 SIZES = (1, 2, 4, 8, 16)
@@ -33,16 +37,16 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1048
 
 
 def largest(profile, state):
-    return policies.Decision(profile.rows[0].subnet, profile.max_batch)
+    return Decision(profile.rows[0].subnet, profile.max_batch)
 
 
-def fake(on_run=None, *, name="fake:0", make=engine.FakeEngine):
+def fake(on_run=None, *, name="fake:0", make=FakeEngine):
     return make(PROFILE, speed=math.inf, on_run=on_run, name=name)
 
 
 def serve(*engines, **options):
     options = {"policy": largest, "slo_ms": LONG_MS, "tune_runtime": False, **options}
-    return server.Server.from_engines(engines or [fake()], PROFILE, **options)
+    return Server.from_engines(engines or [fake()], PROFILE, **options)
 
 
 class Faulty:
@@ -147,7 +151,7 @@ def test_what_has_failed_is_run_by_another_worker_first():
 
 
 def test_a_batch_goes_whole_to_another_worker_before_it_is_halved():
-    waiting, now = retries.Retries(PROFILE, max_tries=3), {"now_s": 0.0, "workers": 2}
+    waiting, now = Retries(PROFILE, max_tries=3), {"now_s": 0.0, "workers": 2}
     batch, before, failed_on = [Query(x(i), 0.0, LONG_MS, 0.0) for i in range(16)], None, 0
     sizes = []
     while not (hopeless := waiting.failed(batch, before, failed_on, **now)):
@@ -164,13 +168,13 @@ def test_a_batch_goes_whole_to_another_worker_before_it_is_halved():
 # -- outputs ------------------------------------------------------------------------------------------------------------------
 
 
-class Logits(engine.FakeEngine):
+class Logits(FakeEngine):
     """Logits (x, 1) for input x, looked at as the contract says."""
 
     def run(self, subnet, batch_size, inputs):
         super().run(subnet, batch_size, inputs)
         logits = self.spoil(np.array([[float(v), 1.0] for v in inputs], np.float32))
-        engine.check_outputs(logits, len(inputs))
+        base.check_outputs(logits, len(inputs))
         return [row.copy() for row in logits]
 
     def spoil(self, logits):
@@ -210,10 +214,10 @@ def test_outputs_pass_unless_one_of_them_is_nan(shape):
     for value in (0.0, -math.inf, 1e30, math.inf):
         logits = np.full(shape, 2.0, np.float32)
         logits[0, 0], logits[-1, -1] = value, -value
-        engine.check_outputs(logits, shape[0])
+        base.check_outputs(logits, shape[0])
     logits[-1, -1] = math.nan
     with pytest.raises(errors.InferenceError, match=rf"\[{shape[0] - 1}\] of {shape[0]} have NaN"):
-        engine.check_outputs(logits, shape[0])
+        base.check_outputs(logits, shape[0])
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ def test_a_worker_without_the_memory_for_a_batch_runs_smaller_ones_from_then_on(
 
     def policy(profile, state):
         asked.append(profile.max_batch)
-        return policies.Decision(ROW.subnet, 16)  # whatever profile it is shown
+        return Decision(ROW.subnet, 16)  # whatever profile it is shown
 
     with serve(fake(on_run), policy=policy) as s:
         for _ in range(2):
@@ -252,10 +256,10 @@ def test_a_named_policy_plans_with_the_batches_that_are_left():
         if batch_size > 8:
             raise MemoryError
 
-    engines, options = [engine.FakeEngine(table, speed=math.inf, on_run=on_run)], {"slo_ms": 50.0, "tune_runtime": False}
-    with server.Server.from_engines(engines, table, policy="max-batch", clock=lambda: 0.0, **options) as s:
+    engines, options = [FakeEngine(table, speed=math.inf, on_run=on_run)], {"slo_ms": 50.0, "tune_runtime": False}
+    with Server.from_engines(engines, table, policy="max-batch", clock=lambda: 0.0, **options) as s:
         outcomes(s.submit_many([x(i) for i in range(16)]))
-    decision = made(table, policies.State(now_s=0.0, slack_ms=50.0, waiting=16))
+    decision = made(table, State(now_s=0.0, slack_ms=50.0, waiting=16))
     assert ran[:2] == [(ROW.subnet, 16), (decision.subnet, decision.batch)]
     assert decision.subnet != ROW.subnet  # in 50 ms all 16 can have only the fast one
 
@@ -286,9 +290,9 @@ def test_being_out_of_memory_uses_up_no_try():
 def test_a_batch_is_given_twenty_times_as_long_as_profiled():
     now_s, gate = [0.0], Gate()
     slow = Profile((1,), (Row(ROW.subnet, 0.7, (50.0,), (100.0,)),))
-    engines = [engine.FakeEngine(slow, speed=math.inf, on_run=gate, name=f"fake:{i}") for i in range(2)]
+    engines = [FakeEngine(slow, speed=math.inf, on_run=gate, name=f"fake:{i}") for i in range(2)]
     options = {"policy": largest, "slo_ms": LONG_MS, "tune_runtime": False}
-    with server.Server.from_engines(engines, slow, stall_s=1.0, clock=lambda: now_s[0], **options) as s:
+    with Server.from_engines(engines, slow, stall_s=1.0, clock=lambda: now_s[0], **options) as s:
         first = s.submit(x(0))
         assert gate.entered.wait(WAIT_S)
         now_s[0] = 1.99
@@ -443,7 +447,7 @@ def test_a_server_that_has_lost_its_workers_serves_again_with_a_new_one():
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        (engine.FakeEngine(PROFILE, input_shape=(3,), name="odd"), r"odd takes \(\(3,\).* must agree"),
+        (FakeEngine(PROFILE, input_shape=(3,), name="odd"), r"odd takes \(\(3,\).* must agree"),
         ("gpu:0", "a server of engines takes an engine, got 'gpu:0'"),
     ],
     ids=["other inputs", "no engine"],
@@ -477,7 +481,7 @@ def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, caplog):
 # -- real executables ---------------------------------------------------------------------------------------------------------
 
 
-class Injecting(engine.Wrapper):
+class Injecting(Wrapper):
     """A device's engine with faults put in by a hook, which may raise, or change the inputs."""
 
     def __init__(self, real, hook):
@@ -491,7 +495,7 @@ class Injecting(engine.Wrapper):
 
 def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(export):
     [subnet] = export.subnets
-    real = device_engine.DeviceEngine(export, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4))
+    real = DeviceEngine(export, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4))
     images = random_images(TINY, 16)
     calls = itertools.count()
 
@@ -502,7 +506,7 @@ def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(
             raise RuntimeError("bad luck")
 
     profile = Profile((1, 2, 4), (Row(subnet, 0.5, (1.0, 1.0, 1.0)),))
-    with server.Server.from_engines([Injecting(real, hook)], profile, policy="max-batch", slo_ms=LONG_MS) as s:
+    with Server.from_engines([Injecting(real, hook)], profile, policy="max-batch", slo_ms=LONG_MS) as s:
         answers = s.submit_many(list(images))
         with pytest.raises(errors.InferenceError, match=r"shape \(9, 9, 1\), dtype uint8"):
             answers[5].result(WAIT_S)
@@ -515,7 +519,7 @@ def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(
 
 def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(export):
     images = random_images(TINY, 2)
-    with server.Server(export, batch_sizes=(2,), devices=jax.devices()[:1], slo_ms=LONG_MS) as s:
+    with Server(export, batch_sizes=(2,), devices=jax.devices()[:1], slo_ms=LONG_MS) as s:
         [first] = s.health()["per_worker"]
         added = s.add_worker(jax.devices()[0])
         assert added == f"{first['name']} (2)"
@@ -529,8 +533,8 @@ def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(expor
 def test_who_joins_with_less_accuracy_makes_only_the_floors_above_it_fail_and_leaving_undoes_that():
     two = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.9, ROW.latency_ms)))
     gate = Gate()
-    first_engine, second = (engine.FakeEngine(p, speed=math.inf, on_run=gate, name=n) for p, n in ((two, "a"), (PROFILE, "b")))
-    with server.Server.from_engines([first_engine], two, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
+    first_engine, second = (FakeEngine(p, speed=math.inf, on_run=gate, name=n) for p, n in ((two, "a"), (PROFILE, "b")))
+    with Server.from_engines([first_engine], two, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
         first = s.submit(x(0))
         assert gate.entered.wait(WAIT_S)
         demanding, modest = s.submit(x(1), min_accuracy=0.8), s.submit(x(2))
@@ -556,7 +560,7 @@ def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
 def test_a_server_that_cannot_be_opened_leaves_the_process_as_it_was():
     before, threads = sys.getswitchinterval(), threading.active_count()
     with pytest.raises(errors.UnknownNameError):
-        server.Server.from_engines([fake()], PROFILE, policy="nope", tune_runtime=True)
+        Server.from_engines([fake()], PROFILE, policy="nope", tune_runtime=True)
     assert (sys.getswitchinterval(), threading.active_count()) == (before, threads)
 
 
@@ -566,8 +570,8 @@ def test_a_worker_with_less_memory_counts_for_what_it_still_carries():
             raise MemoryError
 
     cheap = Profile(SIZES, (Row(ROW.subnet, 0.7, tuple(1.0 + 0.1 * b for b in SIZES)),))
-    engines = [engine.FakeEngine(cheap, speed=math.inf, on_run=on_run)]
-    with server.Server.from_engines(engines, cheap, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
+    engines = [FakeEngine(cheap, speed=math.inf, on_run=on_run)]
+    with Server.from_engines(engines, cheap, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
         full, _ = s._pool._fleet.strength()
         for future in s.submit_many([x(i) for i in range(8)]):
             future.result(WAIT_S)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from superserve_jax.serving import futures
+from superserve_jax.serving.futures import Future
 
 OUTCOMES = {
     "a result": lambda f: f.set_result(1),
@@ -22,7 +22,7 @@ def later(fn) -> threading.Timer:
 
 @outcomes
 def test_the_first_outcome_stays(resolve):
-    future = futures.Future()
+    future = Future()
     assert not future.done()
     assert resolve(future)
     assert future.done()
@@ -34,7 +34,7 @@ def test_the_first_outcome_stays(resolve):
 
 
 def test_a_result_is_returned_to_every_thread_that_waits():
-    future, results = futures.Future(), []
+    future, results = Future(), []
     threads = [threading.Thread(target=lambda: results.append(future.result(10))) for _ in range(4)]
     for t in threads:
         t.start()
@@ -46,7 +46,7 @@ def test_a_result_is_returned_to_every_thread_that_waits():
 
 
 def test_an_error_is_raised_by_result_and_returned_by_exception():
-    future, error = futures.Future(), ValueError("no")
+    future, error = Future(), ValueError("no")
     future.set_exception(error)
     with pytest.raises(ValueError, match="no"):
         future.result()
@@ -54,7 +54,7 @@ def test_an_error_is_raised_by_result_and_returned_by_exception():
 
 
 def test_waiting_too_long_raises_timeout_error_with_the_remedy_and_leaves_the_future_pending():
-    future = futures.Future()
+    future = Future()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.001 s; wait longer, or cancel\(\)"):
         future.result(timeout=0.001)
     with pytest.raises(TimeoutError):
@@ -64,7 +64,7 @@ def test_waiting_too_long_raises_timeout_error_with_the_remedy_and_leaves_the_fu
 
 
 def test_a_cancelled_future_raises_cancelled_error_and_cancels_twice():
-    future = futures.Future()
+    future = Future()
     assert future.cancel()
     assert future.cancel()
     assert future.cancelled()
@@ -76,7 +76,7 @@ def test_a_cancelled_future_raises_cancelled_error_and_cancels_twice():
 
 @outcomes
 def test_callbacks_run_once_in_order_whether_added_before_or_after(resolve):
-    future, calls = futures.Future(), []
+    future, calls = Future(), []
     future.add_done_callback(lambda f: calls.append((1, f)))
     future.add_done_callback(lambda f: calls.append((2, f)))
     assert calls == []
@@ -87,7 +87,7 @@ def test_callbacks_run_once_in_order_whether_added_before_or_after(resolve):
 
 
 def test_a_callback_that_raises_is_logged_and_the_next_still_runs(caplog):
-    future, calls = futures.Future(), []
+    future, calls = Future(), []
     future.add_done_callback(lambda f: 1 / 0)
     future.add_done_callback(calls.append)
     assert future.set_result(1)
@@ -98,7 +98,7 @@ def test_a_callback_that_raises_is_logged_and_the_next_still_runs(caplog):
 
 def test_only_one_of_many_threads_resolves_it():
     for _ in range(50):
-        future, wins = futures.Future(), []
+        future, wins = Future(), []
         barrier = threading.Barrier(4)
 
         def resolve(i, future=future, wins=wins, barrier=barrier):
@@ -115,7 +115,7 @@ def test_only_one_of_many_threads_resolves_it():
 
 def test_await_returns_what_another_thread_sets():
     async def main():
-        pending = [futures.Future() for _ in range(3)]
+        pending = [Future() for _ in range(3)]
         for i, f in enumerate(pending):
             later(lambda i=i, f=f: f.set_result(i))
         assert await asyncio.gather(*pending) == [0, 1, 2]
@@ -126,7 +126,7 @@ def test_await_returns_what_another_thread_sets():
 
 def test_await_raises_the_error():
     async def main():
-        future = futures.Future()
+        future = Future()
         later(lambda: future.set_exception(ValueError("no")))
         with pytest.raises(ValueError, match="no"):
             await future
@@ -136,7 +136,7 @@ def test_await_raises_the_error():
 
 def test_a_cancelled_await_cancels_the_query():
     async def main():
-        future = futures.Future()
+        future = Future()
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(future, 0.001)
         assert future.cancelled()
@@ -145,7 +145,7 @@ def test_a_cancelled_await_cancels_the_query():
 
 
 def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
-    future = futures.Future()
+    future = Future()
 
     async def wait(started):
         started.set()
@@ -166,7 +166,7 @@ def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
 
 
 def test_whoever_asks_again_and_again_leaves_nothing_behind():
-    future = futures.Future()
+    future = Future()
     future.add_done_callback(print)
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -175,7 +175,7 @@ def test_whoever_asks_again_and_again_leaves_nothing_behind():
 
 
 def test_a_client_that_waits_is_woken_before_a_slow_callback():
-    future, answered, in_time = futures.Future(), threading.Event(), []
+    future, answered, in_time = Future(), threading.Event(), []
     future.add_done_callback(lambda f: in_time.append(answered.wait(5)))
     client = threading.Thread(target=lambda: (future.result(10), answered.set()))
     client.start()
@@ -188,7 +188,7 @@ def test_a_client_that_waits_is_woken_before_a_slow_callback():
 
 def test_a_finalizer_may_cancel_one_query_while_another_of_the_same_submit_resolves():
     lock = threading.RLock()
-    first, second = futures.Future(lock), futures.Future(lock)
+    first, second = Future(lock), Future(lock)
     with lock:
         assert second.cancel()
         assert first.set_result(1)
@@ -196,7 +196,7 @@ def test_a_finalizer_may_cancel_one_query_while_another_of_the_same_submit_resol
 
 def test_an_event_loop_is_woken_once_for_all_queries_that_resolve_meanwhile():
     async def main():
-        loop, pending = asyncio.get_running_loop(), [futures.Future() for _ in range(50)]
+        loop, pending = asyncio.get_running_loop(), [Future() for _ in range(50)]
         tasks = [asyncio.ensure_future(wait(f)) for f in pending]
         await asyncio.sleep(0)  # each awaits its future
         wake_ups, wake_up = [], loop.call_soon_threadsafe

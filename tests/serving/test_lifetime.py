@@ -16,7 +16,7 @@ OPEN = """
 import math, os, signal, sys, threading, time
 import numpy as np
 from superserve_jax import errors, profile, subnet
-from superserve_jax.engines import base as engine
+from superserve_jax.engines import fake
 from superserve_jax.scheduling import policies
 from superserve_jax.serving import server
 
@@ -25,7 +25,7 @@ table = profile.Profile((1, 16), (row,))
 policy = lambda profile, state: policies.Decision(row.subnet, 16)
 
 def serve(on_run=None, **options):
-    engines = [engine.FakeEngine(table, on_run=on_run, name=f"fake:{i}") for i in range(2)]
+    engines = [fake.FakeEngine(table, on_run=on_run, name=f"fake:{i}") for i in range(2)]
     return server.Server.from_engines(engines, table, policy=policy, slo_ms=60_000.0, **options)
 
 def traffic(s):

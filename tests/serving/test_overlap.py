@@ -11,15 +11,18 @@ import pytest
 from fakes import PROFILE, SUBNETS, WAIT_S, Gate, x
 from tiny import TINY, random_images, random_params, random_row
 
-from superserve_jax import errors, profile
-from superserve_jax.engines import base as engine
-from superserve_jax.engines import device as device_engine
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import server, workers
-from superserve_jax.supernets import supernet
+from superserve_jax import errors
+from superserve_jax.engines.base import Launched
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.engines.fake import FakeDevice
+from superserve_jax.profile import join_lengths
+from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.server import Server
+from superserve_jax.serving.workers import _learn_pace
+from superserve_jax.supernets.supernet import SuperNet
 
 
-def device(on_run=None, *, name="fake:0", speed=math.inf, kind=engine.FakeDevice):
+def device(on_run=None, *, name="fake:0", speed=math.inf, kind=FakeDevice):
     return kind(PROFILE, speed=speed, on_run=on_run, name=name)
 
 
@@ -77,7 +80,7 @@ def test_the_next_batch_is_taken_late_and_decided_for_the_time_at_which_it_will_
 
     def noting(profile, state):
         asked.append((time.monotonic(), state.slack_ms))
-        return policies.Decision(SUBNETS[0], 4)
+        return Decision(SUBNETS[0], 4)
 
     with serve(device(speed=0.04), policy=noting, slo_ms=1000.0) as s:  # 100 ms a batch
         s._pool._workers[0].pace = 25.0  # as it would have learned
@@ -112,7 +115,7 @@ def test_pace_is_soon_that_of_a_device_that_has_become_faster(took, overslept):
     worker.pace, paces = 2.5, []
     for _ in range(100):
         asked = 0.9 * worker.pace + overslept
-        workers._learn_pace(worker, took if asked < took else None)
+        _learn_pace(worker, took if asked < took else None)
         paces.append(worker.pace)
     assert paces[11] < 1.12 * took
     assert min(paces) > 0.6 * (took - overslept)
@@ -125,10 +128,10 @@ def test_reading_outputs_is_not_taken_for_the_device():
     def passes(ms):
         now_s[0] += 1e-3 * ms
 
-    class Reading(engine.FakeDevice):
+    class Reading(FakeDevice):
         def launch(self, subnet, batch_size, inputs):
             wait, outputs = super().launch(subnet, batch_size, inputs)
-            return engine.Launched(wait, lambda: passes(2) or outputs())
+            return Launched(wait, lambda: passes(2) or outputs())
 
     with serve(device(lambda *_: passes(1), kind=Reading), clock=lambda: now_s[0]) as s:
         for i in range(20):
@@ -217,7 +220,7 @@ def test_a_close_without_draining_answers_both():
         assert not closer.is_alive()
 
 
-class Launching(engine.FakeDevice):
+class Launching(FakeDevice):
     """A device that refuses 5 when it is launched."""
 
     def launch(self, subnet, batch_size, inputs):
@@ -226,7 +229,7 @@ class Launching(engine.FakeDevice):
         return super().launch(subnet, batch_size, inputs)
 
 
-class Landing(engine.FakeDevice):
+class Landing(FakeDevice):
     """A device that fails with 5 when its outputs are waited for."""
 
     def launch(self, subnet, batch_size, inputs):
@@ -307,7 +310,7 @@ def test_a_broken_device_rests_though_batches_wait():
     assert under_way == [2, 1, 1, 1, 1]
 
 
-class Small(engine.FakeDevice):
+class Small(FakeDevice):
     """A device whose memory suffices for one batch at a time."""
 
     under_way = 0
@@ -326,7 +329,7 @@ class Small(engine.FakeDevice):
         return launched._replace(outputs=or_not)
 
 
-class Narrow(engine.FakeDevice):
+class Narrow(FakeDevice):
     """A device whose memory suffices for no batch of 4."""
 
     def launch(self, subnet, batch_size, inputs):
@@ -381,8 +384,8 @@ def test_blank_inputs_are_no_queries_that_run():
 
 
 def test_a_device_that_sleeps_takes_inputs_of_any_length():
-    table = profile.join([fakes.Profile((1, 2), (fakes.Row(SUBNETS[0], 0.7, (1.0, 2.0)),), lengths=(n,)) for n in (4, 8)])
-    sleeping = engine.FakeDevice(table, input_shape=(8,), input_dtype=np.int32, speed=math.inf)
+    table = join_lengths([fakes.Profile((1, 2), (fakes.Row(SUBNETS[0], 0.7, (1.0, 2.0)),), lengths=(n,)) for n in (4, 8)])
+    sleeping = FakeDevice(table, input_shape=(8,), input_dtype=np.int32, speed=math.inf)
     for _ in range(3):
         assert sleeping.run(SUBNETS[0], 2, [np.full(3, 7, np.int32), np.full(8, 9, np.int32)]) == [(7, 0), (9, 0)]
 
@@ -403,16 +406,16 @@ def test_a_swap_ends_both_on_the_old_engine():
 def test_real_executables_give_the_same_answers_with_two_batches_under_way():
     space = TINY.space()
     served = [space.smallest(), space.largest()]
-    model = supernet.SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in served})
-    real = device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=served, batch_sizes=(1, 2, 4))
+    model = SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in served})
+    real = DeviceEngine(model, jax.devices()[0], subnet_list=served, batch_sizes=(1, 2, 4))
     turns = iter(range(10**6))
 
     def in_turn(profile, state):
-        return policies.Decision(served[next(turns) % 2], 4)
+        return Decision(served[next(turns) % 2], 4)
 
     table = fakes.Profile((1, 2, 4), tuple(fakes.Row(s, a, (0.1, 0.2, 0.3)) for s, a in zip(served, (0.7, 0.8), strict=True)))
     images = random_images(TINY, 120)
-    with server.Server.from_engines([real], table, policy=in_turn, slo_ms=60_000, overlap=True, tune_runtime=False) as s:
+    with Server.from_engines([real], table, policy=in_turn, slo_ms=60_000, overlap=True, tune_runtime=False) as s:
         replies = [future.result(timeout=WAIT_S) for future in s.submit_many(list(images))]
     for subnet in served:
         mine = [i for i, reply in enumerate(replies) if reply.subnet == subnet]
@@ -423,8 +426,8 @@ def test_real_executables_give_the_same_answers_with_two_batches_under_way():
 
 def test_a_staging_buffer_belongs_to_its_batch_until_the_output_is_ready():
     space = TINY.space()
-    model = supernet.SuperNet(TINY, random_params(TINY), {space.largest(): random_row(TINY, space.largest())})
-    real = device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=[space.largest()], batch_sizes=(4,))
+    model = SuperNet(TINY, random_params(TINY), {space.largest(): random_row(TINY, space.largest())})
+    real = DeviceEngine(model, jax.devices()[0], subnet_list=[space.largest()], batch_sizes=(4,))
     images = random_images(TINY, 12)
     expected = np.asarray(model(images, space.largest()))
     first = real.launch(space.largest(), 4, list(images[:4]))

@@ -9,23 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.engines import base as engine
-from superserve_jax.scheduling import admission, queue
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving import server
-from superserve_jax.serving.query import Query
-from superserve_jax.simulation import paper_profile as reference
-from superserve_jax.simulation import simulator, traces
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.profile import Profile, join_lengths
+from superserve_jax.scheduling import admission, length_queue
+from superserve_jax.scheduling.admission import Admission
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.limits import QueueLimits
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import paper_profile, simulator, traces
+from superserve_jax.simulation.simulator import Cluster
 
-PAPER = reference.paper_profile()
+PAPER = paper_profile.paper_profile()
 CAPACITY = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
-BY_LENGTH = profile_lib.join(
-    [
-        profile_lib.Profile(PROFILE.batch_sizes, PROFILE.scaled(scale).rows, lengths=(length,))
-        for length, scale in ((4, 1), (8, 2))
-    ]
+BY_LENGTH = join_lengths(
+    [Profile(PROFILE.batch_sizes, PROFILE.scaled(scale).rows, lengths=(length,)) for length, scale in ((4, 1), (8, 2))]
 )
 MIX = {20.0: 1, 200.0: 1}
 
@@ -37,7 +36,7 @@ def text(tokens):
 def simulated(load, mix, *, policy="slackfit", duration_s=2.0, **cluster):
     """Of each SLO, which of its queries were admitted, and which met."""
     trace = traces.gamma(rate_qps=load * CAPACITY, duration_s=duration_s).mixed(slo_ms=mix)
-    result = simulator.simulate(PAPER, policy, trace, cluster=simulator.Cluster(max_queue=10_000, **cluster))
+    result = simulator.simulate(PAPER, policy, trace, cluster=Cluster(max_queue=10_000, **cluster))
     of_each = [trace.slo_ms == slo_ms for slo_ms in mix]
     return [(result.outcome[of] != simulator.REFUSED, result.outcome[of] == simulator.MET) for of in of_each]
 
@@ -57,8 +56,8 @@ def test_the_bytes_that_wait_are_bounded_and_a_refusal_says_by_what():
 
 @given(st.integers(1, 200), st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=5), max_size=20))
 def test_texts_that_wait_never_have_more_bytes_than_they_may(most, submits):
-    waiting = padding.make_queue(BY_LENGTH)
-    bounds = admission.Bounds(BY_LENGTH.lengths, max_queue=1000, max_queue_bytes=4 * most, input_bytes=4 * 8)
+    waiting = length_queue.make_queue(BY_LENGTH)
+    bounds = QueueLimits(BY_LENGTH.lengths, max_queue=1000, max_queue_bytes=4 * most, input_bytes=4 * 8)
     held = 0
     for lengths in submits:
         tokens = sum(4 if n <= 4 else 8 for n in lengths)
@@ -94,7 +93,7 @@ def test_cancelled_queries_take_no_room_in_a_full_queue():
 def test_a_full_queue_is_not_looked_through_at_every_refusal():
     looked = []
     done = lambda item: looked.append(item) or False  # noqa: E731
-    waiting, bounds = queue.DeadlineQueue(), admission.Bounds((), max_queue=100, max_queue_bytes=1000, input_bytes=4)
+    waiting, bounds = DeadlineQueue(), QueueLimits((), max_queue=100, max_queue_bytes=1000, input_bytes=4)
     for i in range(100):
         waiting.push(float(i), type("Item", (), {"done": lambda self: done(self)})())
     with pytest.MonkeyPatch.context() as patched:
@@ -107,7 +106,7 @@ def test_a_full_queue_is_not_looked_through_at_every_refusal():
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0.0, 0.7])), max_size=30), st.integers(0, 10), st.integers(2, 4))
 def test_a_sweep_drops_what_is_done_and_leaves_the_rest_in_order(entries, deferred_s, divisor):
-    swept, left = queue.DeadlineQueue(), queue.DeadlineQueue()
+    swept, left = DeadlineQueue(), DeadlineQueue()
     for q in (swept, left):
         for i, (deadline_s, floor) in enumerate(entries):
             q.push(float(deadline_s), i, floor)
@@ -130,9 +129,9 @@ def test_a_batch_with_cancelled_queries_is_filled_up():
 def test_a_batch_of_texts_is_filled_up_with_texts_that_are_no_longer():
     gate = Gate()
     on_run = lambda subnet, size, inputs: gate(subnet, size, [len(i) for i in inputs])  # noqa: E731
-    fake = engine.FakeEngine(BY_LENGTH, speed=math.inf, on_run=on_run, input_shape=(8,), input_dtype=np.int32)
+    fake = FakeEngine(BY_LENGTH, speed=math.inf, on_run=on_run, input_shape=(8,), input_dtype=np.int32)
     options = {"policy": always(0), "slo_ms": LONG_MS, "tune_runtime": False}
-    with server.Server.from_engines([fake], BY_LENGTH, **options) as s:
+    with Server.from_engines([fake], BY_LENGTH, **options) as s:
         s.submit(text(1))
         assert gate.entered.wait(WAIT_S)
         futures = s.submit_many([text(n) for n in (2, 2, 2, 2, 2)])
@@ -176,19 +175,19 @@ def test_what_cannot_be_met_is_refused_at_arrival_if_asked():
     ],
 )
 def test_a_query_needs_the_time_of_what_is_before_it_and_of_its_own_batch(lengths, query, needs_ms):
-    waiting, fleet = padding.make_queue(BY_LENGTH), drift.Fleet([BY_LENGTH])
+    waiting, fleet = length_queue.make_queue(BY_LENGTH), Fleet([BY_LENGTH])
     for length in lengths:
         waiting.push(0.0, "text", length=length)
     for slack_ms, admitted in (needs_ms / 0.9 + 0.01, True), (needs_ms / 0.9 - 0.01, False):
-        control = admission.Admission(BY_LENGTH)
+        control = Admission(BY_LENGTH)
         options = {"length": 1, "shortest_ms": slack_ms, **query}
         assert control.admits(waiting, fleet, 0.0, 1e-3 * slack_ms, **options) == admitted
 
 
 def test_texts_are_admitted_by_their_length():
-    fake = engine.FakeEngine(BY_LENGTH, speed=math.inf, input_shape=(8,), input_dtype=np.int32)
+    fake = FakeEngine(BY_LENGTH, speed=math.inf, input_shape=(8,), input_dtype=np.int32)
     options = {"tune_runtime": False, "admission": True, "clock": lambda: 0.0}
-    with server.Server.from_engines([fake], BY_LENGTH, **options) as s:
+    with Server.from_engines([fake], BY_LENGTH, **options) as s:
         with pytest.raises(errors.AdmissionError):
             s.submit_many([text(1), text(8), text(1)], slo_ms=8.5)
         assert len(s.submit_many([text(1)] * 3, slo_ms=8.5)) == 3
@@ -207,11 +206,11 @@ def test_more_time_never_costs_an_admission_and_more_work_a_higher_floor_or_a_lo
     due, slo_s, more_s, count, floor, tokens
 ):
     def admits(slo_s=slo_s, count=count, floor=floor, length=tokens, workers=2):
-        fresh = admission.Admission(BY_LENGTH)
-        fleet = drift.Fleet([BY_LENGTH] * workers)
+        fresh = Admission(BY_LENGTH)
+        fleet = Fleet([BY_LENGTH] * workers)
         return fresh.admits(waiting, fleet, 0.0, slo_s, shortest_ms=1e3 * slo_s, count=count, floor=floor, length=length)
 
-    waiting = padding.make_queue(BY_LENGTH)
+    waiting = length_queue.make_queue(BY_LENGTH)
     for i, deadline_s in enumerate(due):
         waiting.push(deadline_s, i, length=1 + i % 8)
     if admits():
@@ -249,16 +248,16 @@ def test_in_an_overload_no_slo_is_served_at_the_expense_of_another(load, options
 
 def test_in_a_short_burst_admission_control_lets_those_wait_that_can():
     trace = traces.steps(rates_qps=(3 * CAPACITY, 0.3 * CAPACITY, 0.3 * CAPACITY) * 3, step_s=0.06).mixed(slo_ms=MIX)
-    result = simulator.simulate(PAPER, "slackfit", trace, cluster=simulator.Cluster(admission=True))
+    result = simulator.simulate(PAPER, "slackfit", trace, cluster=Cluster(admission=True))
     assert (result.outcome[trace.slo_ms == 200.0] == simulator.MET).mean() > 0.99
 
 
 def test_however_short_an_slo_is_an_overload_keeps_every_worker_busy():
-    control, full, fleet = admission.Admission(PAPER), queue.DeadlineQueue(), drift.Fleet([PAPER] * 8)
+    control, full, fleet = Admission(PAPER), DeadlineQueue(), Fleet([PAPER] * 8)
     full.push_all(0.0, range(1000))
     for ms in range(0, 300, 10):
         assert not control.admits(full, fleet, 1e-3 * ms, 1e-3 * (ms + 9), shortest_ms=9.0)
-    one_batch_each = queue.DeadlineQueue()
+    one_batch_each = DeadlineQueue()
     one_batch_each.push_all(1.0, range(8 * 16 - 1))
     assert control.admits(one_batch_each, fleet, 0.3, 1.0, shortest_ms=9.0)
     one_batch_each.push(1.0, "one more")
@@ -267,7 +266,7 @@ def test_however_short_an_slo_is_an_overload_keeps_every_worker_busy():
 
 
 def test_a_query_that_could_never_be_met_does_not_count_as_an_overload():
-    control, waiting, fleet = admission.Admission(PAPER), queue.DeadlineQueue(), drift.Fleet([PAPER] * 8)
+    control, waiting, fleet = Admission(PAPER), DeadlineQueue(), Fleet([PAPER] * 8)
     waiting.push_all(0.2, range(1000))
     for ms in range(500):
         assert not control.admits(waiting, fleet, 1e-3 * ms, 1e-3 * (ms + 1), shortest_ms=1.0)

@@ -16,10 +16,11 @@ import pytest
 from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, always, by_slack, fail, fake, held, serve, x
 
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import policies
-from superserve_jax.serving import runtime, server
+from superserve_jax.scheduling.policies import Decision, Switching
+from superserve_jax.serving import runtime
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 
@@ -75,7 +76,7 @@ def test_the_policy_sees_the_state_of_the_queue():
 
     def policy(profile, state):
         states.append(state)
-        return policies.Decision(SUBNETS[0], 4)
+        return Decision(SUBNETS[0], 4)
 
     now_s = [100.0]
     with held(2, policy=policy, clock=lambda: now_s[0]) as (s, _, first):
@@ -156,9 +157,9 @@ def test_an_input_is_never_cast(bad, got):
 
 def test_engines_must_exist_and_agree_on_their_inputs():
     with pytest.raises(errors.ConfigError, match="a server needs engines"):
-        server.Server.from_engines([], PROFILE, policy=always(0))
+        Server.from_engines([], PROFILE, policy=always(0))
     with pytest.raises(errors.ConfigError, match="all for the same inputs; 2 engines"):
-        serve(fake(), engine.FakeEngine(PROFILE, input_shape=(3,)))
+        serve(fake(), FakeEngine(PROFILE, input_shape=(3,)))
 
 
 @pytest.mark.parametrize("option", ["max_queue", "max_tries", "max_failures", "stall_s"])
@@ -230,7 +231,7 @@ def test_a_cancelled_head_does_not_count_for_the_slack():
 
     def policy(profile, state):
         slacks_ms.append(state.slack_ms)
-        return policies.Decision(SUBNETS[0], 4)
+        return Decision(SUBNETS[0], 4)
 
     with held(policy=policy, clock=lambda: 0.0) as (s, gate, _):
         urgent, calm = s.submit(x(1), slo_ms=10), s.submit(x(2), slo_ms=500)
@@ -313,7 +314,7 @@ def test_a_failed_query_without_slack_is_not_tried_again():
         assert s.health()["failures"] == 1
 
 
-class OneTooFew(engine.FakeEngine):
+class OneTooFew(FakeEngine):
     def run(self, subnet, batch_size, inputs):
         return super().run(subnet, batch_size, inputs)[1:]
 
@@ -347,8 +348,8 @@ def test_when_the_last_worker_leaves_everything_fails_with_the_cause():
     ("policy", "message"),
     [
         (fail, "the device burns"),
-        (lambda *_: policies.Decision(Subnet((9,)), 1), "not in the profile"),
-        (lambda *_: policies.Decision(SUBNETS[0], 0), "batch of at least 1, got 0"),
+        (lambda *_: Decision(Subnet((9,)), 1), "not in the profile"),
+        (lambda *_: Decision(SUBNETS[0], 0), "batch of at least 1, got 0"),
         (lambda *_: None, "AttributeError"),
     ],
     ids=["raises", "unknown subnet", "empty batch", "no decision"],
@@ -563,11 +564,11 @@ def test_each_query_is_answered_exactly_once_with_threads_submitting_from_all_si
     assert outcomes["cancelled"] > 0
 
 
-@pytest.mark.parametrize("policy", ["switching:100:slackfit", policies.Switching(lambda profile, state: None, 5.0)])
+@pytest.mark.parametrize("policy", ["switching:100:slackfit", Switching(lambda profile, state: None, 5.0)])
 def test_a_policy_that_loads_models_is_refused_since_a_server_loads_nothing(policy):
     table = Profile((1,), (Row(SUBNETS[0], 0.7, (1.0,)),))
     with pytest.raises(errors.ConfigError, match="loads models"):
-        server.Server.from_engines([engine.FakeEngine(table)], table, policy=policy)
+        Server.from_engines([FakeEngine(table)], table, policy=policy)
 
 
 def test_a_cancelled_query_that_has_stepped_back_is_forgotten():
@@ -575,7 +576,7 @@ def test_a_cancelled_query_that_has_stepped_back_is_forgotten():
 
     def policy(profile, state):
         late.append(state.late)
-        return policies.Decision(SUBNETS[0], 1, defer_ms=1000.0)
+        return Decision(SUBNETS[0], 1, defer_ms=1000.0)
 
     def on_run(subnet, size, inputs):
         if inputs == [0]:
@@ -583,8 +584,8 @@ def test_a_cancelled_query_that_has_stepped_back_is_forgotten():
         if inputs == [2]:
             lost[0].cancel()
 
-    fake = engine.FakeEngine(PROFILE, speed=math.inf, on_run=on_run)
-    with server.Server.from_engines([fake], PROFILE, policy=policy, slo_ms=LONG_MS, tune_runtime=False) as s:
+    fake = FakeEngine(PROFILE, speed=math.inf, on_run=on_run)
+    with Server.from_engines([fake], PROFILE, policy=policy, slo_ms=LONG_MS, tune_runtime=False) as s:
         s.submit(np.float32(0))
         lost.append(s.submit(np.float32(1), slo_ms=1.0))
         others = [s.submit(np.float32(x)) for x in (2, 3)]

@@ -20,28 +20,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TINY, live_bytes, random_images, random_params, random_row
 
+import superserve_jax as ss
 from superserve_jax import errors
-from superserve_jax.engines import base as engine
 from superserve_jax.engines import prepare
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.profile import Profile, Row, join
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.scheduling import policies, queue
-from superserve_jax.serving import retries, server
-from superserve_jax.serving.query import Query
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.exports import Served, export, profile_path
+from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.scheduling import length_queue
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.retries import Retries
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import supernet
+from superserve_jax.supernets.supernet import SuperNet
 
 OTHER = Profile((1, 2, 4), tuple(Row(Subnet((10 + i,)), 0.6 + 0.1 * i, (1.0, 2.0, 3.0)) for i in range(2)))
 OLD, NEW = (2, SUBNETS[2], 0.8), (1, Subnet((11,)), 0.7)  # what the best subnets of both reply
 
 
 def best(profile, state):
-    return policies.Decision(profile.rows[-1].subnet, 4)
+    return Decision(profile.rows[-1].subnet, 4)
 
 
 def other(on_run=None, *, name="other"):
-    return engine.FakeEngine(OTHER, speed=math.inf, on_run=on_run, name=name)
+    return FakeEngine(OTHER, speed=math.inf, on_run=on_run, name=name)
 
 
 def serve(*engines, policy=best, **options):
@@ -216,7 +219,7 @@ def test_who_is_admitted_goes_by_the_new_profile():
     slow = OTHER.scaled(1000.0)
     with serve(fake(), admission=True) as s:
         assert s.submit(x(1), slo_ms=500.0).result(WAIT_S).met_slo
-        swap(s, lambda: engine.FakeEngine(slow, speed=math.inf), slow)
+        swap(s, lambda: FakeEngine(slow, speed=math.inf), slow)
         s._pool.wait_for_swap()
         with pytest.raises(errors.AdmissionError):
             s.submit(x(2), slo_ms=500.0)
@@ -352,14 +355,16 @@ def test_the_old_engine_goes_though_a_client_keeps_the_error_of_a_batch(caplog):
 
 LENGTHS = (16, 64)
 BUCKETED, FASTER = (
-    join([Profile((1, 4), (Row(Subnet((0,)), 0.7, (ms, 2 * ms)),), lengths=(n,)) for n, ms in zip(LENGTHS, each, strict=True)])
+    join_lengths(
+        [Profile((1, 4), (Row(Subnet((0,)), 0.7, (ms, 2 * ms)),), lengths=(n,)) for n, ms in zip(LENGTHS, each, strict=True)]
+    )
     for each in ((1.0, 4.0), (0.5, 3.0))
 )
 ITEMS = st.lists(st.tuples(st.floats(0, 10), st.sampled_from([0.0, 0.5, 0.7, 0.9]), st.integers(1, 64)), max_size=20)
 
 
 def filled(profile, items, defer_s=-1.0):
-    q = padding.make_queue(profile)
+    q = length_queue.make_queue(profile)
     for i, (deadline_s, floor, length) in enumerate(items):
         q.push(deadline_s, i, floor, length)
     q.defer(defer_s)
@@ -395,7 +400,7 @@ def test_a_queue_that_counts_by_another_profile_is_as_one_that_always_did(items,
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(0, 8), st.floats(0.1, 10))
 def test_a_meter_reads_the_same_in_other_units(arrivals, change, factor):
-    meter, expected, total = queue.Meter(), queue.Meter(), 0
+    meter, expected, total = ArrivalMeter(), ArrivalMeter(), 0
     for i, count in enumerate(arrivals):
         total += count
         if i == change:
@@ -406,7 +411,7 @@ def test_a_meter_reads_the_same_in_other_units(arrivals, change, factor):
 
 
 def test_what_has_failed_is_run_again_by_the_new_profile():
-    again = retries.Retries(BUCKETED, max_tries=3)
+    again = Retries(BUCKETED, max_tries=3)
     query = Query(tokens(5), 0.0, 1.0, 0.0)
     query.length = 5
     again.give_back([query], None, 0)
@@ -422,10 +427,10 @@ def tokens(length):
 @contextlib.contextmanager
 def serve_texts(policy, on_run=None, **options):
     def make(profile, on_run=None):
-        return engine.FakeEngine(profile, speed=math.inf, on_run=on_run, input_shape=(64,), input_dtype=np.int32)
+        return FakeEngine(profile, speed=math.inf, on_run=on_run, input_shape=(64,), input_dtype=np.int32)
 
     options = {"policy": policy, "slo_ms": LONG_MS, "tune_runtime": False, **options}
-    with server.Server.from_engines([make(BUCKETED, on_run)], BUCKETED, **options) as s:
+    with Server.from_engines([make(BUCKETED, on_run)], BUCKETED, **options) as s:
         yield s, lambda: s._pool.swap(s._pool.members(), [make(FASTER)], [FASTER])
 
 
@@ -446,7 +451,7 @@ def test_the_policy_sees_no_leap_of_the_arrivals_and_the_new_weight_of_long_quer
 
     def policy(profile, state):
         states.append(state)
-        return policies.Decision(profile.rows[0].subnet, 1)
+        return Decision(profile.rows[0].subnet, 1)
 
     with serve_texts(policy, clock=lambda: now_s[0]) as (s, swap_texts):
         for i in range(20):
@@ -476,9 +481,9 @@ def text(length):
 def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
     """An export of made-up weights, one subnet, with a latency profile beside it."""
     subnet = getattr(config.space(), which)()
-    model = supernet.SuperNet(config, random_params(config, seed), {subnet: random_row(config, subnet, seed)})
-    checkpoint.export(folder, model, [checkpoint.Served(subnet, accuracy, None, 1, 1)], measured="made up")
-    place = checkpoint.profile_path(folder, prepare.device_kind(jax.devices()[0]))
+    model = SuperNet(config, random_params(config, seed), {subnet: random_row(config, subnet, seed)})
+    export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="made up")
+    place = profile_path(folder, prepare.device_kind(jax.devices()[0]))
     place.parent.mkdir(exist_ok=True)
     Profile((1,), (Row(subnet, accuracy, (1.0,)),), prepare.device_kind(jax.devices()[0])).save(place)
     return folder
@@ -494,7 +499,7 @@ def exports(tmp_path_factory):
 
 @contextlib.contextmanager
 def opened(path, **options):
-    with server.Server(path, batch_sizes=(1,), slo_ms=LONG_MS, **options) as s:
+    with Server(path, batch_sizes=(1,), slo_ms=LONG_MS, **options) as s:
         yield s
 
 
@@ -507,7 +512,7 @@ def answers(s):
 
 
 def expected(path):
-    model = checkpoint.load(path)
+    model = ss.load(path)
     return np.asarray(model(IMAGES, model.subnets[0]))
 
 
@@ -555,7 +560,7 @@ def test_an_export_that_cannot_be_served_leaves_the_old_one_serving(exports, tmp
     damaged = shutil.copytree(exports[1], tmp_path / "damaged")
     [statistics] = damaged.glob("payload-*/statistics.npz")
     statistics.write_bytes(statistics.read_bytes()[:-1] + b"x")
-    bare = supernet.SuperNet(TINY, random_params(TINY))
+    bare = SuperNet(TINY, random_params(TINY))
     with opened(exports[0]) as s:
         before, _ = answers(s)
         for path, kind, message in (
@@ -647,7 +652,7 @@ def test_swaps_and_a_worker_that_joins_come_one_after_the_other(exports, monkeyp
 
 def test_a_worker_with_an_engine_that_was_given_stands_in_the_way(exports):
     with opened(exports[0]) as s:
-        given = engine.FakeEngine(s.profile, name="mine", input_shape=s._shape, input_dtype=s._dtype)
+        given = FakeEngine(s.profile, name="mine", input_shape=s._shape, input_dtype=s._dtype)
         s.add_worker(given)
         with pytest.raises(
             errors.ConfigError, match="worker mine has left, or has an engine that was given to it; remove it first"

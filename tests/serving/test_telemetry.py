@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 from prometheus_client import parser
 
 from superserve_jax import errors
-from superserve_jax.scheduling import dispatch, policies, queue
-from superserve_jax.scheduling import speeds as drift
-from superserve_jax.serving import prometheus, telemetry
+from superserve_jax.scheduling import dispatch, policies
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.policies import Decision, SlackFit, State
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.speeds import Pace
+from superserve_jax.serving import telemetry
+from superserve_jax.serving.prometheus import Collector
+from superserve_jax.serving.telemetry import Histogram
 
 OUTCOMES = ("met", "late", "expired", "failed", "cancelled", "refused")
 
@@ -54,7 +59,7 @@ def test_nothing_is_counted_before_anything_has_happened():
 
 def test_answers_are_counted_by_outcome_subnet_batch_size_and_reason():
     def choose(profile, state):
-        return policies.Decision(SUBNETS[2], 4, reason="whim") if state.waiting > 2 else policies.Decision(SUBNETS[0], 4)
+        return Decision(SUBNETS[2], 4, reason="whim") if state.waiting > 2 else Decision(SUBNETS[0], 4)
 
     with held(policy=choose) as (s, gate, _):
         late = s.submit_many([x(1), x(2)], slo_ms=1e-3)
@@ -204,7 +209,7 @@ def test_a_server_that_does_not_count_serves_and_says_so_when_it_is_asked():
 )
 def test_a_time_is_counted_in_the_first_bucket_whose_edge_it_does_not_exceed(times_s, end_s):
     starts_s = sorted(end_s - t for t in times_s)
-    together, alone = telemetry.Histogram(telemetry.EDGES_S), telemetry.Histogram(telemetry.EDGES_S)
+    together, alone = Histogram(telemetry.EDGES_S), Histogram(telemetry.EDGES_S)
     together.add_since(starts_s, end_s, sum(starts_s))
     expected = [0] * (len(telemetry.EDGES_S) + 1)
     for time_s in (end_s - s for s in starts_s):
@@ -237,24 +242,24 @@ def test_the_edges_of_times_ascend_five_to_a_decade():
     ],
 )
 def test_slackfit_says_by_which_of_its_rules_it_decided(reason, state):
-    state = policies.State(**{"now_s": 0.0, "slack_ms": 30.0, "waiting": 1, "workers": 1, **state})
-    assert policies.SlackFit(PROFILE)(PROFILE, state).reason == reason
+    state = State(**{"now_s": 0.0, "slack_ms": 30.0, "waiting": 1, "workers": 1, **state})
+    assert SlackFit(PROFILE)(PROFILE, state).reason == reason
     assert reason in policies.REASONS
 
 
 @pytest.mark.parametrize("name", [*policies.NAMES, "fixed:1"])
 def test_every_policy_says_whether_the_head_is_lost(name):
     policy = policies.create(name, PROFILE)
-    reasons = [policy(PROFILE, policies.State(0.0, slack_ms, 1)).reason for slack_ms in (1e-3, 30.0)]
+    reasons = [policy(PROFILE, State(0.0, slack_ms, 1)).reason for slack_ms in (1e-3, 30.0)]
     assert reasons in (["lost", "slack"], ["lost", "best"])
 
 
 def test_a_batch_that_ran_on_another_subnet_than_decided_since_its_head_asks_for_more_says_so():
-    waiting = queue.DeadlineQueue()
+    waiting = DeadlineQueue()
     waiting.push(1.0, "demanding", floor=0.8)
     fixed = policies.create("fixed:0", PROFILE)
     row, _, _, reason = dispatch.next_batch(
-        waiting, queue.Meter(), fixed, PROFILE, 0.0, pace=drift.Pace(), last_subnet=None, worker=0
+        waiting, ArrivalMeter(), fixed, PROFILE, 0.0, pace=Pace(), last_subnet=None, worker=0
     )
     assert (row.subnet, reason) == (SUBNETS[2], "floor")
 
@@ -271,7 +276,7 @@ def scraped(registry):
 def test_prometheus_reads_the_numbers_of_the_snapshot():
     registry = prometheus_client.CollectorRegistry()
     with serve(policy=by_slack) as s:
-        registry.register(prometheus.Collector(s))
+        registry.register(Collector(s))
         [f.result(WAIT_S) for slo_ms in (1e-3, LONG_MS) for f in s.submit_many([x(i) for i in range(9)], slo_ms=slo_ms)]
         s.close()
         with pytest.raises(errors.ServerClosedError):
@@ -305,7 +310,7 @@ def test_prometheus_reads_the_numbers_of_the_snapshot():
 def test_a_registry_does_not_keep_a_server_that_nobody_holds():
     registry = prometheus_client.CollectorRegistry()
     s = serve()
-    registry.register(prometheus.Collector(s))
+    registry.register(Collector(s))
     assert scraped(registry)
     del s
     gc.collect()

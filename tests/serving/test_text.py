@@ -8,25 +8,26 @@ import pytest
 from tiny import random_params
 
 import superserve_jax as ss
-from superserve_jax import errors
-from superserve_jax.engines import device as device_engine
+from superserve_jax import errors, exports
 from superserve_jax.engines import executables, prepare
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import dynabert
-from superserve_jax.scheduling import length_queue as padding
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.exports import Served
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.lengths import default_lengths
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 BATCHES, LENGTHS = (1, 4), (3, 7)
-CONFIG = dynabert.DynaBERTConfig(
+CONFIG = DynaBERTConfig(
     num_classes=3, vocab_size=11, max_length=7, hidden_size=8, depths=(1,), heads=(1, 2), ffn=(3, 5), pad_id=9, eps=1e-5
 )
 
 
 def export(path, config):
-    model = supernet.SuperNet(config, random_params(config))
+    model = SuperNet(config, random_params(config))
     chosen = [model.space.smallest(), model.space.largest()]
-    served = [checkpoint.Served(s, 0.6 + 0.2 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
-    return checkpoint.load(checkpoint.export(path, model, served, measured="made up"))
+    served = [Served(s, 0.6 + 0.2 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
+    return exports.load(exports.export(path, model, served, measured="made up"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,9 +69,7 @@ def assert_close(actual, expected):
 
 
 def test_padded_executables_answer_as_the_model_does_at_every_length(model):
-    engine = device_engine.DeviceEngine(
-        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS
-    )
+    engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS)
     assert engine.input_shape[0] == 7
     for subnet in model.subnets:
         for seed, lengths in enumerate([(1,), (2,), (3,), (7,), (4,), (2, 1), (5, 1, 3), (1, 7, 2, 4), (1, 3, 2, 2)]):
@@ -83,16 +82,14 @@ def test_padded_executables_answer_as_the_model_does_at_every_length(model):
 def test_inputs_may_be_ids_alone(tmp_path):
     model = export(tmp_path / "export", dataclasses.replace(CONFIG, token_types=1))
     [subnet, _] = model.subnets
-    engine = device_engine.DeviceEngine(model, jax.devices()[0], subnet_list=[subnet], batch_sizes=(2,), lengths=LENGTHS)
+    engine = DeviceEngine(model, jax.devices()[0], subnet_list=[subnet], batch_sizes=(2,), lengths=LENGTHS)
     for lengths in ((7, 2), (1,), (3, 2)):
         inputs = texts(model.config, *lengths)
         assert_close(engine.run(subnet, 2, inputs), expected(model, subnet, inputs))
 
 
 def test_a_batch_runs_the_program_of_its_own_length_bucket(model):
-    engine = device_engine.DeviceEngine(
-        model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS
-    )
+    engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS)
     ran = []
     engine._calls = {
         key: ((lambda *args, key=key, call=call: (ran.append((key[2], args[1].shape[:2])), call(*args))[1]), *rest)
@@ -128,7 +125,7 @@ def test_serving_texts_compiles_nothing_after_the_start(model):
 
 
 def test_lengths_default_to_powers_of_two_and_are_checked_against_the_family(model):
-    assert prepare.check_lengths(dynabert.DynaBERTConfig(), None) == (16, 32, 64, 128) == padding.default_lengths(128)
+    assert prepare.check_lengths(DynaBERTConfig(), None) == (16, 32, 64, 128) == default_lengths(128)
     assert prepare.check_lengths(CONFIG, (2, 4)) == (2, 4)
     with pytest.raises(errors.ConfigError, match="length 8 exceeds the model's max_length=7"):
         ss.Server(model, lengths=(4, 8))
@@ -145,10 +142,10 @@ def test_images_have_no_lengths(tiny):
 def test_a_stored_profile_serves_some_of_its_lengths_and_no_others(tmp_path):
     model = export(tmp_path / "export", CONFIG)
     device = jax.devices()[0]
-    engine = device_engine.DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
+    engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
     kind = prepare.device_kind(device)
     measured = prepare.measure(model, engine, (1,), kind, repeats=2)
-    measured.save(checkpoint.profile_path(model.path, kind))
+    measured.save(exports.profile_path(model.path, kind))
     assert prepare.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == [measured]
     assert prepare.stored_profile(model, device, (1,), (7,)) == measured.at((1,), (7,)) == measured.tables[-1]
     assert prepare.stored_profile(model, device, (1,), (4, 7)) is None

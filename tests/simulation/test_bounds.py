@@ -7,15 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import bounds, simulator, traces
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.simulation import bounds, paper_profile, simulator, traces
+from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
-PAPER = reference.paper_profile()
+PAPER = paper_profile.paper_profile()
 # 100 and 25 queries/s and worker, at batch 1.
-TWO = profile_lib.Profile((1,), (profile_lib.Row(Subnet((1, 0)), 0.7, (10.0,)), profile_lib.Row(Subnet((1, 1)), 0.8, (40.0,))))
+TWO = Profile((1,), (Row(Subnet((1, 0)), 0.7, (10.0,)), Row(Subnet((1, 1)), 0.8, (40.0,))))
 
 
 def test_the_fluid_bound_mixes_two_subnets_so_that_the_workers_just_carry_the_rate():
@@ -38,11 +39,11 @@ def test_a_subnet_that_is_slower_than_the_slo_does_not_count():
 
 def test_a_floor_spends_the_workers_on_the_queries_that_have_it():
     arrivals = np.arange(1, 41) * 0.95 / 40  # with the SLO of 50 ms after the last, 1 s for 40 queries
-    floored = traces.Trace(arrivals, 50.0, np.where(np.arange(40) % 4, 0.0, 0.8))
+    floored = Trace(arrivals, 50.0, np.where(np.arange(40) % 4, 0.0, 0.8))
     bound = bounds.fluid_of_trace(TWO, floored, workers=1)
     assert (bound.attainment, bound.accuracy) == (pytest.approx(1.0), pytest.approx(0.75))
     # All floored: 25 of 40 can be served.
-    assert bounds.fluid_of_trace(TWO, traces.Trace(arrivals, 50.0, 0.8), workers=1).attainment == pytest.approx(25 / 40)
+    assert bounds.fluid_of_trace(TWO, Trace(arrivals, 50.0, 0.8), workers=1).attainment == pytest.approx(25 / 40)
 
 
 def test_a_trace_of_steady_traffic_has_the_bound_of_its_rate():
@@ -61,8 +62,8 @@ def test_windows_tighten_the_bound_of_traffic_that_changes():
 
 @pytest.mark.parametrize("arrivals_ms", [[0.0], [1.0], [0.0, 0.0], [0.0, 1.0]])
 def test_the_last_queries_have_the_slo_after_them_in_which_to_be_answered(arrivals_ms):
-    trace = traces.Trace(np.array(arrivals_ms) / 1e3)
-    result = simulator.simulate(PAPER, "fixed:largest", trace, cluster=simulator.Cluster(workers=1))
+    trace = Trace(np.array(arrivals_ms) / 1e3)
+    result = simulator.simulate(PAPER, "fixed:largest", trace, cluster=Cluster(workers=1))
     assert (result.attainment, result.mean_accuracy) == (1.0, pytest.approx(PAPER.rows[-1].accuracy))
     bound = bounds.fluid_of_trace(PAPER, trace, workers=1)
     assert bound.attainment == pytest.approx(1.0)
@@ -105,14 +106,14 @@ def test_workers_and_windows_must_be_positive():
 
 
 def test_a_trace_without_queries_has_no_accuracy_to_bound():
-    bound = bounds.fluid_of_trace(PAPER, traces.Trace(np.zeros(0)))
+    bound = bounds.fluid_of_trace(PAPER, Trace(np.zeros(0)))
     assert (bound.attainment, math.isnan(bound.accuracy)) == (1.0, True)
 
 
-THREE = profile_lib.Profile(
+THREE = Profile(
     (1, 2, 4),
     tuple(
-        profile_lib.Row(Subnet((2, i)), accuracy, latency_ms)
+        Row(Subnet((2, i)), accuracy, latency_ms)
         for i, (accuracy, latency_ms) in enumerate([(0.7, (2.0, 3.0, 4.0)), (0.76, (4.0, 6.0, 9.0)), (0.8, (6.0, 9.0, 15.0))])
     ),
 )
@@ -120,12 +121,12 @@ THREE = profile_lib.Profile(
 
 def small_trace(seed, n=20, rate_qps=700.0, slo_ms=20.0):
     gaps_ms = np.random.default_rng(seed).gamma(0.25, 4e3 / rate_qps, n)
-    return traces.Trace(np.rint(np.cumsum(gaps_ms)) / 1e3, slo_ms)
+    return Trace(np.rint(np.cumsum(gaps_ms)) / 1e3, slo_ms)
 
 
 def served(policy, trace, workers=2):
     """The paper's objective per query, and the result it comes from."""
-    result = simulator.simulate(THREE, policy, trace, cluster=simulator.Cluster(workers=workers))
+    result = simulator.simulate(THREE, policy, trace, cluster=Cluster(workers=workers))
     return (result.attainment * result.mean_accuracy if result.attainment else 0.0), result
 
 
@@ -152,12 +153,12 @@ def by_trying_everything(profile, trace, workers):
 def test_the_optimum_equals_an_example_worked_out_by_hand():
     # One worker, SLO 8 ms. At 0 and 3 ms: the best subnet from 0 to 6 and the second from 6 to 10 ms, since together they
     # would have to wait until 3 and be done by 8. A third at 12 ms has time for the best.
-    best = bounds.optimum(THREE, traces.Trace(np.array([0.0, 3.0, 12.0]) / 1e3, 8.0), workers=1)
+    best = bounds.optimum(THREE, Trace(np.array([0.0, 3.0, 12.0]) / 1e3, 8.0), workers=1)
     assert (best.value, best.attainment) == (pytest.approx((0.8 + 0.76 + 0.8) / 3), 1.0)
     # Were a batch to count from its first arrival, the best subnet could run these two from 0 to 9 ms.
-    assert bounds.optimum(THREE, traces.Trace(np.array([0.0, 2.0]) / 1e3, 9.0), workers=1).value == pytest.approx(0.78)
-    assert bounds.optimum(THREE, traces.Trace(np.zeros(2), 2.0), workers=1).attainment == 0.5
-    assert bounds.optimum(THREE, traces.Trace(np.zeros(2), 1.0), workers=1).value == 0.0
+    assert bounds.optimum(THREE, Trace(np.array([0.0, 2.0]) / 1e3, 9.0), workers=1).value == pytest.approx(0.78)
+    assert bounds.optimum(THREE, Trace(np.zeros(2), 2.0), workers=1).attainment == 0.5
+    assert bounds.optimum(THREE, Trace(np.zeros(2), 1.0), workers=1).value == 0.0
 
 
 @settings(deadline=None, max_examples=15)
@@ -169,7 +170,7 @@ def test_the_optimum_equals_an_example_worked_out_by_hand():
 )
 def test_the_optimum_is_what_trying_everything_finds(arrivals_ms, slo_ms, floors, workers):
     n = len(arrivals_ms)
-    trace = traces.Trace(np.sort(arrivals_ms) / 1e3, np.array(slo_ms[:n], float), np.array(floors[:n]))
+    trace = Trace(np.sort(arrivals_ms) / 1e3, np.array(slo_ms[:n], float), np.array(floors[:n]))
     assert bounds.optimum(THREE, trace, workers=workers).value == pytest.approx(by_trying_everything(THREE, trace, workers))
 
 
@@ -209,7 +210,7 @@ def test_the_regret_of_each_policy_against_the_optimum(regrets):
 
 def test_an_instance_off_the_ticks_is_refused_and_one_that_takes_too_long_reported():
     with pytest.raises(errors.ConfigError, match="tick_ms"):
-        bounds.optimum(THREE, traces.Trace(np.array([0.0005]), 9.0))
+        bounds.optimum(THREE, Trace(np.array([0.0005]), 9.0))
     with pytest.raises(errors.SuperServeError, match="fewer queries"):
         bounds.optimum(THREE, small_trace(0, n=40), limit_s=0.01)
-    assert bounds.optimum(THREE, traces.Trace(np.zeros(0))).attainment == 1.0
+    assert bounds.optimum(THREE, Trace(np.zeros(0))).attainment == 1.0

@@ -8,29 +8,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
+from superserve_jax.profile import Profile, Row, join_lengths
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import azure, simulator, traces
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.scheduling.policies import Decision, SlackFit, State, Switching
+from superserve_jax.simulation import azure, paper_profile, simulator, traces
+from superserve_jax.simulation.simulator import Cluster, Outage, Stall, _Simulation
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 SAMPLE = pathlib.Path(__file__).parents[3] / "shared" / "data" / "maf2019_762fn.csv"
-PAPER = reference.paper_profile()
+PAPER = paper_profile.paper_profile()
 ROWS = (
-    profile_lib.Row(Subnet((1, 0)), 0.7, (10.0, 16.0)),
-    profile_lib.Row(Subnet((1, 1)), 0.8, (20.0, 30.0)),
+    Row(Subnet((1, 0)), 0.7, (10.0, 16.0)),
+    Row(Subnet((1, 1)), 0.8, (20.0, 30.0)),
 )
-TWO = profile_lib.Profile((1, 2), ROWS)
-BY_LENGTH = profile_lib.join([dataclasses.replace(TWO.scaled(k), lengths=(n,)) for n, k in ((8, 0.2), (32, 0.5), (128, 1))])
+TWO = Profile((1, 2), ROWS)
+BY_LENGTH = join_lengths([dataclasses.replace(TWO.scaled(k), lengths=(n,)) for n, k in ((8, 0.2), (32, 0.5), (128, 1))])
 
 
 def always(rank, batch):
-    return lambda profile, state: policies.Decision(profile.rows[rank].subnet, batch)
+    return lambda profile, state: Decision(profile.rows[rank].subnet, batch)
 
 
 def serve(policy, arrivals_ms, slo_ms=50.0, floors=0.0, seed=0, **cluster):
-    trace = traces.Trace(np.array(arrivals_ms) / 1e3, slo_ms, floors)
-    return simulator.simulate(TWO, policy, trace, cluster=simulator.Cluster(**{"workers": 1, **cluster}), seed=seed)
+    trace = Trace(np.array(arrivals_ms) / 1e3, slo_ms, floors)
+    return simulator.simulate(TWO, policy, trace, cluster=Cluster(**{"workers": 1, **cluster}), seed=seed)
 
 
 def ms(seconds):
@@ -49,7 +51,7 @@ def test_it_equals_an_example_worked_out_by_hand():
 
 
 def test_an_answer_after_its_deadline_is_late_and_does_not_count_towards_the_accuracy():
-    result = serve(lambda p, s: policies.Decision(p.rows[int(s.now_s > 0)].subnet, 1), [0, 0], slo_ms=15.0)
+    result = serve(lambda p, s: Decision(p.rows[int(s.now_s > 0)].subnet, 1), [0, 0], slo_ms=15.0)
     assert result.outcome.tolist() == [simulator.MET, simulator.LATE]
     assert (result.attainment, result.mean_accuracy) == (0.5, 0.7)
 
@@ -70,11 +72,11 @@ def test_the_policy_sees_the_state_at_each_decision():
 
     def policy(profile, state):
         seen.append(state)
-        return policies.Decision(profile.rows[0].subnet, 1)
+        return Decision(profile.rows[0].subnet, 1)
 
     serve(policy, [0, 1, 2], floors=np.array([0.0, 0.0, 0.75]), workers=1)
     first, second, third = seen
-    assert first == policies.State(0.0, 50.0, 1, (), 1, None, slo_ms=50.0, near=1)
+    assert first == State(0.0, 50.0, 1, (), 1, None, slo_ms=50.0, near=1)
     assert (second.waiting, second.floors, second.last_subnet) == (2, (0.0, 0.75), ROWS[0].subnet)
     assert second.slack_ms == pytest.approx(41.0)
     assert third.waiting == 1
@@ -88,7 +90,7 @@ def test_a_query_with_a_floor_is_served_by_a_subnet_that_reaches_it():
 
 
 def test_overhead_is_added_to_every_batch_and_actuation_to_every_change_of_subnet():
-    alternate = lambda p, s: policies.Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
+    alternate = lambda p, s: Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
     result = serve(alternate, [0, 0, 0], overhead_ms=1.0, actuation_ms=5.0)
     assert ms(result.finish_s - result.start_s) == [16, 26, 21]
 
@@ -117,7 +119,7 @@ def test_a_hopeless_query_is_served_late_or_given_up_with_expire():
 
 
 def test_a_worker_that_dies_gives_its_batch_back_and_may_return():
-    outage = simulator.Outage(worker=0, from_s=0.005, until_s=0.020)
+    outage = Outage(worker=0, from_s=0.005, until_s=0.020)
     result = serve(always(0, 1), [0], slo_ms=40.0, outages=(outage,))
     assert (ms(result.start_s), ms(result.finish_s)) == ([20], [30])
     shared = serve(always(0, 1), [0], slo_ms=40.0, workers=2, outages=(outage,))
@@ -125,7 +127,7 @@ def test_a_worker_that_dies_gives_its_batch_back_and_may_return():
 
 
 def test_when_the_last_worker_leaves_for_good_what_waits_is_given_up_and_what_comes_is_refused():
-    result = serve(always(0, 1), [0, 1, 30], outages=(simulator.Outage(0, 0.005),))
+    result = serve(always(0, 1), [0, 1, 30], outages=(Outage(0, 0.005),))
     assert result.outcome.tolist() == [simulator.EXPIRED, simulator.EXPIRED, simulator.REFUSED]
     assert (result.attainment, math.isnan(result.mean_accuracy)) == (0.0, True)
 
@@ -135,14 +137,14 @@ def test_the_policy_is_told_how_many_workers_live():
 
     def policy(profile, state):
         alive.append(state.workers)
-        return policies.Decision(profile.rows[0].subnet, 1)
+        return Decision(profile.rows[0].subnet, 1)
 
-    serve(policy, [0, 20, 40], workers=3, outages=(simulator.Outage(2, 0.010, 0.030),))
+    serve(policy, [0, 20, 40], workers=3, outages=(Outage(2, 0.010, 0.030),))
     assert alive == [3, 2, 3]
 
 
 def test_in_a_stall_nothing_is_dispatched_and_answers_wait_for_its_end():
-    result = serve(always(0, 1), [0, 8], workers=2, stalls=(simulator.Stall(0.005, 0.025),))
+    result = serve(always(0, 1), [0, 8], workers=2, stalls=(Stall(0.005, 0.025),))
     assert ms(result.start_s) == [0, 25]
     assert ms(result.finish_s) == [25, 35]
 
@@ -156,12 +158,10 @@ def test_every_arrival_has_exactly_one_outcome_whatever_goes_wrong(data):
     workers = data.draw(st.integers(1, 3))
     times = st.floats(0.0, 0.25)
     outages = data.draw(
-        st.lists(
-            st.builds(lambda w, t, d: simulator.Outage(w, t, t + d), st.integers(0, workers - 1), times, times.filter(bool))
-        )
+        st.lists(st.builds(lambda w, t, d: Outage(w, t, t + d), st.integers(0, workers - 1), times, times.filter(bool)))
     )
-    stalls = data.draw(st.lists(st.builds(lambda t, d: simulator.Stall(t, t + d), times, times.filter(lambda d: d > 1e-6))))
-    cluster = simulator.Cluster(
+    stalls = data.draw(st.lists(st.builds(lambda t, d: Stall(t, t + d), times, times.filter(lambda d: d > 1e-6))))
+    cluster = Cluster(
         workers=workers,
         noise=data.draw(st.sampled_from([0.0, 0.3])),
         max_queue=data.draw(st.sampled_from([2, 10, math.inf])),
@@ -173,8 +173,8 @@ def test_every_arrival_has_exactly_one_outcome_whatever_goes_wrong(data):
     profile, lengths = TWO, 0
     if data.draw(st.booleans()):
         profile, lengths = BY_LENGTH, np.array([data.draw(st.sampled_from([0, 5, 30, 128])) for _ in arrivals], int)
-    trace = traces.Trace(arrivals, slo_ms, floors, lengths=lengths)
-    run = simulator._Run([profile] * workers, policies.create(policy, profile), trace, cluster, seed=0)
+    trace = Trace(arrivals, slo_ms, floors, lengths=lengths)
+    run = _Simulation([profile] * workers, policies.create(policy, profile), trace, cluster, seed=0)
     result = run.result()
 
     assert sorted(run.answered + run.expired + run.refused) == list(range(len(arrivals)))
@@ -193,7 +193,7 @@ def test_every_arrival_has_exactly_one_outcome_whatever_goes_wrong(data):
 
 def test_a_run_is_determined_by_its_trace_and_seed():
     trace = traces.bursty(duration_s=1.0)
-    a, b = (simulator.simulate(PAPER, "slackfit", trace, cluster=simulator.Cluster(noise=0.1), seed=3) for _ in range(2))
+    a, b = (simulator.simulate(PAPER, "slackfit", trace, cluster=Cluster(noise=0.1), seed=3) for _ in range(2))
     for name in ("start_s", "finish_s", "accuracy", "worker", "outcome"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
@@ -207,8 +207,8 @@ def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
         for kind in (st.sampled_from([12.0, 40.0, 90.0]), st.sampled_from([0.0, 0.75]))
     )
     policy, workers = data.draw(st.sampled_from(policies.NAMES)), data.draw(st.integers(1, 3))
-    cluster = simulator.Cluster(workers=workers)
-    result = simulator.simulate(TWO, policy, traces.Trace(arrivals, slo_ms, floors), cluster=cluster)
+    cluster = Cluster(workers=workers)
+    result = simulator.simulate(TWO, policy, Trace(arrivals, slo_ms, floors), cluster=cluster)
     # Row i starts while the queries of its columns have come and still wait.
     waits = (result.arrival_s <= result.start_s[:, None]) & (result.start_s > result.start_s[:, None])
     overtakes = waits & (result.deadline_s < result.deadline_s[:, None])
@@ -220,7 +220,7 @@ def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
 
 def test_lost_queries_step_back_behind_those_that_can_be_met_but_are_all_answered():
     arrivals = np.zeros(8)
-    policy = lambda p, s: policies.Decision(p.rows[0].subnet, 2, defer_ms=16.0)  # noqa: E731
+    policy = lambda p, s: Decision(p.rows[0].subnet, 2, defer_ms=16.0)  # noqa: E731
     late_last = serve(policy, arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4))
     assert ms(late_last.finish_s) == [48, 48, 64, 64, 16, 16, 32, 32]
     assert late_last.attainment == 0.5
@@ -230,9 +230,7 @@ def test_lost_queries_step_back_behind_those_that_can_be_met_but_are_all_answere
 def test_in_an_overload_the_guarded_policy_meets_nearly_as_many_as_there_is_throughput_for():
     capacity = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
     trace = traces.steps(rates_qps=(1.5 * capacity, 0.5 * capacity), step_s=1.0)
-    attained = {
-        defer: simulator.simulate(PAPER, policies.SlackFit(PAPER, defer=defer), trace).attainment for defer in (True, False)
-    }
+    attained = {defer: simulator.simulate(PAPER, SlackFit(PAPER, defer=defer), trace).attainment for defer in (True, False)}
     # Of 2 units of traffic 0.5 is too much, and what the SLO lets wait at the end of the overload is no loss.
     assert attained[True] > 0.74 > 0.5 > attained[False]
 
@@ -242,7 +240,7 @@ def test_the_policy_is_told_of_the_traffic_of_late():
 
     def policy(profile, state):
         seen.append(state)
-        return policies.Decision(profile.rows[0].subnet, 1)
+        return Decision(profile.rows[0].subnet, 1)
 
     arrivals_ms = np.arange(100) * 12.0
     serve(policy, arrivals_ms, slo_ms=np.where(np.arange(100) == 50, 30.0, 90.0))
@@ -252,13 +250,13 @@ def test_the_policy_is_told_of_the_traffic_of_late():
 
 
 def test_a_switching_policy_pays_for_every_change_of_subnet():
-    alternate = lambda p, s: policies.Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
-    result = serve(policies.Switching(alternate, 5.0), [0, 0, 0])
+    alternate = lambda p, s: Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
+    result = serve(Switching(alternate, 5.0), [0, 0, 0])
     assert ms(result.finish_s - result.start_s) == [15, 25, 20]
 
 
 def test_what_is_loaded_is_the_subnet_that_runs_where_a_floor_has_another_step_in():
-    small = policies.Switching(always(0, 1), 5.0)
+    small = Switching(always(0, 1), 5.0)
     result = serve(small, [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]))
     assert ms(result.finish_s - result.start_s) == [15, 25, 20, 15]
 
@@ -313,7 +311,7 @@ def test_the_guarded_policy_attains_what_the_least_accurate_subnet_does_and_is_f
 def test_after_a_stall_the_guarded_policy_recovers_within_a_second(scale, stall_s):
     profile = PAPER.scaled(scale)
     rate = 0.8 * 8 * profile.throughput_qps(profile.rows[0].subnet)
-    cluster = simulator.Cluster(stalls=(simulator.Stall(1.0, 1.0 + stall_s),))
+    cluster = Cluster(stalls=(Stall(1.0, 1.0 + stall_s),))
     result = simulator.simulate(profile, "slackfit", traces.gamma(rate_qps=rate, cv2=0, duration_s=3.0), cluster=cluster)
     missed = result.finish_s[result.outcome != simulator.MET]
     assert missed.max(initial=0.0) < 2.0 + stall_s
@@ -321,7 +319,7 @@ def test_after_a_stall_the_guarded_policy_recovers_within_a_second(scale, stall_
 
 def test_the_papers_rule_collapses_with_32_latency_buckets_where_the_guarded_one_does_not():
     profile, trace = PAPER.scaled(1.9), traces.bursty(duration_s=15.0)
-    collapsed = simulator.simulate(profile, policies.SlackFit(profile, guard=False, buckets=32), trace)
+    collapsed = simulator.simulate(profile, SlackFit(profile, guard=False, buckets=32), trace)
     assert collapsed.attainment < 0.8 < 0.99 < simulator.simulate(profile, "slackfit", trace).attainment
 
 
@@ -332,14 +330,14 @@ def test_the_papers_rule_collapses_with_32_latency_buckets_where_the_guarded_one
         {"noise": -0.1},
         {"overhead_ms": math.nan},
         {"max_queue": -1},
-        {"outages": (simulator.Outage(8, 1.0),)},
-        {"outages": (simulator.Outage(0, 2.0, 1.0),)},
-        {"stalls": (simulator.Stall(1.0, math.inf),)},
+        {"outages": (Outage(8, 1.0),)},
+        {"outages": (Outage(0, 2.0, 1.0),)},
+        {"stalls": (Stall(1.0, math.inf),)},
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused(bad):
     with pytest.raises(errors.ConfigError):
-        simulator.Cluster(**bad)
+        Cluster(**bad)
 
 
 def test_a_trace_without_queries_is_served_perfectly():

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.simulation import traces
+from superserve_jax.simulation.traces import Trace
 
 MAKERS = {
     "bursty": lambda seed: traces.bursty(duration_s=2.0, seed=seed),
@@ -136,9 +137,9 @@ def test_a_missing_recording_is_a_data_error(tmp_path):
         (lambda: traces.steps(rates_qps=(), step_s=1.0), "rates_qps"),
         (lambda: traces.steps(rates_qps=(1.0, -1.0), step_s=1.0), "rates_qps"),
         (lambda: traces.accelerating(qps_per_s=0.0), "qps_per_s"),
-        (lambda: traces.Trace(np.array([2.0, 1.0])), "ascending"),
-        (lambda: traces.Trace(np.array([1.0]), slo_ms=np.array([1.0, 2.0])), "one per query"),
-        (lambda: traces.Trace(np.array([1.0]), floors=1.5), "floors"),
+        (lambda: Trace(np.array([2.0, 1.0])), "ascending"),
+        (lambda: Trace(np.array([1.0]), slo_ms=np.array([1.0, 2.0])), "one per query"),
+        (lambda: Trace(np.array([1.0]), floors=1.5), "floors"),
         (lambda: traces.gamma(rate_qps=9.0).mixed(slo_ms={}), "shares"),
         (lambda: traces.gamma(rate_qps=9.0).mixed(slo_ms={20.0: -1.0}), "shares"),
     ],
@@ -171,4 +172,4 @@ def test_lengths_are_drawn_saved_and_loaded_like_slos(tmp_path):
 @pytest.mark.parametrize("lengths", [-1, 2.5, np.array([1, 2])])
 def test_lengths_that_cannot_be_are_refused(lengths):
     with pytest.raises(errors.ConfigError, match="lengths"):
-        traces.Trace(np.array([1.0]), lengths=lengths)
+        Trace(np.array([1.0]), lengths=lengths)

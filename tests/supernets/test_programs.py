@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny import CONFIGS, TINY, random_images, random_params, random_row
 
-from superserve_jax import subnet as subnets
+from superserve_jax.subnet import envelope_of
 from superserve_jax.supernets import programs
-from superserve_jax.training import sampling
+from superserve_jax.training.sampling import Sampler
 
 TOLERANCE = 1e-5  # of the largest output
 
@@ -129,7 +129,7 @@ def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(con
 
 def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(config):
     params, images = random_params(config), random_images(config, 3)
-    sampler = sampling.Sampler(config, buckets=3, random_subnets=1, seed=0)
+    sampler = Sampler(config, buckets=3, random_subnets=1, seed=0)
     runs = {p: jax.jit(p.train) for p in sampler.buckets}
     for k in range(30):
         choice = sampler.step(k)[2]
@@ -195,7 +195,7 @@ def test_a_program_reads_only_the_parameters_of_blocks_it_keeps():
 def test_limits_of_an_envelope_hold_every_member(config):
     space = config.space()
     members = [space.sample(1, k) for k in range(50)]
-    limits = config.sizes(subnets.envelope(members))
+    limits = config.sizes(envelope_of(members))
     assert all(size <= limits[name] for m in members for name, size in config.sizes(m).items())
 
 

@@ -3,7 +3,8 @@ import pytest
 from tiny import TINY, random_images, random_row
 
 from superserve_jax import errors, families
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 
 
 def test_any_calibrated_subnet_can_be_called_and_gives_what_its_sliced_program_gives(tiny):
@@ -32,7 +33,7 @@ def test_shared_statistics_are_the_largest_s_cut_to_the_subnet(tiny):
 
 
 def test_shared_statistics_need_those_of_the_largest():
-    model = supernet.SuperNet.create(TINY, seed=0)
+    model = SuperNet.create(TINY, seed=0)
     model.rows = {TINY.space().smallest(): random_row(TINY, TINY.space().smallest())}
     with pytest.raises(errors.NotCalibratedError, match="the largest subnet has no"):
         model(random_images(TINY, 1), TINY.space().smallest(), norm="shared")
@@ -59,10 +60,10 @@ def test_inputs_of_the_wrong_shape_or_dtype_are_refused_with_what_was_expected(t
 
 
 def test_a_subnet_of_another_space_is_refused(tiny):
-    from superserve_jax import subnet as subnets
+    from superserve_jax.subnet import Subnet
 
     with pytest.raises(errors.SubnetError):
-        tiny(random_images(TINY, 1), subnets.Subnet((1, 1), ()))
+        tiny(random_images(TINY, 1), Subnet((1, 1), ()))
 
 
 def test_a_family_s_config_survives_json():

@@ -3,13 +3,14 @@ import pytest
 from tiny import TINY, batches_of, random_images, random_params
 
 from superserve_jax import errors
-from superserve_jax.supernets import programs, supernet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation
 
 
 @pytest.fixture
 def model():
-    return supernet.SuperNet(TINY, random_params(TINY))
+    return SuperNet(TINY, random_params(TINY))
 
 
 def test_statistics_of_one_batch_are_what_the_sliced_program_sees(model):

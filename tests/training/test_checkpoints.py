@@ -16,15 +16,16 @@ import pytest
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
-from superserve_jax.training import checkpoints, loop, rewiring, runs, stages
-from superserve_jax.training import config as configs
+from superserve_jax.training import checkpoints, loop, rewiring, stages
+from superserve_jax.training.config import Phase, load_config
+from superserve_jax.training.runs import Run
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "noise.py"
 
 
 @pytest.fixture
 def config():
-    return dataclasses.replace(configs.load(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
+    return dataclasses.replace(load_config(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
 
 
 def start(folder, name, *, devices=1, limit_bytes=None, **spec):
@@ -73,9 +74,9 @@ def everything(run):
     import jax
 
     from superserve_jax.supernets import programs
-    from superserve_jax.training import step
+    from superserve_jax.training.step import SandwichStep
 
-    sandwich = step.SandwichStep(run.config.optim.create(1), ema=run.config.ema)
+    sandwich = SandwichStep(run.config.optim.create(1), ema=run.config.ema)
     specs = jax.eval_shape(sandwich.init, programs.param_spec(run.config.model))
     with run.checkpoints() as saved:
         found = saved.restore(saved.latest(), **specs._asdict())
@@ -105,7 +106,7 @@ def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
     finish(start(tmp_path, "killed", **settings))
     assert deaths >= 3
     assert steps(tmp_path, "killed") == steps(tmp_path, "undisturbed")
-    killed, undisturbed = (runs.Run.open(tmp_path / name) for name in ("killed", "undisturbed"))
+    killed, undisturbed = (Run.open(tmp_path / name) for name in ("killed", "undisturbed"))
     assert_same(everything(killed), everything(undisturbed))
     drop = {"examples_per_s"}
     courses = ([{k: v for k, v in m.items() if k not in drop} for m in run.metrics()] for run in (killed, undisturbed))
@@ -132,7 +133,7 @@ def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and
 
 
 def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(config, tmp_path, monkeypatch):
-    frozen, elastic = configs.Phase(elastic=()), configs.Phase(rewire=True)
+    frozen, elastic = Phase(elastic=()), Phase(rewire=True)
     config = dataclasses.replace(config, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
     calls, real = [], rewiring.reorder
     monkeypatch.setattr(rewiring, "reorder", lambda *a: calls.append(a) or real(*a))
@@ -200,13 +201,13 @@ def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(config, tmp_
     assert stderr.rstrip().splitlines()[-1].startswith("error: the checkpoint of step 12 could not be written")
     assert stderr.rstrip().endswith("make room on the disk and run the same command to go on from step 0 of 12")
     finish(start(tmp_path, "full", **settings))
-    assert_same(everything(runs.Run.open(tmp_path / "full")), everything(run))
+    assert_same(everything(Run.open(tmp_path / "full")), everything(run))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
-    run = runs.Run.create(config, tmp_path / "run")
+    run = Run.create(config, tmp_path / "run")
     with run.checkpoints() as saved:
         saved.save(1, params={"a": np.arange(3.0)})
 
@@ -237,12 +238,12 @@ def test_one_and_eight_devices_have_the_same_losses(tmp_path):
         "eval_every": 10,
     }
     settings["phases"] = [{"share": 1, "elastic": []}, {"share": 3, "rewire": True}]
-    teacher = loop.train(dataclasses.replace(configs.load(DEBUG), epochs=0.2), tmp_path / "teacher", dataset=Noise())
+    teacher = loop.train(dataclasses.replace(load_config(DEBUG), epochs=0.2), tmp_path / "teacher", dataset=Noise())
     stages.calibrate(teacher, [teacher.config.model.space().largest()])
     settings["distill"] = {"teacher": str(teacher.workdir), "weight": 0.5}
     for name, devices in (("one", 1), ("eight", 8)):
         finish(start(tmp_path, name, devices=devices, **settings))
-    one, eight = (runs.Run.open(tmp_path / name).metrics() for name in ("one", "eight"))
+    one, eight = (Run.open(tmp_path / name).metrics() for name in ("one", "eight"))
     assert len(one) == len(eight) == 20
     for a, b in zip(one, eight, strict=True):
         assert a.keys() == b.keys()

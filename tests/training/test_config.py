@@ -6,20 +6,20 @@ import jax.numpy as jnp
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.training import config as configs
+from superserve_jax.training.config import OptimConfig, config_differences, config_from_json, config_to_json, load_config
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_and_survives_json(path):
-    config = configs.load(path)
+    config = load_config(path)
     assert config.name == path.stem
-    assert configs.from_json(json.loads(json.dumps(configs.to_json(config)))) == config
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
 
 
 def debug():
-    return configs.load(CONFIGS[0].parent / "debug.py")
+    return load_config(CONFIGS[0].parent / "debug.py")
 
 
 @pytest.mark.parametrize(
@@ -60,21 +60,21 @@ def test_a_value_that_cannot_work_is_refused_by_name(field, value):
 )
 def test_an_optimiser_setting_that_cannot_work_is_refused_by_name(field, value):
     with pytest.raises(errors.ConfigError, match=f"optim.{field}"):
-        configs.OptimConfig(**{field: value})
+        OptimConfig(**{field: value})
 
 
 def test_a_mistyped_optimiser_or_schedule_gets_the_nearest_suggested():
     with pytest.raises(errors.UnknownNameError, match="did you mean 'adamw'"):
-        configs.OptimConfig(name="adam")
+        OptimConfig(name="adam")
     with pytest.raises(errors.UnknownNameError, match="did you mean 'cosine'"):
-        configs.OptimConfig(schedule="cosin")
+        OptimConfig(schedule="cosin")
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_weight_decay_spares_norms_and_biases(name):
     import jax
 
-    optimiser = configs.OptimConfig(name=name, weight_decay=0.5, schedule="constant", warmup=0.0).create(10)
+    optimiser = OptimConfig(name=name, weight_decay=0.5, schedule="constant", warmup=0.0).create(10)
     params = {"a.kernel": jnp.ones((2, 2)), "a.bias": jnp.ones(2)}
     updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
     assert (updates["a.kernel"] < 0).all()
@@ -83,7 +83,7 @@ def test_weight_decay_spares_norms_and_biases(name):
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     def step_size(step, **settings):
-        optimiser = configs.OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, momentum=0.0, **settings).create(100)
+        optimiser = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, momentum=0.0, **settings).create(100)
         params = {"w.kernel": jnp.zeros((1, 1))}
         state = optimiser.init(params)
         for _ in range(step + 1):
@@ -99,7 +99,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 def test_a_missing_config_file_gets_the_nearest_suggested(tmp_path):
     (tmp_path / "digits.py").write_text("")
     with pytest.raises(errors.ConfigError, match=r"did you mean .*digits\.py"):
-        configs.load(tmp_path / "digit.py")
+        load_config(tmp_path / "digit.py")
 
 
 @pytest.mark.parametrize(
@@ -109,19 +109,19 @@ def test_a_missing_config_file_gets_the_nearest_suggested(tmp_path):
 def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(errors.ConfigError, match=message):
-        configs.load(tmp_path / "c.py")
+        load_config(tmp_path / "c.py")
 
 
 def test_differences_between_configs_are_named_by_field():
-    a, b = configs.to_json(debug()), configs.to_json(dataclasses.replace(debug(), seed=5))
-    assert configs.differences(a, b) == ["seed: 0 -> 5"]
+    a, b = config_to_json(debug()), config_to_json(dataclasses.replace(debug(), seed=5))
+    assert config_differences(a, b) == ["seed: 0 -> 5"]
 
 
 def test_a_config_of_an_older_version_is_read_with_defaults_and_one_of_a_newer_refused():
-    values = configs.to_json(debug())
+    values = config_to_json(debug())
     old = {k: v for k, v in values.items() if k not in ("phases", "distill", "ema")}
-    assert configs.from_json(old) == debug()
+    assert config_from_json(old) == debug()
     with pytest.raises(errors.UnknownNameError, match="field of OptimConfig 'lrr': did you mean 'lr'"):
-        configs.from_json({**values, "optim": {**values["optim"], "lrr": 1}})
+        config_from_json({**values, "optim": {**values["optim"], "lrr": 1}})
     with pytest.raises(errors.ConfigError, match="the config does not fit"):
-        configs.from_json({k: v for k, v in values.items() if k != "model"})
+        config_from_json({k: v for k, v in values.items() if k != "model"})

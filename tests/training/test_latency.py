@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 from tiny import TINY, random_params
 
-from superserve_jax.supernets import supernet
+from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import latency
+from superserve_jax.training.latency import Predictor
 
 
 def test_every_subnet_asked_for_is_timed_in_positive_milliseconds():
-    model = supernet.SuperNet(TINY, random_params(TINY))
+    model = SuperNet(TINY, random_params(TINY))
     chosen = [TINY.space().smallest(), TINY.space().largest()]
     found = latency.measure(model, chosen, batch=2, repeats=3)
     assert list(found) == chosen
@@ -28,7 +29,7 @@ def made_up(subnet):
 
 def test_the_predictor_learns_what_is_a_sum_over_layers():
     measured = {s: made_up(s) for s in latency.spread(TINY, 40, seed=0)}
-    predictor = latency.Predictor(TINY, measured)
+    predictor = Predictor(TINY, measured)
     assert predictor.error < 0.01
     for k in range(20):
         subnet = TINY.space().sample(7, k)
@@ -38,6 +39,6 @@ def test_the_predictor_learns_what_is_a_sum_over_layers():
 def test_the_predictor_tells_noise_and_predicts_nothing_below_the_fastest():
     rng = np.random.default_rng(0)
     measured = {s: made_up(s) * rng.uniform(0.5, 1.5) for s in latency.spread(TINY, 40, seed=0)}
-    predictor = latency.Predictor(TINY, measured)
+    predictor = Predictor(TINY, measured)
     assert 0.1 < predictor.error < 0.6
     assert predictor(TINY.space().smallest()) >= min(measured.values())

@@ -10,17 +10,21 @@ import optax
 import pytest
 from tiny import TINY, random_images, random_params, random_row
 
-from superserve_jax import errors
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.families import dynabert
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import config as configs
-from superserve_jax.training import data, losses, phases, sampling, step, teacher
+from superserve_jax import errors, exports
+from superserve_jax.exports import Served
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training import losses, phases, step, teacher
+from superserve_jax.training.config import Phase, TrainConfig
+from superserve_jax.training.data import DataConfig
+from superserve_jax.training.sampling import Sampler
+from superserve_jax.training.step import Recipe, SandwichStep
 
-BERT = dynabert.DynaBERTConfig(
+BERT = DynaBERTConfig(
     num_classes=3, vocab_size=20, max_length=6, token_types=1, hidden_size=8, depths=(1, 2, 4), heads=(1, 2), ffn=(4, 8)
 )
-CONFIG = configs.TrainConfig(name="tiny", model=TINY, data=data.DataConfig(), buckets=3, random_subnets=1)
+CONFIG = TrainConfig(name="tiny", model=TINY, data=DataConfig(), buckets=3, random_subnets=1)
 LABELS = np.array([0, 1, 2, 1], np.int32)
 
 
@@ -29,8 +33,8 @@ def tokens(seed=0):
 
 
 def sandwich_of(config, **options):
-    sampler = sampling.Sampler(config, buckets=2, random_subnets=1, seed=0)
-    return step.SandwichStep(optax.sgd(1.0), **options), sampler.step(0)
+    sampler = Sampler(config, buckets=2, random_subnets=1, seed=0)
+    return SandwichStep(optax.sgd(1.0), **options), sampler.step(0)
 
 
 def copied(params):
@@ -42,7 +46,7 @@ def copied(params):
 
 def test_phases_share_the_steps_of_a_run():
     config = dataclasses.replace(
-        CONFIG, phases=(configs.Phase(share=1, elastic=()), configs.Phase(share=2, elastic=("depth",)), configs.Phase(share=1))
+        CONFIG, phases=(Phase(share=1, elastic=()), Phase(share=2, elastic=("depth",)), Phase(share=1))
     )
     parts = phases.plan(config, 40)
     assert [p.first for p in parts] == [0, 10, 30]
@@ -50,9 +54,7 @@ def test_phases_share_the_steps_of_a_run():
 
 
 def test_progressive_shrinking_opens_one_axis_after_another():
-    config = dataclasses.replace(
-        CONFIG, random_subnets=2, phases=(configs.Phase(elastic=()), configs.Phase(elastic=("depth",)), configs.Phase())
-    )
+    config = dataclasses.replace(CONFIG, random_subnets=2, phases=(Phase(elastic=()), Phase(elastic=("depth",)), Phase()))
     space = TINY.space()
     frozen, depth, everything = phases.plan(config, 30)
     assert frozen.sampler.step(0) == (frozen.sampler.largest,)
@@ -73,7 +75,7 @@ def test_the_number_of_open_choices_counts_from_the_largest():
 
 
 def test_tied_phases_draw_only_subnets_whose_blocks_follow_their_stages_depth():
-    config = dataclasses.replace(CONFIG, random_subnets=3, phases=(configs.Phase(tied=True),))
+    config = dataclasses.replace(CONFIG, random_subnets=3, phases=(Phase(tied=True),))
     (part,) = phases.plan(config, 10)
     space = TINY.space()
     drawn = {c.subnet for k in range(40) for c in part.sampler.step(k)}
@@ -91,7 +93,7 @@ def test_tied_phases_draw_only_subnets_whose_blocks_follow_their_stages_depth():
 def test_a_tied_bucket_runs_its_members_as_they_are():
     """Tied choices may lie several steps below an envelope's: the program must trace every size in which they differ."""
     model = dataclasses.replace(TINY, expand_ratios=(0.25, 0.5, 0.75, 1.0), divisor=8, stage_widths=(16, 32), stem_width=16)
-    sampler = sampling.Sampler(model, buckets=3, random_subnets=2, seed=1, tied=True)
+    sampler = Sampler(model, buckets=3, random_subnets=2, seed=1, tied=True)
     params, images = random_params(model), random_images(model, 2)
     for choice in {c for k in range(12) for c in sampler.step(k)}:
         alone = programs.sliced(model, choice.subnet)
@@ -102,15 +104,15 @@ def test_a_tied_bucket_runs_its_members_as_they_are():
 
 def test_a_phase_of_an_unknown_axis_is_refused_with_the_nearest():
     with pytest.raises(errors.UnknownNameError, match="did you mean 'width'"):
-        dataclasses.replace(CONFIG, phases=(configs.Phase(elastic=("widht",)),))
+        dataclasses.replace(CONFIG, phases=(Phase(elastic=("widht",)),))
 
 
 def test_rewiring_a_family_without_units_is_refused():
-    class Family(dynabert.DynaBERTConfig):
+    class Family(DynaBERTConfig):
         units = property()
 
     with pytest.raises(errors.ConfigError, match=r"phases\.rewire: family 'dynabert' has no units to sort"):
-        dataclasses.replace(CONFIG, model=Family(), phases=(configs.Phase(rewire=True),))
+        dataclasses.replace(CONFIG, model=Family(), phases=(Phase(rewire=True),))
 
 
 # -- teachers --------------------------------------------------------------------------------------------------------------
@@ -118,15 +120,15 @@ def test_rewiring_a_family_without_units_is_refused():
 
 def saved_teacher(tmp_path, config, seed=3):
     space = config.space()
-    model = supernet.SuperNet(config, random_params(config, seed), {space.largest(): random_row(config, space.largest())})
-    served = [checkpoint.Served(space.largest(), 0.5, None, 1, 1)]
-    return checkpoint.export(tmp_path / "teacher", model, served, measured="made up")
+    model = SuperNet(config, random_params(config, seed), {space.largest(): random_row(config, space.largest())})
+    served = [Served(space.largest(), 0.5, None, 1, 1)]
+    return exports.export(tmp_path / "teacher", model, served, measured="made up")
 
 
 def test_an_outside_teacher_teaches_every_subnet(tmp_path):
     path = saved_teacher(tmp_path, TINY)
     params, images = random_params(TINY), random_images(TINY, 4)
-    recipe = step.Recipe(teacher_weight=0.5)
+    recipe = Recipe(teacher_weight=0.5)
     outside = teacher.load(path, TINY)
     sandwich, choices = sandwich_of(TINY, recipe=recipe)
     lesson = outside(recipe, images)
@@ -145,15 +147,15 @@ def test_an_outside_teacher_teaches_every_subnet(tmp_path):
 
 def test_a_lesson_is_what_the_teachers_largest_subnet_answers(tmp_path):
     path = saved_teacher(tmp_path, TINY)
-    model, images = checkpoint.load(path), random_images(TINY, 4)
-    lesson = teacher.load(path, TINY)(step.Recipe(), images)
+    model, images = exports.load(path), random_images(TINY, 4)
+    lesson = teacher.load(path, TINY)(Recipe(), images)
     np.testing.assert_allclose(
         lesson.logits, model(images, model.space.largest()), rtol=0, atol=1e-5 * np.abs(lesson.logits).max()
     )
 
 
 def test_hidden_states_of_kept_layers_are_drawn_to_the_largest_subnets():
-    recipe = step.Recipe(hidden_weight=2.0)
+    recipe = Recipe(hidden_weight=2.0)
     sandwich, choices = sandwich_of(BERT, recipe=recipe)
     params, inputs = random_params(BERT), tokens()
     state, _ = sandwich(sandwich.init(copied(params)), inputs, LABELS, choices)
@@ -175,7 +177,7 @@ def test_hidden_states_of_kept_layers_are_drawn_to_the_largest_subnets():
 
 
 def test_hidden_states_of_a_family_without_or_of_another_shape_are_refused(tmp_path):
-    recipe = step.Recipe(hidden_weight=1.0)
+    recipe = Recipe(hidden_weight=1.0)
     with pytest.raises(errors.ConfigError, match=r"distill\.hidden is 1\.0, but the hidden states of family 'ofa_resnet'"):
         teacher.check_hidden(recipe, TINY, None)
     wider = teacher.load(saved_teacher(tmp_path, dataclasses.replace(BERT, hidden_size=16)), BERT)
@@ -214,7 +216,7 @@ def test_half_precision_keeps_float32_parameters_and_comes_near():
     params, images = random_params(TINY), random_images(TINY, 4)
     found = {}
     for dtype in ("float32", "bfloat16"):
-        sandwich, choices = sandwich_of(TINY, recipe=step.Recipe(compute_dtype=dtype))
+        sandwich, choices = sandwich_of(TINY, recipe=Recipe(compute_dtype=dtype))
         state, scalars = sandwich(sandwich.init(copied(params)), images, LABELS, choices)
         assert {p.dtype for p in state.params.values()} == {jnp.dtype("float32")}
         found[dtype] = float(scalars["loss"])
@@ -226,7 +228,7 @@ def test_half_precision_keeps_float32_parameters_and_comes_near():
 def test_half_precision_multiplies_in_bfloat16(config):
     """Every convolution and matrix product of the gradient, not just the casts around it."""
     program = programs.sliced(config, config.space().largest())
-    recipe = step.Recipe(compute_dtype="bfloat16")
+    recipe = Recipe(compute_dtype="bfloat16")
     inputs = random_images(config, 4) if config is TINY else tokens()
     text = step._largest_grad.lower(program, recipe, programs.param_spec(config), inputs, LABELS, None).as_text()
     products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]

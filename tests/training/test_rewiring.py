@@ -11,8 +11,8 @@ from tiny import CONFIGS, TINY_BERT, random_images, random_params, random_tokens
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
-from superserve_jax.training import config as configs
 from superserve_jax.training import losses, rewiring
+from superserve_jax.training.config import OptimConfig
 
 BERT = dataclasses.replace(TINY_BERT, heads=(1, 2, 4), ffn=(2, 5))
 FAMILIES = {"dynabert": BERT, **CONFIGS}
@@ -126,7 +126,7 @@ def test_the_state_of_an_optimiser_is_reordered_like_the_parameters(name):
     config, rng = BERT, np.random.default_rng(1)
     orders = [rng.permutation(units.count) for units in config.units()]
     params = random_params(config)
-    optimiser = configs.OptimConfig(name=name).create(10)
+    optimiser = OptimConfig(name=name).create(10)
     state = optimiser.update(params, optimiser.init(params), params)[1]  # the gradients are the parameters themselves
     moved = rewiring.reorder(config, (params, {"state": state}), orders)
     expected = optimiser.update(moved[0], optimiser.init(moved[0]), moved[0])[1]

@@ -2,20 +2,21 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from superserve_jax import subnet as subnets
-from superserve_jax.families import ofa_resnet
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.subnet import Axis, SearchSpace
 from superserve_jax.training import sampling
+from superserve_jax.training.sampling import Sampler
 
 
 @pytest.fixture
 def sampler():
-    return sampling.Sampler(TINY, buckets=4, random_subnets=2, seed=7)
+    return Sampler(TINY, buckets=4, random_subnets=2, seed=7)
 
 
 def test_the_subnets_of_a_step_are_a_pure_function_of_seed_and_step(sampler):
-    again = sampling.Sampler(TINY, buckets=4, random_subnets=2, seed=7)
+    again = Sampler(TINY, buckets=4, random_subnets=2, seed=7)
     assert [sampler.step(k) for k in range(20)] == [again.step(k) for k in range(20)]
-    other = sampling.Sampler(TINY, buckets=4, random_subnets=2, seed=8)
+    other = Sampler(TINY, buckets=4, random_subnets=2, seed=8)
     assert [sampler.step(k) for k in range(20)] != [other.step(k) for k in range(20)]
 
 
@@ -39,7 +40,7 @@ def test_members_are_covered_by_their_envelope_and_differ(sampler):
 
 
 def test_envelopes_are_spread_over_the_logarithm_of_flops():
-    config = ofa_resnet.OFAResNetConfig()
+    config = OFAResNetConfig()
     space = config.space()
     costs = [np.log(config.flops(e)) for e in sampling.envelopes(config, 8, seed=0)]
     low, high = (np.log(config.flops(s)) for s in (space.smallest(), space.largest()))
@@ -48,7 +49,7 @@ def test_envelopes_are_spread_over_the_logarithm_of_flops():
 
 
 def test_more_buckets_than_subnets_give_what_there_is():
-    space = subnets.SearchSpace(((1, 2),))
+    space = SearchSpace(((1, 2),))
 
     class Config:
         def space(self):
@@ -61,9 +62,7 @@ def test_more_buckets_than_subnets_give_what_there_is():
 
 
 def test_every_other_spaces_draw_members_below_their_envelope():
-    space = subnets.SearchSpace(
-        ((2, 3, 4, 6),), (subnets.Axis("heads", ((1.0, 2.0, 4.0),) * 6, tuple(range(6))),), "every_other"
-    )
+    space = SearchSpace(((2, 3, 4, 6),), (Axis("heads", ((1.0, 2.0, 4.0),) * 6, tuple(range(6))),), "every_other")
     rng = np.random.default_rng(0)
     for _ in range(50):
         top = sampling.compound(space, rng)

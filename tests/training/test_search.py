@@ -8,21 +8,31 @@ import pytest
 from tiny import TINY, batches_of, random_images, random_params
 
 from superserve_jax import errors
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import calibration, evaluation, search
+from superserve_jax.supernets.programs import Program
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training import calibration, evaluation
+from superserve_jax.training.search import (
+    Candidate,
+    Log,
+    choose_served,
+    crossover,
+    evolutionary_search,
+    pareto_front,
+    survivors,
+)
 
 SETTINGS = {"weights": "abc", "examples": 32}
 
 
 @pytest.fixture
 def model():
-    return supernet.SuperNet(TINY, random_params(TINY))
+    return SuperNet(TINY, random_params(TINY))
 
 
 def run(model, candidates, **options):
     images = random_images(TINY, 32)
     labels = np.arange(32, dtype=np.int32) % 3
-    return search.search(model, images, batches_of(images, labels, 16), candidates=candidates, seed=3, **options)
+    return evolutionary_search(model, images, batches_of(images, labels, 16), candidates=candidates, seed=3, **options)
 
 
 def test_the_search_tries_what_it_was_told_each_once_and_is_repeatable(model):
@@ -68,7 +78,7 @@ WIDE = dataclasses.replace(
 
 def dominated_area(candidates, worst_cost):
     """The share of (log cost, accuracy) that the front dominates."""
-    area, points = 0.0, search.front(candidates)
+    area, points = 0.0, pareto_front(candidates)
     ends = [*(c.cost for c in points[1:]), worst_cost]
     for c, end in zip(points, ends, strict=True):
         area += c.accuracy * np.log(end / c.cost)
@@ -76,11 +86,11 @@ def dominated_area(candidates, worst_cost):
 
 
 def test_evolution_finds_a_better_front_than_as_many_random_subnets(judged):
-    model = supernet.SuperNet(WIDE, {})
+    model = SuperNet(WIDE, {})
     space, cost = WIDE.space(), WIDE.flops
     evolved = run(model, 400)
     drawn = list(dict.fromkeys([space.smallest(), space.largest(), *(space.sample(5, k) for k in range(600))]))[:400]
-    random = [search.Candidate(s, cost(s), a) for s, a in zip(drawn, evaluation.accuracy(model, drawn, None), strict=True)]
+    random = [Candidate(s, cost(s), a) for s, a in zip(drawn, evaluation.accuracy(model, drawn, None), strict=True)]
     worst = cost(space.largest())
     assert dominated_area(evolved, worst) > 1.02 * dominated_area(random, worst)
     first = evolved[:50]
@@ -88,7 +98,7 @@ def test_evolution_finds_a_better_front_than_as_many_random_subnets(judged):
 
 
 def test_a_search_for_more_candidates_begins_with_those_of_a_search_for_fewer(judged):
-    model = supernet.SuperNet(WIDE, {})
+    model = SuperNet(WIDE, {})
     assert run(model, 230)[:130] == run(model, 130)
 
 
@@ -96,9 +106,9 @@ def test_one_compilation_of_each_program_judges_every_candidate(monkeypatch):
     fresh = dataclasses.replace(TINY, image_size=10)
     traced = []
     for name in ("infer", "train"):
-        real = getattr(programs.Program, name)
-        monkeypatch.setattr(programs.Program, name, lambda *a, name=name, real=real: (traced.append(name), real(*a))[1])
-    run(supernet.SuperNet(fresh, random_params(fresh)), 12)
+        real = getattr(Program, name)
+        monkeypatch.setattr(Program, name, lambda *a, name=name, real=real: (traced.append(name), real(*a))[1])
+    run(SuperNet(fresh, random_params(fresh)), 12)
     assert sorted(traced) == ["infer", "train"]
 
 
@@ -106,7 +116,7 @@ def test_a_family_without_batch_statistics_is_searched_too():
     config = published.BERT
     model, tokens = published.bert_model(), np.ones(config.input_spec(8).shape, config.input_spec(8).dtype)
     batch = {"inputs": tokens, "label": np.zeros(8, np.int32), "weight": np.ones(8, np.float32)}
-    tried = search.search(model, tokens, lambda: [batch], candidates=60, seed=0)
+    tried = evolutionary_search(model, tokens, lambda: [batch], candidates=60, seed=0)
     assert len({c.subnet for c in tried}) == 60
     assert {c.accuracy for c in tried} <= {0.0, 1.0}  # all inputs are the same
     assert all(c.cost == config.flops(c.subnet) for c in tried)
@@ -114,9 +124,9 @@ def test_a_family_without_batch_statistics_is_searched_too():
 
 @pytest.mark.parametrize("kept", [0, 1, 70])
 def test_an_interrupted_search_goes_on_to_the_result_of_an_undisturbed_one(judged, tmp_path, kept):
-    model, path = supernet.SuperNet(WIDE, {}), tmp_path / "search.jsonl"
+    model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
     undisturbed = run(model, 130)
-    with search.Log(path, SETTINGS) as log:
+    with Log(path, SETTINGS) as log:
 
         def record(candidate):
             if len(log.known) + len(path.read_text().splitlines()) > kept:
@@ -126,21 +136,21 @@ def test_an_interrupted_search_goes_on_to_the_result_of_an_undisturbed_one(judge
         with pytest.raises(KeyboardInterrupt):
             run(model, 130, known=log.known, record=record)
     del judged[:]
-    with search.Log(path, SETTINGS) as log:
+    with Log(path, SETTINGS) as log:
         assert len(log.known) == kept
         assert run(model, 130, known=log.known, record=log.add) == undisturbed
     assert len(judged) == 130 - kept
-    with search.Log(path, SETTINGS) as log:
+    with Log(path, SETTINGS) as log:
         assert list(log.known.values()) == undisturbed
 
 
 def test_a_torn_last_line_is_dropped_and_judged_again(judged, tmp_path):
-    model, path = supernet.SuperNet(WIDE, {}), tmp_path / "search.jsonl"
-    with search.Log(path, SETTINGS) as log:
+    model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
+    with Log(path, SETTINGS) as log:
         undisturbed = run(model, 20, known=log.known, record=log.add)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    with search.Log(path, SETTINGS) as log:
+    with Log(path, SETTINGS) as log:
         assert len(log.known) == 19
         assert run(model, 20, known=log.known, record=log.add) == undisturbed
     assert path.read_bytes() == whole
@@ -148,9 +158,9 @@ def test_a_torn_last_line_is_dropped_and_judged_again(judged, tmp_path):
 
 def test_other_settings_or_weights_begin_the_log_anew_and_say_so(judged, tmp_path, caplog):
     path = tmp_path / "search.jsonl"
-    with search.Log(path, SETTINGS) as log:
-        run(supernet.SuperNet(WIDE, {}), 10, record=log.add)
-    with caplog.at_level(logging.INFO), search.Log(path, {**SETTINGS, "weights": "def"}) as log:
+    with Log(path, SETTINGS) as log:
+        run(SuperNet(WIDE, {}), 10, record=log.add)
+    with caplog.at_level(logging.INFO), Log(path, {**SETTINGS, "weights": "def"}) as log:
         assert log.known == {}
     assert "search.jsonl is of other weights; searching anew" in caplog.text
     assert len(path.read_text().splitlines()) == 1
@@ -160,14 +170,14 @@ def test_a_log_damaged_in_its_middle_is_refused(tmp_path):
     path = tmp_path / "search.jsonl"
     path.write_text('{"settings": {}, "latencies": []}\n{"subn\n' + json.dumps({}) + "\n")
     with pytest.raises(errors.ConfigError, match=r"damaged.*remove it"):
-        search.Log(path, {})
+        Log(path, {})
 
 
 def test_latencies_are_measured_once(tmp_path):
     path, smallest = tmp_path / "search.jsonl", TINY.space().smallest()
-    with search.Log(path, SETTINGS, measure=lambda: {smallest: 1.25}) as log:
+    with Log(path, SETTINGS, measure=lambda: {smallest: 1.25}) as log:
         assert log.latencies == {smallest: 1.25}
-    with search.Log(path, SETTINGS, measure=lambda: pytest.fail("measured again")) as log:
+    with Log(path, SETTINGS, measure=lambda: pytest.fail("measured again")) as log:
         assert log.latencies == {smallest: 1.25}
 
 
@@ -175,39 +185,39 @@ def test_a_child_has_every_position_of_one_of_its_parents():
     space, rng = WIDE.space(), np.random.default_rng(0)
     mother, father = space.sample(1, 1), space.sample(1, 2)
     for _ in range(50):
-        child = search.crossover(space, mother, father, rng)
+        child = crossover(space, mother, father, rng)
         for stage in space.stages:
             assert sum(child.gates[b] for b in stage) in {sum(p.gates[b] for b in stage) for p in (mother, father)}
         for i, width in enumerate(child["width"]):
             assert width in {mother["width"][i], father["width"][i]}
-    assert len({search.crossover(space, mother, father, rng) for _ in range(50)}) > 10
+    assert len({crossover(space, mother, father, rng) for _ in range(50)}) > 10
 
 
 def candidate(step, cost, accuracy):
-    return search.Candidate(TINY.space().sample(9, step), cost, accuracy)
+    return Candidate(TINY.space().sample(9, step), cost, accuracy)
 
 
 def test_the_front_ascends_in_cost_and_accuracy():
     cloud = [candidate(0, 1, 0.5), candidate(1, 2, 0.4), candidate(2, 2, 0.6), candidate(3, 3, 0.6), candidate(4, 4, 0.9)]
-    assert [(c.cost, c.accuracy) for c in search.front(cloud)] == [(1, 0.5), (2, 0.6), (4, 0.9)]
+    assert [(c.cost, c.accuracy) for c in pareto_front(cloud)] == [(1, 0.5), (2, 0.6), (4, 0.9)]
 
 
 def test_choosing_takes_the_best_of_each_band_and_keeps_what_must_be_kept():
     steps = {TINY.space().sample(9, k): k for k in range(40)}
     cloud = [candidate(k, 2**i, 0.5 + 0.05 * i + 0.001 * (k % 3)) for i, k in enumerate(list(steps.values())[:8])]
     bad = candidate(list(steps.values())[8], 300, 0.2)
-    chosen = search.choose([*cloud, bad], 5, keep=(cloud[0].subnet,))
+    chosen = choose_served([*cloud, bad], 5, keep=(cloud[0].subnet,))
     assert cloud[0] in chosen
     assert bad not in chosen
     assert len(chosen) <= 5
     assert [c.cost for c in chosen] == sorted(c.cost for c in chosen)
-    assert len(search.choose([*cloud, bad], 9, tolerance=1.0)) >= len(chosen)
+    assert len(choose_served([*cloud, bad], 9, tolerance=1.0)) >= len(chosen)
 
 
 def test_survivors_are_the_first_front_before_the_second_and_lonely_ones_before_crowded_ones():
     first = [candidate(k, cost, accuracy) for k, (cost, accuracy) in enumerate([(1, 0.1), (2, 0.5), (2.1, 0.51), (8, 0.9)])]
     second = [candidate(k + 4, cost, accuracy) for k, (cost, accuracy) in enumerate([(1.5, 0.05), (9, 0.85)])]
-    found = search.survivors([*second, *first], 5)
+    found = survivors([*second, *first], 5)
     assert set(found[:2]) == {first[0], first[3]}
     assert found[2:4] == [first[2], first[1]]
     assert found[4] in second
@@ -217,10 +227,10 @@ def test_a_tolerance_lets_as_many_be_served_as_are_asked_for():
     steps = list({TINY.space().sample(9, k): k for k in range(60)}.values())[:24]
     cloud = [candidate(k, 10 + i, 0.8 if i % 3 else 0.81) for i, k in enumerate(steps)]
     ends = (cloud[0].subnet, cloud[-1].subnet)
-    assert len(search.choose(cloud, 20, keep=ends, tolerance=0.02)) == 20
-    assert len(search.choose(cloud, 100, keep=ends, tolerance=0.02)) == 24
-    assert len(search.choose(cloud, 20, keep=ends)) < 20
-    assert search.choose(cloud, 2, keep=ends, tolerance=0.02) == [cloud[0], cloud[-1]]
+    assert len(choose_served(cloud, 20, keep=ends, tolerance=0.02)) == 20
+    assert len(choose_served(cloud, 100, keep=ends, tolerance=0.02)) == 24
+    assert len(choose_served(cloud, 20, keep=ends)) < 20
+    assert choose_served(cloud, 2, keep=ends, tolerance=0.02) == [cloud[0], cloud[-1]]
 
 
 def test_a_search_after_a_tied_phase_tries_tied_subnets_only_and_ends_with_the_last(model, judged):
@@ -233,9 +243,9 @@ def test_a_search_after_a_tied_phase_tries_tied_subnets_only_and_ends_with_the_l
 def test_of_subnets_that_are_one_network_one_is_chosen():
     space = TINY.space()
     middle = list(space.enumerate())[3:9]
-    candidates = [search.Candidate(s, 5.0, 0.7) for s in middle]
-    ends = [search.Candidate(space.smallest(), 1.0, 0.5), search.Candidate(space.largest(), 9.0, 0.9)]
+    candidates = [Candidate(s, 5.0, 0.7) for s in middle]
+    ends = [Candidate(space.smallest(), 1.0, 0.5), Candidate(space.largest(), 9.0, 0.9)]
     options = {"keep": (space.smallest(), space.largest()), "tolerance": 0.1}
-    assert len(search.choose([*ends, *candidates], 8, **options)) == 8
-    alike = search.choose([*ends, *candidates], 8, **options, network=lambda s: middle.index(s) // 2 if s in middle else s)
+    assert len(choose_served([*ends, *candidates], 8, **options)) == 8
+    alike = choose_served([*ends, *candidates], 8, **options, network=lambda s: middle.index(s) // 2 if s in middle else s)
     assert len(alike) == 5

@@ -15,12 +15,13 @@ from tiny import CONFIGS, TINY, random_images, random_params
 
 import superserve_jax as ss
 from superserve_jax import errors, families
-from superserve_jax import subnet as subnets
-from superserve_jax.families import subset as single
+from superserve_jax.families.subset import SingleSubnetConfig
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
-from superserve_jax.training import config as configs
-from superserve_jax.training import data, loop, losses, runs, stages
-from superserve_jax.training import standalone as alone
+from superserve_jax.training import data, loop, losses, stages, standalone
+from superserve_jax.training.config import OptimConfig, TrainConfig
+from superserve_jax.training.data import DataConfig
+from superserve_jax.training.runs import Run
 
 UNEVEN = TINY.space().subnet(depth=(1, 0, 2), expand=(0.5, 0.5, 1.0), width=(0.5, 1.0, 0.5))
 NONE = np.zeros(0, np.int32)
@@ -29,9 +30,9 @@ NONE = np.zeros(0, np.int32)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits_dir):
     """A run of an MLP on a small cluttered_digits; whether it was trained does not matter to its subnets alone."""
-    digits = data.DataConfig(data_dir=digits_dir, image_size=8, validation=20)
-    config = configs.TrainConfig("mlp", MLPConfig(), digits, epochs=3, batch_size=28, calibration_examples=64, log_every=10)
-    return runs.Run.create(config, tmp_path_factory.mktemp("runs") / "mlp")
+    digits = DataConfig(data_dir=digits_dir, image_size=8, validation=20)
+    config = TrainConfig("mlp", MLPConfig(), digits, epochs=3, batch_size=28, calibration_examples=64, log_every=10)
+    return Run.create(config, tmp_path_factory.mktemp("runs") / "mlp")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,7 +42,7 @@ def train_program(program, params, images):
 
 @pytest.mark.parametrize("subnet", [TINY.space().smallest(), UNEVEN, TINY.space().largest()], ids=["small", "uneven", "large"])
 def test_it_computes_what_the_subnet_computes_and_costs_as_much(subnet):
-    config, params = single.SingleSubnetConfig(TINY, subnet), random_params(TINY)
+    config, params = SingleSubnetConfig(TINY, subnet), random_params(TINY)
     only, images = config.space().largest(), random_images(TINY, 5)
     assert config.space().smallest() == only
     assert (config.flops(only), config.num_params(only)) == (TINY.flops(subnet), TINY.num_params(subnet))
@@ -54,7 +55,7 @@ def test_it_computes_what_the_subnet_computes_and_costs_as_much(subnet):
 
 
 def test_it_begins_with_the_supernet_s_weights():
-    config = single.SingleSubnetConfig(MLPConfig(), MLPConfig().space().smallest())
+    config = SingleSubnetConfig(MLPConfig(), MLPConfig().space().smallest())
     alone_params, shared = programs.initial_params(config, 3), programs.initial_params(MLPConfig(), 3)
     assert alone_params.keys() == shared.keys()
     assert all((alone_params[name] == shared[name]).all() for name in shared)
@@ -62,26 +63,26 @@ def test_it_begins_with_the_supernet_s_weights():
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_its_config_survives_json_copying_and_pickling(kind):
-    config = single.SingleSubnetConfig(CONFIGS[kind], CONFIGS[kind].space().sample(0, 7))
+    config = SingleSubnetConfig(CONFIGS[kind], CONFIGS[kind].space().sample(0, 7))
     assert families.config_from_json(json.loads(json.dumps(families.config_to_json(config)))) == config
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 def test_a_subnet_of_another_space_is_refused():
     with pytest.raises(errors.SubnetError, match="gates must be"):
-        single.SingleSubnetConfig(TINY, subnets.Subnet((1,)))
+        SingleSubnetConfig(TINY, Subnet((1,)))
 
 
 def test_a_subnet_trains_alone_and_only_its_own_weights_change(run):
     config = run.config.model
     smallest = config.space().smallest()
-    measured = alone.train(run, smallest, "smallest")
+    measured = standalone.train(run, smallest, "smallest")
     assert (measured.flops, measured.params) == (config.flops(smallest), config.num_params(smallest))
-    own = runs.Run.open(run.workdir / "alone" / "smallest")
+    own = Run.open(run.workdir / "alone" / "smallest")
     assert own.read("evaluation.json", made_by="")[0]["accuracy"] == measured.accuracy
     assert own.metrics()[-1]["step"] == 30  # 3 epochs of 280 images in batches of 28
     exported = ss.load(stages.export(own))
-    assert [s.subnet for s in exported.served] == [subnets.Subnet(())]
+    assert [s.subnet for s in exported.served] == [Subnet(())]
     assert exported(random_images(config, 2), exported.subnets[0]).shape == (2, 10)
     params, fresh = own.model().params, programs.initial_params(config, run.config.seed)
     changed = np.asarray(params["first.linear.kernel"] != fresh["first.linear.kernel"])
@@ -93,17 +94,17 @@ def test_a_subnet_trains_alone_and_only_its_own_weights_change(run):
 
 def test_what_was_trained_is_not_trained_again(run, monkeypatch):
     smallest = run.config.model.space().smallest()
-    first = alone.train(run, smallest, "smallest")
+    first = standalone.train(run, smallest, "smallest")
     monkeypatch.setattr(stages, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    assert alone.train(run, smallest, "smallest") == first
+    assert standalone.train(run, smallest, "smallest") == first
     with pytest.raises(errors.ConfigError, match="another config"):
-        alone.train(run, run.config.model.space().largest(), "smallest")
+        standalone.train(run, run.config.model.space().largest(), "smallest")
 
 
 def test_labels_are_its_only_teacher(run, tmp_path):
     """One step is the step that the labels' loss alone would take, here without momentum or decay."""
-    sgd = configs.OptimConfig(name="sgd", lr=0.5, schedule="constant", warmup=0, weight_decay=0, momentum=0)
-    config = alone.config(run.config, MLPConfig().space().subnet(depth=1, width=8))
+    sgd = OptimConfig(name="sgd", lr=0.5, schedule="constant", warmup=0, weight_decay=0, momentum=0)
+    config = standalone.config(run.config, MLPConfig().space().subnet(depth=1, width=8))
     config = dataclasses.replace(config, optim=sgd, epochs=1e-6, label_smoothing=0.1)
     after = loop.train(config, tmp_path / "run").model().params
     batch = next(data.open(config.data).train(config.batch_size, seed=config.seed))

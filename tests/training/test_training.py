@@ -11,16 +11,21 @@ import pytest
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
-from superserve_jax import subnet as subnets
-from superserve_jax.supernets import programs, supernet
-from superserve_jax.training import config as configs
-from superserve_jax.training import data, evaluation, latency, loop, runs, sampling, stages, step
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Program
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.training import data, evaluation, latency, loop, stages
+from superserve_jax.training.config import Phase, config_from_json, load_config
+from superserve_jax.training.runs import Run
+from superserve_jax.training.sampling import Sampler
+from superserve_jax.training.step import Recipe, SandwichStep
 
 
 @pytest.fixture
 def config(monkeypatch):
     monkeypatch.setattr(data, "open", Noise)
-    return dataclasses.replace(configs.load(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2)  # 12 steps
+    return dataclasses.replace(load_config(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2)  # 12 steps
 
 
 def params_of(run):
@@ -38,7 +43,7 @@ def test_a_run_leaves_its_config_metrics_plot_and_checkpoints(config, tmp_path):
     lines = run.metrics()
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert all(np.isfinite(list(line.values())).all() for line in lines)
-    assert configs.from_json(json.loads((run.workdir / "config.json").read_text())) == config
+    assert config_from_json(json.loads((run.workdir / "config.json").read_text())) == config
     assert (run.workdir / "metrics.png").stat().st_size > 1000
     assert sorted(os.listdir(run.workdir / "checkpoints")) == ["12", "8"]
 
@@ -51,7 +56,7 @@ def test_training_changes_every_parameter(config, tmp_path):
 def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_path, monkeypatch):
     undisturbed = loop.train(config, tmp_path / "a")
     calls = []
-    real = step.SandwichStep.__call__
+    real = SandwichStep.__call__
 
     def interrupted(self, *arguments, **options):
         calls.append(1)
@@ -59,7 +64,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_pat
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(step.SandwichStep, "__call__", interrupted)
+    monkeypatch.setattr(SandwichStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 12; run the same command to go on"):
         loop.train(config, tmp_path / "b")
     resumed = loop.train(config, tmp_path / "b")
@@ -79,7 +84,7 @@ def test_ctrl_c_is_left_as_it_was_found(config, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):
     loop.train(config, tmp_path / "run")
-    monkeypatch.setattr(step.SandwichStep, "__call__", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(SandwichStep, "__call__", lambda *_, **__: pytest.fail("trained again"))
     loop.train(config, tmp_path / "run")
 
 
@@ -108,7 +113,7 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, tmp_path):
         hits = np.argmax(np.asarray(model(images, s.subnet)), -1) == labels
         assert hits.mean() == pytest.approx(s.accuracy)
     assert {s.subnet for s in model.served} <= set(run.served())
-    assert configs.from_json(model.manifest["training"]) == config
+    assert config_from_json(model.manifest["training"]) == config
     assert {"search.png", "search.json", "statistics.npz", "evaluation.json"} <= set(os.listdir(run.workdir))
 
 
@@ -169,9 +174,7 @@ def test_with_a_tolerance_all_that_were_chosen_are_exported(config, tmp_path):
 
     model = ss.load(stages.export(run))
     assert list(model.subnets) == run.served()
-    tried = [
-        subnets.Subnet.from_json(c["subnet"]) for c in json.loads((run.workdir / "search.json").read_text())["candidates"]
-    ]
+    tried = [Subnet.from_json(c["subnet"]) for c in json.loads((run.workdir / "search.json").read_text())["candidates"]]
     assert len(tried) == 12
     assert len(model.subnets) == len({tuple(config.model.sizes(s).values()) for s in tried})
     assert set(model.rows) == set(model.subnets)
@@ -189,9 +192,9 @@ def test_a_stage_without_the_one_before_says_which_program_to_run(config, tmp_pa
 
 def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(config, tmp_path):
     with pytest.raises(errors.ConfigError, match=r"not the folder of a run.*train/supernet\.py"):
-        runs.Run.open(tmp_path)
+        Run.open(tmp_path)
     with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
-        runs.Run.create(config, tmp_path / "run").model()
+        Run.create(config, tmp_path / "run").model()
 
 
 def test_a_step_sums_the_gradients_of_the_sandwich(config):
@@ -201,11 +204,11 @@ def test_a_step_sums_the_gradients_of_the_sandwich(config):
     from superserve_jax.training import losses
 
     params = programs.initial_params(config.model, 0)
-    sampler = sampling.Sampler(config.model, buckets=2, random_subnets=2, seed=0)
+    sampler = Sampler(config.model, buckets=2, random_subnets=2, seed=0)
     choices = sampler.step(3)
     images, labels = Noise(config.data)._make(np.random.default_rng(0), 8)
     sgd = optax.sgd(1.0)
-    sandwich = step.SandwichStep(sgd, recipe=step.Recipe(smoothing=0.1))
+    sandwich = SandwichStep(sgd, recipe=Recipe(smoothing=0.1))
     state, scalars = sandwich(sandwich.init(jax.tree.map(lambda p: p.copy(), params)), images, labels, choices)
 
     def total(params):
@@ -222,16 +225,16 @@ def test_a_step_sums_the_gradients_of_the_sandwich(config):
 
 def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config, tmp_path, monkeypatch):
     traced = []
-    real = programs.Program.train
+    real = Program.train
 
     def counted(self, *arguments):
         traced.append(self)
         return real(self, *arguments)
 
-    monkeypatch.setattr(programs.Program, "train", counted)
+    monkeypatch.setattr(Program, "train", counted)
     fresh = dataclasses.replace(config, model=dataclasses.replace(config.model, stem_width=12), random_subnets=2)
     loop.train(fresh, tmp_path / "run")
-    used = {c.program for k in range(12) for c in sampling.Sampler(fresh.model, buckets=2, random_subnets=2, seed=0).step(k)}
+    used = {c.program for k in range(12) for c in Sampler(fresh.model, buckets=2, random_subnets=2, seed=0).step(k)}
     assert len(used) == 2 + 2
     assert len(traced) == len(set(traced)) == len(used)
 
@@ -239,16 +242,16 @@ def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config
 def test_a_run_on_a_given_dataset_takes_no_other_in_later_stages(config, tmp_path):
     run = loop.train(config, tmp_path / "run", dataset=Noise())
     stages.search(run)
-    again = runs.Run.open(tmp_path / "run")
+    again = Run.open(tmp_path / "run")
     with pytest.raises(errors.ConfigError, match=r"Run\.open\(.*dataset=\.\.\.\)"):
         stages.calibrate(again)
-    stages.calibrate(runs.Run.open(tmp_path / "run", dataset=Noise()))
+    stages.calibrate(Run.open(tmp_path / "run", dataset=Noise()))
     with pytest.raises(errors.ConfigError, match="the config names no dataset"):
         loop.train(dataclasses.replace(config, data=None), tmp_path / "other")
 
 
 def test_training_on_forgets_what_the_stages_found_of_other_weights(config, tmp_path):
-    run = runs.Run.convert(config, tmp_path / "run", supernet.SuperNet.create(config.model, seed=3))
+    run = Run.convert(config, tmp_path / "run", SuperNet.create(config.model, seed=3))
     stages.calibrate(run, [config.model.space().largest()])
     assert (run.workdir / "statistics.npz").exists()
     loop.train(config, tmp_path / "run")
@@ -268,15 +271,13 @@ def test_validation_without_validation_examples_is_refused_before_the_first_step
 
 
 def test_a_search_tries_only_what_the_last_phase_trained(config, tmp_path):
-    depth_only = dataclasses.replace(config, epochs=0.2, phases=(configs.Phase(elastic=("depth",)),))
+    depth_only = dataclasses.replace(config, epochs=0.2, phases=(Phase(elastic=("depth",)),))
     run = loop.train(depth_only, tmp_path / "run")
     space = config.model.space()
     assert {c.subnet for c in stages.search(run)} <= {space.subnet(depth=d) for d in ((1, 1), (1, 2))}
 
 
 def test_phases_that_alternate_within_one_line_of_the_records_are_averaged_over_their_own_steps(config, tmp_path):
-    frozen = configs.Phase(elastic=())
-    run = loop.train(
-        dataclasses.replace(config, epochs=0.6, log_every=6, phases=(configs.Phase(), frozen, configs.Phase())), tmp_path
-    )
+    frozen = Phase(elastic=())
+    run = loop.train(dataclasses.replace(config, epochs=0.6, log_every=6, phases=(Phase(), frozen, Phase())), tmp_path)
     assert np.isfinite(run.metrics()[0]["loss_smallest"])

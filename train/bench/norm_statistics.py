@@ -17,11 +17,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from superserve_jax import cli, files
-from superserve_jax.exports import export as checkpoint
-from superserve_jax.training import config as configs
-from superserve_jax.training import latency
-from superserve_jax.training import random_export as made_up
+from superserve_jax import cli, exports, files
+from superserve_jax.training import latency, random_export
+from superserve_jax.training.config import TrainConfig, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Options:
       json: write the result to this file.
     """
 
-    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     subnets: int = 500
     run: int = 3
     json: pathlib.Path | None = None
@@ -44,13 +42,13 @@ class Options:
 def main() -> None:
     """The program."""
     config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
-    default = Options(configs.load(config_path))
+    default = Options(load_config(config_path))
     options = tyro.cli(Options, default=default, args=rest, prog=f"train/bench/norm_statistics.py {config_path}")
     config = options.config.model
     with tempfile.TemporaryDirectory() as folder:
-        path = made_up.export(config, pathlib.Path(folder) / "export", subnets=options.subnets)
+        path = random_export.export(config, pathlib.Path(folder) / "export", subnets=options.subnets)
         start = time.monotonic()
-        loaded = checkpoint.load(path)
+        loaded = exports.load(path)
         load_s = time.monotonic() - start
         kinds = {"statistics.npz": 0, "weights": 0}
         for name, file in loaded.manifest["files"].items():

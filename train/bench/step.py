@@ -22,9 +22,10 @@ import tyro
 
 from superserve_jax import cli, files, progress
 from superserve_jax.supernets import programs
-from superserve_jax.training import compilations as compiling
-from superserve_jax.training import config as configs
-from superserve_jax.training import sampling, step
+from superserve_jax.training.compilations import Compilations
+from superserve_jax.training.config import TrainConfig, load_config
+from superserve_jax.training.sampling import Choice, Sampler
+from superserve_jax.training.step import Recipe, SandwichStep
 
 DEFAULT_CONFIG = "configs/digits_resnet.py"
 RANDOM_SUBNETS = 2
@@ -41,7 +42,7 @@ class Options:
       json: write the figures to this file.
     """
 
-    config: Annotated[configs.TrainConfig, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     repetitions: int = 20
     json: pathlib.Path | None = None
 
@@ -49,28 +50,28 @@ class Options:
 class Bench:
     """The state that the timed steps hand on to each other, and one batch."""
 
-    def __init__(self, config: configs.TrainConfig):
-        recipe = step.Recipe(smoothing=config.label_smoothing, compute_dtype=config.compute_dtype)
-        self._sandwich = step.SandwichStep(config.optim.create(10_000), recipe=recipe, ema=config.ema)
+    def __init__(self, config: TrainConfig):
+        recipe = Recipe(smoothing=config.label_smoothing, compute_dtype=config.compute_dtype)
+        self._sandwich = SandwichStep(config.optim.create(10_000), recipe=recipe, ema=config.ema)
         self._state = self._sandwich.init(programs.initial_params(config.model, config.seed))
         rng, spec = np.random.default_rng(0), config.model.input_spec(config.batch_size)
         self._inputs = rng.integers(0, 2, spec.shape).astype(spec.dtype)  # pixels and token ids of every family
         self._labels = rng.integers(0, config.model.num_classes, config.batch_size).astype(np.int32)
 
-    def step_ms(self, choices: Sequence[sampling.Choice]) -> float:
+    def step_ms(self, choices: Sequence[Choice]) -> float:
         """Milliseconds of one step of these choices, the first by labels, the others by its output."""
         start = time.perf_counter()
         self._state, _ = jax.block_until_ready(self._sandwich(self._state, self._inputs, self._labels, choices))
         return 1e3 * (time.perf_counter() - start)
 
 
-def measure(config: configs.TrainConfig, repetitions: int) -> dict[str, Any]:
+def measure(config: TrainConfig, repetitions: int) -> dict[str, Any]:
     """The figures that the program prints: times in ms, the ratio of every repetition, compilations."""
-    sampler = sampling.Sampler(config.model, buckets=config.buckets, random_subnets=RANDOM_SUBNETS, seed=config.seed)
+    sampler = Sampler(config.model, buckets=config.buckets, random_subnets=RANDOM_SUBNETS, seed=config.seed)
     steps = [sampler.step(k) for k in range(repetitions)]
     largest = steps[0][0]
     others = list({choice.program: choice for choices in steps for choice in choices[1:]}.values())
-    bench, compilations = Bench(config), compiling.Compilations()
+    bench, compilations = Bench(config), Compilations()
     seen = set()
     for choices in progress.track(steps, "compiling"):
         if not seen >= (used := {choice.program for choice in choices}):
@@ -121,7 +122,7 @@ def bound(buckets: int) -> int:
 def main() -> None:
     """The program."""
     path, *rest = sys.argv[1:] if sys.argv[1:] and not sys.argv[1].startswith("-") else [DEFAULT_CONFIG, *sys.argv[1:]]
-    default = Options(configs.load(path))
+    default = Options(load_config(path))
     options = tyro.cli(Options, description=__doc__, default=default, args=rest, prog=f"train/bench/step.py {path}")
     found = measure(options.config, options.repetitions)
     low, middle, high = np.percentile(found["ratios"], (10, 50, 90))

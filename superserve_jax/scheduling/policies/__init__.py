@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.scheduling.policies import slackfit
+from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
 from superserve_jax.scheduling.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
 from superserve_jax.scheduling.policies.by_profile import ByProfile
 from superserve_jax.scheduling.policies.planner import Planner
-from superserve_jax.scheduling.policies.slackfit import SlackFit
+from superserve_jax.scheduling.policies.slackfit import Reading, SlackFit
 
 __all__ = [
     "NAMES",
@@ -32,8 +31,8 @@ __all__ = [
     "create",
 ]
 
-_READINGS: dict[str, slackfit.Reading] = {"slackfit-paper": "in_range", "slackfit-cumulative": "cumulative"}
-_FACTORIES: dict[str, Callable[[profile_lib.Profile], Policy]] = {
+_READINGS: dict[str, Reading] = {"slackfit-paper": "in_range", "slackfit-cumulative": "cumulative"}
+_FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     "slackfit": SlackFit,
     **{name: functools.partial(SlackFit, guard=False, reading=reading) for name, reading in _READINGS.items()},
     "max-acc": MaxAcc,
@@ -49,7 +48,7 @@ NAMES = tuple(_FACTORIES)
 loads a subnet for so many milliseconds before it runs it."""
 
 
-def create(policy: str | Policy, *profiles: profile_lib.Profile) -> Policy:
+def create(policy: str | Policy, *profiles: Profile) -> Policy:
     """The policy of a name, built for a profile; for each, where the workers have several or they have several length buckets
     (`ByProfile`). A callable is returned as it is.
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from superserve_jax import profile as profile_lib
+from superserve_jax.profile import Profile
 from superserve_jax.subnet import Subnet
 
 
@@ -82,7 +82,7 @@ REASONS = {
 """Why a batch was dispatched as it was, as the policies of this package say; "floor" is said by `dispatch`."""
 
 
-Policy = Callable[[profile_lib.Profile, State], Decision]
+Policy = Callable[[Profile, State], Decision]
 """`policy(profile, state) -> Decision`, a pure function. Any callable will do. Those of this package are built for one profile
 and hold tables of it; they do not look at the profile they are passed."""
 
@@ -107,7 +107,7 @@ class Table:
     (1, 2)
     """
 
-    def __init__(self, profile: profile_lib.Profile):
+    def __init__(self, profile: Profile):
         rows = profile.pareto().monotone().rows
         self.sizes = profile.batch_sizes
         self.subnets = tuple(r.subnet for r in rows)

@@ -10,8 +10,8 @@ import bisect
 import math
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.scheduling.policies import base
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies.base import Decision, Policy, State, Table
 from superserve_jax.subnet import Subnet
 
 
@@ -24,20 +24,20 @@ class Fixed:
     >>> from superserve_jax.simulation import paper_profile as reference
     >>> profile = reference.paper_profile()
     >>> policy = Fixed(profile, profile.rows[0].subnet)
-    >>> policy(profile, base.State(now_s=0.0, slack_ms=6.0, waiting=20)).batch
+    >>> policy(profile, State(now_s=0.0, slack_ms=6.0, waiting=20)).batch
     8
     """
 
-    def __init__(self, profile: profile_lib.Profile, subnet: Subnet):
+    def __init__(self, profile: Profile, subnet: Subnet):
         row = profile.row(subnet)
         self.name = f"fixed:{profile.rows.index(row)}"
         self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
         # One decision per batch size, and at index -1, for a head that is lost, the largest once more.
         sizes = (*profile.batch_sizes, profile.max_batch)
         reasons = (*("slack" for _ in profile.batch_sizes), "lost")
-        self._decisions = tuple(base.Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
+        self._decisions = tuple(Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
 
@@ -45,7 +45,7 @@ class Fixed:
 class LeastAccurate(Fixed):
     """Always the least accurate subnet, which is what INFaaS does without an accuracy threshold (the paper's Section 6.1)."""
 
-    def __init__(self, profile: profile_lib.Profile):
+    def __init__(self, profile: Profile):
         super().__init__(profile, profile.rows[0].subnet)
         self.name = "least-accurate"
 
@@ -55,23 +55,23 @@ class MaxAcc:
 
     >>> from superserve_jax.simulation import paper_profile as reference
     >>> profile = reference.paper_profile()
-    >>> decision = MaxAcc(profile)(profile, base.State(now_s=0.0, slack_ms=8.0, waiting=20))
+    >>> decision = MaxAcc(profile)(profile, State(now_s=0.0, slack_ms=8.0, waiting=20))
     >>> profile.row(decision.subnet).accuracy, decision.batch
     (0.8016, 2)
     """
 
     name = "max-acc"
 
-    def __init__(self, profile: profile_lib.Profile):
-        self._table = base.Table(profile)
+    def __init__(self, profile: Profile):
+        self._table = Table(profile)
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         table = self._table
         rank = table.most_accurate(0, state.slack_ms)
         if rank < 0:
-            return base.Decision(table.subnets[0], table.sizes[-1], reason="lost")
-        return base.Decision(table.subnets[rank], table.sizes[table.largest_batch(rank, state.slack_ms)], reason="slack")
+            return Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        return Decision(table.subnets[rank], table.sizes[table.largest_batch(rank, state.slack_ms)], reason="slack")
 
 
 class MaxBatch:
@@ -80,23 +80,23 @@ class MaxBatch:
 
     >>> from superserve_jax.simulation import paper_profile as reference
     >>> profile = reference.paper_profile()
-    >>> decision = MaxBatch(profile)(profile, base.State(now_s=0.0, slack_ms=7.0, waiting=20))
+    >>> decision = MaxBatch(profile)(profile, State(now_s=0.0, slack_ms=7.0, waiting=20))
     >>> profile.row(decision.subnet).accuracy, decision.batch
     (0.7669, 8)
     """
 
     name = "max-batch"
 
-    def __init__(self, profile: profile_lib.Profile):
-        self._table = base.Table(profile)
+    def __init__(self, profile: Profile):
+        self._table = Table(profile)
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         table = self._table
         size = table.largest_batch(0, state.slack_ms)
         if size < 0:
-            return base.Decision(table.subnets[0], table.sizes[-1], reason="lost")
-        return base.Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size], reason="slack")
+            return Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        return Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size], reason="slack")
 
 
 class Switching:
@@ -109,16 +109,16 @@ class Switching:
     >>> from superserve_jax.simulation import paper_profile as reference
     >>> profile = reference.paper_profile()
     >>> policy = Switching(MaxAcc(profile), loading_ms=100.0)
-    >>> policy(profile, base.State(now_s=0.0, slack_ms=36.0, waiting=9)).loading_ms
+    >>> policy(profile, State(now_s=0.0, slack_ms=36.0, waiting=9)).loading_ms
     100.0
     """
 
-    def __init__(self, policy: base.Policy, loading_ms: float):
+    def __init__(self, policy: Policy, loading_ms: float):
         if not (math.isfinite(loading_ms) and loading_ms >= 0):
             raise errors.ConfigError(f"loading_ms must be a finite number of 0 or more, got {loading_ms}")
         self.name = f"switching:{loading_ms:g}:{getattr(policy, 'name', policy)}"
         self._policy, self._loading_ms = policy, loading_ms
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         return self._policy(profile, state)._replace(loading_ms=self._loading_ms)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from superserve_jax import profile as profile_lib
-from superserve_jax.scheduling.policies import base
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies.base import Decision, Policy, State
 
 
 class ByProfile:
@@ -18,19 +18,19 @@ class ByProfile:
       profiles: of the workers, each of all lengths; for others a policy is made when they are first seen.
     """
 
-    def __init__(self, make: Callable[[profile_lib.Profile], base.Policy], *profiles: profile_lib.Profile):
+    def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile):
         self._make = make
         # Found by identity, since to compare two profiles takes longer than a decision; they are kept, so that none is reused.
         self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.tables}
         names = dict.fromkeys(str(getattr(policy, "name", policy)) for _, policy in self._policies.values())
         self.name = " / ".join(names)
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         found = self._policies.get(id(profile))
         return (found[1] if found else self._equal(profile))(profile, state)
 
-    def _equal(self, profile: profile_lib.Profile) -> base.Policy:
+    def _equal(self, profile: Profile) -> Policy:
         """The policy of a profile that is another object; a new one for that of a worker whose batches have to be smaller."""
         found = next((policy for table, policy in self._policies.values() if table == profile), None) or self._make(profile)
         self._policies[id(profile)] = profile, found

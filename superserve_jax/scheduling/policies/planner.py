@@ -6,8 +6,9 @@ import math
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax.scheduling.policies import base, baselines
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies.base import Decision, State, Table
+from superserve_jax.scheduling.policies.baselines import Fixed
 from superserve_jax.subnet import Subnet
 
 
@@ -38,18 +39,18 @@ class Planner:
 
     name = "proteus"
 
-    def __init__(self, profile: profile_lib.Profile, *, period_s: float = 5.0, headroom: float = 0.3):
+    def __init__(self, profile: Profile, *, period_s: float = 5.0, headroom: float = 0.3):
         # Here, since it takes 0.4 s, which a server without a planner need not wait for.
         self._optimize = importlib.import_module("scipy.optimize")
         if not (period_s > 0 and headroom >= 0):
             raise errors.ConfigError(f"period_s must be positive and headroom 0 or more, got {period_s} and {headroom}")
         self.period_s, self.headroom = period_s, headroom
-        self._table = table = base.Table(profile)
-        self._fixed = {subnet: baselines.Fixed(profile, subnet) for subnet in table.subnets}
+        self._table = table = Table(profile)
+        self._fixed = {subnet: Fixed(profile, subnet) for subnet in table.subnets}
         self._plan = (table.subnets[0],)
         self._from_s, self._until_s, self._workers = math.inf, -math.inf, 0  # when the plan holds, and for how many
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         workers = max(round(state.workers), 1)
         holds = self._from_s <= state.now_s < self._until_s and workers == self._workers

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from superserve_jax import errors
-from superserve_jax import profile as profile_lib
-from superserve_jax import subnet as subnets
-from superserve_jax.scheduling.policies import base
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies.base import Decision, State, Table
+from superserve_jax.subnet import Subnet
 
 Reading = Literal["in_range", "cumulative"]
 
@@ -75,7 +75,7 @@ class SlackFit:
     >>> profile = reference.paper_profile()
     >>> policy = SlackFit(profile)
     >>> for slack_ms, waiting in (36.0, 12), (36.0, 50), (12.0, 50), (0.0, 50):
-    ...     decision = policy(profile, base.State(now_s=0.0, slack_ms=slack_ms, waiting=waiting, workers=8))
+    ...     decision = policy(profile, State(now_s=0.0, slack_ms=slack_ms, waiting=waiting, workers=8))
     ...     print(profile.row(decision.subnet).accuracy, decision.batch)
     0.8016 8
     0.8016 16
@@ -85,7 +85,7 @@ class SlackFit:
 
     def __init__(
         self,
-        profile: profile_lib.Profile,
+        profile: Profile,
         *,
         guard: bool = True,
         reserve: float = 0.1,
@@ -101,7 +101,7 @@ class SlackFit:
         if not 0 < risk <= 1:
             raise errors.ConfigError(f"risk is a probability above 0 and up to 1, got {risk}")
         self.name = "slackfit" if guard else "slackfit-paper" if reading == "in_range" else "slackfit-cumulative"
-        self._table = table = base.Table(profile)
+        self._table = table = Table(profile)
         self._decide = self._guarded if guard else self._bucketed
         self._latency_ms, self._decisions = _latency_buckets(table, buckets, reading)
 
@@ -121,14 +121,14 @@ class SlackFit:
             for column, tail, ranks in zip(table.columns, table.tails, hulls, strict=True)
         )
 
-    def __call__(self, profile: profile_lib.Profile, state: base.State) -> base.Decision:
+    def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         return self._decide(state)
 
-    def _bucketed(self, state: base.State) -> base.Decision:
+    def _bucketed(self, state: State) -> Decision:
         return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
 
-    def _guarded(self, state: base.State) -> base.Decision:
+    def _guarded(self, state: State) -> Decision:
         table, slack_ms, slo_ms = self._table, state.slack_ms, state.slo_ms
         queries = min(state.waiting, table.sizes[-1])
         size = self._size[queries]
@@ -153,7 +153,7 @@ class SlackFit:
             queries = sum(1 for _ in alike)
         return self._fastest(state, least, queries, why)
 
-    def _fastest(self, state: base.State, rank: int, queries: int, why: str) -> base.Decision:
+    def _fastest(self, state: State, rank: int, queries: int, why: str) -> Decision:
         """The guard: what the fastest subnet that will do takes of the first `queries`, and why it is that subnet."""
         table, drain = self._table, self._size[queries]
         for size in range(drain, -1, -1):
@@ -162,24 +162,24 @@ class SlackFit:
                 return _decision(table.subnets[rank], min(table.sizes[size], queries), why if size == drain else "short")
         # Late are those that the fastest subnet of all does not save; a floor of the head must not make others late.
         late_ms = table.rows[0][drain] if self._defer else -math.inf
-        return base.Decision(table.subnets[rank], min(table.sizes[drain], queries), late_ms, reason="lost")
+        return Decision(table.subnets[rank], min(table.sizes[drain], queries), late_ms, reason="lost")
 
-    def _rest_ms(self, state: base.State, size: int) -> float:
+    def _rest_ms(self, state: State, size: int) -> float:
         waiting = state.waiting if state.near is None else state.near
         return max(waiting - self._table.sizes[size], 0) * self._query_ms / state.workers
 
-    def _buffer_ms(self, state: base.State) -> float:
+    def _buffer_ms(self, state: State) -> float:
         """See rule 3. As the mean nears the capacity, the last 2 % of it stand for what is left."""
         capacity_qps = 1e3 * state.workers / self._query_ms
         left_qps = max(capacity_qps - state.rate_qps, 0.02 * capacity_qps)
         return 1e3 * self._safety * state.variance_qps / (2 * left_qps) / capacity_qps
 
 
-def _decision(subnet: subnets.Subnet, batch: int, reason: str) -> base.Decision:
-    return base.Decision._make((subnet, batch, -math.inf, 0.0, reason))  # half the cost of the constructor
+def _decision(subnet: Subnet, batch: int, reason: str) -> Decision:
+    return Decision._make((subnet, batch, -math.inf, 0.0, reason))  # half the cost of the constructor
 
 
-def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple[list[float], list[base.Decision]]:
+def _latency_buckets(table: Table, buckets: int, reading: Reading) -> tuple[list[float], list[Decision]]:
     """The least slack of each of the paper's decisions, ascending from minus infinity, and the decisions."""
     if not (isinstance(buckets, int) and 1 <= buckets <= 100_000):
         raise errors.ConfigError(f"buckets must be a whole number from 1 to 100,000, got {buckets!r}; 8 is the default")
@@ -194,7 +194,7 @@ def _latency_buckets(table: base.Table, buckets: int, reading: Reading) -> tuple
             best[i] = (size, rank)  # they come in ascending order
     kept = sorted({(table.rows[rank][size], size, rank) for size, rank in filter(None, best)})
     tuples = [(-math.inf, len(table.sizes) - 1, 0), *kept]
-    lost, *decisions = (base.Decision(table.subnets[rank], table.sizes[size], reason="slack") for _, size, rank in tuples)
+    lost, *decisions = (Decision(table.subnets[rank], table.sizes[size], reason="slack") for _, size, rank in tuples)
     return [ms for ms, _, _ in tuples], [lost._replace(reason="lost"), *decisions]
 
 

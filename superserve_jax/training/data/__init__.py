@@ -7,8 +7,8 @@ from superserve_jax.training.data.sources import (
     TextConfig,
     check_fit,
     check_kind,
-    config_from_json,
-    config_to_json,
+    data_from_json,
+    data_to_json,
     from_arrays,
     open,
 )
@@ -20,8 +20,8 @@ __all__ = [
     "TextConfig",
     "check_fit",
     "check_kind",
-    "config_from_json",
-    "config_to_json",
+    "data_from_json",
+    "data_to_json",
     "from_arrays",
     "open",
 ]

@@ -10,6 +10,8 @@ import pathlib
 
 from superserve_jax import errors
 from superserve_jax.training.data import images, streams
+from superserve_jax.training.data.images import Encoded, ImageConfig
+from superserve_jax.training.data.streams import Dataset
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -17,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderConfig(images.ImageConfig):
+class FolderConfig(ImageConfig):
     """A folder PATH of images, PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg; classes are named by their folders.
 
     The validation split is a fixed random choice of the training images. The fields of `ImageConfig` say what happens to them.
@@ -37,7 +39,7 @@ class FolderConfig(images.ImageConfig):
         super().__post_init__()
 
 
-def open(config: FolderConfig) -> streams.Dataset:
+def open(config: FolderConfig) -> Dataset:
     """The dataset of `config`. Raises DataError where folders or images are missing; a file that cannot be decoded raises
     when it is read."""
     root = pathlib.Path(config.path).expanduser()
@@ -79,7 +81,7 @@ def _files(folder: pathlib.Path, class_names: list[str]) -> list[tuple[pathlib.P
     return found
 
 
-def _encoded(files: list[tuple[pathlib.Path, int]]) -> images.Encoded:
+def _encoded(files: list[tuple[pathlib.Path, int]]) -> Encoded:
     def read(i: int) -> tuple[bytes, int]:
         path, label = files[i]
         try:
@@ -87,4 +89,4 @@ def _encoded(files: list[tuple[pathlib.Path, int]]) -> images.Encoded:
         except OSError as e:
             raise errors.DataError(f"{path} cannot be read: {e.strerror}; replace or remove it") from e
 
-    return images.Encoded(len(files), read, lambda i: str(files[i][0]))
+    return Encoded(len(files), read, lambda i: str(files[i][0]))

@@ -14,7 +14,8 @@ import tensorflow_datasets as tfds
 
 from superserve_jax import errors
 from superserve_jax.training import checks
-from superserve_jax.training.data import augment, streams
+from superserve_jax.training.data import augment
+from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 
 
@@ -89,7 +90,7 @@ class Encoded:
     where: Callable[[int], str]
 
 
-def open(config: DataConfig) -> streams.Dataset:
+def open(config: DataConfig) -> Dataset:
     """The TFDS dataset of `config`, made first if it is our own and not there yet.
 
     Raises:
@@ -98,7 +99,7 @@ def open(config: DataConfig) -> streams.Dataset:
     return from_builder(config, prepared.load(config.name, config.data_dir))
 
 
-def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> streams.Dataset:
+def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Dataset:
     """The dataset of a TFDS builder; raises DataError where it does not hold images with class labels."""
     features, supervised = prepared.features(builder), builder.info.supervised_keys
     match supervised:
@@ -130,9 +131,9 @@ def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> strea
     return dataset(config, config.name, splits, class_names=features[label].names)
 
 
-def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, class_names: Sequence[str]) -> streams.Dataset:
+def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, class_names: Sequence[str]) -> Dataset:
     """A dataset of uint8 images (H, W, C) out of encoded ones."""
-    return streams.Dataset(
+    return Dataset(
         name,
         {split: _records(config, encoded) for split, encoded in splits.items()},
         class_names=class_names,
@@ -141,10 +142,10 @@ def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, cl
     )
 
 
-def augmentation(*, shift: int, flip: bool) -> Callable[[streams.Batch, np.random.Generator], streams.Batch] | None:
+def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Generator], Batch] | None:
     """Moves and mirrors the images (B, H, W, C) of a training batch by chance; None where there is nothing to do."""
 
-    def change(batch: streams.Batch, rng: np.random.Generator) -> streams.Batch:
+    def change(batch: Batch, rng: np.random.Generator) -> Batch:
         images = batch["inputs"]
         if shift:
             images = augment.shift(images, shift, rng)
@@ -155,7 +156,7 @@ def augmentation(*, shift: int, flip: bool) -> Callable[[streams.Batch, np.rando
     return change if shift or flip else None
 
 
-def _records(config: ImageConfig, encoded: Encoded) -> streams.Records:
+def _records(config: ImageConfig, encoded: Encoded) -> Records:
     share = augment.EVAL_SHARE if config.random_crop else 1.0
 
     def pixels(i: int) -> tuple[np.ndarray, int]:
@@ -165,16 +166,16 @@ def _records(config: ImageConfig, encoded: Encoded) -> streams.Records:
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG
             raise errors.DataError(f"{encoded.where(i)} cannot be decoded: {e}; replace or remove it") from e
 
-    def read(i: int) -> streams.Example:
+    def read(i: int) -> Example:
         image, label = pixels(i)
         return augment.centre_crop(image, config.image_size, share=share), label
 
-    def read_random(i: int, rng: np.random.Generator) -> streams.Example:
+    def read_random(i: int, rng: np.random.Generator) -> Example:
         image, label = pixels(i)
         return augment.random_resized_crop(image, config.image_size, rng), label
 
     shape = (config.image_size, config.image_size, config.channels)
-    return streams.Records(encoded.count, read, (shape, np.uint8), read_random if config.random_crop else None)
+    return Records(encoded.count, read, (shape, np.uint8), read_random if config.random_crop else None)
 
 
 def _decode(file: bytes, channels: int) -> np.ndarray:

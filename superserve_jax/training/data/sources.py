@@ -19,6 +19,7 @@ from superserve_jax import errors
 from superserve_jax.supernets import supernet
 from superserve_jax.training import checks
 from superserve_jax.training.data import folder, images, streams, text
+from superserve_jax.training.data.streams import Arrays
 
 Dataset = streams.Dataset
 DataConfig = images.DataConfig
@@ -90,14 +91,14 @@ def from_arrays(
     checks.demand_whole("shift", shift, 0)
     if (shift or flip) and inputs.ndim != 4:
         raise errors.ConfigError(f"shift and flip are for images (N, H, W, C), got inputs of shape {inputs.shape}")
-    splits = {split: streams.Arrays(*pair, order=streams.fixed_order(len(pair[1]))) for split, pair in arrays.items()}
-    splits["test"] = streams.Arrays(*arrays["test"])
+    splits = {split: Arrays(*pair, order=streams.fixed_order(len(pair[1]))) for split, pair in arrays.items()}
+    splits["test"] = Arrays(*arrays["test"])
     if isinstance(validation, int):
         checks.demand_whole("validation", validation, 0)
         order, kept = streams.fixed_order(len(labels)), streams.num_kept(len(labels), validation)
-        splits["train"] = streams.Arrays(inputs, labels, order=order[:kept])
+        splits["train"] = Arrays(inputs, labels, order=order[:kept])
         if validation:
-            splits["validation"] = streams.Arrays(inputs, labels, order=order[kept:])
+            splits["validation"] = Arrays(inputs, labels, order=order[kept:])
     return Dataset(name, splits, class_names=names, augment=images.augmentation(shift=shift, flip=flip))
 
 
@@ -115,14 +116,14 @@ def check_fit(dataset: Dataset, model: Any) -> None:
         dataset.vocabulary.check_fit(model)
 
 
-def config_to_json(config: Config) -> dict[str, Any]:
+def data_to_json(config: Config) -> dict[str, Any]:
     """A dataset's config as a dict for `json.dump`; a `DataConfig` has no "kind", as in runs from when there was no other."""
     kind = _kind(config)
     return {**({} if kind == "images" else {"kind": kind}), **dataclasses.asdict(config)}
 
 
 @errors.refusing(errors.ConfigError, "not the config of a dataset as config_to_json gives it")
-def config_from_json(values: Mapping[str, Any]) -> Config:
+def data_from_json(values: Mapping[str, Any]) -> Config:
     """The inverse of `config_to_json`. Raises UnknownNameError for an unknown kind or field."""
     kind = values.get("kind", "images")
     if not isinstance(kind, str) or kind not in _KINDS:

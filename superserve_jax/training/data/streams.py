@@ -12,8 +12,9 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
-from superserve_jax import errors, vocabulary
+from superserve_jax import errors
 from superserve_jax.training import checks
+from superserve_jax.vocabulary import Vocabulary
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, np.ndarray]
@@ -122,7 +123,7 @@ class Dataset:
         class_names: Sequence[str],
         cache: bool = True,
         augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
-        vocabulary: vocabulary.Vocabulary | None = None,
+        vocabulary: Vocabulary | None = None,
     ):
         self.name = name
         self.class_names = tuple(class_names)

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from superserve_jax import errors, vocabulary
+from superserve_jax import errors
 from superserve_jax.training import checks
-from superserve_jax.training.data import streams
+from superserve_jax.training.data.streams import Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
+from superserve_jax.vocabulary import Vocabulary
 
 # Names of features that hold text, alone or in pairs, those of GLUE (Wang et al., ICLR 2019) first.
 _TEXTS = (
@@ -62,7 +63,7 @@ class TextConfig:
             raise errors.ConfigError(f"vocabulary of '{self.name}' is {self.vocabulary!r}; {remedy}")
 
 
-def open(config: TextConfig) -> streams.Dataset:
+def open(config: TextConfig) -> Dataset:
     """The dataset of `config`, made first if it is our own and not there yet.
 
     Raises:
@@ -70,14 +71,14 @@ def open(config: TextConfig) -> streams.Dataset:
         vocabulary cannot be read.
     """
     if config.vocabulary is None:
-        words = vocabulary.Vocabulary(grammar.TOKENS, scheme="words")
+        words = Vocabulary(grammar.TOKENS, scheme="words")
     else:
-        words = vocabulary.Vocabulary.read(config.vocabulary, lowercase=config.lowercase)
+        words = Vocabulary.read(config.vocabulary, lowercase=config.lowercase)
         words.encode([""], length=3)  # where the tokenizer is missing, that should be said now
     return from_builder(config, prepared.load(config.name, config.data_dir), words)
 
 
-def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: vocabulary.Vocabulary) -> streams.Dataset:
+def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: Vocabulary) -> Dataset:
     """The dataset of a TFDS builder; raises DataError where it does not hold texts with class labels."""
     features = prepared.features(builder)
     texts = {key for key, feature in features.items() if isinstance(feature, tfds.features.Text)}
@@ -90,17 +91,17 @@ def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: v
 
     data_source: Any = builder.as_data_source
 
-    def records(split: str) -> streams.Records:
+    def records(split: str) -> Records:
         source = data_source(split)
 
-        def read(i: int) -> streams.Example:
+        def read(i: int) -> Example:
             record = source[i]
             parts = [[record[key].decode()] for key in keys]
             inputs = words.encode(*parts, length=config.max_length, token_types=config.token_types)
             return inputs[0], record["label"]
 
         shape = (config.max_length,) if config.token_types == 1 else (config.max_length, 2)
-        return streams.Records(len(source), read, (shape, np.int32))
+        return Records(len(source), read, (shape, np.int32))
 
     splits = {ours: records(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
-    return streams.Dataset(config.name, splits, class_names=features["label"].names, vocabulary=words)
+    return Dataset(config.name, splits, class_names=features["label"].names, vocabulary=words)

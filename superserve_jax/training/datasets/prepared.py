@@ -12,10 +12,10 @@ import tensorflow_datasets as tfds
 
 from superserve_jax import errors
 from superserve_jax.training.data import streams
-from superserve_jax.training.datasets.cluttered_digits import cluttered_digits_dataset_builder
-from superserve_jax.training.datasets.listops import listops_dataset_builder
+from superserve_jax.training.datasets.cluttered_digits.cluttered_digits_dataset_builder import ClutteredDigits
+from superserve_jax.training.datasets.listops.listops_dataset_builder import Listops
 
-_OWN = (cluttered_digits_dataset_builder.ClutteredDigits.name, listops_dataset_builder.Listops.name)
+_OWN = (ClutteredDigits.name, Listops.name)
 _WELL_KNOWN = (*_OWN, "cifar10", "imagenet2012", "glue")
 
 # Where the split that TFDS names test has no labels, or there is none of that name.

@@ -4,11 +4,10 @@ import functools
 
 import pytest
 
-from superserve_jax.experiments import presets as experiments
-from superserve_jax.experiments import runner as evaluation
-from superserve_jax.simulation import paper_profile as reference
+from superserve_jax.experiments import presets, runner
+from superserve_jax.simulation import paper_profile
 
-PAPER = reference.paper_profile()
+PAPER = paper_profile.paper_profile()
 OURS, LEAST = "slackfit", "fixed:0"
 pytestmark = pytest.mark.slow
 
@@ -17,9 +16,9 @@ pytestmark = pytest.mark.slow
 def served(preset, scale):
     """By the name of the traffic, the rows of the default policy and of the least accurate model."""
     duration_s = 60.0 if preset == "bursty" else 20.0  # acceleration is soon over
-    cells = list(experiments.cells(preset, scales=(scale,), policies=(OURS, LEAST), duration_s=duration_s))
+    cells = list(presets.cells(preset, scales=(scale,), policies=(OURS, LEAST), duration_s=duration_s))
     assert len(cells) == 9
-    return {cell.trace: evaluation.run_cell(cell, PAPER) for cell in cells}
+    return {cell.trace: runner.run_cell(cell, PAPER) for cell in cells}
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.9])
@@ -45,8 +44,8 @@ def test_on_the_papers_latencies_bursty_traffic_is_served_at_three_nines_and_fou
 
 def test_in_the_hardest_traffic_the_papers_slackfit_beats_max_batch_and_max_acc_collapses():
     names = ("slackfit-paper", "max-batch", "max-acc")
-    cells = experiments.cells("policies", scales=(1.9,), policies=names, duration_s=20.0)
-    [hardest] = [cell for cell in cells if cell.traffic == experiments.HARDEST]
-    slackfit, max_batch, max_acc = (row["attainment"] for row in evaluation.run_cell(hardest, PAPER))
+    cells = presets.cells("policies", scales=(1.9,), policies=names, duration_s=20.0)
+    [hardest] = [cell for cell in cells if cell.traffic == presets.HARDEST]
+    slackfit, max_batch, max_acc = (row["attainment"] for row in runner.run_cell(hardest, PAPER))
     assert slackfit > max_batch + 0.05
     assert max_acc < 0.2

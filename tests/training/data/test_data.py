@@ -18,7 +18,8 @@ from tensorflow_datasets.image_classification import cifar
 
 from superserve_jax import errors
 from superserve_jax.training import data
-from superserve_jax.training.data import images, streams
+from superserve_jax.training.data import DataConfig, streams
+from superserve_jax.training.data.images import from_builder
 
 FEW = {"train": 300, "test": 90}
 OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -26,7 +27,7 @@ OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
 
 @pytest.fixture
 def digits(digits_dir):
-    return data.open(data.DataConfig(data_dir=digits_dir, validation=20))
+    return data.open(DataConfig(data_dir=digits_dir, validation=20))
 
 
 def encoded(rng, size, *, mode="RGB", kind="png"):
@@ -80,7 +81,7 @@ def prepare_mock(tmp_path_factory, builder_class, split_generators, file_format=
 
 def imagenet(folder, **changes):
     config = {"image_size": 24, "channels": 3, "validation": 2, "random_crop": True, "cache": False, **changes}
-    return data.open(data.DataConfig("imagenet2012", folder, **config))
+    return data.open(DataConfig("imagenet2012", folder, **config))
 
 
 def take(stream, count):
@@ -127,7 +128,7 @@ def test_epochs_follow_each_other_without_a_gap_at_any_batch_size(digits, batch_
 
 @pytest.mark.parametrize("start", [1, 7, 9, 100])
 def test_a_resumed_stream_goes_on_exactly(digits_dir, start):
-    dataset = data.open(data.DataConfig(data_dir=digits_dir, validation=20, shift=2, flip=True))
+    dataset = data.open(DataConfig(data_dir=digits_dir, validation=20, shift=2, flip=True))
     whole = take(dataset.train(33, seed=3), start + 3)[start:]
     assert all(map(same, whole, take(dataset.train(33, seed=3, start_step=start), 3)))
 
@@ -154,7 +155,7 @@ def test_a_batch_is_the_callers_to_change(digits):
 
 
 def test_train_and_validation_divide_the_training_images(digits, digits_dir):
-    everything = data.open(data.DataConfig(data_dir=digits_dir, validation=0)).arrays("train")[0]
+    everything = data.open(DataConfig(data_dir=digits_dir, validation=0)).arrays("train")[0]
     train, validation = digits.arrays("train")[0], digits.arrays("validation")[0]
     assert (digits.num_examples("train"), digits.num_examples("validation"), digits.num_examples("test")) == (280, 20, 90)
     assert keys(train) + keys(validation) == keys(everything)
@@ -174,28 +175,26 @@ def test_evaluation_gives_each_example_once_in_order_and_pads_the_last_batch(dig
 
 
 def test_evaluation_is_not_augmented(digits, digits_dir):
-    shifting = data.open(data.DataConfig(data_dir=digits_dir, validation=20, shift=2, flip=True))
+    shifting = data.open(DataConfig(data_dir=digits_dir, validation=20, shift=2, flip=True))
     assert all(map(same, digits.eval("test", 32), shifting.eval("test", 32)))
 
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_arrays_can_be_limited(digits, digits_dir, cache):
-    dataset = data.open(data.DataConfig(data_dir=digits_dir, validation=20, cache=cache))
+    dataset = data.open(DataConfig(data_dir=digits_dir, validation=20, cache=cache))
     pixels, labels = dataset.arrays("test", limit=7)
     assert np.array_equal(pixels, digits.arrays("test")[0][:7])
     assert np.array_equal(labels, digits.arrays("test")[1][:7])
 
 
 def test_an_uncached_dataset_gives_the_same_batches_as_a_cached_one(digits_dir):
-    cached, uncached = (
-        data.open(data.DataConfig(data_dir=digits_dir, validation=20, shift=1, cache=c)) for c in (True, False)
-    )
+    cached, uncached = (data.open(DataConfig(data_dir=digits_dir, validation=20, shift=1, cache=c)) for c in (True, False))
     assert all(map(same, take(cached.train(33, seed=0), 5), take(uncached.train(33, seed=0), 5)))
     assert all(map(same, cached.eval("test", 32), uncached.eval("test", 32)))
 
 
 def test_images_are_resized_and_converted_as_configured(digits_dir):
-    pixels, _ = data.open(data.DataConfig(data_dir=digits_dir, validation=20, image_size=16, channels=3)).arrays("test")
+    pixels, _ = data.open(DataConfig(data_dir=digits_dir, validation=20, image_size=16, channels=3)).arrays("test")
     assert pixels.shape == (90, 16, 16, 3)
     assert (pixels[..., 0] == pixels[..., 2]).all()
 
@@ -204,7 +203,7 @@ def test_images_are_resized_and_converted_as_configured(digits_dir):
 
 
 def test_a_mock_of_cifar10_trains_and_evaluates_in_colour(cifar_dir):
-    dataset = data.open(data.DataConfig("cifar10", cifar_dir, validation=10, channels=3, shift=4, flip=True))
+    dataset = data.open(DataConfig("cifar10", cifar_dir, validation=10, channels=3, shift=4, flip=True))
     assert (dataset.num_classes, dataset.num_examples("train"), dataset.num_examples("test")) == (10, 40, 10)
     assert next(dataset.train(8, seed=0))["inputs"].shape == (8, 32, 32, 3)
     assert sorted(np.concatenate([b["label"] for b in dataset.eval("test", 5)]).tolist()) == list(range(10))
@@ -251,12 +250,12 @@ def test_the_same_picture_is_cropped_anew_each_epoch(imagenet_dir):
 )
 def test_a_config_value_that_cannot_work_is_refused(changes, message):
     with pytest.raises(errors.ConfigError, match=message):
-        data.DataConfig(**changes)
+        DataConfig(**changes)
 
 
 def test_more_validation_examples_than_there_are_is_refused(digits_dir):
     with pytest.raises(errors.ConfigError, match="must leave some of the 300"):
-        data.open(data.DataConfig(data_dir=digits_dir, validation=300))
+        data.open(DataConfig(data_dir=digits_dir, validation=300))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +276,7 @@ def test_an_argument_that_cannot_work_is_refused_before_the_first_batch(digits, 
 
 def test_a_mistyped_dataset_gets_the_nearest_name(tmp_path):
     with pytest.raises(errors.UnknownNameError, match="did you mean 'cifar10'"):
-        data.open(data.DataConfig("cifra10", str(tmp_path)))
+        data.open(DataConfig("cifra10", str(tmp_path)))
 
 
 def test_a_mistyped_split_gets_the_nearest_name(digits):
@@ -286,21 +285,21 @@ def test_a_mistyped_split_gets_the_nearest_name(digits):
 
 
 def test_a_split_that_nothing_was_held_out_for_is_a_data_error(digits_dir):
-    dataset = data.open(data.DataConfig(data_dir=digits_dir, validation=0))
+    dataset = data.open(DataConfig(data_dir=digits_dir, validation=0))
     with pytest.raises(errors.DataError, match="set validation above 0"):
         dataset.num_examples("validation")
 
 
 def test_a_dataset_that_is_not_prepared_says_how_to_prepare_it(tmp_path):
     with pytest.raises(errors.DataError) as e:
-        data.open(data.DataConfig("cifar10", str(tmp_path), channels=3))
+        data.open(DataConfig("cifar10", str(tmp_path), channels=3))
     assert "pip install 'superserve-jax[prepare]'" in str(e.value)
     assert f"tfds.builder('cifar10', data_dir='{tmp_path}').download_and_prepare(file_format='array_record')" in str(e.value)
 
 
 def test_imagenet2012_says_where_to_put_its_files(tmp_path):
     with pytest.raises(errors.DataError) as e:
-        data.open(data.DataConfig("imagenet2012", str(tmp_path), channels=3))
+        data.open(DataConfig("imagenet2012", str(tmp_path), channels=3))
     assert str(tmp_path / "downloads" / "manual") in str(e.value)
     assert "ILSVRC2012_img_train.tar" in str(e.value)
 
@@ -311,14 +310,14 @@ def test_a_dataset_stored_for_sequential_reading_is_a_data_error(digits_dir, tmp
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'))
     with pytest.raises(errors.DataError, match="is stored as tfrecord"):
-        data.open(data.DataConfig(data_dir=str(tmp_path)))
+        data.open(DataConfig(data_dir=str(tmp_path)))
 
 
 def test_a_dataset_without_images_and_labels_is_a_data_error():
     features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features, supervised_keys=None))
     with pytest.raises(errors.DataError, match=r"holds \['text'\]"):
-        images.from_builder(data.DataConfig("ag_news_subset"), builder)
+        from_builder(DataConfig("ag_news_subset"), builder)
 
 
 def test_images_that_do_not_fit_into_memory_are_refused(digits, monkeypatch):

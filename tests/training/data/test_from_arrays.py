@@ -10,8 +10,9 @@ import pytest
 from tiny import TINY
 
 from superserve_jax import errors
-from superserve_jax.families import dynabert
+from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.training import data
+from superserve_jax.training.data import DataConfig, FolderConfig, TextConfig
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -147,7 +148,7 @@ def pets(tmp_path):
 
 
 def folder(path, **changes):
-    return data.FolderConfig(**{"path": str(path), "validation": 6, "image_size": 16, **changes})
+    return FolderConfig(**{"path": str(path), "validation": 6, "image_size": 16, **changes})
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -202,9 +203,9 @@ def test_a_folder_that_is_not_laid_out_as_it_should_is_a_data_error(pets, tmp_pa
 
 def test_a_folders_path_must_be_given():
     with pytest.raises(errors.ConfigError, match="path must be"):
-        data.FolderConfig()
+        FolderConfig()
     with pytest.raises(errors.ConfigError, match="channels"):
-        data.FolderConfig("x", channels=2)
+        FolderConfig("x", channels=2)
 
 
 # -- configs as JSON, and whether data and model fit ---------------------------------------------------------------------
@@ -213,26 +214,26 @@ def test_a_folders_path_must_be_given():
 @pytest.mark.parametrize(
     "config",
     [
-        data.DataConfig("cifar10", channels=3, flip=True),
-        data.FolderConfig("~/pets", validation=10),
-        data.TextConfig("glue/mnli", vocabulary="vocab.txt", token_types=2),
+        DataConfig("cifar10", channels=3, flip=True),
+        FolderConfig("~/pets", validation=10),
+        TextConfig("glue/mnli", vocabulary="vocab.txt", token_types=2),
     ],
 )
 def test_a_config_of_any_kind_survives_json(config):
-    assert data.config_from_json(json.loads(json.dumps(data.config_to_json(config)))) == config
+    assert data.data_from_json(json.loads(json.dumps(data.data_to_json(config)))) == config
 
 
 def test_image_configs_look_as_they_did_when_there_was_no_other_kind():
-    config = data.DataConfig("cifar10", channels=3)
-    assert data.config_to_json(config) == dataclasses.asdict(config)
-    assert data.config_from_json({"name": "cifar10", "kind": "images"}) == data.DataConfig("cifar10")
+    config = DataConfig("cifar10", channels=3)
+    assert data.data_to_json(config) == dataclasses.asdict(config)
+    assert data.data_from_json({"name": "cifar10", "kind": "images"}) == DataConfig("cifar10")
 
 
 def test_an_unknown_kind_or_field_gets_the_nearest_name():
     with pytest.raises(errors.UnknownNameError, match="did you mean 'folder'"):
-        data.config_from_json({"kind": "folders"})
+        data.data_from_json({"kind": "folders"})
     with pytest.raises(errors.UnknownNameError, match="did you mean 'max_length'"):
-        data.config_from_json({"kind": "text", "max_lenght": 3})
+        data.data_from_json({"kind": "text", "max_lenght": 3})
     with pytest.raises(errors.ConfigError, match="must be one of DataConfig, FolderConfig, TextConfig, got 3"):
         data.open(3)
 
@@ -255,7 +256,7 @@ def test_a_dataset_fits_a_model_only_with_its_classes_shape_and_dtype():
 def test_a_dataset_of_texts_fits_a_model_only_with_its_vocabulary(monkeypatch):
     x = np.ones((9, 8), np.int32)
     dataset = data.from_arrays(train=(x, np.arange(9) % 3), test=(x, np.arange(9) % 3), validation=2)
-    model = dynabert.DynaBERTConfig(vocab_size=5, max_length=8, token_types=1)
+    model = DynaBERTConfig(vocab_size=5, max_length=8, token_types=1)
     data.check_fit(dataset, model)
     with pytest.raises(errors.ConfigError, match="the model does not take the inputs"):
         data.check_fit(dataset, dataclasses.replace(model, max_length=9))

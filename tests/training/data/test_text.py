@@ -12,7 +12,7 @@ from tensorflow_datasets.text import glue
 
 from superserve_jax import errors
 from superserve_jax.training import data, evaluation
-from superserve_jax.training.data import text
+from superserve_jax.training.data import TextConfig, text
 
 OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "good", "bad", "film", "not", "##s", "."]
@@ -62,7 +62,7 @@ def vocab_file(tmp_path_factory):
 
 def mnli(folder, vocab_file, **changes):
     config = {"validation": 5, "max_length": 12, "token_types": 2, "vocabulary": vocab_file, **changes}
-    return data.open(data.TextConfig("glue/mnli", folder, **config))
+    return data.open(TextConfig("glue/mnli", folder, **config))
 
 
 def test_mnli_gives_pairs_with_token_types_and_validation_matched_as_test(mnli_dir, vocab_file):
@@ -89,7 +89,7 @@ def test_the_premise_of_mnli_comes_first(mnli_dir, vocab_file):
 
 
 def test_sst2_gives_single_sentences_and_its_validation_split_as_test(sst2_dir, vocab_file):
-    config = data.TextConfig("glue/sst2", sst2_dir, validation=4, max_length=10, vocabulary=vocab_file)
+    config = TextConfig("glue/sst2", sst2_dir, validation=4, max_length=10, vocabulary=vocab_file)
     dataset = data.open(config)
     assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [36, 4, 8]
     assert (dataset.arrays("test")[1] >= 0).all()
@@ -102,7 +102,7 @@ def test_sst2_gives_single_sentences_and_its_validation_split_as_test(sst2_dir, 
 def test_a_cased_vocabulary_gives_other_ids(sst2_dir, vocab_file):
     lower, cased = (
         data.open(
-            data.TextConfig("glue/sst2", sst2_dir, validation=4, vocabulary=vocab_file, lowercase=lowercase)
+            TextConfig("glue/sst2", sst2_dir, validation=4, vocabulary=vocab_file, lowercase=lowercase)
         ).vocabulary.encode(["The film"], length=4)
         for lowercase in (True, False)
     )
@@ -141,12 +141,12 @@ def test_baselines_count_tokens_and_not_their_order():
 )
 def test_a_config_value_that_cannot_work_is_refused(changes, message):
     with pytest.raises(errors.ConfigError, match=message):
-        data.TextConfig(**changes)
+        TextConfig(**changes)
 
 
 def test_a_dataset_that_is_not_prepared_says_how_to_prepare_it(tmp_path, vocab_file):
     with pytest.raises(errors.DataError) as e:
-        data.open(data.TextConfig("glue/mnli", str(tmp_path), vocabulary=vocab_file))
+        data.open(TextConfig("glue/mnli", str(tmp_path), vocabulary=vocab_file))
     assert "pip install 'superserve-jax[prepare]'" in str(e.value)
     assert f"tfds.builder('glue/mnli', data_dir='{tmp_path}').download_and_prepare(file_format='array_record')" in str(e.value)
 
@@ -154,6 +154,6 @@ def test_a_dataset_that_is_not_prepared_says_how_to_prepare_it(tmp_path, vocab_f
 def test_a_dataset_without_texts_and_labels_is_a_data_error(vocab_file):
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)})
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
-    config = data.TextConfig("cifar10", vocabulary=vocab_file)
+    config = TextConfig("cifar10", vocabulary=vocab_file)
     with pytest.raises(errors.DataError, match=r"holds \['image', 'label'\].*premise\+hypothesis"):
         text.from_builder(config, builder, text.vocabulary.Vocabulary.read(vocab_file))

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from superserve_jax import errors
-from superserve_jax.exports import export as checkpoint
+from superserve_jax import errors, exports
 from superserve_jax.families.dynabert import DynaBERTConfig
-from superserve_jax.training import config as configs
 from superserve_jax.training import data, loop, stages
+from superserve_jax.training.config import SearchConfig, TrainConfig
+from superserve_jax.training.data import TextConfig
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
 
@@ -99,7 +99,7 @@ def test_no_value_is_so_frequent_that_guessing_it_helps(examples):
 
 
 def test_inputs_are_token_ids_behind_cls_padded_to_the_length(folder):
-    dataset = data.open(data.TextConfig("listops", folder, validation=50, max_length=32))
+    dataset = data.open(TextConfig("listops", folder, validation=50, max_length=32))
     assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [250, 50, 60]
     batch = next(dataset.train(8, seed=0))
     assert (batch["inputs"].shape, batch["inputs"].dtype, batch["label"].dtype) == ((8, 32), np.int32, np.int32)
@@ -111,7 +111,7 @@ def test_inputs_are_token_ids_behind_cls_padded_to_the_length(folder):
 
 
 def test_a_resumed_stream_goes_on_exactly(folder):
-    dataset = data.open(data.TextConfig("listops", folder, validation=50))
+    dataset = data.open(TextConfig("listops", folder, validation=50))
     whole = itertools.islice(dataset.train(33, seed=3), 9, 12)
     resumed = itertools.islice(dataset.train(33, seed=3, start_step=9), 3)
     for a, b in zip(whole, resumed, strict=True):
@@ -121,27 +121,27 @@ def test_a_resumed_stream_goes_on_exactly(folder):
 
 def test_an_expression_longer_than_the_inputs_is_refused_and_not_cut_off(folder):
     with pytest.raises(errors.InputError, match="a text may have 7 tokens here"):
-        data.open(data.TextConfig("listops", folder, validation=50, max_length=8)).arrays("train")
+        data.open(TextConfig("listops", folder, validation=50, max_length=8)).arrays("train")
 
 
 @pytest.mark.slow
 def test_a_run_ends_in_an_export_that_reads_expressions(folder, tmp_path):
-    config = configs.TrainConfig(
+    config = TrainConfig(
         name="tiny",
         model=DynaBERTConfig(
             num_classes=10, vocab_size=17, max_length=32, token_types=1, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8,)
         ),
-        data=data.TextConfig("listops", folder, validation=50),
+        data=TextConfig("listops", folder, validation=50),
         epochs=0.1,
         batch_size=8,
         buckets=1,
-        search=configs.SearchConfig(candidates=2, calibration_examples=8, examples=50, served=2),
+        search=SearchConfig(candidates=2, calibration_examples=8, examples=50, served=2),
     )
     run = loop.train(config, tmp_path / "run")
     stages.search(run)
     subprocess.run([sys.executable, ROOT / "train/calibrate.py", run.workdir], check=True)  # for which there are no statistics
     stages.evaluate(run)
-    model = checkpoint.load(stages.export(run))
+    model = exports.load(stages.export(run))
     assert model.vocabulary == grammar.TOKENS
     assert "60 test examples of listops" in model.manifest["measured"]
     inputs, labels = data.open(config.data).arrays("test")

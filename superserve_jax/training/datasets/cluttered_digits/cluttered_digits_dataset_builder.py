@@ -8,8 +8,8 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from superserve_jax import progress
-from superserve_jax.training.datasets import logged
 from superserve_jax.training.datasets.cluttered_digits import render
+from superserve_jax.training.datasets.logged import Logged
 
 _DESCRIPTION = """\
 32x32 grey images made from the 8x8 scans of handwritten digits that scikit-learn carries. Each holds one digit, scaled 1.5 to
@@ -29,7 +29,7 @@ _CITATION = """\
 """
 
 
-class ClutteredDigits(logged.Logged, tfds.core.GeneratorBasedBuilder):
+class ClutteredDigits(Logged, tfds.core.GeneratorBasedBuilder):
     """One handwritten digit among pieces of others; importing this module registers it as `cluttered_digits`."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -6,8 +6,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from superserve_jax import progress
-from superserve_jax.training.datasets import logged
 from superserve_jax.training.datasets.listops import grammar
+from superserve_jax.training.datasets.logged import Logged
 
 _DESCRIPTION = """\
 Nested operations on lists of digits, such as "[MAX 2 9 [MIN 4 7 ] 0 ]", to be worked out: MIN, MAX, MED (median, rounded
@@ -27,7 +27,7 @@ _CITATION = """\
 """
 
 
-class Listops(logged.Logged, tfds.core.GeneratorBasedBuilder):
+class Listops(Logged, tfds.core.GeneratorBasedBuilder):
     """Expressions and their values; importing this module registers it as `listops`."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,0 +1,58 @@
+"""Length buckets: the few lengths that a text server pads its inputs to. No jax."""
+
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from superserve_jax import errors
+
+_SHORTEST = 16  # by default; shorter ones hardly run faster
+
+
+def default_lengths(max_length: int) -> tuple[int, ...]:
+    """Powers of two from 16 up, and last the longest length.
+
+    >>> default_lengths(128), default_lengths(100), default_lengths(6)
+    ((16, 32, 64, 128), (16, 32, 64, 100), (6,))
+    """
+    powers = itertools.takewhile(lambda length: length < max_length, (_SHORTEST << i for i in itertools.count()))
+    return (*powers, max_length)
+
+
+def trim_padding(x: np.ndarray, pad_id: int) -> np.ndarray:
+    """A sequence (T,) of token ids, or (T, 2) of ids and types, without its trailing padding; at least one position is kept.
+
+    >>> trimmed(np.array([5, 0, 7, 0, 0]), 0).tolist(), trimmed(np.zeros((4, 2), int), 0).shape
+    ([5, 0, 7], (1, 2))
+    """
+    kept = np.flatnonzero((x if x.ndim == 1 else x[:, 0]) != pad_id)
+    return x[: kept[-1] + 1 if len(kept) else 1]
+
+
+def length_bucket(lengths: Sequence[int], inputs: Sequence[np.ndarray]) -> int:
+    """The length bucket that holds all inputs. Raises InputError where none does."""
+    longest = max(map(len, inputs))
+    if longest > lengths[-1]:
+        raise errors.InputError(f"an input of {longest} tokens, but the longest length bucket has {lengths[-1]}; cut it")
+    return lengths[bisect.bisect_left(lengths, longest)]
+
+
+def check_length_buckets(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Length buckets as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
+    return check_ascending("lengths", lengths, "(32, 64, 128)")
+
+
+def check_ascending(name: str, values: Sequence[int], example: str) -> tuple[int, ...]:
+    """`values` as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
+    if not isinstance(values, Iterable):
+        raise errors.ConfigError(f"{name} must be a list such as {example}, got {values!r}")
+    values = tuple(values)
+    if not values:
+        raise errors.ConfigError(f"{name} is empty; give at least one, such as {example}")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values) or list(values) != sorted(
+        set(values)
+    ):
+        raise errors.ConfigError(f"{name} must be ascending whole numbers from 1 up, got {list(values)}")
+    return values
