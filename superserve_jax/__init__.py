@@ -77,8 +77,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "export": "superserve_jax.exports.export",
-    "load": "superserve_jax.exports.export",
+    "export": "superserve_jax.exports.directory",
+    "load": "superserve_jax.exports.directory",
     "Server": "superserve_jax.serving.server",
     "SuperNet": "superserve_jax.supernets.supernet",
     "train": "superserve_jax.training.loop",

@@ -24,7 +24,7 @@ def default_lengths(max_length: int) -> tuple[int, ...]:
 def trim_padding(x: np.ndarray, pad_id: int) -> np.ndarray:
     """A sequence (T,) of token ids, or (T, 2) of ids and types, without its trailing padding; at least one position is kept.
 
-    >>> trimmed(np.array([5, 0, 7, 0, 0]), 0).tolist(), trimmed(np.zeros((4, 2), int), 0).shape
+    >>> trim_padding(np.array([5, 0, 7, 0, 0]), 0).tolist(), trim_padding(np.zeros((4, 2), int), 0).shape
     ([5, 0, 7], (1, 2))
     """
     kept = np.flatnonzero((x if x.ndim == 1 else x[:, 0]) != pad_id)

@@ -307,7 +307,7 @@ def join_lengths(tables: Sequence[Profile]) -> Profile:
     """One profile out of one for each length bucket, in ascending order.
 
     >>> short, long = (Profile((1,), (Row(Subnet((1,)), 0.7, (ms,)),), lengths=(n,)) for n, ms in ((32, 1.0), (128, 3.0)))
-    >>> both = join([short, long])
+    >>> both = join_lengths([short, long])
     >>> both.lengths, both.rows == long.rows, [both.at_length(n).rows[0].latency_ms for n in (9, 32, 33)]
     ((32, 128), True, [(1.0,), (1.0,), (3.0,)])
     """
@@ -322,7 +322,7 @@ def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> lis
     Raises ConfigError where they are not as many, or have not the same batch sizes and length buckets.
 
     >>> fast = Profile((1,), (Row(Subnet((1,)), 0.7, (1.0,)),))
-    >>> [p.rows[0].latency_ms for p in of_workers([fast, fast.scaled(2.0)], 2)], len(of_workers(fast, 3))
+    >>> [p.rows[0].latency_ms for p in profiles_of_workers([fast, fast.scaled(2.0)], 2)], len(profiles_of_workers(fast, 3))
     ([(1.0,), (2.0,)], 3)
     """
     if isinstance(profile, Profile):

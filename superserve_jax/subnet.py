@@ -119,7 +119,7 @@ def envelope_of(subnets: Iterable[Subnet]) -> Subnet:
 
     It need not belong to the search space (a union of named layers may have a depth that is not offered).
 
-    >>> envelope([Subnet((1, 0), (("w", (1.0,)),)), Subnet((0, 1), (("w", (0.5,)),))])
+    >>> envelope_of([Subnet((1, 0), (("w", (1.0,)),)), Subnet((0, 1), (("w", (0.5,)),))])
     Subnet(gates=(1, 1), axes=(('w', (1.0,)),))
     """
     subnets = list(subnets)

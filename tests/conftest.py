@@ -12,6 +12,8 @@ from superserve_jax import exports
 from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
 
+collect_ignore = ["helpers"]
+
 
 def pytest_collection_modifyitems(config, items):
     """Without a GPU, tests that need one are not there to be skipped."""

@@ -147,8 +147,8 @@ def properties(profile: Profile) -> tuple[Property, Property, Property]:
     """P1: latency rises with the batch. P2: it rises with accuracy. P3: the fastest subnet does a larger batch than the most
     accurate in the time that this takes, for every batch size but the largest.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> [(p.name, p.holding, p.of) for p in properties(reference.paper_profile())]
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> [(p.name, p.holding, p.of) for p in properties(paper_profile())]
     [('P1', 24, 24), ('P2', 25, 25), ('P3', 4, 4)]
     """
     rows, sizes = profile.rows, profile.batch_sizes

@@ -115,8 +115,8 @@ class Cell:
 def dense(profile: Profile, subnets: int = DENSE) -> Profile:
     """A profile with many subnets, evenly spaced along the straight lines between the rows of `profile` (its longest length).
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> len(dense(reference.paper_profile()).rows)
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> len(dense(paper_profile()).rows)
     500
     """
     rows, n = profile.rows, len(profile.rows)

@@ -119,7 +119,7 @@ def summarize(rows: Iterable[CellResult]) -> list[Summary]:
     """The rows without their seeds, in the order of first appearance.
 
     >>> row = dict(preset="p", trace="t", scale=1.0, policy="q", accuracy=78.0, fluid_accuracy=79.0)
-    >>> [s] = summaries([{**row, "seed": 0, "attainment": 1.0}, {**row, "seed": 1, "attainment": 0.5}])
+    >>> [s] = summarize([{**row, "seed": 0, "attainment": 1.0}, {**row, "seed": 1, "attainment": 0.5}])
     >>> s.attainment, round(s.attainment_sd, 3), s.accuracy_sd
     (0.75, 0.354, 0.0)
     """

@@ -75,8 +75,8 @@ class Checker:
       patience: notes after which a decision whose batch is still unknown is taken for one without a batch. It has none where
         all of it was cancelled, and then its thread may have gone.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> checker = Checker(reference.paper_profile(), strict_order=True)
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> checker = Checker(paper_profile(), strict_order=True)
     >>> checker.read(collections.deque([("offered", (1,), 0.0, 500.0, 0.0), ("submitted", (1,), 1.0, 0.5)]))
     >>> found = checker.finish()
     >>> found.offered, found.lost, found.examples

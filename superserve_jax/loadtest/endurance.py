@@ -170,8 +170,8 @@ class EnduranceTraffic:
 def carried_qps(profile: Profile) -> float:
     """Queries per second of one worker if every subnet serves as many as any other, each at its best batch size.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> speeds = [profile.throughput_qps(row.subnet) for row in profile.rows]
     >>> min(speeds) < carried_qps(profile) < max(speeds)
     True

@@ -39,8 +39,11 @@ class Recorder:
 
     Inputs are the queries' keys, 1, 2, 3, ..., so that an engine's output says whose it is; 0 is the blank input.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.engines.fake import FakeEngine
+    >>> from superserve_jax.scheduling.policies import SlackFit
+    >>> from superserve_jax.serving.server import Server
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> recorder = Recorder()
     >>> fake = recorder.engine(FakeEngine(profile, input_dtype=np.int64))
     >>> policy = recorder.policy(lambda table: SlackFit(table, defer=False))

@@ -35,9 +35,11 @@ _STALL_S = 3e-3  # a beat that comes later than this is a stall
 class Stopwatch(Wrapper):
     """An engine that notes when each batch of another engine begins and ends.
 
-    >>> from superserve_jax import profile, subnet
-    >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
-    >>> table = profile.Profile((1, 2), (row,))
+    >>> from superserve_jax.engines.fake import FakeEngine
+    >>> from superserve_jax.profile import Profile, Row
+    >>> from superserve_jax.subnet import Subnet
+    >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
+    >>> table = Profile((1, 2), (row,))
     >>> watch = Stopwatch(FakeEngine(table), table)
     >>> watch.run(row.subnet, 2, [np.float32(5)])
     [(5.0, 0)]

@@ -28,8 +28,8 @@ from superserve_jax.subnet import Subnet
 class Mortal:
     """An `on_run` hook that takes as long as the profile says and that can be killed, in the middle of a batch, too.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> hook = Mortal(profile)
     >>> hook(profile.rows[0].subnet, 1, [])
     >>> hook.kill()

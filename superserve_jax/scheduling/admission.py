@@ -32,8 +32,8 @@ class Admission:
     Args:
       profile: of the first worker; how fast the others are, and how fast all of them are of late, the fleet knows.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile, waiting = reference.paper_profile(), DeadlineQueue()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile, waiting = paper_profile(), DeadlineQueue()
     >>> admission, fleet = Admission(profile), Fleet([profile] * 8)
     >>> waiting.push_all(0.036, range(500))
     >>> [admission.admits(waiting, fleet, 0.0, deadline_s, shortest_ms=36.0) for deadline_s in (0.035, 0.036, 0.044)]

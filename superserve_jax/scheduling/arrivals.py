@@ -10,7 +10,7 @@ class ArrivalMeter:
     enough to know the variance to a tenth, short enough to follow traffic that accelerates. A window is short enough to fall
     within a burst, and as long as some SLOs, so that arrivals that come in clusters are not taken for independent ones.
 
-    >>> meter = Meter()
+    >>> meter = ArrivalMeter()
     >>> [meter.read(t, n) for t, n in ((0.0, 0), (0.01, 7), (0.02, 20), (0.04, 40))]
     [(0.0, 0.0), (0.0, 0.0), (1000.0, 1000.0), (1000.0, 980.1986733067553)]
     >>> meter.shorten(0.05, 36.0), meter.shorten(0.05, 18.0), meter.shorten(0.5, 36.0), meter.slo_ms

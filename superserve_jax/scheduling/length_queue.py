@@ -43,10 +43,10 @@ class LengthQueue(DeadlineQueue):
     Two numbers stand for work, `pushed` and `due_by`: in them a query counts for what it costs a worker at the highest
     throughput of the fastest subnet.
 
-    >>> from superserve_jax.profile import Row, join
+    >>> from superserve_jax.profile import Row, join_lengths
     >>> from superserve_jax.subnet import Subnet
     >>> tables = [Profile((1,), (Row(Subnet((1,)), 0.7, (ms,)),), lengths=(n,)) for n, ms in ((32, 1.0), (128, 4.0))]
-    >>> q = LengthQueue(join(tables))
+    >>> q = LengthQueue(join_lengths(tables))
     >>> for deadline_s, item, length in (1.0, "short", 20), (2.0, "long", 99), (3.0, "brief", 30):
     ...     q.push(deadline_s, item, length=length)
     >>> q.head_length, len(q), q.riders, q.due_by(9.0), q.pop(3)

@@ -30,7 +30,7 @@ class SlowdownEstimate:
     batches, and one batch that takes fifty times as long moves it by 3 % at most. Never faster than the profile: that
     something ran fast is no reason to promise more. Below 5 % nothing is corrected.
 
-    >>> drift = Drift()
+    >>> drift = SlowdownEstimate()
     >>> for _ in range(100):
     ...     drift.observe(20.0, 30.0)
     >>> round(drift.slowdown, 2)
@@ -80,8 +80,8 @@ class Fleet:
       profiles: of the workers 0, 1, ...; others may join.
       correct: whether drift is followed; else every worker is as fast as its profile says.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> fleet = Fleet([profile, profile, profile.scaled(2.0)])
     >>> fleet.pace(0), fleet.pace(2)
     (Pace(workers=2.5, slowdown=1.0, lead=1.0), Pace(workers=5.0, slowdown=1.0, lead=2.0))

@@ -49,9 +49,9 @@ class Collector(registry.Collector):
 def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     """The metrics of a snapshot.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> from superserve_jax.serving import telemetry
-    >>> counted = telemetry.Counters(reference.paper_profile()).snapshot(unanswered=0)
+    >>> counted = telemetry.Counters(paper_profile()).snapshot(unanswered=0)
     >>> now = {"uptime_s": 1.0, "waiting": 3, "running": 0, "oldest_wait_s": 0.02, "workers": []}
     >>> {m.name: m for m in metrics({**now, **counted})}["superserve_oldest_wait_seconds"].samples[0].value
     0.02

@@ -158,8 +158,8 @@ def forget_frames(error: BaseException | None) -> None:
 def at_most(profile: Profile, size: int) -> Profile:
     """The profile without the batch sizes above `size`, the smallest kept in any case.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> at_most(reference.paper_profile(), 5).batch_sizes
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> at_most(paper_profile(), 5).batch_sizes
     (1, 2, 4)
     """
     return profile.at([b for b in profile.batch_sizes if b <= size] or profile.batch_sizes[:1])

@@ -92,9 +92,11 @@ class Server:
 
     Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
 
-    >>> from superserve_jax import profile, subnet
-    >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
-    >>> table = profile.Profile((1, 2), (row,))
+    >>> from superserve_jax.engines.fake import FakeEngine
+    >>> from superserve_jax.profile import Profile, Row
+    >>> from superserve_jax.subnet import Subnet
+    >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
+    >>> table = Profile((1, 2), (row,))
     >>> fake = FakeEngine(table)
     >>> always = lambda profile, state: Decision(row.subnet, 2)
     >>> with Server.from_engines([fake], table, policy=always) as server:

@@ -31,8 +31,8 @@ class Bound:
 def fluid(profile: Profile, rate_qps: float, *, workers: int = 8, slo_ms: float = 36.0) -> Bound:
     """The fluid bound of a steady rate.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> bound = fluid(reference.paper_profile().scaled(1.9), 1500 + 5550)
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> bound = fluid(paper_profile().scaled(1.9), 1500 + 5550)
     >>> bound.attainment, round(bound.accuracy, 4)
     (1.0, 0.7539)
     """
@@ -136,6 +136,7 @@ def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float 
     Raises ConfigError where arrivals or latencies are no multiples of `tick_ms`, and SuperServeError where HiGHS cannot prove
     an optimum within `limit_s`.
 
+    >>> from superserve_jax.profile import Row
     >>> from superserve_jax.subnet import Subnet
     >>> row = Row(Subnet((1,)), 0.7, (2.0, 3.0))
     >>> two = Trace(np.array([0.0, 0.001]), slo_ms=4.0)

@@ -155,9 +155,10 @@ def simulate(
       policy: or the name of one, see `policies.create`.
       seed: of the latency noise.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> from superserve_jax.simulation import traces
     >>> trace = traces.gamma(rate_qps=2000.0, duration_s=1.0)
-    >>> result = simulate(reference.paper_profile(), "fixed:smallest", trace)
+    >>> result = simulate(paper_profile(), "fixed:smallest", trace)
     >>> result.attainment, round(result.mean_accuracy, 4)
     (1.0, 0.7382)
     """

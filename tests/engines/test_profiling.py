@@ -8,6 +8,7 @@ import pytest
 from superserve_jax.engines import profiling
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 
@@ -67,10 +68,8 @@ def test_under_load_a_server_and_its_generator_run_beside_what_is_measured_and_a
 
 def test_the_load_submits_queries_and_no_more_than_are_due(monkeypatch):
     counted = []
-    submit_many = profiling.server.Server.submit_many
-    monkeypatch.setattr(
-        profiling.server.Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs)
-    )
+    submit_many = Server.submit_many
+    monkeypatch.setattr(Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs))
     before_s = time.monotonic()
     with profiling.traffic(5000.0):
         time.sleep(0.2)

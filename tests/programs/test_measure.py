@@ -8,9 +8,8 @@ import types
 import pytest
 
 import superserve_jax as ss
-from superserve_jax import errors
+from superserve_jax import errors, exports
 from superserve_jax.engines import device, profiling
-from superserve_jax.exports import export
 from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
@@ -31,7 +30,7 @@ def measure(monkeypatch, tmp_path):
     monkeypatch.setattr(ss, "load", lambda path: model)
     monkeypatch.setattr(device, "DeviceEngine", lambda *args, **options: engines.append(options))
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
-    monkeypatch.setattr(export, "profile_path", lambda path, kind: tmp_path / "profile.json")
+    monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["measure.py", str(tmp_path), *options])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, join_lengths
-from superserve_jax.scheduling import admission, length_queue
+from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Fleet
@@ -97,7 +97,7 @@ def test_a_full_queue_is_not_looked_through_at_every_refusal():
     for i in range(100):
         waiting.push(float(i), type("Item", (), {"done": lambda self: done(self)})())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(admission.Query, "done", done)
+        patched.setattr(Query, "done", done)
         for _ in range(1000):
             with pytest.raises(errors.QueueFullError):
                 bounds.check(waiting, 1, ())

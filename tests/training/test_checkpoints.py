@@ -20,7 +20,7 @@ from superserve_jax.training import checkpoints, loop, rewiring, stages
 from superserve_jax.training.config import Phase, load_config
 from superserve_jax.training.runs import Run
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "noise.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "helpers" / "noise.py"
 
 
 @pytest.fixture

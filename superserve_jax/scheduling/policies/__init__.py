@@ -54,8 +54,8 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
 
     Raises UnknownNameError for a name that is not known, ConfigError for a subnet that the profile does not have.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> create("fixed:5", profile)(profile, State(now_s=0.0, slack_ms=36.0, waiting=9)).batch
     16
     """

@@ -101,8 +101,8 @@ class Table:
         their maximum, and one disturbance decides it; so each cell's is its median times the middle one of the ratios of
         the nine cells around it in the order of their latencies. Where none was measured, the medians.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> table = Table(reference.paper_profile())
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> table = Table(paper_profile())
     >>> table.most_accurate(size=4, budget_ms=12.0), table.largest_batch(rank=5, budget_ms=12.0)
     (1, 2)
     """

@@ -21,8 +21,8 @@ class Fixed:
     It stands for Clipper, Clockwork and TF-Serving, which adapt the batch to the slack and nothing else. Where
     throughput grows with the batch, this can collapse: a short slack means small batches, and a backlog never drains.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> policy = Fixed(profile, profile.rows[0].subnet)
     >>> policy(profile, State(now_s=0.0, slack_ms=6.0, waiting=20)).batch
     8
@@ -53,8 +53,8 @@ class LeastAccurate(Fixed):
 class MaxAcc:
     """The most accurate subnet that does one query within the slack, then the largest batch for it (the paper's MaxAcc).
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> decision = MaxAcc(profile)(profile, State(now_s=0.0, slack_ms=8.0, waiting=20))
     >>> profile.row(decision.subnet).accuracy, decision.batch
     (0.8016, 2)
@@ -78,8 +78,8 @@ class MaxBatch:
     """The largest batch that the smallest subnet does within the slack, then the most accurate subnet for it (the paper's
     MaxBatch).
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> decision = MaxBatch(profile)(profile, State(now_s=0.0, slack_ms=7.0, waiting=20))
     >>> profile.row(decision.subnet).accuracy, decision.batch
     (0.7669, 8)
@@ -106,8 +106,8 @@ class Switching:
     worker is loaded too. Only the simulator spends the delay: `Server` actuates in place, has nothing to load and refuses this
     policy. With `simulator.Cluster.actuation_ms` the same delay is a property of the machine, whatever the policy.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> policy = Switching(MaxAcc(profile), loading_ms=100.0)
     >>> policy(profile, State(now_s=0.0, slack_ms=36.0, waiting=9)).loading_ms
     100.0

@@ -28,8 +28,8 @@ class Planner:
       headroom: share of the forecast that is added to it. On the paper's profile a tenth keeps the deadlines of traffic with
         CV^2 2 at low load, and 0.3 of CV^2 4 at high load.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> policy = Planner(profile)
     >>> for rate_qps in 2000.0, 9000.0:
     ...     [profile.row(subnet).accuracy for subnet in policy.plan(rate_qps, workers=3, slo_ms=36.0)]

@@ -71,8 +71,8 @@ class SlackFit:
       buckets: of the paper's policy, the number of latency buckets.
       reading: of the paper's policy; "cumulative" lets a bucket hold every tuple up to its upper edge.
 
-    >>> from superserve_jax.simulation import paper_profile as reference
-    >>> profile = reference.paper_profile()
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
     >>> policy = SlackFit(profile)
     >>> for slack_ms, waiting in (36.0, 12), (36.0, 50), (12.0, 50), (0.0, 50):
     ...     decision = policy(profile, State(now_s=0.0, slack_ms=slack_ms, waiting=waiting, workers=8))

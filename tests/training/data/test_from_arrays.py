@@ -13,6 +13,7 @@ from superserve_jax import errors
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.training import data
 from superserve_jax.training.data import DataConfig, FolderConfig, TextConfig
+from superserve_jax.vocabulary import Vocabulary
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -260,6 +261,6 @@ def test_a_dataset_of_texts_fits_a_model_only_with_its_vocabulary(monkeypatch):
     data.check_fit(dataset, model)
     with pytest.raises(errors.ConfigError, match="the model does not take the inputs"):
         data.check_fit(dataset, dataclasses.replace(model, max_length=9))
-    dataset.vocabulary = data.text.vocabulary.Vocabulary(("[PAD]", "[CLS]", *"abcd"), scheme="words")
+    dataset.vocabulary = Vocabulary(("[PAD]", "[CLS]", *"abcd"), scheme="words")
     with pytest.raises(errors.ConfigError, match="6 tokens"):
         data.check_fit(dataset, model)

@@ -13,6 +13,7 @@ from tensorflow_datasets.text import glue
 from superserve_jax import errors
 from superserve_jax.training import data, evaluation
 from superserve_jax.training.data import TextConfig, text
+from superserve_jax.vocabulary import Vocabulary
 
 OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "good", "bad", "film", "not", "##s", "."]
@@ -114,7 +115,7 @@ def test_baselines_count_tokens_and_not_their_order():
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 9, (400, 6)).astype(np.int32)
     more, first = (ids == 5).sum(1) > (ids == 6).sum(1), ids[:, 0] < 6
-    words = text.vocabulary.Vocabulary(tuple(TOKENS))
+    words = Vocabulary(tuple(TOKENS))
 
     def baselines(labels):
         pair = ids, labels.astype(np.int32)
@@ -156,4 +157,4 @@ def test_a_dataset_without_texts_and_labels_is_a_data_error(vocab_file):
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
     config = TextConfig("cifar10", vocabulary=vocab_file)
     with pytest.raises(errors.DataError, match=r"holds \['image', 'label'\].*premise\+hypothesis"):
-        text.from_builder(config, builder, text.vocabulary.Vocabulary.read(vocab_file))
+        text.from_builder(config, builder, Vocabulary.read(vocab_file))

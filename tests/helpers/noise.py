@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-DEBUG = pathlib.Path(__file__).parent.parent / "configs" / "debug.py"
+DEBUG = pathlib.Path(__file__).parents[2] / "configs" / "debug.py"
 
 
 class Noise:
