@@ -94,6 +94,7 @@ class Server:
 
     >>> from superserve_jax.engines.fake import FakeEngine
     >>> from superserve_jax.profile import Profile, Row
+    >>> from superserve_jax.scheduling.policies import Decision
     >>> from superserve_jax.subnet import Subnet
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> table = Profile((1, 2), (row,))

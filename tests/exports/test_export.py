@@ -13,7 +13,7 @@ import pytest
 from tiny import TINY, random_images, random_params
 
 from superserve_jax import errors, exports, files
-from superserve_jax.exports import Served, export
+from superserve_jax.exports import Served, directory
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
@@ -186,7 +186,7 @@ def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(ti
 
         with monkeypatch.context() as patch:
             doubles = {name: functools.partial(step, name) for name in calls}
-            patch.setattr(export, "os", types.SimpleNamespace(**{**vars(os), **doubles}))
+            patch.setattr(directory, "os", types.SimpleNamespace(**{**vars(os), **doubles}))
             try:
                 write(path, tiny, measured="new")
                 killed = False
