@@ -1,0 +1,37 @@
+"""Engines: one device that holds a SuperNet and runs any of its served subnets.
+
+Start with `base.py`, the protocol that the server relies on. `device.py` implements it with jax, and `fake.py` without a
+model. `prepare.py` makes all that a server of an export needs: `executables.py` compiles, `cache.py` keeps what was compiled,
+`subnet_buckets.py` chooses which subnets share an executable, and `profiling.py` measures latencies.
+Importing the package does not import jax; `DeviceEngine` and `ExecutableCache` do when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from superserve_jax.engines.base import Engine, Launched, Overlapping, Wrapper, check_outputs
+from superserve_jax.engines.fake import FakeDevice, FakeEngine
+
+if TYPE_CHECKING:
+    from superserve_jax.engines.cache import ExecutableCache
+    from superserve_jax.engines.device import DeviceEngine
+
+__all__ = [
+    "DeviceEngine",
+    "Engine",
+    "ExecutableCache",
+    "FakeDevice",
+    "FakeEngine",
+    "Launched",
+    "Overlapping",
+    "Wrapper",
+    "check_outputs",
+]
+
+_NEEDS_JAX = {"DeviceEngine": "device", "ExecutableCache": "cache"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_JAX:
+        return getattr(importlib.import_module(f"{__name__}.{_NEEDS_JAX[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

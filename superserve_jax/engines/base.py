@@ -1,4 +1,7 @@
-"""What the server asks of a device that holds a SuperNet, and an engine without a model to test it with. No jax."""
+"""What the server needs from a device that holds a SuperNet: the `Engine` protocol. No jax.
+
+`fake.py` has engines without a model, for tests. `device.py` has the one that runs a SuperNet.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +17,13 @@ class Engine(Protocol):
     """One device that holds one SuperNet. The server calls it from one thread at a time.
 
     Attributes:
-      name: for messages and thread names, such as "gpu:0".
-      input_shape: shape of one input, without a batch dimension; with length buckets, of one that fills the longest.
-      input_dtype: its dtype.
-      lengths: length buckets in tokens, ascending; `()` where all inputs have `input_shape`. The first dimension of an input
-        may then have any length up to the longest.
-      pad_id: with length buckets, the token id of padding.
+      name: the name in messages and of threads, such as "gpu:0".
+      input_shape: the shape of one input, without a batch dimension. With length buckets, it is the shape of an input that
+        fills the longest one.
+      input_dtype: the dtype of inputs.
+      lengths: the length buckets in tokens, ascending; `()` if all inputs have `input_shape`. With length buckets, the first
+        dimension of an input may have any length up to the longest.
+      pad_id: the token id of padding; used with length buckets only.
     """
 
     name: str
@@ -29,46 +33,50 @@ class Engine(Protocol):
     pad_id: int
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
-        """Computes one batch and returns when the outputs are ready, one for each input.
+        """Computes one batch, and returns one output for each input when all are ready.
 
         Args:
-          subnet: one of the profile's.
-          batch_size: one of the profile's, at least `len(inputs)`; the engine pads up to it and strips the padding.
-          inputs: arrays of `input_shape` and `input_dtype`, read only. With length buckets the engine runs the program of the
-            one that holds the longest (`padding.of_inputs`).
+          subnet: a subnet of the profile.
+          batch_size: a batch size of the profile, at least `len(inputs)`. The engine pads the batch up to it and strips the
+            padding.
+          inputs: read-only arrays of `input_shape` and `input_dtype`. With length buckets, the engine pads them to the
+            length bucket of the longest input (`lengths.length_bucket`).
 
-        No output may share memory with a buffer that a later call writes to. An output is a valid one: the server cannot
-        look at each without costing every query time, so the engine looks at all of a batch at once (`check_outputs`).
-        Whatever it raises is a failure of the batch, which is tried again in parts, elsewhere if there is another worker. The
-        engine is then called once more with inputs of zeros, and where it raises again, the failure is its own. An error that
-        says the batch needs more memory than there is, MemoryError or jax's RESOURCE_EXHAUSTED, makes its batches smaller.
+        Outputs must not share memory with a buffer that a later call writes to. The engine checks them with `check_outputs`:
+        one check per batch is cheap, while a check in the server would cost time for every query.
+
+        Any exception counts as a failure of the batch. The server then retries the batch in smaller parts, on another worker
+        if there is one. It also calls this engine once more with inputs of zeros. If that raises too, the engine itself
+        counts as failed. MemoryError and jax's RESOURCE_EXHAUSTED mean that the batch is too large for the device's memory;
+        the server then makes smaller ones.
         """
         ...
 
 
 class Overlapping(Engine, Protocol):
-    """An engine whose device computes on its own, so that the host can stage the next batch meanwhile.
+    """An engine whose device computes by itself, so that the host can stage the next batch in the meantime.
 
     Attributes:
-      overlap: whether that gains anything: on a CPU the host's work takes from the device's.
+      overlap: whether this saves time. It does not on a CPU, where host and device share the cores.
     """
 
     overlap: bool
 
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> "Launched":
-        """Begins what `run` does. `inputs` are not read any more once it has returned.
+        """Starts what `run` does. After it has returned, `inputs` are not read any more.
 
-        Up to two batches are under way at a time; one may be given up. All three calls may raise.
+        At most two batches are in flight at a time. The server may abandon one. `launch` and both functions of `Launched`
+        may raise.
         """
         ...
 
 
 class Launched(NamedTuple):
-    """A batch that a device has been handed.
+    """A batch in flight on a device.
 
     Args:
-      wait: returns when the device is done with it, at once if it is done already.
-      outputs: returns what `Engine.run` does; called once, after `wait`.
+      wait: blocks until the device has computed the batch.
+      outputs: returns what `Engine.run` returns. It is called once, after `wait`.
     """
 
     wait: Callable[[], object]
@@ -76,12 +84,14 @@ class Launched(NamedTuple):
 
 
 def check_outputs(logits: np.ndarray, count: int) -> None:
-    """Refuses what cannot be the outputs of `count` inputs; half a microsecond for a batch of small ones.
+    """Refuses outputs that cannot be right. It takes half a microsecond for a batch of small ones.
 
     Args:
-      logits: (count, ...), floating point, padding stripped: what a padded row holds is of no query.
+      logits: (count, ...), floating point, without the padding of the batch.
+      count: the number of inputs.
 
-    Raises InferenceError for another number of outputs, and for a NaN among them. Infinities pass.
+    Raises:
+      InferenceError: the number of outputs is wrong, or one of them contains NaN. Infinities pass.
 
     >>> check_outputs(np.zeros((2, 10), np.float32), 2)
     >>> check_outputs(np.array([[1.0, 2.0], [np.nan, 1.0]]), 2)
@@ -91,8 +101,7 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
     """
     if len(logits) != count:
         raise errors.InferenceError(f"outputs of shape {logits.shape} for {count} inputs; an engine returns one for each")
-    # A sum of squares is NaN only where one of them is: infinities have one sign.
-    if math.isnan(np.vdot(logits, logits)):
+    if math.isnan(np.vdot(logits, logits)):  # squares are positive, so only a NaN makes their sum a NaN
         bad = np.flatnonzero(np.isnan(logits.reshape(count, -1)).any(axis=1))
         raise errors.InferenceError(
             f"outputs {bad.tolist()} of {count} have NaN in them; look at the inputs, then at the weights"
@@ -100,7 +109,7 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
 
 
 class Wrapper:
-    """An engine in front of another one, for the same inputs; a subclass does something of its own around `run`."""
+    """An engine that passes calls on to another one. Subclasses add something around `run`."""
 
     def __init__(self, inner: Engine):
         self.name, self.input_shape, self.input_dtype = inner.name, inner.input_shape, inner.input_dtype

@@ -1,4 +1,4 @@
-"""Engines without a model, to test the server with. No jax."""
+"""Engines without a model, for tests and simulated load. No jax."""
 
 import threading
 import time
@@ -14,13 +14,16 @@ from superserve_jax.subnet import Subnet
 
 
 class FakeEngine:
-    """Sleeps for the latency in the profile; the output of an input is (its first value, rank of the subnet in accuracy).
+    """Sleeps for the latency in the profile. The output of input x is (first value of x, rank of the subnet in accuracy).
 
     Args:
-      profile: its latencies, the subnets that it accepts, and its length buckets, in which padding has the id 0.
-      speed: how many times faster than the profile it runs; inf does not sleep at all.
-      on_run: called as `on_run(subnet, batch_size, inputs)` in the worker's thread before each batch; it may raise, which
-        is a failure of the device, or block, which is a stuck one.
+      profile: gives the latencies, the accepted subnets and the length buckets. Padding has the token id 0.
+      name: see `Engine`.
+      input_shape: see `Engine`.
+      input_dtype: see `Engine`.
+      speed: how many times faster than the profile the engine runs; with inf it does not sleep at all.
+      on_run: called as `on_run(subnet, batch_size, inputs)` in the worker's thread before each batch. To imitate a broken
+        device it may raise, and to imitate a stuck one it may block.
 
     >>> from superserve_jax import profile, subnet
     >>> row = profile.Row(subnet.Subnet((1,)), 0.7, (1.0, 1.5))
@@ -52,19 +55,19 @@ class FakeEngine:
         self._running = threading.Lock()
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
-        """See `Engine.run`. Raises AssertionError where the server breaks that contract."""
+        """See `Engine.run`. Raises AssertionError if the server breaks the contract."""
         assert self._running.acquire(blocking=False), "two threads in one engine"
         try:
             assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
             if self._on_run is not None:
                 self._on_run(subnet, batch_size, inputs)
-            if latency_s := self._takes_s(subnet, batch_size, inputs):
+            if latency_s := self._expected_s(subnet, batch_size, inputs):
                 time.sleep(latency_s)
             return self._outputs(subnet, inputs)
         finally:
             self._running.release()
 
-    def _takes_s(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
+    def _expected_s(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
         return self._latency_s[subnet, batch_size, length_bucket(self.lengths, inputs) if self.lengths else 0]
 
     def _outputs(self, subnet: Subnet, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
@@ -73,15 +76,17 @@ class FakeEngine:
 
 
 class FakeDevice(FakeEngine):
-    """A `FakeEngine` whose device computes on its own, one batch after the other, while the host copies the next one's inputs
-    into a staging buffer, as it would for a real device. `on_run` is called when the outputs are waited for."""
+    """A `FakeEngine` that imitates a GPU: its device computes by itself, one batch after the other.
+
+    Meanwhile the host can copy the inputs of the next batch into a staging buffer. `on_run` is called in `Launched.wait`.
+    """
 
     overlap = True
 
     def __init__(self, profile: Profile, **options: Any):
         super().__init__(profile, **options)
         self._free = [np.zeros((profile.max_batch, *self.input_shape), self.input_dtype) for _ in range(2)]
-        self._free_s = 0.0  # when it is done with all that was launched
+        self._free_s = 0.0  # when the device will have computed everything launched so far
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
         """See `Engine.run`."""
@@ -90,10 +95,10 @@ class FakeDevice(FakeEngine):
         return list(launched.outputs())
 
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
-        """See `Overlapping.launch`. Raises AssertionError where the server breaks that contract."""
+        """See `Overlapping.launch`. Raises AssertionError if the server breaks the contract."""
         assert self._free, "three batches at once"
         assert 0 < len(inputs) <= batch_size, f"{len(inputs)} inputs in a batch of {batch_size}"
-        latency_s = self._takes_s(subnet, batch_size, inputs)
+        latency_s = self._expected_s(subnet, batch_size, inputs)
         staged = self._free.pop()
         for i, x in enumerate(inputs):
             if self.lengths:

@@ -1,10 +1,12 @@
-"""Which subnets share an executable, when more are served than there should be executables. No jax.
+"""Chooses which subnets share an executable, if more subnets are served than there should be executables. No jax.
 
-The subnets of a **subnet bucket** run in one program of the size of their envelope, masked down to each. A block that a subnet
-drops is skipped at run time; channels that it does not have are computed all the same. So sharing costs latency, as little as
-the choice of buckets can make it, with FLOPs standing for latency.
+The subnets of a **subnet bucket** share one program. It has the size of their envelope, and is masked down to each subnet. A
+block that a subnet drops is skipped at run time, but channels that a subnet lacks are still computed. So sharing costs
+latency. `choose` keeps this cost low, and estimates it by FLOPs.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,21 +16,25 @@ from superserve_jax.subnet import Subnet, envelope_of
 
 Flops = Callable[[Subnet], float]
 
-_ROUNDS = 10  # of moving subnets to better buckets; it ends before
-_NEAR = 6  # buckets that are tried for each subnet
+_MAX_ROUNDS = 10  # of the local search, which usually ends earlier
+_TRIED = 6  # subnet buckets that the local search tries for each subnet
 
 
 def choose(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> dict[Subnet, Subnet]:
-    """The subnet bucket, an envelope, of every subnet: at most `count` different ones.
+    """The envelope of the subnet bucket of every subnet, with at most `count` different envelopes.
 
-    It makes the mean of FLOPs computed over FLOPs needed small. Beginning with a bucket for each subnet, the two whose
-    union costs least are joined, as often as need be; then subnets move from bucket to bucket as long as that helps. The first
-    part reckons with envelopes whole, the second with the blocks that are skipped. 500 subnets take half a minute.
+    The result has a small mean of (FLOPs computed / FLOPs needed). The search has two parts:
+
+    1. Every subnet starts in its own subnet bucket. The two whose union costs least are joined until `count` are left. The
+       cost of a subnet bucket is the FLOPs of its whole envelope.
+    2. Subnets move to other subnet buckets as long as that helps. Now skipped blocks cost nothing.
+
+    It takes half a minute for 500 subnets.
 
     Args:
-      subnet_list: what is served; all different.
-      flops: of a subnet, or of an envelope.
-      count: of subnet buckets, at least 1.
+      subnet_list: the served subnets, all different.
+      flops: the FLOPs of a subnet or of an envelope.
+      count: the number of subnet buckets, at least 1.
 
     >>> small, middle, large = (Subnet((1,), (("width", (w,)),)) for w in (1.0, 1.1, 4.0))
     >>> found = choose([small, middle, large], lambda s: s["width"][0] ** 2, 2)
@@ -45,66 +51,60 @@ def choose(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> dict[Subn
 
 
 def extra(bucket_of: Mapping[Subnet, Subnet], flops: Flops) -> float:
-    """The mean over the subnets of FLOPs computed over FLOPs needed, less 1: 0 where every subnet has its own executable."""
+    """The mean of (FLOPs computed / FLOPs needed) over all subnets, minus 1. It is 0 if no subnet shares an executable."""
     return sum(flops(s.computed_in(top)) / flops(s) for s, top in bucket_of.items()) / len(bucket_of) - 1
 
 
 def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[list[Subnet]]:
-    """Greedy: joins the two buckets whose union adds least, until `count` are left."""
+    """Part 1 of `choose`: joins the two subnet buckets whose union adds the least cost, until `count` are left."""
     members = [[s] for s in subnet_list]
     tops = list(subnet_list)
-    need = np.array([1 / flops(s) for s in subnet_list])  # sum over a bucket's members
-    cost = np.ones(len(tops))  # of each bucket: its envelope's FLOPs times `need`
-    adds = np.full((len(tops), len(tops)), np.inf)  # what the union of two buckets costs more than they do; upper triangle
+    need = np.array([1 / flops(s) for s in subnet_list])  # the sum over the members of a subnet bucket
+    cost = np.ones(len(tops))  # of each subnet bucket: FLOPs of its envelope times `need`
+    added = np.full((len(tops), len(tops)), np.inf)  # cost of the union of two, minus the costs of both; upper triangle
 
     def union_adds(i: int, j: int) -> float:
         return flops(envelope_of((tops[i], tops[j]))) * (need[i] + need[j]) - cost[i] - cost[j]
 
-    for i in range(len(tops)):
-        for j in range(i + 1, len(tops)):
-            adds[i, j] = union_adds(i, j)
+    for i, j in itertools.combinations(range(len(tops)), 2):
+        added[i, j] = union_adds(i, j)
     for _ in range(len(tops) - count):
-        i, j = map(int, np.unravel_index(np.argmin(adds), adds.shape))
-        cost[i] += cost[j] + adds[i, j]
+        i, j = map(int, np.unravel_index(np.argmin(added), added.shape))
+        cost[i] += cost[j] + added[i, j]
         need[i] += need[j]
         tops[i] = envelope_of((tops[i], tops[j]))
         members[i] += members[j]
         members[j] = []
-        adds[j, :] = adds[:, j] = np.inf
-        for k, those in enumerate(members):
-            if those and k != i:
-                adds[min(i, k), max(i, k)] = union_adds(i, k)
-    return [those for those in members if those]
+        added[j, :] = added[:, j] = np.inf
+        for k, group in enumerate(members):
+            if group and k != i:
+                added[min(i, k), max(i, k)] = union_adds(i, k)
+    return [group for group in members if group]
 
 
-def _moved(buckets: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dict[Subnet, Subnet]:
-    """Local search: subnets move to the bucket, out of those where they would cost least themselves, whose cost rises by less
-    than that of theirs falls."""
-    known: dict[Subnet, float] = {}
+def _moved(groups: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dict[Subnet, Subnet]:
+    """Part 2 of `choose`, a local search: moves a subnet if the cost saved in its subnet bucket exceeds the cost added in
+    another. It tries only those subnet buckets in which the subnet itself would cost least."""
+    flops = functools.cache(flops)
 
     def computed(subnet: Subnet, envelope: Subnet) -> float:
-        """FLOPs of a subnet in its bucket."""
-        key = subnet.computed_in(envelope)
-        if key not in known:
-            known[key] = flops(key)
-        return known[key]
+        return flops(subnet.computed_in(envelope))
 
-    def cost(those: Sequence[Subnet]) -> float:
-        top = envelope_of(those) if those else None
-        return sum(computed(s, top) / needed[s] for s in those if top)
+    def cost(group: Sequence[Subnet]) -> float:
+        top = envelope_of(group) if group else None
+        return sum(computed(s, top) / flops(s) for s in group if top)
 
-    needed = {s: flops(s) for those in buckets for s in those}
-    members = [list(those) for those in buckets] + [[] for _ in range(count - len(buckets))]
-    costs = [cost(those) for those in members]
-    place = {s: i for i, those in enumerate(members) for s in those}
-    for _ in range(_ROUNDS):
+    members = [list(group) for group in groups] + [[] for _ in range(count - len(groups))]
+    costs = [cost(group) for group in members]
+    place = {s: i for i, group in enumerate(members) for s in group}
+    for _ in range(_MAX_ROUNDS):
         before = dict(place)
         for s, here in before.items():
             rest = [m for m in members[here] if m is not s]
             saved = costs[here] - cost(rest)
-            tops = {i: envelope_of([*those, s]) for i, those in enumerate(members) if i != here}
-            near = sorted(tops, key=lambda i: computed(s, tops[i]))[:_NEAR]
-            there, rise = min(((i, cost([*members[i], s]) - costs[i]) for i in near), key=lambda found: found[1])
+            tops = {i: envelope_of([*group, s]) for i, group in enumerate(members) if i != here}
+            tried = sorted(tops, key=lambda i: computed(s, tops[i]))[:_TRIED]
+            there, rise = min(((i, cost([*members[i], s]) - costs[i]) for i in tried), key=lambda found: found[1])
             if rise < saved - 1e-9:
                 members[here], members[there] = rest, [*members[there], s]
                 costs[here] -= saved
@@ -112,4 +112,4 @@ def _moved(buckets: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dic
                 place[s] = there
         if place == before:
             break
-    return {s: envelope_of(those) for those in members for s in those}
+    return {s: envelope_of(group) for group in members for s in group}
