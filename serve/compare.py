@@ -15,7 +15,6 @@ import dataclasses
 import os
 import pathlib
 import time
-from typing import Any
 
 import tyro
 
@@ -78,7 +77,7 @@ def main() -> None:
         print("\nthe paper beside ours")
         header = ("preset", "scale", "what", "the paper", "ours")
         found = paper_table.findings(rows)
-        print_left([header, *((f.preset, f"x{f.scale:g}", f.what, f.reference, f.ours) for f in found)])
+        cli.print_table([header, *((f.preset, f"x{f.scale:g}", f.what, f.reference, f.ours) for f in found)], left=5)
     if options.json:
         files.write_json(options.json, rows)
         print(f"\nrows: {options.json}")
@@ -150,13 +149,6 @@ def table(summaries: list[Summary]) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def print_left(rows: list[tuple[str, ...]]) -> None:
-    """Prints columns of text, aligned to the left."""
-    widths: list[Any] = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""What the programs in train/ and serve/ share: logging, errors as one line, tables."""
+"""What the programs in train/ and serve/ share: logging, errors in one line, checks of options, tables."""
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from superserve_jax import errors
 
+_NO_WRAP = 10_000  # characters in a line
+
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program: an error of this library ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a program. An error of this library ends it with one line and status 2, Ctrl-C with status 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("superserve_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file
@@ -37,8 +43,9 @@ def check_above_zero(options: Any, *names: str) -> None:
 
 
 def config_argument(arguments: list[str], explanation: str | None) -> tuple[str, list[str]]:
-    """The config file that is a program's first argument, and the arguments after it; without one the program ends with its
-    explanation.
+    """Splits a program's arguments into the config file, which comes first, and the rest.
+
+    Without a config file the program prints its explanation and ends.
 
     >>> config_argument(["configs/debug.py", "--epochs", "2"], "how to use it")
     ('configs/debug.py', ['--epochs', '2'])
@@ -49,11 +56,29 @@ def config_argument(arguments: list[str], explanation: str | None) -> tuple[str,
     return arguments[0], arguments[1:]
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Prints a header and rows in aligned columns, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for n, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells).rstrip())
-        if n == 0:
-            print("  ".join("-" * width for width in widths))
+def table(columns: Mapping[str, str], items: Iterable[Any]) -> list[tuple[str, ...]]:
+    """The lines of a table for `print_table`: the header, and one line per item.
+
+    Args:
+      columns: for each column its name and a format string, in which 0 is the item.
+      items: anything that `str.format` can look into, such as dicts and dataclasses.
+
+    >>> table({"policy": "{0[name]}", "in time": "{0[met]:.1%}"}, [{"name": "slackfit", "met": 0.9991}])
+    [('policy', 'in time'), ('slackfit', '99.9%')]
+    """
+    return [tuple(columns), *(tuple(cell.format(item) for cell in columns.values()) for item in items)]
+
+
+def print_table(lines: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """Prints a table. Lines are neither wrapped nor cut, whatever the width of the terminal.
+
+    Args:
+      lines: the header, then one line of cells per item.
+      left: this many columns are aligned to the left. The others hold numbers and are aligned to the right.
+    """
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(lines[0]):
+        shown.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for line in lines[1:]:
+        shown.add_row(*line)
+    Console(width=_NO_WRAP, markup=False, emoji=False, highlight=False).print(shown)

@@ -1,12 +1,11 @@
-"""Progress of long work on stderr: a bar with rate and time left on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long work on stderr: a bar on a terminal, elsewhere a plain line every few seconds."""
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
-import rich.console
-import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
@@ -21,52 +20,47 @@ def track(
     completed: int = 0,
     note: Callable[[], str] = lambda: "",
 ) -> Iterator[T]:
-    """Yields `items` while showing how far it is.
+    """Yields `items`, and shows how many are done, their rate and the time left.
 
     Args:
       items: the work.
       description: a few words.
-      total: number of items; their length where they have one.
-      completed: items done before, by an interrupted run.
-      note: gives a short text, such as the current loss, shown behind the bar.
+      total: the number of items. By default it is `len(items)`, if `items` has a length.
+      completed: the number of items that an interrupted run has done before.
+      note: returns a short text to show behind the bar, such as the current loss.
 
     >>> list(track([1, 2], "counting"))
     [1, 2]
     """
-    total = total if total is not None else (len(items) if isinstance(items, Sized) else None)
-    console = rich.console.Console(stderr=True)
-    show = _bar if console.is_terminal else _lines
-    return show(console, items, description, total, completed, note)
-
-
-def _bar(console, items, description, total, completed, note):
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    console = Console(stderr=True)
     columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(bar_width=30),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[rate]}"),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-        rich.progress.TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f}/s"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
     )
-    with rich.progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total, completed=completed, rate="", note="")
-        start = time.monotonic()
+    done, start_s = completed, time.monotonic()
+    line_s = start_s  # when the last line was printed
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, completed=completed, rate=0.0, note="")
         for done, item in enumerate(items, completed + 1):
             yield item
-            rate = (done - completed) / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, rate=f"{rate:.1f}/s", note=note())
+            now_s = time.monotonic()
+            rate = (done - completed) / max(now_s - start_s, 1e-9)
+            if console.is_terminal:
+                bar.update(task, completed=done, rate=rate, note=note())
+            elif now_s - line_s >= _LINE_EVERY_S:
+                line_s = now_s
+                left = f", {(total - done) / rate:.0f} s left" if total else ""
+                _print(console, f"{description}: {done}/{total or '?'}, {rate:.1f}/s{left} {note()}")
+    took_s = time.monotonic() - start_s
+    if not console.is_terminal and took_s >= 1.0:
+        _print(console, f"{description}: {done} done in {took_s:.0f} s {note()}")
 
 
-def _lines(console, items, description, total, completed, note):
-    start = last = time.monotonic()
-    done = completed
-    for done, item in enumerate(items, completed + 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= _LINE_EVERY_S:
-            last = now
-            rate = (done - completed) / (now - start)
-            left = f", {(total - done) / rate:.0f} s left" if total else ""
-            print(f"{description}: {done}/{total or '?'}, {rate:.1f}/s{left} {note()}".rstrip(), file=sys.stderr, flush=True)
-    if time.monotonic() - start >= 1.0:
-        print(f"{description}: {done} done in {time.monotonic() - start:.0f} s {note()}".rstrip(), file=sys.stderr, flush=True)
+def _print(console: Console, line: str) -> None:
+    print(line.rstrip(), file=console.file, flush=True)
