@@ -33,6 +33,7 @@ from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.subnet_buckets import Flops
 from superserve_jax.exports import Model
 from superserve_jax.profile import check_batch_sizes
+from superserve_jax.serving import server
 
 STATEMENTS = {
     "P1": "a larger batch takes longer",
@@ -97,7 +98,7 @@ def measure(options: Options, model: Model, device: Any, kind: str, lengths: Seq
 
     engine = make_engine(model.subnets, envelopes)
     accuracies = {s.subnet: s.accuracy for s in model.served}
-    calls = {"repeats": options.repeats, "load": options.load}
+    calls = {"repeats": options.repeats, "background": server.background_traffic if options.load else None}
     measured = profiling.measure(engine, accuracies, options.batch_sizes, device=kind, **calls)
     measured = dataclasses.replace(measured.with_envelopes(envelopes), slicing=slicing)
     if measured.envelopes:

@@ -113,7 +113,9 @@ def main() -> None:
         )
     model = ss.load(options.export)
     inputs, labels = test_examples(model)
-    _, engines, profiles = prepare.prepare(model, batch_sizes=options.batch_sizes, lengths=options.lengths)
+    _, engines, profiles = prepare.prepare(
+        model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
+    )
     profile = profiles[0]
     # What an example's length is, the server finds out by itself; rates and the simulator need to know it.
     lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if profile.lengths else None

@@ -33,6 +33,7 @@ from superserve_jax.loadtest import endurance
 from superserve_jax.loadtest.endurance import Counting, EnduranceTraffic, Second
 from superserve_jax.loadtest.storm import Storm, run_storm
 from superserve_jax.plots import Line, Panel
+from superserve_jax.serving import server
 from superserve_jax.serving.server import Server
 from superserve_jax.training.compilations import Compilations
 
@@ -112,7 +113,9 @@ def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
             "--warm-up-s; serve longer"
         )
     assert options.export is not None
-    _, made, profiles = prepare.prepare(ss.load(options.export), batch_sizes=options.batch_sizes)
+    _, made, profiles = prepare.prepare(
+        ss.load(options.export), batch_sizes=options.batch_sizes, background=server.background_traffic
+    )
     profile, engines = profiles[0], [Counting(e) for e in made]
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * max(p.rows[-1].latency_ms[-1] for p in profiles))
     rate_qps = options.load * sum(map(endurance.carried_qps, profiles))

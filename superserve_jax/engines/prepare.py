@@ -16,6 +16,7 @@ from superserve_jax import errors, exports
 from superserve_jax.engines import cache, executables, profiling, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.executables import Device
+from superserve_jax.engines.profiling import Background
 from superserve_jax.exports import Model
 from superserve_jax.lengths import check_length_buckets, default_lengths
 from superserve_jax.profile import Profile, check_batch_sizes
@@ -39,6 +40,7 @@ def prepare(
     devices: Sequence[Device] | None = None,
     slicing: Slicing | None = None,
     slice_bytes: int | None = None,
+    background: Background | None = None,
 ) -> tuple[Model, list[DeviceEngine], list[Profile]]:
     """What a server needs: the model, one engine per device, and the latency profile of each.
 
@@ -48,6 +50,7 @@ def prepare(
     Args:
       lengths: None takes `padding.default_lengths`, where inputs have a length.
       slicing, slice_bytes: see `device_engine.DeviceEngine`; None takes what the profile was measured with.
+      background: what runs beside an engine whose profile is measured (see `profiling.measure`).
 
     Raises:
       ExportError, ConfigError, NotCalibratedError. ProfileError: the profile beside the export is malformed.
@@ -93,7 +96,7 @@ def prepare(
             f" and lengths {list(lengths)}" if lengths else "",
             model.path,
         )
-        return measure(model, engine, batch_sizes, device_kind(device), envelopes=envelopes)
+        return measure(model, engine, batch_sizes, device_kind(device), envelopes=envelopes, background=background)
 
     return model, engines, of_each_kind(devices, stored_or_measured)
 
@@ -207,11 +210,11 @@ def measure(
     *,
     envelopes: Mapping[Subnet, Subnet] | None = None,
     repeats: int = 30,
+    background: Background | None = None,
 ) -> Profile:
-    """Measures the latency profile of an engine under load: repaired to be monotone, and only the subnets that are worth
-    serving."""
+    """Measures the latency profile of an engine: repaired to be monotone, and only the subnets that are worth serving."""
     accuracies = {s.subnet: s.accuracy for s in model.served}
-    measured = profiling.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, load=True)
+    measured = profiling.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, background=background)
     measured = dataclasses.replace(measured.with_envelopes(envelopes or {}), slicing=engine.slicing)
     return worth_serving(measured).monotone()
 

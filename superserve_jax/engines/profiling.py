@@ -3,25 +3,22 @@
 import contextlib
 import gc
 import itertools
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from superserve_jax import errors, progress
 from superserve_jax.engines.base import Engine
-from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
-from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 _WARM_UPS = 2
 _LOAD = 0.5  # of the highest throughput seen in the warm-up
-_MAX_RATE_QPS = 50_000.0
-_SLEEPER_BATCH = 16
-_QUERY = np.zeros((), np.float32)
+
+Background = Callable[[float], contextlib.AbstractContextManager[None]]
+"""Runs a server under so many queries per second while open, such as `serving.server.background_traffic`."""
 
 
 def measure(
@@ -31,7 +28,7 @@ def measure(
     *,
     device: str,
     repeats: int = 30,
-    load: bool = False,
+    background: Background | None = None,
 ) -> Profile:
     """Median and 99th percentile of the latency of every subnet at every batch size and length.
 
@@ -43,7 +40,8 @@ def measure(
       batch_sizes: ascending.
       device: the kind of device, written into the profile.
       repeats: rounds; at least 1.
-      load: measure beside the threads of a server (see `traffic`), at half the engine's highest throughput.
+      background: what runs beside the engine during the measurement, at half the engine's highest throughput. None runs
+        the engine alone.
     """
     if repeats < 1:
         raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
@@ -58,7 +56,7 @@ def measure(
             fastest_qps = max(fastest_qps, batch / (time.perf_counter() - start))
     times_ms: dict[tuple[Subnet, int, int], list[float]] = {key: [] for key in keys}
     gc.collect()
-    with traffic(_LOAD * fastest_qps) if load else contextlib.nullcontext():
+    with background(_LOAD * fastest_qps) if background else contextlib.nullcontext():
         for _ in progress.track(range(repeats), f"latencies of {engine.name}"):
             for subnet, batch, length in keys:
                 inputs = examples[length][:batch]
@@ -78,42 +76,6 @@ def measure(
         )
         tables.append(Profile(batch_sizes, rows, device, (length,) if length else ()))
     return join_lengths(tables)
-
-
-@contextlib.contextmanager
-def traffic(rate_qps: float) -> Iterator[None]:
-    """While open, what runs beside an engine that serves: a server, here on a worker that sleeps, and a load generator.
-
-    They cost the processor and hold the interpreter's lock as they do in earnest, and batches take longer beside them.
-
-    Args:
-      rate_qps: evenly spaced queries per second, at most 50,000, beyond which a generator in Python is the limit.
-
-    >>> with traffic(1000.0):
-    ...     time.sleep(0.01)
-    """
-    rate_qps = min(rate_qps, _MAX_RATE_QPS)
-    row = Row(Subnet((1,)), 1.0, (1e3 * _SLEEPER_BATCH / max(2 * rate_qps, 1.0),))
-    table = Profile((_SLEEPER_BATCH,), (row,))
-    stop = threading.Event()
-
-    def generate(target: Server) -> None:
-        due, before_s = 0.0, time.monotonic()
-        while not stop.wait(1e-3):
-            now_s = time.monotonic()
-            due, before_s = due + rate_qps * (now_s - before_s), now_s
-            with contextlib.suppress(errors.QueueFullError):
-                target.submit_many([_QUERY] * int(due))
-            due %= 1
-
-    with Server.from_engines([FakeEngine(table)], table) as target:
-        thread = threading.Thread(target=generate, args=(target,), name="superserve-traffic", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:

@@ -16,8 +16,6 @@ from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.policies import Policy, State
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Pace
-from superserve_jax.serving import futures
-from superserve_jax.serving.futures import Query
 from superserve_jax.subnet import Subnet
 
 
@@ -81,20 +79,6 @@ def next_batch(
     finally:
         if aside:
             waiting.put_back(aside)
-
-
-def refill(waiting: DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
-    """A batch of `next_batch` with what comes next, and is no longer, in the places of its cancelled queries."""
-    if not any(map(futures.resolved, batch)):
-        return batch
-    live = [query for query in batch if not query.done()]
-    longest = profile.at_length(max(query.length for query in batch)).lengths[-1] if profile.shorter else 0
-    while len(live) < len(batch) and len(waiting) and waiting.head_length <= longest:
-        more = waiting.pop(len(batch) - len(live), row.accuracy)
-        if not more:
-            break
-        live += [query for query in more if not query.done()]
-    return live
 
 
 def _decide(policy: Policy, table: Profile, state: State) -> tuple[Row, int, float, float, str]:

@@ -39,6 +39,7 @@ All threads are daemons, so a server that nobody closed does not keep the interp
 nothing.
 """
 
+import contextlib
 import functools
 import math
 import threading
@@ -54,6 +55,7 @@ from superserve_jax.lengths import trim_padding
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving import background
 from superserve_jax.serving.futures import Future, Query
 from superserve_jax.serving.options import Options, Tuning
 from superserve_jax.serving.workers import Pool
@@ -130,6 +132,7 @@ class Server:
             devices=devices,
             slicing=slicing,
             slice_bytes=slice_bytes,
+            background=background_traffic,
         )
         self._options = {"slicing": slicing, "slice_bytes": slice_bytes}
         self._open(engines, each, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
@@ -358,7 +361,12 @@ class Server:
             model = prepare.load(path_or_model)
             prepare.check_same_inputs(self.model, model, self._lengths)
             _, engines, profiles = prepare.prepare(
-                model, batch_sizes=self.profile.batch_sizes, lengths=self._lengths or None, devices=devices, **self._options
+                model,
+                batch_sizes=self.profile.batch_sizes,
+                lengths=self._lengths or None,
+                devices=devices,
+                background=background_traffic,
+                **self._options,
             )
             each = profiles_of_workers(profiles, len(engines))
             old = self._pool.swap(members, engines, each)
@@ -403,6 +411,15 @@ class Server:
         Raises ConfigError where the server was opened with `telemetry=False`.
         """
         return self._pool.snapshot()
+
+
+def background_traffic(rate_qps: float) -> contextlib.AbstractContextManager[None]:
+    """While open, runs a server under load beside an engine whose latency profile is measured (see `background.traffic`).
+
+    >>> with background_traffic(1000.0):
+    ...     pass
+    """
+    return background.traffic(Server.from_engines, rate_qps)
 
 
 def _spec(e: Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:

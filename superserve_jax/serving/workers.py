@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
-from superserve_jax.profile import Profile
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import retries
+from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.serving import futures, retries
 from superserve_jax.serving.failing import Failing
 from superserve_jax.serving.futures import Query, Reply
 from superserve_jax.serving.limits import QueueLimits
@@ -61,6 +62,20 @@ def _learn_pace(worker: Worker, took: float | None) -> None:
         more = took - worker.pace
         worker.pace += more / 2 if more < 0 else _LEARNED**2 * min(more, worker.pace)
     worker.pace = max(worker.pace, _LEAST_PACE)
+
+
+def refill(waiting: DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
+    """A batch of `next_batch` with what comes next, and is no longer, in the places of its cancelled queries."""
+    if not any(map(futures.resolved, batch)):
+        return batch
+    live = [query for query in batch if not query.done()]
+    longest = profile.at_length(max(query.length for query in batch)).lengths[-1] if profile.shorter else 0
+    while len(live) < len(batch) and len(waiting) and waiting.head_length <= longest:
+        more = waiting.pop(len(batch) - len(live), row.accuracy)
+        if not more:
+            break
+        live += [query for query in more if not query.done()]
+    return live
 
 
 class Pool(Failing):
@@ -234,7 +249,7 @@ class Pool(Failing):
                     last_subnet=worker.last_subnet,
                     worker=worker.index,
                 )
-                batch = dispatch.refill(waiting, worker.profile, row, batch)
+                batch = refill(waiting, worker.profile, row, batch)
             except Exception as error:
                 _log.exception("the policy failed")
                 self._last_error = failure = error

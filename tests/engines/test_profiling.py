@@ -1,6 +1,5 @@
 import dataclasses
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from superserve_jax.engines import profiling
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row, join_lengths
-from superserve_jax.serving.server import Server
+from superserve_jax.serving import server
 from superserve_jax.subnet import Subnet
 
 
@@ -60,18 +59,9 @@ def test_under_load_a_server_and_its_generator_run_beside_what_is_measured_and_a
     accuracies = {r.subnet: r.accuracy for r in table.rows}
     for load in (False, True):
         seen.clear()
-        profiling.measure(fake, accuracies, (1, 2), device="fake", repeats=3, load=load)
+        profiling.measure(
+            fake, accuracies, (1, 2), device="fake", repeats=3, background=server.background_traffic if load else None
+        )
         beside = {"superserve-traffic", "superserve-fake:0", "superserve-watchdog"} if load else set()
         assert seen == [set()] * 4 + [beside] * 6  # two warm-ups of each, then three rounds
     assert names() == set()
-
-
-def test_the_load_submits_queries_and_no_more_than_are_due(monkeypatch):
-    counted = []
-    submit_many = Server.submit_many
-    monkeypatch.setattr(Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs))
-    before_s = time.monotonic()
-    with profiling.traffic(5000.0):
-        time.sleep(0.2)
-    lasted_s = time.monotonic() - before_s
-    assert 0 < sum(counted) <= 5000.0 * lasted_s
