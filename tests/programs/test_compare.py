@@ -18,7 +18,7 @@ from superserve_jax.simulation import paper_profile, simulator
 from superserve_jax.simulation.simulator import Cluster, Outage
 
 ROOT = pathlib.Path(__file__).parents[2]
-SAMPLE = ROOT.parent / "shared" / "data" / "maf2019_762fn.csv"
+SAMPLE = ROOT / "tests" / "data" / "maf2019_100fn.csv"
 PAPER = paper_profile.paper_profile()
 FIGURES = {"attainment", "accuracy", "fluid_accuracy"}
 NAMED = {"preset", "trace", "scale", "policy", "seed"}
@@ -181,7 +181,6 @@ def test_a_number_of_latency_buckets_is_part_of_the_name():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.exists(), reason="the sample of MAF 2019 is not here")
 def test_on_the_sample_of_maf_the_gains_over_fixed_models_are_above_the_papers():
     cell = next(iter(presets.cells("maf", scales=(1.0,), policies=("slackfit", "fixed:all"))))
     rows = runner.run_cell(cell, PAPER, str(SAMPLE))

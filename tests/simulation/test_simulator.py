@@ -16,7 +16,7 @@ from superserve_jax.simulation.simulator import Cluster, Outage, Stall, _Simulat
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
-SAMPLE = pathlib.Path(__file__).parents[3] / "shared" / "data" / "maf2019_762fn.csv"
+SAMPLE = pathlib.Path(__file__).parents[1] / "data" / "maf2019_100fn.csv"
 PAPER = paper_profile.paper_profile()
 ROWS = (
     Row(Subnet((1, 0)), 0.7, (10.0, 16.0)),
@@ -289,7 +289,6 @@ def test_of_mixed_slos_the_guarded_policy_meets_the_short_as_well_as_the_long(mi
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.exists(), reason="the sample of MAF 2019 is not there")
 def test_on_recorded_traffic_the_guarded_policy_attains_more_than_the_least_accurate_subnet_and_is_far_more_accurate():
     trace = azure.trace(SAMPLE)
     least, ours = (simulator.simulate(PAPER, name, trace) for name in ("least-accurate", "slackfit"))
