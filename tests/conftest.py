@@ -12,7 +12,7 @@ from superserve_jax import exports
 from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
 
-collect_ignore = ["helpers"]
+collect_ignore = ["helpers", "data"]
 
 
 def pytest_collection_modifyitems(config, items):
