@@ -108,14 +108,14 @@ def measure(options: Options, model: Model, device: Any, kind: str, lengths: Seq
     path = exports.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
-    for at_length, as_measured in zip(profile.tables, measured.tables, strict=True):
+    for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
         report(at_length, as_measured, {s.subnet: s.flops for s in model.served})
     if options.json:
         files.write_json(options.json, profile.to_json())
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-        values = [[ms for t in profile.tables for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
-        shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.tables for b in profile.batch_sizes]
+        values = [[ms for t in profile.each_length for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
+        shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
         plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
         print(f"plot: {options.plot}")
     print(f"kept in {path}")

@@ -8,11 +8,11 @@ import numpy as np
 
 from superserve_jax import errors
 
-_SHORTEST = 16  # by default; shorter ones hardly run faster
+_SHORTEST = 16  # the shortest default length bucket; shorter inputs hardly run faster
 
 
 def default_lengths(max_length: int) -> tuple[int, ...]:
-    """Powers of two from 16 up, and last the longest length.
+    """Powers of two from 16 up, followed by the longest length.
 
     >>> default_lengths(128), default_lengths(100), default_lengths(6)
     ((16, 32, 64, 128), (16, 32, 64, 100), (6,))
@@ -22,7 +22,11 @@ def default_lengths(max_length: int) -> tuple[int, ...]:
 
 
 def trim_padding(x: np.ndarray, pad_id: int) -> np.ndarray:
-    """A sequence (T,) of token ids, or (T, 2) of ids and types, without its trailing padding; at least one position is kept.
+    """Remove the trailing padding of one sequence. At least one position is kept.
+
+    Args:
+      x: token ids (T,), or ids and token types (T, 2).
+      pad_id: the id of the padding token.
 
     >>> trim_padding(np.array([5, 0, 7, 0, 0]), 0).tolist(), trim_padding(np.zeros((4, 2), int), 0).shape
     ([5, 0, 7], (1, 2))
@@ -32,7 +36,7 @@ def trim_padding(x: np.ndarray, pad_id: int) -> np.ndarray:
 
 
 def length_bucket(lengths: Sequence[int], inputs: Sequence[np.ndarray]) -> int:
-    """The length bucket that holds all inputs. Raises InputError where none does."""
+    """The smallest length bucket that holds all inputs. Raises InputError if an input is longer than every length bucket."""
     longest = max(map(len, inputs))
     if longest > lengths[-1]:
         raise errors.InputError(f"an input of {longest} tokens, but the longest length bucket has {lengths[-1]}; cut it")
@@ -46,13 +50,8 @@ def check_length_buckets(lengths: Sequence[int]) -> tuple[int, ...]:
 
 def check_ascending(name: str, values: Sequence[int], example: str) -> tuple[int, ...]:
     """`values` as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
-    if not isinstance(values, Iterable):
-        raise errors.ConfigError(f"{name} must be a list such as {example}, got {values!r}")
-    values = tuple(values)
-    if not values:
-        raise errors.ConfigError(f"{name} is empty; give at least one, such as {example}")
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values) or list(values) != sorted(
-        set(values)
-    ):
-        raise errors.ConfigError(f"{name} must be ascending whole numbers from 1 up, got {list(values)}")
-    return values
+    found = tuple(values) if isinstance(values, Iterable) else ()
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in found)
+    if not (found and whole and list(found) == sorted(set(found))):
+        raise errors.ConfigError(f"{name} must be ascending whole numbers from 1 up, such as {example}, got {values!r}")
+    return found

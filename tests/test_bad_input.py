@@ -27,7 +27,7 @@ from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served, statistics
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.manifest import MANIFEST_NAME
-from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.server import Server
@@ -306,8 +306,8 @@ TABLE = Profile(
     (1, 2, 4),
     tuple(Row(s, a, (1.0 + i, 1.5 + i, 2.0 + i)) for i, (s, a) in enumerate(zip(SUBNETS, (0.7, 0.8), strict=True))),
 )
-AT = [dataclasses.replace(TABLE, lengths=(length,)) for length in (4, 8)]
-PROFILES = (TABLE.to_json(), join_lengths(AT).to_json())
+TEXT = Profile(TABLE.batch_sizes, rows_at=dict.fromkeys((4, 8), TABLE.rows))
+PROFILES = (TABLE.to_json(), TEXT.to_json())
 
 
 @examples(100)
@@ -338,7 +338,7 @@ def test_a_profile_that_was_edited_is_refused_unless_its_digest_is_removed(tmp_p
     assert Profile.load(tmp_path / "p.json").rows[0].latency_ms[0] == 0.5
 
 
-@pytest.mark.parametrize("what", ["subnet", "accuracy", "latency_ms", "p99_ms", "batch_sizes", "rows", "lengths", "shorter"])
+@pytest.mark.parametrize("what", ["subnet", "accuracy", "latency_ms", "p99_ms", "batch_sizes", "rows", "rows_at"])
 @examples(20)
 @given(value=bad.objects)
 def test_a_profile_out_of_any_objects_is_one_or_refused(what, value):

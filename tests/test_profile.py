@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import hypothesis
@@ -6,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
+from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.subnet import Subnet
 
 
@@ -118,11 +117,11 @@ def test_a_subnet_or_batch_size_that_was_not_measured_is_named():
     assert profile.at((4,)).rows[0].latency_ms == (2,)
 
 
-def of_length(length, *rows):
-    return dataclasses.replace(make(*rows), lengths=(length,))
+def at_lengths(short, long):
+    return Profile((1, 4), rows_at={32: make(*short).rows, 128: make(*long).rows})
 
 
-BOTH = join_lengths([of_length(32, (0.7, (1, 2)), (0.9, (2, 3))), of_length(128, (0.7, (3, 8)), (0.9, (6, 16)))])
+BOTH = at_lengths([(0.7, (1, 2)), (0.9, (2, 3))], [(0.7, (3, 8)), (0.9, (6, 16))])
 
 
 def test_with_length_buckets_each_length_has_a_profile_and_the_longest_stands_for_all():
@@ -139,33 +138,32 @@ def test_the_throughput_of_a_mix_of_lengths_is_that_of_their_mean_cost():
 
 
 def test_what_changes_a_profile_changes_it_at_every_length():
-    assert [t.rows[0].latency_ms for t in BOTH.scaled(2).tables] == [(2, 4), (6, 16)]
-    assert [[r.subnet for r in t.rows] for t in BOTH.only([net(1)]).tables] == [[net(1)]] * 2
-    assert [t.rows[0].latency_ms for t in BOTH.at((4,)).tables] == [(2,), (8,)]
-    assert BOTH.at((1, 4), (128,)).tables == BOTH.tables[1:]
+    assert [t.rows[0].latency_ms for t in BOTH.scaled(2).each_length] == [(2, 4), (6, 16)]
+    assert [[r.subnet for r in t.rows] for t in BOTH.only([net(1)]).each_length] == [[net(1)]] * 2
+    assert [t.rows[0].latency_ms for t in BOTH.at((4,)).each_length] == [(2,), (8,)]
+    assert BOTH.at((1, 4), (128,)).each_length == BOTH.each_length[1:]
     with pytest.raises(errors.ProfileError, match="length 64 was not measured"):
         BOTH.at((1, 4), (64,))
 
 
 def test_the_pareto_front_is_that_of_the_longest_length_and_common_to_all():
-    slow = join_lengths([of_length(32, (0.7, (3, 3)), (0.9, (2, 2))), of_length(128, (0.7, (4, 4)), (0.9, (9, 9)))])
-    assert len(slow.pareto().rows) == len(slow.pareto().tables[0].rows) == 2
-    beaten = join_lengths([of_length(32, (0.7, (1, 1)), (0.9, (2, 2))), of_length(128, (0.7, (9, 9)), (0.9, (4, 4)))])
-    assert [[r.accuracy for r in t.rows] for t in beaten.pareto().tables] == [[0.9]] * 2
+    slow = at_lengths([(0.7, (3, 3)), (0.9, (2, 2))], [(0.7, (4, 4)), (0.9, (9, 9))])
+    assert len(slow.pareto().rows) == len(slow.pareto().each_length[0].rows) == 2
+    beaten = at_lengths([(0.7, (1, 1)), (0.9, (2, 2))], [(0.7, (9, 9)), (0.9, (4, 4))])
+    assert [[r.accuracy for r in t.rows] for t in beaten.pareto().each_length] == [[0.9]] * 2
 
 
 @hypothesis.given(rows, rows)
 def test_the_monotone_repair_leaves_nothing_falling_along_the_length_either(short, long):
     count = min(len(short), len(long))
-    data = [[(short[i][0], made[i][1]) for i in range(count)] for made in (short, long)]
-    before = join_lengths([of_length(n, *d) for n, d in zip((32, 128), data, strict=True)])
+    before = at_lengths(*([(short[i][0], made[i][1]) for i in range(count)] for made in (short, long)))
     after = before.monotone()
-    for a, b, shorter in zip(before.rows, after.rows, after.tables[0].rows, strict=True):
+    for a, b, shorter in zip(before.rows, after.rows, after.each_length[0].rows, strict=True):
         assert all(x <= y for x, y in zip(a.latency_ms, b.latency_ms, strict=True))
         assert all(x <= y for x, y in zip(shorter.latency_ms, b.latency_ms, strict=True))
         assert b.latency_ms[0] <= b.latency_ms[1]
     assert after.monotone() == after
-    assert after.tables[0] == before.tables[0].monotone()
+    assert after.each_length[0] == before.each_length[0].monotone()
 
 
 def test_lengths_survive_json_and_an_old_profile_has_none(tmp_path):
@@ -181,9 +179,10 @@ def test_lengths_survive_json_and_an_old_profile_has_none(tmp_path):
     [
         (lambda j: {**j, "lengths": [128, 32]}, "ascending"),
         (lambda j: {**j, "batch_sizes": [4, 1]}, "ascending"),
-        (lambda j: {**j, "batch_sizes": []}, "empty"),
+        (lambda j: {**j, "batch_sizes": []}, "ascending"),
+        (lambda j: {**j, "lengths": [32, 32]}, "ascending"),
         (lambda j: {**j, "shorter": []}, "not a latency profile"),
-        (lambda j: {**j, "shorter": [j["rows"][:1]]}, "other batch sizes or subnets"),
+        (lambda j: {**j, "shorter": [j["rows"][:1]]}, "other subnets"),
     ],
 )
 def test_a_profile_whose_lengths_do_not_fit_together_is_refused(change, message):

@@ -127,10 +127,11 @@ def exported(options: Options) -> dict[str, Any]:
     )
     example = np.full(made.input_shape, made.pad_id + 1, made.input_dtype)
     [batch_ms] = profiling.measure(made, {subnet.subnet: subnet.accuracy}, (BATCH,), device="this").rows[0].latency_ms
-    rows = Profile((BATCH,), (Row(subnet.subnet, subnet.accuracy, (batch_ms,)),), lengths=made.lengths)
+    rows = (Row(subnet.subnet, subnet.accuracy, (batch_ms,)),)
+    table = Profile((BATCH,), rows, rows_at=dict.fromkeys(made.lengths, rows))
 
     def measure(overlap: bool) -> dict[str, float]:
-        target = Server.from_engines([made], rows, slo_ms=1e6, overlap=overlap, **QUEUE)
+        target = Server.from_engines([made], table, slo_ms=1e6, overlap=overlap, **QUEUE)
         return {"qps": throughput(target, example, options.queries)}
 
     return {"batch_ms": batch_ms, "device": prepare.device_kind(device), **both_ways(measure, options.rounds)}

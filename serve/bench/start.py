@@ -28,7 +28,7 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import cli, exports, files
 from superserve_jax.engines import prepare, subnet_buckets
-from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
+from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
 STAGES = ("import", "load", "server", "answer")
@@ -108,10 +108,9 @@ def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     lengths = prepare.check_lengths(model.config, None)
     stored = prepare.stored_profile(model, device, batch_sizes, lengths)
     if stored is None:
-        rows = [Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served]
-        at = [(length,) for length in lengths] or [()]
+        rows = tuple(Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served)
         kind = prepare.device_kind(device)
-        stored = join_lengths([Profile(batch_sizes, tuple(rows), kind, lengths=length) for length in at])
+        stored = Profile(batch_sizes, rows, kind, rows_at=dict.fromkeys(lengths, rows))
         stored = stored.with_envelopes(subnet_buckets.choose(model.subnets, model.config.flops, prepare.MAX_BUCKETS))
         stored.save(exports.profile_path(export, kind))
     buckets = {r.envelope or r.subnet for r in stored.rows}

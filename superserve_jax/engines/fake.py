@@ -46,7 +46,7 @@ class FakeEngine:
         self.lengths, self.pad_id = profile.lengths, 0
         self._latency_s = {
             (row.subnet, size, table.lengths[0] if table.lengths else 0): 1e-3 * ms / speed
-            for table in profile.tables
+            for table in profile.each_length
             for row in table.rows
             for size, ms in zip(table.batch_sizes, row.latency_ms, strict=True)
         }

@@ -11,7 +11,7 @@ import numpy as np
 
 from superserve_jax import errors, progress
 from superserve_jax.engines.base import Engine
-from superserve_jax.profile import Profile, Row, check_batch_sizes, join_lengths
+from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.subnet import Subnet
 
 _WARM_UPS = 2
@@ -63,9 +63,8 @@ def measure(
                 start = time.perf_counter()
                 engine.run(subnet, batch, inputs)
                 times_ms[subnet, batch, length].append(1e3 * (time.perf_counter() - start))
-    tables = []
-    for length in examples:
-        rows = tuple(
+    rows_at = {
+        length: tuple(
             Row(
                 subnet,
                 accuracy,
@@ -74,8 +73,9 @@ def measure(
             )
             for subnet, accuracy in accuracies.items()
         )
-        tables.append(Profile(batch_sizes, rows, device, (length,) if length else ()))
-    return join_lengths(tables)
+        for length in examples
+    }
+    return Profile(batch_sizes, rows_at.pop(0, ()), device, rows_at)
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:

@@ -133,7 +133,7 @@ def dense(profile: Profile, subnets: int = DENSE) -> Profile:
                 latency_ms,
             )
         )
-    return dataclasses.replace(profile, rows=tuple(made), lengths=profile.lengths[-1:], shorter=())
+    return Profile(profile.batch_sizes, tuple(made), profile.device)
 
 
 def bursty(burst_qps: float, cv2: float) -> Traffic:

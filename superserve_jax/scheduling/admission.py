@@ -41,10 +41,10 @@ class Admission:
     """
 
     def __init__(self, profile: Profile):
-        tables = profile.tables
+        tables = profile.each_length
         self._sizes, self._lengths = profile.batch_sizes, profile.lengths[:-1]
         self._query_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in tables)
-        self._unit_ms = 1.0 if profile.shorter else self._query_ms[0]  # of the queue's work
+        self._unit_ms = 1.0 if len(tables) > 1 else self._query_ms[0]  # of the queue's work
         self._accuracies = tuple(row.accuracy for row in profile.rows)
         # By length bucket and batch size, the lowest latency among a row and those above it.
         self._latency_ms = tuple(

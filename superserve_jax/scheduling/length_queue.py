@@ -22,7 +22,7 @@ from superserve_jax.scheduling.queue import DeadlineQueue
 
 def make_queue(profile: Profile) -> DeadlineQueue:
     """An empty queue for a server with this profile: a plain one, unless there are several length buckets."""
-    return LengthQueue(profile) if profile.shorter else DeadlineQueue()
+    return LengthQueue(profile) if len(profile.lengths) > 1 else DeadlineQueue()
 
 
 class LengthQueue(DeadlineQueue):
@@ -43,10 +43,10 @@ class LengthQueue(DeadlineQueue):
     Two numbers stand for work, `pushed` and `due_by`: in them a query counts for what it costs a worker at the highest
     throughput of the fastest subnet.
 
-    >>> from superserve_jax.profile import Row, join_lengths
+    >>> from superserve_jax.profile import Row
     >>> from superserve_jax.subnet import Subnet
-    >>> tables = [Profile((1,), (Row(Subnet((1,)), 0.7, (ms,)),), lengths=(n,)) for n, ms in ((32, 1.0), (128, 4.0))]
-    >>> q = LengthQueue(join_lengths(tables))
+    >>> rows_at = {length: (Row(Subnet((1,)), 0.7, (ms,)),) for length, ms in ((32, 1.0), (128, 4.0))}
+    >>> q = LengthQueue(Profile((1,), rows_at=rows_at))
     >>> for deadline_s, item, length in (1.0, "short", 20), (2.0, "long", 99), (3.0, "brief", 30):
     ...     q.push(deadline_s, item, length=length)
     >>> q.head_length, len(q), q.riders, q.due_by(9.0), q.pop(3)
@@ -68,8 +68,8 @@ class LengthQueue(DeadlineQueue):
     def retime(self, profile: Profile) -> None:
         """Counts work by another profile, with the same length buckets, from now on; also what has been pushed before."""
         self._profile, self._place = profile, None
-        self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.tables)
-        alone_ms = [queue.fastest(t).latency_ms[0] for t in profile.tables]
+        self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.each_length)
+        alone_ms = [queue.fastest(t).latency_ms[0] for t in profile.each_length]
         self._alone_s = tuple(1e-3 * (ms - alone_ms[0]) for ms in alone_ms)
 
     def __len__(self) -> int:
@@ -235,8 +235,8 @@ class LengthQueue(DeadlineQueue):
             if not q.late or on_time >= self._profile.max_batch:
                 continue
             # What is on time is served after it, by the same worker if need be, and more of it will have come.
-            then_ms = queue.fastest(self._profile.tables[place]).latency_ms[-1]
-            first = queue.fastest(self._profile.tables[i], (*q.head_floors(1), 0.0)[0])
+            then_ms = queue.fastest(self._profile.each_length[place]).latency_ms[-1]
+            first = queue.fastest(self._profile.each_length[i], (*q.head_floors(1), 0.0)[0])
             sizes = zip(self._profile.batch_sizes, first.latency_ms, strict=True)
             if seats := [n for n, ms in sizes if self._now_s + 1e-3 * (ms + then_ms) <= deadline_s]:
                 self._seats = seats[-1]

@@ -69,7 +69,7 @@ def refill(waiting: DeadlineQueue, profile: Profile, row: Row, batch: list[Query
     if not any(map(futures.resolved, batch)):
         return batch
     live = [query for query in batch if not query.done()]
-    longest = profile.at_length(max(query.length for query in batch)).lengths[-1] if profile.shorter else 0
+    longest = profile.at_length(max(query.length for query in batch)).lengths[-1] if len(profile.lengths) > 1 else 0
     while len(live) < len(batch) and len(waiting) and waiting.head_length <= longest:
         more = waiting.pop(len(batch) - len(live), row.accuracy)
         if not more:
@@ -100,7 +100,7 @@ class Pool(Failing):
         pause_s: float,
     ):
         super().__init__(profiles, make_policy, settings, pause_s=pause_s)
-        self._has_lengths = bool(profiles[0].shorter)  # as those of all
+        self._has_lengths = len(profiles[0].lengths) > 1  # as those of all
         self._bounds = QueueLimits(
             profiles[0].lengths if self._has_lengths else (),
             max_queue=settings.max_queue,

@@ -1,4 +1,3 @@
-import dataclasses
 import threading
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 
 from superserve_jax.engines import profiling
 from superserve_jax.engines.fake import FakeEngine
-from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.profile import Profile, Row
 from superserve_jax.serving import server
 from superserve_jax.subnet import Subnet
 
@@ -40,12 +39,11 @@ def test_latencies_of_an_engine_are_measured_for_every_pair():
 
 
 def test_latencies_are_measured_for_every_length():
-    tables = [dataclasses.replace(make((ms, 2 * ms), sizes=(1, 2)), lengths=(n,)) for n, ms in ((8, 1.0), (16, 4.0))]
-    both = join_lengths(tables)
+    both = Profile((1, 2), rows_at={n: make((ms, 2 * ms), sizes=(1, 2)).rows for n, ms in ((8, 1.0), (16, 4.0))})
     fake = FakeEngine(both, input_shape=(16,), input_dtype=np.int32)
     measured = profiling.measure(fake, {r.subnet: r.accuracy for r in both.rows}, (1, 2), device="fake", repeats=3)
     assert measured.lengths == (8, 16)
-    for table, true in zip(measured.tables, both.tables, strict=True):
+    for table, true in zip(measured.each_length, both.each_length, strict=True):
         for got, ms in zip(table.rows[0].latency_ms, true.rows[0].latency_ms, strict=True):
             assert ms <= got < 4 * ms
 

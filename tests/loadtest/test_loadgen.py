@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -8,7 +6,7 @@ from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Machine, Stopwatch
-from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.futures import Future, Reply
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import metrics, traces
@@ -58,8 +56,7 @@ def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_
 
 
 def test_texts_are_replayed_with_the_lengths_that_they_have():
-    tables = [dataclasses.replace(make_profile().scaled(k), lengths=(n,)) for n, k in ((8, 0.1), (16, 1))]
-    profile, seen = join_lengths(tables), []
+    profile, seen = Profile((1, 4), rows_at={8: make_profile().scaled(0.1).rows, 16: make_profile().rows}), []
     fake = FakeEngine(
         profile, input_shape=(16,), input_dtype=np.int32, on_run=lambda *args: seen.extend(len(x) for x in args[2])
     )

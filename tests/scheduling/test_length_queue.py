@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
-from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch, length_queue, policies
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.length_queue import LengthQueue
@@ -28,16 +28,15 @@ LENGTHS = (8, 16, 32)
 SUBNETS = (Subnet((0,)), Subnet((1,)))
 
 
-def table(length):
+def rows(length):
     """Batches of 1, 2 and 4 take 1, 1.5 and 2.5 ms for each 8 tokens, and twice as long on the more accurate subnet."""
-    rows = [
+    return tuple(
         Row(s, a, tuple(k * ms * length / 8 for ms in (1.0, 1.5, 2.5)))
         for s, a, k in zip(SUBNETS, (0.7, 0.8), (1, 2), strict=True)
-    ]
-    return Profile((1, 2, 4), tuple(rows), lengths=(length,))
+    )
 
 
-PROFILE = join_lengths([table(length) for length in LENGTHS])
+PROFILE = Profile((1, 2, 4), rows_at={length: rows(length) for length in LENGTHS})
 DEADLINES = st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0])
 FLOORS = st.sampled_from([0.0, 0.0, 0.7, 0.8])
 ENTRIES = st.lists(st.tuples(DEADLINES, FLOORS, st.integers(1, 32)), max_size=12)
@@ -59,7 +58,7 @@ def decide(q, policy, now_s=0.0, meter=None):
 
 
 def test_inputs_of_one_shape_or_one_length_wait_in_a_plain_queue():
-    for profile in (dataclasses.replace(table(8), lengths=()), table(8)):
+    for profile in (Profile((1, 2, 4), rows(8)), PROFILE.at_length(8)):
         assert type(length_queue.make_queue(profile)) is DeadlineQueue
 
 
@@ -120,7 +119,7 @@ def test_with_all_lengths_alike_it_is_the_plain_queue(entries, n, times, time_s)
     assert q.due_by(time_s) == pytest.approx(plain.due_by(time_s))
     for accuracy in (0.0, 0.7, math.inf):
         assert q.pop(n, accuracy) == plain.pop(n, accuracy)
-    extra_s = 1e-3 * (PROFILE.rows[0].latency_ms[0] - PROFILE.tables[0].rows[0].latency_ms[0])
+    extra_s = 1e-3 * (PROFILE.rows[0].latency_ms[0] - PROFILE.each_length[0].rows[0].latency_ms[0])
     assert q.pop_before(time_s - extra_s) == plain.pop_before(time_s)
     assert q.drain() == plain.drain()
 
@@ -184,7 +183,7 @@ def test_where_the_decision_defers_the_head_another_length_is_asked_for_anew():
         return policy(profile, state)
 
     row, batch, _ = decide(q, spy)
-    assert (batch, row) == ([1], PROFILE.tables[0].rows[0])
+    assert (batch, row) == ([1], PROFILE.each_length[0].rows[0])
     assert states == [((32,), 0), ((8,), 0)]  # the lost one is too long for the second batch
     assert (q.head(), q.late) == (0, 1)
 
@@ -217,7 +216,7 @@ def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
 @pytest.mark.parametrize("workers", [1, 4])
 def test_lost_long_texts_are_answered_as_soon_as_lost_short_ones_of_the_same_work(workers):
     paper = paper_profile.paper_profile()
-    profile = join_lengths([dataclasses.replace(paper.scaled(k), lengths=(n,)) for n, k in ((8, 1), (32, 4))])
+    profile = Profile(paper.batch_sizes, rows_at={8: paper.rows, 32: paper.scaled(4).rows})
     short = traces.gamma(rate_qps=0.9 * workers * paper.throughput_qps(paper.rows[0].subnet), duration_s=4.0, cv2=0.0)
     done_s, accuracy = {}, {}
     for tokens, count in (8, 160), (32, 40):
@@ -284,7 +283,7 @@ def test_a_change_of_length_is_no_change_of_subnet():
 def test_a_trace_that_knows_no_lengths_is_padded_to_the_longest():
     trace = traces.gamma(rate_qps=200.0, duration_s=0.5)
     known = dataclasses.replace(trace, lengths=32)
-    plain = simulator.simulate(table(32), "slackfit", trace)
+    plain = simulator.simulate(PROFILE.at_length(32), "slackfit", trace)
     for t in (trace, known):
         result = simulator.simulate(PROFILE, "slackfit", t)
         np.testing.assert_allclose(result.finish_s, plain.finish_s)
@@ -300,7 +299,9 @@ def test_a_worker_that_dies_gives_back_queries_with_their_lengths():
 def test_length_buckets_beat_padding_to_the_longest():
     capacity_qps = PROFILE.throughput_qps(SUBNETS[0])
     trace = traces.gamma(rate_qps=capacity_qps, duration_s=5.0, cv2=4.0).mixed(lengths={6: 6, 14: 3, 30: 1})
-    padded, bucketed = (simulator.simulate(p, "slackfit", trace, cluster=Cluster(workers=1)) for p in (table(32), PROFILE))
+    padded, bucketed = (
+        simulator.simulate(p, "slackfit", trace, cluster=Cluster(workers=1)) for p in (PROFILE.at_length(32), PROFILE)
+    )
     assert bucketed.attainment > padded.attainment + 0.1
     assert bucketed.mean_accuracy > padded.mean_accuracy + 0.02
 
@@ -358,6 +359,6 @@ def test_a_mixed_crowd_is_answered_exactly_once_by_every_policy():
 
 
 def test_engines_and_profile_must_agree_on_the_lengths():
-    fake = FakeEngine(table(32), input_shape=(32,), input_dtype=np.int32)
+    fake = FakeEngine(PROFILE.at_length(32), input_shape=(32,), input_dtype=np.int32)
     with pytest.raises(errors.ConfigError, match=r"lengths \[32\] and a profile of \[8, 16, 32\]"):
         Server.from_engines([fake], PROFILE)

@@ -15,7 +15,6 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
-from superserve_jax.profile import join_lengths
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.server import Server
 from superserve_jax.serving.workers import _learn_pace
@@ -384,7 +383,7 @@ def test_blank_inputs_are_no_queries_that_run():
 
 
 def test_a_device_that_sleeps_takes_inputs_of_any_length():
-    table = join_lengths([fakes.Profile((1, 2), (fakes.Row(SUBNETS[0], 0.7, (1.0, 2.0)),), lengths=(n,)) for n in (4, 8)])
+    table = fakes.Profile((1, 2), rows_at=dict.fromkeys((4, 8), (fakes.Row(SUBNETS[0], 0.7, (1.0, 2.0)),)))
     sleeping = FakeDevice(table, input_shape=(8,), input_dtype=np.int32, speed=math.inf)
     for _ in range(3):
         assert sleeping.run(SUBNETS[0], 2, [np.full(3, 7, np.int32), np.full(8, 9, np.int32)]) == [(7, 0), (9, 0)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
-from superserve_jax.profile import Profile, join_lengths
+from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.queue import DeadlineQueue
@@ -23,9 +23,7 @@ from superserve_jax.simulation.simulator import Cluster
 
 PAPER = paper_profile.paper_profile()
 CAPACITY = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
-BY_LENGTH = join_lengths(
-    [Profile(PROFILE.batch_sizes, PROFILE.scaled(scale).rows, lengths=(length,)) for length, scale in ((4, 1), (8, 2))]
-)
+BY_LENGTH = Profile(PROFILE.batch_sizes, rows_at={4: PROFILE.rows, 8: PROFILE.scaled(2).rows})
 MIX = {20.0: 1, 200.0: 1}
 
 

@@ -25,7 +25,7 @@ from superserve_jax import errors
 from superserve_jax.engines import prepare
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served, export, profile_path
-from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.policies import Decision
@@ -355,9 +355,7 @@ def test_the_old_engine_goes_though_a_client_keeps_the_error_of_a_batch(caplog):
 
 LENGTHS = (16, 64)
 BUCKETED, FASTER = (
-    join_lengths(
-        [Profile((1, 4), (Row(Subnet((0,)), 0.7, (ms, 2 * ms)),), lengths=(n,)) for n, ms in zip(LENGTHS, each, strict=True)]
-    )
+    Profile((1, 4), rows_at={n: (Row(Subnet((0,)), 0.7, (ms, 2 * ms)),) for n, ms in zip(LENGTHS, each, strict=True)})
     for each in ((1.0, 4.0), (0.5, 3.0))
 )
 ITEMS = st.lists(st.tuples(st.floats(0, 10), st.sampled_from([0.0, 0.5, 0.7, 0.9]), st.integers(1, 64)), max_size=20)

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import pathlib
 
@@ -8,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile, Row, join_lengths
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Decision, SlackFit, State, Switching
 from superserve_jax.simulation import azure, paper_profile, simulator, traces
@@ -23,7 +22,7 @@ ROWS = (
     Row(Subnet((1, 1)), 0.8, (20.0, 30.0)),
 )
 TWO = Profile((1, 2), ROWS)
-BY_LENGTH = join_lengths([dataclasses.replace(TWO.scaled(k), lengths=(n,)) for n, k in ((8, 0.2), (32, 0.5), (128, 1))])
+BY_LENGTH = Profile((1, 2), rows_at={n: TWO.scaled(k).rows for n, k in ((8, 0.2), (32, 0.5), (128, 1))})
 
 
 def always(rank, batch):

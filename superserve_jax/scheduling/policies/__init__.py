@@ -62,7 +62,7 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
     if callable(policy):
         return policy
     profile = profiles[0]
-    if profile.shorter or any(other is not profile for other in profiles):
+    if len(profile.lengths) > 1 or any(other is not profile for other in profiles):
         return ByProfile(functools.partial(create, policy), *profiles)
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)

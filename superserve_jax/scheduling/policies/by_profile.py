@@ -21,7 +21,7 @@ class ByProfile:
     def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile):
         self._make = make
         # Found by identity, since to compare two profiles takes longer than a decision; they are kept, so that none is reused.
-        self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.tables}
+        self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.each_length}
         names = dict.fromkeys(str(getattr(policy, "name", policy)) for _, policy in self._policies.values())
         self.name = " / ".join(names)
 
