@@ -319,7 +319,7 @@ def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> lis
     """
     if isinstance(profile, Profile):
         return [profile] * count
-    profiles = list(profile) if isinstance(profile, Iterable) else [profile]
+    profiles: list[Profile] = list(profile) if isinstance(profile, Iterable) else [profile]
     if not all(isinstance(p, Profile) for p in profiles):
         raise errors.ConfigError(f"profile must be a Profile, or one for each worker, got {profile!r}")
     if not profiles or len(profiles) != count:
