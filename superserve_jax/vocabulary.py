@@ -14,7 +14,7 @@ import numbers
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,21 @@ from superserve_jax import errors
 
 PAD, UNKNOWN, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _NEEDED = {"wordpiece": (PAD, UNKNOWN, CLS, SEP), "words": (PAD, CLS)}
+
+
+@runtime_checkable
+class TokenConfig(Protocol):
+    """What the config of a network that reads token ids says about them."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """The token id of padding."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +138,10 @@ class Vocabulary:
             inputs[i, : len(ids)] = np.stack([ids, types], axis=-1)
         return inputs if token_types > 1 else inputs[:, :, 0]
 
-    def check_fit(self, model: Any) -> None:
-        """Raises ConfigError unless a network with this config knows every token, and the same padding."""
-        size, pad_id = getattr(model, "vocab_size", None), getattr(model, "pad_id", None)
-        if size is None or len(self.tokens) > size or self.pad_id != pad_id:
+    def check_fit(self, config: object) -> None:
+        """Raises ConfigError unless the network of a family's config knows every token and uses the same padding."""
+        size, pad_id = (config.vocab_size, config.pad_id) if isinstance(config, TokenConfig) else (0, None)
+        if len(self.tokens) > size or self.pad_id != pad_id:
             raise errors.ConfigError(
                 f"the vocabulary has {len(self.tokens)} tokens and pads with {self.pad_id}, but the model has vocab_size="
                 f"{size} and pad_id={pad_id}; make them agree"

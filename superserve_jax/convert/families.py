@@ -6,12 +6,13 @@ from superserve_jax import errors
 from superserve_jax.convert import hugging_face, once_for_all, state_dict
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 
 _FILL = {OFAResNetConfig.family: once_for_all.fill, DynaBERTConfig.family: hugging_face.fill}
 
 
-def weights(state: Any, config: Any) -> SuperNet:
+def weights(state: Any, config: FamilyConfig) -> SuperNet:
     """The SuperNet of `config` with the weights of a state dict of once-for-all's or Hugging Face's.
 
     Args:

@@ -28,6 +28,7 @@ from superserve_jax.engines.executables import Device, Executable
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -172,7 +173,7 @@ class DeviceEngine:
         self._actuated: tuple[Any, ...] = ()
 
         self.overlap = device.platform != "cpu"
-        if self.lengths:
+        if self.lengths and isinstance(model.config, SequenceConfig):
             [self._padding] = model.config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
         # Free staging buffers: one belongs to a batch until its output is ready, since the device may read it until then.
         self._staging = {

@@ -33,6 +33,7 @@ from superserve_jax.exports.statistics import pack, read
 from superserve_jax.manifest import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_SCHEMA, files_of, read_manifest, verify_files
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
 
@@ -125,7 +126,7 @@ class Model(SuperNet):
         Raises:
           InputError: the export has no vocabulary, or this text cannot be encoded.
         """
-        if self._vocabulary is None:
+        if self._vocabulary is None or not isinstance(self.config, SequenceConfig):
             raise errors.InputError(f"{self.path} has no vocabulary, so it cannot encode text; give arrays to the model")
         single = isinstance(text, str)
         if second is not None and isinstance(second, str) != single:
@@ -300,7 +301,7 @@ def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     return path
 
 
-def _check_sizes(config: Any, num_served: int, payload_bytes: int) -> None:
+def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> None:
     """Raises ExportError unless files of so many bytes can hold a network of this config; before they are read, and before
     memory is taken for it."""
     weights = sum(math.prod(s.shape) * s.dtype.itemsize for s in programs.param_spec(config).values())
@@ -310,7 +311,7 @@ def _check_sizes(config: Any, num_served: int, payload_bytes: int) -> None:
         raise errors.ExportError(f"weights of {weights:,} bytes do not fit files of {payload_bytes:,} bytes")
 
 
-def _read_vocabulary(file: pathlib.Path, settings: Any, config: Any) -> Vocabulary | None:
+def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) -> Vocabulary | None:
     """The vocabulary, by its settings in the manifest, which older exports and those of other models do not have."""
     if settings is None:
         return None
@@ -341,7 +342,7 @@ def _sync_directory(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def _input_contract(config: Any) -> dict[str, Any]:
+def _input_contract(config: FamilyConfig) -> dict[str, Any]:
     """The raw input in words and numbers, for whoever reads the manifest."""
     spec = config.input_spec(1)
     return {"shape": [None, *spec.shape[1:]], "dtype": str(spec.dtype), "bytes": math.prod(spec.shape) * spec.dtype.itemsize}

@@ -6,12 +6,12 @@ import math
 import pathlib
 import zipfile
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.family import FamilyConfig
 
 Rows = Mapping[Subnet, np.ndarray]
 
@@ -25,7 +25,7 @@ def pack(rows: Rows) -> bytes:
     return buffer.getvalue()
 
 
-def read(file: pathlib.Path, config: Any) -> dict[Subnet, np.ndarray]:
+def read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
     """The rows, of as many channels as a family's config has for each subnet. Raises ExportError for any other content."""
     try:
         with errors.refusing(errors.ExportError, f"{file} does not hold SubnetNorm statistics; export again"):
@@ -41,7 +41,7 @@ def read(file: pathlib.Path, config: Any) -> dict[Subnet, np.ndarray]:
         raise errors.ExportError(f"{file} does not hold SubnetNorm statistics: {e}; export again") from e
 
 
-def _read(file: pathlib.Path, config: Any) -> dict[Subnet, np.ndarray]:
+def _read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             _check_size(archive, entry, file.stat().st_size)

@@ -19,6 +19,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.family import FamilyConfig
 
 _FAMILIES: dict[str, type] = {}
 
@@ -29,13 +30,13 @@ def register(config_class: type) -> type:
     return config_class
 
 
-def config_to_json(config: Any) -> dict[str, Any]:
+def config_to_json(config: FamilyConfig) -> dict[str, Any]:
     """A family's config as a dict for `json.dump`."""
     return {"family": config.family, **{f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}}
 
 
 @errors.refusing(errors.ConfigError, "not the config of a family as config_to_json writes it")
-def config_from_json(data: Mapping[str, Any]) -> Any:
+def config_from_json(data: Mapping[str, Any]) -> FamilyConfig:
     """The inverse of `config_to_json`. Raises UnknownNameError for an unknown family, ConfigError for unfit fields."""
     name = data.get("family")
     if name not in _FAMILIES:
@@ -53,7 +54,7 @@ def config_from_json(data: Mapping[str, Any]) -> Any:
 def _to_plain(value: Any) -> Any:
     if isinstance(value, Subnet):
         return value.to_json()
-    return config_to_json(value) if hasattr(value, "family") else value
+    return config_to_json(value) if isinstance(value, FamilyConfig) else value
 
 
 def _from_plain(value: Any) -> Any:

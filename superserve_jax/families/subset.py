@@ -1,18 +1,24 @@
-"""One subnet of a family as a network of its own: what sharing weights is compared with."""
+"""One subnet of a family as a network of its own: the baseline that weight sharing is compared with."""
 
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
+import numpy as np
+from flax import nnx
+
 from superserve_jax import errors
 from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class SingleSubnetConfig:
-    """A family whose space holds one subnet only. Whatever is not defined here is the family's.
+    """A family whose space holds one subnet only: `Subnet(())` stands for `subnet`, the rest is as in `model`.
 
-    Parameters keep the SuperNet's shapes and first values, and the program slices the subnet's out of them; the others get
-    no gradient.
+    Parameters keep the SuperNet's shapes and initial values. The program slices the subnet's weights out of them; all other
+    weights get no gradient. If `model` is a `SequenceConfig`, the instance is one too: like `pathlib.Path`, the class makes an
+    instance of a subclass.
 
     Args:
       model: the family's config.
@@ -20,39 +26,71 @@ class SingleSubnetConfig:
 
     >>> from superserve_jax.families.ofa_resnet import OFAResNetConfig
     >>> whole = OFAResNetConfig()
-    >>> alone = SingleSubnetConfig(whole, whole.space().smallest())
-    >>> alone.space().size, alone.flops(alone.space().largest()) == whole.flops(whole.space().smallest())
+    >>> single = SingleSubnetConfig(whole, whole.space().smallest())
+    >>> single.space().size, single.flops(single.space().largest()) == whole.flops(whole.space().smallest())
     (1, True)
     """
 
     family: ClassVar[str] = "single_subnet"
 
-    model: Any
+    model: FamilyConfig
     subnet: Subnet
 
-    @errors.refusing(errors.ConfigError, "SingleSubnetConfig: model is a family's config, subnet one of its space")
+    def __new__(cls, model: Any = None, subnet: Any = None):
+        """An instance of the class for sequences if `model` is one for sequences."""
+        return object.__new__(_SingleSequenceConfig if isinstance(model, SequenceConfig) else cls)
+
     def __post_init__(self):
-        if not hasattr(self.model, "family"):
+        if not isinstance(self.model, FamilyConfig):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
         object.__setattr__(self, "subnet", self.model.space().validate(self.subnet))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("model", "subnet"):  # not there yet, while an instance is copied
-            raise AttributeError(name)
-        return getattr(self.model, name)
+    @property
+    def num_classes(self) -> int:
+        """Size of the logits."""
+        return self.model.num_classes
+
+    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The whole SuperNet, freshly initialised."""
+        return self.model.create(rngs)
+
+    def input_spec(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of inputs."""
+        return self.model.input_spec(batch)
 
     def space(self) -> SearchSpace:
-        """The space of nothing elastic, whose one subnet `Subnet(())` stands for `subnet`."""
+        """The space without any choice."""
         return SearchSpace(())
 
     def sizes(self, _: Subnet) -> dict[str, int]:
-        """Those of `subnet`."""
+        """The sizes of `subnet`."""
         return self.model.sizes(self.subnet)
 
+    def norm_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Channels of each norm."""
+        return self.model.norm_sizes(sizes)
+
     def flops(self, _: Subnet) -> int:
-        """Those of `subnet`."""
+        """Multiply-adds of `subnet`."""
         return self.model.flops(self.subnet)
 
     def num_params(self, _: Subnet) -> int:
-        """Those of `subnet`."""
+        """Number of weights of `subnet`."""
         return self.model.num_params(self.subnet)
+
+
+class _SingleSequenceConfig(SingleSubnetConfig):
+    """The same for a family whose inputs are sequences of token ids."""
+
+    model: SequenceConfig
+
+    vocab_size = property(lambda self: self.model.vocab_size)
+    max_length = property(lambda self: self.model.max_length)
+    token_types = property(lambda self: self.model.token_types)
+    pad_id = property(lambda self: self.model.pad_id)
+
+    def input_spec(self, batch: int, *, length: int | None = None) -> jax.ShapeDtypeStruct:
+        return self.model.input_spec(batch, length=length)
+
+    def pack(self, ids: Any, types: Any = None, *, mask: Any = None, length: int | None = None) -> np.ndarray:
+        return self.model.pack(ids, types, mask=mask, length=length)

@@ -21,6 +21,7 @@ from flax import nnx
 
 from superserve_jax import layers, ops
 from superserve_jax.subnet import Subnet, envelope_of
+from superserve_jax.supernets.family import FamilyConfig
 
 # By default XLA's CPU backend slices all weights before the first layer, and holds all of the slices at once. The
 # memory-optimised order takes less than half of the temporary memory and is as fast. And it leaves convolutions to a library
@@ -48,7 +49,7 @@ class Program:
       traced: names of the sizes that are not the same for all of them.
     """
 
-    config: Any
+    config: FamilyConfig
     envelope: Subnet
     traced: tuple[str, ...]
 
@@ -126,7 +127,7 @@ class Program:
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(config: Any) -> tuple[Any, dict[str, tuple[Any, ...]], dict[str, jax.ShapeDtypeStruct]]:
+def _structure(config: FamilyConfig) -> tuple[Any, dict[str, tuple[Any, ...]], dict[str, jax.ShapeDtypeStruct]]:
     """A module's graph definition, and the path and spec of each parameter by its dotted path; allocates nothing."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.create(nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
@@ -139,24 +140,24 @@ def compiler_options(platform: str) -> dict[str, Any]:
     return _COMPILER_OPTIONS.get(platform, {})
 
 
-def initial_params(config: Any, seed: int) -> dict[str, jax.Array]:
+def initial_params(config: FamilyConfig, seed: int) -> dict[str, jax.Array]:
     """Freshly initialised parameters of maximum size, {dotted path: array}."""
     flat = nnx.to_flat_state(nnx.state(config.create(nnx.Rngs(seed))))
     return {".".join(map(str, path)): value[...] for path, value in flat}
 
 
-def param_spec(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def param_spec(config: FamilyConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the parameters, {dotted path: spec}."""
     return dict(_structure(config)[2])
 
 
-def sliced(config: Any, subnet: Subnet) -> Program:
+def sliced(config: FamilyConfig, subnet: Subnet) -> Program:
     """The program of one subnet: every size static."""
     return Program(config, subnet, ())
 
 
 @functools.lru_cache(maxsize=16)
-def masked(config: Any) -> Program:
+def masked(config: FamilyConfig) -> Program:
     """The program of all subnets: every elastic size traced."""
     space = config.space()
     low = space.smallest()
@@ -165,7 +166,7 @@ def masked(config: Any) -> Program:
     return _between(config, [low, space.largest()])
 
 
-def bucketed(config: Any, members: Iterable[Subnet], *, envelope: Subnet | None = None) -> Program:
+def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subnet | None = None) -> Program:
     """The program of a subnet bucket, which traces the sizes in which its members differ from its envelope.
 
     Args:
@@ -174,7 +175,7 @@ def bucketed(config: Any, members: Iterable[Subnet], *, envelope: Subnet | None 
     return _between(config, list(members), envelope)
 
 
-def _between(config: Any, members: list[Subnet], envelope: Subnet | None = None) -> Program:
+def _between(config: FamilyConfig, members: list[Subnet], envelope: Subnet | None = None) -> Program:
     top = envelope or envelope_of(members)
     limits = config.sizes(top)
     sizes = [config.sizes(m) for m in members]

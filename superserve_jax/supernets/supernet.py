@@ -10,6 +10,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.programs import Params
 
 Norm = Literal["own", "shared"]
@@ -32,7 +33,7 @@ class SuperNet:
     superserve_jax.errors.NotCalibratedError: ...
     """
 
-    def __init__(self, config: Any, params: Params, rows: Mapping[Subnet, np.ndarray] | None = None):
+    def __init__(self, config: FamilyConfig, params: Params, rows: Mapping[Subnet, np.ndarray] | None = None):
         self.config = config
         self.params = dict(params)
         self.rows = dict(rows or {})
@@ -40,7 +41,7 @@ class SuperNet:
         self._masked = programs.masked(config)
 
     @classmethod
-    def create(cls, config: Any, *, seed: int) -> "SuperNet":
+    def create(cls, config: FamilyConfig, *, seed: int) -> "SuperNet":
         """A SuperNet with fresh weights."""
         return cls(config, programs.initial_params(config, seed))
 
@@ -94,7 +95,7 @@ class SuperNet:
 
 
 @errors.refusing(errors.InputError, "inputs must be one array with a batch dimension")
-def check_inputs(config: Any, inputs: Any) -> None:
+def check_inputs(config: FamilyConfig, inputs: Any) -> None:
     """Raises InputError unless `inputs` has the shape and dtype of `config.input_spec`."""
     shape, dtype = tuple(np.shape(inputs)), getattr(inputs, "dtype", None)
     spec = config.input_spec(shape[0] if shape else 1)

@@ -21,6 +21,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.training import losses
 
@@ -112,6 +113,7 @@ def _changes(program: Program, params: Params, inputs: jax.Array, labels: jax.Ar
 
     grads = jax.grad(loss_fn)(params)
     changes = []
+    assert isinstance(program.config, RewirableConfig)
     for units in program.config.units():
         name, axis = units.reader
         products = jnp.moveaxis(grads[name] * params[name], axis, 0)

@@ -1,0 +1,103 @@
+"""What a family of SuperNets must offer: the interface of its config.
+
+A family is one frozen dataclass, the config, that describes a network and its search space. `FamilyConfig` lists what every
+family offers. The other two Protocols are optional parts. Test for a part with `isinstance(config, SequenceConfig)`.
+`supernets.check` verifies a new family; `families/ofa_resnet.py` is the example to follow.
+"""
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.supernets.units import Units
+
+
+@runtime_checkable
+class FamilyConfig(Protocol):
+    """The config of a family: a frozen dataclass, so it is hashable and two equal configs describe equal networks."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    family: ClassVar[str]
+    """The name of the family, as exports and runs store it."""
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the logits."""
+        ...
+
+    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The network of maximum size, freshly initialised, called as `module(inputs, sizes, stats)`.
+
+        `inputs` has the shape and dtype of `input_spec`. `sizes` has the names of `sizes(subnet)`; each value is an
+        `ops.Size`. `stats` is a `layers.BatchStats` or a `layers.StoredStats`. The call returns logits (B, num_classes).
+        """
+        ...
+
+    def input_spec(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Shape (batch, ...) and dtype of raw inputs."""
+        ...
+
+    def space(self) -> SearchSpace:
+        """The search space."""
+        ...
+
+    def sizes(self, subnet: Subnet, /) -> dict[str, int]:
+        """The active sizes of a subnet by name: channels as ints, and a gate (0 or 1) for each block."""
+        ...
+
+    def norm_sizes(self, sizes: dict[str, int], /) -> dict[str, int]:
+        """Channels of each SubnetNorm that a subnet of these sizes runs, by the norm's name, in order."""
+        ...
+
+    def flops(self, subnet: Subnet, /) -> int:
+        """Multiply-adds of one input in matrix products and convolutions, padding taps included."""
+        ...
+
+    def num_params(self, subnet: Subnet, /) -> int:
+        """Number of weights of the subnet extracted on its own, without statistics."""
+        ...
+
+
+@runtime_checkable
+class RewirableConfig(FamilyConfig, Protocol):
+    """A family whose units (heads, neurons, channels) training can sort by importance."""
+
+    def units(self) -> list[Units]:
+        """The units that may change places."""
+        ...
+
+
+@runtime_checkable
+class SequenceConfig(FamilyConfig, Protocol):
+    """A family whose inputs are sequences of token ids of any length up to a maximum. It is served in length buckets."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """The largest number of tokens of an input."""
+        ...
+
+    @property
+    def token_types(self) -> int:
+        """Number of token types. With 1, an input holds token ids alone."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """The token id of padding."""
+        ...
+
+    def input_spec(self, batch: int, *, length: int | None = None) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of inputs of `length` tokens; of `max_length` tokens without it."""
+        ...
+
+    def pack(self, ids: Any, types: Any = None, *, mask: Any = None, length: int | None = None) -> np.ndarray:
+        """Padded inputs from token ids (B, T), token types (B, T) and a mask (B, T)."""
+        ...
