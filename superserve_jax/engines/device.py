@@ -24,7 +24,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.engines import base, executables
 from superserve_jax.engines.base import Launched
-from superserve_jax.engines.executables import Device, Executable
+from superserve_jax.engines.cache import Device, Executable
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs

@@ -14,8 +14,8 @@ import numpy as np
 
 from superserve_jax import errors, exports
 from superserve_jax.engines import cache, executables, profiling, subnet_buckets
+from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
-from superserve_jax.engines.executables import Device
 from superserve_jax.engines.profiling import Background
 from superserve_jax.exports import Model
 from superserve_jax.lengths import check_length_buckets, default_lengths
