@@ -138,7 +138,7 @@ def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
 def test_a_server_needs_an_export_batch_sizes_and_devices(model):
     with pytest.raises(errors.ConfigError, match="export"):
         ss.Server(SuperNet(TINY, model.params, model.rows))
-    with pytest.raises(errors.ConfigError, match="batch_sizes is empty"):
+    with pytest.raises(errors.ConfigError, match="batch_sizes must be ascending"):
         ss.Server(model, batch_sizes=())
     with pytest.raises(errors.ConfigError, match="devices is empty"):
         ss.Server(model, devices=[])
