@@ -1,8 +1,9 @@
 """Elastic layers: Flax NNX modules that hold parameters of maximum size and are called with the active sizes.
 
-No layer has state that changes at run time. Normalisation statistics come from outside, through the `stats` argument:
-`BatchStats` normalises with the batch's own statistics and records them (training, calibration); `RowStats` reads a row that
-calibration made (inference).
+No layer has state that changes at run time. Normalisation statistics are passed in as `stats`:
+
+- `BatchStats` computes the statistics of the batch and records them, for training and calibration;
+- `StoredStats` reads the statistics that calibration made, for inference.
 
 Axis letters: B batch, H height, W width, C and D channels before and after; `h`, `w` are height and width over the stride.
 """
@@ -19,14 +20,14 @@ from superserve_jax import ops
 
 
 class BatchStats:
-    """Statistics of the batch itself, recorded by the norm's name as (mean, variance).
+    """Statistics of the batch, recorded as (mean, variance) under the norm's name.
 
-    A family whose hidden states have one shape in all subnets also leaves them here, for distillation.
+    A family whose hidden states have the same shape in all subnets also records them here, for distillation.
     """
 
     def __init__(self):
         self.recorded: dict[str, tuple[jax.Array, jax.Array]] = {}
-        self.hidden: list[tuple[jax.Array, jax.Array]] = []  # per block: 1 where it is kept, its output
+        self.hidden: list[tuple[jax.Array, jax.Array]] = []  # per block: 1 if it is kept else 0, and its output
 
     def __call__(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and variance, each (C,), of `x`."""
@@ -34,26 +35,26 @@ class BatchStats:
         return self.recorded[name]
 
 
-class RowStats:
-    """Statistics from a row of shape (2, N): means and variances of all norms, one after another.
+class StoredStats:
+    """Statistics that calibration made: means and variances of all norms, one norm after another.
 
     Args:
-      row: float32 (2, N).
-      offsets: where each norm's channels begin.
+      statistics: float32 (2, N).
+      offsets: where the channels of each norm begin.
     """
 
-    def __init__(self, row: jax.Array, offsets: Mapping[str, int]):
-        self.row, self.offsets = row, offsets
+    def __init__(self, statistics: jax.Array, offsets: Mapping[str, int]):
+        self.statistics, self.offsets = statistics, offsets
 
     def __call__(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance, each (C,), for the norm of this name."""
+        """Mean and variance, each (C,), of the norm with this name."""
         start = self.offsets[name]
-        part = self.row[:, start : start + x.shape[-1]]
+        part = self.statistics[:, start : start + x.shape[-1]]
         return part[0], part[1]
 
 
 class Conv(nnx.Module):
-    """A convolution without bias, NHWC, padded by half its kernel; called with the number of output channels."""
+    """A convolution without bias, NHWC, padded by half its kernel. The call takes the number of output channels."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -61,7 +62,7 @@ class Conv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: Float[Array, "B H W C"], out: ops.Size) -> Float[Array, "B h w D"]:
-        """D is the limit of `out`. Masked by the norm that follows, not here."""
+        """The convolution; D is the limit of `out`. Nothing is masked here, since the norm that follows masks its output."""
         kernel = ops.weight_slice(self.kernel[...], x.shape[-1], ops.limit(out))
         pad = kernel.shape[0] // 2
         return lax.conv_general_dilated(
@@ -74,7 +75,7 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A dense layer with bias; the input's width is elastic, the output's size is what it is called with."""
+    """A dense layer with bias. The input may have any width up to `in_features`; the call takes the output's size."""
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -82,18 +83,18 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*axes C"], out: ops.Size) -> Float[Array, "*axes D"]:
-        """D is the limit of `out`."""
+        """The output, masked beyond the active size; D is the limit of `out`."""
         n = ops.limit(out)
         kernel = ops.weight_slice(self.kernel[...], x.shape[-1], n)
         return ops.mask(x @ kernel.astype(x.dtype) + ops.weight_slice(self.bias[...], n).astype(x.dtype), out)
 
 
 class SubnetNorm(nnx.Module):
-    """Batch normalisation whose statistics belong to the subnet.
+    """Batch normalisation with the statistics of the subnet.
 
     Args:
-      channels: of the largest subnet.
-      name: under which `stats` knows this norm; unique in the network.
+      channels: number of channels in the largest subnet.
+      name: the norm's name in `stats`, unique in the network.
     """
 
     def __init__(self, channels: int, *, name: str):
@@ -101,7 +102,7 @@ class SubnetNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.name = name
 
-    def __call__(self, x: Float[Array, "*axes C"], size: ops.Size, stats: BatchStats | RowStats) -> Float[Array, "*axes C"]:
+    def __call__(self, x: Float[Array, "*axes C"], size: ops.Size, stats: BatchStats | StoredStats) -> Float[Array, "*axes C"]:
         """Normalises the last axis of `x`, whose length is the limit of `size`."""
         n = x.shape[-1]
         mean, var = stats(self.name, x)

@@ -1,15 +1,15 @@
 """SubNetAct's three operators as pure functions: LayerSelect, WeightSlice, SubnetNorm (SuperServe, NSDI 2025, section 3).
 
-Each has one form whose sizes say how it runs. A `Size` is
+The sizes that an operator gets decide how it runs. A `Size` is
 
 - a Python int: the weight is sliced to that static shape, nothing is masked (**sliced**);
-- a pair (limit, active) of a static int and a traced int32 scalar: the weight is sliced to the limit and what lies beyond
-  the active size is masked to zero (**bucketed**; **masked** where the limit is the whole network).
+- a pair (limit, active) of a static int and a traced int32 scalar: the weight is sliced to the limit, and everything beyond
+  the active size is masked to zero (**bucketed**; **masked** if the limit is the whole network).
 
-The invariant that makes the forms equal: every activation is zero beyond its active channels, so a layer needs to know only
-its own size, never that of its input.
+One invariant makes both forms equal: every activation is zero beyond its active channels. So a layer needs to know only its
+own size, never the size of its input.
 
-Axis letters: C channels; `*axes` whatever stands before them.
+Axis letters: C channels; `*axes` any axes before them.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Size = int | tuple[int, jax.Array]
 
 
 def limit(size: Size) -> int:
-    """The static number of channels that a size occupies in memory.
+    """The static number of channels that an array of this size has in memory.
 
     >>> limit(8), limit((16, jnp.int32(8)))
     (8, 16)
@@ -32,7 +32,7 @@ def limit(size: Size) -> int:
 
 
 def mask(x: Num[Array, "*axes C"], size: Size) -> Num[Array, "*axes C"]:
-    """Zeroes the last axis beyond the active size; the identity where the size is an int.
+    """Sets the last axis to zero beyond the active size. Changes nothing if the size is an int.
 
     >>> mask(jnp.ones(3), (3, jnp.int32(2))).tolist()
     [1.0, 1.0, 0.0]
@@ -54,11 +54,13 @@ def weight_slice(weight: jax.Array, *limits: int) -> jax.Array:
 
 
 def layer_select(gate: Size, block: Callable[[jax.Array], jax.Array], x: jax.Array, *, skip: bool) -> jax.Array:
-    """LayerSelect: `block(x)` where the gate is on, `x` where it is off.
+    """LayerSelect: `block(x)` if the gate is on, else `x`.
 
-    A static gate decides while tracing, so a dropped block costs nothing. For a traced gate `skip=True` branches (inference:
-    the work of a dropped block is skipped), `skip=False` computes both and selects (training: the gradient of a convolution
-    inside a branch is some 30 times slower on a CPU, and statistics must get out of the block).
+    A static gate decides during tracing, so a dropped block costs nothing. For a traced gate:
+
+    - `skip=True` branches, so a dropped block costs nothing. Use it for inference.
+    - `skip=False` computes both and selects. Use it for training: on a CPU the gradient of a convolution inside a branch is
+      about 30 times slower, and statistics of the batch cannot leave a branch.
     """
     if isinstance(gate, int):
         return block(x) if gate else x
@@ -93,7 +95,7 @@ def subnet_norm(
 ) -> Float[Array, "*axes C"]:
     """SubnetNorm: batch normalisation with the statistics of the subnet that runs.
 
-    Masked afterwards, since a masked channel comes back as bias - mean * scale.
+    The result is masked, since a channel of zeros becomes bias - mean * scale.
     """
     y = (x.astype(jnp.float32) - mean) * (lax.rsqrt(var + eps) * scale) + bias
     return mask(y.astype(x.dtype), size)

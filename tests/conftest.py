@@ -6,7 +6,7 @@ os.environ.setdefault("SUPERSERVE_CACHE", "")  # tests neither read nor fill thi
 
 import jax
 import pytest
-from tiny import CONFIGS, TINY, random_params, random_row
+from tiny import CONFIGS, TINY, random_params, random_statistics
 
 from superserve_jax import exports
 from superserve_jax.exports import Served
@@ -45,7 +45,7 @@ def tiny():
     """A SuperNet of basic blocks, calibrated (with made-up statistics) for its smallest, a middle and its largest subnet."""
     space = TINY.space()
     chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
-    return SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    return SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
 
 
 @pytest.fixture

@@ -207,13 +207,13 @@ def test_no_statistics_but_fitting_ones_are_taken_and_nothing_is_unpickled(tmp_p
     good = (payload_of(model.path)[0] / "statistics.npz").read_bytes()
     file, trap = tmp_path / "statistics.npz", tmp_path / "trap"
     file.write_bytes(good)
-    assert statistics.read(file, IMAGES).keys() == model.rows.keys()
-    order = np.array(json.dumps([s.to_json() for s in model.rows]))
-    widths = np.array([r.shape[1] for r in model.rows.values()])
-    whole = np.concatenate(list(model.rows.values()), axis=1)
+    assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
+    order = np.array(json.dumps([s.to_json() for s in model.statistics]))
+    widths = np.array([r.shape[1] for r in model.statistics.values()])
+    whole = np.concatenate(list(model.statistics.values()), axis=1)
     fitting = {"subnets": npy(order), "widths": npy(widths), "rows": npy(whole)}
     file.write_bytes(npz(**fitting))
-    assert statistics.read(file, IMAGES).keys() == model.rows.keys()
+    assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
     pickled = npy(np.array([Pickled(trap)], object))
     for content in (
         *(b"", b"PK", b"\x80\x04.", good[:-30], npz(), npz(**{**fitting, "rows": b""}), pickled),

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from tiny import TINY, random_params, random_row
+from tiny import TINY, random_params, random_statistics
 
 from superserve_jax import exports
 from superserve_jax.exports import Served
@@ -28,7 +28,7 @@ def test_python_in_the_readme_is_short_and_runs(code, tmp_path, monkeypatch, cap
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     space = TINY.space()
     chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
-    model = SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    model = SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
     served = [Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(chosen)]
     exports.export(tmp_path / "runs" / "demo" / "export", model, served, measured="made up", class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,7 @@ def main() -> None:
     stages.calibrate(run)
     model = run.model()
     weights = sum(p.nbytes for p in model.params.values())
-    rows = [row.nbytes for row in model.rows.values()]
+    rows = [row.nbytes for row in model.statistics.values()]
     mean = sum(rows) / len(rows)
     less = f", {weights / mean:.0f} times less than the {weights:,} bytes of weights" if mean else ": LayerNorm needs none"
     print(

@@ -38,7 +38,7 @@ def main() -> None:
     path = stages.export(Run.open(options.run), options.out)
     model = ss.load(path)  # what was written can be read
     size = sum(f["bytes"] for f in model.manifest["files"].values())
-    weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.rows))
+    weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.statistics))
     cli.print_table(stages.table(list(model.served)))
     if options.json:
         files.write_json(

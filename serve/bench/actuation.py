@@ -100,7 +100,7 @@ class Extracted:
             for name, shape in executables.used_leaves(program).items()
         }
         self.nbytes = sum(value.nbytes for value in self.host.values())
-        self._device, self._row = device, jax.device_put(model.row(subnet), device)
+        self._device, self._row = device, jax.device_put(model.statistics_of(subnet), device)
         self._params = self.load_from_host()
         active = program.active(subnet)
         self._infer = jax.jit(

@@ -119,9 +119,9 @@ class Extracted:
         model.params.clear()  # a server of extracted networks has no SuperNet
         self._networks = {}
         for s, program in program_of.items():
-            arguments = cut.pop(s), model.row(s), program.active(s)
+            arguments = cut.pop(s), model.statistics_of(s), program.active(s)
             self._networks[s] = made[program, *shape].call, *jax.device_put(arguments, device)
-        model.rows.clear()
+        model.statistics.clear()
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Logits."""
@@ -137,7 +137,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     model = exports.load(path)
     weights = sum(value.nbytes for value in model.params.values())
     settle()
-    loaded, host_rows = resident("VmRSS") - live_bytes(device), sum(row.nbytes for row in model.rows.values())
+    loaded, host_rows = resident("VmRSS") - live_bytes(device), sum(row.nbytes for row in model.statistics.values())
     batch_size, length = variant.shape
     if variant.slicing is None:
         engine = Extracted(model, device, subnet_list=variant.subnet_list, shape=variant.shape)
@@ -156,7 +156,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
     live = max(visit(engine, variant, inputs, device))
     settle()
     after = resident("VmRSS")
-    dropped = host_rows - sum(row.nbytes for row in model.rows.values())  # those of extracted networks
+    dropped = host_rows - sum(row.nbytes for row in model.statistics.values())  # those of extracted networks
     growth = after - live_bytes(device) - loaded + dropped
     reset_peak()
     live = max(live, *visit(engine, variant, inputs, device))
@@ -266,7 +266,7 @@ def all_extracted(model: Model) -> dict[str, Any]:
     """Bytes of all subnets extracted: computed, since they may not fit into memory."""
     weights, config = sum(value.nbytes for value in model.params.values()), model.config
     each = weights / config.num_params(model.space.largest())
-    rows = sum(model.row(s).nbytes for s in model.subnets)
+    rows = sum(model.statistics_of(s).nbytes for s in model.subnets)
     live = round(each * sum(map(config.num_params, model.subnets))) + rows
     return {"name": f"{len(model.subnets)} extracted (computed)", "subnets": len(model.subnets), "live_bytes": live}
 

@@ -166,7 +166,7 @@ class DeviceEngine:
             for b in batch_sizes
             for length in self.lengths or (0,)
         }
-        largest_row_bytes = 8 * max(program.row_size for program in buckets)
+        largest_row_bytes = 8 * max(program.statistics_size for program in buckets)
         self.rows = LeastRecentlyUsed(max(_ROWS_KEPT * largest_row_bytes, _LEAST_ROWS_BYTES))
         self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
         self._subnet: Subnet | None = None  # whose slices, row and sizes those are:
@@ -229,13 +229,13 @@ class DeviceEngine:
         program = bucket.program
 
         def row() -> tuple[jax.Array, jax.Array]:
-            values = program.pad_row(self._model.row(subnet), subnet), program.active(subnet)
+            values = program.pad_statistics(self._model.statistics_of(subnet), subnet), program.active(subnet)
             return jax.device_put(values, self.device)
 
         leaves = bucket.leaves
         if bucket.slicer is not None:
             leaves = self.slices.get(bucket, bucket.slice_bytes, bucket.sliced)
-        self._actuated = (leaves, *self.rows.get(subnet, 8 * program.row_size, row))
+        self._actuated = (leaves, *self.rows.get(subnet, 8 * program.statistics_size, row))
         self._subnet = subnet
 
     def _warm_up(self, program_of: Mapping[Subnet, Program]) -> None:

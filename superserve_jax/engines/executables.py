@@ -120,7 +120,7 @@ def input_spec(config: Any, batch: int, length: int = 0) -> jax.ShapeDtypeStruct
 
 
 def _arguments(program: Program, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    row = jax.ShapeDtypeStruct((2, program.row_size), jnp.float32)
+    row = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
     return input_spec(program.config, batch, length), row, active
 

@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from superserve_jax import errors, families, files
-from superserve_jax.exports.statistics import pack, read
+from superserve_jax.exports import statistics
 from superserve_jax.manifest import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_SCHEMA, files_of, read_manifest, verify_files
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
@@ -172,15 +172,15 @@ def export(
       ConfigError: nothing to serve, a vocabulary that is not the model's, or an argument of another type.
     """
     _check_arguments(model, served, measured, class_names, vocabulary, training)
-    kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.rows))
-    statistics = {subnet: model.row(subnet) for subnet in sorted(kept, key=model.config.flops)}
+    kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.statistics))
+    calibrated = {subnet: model.statistics_of(subnet) for subnet in sorted(kept, key=model.config.flops)}
     path = _make_folder(path)
     part = path / f"payload-part.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((part / "weights").absolute(), model.params)
-    (part / "statistics.npz").write_bytes(pack(statistics))
+    statistics.write(part / "statistics.npz", calibrated)
     if vocabulary is not None:
         (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
     contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
@@ -240,8 +240,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     except errors.SuperServeError as e:
         raise errors.ExportError(f"{file} does not describe a SuperNet that this version can build: {e}; export again") from e
     verify_files(payload, manifest["files"])
-    statistics = read(payload / "statistics.npz", config)
-    if missing := [s.subnet for s in served if s.subnet not in statistics]:
+    calibrated = statistics.read(payload / "statistics.npz", config)
+    if missing := [s.subnet for s in served if s.subnet not in calibrated]:
         raise errors.ExportError(
             f"{payload / 'statistics.npz'} lacks those of the served {missing[0].to_json()}; export again"
         )
@@ -253,7 +253,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             params = checkpointer.restore((payload / "weights").absolute(), target)
     except Exception as e:  # Orbax raises many kinds; digests matched, so the weights are not those of this config
         raise errors.ExportError(f"{payload / 'weights'} does not hold the weights of its own config: {e}") from e
-    return Model(path, manifest, served, vocabulary, config, params, statistics)
+    return Model(path, manifest, served, vocabulary, config, params, calibrated)
 
 
 def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path:

@@ -1,44 +1,57 @@
-"""The SubnetNorm rows of an export in one npz file: the subnets as JSON text, and their rows end to end."""
+"""The file `statistics.npz` of SubnetNorm statistics, in an export and in the folder of a run.
+
+subnets   the subnets, as one JSON text
+widths    int64 (number of subnets,): the channels n of each subnet
+rows      float32 (2, sum of widths): means and variances of all subnets, one subnet after another
+"""
 
 import io
 import json
 import math
+import os
 import pathlib
 import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import FamilyConfig
 
-Rows = Mapping[Subnet, np.ndarray]
 
-
-def pack(rows: Rows) -> bytes:
-    """The file's content; rows are float32 (2, n)."""
+def write(file: str | os.PathLike[str], statistics: Mapping[Subnet, np.ndarray]) -> None:
+    """Writes statistics, each float32 (2, n), as `SuperNet.statistics` holds them. Replaces an older file atomically."""
+    arrays = [np.zeros((2, 0), np.float32), *statistics.values()]
     buffer = io.BytesIO()
-    order = json.dumps([s.to_json() for s in rows])
-    widths = np.array([r.shape[1] for r in rows.values()], np.int64)
-    np.savez(buffer, subnets=np.array(order), widths=widths, rows=np.concatenate(list(rows.values()), axis=1))
-    return buffer.getvalue()
+    np.savez(
+        buffer,
+        subnets=np.array(json.dumps([s.to_json() for s in statistics])),
+        widths=np.array([a.shape[1] for a in arrays[1:]], np.int64),
+        rows=np.concatenate(arrays, axis=1),
+    )
+    files.write_bytes(file, buffer.getvalue())
 
 
-def read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
-    """The rows, of as many channels as a family's config has for each subnet. Raises ExportError for any other content."""
+def read(file: str | os.PathLike[str], config: FamilyConfig) -> dict[Subnet, np.ndarray]:
+    """Reads statistics.
+
+    Also reads the older format of runs, which has one array for each subnet: `row0`, `row1`, ...
+
+    Args:
+      file: a file that `write` made.
+      config: the family's config. Each subnet must have as many channels as this config says.
+
+    Raises:
+      ExportError: the file is missing, damaged, or of another network.
+    """
+    path = pathlib.Path(file)
     try:
-        with errors.refusing(errors.ExportError, f"{file} does not hold SubnetNorm statistics; export again"):
-            return _read(file, config)
-    except (
-        errors.SubnetError,
-        OSError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        zipfile.BadZipFile,
-    ) as e:  # of damaged or odd archives
-        raise errors.ExportError(f"{file} does not hold SubnetNorm statistics: {e}; export again") from e
+        with errors.refusing(errors.ExportError, f"{path} does not hold SubnetNorm statistics; calibrate or export again"):
+            return _read(path, config)
+    # Damaged archives raise many kinds of errors.
+    except (errors.SubnetError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as e:
+        raise errors.ExportError(f"{path} does not hold SubnetNorm statistics: {e}; calibrate or export again") from e
 
 
 def _read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
@@ -46,18 +59,22 @@ def _read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
         for entry in archive.infolist():
             _check_size(archive, entry, file.stat().st_size)
     with np.load(file, allow_pickle=False) as arrays:
-        order = [Subnet.from_json(s) for s in json.loads(str(arrays["subnets"]))]
-        widths, rows = arrays["widths"], arrays["rows"]
-    space = config.space()
-    expected = [sum(config.norm_sizes(config.sizes(space.validate(s))).values()) for s in order]
-    if widths.tolist() != expected or rows.shape != (2, sum(expected)) or rows.dtype != np.float32:
-        raise errors.ExportError(f"{file} has rows of {rows.shape} that do not fit its {len(order)} subnets; export again")
+        space = config.space()
+        subnets = [space.validate(Subnet.from_json(s)) for s in json.loads(str(arrays["subnets"]))]
+        if "rows" in arrays:
+            widths, rows = arrays["widths"].tolist(), arrays["rows"]
+        else:
+            each = [np.zeros((2, 0), np.float32), *(arrays[f"row{i}"] for i in range(len(subnets)))]
+            widths, rows = [a.shape[1] for a in each[1:]], np.concatenate(each, axis=1)
+    expected = [sum(config.norm_sizes(config.sizes(s)).values()) for s in subnets]
+    if widths != expected or rows.shape != (2, sum(expected)) or rows.dtype != np.float32:
+        raise errors.ExportError(f"{file} has statistics of shape {rows.shape} that do not fit its {len(subnets)} subnets")
     ends = np.cumsum(expected, dtype=np.int64)
-    return {s: rows[:, end - n : end].copy() for s, n, end in zip(order, expected, ends, strict=True)}
+    return {s: rows[:, end - n : end].copy() for s, n, end in zip(subnets, expected, ends, strict=True)}
 
 
 def _check_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_bytes: int) -> None:
-    """Raises ValueError where an array claims to be larger than its file: numpy would ask for the memory first."""
+    """Raises ValueError if an array claims to be larger than its file. Without it, numpy would allocate the memory first."""
     with archive.open(entry) as f:
         np.lib.format.read_magic(f)
         shape, _, dtype = np.lib.format.read_array_header_1_0(f)

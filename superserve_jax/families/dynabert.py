@@ -235,7 +235,7 @@ class DynaBERT(nnx.Module):
         self.classifier = layers.Linear(config.hidden_size, config.num_classes, rngs=rngs)
 
     def __call__(
-        self, inputs: Int[Array, "B T *two"], sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.RowStats
+        self, inputs: Int[Array, "B T *two"], sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B K"]:
         """Logits of packed inputs of any length up to `max_length`."""
         config = self.config
@@ -246,7 +246,7 @@ class DynaBERT(nnx.Module):
             attention, ffn = sizes[f"layer{i}.attention"], sizes[f"layer{i}.ffn"]
             run = lambda x, layer=layer, attention=attention, ffn=ffn: layer(x, attention, ffn, mask)  # noqa: E731
             gate = sizes[f"layer{i}.gate"]
-            x = ops.layer_select(gate, run, x, skip=isinstance(stats, layers.RowStats))
+            x = ops.layer_select(gate, run, x, skip=isinstance(stats, layers.StoredStats))
             if isinstance(stats, layers.BatchStats):
                 stats.hidden.append((jnp.asarray(gate if isinstance(gate, int) else gate[1], jnp.float32), x))
         return self.classifier(jnp.tanh(self.pooler(x[:, 0], config.hidden_size)), config.num_classes)

@@ -205,7 +205,7 @@ class ConvNorm(nnx.Module):
         self.relu = relu
 
     def __call__(
-        self, x: Float[Array, "B H W C"], out: ops.Size, stats: layers.BatchStats | layers.RowStats
+        self, x: Float[Array, "B H W C"], out: ops.Size, stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B h w D"]:
         """D is the limit of `out`."""
         x = self.norm(self.conv(x, out), out, stats)
@@ -230,7 +230,7 @@ class Block(nnx.Module):
         self.stride = stride
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mid: ops.Size, out: ops.Size, stats: layers.BatchStats | layers.RowStats
+        self, x: Float[Array, "B H W C"], mid: ops.Size, out: ops.Size, stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B h w D"]:
         """D is the limit of `out`."""
         y = x
@@ -267,11 +267,11 @@ class OFAResNet(nnx.Module):
         self.classifier = layers.Linear(c, config.num_classes, rngs=rngs)
 
     def __call__(
-        self, images: Num[Array, "B H W C"], sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.RowStats
+        self, images: Num[Array, "B H W C"], sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B K"]:
         """Logits of images of the config's dtype."""
         config = self.config
-        skip = isinstance(stats, layers.RowStats)
+        skip = isinstance(stats, layers.StoredStats)
         x = images
         if config.input_dtype == "uint8":
             x = (x.astype(jnp.float32) / 255.0 - np.asarray(config.mean, np.float32)) / np.asarray(config.std, np.float32)

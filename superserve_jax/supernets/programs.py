@@ -1,10 +1,10 @@
 """The three programs that one forward function gives: sliced, masked and bucketed.
 
-A program covers the subnets below an envelope. Sizes in which those subnets differ are traced, all others are static:
+A program covers all subnets below an envelope. Sizes that differ between these subnets are traced, all others are static:
 
 - `sliced(config, subnet)`: nothing is traced. The fast program of one subnet.
 - `masked(config)`: the envelope is the whole network. One compilation runs every subnet.
-- `bucketed(config, subnets)`: the envelope of some subnets. A subnet bucket.
+- `bucketed(config, subnets)`: the envelope of some subnets, which form a subnet bucket.
 
 A program's functions are pure and take the parameters as a flat dict `{path: array}`; jit or lower them as you need.
 """
@@ -23,10 +23,10 @@ from superserve_jax import layers, ops
 from superserve_jax.subnet import Subnet, envelope_of
 from superserve_jax.supernets.family import FamilyConfig
 
-# By default XLA's CPU backend slices all weights before the first layer, and holds all of the slices at once. The
-# memory-optimised order takes less than half of the temporary memory and is as fast. And it leaves convolutions to a library
-# of fused kernels (YNN) that takes 1.4 to 1.8 times as long as its own (OFA-ResNet50, two cores with AVX-512) and 10 ms more
-# for a first call; so only matrix products are left to that.
+# By default XLA's CPU backend slices all weights before the first layer and holds all slices at once. The memory-optimised
+# order takes less than half of the temporary memory and is as fast. By default, convolutions run in a library of fused
+# kernels (YNN). It takes 1.4 to 1.8 times as long as XLA's own code (OFA-ResNet50, two cores with AVX-512), and the first
+# call takes 10 ms longer. So only matrix products use that library.
 _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "cpu": {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -36,7 +36,7 @@ _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
 
 Params = Mapping[str, jax.Array]
 Hidden = tuple[tuple[jax.Array, jax.Array], ...]
-"""For each block of the whole network: a scalar, 1 where the subnet keeps the block and 0 where not, and its output."""
+"""For each block of the whole network: a scalar (1 if the subnet keeps the block, else 0), and the block's output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Program:
 
     Args:
       config: the family's config.
-      envelope: the smallest subnet that covers them all.
-      traced: names of the sizes that are not the same for all of them.
+      envelope: the smallest subnet that covers all of them.
+      traced: names of the sizes that differ between them.
     """
 
     config: FamilyConfig
@@ -60,46 +60,46 @@ class Program:
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each norm's channels begin in a row of statistics of this program."""
+        """Where the channels of each norm begin in the statistics of this program."""
         return _offsets(self.config.norm_sizes(self.limits))
 
     @functools.cached_property
-    def row_size(self) -> int:
-        """Length N of a row of statistics (2, N)."""
+    def statistics_size(self) -> int:
+        """N, where the statistics of this program have the shape (2, N)."""
         return sum(self.config.norm_sizes(self.limits).values())
 
-    # -- what a subnet is to this program, on the host ------------------------------------------------------------------
+    # -- the arguments of a subnet, on the host -------------------------------------------------------------------------
 
     def active(self, subnet: Subnet) -> np.ndarray:
         """The traced sizes of a subnet, int32 of shape (number of traced sizes,)."""
         sizes = self.config.sizes(subnet)
         return np.array([sizes[name] for name in self.traced], np.int32)
 
-    def pad_row(self, row: np.ndarray, subnet: Subnet) -> np.ndarray:
-        """A subnet's ragged row (2, n) as this program reads it: (2, N), mean 0 and variance 1 where nothing is active."""
+    def pad_statistics(self, statistics: np.ndarray, subnet: Subnet) -> np.ndarray:
+        """A subnet's statistics (2, n) as this program reads them: (2, N), mean 0 and variance 1 at inactive channels."""
         if subnet == self.envelope:
-            return row
-        padded = np.stack([np.zeros(self.row_size, np.float32), np.ones(self.row_size, np.float32)])
+            return statistics
+        padded = np.stack([np.zeros(self.statistics_size, np.float32), np.ones(self.statistics_size, np.float32)])
         start = 0
         for name, n in self.config.norm_sizes(self.config.sizes(subnet)).items():
-            padded[:, self.offsets[name] : self.offsets[name] + n] = row[:, start : start + n]
+            padded[:, self.offsets[name] : self.offsets[name] + n] = statistics[:, start : start + n]
             start += n
         return padded
 
-    def cut_row(self, padded: np.ndarray, subnet: Subnet) -> np.ndarray:
-        """The inverse of `pad_row`: the ragged row (2, n) of a subnet out of (2, N)."""
+    def cut_statistics(self, padded: np.ndarray, subnet: Subnet) -> np.ndarray:
+        """The inverse of `pad_statistics`: the statistics (2, n) of a subnet out of (2, N)."""
         sizes = self.config.norm_sizes(self.config.sizes(subnet))
         parts = [padded[:, self.offsets[name] : self.offsets[name] + n] for name, n in sizes.items()]
         return np.concatenate([np.zeros((2, 0), np.float32), *parts], axis=1)
 
     # -- the functions to compile ---------------------------------------------------------------------------------------
 
-    def infer(self, params: Params, inputs: jax.Array, row: jax.Array, active: jax.Array) -> jax.Array:
-        """Logits (B, num_classes), normalised with a row of statistics (2, N)."""
-        return self._module(params)(inputs, self._sizes(active), layers.RowStats(row, self.offsets))
+    def infer(self, params: Params, inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
+        """Logits (B, num_classes), normalised with statistics (2, N)."""
+        return self._module(params)(inputs, self._sizes(active), layers.StoredStats(statistics, self.offsets))
 
     def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits (B, num_classes), normalised with the batch's statistics, and those statistics as a row (2, N)."""
+        """Logits (B, num_classes), normalised with the statistics of the batch, and these statistics (2, N)."""
         logits, stats = self._observe(params, inputs, active)
         if not self.offsets:
             return logits, jnp.zeros((2, 0), jnp.float32)
@@ -107,7 +107,7 @@ class Program:
         return logits, jnp.concatenate(parts, axis=1)
 
     def train_hidden(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, Hidden]:
-        """Logits as `train` gives them, and the hidden states (see `Hidden`); none where the family offers none."""
+        """Logits as from `train`, and the hidden states (see `Hidden`), which are empty if the family records none."""
         logits, stats = self._observe(params, inputs, active)
         return logits, tuple(stats.hidden)
 
@@ -121,14 +121,14 @@ class Program:
 
     def _module(self, params: Params) -> nnx.Module:
         graphdef, paths, specs = _structure(self.config)
-        # A parameter that is left out must be one that the program does not read; its spec holds its place.
+        # A caller may leave out parameters that the program does not read. The spec takes their place.
         values = [(path, nnx.Param(params.get(name, specs[name]))) for name, path in paths.items()]
         return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 @functools.lru_cache(maxsize=16)
 def _structure(config: FamilyConfig) -> tuple[Any, dict[str, tuple[Any, ...]], dict[str, jax.ShapeDtypeStruct]]:
-    """A module's graph definition, and the path and spec of each parameter by its dotted path; allocates nothing."""
+    """A module's graph definition, and the path and spec of each parameter by its dotted path. Allocates no memory."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.create(nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
     paths = {name: path for name, (path, _) in flat.items()}
@@ -136,7 +136,7 @@ def _structure(config: FamilyConfig) -> tuple[Any, dict[str, tuple[Any, ...]], d
 
 
 def compiler_options(platform: str) -> dict[str, Any]:
-    """XLA's options for programs that infer and are to be fast, on devices of a platform such as "cpu"; for `jax.jit`."""
+    """XLA's options for fast inference on devices of a platform such as "cpu", as `jax.jit` takes them."""
     return _COMPILER_OPTIONS.get(platform, {})
 
 
@@ -167,10 +167,11 @@ def masked(config: FamilyConfig) -> Program:
 
 
 def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subnet | None = None) -> Program:
-    """The program of a subnet bucket, which traces the sizes in which its members differ from its envelope.
+    """The program of a subnet bucket. It traces the sizes in which a member differs from the envelope.
 
     Args:
-      envelope: a subnet that covers all members; None takes the smallest.
+      members: the subnets of the bucket.
+      envelope: a subnet that covers all members; if left out, the smallest one.
     """
     return _between(config, list(members), envelope)
 

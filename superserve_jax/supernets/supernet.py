@@ -17,12 +17,12 @@ Norm = Literal["own", "shared"]
 
 
 class SuperNet:
-    """One weight-shared network that runs any of its subnets, which is always an explicit argument.
+    """One weight-shared network that runs any of its subnets. The subnet is always an explicit argument.
 
     Args:
       config: the family's config.
       params: {dotted path: array}, of maximum size.
-      rows: SubnetNorm statistics by subnet, each a float32 array (2, n) of means and variances.
+      statistics: SubnetNorm statistics by subnet, each a float32 array (2, n) of means and variances.
 
     >>> from superserve_jax.families.ofa_resnet import OFAResNetConfig
     >>> config = OFAResNetConfig(num_classes=3, image_size=8, channels=1, stem_width=8, stage_widths=(8,), strides=(1,),
@@ -33,10 +33,10 @@ class SuperNet:
     superserve_jax.errors.NotCalibratedError: ...
     """
 
-    def __init__(self, config: FamilyConfig, params: Params, rows: Mapping[Subnet, np.ndarray] | None = None):
+    def __init__(self, config: FamilyConfig, params: Params, statistics: Mapping[Subnet, np.ndarray] | None = None):
         self.config = config
         self.params = dict(params)
-        self.rows = dict(rows or {})
+        self.statistics = dict(statistics or {})
         self.space = config.space()
         self._masked = programs.masked(config)
 
@@ -48,32 +48,32 @@ class SuperNet:
     @property
     def calibrated(self) -> tuple[Subnet, ...]:
         """The subnets that have statistics of their own."""
-        return tuple(self.rows)
+        return tuple(self.statistics)
 
-    def row(self, subnet: Subnet, *, norm: Norm = "own") -> np.ndarray:
+    def statistics_of(self, subnet: Subnet, *, norm: Norm = "own") -> np.ndarray:
         """The statistics (2, n) that a subnet runs with.
 
         Args:
-          norm: "own" for the subnet's row; "shared" for the largest subnet's, cut to the subnet's channels (converted
-            weights before calibration, and the paper's comparison).
+          norm: "own" for the subnet's own statistics. "shared" for the statistics of the largest subnet, cut to the
+            subnet's channels: for converted weights before calibration, and for the paper's comparison.
 
         Raises:
-          NotCalibratedError: there is no such row.
+          NotCalibratedError: the model does not have these statistics.
         """
         if norm not in ("own", "shared"):
             raise errors.unknown_name("norm", norm, ["own", "shared"])
         if not self._masked.offsets:  # a family without batch statistics needs none
             return np.zeros((2, 0), np.float32)
         owner = subnet if norm == "own" else self.space.largest()
-        if owner not in self.rows:
-            which = "this subnet has" if norm == "own" else "the largest subnet has"
+        if owner not in self.statistics:
             raise errors.NotCalibratedError(
-                f"{which} no SubnetNorm statistics of its own (calibrated: {len(self.rows)} subnets): run train/calibrate.py "
-                f"on it, or choose one of model.calibrated; the subnet: {owner.to_json()}"
+                f"{'this' if norm == 'own' else 'the largest'} subnet has no SubnetNorm statistics of its own (calibrated: "
+                f"{len(self.statistics)} subnets): run train/calibrate.py on it, or choose one of model.calibrated; "
+                f"the subnet: {owner.to_json()}"
             )
         if norm == "own":
-            return self.rows[subnet]
-        return self._masked.cut_row(self._masked.pad_row(self.rows[owner], owner), subnet)
+            return self.statistics[subnet]
+        return self._masked.cut_statistics(self._masked.pad_statistics(self.statistics[owner], owner), subnet)
 
     def __call__(self, inputs: Any, subnet: Subnet, *, norm: Norm = "own") -> jax.Array:
         """Logits of any calibrated subnet, by the masked program: one compilation per batch shape serves all subnets.
@@ -90,8 +90,8 @@ class SuperNet:
         """
         subnet = self.space.validate(subnet)
         check_inputs(self.config, inputs)
-        row = self._masked.pad_row(self.row(subnet, norm=norm), subnet)
-        return _infer(self._masked, self.params, inputs, row, self._masked.active(subnet))
+        statistics = self._masked.pad_statistics(self.statistics_of(subnet, norm=norm), subnet)
+        return _infer(self._masked, self.params, inputs, statistics, self._masked.active(subnet))
 
 
 @errors.refusing(errors.InputError, "inputs must be one array with a batch dimension")
@@ -107,5 +107,5 @@ def check_inputs(config: FamilyConfig, inputs: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _infer(program, params, inputs, row, active) -> jax.Array:
-    return program.infer(params, inputs, row, active)
+def _infer(program, params, inputs, statistics, active) -> jax.Array:
+    return program.infer(params, inputs, statistics, active)

@@ -38,7 +38,7 @@ def calibrate(
       progress: wraps the iteration over subnets, for a progress bar.
 
     Returns:
-      {subnet: float32 (2, n) of means and variances}, as `SuperNet.rows` holds them.
+      {subnet: float32 (2, n) of means and variances}, as in `SuperNet.statistics`.
 
     Raises:
       ConfigError: fewer than two images, or statistics that are not finite.
@@ -56,7 +56,7 @@ def calibrate(
         batches = np.stack([_row(program, model.params, images[i : i + batch_size], active) for i in starts])
         mean, var = batches[:, 0], batches[:, 1]
         row = np.stack([mean.mean(0), var.mean(0) + mean.var(0)]).astype(np.float32)
-        rows[subnet] = program.cut_row(row, subnet)
+        rows[subnet] = program.cut_statistics(row, subnet)
         if not np.isfinite(rows[subnet]).all():
             raise errors.ConfigError(
                 "statistics are not finite: the parameters or images hold NaN; train again with a lower lr"

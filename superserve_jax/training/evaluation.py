@@ -35,7 +35,7 @@ def accuracy(
     program = programs.masked(model.config)
     result = []
     for subnet in progress(subnet_list):
-        row, active = program.pad_row(model.row(subnet, norm=norm), subnet), program.active(subnet)
+        row, active = program.pad_statistics(model.statistics_of(subnet, norm=norm), subnet), program.active(subnet)
         counts = [_hits(program, model.params, b["inputs"], b["label"], b["weight"], row, active) for b in batches()]
         hits, total = np.sum(np.array(counts, np.float64), 0)
         result.append(float(hits / total))

@@ -55,7 +55,7 @@ def measure(
 
     def compiled(subnet: Subnet) -> tuple[Any, jax.Array]:
         program = programs.sliced(model.config, subnet)
-        row = jnp.ones((2, program.row_size), jnp.float32)
+        row = jnp.ones((2, program.statistics_size), jnp.float32)
         infer = jax.jit(
             lambda params, x, row: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)),
             compiler_options=programs.compiler_options(jax.default_backend()),  # as it will be served

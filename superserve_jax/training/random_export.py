@@ -52,6 +52,6 @@ def export(config: Any, path: str | os.PathLike[str], *, subnets: int) -> pathli
             break
         chosen[sampling.compound(space, rng)] = None
     model = SuperNet.create(config, seed=0)
-    model.rows = {s: np.ones((2, programs.sliced(config, s).row_size), np.float32) for s in chosen}
+    model.statistics = {s: np.ones((2, programs.sliced(config, s).statistics_size), np.float32) for s in chosen}
     served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
     return exports.export(path, model, served, measured="not measured: fresh weights")

@@ -5,13 +5,12 @@ checkpoints/       Orbax: step, parameters, optimiser state, average; checksums/
 converted.json     where the first checkpoint is of converted weights
 metrics.jsonl/png  the course of training; validation.jsonl, tensorboard/
 search.json/png    candidates and the subnets chosen to be served; search.jsonl: what was tried, for going on
-statistics.npz     SubnetNorm rows of the served subnets
+statistics.npz     SubnetNorm statistics of the served subnets, see exports/statistics.py
 evaluation.json    their accuracies on test data
 export/            the export, see checkpoint.py
 """
 
 import dataclasses
-import io
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from superserve_jax import errors, files
+from superserve_jax.exports import statistics
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
@@ -33,6 +33,7 @@ from superserve_jax.training.data import Dataset
 _log = logging.getLogger(__name__)
 
 _CONVERTED = "converted.json"
+_STATISTICS = "statistics.npz"
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -109,7 +110,7 @@ class Run:
                 raise errors.ConfigError(f"{self.workdir} has no checkpoint yet; train it first")
             name = "ema" if self.config.ema else "params"
             params = saved.restore(step, **{name: programs.param_spec(self.config.model)})[name]
-        return SuperNet(self.config.model, params, self.rows())
+        return SuperNet(self.config.model, params, self.statistics())
 
     @staticmethod
     def convert(config: TrainConfig, workdir: str | os.PathLike[str], model: SuperNet) -> "Run":
@@ -131,8 +132,8 @@ class Run:
                 raise errors.ConfigError(f"{workdir} has a checkpoint already, of step {step}; choose another folder")
             opt_state = config.optim.create(1).init(model.params)  # the number of steps does not matter to it
             saved.save(0, params=model.params, opt_state=opt_state, ema=model.params if config.ema else {})
-        if model.rows:
-            run.save_rows(model.rows)
+        if model.statistics:
+            run.save_statistics(model.statistics)
         return run
 
     @property
@@ -142,24 +143,17 @@ class Run:
 
     def forget_stages(self) -> None:
         """Removes what search, calibration and evaluation found, since it is of other weights once training goes on."""
-        for name in ("search.json", "statistics.npz", "evaluation.json"):
+        for name in ("search.json", _STATISTICS, "evaluation.json"):
             (self.workdir / name).unlink(missing_ok=True)
 
-    def rows(self) -> dict[Subnet, np.ndarray]:
-        """The calibrated statistics; empty before calibration."""
-        path = self.workdir / "statistics.npz"
-        if not path.exists():
-            return {}
-        with np.load(path, allow_pickle=False) as arrays:
-            order = json.loads(str(arrays["subnets"]))
-            return {Subnet.from_json(s): arrays[f"row{i}"] for i, s in enumerate(order)}
+    def statistics(self) -> dict[Subnet, np.ndarray]:
+        """The calibrated statistics. Empty before calibration."""
+        path = self.workdir / _STATISTICS
+        return statistics.read(path, self.config.model) if path.exists() else {}
 
-    def save_rows(self, rows: Mapping[Subnet, np.ndarray]) -> None:
+    def save_statistics(self, calibrated: Mapping[Subnet, np.ndarray]) -> None:
         """Writes statistics.npz."""
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {f"row{i}": row for i, row in enumerate(rows.values())}
-        np.savez(buffer, subnets=np.array(json.dumps([s.to_json() for s in rows])), **arrays)
-        files.write_bytes(self.workdir / "statistics.npz", buffer.getvalue())
+        statistics.write(self.workdir / _STATISTICS, calibrated)
 
     def metrics(self) -> list[dict[str, float]]:
         """The course of training, one dict per line of metrics.jsonl."""

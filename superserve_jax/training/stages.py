@@ -114,7 +114,7 @@ def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
     rows = calibration.calibrate(
         run.model(), served, images, progress=lambda items: progress.track(items, "calibration", total=len(served))
     )
-    run.save_rows(rows)
+    run.save_statistics(rows)
 
 
 def evaluate(run: Run) -> list[Served]:
@@ -133,7 +133,7 @@ def evaluate(run: Run) -> list[Served]:
         )
 
     own = accuracies("own")
-    shared = accuracies("shared") if model.row(model.space.largest()).size else [None] * len(own)
+    shared = accuracies("shared") if model.statistics_of(model.space.largest()).size else [None] * len(own)
     result = [
         Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s))
         for s, accuracy, other in zip(served, own, shared, strict=True)

@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str], student: Any) -> Teacher:
     ):
         if theirs != ours:
             raise errors.ConfigError(f"distill.teacher: {path} has {what} {theirs}, the SuperNet to train has {ours}")
-    return Teacher(programs.sliced(config, largest), model.params, model.row(largest))
+    return Teacher(programs.sliced(config, largest), model.params, model.statistics_of(largest))
 
 
 def check_hidden(recipe: Recipe, student: Any, teacher: Teacher | None) -> None:

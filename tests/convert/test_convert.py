@@ -10,7 +10,7 @@ import numpy as np
 import published
 import pytest
 from published import BERT, OFA, OFA_LISTS, assert_same_model, bert_state, ofa_state
-from tiny import random_params, random_row
+from tiny import random_params, random_statistics
 
 from superserve_jax import convert, errors, exports
 from superserve_jax.engines.device import DeviceEngine
@@ -64,7 +64,7 @@ def bert_fixture():
 @pytest.mark.parametrize("read", [pytest.param(ofa_fixture, marks=pytest.mark.slow), bert_fixture])
 def test_logits_of_the_fixtures_agree_sliced_masked_and_through_an_export(read, tmp_path):
     model, subnet_list, inputs, logits = read()
-    rows = {s: model.row(s, norm="shared") for s in subnet_list}
+    rows = {s: model.statistics_of(s, norm="shared") for s in subnet_list}
     exported = exports.export(
         tmp_path / "export",
         SuperNet(model.config, model.params, rows),
@@ -97,7 +97,7 @@ def test_an_ofa_resnet_survives_being_written_as_once_for_all_does(ofa_model, wr
 def test_the_order_of_the_lists_does_not_matter_and_one_may_be_a_number():
     config = dataclasses.replace(OFA, stem_depths=(1,), depths=((3,), (3,), (5,), (3,)), num_classes=1)
     largest = config.space().largest()
-    expected = SuperNet(config, random_params(config), {largest: random_row(config, largest)})
+    expected = SuperNet(config, random_params(config), {largest: random_statistics(config, largest)})
     lists = {**OFA_LISTS, "depth_list": 1, "expand_ratio_list": (0.5, 0.25), "width_mult_list": [0.1, 0.06, 0.1]}
     assert_same_model(convert.ofa_resnet(ofa_state(expected), **lists), expected)
 

@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, random_images, random_params, random_row
+from tiny import TINY, random_images, random_params, random_statistics
 
 from superserve_jax import errors, exports
 from superserve_jax.engines import executables, prepare, subnet_buckets
@@ -22,7 +22,7 @@ DEVICE = jax.devices()[0]
 def model():
     """Calibrated for every twentieth subnet of the space."""
     chosen = list(TINY.space().enumerate())[::20]
-    return SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    return SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
 
 
 def make(model, subnet_list=None, **options):

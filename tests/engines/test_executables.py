@@ -137,7 +137,7 @@ def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
 
 def test_a_server_needs_an_export_batch_sizes_and_devices(model):
     with pytest.raises(errors.ConfigError, match="export"):
-        ss.Server(SuperNet(TINY, model.params, model.rows))
+        ss.Server(SuperNet(TINY, model.params, model.statistics))
     with pytest.raises(errors.ConfigError, match="batch_sizes must be ascending"):
         ss.Server(model, batch_sizes=())
     with pytest.raises(errors.ConfigError, match="devices is empty"):
@@ -158,7 +158,7 @@ class TestCache:
     def answer(self, model):
         [executable] = self.build(model).values()
         leaves = tuple(model.params[name] for name, _ in executable.leaves)
-        row, active = model.rows[model.space.smallest()], np.zeros(0, np.int32)
+        row, active = model.statistics[model.space.smallest()], np.zeros(0, np.int32)
         return np.asarray(executable.call(leaves, random_images(TINY, 1), row, active))
 
     def test_a_second_start_loads_what_the_first_compiled_without_compiling(self, model, compilations):

@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, random_images, random_params, random_row
+from tiny import TINY, random_images, random_params, random_statistics
 
 from superserve_jax.engines import executables, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
@@ -23,7 +23,7 @@ def device():
 @pytest.fixture(scope="module")
 def model():
     chosen = list(TINY.space().enumerate())[::20]
-    return SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+    return SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ PUBLISHED = OFAResNetConfig()
 def convolutions(config, subnet):
     """Every convolution of the sliced program as traced, with its shapes: not from the family's own count."""
     program = programs.sliced(config, subnet)
-    row = jax.ShapeDtypeStruct((2, program.row_size), jnp.float32)
+    row = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((0,), jnp.int32)
     spec = programs.param_spec(config)
     jaxpr = jax.make_jaxpr(program.infer)(spec, config.input_spec(1), row, active)

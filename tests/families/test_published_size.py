@@ -30,7 +30,7 @@ def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
         program = programs.sliced(config, subnet)
         train = jax.jit(lambda params, x, program=program: program.train(params, x, jnp.zeros((0,), jnp.int32)))
         logits[subnet], row = map(np.asarray, train(model.params, image))
-        model.rows[subnet] = row
+        model.statistics[subnet] = row
     served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
     exports.export(tmp_path / "export", model, served, measured="not measured: fresh weights")
     del model
@@ -40,10 +40,10 @@ def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
     weights = sum(p.nbytes for p in loaded.params.values())
     assert weights == pytest.approx(4 * 48e6, rel=0.01)
     for subnet in chosen:
-        assert weights > 500 * loaded.rows[subnet].nbytes
+        assert weights > 500 * loaded.statistics[subnet].nbytes
         program = programs.sliced(config, subnet)
         infer = jax.jit(lambda params, x, row, program=program: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)))
-        found = np.asarray(infer(loaded.params, image, loaded.row(subnet)))
+        found = np.asarray(infer(loaded.params, image, loaded.statistics_of(subnet)))
         assert found.shape == (1, 1000)
         assert np.std(found) > 1e-3
         np.testing.assert_allclose(found, logits[subnet], rtol=1e-2, atol=1e-2 * np.std(found))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from mlp_family import MLPConfig
-from tiny import random_images, random_params, random_row
+from tiny import random_images, random_params, random_statistics
 
 import superserve_jax as ss
 from superserve_jax import errors, families
@@ -50,9 +50,9 @@ def test_its_programs_agree_over_the_whole_space():
     space = list(config.space().enumerate())
     assert len(space) == 6
     for subnet in space:
-        row, sliced = random_row(config, subnet), programs.sliced(config, subnet)
+        row, sliced = random_statistics(config, subnet), programs.sliced(config, subnet)
         expected = sliced.infer(params, images, row, sliced.active(subnet))
-        found = masked.infer(params, images, masked.pad_row(row, subnet), masked.active(subnet))
+        found = masked.infer(params, images, masked.pad_statistics(row, subnet), masked.active(subnet))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

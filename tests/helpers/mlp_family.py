@@ -66,7 +66,7 @@ class MLP(nnx.Module):
         self.classifier = layers.Linear(width, config.num_classes, rngs=rngs)
 
     def __call__(self, images, sizes, stats):
-        width, skip = sizes["width"], isinstance(stats, layers.RowStats)
+        width, skip = sizes["width"], isinstance(stats, layers.StoredStats)
         x = self.first(images.reshape(len(images), -1).astype(jnp.float32) / 255.0, width, stats)
         for i, block in enumerate(self.blocks):
             run = lambda x, block=block: x + block(x, width, stats)  # noqa: E731

@@ -1,7 +1,7 @@
 """Networks as others would publish them: tiny ones of random weights, and how their programs save them."""
 
 import numpy as np
-from tiny import random_params, random_row
+from tiny import random_params, random_statistics
 
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
@@ -32,7 +32,7 @@ BERT = DynaBERTConfig(
 def ofa_state(model, *, wrapped=True):
     """The state dict that once-for-all's own program would save for this SuperNet."""
     params, largest = {k: np.asarray(v) for k, v in model.params.items()}, model.space.largest()
-    row, offsets = model.rows[largest], programs.sliced(model.config, largest).offsets
+    row, offsets = model.statistics[largest], programs.sliced(model.config, largest).offsets
     twice = {"conv": "conv.conv", "bn": "bn.bn", "linear": "linear.linear"} if wrapped else {}
     conv, bn, linear = (twice.get(name, name) for name in ("conv", "bn", "linear"))
     state = {
@@ -82,7 +82,7 @@ def bert_state(model):
 def ofa_model():
     """A SuperNet of random weights and statistics that once-for-all could have made."""
     largest = OFA.space().largest()
-    return SuperNet(OFA, random_params(OFA), {largest: random_row(OFA, largest)})
+    return SuperNet(OFA, random_params(OFA), {largest: random_statistics(OFA, largest)})
 
 
 def bert_model():
@@ -96,6 +96,6 @@ def assert_same_model(actual, expected):
     assert actual.params.keys() == expected.params.keys()
     for name, value in expected.params.items():
         np.testing.assert_array_equal(actual.params[name], value, err_msg=name)
-    assert actual.rows.keys() == expected.rows.keys()
-    for subnet, row in expected.rows.items():
-        np.testing.assert_array_equal(actual.rows[subnet], row)
+    assert actual.statistics.keys() == expected.statistics.keys()
+    for subnet, row in expected.statistics.items():
+        np.testing.assert_array_equal(actual.statistics[subnet], row)

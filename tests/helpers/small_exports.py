@@ -1,6 +1,6 @@
 """The smallest exports there are, of images and of texts: tests damage every bit of them."""
 
-from tiny import random_params, random_row
+from tiny import random_params, random_statistics
 
 from superserve_jax import exports
 from superserve_jax.exports import Served
@@ -37,7 +37,7 @@ WORDS = Vocabulary(("[PAD]", "[CLS]", "a", "b", "é"), scheme="words")
 def write(folder, config, words=None):
     space = config.space()
     chosen = [space.smallest(), space.largest()]
-    model = SuperNet(config, random_params(config), {s: random_row(config, s) for s in chosen})
+    model = SuperNet(config, random_params(config), {s: random_statistics(config, s) for s in chosen})
     served = [Served(s, 0.5 + 1e-7 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
     path = exports.export(folder, model, served, measured="made up", training={"lr": 1e-5}, vocabulary=words)
     rows = tuple(Row(s.subnet, s.accuracy, (0.1 + i, 1e-5 + 2 + i)) for i, s in enumerate(served))

@@ -45,7 +45,7 @@ def random_images(config, batch, seed=0):
     return np.random.default_rng(seed).integers(0, 256, spec.shape, dtype=np.uint8)
 
 
-def random_row(config, subnet, seed=0):
+def random_statistics(config, subnet, seed=0):
     """Statistics (2, n) of a subnet that belong to no data."""
     n = sum(config.norm_sizes(config.sizes(subnet)).values())
     rng = np.random.default_rng([seed, n])

@@ -118,12 +118,12 @@ def test_memory_of_all_variants_adds_up(run, export, capsys):
         assert (of["subnets"], of["executables"], of["weights_bytes"]) == (6, 2, weights)
         beside = of["live_bytes"] - weights - of["rows_bytes"] - of["slices_bytes"]
         assert 0 < beside < 128  # sizes that are traced in shared executables
-        assert of["host_rows_bytes"] == sum(model.row(s).nbytes for s in model.subnets)
+        assert of["host_rows_bytes"] == sum(model.statistics_of(s).nbytes for s in model.subnets)
     assert in_call["slices_bytes"] == 0
     assert kept["live_bytes"] - in_call["live_bytes"] == kept["slices_bytes"] > 0
     chosen = [model.space.smallest(), model.space.largest()]
-    assert extracted["live_bytes"] == sum(4 * TINY.num_params(s) + model.row(s).nbytes for s in chosen)
-    assert everything["live_bytes"] == sum(4 * TINY.num_params(s) + model.row(s).nbytes for s in model.subnets)
+    assert extracted["live_bytes"] == sum(4 * TINY.num_params(s) + model.statistics_of(s).nbytes for s in chosen)
+    assert everything["live_bytes"] == sum(4 * TINY.num_params(s) + model.statistics_of(s).nbytes for s in model.subnets)
     for of in (in_call, kept, small, extracted):
         assert min(of["temporary_bytes"], of["code_bytes"], *of["latency_ms"]) > 0
     assert found["ratios"][in_call["name"]]["live_bytes"] == pytest.approx(extracted["live_bytes"] / in_call["live_bytes"])

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from published import assert_same_model, ofa_state
-from tiny import random_params, random_row
+from tiny import random_params, random_statistics
 
 from superserve_jax import errors
 from superserve_jax.supernets.supernet import SuperNet
@@ -53,7 +53,7 @@ def test_the_program_makes_a_run_that_training_goes_on_from(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.replace("{data_dir!r}", repr(str(tmp_path / "tfds"))))
     config = load_config(tmp_path / "config.py").model
     largest = config.space().largest()
-    model = SuperNet(config, random_params(config), {largest: random_row(config, largest)})
+    model = SuperNet(config, random_params(config), {largest: random_statistics(config, largest)})
     np.savez(tmp_path / "weights.npz", **ofa_state(model, wrapped=False))
     run = tmp_path / "run"
     command = ["train/convert.py", tmp_path / "config.py", tmp_path / "weights.npz", "--workdir", run]

@@ -99,7 +99,7 @@ def main():
     import tempfile
 
     import jax
-    from tiny import TINY, random_images, random_params, random_row
+    from tiny import TINY, random_images, random_params, random_statistics
 
     from superserve_jax import exports
     from superserve_jax.engines import prepare
@@ -111,7 +111,7 @@ def main():
     prepare.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
     chosen = [TINY.space().smallest(), TINY.space().largest()]
     with tempfile.TemporaryDirectory() as folder:
-        tiny = SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in chosen})
+        tiny = SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
         served = [Served(s, a, None, TINY.flops(s), TINY.num_params(s)) for s, a in zip(chosen, (0.5, 0.9), strict=True)]
         exports.export(pathlib.Path(folder) / "export", tiny, served, measured="made up")
         model = exports.load(pathlib.Path(folder) / "export")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from fakes import PROFILE, SUBNETS, WAIT_S, Gate, x
-from tiny import TINY, random_images, random_params, random_row
+from tiny import TINY, random_images, random_params, random_statistics
 
 from superserve_jax import errors
 from superserve_jax.engines.base import Launched
@@ -405,7 +405,7 @@ def test_a_swap_ends_both_on_the_old_engine():
 def test_real_executables_give_the_same_answers_with_two_batches_under_way():
     space = TINY.space()
     served = [space.smallest(), space.largest()]
-    model = SuperNet(TINY, random_params(TINY), {s: random_row(TINY, s) for s in served})
+    model = SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in served})
     real = DeviceEngine(model, jax.devices()[0], subnet_list=served, batch_sizes=(1, 2, 4))
     turns = iter(range(10**6))
 
@@ -425,7 +425,7 @@ def test_real_executables_give_the_same_answers_with_two_batches_under_way():
 
 def test_a_staging_buffer_belongs_to_its_batch_until_the_output_is_ready():
     space = TINY.space()
-    model = SuperNet(TINY, random_params(TINY), {space.largest(): random_row(TINY, space.largest())})
+    model = SuperNet(TINY, random_params(TINY), {space.largest(): random_statistics(TINY, space.largest())})
     real = DeviceEngine(model, jax.devices()[0], subnet_list=[space.largest()], batch_sizes=(4,))
     images = random_images(TINY, 12)
     expected = np.asarray(model(images, space.largest()))

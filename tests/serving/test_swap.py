@@ -18,7 +18,7 @@ import pytest
 from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, fake, held, x
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TINY, live_bytes, random_images, random_params, random_row
+from tiny import TINY, live_bytes, random_images, random_params, random_statistics
 
 import superserve_jax as ss
 from superserve_jax import errors
@@ -479,7 +479,7 @@ def text(length):
 def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
     """An export of made-up weights, one subnet, with a latency profile beside it."""
     subnet = getattr(config.space(), which)()
-    model = SuperNet(config, random_params(config, seed), {subnet: random_row(config, subnet, seed)})
+    model = SuperNet(config, random_params(config, seed), {subnet: random_statistics(config, subnet, seed)})
     export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="made up")
     place = profile_path(folder, prepare.device_kind(jax.devices()[0]))
     place.parent.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIGS, TINY, random_images, random_params, random_row
+from tiny import CONFIGS, TINY, random_images, random_params, random_statistics
 
 from superserve_jax.subnet import envelope_of
 from superserve_jax.supernets import programs
@@ -91,11 +91,11 @@ def test_the_plain_network_with_small_weights_agrees_over_the_whole_space(config
     masked = programs.masked(config)
     run = jax.jit(masked.infer)
     for subnet in config.space().enumerate():
-        row = random_row(config, subnet)
+        row = random_statistics(config, subnet)
         expected = plain_network(config, params, subnet, images, row)
         sliced = programs.sliced(config, subnet)
         assert_close(sliced.infer(params, images, row, sliced.active(subnet)), expected)
-        assert_close(run(params, images, masked.pad_row(row, subnet), masked.active(subnet)), expected)
+        assert_close(run(params, images, masked.pad_statistics(row, subnet), masked.active(subnet)), expected)
 
 
 def test_training_outputs_and_statistics_agree_over_the_whole_space(config):
@@ -109,7 +109,7 @@ def test_training_outputs_and_statistics_agree_over_the_whole_space(config):
         logits, row = sliced.train(params, images, sliced.active(subnet))
         masked_logits, masked_row = run(params, images, masked.active(subnet))
         assert_close(masked_logits, logits)
-        assert_close(masked.cut_row(np.asarray(masked_row), subnet), row)
+        assert_close(masked.cut_statistics(np.asarray(masked_row), subnet), row)
 
 
 def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(config):
@@ -122,9 +122,9 @@ def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(con
         program = programs.bucketed(config, members[8 * k : 8 * k + 8])
         run = jax.jit(program.infer)
         for subnet in members[8 * k : 8 * k + 8]:
-            row = random_row(config, subnet)
-            expected = run_masked(params, images, masked.pad_row(row, subnet), masked.active(subnet))
-            assert_close(run(params, images, program.pad_row(row, subnet), program.active(subnet)), expected)
+            row = random_statistics(config, subnet)
+            expected = run_masked(params, images, masked.pad_statistics(row, subnet), masked.active(subnet))
+            assert_close(run(params, images, program.pad_statistics(row, subnet), program.active(subnet)), expected)
 
 
 def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(config):
@@ -137,7 +137,7 @@ def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(conf
         sliced = programs.sliced(config, choice.subnet)
         expected, expected_row = sliced.train(params, images, sliced.active(choice.subnet))
         assert_close(logits, expected)
-        assert_close(choice.program.cut_row(np.asarray(row), choice.subnet), expected_row)
+        assert_close(choice.program.cut_statistics(np.asarray(row), choice.subnet), expected_row)
 
 
 def test_gradients_of_the_masked_program_are_those_of_the_sliced_one(config):
@@ -166,8 +166,8 @@ def test_a_bucket_of_one_subnet_masks_nothing(config):
 def test_rows_survive_padding_and_cutting(config):
     masked = programs.masked(config)
     for subnet in list(config.space().enumerate())[::7]:
-        row = random_row(config, subnet)
-        np.testing.assert_array_equal(masked.cut_row(masked.pad_row(row, subnet), subnet), row)
+        row = random_statistics(config, subnet)
+        np.testing.assert_array_equal(masked.cut_statistics(masked.pad_statistics(row, subnet), subnet), row)
 
 
 def test_the_masked_program_is_traced_once_for_all_subnets():
@@ -180,7 +180,7 @@ def test_the_masked_program_is_traced_once_for_all_subnets():
 
     run, params, images = jax.jit(counted), random_params(TINY), random_images(TINY, 2)
     for subnet in TINY.space().enumerate():
-        run(params, images, masked.pad_row(random_row(TINY, subnet), subnet), masked.active(subnet))
+        run(params, images, masked.pad_statistics(random_statistics(TINY, subnet), subnet), masked.active(subnet))
     assert len(traces) == 1
 
 
@@ -188,7 +188,7 @@ def test_a_program_reads_only_the_parameters_of_blocks_it_keeps():
     space = TINY.space()
     small = programs.sliced(TINY, space.smallest())
     params = {k: v for k, v in random_params(TINY).items() if not k.startswith(("blocks.0.", "blocks.2.", "stem.1."))}
-    row = random_row(TINY, space.smallest())
+    row = random_statistics(TINY, space.smallest())
     assert small.infer(params, random_images(TINY, 1), row, jnp.zeros((0,), jnp.int32)).shape == (1, 3)
 
 

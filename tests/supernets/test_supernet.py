@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tiny import TINY, random_images, random_row
+from tiny import TINY, random_images, random_statistics
 
 from superserve_jax import errors, families
 from superserve_jax.supernets import programs
@@ -11,7 +11,7 @@ def test_any_calibrated_subnet_can_be_called_and_gives_what_its_sliced_program_g
     images = random_images(TINY, 5)
     for subnet in tiny.calibrated:
         program = programs.sliced(TINY, subnet)
-        expected = program.infer(tiny.params, images, tiny.rows[subnet], program.active(subnet))
+        expected = program.infer(tiny.params, images, tiny.statistics[subnet], program.active(subnet))
         np.testing.assert_allclose(tiny(images, subnet), expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -22,7 +22,7 @@ def test_a_subnet_without_statistics_is_refused_with_the_remedy(tiny):
 
 def test_shared_statistics_are_the_largest_s_cut_to_the_subnet(tiny):
     subnet = TINY.space().smallest()
-    shared, full = tiny.row(subnet, norm="shared"), tiny.rows[TINY.space().largest()]
+    shared, full = tiny.statistics_of(subnet, norm="shared"), tiny.statistics[TINY.space().largest()]
     start = 0
     largest = TINY.norm_sizes(TINY.sizes(TINY.space().largest()))
     for name, n in TINY.norm_sizes(TINY.sizes(subnet)).items():
@@ -34,7 +34,7 @@ def test_shared_statistics_are_the_largest_s_cut_to_the_subnet(tiny):
 
 def test_shared_statistics_need_those_of_the_largest():
     model = SuperNet.create(TINY, seed=0)
-    model.rows = {TINY.space().smallest(): random_row(TINY, TINY.space().smallest())}
+    model.statistics = {TINY.space().smallest(): random_statistics(TINY, TINY.space().smallest())}
     with pytest.raises(errors.NotCalibratedError, match="the largest subnet has no"):
         model(random_images(TINY, 1), TINY.space().smallest(), norm="shared")
 

@@ -33,7 +33,7 @@ def test_statistics_of_several_batches_are_pooled_exactly_in_the_first_layer(mod
 
 def test_calibration_leaves_the_model_as_it_was(model):
     calibration.calibrate(model, [TINY.space().largest()], random_images(TINY, 8))
-    assert model.rows == {}
+    assert model.statistics == {}
 
 
 def test_too_few_images_are_refused(model):
@@ -50,7 +50,7 @@ def test_statistics_that_are_not_finite_are_refused(model):
 def test_accuracy_counts_each_image_once_and_padding_never(model):
     images = random_images(TINY, 23)
     chosen = [TINY.space().smallest(), TINY.space().largest()]
-    model.rows = calibration.calibrate(model, chosen, images)
+    model.statistics = calibration.calibrate(model, chosen, images)
     labels = np.argmax(np.asarray(model(images, chosen[0])), -1).astype(np.int32)
     labels[:5] = (labels[:5] + 1) % 3
     found = evaluation.accuracy(model, chosen, batches_of(images, labels, 10))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import TINY, random_images, random_params, random_row
+from tiny import TINY, random_images, random_params, random_statistics
 
 from superserve_jax import errors, exports
 from superserve_jax.exports import Served
@@ -120,7 +120,7 @@ def test_rewiring_a_family_without_units_is_refused():
 
 def saved_teacher(tmp_path, config, seed=3):
     space = config.space()
-    model = SuperNet(config, random_params(config, seed), {space.largest(): random_row(config, space.largest())})
+    model = SuperNet(config, random_params(config, seed), {space.largest(): random_statistics(config, space.largest())})
     served = [Served(space.largest(), 0.5, None, 1, 1)]
     return exports.export(tmp_path / "teacher", model, served, measured="made up")
 

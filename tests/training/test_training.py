@@ -177,7 +177,7 @@ def test_with_a_tolerance_all_that_were_chosen_are_exported(config, tmp_path):
     tried = [Subnet.from_json(c["subnet"]) for c in json.loads((run.workdir / "search.json").read_text())["candidates"]]
     assert len(tried) == 12
     assert len(model.subnets) == len({tuple(config.model.sizes(s).values()) for s in tried})
-    assert set(model.rows) == set(model.subnets)
+    assert set(model.statistics) == set(model.subnets)
 
 
 @pytest.mark.parametrize(

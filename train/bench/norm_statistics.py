@@ -53,12 +53,12 @@ def main() -> None:
         kinds = {"statistics.npz": 0, "weights": 0}
         for name, file in loaded.manifest["files"].items():
             kinds[name.split("/")[0]] += file["bytes"]
-    weights, rows = sum(p.nbytes for p in loaded.params.values()), [r.nbytes for r in loaded.rows.values()]
+    weights, rows = sum(p.nbytes for p in loaded.params.values()), [r.nbytes for r in loaded.statistics.values()]
     ordered = loaded.subnets
     shown = [ordered[i] for i in np.linspace(0, len(ordered) - 1, options.run).round().astype(int)]
     table = [("MFLOPs", "params", "bytes of statistics", "weights / statistics", "ms per input")]
     for subnet, ms in latency.measure(loaded, shown, batch=1, repeats=5).items():
-        flops, params, size = config.flops(subnet), config.num_params(subnet), loaded.rows[subnet].nbytes
+        flops, params, size = config.flops(subnet), config.num_params(subnet), loaded.statistics[subnet].nbytes
         table.append((f"{flops / 1e6:.0f}", f"{params:,}", f"{size:,}", f"{weights / size:.0f}", f"{ms:.0f}"))
     cli.print_table(table)
     total = sum(rows)
