@@ -62,7 +62,7 @@ def state_at(run, step):
 def test_an_export_loads_with_equal_weights_and_statistics_and_computes_the_same_logits(name):
     model = exports.load(OLD / name)
     assert_same(model.params, expected(f"{name}/weights"))
-    assert_same({str(i): model.row(s) for i, s in enumerate(model.subnets)}, expected(f"{name}/statistics"))
+    assert_same({str(i): model.statistics_of(s) for i, s in enumerate(model.subnets)}, expected(f"{name}/statistics"))
     inputs = expected(name)["inputs"]
     for subnet, logits in zip(model.subnets, expected(f"{name}/logits").values(), strict=True):
         np.testing.assert_allclose(model(inputs, subnet), logits, rtol=1e-5, atol=1e-6)  # XLA differs between CPUs
