@@ -161,7 +161,7 @@ def main() -> None:
         replays[name] = replays.get(name, done)
         results.append(summarise(name, done, truth))
         if options.simulate:
-            results[-1] |= simulated(name, done, profiles, sim_vs_real.machine(done, watches, heart))
+            results[-1] |= simulated(name, done, profiles, sim_vs_real.measured_machine(done, watches, heart))
         if options.slow_factor > 1:
             results[-1] |= {"corrected": follow, **halves(done, options.slow_after)}
         print(f"{name}: {100 * results[-1]['attainment']:.2f} % in time", flush=True)
@@ -212,9 +212,9 @@ def kill_workers(options: Options, every_s: float) -> None:
         found = worker_kills.intervals(run)
         health = run.health
         print(f"\n{name}, on the real server / simulated; {health['alive']} of {health['workers']} workers were left")
-        cli.print_table(worker_kills.table(found))
+        cli.print_table(cli.table(KILLS, found))
         results.append({"name": name, "intervals": [dataclasses.asdict(i) for i in found], "health": health})
-        shown |= {name: timeline(run.done, window_s=0.25), f"{name}, simulated": timeline(run.simulated, window_s=0.25)}
+        shown |= {name: timeline(run.real, window_s=0.25), f"{name}, simulated": timeline(run.simulated, window_s=0.25)}
         marks_s = [outage.from_s for outage in run.cluster.outages]
     if options.json:
         files.write_json(options.json, {"slo_ms": slo_ms, "trace": trace.name, "queries": len(trace), "policies": results})
@@ -294,7 +294,7 @@ def table(results: list[dict[str, Any]], profile: ss.Profile) -> list[tuple[str,
 
 def simulated(name: str, done: Replay, profiles: Sequence[ss.Profile], machine: Machine) -> dict[str, float]:
     """What --simulate adds to a policy's figures."""
-    again = sim_vs_real.again(done, profiles, name, workers=len(profiles), machine=machine)
+    again = sim_vs_real.simulate_again(done, profiles, name, workers=len(profiles), machine=machine)
     return {
         "simulated_attainment": again.attainment,
         "simulated_accuracy": 100 * again.mean_accuracy,
@@ -319,6 +319,16 @@ def comparison(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         for r in results
     ]
     return [header, *rows]
+
+
+KILLS = {
+    "seconds": "{0.from_s:.1f} to {0.until_s:.1f}",
+    "workers": "{0.workers}",
+    "queries": "{0.real.queries:,}",
+    "SLO attainment": "{0.real.attainment:.5f} / {0.simulated.attainment:.5f}",
+    "accuracy, profiled": "{0.real.accuracy:.2%} / {0.simulated.accuracy:.2%}",
+    "p99 ms": "{0.real.p99_ms:.1f} / {0.simulated.p99_ms:.1f}",
+}
 
 
 class Slowed(Wrapper):

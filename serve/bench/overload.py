@@ -143,7 +143,7 @@ def served(options: Options, profile: Any, trace: Trace) -> tuple[np.ndarray, di
     ) as target:
         client = Client(target)
         looked_s = 0.0
-        for sent in loadgen.submit_when_due(client, trace, Always(len(trace))):  # type: ignore[arg-type]
+        for sent in loadgen.submit_when_due(client, trace, Always(len(trace))):
             late_s = max(late_s, sent.now_s - trace.arrivals_s[sent.places[0]])
             unresolved.append(sent)
             while unresolved[0].now_s < sent.now_s - wait_s:

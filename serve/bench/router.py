@@ -189,7 +189,7 @@ def open_loop(options: Options, target: Server) -> dict[str, Any]:
     blocks = []  # of memory, after a quarter of the queries, and at the end
     start_ns, used = time.thread_time_ns(), Usage()
     with used:
-        for sent in loadgen.submit_when_due(submitter, trace, [X] * len(trace)):  # type: ignore[arg-type]
+        for sent in loadgen.submit_when_due(submitter, trace, [X] * len(trace)):
             lateness_s[sent.places] = sent.now_s - trace.arrivals_s[sent.places]
             waiting.append(sent)
             while waiting[0].now_s < sent.now_s - wait_s:  # answered, or missed: to keep them would be a leak

@@ -1,17 +1,18 @@
-"""Serves for a long time, and says of each promise whether it was kept; the exit status is 1 where one was broken.
+"""Serves for a long time and checks guarantees. The exit status is 1 if one is broken.
 
     python serve/bench/soak.py runs/digits_resnet/export --minutes 10 --plot runs/soak.png
-    python serve/bench/soak.py --faults --queries 1000000 --json runs/faults.json
+    python serve/bench/soak.py --storm --queries 1000000 --json runs/storm.json
 
-With an export: its real executables, under a load that swings around 80 % of what this machine carries if every subnet serves
-as many queries as any other, with three SLOs and some floors, so that the policy changes the subnet all the time. Every second
-the resident memory and the latencies are noted. Promised are memory that stays within 2 % after the first minute, latency that
-does not drift, an answer to every query, and no executable but those of the start. The generator keeps nothing of a query but
-a few counts.
-
-With --faults: the real server on fake engines that take no time, with random faults in everything, by loadtest.storm. Promised
-is that every query resolves once, which a history kept outside of the server has to show, and all that promises.Checker knows.
-Library: engines.prepare, serving.server, loadtest.endurance, loadtest.storm, loadtest.checker, plots.
+With an export: it serves the real executables. The load rises and falls around 80 % of what this machine carries if all
+subnets serve equally many queries. There are three SLOs and some floors, so the policy changes the subnet all the time. Memory
+and latencies are measured every second. The guarantees are:
+- Resident memory stays within 2 % after the first minute.
+- Latencies do not grow.
+- Every future resolves.
+- Nothing is compiled after the start.
+With --storm: random failures on a real server of fake engines that take no time, see loadtest.storm. The guarantees are those
+of loadtest.checker: every query resolves exactly once, with its own answer, and deadlines are served in order.
+Library: loadtest.endurance, loadtest.storm, loadtest.checker, engines.prepare, serving.server, plots.
 """
 
 import dataclasses
@@ -37,8 +38,9 @@ from superserve_jax.serving import server
 from superserve_jax.serving.server import Server
 from superserve_jax.training.compilations import Compilations
 
-MEMORY = 0.02  # by which it may change
-DRIFT, SURE = 0.1, 2.33  # by which a latency may grow, and the z from which it is taken for more than chance
+MEMORY = 0.02  # the largest change of resident memory that is allowed
+GROWTH = 0.1  # the largest growth of a latency that is allowed,
+CHANCE = 0.01  # unless its p-value is above this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +48,20 @@ class Options:
     """Options.
 
     Args:
-      export: the export's directory; left out with --faults.
+      export: the export's directory; leave it out with --storm.
       minutes: length of the traffic.
-      warm_up_s: seconds from the start that are not judged.
-      load: mean load, over what the machine carries with all subnets in turn.
-      policy: see serve/replay.py.
-      slo_ms: the shortest SLO, others are 2 and 4 times as long; if left out, 36 or, on a slow machine, four batches of the
-        most accurate subnet.
+      warm_up_s: seconds at the start whose memory and latency do not count.
+      load: mean load, as a fraction of what the machine carries with all subnets in turn.
+      policy: a policy's name, see serve/replay.py.
+      slo_ms: the shortest SLO; the others are 2 and 4 times as long. By default it is 36, or four batches of the most accurate
+        subnet if that is longer.
       batch_sizes: batch sizes to serve with.
-      faults: random faults on fake engines instead.
-      queries: with --faults, how many.
-      workers: with --faults, how many.
-      seed: of arrivals, inputs and faults.
-      json: write the figures to this file.
-      plot: without --faults, write memory and latency over time to this file.
+      storm: random failures on fake engines, instead of an export.
+      queries: the number of queries of a storm.
+      workers: the number of workers of a storm.
+      seed: of everything random.
+      json: write the results to this file.
+      plot: write a plot of memory and latency over time to this file; not with --storm.
     """
 
     export: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
@@ -69,7 +71,7 @@ class Options:
     policy: str = "slackfit"
     slo_ms: float | None = None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    faults: bool = False
+    storm: bool = False
     queries: int = 1_000_000
     workers: int = 4
     seed: int = 0
@@ -78,203 +80,172 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
-    """What was promised, and what was seen; `kept` is None where it could not be judged."""
+class Guarantee:
+    """What is guaranteed, what was observed, and whether the guarantee holds."""
 
     what: str
-    seen: str
-    kept: bool | None
+    observed: str
+    holds: bool
 
 
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    if options.faults == (options.export is not None):
-        raise ss.ConfigError("give either an export's directory, or --faults, which has engines of its own")
-    figures, promises = storm(options) if options.faults else soak(options)
+    if options.storm == (options.export is not None):
+        raise ss.ConfigError("give either an export's directory, or --storm, which needs none")
+    figures, guarantees = storm(options) if options.export is None else soak(options, options.export)
     print()
-    for promise in promises:
-        verdict = {True: "kept", False: "BROKEN", None: "not judged"}[promise.kept]
-        print(f"{verdict}: {promise.what}: {promise.seen}")
+    for guarantee in guarantees:
+        print(f"{'holds' if guarantee.holds else 'BROKEN'}: {guarantee.what}: {guarantee.observed}")
     if options.json:
-        files.write_json(options.json, {**figures, "promises": [dataclasses.asdict(p) for p in promises]})
+        files.write_json(options.json, {**figures, "guarantees": [dataclasses.asdict(g) for g in guarantees]})
         print(f"results: {options.json}")
-    sys.exit(1 if any(p.kept is False for p in promises) else 0)
+    sys.exit(0 if all(g.holds for g in guarantees) else 1)
 
 
 # -- an export under load -----------------------------------------------------------------------------------------------------
 
 
-def soak(options: Options) -> tuple[dict[str, Any], list[Promise]]:
-    """Figures and promises of an export under load."""
+def soak(options: Options, export: pathlib.Path) -> tuple[dict[str, Any], list[Guarantee]]:
+    """The results and the guarantees of an export under load."""
     if 60 * options.minutes < options.warm_up_s + 3 * endurance.PERIOD_S:
         raise ss.ConfigError(
             f"--minutes {options.minutes:g} leave less than {3 * endurance.PERIOD_S:g} s after the {options.warm_up_s:g} s of "
             "--warm-up-s; serve longer"
         )
-    assert options.export is not None
-    _, made, profiles = prepare.prepare(
-        ss.load(options.export), batch_sizes=options.batch_sizes, background=server.background_traffic
-    )
-    profile, engines = profiles[0], [Counting(e) for e in made]
-    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * max(p.rows[-1].latency_ms[-1] for p in profiles))
+    _, made, profiles = prepare.prepare(ss.load(export), batch_sizes=options.batch_sizes, background=server.background_traffic)
+    device, engines = profiles[0].device, [Counting(engine) for engine in made]
+    slowest_ms = max(p.rows[-1].latency_ms[-1] for p in profiles)
+    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest_ms)
     rate_qps = options.load * sum(map(endurance.carried_qps, profiles))
     print(
         f"{rate_qps:,.0f} queries/s on average for {options.minutes:g} min, SLOs of "
-        f"{', '.join(f'{f * slo_ms:.0f}' for f in endurance.SLO_FACTORS)} ms, {len(profile.rows)} subnets of "
-        f"{options.export}, {len(engines)} worker(s) on {profile.device}"
+        f"{', '.join(f'{factor * slo_ms:.0f}' for factor in endurance.SLO_FACTORS)} ms, {len(profiles[0].rows)} subnets of "
+        f"{export}, {len(engines)} worker(s) on {device}"
     )
     compilations, executables = Compilations(), live_executables()
-    options_of_server = {"policy": options.policy, "slo_ms": slo_ms, "max_queue": 100_000}
-    seconds: list[Second] = []
-    with Server.from_engines(engines, profiles, **options_of_server) as target:
+    with Server.from_engines(engines, profiles, policy=options.policy, slo_ms=slo_ms, max_queue=100_000) as target:
         traffic = EnduranceTraffic(target, engines, rate_qps=rate_qps, slo_ms=slo_ms, seed=options.seed)
         start_s = time.monotonic() + 0.1
-        for number in progress.track(range(round(60 * options.minutes)), "serving"):
-            seconds.append(traffic.second(number, start_s))
+        seconds = [traffic.second(i, start_s) for i in progress.track(range(round(60 * options.minutes)), "serving")]
         traffic.wait(timeout_s=60.0)
     now = live_executables()
-    cli.print_table(table(seconds))
-    subnets = len({subnet for e in engines for subnet in e.subnets})
+    print_minutes(seconds)
+    subnets = len({subnet for engine in engines for subnet in engine.subnets})
     print(f"{subnets} subnets answered; the generator was late by at most {max(s.lag_ms for s in seconds):.0f} ms")
-    promises = [
-        *judge(seconds, options.warm_up_s),
-        Promise(
-            "every future resolves",
-            f"{traffic.submitted:,} submitted, {traffic.resolved:,} resolved, {traffic.failed:,} of them to an error; "
-            f"{traffic.refused:,} were refused at once",
-            traffic.submitted == traffic.resolved,
-        ),
-        Promise(
-            "exactly the executables of the start",
-            f"{executables} at the start, {now} at the end, {compilations.count} compiled meanwhile",
-            compilations.count == 0 and now == executables,
-        ),
-    ]
     if options.plot:
         draw(seconds, options.plot)
         print(f"plot: {options.plot}")
-    figures = {
-        "device": profile.device,
-        "rate_qps": rate_qps,
-        "slo_ms": slo_ms,
-        "submitted": traffic.submitted,
-        "resolved": traffic.resolved,
-        "subnets": subnets,
-        "seconds": [dataclasses.asdict(s) for s in seconds],
-    }
-    return figures, promises
+    counts = {name: getattr(traffic, name) for name in ("submitted", "resolved", "failed", "refused")}
+    guarantees = [
+        *steadiness(seconds, options.warm_up_s),
+        Guarantee("every future resolves", in_words(counts), traffic.submitted == traffic.resolved),
+        Guarantee(
+            "nothing is compiled after the start",
+            f"{executables} executables at the start, {now} at the end, {compilations.count} compiled meanwhile",
+            compilations.count == 0 and now == executables,
+        ),
+    ]
+    figures = {"device": device, "rate_qps": rate_qps, "slo_ms": slo_ms, **counts, "subnets": subnets}
+    return {**figures, "seconds": [dataclasses.asdict(s) for s in seconds]}, guarantees
 
 
-def judge(seconds: Sequence[Second], warm_up_s: float) -> list[Promise]:
-    """The promises about memory and latency, from what was seen after the first `warm_up_s` seconds."""
-    judged = [second for second in seconds if second.time_s > warm_up_s]
-    memory = [second.memory_mb for second in judged]
+def steadiness(seconds: Sequence[Second], warm_up_s: float) -> list[Guarantee]:
+    """The guarantees about memory and latency. The first `warm_up_s` seconds do not count."""
+    counted = [second for second in seconds if second.time_s > warm_up_s]
+    memory = [second.memory_mb for second in counted]
     change = max(memory) / min(memory) - 1
-    promises = [
-        Promise(
+    guarantees = [
+        Guarantee(
             f"resident memory stays within {100 * MEMORY:.0f} % after {warm_up_s:.0f} s",
-            f"{min(memory):.1f} to {max(memory):.1f} MB, {100 * change:.2f} % apart"
-            if change == change
-            else "only Linux tells a process how much of it is resident",
-            None if change != change else change <= MEMORY,
+            f"{min(memory):.1f} to {max(memory):.1f} MB, a change of {100 * change:.2f} %",
+            change <= MEMORY,
         )
     ]
     for name in "p50_ms", "p99_ms":
-        growth, z = endurance.growth(endurance.windows(judged, name))
-        promises.append(
-            Promise(
-                f"the {name[:3]} latency does not grow by more than {100 * DRIFT:.0f} %",
-                f"{100 * growth:+.1f} % over the run, z = {z:+.1f} (from {SURE} on it is taken for more than chance)",
-                not (growth > DRIFT and z > SURE),
+        growth, chance = endurance.growth(endurance.windows(counted, name))
+        guarantees.append(
+            Guarantee(
+                f"the {name[:3]} latency does not grow by more than {100 * GROWTH:.0f} %",
+                f"{100 * growth:+.1f} % over the run, p = {chance:.2g} (growth counts below {CHANCE:g})",
+                not (growth > GROWTH and chance < CHANCE),
             )
         )
-    return promises
+    return guarantees
 
 
-def table(seconds: Sequence[Second]) -> list[tuple[str, ...]]:
-    """Header and one row per minute."""
-    header = ("minute", "queries", "p50 ms", "p99 ms", "in time", "changes of the subnet/s", "of batches", "memory MB")
-    rows = []
+def print_minutes(seconds: Sequence[Second]) -> None:
+    """Prints a table with one line per minute."""
+    lines = [("minute", "queries", "p50 ms", "p99 ms", "in time", "subnet changes/s", "per batch", "memory MB")]
     for start in range(0, len(seconds), 60):
         minute = seconds[start : start + 60]
-        changes, batches = sum(s.changes for s in minute), sum(s.batches for s in minute)
-        p50, p99 = (np.nanmedian([getattr(s, name) for s in minute]) for name in ("p50_ms", "p99_ms"))
-        answers = sum(s.answers for s in minute)
-        in_time = sum(s.answers * s.attainment for s in minute if s.answers) / max(answers, 1)
-        rows.append(
-            (
-                f"{1 + start // 60}",
-                f"{answers:,}",
-                f"{p50:.1f}",
-                f"{p99:.1f}",
-                f"{100 * in_time:.2f} %",
-                f"{changes / len(minute):.0f}",
-                f"{100 * changes / max(batches, 1):.0f} %",
-                f"{minute[-1].memory_mb:.1f}",
-            )
+        answers, met, changes, batches = (
+            sum(getattr(second, name) for second in minute) for name in ("answers", "met", "changes", "batches")
         )
-    return [header, *rows]
+        p50, p99 = (np.nanmedian([getattr(second, name) for second in minute]) for name in ("p50_ms", "p99_ms"))
+        line = f"{1 + start // 60}", f"{answers:,}", f"{p50:.1f}", f"{p99:.1f}", f"{met / max(answers, 1):.2%}"
+        rates = f"{changes / len(minute):.0f}", f"{changes / max(batches, 1):.0%}"
+        lines.append((*line, *rates, f"{minute[-1].memory_mb:.1f}"))
+    cli.print_table(lines)
 
 
 def draw(seconds: Sequence[Second], path: pathlib.Path) -> None:
-    """Memory and latencies over time."""
+    """Draws memory and latencies over time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     minutes = [second.time_s / 60 for second in seconds]
     memory = {"resident memory": Line(minutes, [s.memory_mb for s in seconds], style="-")}
     latency = {name: Line(minutes, [getattr(s, f"{name}_ms") for s in seconds], style="-") for name in ("p50", "p99")}
-    shown = [Panel("memory", "minutes", "MB", memory), Panel("latency", "minutes", "ms", latency)]
-    plots.panels(shown, path, columns=2)
+    plots.panels([Panel("memory", "minutes", "MB", memory), Panel("latency", "minutes", "ms", latency)], path, columns=2)
 
 
 def live_executables() -> int:
-    """How many executables all devices hold."""
+    """The number of executables on all devices."""
     return sum(len(client.live_executables()) for client in {device.client for device in jax.devices()})
 
 
-# -- random faults ------------------------------------------------------------------------------------------------------------
+# -- random failures ----------------------------------------------------------------------------------------------------------
 
 
-def storm(options: Options) -> tuple[dict[str, Any], list[Promise]]:
-    """Figures and promises of a server under random faults."""
-    logging.getLogger("superserve_jax.serving").setLevel(logging.CRITICAL)  # that batches fail is no news
+def storm(options: Options) -> tuple[dict[str, Any], list[Guarantee]]:
+    """The results and the guarantees of a server under random failures."""
+    logging.getLogger("superserve_jax.serving").setLevel(logging.CRITICAL)  # failed batches are expected
     plan = Storm(queries=options.queries, workers=options.workers, seed=options.seed)
     print(f"{plan.queries:,} queries of {plan.clients} clients, {plan.workers} workers, seed {plan.seed}")
-    told_s = time.monotonic()
+    line_s = time.monotonic()
 
-    def tell(offered: int) -> None:
-        nonlocal told_s
-        if time.monotonic() > told_s + 10:
-            told_s = time.monotonic()
+    def on_progress(offered: int) -> None:
+        nonlocal line_s
+        if time.monotonic() > line_s + 10:
+            line_s = time.monotonic()
             print(f"{offered:,} offered", file=sys.stderr, flush=True)
 
-    result = run_storm(plan, on_progress=tell)
-    found = result.findings
-    rows = [("outcome", "queries"), *((outcome, f"{count:,}") for outcome, count in found.outcomes.items())]
-    cli.print_table(rows)
-    print(f"faults: {in_words(result.faults)}\nworkers: {in_words(result.workers)}")
+    result = run_storm(plan, on_progress=on_progress)
+    check = result.check
+    outcomes = sorted(check.outcomes.items(), key=lambda item: -item[1])
+    cli.print_table([("outcome", "queries"), *((outcome, f"{count:,}") for outcome, count in outcomes)])
+    print(f"failures: {in_words(result.failures)}\nworkers: {in_words(result.workers)}")
     print(
-        f"{result.seconds:.0f} s, {found.offered / result.seconds:,.0f} queries/s with the history and its check, "
-        f"{found.batches:,} batches, {endurance.resident_mb():.0f} MB resident"
+        f"{result.seconds:.0f} s, {check.offered / result.seconds:,.0f} queries/s including the check, "
+        f"{check.batches:,} batches, {endurance.resident_mb():.0f} MB resident"
     )
-    for example in found.examples:
+    for example in check.examples:
         print(f"violation: {example}")
-    ended = sum(found.outcomes.values())
-    promises = [
-        Promise("every query that arrived resolves", f"{found.offered:,} arrived, {ended:,} resolved", found.offered == ended),
-        Promise("none is lost", f"{found.lost:,} lost", not found.lost),
-        Promise("none resolves twice", f"{found.twice:,} twice", not found.twice),
-        Promise(
-            "right answers, from a subnet that reaches the floor, honest about the deadline; deadlines in order",
-            f"{found.violations:,} violations, the above included; {found.compared:,} batches compared with all that waited",
-            not found.violations,
+    resolved = sum(check.outcomes.values())
+    guarantees = [
+        Guarantee("every query resolves", f"{check.offered:,} offered, {resolved:,} resolved", check.offered == resolved),
+        Guarantee("no query is lost", f"{check.lost:,} lost", not check.lost),
+        Guarantee("no query resolves twice", f"{check.twice:,} did", not check.twice),
+        Guarantee(
+            "right answers, floors and deadlines in order",
+            f"{check.violations:,} violations in all, {check.compared:,} batches compared with all waiting queries",
+            not check.violations,
         ),
     ]
-    return {"storm": dataclasses.asdict(plan), **dataclasses.asdict(result)}, promises
+    return {"storm": dataclasses.asdict(plan), **dataclasses.asdict(result)}, guarantees
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """Counts by name, in a line."""
+    """Counts by name, in one line."""
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 

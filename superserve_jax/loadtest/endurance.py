@@ -1,57 +1,59 @@
-"""Traffic that can last for hours, and what a server must not do meanwhile: grow, or become slower. No jax.
+"""Traffic that can last for hours, and what may grow meanwhile: memory and latency. No jax.
 
-Of a query nothing is kept but its latency, and that until the end of the second.
+Of each query only its latency is kept, and only until the end of the second.
 """
 
 import collections
 import dataclasses
 import math
-import os
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import psutil
+from scipy import stats
 
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine, Wrapper
+from superserve_jax.loadtest import loadgen
 from superserve_jax.profile import Profile
 from superserve_jax.serving.futures import Future
 from superserve_jax.serving.server import Server
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 SLO_FACTORS = (1, 2, 4)
 SWING, PERIOD_S = 0.5, 10
-"""The rate goes up and down by half, once in so many seconds."""
+"""In each period the rate rises and falls by this share."""
 
 FLOORED = 0.03
-"""Share of the queries that ask for the accuracy of a subnet, any one: so the accurate ones answer in a burst, too."""
-
-_WAKE_UP_S = 1e-3
-_STATM = pathlib.Path("/proc/self/statm")
+"""The share of queries with a floor. It is the accuracy of a random subnet, so every subnet answers, even in bursts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Second:
-    """What was seen in one second of traffic.
+    """One second of traffic.
 
     Args:
-      time_s: its end, from the beginning of the traffic.
-      answers: queries that were answered; `failed` ones got an error.
-      p50_ms, p99_ms: latencies of the answered; NaN without any.
-      attainment: of the answered.
-      batches, changes: of all engines, and how many ran another subnet than the one before.
-      lag_ms: the longest by which the generator was late.
-      memory_mb: resident memory at its end; NaN where the system does not say.
+      time_s: its end, from the start of the traffic.
+      answers: the number of answered queries.
+      failed: the number of queries that ended in an error.
+      met: the number of queries that were answered by their deadline.
+      p50_ms: median latency of the answered queries; NaN without any.
+      p99_ms: 99th percentile of the same.
+      batches: the number of batches of all engines.
+      changes: the number of batches whose subnet was another one than in the batch before.
+      lag_ms: the greatest lateness of the load generator.
+      memory_mb: resident memory at its end.
     """
 
     time_s: float
     answers: int
     failed: int
+    met: int
     p50_ms: float
     p99_ms: float
-    attainment: float
     batches: int
     changes: int
     lag_ms: float
@@ -59,16 +61,22 @@ class Second:
 
 
 class Counting(Wrapper):
-    """An engine that counts the batches of another one, the changes of its subnet, and the subnets."""
+    """An engine that counts the batches of another one, and the changes of its subnet.
 
-    def __init__(self, watched: Engine):
-        super().__init__(watched)
+    Attributes:
+      batches: the number of batches.
+      changes: the number of batches whose subnet was another one than in the batch before.
+      subnets: all subnets that ran.
+    """
+
+    def __init__(self, inner: Engine):
+        super().__init__(inner)
         self.batches = self.changes = 0
         self.subnets: set[Subnet] = set()
-        self._last = None
+        self._last: Subnet | None = None
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
-        """See `engine.Engine.run`."""
+        """See `engines.base.Engine.run`."""
         self.batches += 1
         self.changes += subnet is not self._last
         self.subnets.add(subnet)
@@ -77,61 +85,63 @@ class Counting(Wrapper):
 
 
 class EnduranceTraffic:
-    """Submits Poisson arrivals of a swinging rate, with several SLOs and floors, and notes what comes back, second by second.
+    """Submits Poisson arrivals whose rate rises and falls, with several SLOs and floors. Reports on each second.
 
     Args:
       target: an open server.
-      engines: those of `target`.
-      rate_qps: queries per second on average.
-      slo_ms: the shortest SLO; the others are `SLO_FACTORS` times as long.
+      engines: the engines of `target`.
+      rate_qps: the mean rate in queries per second.
+      slo_ms: the shortest SLO. The others are `SLO_FACTORS` times as long.
+      seed: of arrivals, inputs, SLOs and floors.
+
+    Attributes:
+      submitted: the number of accepted queries.
+      refused: the number of queries that a full queue refused.
+      resolved: the number of futures that resolved.
+      failed: the number of them that resolved to an error.
     """
 
     def __init__(self, target: Server, engines: Sequence[Counting], *, rate_qps: float, slo_ms: float, seed: int):
         self.submitted = self.refused = self.resolved = self.failed = 0
         self._target, self._engines = target, engines
-        self._rate_qps = rate_qps
-        self._slos_ms = [factor * slo_ms for factor in SLO_FACTORS]
+        self._rate_qps, self._slos_ms = rate_qps, [factor * slo_ms for factor in SLO_FACTORS]
         self._floors = [row.accuracy for row in target.profile.rows]
         self._rng = np.random.default_rng(seed)
         self._inputs = make_inputs(engines[0], self._rng)
-        # Latency in ms, negative where the SLO was missed, NaN for an error; emptied every second.
-        self._answers: collections.deque[float] = collections.deque()
+        # (latency in ms, whether the deadline was met); the latency of an error is NaN. Emptied every second.
+        self._answers: collections.deque[tuple[float, bool]] = collections.deque()
         self._batches = self._changes = 0
 
     def second(self, number: int, start_s: float) -> Second:
-        """One second of it; `start_s` is the beginning of the first on the clock time.monotonic."""
-        rate_qps = self._rate_qps * (1 + SWING * math.sin(2 * math.pi * number / PERIOD_S))
-        arrivals_s = start_s + number + np.sort(self._rng.random(self._rng.poisson(rate_qps)))
-        slos = self._rng.choice(self._slos_ms, len(arrivals_s))
-        floors = np.where(self._rng.random(len(arrivals_s)) < FLOORED, self._rng.choice(self._floors, len(arrivals_s)), 0.0)
-        asked = list(zip(slos.tolist(), floors.tolist(), strict=True))
-        chosen = self._rng.integers(len(self._inputs), size=len(arrivals_s))
-        done, lag_s = 0, 0.0
-        while done < len(arrivals_s):
-            now_s = time.monotonic()
-            due = int(np.searchsorted(arrivals_s, now_s, side="right"))
-            if due == done:
-                time.sleep(min(_WAKE_UP_S, arrivals_s[done] - now_s))
+        """Serves one second of traffic.
+
+        Args:
+          number: counts the seconds from 0.
+          start_s: the start of second 0 on the clock `time.monotonic`.
+
+        Raises WorkersLostError if all workers are lost.
+        """
+        rng = self._rng
+        count = rng.poisson(self._rate_qps * (1 + SWING * math.sin(2 * math.pi * number / PERIOD_S)))
+        floors = np.where(rng.random(count) < FLOORED, rng.choice(self._floors, count), 0.0)
+        trace = Trace(np.sort(rng.random(count)), rng.choice(self._slos_ms, count), floors)
+        inputs = [self._inputs[i] for i in rng.integers(len(self._inputs), size=count)]
+        lag_s = 0.0
+        for sent in loadgen.submit_when_due(self._target, trace, inputs, start_s=start_s + number):
+            lag_s = max(lag_s, sent.now_s - trace.arrivals_s[sent.places[0]])
+            if isinstance(sent.error, errors.WorkersLostError):
+                raise sent.error
+            if sent.answers is None:
+                self.refused += len(sent.places)
                 continue
-            lag_s = max(lag_s, now_s - arrivals_s[done])
-            groups: dict[tuple[float, float], list[np.ndarray]] = {}
-            for slo_and_floor, k in zip(asked[done:due], chosen[done:due], strict=True):
-                groups.setdefault(slo_and_floor, []).append(self._inputs[k])
-            for (slo_ms, floor), inputs in groups.items():
-                try:
-                    queries = self._target.submit_many(inputs, slo_ms=slo_ms, min_accuracy=floor)
-                except errors.QueueFullError:
-                    self.refused += len(inputs)
-                    continue
-                self.submitted += len(queries)
-                for query in queries:
-                    query.add_done_callback(self._on_done)
-            done = due
+            self.submitted += len(sent.answers)
+            for query in sent.answers:
+                query.add_done_callback(self._on_done)
         time.sleep(max(start_s + number + 1 - time.monotonic(), 0.0))
         return self._take(time.monotonic() - start_s, lag_s)
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until every query has resolved, or for so long."""
+        """Waits until every query has resolved, but not longer than `timeout_s`."""
         end_s = time.monotonic() + timeout_s
         while self.resolved + len(self._answers) < self.submitted and time.monotonic() < end_s:
             time.sleep(0.01)
@@ -139,36 +149,37 @@ class EnduranceTraffic:
 
     def _on_done(self, query: Future) -> None:
         if query.exception(timeout=0) is not None:
-            self._answers.append(math.nan)
-            return
-        reply = query.result(timeout=0)
-        self._answers.append(reply.latency_ms if reply.met_slo else -reply.latency_ms)
+            self._answers.append((math.nan, False))
+        else:
+            reply = query.result(timeout=0)
+            self._answers.append((reply.latency_ms, reply.met_slo))
 
     def _take(self, time_s: float, lag_s: float) -> Second:
-        answers = np.array([self._answers.popleft() for _ in range(len(self._answers))])
-        latencies = np.abs(answers[~np.isnan(answers)])
-        self.resolved += len(answers)
-        self.failed += len(answers) - len(latencies)
-        p50, p99 = np.percentile(latencies, [50, 99]) if len(latencies) else (math.nan, math.nan)
-        batches, changes = (sum(getattr(e, name) for e in self._engines) for name in ("batches", "changes"))
+        resolved = np.array([self._answers.popleft() for _ in range(len(self._answers))]).reshape(-1, 2)
+        answered = resolved[~np.isnan(resolved[:, 0])]
+        failed = len(resolved) - len(answered)
+        self.resolved += len(resolved)
+        self.failed += failed
+        p50, p99 = np.percentile(answered[:, 0], [50, 99]) if len(answered) else (math.nan, math.nan)
+        batches, changes = (sum(getattr(engine, name) for engine in self._engines) for name in ("batches", "changes"))
         second = Second(
-            time_s,
-            len(latencies),
-            len(answers) - len(latencies),
-            float(p50),
-            float(p99),
-            float((answers > 0).sum() / len(latencies)) if len(latencies) else math.nan,
-            batches - self._batches,
-            changes - self._changes,
-            1e3 * lag_s,
-            resident_mb(),
+            time_s=time_s,
+            answers=len(answered),
+            failed=failed,
+            met=int(answered[:, 1].sum()),
+            p50_ms=float(p50),
+            p99_ms=float(p99),
+            batches=batches - self._batches,
+            changes=changes - self._changes,
+            lag_ms=1e3 * lag_s,
+            memory_mb=resident_mb(),
         )
         self._batches, self._changes = batches, changes
         return second
 
 
 def carried_qps(profile: Profile) -> float:
-    """Queries per second of one worker if every subnet serves as many as any other, each at its best batch size.
+    """Queries per second of one worker if all subnets serve equally many queries, each at its best batch size.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -180,14 +191,12 @@ def carried_qps(profile: Profile) -> float:
 
 
 def resident_mb() -> float:
-    """The resident memory of this process in MB (10^6 bytes); NaN where the system has no /proc."""
-    if not _STATM.exists():
-        return math.nan
-    return 1e-6 * int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Resident memory of this process in MB (10^6 bytes)."""
+    return 1e-6 * psutil.Process().memory_info().rss
 
 
 def make_inputs(target: Engine, rng: np.random.Generator, count: int = 256) -> list[np.ndarray]:
-    """Made-up inputs: random pixels, or texts of random lengths of one token that is no padding."""
+    """Random inputs: images of random pixels, or texts of random lengths that repeat one token."""
     shape, dtype = target.input_shape, target.input_dtype
     if target.lengths:
         token = target.pad_id + 1
@@ -196,23 +205,21 @@ def make_inputs(target: Engine, rng: np.random.Generator, count: int = 256) -> l
 
 
 def windows(seconds: Sequence[Second], name: str) -> list[float]:
-    """The median of a figure over each `PERIOD_S`; an unfinished last one is left out."""
+    """The median of a field over each `PERIOD_S` seconds. An incomplete last period is left out."""
     values = [getattr(second, name) for second in seconds]
     return [float(np.nanmedian(values[i : i + PERIOD_S])) for i in range(0, len(values) - PERIOD_S + 1, PERIOD_S)]
 
 
 def growth(values: Sequence[float]) -> tuple[float, float]:
-    """By which fraction of their median values grow from the first to the last, and how sure that is.
+    """How much values grow from the first to the last, as a fraction of their median, and the p-value of that growth.
 
-    The slope is the median of those between all pairs (Theil and Sen), which a few outliers do not move. The second figure is
-    Mann's and Kendall's z: without a trend it exceeds 2.33 in one of a hundred series.
+    The slope is Theil's and Sen's, which a few outliers do not change. The p-value is Kendall's: the probability of such a
+    trend in values of random order. It is NaN if all values are equal.
 
-    >>> [round(figure, 2) for figure in growth([10.0, 11.0, 12.0, 99.0, 14.0])]
-    [0.33, 1.96]
+    >>> [round(float(figure), 3) for figure in growth([10.0, 11.0, 12.0, 99.0, 14.0])]
+    [0.333, 0.042]
     """
-    y = np.asarray(values, np.float64)
-    n = len(y)
-    i, j = np.triu_indices(n, 1)
-    slope = np.median((y[j] - y[i]) / (j - i))
-    score = np.sign(y[j] - y[i]).sum()
-    return float(slope * (n - 1) / np.median(y)), float(score / math.sqrt(n * (n - 1) * (2 * n + 5) / 18))
+    places = np.arange(len(values))
+    slope, *_ = stats.theilslopes(values, places)
+    chance: Any = stats.kendalltau(places, values, alternative="greater")[1]
+    return float(slope * places[-1] / np.median(values)), float(chance)

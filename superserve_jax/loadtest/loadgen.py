@@ -1,41 +1,51 @@
-"""An open-loop load generator: submits a trace's queries to a real server when they are due, whatever the server does.
+"""An open-loop load generator: it submits the queries of a trace when they are due, however late the answers are. No jax.
 
-It runs in the calling thread, wakes up at most every millisecond and submits all that is due. Latencies and deadlines count
-from the time at which a query was due, not from when the generator got round to it, so a late generator is never to the
-server's advantage; its lateness is reported.
+It runs in the calling thread. At most once a millisecond it wakes up and submits all queries that are due. Latencies and
+deadlines count from the time at which a query was due. So a late generator never helps the server. Its lateness is reported.
 """
 
-import concurrent.futures
 import dataclasses
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.serving.futures import Future
-from superserve_jax.serving.server import Server
+from superserve_jax.simulation import metrics
+from superserve_jax.simulation.metrics import ReplaySummary
+from superserve_jax.simulation.simulator import SimulationResult
 from superserve_jax.simulation.traces import Trace
 
 _WAKE_UP_S = 1e-3
-_LEAD_S = 0.05  # between the call and the trace's zero
+_LEAD_S = 0.05  # from the call to the trace's zero
+
+
+class Target(Protocol):
+    """What queries are submitted to: a `Server`, or an object in front of one."""
+
+    def submit_many(self, xs: list[Any], *, slo_ms: float, min_accuracy: float = 0.0) -> list[Future]:
+        """See `serving.server.Server.submit_many`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What became of every query of a trace, in the order of arrival; arrays of shape (queries,).
+    """The outcome of every query of a trace, in the order of arrival. All arrays have the shape (queries,).
 
     Args:
-      arrival_s, deadline_s: as in the trace.
-      finish_s: when it was answered; infinite where it was not.
-      accuracy: profiled accuracy of the subnet that answered, a fraction; NaN where none did.
-      batch: queries in its batch; NaN where it was not answered.
-      label: index of the largest output; -1 where it was not answered.
-      lateness_s: by how much the generator was late with each query; infinite where the server refused it.
+      arrival_s: as in the trace.
+      deadline_s: as in the trace.
+      finish_s: when it was answered; infinite if it was not.
+      accuracy: the profiled accuracy of the subnet that answered, a fraction; NaN if it was not answered.
+      batch: the number of queries in its batch; NaN if it was not answered.
+      label: the index of the largest output; -1 if it was not answered.
+      lateness_s: the time from when it was due until it was submitted; infinite if the server refused it.
       start_s: the trace's zero on the clock `time.monotonic`.
-      lengths, floors: as in the trace.
+      lengths: as in the trace.
+      floors: as in the trace.
     """
 
     arrival_s: np.ndarray
@@ -51,38 +61,46 @@ class Replay:
 
     @property
     def met(self) -> np.ndarray:
-        """Which queries were answered by their deadline."""
+        """Whether each query was answered by its deadline."""
         return self.finish_s <= self.deadline_s
 
 
 class Submission(NamedTuple):
-    """Queries that were due and were submitted together.
+    """Queries that were due and were submitted in one call.
 
     Args:
       start_s: the trace's zero on the clock `time.monotonic`.
-      now_s: when they were submitted, from that zero.
-      places: which queries of the trace, in order.
-      answers: their futures; None where the server refused them because its queue is full or its workers are lost.
+      now_s: the time of the call, from that zero.
+      places: the indices of the queries in the trace, ascending.
+      answers: their futures; None if the server refused them.
+      error: why the server refused them: its queue is full, or all its workers are lost.
     """
 
     start_s: float
     now_s: float
     places: Sequence[int]
     answers: list[Future] | None
+    error: errors.SuperServeError | None = None
 
 
-def submit_when_due(target: Server, trace: Trace, inputs: Sequence[Any]) -> Iterator[Submission]:
-    """Submits a trace's queries to an open server in the calling thread, all that are due at each wake-up, 1 ms apart.
+def submit_when_due(
+    target: Target, trace: Trace, inputs: Sequence[Any], *, start_s: float | None = None
+) -> Iterator[Submission]:
+    """Submits the queries of a trace in the calling thread, all that are due at each wake-up. Wake-ups are 1 ms apart.
 
-    Args and Raises: see `replay`. What the caller does between two submissions makes the next one late.
+    If the caller does slow work between two submissions, the next one is late.
+
+    Args:
+      target: an open server.
+      trace: the arrivals, with the SLO and the floor of each query.
+      inputs: one input per query.
+      start_s: the trace's zero on the clock `time.monotonic`; by default 50 ms after the call.
     """
-    if not len(trace):
-        raise errors.DataError(f"trace '{trace.name}' holds no query; replay one that does, or a longer time of it")
     arrivals, deadlines = trace.arrivals_s, trace.deadlines_s
     n = len(arrivals)
     slos, floors = np.broadcast_to(trace.slo_ms, n), np.broadcast_to(trace.floors, n)
-    alike = bool((slos == slos[0]).all() and (floors == floors[0]).all())
-    start = time.monotonic() + _LEAD_S
+    alike = bool((slos == slos[:1]).all() and (floors == floors[:1]).all())
+    start = time.monotonic() + _LEAD_S if start_s is None else start_s
     done, wake_up = 0, 0.0
     while done < n:
         now = time.monotonic() - start
@@ -98,33 +116,35 @@ def submit_when_due(target: Server, trace: Trace, inputs: Sequence[Any]) -> Iter
             for i, slo_and_floor in enumerate(zip(slos[done:due].tolist(), floors[done:due].tolist(), strict=True), done):
                 groups.setdefault(slo_and_floor, []).append(i)  # type: ignore[union-attr]
         for (_, floor), group in groups.items():
-            # A group shares an SLO: what the earliest of it has left, so that no deadline is later than the trace's.
+            # A group gets the time that its earliest query has left, so no deadline is later than in the trace.
             left_ms = max(1e3 * float(deadlines[group[0]] - now), 1e-3)
+            answers = error = None
             try:
                 answers = target.submit_many([inputs[i] for i in group], slo_ms=left_ms, min_accuracy=float(floor))
-            except (errors.QueueFullError, errors.WorkersLostError):
-                answers = None
-            yield Submission(start, now, group, answers)
+            except (errors.QueueFullError, errors.WorkersLostError) as refusal:
+                error = refusal.with_traceback(None)  # else it would keep the frames of the call, and so the inputs
+            yield Submission(start, now, group, answers, error)
         done = due
 
 
-def replay(target: Server, trace: Trace, inputs: Sequence[Any]) -> Replay:
-    """Replays a trace on an open server; returns when the last deadline has passed.
+def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
+    """Replays a trace on an open server, and returns when the last deadline has passed.
 
-    What is unanswered by then has missed its deadline and is not waited for; so has what the server refuses because its queue
-    is full or its workers are lost. All futures are kept until then; lest the server stand still while ever more of them are
-    looked through for garbage, none is collected meanwhile.
+    A query that is not answered by then has missed its deadline. So has a query that the server refuses because its queue is
+    full or all its workers are lost. The garbage collector is off meanwhile: it would search the many futures again and again.
 
     Args:
-      target: the server; its queue should hold the whole trace.
-      trace: the arrivals, with the SLO and the floor of each.
-      inputs: one per query; they have the lengths that the trace says, if it does.
+      target: the server. Its queue should have room for the whole trace.
+      trace: the arrivals, with the SLO and the floor of each query.
+      inputs: one input per query. If the trace has lengths, the inputs have these lengths.
 
     Raises:
-      DataError: the trace holds no query. AccuracyFloorError: no subnet of the server reaches one of its floors.
+      DataError: the trace has no queries. AccuracyFloorError: no subnet of the server reaches one of the floors.
     """
+    if not len(trace):
+        raise errors.DataError(f"trace '{trace.name}' has no queries; replay one that has, or a longer part of it")
     submitted = np.full(len(trace), np.inf)
-    pending: list[Future | None] = [None] * len(trace)
+    futures: list[Future | None] = [None] * len(trace)
     start = 0.0
     collects = gc.isenabled()
     gc.disable()
@@ -134,27 +154,33 @@ def replay(target: Server, trace: Trace, inputs: Sequence[Any]) -> Replay:
             if sent.answers is not None:
                 submitted[sent.places] = sent.now_s
                 for i, future in zip(sent.places, sent.answers, strict=True):
-                    pending[i] = future
+                    futures[i] = future
         time.sleep(max(0.0, start + float(trace.deadlines_s.max()) - time.monotonic()))
     finally:
         if collects:
             gc.enable()
-    return _collect(trace, submitted, pending, start)
+    return _collect(trace, submitted, futures, start)
 
 
-def _collect(trace: Trace, submitted: np.ndarray, pending: Sequence[Future | None], start_s: float) -> Replay:
+def summarize(run: Replay | SimulationResult, which: Any = slice(None)) -> ReplaySummary:
+    """The metrics of a run.
+
+    Args:
+      run: a real or a simulated one.
+      which: an index or a mask of the queries to count; by default all.
+    """
+    return metrics.summary(*(values[which] for values in (run.arrival_s, run.deadline_s, run.finish_s, run.accuracy)))
+
+
+def _collect(trace: Trace, submitted: np.ndarray, futures: Sequence[Future | None], start_s: float) -> Replay:
     n = len(trace)
-    finish, accuracy, batch = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan)
-    label = np.full(n, -1)
-    for i, future in enumerate(pending):
-        if future is None or not future.done():
-            continue
-        try:
-            reply = future.result(timeout=0)
-        except (concurrent.futures.CancelledError, Exception):
-            continue  # an error is an unanswered query; the server's health says which errors there were
-        finish[i] = submitted[i] + 1e-3 * reply.latency_ms
-        accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
+    finish, accuracy, batch, label = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1)
+    for i, future in enumerate(futures):
+        # A failed query is an unanswered one. The server's health names the errors.
+        if future is not None and future.done() and not future.cancelled() and future.exception(0) is None:
+            reply = future.result(0)
+            finish[i] = submitted[i] + 1e-3 * reply.latency_ms
+            accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
     lateness = submitted - trace.arrivals_s
     answers = (finish, accuracy, batch, label)
     return Replay(trace.arrivals_s, trace.deadlines_s, *answers, lateness, start_s, trace.lengths, trace.floors)

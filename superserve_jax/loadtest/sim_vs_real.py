@@ -1,12 +1,12 @@
-"""A replay on the real server once more in the simulator, under what was measured of the machine. No jax.
+"""Repeats a replay of the real server in the simulator, under the conditions measured on the machine. No jax.
 
-The simulator knows the profile; a machine under load is slower than that, stands still now and then, and its load generator is
-late. So that the two can be compared, `again` gives the simulator what was measured of them, and nothing else:
-- the times at which the queries were really submitted, with the deadlines that they really had;
-- by how much batches took longer than the profile says, as mean and spread, and the time between two batches of a worker that
-  did not have to wait for a query, as `Stopwatch` saw them;
-- the times at which the process stood still, as `Heartbeat` saw them.
-What remains between the two is the server: its queue, its decisions, its threads.
+The simulator knows the profile. A machine under load is slower than its profile and sometimes stops, and its load generator is
+late. To make both comparable, `simulate_again` gives the simulator exactly these measurements:
+- the times at which the queries were really submitted, and the time that each had left until its deadline;
+- how much longer than profiled batches took (mean and spread), and the time between two batches of a busy worker, from a
+  `Stopwatch`;
+- the times at which the process stopped, from a `Heartbeat`.
+The remaining difference is due to the server: its queue, its decisions, its threads.
 """
 
 import dataclasses
@@ -29,18 +29,21 @@ from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 _BEAT_S = 1e-3
-_STALL_S = 3e-3  # a beat that comes later than this is a stall
+_STALL_S = 3e-3  # a beat later than this is a stall
 
 
 class Stopwatch(Wrapper):
     """An engine that notes when each batch of another engine begins and ends.
 
+    Attributes:
+      batches: (start_s, end_s, profiled_ms, number of queries) of each batch, on the clock `time.monotonic`.
+
     >>> from superserve_jax.engines.fake import FakeEngine
     >>> from superserve_jax.profile import Profile, Row
     >>> from superserve_jax.subnet import Subnet
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
-    >>> table = Profile((1, 2), (row,))
-    >>> watch = Stopwatch(FakeEngine(table), table)
+    >>> profile = Profile((1, 2), (row,))
+    >>> watch = Stopwatch(FakeEngine(profile), profile)
     >>> watch.run(row.subnet, 2, [np.float32(5)])
     [(5.0, 0)]
     >>> [(start_s, end_s, profiled_ms, count)] = watch.batches
@@ -48,13 +51,13 @@ class Stopwatch(Wrapper):
     (True, 1.5, 1)
     """
 
-    def __init__(self, watched: Engine, profile: Profile):
-        super().__init__(watched)
-        self.batches: list[tuple[float, float, float, int]] = []  # start and end on time.monotonic, profiled ms, queries
+    def __init__(self, inner: Engine, profile: Profile):
+        super().__init__(inner)
+        self.batches: list[tuple[float, float, float, int]] = []
         self._profile = profile
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
-        """See `engine.Engine.run`."""
+        """See `engines.base.Engine.run`."""
         start_s = time.monotonic()
         outputs = super().run(subnet, batch_size, inputs)
         end_s = time.monotonic()
@@ -64,7 +67,10 @@ class Stopwatch(Wrapper):
 
 
 class Heartbeat:
-    """While open, a thread that wakes up every millisecond and notes when it could not.
+    """While open, a thread wakes up every millisecond and notes when it was late.
+
+    Attributes:
+      stalls_s: (start, end) of each stall, on the clock `time.monotonic`.
 
     >>> with Heartbeat() as heart:
     ...     time.sleep(0.01)
@@ -73,7 +79,7 @@ class Heartbeat:
     """
 
     def __init__(self):
-        self.stalls_s: list[tuple[float, float]] = []  # on the clock time.monotonic
+        self.stalls_s: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="superserve-heartbeat", daemon=True)
 
@@ -100,9 +106,9 @@ class Machine:
     """What was measured of a machine during a replay.
 
     Args:
-      overhead_ms: mean of what a batch cost beyond its profiled latency, the time between two batches included.
-      noise: spread of the latencies, as the standard deviation of their logarithm, without the tails.
-      stalls: times at which it stood still, in seconds of the trace.
+      overhead_ms: the mean time that a batch took beyond its profiled latency, including the time until the next batch.
+      noise: the spread of the latencies: the standard deviation of their logarithm, without the tails.
+      stalls: the times at which the process stopped, in seconds of the trace.
     """
 
     overhead_ms: float
@@ -111,14 +117,19 @@ class Machine:
 
     @property
     def stalled_s(self) -> float:
-        """Their sum."""
+        """The total length of the stalls."""
         return sum(s.until_s - s.from_s for s in self.stalls)
 
 
-def machine(done: Replay, watches: Sequence[Stopwatch], heart: Heartbeat) -> Machine:
-    """What was seen of the machine while `done` was replayed on the engines `watches`, one per worker.
+def measured_machine(done: Replay, watches: Sequence[Stopwatch], heart: Heartbeat) -> Machine:
+    """What the watches and the heartbeat measured during a replay.
 
-    Batches that ended in a stall are left out of the overhead: the stall itself is in the simulation.
+    Batches that ended in a stall do not count towards the overhead: the simulation contains the stall itself.
+
+    Args:
+      done: the replay.
+      watches: its engines, one per worker.
+      heart: was open during the replay.
     """
     shifted = [(max(a - done.start_s, 0.0), b - done.start_s) for a, b in heart.stalls_s]
     stalls = tuple(Stall(a, b) for a, b in shifted if b > a)
@@ -137,43 +148,37 @@ def machine(done: Replay, watches: Sequence[Stopwatch], heart: Heartbeat) -> Mac
 
 
 def _turn_ms(done: Replay, batches: Sequence[tuple[float, float, float, int, int]]) -> float:
-    """Median time between two batches of a worker for which queries waited: to answer one, and to decide on the other.
+    """Median time between two batches of a busy worker. In it the worker answers the first batch and decides on the second.
 
-    With one SLO the batches, in the order of their beginnings, take the queries in the order of their arrival; with several
-    length buckets nearly so.
+    A worker is busy if queries wait when its batch ends. Batches, in the order of their starts, take queries in the order of
+    arrival. This is exact with one SLO and one length bucket, and nearly so with several length buckets.
     """
     submitted_s = np.sort(done.start_s + _submitted_s(done))
-    left_s: dict[int, float] = {}
+    free_s: dict[int, float] = {}  # when the last batch of each worker ended
     taken, turns_s = 0, []
     for start_s, end_s, _, count, worker in batches:
-        if worker in left_s and taken < len(submitted_s) and submitted_s[taken] < left_s[worker]:
-            turns_s.append(start_s - left_s[worker])
-        left_s[worker] = end_s
+        if worker in free_s and taken < len(submitted_s) and submitted_s[taken] < free_s[worker]:
+            turns_s.append(start_s - free_s[worker])
+        free_s[worker] = end_s
         taken += count
     return 1e3 * float(np.median(turns_s)) if turns_s else 0.0
 
 
-def again(
-    done: Replay,
-    profile: Profile | Sequence[Profile],
-    policy: str | Policy,
-    *,
-    workers: int,
-    machine: Machine,
+def simulate_again(
+    done: Replay, profile: Profile | Sequence[Profile], policy: str | Policy, *, workers: int, machine: Machine
 ) -> SimulationResult:
-    """The simulator's account of a replay on such a machine. Raises DataError where it holds no query."""
+    """Simulates a replay on a machine like the measured one. Raises DataError if the replay has no queries."""
     if not len(done.arrival_s):
-        raise errors.DataError("the replay holds no query; there is nothing to simulate")
+        raise errors.DataError("the replay has no queries, so there is nothing to simulate")
     submitted_s = _submitted_s(done)
     order = np.argsort(submitted_s, kind="stable")
-    left_ms = np.maximum(1e3 * (done.deadline_s - submitted_s)[order], 1e-3)
+    left_ms = np.maximum(1e3 * (done.deadline_s - submitted_s), 1e-3)
+    floors, lengths = (np.broadcast_to(values, len(order))[order] for values in (done.floors, done.lengths))
+    trace = Trace(submitted_s[order], left_ms[order], floors, lengths=lengths)
     cluster = Cluster(workers, machine.overhead_ms, machine.noise, stalls=machine.stalls)
-    tokens = done.lengths[order] if isinstance(done.lengths, np.ndarray) else done.lengths
-    floors = done.floors[order] if isinstance(done.floors, np.ndarray) else done.floors
-    trace = Trace(submitted_s[order], left_ms, floors, lengths=tokens)
     return simulator.simulate(profile, policy, trace, cluster=cluster)
 
 
 def _submitted_s(done: Replay) -> np.ndarray:
-    """When each query was submitted; one that never was arrives at its deadline, and is missed."""
-    return np.minimum(done.arrival_s + np.where(np.isfinite(done.lateness_s), done.lateness_s, np.inf), done.deadline_s)
+    """When each query was submitted. A refused query arrives at its deadline, so it misses it."""
+    return np.minimum(done.arrival_s + done.lateness_s, done.deadline_s)

@@ -1,8 +1,10 @@
-"""Random faults and many clients against a real server of fake engines, judged from the history. No jax.
+"""A storm: many clients and random failures against a real server of fake engines, checked by `checker.Checker`. No jax.
 
-Everything at once, for as many queries as are asked for: clients of several SLOs, floors and sizes that wait, cancel and come
-in bursts; batches that fail, are slow, hang or need too much memory; inputs that fail whatever batch they are in; workers that
-break for good; others that are removed and added. Faults are drawn from a seed; how the threads take turns is not.
+- Clients ask for different SLOs and accuracy floors. They submit in bursts, wait, and cancel.
+- Batches fail, are slow, hang, or need too much memory. Some inputs fail in every batch.
+- Some workers are broken from the start. Others are removed and added while the traffic runs.
+
+Failures are drawn from a seed. The order in which threads run is not.
 """
 
 import collections
@@ -22,7 +24,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
-from superserve_jax.loadtest.checker import Checker, Findings
+from superserve_jax.loadtest.checker import Checker, CheckResult
 from superserve_jax.loadtest.recorder import Recorder
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import SlackFit
@@ -38,45 +40,49 @@ PROFILE = Profile(
         for i, accuracy in enumerate((0.7, 0.75, 0.8))
     ),
 )
-"""What the engines are said to take. They take no time at all, but for the faults."""
+"""The profile that the server sees. In fact a batch takes no time, unless a failure makes it slow."""
 
-_MOST_NOTES = 100_000  # unread ones, before clients wait for the checker
-_PATIENCE_S = 30.0  # of a client with a query, and of who closes the server
-_GONE = ("left", "abandoned", "removed")  # see `server.Server.health`
+_MOST_NOTES = 100_000  # with more unread notes, clients wait for the checker
+_GONE = ("left", "abandoned", "removed")  # states of workers in `Server.health`
 
 
 class PoisonedError(Exception):
-    """An input is to blame."""
+    """The input causes the failure."""
 
 
-class FaultyError(Exception):
-    """A device is to blame."""
+class BrokenDeviceError(Exception):
+    """The device causes the failure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storm:
-    """What comes, and what goes wrong.
+    """The traffic and the failures.
 
     Args:
-      queries: how many are offered.
-      workers, clients: how many; a worker that is lost is replaced.
-      slos_ms: of a burst of queries, one at random.
-      floors: accuracies that a burst may ask for, one at random.
-      burst: a client submits from 1 to so many queries in one call,
-      window: and waits for its oldest once it has so many bursts under way.
-      max_queue: of the server; small enough, and it refuses some.
-      poisoned: one of so many inputs is, so that no batch with it can run; 0 for none.
-      cancelled: share of the bursts of which a query is cancelled.
-      failing, slow, full, hanging: shares of the batches that raise, take a few milliseconds, need too much memory, or hang
-        for twice `stall_s`.
-      broken: share of the workers that raise from the start.
-      changed_every_s: how often a worker is removed, and another one added; inf for never.
-      closed_after: so many offered queries, after which the server is closed without draining; the clients go on.
-      stall_s: see `tuning.Tuning`.
-      overlap: whether workers take their next batch while the device computes.
-      strict: whether the policy keeps the strict order of deadlines, and the checker judges it; else the default policy.
-      switch_interval_s: how long a Python thread runs before another may.
-      seed: of everything random.
+      queries: the number of queries to submit.
+      workers: the number of workers. A lost worker is replaced.
+      clients: the number of client threads.
+      slos_ms: each burst has one of these SLOs.
+      floors: each burst has one of these accuracy floors.
+      burst: a client submits 1 to `burst` queries in one call.
+      window: a client with `window` unanswered bursts waits for the oldest one.
+      max_queue: the server's option. A small queue makes it refuse some queries.
+      poisoned: one input in `poisoned` fails in every batch; 0 for none.
+      cancelled: the share of bursts of which one query is cancelled.
+      failing: the share of batches that raise an error.
+      slow: the share of batches that take a few milliseconds.
+      full: the share of batches that need too much memory.
+      hanging: the share of batches that hang for twice `stall_s`.
+      broken: the share of workers on which every batch fails.
+      changed_every_s: the seconds between two replacements of a working worker; inf for none.
+      closed_after: after this many submitted queries the server is closed without draining. The clients go on.
+      stall_s: the server's option.
+      overlap: whether the engines let a worker take its next batch while the device computes.
+      strict: whether the policy follows the strict order of deadlines, so that it can be checked. If not, the default policy
+        serves.
+      switch_interval_s: the time that a Python thread runs before another one may.
+      patience_s: the longest wait for a future, and for the server to close. A future that takes longer counts as lost.
+      seed: determines all random choices.
     """
 
     queries: int = 20_000
@@ -100,6 +106,7 @@ class Storm:
     overlap: bool = False
     strict: bool = True
     switch_interval_s: float = 1e-5
+    patience_s: float = 30.0
     seed: int = 0
 
     def __post_init__(self):
@@ -113,176 +120,176 @@ class Storm:
 
 @dataclasses.dataclass(frozen=True)
 class StormResult:
-    """What became of a storm: the findings, and how many workers came and went how. `faults` counts those drawn, by kind."""
+    """The outcome of a storm.
 
-    findings: Findings
+    Args:
+      check: what the checker counted and found.
+      seconds: how long the storm took.
+      workers: the number of workers that were replaced, and the states of the others at the end.
+      failures: the number of failures that were injected, by kind.
+    """
+
+    check: CheckResult
     seconds: float
     workers: dict[str, int]
-    faults: dict[str, int]
+    failures: dict[str, int]
 
 
 def run_storm(storm: Storm, *, on_progress: Callable[[int], object] = lambda offered: None) -> StormResult:
-    """Runs a storm in threads of its own, and reads the history in this one.
+    """Runs a storm. Clients are threads of their own; the calling thread checks the notes.
 
     Args:
       on_progress: called as `on_progress(queries offered so far)` several times a second.
     """
-    return _Run(storm).run(on_progress)
+    return _StormRun(storm).run(on_progress)
 
 
-class _Run:
-    """The state that clients, the one who changes workers, and the checker share."""
+class _StormRun:
+    """What the clients, the keeper of the workers and the checker share."""
 
     def __init__(self, storm: Storm):
         self._storm = storm
         self._recorder = Recorder()
         self._checker = Checker(PROFILE, strict_order=storm.strict, abandons=storm.hanging > 0)
-        self._over = threading.Event()  # the traffic is
-        self._woken = threading.Event()  # whoever hangs
-        self._numbers = itertools.count()
-        self._went: collections.Counter[str] = collections.Counter()
-        self._faults: collections.Counter[str] = collections.Counter()
-        self._lock = threading.Lock()  # of `_faults`
-        self._errors: list[BaseException] = []  # of the threads here
+        self._traffic_ended = threading.Event()
+        self._closed = threading.Event()  # ends the hanging batches
+        self._numbers = itertools.count()  # of engines
+        self._replaced = 0
+        self._failures: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()  # guards `_failures`
+        self._errors: list[BaseException] = []  # of the threads below
 
     def run(self, on_progress: Callable[[int], object]) -> StormResult:
-        """See the function."""
-        storm, recorder = self._storm, self._recorder
-        make = SlackFit if not storm.strict else lambda table: SlackFit(table, defer=False)
+        """See `run_storm`."""
+        storm, notes, checker = self._storm, self._recorder.notes, self._checker
         start_s = time.monotonic()
         with _switch_interval(storm.switch_interval_s):
             target = Server.from_engines(
                 [self._engine() for _ in range(storm.workers)],
                 PROFILE,
-                policy=recorder.policy(make),
+                policy=self._recorder.policy(lambda profile: SlackFit(profile, defer=not storm.strict)),
                 max_queue=storm.max_queue,
                 stall_s=storm.stall_s,
                 tune_runtime=False,
             )
-            shares = [len(range(i, storm.queries, storm.clients)) for i in range(storm.clients)]
-            clients = [
-                self._thread(f"client-{i}", self._client, target, random.Random(f"{storm.seed} client {i}"), share)
-                for i, share in enumerate(shares)
-            ]
-            keeper = self._thread("keeper", self._keep, target)
+            clients = [self._thread(self._client, target, i) for i in range(storm.clients)]
+            keeper = self._thread(self._keep, target)
             while any(thread.is_alive() for thread in clients):
-                clients[0].join(0.02) if clients[0].is_alive() else time.sleep(0.02)
-                self._checker.read(recorder.notes)
-                on_progress(self._checker.offered)
-                if self._checker.offered >= storm.closed_after:
+                time.sleep(0.02)
+                checker.read(notes)
+                on_progress(checker.result.offered)
+                if checker.result.offered >= storm.closed_after:
                     target.close(drain=False)
-            self._over.set()
+            self._traffic_ended.set()
             keeper.join()
-            target.close(timeout_s=_PATIENCE_S)
-            self._woken.set()
-            self._checker.read(recorder.notes)
+            target.close(timeout_s=storm.patience_s)
+            self._closed.set()
+            checker.read(notes)
         if self._errors:
             raise self._errors[0]
-        for worker in target.health()["per_worker"]:
-            self._went[f"{worker['state']} at the end"] += 1
-        went, faults = dict(self._went.most_common()), dict(self._faults.most_common())
-        return StormResult(self._checker.finish(), time.monotonic() - start_s, went, faults)
+        states = collections.Counter(f"{worker['state']} at the end" for worker in target.health()["per_worker"])
+        seconds = time.monotonic() - start_s
+        return StormResult(checker.finish(), seconds, {"replaced": self._replaced, **states}, dict(self._failures))
 
     # -- clients ------------------------------------------------------------------------------------------------------------
 
-    def _client(self, target: Server, rng: random.Random, share: int) -> None:
+    def _client(self, target: Server, number: int) -> None:
         storm, recorder = self._storm, self._recorder
-        under_way: collections.deque[Future] = collections.deque()
+        rng = random.Random(f"{storm.seed} client {number}")
+        share = len(range(number, storm.queries, storm.clients))  # queries that this client has left
+        bursts: collections.deque[Future] = collections.deque()  # the last query of each unanswered burst
         while share > 0:
             while len(recorder.notes) > _MOST_NOTES:
                 time.sleep(1e-3)
             count = min(rng.randint(1, storm.burst), share)
-            slo_ms, floor = rng.choice(storm.slos_ms), rng.choice(storm.floors)
             share -= count
-            queries = recorder.submit(target, count, slo_ms=slo_ms, min_accuracy=floor)
+            queries = recorder.submit(target, count, slo_ms=rng.choice(storm.slos_ms), min_accuracy=rng.choice(storm.floors))
             if not queries:
                 time.sleep(1e-3)
                 continue
-            under_way.append(queries[-1][1])
+            bursts.append(queries[-1][1])
             if rng.random() < storm.cancelled:
                 recorder.cancel(*rng.choice(queries))
-            if len(under_way) >= storm.window and not _waited(under_way.popleft()):
+            if len(bursts) >= storm.window and not self._resolves(bursts.popleft()):
                 return
-        all(map(_waited, under_way))
+        all(map(self._resolves, bursts))
+
+    def _resolves(self, query: Future) -> bool:
+        """Waits for a query. Returns False if it is lost; then its client gives up."""
+        try:
+            query.exception(timeout=self._storm.patience_s)
+        except concurrent.futures.CancelledError:
+            pass
+        except TimeoutError:
+            return False
+        return True
 
     # -- workers ------------------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Engine:
         number = next(self._numbers)
         rng = random.Random(f"{self._storm.seed} engine {number}")
-        hook = self._mishaps(rng, broken=rng.random() < self._storm.broken)
         kind = FakeDevice if self._storm.overlap else FakeEngine
+        hook = self._fails(rng, broken=rng.random() < self._storm.broken)
         fake = kind(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
         return self._recorder.engine(fake)
 
-    def _mishaps(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:
+    def _fails(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:
+        """A hook that an engine calls before each batch, and that injects the failures."""
         storm = self._storm
-        kinds = ("failing", "slow", "full", "hanging")
-        limits = list(itertools.accumulate(getattr(storm, kind) for kind in kinds))
+        kinds = ("failing", "slow", "full", "hanging", None)
+        shares = [storm.failing, storm.slow, storm.full, storm.hanging]
+        shares.append(max(1 - sum(shares), 0.0))
 
         def on_run(subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray]) -> None:
             if storm.poisoned and any(x and not x % storm.poisoned for x in inputs):
-                self._note("poisoned")
-                raise PoisonedError("an input that nobody can run")
-            draw = rng.random()
-            kind = "broken" if broken else next((k for k, limit in zip(kinds, limits, strict=True) if draw < limit), None)
+                self._count("poisoned")
+                raise PoisonedError("no batch with this input can run")
+            [kind] = ("broken",) if broken else rng.choices(kinds, shares)
             if kind is None:
                 return
-            self._note(kind)
+            self._count(kind)
             if kind == "slow":
                 time.sleep(rng.uniform(1e-3, 5e-3))
             elif kind == "hanging":
-                self._woken.wait(2 * storm.stall_s)
+                self._closed.wait(2 * storm.stall_s)
             elif kind == "full":
                 raise MemoryError("a batch that does not fit")
             else:
-                raise FaultyError("a device that fails")
+                raise BrokenDeviceError("a device that fails")
 
         return on_run
 
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self._failures[kind] += 1
+
     def _keep(self, target: Server) -> None:
-        """Replaces lost workers, and now and then one that is well."""
+        """Replaces lost workers, and from time to time a working one."""
         storm, rng = self._storm, random.Random(f"{self._storm.seed} keeper")
         change_s = time.monotonic() + storm.changed_every_s
-        while not self._over.wait(0.01):
+        while not self._traffic_ended.wait(0.01):
             states = {worker["name"]: worker["state"] for worker in target.health()["per_worker"]}
-            gone = [name for name, state in states.items() if state in _GONE]
-            alive = sorted(set(states) - set(gone))
+            alive = sorted(name for name, state in states.items() if state not in _GONE)
             if time.monotonic() > change_s and alive:
                 change_s = time.monotonic() + storm.changed_every_s
-                with contextlib.suppress(errors.UnknownNameError, errors.ConfigError):  # it has left, or is the last one
+                with contextlib.suppress(errors.UnknownNameError, errors.ConfigError):  # it left, or it is the last one
                     target.remove_worker(rng.choice(alive))
             with contextlib.suppress(errors.ServerClosedError):
                 for _ in range(storm.workers - len(alive)):
                     target.add_worker(self._engine())
-                    self._went["replaced"] += 1
+                    self._replaced += 1
 
-    def _note(self, kind: str) -> None:
-        with self._lock:
-            self._faults[kind] += 1
-
-    def _thread(self, name: str, work: Callable[..., None], *args: object) -> threading.Thread:
+    def _thread(self, work: Callable[..., None], *args: object) -> threading.Thread:
         def guarded() -> None:
             try:
                 work(*args)
             except BaseException as error:
                 self._errors.append(error)
 
-        thread = threading.Thread(target=guarded, name=f"stress-{name}", daemon=True)
+        thread = threading.Thread(target=guarded, name=f"storm-{work.__name__}", daemon=True)
         thread.start()
         return thread
-
-
-def _waited(query: Future) -> bool:
-    """Waits as a client does, who takes an error for an answer. False where there is none: then the query is lost, which the
-    checker will say, and this client gives up."""
-    try:
-        query.exception(timeout=_PATIENCE_S)
-    except concurrent.futures.CancelledError:
-        pass
-    except TimeoutError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

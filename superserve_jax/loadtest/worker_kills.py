@@ -1,7 +1,7 @@
-"""The paper's fault experiment on the real server: workers are killed one after another while traffic runs. No jax.
+"""The paper's fault-tolerance experiment on the real server: workers are killed one by one while traffic runs. No jax.
 
-The engines are fake ones that take the profiled time; what is real is the server, which finds out that a worker is gone by its
-batch that fails, gives that back, and goes on with the others. The same traffic and the same deaths are simulated beside it.
+The engines are fake and take the profiled time. The server is real: it notices a killed worker by its failed batch, returns
+the queries of that batch to the queue, and goes on with the other workers. The simulator repeats the same traffic and kills.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from superserve_jax.loadtest import loadgen
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.profile import Profile
 from superserve_jax.serving.server import Server
-from superserve_jax.simulation import metrics, simulator
+from superserve_jax.simulation import simulator
 from superserve_jax.simulation.metrics import ReplaySummary
 from superserve_jax.simulation.simulator import Cluster, Outage, SimulationResult
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 
-class Mortal:
-    """An `on_run` hook that takes as long as the profile says and that can be killed, in the middle of a batch, too.
+class Killable:
+    """An `on_run` hook of a `FakeEngine`. It takes the profiled time, and can be killed at any moment, even during a batch.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
-    >>> hook = Mortal(profile)
+    >>> hook = Killable(profile)
     >>> hook(profile.rows[0].subnet, 1, [])
     >>> hook.kill()
     >>> hook(profile.rows[0].subnet, 1, [])
@@ -43,27 +43,27 @@ class Mortal:
         self._profile, self._killed = profile, threading.Event()
 
     def __call__(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray]) -> None:
-        """Runs a batch. Raises RuntimeError where it is dead, or dies meanwhile."""
+        """Takes as long as a batch. Raises RuntimeError if it is killed before the end."""
         if self._killed.wait(1e-3 * self._profile.latency_ms(subnet, batch_size)):
             raise RuntimeError("killed")
 
     def kill(self) -> None:
-        """From now on, nothing runs any more."""
+        """Makes the current batch and all later ones fail."""
         self._killed.set()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KillRun:
-    """What became of the traffic, in reality and simulated.
+    """The outcome of the experiment.
 
     Args:
-      done: each query on the real server.
-      simulated: each query in the simulator, with `cluster`.
+      real: every query on the real server.
+      simulated: every query in the simulator, on `cluster`.
       cluster: the workers, with the times at which they were really killed.
-      health: of the server at the end.
+      health: the server's health at the end.
     """
 
-    done: Replay
+    real: Replay
     simulated: SimulationResult
     cluster: Cluster
     health: dict[str, Any]
@@ -71,7 +71,7 @@ class KillRun:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The queries that arrived between two deaths, while `workers` were alive: real figures and simulated ones."""
+    """The queries that arrived between two kills, while `workers` were alive: real and simulated metrics."""
 
     from_s: float
     until_s: float
@@ -81,10 +81,10 @@ class Interval:
 
 
 def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms: float) -> KillRun:
-    """Replays a trace on a server with one fake engine per worker, each killed when its outage in `cluster` begins."""
-    hooks = [Mortal(profile) for _ in range(cluster.workers)]
+    """Replays a trace on a server with one fake engine per worker of `cluster`. Kills each worker when its outage begins."""
+    hooks = [Killable(profile) for _ in range(cluster.workers)]
     engines = [FakeEngine(profile, name=f"fake:{i}", speed=np.inf, on_run=hook) for i, hook in enumerate(hooks)]
-    deaths: list[tuple[int, float]] = []  # worker, time.monotonic
+    kills: list[tuple[int, float]] = []  # worker, time.monotonic
     over = threading.Event()
 
     def kill() -> None:
@@ -93,52 +93,31 @@ def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms
             if over.wait(max(start_s + outage.from_s - time.monotonic(), 0.0)):
                 return
             hooks[outage.worker].kill()
-            deaths.append((outage.worker, time.monotonic()))
+            kills.append((outage.worker, time.monotonic()))
 
     killer = threading.Thread(target=kill, name="superserve-killer", daemon=True)
-    options = {"policy": policy, "slo_ms": slo_ms, "max_queue": len(trace) + 1}
-    with Server.from_engines(engines, profile, max_failures=1, **options) as target:
+    options = {"policy": policy, "slo_ms": slo_ms, "max_queue": len(trace) + 1, "max_failures": 1}
+    with Server.from_engines(engines, profile, **options) as target:
         killer.start()
-        done = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
+        real = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
         over.set()
         killer.join()
         health = target.health()
         target.close(drain=False)
-    outages = tuple(Outage(worker, max(at_s - done.start_s, 1e-3)) for worker, at_s in deaths)
+    outages = tuple(Outage(worker, max(at_s - real.start_s, 1e-3)) for worker, at_s in kills)
     cluster = dataclasses.replace(cluster, outages=outages)
-    return KillRun(done, simulator.simulate(profile, policy, trace, cluster=cluster), cluster, health)
+    return KillRun(real, simulator.simulate(profile, policy, trace, cluster=cluster), cluster, health)
 
 
 def intervals(run: KillRun) -> list[Interval]:
-    """The run from death to death; the last element is all of it, with the workers that are left. Intervals in which nothing
-    arrived are left out."""
-    done, again = run.done, run.simulated
-    end_s = float(done.arrival_s[-1])
-    edges = [0.0, *sorted(o.from_s for o in run.cluster.outages), np.nextafter(end_s, np.inf)]
+    """The run from kill to kill. The last element is the whole run. Intervals without arrivals are left out."""
+    arrival_s = run.real.arrival_s
+    edges = [0.0, *sorted(o.from_s for o in run.cluster.outages), float(np.nextafter(arrival_s[-1], np.inf))]
     spans = [(a, b, run.cluster.workers - i) for i, (a, b) in enumerate(itertools.pairwise(edges))]
     found = []
     for from_s, until_s, workers in [*spans, (0.0, edges[-1], spans[-1][2])]:
-        of = (done.arrival_s >= from_s) & (done.arrival_s < until_s)
-        if of.any():
-            real, simulated = (
-                metrics.summary(r.arrival_s[of], r.deadline_s[of], r.finish_s[of], r.accuracy[of]) for r in (done, again)
-            )
-            found.append(Interval(from_s, float(until_s), workers, real, simulated))
+        which = (arrival_s >= from_s) & (arrival_s < until_s)
+        if which.any():
+            real, simulated = (loadgen.summarize(r, which) for r in (run.real, run.simulated))
+            found.append(Interval(from_s, until_s, workers, real, simulated))
     return found
-
-
-def table(found: Sequence[Interval]) -> list[tuple[str, ...]]:
-    """Header and one row per interval: the real server and the simulator."""
-    header = ("seconds", "workers", "queries", "SLO attainment", "accuracy, profiled", "p99 ms")
-    rows = [
-        (
-            f"{i.from_s:.1f} to {i.until_s:.1f}",
-            str(i.workers),
-            f"{i.real.queries:,}",
-            f"{i.real.attainment:.5f} / {i.simulated.attainment:.5f}",
-            f"{100 * i.real.accuracy:.2f} / {100 * i.simulated.accuracy:.2f} %",
-            f"{i.real.p99_ms:.1f} / {i.simulated.p99_ms:.1f}",
-        )
-        for i in found
-    ]
-    return [header, *rows]

@@ -1,7 +1,9 @@
-"""The checker of histories, fed with histories that are right, and with one broken promise each."""
+"""The checker, fed with correct notes and with notes of one broken guarantee each; and the recorder."""
 
 import collections
+import math
 
+import numpy as np
 import pytest
 from fakes import PROFILE, SUBNETS, always, fail, serve
 from hypothesis import given, settings
@@ -55,7 +57,7 @@ def check(notes, *, pieces=(), strict_order=True, **options):
     return checker.finish()
 
 
-RIGHT = [
+CORRECT = [
     *given_in(1, 2),
     *given_in(3, deadline_s=1.2),
     ("decided", A),
@@ -71,7 +73,7 @@ RIGHT = [
     *begun(A, 4),
     *ended(4),
     *answered(4, met_slo=False),
-    ("decided", B),  # all of its batch has been cancelled
+    ("decided", B),  # all queries of its batch were cancelled
     *begun(B, 1),
     *ended(1, now_s=1.6),
     *answered(1, now_s=1.7, met_slo=False),
@@ -80,48 +82,48 @@ RIGHT = [
 ]
 
 
-def test_a_right_history_is_counted_and_not_blamed():
-    found = check(RIGHT)
-    assert found.examples == ()
-    assert (found.offered, found.lost, found.twice, found.violations, found.batches) == (5, 0, 0, 0, 4)
-    assert found.outcomes == {"answered": 3, "cancelled": 1, "refused: QueueFullError": 1}
-    assert found.compared == 2  # what has failed runs ahead of its turn
+def test_correct_notes_are_counted_without_a_violation():
+    result = check(CORRECT)
+    assert result.examples == []
+    assert (result.offered, result.lost, result.twice, result.violations, result.batches) == (5, 0, 0, 0, 4)
+    assert result.outcomes == {"answered": 3, "cancelled": 1, "refused: QueueFullError": 1}
+    assert result.compared == 2  # retries run ahead of their turn
 
 
-@given(pieces=st.lists(st.integers(0, len(RIGHT))).map(sorted))
+@given(pieces=st.lists(st.integers(0, len(CORRECT))).map(sorted))
 @settings(deadline=None)
-def test_a_history_may_be_read_in_any_pieces(pieces):
-    broken = [*RIGHT, *given_in(6), *run(A, 6), *answered(6)]
+def test_notes_may_be_read_in_any_pieces(pieces):
+    broken = [*CORRECT, *given_in(6), *run(A, 6), *answered(6)]
     assert check(broken, pieces=pieces) == check(broken)
 
 
 BROKEN = {
     "never resolved": given_in(1),
     "resolved again": [*given_in(1), *run(A, 1), *answered(1)],
-    "had never been offered": answered(1),
-    "no batch with it had finished": [*given_in(1), *begun(A, 1), ("raised", (1,)), *answered(1)],
-    "got the answer of 2": [*given_in(1), *begun(A, 1), *ended(1), *answered(1, value=2)],
+    "was never offered": answered(1),
+    "before any batch with it finished": [*given_in(1), *begun(A, 1), ("raised", (1,)), *answered(1)],
+    "got the answer of query 2": [*given_in(1), *begun(A, 1), *ended(1), *answered(1, value=2)],
     "asked for an accuracy of 0.8": [*given_in(1, floor=0.8), *run(A, 1)],
     "says reply.met_slo=True": [*given_in(1), *begun(A, 1), *ended(1, now_s=1.6), *answered(1, now_s=1.7)],
     "says reply.met_slo=False": [*given_in(1), *begun(A, 1), *ended(1), *answered(1, met_slo=False)],
-    "cancelled by nobody": [*given_in(1), *failed(1, "cancelled")],
-    "was refused, and run": [offered(1), *begun(A, 1), ("refused", (1,), "QueueFullError")],
-    "after it had been refused": [offered(1), ("refused", (1,), "QueueFullError"), *begun(A, 1)],
-    "after it had been answered": [*given_in(1), *run(A, 1), *begun(A, 1)],
-    "runs twice at once": [*given_in(1), *begun(A, 1), *begun(B, 1), *ended(1), *answered(1)],
+    "no client asked for it": [*given_in(1), *failed(1, "cancelled")],
+    "was refused, but it ran": [offered(1), *begun(A, 1), ("refused", (1,), "QueueFullError")],
+    "after it was refused": [offered(1), ("refused", (1,), "QueueFullError"), *begun(A, 1)],
+    "after it was answered": [*given_in(1), *run(A, 1), *begun(A, 1)],
+    "ran twice at once": [*given_in(1), *begun(A, 1), *begun(B, 1), *ended(1), *answered(1)],
     "got the deadline 2.5": [*given_in(1, deadline_s=2.5), *run(A, 1)],
     "passed over": [*given_in(1, deadline_s=1.2), *given_in(2), *run(A, 2), *run(A, 1)],
 }
 
 
-@pytest.mark.parametrize("promise", BROKEN)
-def test_a_broken_promise_is_found(promise):
-    found = check(BROKEN[promise])
-    assert found.violations == 1
-    assert promise in found.examples[0]
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_guarantee_is_found(message):
+    result = check(BROKEN[message])
+    assert result.violations == 1
+    assert message in result.examples[0]
 
 
-def test_a_batch_is_compared_with_all_that_waited_even_if_its_start_is_noted_after_theirs():
+def test_a_batch_is_compared_with_all_waiting_queries_even_if_its_start_is_noted_after_theirs():
     early, late = given_in(1, deadline_s=1.2), given_in(2)
     assert check([*early, *late, ("decided", A), *begun(B, 1), ("started", A, (2,)), *failed(1), *failed(2)]).violations == 1
     assert check([*early, *late, ("decided", A), *begun(B, 2), ("started", A, (1,)), *failed(1), *failed(2)]).violations == 0
@@ -135,45 +137,49 @@ def test_a_batch_is_compared_with_all_that_waited_even_if_its_start_is_noted_aft
         [*given_in(1), *begun(A, 1), ("raised", (1,)), *given_in(2, deadline_s=1.2), *begun(A, 1), *begun(B, 2)],  # a retry
     ],
 )
-def test_what_a_race_or_a_retry_explains_is_not_passed_over(notes):
+def test_a_query_is_not_passed_over_if_a_race_or_a_retry_explains_it(notes):
     assert check([*notes, *failed(1), *failed(2)]).violations == 0
 
 
-def test_a_policy_that_defers_is_not_held_to_the_order_of_deadlines():
-    found = check(BROKEN["passed over"], strict_order=False)
-    assert (found.violations, found.compared) == (0, 0)
+def test_a_policy_that_defers_need_not_keep_the_order_of_deadlines():
+    result = check(BROKEN["passed over"], strict_order=False)
+    assert (result.violations, result.compared) == (0, 0)
 
 
-def test_what_an_abandoned_worker_holds_may_run_elsewhere():
-    assert check(BROKEN["runs twice at once"], abandons=True).violations == 0
+def test_a_query_of_an_abandoned_worker_may_run_elsewhere():
+    assert check(BROKEN["ran twice at once"], abandons=True).violations == 0
 
 
-def test_a_decision_that_led_to_nothing_does_not_hold_up_the_reading():
+def test_a_decision_without_a_batch_does_not_hold_up_the_reading():
     checker = Checker(PROFILE, strict_order=True, patience=10)
     checker.read(collections.deque([("decided", A), *(note for key in range(1, 11) for note in given_in(key))]))
-    assert checker.offered == 10
+    assert checker.result.offered == 10
 
 
-def test_nothing_is_kept_of_a_query_that_has_resolved():
-    # Those that are due late, among others that are due early, stay in the heap for a while.
+def test_resolved_queries_are_forgotten():
+    # Those with late deadlines stay in the heap for a while, behind those with early ones.
     notes = [note for key in range(1, 10_001) for note in (*given_in(key, deadline_s=1.5 + 0.4 * (key % 2)), *run(A, key))]
     checker = Checker(PROFILE, strict_order=True)
     checker.read(collections.deque(notes))
-    assert not checker._open
-    assert not checker._unread
-    assert len(checker._waiting) < 2_000
+    assert checker.size < 2_000
 
 
 # -- the recorder -------------------------------------------------------------------------------------------------------------
 
 
-def recorded(recorder, **options):
-    return recorder.engine(FakeEngine(PROFILE, speed=float("inf"), input_dtype="int64", **options))
+@pytest.fixture
+def recorder():
+    return Recorder()
 
 
-def test_the_recorder_notes_each_step_of_a_query():
-    recorder = Recorder()
-    with serve(recorded(recorder), policy=recorder.policy(lambda _: always(1))) as s:
+def recorded(recorder, on_run=None, **options):
+    """A server whose engine and policy are recorded."""
+    engine = recorder.engine(FakeEngine(PROFILE, speed=math.inf, input_dtype=np.int64, on_run=on_run))
+    return serve(engine, policy=recorder.policy(lambda _: always(1)), **options)
+
+
+def test_the_recorder_notes_each_step_of_a_query(recorder):
+    with recorded(recorder) as s:
         [(key, query)] = recorder.submit(s, 1, slo_ms=10_000.0)
         query.result(10)
     kinds = collections.Counter(note[0] for note in recorder.notes)
@@ -181,9 +187,8 @@ def test_the_recorder_notes_each_step_of_a_query():
     assert kinds == dict.fromkeys(("offered", "submitted", "decided", "started", "finished", "resolved"), 1)
 
 
-def test_the_recorder_notes_refusals_failures_and_cancellations():
-    recorder = Recorder()
-    with serve(recorded(recorder, on_run=fail), policy=recorder.policy(lambda _: always(1)), max_tries=1) as s:
+def test_the_recorder_notes_refusals_failures_and_cancellations(recorder):
+    with recorded(recorder, fail, max_tries=1) as s:
         [(_, query)] = recorder.submit(s, 1, slo_ms=10_000.0)
         query.exception(10)
         s.close()

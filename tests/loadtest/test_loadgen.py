@@ -69,7 +69,7 @@ def test_texts_are_replayed_with_the_lengths_that_they_have():
     np.testing.assert_array_equal(done.lengths, trace.lengths)
     assert {ms for _, _, ms, _ in watch.batches} <= {0.1, 0.2, 1.0, 2.0}
     assert {ms for _, _, ms, _ in watch.batches} & {0.1, 0.2}
-    again = sim_vs_real.again(done, profile, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
+    again = sim_vs_real.simulate_again(done, profile, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
     np.testing.assert_allclose((again.finish_s - again.start_s)[again.batch == 1].min(), 1e-4)
 
 
@@ -114,7 +114,7 @@ def test_queries_that_are_due_at_once_keep_their_own_slos_and_floors():
     assert [slo_ms > 40 for _, slo_ms, _ in target.groups] == [False, True, False, True]
     assert all(slo_ms <= 90 for _, slo_ms, _ in target.groups)
     np.testing.assert_array_equal(done.label, range(6))
-    again = sim_vs_real.again(done, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
+    again = sim_vs_real.simulate_again(done, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
     assert again.accuracy.tolist().count(0.9) >= 3  # those with a floor, which the smaller subnet does not reach
 
 
@@ -134,11 +134,11 @@ def test_a_floor_that_no_subnet_reaches_is_an_error():
 
 
 def test_a_trace_without_queries_is_refused():
-    with pytest.raises(errors.DataError, match="holds no query"):
+    with pytest.raises(errors.DataError, match="has no queries"):
         loadgen.replay(Recorder(), Trace(np.zeros(0)), [])
     nothing = Replay(*[np.zeros(0)] * 7)
-    with pytest.raises(errors.DataError, match="holds no query"):
-        sim_vs_real.again(nothing, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
+    with pytest.raises(errors.DataError, match="has no queries"):
+        sim_vs_real.simulate_again(nothing, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
 
 
 def test_the_generator_submits_what_is_due_at_most_every_millisecond():

@@ -41,14 +41,14 @@ def test_the_overhead_is_what_batches_took_longer_and_the_time_between_two_of_th
     # there, and began 0.5 ms after the second had ended.
     done = replayed([0, 30, 35], [0, 0, 0])
     seen = watch((0.0, 11.0, 10.0, 1), (30.0, 41.0, 10.0, 1), (41.5, 52.5, 10.0, 1))
-    machine = sim_vs_real.machine(done, [seen], heart())
+    machine = sim_vs_real.measured_machine(done, [seen], heart())
     assert machine.overhead_ms == pytest.approx(1.5)
     assert (machine.noise, machine.stalls) == (pytest.approx(0.0, abs=1e-9), ())
 
 
 def test_a_batch_that_ends_in_a_stall_does_not_count_twice():
     done = replayed([0, 60], [0, 0])
-    machine = sim_vs_real.machine(
+    machine = sim_vs_real.measured_machine(
         done, [watch((0.0, 40.0, 10.0, 1), (60.0, 71.0, 10.0, 1))], heart((5.0, 40.0), (-20.0, -10.0))
     )
     assert machine.overhead_ms == pytest.approx(1.0)
@@ -64,18 +64,20 @@ def test_the_simulator_meets_the_queries_when_they_were_submitted_with_the_deadl
     # The first is submitted at 4 and answered at 4 + 10 + 2. The second is due at 70 and was submitted at 65: too late.
     done = replayed([0, 20], [4, 45])
     machine = Machine(overhead_ms=2.0, noise=0.0, stalls=())
-    result = sim_vs_real.again(done, ONE, "fixed:0", workers=1, machine=machine)
+    result = sim_vs_real.simulate_again(done, ONE, "fixed:0", workers=1, machine=machine)
     assert (1e3 * result.finish_s).round(6).tolist() == [16.0, 77.0]
     assert result.outcome.tolist() == [simulator.MET, simulator.LATE]
 
 
 def test_a_query_that_was_never_submitted_is_missed():
-    result = sim_vs_real.again(replayed([0, 20], [0, np.inf]), ONE, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
+    result = sim_vs_real.simulate_again(
+        replayed([0, 20], [0, np.inf]), ONE, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ())
+    )
     assert result.outcome.tolist() == [simulator.MET, simulator.LATE]
 
 
 def test_a_machine_on_which_nothing_ran_has_no_overhead():
-    assert sim_vs_real.machine(replayed([0], [0]), [watch()], heart()) == Machine(0.0, 0.0, ())
+    assert sim_vs_real.measured_machine(replayed([0], [0]), [watch()], heart()) == Machine(0.0, 0.0, ())
 
 
 # -- in real time -------------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def serve_for_real(profile, trace, slo_ms):
     ):
         done = loadgen.replay(target, trace, inputs)
         target.close(drain=False)
-    return done, sim_vs_real.machine(done, watches, heart)
+    return done, sim_vs_real.measured_machine(done, watches, heart)
 
 
 @pytest.mark.slow
@@ -110,7 +112,7 @@ def test_the_simulator_agrees_with_the_real_server_on_bursty_traffic():
     else:
         pytest.skip(f"this machine stood still for {machine.stalled_s:.1f} of 8 s, {TRIES} times: too busy to compare on")
     real = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
-    simulated = sim_vs_real.again(done, profile, "slackfit", workers=WORKERS, machine=machine)
+    simulated = sim_vs_real.simulate_again(done, profile, "slackfit", workers=WORKERS, machine=machine)
     assert real.attainment > 0.95
     assert simulated.attainment == pytest.approx(real.attainment, abs=0.005)
     assert 100 * simulated.mean_accuracy == pytest.approx(100 * real.accuracy, abs=0.2)
