@@ -87,7 +87,7 @@ def test_a_half_trained_run_has_the_recorded_state_statistics_and_results(run):
     with run.checkpoints() as saved:
         assert saved.latest(clean=True) == MIDDLE
     assert_same(state_at(run, MIDDLE), expected("middle"))
-    statistics = run.rows()
+    statistics = run.statistics()
     assert_same({str(i): statistics[s] for i, s in enumerate(run.served())}, expected("run"))
     assert [line["step"] for line in run.metrics()] == [4]
     served = exports.load(OLD / "images").served
