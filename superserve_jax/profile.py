@@ -152,6 +152,17 @@ class Profile:
         except KeyError:
             raise errors.ProfileError(f"subnet {subnet} is not in the profile of {len(self.rows)} subnets") from None
 
+    def fastest(self, floor: float = 0.0) -> Row:
+        """The row with the lowest latency at the smallest batch size, among rows at least as accurate as `floor`.
+
+        Raises ProfileError if no row is that accurate.
+        """
+        rows = [row for row in self.rows if row.accuracy >= floor]
+        if not rows:
+            best = self.rows[-1].accuracy
+            raise errors.ProfileError(f"no subnet is as accurate as {floor}, the best reaches {best}; lower the floor")
+        return min(rows, key=lambda row: row.latency_ms[0])
+
     def batch_index(self, batch: int) -> int:
         """Index of the smallest batch size that holds `batch` queries, else of the largest."""
         return min(bisect.bisect_left(self.batch_sizes, batch), len(self.batch_sizes) - 1)

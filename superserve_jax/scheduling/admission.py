@@ -10,7 +10,7 @@ import itertools
 import math
 
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.queue import Queue
 from superserve_jax.scheduling.speeds import Fleet
 
 _USABLE = 0.9  # of the slack; the rest is for jitter, as SlackFit's reserve is. In an overload it costs nothing: others wait
@@ -33,6 +33,7 @@ class Admission:
       profile: of the first worker; how fast the others are, and how fast all of them are of late, the fleet knows.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> from superserve_jax.scheduling.queue import DeadlineQueue
     >>> profile, waiting = paper_profile(), DeadlineQueue()
     >>> admission, fleet = Admission(profile), Fleet([profile] * 8)
     >>> waiting.push_all(0.036, range(500))
@@ -54,7 +55,7 @@ class Admission:
 
     def admits(
         self,
-        waiting: DeadlineQueue,
+        waiting: Queue,
         fleet: Fleet,
         now_s: float,
         deadline_s: float,
@@ -79,7 +80,7 @@ class Admission:
             return False
         place = bisect.bisect_left(self._lengths, length) if length else -1
         query_ms, most, slack_ms = self._query_ms[place], self._sizes[-1], 1e3 * _USABLE * (deadline_s - now_s)
-        unit = waiting.work_ms * self._unit_ms / query_ms  # in queries like these
+        unit = waiting.head_work * self._unit_ms / query_ms  # in queries like these
 
         def needs_ms(queries: float, *, idle: bool) -> float:
             size = bisect.bisect_left(self._sizes, min(queries, most))

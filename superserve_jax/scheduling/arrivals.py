@@ -1,14 +1,14 @@
-"""What has arrived lately: mean and variance of the arrivals, and the shortest SLO. No jax."""
+"""The arrival meter: mean and variance of recent arrivals, and the shortest recent SLO. No jax."""
 
 import math
 
 
 class ArrivalMeter:
-    """What has come lately: mean and variance of the arrivals per second of time, and the shortest SLO.
+    """Estimates mean and variance of the arrivals per second, and remembers the shortest recent SLO.
 
-    The first two are from the numbers in windows of about 20 ms, averages that forget with a time constant of one second: long
-    enough to know the variance to a tenth, short enough to follow traffic that accelerates. A window is short enough to fall
-    within a burst, and as long as some SLOs, so that arrivals that come in clusters are not taken for independent ones.
+    Arrivals are counted in windows of about 20 ms. Mean and variance are exponential averages over these counts with a time
+    constant of one second. This is long enough to know the variance to 10 %, and short enough to follow accelerating traffic.
+    A window fits into a burst. It is as long as a short SLO, so that clustered arrivals are not mistaken for independent ones.
 
     >>> meter = ArrivalMeter()
     >>> [meter.read(t, n) for t, n in ((0.0, 0), (0.01, 7), (0.02, 20), (0.04, 40))]
@@ -23,11 +23,12 @@ class ArrivalMeter:
         self.window_s, self.memory_s = window_s, memory_s
         self._since_s, self._arrived = math.nan, 0
         self._reading = (0.0, 0.0)
-        self.slo_ms = math.inf  # the shortest SLO since the turn before the last
-        self._shortest_ms, self._turn_s = math.inf, -math.inf  # and since the last
+        # `memory_s` seconds make one period. `slo_ms` is the shortest SLO of this period and the one before.
+        self.slo_ms = math.inf
+        self._shortest_ms, self._turn_s = math.inf, -math.inf  # shortest SLO, and start, of this period
 
     def shorten(self, now_s: float, slo_ms: float) -> None:
-        """A query has come that allows `slo_ms`."""
+        """Note the arrival of a query with this SLO."""
         if now_s > self._turn_s + self.memory_s:
             self.slo_ms, self._shortest_ms, self._turn_s = min(self._shortest_ms, slo_ms), slo_ms, now_s
         elif slo_ms < self._shortest_ms:
@@ -35,27 +36,28 @@ class ArrivalMeter:
             self.slo_ms = min(self.slo_ms, slo_ms)
 
     def rescale(self, factor: float) -> None:
-        """What `read` is told from now on is in units of which one of before is `factor`."""
+        """Change the unit of `arrived`: one old unit equals `factor` new ones."""
         rate, variance = self._reading
         self._arrived, self._reading = self._arrived * factor, (rate * factor, variance * factor**2)
 
-    def read(self, now_s: float, arrived: float, unit: float = 1.0) -> tuple[float, float]:
-        """The mean and the variance, given that `arrived` queries have come since the beginning. O(1).
+    def read(self, now_s: float, arrived: float, dispersion: float = 1.0) -> tuple[float, float]:
+        """Mean and variance of the arrivals per second; (0.0, 0.0) until the first window is over. O(1).
 
         Args:
-          unit: the variance over the mean of independent arrivals, with which the first reading makes do; 1 for a number of
-            queries.
+          now_s: the time.
+          arrived: number of arrivals, or their work, since the beginning.
+          dispersion: variance over mean of independent arrivals, for the first reading. It is 1 if `arrived` counts queries.
         """
         elapsed_s = now_s - self._since_s
         if elapsed_s < self.window_s:
             return self._reading
-        if elapsed_s >= self.window_s:  # not so at the first call
+        if elapsed_s >= self.window_s:  # False at the first call, where it is NaN
             rate, variance = self._reading
             now_qps = (arrived - self._arrived) / elapsed_s
             if not rate:
-                self._reading = now_qps, now_qps * unit
+                self._reading = now_qps, now_qps * dispersion
             else:
-                # Where nobody has asked for several windows, as though the arrivals had been spread evenly over them.
+                # After several windows without a call, assume that the arrivals were spread evenly over them.
                 windows = int(elapsed_s / self.window_s)
                 kept = math.exp(-elapsed_s / self.memory_s)
                 kept_by_others = math.exp(-elapsed_s * (windows - 1) / windows / self.memory_s)

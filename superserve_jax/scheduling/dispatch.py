@@ -1,128 +1,156 @@
-"""What happens when a worker is free: the policy is asked, and the batch is taken. Server and simulator share it. No jax.
+"""What happens when a worker is free: `next_batch` asks the policy and takes a batch from the queue. No jax.
 
-With length buckets the policy is asked about the head's: with the profile at that length, and with what waits and arrives in
-units of the head's work (see `padding`). Where workers are not equally fast, it is asked with the profile of the one that is
-free, and with what a worker that is slower than its profile makes of time (see `drift`).
+The server and the simulator call it with a `Turn`, which holds everything that the decision needs. It answers three questions:
+
+    which head      `Queue.choose_head`: usually the earliest deadline. It fixes the length bucket of the batch.
+    which decision  `_decide`: the policy's answer for this head, checked.
+    which batch     `take`: the queries that run, and the row of the profile that says on which subnet.
 """
 
+import dataclasses
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.policies import Policy, State
-from superserve_jax.scheduling.queue import DeadlineQueue
-from superserve_jax.scheduling.speeds import Pace
+from superserve_jax.scheduling.queue import Queue
+from superserve_jax.scheduling.speeds import EVEN_PACE, Pace
 from superserve_jax.subnet import Subnet
 
 
-def next_batch(
-    waiting: DeadlineQueue,
-    meter: ArrivalMeter,
-    policy: Policy,
-    profile: Profile,
-    now_s: float,
-    *,
-    pace: Pace,
-    last_subnet: Subnet | None,
-    worker: int,
-) -> tuple[Row, list[Any], float, str]:
-    """The row to run, its batch, taken from the queue, the milliseconds for which its subnet is loaded before, and the reason.
-
-    The row is of the profile at the batch's length bucket, the reason one of `policies.REASONS` or the policy's own.
+@dataclasses.dataclass(slots=True)
+class Turn:
+    """What one decision needs. A worker may keep its turn and change the fields between two decisions.
 
     Args:
-      waiting: the queue, not empty.
-      meter: of its arrivals.
-      policy: for `profile`.
-      profile: of the asking worker.
-      now_s: the time.
-      pace: the asking worker's and the others' speed.
-      last_subnet, worker: what the asking worker ran last, and its number.
+      queue: the waiting queries, at least one.
+      arrivals: the meter of this queue's arrivals.
+      policy: a policy for `profile`.
+      profile: the profile of the asking worker.
+      pace: how fast the asking worker is, and how fast the others are.
+      last_subnet: the subnet that the worker ran last, None at first.
+      worker: number of the worker, from 0.
+    """
+
+    queue: Queue
+    arrivals: ArrivalMeter
+    policy: Policy
+    profile: Profile
+    pace: Pace = EVEN_PACE
+    last_subnet: Subnet | None = None
+    worker: int = 0
+
+
+class Batch(NamedTuple):
+    """What a worker runs next.
+
+    Args:
+      row: the subnet, as a row of the profile at the batch's length bucket.
+      items: the queries, taken from the queue.
+      reason: one of `policies.REASONS`, or the policy's own word.
+    """
+
+    row: Row
+    items: list[Any]
+    reason: str
+
+
+def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> Batch:
+    """Decide about one batch and take it from the queue.
+
+    A decision may defer queries that this worker cannot save (`Decision.defer_ms`). If faster workers exist, the queries that
+    only they can save are set aside during the decision. This worker serves the others if there are any.
+
+    Args:
+      turn: what the decision needs.
+      now_s: the time at which the batch will start.
+      save_others: whether to leave queries to faster workers.
 
     Raises:
-      ConfigError, ProfileError: the decision is of no query, or of a subnet that the profile does not have. Then, as with
-        whatever the policy raises, nothing has been taken.
+      ConfigError, ProfileError: the decision names no query, or a subnet that the profile does not have.
+      Exception: whatever the policy raises. In all these cases nothing has been taken.
     """
-    waiting.look(now_s)
-    aside = None
-    try:
-        while True:
-            length = waiting.head_length
-            table = profile.at_length(length) if length else profile
-            max_batch = table.batch_sizes[-1]
-            state = _state(waiting, meter, max_batch, now_s, pace=pace, last_subnet=last_subnet, worker=worker)
-            chosen, size, loading_ms, lost_ms, reason = _decide(policy, table, state)
-            defer_before_s = -math.inf
-            if lost_ms > -math.inf:
-                # What is lost to this worker is not lost as long as the fastest can save it, and is left to that one.
-                defer_before_s = now_s + 1e-3 * lost_ms * pace.slowdown / pace.lead
-                if pace.lead > 1 and aside is None:
-                    waiting.defer(defer_before_s)
-                    aside = waiting.set_aside(now_s + 1e-3 * lost_ms * pace.slowdown)
-                    if len(waiting):
-                        continue
-                    waiting.put_back(aside)
-                    aside = ()
-                if length:
-                    waiting.defer(defer_before_s)
-                    if waiting.head_length != length:
-                        continue  # the decision was for a head that has stepped back, and there is one of another length
-            size = min(size, max_batch, state.waiting)
-            row, items = queue.take(waiting, table, chosen, size, slack_ms=state.slack_ms, defer_before_s=defer_before_s)
-            if loading_ms and row.subnet == last_subnet:  # comparing subnets takes long
-                loading_ms = 0.0
-            return row, items, loading_ms, reason if row is chosen else "floor"
-    finally:
-        if aside:
-            waiting.put_back(aside)
+    queue = turn.queue
+    while True:
+        length = queue.choose_head(now_s)
+        profile = turn.profile.at_length(length) if length else turn.profile
+        state = _state(turn, profile, now_s)
+        row, size, lost_ms, reason = _decide(turn.policy, profile, state)
+        if lost_ms > -math.inf:
+            _, slowdown, lead = turn.pace
+            lost_s = 1e-3 * lost_ms * slowdown
+            queue.defer(now_s + lost_s / lead)  # lost even to the fastest worker
+            if save_others and lead > 1:
+                aside = queue.set_aside(now_s + lost_s)
+                try:
+                    if len(queue):
+                        return next_batch(turn, now_s, save_others=False)
+                finally:
+                    queue.put_back(aside)
+            if queue.head_length != length:
+                continue  # the head was deferred, and the new head needs another length bucket
+        size = min(size, profile.batch_sizes[-1], state.waiting)
+        taken_row, items = take(queue, profile, row, size, slack_ms=state.slack_ms)
+        return Batch(taken_row, items, reason if taken_row is row else "floor")
 
 
-def _decide(policy: Policy, table: Profile, state: State) -> tuple[Row, int, float, float, str]:
-    """Row, batch size, the milliseconds of loading and of slack below which a query is lost, and the policy's reason."""
+def take(queue: Queue, profile: Profile, row: Row, size: int, *, slack_ms: float) -> tuple[Row, list[Any]]:
+    """Take up to `size` items from the queue, and return them behind the row that will run them.
+
+    The batch ends before the first item whose floor exceeds the row's accuracy. If that item is the head, the fastest subnet
+    that reaches its floor runs instead. The batch then has the largest size whose latency fits into `slack_ms`, or `size` if
+    none fits. So a policy that ignores floors still makes progress.
+
+    Raises ProfileError if no subnet reaches the head's floor. The server refuses such a query on arrival.
+    """
+    items = queue.pop(size, row.accuracy)
+    if items or not len(queue):
+        return row, items
+    row = profile.fastest(queue.head_floors(1)[0])
+    fitting = [n for n, ms in zip(profile.batch_sizes, row.latency_ms, strict=True) if n <= size and ms <= slack_ms]
+    return row, queue.pop(max(fitting, default=size), row.accuracy)
+
+
+def _decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, float, str]:
+    """The policy's decision, checked: row, batch size, `defer_ms`, reason."""
     try:
-        decision = policy(table, state)
-        row, size = table.row(decision.subnet), operator.index(decision.batch)  # a NaN would take nothing, for ever
+        decision = policy(profile, state)
+        row, size = profile.row(decision.subnet), operator.index(decision.batch)  # index: a NaN would never take a query
         if size < 1:
             raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        return row, size, decision.loading_ms, decision.defer_ms, decision.reason
+        return row, size, decision.defer_ms, decision.reason
     except Exception as error:
         error.add_note(f"the policy was asked in {state!r}")
         raise
 
 
-def _state(
-    waiting: DeadlineQueue,
-    meter: ArrivalMeter,
-    max_batch: int,
-    now_s: float,
-    *,
-    pace: Pace,
-    last_subnet: Subnet | None,
-    worker: int,
-) -> State:
-    """What the policy may know. On a device that is f times slower than its profile, time runs f times faster."""
-    slack_ms = 1e3 * (waiting.head_deadline_s - now_s)
-    work_ms = waiting.work_ms
-    rate, variance = meter.read(now_s, waiting.pushed, waiting.unit)
-    workers, slowdown, _ = pace
-    slo_ms = meter.slo_ms
-    return State._make(
+def _state(turn: Turn, profile: Profile, now_s: float) -> State:
+    """What the policy may know.
+
+    A worker that is f times slower than its profile looks like an exact one on which time runs f times faster. So times are
+    divided by f, and rates are multiplied by f.
+    """
+    queue, (workers, slowdown, _) = turn.queue, turn.pace
+    slack_ms = 1e3 * (queue.head_deadline_s - now_s)
+    work = queue.head_work
+    rate, variance = turn.arrivals.read(now_s, queue.pushed, queue.dispersion)
+    slo_ms = turn.arrivals.slo_ms
+    return State._make(  # half the cost of the constructor
         (
             now_s,
             slack_ms / slowdown,
-            waiting.riders,
-            waiting.head_floors(max_batch),
+            queue.eligible,
+            queue.head_floors(profile.batch_sizes[-1]),
             workers,
-            last_subnet,
-            waiting.late,
-            rate / work_ms * slowdown,
-            variance / work_ms**2 * slowdown,
+            turn.last_subnet,
+            queue.late,
+            rate / work * slowdown,
+            variance / work**2 * slowdown,
             slo_ms / slowdown,
-            waiting.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms)),
-            worker,
+            queue.due_by(now_s + 1e-3 * max(2 * slack_ms, slo_ms)),
+            turn.worker,
         )
     )

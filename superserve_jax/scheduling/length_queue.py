@@ -1,12 +1,12 @@
-"""Length buckets: what a server of sequences knows about their lengths. No jax.
+"""The queue of a text server: queries wait by their length buckets. No jax.
 
-A batch is padded to one of a few lengths, the **length buckets**, since an executable has one shape. What it costs goes with
-the longest sequence in it, so one long query among fifteen short ones makes all sixteen pay, and in strict order of the
-deadlines nearly every large batch has one. Hence `LengthQueue`: it lets queries ride with others of their own length bucket.
+An executable has one shape, so a batch is padded to one of a few lengths, the **length buckets**. The longest query of a batch
+determines its cost: one long query among fifteen short ones makes all sixteen expensive. In strict order of deadlines nearly
+every large batch of a mix contains a long query. So `LengthQueue` puts queries of the same length bucket together:
 
-    the queue      says which length bucket the head is in, and fills the head's batch with queries that are no longer
-    the policy     sees the profile at that length bucket, and counts of what waits and comes in units of the head's work
-    the engine     runs the program of the length bucket that holds the inputs it is given, which is that one
+    the queue      chooses the head, and fills the head's batch with queries that are no longer than its length bucket
+    the policy     sees the profile at the head's length bucket, and counts of waiting and arriving work in units of the head
+    the engine     runs the program of the length bucket that holds its inputs, which is the head's
 """
 
 import bisect
@@ -16,32 +16,28 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import queue
-from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.queue import DeadlineQueue, Queue
 
 
-def make_queue(profile: Profile) -> DeadlineQueue:
-    """An empty queue for a server with this profile: a plain one, unless there are several length buckets."""
+def make_queue(profile: Profile) -> Queue:
+    """An empty queue for this profile: a `LengthQueue` if it has several length buckets, else a `DeadlineQueue`."""
     return LengthQueue(profile) if len(profile.lengths) > 1 else DeadlineQueue()
 
 
-class LengthQueue(DeadlineQueue):
-    """One queue for each length bucket, seen as one. Not thread-safe: the caller holds a lock.
+class LengthQueue:
+    """One `DeadlineQueue` for each length bucket, seen as one `Queue`.
 
-    The **head** is the earliest deadline of all; of equal ones, the longest. Its length bucket is that of the next batch. The
-    batch takes the earliest deadlines of this length bucket, and where those do not fill it, of the shorter ones, the nearest
-    length first, which ride in what would be padding. Longer ones are passed over: they have a batch of their own as soon as
-    one of them is the head, which is for the next free worker.
+    **Head.** The earliest deadline of all; of equal deadlines, the longest length. The next batch has its length bucket.
 
-    Deferred items come in where the others do not fill a batch, as in the plain queue. Those of the head's length bucket and
-    of shorter ones ride in its batch. Those of a longer one need a batch of that length: the first of them becomes the head,
-    and its batch is full of its like before any others ride in it, but no larger than lets the others be served after it in
-    time (`look`). A policy is told of those late ones that can be in the batch: of others it need not make haste.
+    **Batch.** The earliest deadlines of the head's length bucket. If these do not fill the batch, shorter queries do, the
+    nearest length bucket first. Longer queries wait until one of them is the head.
 
-    In strict order instead a batch pays for the longest of its queries, and in a mix nearly every large batch has a long one.
+    **Deferred queries** come last, as in `DeadlineQueue`. If their length bucket is the head's or a shorter one, they fill its
+    batch. Deferred queries of a longer length bucket get their own batch. The earliest one becomes the head. The batch takes
+    queries of the same length bucket first, then shorter ones. It stays small enough that on-time queries still meet their
+    deadlines. `late` counts only deferred queries that are eligible: a policy need not hurry because of others.
 
-    Two numbers stand for work, `pushed` and `due_by`: in them a query counts for what it costs a worker at the highest
-    throughput of the fastest subnet.
+    **Work** of a query is the time that a worker needs for it at the highest throughput of the fastest subnet.
 
     >>> from superserve_jax.profile import Row
     >>> from superserve_jax.subnet import Subnet
@@ -49,7 +45,7 @@ class LengthQueue(DeadlineQueue):
     >>> q = LengthQueue(Profile((1,), rows_at=rows_at))
     >>> for deadline_s, item, length in (1.0, "short", 20), (2.0, "long", 99), (3.0, "brief", 30):
     ...     q.push(deadline_s, item, length=length)
-    >>> q.head_length, len(q), q.riders, q.due_by(9.0), q.pop(3)
+    >>> q.head_length, len(q), q.eligible, q.due_by(9.0), q.pop(3)
     (32, 3, 2, 6.0, ['short', 'brief'])
     >>> q.head_length, q.due_by(9.0), q.pop(3)
     (128, 1.0, ['long'])
@@ -60,85 +56,87 @@ class LengthQueue(DeadlineQueue):
     def __init__(self, profile: Profile):
         self._lengths = profile.lengths
         self._now_s = -math.inf
-        self._seats = sys.maxsize  # in the next batch
+        self._seats = sys.maxsize  # limit on the next batch
         self._queues = tuple(DeadlineQueue() for _ in profile.lengths)
-        self._place: int | None = None  # of the head's length bucket, once it has been looked for
+        self._place: int | None = None  # index of the head's length bucket; None after a change, until it is needed
         self.retime(profile)
 
     def retime(self, profile: Profile) -> None:
-        """Counts work by another profile, with the same length buckets, from now on; also what has been pushed before."""
+        """See `Queue.retime`. The profile has the same length buckets."""
         self._profile, self._place = profile, None
         self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.each_length)
-        alone_ms = [queue.fastest(t).latency_ms[0] for t in profile.each_length]
+        alone_ms = [t.fastest().latency_ms[0] for t in profile.each_length]
         self._alone_s = tuple(1e-3 * (ms - alone_ms[0]) for ms in alone_ms)
 
     def __len__(self) -> int:
         return sum(map(len, self._queues))
 
     def tokens(self, more: Sequence[int] = ()) -> int:
-        """Tokens of all items, and of more of such lengths, each padded to its length bucket."""
+        """Tokens of all items and of `more` items with these lengths, each padded to its length bucket."""
         waiting = sum(len(q) * length for q, length in zip(self._queues, self._lengths, strict=True))
         return waiting + sum(self._lengths[bisect.bisect_left(self._lengths, length)] for length in more)
 
-    def look(self, now_s: float) -> None:
-        """Tells it the time, from which it knows how large a batch of deferred items the others can wait for."""
+    def choose_head(self, now_s: float) -> int:
+        """See `Queue.choose_head`. The time limits how large a batch of deferred items may be."""
         self._now_s = now_s
         if any(q.late for q in self._queues):
             self._place = None
+        return self.head_length
 
     @property
     def late(self) -> int:
-        """Number of deferred items that could be in the head's batch."""
+        """Number of deferred items that are eligible."""
         return sum(q.late for q in self._queues[: self._head_place() + 1])
 
     @property
-    def pushed(self) -> float:  # type: ignore[override]
+    def pushed(self) -> float:
         """Work of all items since the beginning, in milliseconds of a worker."""
         return sum(q.pushed * ms for q, ms in zip(self._queues, self._work_ms, strict=True))
 
     @property
-    def unit(self) -> float:  # type: ignore[override]
-        """Variance over mean of `pushed`, if arrivals are independent, in milliseconds: the mean work, weighted by itself."""
+    def dispersion(self) -> float:
+        """Sum of squared work / sum of work, in milliseconds: variance over mean of a compound Poisson process."""
         return sum(q.pushed * ms**2 for q, ms in zip(self._queues, self._work_ms, strict=True)) / (self.pushed or 1.0)
 
     @property
-    def work_ms(self) -> float:  # type: ignore[override]
-        """Work of one query of the head's length bucket."""
+    def head_work(self) -> float:
+        """Work of one query of the head's length bucket, in milliseconds of a worker."""
         return self._work_ms[self._head_place()]
 
     @property
     def head_length(self) -> int:
-        """The head's length bucket; only while something waits."""
+        """The head's length bucket. Only defined while the queue has items."""
         return self._lengths[self._head_place()]
 
     @property
-    def riders(self) -> int:
-        """Number of items that could be in the head's batch; where that of a late head lets items on time wait, no more than
-        it can hold and be in time for them."""
+    def eligible(self) -> int:
+        """Number of items that could be in the head's batch. A deferred head limits it, so that on-time items are in time."""
         return min(sum(map(len, self._queues[: self._head_place() + 1])), self._seats)
 
     @property
     def head_deadline_s(self) -> float:
-        """The head's deadline; inf when empty."""
+        """The head's deadline; infinite if the queue is empty."""
         return self._queues[self._head_place()].head_deadline_s
 
     def head(self) -> Any:
-        """The first item of the next batch, left in place; None when empty."""
+        """See `Queue.head`."""
         return self._queues[self._head_place()].head()
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
-        """Adds an item of so many tokens; 0, where nobody knows, belongs to the longest length bucket."""
+        """Add an item of `length` tokens. An unknown length, 0, belongs to the longest length bucket."""
         self._place = None
         self._queues[bisect.bisect_left(self._lengths, length) if length else -1].push(deadline_s, item, floor)
 
     def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None:
-        """Adds items that share a deadline and a floor, each of its own length."""
+        """Add items that share a deadline and a floor, each with its own length."""
         for item, length in zip(items, lengths, strict=True):
             self.push(deadline_s, item, floor, length)
 
     def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
-        """Takes up to `n` items that may share the head's batch; none where the head's floor exceeds `accuracy`, and of each
-        length bucket those before its first floor that does."""
+        """Take up to `n` eligible items, from each length bucket those before its first floor above `accuracy`.
+
+        If the head's own floor is above `accuracy`, take none.
+        """
         items: list[Any] = []
         for q, _, count in self._shares(n):
             items += q.pop(min(count, n - len(items)), accuracy)
@@ -148,8 +146,8 @@ class LengthQueue(DeadlineQueue):
         return items
 
     def head_floors(self, n: int) -> tuple[float, ...]:
-        """The floors of the first `n` items in the order in which `pop` takes them; `()` where none of them has a floor."""
-        if not any(q.head_floors(1) for q in self._queues):  # none of them has one
+        """See `Queue.head_floors`."""
+        if not any(q.head_floors(1) for q in self._queues):  # no item has a floor
             return ()
         floors: tuple[float, ...] = ()
         for q, start, count in self._shares(n):
@@ -158,39 +156,41 @@ class LengthQueue(DeadlineQueue):
         return floors if any(floors) else ()
 
     def defer(self, before_s: float) -> int:
-        """Puts the items of the head's length bucket and of longer ones whose deadlines are earlier behind all others, where
-        they stay; returns how many it moved. What is too late for the head may do for a shorter one."""
+        """See `Queue.defer`. Length buckets shorter than the head's are left alone: their batches take less time."""
         moved = sum(q.defer(before_s) for q in self._queues[self._head_place() :])
         self._place = None
         return moved
 
     def set_aside(self, before_s: float) -> Any:
-        """Takes out the items of the head's length bucket and of longer ones whose deadlines are earlier, as `defer` would."""
+        """See `Queue.set_aside`. Takes from the same length buckets as `defer`."""
         aside = [(q, q.set_aside(before_s)) for q in self._queues[self._head_place() :]]
         self._place = None
         return aside
 
     def put_back(self, aside: Any) -> None:
-        """See `DeadlineQueue.put_back`."""
+        """See `Queue.put_back`."""
         for q, entries in aside:
             q.put_back(entries)
         self._place = None
 
     def drop_late(self, done: Callable[[Any], bool]) -> None:
-        """See `DeadlineQueue.drop_late`."""
+        """See `Queue.drop_late`."""
         self._place = None
         for q in self._queues:
             q.drop_late(done)
 
     def sweep(self, done: Callable[[Any], bool]) -> None:
-        """See `DeadlineQueue.sweep`."""
+        """See `Queue.sweep`."""
         self._place = None
         for q in self._queues:
             q.sweep(done)
 
     def pop_before(self, before_s: float) -> list[Any]:
-        """Takes every item whose deadline is earlier, deferred or not: `before_s` is that of the shortest length bucket, and
-        later for the others by what the fastest subnet takes longer for them."""
+        """Take every item with an earlier deadline, deferred or not.
+
+        `before_s` is for the shortest length bucket. For longer ones the limit is later, by the additional latency of their
+        fastest subnet.
+        """
         self._place = None
         taken = []
         for q, extra_s in zip(self._queues, self._alone_s, strict=True):
@@ -198,20 +198,20 @@ class LengthQueue(DeadlineQueue):
         return taken
 
     def pop_above(self, accuracy: float) -> list[Any]:
-        """See `DeadlineQueue.pop_above`."""
+        """See `Queue.pop_above`."""
         self._place = None
         return [item for q in self._queues for item in q.pop_above(accuracy)]
 
-    def due_by(self, time_s: float) -> float:  # type: ignore[override]
-        """Work of the items with deadlines up to a time, but for the deferred, in queries of the head's length bucket."""
-        return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.work_ms
+    def due_by(self, time_s: float) -> float:
+        """Work of the items with deadlines up to a time, without deferred ones, in queries of the head's length bucket."""
+        return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.head_work
 
     def items(self) -> list[Any]:
-        """Every item, left in place, in no order."""
+        """See `Queue.items`."""
         return [item for q in self._queues for item in q.items()]
 
     def drain(self) -> list[Any]:
-        """Takes every item."""
+        """See `Queue.drain`."""
         self._place = None
         return [item for q in self._queues for item in q.drain()]
 
@@ -227,16 +227,18 @@ class LengthQueue(DeadlineQueue):
         return self._place
 
     def _lost_first(self, place: int, deadline_s: float) -> int:
-        """The longer length bucket whose deferred items have the next batch, though there are items on time, the earliest of
-        which is in `place`; that itself where there is none, or these would have to wait for too long."""
+        """Index of a longer length bucket whose deferred items get the next batch before the on-time head at `place`.
+
+        Returns `place` if there is none, or if the on-time head could not wait for any such batch.
+        """
         for i in sorted(range(place + 1, len(self._queues)), key=lambda i: self._queues[i].late_deadline_s):
             q, riding = self._queues[i], self._queues[: i + 1]
             on_time = sum(len(q) - q.late for q in riding)
             if not q.late or on_time >= self._profile.max_batch:
                 continue
-            # What is on time is served after it, by the same worker if need be, and more of it will have come.
-            then_ms = queue.fastest(self._profile.each_length[place]).latency_ms[-1]
-            first = queue.fastest(self._profile.each_length[i], (*q.head_floors(1), 0.0)[0])
+            # The on-time queries run after it, perhaps on the same worker. More will have arrived: assume a full batch.
+            then_ms = self._profile.each_length[place].fastest().latency_ms[-1]
+            first = self._profile.each_length[i].fastest((*q.head_floors(1), 0.0)[0])
             sizes = zip(self._profile.batch_sizes, first.latency_ms, strict=True)
             if seats := [n for n, ms in sizes if self._now_s + 1e-3 * (ms + then_ms) <= deadline_s]:
                 self._seats = seats[-1]
@@ -244,8 +246,10 @@ class LengthQueue(DeadlineQueue):
         return place
 
     def _shares(self, n: int) -> Iterator[tuple[DeadlineQueue, int, int]]:
-        """The queues that a batch of `n` takes from, in order: from which item on, and how many at most; late ones last, but
-        for those of a late head's length bucket."""
+        """The parts of a batch of `n` in order: queue, index of the first item in it, largest number of items.
+
+        Deferred items come last, unless the head itself is deferred: then those of its length bucket come first.
+        """
         head, *shorter = riding = self._queues[self._head_place() :: -1]
         late_head = len(head) == head.late
         if n > 0 and late_head:

@@ -1,12 +1,11 @@
-"""How fast each worker is: what its profile says of it, and how it has run of late. Server and simulator share it. No jax.
+"""How fast each worker is, from its profile and from its recent batches. Server and simulator share it. No jax.
 
-A profile is measured once; a device that others share, or that throttles, runs slower than that later on, and a policy that
-trusts the profile then misses deadlines. A device that runs f times slower than its profile is, to a policy, the same as one
-that does not, on which time runs f times faster: slack and SLO are f times shorter, and f times as much traffic comes in a
-second. So `dispatch` puts the correction into the state that the policy sees, and no table is made anew.
+A profile is measured once. A device that is shared or throttled may run slower later. A policy that trusts the profile then
+misses deadlines. To a policy, a device that is f times slower is an exact device on which time runs f times faster: slack and
+SLO are f times shorter, and rates are f times higher. So `dispatch` corrects the state that the policy sees, and the policies
+keep their tables.
 
-Workers that differ, by their profiles or by how they run, differ in what they carry: a policy counts the workers in units of
-the one that asks.
+Workers with different speeds serve different shares of the traffic. A policy counts the workers in units of the asking one.
 """
 
 import math
@@ -15,29 +14,29 @@ from typing import NamedTuple
 
 from superserve_jax.profile import Profile
 
-_MEMORY_MS = 100.0  # of computing: a fifth of a second of a worker that is busy for half of it
-_SHARE = 0.1  # of the estimate that one batch may decide, however long it is
-_SURPRISE = 0.3  # a batch counts for no more than this beyond the estimate, as the logarithm of a ratio
-_IGNORED = 0.05  # as well: less is jitter, for which policies keep a reserve
-_LOG_LIMIT = math.log(8.0)  # a device that is even slower is no longer fit for what was measured of it
+_MEMORY_MS = 100.0  # time constant, in milliseconds of computing: 0.2 s of a worker that is busy half of the time
+_SHARE = 0.1  # largest weight of one batch in the estimate
+_SURPRISE = 0.3  # limit on a batch's log ratio, relative to the estimate
+_IGNORED = 0.05  # log ratios below this are jitter; policies keep a reserve for it
+_LOG_LIMIT = math.log(8.0)  # largest estimate; on an even slower device the profile is useless
 
 
 class SlowdownEstimate:
-    """By how much one worker is slower than its profile says.
+    """Estimates how many times slower than its profile one worker runs.
 
-    The estimate is a running mean of the logarithm of the batches' latency over the profiled one, in which long batches count
-    for more and none for much (Huber's clipped mean): it follows a device that becomes slower for good in some tens of
-    batches, and one batch that takes fifty times as long moves it by 3 % at most. Never faster than the profile: that
-    something ran fast is no reason to promise more. Below 5 % nothing is corrected.
+    The estimate is the exponential of a running mean of log(latency / profiled latency). Longer batches have more weight. Each
+    term is clipped (Huber's clipped mean): a single batch that takes fifty times as long moves the estimate by at most 3 %. A
+    device that stays slower is followed within some tens of batches. The estimate is never below 1, since a few fast batches
+    promise nothing. Slowdowns below 5 % count as 1.
 
-    >>> drift = SlowdownEstimate()
+    >>> estimate = SlowdownEstimate()
     >>> for _ in range(100):
-    ...     drift.observe(20.0, 30.0)
-    >>> round(drift.slowdown, 2)
+    ...     estimate.observe(20.0, 30.0)
+    >>> round(estimate.slowdown, 2)
     1.5
     >>> for took_ms in [1000.0, *[20.0] * 100]:
-    ...     drift.observe(20.0, took_ms)
-    >>> drift.slowdown
+    ...     estimate.observe(20.0, took_ms)
+    >>> estimate.slowdown
     1.0
     """
 
@@ -48,7 +47,7 @@ class SlowdownEstimate:
         self.slowdown = 1.0  # at least 1
 
     def observe(self, profiled_ms: float, took_ms: float) -> None:
-        """A batch took `took_ms`; by its profile it should have been `profiled_ms`. O(1), from one thread at a time."""
+        """Note a batch that took `took_ms` instead of `profiled_ms`. O(1). Only one thread may call it at a time."""
         surprise = (math.log(took_ms / profiled_ms) if took_ms > 0 else -math.inf) - self._log
         if surprise > _SURPRISE:
             surprise = _SURPRISE
@@ -60,12 +59,12 @@ class SlowdownEstimate:
 
 
 class Pace(NamedTuple):
-    """What a decision needs to know of the workers' speeds.
+    """The speeds that matter for a decision of one worker, the asking one.
 
     Args:
-      workers: how many are alive, in units of the one that asks.
-      slowdown: how many times slower than its profile that one is.
-      lead: how many times as fast as that one the fastest live worker is; at least 1.
+      workers: total speed of the live workers / speed of the asking one.
+      slowdown: how many times slower than its profile the asking worker runs, at least 1.
+      lead: speed of the fastest live worker / speed of the asking one, at least 1.
     """
 
     workers: float = 1.0
@@ -73,12 +72,16 @@ class Pace(NamedTuple):
     lead: float = 1.0
 
 
+EVEN_PACE = Pace()
+"""The pace of a single worker that is as fast as its profile."""
+
+
 class Fleet:
-    """The workers' speeds. The caller holds a lock, but for `observe`.
+    """The speeds of all workers. The caller holds a lock, except for `observe`.
 
     Args:
-      profiles: of the workers 0, 1, ...; others may join.
-      correct: whether drift is followed; else every worker is as fast as its profile says.
+      profiles: the profiles of workers 0, 1, ... More workers may join.
+      correct: whether to follow slowdowns. If not, every worker counts as fast as its profile.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -92,34 +95,34 @@ class Fleet:
 
     def __init__(self, profiles: Sequence[Profile] = (), *, correct: bool = True):
         self._correct = correct
-        self._drifts: dict[int, SlowdownEstimate] = {}
-        self._first_qps = 0.0  # throughput of the first worker, in units of which those that are alike are whole numbers
-        self._profiled: dict[int, float] = {}
-        self._speeds: dict[int, float] = {}  # of late; 0 of a worker that is gone
-        self._paces: dict[int, Pace] = {}  # that still hold
+        self._estimates: dict[int, SlowdownEstimate] = {}
+        self._first_qps = 0.0  # throughput of the first worker, the unit of speed: equal workers then sum up exactly
+        self._profiled: dict[int, float] = {}  # speeds by the profiles
+        self._speeds: dict[int, float] = {}  # recent speeds, 0 for a worker that left
+        self._paces: dict[int, Pace] = {}  # a cache
         for worker, profile in enumerate(profiles):
             self.join(worker, profile)
 
     def join(self, worker: int, profile: Profile) -> None:
-        """A worker is new."""
+        """Add a worker."""
         qps = profile.throughput_qps(profile.rows[0].subnet)
         self._first_qps = self._first_qps or qps
-        self._drifts[worker], self._profiled[worker] = SlowdownEstimate(), qps / self._first_qps
+        self._estimates[worker], self._profiled[worker] = SlowdownEstimate(), qps / self._first_qps
         self._set(worker, self._profiled[worker])
 
     def resize(self, worker: int, profile: Profile) -> None:
-        """A worker carries less from now on, as this profile says, and has run of late as it did."""
+        """Give a worker another profile, for example with smaller batches. Its slowdown stays."""
         self._profiled[worker] = profile.throughput_qps(profile.rows[0].subnet) / self._first_qps
-        self._set(worker, self._profiled[worker] / self._drifts[worker].slowdown)
+        self._set(worker, self._profiled[worker] / self._estimates[worker].slowdown)
 
     def observe(self, worker: int, profiled_ms: float, took_ms: float) -> None:
-        """See `Drift.observe`; called by the worker itself, without a lock."""
+        """See `SlowdownEstimate.observe`. The worker itself calls it, without the lock."""
         if self._correct:
-            self._drifts[worker].observe(profiled_ms, took_ms)
+            self._estimates[worker].observe(profiled_ms, took_ms)
 
     def pace(self, worker: int) -> Pace:
-        """For a decision of a live worker. O(1) as long as no worker's speed changes."""
-        slowdown, speeds = self._drifts[worker].slowdown, self._speeds
+        """The speeds for a decision of a live worker. O(1) as long as no worker's speed changes."""
+        slowdown, speeds = self._estimates[worker].slowdown, self._speeds
         speed = self._profiled[worker] / slowdown
         if speed != speeds[worker]:
             self._set(worker, speed)
@@ -128,22 +131,22 @@ class Fleet:
         return pace
 
     def strength(self) -> tuple[float, int]:
-        """What all live workers carry together, in units of the first worker as profiled, and how many they are."""
+        """Total speed of the live workers, in units of the first worker's profile, and their number."""
         speeds = self._speeds.values()
         return sum(speeds), sum(map(bool, speeds))
 
     def leave(self, worker: int) -> None:
-        """A worker is gone."""
+        """A worker left. It may come back."""
         self._set(worker, 0.0)
 
     def come_back(self, worker: int) -> None:
-        """It is there again."""
-        self._set(worker, self._profiled[worker] / self._drifts[worker].slowdown)
+        """A worker that left is alive again, with the slowdown that it had."""
+        self._set(worker, self._profiled[worker] / self._estimates[worker].slowdown)
 
     def _set(self, worker: int, speed: float) -> None:
         self._speeds[worker] = speed
         self._paces.clear()
 
     def slowdown(self, worker: int) -> float:
-        """How many times slower than its profile a worker has been of late; 1 where it was not slower."""
-        return self._drifts[worker].slowdown
+        """How many times slower than its profile a worker runs, at least 1."""
+        return self._estimates[worker].slowdown

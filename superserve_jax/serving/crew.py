@@ -21,7 +21,7 @@ from typing import Any, Literal
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import length_queue, queue
+from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
@@ -228,7 +228,7 @@ class Crew:
         """Finds what the workers that are alive, or those that come after them, offer; as it was where none is alive."""
         if profiles := [(w.successor or w).profile for w in self._workers if w.alive]:
             self.best = min(p.rows[-1].accuracy for p in profiles)
-            self._fastest_s = min(1e-3 * queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
+            self._fastest_s = min(1e-3 * p.at_length(0).fastest().latency_ms[0] for p in profiles)
 
     def _locked_drop(self, worker: Worker, gone: Literal["left", "abandoned"]) -> list[tuple[Query, errors.SuperServeError]]:
         self._alive -= worker.alive

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 from superserve_jax import errors
-from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.length_queue import LengthQueue
+from superserve_jax.scheduling.queue import Queue
 from superserve_jax.serving.futures import Query
 
 
@@ -28,7 +29,7 @@ class QueueLimits:
             self._max_queue, self._limit = max_queue_bytes // input_bytes, f"{self._token_limit} ({input_bytes} each)"
         self._until_sweep = 0  # refusals
 
-    def check(self, waiting: DeadlineQueue, count: int, lengths: Sequence[int]) -> None:
+    def check(self, waiting: Queue, count: int, lengths: Sequence[int]) -> None:
         """Raises QueueFullError where the queue has no room for so many more, of these lengths if inputs have any.
 
         Cancelled queries are swept out where there is none. That takes 0.1 us for each that waits, so it is not done again
@@ -47,8 +48,10 @@ class QueueLimits:
             f"submit more slowly, add devices, or raise {limit.partition('=')[0]}"
         )
 
-    def _exceeded(self, waiting: DeadlineQueue, count: int, lengths: Sequence[int]) -> str | None:
+    def _exceeded(self, waiting: Queue, count: int, lengths: Sequence[int]) -> str | None:
         """The bound that so many more would exceed."""
         if len(waiting) + count > self._max_queue:
             return self._limit
-        return self._token_limit if self._max_tokens < math.inf and waiting.tokens(lengths) > self._max_tokens else None
+        if isinstance(waiting, LengthQueue) and self._max_tokens < math.inf and waiting.tokens(lengths) > self._max_tokens:
+            return self._token_limit
+        return None

@@ -20,7 +20,7 @@ from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
-from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.queue import Queue
 from superserve_jax.serving.futures import Query
 
 
@@ -36,7 +36,7 @@ class Retry:
       alone_on: of a single query, the indices of the workers on which it failed alone.
     """
 
-    waiting: DeadlineQueue
+    waiting: Queue
     meter: ArrivalMeter
     failures: int
     avoid: int

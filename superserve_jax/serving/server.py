@@ -428,16 +428,10 @@ def _spec(e: Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
 
 
 def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
-    """See `policies.create`. Raises ConfigError, too, for a policy that only the simulator can follow."""
+    """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
     if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
         raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")
-    made = policies.create(policy, *profiles)
-    if str(getattr(made, "name", "")).startswith("switching:"):
-        raise errors.ConfigError(
-            f"policy '{getattr(made, 'name', made)}' loads models, which a server has no need to: it would look as though "
-            "loading took no time; simulate it, or serve with the policy after the second colon"
-        )
-    return made
+    return policies.create(policy, *profiles)
 
 
 def check_slo(slo_ms: float) -> float:

@@ -15,8 +15,9 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import dispatch, length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.scheduling.speeds import Fleet, Pace
+from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.serving.crew import Crew
 from superserve_jax.serving.roster import Successor, Worker
 
@@ -86,9 +87,7 @@ class Swapping(Crew):
             waiting = length_queue.make_queue(profile)
             waiting.push(now_s + 1.0, None, length=length)
             try:
-                dispatch.next_batch(
-                    *(waiting, ArrivalMeter(), policy, profile, now_s), pace=Pace(), last_subnet=None, worker=worker
-                )
+                dispatch.next_batch(Turn(waiting, ArrivalMeter(), policy, profile, worker=worker), now_s)
             except Exception as error:
                 raise errors.ConfigError(
                     f"the server's policy cannot do with the profile of what it is to change over to: {error!r}; give the "

@@ -14,8 +14,9 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.admission import Admission
+from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.scheduling.queue import DeadlineQueue
+from superserve_jax.scheduling.queue import Queue
 from superserve_jax.serving import futures, retries
 from superserve_jax.serving.failing import Failing
 from superserve_jax.serving.futures import Query, Reply
@@ -64,7 +65,7 @@ def _learn_pace(worker: Worker, took: float | None) -> None:
     worker.pace = max(worker.pace, _LEAST_PACE)
 
 
-def refill(waiting: DeadlineQueue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
+def refill(waiting: Queue, profile: Profile, row: Row, batch: list[Query]) -> list[Query]:
     """A batch of `next_batch` with what comes next, and is no longer, in the places of its cancelled queries."""
     if not any(map(futures.resolved, batch)):
         return batch
@@ -239,16 +240,9 @@ class Pool(Failing):
         batch = unlucky = ()
         if len(waiting):
             try:
-                row, batch, _, reason = dispatch.next_batch(
-                    waiting,
-                    meter,
-                    worker.policy,
-                    worker.profile,
-                    begin_s,
-                    pace=self._fleet.pace(worker.index),
-                    last_subnet=worker.last_subnet,
-                    worker=worker.index,
-                )
+                pace = self._fleet.pace(worker.index)
+                turn = Turn(waiting, meter, worker.policy, worker.profile, pace, worker.last_subnet, worker.index)
+                row, batch, reason = dispatch.next_batch(turn, begin_s)
                 batch = refill(waiting, worker.profile, row, batch)
             except Exception as error:
                 _log.exception("the policy failed")

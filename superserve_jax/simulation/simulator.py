@@ -17,10 +17,10 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, profiles_of_workers
-from superserve_jax.scheduling import length_queue, policies, queue
+from superserve_jax.scheduling import length_queue, policies
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.arrivals import ArrivalMeter
-from superserve_jax.scheduling.dispatch import next_batch
+from superserve_jax.scheduling.dispatch import Turn, next_batch
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.simulation.traces import Trace
@@ -175,7 +175,7 @@ class _Batch(NamedTuple):
     start_s: float
     accuracy: float
     profiled_ms: float
-    extra_ms: float  # that the device did not compute
+    actuation_ms: float
 
 
 class _Simulation:
@@ -188,7 +188,7 @@ class _Simulation:
         self.factors = _latency_factors(cluster.noise, seed)
         self.max_batch = profile.max_batch
         self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
-        self.fastest_s = 1e-3 * min(queue.fastest(p.at_length(0)).latency_ms[0] for p in profiles)
+        self.fastest_s = 1e-3 * min(p.at_length(0).fastest().latency_ms[0] for p in profiles)
         self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
         self.deadlines: list[float] = trace.deadlines_s.tolist()
         best = min(p.rows[-1].accuracy for p in profiles)
@@ -292,19 +292,18 @@ class _Simulation:
             if not len(waiting):
                 return
         worker = self.idle.popleft()
-        last = self.last_subnet[worker]
-        pace = self.fleet.pace(worker)
-        row, queries, extra_ms, _ = next_batch(
-            waiting, self.meter, self.policy, self.profiles[worker], now_s, pace=pace, last_subnet=last, worker=worker
-        )
+        last, pace = self.last_subnet[worker], self.fleet.pace(worker)
+        turn = Turn(waiting, self.meter, self.policy, self.profiles[worker], pace, last, worker)
+        row, queries, _ = next_batch(turn, now_s)
         profiled_ms = row.latency_ms[self.padded[len(queries)]]
         latency_ms = profiled_ms * next(self.factors) * self.slowdown(worker, now_s) + self.cluster.overhead_ms
+        actuation_ms = 0.0
         if row.subnet != last:
-            extra_ms += self.cluster.actuation_ms
+            actuation_ms = self.cluster.actuation_ms
             self.last_subnet[worker] = row.subnet
-        batch = _Batch(worker, queries, now_s, row.accuracy, profiled_ms, extra_ms)
+        batch = _Batch(worker, queries, now_s, row.accuracy, profiled_ms, actuation_ms)
         self.running[worker] = batch
-        self.at(now_s + 1e-3 * (latency_ms + extra_ms), self.finish, batch)
+        self.at(now_s + 1e-3 * (latency_ms + actuation_ms), self.finish, batch)
 
     def slowdown(self, worker: int, now_s: float) -> float:
         """By which batches that begin now on a worker take longer."""
@@ -321,7 +320,7 @@ class _Simulation:
             self.at(self.stalled_until_s, self.finish, batch)
             return
         self.running[batch.worker] = None
-        self.fleet.observe(batch.worker, batch.profiled_ms, 1e3 * (now_s - batch.start_s) - batch.extra_ms)
+        self.fleet.observe(batch.worker, batch.profiled_ms, 1e3 * (now_s - batch.start_s) - batch.actuation_ms)
         self.idle.append(batch.worker)
         self.answered += batch.queries
         self.sizes.append(len(batch.queries))

@@ -14,10 +14,10 @@ from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch, length_queue, policies
 from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.length_queue import LengthQueue
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.scheduling.queue import DeadlineQueue
-from superserve_jax.scheduling.speeds import Pace
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import bounds, paper_profile, simulator, traces
 from superserve_jax.simulation.simulator import Cluster, Outage
@@ -54,7 +54,7 @@ def filled(entries):
 
 
 def decide(q, policy, now_s=0.0, meter=None):
-    return dispatch.next_batch(q, meter or ArrivalMeter(), policy, PROFILE, now_s, pace=Pace(), last_subnet=None, worker=0)[:3]
+    return dispatch.next_batch(Turn(q, meter or ArrivalMeter(), policy, PROFILE), now_s)
 
 
 def test_inputs_of_one_shape_or_one_length_wait_in_a_plain_queue():
@@ -83,7 +83,7 @@ def test_texts_that_are_added_together_go_to_the_length_bucket_of_each(lengths, 
     together, one_by_one = LengthQueue(PROFILE), filled([(deadline_s, 0.0, length) for length in lengths])
     together.push_all(deadline_s, range(len(lengths)), lengths=lengths)
     for q in together, one_by_one:
-        q.look(0.0)
+        q.choose_head(0.0)
     while len(one_by_one):
         assert together.head_length == one_by_one.head_length
         assert together.pop(4) == one_by_one.pop(4)
@@ -197,8 +197,8 @@ def lost_and_on_time(lost_tokens, on_time=1, deadline_s=1.0):
 
 def test_lost_queries_of_a_longer_bucket_have_a_batch_once_those_on_time_do_not_fill_one():
     q = lost_and_on_time(32, on_time=5)
-    assert (q.head(), q.head_length, q.late, q.riders, q.pop(4)) == (1, 8, 0, 5, [1, 2, 3, 4])
-    assert (q.head(), q.head_length, q.late, q.riders, q.pop(4)) == (0, 32, 1, 2, [0, 5])
+    assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (1, 8, 0, 5, [1, 2, 3, 4])
+    assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (0, 32, 1, 2, [0, 5])
 
 
 def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
@@ -207,8 +207,8 @@ def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
         q = lost_and_on_time(32)
         q.push(0.002, "another", 0.0, 32)
         q.defer(0.01)
-        q.look(now_s)
-        assert (q.head_length, q.riders) == (length, riders), now_s
+        q.choose_head(now_s)
+        assert (q.head_length, q.eligible) == (length, riders), now_s
         _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that does not look at how many there are
         assert len(batch) == riders, now_s
 

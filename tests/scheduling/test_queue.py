@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import queue
+from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.dispatch import Turn
+from superserve_jax.scheduling.policies import Decision
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.simulation import traces
 from superserve_jax.subnet import Subnet
@@ -107,7 +109,7 @@ def test_deferred_items_that_are_done_are_dropped_up_to_the_first_that_is_not():
 
 def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
     q = filled([(1.0, 0.0), (2.0, 0.7), (3.0, 0.75), (4.0, 0.0)])
-    assert queue.take(q, PROFILE, SMALL, 4, slack_ms=100.0) == (SMALL, [0, 1])
+    assert dispatch.take(q, PROFILE, SMALL, 4, slack_ms=100.0) == (SMALL, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -115,12 +117,12 @@ def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
 )
 def test_a_head_above_the_decided_subnet_is_taken_by_the_fastest_that_reaches_it(slack_ms, batch):
     q = filled([(1.0, 0.75)] * 4)
-    assert queue.take(q, PROFILE, SMALL, 4, slack_ms=slack_ms) == (MIDDLE, list(range(batch)))
+    assert dispatch.take(q, PROFILE, SMALL, 4, slack_ms=slack_ms) == (MIDDLE, list(range(batch)))
 
 
 def test_a_floor_that_no_subnet_reaches_names_the_best():
     with pytest.raises(errors.ProfileError, match=r"as accurate as 0\.9, the best reaches 0\.8; lower the floor"):
-        queue.fastest(PROFILE, 0.9)
+        PROFILE.fastest(0.9)
 
 
 @given(ENTRIES, st.lists(st.sampled_from([1.0, 2.0, 4.0, 6.0]), max_size=3), st.integers(0, 8))
@@ -171,7 +173,8 @@ def test_counting_what_is_due_looks_at_few_of_those_that_wait():
 
 def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():
     q = filled([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
-    assert queue.take(q, PROFILE, SMALL, 2, slack_ms=50.0, defer_before_s=2.0) == (SMALL, [1, 2])
+    turn = Turn(q, ArrivalMeter(), lambda profile, state: Decision(SMALL.subnet, 2, defer_ms=2000.0), PROFILE)
+    assert dispatch.next_batch(turn, 0.0).items == [1, 2]
     assert (q.late, q.drain()) == (1, [0])
 
 

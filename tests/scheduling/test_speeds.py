@@ -12,6 +12,7 @@ from superserve_jax import errors
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Decision, SlackFit
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Fleet, Pace, SlowdownEstimate
@@ -108,8 +109,7 @@ def test_a_device_that_is_slower_than_its_profile_is_served_as_one_whose_profile
         waiting.pushed += 1000
         meter.shorten(now_s, 36.0)
         pace = Pace(workers, slowdown)
-        options = {"pace": pace, "last_subnet": None, "worker": 0}
-        row, items, _ = dispatch.next_batch(waiting, meter, SlackFit(table), table, now_s, **options)[:3]
+        row, items, _ = dispatch.next_batch(Turn(waiting, meter, SlackFit(table), table, pace), now_s)
         return row.subnet, items, waiting.late
 
     assert decided(PAPER, factor) == decided(PAPER.scaled(factor), 1.0)
@@ -130,8 +130,7 @@ def test_on_a_slow_device_slack_and_slo_are_shorter_and_more_comes_in_a_second_a
         meter.shorten(0.15, 36.0)
         for i in range(250):
             waiting.push(0.16 + 1e-3 * i, i)
-        options = {"pace": Pace(3.0, slowdown), "last_subnet": None, "worker": 1}
-        dispatch.next_batch(waiting, meter, policy, PAPER, 0.15, **options)[:3]
+        dispatch.next_batch(Turn(waiting, meter, policy, PAPER, Pace(3.0, slowdown), None, 1), 0.15)
         late.append(waiting.late)
     plain, slowed = seen
     doubled = {"rate_qps": 2 * plain.rate_qps, "variance_qps": 2 * plain.variance_qps}
@@ -183,8 +182,7 @@ def test_what_a_slow_worker_cannot_save_is_left_to_the_fast_one():
     for i in range(40):
         waiting.push(urgent_s if i < 20 else 1.0, i)
     fleet = Fleet([fast, slow])
-    options = {"pace": fleet.pace(1), "last_subnet": None, "worker": 1}
-    _, items, _ = dispatch.next_batch(waiting, ArrivalMeter(), SlackFit(slow), slow, 0.0, **options)[:3]
+    _, items, _ = dispatch.next_batch(Turn(waiting, ArrivalMeter(), SlackFit(slow), slow, fleet.pace(1), None, 1), 0.0)
     assert items[0] == 20
     assert waiting.late == 0
     assert waiting.drain() == [i for i in range(40) if i not in items]
@@ -195,8 +193,8 @@ def test_of_queries_that_nobody_can_save_the_slow_worker_takes_its_share():
     for i in range(20):
         waiting.push(-1.0, i)
     slow = PAPER.scaled(3.0)
-    options = {"pace": Fleet([PAPER, slow]).pace(1), "last_subnet": None, "worker": 1}
-    _, items, _ = dispatch.next_batch(waiting, ArrivalMeter(), SlackFit(slow), slow, 0.0, **options)[:3]
+    pace = Fleet([PAPER, slow]).pace(1)
+    _, items, _ = dispatch.next_batch(Turn(waiting, ArrivalMeter(), SlackFit(slow), slow, pace, None, 1), 0.0)
     assert items == list(range(16))
 
 

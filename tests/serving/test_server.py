@@ -17,8 +17,7 @@ from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, always, by_slack, fai
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
-from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling.policies import Decision, Switching
+from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving import runtime
 from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
@@ -562,13 +561,6 @@ def test_each_query_is_answered_exactly_once_with_threads_submitting_from_all_si
             outcomes["answered"] += 1
     assert outcomes["answered"] > 2 * per_thread
     assert outcomes["cancelled"] > 0
-
-
-@pytest.mark.parametrize("policy", ["switching:100:slackfit", Switching(lambda profile, state: None, 5.0)])
-def test_a_policy_that_loads_models_is_refused_since_a_server_loads_nothing(policy):
-    table = Profile((1,), (Row(SUBNETS[0], 0.7, (1.0,)),))
-    with pytest.raises(errors.ConfigError, match="loads models"):
-        Server.from_engines([FakeEngine(table)], table, policy=policy)
 
 
 def test_a_cancelled_query_that_has_stepped_back_is_forgotten():

@@ -387,10 +387,10 @@ def test_a_queue_gives_up_just_the_floors_above_and_keeps_its_order(profile, ite
 def test_a_queue_that_counts_by_another_profile_is_as_one_that_always_did(items, time_s):
     q, expected = filled(BUCKETED, items), filled(FASTER, items)
     q.retime(FASTER)
-    assert (q.pushed, q.unit, q.work_ms, q.due_by(time_s)) == (
+    assert (q.pushed, q.dispersion, q.head_work, q.due_by(time_s)) == (
         expected.pushed,
-        expected.unit,
-        expected.work_ms,
+        expected.dispersion,
+        expected.head_work,
         expected.due_by(time_s),
     )
     assert q.pop_before(time_s) == expected.pop_before(time_s)
@@ -415,7 +415,7 @@ def test_what_has_failed_is_run_again_by_the_new_profile():
     again.give_back([query], None, 0)
     again.retime(FASTER)
     again.give_back([query], None, 0)
-    assert [group.waiting.work_ms for group in again.groups] == [filled(FASTER, [(1.0, 0.0, 5)]).work_ms] * 2
+    assert [group.waiting.head_work for group in again.groups] == [filled(FASTER, [(1.0, 0.0, 5)]).head_work] * 2
 
 
 def tokens(length):

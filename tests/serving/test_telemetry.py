@@ -17,9 +17,9 @@ from prometheus_client import parser
 from superserve_jax import errors
 from superserve_jax.scheduling import dispatch, policies
 from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Decision, SlackFit, State
 from superserve_jax.scheduling.queue import DeadlineQueue
-from superserve_jax.scheduling.speeds import Pace
 from superserve_jax.serving import telemetry
 from superserve_jax.serving.prometheus import Collector
 from superserve_jax.serving.telemetry import Histogram
@@ -258,9 +258,7 @@ def test_a_batch_that_ran_on_another_subnet_than_decided_since_its_head_asks_for
     waiting = DeadlineQueue()
     waiting.push(1.0, "demanding", floor=0.8)
     fixed = policies.create("fixed:0", PROFILE)
-    row, _, _, reason = dispatch.next_batch(
-        waiting, ArrivalMeter(), fixed, PROFILE, 0.0, pace=Pace(), last_subnet=None, worker=0
-    )
+    row, _, reason = dispatch.next_batch(Turn(waiting, ArrivalMeter(), fixed, PROFILE), 0.0)
     assert (row.subnet, reason) == (SUBNETS[2], "floor")
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
-from superserve_jax.scheduling.policies import Decision, SlackFit, State, Switching
+from superserve_jax.scheduling.policies import Decision, SlackFit, State
 from superserve_jax.simulation import azure, paper_profile, simulator, traces
 from superserve_jax.simulation.simulator import Cluster, Outage, Stall, _Simulation
 from superserve_jax.simulation.traces import Trace
@@ -248,24 +248,23 @@ def test_the_policy_is_told_of_the_traffic_of_late():
     assert all(state.near == state.waiting for state in seen)
 
 
-def test_a_switching_policy_pays_for_every_change_of_subnet():
+def test_a_server_that_loads_models_pays_for_every_change_of_subnet():
     alternate = lambda p, s: Decision(p.rows[s.last_subnet is not None].subnet, 1)  # noqa: E731
-    result = serve(Switching(alternate, 5.0), [0, 0, 0])
+    result = serve(alternate, [0, 0, 0], actuation_ms=5.0)
     assert ms(result.finish_s - result.start_s) == [15, 25, 20]
 
 
 def test_what_is_loaded_is_the_subnet_that_runs_where_a_floor_has_another_step_in():
-    small = Switching(always(0, 1), 5.0)
-    result = serve(small, [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]))
+    result = serve(always(0, 1), [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]), actuation_ms=5.0)
     assert ms(result.finish_s - result.start_s) == [15, 25, 20, 15]
 
 
-def test_the_planner_follows_the_traffic_and_a_switching_one_misses_deadlines_when_it_does():
+def test_the_planner_follows_the_traffic_and_misses_deadlines_if_it_has_to_load_models():
     profile, trace = PAPER.scaled(1.9), traces.steps(rates_qps=(2000.0, 5000.0, 2000.0), step_s=6.0)
     follows = simulator.simulate(profile, "proteus", trace)
     rates = [follows.accuracy[(follows.arrival_s > t) & (follows.arrival_s < t + 1)].mean() for t in (4.0, 11.0, 17.0)]
     assert rates[0] > rates[1] + 0.01 < rates[2]
-    assert simulator.simulate(profile, "switching:100:proteus", trace).attainment < follows.attainment
+    assert simulator.simulate(profile, "proteus", trace, cluster=Cluster(actuation_ms=100.0)).attainment < follows.attainment
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.9])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
-from superserve_jax.scheduling.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch, Switching
+from superserve_jax.scheduling.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch
 from superserve_jax.scheduling.policies.by_profile import ByProfile
 from superserve_jax.scheduling.policies.planner import Planner
 from superserve_jax.scheduling.policies.slackfit import Reading, SlackFit
@@ -27,7 +27,6 @@ __all__ = [
     "Policy",
     "SlackFit",
     "State",
-    "Switching",
     "create",
 ]
 
@@ -44,8 +43,7 @@ _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
 }
 NAMES = tuple(_FACTORIES)
 """The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy;
-`slackfit-paper:<n>` and `slackfit-cumulative:<n>` with n latency buckets; and `switching:<ms>:<policy>` for a policy that
-loads a subnet for so many milliseconds before it runs it."""
+and `slackfit-paper:<n>` and `slackfit-cumulative:<n>` with n latency buckets."""
 
 
 def create(policy: str | Policy, *profiles: Profile) -> Policy:
@@ -67,11 +65,6 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
     kind, _, index = str(policy).partition(":")
-    if kind == "switching":
-        loading, _, inner = index.partition(":")
-        if not loading.replace(".", "", 1).isdecimal():
-            raise errors.ConfigError(f"policy '{policy}': expected switching:<ms>:<policy>, such as switching:100:max-acc")
-        return Switching(create(inner, profile), float(loading))
     if kind in _READINGS and index:
         if not index.isdecimal():
             raise errors.ConfigError(
@@ -79,7 +72,7 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
             )
         return SlackFit(profile, guard=False, buckets=int(index), reading=_READINGS[kind])
     if kind != "fixed" or not index.isdecimal():
-        raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>", "switching:<ms>:<policy>"])
+        raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>"])
     if int(index) >= len(profile.rows):
         raise errors.ConfigError(
             f"policy '{policy}': the profile has the subnets 0 to {len(profile.rows) - 1}; name one of them"

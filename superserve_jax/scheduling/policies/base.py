@@ -57,15 +57,12 @@ class Decision(NamedTuple):
 
     Args:
       defer_ms: queries with less slack than this first step back behind all the others, for good; by default none does.
-      loading_ms: what the batch takes longer if its subnet is not what the worker ran last, and is loaded first. Only the
-        simulator spends it.
       reason: a word for why, for the server's counters: one of `REASONS` or your own; empty where nobody says.
     """
 
     subnet: Subnet
     batch: int
     defer_ms: float = -math.inf
-    loading_ms: float = 0.0
     reason: str = ""
 
 

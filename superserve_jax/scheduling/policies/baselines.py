@@ -3,15 +3,13 @@
 As in the paper they look at the slack of the earliest deadline and not at how many queries wait: where fewer wait than the
 batch they choose, fewer run. The paper does not say what becomes of a head that no choice can save; here the fastest
 choice of the policy with its largest batch takes it, since anything smaller would only lose more queries. Floors are left
-to `queue.take`, which cuts the batch, or steps in with the fastest subnet that the head accepts.
+to `dispatch.take`, which cuts the batch, or steps in with the fastest subnet that the head accepts.
 """
 
 import bisect
-import math
 
-from superserve_jax import errors
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling.policies.base import Decision, Policy, State, Table
+from superserve_jax.scheduling.policies.base import Decision, State, Table
 from superserve_jax.subnet import Subnet
 
 
@@ -97,28 +95,3 @@ class MaxBatch:
         if size < 0:
             return Decision(table.subnets[0], table.sizes[-1], reason="lost")
         return Decision(table.subnets[table.most_accurate(size, state.slack_ms)], table.sizes[size], reason="slack")
-
-
-class Switching:
-    """A server that switches models: any policy, with a loading delay when a worker's subnet changes (the paper's Figure 1).
-
-    The policy decides as though loading cost nothing, which is what the paper shows to be the trouble. The first subnet of a
-    worker is loaded too. Only the simulator spends the delay: `Server` actuates in place, has nothing to load and refuses this
-    policy. With `simulator.Cluster.actuation_ms` the same delay is a property of the machine, whatever the policy.
-
-    >>> from superserve_jax.simulation.paper_profile import paper_profile
-    >>> profile = paper_profile()
-    >>> policy = Switching(MaxAcc(profile), loading_ms=100.0)
-    >>> policy(profile, State(now_s=0.0, slack_ms=36.0, waiting=9)).loading_ms
-    100.0
-    """
-
-    def __init__(self, policy: Policy, loading_ms: float):
-        if not (math.isfinite(loading_ms) and loading_ms >= 0):
-            raise errors.ConfigError(f"loading_ms must be a finite number of 0 or more, got {loading_ms}")
-        self.name = f"switching:{loading_ms:g}:{getattr(policy, 'name', policy)}"
-        self._policy, self._loading_ms = policy, loading_ms
-
-    def __call__(self, profile: Profile, state: State) -> Decision:
-        """See `base.Policy`."""
-        return self._policy(profile, state)._replace(loading_ms=self._loading_ms)

@@ -49,7 +49,7 @@ class SlackFit:
 
     Where the head has a floor, "fastest" means the fastest subnet that it accepts, and the guard serves it only with those
     behind it that ask for as much, since anyone else would be served faster without it. A batch always ends before the first
-    query that asks for more than the chosen subnet (see `queue.take`).
+    query that asks for more than the chosen subnet (see `dispatch.take`).
 
     **As in the paper** (Section 4.2, Appendix A.5). Evenly spaced latency buckets run from the fastest (subnet, batch) to the
     slowest. Each keeps, of the tuples whose latency lies in its range, the one with the largest batch, and among those
@@ -176,7 +176,7 @@ class SlackFit:
 
 
 def _decision(subnet: Subnet, batch: int, reason: str) -> Decision:
-    return Decision._make((subnet, batch, -math.inf, 0.0, reason))  # half the cost of the constructor
+    return Decision._make((subnet, batch, -math.inf, reason))  # half the cost of the constructor
 
 
 def _latency_buckets(table: Table, buckets: int, reading: Reading) -> tuple[list[float], list[Decision]]:

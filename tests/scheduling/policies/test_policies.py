@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
-from superserve_jax.scheduling.policies import Decision, Fixed, MaxAcc, MaxBatch, Planner, SlackFit, State, Switching
+from superserve_jax.scheduling.policies import Decision, Fixed, MaxAcc, MaxBatch, Planner, SlackFit, State
 from superserve_jax.scheduling.policies.base import Table
 from superserve_jax.simulation import paper_profile, simulator, traces
 from superserve_jax.simulation.simulator import Cluster
@@ -256,12 +256,6 @@ def test_values_that_cannot_work_are_refused_at_construction():
         SlackFit(PAPER, risk=0.0)
     with pytest.raises(errors.ConfigError, match="period_s"):
         Planner(PAPER, period_s=0.0)
-    with pytest.raises(errors.ConfigError, match="loading_ms"):
-        Switching(MaxAcc(PAPER), math.inf)
-    with pytest.raises(errors.ConfigError, match="switching:100:max-acc"):
-        policies.create("switching:max-acc", PAPER)
-    with pytest.raises(errors.UnknownNameError, match="did you mean 'max-acc'"):
-        policies.create("switching:100:max-ac", PAPER)
     with pytest.raises(errors.UnknownNameError, match="in_range"):
         SlackFit(PAPER, guard=False, reading="in-range")
     with pytest.raises(errors.ProfileError, match="not in the profile"):
@@ -331,14 +325,6 @@ def test_the_guarded_policy_defers_nothing_that_it_serves_in_time(data):
     decision = policy(profile, state)
     if decision.defer_ms > -math.inf:
         assert profile.pareto().monotone().latency_ms(decision.subnet, decision.batch) > state.slack_ms
-
-
-def test_switching_names_its_delay_and_decides_as_its_policy_does():
-    policy = policies.create("switching:2.5:slackfit-paper", PAPER)
-    assert policy.name == "switching:2.5:slackfit-paper"
-    state = State(0.0, 36.0, 16)
-    decision = policy(PAPER, state)
-    assert decision == policies.create("slackfit-paper", PAPER)(PAPER, state)._replace(loading_ms=2.5)
 
 
 @settings(deadline=None, max_examples=50)
