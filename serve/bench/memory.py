@@ -179,7 +179,7 @@ def measure(path: pathlib.Path, variant: Variant, repeats: int) -> dict[str, Any
         "executables": len(engine.executables),
         "live_bytes": live - live_before,
         "weights_bytes": weights if in_place else None,
-        "rows_bytes": engine.rows.nbytes if in_place else None,
+        "rows_bytes": engine.statistics.nbytes if in_place else None,
         "slices_bytes": engine.slices.nbytes if in_place else None,
         "temporary_bytes": max(a.temp_size_in_bytes for a in analyses),
         "resident_bytes": after - before,

@@ -104,12 +104,11 @@ def main() -> None:
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     """The number of executables that a server will have; where there is no profile, one is made up."""
     model = ss.load(export)
-    device = jax.devices()[0]
+    kind = prepare.device_kind(jax.devices()[0])
     lengths = prepare.check_lengths(model.config, None)
-    stored = prepare.stored_profile(model, device, batch_sizes, lengths)
+    stored = prepare.stored_profile(model, kind, batch_sizes, lengths)
     if stored is None:
         rows = tuple(Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served)
-        kind = prepare.device_kind(device)
         stored = Profile(batch_sizes, rows, kind, rows_at=dict.fromkeys(lengths, rows))
         stored = stored.with_envelopes(subnet_buckets.choose(model.subnets, model.config.flops, prepare.MAX_BUCKETS))
         stored.save(exports.profile_path(export, kind))

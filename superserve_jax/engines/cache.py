@@ -33,6 +33,7 @@ import platformdirs
 from jax.experimental import serialize_executable
 
 from superserve_jax import families, files, layers, ops, supernets
+from superserve_jax.supernets.family import FamilyConfig
 
 Device = Any  # a jax.Device, which type checkers take for a variable
 Shape = tuple[int, ...]
@@ -49,7 +50,7 @@ class Executable:
     """A compiled program or slicer.
 
     Args:
-      call: the compiled function. A program's takes `(leaves, inputs, row, active)` and returns logits. A slicer's takes
+      call: the compiled function. A program's takes `(leaves, inputs, statistics, active)` and returns logits. A slicer's takes
         `(leaves,)`, parameters of the SuperNet, and returns their slices.
       leaves: the parameters that a program takes, or the slices that a slicer returns.
     """
@@ -71,7 +72,7 @@ class ExecutableCache:
       device: the device that runs the executables.
     """
 
-    def __init__(self, config: Any, device: Device):
+    def __init__(self, config: FamilyConfig, device: Device):
         self._device = device
         source = _source_digest(type(config)) if os.environ.get("SUPERSERVE_CACHE") != "" else None
         self._root = _private(directory()) if source is not None else None

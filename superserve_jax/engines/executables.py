@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from superserve_jax import progress
 from superserve_jax.engines.cache import Device, Executable, ExecutableCache, Leaves, Shape
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Program
 
 Key = tuple[Program, int, int]
@@ -83,13 +84,13 @@ def compile_program(program: Program, batch: int, device: Device, *, length: int
     leaves = tuple((name, shape if kept else full[name].shape) for name, shape in used_leaves(program).items())
     names = tuple(name for name, _ in leaves)
 
-    def infer(values: tuple[jax.Array, ...], inputs: jax.Array, row: jax.Array, active: jax.Array) -> jax.Array:
-        return program.infer(dict(zip(names, values, strict=True)), inputs, row, active)
+    def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
+        return program.infer(dict(zip(names, values, strict=True)), inputs, statistics, active)
 
     on_device = _placed(device)
     values = tuple(on_device(jax.ShapeDtypeStruct(shape, full[name].dtype)) for name, shape in leaves)
-    inputs, row, active = map(on_device, _arguments(program, batch, length))
-    lowered = jax.jit(infer).lower(values, inputs, row, active)
+    inputs, statistics, active = map(on_device, _arguments(program, batch, length))
+    lowered = jax.jit(infer).lower(values, inputs, statistics, active)
     return Executable(lowered.compile(compiler_options=programs.compiler_options(device.platform)), leaves)
 
 
@@ -114,15 +115,17 @@ def _placed(device: Device) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeSt
     return lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
 
-def input_spec(config: Any, batch: int, length: int = 0) -> jax.ShapeDtypeStruct:
+def input_spec(config: FamilyConfig, batch: int, length: int = 0) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a batch; `length` is 0 if all inputs have one shape."""
-    return config.input_spec(batch, length=length) if length else config.input_spec(batch)
+    if length and isinstance(config, SequenceConfig):
+        return config.input_spec(batch, length=length)
+    return config.input_spec(batch)
 
 
 def _arguments(program: Program, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    row = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
+    statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
-    return input_spec(program.config, batch, length), row, active
+    return input_spec(program.config, batch, length), statistics, active
 
 
 @functools.lru_cache(maxsize=1024)

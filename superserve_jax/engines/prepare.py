@@ -1,4 +1,4 @@
-"""What a server of an export needs: engines, one per device, and the latency profile of each, measured once per kind."""
+"""Prepares all that a server of an export needs: an engine for each device, and a latency profile for each kind of device."""
 
 import dataclasses
 import logging
@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +21,17 @@ from superserve_jax.exports import Model
 from superserve_jax.lengths import check_length_buckets, default_lengths
 from superserve_jax.profile import Profile, check_batch_sizes
 from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.supernet import SuperNet
 
 _log = logging.getLogger(__name__)
 
 MAX_BUCKETS = 32
-"""Subnet buckets, and so executables per batch size, that a server makes for an export without a profile."""
+"""The most subnet buckets, and so executables per batch size, of an export without a latency profile."""
 
-_WORTH_KEEPING = 1.03
-_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1  # nearer neighbours than this are not worth an executable
+_MIN_GAIN = 1.03  # of kept slices over slicing in the call, since they take memory while nothing runs
+# A subnet is not worth an executable if the next faster one is nearly as accurate, or nearly as slow.
+_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1
 
 
 def prepare(
@@ -42,36 +44,42 @@ def prepare(
     slice_bytes: int | None = None,
     background: Background | None = None,
 ) -> tuple[Model, list[DeviceEngine], list[Profile]]:
-    """What a server needs: the model, one engine per device, and the latency profile of each.
+    """The model, an engine for each device, and the latency profile of each engine.
 
-    Devices of one kind share a profile. It is read from beside the export; where that has none for this kind and these
-    shapes, one is measured.
+    Devices of one kind share a profile. If the export has a profile for this kind, these batch sizes and these lengths, it is
+    used. Otherwise one is measured.
 
     Args:
-      lengths: None takes `padding.default_lengths`, where inputs have a length.
-      slicing, slice_bytes: see `device_engine.DeviceEngine`; None takes what the profile was measured with.
-      background: what runs beside an engine whose profile is measured (see `profiling.measure`).
+      path_or_model: an export's directory, or what `exports.load` returned.
+      batch_sizes: the batch sizes to serve with, ascending.
+      lengths: the length buckets to serve with; None takes `lengths.default_lengths` for a model of sequences.
+      devices: the devices to serve on; None takes all.
+      slicing: see `DeviceEngine`; None slices as when the profile was measured.
+      slice_bytes: see `DeviceEngine`.
+      background: runs beside an engine whose profile is measured (see `profiling.measure`).
 
     Raises:
-      ExportError, ConfigError, NotCalibratedError. ProfileError: the profile beside the export is malformed.
+      ExportError: the export is missing or damaged.
+      ConfigError: an argument is wrong.
+      NotCalibratedError: a served subnet has no statistics.
+      ProfileError: the profile beside the export is malformed.
     """
     batch_sizes = check_batch_sizes(batch_sizes)
     check_slicing(slicing or "kept", slice_bytes)
     model = load(path_or_model)
-    devices = jax.devices() if devices is None else devices
-    if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
-        raise errors.ConfigError(
-            f"devices is empty or no list of jax devices, got {devices!r}; give at least one, or None for all"
-        )
+    devices = _check_devices(devices)
     lengths = check_lengths(model.config, lengths)
-    stored = of_each_kind(devices, lambda device: stored_profile(model, device, batch_sizes, lengths))
-    envelopes: Mapping[Subnet, Subnet] = {}  # where no profile says which
-    if None in stored:
+
+    kinds = [device_kind(device) for device in devices]
+    stored = {kind: stored_profile(model, kind, batch_sizes, lengths) for kind in dict.fromkeys(kinds)}
+    envelopes: Mapping[Subnet, Subnet] = {}
+    if None in stored.values():
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
-    engines = [
-        make_engine(model, device, profile, slicing=slicing, slice_bytes=slice_bytes)
-        if profile is not None
-        else DeviceEngine(
+
+    def open_engine(device: Device, profile: Profile | None) -> DeviceEngine:
+        if profile is not None:
+            return make_engine(model, device, profile, slicing=slicing, slice_bytes=slice_bytes)
+        return DeviceEngine(
             *(model, device),
             subnet_list=model.subnets,
             batch_sizes=batch_sizes,
@@ -80,29 +88,23 @@ def prepare(
             slicing=slicing or "kept",
             slice_bytes=slice_bytes,
         )
-        for device, profile in zip(devices, stored, strict=True)
-    ]
-    made = dict(zip(devices, zip(engines, stored, strict=True), strict=True))
 
-    def stored_or_measured(device: Device) -> Profile:
-        engine, profile = made[device]
-        if profile is not None:
-            return profile
-        _log.warning(
-            "%s has no latency profile for %s, batch sizes %s%s: measuring one; `python serve/measure.py %s` keeps it",
-            model.path,
-            device_kind(device),
-            list(batch_sizes),
-            f" and lengths {list(lengths)}" if lengths else "",
-            model.path,
-        )
-        return measure(model, engine, batch_sizes, device_kind(device), envelopes=envelopes, background=background)
-
-    return model, engines, of_each_kind(devices, stored_or_measured)
+    engines = [open_engine(device, stored[kind]) for device, kind in zip(devices, kinds, strict=True)]
+    profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
+    for kind, engine in zip(kinds, engines, strict=True):
+        if kind not in profiles:
+            _warn_unmeasured(model, kind, batch_sizes, lengths)
+            profiles[kind] = measure(model, engine, batch_sizes, kind, envelopes=envelopes, background=background)
+    return model, engines, [profiles[kind] for kind in kinds]
 
 
 def load(path_or_model: Any) -> Model:
-    """The model of an export's directory, or as it is. Raises ExportError, or ConfigError for a SuperNet of no export."""
+    """The model in an export's directory; a model is returned as it is.
+
+    Raises:
+      ExportError: the export is missing or damaged.
+      ConfigError: the SuperNet does not come from an export.
+    """
     model = path_or_model if isinstance(path_or_model, SuperNet) else exports.load(path_or_model)
     if not isinstance(model, Model):
         raise errors.ConfigError(
@@ -112,31 +114,52 @@ def load(path_or_model: Any) -> Model:
     return model
 
 
-def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
-    """Raises ConfigError unless what is submitted for one model means the same to the other, at these length buckets.
+def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
+    """The devices, all of them for None. Raises ConfigError for anything else than jax devices."""
+    devices = jax.devices() if devices is None else devices
+    if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
+        raise errors.ConfigError(
+            f"devices is empty or no list of jax devices, got {devices!r}; give at least one, or None for all"
+        )
+    return devices
 
-    For that the shape, the dtype, the padding's id and the vocabulary have to be the same.
+
+def _warn_unmeasured(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+    _log.warning(
+        "%s has no latency profile for %s, batch sizes %s%s: measuring one; `python serve/measure.py %s` keeps it",
+        model.path,
+        kind,
+        list(batch_sizes),
+        f" and lengths {list(lengths)}" if lengths else "",
+        model.path,
+    )
+
+
+def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
+    """Raises ConfigError unless an input means the same to both models, at these length buckets.
+
+    For this, shape, dtype, the id of padding and the vocabulary must be equal.
     """
-    had, has = (_inputs(model.config, lengths) for model in (old, new))
-    if had != has:
-        raise errors.ConfigError(f"{new.path} takes {has}, this server {had}; open another server for other inputs")
+    old_inputs, new_inputs = (_inputs(model.config, lengths) for model in (old, new))
+    if old_inputs != new_inputs:
+        raise errors.ConfigError(
+            f"{new.path} takes {new_inputs}, this server {old_inputs}; open another server for other inputs"
+        )
     if old.vocabulary != new.vocabulary:
         raise errors.ConfigError(
-            f"{new.path} has another vocabulary than {old.path}: what is being submitted would mean other texts to it; "
+            f"{new.path} has another vocabulary than {old.path}, so it would read other texts from the same token ids; "
             "open another server"
         )
 
 
-def _inputs(config: Any, lengths: Sequence[int]) -> str:
-    if not hasattr(config, "max_length"):
-        spec, of_length = executables.input_spec(config, 1), ""
-    else:
+def _inputs(config: FamilyConfig, lengths: Sequence[int]) -> str:
+    """The inputs of a model, in words."""
+    longest, padding = 0, ""
+    if isinstance(config, SequenceConfig):
         longest = check_lengths(config, lengths or None)[-1]
-        spec, of_length = (
-            executables.input_spec(config, 1, longest),
-            f" of up to {longest} tokens, padded with {config.pad_id}",
-        )
-    return f"inputs of shape {tuple(spec.shape[1:])} and dtype {spec.dtype}{of_length}"
+        padding = f" of up to {longest} tokens, padded with {config.pad_id}"
+    spec = executables.input_spec(config, 1, longest)
+    return f"inputs of shape {tuple(spec.shape[1:])} and dtype {spec.dtype}{padding}"
 
 
 def make_engine(
@@ -147,7 +170,15 @@ def make_engine(
     slicing: Slicing | None = None,
     slice_bytes: int | None = None,
 ) -> DeviceEngine:
-    """An engine for what a profile serves, as it was measured unless `slicing` says otherwise."""
+    """An engine for the subnets, batch sizes and length buckets of a profile.
+
+    Args:
+      model: the SuperNet.
+      device: the device to run on.
+      profile: its subnets share executables as when it was measured.
+      slicing: see `DeviceEngine`; None slices as when the profile was measured.
+      slice_bytes: see `DeviceEngine`.
+    """
     return DeviceEngine(
         *(model, device),
         subnet_list=[r.subnet for r in profile.rows],
@@ -159,41 +190,36 @@ def make_engine(
     )
 
 
-def of_each_kind(devices: Sequence[Device], make: Callable[[Device], Any]) -> list[Any]:
-    """For each device what `make` gives for the first device of its kind."""
-    made: dict[str, Any] = {}
-    for device in devices:
-        if (kind := device_kind(device)) not in made:
-            made[kind] = make(device)
-    return [made[device_kind(device)] for device in devices]
-
-
-def check_lengths(config: Any, lengths: Sequence[int] | None) -> tuple[int, ...]:
-    """The length buckets for a family's config, the default ones for None; `()` for a family whose inputs have one shape.
+def check_lengths(config: FamilyConfig, lengths: Sequence[int] | None) -> tuple[int, ...]:
+    """The length buckets to serve a family with: the default ones for None, and `()` if all inputs have one shape.
 
     Raises ConfigError for lengths that the family does not have.
     """
-    longest = getattr(config, "max_length", None)
-    if longest is None:
+    if not isinstance(config, SequenceConfig):
         if lengths:
             raise errors.ConfigError(f"inputs of {config.family} have one shape and no lengths; leave out {lengths!r}")
         return ()
+    longest = config.max_length
     buckets = default_lengths(longest) if lengths is None else check_length_buckets(lengths)
     if buckets[-1] > longest:
         raise errors.ConfigError(f"length {buckets[-1]} exceeds the model's max_length={longest}; lengths may go up to that")
     return buckets
 
 
-def stored_profile(model: Model, device: Device, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> Profile | None:
-    """The profile beside the export, cut to batch sizes and lengths; None where it does not cover them and this device."""
-    path = exports.profile_path(model.path, device_kind(device))
+def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> Profile | None:
+    """The profile beside the export, cut to batch sizes and lengths.
+
+    None if there is no profile for this kind of device, these batch sizes and these lengths, or if it belongs to another
+    export.
+    """
+    path = exports.profile_path(model.path, kind)
     if not path.exists():
         return None
     profile = Profile.load(path)
     accuracies = {s.subnet: s.accuracy for s in model.served}
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
-    if profile.device != device_kind(device):
+    if profile.device != kind:
         _log.warning("%s was measured on '%s'; ignoring it", path, profile.device)
         return None
     if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
@@ -212,7 +238,17 @@ def measure(
     repeats: int = 30,
     background: Background | None = None,
 ) -> Profile:
-    """Measures the latency profile of an engine: repaired to be monotone, and only the subnets that are worth serving."""
+    """Measures the latency profile of an engine, makes it monotone, and keeps only the subnets that are worth serving.
+
+    Args:
+      model: the model that the engine runs.
+      engine: the engine to measure.
+      batch_sizes: the batch sizes to measure, ascending.
+      device: the kind of device, written into the profile.
+      envelopes: the envelope of each subnet that shares a subnet bucket in this engine.
+      repeats: how often each latency is measured.
+      background: see `profiling.measure`.
+    """
     accuracies = {s.subnet: s.accuracy for s in model.served}
     measured = profiling.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, background=background)
     measured = dataclasses.replace(measured.with_envelopes(envelopes or {}), slicing=engine.slicing)
@@ -220,7 +256,7 @@ def measure(
 
 
 def worth_serving(profile: Profile) -> Profile:
-    """The rows that a server makes use of: no other is faster and more accurate, and neighbours differ enough to matter."""
+    """The rows that a server needs: no other row is faster and more accurate, and neighbours differ enough to matter."""
     return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
 
 
@@ -232,12 +268,11 @@ def faster_slicing(
     lengths: Sequence[int] = (),
     repeats: int = 10,
 ) -> tuple[Slicing, float]:
-    """Which way of slicing to serve with on a device, and how many times as long slicing in the call takes as kept slices do.
+    """The way of slicing to serve with on a device, and how many times as long slicing in the call takes as kept slices.
 
-    Kept slices have to gain 3 %, since they take memory while nothing runs.
-
-    Measured on three subnets, from the smallest to the largest, at the smallest and the largest batch, with another subnet in
-    every call: kept slices pay for changes, though fewer than among many subnets whose slices do not fit into the budget.
+    The smallest, the middle and the largest subnet run in turn, at the smallest and the largest batch size. So every call
+    changes the subnet, and the measurement includes what a change costs with kept slices. With many subnets whose slices
+    exceed the byte budget, a change costs more than is measured here.
     """
     by_cost = sorted(model.subnets, key=model.config.flops)
     chosen = list(dict.fromkeys((by_cost[0], by_cost[len(by_cost) // 2], by_cost[-1])))
@@ -258,11 +293,11 @@ def faster_slicing(
                     seconds.append(time.perf_counter() - start_s)
                 log_ratios.setdefault((batch, subnet), []).append(math.log(seconds[1] / seconds[0]))
     ratio = math.exp(statistics.fmean(statistics.median(of_case) for of_case in log_ratios.values()))
-    return "kept" if ratio > _WORTH_KEEPING else "in_call", ratio
+    return "kept" if ratio > _MIN_GAIN else "in_call", ratio
 
 
 def device_kind(device: Device) -> str:
-    """What a latency profile holds for: the card's name, or for a CPU its model and number of cores."""
+    """The kind of a device, to which a latency profile belongs: a card's name, or a CPU's model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind
     return f"cpu {cache.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"

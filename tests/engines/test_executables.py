@@ -9,8 +9,8 @@ from tiny import TINY, live_bytes, random_images
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
-from superserve_jax.engines import executables, prepare, subnet_buckets
-from superserve_jax.engines.device import DeviceEngine, bucket_programs
+from superserve_jax.engines import executables, prepare, slices, subnet_buckets
+from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Served
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
@@ -54,7 +54,7 @@ def test_outputs_survive_later_calls_and_pin_no_batch(model, engine):
 def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
     before = live_bytes()
     engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing)
-    assert live_bytes() - before <= engine.rows.nbytes + engine.slices.nbytes  # the weights lay there already
+    assert live_bytes() - before <= engine.statistics.nbytes + engine.slices.nbytes  # the weights lay there already
     assert (engine.slices.nbytes > 0) == (slicing == "kept")
     weights = sum(v.nbytes for v in model.params.values())
     largest = executables.compile_program(programs.sliced(TINY, model.space.largest()), 4, jax.devices()[0])
@@ -68,7 +68,7 @@ def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
 def test_weights_exist_once_however_many_executables_share_them(model, slicing):
     device, envelopes = jax.devices()[0], subnet_buckets.choose(model.subnets, TINY.flops, 2)
-    program_list = set(bucket_programs(TINY, model.subnets, envelopes).values())
+    program_list = set(slices.bucket_programs(TINY, model.subnets, envelopes).values())
     read = sum(
         4 * int(np.prod(shape)) if slicing == "kept" else model.params[name].nbytes
         for program in program_list
@@ -85,7 +85,7 @@ def test_weights_exist_once_however_many_executables_share_them(model, slicing):
         # Were weights closed over, they would lie in the executables, where no live buffer shows them.
         arguments = sum(call.memory_analysis().argument_size_in_bytes for call in engine.executables)
         assert arguments >= len(batch_sizes) * read
-        assert grown[-1] <= engine.rows.nbytes + engine.slices.nbytes + 128  # and sizes that are traced
+        assert grown[-1] <= engine.statistics.nbytes + engine.slices.nbytes + 128  # and sizes that are traced
         del engine
     assert grown[0] == grown[1]
 
@@ -125,13 +125,13 @@ def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
     path = exports.profile_path(model.path, kind)
     measured.save(path)
     assert prepare.prepare(model, batch_sizes=BATCHES)[2] == [measured]
-    assert prepare.stored_profile(model, device, (1,)) == measured.at((1,))
-    assert prepare.stored_profile(model, device, (1, 64)) is None
+    assert prepare.stored_profile(model, kind, (1,)) == measured.at((1,))
+    assert prepare.stored_profile(model, kind, (1, 64)) is None
     changed = measured.to_json()
     changed["rows"][0]["accuracy"] = 0.123
     ss.Profile.from_json(changed).save(path)
     with caplog.at_level(logging.WARNING):
-        assert prepare.stored_profile(model, device, BATCHES) is None
+        assert prepare.stored_profile(model, kind, BATCHES) is None
     assert "another export" in caplog.text
 
 

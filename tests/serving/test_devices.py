@@ -119,7 +119,7 @@ def main():
     for kind, subnet in zip(kinds, chosen, strict=True):
         accuracy = next(s.accuracy for s in model.served if s.subnet == subnet)
         stored[kind] = Profile((batch,), (Row(subnet, accuracy, (1.0,)),), kind)
-    prepare.stored_profile = lambda model, device, batch_sizes, lengths: stored[kind_of[device]]
+    prepare.stored_profile = lambda model, kind, batch_sizes, lengths: stored[kind]
     _, engines, profiles = prepare.prepare(model, batch_sizes=(batch,), devices=devices, slicing="in_call")
     assert [p.device for p in profiles] == [kind_of[d] for d in devices]
 

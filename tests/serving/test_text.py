@@ -147,8 +147,8 @@ def test_a_stored_profile_serves_some_of_its_lengths_and_no_others(tmp_path):
     measured = prepare.measure(model, engine, (1,), kind, repeats=2)
     measured.save(exports.profile_path(model.path, kind))
     assert prepare.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == [measured]
-    assert prepare.stored_profile(model, device, (1,), (7,)) == measured.at((1,), (7,)) == measured.each_length[-1]
-    assert prepare.stored_profile(model, device, (1,), (4, 7)) is None
+    assert prepare.stored_profile(model, kind, (1,), (7,)) == measured.at((1,), (7,)) == measured.each_length[-1]
+    assert prepare.stored_profile(model, kind, (1,), (4, 7)) is None
 
 
 def test_each_length_has_a_cache_entry_of_its_own(monkeypatch, tmp_path):
