@@ -50,7 +50,7 @@ class Executable:
     """A compiled program or slicer.
 
     Args:
-      call: the compiled function. A program's takes `(leaves, inputs, statistics, active)` and returns logits. A slicer's takes
+      call: the compiled function. A program takes `(leaves, inputs, statistics, active)` and returns logits. A slicer takes
         `(leaves,)`, parameters of the SuperNet, and returns their slices.
       leaves: the parameters that a program takes, or the slices that a slicer returns.
     """
