@@ -37,7 +37,8 @@ from superserve_jax.errors import (
     WorkersLostError,
 )
 from superserve_jax.profile import Profile
-from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
 
 if TYPE_CHECKING:
     from superserve_jax.exports import export, load

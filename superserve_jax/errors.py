@@ -8,6 +8,8 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 _SHOWN = 100  # characters of a name; a file may name a megabyte
 
 
@@ -117,6 +119,6 @@ def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
         yield
     except SuperServeError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, msgspec.ValidationError) as e:
         reason = " ".join(str(e).split())
         raise error(f"{about} ({type(e).__name__}: {reason[:300]})") from e

@@ -33,7 +33,8 @@ from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import azure, traces
 from superserve_jax.simulation.traces import Trace
-from superserve_jax.subnet import Axis, SearchSpace, Subnet, envelope_of
+from superserve_jax.space import Axis, SearchSpace
+from superserve_jax.subnet import Subnet, envelope_of
 from superserve_jax.training import data
 from superserve_jax.training.config import Phase, TrainConfig, config_from_json, config_to_json, load_config
 from superserve_jax.training.data import DataConfig, FolderConfig, TextConfig

@@ -18,6 +18,7 @@ ALLOWED = {
     "errors": (),
     "files": (),
     "subnet": (),
+    "space": ("subnet",),
     "lengths": (),
     "manifest": (),
     "vocabulary": ("subnet",),
@@ -30,11 +31,11 @@ ALLOWED = {
     "experiments": ("simulation", "scheduling", "profile", "subnet", "plots", "progress"),
     "ops": (),
     "layers": ("ops",),
-    "supernets": ("ops", "layers", "subnet"),
-    "families": ("ops", "layers", "supernets", "subnet", "lengths", "vocabulary"),
-    "exports": ("families", "supernets", "subnet", "vocabulary", "manifest"),
-    "convert": ("exports", "families", "supernets", "subnet", "vocabulary", "manifest"),
-    "training": ("exports", "families", "supernets", "subnet", "vocabulary", "manifest", "plots", "progress"),
+    "supernets": ("ops", "layers", "subnet", "space"),
+    "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),
+    "exports": ("families", "supernets", "subnet", "space", "vocabulary", "manifest"),
+    "convert": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest"),
+    "training": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest", "plots", "progress"),
     "engines": (
         *("exports", "families", "supernets", "ops", "layers"),
         *("profile", "subnet", "lengths", "manifest", "progress"),
@@ -47,7 +48,7 @@ ALLOWED = {
 }
 # These work in a process that has no jax.
 NO_JAX = (
-    *("errors", "files", "subnet", "lengths", "vocabulary", "manifest", "profile", "cli", "progress", "plots"),
+    *("errors", "files", "subnet", "space", "lengths", "vocabulary", "manifest", "profile", "cli", "progress", "plots"),
     *("scheduling", "simulation", "experiments", "serving", "loadtest"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )

@@ -7,7 +7,8 @@ import hypothesis.strategies as st
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.subnet import Axis, SearchSpace, Subnet, envelope_of
+from superserve_jax.space import Axis, SearchSpace
+from superserve_jax.subnet import Subnet, envelope_of
 
 
 def make_space(rule="first"):
@@ -64,6 +65,17 @@ def test_an_envelope_covers_its_members_and_is_the_smallest_that_does(group):
 def test_json_and_pickle_give_the_same_subnet_back(s):
     assert Subnet.from_json(json.loads(json.dumps(s.to_json()))) == s
     assert pickle.loads(pickle.dumps(s)) == s
+
+
+def test_an_axis_of_ints_gives_ints():
+    space = SearchSpace(((1,),), (Axis("heads", ((2, 4),)), Axis("width", ((0.5, 1.0),))))
+    for subnet in (space.largest(), space.subnet(heads=2.0, width=1), space.sample(0, 0)):
+        for same in (subnet, Subnet.from_json(json.loads(json.dumps(subnet.to_json())))):
+            assert isinstance(same["heads"][0], int)
+            assert isinstance(same["width"][0], float)
+    older = Subnet.from_json({"gates": [1], "heads": [4.0], "width": [1]})
+    assert older == space.largest()
+    assert json.dumps(space.validate(older).to_json()) == json.dumps(space.largest().to_json())
 
 
 def test_sampling_is_a_pure_function_of_seed_and_step():
@@ -126,7 +138,7 @@ def test_a_subnet_of_another_space_is_refused():
         SPACE.validate(other)
 
 
-@pytest.mark.parametrize("data", [{}, {"gates": [2]}, {"gates": "x"}, {"gates": [1], "width": [None]}, []])
+@pytest.mark.parametrize("data", [{}, {"gates": [2]}, {"gates": "x"}, {"gates": [1], "width": [None]}, {"gates": [True]}, []])
 def test_json_that_is_no_subnet_is_refused(data):
     with pytest.raises(errors.SubnetError):
         Subnet.from_json(data)

@@ -15,7 +15,8 @@ from superserve_jax import errors
 from superserve_jax.convert import state_dict
 from superserve_jax.convert.state_dict import Source
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
-from superserve_jax.subnet import Axis, SearchSpace, Subnet
+from superserve_jax.space import Axis, SearchSpace
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 

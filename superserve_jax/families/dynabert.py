@@ -24,7 +24,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from superserve_jax import errors, layers, ops
-from superserve_jax.subnet import Axis, SearchSpace, Subnet, check_depths
+from superserve_jax.space import Axis, SearchSpace, check_depths
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.units import Units
 
 _PROJECTIONS = ("query", "key", "value")
@@ -136,8 +137,8 @@ class DynaBERTConfig:
         sizes = {}
         for i, (gate, heads, ffn) in enumerate(zip(subnet.gates, subnet["heads"], subnet["ffn"], strict=True)):
             sizes[f"layer{i}.gate"] = gate
-            sizes[f"layer{i}.attention"] = int(heads) * self.head_size
-            sizes[f"layer{i}.ffn"] = int(ffn)
+            sizes[f"layer{i}.attention"] = heads * self.head_size
+            sizes[f"layer{i}.ffn"] = ffn
         return sizes
 
     def norm_sizes(self, sizes: dict[str, int]) -> dict[str, int]:

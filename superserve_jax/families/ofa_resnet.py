@@ -24,7 +24,8 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 from superserve_jax import errors, layers, ops
-from superserve_jax.subnet import Axis, SearchSpace, Subnet, check_depths
+from superserve_jax.space import Axis, SearchSpace, check_depths
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.units import Units
 
 

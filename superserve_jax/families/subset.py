@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from superserve_jax import errors
-from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 
 

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.units import Units
 
 

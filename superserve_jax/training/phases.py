@@ -3,7 +3,8 @@
 import itertools
 from typing import NamedTuple
 
-from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
 from superserve_jax.training.config import Phase, TrainConfig
 from superserve_jax.training.sampling import Sampler
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.programs import Program
 

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, files
-from superserve_jax.subnet import SearchSpace, Subnet
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation, sampling
 

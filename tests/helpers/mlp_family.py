@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from superserve_jax import families, layers, ops
-from superserve_jax.subnet import Axis, SearchSpace
+from superserve_jax.space import Axis, SearchSpace
 
 
 @families.register
@@ -34,7 +34,7 @@ class MLPConfig:
 
     def sizes(self, subnet):
         gates = {f"block{i}.gate": gate for i, gate in enumerate(subnet.gates)}
-        return {"width": int(subnet["width"][0]), **gates}
+        return {"width": subnet["width"][0], **gates}
 
     def norm_sizes(self, sizes):
         kept = [f"block{i}" for i in range(self.depths[-1]) if sizes[f"block{i}.gate"]]

@@ -3,7 +3,7 @@ import pytest
 from tiny import TINY
 
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
-from superserve_jax.subnet import Axis, SearchSpace
+from superserve_jax.space import Axis, SearchSpace
 from superserve_jax.training import sampling
 from superserve_jax.training.sampling import Sampler
 
