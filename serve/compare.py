@@ -4,27 +4,45 @@
     python serve/compare.py --preset bursty --scale 1.9 --policies slackfit max-batch fixed:all --plots runs/compare
     python serve/compare.py --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 0.1
 
-Presets: maf, bursty, acceleration, policies, faults, scale, actuation, capacity, slowdown, decisions, or all. Each row of a
-table is a mean over the seeds, +- the standard deviation; accuracy is in percent, attainment a fraction. The traffic is the
-paper's whatever the profile: --scale makes the device slower or faster. Without --profile it is the paper's, reconstructed.
-`maf` reads a file of Azure Functions 2019, or a sample of one: --maf-trace FILE; without it `all` leaves maf out.
-Library: experiments.presets (the presets), experiments.runner (their rows, and what one holds), readings, findings, figures.
+Presets: maf, bursty, acceleration, policies, worker_kills, scale, actuation, capacity, slowdown, decisions, all. A line of a
+table is a mean over the seeds, with its standard deviation (sd). Accuracy is in percent, attainment is a fraction. The traffic
+is the paper's for every profile; --scale makes the device slower or faster. The default profile is the paper's, reconstructed.
+`maf` needs a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all` leaves maf out.
+Library: experiments.presets (the presets), experiments.runner (their results and keys), experiments.summaries,
+experiments.paper_table, experiments.figures.
 """
 
 import dataclasses
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, files
-from superserve_jax.experiments import figures, paper_table, presets, runner
+from superserve_jax.experiments import figures, paper_table, presets, runner, summaries
 from superserve_jax.experiments.presets import Cell
-from superserve_jax.experiments.summaries import Summary, summarize
+from superserve_jax.experiments.summaries import Summary
 from superserve_jax.scheduling.policies import create
 from superserve_jax.simulation import paper_profile
+
+COLUMNS: dict[str, Callable[[Summary], str]] = {
+    "trace": lambda s: s.trace,
+    "scale": lambda s: f"x{s.scale:g}",
+    "policy": lambda s: s.policy,
+    "attainment": lambda s: f"{s.attainment:.5f}",
+    "attainment sd": lambda s: f"{s.sd('attainment'):.5f}",
+    "accuracy %": lambda s: f"{s.accuracy:.2f}",
+    "accuracy sd": lambda s: f"{s.sd('accuracy'):.2f}",
+    "fluid %": lambda s: f"{s.mean('fluid_accuracy'):.2f}",
+    "queries/s": lambda s: f"{s.mean('rate_qps'):,.0f}",
+    "p99 ms": lambda s: f"{s.mean('p99_ms'):.1f}",
+    "last miss s": lambda s: f"{s.mean('last_miss_s'):.2f}",
+    "decision p50 us": lambda s: f"{s.mean('decision_p50_us'):.2f}",
+    "p99 us": lambda s: f"{s.mean('decision_p99_us'):.2f}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +50,18 @@ class Options:
     """Options.
 
     Args:
-      preset: which experiments, one or several, or all.
-      seeds: number of seeds, from 0 up.
+      preset: one or several presets, or all.
+      seeds: the number of seeds; they count from 0.
       policies: instead of the presets': slackfit, slackfit-paper, slackfit-paper:<buckets>, slackfit-cumulative:<buckets>,
         max-batch, max-acc, proteus, least-accurate, fixed:<i>, or fixed:all for every subnet of the profile.
-      profile: a measured latency profile (JSON, see serve/measure.py); if left out, the paper's, reconstructed.
-      scale: factors by which the device is slower, instead of the presets' 1 and 1.9; 1 for a measured profile.
-      seconds: length of the traffic, instead of the presets' 60 (maf: 120); for a quick look.
+      profile: a measured latency profile (JSON, see serve/measure.py); by default the paper's, reconstructed.
+      scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
+      seconds: length of the traffic, for a quick look; by default 60 (maf: 120).
       maf_trace: invocations per minute of Azure Functions 2019 (CSV).
-      paper: print the paper's figures, or the goal where it has none, beside ours.
-      jobs: processes; if left out, one per core.
-      json: write the rows to this file.
-      plots: draw into this folder.
+      paper: print the paper's numbers, or this project's goals, beside ours.
+      jobs: the number of processes; by default one per core.
+      json: write the results to this file.
+      plots: draw figures into this folder.
     """
 
     preset: tuple[str, ...] = ("bursty",)
@@ -66,30 +84,28 @@ def main() -> None:
     cells = chosen_cells(options, profile)
     maf_trace = None if options.maf_trace is None else str(options.maf_trace)
     start = time.monotonic()
-    rows = runner.evaluate(cells, profile, jobs=options.jobs, maf_trace=maf_trace)
-    print(f"{len(rows)} runs on {profile.device} in {time.monotonic() - start:.0f} s; SLO {presets.SLO_MS:g} ms")
+    results = runner.evaluate(cells, profile, jobs=options.jobs, maf_trace=maf_trace)
+    print(f"{len(results)} runs on {profile.device} in {time.monotonic() - start:.0f} s; SLO {presets.SLO_MS:g} ms")
 
-    summaries = summarize(rows)
-    for preset in dict.fromkeys(s.preset for s in summaries):
+    for preset, group in summaries.grouped(summaries.summarize(results), lambda s: s.preset).items():
         print(f"\n{preset}")
-        cli.print_table(table([s for s in summaries if s.preset == preset]))
+        cli.print_table(table(group))
     if options.paper:
         print("\nthe paper beside ours")
-        header = ("preset", "scale", "what", "the paper", "ours")
-        found = paper_table.findings(rows)
-        cli.print_table([header, *((f.preset, f"x{f.scale:g}", f.what, f.reference, f.ours) for f in found)], left=5)
+        columns = {name: f"{{0.{name}}}" for name in paper_table.Comparison._fields}
+        cli.print_table(cli.table(columns, paper_table.compare(results)), left=len(columns))
     if options.json:
-        files.write_json(options.json, rows)
-        print(f"\nrows: {options.json}")
+        files.write_json(options.json, results)
+        print(f"\nresults: {options.json}")
     if options.plots:
-        for path in figures.draw(rows, options.plots):
+        for path in figures.draw(results, options.plots):
             print(f"plot: {path}")
         for path in figures.draw_over_time(cells, profile, options.plots, maf_trace=maf_trace):
             print(f"plot: {path}")
 
 
 def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
-    """What the options ask for. Raises for names that are not known, or values that cannot be, before anything runs."""
+    """The cells that the options ask for. Refuses unknown names and impossible values before anything runs."""
     if options.seeds < 1:
         raise ss.ConfigError(f"--seeds must be 1 or more, got {options.seeds}")
     if bad := [s for s in options.scale if not 0 < s < float("inf")]:
@@ -123,32 +139,11 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
     return cells
 
 
-def table(summaries: list[Summary]) -> list[tuple[str, ...]]:
-    """Header and one row per trace, scale and policy of one preset; columns that nothing fills are left out."""
-    extras = {
-        "queries/s": lambda s: f"{s.mean('rate_qps'):,.0f}",
-        "p99 ms": lambda s: f"{s.mean('p99_ms'):.1f}",
-        "last miss s": lambda s: f"{s.mean('last_miss_s'):.2f}",
-        "decision p50 us": lambda s: f"{s.mean('decision_p50_us'):.2f}",
-        "p99 us": lambda s: f"{s.mean('decision_p99_us'):.2f}",
-    }
-    filled = {name: cell for name, cell in extras.items() if not all(cell(s) == "nan" for s in summaries)}
-    rows = [("trace", "scale", "policy", "attainment", "+-", "accuracy %", "+-", "fluid %", *filled)]
-    for s in summaries:
-        rows.append(
-            (
-                s.trace,
-                f"x{s.scale:g}",
-                s.policy,
-                f"{s.attainment:.5f}",
-                f"{s.attainment_sd:.5f}",
-                f"{s.accuracy:.2f}",
-                f"{s.accuracy_sd:.2f}",
-                f"{s.fluid_accuracy:.2f}",
-                *((text if (text := cell(s)) != "nan" else "") for cell in filled.values()),
-            )
-        )
-    return rows
+def table(group: list[Summary]) -> list[tuple[str, ...]]:
+    """Header and one line per trace, scale and policy of one preset. Columns without a value are left out."""
+    columns = {name: [cell(s).replace("nan", "") for s in group] for name, cell in COLUMNS.items()}
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    return [tuple(filled), *zip(*filled.values(), strict=True)]
 
 
 if __name__ == "__main__":

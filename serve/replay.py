@@ -14,7 +14,7 @@ With --simulate each replay is run once more in the simulator, on the measured p
 meanwhile (see loadtest.sim_vs_real), and both are printed.
 With --slow-factor 1.5 every device becomes 1.5 times slower half-way, without telling the server; each policy is replayed with
 the online correction (see scheduling.speeds) and without it, and what it attains before and after is printed.
-With --kill-every it is the paper's fault experiment instead, which needs no export: eight workers on the paper's latencies,
+With --kill-every it is the paper's fault-tolerance experiment, which needs no export: eight workers on the paper's latencies,
 half of which are killed one after another while 3,500 queries/s come in, beside the same in the simulator.
 Library: loadtest.loadgen, serving.server, scheduling.policies, simulation.traces, simulation.metrics, loadtest.sim_vs_real,
 loadtest.worker_kills,
@@ -74,7 +74,7 @@ class Options:
       slow_after: from when, as a share of the traffic.
       seed: of arrivals and inputs.
       json: write the results to this file.
-      plot: write a plot over time to this file; with --kill-every, if left out, to runs/faults.png.
+      plot: write a plot over time to this file; with --kill-every, if left out, to runs/worker_kills.png.
     """
 
     export: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
@@ -109,7 +109,7 @@ def main() -> None:
         return kill_workers(options, options.kill_every)
     if options.export is None:
         raise ss.ConfigError(
-            "which export? give its directory, or --kill-every 12 for the paper's fault experiment without one"
+            "which export? give its directory, or --kill-every 12 for the paper's fault-tolerance experiment without one"
         )
     model = ss.load(options.export)
     inputs, labels = test_examples(model)
@@ -188,12 +188,12 @@ def main() -> None:
 
 
 def kill_workers(options: Options, every_s: float) -> None:
-    """What --kill-every does: the paper's fault experiment, with its traffic, on its latencies."""
+    """What --kill-every does: the paper's fault-tolerance experiment, with its traffic, on its latencies."""
     if options.export is not None:
         raise ss.ConfigError(f"--kill-every has engines of its own and needs no export; leave {options.export} out")
     if not every_s > 0:
         raise ss.ConfigError(f"--kill-every must be a positive number of seconds, got {every_s:g}")
-    [grid] = presets.PRESETS["faults"]
+    [grid] = presets.PRESETS["worker_kills"]
     profile, cluster = paper_profile.paper_profile(), presets.killed(every_s)
     slo_ms = presets.SLO_MS if options.slo_ms is None else options.slo_ms
     trace = grid.traffics[0].create(options.seed, duration_s=options.seconds if options.seconds is not None else 5 * every_s)
@@ -219,7 +219,7 @@ def kill_workers(options: Options, every_s: float) -> None:
     if options.json:
         files.write_json(options.json, {"slo_ms": slo_ms, "trace": trace.name, "queries": len(trace), "policies": results})
         print(f"results: {options.json}")
-    plot = options.plot or pathlib.Path("runs/faults.png")
+    plot = options.plot or pathlib.Path("runs/worker_kills.png")
     plot.parent.mkdir(parents=True, exist_ok=True)
     plots.replay(shown, plot, marks_s=marks_s)
     print(f"plot: {plot}")

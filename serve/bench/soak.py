@@ -10,8 +10,8 @@ and latencies are measured every second. The guarantees are:
 - Latencies do not grow.
 - Every future resolves.
 - Nothing is compiled after the start.
-With --storm: random failures on a real server of fake engines that take no time, see loadtest.storm. The guarantees are those
-of loadtest.checker: every query resolves exactly once, with its own answer, and deadlines are served in order.
+With --storm: random failures on a real server of fake engines that take no time, see loadtest.storm. The guarantees are
+in loadtest.checker. For example, every query resolves exactly once, with its own answer, and in the order of deadlines.
 Library: loadtest.endurance, loadtest.storm, loadtest.checker, engines.prepare, serving.server, plots.
 """
 

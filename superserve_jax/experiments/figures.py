@@ -1,7 +1,10 @@
-"""The paper's figures from the rows of `evaluation`, as PNG files. No jax.
+"""The paper's figures, drawn from results as PNG files. No jax.
 
-Attainment against accuracy (Figures 8 to 10), runs over time (Figures 11 and 13), actuation delay (Figure 1), sustained rate
-against accuracy (Figure 5c), scalability, and the sweep over SlackFit's number of latency buckets.
+- Figure 1: missed deadlines and accuracy against the actuation delay
+- Figure 5c: sustained rate against accuracy
+- Figures 8 to 10: attainment against accuracy
+- Figures 11 and 13: runs over time
+- scalability, and the sweep over SlackFit's number of latency buckets
 """
 
 import itertools
@@ -13,141 +16,124 @@ from superserve_jax import plots
 from superserve_jax.experiments import presets, runner
 from superserve_jax.experiments.presets import Cell
 from superserve_jax.experiments.runner import CellResult
-from superserve_jax.experiments.summaries import Summary, summarize
+from superserve_jax.experiments.summaries import Summary, grouped, summarize
 from superserve_jax.plots import Line, Panel
 from superserve_jax.profile import Profile
 
-_OVER_TIME = ("maf", "bursty", "acceleration", "faults")
+_OVER_TIME = ("maf", "bursty", "acceleration", "worker_kills")
 _AGAINST_ACCURACY = ("maf", "bursty", "acceleration", "policies")
 
 
-def draw(rows: Iterable[CellResult], folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Draws what can be drawn of these rows, and yields the files."""
+def draw(results: Iterable[CellResult], folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Draws every figure that these results allow, and yields the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = summarize(rows)
-    for preset in dict.fromkeys(s.preset for s in summaries):
-        of_preset = [s for s in summaries if s.preset == preset]
+    for preset, summaries in grouped(summarize(results), lambda s: s.preset).items():
+        scales = grouped(summaries, lambda s: s.scale)
         if preset in _AGAINST_ACCURACY:
-            for scale in dict.fromkeys(s.scale for s in of_preset):
+            for scale, group in scales.items():
                 path = folder / f"{preset}_x{scale:g}.png"
-                shown = [
-                    _tradeoff(trace, group) for trace, group in _by_trace(s for s in of_preset if s.scale == scale).items()
-                ]
+                shown = [_tradeoff(trace, own) for trace, own in grouped(group, lambda s: s.trace).items()]
                 plots.panels(shown, path, title=f"{preset}, profile x{scale:g}")
                 yield path
         elif preset in _CURVES:
-            path = folder / f"{preset}.png"
-            scales = dict.fromkeys(s.scale for s in of_preset)
-            shown = [
-                p
-                for scale in scales
-                for p in _CURVES[preset](f"profile x{scale:g}", [s for s in of_preset if s.scale == scale])
-            ]
+            shown = [panel for scale, group in scales.items() for panel in _CURVES[preset](f"profile x{scale:g}", group)]
             if shown:
-                plots.panels(shown, path, columns=2)
-                yield path
+                plots.panels(shown, folder / f"{preset}.png", columns=2)
+                yield folder / f"{preset}.png"
 
 
 def draw_over_time(
     cells: Sequence[Cell], profile: Profile, folder: pathlib.Path, *, maf_trace: str | None = None
 ) -> Iterator[pathlib.Path]:
-    """Runs over time: of each preset and scale with such a figure the last trace, its first seed; yields the files."""
+    """Draws runs over time, and yields the files. For each preset and scale it runs the last trace with the first seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    last = {(c.preset, c.scale): c.trace for c in cells if c.preset in _OVER_TIME}
-    for (preset, scale), trace in last.items():
-        first = next(c for c in cells if (c.preset, c.scale, c.trace) == (preset, scale, trace))
-        names = [n for n in first.policies if not n.startswith("fixed:")][:3] or list(first.policies[:1])
+    for (preset, scale), group in grouped(cells, lambda c: (c.preset, c.scale)).items():
+        if preset not in _OVER_TIME:
+            continue
+        cell = next(c for c in group if c.trace == group[-1].trace)
+        names = [n for n in cell.policies if not n.startswith("fixed:")][:3] or list(cell.policies[:1])
         window_s = 0.5 if preset == "maf" else 0.25
-        runs = {name: runner.timeline(first, name, profile, maf_trace=maf_trace, window_s=window_s) for name in names}
+        runs = {name: runner.timeline(cell, name, profile, maf_trace=maf_trace, window_s=window_s) for name in names}
         path = folder / f"{preset}_over_time_x{scale:g}.png"
-        plots.replay(runs, path, marks_s=sorted(o.from_s for o in first.cluster.outages))
+        plots.replay(runs, path, marks_s=sorted(o.from_s for o in cell.cluster.outages))
         yield path
 
 
 def _tradeoff(trace: str, group: Sequence[Summary]) -> Panel:
-    """Attainment against accuracy: the fixed models on their lines, each policy a point."""
-    fixed = sorted(
-        (s for s in group if s.policy.startswith("fixed:") and not math.isnan(s.accuracy)), key=lambda s: s.accuracy
-    )
-    policies = [s for s in group if not s.policy.startswith("fixed:")]
+    """Attainment against accuracy: the fixed models on a line, each policy a point."""
     lines = {
-        s.policy: Line([s.accuracy], [s.attainment], [s.attainment_sd], [s.accuracy_sd], style=marker)
-        for s, marker in zip(policies, itertools.cycle("ovsD^P*"), strict=False)
+        s.policy: Line([s.accuracy], [s.attainment], [s.sd("attainment")], [s.sd("accuracy")], style=marker)
+        for s, marker in zip((s for s in group if not s.fixed), itertools.cycle("ovsD^P*"), strict=False)
     }
-    if fixed:
-        lines["fixed models"] = _line(fixed, lambda s: s.accuracy, lambda s: s.attainment, style="s--", color="0.5")
+    if fixed := _fixed(group):
+        lines["fixed models"] = _line(fixed, "accuracy", "attainment", style="s--", color="0.5")
     return Panel(trace, "mean serving accuracy (%)", "SLO attainment", lines)
 
 
 def _scale(title: str, group: Sequence[Summary]) -> Iterator[Panel]:
-    lines = {
-        name: _line(own, lambda s: s.mean("workers"), lambda s: s.mean("rate_qps"), style=style)
-        for (name, own), style in zip(_by_policy(group).items(), itertools.cycle(("o-", "x:", "+--")), strict=False)
-    }
+    styles = itertools.cycle(("o-", "x:", "+--"))
+    lines = {name: _line(own, "workers", "rate_qps", style=next(styles)) for name, own in _by_policy(group).items()}
     yield Panel(title, "workers", f"queries/s at {runner.SUSTAINED}", lines)
 
 
 def _actuation(title: str, group: Sequence[Summary]) -> Iterator[Panel]:
     for what, value in (("missed deadlines (%)", lambda s: 100 * (1 - s.attainment)), ("accuracy (%)", lambda s: s.accuracy)):
-        lines = {name: _line(own, lambda s: s.mean("actuation_ms"), value) for name, own in _by_policy(group).items()}
+        lines = {
+            name: Line([s.mean("actuation_ms") for s in own], [value(s) for s in own])
+            for name, own in _by_policy(group).items()
+        }
         yield Panel(title, "delay per change of subnet (ms)", what, lines, "symlog")
 
 
 def _capacity(title: str, group: Sequence[Summary]) -> Iterator[Panel]:
-    fixed = sorted((s for s in group if s.policy.startswith("fixed:")), key=lambda s: s.accuracy)
-    own = {name: g for name, g in _by_policy(group).items() if not name.startswith("fixed:")}
-    rate = lambda s: s.mean("rate_qps")  # noqa: E731
+    policies = _by_policy(s for s in group if not s.fixed)
     lines = {
-        name: _line([s for s in g if s.attainment >= runner.SUSTAINED], rate, lambda s: s.accuracy) for name, g in own.items()
+        name: _line([s for s in own if s.attainment >= runner.SUSTAINED], "rate_qps", "accuracy")
+        for name, own in policies.items()
     }
-    if own:
-        lines["fluid bound"] = _line(next(iter(own.values())), rate, lambda s: s.fluid_accuracy, style=":", color="black")
-    if fixed:
-        lines["fixed models"] = _line(fixed, rate, lambda s: s.accuracy, style="s--", color="0.5")
+    if policies:
+        lines["fluid bound"] = _line(next(iter(policies.values())), "rate_qps", "fluid_accuracy", style=":", color="black")
+    if fixed := _fixed(group):
+        lines["fixed models"] = _line(fixed, "rate_qps", "accuracy", style="s--", color="0.5")
     yield Panel(title, f"queries/s at {runner.SUSTAINED} or more", "accuracy (%)", lines)
 
 
 def _slowdown(title: str, group: Sequence[Summary]) -> Iterator[Panel]:
-    """Only the sweep over the number of latency buckets; the rest is a table."""
+    """The sweep over the number of latency buckets. The other results of this preset are only a table."""
     hardest = {s.policy: s for s in group if s.trace == presets.HARDEST.name}
     swept = {
-        reading: [(n, s) for n in presets.BUCKETS if (s := hardest.get(f"{reading}:{n}")) is not None]
-        for reading in ("slackfit-paper", "slackfit-cumulative")
+        rule: {n: s for n in presets.LATENCY_BUCKETS if (s := hardest.get(f"{rule}:{n}")) is not None}
+        for rule in ("slackfit-paper", "slackfit-cumulative")
     }
     if not any(swept.values()):
         return
-    ends = [presets.BUCKETS[0], presets.BUCKETS[-1]]
-    for what, value, spread in (
-        ("SLO attainment", lambda s: s.attainment, lambda s: s.attainment_sd),
-        ("accuracy (%)", lambda s: s.accuracy, lambda s: s.accuracy_sd),
-    ):
+    ends = [presets.LATENCY_BUCKETS[0], presets.LATENCY_BUCKETS[-1]]
+    for what, key in (("SLO attainment", "attainment"), ("accuracy (%)", "accuracy")):
         lines = {
-            name: Line([n for n, _ in points], [value(s) for _, s in points], [spread(s) for _, s in points])
-            for name, points in swept.items()
+            rule: Line(list(by_count), [s.mean(key) for s in by_count.values()], [s.sd(key) for s in by_count.values()])
+            for rule, by_count in swept.items()
         }
         for name in ("slackfit", "max-batch"):
             if name in hardest:
-                lines[name] = Line(ends, [value(hardest[name])] * 2, style="--")
+                lines[name] = Line(ends, [hardest[name].mean(key)] * 2, style="--")
         yield Panel(f"{presets.HARDEST.name}, {title}", "latency buckets", what, lines, "log2")
 
 
-_CURVES = {"scale": _scale, "actuation": _actuation, "capacity": _capacity, "slowdown": _slowdown}
+_CURVES: Mapping[str, Callable[[str, Sequence[Summary]], Iterator[Panel]]] = {
+    "scale": _scale,
+    "actuation": _actuation,
+    "capacity": _capacity,
+    "slowdown": _slowdown,
+}
 
 
-def _line(group: Sequence[Summary], x, y, **options) -> Line:
-    return Line([x(s) for s in group], [y(s) for s in group], **options)
+def _line(group: Sequence[Summary], x: str, y: str, *, style: str = "o-", color: str | None = None) -> Line:
+    return Line([s.mean(x) for s in group], [s.mean(y) for s in group], style=style, color=color)
 
 
-def _by_trace(summaries: Iterable[Summary]) -> Mapping[str, list[Summary]]:
-    return _grouped(summaries, lambda s: s.trace)
+def _fixed(group: Iterable[Summary]) -> list[Summary]:
+    return sorted((s for s in group if s.fixed and not math.isnan(s.accuracy)), key=lambda s: s.accuracy)
 
 
-def _by_policy(summaries: Iterable[Summary]) -> Mapping[str, list[Summary]]:
-    return _grouped(summaries, lambda s: s.policy)
-
-
-def _grouped(summaries: Iterable[Summary], key: Callable[[Summary], str]) -> Mapping[str, list[Summary]]:
-    found: dict[str, list[Summary]] = {}
-    for s in summaries:
-        found.setdefault(key(s), []).append(s)
-    return found
+def _by_policy(group: Iterable[Summary]) -> Mapping[str, list[Summary]]:
+    return grouped(group, lambda s: s.policy)

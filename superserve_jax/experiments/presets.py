@@ -1,15 +1,18 @@
-"""The evaluation as data: which traffic, policies and clusters make up each preset of `serve/compare.py`. No jax.
+"""The evaluation as data: which traffic, policies and clusters make up each preset of serve/compare.py. No jax.
 
-The settings are those of the paper's Section 6 (Figures 1, 5c, 8 to 11 and 13); what it leaves open is said where it is set.
-A *scale* s makes the profile's device s times slower. With the reconstructed profile (`reference`) eight workers at 1.9 carry
-the 2,000 to 9,000 queries/s that the paper's Figure 5c shows, so traffic weighs there as it does in the paper; at 1.0, the
-latencies of its Figure 6, they carry twice as many.
+The settings come from the paper's Section 6 (Figures 1, 5c, 8 to 11 and 13). Where the paper leaves one open, a docstring
+says what was chosen.
+A scale of s makes the device s times slower than in the profile. With the paper's profile (`simulation.paper_profile`) and a
+scale of 1.9, eight workers carry 2,000 to 9,000 queries/s, as in Figure 5c. So the traffic is the same load as in the paper.
+At a scale of 1.0, the latencies of Figure 6, the workers carry twice as many.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
@@ -22,18 +25,21 @@ DURATION_S = 60.0
 WORKERS = 8
 SCALES = (1.0, 1.9)
 DENSE = 500  # subnets in the profile on which decisions are timed
+LATENCY_BUCKETS = (4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 24, 32, 48, 64)
+"""The numbers of latency buckets that the preset "slowdown" tries."""
+
 _PROCESSES = {"bursty": traces.bursty, "accelerating": traces.accelerating, "gamma": traces.gamma, "azure": azure.trace}
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """A trace, not yet made.
+    """A trace that has not been made yet.
 
     Args:
       name: for tables and plots.
-      process: "bursty", "accelerating" or "gamma" (see `traces`), or "azure" (see `azure.trace`).
-      options: arguments of that function, by name.
-      load: of "gamma", instead of its rate: the share of what all workers carry with the fastest subnet.
+      process: "bursty", "accelerating" or "gamma" (see `simulation.traces`), or "azure" (see `simulation.azure.trace`).
+      options: arguments of that function, as (name, value).
+      load: of "gamma", instead of a rate: the rate divided by what all workers carry with the fastest subnet.
     """
 
     name: str
@@ -43,20 +49,21 @@ class Traffic:
 
     @property
     def random(self) -> bool:
-        """Whether seeds make a difference."""
+        """Whether the trace depends on the seed."""
         return dict(self.options).get("cv2", 1.0) != 0
 
     def create(
         self, seed: int, *, capacity_qps: float = 0.0, duration_s: float = DURATION_S, maf_trace: str | None = None
     ) -> Trace:
-        """The trace.
+        """Makes the trace.
 
         Args:
-          capacity_qps: what `load` is a share of.
-          duration_s: its length.
-          maf_trace: CSV file of Azure Functions 2019, which "azure" reads.
+          seed: of the arrivals.
+          capacity_qps: what all workers carry with the fastest subnet, for `load`.
+          duration_s: the length of the trace.
+          maf_trace: a CSV file of Azure Functions 2019, for "azure".
 
-        Raises DataError where "azure" has no file.
+        Raises DataError if "azure" has no file.
         """
         options: dict[str, Any] = {"duration_s": duration_s, "slo_ms": SLO_MS, "seed": seed, **dict(self.options)}
         if self.load is not None:
@@ -72,15 +79,38 @@ class Traffic:
         return dataclasses.replace(_PROCESSES[self.process](**options), name=self.name)
 
 
+def bursty(burst_qps: float, cv2: float) -> Traffic:
+    """The paper's bursty traffic: 1500 queries/s plus a gamma process."""
+    return Traffic(f"1500+{burst_qps:g} cv2={cv2:g}", "bursty", (("burst_qps", burst_qps), ("cv2", cv2)))
+
+
+def accelerating(to_qps: float, qps_per_s: float) -> Traffic:
+    """The paper's accelerating traffic, which rises from 2500 queries/s. It rises after 10 s; the paper does not say when."""
+    return Traffic(f"2500-{to_qps:g} at {qps_per_s:g}", "accelerating", (("to_qps", to_qps), ("qps_per_s", qps_per_s)))
+
+
+def steady(load: float) -> Traffic:
+    """Evenly spaced arrivals. `load` is relative to what the fastest subnet carries."""
+    return Traffic(f"steady, {100 * load:g} % load", "gamma", (("cv2", 0.0),), load)
+
+
+MAF = Traffic("MAF 6400", "azure", (("mean_qps", 6400.0),))
+"""A day of Azure Functions, shrunk to a minute or two, with a mean of 6400 queries/s."""
+HARDEST = bursty(5550.0, 8.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Every policy on every traffic, with every cluster, at every scale.
+    """Runs every policy on every traffic, on every cluster, at every scale.
 
     Args:
-      policies: names of `policies.create`; "fixed:all" stands for every subnet of the profile, fixed.
-      sustained: do not serve the traffic as it is, but seek the highest rate at which it attains `evaluation.SUSTAINED`.
-      duration_s: of the traffic.
-      dense: on a profile of `DENSE` subnets, with the time of each decision taken.
+      traffics: what comes.
+      policies: names for `policies.create`. "fixed:all" means every subnet of the profile, fixed.
+      clusters: what serves.
+      scales: how many times slower the device is than in the profile.
+      sustained: search for the highest rate that is sustained (`runner.SUSTAINED`), instead of serving the traffic as it is.
+      duration_s: the length of the traffic.
+      dense: run on a profile of `DENSE` subnets, and measure the time of each decision.
     """
 
     traffics: tuple[Traffic, ...]
@@ -94,7 +124,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is run at once, in one process: some policies on the same arrivals."""
+    """Some policies on the same arrivals. A cell runs in one process. For its fields see `Grid`."""
 
     preset: str
     traffic: Traffic
@@ -108,60 +138,20 @@ class Cell:
 
     @property
     def trace(self) -> str:
-        """Name of the traffic and of what happens to the cluster meanwhile."""
-        return ", ".join([self.traffic.name, *_happens(self)])
-
-
-def dense(profile: Profile, subnets: int = DENSE) -> Profile:
-    """A profile with many subnets, evenly spaced along the straight lines between the rows of `profile` (its longest length).
-
-    >>> from superserve_jax.simulation.paper_profile import paper_profile
-    >>> len(dense(paper_profile()).rows)
-    500
-    """
-    rows, n = profile.rows, len(profile.rows)
-    made = []
-    for i in range(subnets):
-        place = i * (n - 1) / max(subnets - 1, 1)
-        low = min(int(place), max(n - 2, 0))
-        a, b, t = rows[low], rows[min(low + 1, n - 1)], place - low
-        latency_ms = tuple(x + t * (y - x) for x, y in zip(a.latency_ms, b.latency_ms, strict=True))
-        made.append(
-            Row(
-                dataclasses.replace(a.subnet, axes=(("between", (place,)),)),
-                a.accuracy + t * (b.accuracy - a.accuracy),
-                latency_ms,
-            )
-        )
-    return Profile(profile.batch_sizes, tuple(made), profile.device)
-
-
-def bursty(burst_qps: float, cv2: float) -> Traffic:
-    """The paper's bursty traffic of 1500 queries/s plus a gamma process."""
-    return Traffic(f"1500+{burst_qps:g} cv2={cv2:g}", "bursty", (("burst_qps", burst_qps), ("cv2", cv2)))
-
-
-def accelerating(to_qps: float, qps_per_s: float) -> Traffic:
-    """The paper's traffic that rises from 2500 queries/s. It does not say when: 10 s after the start."""
-    return Traffic(f"2500-{to_qps:g} at {qps_per_s:g}", "accelerating", (("to_qps", to_qps), ("qps_per_s", qps_per_s)))
-
-
-def steady(load: float) -> Traffic:
-    """Evenly spaced arrivals, at a share of what the fastest subnet carries."""
-    return Traffic(f"steady, {100 * load:g} % load", "gamma", (("cv2", 0.0),), load)
-
-
-MAF = Traffic("MAF 6400", "azure", (("mean_qps", 6400.0),))
-"""A day shrunk to a minute or two, at a mean of 6400 queries/s."""
-HARDEST = bursty(5550.0, 8.0)
-BUCKETS = (4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 24, 32, 48, 64)
-
-_OURS = ("slackfit", "slackfit-paper")
-_AGAINST_FIXED = (*_OURS, "proteus", "fixed:all")
+        """The name of the traffic, and what happens to the cluster."""
+        cluster = self.cluster
+        happens = [f"stall of {1e3 * (stall.until_s - stall.from_s):.0f} ms" for stall in cluster.stalls]
+        if cluster.outages:
+            happens.insert(0, f"{len(cluster.outages)} of {cluster.workers} workers killed")
+        if cluster.actuation_ms:
+            happens.insert(0, f"{cluster.actuation_ms:g} ms per change")
+        if cluster.workers != WORKERS or self.sustained:
+            happens.insert(0, f"{cluster.workers} worker{'s' * (cluster.workers > 1)}")
+        return ", ".join([self.traffic.name, *happens])
 
 
 def killed(every_s: float = 12.0, survivors: int = WORKERS // 2) -> Cluster:
-    """The paper's fault experiment: a worker is killed again and again, until half of them are left."""
+    """The paper's fault-tolerance experiment: every `every_s` seconds a worker is killed, until `survivors` are left."""
     outages = tuple(Outage(i, every_s * (i + 1)) for i in range(WORKERS - survivors))
     return Cluster(workers=WORKERS, outages=outages)
 
@@ -170,27 +160,22 @@ def _stalled(stall_ms: float) -> Cluster:
     return Cluster(workers=WORKERS, stalls=(Stall(2.0, 2.0 + 1e-3 * stall_ms),))
 
 
+_OURS = ("slackfit", "slackfit-paper")
+_AGAINST_FIXED = (*_OURS, "proteus", "fixed:all")
+_ALL_POLICIES = (*_OURS, "slackfit-cumulative", "max-batch", "max-acc", "proteus", "least-accurate")
+_FEW_LATENCY_BUCKETS = ("least-accurate", "slackfit-paper:8", "slackfit-paper:32", "slackfit-cumulative:32", "slackfit")
+_SWEEP = tuple(f"{rule}:{n}" for rule in ("slackfit-paper", "slackfit-cumulative") for n in LATENCY_BUCKETS)
+_STEADY = Traffic("steady", "gamma", (("cv2", 0.0),))
+_ACTUATIONS_MS = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0, 100.0, 200.0, 500.0)
+
 PRESETS: Mapping[str, tuple[Grid, ...]] = {
     "maf": (Grid((MAF,), (*_OURS, "max-batch", "max-acc", "proteus", "fixed:all"), duration_s=120.0),),
-    "bursty": (
-        Grid(
-            tuple(bursty(qps, c) for qps, c in itertools.product((2950.0, 4900.0, 5550.0), (2.0, 4.0, 8.0))),
-            _AGAINST_FIXED,
-        ),
-    ),
+    "bursty": (Grid(tuple(bursty(q, c) for q in (2950.0, 4900.0, 5550.0) for c in (2.0, 4.0, 8.0)), _AGAINST_FIXED),),
     "acceleration": (
-        Grid(
-            tuple(accelerating(qps, a) for qps, a in itertools.product((4800.0, 6800.0, 7800.0), (250.0, 500.0, 5000.0))),
-            _AGAINST_FIXED,
-        ),
+        Grid(tuple(accelerating(q, a) for q in (4800.0, 6800.0, 7800.0) for a in (250.0, 500.0, 5000.0)), _AGAINST_FIXED),
     ),
-    "policies": (
-        Grid(
-            tuple(bursty(5550.0, c) for c in (2.0, 4.0, 8.0)),
-            (*_OURS, "slackfit-cumulative", "max-batch", "max-acc", "proteus", "least-accurate"),
-        ),
-    ),
-    "faults": (
+    "policies": (Grid(tuple(bursty(5550.0, c) for c in (2.0, 4.0, 8.0)), _ALL_POLICIES),),
+    "worker_kills": (
         Grid(
             (Traffic("gamma 3500 cv2=2", "gamma", (("rate_qps", 3500.0), ("cv2", 2.0))),),
             (*_OURS, "proteus", "least-accurate"),
@@ -199,7 +184,7 @@ PRESETS: Mapping[str, tuple[Grid, ...]] = {
     ),
     "scale": (
         Grid(
-            (Traffic("steady", "gamma", (("cv2", 0.0),)),),
+            (_STEADY,),
             (*_OURS, "least-accurate"),
             tuple(Cluster(workers=n) for n in (1, 2, 4, 8, 16, 32)),
             sustained=True,
@@ -210,45 +195,21 @@ PRESETS: Mapping[str, tuple[Grid, ...]] = {
         Grid(
             (bursty(2950.0, 2.0),),
             (*_OURS, "proteus", "least-accurate"),
-            tuple(Cluster(workers=WORKERS, actuation_ms=ms) for ms in (0.0, 0.2, 1.0, 3.0, 10.0, 30.0, 100.0, 200.0, 500.0)),
+            tuple(Cluster(workers=WORKERS, actuation_ms=ms) for ms in _ACTUATIONS_MS),
         ),
     ),
     "capacity": (
-        Grid((Traffic("steady", "gamma", (("cv2", 0.0),)),), ("fixed:all",), sustained=True, duration_s=10.0),
+        Grid((_STEADY,), ("fixed:all",), sustained=True, duration_s=10.0),
         Grid(tuple(steady(load / 100) for load in (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)), _OURS, duration_s=20.0),
     ),
     "slowdown": (
-        Grid(
-            (bursty(2950.0, 2.0), bursty(4900.0, 4.0), bursty(5550.0, 4.0), HARDEST),
-            ("least-accurate", "slackfit-paper:8", "slackfit-paper:32", "slackfit-cumulative:32", "slackfit"),
-            scales=(1.9,),
-        ),
-        Grid(
-            (HARDEST,),
-            (
-                *(f"slackfit-paper:{n}" for n in BUCKETS if n not in (8, 32)),
-                *(f"slackfit-cumulative:{n}" for n in BUCKETS if n != 32),
-                "max-batch",
-            ),
-            scales=(1.9,),
-        ),
-        Grid(
-            (steady(0.8),),
-            ("least-accurate", "slackfit-paper:8", "slackfit-paper:32", "slackfit-cumulative:32", "slackfit"),
-            (_stalled(10.0), _stalled(200.0)),
-            duration_s=6.0,
-        ),
+        Grid((bursty(2950.0, 2.0), bursty(4900.0, 4.0), bursty(5550.0, 4.0), HARDEST), _FEW_LATENCY_BUCKETS, scales=(1.9,)),
+        Grid((HARDEST,), (*(n for n in _SWEEP if n not in _FEW_LATENCY_BUCKETS), "max-batch"), scales=(1.9,)),
+        Grid((steady(0.8),), _FEW_LATENCY_BUCKETS, (_stalled(10.0), _stalled(200.0)), duration_s=6.0),
     ),
-    "decisions": (
-        Grid(
-            (HARDEST,),
-            (*_OURS, "slackfit-cumulative", "max-batch", "max-acc", "proteus", "least-accurate"),
-            duration_s=10.0,
-            dense=True,
-        ),
-    ),
+    "decisions": (Grid((HARDEST,), _ALL_POLICIES, duration_s=10.0, dense=True),),
 }
-"""The presets; `serve/compare.py --preset all` runs every one of them."""
+"""The presets; `serve/compare.py --preset all` runs all of them."""
 
 
 def cells(
@@ -260,40 +221,47 @@ def cells(
     duration_s: float | None = None,
     subnets: int = 6,
 ) -> Iterator[Cell]:
-    """What a preset consists of, in the order of its tables. Traffic without chance in it is run with the first seed only.
+    """The cells of a preset, in the order of its tables. Traffic that is not random gets the first seed only.
 
     Args:
-      seeds, scales, policies, duration_s: instead of the preset's.
-      subnets: number in the profile, which "fixed:all" stands for.
+      preset: its name.
+      seeds: of the traffic.
+      scales: instead of the preset's.
+      policies: instead of the preset's.
+      duration_s: instead of the preset's.
+      subnets: the number of subnets in the profile, for "fixed:all".
 
-    Raises UnknownNameError for a preset that is not known.
+    Raises UnknownNameError for an unknown preset.
 
     >>> [cell.trace for cell in cells("slowdown")][-1]
     'steady, 80 % load, stall of 200 ms'
     """
     if preset not in PRESETS:
         raise errors.unknown_name("preset", preset, [*PRESETS, "all"])
-    seen: set[Cell] = set()
+    fixed = tuple(f"fixed:{i}" for i in range(subnets))
+    found: dict[Cell, None] = {}  # two grids with the same traffic give the same cells if `policies` replaces theirs
     for grid in PRESETS[preset]:
-        names: list[str] = []
-        for name in policies or grid.policies:
-            names += [f"fixed:{i}" for i in range(subnets)] if name == "fixed:all" else [name]
+        names = tuple(n for name in policies or grid.policies for n in (fixed if name == "fixed:all" else (name,)))
         for traffic, scale, cluster in itertools.product(grid.traffics, scales or grid.scales, grid.clusters):
             for seed in seeds if traffic.random else seeds[:1]:
                 length_s = duration_s or grid.duration_s
-                cell = Cell(preset, traffic, cluster, scale, seed, tuple(names), grid.sustained, length_s, grid.dense)
-                if cell not in seen:  # as two grids with the same traffic are, once `policies` replaces theirs
-                    seen.add(cell)
-                    yield cell
+                found[Cell(preset, traffic, cluster, scale, seed, names, grid.sustained, length_s, grid.dense)] = None
+    yield from found
 
 
-def _happens(cell: Cell) -> Iterator[str]:
-    cluster = cell.cluster
-    if cluster.workers != WORKERS or cell.sustained:
-        yield f"{cluster.workers} worker{'s' * (cluster.workers > 1)}"
-    if cluster.actuation_ms:
-        yield f"{cluster.actuation_ms:g} ms per change"
-    if cluster.outages:
-        yield f"{len(cluster.outages)} of {cluster.workers} workers killed"
-    for stall in cluster.stalls:
-        yield f"stall of {1e3 * (stall.until_s - stall.from_s):.0f} ms"
+def dense(profile: Profile, subnets: int = DENSE) -> Profile:
+    """A profile with many subnets. They lie evenly on the straight lines between the rows of `profile`, at its longest length.
+
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> len(dense(paper_profile()).rows)
+    500
+    """
+    places = np.linspace(0, len(profile.rows) - 1, subnets).tolist()
+    table = np.array([(row.accuracy, *row.latency_ms) for row in profile.rows])
+    columns = [np.interp(places, np.arange(len(table)), column).tolist() for column in table.T]
+    subnet = profile.rows[0].subnet
+    rows = tuple(
+        Row(dataclasses.replace(subnet, axes=(("between", (place,)),)), accuracy, tuple(latency_ms))
+        for place, accuracy, *latency_ms in zip(places, *columns, strict=True)
+    )
+    return Profile(profile.batch_sizes, rows, profile.device)

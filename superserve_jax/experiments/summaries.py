@@ -1,36 +1,41 @@
-"""What the rows of `evaluation` say: means over seeds, and gains over the fixed models as the paper reports them. No jax.
+"""Summaries of results: means over the seeds, and gains over the fixed models as the paper reports them. No jax.
 
-The fixed models of a profile are points (accuracy, attainment) on the same arrivals. A policy is compared with them
-- **on the lines**: the straight lines that join them in the order of accuracy, as though there were a model anywhere on them;
-- **strictly**: with one of the models itself, the next better one: at equal attainment the most accurate that attains no less,
-  at equal accuracy the one of the highest attainment that is no less accurate.
+A fixed model always runs the same subnet. On given arrivals it is a point (accuracy, attainment). A policy's gain over the
+fixed models is read in two ways:
+- On the lines: straight lines join the models in the order of accuracy, as if there were a model everywhere on them.
+- Strictly: the policy is compared with one model. At equal attainment this is the most accurate model that attains at least as
+  much. At equal accuracy it is the model with the highest attainment that is at least as accurate.
 """
 
-import collections
 import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from superserve_jax import errors
 from superserve_jax.experiments.runner import CellResult
 
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
 
 class Point(NamedTuple):
-    """A policy's figures on a trace: accuracy in percent, attainment as a fraction."""
+    """A policy on a trace: accuracy in percent, attainment as a fraction."""
 
     accuracy: float
     attainment: float
 
 
 class Gain(NamedTuple):
-    """A policy against the fixed models.
+    """A policy compared with the fixed models.
 
     Args:
-      points_line, points: percentage points of accuracy at equal attainment, on the lines and strictly.
-      times_line, times: attainment at equal accuracy, as a multiple; infinite where the models attain nothing.
+      points_line: percentage points of accuracy at equal attainment, on the lines.
+      points: the same, strictly.
+      times_line: attainment at equal accuracy, as a multiple, on the lines. It is infinite if the models attain nothing.
+      times: the same, strictly.
     """
 
     points_line: float
@@ -40,32 +45,31 @@ class Gain(NamedTuple):
 
 
 def gain(policy: Point, fixed: Iterable[Point]) -> Gain:
-    """Against the fixed models, both ways.
+    """The gain of a policy over the fixed models.
 
-    Where the policy attains more than any model, it is compared with the model that attains the most; where it is more
-    accurate than any, with the most accurate. Raises ConfigError without models.
+    A policy that attains more than every model is compared with the model that attains the most. One that is more accurate
+    than every model is compared with the most accurate model. Raises ConfigError without models.
 
     >>> gain(Point(78.0, 0.875), [Point(74.0, 1.0), Point(76.0, 0.75), Point(80.0, 0.25)])
     Gain(points_line=3.0, points=4.0, times_line=1.75, times=3.5)
     """
     models = sorted(fixed)
     if not models:
-        raise errors.ConfigError("there are no fixed models to compare with; run fixed:all, too")
-    most = max(models, key=lambda m: (m.attainment, m.accuracy))
-    attainment = min(policy.attainment, most.attainment)
+        raise errors.ConfigError("there are no fixed models to compare with; add the policy fixed:all")
+    attainment = min(policy.attainment, max(m.attainment for m in models))
     accuracy = min(policy.accuracy, models[-1].accuracy)
-    on_lines = max(_reaching(a, b, attainment) for a, b in itertools.pairwise([models[0], *models]))
+    on_lines = max(_accuracy_on_line(a, b, attainment) for a, b in itertools.pairwise([models[0], *models]))
     strictly = max(m.accuracy for m in models if m.attainment >= attainment)
     return Gain(
         points_line=policy.accuracy - on_lines,
         points=policy.accuracy - strictly,
-        times_line=_ratio(policy.attainment, _attained(models, accuracy)),
+        times_line=_ratio(policy.attainment, _attainment_on_lines(models, accuracy)),
         times=_ratio(policy.attainment, max(m.attainment for m in models if m.accuracy >= accuracy)),
     )
 
 
-def _reaching(a: Point, b: Point, attainment: float) -> float:
-    """The highest accuracy on the line from `a` to the more accurate `b` that attains so much, or minus infinity."""
+def _accuracy_on_line(a: Point, b: Point, attainment: float) -> float:
+    """The highest accuracy on the line from `a` to the more accurate `b` that has this attainment, or minus infinity."""
     if b.attainment >= attainment:
         return b.accuracy
     if a.attainment < attainment:
@@ -73,8 +77,7 @@ def _reaching(a: Point, b: Point, attainment: float) -> float:
     return a.accuracy + (b.accuracy - a.accuracy) * (a.attainment - attainment) / (a.attainment - b.attainment)
 
 
-def _attained(models: Sequence[Point], accuracy: float) -> float:
-    """What the lines attain at an accuracy."""
+def _attainment_on_lines(models: Sequence[Point], accuracy: float) -> float:
     for a, b in itertools.pairwise(models):
         if a.accuracy < accuracy <= b.accuracy:
             return a.attainment + (b.attainment - a.attainment) * (accuracy - a.accuracy) / (b.accuracy - a.accuracy)
@@ -87,82 +90,90 @@ def _ratio(ours: float, theirs: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One policy on one trace: means over the seeds, `_sd` the standard deviation over them (0 for one seed).
-
-    Args:
-      accuracy: NaN where no query met its deadline.
-      rows: what the means are of.
-    """
+    """One policy on one trace, over all seeds."""
 
     preset: str
     trace: str
     scale: float
     policy: str
-    attainment: float
-    attainment_sd: float
-    accuracy: float
-    accuracy_sd: float
-    fluid_accuracy: float
-    rows: tuple[CellResult, ...]
+    results: tuple[CellResult, ...]
 
     def mean(self, key: str) -> float:
-        """Mean of another value of the rows; NaN where they have none."""
-        return _mean_sd([row[key] for row in self.rows])[0]
+        """The mean of a value over the seeds; NaN if no result has it."""
+        known = self._known(key)
+        return statistics.fmean(known) if known else math.nan
+
+    def sd(self, key: str) -> float:
+        """The standard deviation of a value over the seeds; 0 for one seed, NaN if no result has it."""
+        known = self._known(key)
+        return statistics.stdev(known) if len(known) > 1 else 0.0 if known else math.nan
 
     @property
-    def point(self) -> Point:
-        """The means."""
-        return Point(self.accuracy, self.attainment)
+    def attainment(self) -> float:
+        """Mean SLO attainment, a fraction."""
+        return self.mean("attainment")
+
+    @property
+    def accuracy(self) -> float:
+        """Mean serving accuracy in percent; NaN if no query met its deadline."""
+        return self.mean("accuracy")
+
+    @property
+    def below_bound(self) -> float:
+        """Percentage points of accuracy below the fluid bound."""
+        return self.mean("fluid_accuracy") - self.accuracy
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the policy is a fixed model."""
+        return self.policy.startswith("fixed:")
+
+    def _known(self, key: str) -> list[float]:
+        return [result[key] for result in self.results if result[key] is not None]
 
 
-def summarize(rows: Iterable[CellResult]) -> list[Summary]:
-    """The rows without their seeds, in the order of first appearance.
+def summarize(results: Iterable[CellResult]) -> list[Summary]:
+    """Summaries over the seeds, in the order of first appearance.
 
-    >>> row = dict(preset="p", trace="t", scale=1.0, policy="q", accuracy=78.0, fluid_accuracy=79.0)
-    >>> [s] = summarize([{**row, "seed": 0, "attainment": 1.0}, {**row, "seed": 1, "attainment": 0.5}])
-    >>> s.attainment, round(s.attainment_sd, 3), s.accuracy_sd
+    >>> result = dict(preset="p", trace="t", scale=1.0, policy="q", accuracy=78.0)
+    >>> [s] = summarize([{**result, "seed": 0, "attainment": 1.0}, {**result, "seed": 1, "attainment": 0.5}])
+    >>> s.attainment, round(s.sd("attainment"), 3), s.sd("accuracy")
     (0.75, 0.354, 0.0)
     """
-    groups: dict[tuple, list[CellResult]] = collections.defaultdict(list)
-    for row in rows:
-        groups[row["preset"], row["trace"], row["scale"], row["policy"]].append(row)
-    found = []
-    for (preset, trace, scale, policy), group in groups.items():
-        attainment, attainment_sd = _mean_sd(r["attainment"] for r in group)
-        accuracy, accuracy_sd = _mean_sd(r["accuracy"] for r in group)
-        fluid_accuracy, _ = _mean_sd(r["fluid_accuracy"] for r in group)
-        figures = (attainment, attainment_sd, accuracy, accuracy_sd, fluid_accuracy)
-        found.append(Summary(preset, trace, scale, policy, *figures, rows=tuple(group)))
-    return found
+    groups = grouped(results, lambda r: (r["preset"], r["trace"], r["scale"], r["policy"]))
+    return [Summary(*names, tuple(group)) for names, group in groups.items()]
 
 
-def gains(summarize: Sequence[Summary], policy: str) -> dict[str, Gain]:
-    """By trace, a policy's gain over the fixed models: read for each seed, on the same arrivals, then averaged.
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by key, in the order of first appearance.
+
+    >>> grouped(["apple", "bean", "avocado"], lambda word: word[0])
+    {'a': ['apple', 'avocado'], 'b': ['bean']}
+    """
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def gains(summaries: Sequence[Summary], policy: str) -> dict[str, Gain]:
+    """A policy's gain over the fixed models, by trace. It is read for each seed on the same arrivals, and then averaged.
 
     Args:
       summaries: of one preset and scale. Traces without fixed models are left out.
+      policy: the policy's name.
     """
     found = {}
-    for mine in summarize:
-        fixed = [s for s in summarize if s.trace == mine.trace and s.policy.startswith("fixed:")]
-        if mine.policy != policy or not fixed:
-            continue
+    for trace, group in grouped(summaries, lambda s: s.trace).items():
+        known = [r for s in group for r in s.results if r["accuracy"] is not None and (s.fixed or s.policy == policy)]
         per_seed = []
-        for row in mine.rows:
-            rivals = [r for s in fixed for r in s.rows if r["seed"] == row["seed"] and r["accuracy"] is not None]
-            if row["accuracy"] is not None and rivals:
-                per_seed.append(gain(_point(row), map(_point, rivals)))
+        for of_seed in grouped(known, lambda r: r["seed"]).values():
+            fixed = [_point(r) for r in of_seed if r["policy"].startswith("fixed:")]
+            per_seed += [gain(_point(r), fixed) for r in of_seed if r["policy"] == policy and fixed]
         if per_seed:
-            found[mine.trace] = Gain(*(statistics.fmean(column) for column in zip(*per_seed, strict=True)))
+            found[trace] = Gain(*(statistics.fmean(values) for values in zip(*per_seed, strict=True)))
     return found
 
 
-def _point(row: CellResult) -> Point:
-    return Point(row["accuracy"], row["attainment"])
-
-
-def _mean_sd(values: Iterable[float | None]) -> tuple[float, float]:
-    known = [v for v in values if v is not None]
-    if not known:
-        return math.nan, math.nan
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+def _point(result: dict[str, Any]) -> Point:
+    return Point(result["accuracy"], result["attainment"])

@@ -68,7 +68,7 @@ class Storm:
       window: a client with `window` unanswered bursts waits for the oldest one.
       max_queue: the server's option. A small queue makes it refuse some queries.
       poisoned: one input in `poisoned` fails in every batch; 0 for none.
-      cancelled: the share of bursts of which one query is cancelled.
+      cancelled: the share of bursts with one cancelled query.
       failing: the share of batches that raise an error.
       slow: the share of batches that take a few milliseconds.
       full: the share of batches that need too much memory.

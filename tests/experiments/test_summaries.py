@@ -12,7 +12,7 @@ from superserve_jax.experiments.summaries import Point
 FIXED = [Point(78.0, 0.2), Point(70.0, 1.0), Point(74.0, 0.8)]
 
 
-def row(policy, attainment, accuracy, *, seed=0, preset="maf", trace="t", scale=1.0, **more):
+def result(policy, attainment, accuracy, *, seed=0, preset="maf", trace="t", scale=1.0, **more):
     figures = {"attainment": attainment, "accuracy": accuracy, "fluid_accuracy": 79.0}
     return {"preset": preset, "trace": trace, "scale": scale, "policy": policy, "seed": seed, **figures, **more}
 
@@ -70,32 +70,32 @@ def test_where_attainment_falls_with_accuracy_the_lines_are_never_kinder_than_th
 
 
 def test_summaries_are_means_over_seeds_with_their_spread():
-    rows = [row("a", 1.0, 76.0), row("b", 0.5, None), row("a", 0.98, 77.0, seed=1)]
-    a, b = summaries.summarize(rows)
+    results = [result("a", 1.0, 76.0), result("b", 0.5, None), result("a", 0.98, 77.0, seed=1)]
+    a, b = summaries.summarize(results)
     assert (a.policy, a.attainment, a.accuracy) == ("a", pytest.approx(0.99), pytest.approx(76.5))
-    assert (a.attainment_sd, a.accuracy_sd) == (pytest.approx(0.02 / math.sqrt(2)), pytest.approx(1 / math.sqrt(2)))
-    assert (b.attainment, b.attainment_sd, math.isnan(b.accuracy)) == (0.5, 0.0, True)
+    assert (a.sd("attainment"), a.sd("accuracy")) == (pytest.approx(0.02 / math.sqrt(2)), pytest.approx(1 / math.sqrt(2)))
+    assert (b.attainment, b.sd("attainment"), math.isnan(b.accuracy)) == (0.5, 0.0, True)
 
 
 def test_gains_are_read_seed_by_seed_and_then_averaged():
-    fixed = [row(f"fixed:{i}", p.attainment, p.accuracy, seed=s) for s in (0, 1) for i, p in enumerate(sorted(FIXED))]
-    mine = [row("slackfit", 0.9, 76.0, seed=0), row("slackfit", 0.8, 76.0, seed=1)]
+    fixed = [result(f"fixed:{i}", p.attainment, p.accuracy, seed=s) for s in (0, 1) for i, p in enumerate(sorted(FIXED))]
+    mine = [result("slackfit", 0.9, 76.0, seed=0), result("slackfit", 0.8, 76.0, seed=1)]
     g = summaries.gains(summaries.summarize([*fixed, *mine]), "slackfit")
     assert g["t"].points_line == pytest.approx((4.0 + 2.0) / 2)
     assert g["t"].times_line == pytest.approx((1.8 + 1.6) / 2)
 
 
-def test_findings_put_the_papers_figures_beside_ours():
-    fixed = [row(f"fixed:{i}", p.attainment, p.accuracy) for i, p in enumerate(sorted(FIXED))]
-    found = {f.what: f for f in paper_table.findings([*fixed, row("slackfit", 0.9, 76.0)])}
-    assert found["accuracy at equal attainment"].reference == "+4.67 points"
+def test_the_papers_numbers_are_put_beside_ours():
+    fixed = [result(f"fixed:{i}", p.attainment, p.accuracy) for i, p in enumerate(sorted(FIXED))]
+    found = {f.what: f for f in paper_table.compare([*fixed, result("slackfit", 0.9, 76.0)])}
+    assert found["accuracy at equal attainment"].paper == "+4.67 points"
     assert found["accuracy at equal attainment"].ours.startswith("+4.00 on the lines, +6.00 strictly; +9.00")
     assert found["attainment at equal accuracy"].ours == "1.80x on the lines, 4.5x strictly"
     assert found["less than the least accurate model attains"].ours == "+0.1000"
 
 
-def test_findings_tell_scales_apart_and_leave_out_what_was_not_run():
-    rows = [row("slackfit", a, 76.0, preset="acceleration", scale=s) for s, a in ((1.0, 1.0), (1.9, 0.9))]
-    found = [f for f in paper_table.findings(rows) if f.what == "attainment"]
+def test_a_comparison_keeps_scales_apart_and_leaves_out_what_was_not_run():
+    results = [result("slackfit", a, 76.0, preset="acceleration", scale=s) for s, a in ((1.0, 1.0), (1.9, 0.9))]
+    found = [f for f in paper_table.compare(results) if f.what == "attainment"]
     assert [(f.scale, f.ours) for f in found] == [(1.0, "1.0000"), (1.9, "0.9000")]
-    assert paper_table.findings([row("max-acc", 0.5, 76.0, preset="unknown")]) == []
+    assert paper_table.compare([result("max-acc", 0.5, 76.0, preset="unknown")]) == []

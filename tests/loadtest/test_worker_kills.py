@@ -28,7 +28,7 @@ def replay(monkeypatch):
 
 
 def test_the_workers_that_are_killed_leave_the_server_and_the_others_answer():
-    trace = presets.PRESETS["faults"][0].traffics[0].create(0, duration_s=1.0)
+    trace = presets.PRESETS["worker_kills"][0].traffics[0].create(0, duration_s=1.0)
     run = worker_kills.run(trace, paper_profile.paper_profile(), "slackfit", cluster=presets.killed(0.2), slo_ms=36.0)
     assert [w["state"] == "left" for w in run.health["per_worker"]] == [True] * 4 + [False] * 4
     assert all("killed" in w["last_error"] for w in run.health["per_worker"][:4])

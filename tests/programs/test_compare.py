@@ -43,7 +43,18 @@ def day(tmp_path):
 
 
 def test_presets_are_those_of_the_evaluation_and_pure_data():
-    known = {"maf", "bursty", "acceleration", "policies", "faults", "scale", "actuation", "capacity", "slowdown", "decisions"}
+    known = {
+        "maf",
+        "bursty",
+        "acceleration",
+        "policies",
+        "worker_kills",
+        "scale",
+        "actuation",
+        "capacity",
+        "slowdown",
+        "decisions",
+    }
     assert set(presets.PRESETS) == known
     for grids in presets.PRESETS.values():
         assert json.dumps([dataclasses.asdict(grid) for grid in grids])
@@ -65,7 +76,7 @@ def test_the_papers_grids_are_complete():
     assert (count("bursty"), count("acceleration"), count("policies"), count("scale"), count("actuation")) == (9, 9, 3, 6, 9)
     bursty = {c.trace for c in presets.cells("bursty")}
     assert {"1500+2950 cv2=2", "1500+5550 cv2=8"} <= bursty
-    [cluster] = {c.cluster for c in presets.cells("faults")}
+    [cluster] = {c.cluster for c in presets.cells("worker_kills")}
     assert [(o.worker, o.from_s) for o in cluster.outages] == [(0, 12.0), (1, 24.0), (2, 36.0), (3, 48.0)]
     assert {c.scale for c in presets.cells("bursty")} == {1.0, 1.9}
 
@@ -101,32 +112,32 @@ def test_the_azure_trace_asks_for_its_file_and_says_where_it_is_to_be_had(day):
 # -- running them -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_holds_what_the_simulator_says_under_the_documented_names():
+def test_a_result_holds_what_the_simulator_says_under_the_documented_names():
     cell = short("policies", scales=(1.9,), seeds=(2,))[0]
-    rows = runner.run_cell(cell, PAPER)
-    assert [r["policy"] for r in rows] == list(cell.policies)
+    results = runner.run_cell(cell, PAPER)
+    assert [r["policy"] for r in results] == list(cell.policies)
     trace = runner.make_trace(cell, PAPER.scaled(1.9))
     expected = simulator.simulate(PAPER.scaled(1.9), "slackfit", trace)
-    assert rows[0]["attainment"] == expected.attainment
-    assert rows[0]["accuracy"] == pytest.approx(100 * expected.mean_accuracy)
-    for row in rows:
-        assert set(row) >= NAMED | FIGURES
-        assert (row["preset"], row["scale"], row["seed"], row["queries"]) == ("policies", 1.9, 2, len(trace))
-        assert 0 <= row["attainment"] <= 1
-        assert 73 < row["accuracy"] < 81
-        assert 73 < row["fluid_accuracy"] < 81
-        assert row["last_miss_s"] is row["decision_p50_us"] is None
-        for part in json.dumps(row).split():
+    assert results[0]["attainment"] == expected.attainment
+    assert results[0]["accuracy"] == pytest.approx(100 * expected.mean_accuracy)
+    for result in results:
+        assert set(result) >= NAMED | FIGURES
+        assert (result["preset"], result["scale"], result["seed"], result["queries"]) == ("policies", 1.9, 2, len(trace))
+        assert 0 <= result["attainment"] <= 1
+        assert 73 < result["accuracy"] < 81
+        assert 73 < result["fluid_accuracy"] < 81
+        assert result["last_miss_s"] is result["decision_p50_us"] is None
+        for part in json.dumps(result).split():
             assert "NaN" not in part
 
 
 def test_a_policy_that_meets_no_deadline_has_no_accuracy():
     cell = dataclasses.replace(short("bursty", scales=(100.0,))[0], policies=("fixed:0",))
-    [row] = runner.run_cell(cell, PAPER)
-    assert (row["attainment"], row["accuracy"], row["accuracy_first"]) == (0.0, None, None)
+    [result] = runner.run_cell(cell, PAPER)
+    assert (result["attainment"], result["accuracy"], result["accuracy_first"]) == (0.0, None, None)
 
 
-def test_rows_are_determined_by_the_seed_and_the_same_in_parallel():
+def test_results_are_determined_by_the_seed_and_the_same_in_parallel():
     cells = [*short("bursty", scales=(1.9,), seeds=(0, 1), policies=("slackfit", "fixed:1"))[:4], short("scale")[0]]
     serial, again = (runner.evaluate(cells, PAPER) for _ in range(2))
     assert serial == again
@@ -144,9 +155,9 @@ def test_an_error_in_a_process_reaches_the_caller():
 def test_the_sustained_rate_of_a_fixed_model_is_its_throughput():
     cells = [c for c in short("capacity", seconds=2.0, scales=(1.0,)) if c.sustained]
     [fastest, second, *_] = runner.run_cell(dataclasses.replace(cells[0], policies=("fixed:0", "fixed:1")), PAPER)
-    for row, subnet in ((fastest, PAPER.rows[0].subnet), (second, PAPER.rows[1].subnet)):
-        assert row["rate_qps"] == pytest.approx(8 * PAPER.throughput_qps(subnet), rel=0.02)
-        assert row["attainment"] >= runner.SUSTAINED
+    for result, subnet in ((fastest, PAPER.rows[0].subnet), (second, PAPER.rows[1].subnet)):
+        assert result["rate_qps"] == pytest.approx(8 * PAPER.throughput_qps(subnet), rel=0.02)
+        assert result["attainment"] >= runner.SUSTAINED
 
 
 def test_misses_after_a_stall_are_timed_from_its_end():
@@ -158,18 +169,18 @@ def test_misses_after_a_stall_are_timed_from_its_end():
 
 def test_the_bound_of_a_cluster_that_shrinks_lies_between_those_of_its_ends():
     cluster = Cluster(workers=8, outages=tuple(Outage(i, 2.0) for i in range(4)))
-    cell = dataclasses.replace(short("faults", seconds=4.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
-    [row], [whole], [half] = (
+    cell = dataclasses.replace(short("worker_kills", seconds=4.0, scales=(1.9,))[0], cluster=cluster, policies=("slackfit",))
+    [result], [whole], [half] = (
         runner.run_cell(dataclasses.replace(cell, cluster=c), PAPER) for c in (cluster, Cluster(workers=8), Cluster(workers=4))
     )
-    assert row["fluid_accuracy"] == pytest.approx((whole["fluid_accuracy"] + half["fluid_accuracy"]) / 2, abs=0.2)
-    assert row["accuracy_first"] > row["accuracy_last"] + 1
+    assert result["fluid_accuracy"] == pytest.approx((whole["fluid_accuracy"] + half["fluid_accuracy"]) / 2, abs=0.2)
+    assert result["accuracy_first"] > result["accuracy_last"] + 1
 
 
 def test_decisions_are_timed_on_a_dense_profile():
     cell = dataclasses.replace(short("decisions", scales=(1.0,))[0], policies=("slackfit", "proteus"))
-    for row in runner.evaluate([cell], PAPER):
-        assert 0 < row["decision_p50_us"] <= row["decision_p99_us"]
+    for result in runner.evaluate([cell], PAPER):
+        assert 0 < result["decision_p50_us"] <= result["decision_p99_us"]
 
 
 def test_a_number_of_latency_buckets_is_part_of_the_name():
@@ -183,8 +194,8 @@ def test_a_number_of_latency_buckets_is_part_of_the_name():
 @pytest.mark.slow
 def test_on_the_sample_of_maf_the_gains_over_fixed_models_are_above_the_papers():
     cell = next(iter(presets.cells("maf", scales=(1.0,), policies=("slackfit", "fixed:all"))))
-    rows = runner.run_cell(cell, PAPER, str(SAMPLE))
-    found = {f.what: f for f in paper_table.findings(rows)}
+    results = runner.run_cell(cell, PAPER, str(SAMPLE))
+    found = {f.what: f for f in paper_table.compare(results)}
     assert float(found["accuracy at equal attainment"].ours.split()[0]) > 4.67
     assert float(found["attainment at equal accuracy"].ours.split("x")[0]) > 2.85
 
@@ -195,14 +206,14 @@ def test_on_the_sample_of_maf_the_gains_over_fixed_models_are_above_the_papers()
 def test_every_preset_with_a_figure_draws_it(tmp_path, day):
     cells = [
         dataclasses.replace(c, policies=c.policies[:1] + c.policies[-2:])
-        for preset in ("bursty", "faults", "actuation", "scale", "slowdown", "capacity", "maf")
+        for preset in ("bursty", "worker_kills", "actuation", "scale", "slowdown", "capacity", "maf")
         for c in short(preset, seconds=0.1, scales=(1.9,))[:6]
         if c.cluster.workers < 16
     ]
-    rows = runner.evaluate(cells, PAPER, maf_trace=str(day))
-    drawn = [*figures.draw(rows, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(day))]
+    results = runner.evaluate(cells, PAPER, maf_trace=str(day))
+    drawn = [*figures.draw(results, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(day))]
     names = {path.name for path in drawn}
-    assert {"bursty_x1.9.png", "maf_x1.9.png", "faults_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
+    assert {"bursty_x1.9.png", "maf_x1.9.png", "worker_kills_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
@@ -218,16 +229,16 @@ def compare(monkeypatch):
     return run
 
 
-def test_the_program_prints_a_table_and_the_papers_figures_and_writes_the_rows(compare, tmp_path, capsys):
+def test_the_program_prints_a_table_and_the_papers_figures_and_writes_the_results(compare, tmp_path, capsys):
     PAPER.save(tmp_path / "profile.json")
     options = ("--preset", "policies", "--seeds", 2, "--seconds", 0.3, "--jobs", 1, "--paper")
-    files = ("--json", tmp_path / "rows.json", "--profile", tmp_path / "profile.json", "--plots", tmp_path / "plots")
+    files = ("--json", tmp_path / "results.json", "--profile", tmp_path / "profile.json", "--plots", tmp_path / "plots")
     compare(*options, *files)
     printed = capsys.readouterr().out
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {r["seed"] for r in rows} == {0, 1}
-    assert {r["scale"] for r in rows} == {1.0}  # the presets' 1.9 belongs to the reconstructed profile
-    assert all(set(r) >= NAMED | FIGURES and not math.isnan(r["attainment"]) for r in rows)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["seed"] for r in results} == {0, 1}
+    assert {r["scale"] for r in results} == {1.0}  # the presets' 1.9 belongs to the reconstructed profile
+    assert all(set(r) >= NAMED | FIGURES and not math.isnan(r["attainment"]) for r in results)
     assert "1500+5550 cv2=8" in printed
     assert "up to 0.05 less at cv2=8" in printed
     assert (tmp_path / "plots" / "policies_x1.png").exists()
