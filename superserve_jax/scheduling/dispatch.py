@@ -10,7 +10,7 @@ The server and the simulator call it with a `Turn`, which holds everything that 
 import dataclasses
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
@@ -44,22 +44,10 @@ class Turn:
     worker: int = 0
 
 
-class Batch(NamedTuple):
-    """What a worker runs next.
+def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[Row, list[Any], str]:
+    """Decide about one batch, and take it from the queue. Return the row to run, the items, and the reason.
 
-    Args:
-      row: the subnet, as a row of the profile at the batch's length bucket.
-      items: the queries, taken from the queue.
-      reason: one of `policies.REASONS`, or the policy's own word.
-    """
-
-    row: Row
-    items: list[Any]
-    reason: str
-
-
-def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> Batch:
-    """Decide about one batch and take it from the queue.
+    The row is of the profile at the batch's length bucket. The reason is one of `policies.REASONS` or the policy's own word.
 
     A decision may defer queries that this worker cannot save (`Decision.defer_ms`). If faster workers exist, the queries that
     only they can save are set aside during the decision. This worker serves the others if there are any.
@@ -94,7 +82,7 @@ def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> Batch:
                 continue  # the head was deferred, and the new head needs another length bucket
         size = min(size, profile.batch_sizes[-1], state.waiting)
         taken_row, items = take(queue, profile, row, size, slack_ms=state.slack_ms)
-        return Batch(taken_row, items, reason if taken_row is row else "floor")
+        return taken_row, items, reason if taken_row is row else "floor"
 
 
 def take(queue: Queue, profile: Profile, row: Row, size: int, *, slack_ms: float) -> tuple[Row, list[Any]]:

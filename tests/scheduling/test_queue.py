@@ -174,7 +174,7 @@ def test_counting_what_is_due_looks_at_few_of_those_that_wait():
 def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():
     q = filled([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
     turn = Turn(q, ArrivalMeter(), lambda profile, state: Decision(SMALL.subnet, 2, defer_ms=2000.0), PROFILE)
-    assert dispatch.next_batch(turn, 0.0).items == [1, 2]
+    assert dispatch.next_batch(turn, 0.0)[1] == [1, 2]
     assert (q.late, q.drain()) == (1, [0])
 
 
