@@ -1,8 +1,7 @@
-"""What is refused at arrival: what the queue has no room for, and, if asked, what cannot be met any more. No jax.
+"""Admission control: refuse a query on arrival if its deadline cannot be met. Server and simulator share it. No jax.
 
-Without admission control an overloaded server takes every query until its queue is full, and answers late what it cannot
-answer in time. With it the client hears at once, while there is still time to ask somebody else, and the queue stays as short
-as the SLOs demand. Server and simulator share it.
+Without it, an overloaded server accepts queries until its queue is full, and answers many of them late. With it, a client
+learns at once that it should ask another server, and the queue stays as short as the SLOs require.
 """
 
 import bisect
@@ -13,24 +12,27 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling.queue import Queue
 from superserve_jax.scheduling.speeds import Fleet
 
-_USABLE = 0.9  # of the slack; the rest is for jitter, as SlackFit's reserve is. In an overload it costs nothing: others wait
-_PAUSE_S = 0.05  # without refusals, after which an overload is over
-_PATIENCE_S = 0.2  # an overload that is longer is no burst
+_USABLE = 0.9  # share of the slack; the rest is for jitter, like SlackFit's reserve
+_PAUSE_S = 0.05  # an overload is over after this time without refusals
+_PATIENCE_S = 0.2  # a longer overload is not a burst
 
 
 class Admission:
-    """Decides who is admitted, and remembers for how long it has had to refuse.
+    """Decides which queries are admitted, and remembers how long the current overload has lasted.
 
-    A query waits until the workers have served, with the fastest subnet at its highest throughput, what is due before it, and
-    then for its own batch. What waits counts as though it had no floor.
+    A query is admitted if
 
-    That alone would be unfair to short SLOs: long ones book the capacity of the next 200 ms, and a query that is due in 20 ms
-    finds it taken. A burst may be served like that, since long ones can wait until it is over; but where queries have been
-    refused for more than 0.2 s, all are refused alike, as soon as more waits than can be served within the shortest SLO of
-    late, or in one batch for each worker.
+        (work due before it + its own batch) / speed of the workers  <=  0.9 * slack
+
+    Work counts at the highest throughput of the fastest subnet, as if no waiting query had a floor.
+
+    This rule alone is unfair to short SLOs. Queries with long SLOs book the capacity of the next 200 ms, and a query that is
+    due in 20 ms finds it taken. In a burst this is fine, because long SLOs can wait until it is over. But after 0.2 s of
+    refusals all SLOs are treated alike: a query is also refused if the waiting queries need longer than the shortest recent
+    SLO, less one batch for each worker. One batch for each worker may always wait.
 
     Args:
-      profile: of the first worker; how fast the others are, and how fast all of them are of late, the fleet knows.
+      profile: the profile of the first worker. The fleet knows the speeds of the others.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> from superserve_jax.scheduling.queue import DeadlineQueue
@@ -45,13 +47,13 @@ class Admission:
         tables = profile.each_length
         self._sizes, self._lengths = profile.batch_sizes, profile.lengths[:-1]
         self._query_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in tables)
-        self._unit_ms = 1.0 if len(tables) > 1 else self._query_ms[0]  # of the queue's work
+        self._unit_ms = 1.0 if len(tables) > 1 else self._query_ms[0]  # one unit of the queue's work
         self._accuracies = tuple(row.accuracy for row in profile.rows)
-        # By length bucket and batch size, the lowest latency among a row and those above it.
+        # For each length bucket, batch size and row: the lowest latency among this row and the more accurate ones.
         self._latency_ms = tuple(
             tuple(_lowest(column) for column in zip(*(row.latency_ms for row in t.rows), strict=True)) for t in tables
         )
-        self._since_s = self._last_s = -math.inf  # the first and the last refusal of an overload
+        self._since_s = self._last_s = -math.inf  # first and last refusal of the current overload
 
     def admits(
         self,
@@ -66,21 +68,25 @@ class Admission:
         length: int = 0,
         idle: bool = False,
     ) -> bool:
-        """Whether queries that come now are admitted: all or none. O(log n).
+        """Whether queries that arrive now are admitted, all or none. O(log n).
 
         Args:
-          waiting: the queue, without them.
-          shortest_ms: the shortest SLO of late (`queue.Meter.slo_ms`).
-          count: how many they are, with one deadline.
-          floor, length: their highest floor and their longest length; 0 for a length that is not known.
-          idle: whether a worker is idle, for which the first batch need not wait.
+          waiting: the queue, without the new queries.
+          fleet: the speeds of the workers.
+          now_s: the time.
+          deadline_s: the deadline of the new queries.
+          shortest_ms: the shortest recent SLO (`ArrivalMeter.slo_ms`).
+          count: number of new queries.
+          floor: their highest floor.
+          length: their longest length in tokens, 0 if unknown.
+          idle: whether a worker is idle, so that the first batch need not wait.
         """
         workers, alive = fleet.strength()
         if not alive:
             return False
         place = bisect.bisect_left(self._lengths, length) if length else -1
         query_ms, most, slack_ms = self._query_ms[place], self._sizes[-1], 1e3 * _USABLE * (deadline_s - now_s)
-        unit = waiting.head_work * self._unit_ms / query_ms  # in queries like these
+        unit = waiting.head_work * self._unit_ms / query_ms  # work of one waiting query, in queries like the new ones
 
         def needs_ms(queries: float, *, idle: bool) -> float:
             size = bisect.bisect_left(self._sizes, min(queries, most))
@@ -90,9 +96,9 @@ class Admission:
 
         admitted = needs_ms(waiting.due_by(deadline_s) * unit + count, idle=idle) <= slack_ms
         if not admitted and needs_ms(count, idle=True) > slack_ms:
-            return False  # at any time, so it says nothing about the load
+            return False  # it could never be met, so it is no sign of an overload
         if admitted and now_s - self._last_s < _PAUSE_S and self._last_s - self._since_s > _PATIENCE_S:
-            batches_ms = most * query_ms * alive / workers  # one for each worker
+            batches_ms = most * query_ms * alive / workers  # one batch for each worker
             waits_ms = (waiting.due_by(math.inf) * unit + count) * query_ms / workers
             admitted = waits_ms <= max(_USABLE * shortest_ms - batches_ms, batches_ms)
         if not admitted:

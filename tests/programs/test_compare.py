@@ -187,7 +187,7 @@ def test_a_number_of_latency_buckets_is_part_of_the_name():
     cell = dataclasses.replace(short("bursty")[-1], policies=("slackfit-paper", "slackfit-paper:8", "slackfit-paper:64"))
     default, eight, many = ({**r, "policy": ""} for r in runner.run_cell(cell, PAPER))
     assert default == eight != many
-    with pytest.raises(errors.ConfigError, match="number of latency buckets"):
+    with pytest.raises(errors.UnknownNameError, match="slackfit-paper:<n>"):
         policies.create("slackfit-paper:many", PAPER)
 
 

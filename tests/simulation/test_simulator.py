@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
-from superserve_jax.scheduling.policies import Decision, SlackFit, State
+from superserve_jax.scheduling.policies import Decision, PaperSlackFit, SlackFit, State
 from superserve_jax.simulation import azure, paper_profile, simulator, traces
 from superserve_jax.simulation.simulator import Cluster, Outage, Stall, _Simulation
 from superserve_jax.simulation.traces import Trace
@@ -316,7 +316,7 @@ def test_after_a_stall_the_guarded_policy_recovers_within_a_second(scale, stall_
 
 def test_the_papers_rule_collapses_with_32_latency_buckets_where_the_guarded_one_does_not():
     profile, trace = PAPER.scaled(1.9), traces.bursty(duration_s=15.0)
-    collapsed = simulator.simulate(profile, SlackFit(profile, guard=False, buckets=32), trace)
+    collapsed = simulator.simulate(profile, PaperSlackFit(profile, buckets=32), trace)
     assert collapsed.attainment < 0.8 < 0.99 < simulator.simulate(profile, "slackfit", trace).attainment
 
 

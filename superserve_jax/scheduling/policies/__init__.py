@@ -1,6 +1,7 @@
 """Policies: which subnet and how many queries a free worker takes. No jax.
 
-A policy is any callable `policy(profile, state) -> Decision`; `create` makes those of this package by name.
+A policy is any callable `policy(profile, state) -> Decision`. Read `base` first, then `slackfit`, the default. `create` makes
+the policies of this package by name.
 """
 
 import functools
@@ -11,8 +12,9 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
 from superserve_jax.scheduling.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch
 from superserve_jax.scheduling.policies.by_profile import ByProfile
+from superserve_jax.scheduling.policies.paper_slackfit import PaperSlackFit
 from superserve_jax.scheduling.policies.planner import Planner
-from superserve_jax.scheduling.policies.slackfit import Reading, SlackFit
+from superserve_jax.scheduling.policies.slackfit import SlackFit
 
 __all__ = [
     "NAMES",
@@ -23,6 +25,7 @@ __all__ = [
     "LeastAccurate",
     "MaxAcc",
     "MaxBatch",
+    "PaperSlackFit",
     "Planner",
     "Policy",
     "SlackFit",
@@ -30,10 +33,10 @@ __all__ = [
     "create",
 ]
 
-_READINGS: dict[str, Reading] = {"slackfit-paper": "in_range", "slackfit-cumulative": "cumulative"}
 _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     "slackfit": SlackFit,
-    **{name: functools.partial(SlackFit, guard=False, reading=reading) for name, reading in _READINGS.items()},
+    "slackfit-paper": PaperSlackFit,
+    "slackfit-cumulative": functools.partial(PaperSlackFit, reading="cumulative"),
     "max-acc": MaxAcc,
     "max-batch": MaxBatch,
     "least-accurate": LeastAccurate,
@@ -42,15 +45,18 @@ _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     "proteus": Planner,
 }
 NAMES = tuple(_FACTORIES)
-"""The names that `create` knows, besides `fixed:<i>` for the i-th subnet of the profile, in ascending order of accuracy;
-and `slackfit-paper:<n>` and `slackfit-cumulative:<n>` with n latency buckets."""
+"""The names without a number. Three more take a number after a colon: `fixed:<i>`, the i-th subnet of the profile in ascending
+order of accuracy, and `slackfit-paper:<n>` and `slackfit-cumulative:<n>` with n latency buckets."""
 
 
 def create(policy: str | Policy, *profiles: Profile) -> Policy:
-    """The policy of a name, built for a profile; for each, where the workers have several or they have several length buckets
-    (`ByProfile`). A callable is returned as it is.
+    """Make a policy by name. A callable is returned as it is.
 
-    Raises UnknownNameError for a name that is not known, ConfigError for a subnet that the profile does not have.
+    Args:
+      policy: a name, or a policy.
+      profiles: the profiles of the workers. If they differ, or have several length buckets, the result is a `ByProfile`.
+
+    Raises UnknownNameError for an unknown name, ConfigError for a number that cannot be.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -64,17 +70,14 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
         return ByProfile(functools.partial(create, policy), *profiles)
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
-    kind, _, index = str(policy).partition(":")
-    if kind in _READINGS and index:
-        if not index.isdecimal():
-            raise errors.ConfigError(
-                f"policy '{policy}': after the colon stands the number of latency buckets, such as {kind}:8"
-            )
-        return SlackFit(profile, guard=False, buckets=int(index), reading=_READINGS[kind])
-    if kind != "fixed" or not index.isdecimal():
-        raise errors.unknown_name("policy", policy, [*NAMES, "fixed:<i>"])
-    if int(index) >= len(profile.rows):
+    kind, _, number = str(policy).partition(":")
+    if kind.startswith("slackfit-") and kind in _FACTORIES and number.isdecimal():
+        return functools.partial(_FACTORIES[kind], buckets=int(number))(profile)
+    if kind != "fixed" or not number.isdecimal():
+        numbered = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>")
+        raise errors.unknown_name("policy", policy, [*NAMES, *numbered])
+    if int(number) >= len(profile.rows):
         raise errors.ConfigError(
             f"policy '{policy}': the profile has the subnets 0 to {len(profile.rows) - 1}; name one of them"
         )
-    return Fixed(profile, profile.rows[int(index)].subnet)
+    return Fixed(profile, profile.rows[int(number)].subnet)

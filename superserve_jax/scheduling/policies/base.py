@@ -1,8 +1,8 @@
-"""What a policy is asked, what it answers, and the look-up table that the policies share. No jax.
+"""What a policy is asked (`State`), what it answers (`Decision`), and the latency table that policies share. No jax.
 
-With length buckets a policy is asked with the profile at the head's, and what it is told about the traffic is in units of it.
-Where workers have profiles of their own, it is asked with that of the worker that is free. Of a worker that is slower than its
-profile of late, all times and rates are in units of its profile, as though time ran faster (see `drift`).
+A policy is asked with the profile of the free worker. With length buckets it is the profile at the head's length bucket, and
+the counts in the state are in units of queries like the head. For a worker that runs slower than its profile, all times and
+rates are scaled, as if time ran faster (see `speeds`).
 """
 
 import bisect
@@ -21,21 +21,20 @@ class State(NamedTuple):
 
     Args:
       now_s: the time.
-      slack_ms: time left until the earliest deadline; negative where it has passed.
-      waiting: number of queries in the queue, at least 1; with length buckets, of those that are no longer than the head's.
-      floors: the lowest accuracy that each of the first waiting queries accepts, in the queue's order, up to the largest
-        batch; empty where none of them has a floor.
-      workers: number of live workers, the asking one counted; where they are not equally fast, what they carry together over
-        what the asking one does, which need not be a whole number.
-      last_subnet: what the asking worker ran last, None if nothing yet.
-      late: how many of `waiting` have stepped back because they could not be met (`Decision.defer_ms`).
-      rate_qps, variance_qps: of late, mean and variance per second of the number of arrivals (see `queue.Meter`); the
-        variance of a Poisson process is its rate. 0 as long as nothing is known. With length buckets a query counts here and
-        in `near` for its work over that of one of the head's length (see `padding.LengthQueue`).
-      slo_ms: the shortest SLO with which a query has come in the last second or two; infinite as long as nothing is known.
-      worker: which worker asks, from 0.
-      near: how many of those that wait are due within twice the slack or the shortest SLO, whichever is longer; None where
-        nobody has counted.
+      slack_ms: time left until the head's deadline, which is the earliest; negative if it has passed.
+      waiting: number of waiting queries, at least 1. With length buckets, without queries longer than the head's length
+      bucket.
+      floors: the lowest accuracy that each of the next queries accepts, in the queue's order, up to the largest batch. Empty
+        if no waiting query has a floor.
+      workers: number of live workers, with the asking one. If speeds differ: total speed / speed of the asking worker.
+      last_subnet: the subnet that the asking worker ran last, None at first.
+      late: how many of `waiting` were deferred (`Decision.defer_ms`).
+      rate_qps: recent mean number of arrivals per second; 0 while unknown (see `arrivals.ArrivalMeter`).
+      variance_qps: its variance per second, equal to the rate for a Poisson process. With length buckets a query counts here,
+        in `rate_qps` and in `near` as its work / the work of a query like the head (see `length_queue.LengthQueue`).
+      slo_ms: the shortest SLO of the queries of the last one or two seconds; infinite while unknown.
+      near: how many waiting queries are due within max(2 * slack, shortest SLO); None if not counted.
+      worker: number of the asking worker, from 0.
     """
 
     now_s: float
@@ -56,8 +55,10 @@ class Decision(NamedTuple):
     """Run up to `batch` of the earliest deadlines on `subnet`.
 
     Args:
-      defer_ms: queries with less slack than this first step back behind all the others, for good; by default none does.
-      reason: a word for why, for the server's counters: one of `REASONS` or your own; empty where nobody says.
+      subnet: a subnet of the profile.
+      batch: the largest number of queries, at least 1.
+      defer_ms: before the batch is taken, queries with less slack than this go behind all others, for good. By default none.
+      reason: a word for the server's counters, one of `REASONS` or your own.
     """
 
     subnet: Subnet
@@ -68,35 +69,38 @@ class Decision(NamedTuple):
 
 REASONS = {
     "best": "the most accurate subnet: there is time for it",
-    "slack": "the most accurate subnet for which there is time",
-    "late": "the fastest subnet, since late queries wait",
-    "risk": "the fastest subnet, since a burst could make others late",
+    "slack": "the most accurate subnet that fits into the time",
+    "late": "the fastest subnet, because late queries wait",
+    "risk": "the fastest subnet, because a burst could make others late",
     "guard": "the fastest subnet: there is no time for another",
-    "short": "the fastest subnet and fewer queries: else the first would be late",
+    "short": "the fastest subnet and fewer queries: otherwise the first would be late",
     "lost": "no choice saves the first query",
     "floor": "the first query asks for more accuracy than the policy's choice has",
 }
-"""Why a batch was dispatched as it was, as the policies of this package say; "floor" is said by `dispatch`."""
+"""Why the policies of this package decided as they did. `dispatch` itself gives the reason "floor"."""
 
 
 Policy = Callable[[Profile, State], Decision]
-"""`policy(profile, state) -> Decision`, a pure function. Any callable will do. Those of this package are built for one profile
-and hold tables of it; they do not look at the profile they are passed."""
+"""`policy(profile, state) -> Decision`, a pure function. Any callable will do. The policies of this package are built for one
+profile, keep tables of it, and ignore the profile that they are passed."""
 
 
-_NEIGHBOURS = 9  # cells next to one another in latency, whose spread is taken together
+_NEIGHBOURS = 9  # number of cells with similar latencies whose spreads are combined
 
 
 class Table:
-    """Latencies of the Pareto-optimal subnets, ascending along both axes, so that every choice is a bisection.
+    """Latencies of the Pareto-optimal subnets, ascending along both axes, so that a bisection finds every choice.
 
     A subnet is named by its rank in accuracy, a batch by its index in `sizes`.
 
     Attributes:
-      rows, columns: median latencies, of each subnet and of each size.
-      tails: by size, latencies that one batch in a hundred exceeds. A 99th percentile out of some tens of calls is nearly
-        their maximum, and one disturbance decides it; so each cell's is its median times the middle one of the ratios of
-        the nine cells around it in the order of their latencies. Where none was measured, the medians.
+      sizes: the batch sizes.
+      subnets, accuracies: by rank.
+      rows: median latencies of each subnet.
+      columns: median latencies at each batch size.
+      tails: smoothed 99th percentiles at each batch size. A percentile of some tens of calls is close to their maximum, so one
+        disturbance decides it. Therefore tail = median latency * median of the ratios p99 / median over the nine cells with
+        the most similar latencies.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> table = Table(paper_profile())
@@ -115,20 +119,20 @@ class Table:
         self.tails = tuple(tuple(itertools.accumulate((ms * spread[ms] for ms in column), max)) for column in self.columns)
 
     def most_accurate(self, size: int, budget_ms: float) -> int:
-        """The most accurate subnet that does a batch within the budget; -1 where none does."""
+        """Rank of the most accurate subnet that runs this batch within the budget, -1 if there is none."""
         return bisect.bisect_right(self.columns[size], budget_ms) - 1
 
     def largest_batch(self, rank: int, budget_ms: float) -> int:
-        """The largest batch that a subnet does within the budget; -1 where it does none."""
+        """Index of the largest batch that this subnet runs within the budget, -1 if there is none."""
         return bisect.bisect_right(self.rows[rank], budget_ms) - 1
 
     def above(self, floor: float) -> int:
-        """The least accurate subnet that meets a floor; the most accurate where none does."""
+        """Rank of the least accurate subnet that reaches a floor, or of the most accurate subnet if none does."""
         return min(bisect.bisect_left(self.accuracies, floor), len(self.accuracies) - 1)
 
 
 def _spreads(cells: Sequence[tuple[float, float]]) -> dict[float, float]:
-    """99th percentile over median at each latency, out of cells of median and 99th percentile."""
+    """From each median latency to its ratio p99 / median, smoothed. Cells are (median, p99)."""
     ordered = sorted(cells)
     spreads = [p99 / ms for ms, p99 in ordered]
     window = min(_NEIGHBOURS, len(spreads))

@@ -1,9 +1,8 @@
 """The policies that the paper compares SlackFit with (its Section 6.1). No jax.
 
-As in the paper they look at the slack of the earliest deadline and not at how many queries wait: where fewer wait than the
-batch they choose, fewer run. The paper does not say what becomes of a head that no choice can save; here the fastest
-choice of the policy with its largest batch takes it, since anything smaller would only lose more queries. Floors are left
-to `dispatch.take`, which cuts the batch, or steps in with the fastest subnet that the head accepts.
+As in the paper they look only at the slack of the earliest deadline, not at the number of waiting queries. The paper does not
+say what to do with a head that no choice can save. Here the fastest subnet of the policy runs its largest batch: a smaller one
+would only lose more queries. These policies ignore floors, and `dispatch.take` enforces them.
 """
 
 import bisect
@@ -14,10 +13,10 @@ from superserve_jax.subnet import Subnet
 
 
 class Fixed:
-    """One subnet for all traffic, with the largest batch that it does within the slack. The paper's Clipper+.
+    """One subnet for all traffic, with the largest batch that it runs within the slack. The paper's Clipper+.
 
-    It stands for Clipper, Clockwork and TF-Serving, which adapt the batch to the slack and nothing else. Where
-    throughput grows with the batch, this can collapse: a short slack means small batches, and a backlog never drains.
+    It represents Clipper, Clockwork and TF-Serving, which adapt only the batch to the slack. It can collapse if throughput
+    grows with the batch: a backlog leaves little slack, little slack means small batches, and the backlog never drains.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -30,7 +29,7 @@ class Fixed:
         row = profile.row(subnet)
         self.name = f"fixed:{profile.rows.index(row)}"
         self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
-        # One decision per batch size, and at index -1, for a head that is lost, the largest once more.
+        # One decision per batch size. Index -1 is for a lost head: the largest batch again.
         sizes = (*profile.batch_sizes, profile.max_batch)
         reasons = (*("slack" for _ in profile.batch_sizes), "lost")
         self._decisions = tuple(Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
@@ -41,7 +40,7 @@ class Fixed:
 
 
 class LeastAccurate(Fixed):
-    """Always the least accurate subnet, which is what INFaaS does without an accuracy threshold (the paper's Section 6.1)."""
+    """Always the least accurate subnet, as INFaaS does without an accuracy threshold (the paper's Section 6.1)."""
 
     def __init__(self, profile: Profile):
         super().__init__(profile, profile.rows[0].subnet)
@@ -49,7 +48,7 @@ class LeastAccurate(Fixed):
 
 
 class MaxAcc:
-    """The most accurate subnet that does one query within the slack, then the largest batch for it (the paper's MaxAcc).
+    """The most accurate subnet that runs one query within the slack, then its largest batch (the paper's MaxAcc).
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -73,8 +72,7 @@ class MaxAcc:
 
 
 class MaxBatch:
-    """The largest batch that the smallest subnet does within the slack, then the most accurate subnet for it (the paper's
-    MaxBatch).
+    """The largest batch that the fastest subnet runs within the slack, then the most accurate subnet for it (MaxBatch).
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()

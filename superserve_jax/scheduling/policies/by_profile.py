@@ -1,4 +1,4 @@
-"""One policy for each profile: of a kind of device, of a length bucket. No jax."""
+"""A policy for workers with different profiles, or for several length buckets. No jax."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,19 @@ from superserve_jax.scheduling.policies.base import Decision, Policy, State
 
 
 class ByProfile:
-    """Policies that hold tables of one profile, one for each profile and, of a profile with length buckets, for each of these.
+    """One policy for each profile and length bucket. The profile that is passed selects the policy that decides.
 
-    Which of them decides, says the profile that is passed: that of the asking worker, at the head's length (see
-    `scheduling.length_queue`). They know nothing of each other. A planner plans for each as though all traffic were of that
-    length bucket, in which a longer query counts for several, and all workers were like the one that asks.
+    The policies know nothing of each other. For example, each planner plans as if all queries had its length bucket and all
+    workers its profile. A longer query then counts as several.
 
     Args:
-      make: a policy for a profile at one length, such as `functools.partial(SlackFit, defer=False)`.
-      profiles: of the workers, each of all lengths; for others a policy is made when they are first seen.
+      make: makes a policy for a profile at one length, for example `functools.partial(SlackFit, defer=False)`.
+      profiles: the profiles of the workers. For other profiles a policy is made at first use.
     """
 
     def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile):
         self._make = make
-        # Found by identity, since to compare two profiles takes longer than a decision; they are kept, so that none is reused.
+        # Keyed by id, because comparing two profiles takes longer than a decision. Keeping the profile keeps its id unique.
         self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.each_length}
         names = dict.fromkeys(str(getattr(policy, "name", policy)) for _, policy in self._policies.values())
         self.name = " / ".join(names)
@@ -31,7 +30,7 @@ class ByProfile:
         return (found[1] if found else self._equal(profile))(profile, state)
 
     def _equal(self, profile: Profile) -> Policy:
-        """The policy of a profile that is another object; a new one for that of a worker whose batches have to be smaller."""
+        """The policy of an equal profile, or a new one, for example for a worker whose batches have become smaller."""
         found = next((policy for table, policy in self._policies.values() if table == profile), None) or self._make(profile)
         self._policies[id(profile)] = profile, found
         return found

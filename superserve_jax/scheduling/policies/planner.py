@@ -1,4 +1,4 @@
-"""A planner in the manner of Proteus: a small MILP over a forecast every few seconds, instead of a rule per batch. No jax."""
+"""A planner in the manner of Proteus: it solves a small integer programme every few seconds. No jax."""
 
 import importlib
 import math
@@ -13,20 +13,21 @@ from superserve_jax.subnet import Subnet
 
 
 class Planner:
-    """Assigns a subnet to each worker, such that they carry the forecast traffic at the highest accuracy.
+    """Assigns a subnet to each worker so that they carry the forecast traffic at the highest accuracy.
 
-    Stands for Proteus (Ahmad et al., ASPLOS 2024), which scales accuracy by solving a mixed integer linear programme
-    periodically. Here the forecast is the recent mean rate (`State.rate_qps`) and some headroom. A subnet's throughput is that
-    of its best batch within half the shortest SLO seen, since a query may have to wait for one batch and then run in
-    another. Until the next plan a worker serves as `Fixed` does; it takes from the common queue, so that nothing is routed.
+    It represents Proteus (Ahmad et al., ASPLOS 2024), which solves a mixed integer linear programme periodically. The forecast
+    is the recent mean rate (`State.rate_qps`) plus some headroom. A subnet's throughput is taken at its best batch within half
+    of the shortest SLO, because a query may wait for one batch and then run in another. Between two plans each worker acts
+    like `Fixed`. All workers share one queue.
 
-    Bursts that are shorter than the period find the plan of the calm before. The call that finds a plan too old makes the
-    next one, which takes milliseconds. Of the policies here this is the only one with a memory: a copy per server or run.
+    A burst shorter than the period meets the plan made for the calm before it. The call that finds the plan too old makes the
+    next one, which takes milliseconds. This policy has a memory, unlike the others: make one for each server or simulation.
 
     Args:
+      profile: the profile of the workers.
       period_s: time between two plans.
-      headroom: share of the forecast that is added to it. On the paper's profile a tenth keeps the deadlines of traffic with
-        CV^2 2 at low load, and 0.3 of CV^2 4 at high load.
+      headroom: share added to the forecast. On the paper's profile 0.1 meets the deadlines of traffic with CV^2 2 at low load,
+        and 0.3 of traffic with CV^2 4 at high load.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -40,7 +41,7 @@ class Planner:
     name = "proteus"
 
     def __init__(self, profile: Profile, *, period_s: float = 5.0, headroom: float = 0.3):
-        # Here, since it takes 0.4 s, which a server without a planner need not wait for.
+        # Imported late: it takes 0.4 s, and only planners need it.
         self._optimize = importlib.import_module("scipy.optimize")
         if not (period_s > 0 and headroom >= 0):
             raise errors.ConfigError(f"period_s must be positive and headroom 0 or more, got {period_s} and {headroom}")
@@ -48,7 +49,7 @@ class Planner:
         self._table = table = Table(profile)
         self._fixed = {subnet: Fixed(profile, subnet) for subnet in table.subnets}
         self._plan = (table.subnets[0],)
-        self._from_s, self._until_s, self._workers = math.inf, -math.inf, 0  # when the plan holds, and for how many
+        self._from_s, self._until_s, self._workers = math.inf, -math.inf, 0  # the plan's period, and number of workers
 
     def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
@@ -56,7 +57,7 @@ class Planner:
         holds = self._from_s <= state.now_s < self._until_s and workers == self._workers
         if not holds and state.rate_qps:
             self._plan = self.plan(state.rate_qps, workers=workers, slo_ms=state.slo_ms)
-            # The first rests on a glimpse of the traffic.
+            # The first plan knows only the first moments of the traffic.
             lasts_s = self.period_s if self._workers else min(self.period_s, 1.0)
             self._from_s, self._until_s, self._workers = state.now_s, state.now_s + lasts_s, workers
         return self._fixed[self._plan[state.worker % len(self._plan)]](profile, state)
@@ -64,10 +65,13 @@ class Planner:
     def plan(self, rate_qps: float, *, workers: int, slo_ms: float) -> tuple[Subnet, ...]:
         """The subnet of each worker, in ascending order of accuracy.
 
-        Integers n_s and reals x_s, how many workers run subnet s and what share of the forecast they carry, maximise the sum
-        of x_s times the accuracy of s, where the workers suffice: n_s sum to `workers`, x_s to at most 1, and x_s is at most
-        n_s times the throughput of s. Carrying one query more is worth a hundred of its accuracies. Workers to spare, who take
-        from the queue too, get the best subnets.
+        For each subnet s, n_s workers run it and carry the share x_s of the forecast F = rate * (1 + headroom):
+
+            maximise    sum of x_s * (accuracy_s + 100)
+            subject to  x_s <= n_s * throughput_s / F,   sum of x_s <= 1,   sum of n_s = workers,   n_s integer
+
+        The 100 makes carrying one more query worth more than any accuracy. A tiny weight on n_s gives spare workers the best
+        subnets: they take from the queue too.
         """
         table = self._table
         qps = np.array([_throughput_qps(table.sizes, row, slo_ms / 2) for row in table.rows])
