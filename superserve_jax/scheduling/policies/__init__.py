@@ -12,7 +12,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
 from superserve_jax.scheduling.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch
 from superserve_jax.scheduling.policies.by_profile import ByProfile
-from superserve_jax.scheduling.policies.paper_slackfit import PaperSlackFit
+from superserve_jax.scheduling.policies.paper_slackfit import PaperSlackFit, Reading
 from superserve_jax.scheduling.policies.planner import Planner
 from superserve_jax.scheduling.policies.slackfit import SlackFit
 
@@ -33,10 +33,10 @@ __all__ = [
     "create",
 ]
 
+_READINGS: dict[str, Reading] = {"slackfit-paper": "in_range", "slackfit-cumulative": "cumulative"}
 _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     "slackfit": SlackFit,
-    "slackfit-paper": PaperSlackFit,
-    "slackfit-cumulative": functools.partial(PaperSlackFit, reading="cumulative"),
+    **{name: functools.partial(PaperSlackFit, reading=reading) for name, reading in _READINGS.items()},
     "max-acc": MaxAcc,
     "max-batch": MaxBatch,
     "least-accurate": LeastAccurate,
@@ -71,8 +71,8 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
     kind, _, number = str(policy).partition(":")
-    if kind.startswith("slackfit-") and kind in _FACTORIES and number.isdecimal():
-        return functools.partial(_FACTORIES[kind], buckets=int(number))(profile)
+    if kind in _READINGS and number.isdecimal():
+        return PaperSlackFit(profile, buckets=int(number), reading=_READINGS[kind])
     if kind != "fixed" or not number.isdecimal():
         numbered = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>")
         raise errors.unknown_name("policy", policy, [*NAMES, *numbered])

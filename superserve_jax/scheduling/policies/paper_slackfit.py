@@ -9,6 +9,8 @@ from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import Decision, State, Table
 
+Reading = Literal["in_range", "cumulative"]
+
 
 class PaperSlackFit:
     """Looks up the slack of the head in evenly spaced latency buckets.
@@ -40,7 +42,7 @@ class PaperSlackFit:
     (0.7825, 16)
     """
 
-    def __init__(self, profile: Profile, *, buckets: int = 8, reading: Literal["in_range", "cumulative"] = "in_range"):
+    def __init__(self, profile: Profile, *, buckets: int = 8, reading: Reading = "in_range"):
         if not (isinstance(buckets, int) and 1 <= buckets <= 100_000):
             raise errors.ConfigError(f"buckets must be a whole number from 1 to 100,000, got {buckets!r}; 8 is the default")
         if reading not in ("in_range", "cumulative"):
