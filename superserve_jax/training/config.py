@@ -10,7 +10,7 @@ import traceback
 from typing import Any, Literal
 
 from superserve_jax import errors, families
-from superserve_jax.training import checks
+from superserve_jax.training import fields
 from superserve_jax.training.data import check_kind, data_from_json, data_to_json
 from superserve_jax.training.optim import OptimConfig
 
@@ -37,10 +37,10 @@ class Phase:
     rewire: bool = False
 
     def __post_init__(self):
-        checks.demand_number("phases.share", self.share, least=1e-6)
-        checks.demand_whole("phases.choices", self.choices, 0)
-        checks.demand_bool("phases.tied", self.tied)
-        checks.demand_bool("phases.rewire", self.rewire)
+        fields.demand_number("phases.share", self.share, least=1e-6)
+        fields.demand_whole("phases.choices", self.choices, 0)
+        fields.demand_bool("phases.tied", self.tied)
+        fields.demand_bool("phases.rewire", self.rewire)
         names = self.elastic
         if names is not None and not (isinstance(names, tuple) and all(isinstance(name, str) for name in names)):
             raise errors.ConfigError(f"phases.elastic must be a tuple of axes, or None for all, got {names!r}")
@@ -63,9 +63,9 @@ class DistillConfig:
     hidden: float = 0.0
 
     def __post_init__(self):
-        checks.demand_path("distill.teacher", self.teacher)
-        checks.demand_number("distill.weight", self.weight)
-        checks.demand_number("distill.hidden", self.hidden)
+        fields.demand_path("distill.teacher", self.teacher)
+        fields.demand_number("distill.weight", self.weight)
+        fields.demand_number("distill.hidden", self.hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,11 @@ class SearchConfig:
             ("latency_batch", 1),
             ("served", 2),
         ):
-            checks.demand_whole(f"search.{name}", getattr(self, name), least)
+            fields.demand_whole(f"search.{name}", getattr(self, name), least)
         if self.cost not in ("flops", "latency"):
             raise errors.unknown_name("search.cost", self.cost, ("flops", "latency"))
         if self.tolerance is not None:
-            checks.demand_number("search.tolerance", self.tolerance, below=1)
+            fields.demand_number("search.tolerance", self.tolerance, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +161,9 @@ class TrainConfig:
             raise errors.ConfigError(f"name must be usable as a folder's name, got '{self.name}'")
         if not hasattr(self.model, "family"):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
-        checks.demand_number("epochs", self.epochs, least=1e-6)
-        checks.demand_number("label_smoothing", self.label_smoothing, below=1)
-        checks.demand_number("ema", self.ema, below=1)
+        fields.demand_number("epochs", self.epochs, least=1e-6)
+        fields.demand_number("label_smoothing", self.label_smoothing, below=1)
+        fields.demand_number("ema", self.ema, below=1)
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise errors.unknown_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         for name, kind in (("optim", OptimConfig), ("distill", DistillConfig), ("search", SearchConfig), ("phases", tuple)):
@@ -179,11 +179,11 @@ class TrainConfig:
                 raise errors.ConfigError(
                     f"phases.rewire: family '{self.model.family}' has no units to sort (its config has no method units)"
                 )
-        checks.demand_whole("eval_every", self.eval_every, 0)
-        checks.demand_whole("random_subnets", self.random_subnets, 0)
-        checks.demand_whole("seed", self.seed, 0)
+        fields.demand_whole("eval_every", self.eval_every, 0)
+        fields.demand_whole("random_subnets", self.random_subnets, 0)
+        fields.demand_whole("seed", self.seed, 0)
         for name in ("batch_size", "buckets", "calibration_examples", "checkpoint_every", "log_every"):
-            checks.demand_whole(name, getattr(self, name), 1)
+            fields.demand_whole(name, getattr(self, name), 1)
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import optax
 
 from superserve_jax import errors
-from superserve_jax.training import checks
+from superserve_jax.training import fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,11 @@ class OptimConfig:
         for name, known in (("name", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
             if getattr(self, name) not in known:
                 raise errors.unknown_name(f"optim.{name}", getattr(self, name), known)
-        checks.demand_number("optim.lr", self.lr, least=1e-12)
-        checks.demand_number("optim.warmup", self.warmup, below=1)
-        checks.demand_number("optim.weight_decay", self.weight_decay)
-        checks.demand_number("optim.momentum", self.momentum, below=1)
-        checks.demand_number("optim.clip_norm", self.clip_norm)
+        fields.demand_number("optim.lr", self.lr, least=1e-12)
+        fields.demand_number("optim.warmup", self.warmup, below=1)
+        fields.demand_number("optim.weight_decay", self.weight_decay)
+        fields.demand_number("optim.momentum", self.momentum, below=1)
+        fields.demand_number("optim.clip_norm", self.clip_norm)
 
     def create(self, steps: int) -> optax.GradientTransformation:
         """The Optax transformation for a run of `steps` steps."""

@@ -1,6 +1,6 @@
 """The data that a SuperNet is trained on: its configs, and streams of batches."""
 
-from superserve_jax.training.data.sources import (
+from superserve_jax.training.data.registry import (
     DataConfig,
     Dataset,
     FolderConfig,

@@ -13,7 +13,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors
-from superserve_jax.training import checks
+from superserve_jax.training import fields
 from superserve_jax.training.data import augment
 from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
@@ -43,13 +43,13 @@ class ImageConfig:
 
     def __post_init__(self):
         for field, least in (("validation", 0), ("image_size", 1), ("shift", 0)):
-            checks.demand_whole(field, getattr(self, field), least)
+            fields.demand_whole(field, getattr(self, field), least)
         if self.channels not in (1, 3):
             raise errors.ConfigError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels!r}")
         if self.shift >= self.image_size:
             raise errors.ConfigError(f"shift must be less than image_size={self.image_size}, got {self.shift}")
         for field in ("flip", "random_crop", "cache"):
-            checks.demand_bool(field, getattr(self, field))
+            fields.demand_bool(field, getattr(self, field))
         if self.random_crop and self.cache:
             raise errors.ConfigError("random_crop=True needs whole images, but cache=True keeps cropped ones; set cache=False")
 
@@ -71,7 +71,7 @@ class DataConfig(ImageConfig):
 
     def __post_init__(self):
         prepared.check_name(self.name)
-        checks.demand_path("data_dir", self.data_dir)
+        fields.demand_path("data_dir", self.data_dir)
         super().__post_init__()
 
 

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.training import checks
+from superserve_jax.training import fields
 from superserve_jax.vocabulary import Vocabulary
 
 Split = Literal["train", "validation", "test"]
@@ -152,9 +152,9 @@ class Dataset:
         Yields:
           {"inputs": (B, ...), "label": int32 (B,)}
         """
-        checks.demand_whole("batch_size", batch_size, 1)
-        checks.demand_whole("start_step", start_step, 0)
-        checks.demand_whole("seed", seed, 0)
+        fields.demand_whole("batch_size", batch_size, 1)
+        fields.demand_whole("start_step", start_step, 0)
+        fields.demand_whole("seed", seed, 0)
         if seed >= 2**32:
             raise errors.ConfigError(f"seed must be less than 2**32, got {seed}")
         shuffle_seed, read_seed, augment_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
@@ -171,7 +171,7 @@ class Dataset:
         Yields:
           {"inputs": (B, ...), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 where there is only padding.
         """
-        checks.demand_whole("batch_size", batch_size, 1)
+        fields.demand_whole("batch_size", batch_size, 1)
         examples = self._examples(split)
         batches = examples.batches(grain.MapDataset.range(len(examples)), batch_size)
         return iter(batches.map(lambda batch: _pad(batch, batch_size)).to_iter_dataset(_read_options(examples)))
@@ -182,7 +182,7 @@ class Dataset:
         Read-only where the split is in memory, which a `limit` alone does not bring about.
         """
         if limit is not None:
-            checks.demand_whole("limit", limit, 1)
+            fields.demand_whole("limit", limit, 1)
         examples = self._examples(split) if limit is None else self._find(split)
         return examples.load(limit)
 

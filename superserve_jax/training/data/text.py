@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors
-from superserve_jax.training import checks
+from superserve_jax.training import fields
 from superserve_jax.training.data.streams import Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
@@ -52,12 +52,12 @@ class TextConfig:
     def __post_init__(self):
         prepared.check_name(self.name)
         for field, least in (("validation", 0), ("max_length", 3)):
-            checks.demand_whole(field, getattr(self, field), least)
+            fields.demand_whole(field, getattr(self, field), least)
         if self.token_types not in (1, 2):
             raise errors.ConfigError(f"token_types must be 1 or 2, got {self.token_types!r}")
-        checks.demand_bool("lowercase", self.lowercase)
-        checks.demand_path("data_dir", self.data_dir)
-        checks.demand_path("vocabulary", self.vocabulary)
+        fields.demand_bool("lowercase", self.lowercase)
+        fields.demand_path("data_dir", self.data_dir)
+        fields.demand_path("vocabulary", self.vocabulary)
         if (self.vocabulary is None) != (self.name == "listops"):
             remedy = "leave it out" if self.vocabulary else "give the path of a WordPiece file, such as BERT's vocab.txt"
             raise errors.ConfigError(f"vocabulary of '{self.name}' is {self.vocabulary!r}; {remedy}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.supernets import supernet
-from superserve_jax.training import checks
+from superserve_jax.training import fields
 from superserve_jax.training.data import folder, images, streams, text
 from superserve_jax.training.data.streams import Arrays
 
@@ -88,13 +88,13 @@ def from_arrays(
         if y.min() < 0 or y.max() >= len(names):
             bad = int(y.min() if y.min() < 0 else y.max())
             raise errors.DataError(f"labels must be from 0 to {len(names) - 1} ({len(names)} classes); {split} has {bad}")
-    checks.demand_whole("shift", shift, 0)
+    fields.demand_whole("shift", shift, 0)
     if (shift or flip) and inputs.ndim != 4:
         raise errors.ConfigError(f"shift and flip are for images (N, H, W, C), got inputs of shape {inputs.shape}")
     splits = {split: Arrays(*pair, order=streams.fixed_order(len(pair[1]))) for split, pair in arrays.items()}
     splits["test"] = Arrays(*arrays["test"])
     if isinstance(validation, int):
-        checks.demand_whole("validation", validation, 0)
+        fields.demand_whole("validation", validation, 0)
         order, kept = streams.fixed_order(len(labels)), streams.num_kept(len(labels), validation)
         splits["train"] = Arrays(inputs, labels, order=order[:kept])
         if validation:
