@@ -1,7 +1,8 @@
-"""A run's checkpoints: Orbax, with a SHA-256 of every file, since Orbax restores many a flipped bit without a word.
+"""A run's checkpoints: Orbax, with a SHA-256 of every file.
 
-The sums of a step stand in checksums/STEP.json, written after its checkpoint: one that a kill, a full disk or a bad sector has
-spoiled does not match them, and the one before takes its place.
+The checksums are our own because Orbax does not detect corruption: it restores many a flipped bit without an error. The sums of
+a step are in checksums/STEP.json, which is written after the checkpoint. A checkpoint that a kill, a full disk or a bad sector
+has damaged does not match its sums. The checkpoint before it is then used.
 """
 
 import contextlib
@@ -42,42 +43,51 @@ class Checkpoints:
         self._manager.close()
 
     def latest(self, *, clean: bool = False) -> int | None:
-        """The last step whose checkpoint is whole, None where there is none. Warns of each damaged one after it.
+        """The last step with an undamaged checkpoint, or None. Logs a warning for each damaged one after it.
 
         Args:
-          clean: also remove those, so that their steps can be saved again; for the process that trains.
+          clean: also remove the damaged ones, so that their steps can be saved again. Only the training process may do so.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
-            wrong = _difference(self._sums / f"{step}.json", self._folder / str(step))
-            if wrong is None:
+            problem = self.damage(step)
+            if problem is None:
                 return step
             what_now = "the one before it is used" if i + 1 < len(steps) else "there is none before it"
-            _log.warning(
-                "the checkpoint of step %d in %s is damaged or was not finished (%s); %s", step, self._folder, wrong, what_now
-            )
+            _log.warning("the checkpoint of step %d in %s is damaged (%s); %s", step, self._folder, problem, what_now)
             if clean:
                 self._remove(step)
         return None
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of a step, such as "file ema/manifest.ocdbt"; None if its checksums match."""
+        try:
+            expected, found = json.loads(self._sums_path(step).read_text()), self._sums_of(step)
+            return next(
+                (f"file {name}" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as e:
+            return f"its checksums cannot be read: {e}"
 
     def save(self, step: int, **items: Any) -> None:
         """Writes pytrees, such as `params` and `opt_state`, and returns when they are on disk.
 
         Raises:
-          DataError: they cannot be written; the checkpoints before stand as they were.
+          DataError: the pytrees cannot be written. Earlier checkpoints are not changed.
         """
         args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
             self._manager.wait_until_finished()
-            files.write_json(self._sums / f"{step}.json", _sums_of(self._folder / str(step)))
+            files.write_json(self._sums_path(step), self._sums_of(step))
             for path in self._sums.glob("*.json"):
                 if not (self._folder / path.stem).exists():
                     path.unlink()
             return
         except Exception as e:  # Orbax passes on whatever its storage layer raises
             problem = repr(e)
-        # Outside of the handler, which keeps Orbax' unfinished writes alive: they would complain when the interpreter ends.
+        # The exception keeps Orbax' unfinished writes alive, which would complain when the interpreter ends. So clean up only
+        # after the handler has dropped it.
         self._remove(step)
         gc.collect()
         raise errors.DataError(
@@ -85,7 +95,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, **specs: Any) -> Any:
-        """The named pytrees of a checkpoint, on the first device; each spec is one of shapes and dtypes."""
+        """The named pytrees of a checkpoint, on the first device. A spec has the shapes and dtypes of a pytree."""
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
         items = {name: ocp.args.StandardRestore(target) for name, target in targets.items() if jax.tree.leaves(target)}
@@ -96,27 +106,19 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT))
 
     def _remove(self, step: int) -> None:
-        """Whatever is there of a step, finished or not."""
-        with contextlib.suppress(Exception):  # it reports the failed write once more
+        """Removes everything of a step, finished or not."""
+        with contextlib.suppress(Exception):  # closing raises the error of the failed write once more
             self._manager.close()
         for path in self._folder.glob(f"{step}*"):
             if path.name.split(".")[0] == str(step):
                 shutil.rmtree(path, ignore_errors=True)
-        (self._sums / f"{step}.json").unlink(missing_ok=True)
+        self._sums_path(step).unlink(missing_ok=True)
         self._manager = self._open()
 
+    def _sums_path(self, step: int) -> pathlib.Path:
+        return self._sums / f"{step}.json"
 
-def _sums_of(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 of every file, by its path in the folder."""
-    paths = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): files.sha256(p) for p in paths}
-
-
-def _difference(sums: pathlib.Path, folder: pathlib.Path) -> str | None:
-    """What is wrong with a folder, by the file of its sums; None where every file is as it should be."""
-    try:
-        expected = json.loads(sums.read_text())
-        found = _sums_of(folder)
-        return next((f"file {name}" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None)
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        return f"its checksums cannot be read: {e}"
+    def _sums_of(self, step: int) -> dict[str, str]:
+        """The SHA-256 of every file of a step, by its path in the checkpoint."""
+        folder = self._folder / str(step)
+        return {str(p.relative_to(folder)): files.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,8 +1,8 @@
-"""Accuracy of subnets over labelled examples, by the masked program (one compilation for all of them), and baselines."""
+"""Accuracy of subnets on labelled examples, and baselines for texts. The masked program runs all subnets."""
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,46 +11,47 @@ import scipy.sparse
 
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.programs import Params, Program
 from superserve_jax.supernets.supernet import Norm, SuperNet
-from superserve_jax.training.data import Dataset
+from superserve_jax.training.data import DatasetLike
 
 
 def accuracy(
     model: SuperNet,
-    subnet_list: Sequence[Subnet],
+    subnet_list: Iterable[Subnet],
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     *,
     norm: Norm = "own",
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[float]:
     """Top-1 accuracy of each subnet, as a fraction.
 
     Args:
-      model: with statistics for each subnet (for the largest, where `norm` is "shared").
+      model: a SuperNet with statistics for each subnet; with `norm="shared"`, for the largest.
       subnet_list: the subnets.
-      batches: makes a fresh pass over the data: batches of equal shape with "inputs", "label" and "weight" (0 for padding).
-      norm: whose statistics to use, see `SuperNet.row`.
-      progress: wraps the iteration over subnets, for a progress bar.
+      batches: starts a pass over the data. Its batches have equal shapes and hold "inputs", "label" and "weight" (0 for
+        padding).
+      norm: whose statistics to use, see `SuperNet.statistics_of`.
     """
     program = programs.masked(model.config)
     result = []
-    for subnet in progress(subnet_list):
-        row, active = program.pad_statistics(model.statistics_of(subnet, norm=norm), subnet), program.active(subnet)
-        counts = [_hits(program, model.params, b["inputs"], b["label"], b["weight"], row, active) for b in batches()]
+    for subnet in subnet_list:
+        statistics = program.pad_statistics(model.statistics_of(subnet, norm=norm), subnet)
+        active = program.active(subnet)
+        counts = [_hits(program, model.params, b["inputs"], b["label"], b["weight"], statistics, active) for b in batches()]
         hits, total = np.sum(np.array(counts, np.float64), 0)
         result.append(float(hits / total))
     return result
 
 
-def text_baselines(dataset: Dataset, *, limit: int = 20_000) -> dict[str, float]:
-    """Test accuracies, as fractions, that a model of texts has to beat: they know what stands there, but not in which order.
+def text_baselines(dataset: DatasetLike, *, limit: int = 20_000) -> dict[str, float]:
+    """Test accuracies, as fractions, of two baselines for texts. They see a bag of words, not the order of the words.
 
     Args:
-      dataset: one of texts.
-      limit: training examples, the first ones, that both learn from.
+      dataset: a dataset of texts.
+      limit: number of training examples that both learn from, the first ones.
 
     Returns:
-      {"majority class": the most frequent training label, "logistic regression on token counts": scikit-learn's}
+      {"majority class": of the most frequent training label, "logistic regression on token counts": of scikit-learn's}
     """
     import sklearn.linear_model  # takes over a second
 
@@ -58,7 +59,7 @@ def text_baselines(dataset: Dataset, *, limit: int = 20_000) -> dict[str, float]
     test_inputs, test_labels = dataset.arrays("test")
     regression = sklearn.linear_model.LogisticRegression(max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at this size it is close enough to its limit
+        warnings.simplefilter("ignore")  # it warns that it has not converged, but is close enough
         regression.fit(_token_counts(dataset, inputs), labels)
     majority = np.bincount(labels).argmax()
     return {
@@ -67,8 +68,8 @@ def text_baselines(dataset: Dataset, *, limit: int = 20_000) -> dict[str, float]
     }
 
 
-def _token_counts(dataset: Dataset, inputs: np.ndarray) -> scipy.sparse.csr_matrix:
-    """How often each token is in each input, the two texts of a pair counted apart; padding is not."""
+def _token_counts(dataset: DatasetLike, inputs: np.ndarray) -> scipy.sparse.csr_matrix:
+    """How often each token occurs in each input. The two texts of a pair are counted separately, padding is not counted."""
     assert dataset.vocabulary is not None
     size = len(dataset.vocabulary.tokens)
     ids, types = (inputs[..., 0], inputs[..., 1]) if inputs.ndim == 3 else (inputs, np.zeros_like(inputs))
@@ -78,7 +79,7 @@ def _token_counts(dataset: Dataset, inputs: np.ndarray) -> scipy.sparse.csr_matr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hits(program, params, images, labels, weights, row, active) -> tuple[jax.Array, jax.Array]:
-    """(weight of the images that were answered right, weight of all)."""
-    right = jnp.argmax(program.infer(params, images, row, active), -1) == labels
-    return jnp.sum(right * weights), jnp.sum(weights)
+def _hits(program: Program, params: Params, images, labels, weights, statistics, active) -> tuple[jax.Array, jax.Array]:
+    """(weight of the correctly classified images, weight of all)."""
+    correct = jnp.argmax(program.infer(params, images, statistics, active), -1) == labels
+    return jnp.sum(correct * weights), jnp.sum(weights)

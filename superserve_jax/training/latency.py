@@ -1,30 +1,32 @@
-"""Latency as the cost of a search: some subnets' sliced programs are timed on this machine, a linear model gives the others'.
+"""Latency as the cost of a search: some subnets are timed on this machine, a linear model predicts the others.
 
-Timing a subnet means compiling it, about a second each; a search tries a thousand. The latency of a network is close to the
-sum of its layers', so few measurements suffice, and the model's error is known: it is cross-validated.
+To time a subnet, its sliced program must be compiled, which takes about a second; a search tries a thousand subnets. The
+latency of a network is nearly the sum over its layers, so a linear model needs few measurements. Its error is cross-validated.
 """
 
 import concurrent.futures
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from superserve_jax import progress
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import sampling
 
 _WARM_UPS = 2
 
 
-def spread(config: Any, count: int, *, seed: int) -> list[Subnet]:
-    """The smallest and the largest subnet and about `count` - 2 others to measure: half spread over FLOPs, half random."""
+def spread(config: FamilyConfig, count: int, *, seed: int) -> list[Subnet]:
+    """About `count` subnets to measure: the smallest, the largest, half of the others spread over FLOPs, half random."""
     space = config.space()
     half = (count - 2) // 2
     random = (space.sample(seed, k) for k in range(count - 2 - half))
@@ -37,57 +39,55 @@ def measure(
     *,
     batch: int,
     repeats: int = 50,
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[Subnet, float]:
     """Latency of one batch by each subnet's sliced program, in milliseconds, on the first device.
 
-    The shortest of several rounds over all subnets: whatever else a machine does makes it slower, never faster.
+    It is the shortest of several rounds over all subnets, because other work on the machine can only make a call slower.
 
     Args:
-      model: needs no statistics; their values do not matter to the time.
+      model: the SuperNet. It needs no statistics, because their values do not change the time.
       subnet_list: the subnets; each is compiled.
       batch: batch size.
-      repeats: rounds.
-      progress: wraps the compilations, for a progress bar.
+      repeats: number of rounds.
     """
     spec = model.config.input_spec(batch)
     inputs = jax.device_put(np.zeros(spec.shape, spec.dtype))
 
     def compiled(subnet: Subnet) -> tuple[Any, jax.Array]:
         program = programs.sliced(model.config, subnet)
-        row = jnp.ones((2, program.statistics_size), jnp.float32)
+        statistics = jnp.ones((2, program.statistics_size), jnp.float32)
         infer = jax.jit(
-            lambda params, x, row: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)),
-            compiler_options=programs.compiler_options(jax.default_backend()),  # as it will be served
+            lambda params, x, statistics: program.infer(params, x, statistics, jnp.zeros((0,), jnp.int32)),
+            compiler_options=programs.compiler_options(jax.default_backend()),  # as in serving
         )
-        return infer.lower(model.params, inputs, row).compile(), row
+        return infer.lower(model.params, inputs, statistics).compile(), statistics
 
     order = list(subnet_list)
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        made = list(progress(pool.map(compiled, order)))
+        made = list(progress.track(pool.map(compiled, order), "compiling for latencies", total=len(order)))
     times_ms: list[list[float]] = [[] for _ in order]
     gc.collect()
     for turn in range(_WARM_UPS + repeats):
-        for times, (call, row) in zip(times_ms, made, strict=True):
+        for times, (call, statistics) in zip(times_ms, made, strict=True):
             start = time.perf_counter()
-            jax.block_until_ready(call(model.params, inputs, row))
+            jax.block_until_ready(call(model.params, inputs, statistics))
             if turn >= _WARM_UPS:
                 times.append(1e3 * (time.perf_counter() - start))
     return {subnet: min(times) for subnet, times in zip(order, times_ms, strict=True)}
 
 
 class Predictor:
-    """The latency of any subnet: a ridge regression on FLOPs, parameters, normalised channels and the depth of each stage.
+    """Predicts latencies: a ridge regression on FLOPs, parameters, normalised channels and the depth of each stage.
 
     Args:
       config: the family's config.
-      latencies: measured, in milliseconds; of three subnets at least, the fastest among them.
+      latencies: measured milliseconds of at least three subnets, the fastest subnet among them.
 
     Attributes:
-      error: mean error relative to the measured, cross-validated: of subnets that the model has not seen.
+      error: mean relative error of the predictions for unseen subnets, by cross-validation.
     """
 
-    def __init__(self, config: Any, latencies: Mapping[Subnet, float]):
+    def __init__(self, config: FamilyConfig, latencies: Mapping[Subnet, float]):
         # Importing it takes over a second, and a search over FLOPs does not need it.
         from sklearn import linear_model, model_selection, pipeline, preprocessing
 
@@ -104,7 +104,7 @@ class Predictor:
         self._model.fit(features, measured)
 
     def __call__(self, subnet: Subnet) -> float:
-        """Milliseconds; never less than the fastest that was measured."""
+        """The predicted milliseconds of a subnet; never less than the fastest measurement."""
         return max(float(self._model.predict([self._features(subnet)])[0]), self._floor)
 
     def _features(self, subnet: Subnet) -> list[float]:

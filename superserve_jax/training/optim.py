@@ -1,12 +1,13 @@
 """The optimiser and its learning-rate schedule."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
+import jax
 import optax
 
-from superserve_jax import errors
 from superserve_jax.training import fields
+from superserve_jax.training.fields import AboveZero, Finite, Fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,32 +15,26 @@ class OptimConfig:
     """Optimiser and learning-rate schedule.
 
     Args:
-      name: "adamw" or "sgd" (with Nesterov momentum).
+      name: "adamw", or "sgd" with Nesterov momentum.
       lr: peak learning rate.
-      schedule: "cosine" to zero, or "constant"; both after a linear warm-up over `warmup` (a fraction of all steps).
-      weight_decay: decoupled from the gradient with adamw, added to it with sgd; norms and biases (parameters of fewer than
-        two axes) are spared.
-      momentum: of sgd.
-      clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+      schedule: "cosine" falls to zero, "constant" stays. Both follow a linear warm-up.
+      warmup: length of the warm-up, as a fraction of all steps.
+      weight_decay: weight decay, decoupled from the gradient with adamw, added to it with sgd. Norms and biases (parameters
+        with fewer than two axes) do not decay.
+      momentum: momentum of sgd.
+      clip_norm: larger gradients are scaled down to this global norm; 0 does not clip.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 4e-3
+    lr: AboveZero = 4e-3
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 1e-2
-    momentum: float = 0.9
-    clip_norm: float = 0.0
+    warmup: Fraction = 0.05
+    weight_decay: Finite = 1e-2
+    momentum: Fraction = 0.9
+    clip_norm: Finite = 0.0
 
     def __post_init__(self):
-        for name, known in (("name", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
-            if getattr(self, name) not in known:
-                raise errors.unknown_name(f"optim.{name}", getattr(self, name), known)
-        fields.demand_number("optim.lr", self.lr, least=1e-12)
-        fields.demand_number("optim.warmup", self.warmup, below=1)
-        fields.demand_number("optim.weight_decay", self.weight_decay)
-        fields.demand_number("optim.momentum", self.momentum, below=1)
-        fields.demand_number("optim.clip_norm", self.clip_norm)
+        fields.check(self, "optim.")
 
     def create(self, steps: int) -> optax.GradientTransformation:
         """The Optax transformation for a run of `steps` steps."""
@@ -56,5 +51,5 @@ class OptimConfig:
         return optax.chain(clip, decay, optax.sgd(schedule, momentum=self.momentum, nesterov=True))
 
 
-def _decayed(params: Any) -> dict[str, bool]:
+def _decayed(params: dict[str, jax.Array]) -> dict[str, bool]:
     return {name: value.ndim > 1 for name, value in params.items()}

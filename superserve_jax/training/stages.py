@@ -1,5 +1,7 @@
-"""What follows training, each stage on an existing run: search, calibrate, evaluate, export. Each leaves its result in the
-run's folder and may be repeated by itself; programs of the same names are in train/."""
+"""The stages after training, each on an existing run: search, calibrate, evaluate, export.
+
+A stage leaves its result in the run's folder and can be repeated on its own. Programs of the same names are in train/.
+"""
 
 import hashlib
 import itertools
@@ -19,31 +21,23 @@ from superserve_jax.training import calibration, evaluation, latency, phases
 from superserve_jax.training.config import config_to_json
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
-from superserve_jax.training.search import Candidate, Log, choose_served, evolutionary_search, pareto_front, standard_error
+from superserve_jax.training.search import Candidate, choose_served, evolutionary_search, pareto_front, standard_error
+from superserve_jax.training.search_log import SearchLog
 
 _EVAL_BATCH = 250
-_TIMED = 40  # subnets that are timed where latency is the cost
+_TIMED = 40  # subnets that are timed if latency is the cost
 
 
 def search(run: Run) -> list[Candidate]:
-    """Tries subnets on validation images and chooses those to serve, in ascending order of cost: search.json, search.png.
+    """Tries subnets on validation data and chooses the subnets to serve, in ascending order of cost.
 
-    What was tried stands in search.jsonl: an interrupted search goes on from there, and so does one for more candidates.
+    Writes search.json, search.png and, candidate by candidate, search.jsonl. An interrupted search goes on from there, and so
+    does a search for more candidates.
     """
     settings, model, dataset = run.config.search, run.model(), run.dataset()
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
     batches = list(itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH)))
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
-
-    def measure() -> dict[Subnet, float]:
-        return latency.measure(
-            model,
-            timed,
-            batch=settings.latency_batch,
-            progress=lambda items: progress.track(items, "latencies, compiling", total=len(timed)),
-        )
-
-    narrowed = phases.final_space(run.config)
     depends_on = {
         "model": config_to_json(run.config)["model"],
         "weights": _digest(model.params),
@@ -52,23 +46,29 @@ def search(run: Run) -> list[Candidate]:
     }
     if timed:
         depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
-    with Log(run.workdir / "search.jsonl", depends_on, measure=measure) as log:
+    space = phases.final_space(run.config)
+    with SearchLog(
+        run.workdir / "search.jsonl",
+        depends_on,
+        measure=lambda: latency.measure(model, timed, batch=settings.latency_batch) if timed else {},
+    ) as log:
         predictor = Predictor(model.config, log.latencies) if timed else None
-        tried = evolutionary_search(
+        tried = []
+        candidates = evolutionary_search(
             model,
             images,
-            lambda: batches,
+            batches,
             candidates=settings.candidates,
             seed=run.config.seed,
             cost=predictor,
-            space=narrowed,
+            space=space,
             tied=phases.tied(run.config),
             known=log.known,
-            record=log.add,
-            progress=lambda items: progress.track(items, "search", total=min(settings.candidates, narrowed.size)),
         )
-    best = max(c.accuracy for c in tried)
-    error = standard_error(best, min(settings.examples, dataset.num_examples("validation")))
+        for candidate in progress.track(candidates, "search", total=min(settings.candidates, space.size)):
+            log.add(candidate)
+            tried.append(candidate)
+    error = standard_error(max(c.accuracy for c in tried), min(settings.examples, dataset.num_examples("validation")))
     chosen = choose_served(
         tried,
         settings.served,
@@ -94,7 +94,7 @@ def search(run: Run) -> list[Candidate]:
 
 
 def _digest(*groups: Mapping[str, Any]) -> str:
-    """SHA-256 of arrays by name."""
+    """SHA-256 of groups of arrays, each in order of the names."""
     digest = hashlib.sha256()
     for arrays in groups:
         for name in sorted(arrays):
@@ -103,34 +103,27 @@ def _digest(*groups: Mapping[str, Any]) -> str:
 
 
 def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
-    """Computes SubnetNorm statistics over training images: statistics.npz.
+    """Computes the SubnetNorm statistics of subnets over training data and writes them into the run's folder.
 
     Args:
       run: the run.
-      subnet_list: subnets to calibrate; those that the search chose, where it is None.
+      subnet_list: the subnets to calibrate; the ones that the search chose if left out.
     """
     images, _ = run.dataset().arrays("train", limit=run.config.calibration_examples)
-    served = subnet_list if subnet_list is not None else run.served()
-    rows = calibration.calibrate(
-        run.model(), served, images, progress=lambda items: progress.track(items, "calibration", total=len(served))
-    )
-    run.save_statistics(rows)
+    served = run.served() if subnet_list is None else subnet_list
+    run.save_statistics(calibration.calibrate(run.model(), progress.track(served, "calibration"), images))
 
 
 def evaluate(run: Run) -> list[Served]:
-    """Accuracy of the served subnets on test examples, with their own statistics and, where the family has any, with the
-    largest's: evaluation.json."""
-    model, dataset = run.model(), run.dataset()
-    served = run.served()
+    """Test accuracies of the served subnets, with their own statistics and with the largest subnet's: evaluation.json.
+
+    The second column is left out for a family that has no statistics.
+    """
+    model, dataset, served = run.model(), run.dataset(), run.served()
 
     def accuracies(norm: Norm) -> list[float]:
-        return evaluation.accuracy(
-            model,
-            served,
-            lambda: dataset.eval("test", _EVAL_BATCH),
-            norm=norm,
-            progress=lambda items: progress.track(items, f"test examples, {norm} statistics", total=len(served)),
-        )
+        subnets = progress.track(served, f"test examples, {norm} statistics")
+        return evaluation.accuracy(model, subnets, lambda: dataset.eval("test", _EVAL_BATCH), norm=norm)
 
     own = accuracies("own")
     shared = accuracies("shared") if model.statistics_of(model.space.largest()).size else [None] * len(own)
@@ -143,16 +136,16 @@ def evaluate(run: Run) -> list[Served]:
 
 
 def baselines(run: Run) -> dict[str, float]:
-    """Test accuracies that a model of texts has to beat (see `evaluation.text_baselines`); none for other data."""
+    """Test accuracies of the baselines for texts (see `evaluation.text_baselines`); none for other data."""
     dataset = run.dataset()
     return {} if dataset.vocabulary is None else evaluation.text_baselines(dataset)
 
 
 def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
-    """Writes the export of an evaluated run, by default into its folder; returns where.
+    """Writes the export of an evaluated run, by default into its folder; returns its path.
 
-    It offers the subnets that are more accurate on test images than every cheaper one, and the largest; all that were
-    evaluated, where the search was given a tolerance.
+    The export offers the largest subnet, and each subnet that is more accurate on test data than all cheaper ones. If the
+    search was given a tolerance, the export offers all evaluated subnets.
     """
     evaluated = [Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
     evaluated.sort(key=lambda s: s.flops)
@@ -173,17 +166,9 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
 
 
 def table(served: list[Served]) -> list[tuple[str, ...]]:
-    """Header and rows for printing: cost and accuracies of served subnets."""
-    header, shown = ("MFLOPs", "params", "test accuracy", "with the largest's statistics"), 4
-    if all(s.accuracy_shared is None for s in served):
-        shown = 3
-    rows = [
-        (
-            f"{s.flops / 1e6:.2f}",
-            f"{s.params:,}",
-            f"{100 * s.accuracy:.2f} %",
-            "-" if s.accuracy_shared is None else f"{100 * s.accuracy_shared:.2f} %",
-        )
-        for s in served
-    ]
-    return [row[:shown] for row in (header, *rows)]
+    """Header and lines of a table to print: cost and accuracies of served subnets."""
+    lines: list[tuple[str, ...]] = [("MFLOPs", "params", "test accuracy", "with the largest's statistics")]
+    for s in served:
+        accuracies = ("-" if a is None else f"{100 * a:.2f} %" for a in (s.accuracy, s.accuracy_shared))
+        lines.append((f"{s.flops / 1e6:.2f}", f"{s.params:,}", *accuracies))
+    return lines if any(s.accuracy_shared is not None for s in served) else [line[:3] for line in lines]

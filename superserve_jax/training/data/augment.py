@@ -1,17 +1,17 @@
-"""Image transforms in NumPy and Pillow: augmentation of whole batches of small images, crops of single large ones."""
+"""Image transforms in NumPy and Pillow: shift and flip whole batches, crop and resize single images."""
 
 import math
 
 import numpy as np
 import PIL.Image
 
-EVAL_SHARE = 0.875  # of the shorter side, as usual on ImageNet: 256 pixels are cropped to 224
-_MIN_AREA, _MAX_AREA = 0.08, 1.0  # of a random resized crop (Szegedy et al., 2015)
+EVAL_SHARE = 0.875  # part of the shorter side; usual on ImageNet, where 256 pixels are cropped to 224
+_MIN_AREA, _MAX_AREA = 0.08, 1.0  # area of a random resized crop, as part of the image (Szegedy et al., 2015)
 _MAX_ASPECT = 4 / 3
 
 
 def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
-    """Each image (B, H, W, C) moved by up to `pixels` in both directions, black where nothing was.
+    """Each image (B, H, W, C) moved by up to `pixels` in both directions. The gap is black.
 
     >>> moved = shift(np.ones((1, 4, 4, 1), np.uint8), 1, np.random.default_rng(0))
     >>> moved.shape, int(moved.sum()) in (9, 12, 16)
@@ -26,13 +26,13 @@ def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarr
 
 
 def flip(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each image (B, H, W, C) mirrored left to right with a chance of one half."""
+    """Each image (B, H, W, C) mirrored left to right with probability 0.5."""
     mirrored = rng.random(len(images)) < 0.5
     return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random part of an image (H, W, C), of 8 to 100 % of its area, scaled to (size, size, C)."""
+    """A random crop of an image (H, W, C), with 8 to 100 % of its area, scaled to (size, size, C)."""
     h, w, _ = image.shape
     for _ in range(10):
         area = h * w * rng.uniform(_MIN_AREA, _MAX_AREA)
@@ -45,7 +45,7 @@ def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) 
 
 
 def centre_crop(image: np.ndarray, size: int, *, share: float = 1.0) -> np.ndarray:
-    """The central square of an image (H, W, C), `share` of its shorter side wide, scaled to (size, size, C).
+    """The central square of an image (H, W, C), scaled to (size, size, C). Its side is `share` times the shorter side.
 
     >>> centre_crop(np.zeros((30, 40, 3), np.uint8), 16).shape
     (16, 16, 3)

@@ -20,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FolderConfig(ImageConfig):
-    """A folder PATH of images, PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg; classes are named by their folders.
+    """A folder PATH of images, PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg. A class is named by its folder.
 
-    The validation split is a fixed random choice of the training images. The fields of `ImageConfig` say what happens to them.
+    The validation split is a fixed random choice of the training images. The config also has the fields of `ImageConfig`.
 
     Args:
       path: the folder; `~` is the user's home.
@@ -34,19 +34,22 @@ class FolderConfig(ImageConfig):
     path: str = ""
 
     def __post_init__(self):
-        if not isinstance(self.path, str) or not self.path:
-            raise errors.ConfigError(f"path must be that of a folder with train/ and test/ in it, got {self.path!r}")
         super().__post_init__()
+        if not self.path:
+            raise errors.ConfigError("path must be a folder that has train/ and test/, got ''")
 
 
 def open(config: FolderConfig) -> Dataset:
-    """The dataset of `config`. Raises DataError where folders or images are missing; a file that cannot be decoded raises
-    when it is read."""
+    """The dataset of `config`.
+
+    Raises:
+      DataError: folders or images are missing. For a file that cannot be decoded, it is raised when the file is read.
+    """
     root = pathlib.Path(config.path).expanduser()
     train, test = root / "train", root / "test"
     class_names = _classes(train)
     if surplus := sorted(set(_classes(test)) - set(class_names)):
-        raise errors.DataError(f"{test / surplus[0]} is of a class that {train} does not have; its classes: {class_names}")
+        raise errors.DataError(f"{test / surplus[0]} is a class that {train} does not have; its classes: {class_names}")
     files = _files(train, class_names)
     order = streams.fixed_order(len(files))
     kept = streams.num_kept(len(files), config.validation)
@@ -61,7 +64,7 @@ def _classes(folder: pathlib.Path) -> list[str]:
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
     if not names:
         raise errors.DataError(
-            f"{folder} has no folders of classes; images belong into {folder / 'CLASS'}, one folder a class"
+            f"{folder} has no folders of classes; put images into {folder / 'CLASS'}, one folder for each class"
         )
     return names
 
@@ -71,13 +74,13 @@ def _files(folder: pathlib.Path, class_names: list[str]) -> list[tuple[pathlib.P
     found, others = [], 0
     for label, name in enumerate(class_names):
         files = sorted(f for f in (folder / name).glob("*") if f.is_file() and f.name[0] != ".")
-        images_ = [(f, label) for f in files if f.suffix.lower() in SUFFIXES]
-        if not images_ and (folder / name).is_dir():
-            raise errors.DataError(f"{folder / name} has no images; known are {', '.join(SUFFIXES)}")
-        found += images_
-        others += len(files) - len(images_)
+        readable = [(f, label) for f in files if f.suffix.lower() in SUFFIXES]
+        if not readable and (folder / name).is_dir():
+            raise errors.DataError(f"{folder / name} has no images; known suffixes: {', '.join(SUFFIXES)}")
+        found += readable
+        others += len(files) - len(readable)
     if others:
-        _log.warning("%s holds %d files that are not %s; they are left out", folder, others, ", ".join(SUFFIXES))
+        _log.warning("%s holds %d files without a suffix of %s; they are ignored", folder, others, ", ".join(SUFFIXES))
     return found
 
 

@@ -1,12 +1,12 @@
-"""Image datasets by their TFDS name, and what every dataset of encoded images shares: decoding, cropping, augmentation.
+"""Image datasets by their TFDS name, and decoding, cropping and augmentation for every dataset of encoded images.
 
-Pixels stay uint8: normalising them belongs to the model, so that serving cannot differ from training.
+Pixels stay uint8. The model normalises them, so that serving cannot differ from training.
 """
 
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -17,6 +17,7 @@ from superserve_jax.training import fields
 from superserve_jax.training.data import augment
 from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
+from superserve_jax.training.fields import Count, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,41 +26,36 @@ class ImageConfig:
 
     Args:
       validation: number of training examples that are held out as the validation split.
-      image_size: height and width of the images given out; others are resized and cropped at the centre.
+      image_size: height and width in pixels. Images of another size are cropped at the centre and resized.
       channels: 1 for grey, 3 for RGB; images are converted.
-      shift: training images are moved by up to this number of pixels; black comes in from outside.
+      shift: training images are moved by up to this number of pixels and filled up with black.
       flip: half of the training images are mirrored.
       random_crop: Inception's random crop for training and the central 0.875 for evaluation, as is usual on ImageNet.
-      cache: decode a split once and keep it in memory, uint8. For small datasets.
+      cache: decode a split once and keep it in memory as uint8. For small datasets.
     """
 
-    validation: int = 1000
-    image_size: int = 32
-    channels: int = 1
-    shift: int = 0
+    validation: Count = 1000
+    image_size: Positive = 32
+    channels: Literal[1, 3] = 1
+    shift: Count = 0
     flip: bool = False
     random_crop: bool = False
     cache: bool = True
 
     def __post_init__(self):
-        for field, least in (("validation", 0), ("image_size", 1), ("shift", 0)):
-            fields.demand_whole(field, getattr(self, field), least)
-        if self.channels not in (1, 3):
-            raise errors.ConfigError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels!r}")
+        fields.check(self)
         if self.shift >= self.image_size:
             raise errors.ConfigError(f"shift must be less than image_size={self.image_size}, got {self.shift}")
-        for field in ("flip", "random_crop", "cache"):
-            fields.demand_bool(field, getattr(self, field))
         if self.random_crop and self.cache:
             raise errors.ConfigError("random_crop=True needs whole images, but cache=True keeps cropped ones; set cache=False")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ImageConfig):
-    """An image dataset of TFDS; the fields of `ImageConfig` say what happens to its images.
+    """An image dataset of TFDS. It also has the fields of `ImageConfig`, which say what happens to the images.
 
     Args:
-      name: a TFDS name; `cluttered_digits` is made at first use, others must have been prepared.
+      name: a TFDS name. `cluttered_digits` is made at first use; other datasets must have been prepared.
       data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
 
     >>> DataConfig("cifar10", channels=3, shift=4, flip=True).image_size
@@ -70,9 +66,8 @@ class DataConfig(ImageConfig):
     data_dir: str | None = None
 
     def __post_init__(self):
-        prepared.check_name(self.name)
-        fields.demand_path("data_dir", self.data_dir)
         super().__post_init__()
+        prepared.check_name(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +76,8 @@ class Encoded:
 
     Args:
       count: number of images.
-      read: the file (PNG, JPEG, ...) and the label at a position.
-      where: what to call the image at a position in an error.
+      read: gives the file (PNG, JPEG, ...) and the label at a position.
+      where: describes the image at a position for an error message.
     """
 
     count: int
@@ -91,7 +86,7 @@ class Encoded:
 
 
 def open(config: DataConfig) -> Dataset:
-    """The TFDS dataset of `config`, made first if it is our own and not there yet.
+    """The TFDS dataset of `config`. A dataset of our own is made first if it is not there yet.
 
     Raises:
       UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, or does not hold images with labels.
@@ -100,7 +95,7 @@ def open(config: DataConfig) -> Dataset:
 
 
 def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Dataset:
-    """The dataset of a TFDS builder; raises DataError where it does not hold images with class labels."""
+    """The dataset of a TFDS builder. Raises DataError if it does not hold images with class labels."""
     features, supervised = prepared.features(builder), builder.info.supervised_keys
     match supervised:
         case (str(image), str(label)):
@@ -110,7 +105,7 @@ def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Datas
     wanted = (tfds.features.Image, tfds.features.ClassLabel)
     if not all(isinstance(features.get(key), kind) for key, kind in zip((image, label), wanted, strict=True)):
         raise errors.DataError(
-            f"dataset '{config.name}' is not one of images with class labels: it holds {sorted(features)}; "
+            f"dataset '{config.name}' does not hold images with class labels, it holds {sorted(features)}; "
             f"choose one with an Image and a ClassLabel, such as cifar10"
         )
 
@@ -132,7 +127,7 @@ def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Datas
 
 
 def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, class_names: Sequence[str]) -> Dataset:
-    """A dataset of uint8 images (H, W, C) out of encoded ones."""
+    """A dataset of uint8 images (H, W, C) from encoded images."""
     return Dataset(
         name,
         {split: _records(config, encoded) for split, encoded in splits.items()},
@@ -143,7 +138,7 @@ def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, cl
 
 
 def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Generator], Batch] | None:
-    """Moves and mirrors the images (B, H, W, C) of a training batch by chance; None where there is nothing to do."""
+    """A function that moves and mirrors the images (B, H, W, C) of a batch at random; None if there is nothing to do."""
 
     def change(batch: Batch, rng: np.random.Generator) -> Batch:
         images = batch["inputs"]
@@ -179,7 +174,7 @@ def _records(config: ImageConfig, encoded: Encoded) -> Records:
 
 
 def _decode(file: bytes, channels: int) -> np.ndarray:
-    """A PNG or JPEG as uint8 (H, W, C), whatever channels it was stored with."""
+    """A PNG or JPEG as uint8 (H, W, C). The file may have other channels."""
     with PIL.Image.open(io.BytesIO(file)) as image:
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)

@@ -1,19 +1,20 @@
-"""Streams of batches out of examples of any kind: shuffled, repeated, resumable and padded; every batch reproducible.
+"""Streams of batches: shuffled, repeated, resumable and padded; every batch is reproducible.
 
-A kind of dataset says how many examples a split has and how one is read; everything else is here. Examples lie in memory
-(`Arrays`), or each is read when its turn comes (`Records`).
+A kind of dataset says how many examples a split has and how to read one. Everything else is here. The examples of a split are
+in memory (`Arrays`), or each one is read when it is needed (`Records`).
 """
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.training import fields
+from superserve_jax.training.fields import Count, Positive
 from superserve_jax.vocabulary import Vocabulary
 
 Split = Literal["train", "validation", "test"]
@@ -30,26 +31,27 @@ class Arrays:
     """A split in memory.
 
     Args:
-      inputs, labels: (N, ...) and (N,).
-      order: positions of the examples of this split, where it is not all of them in their own order.
+      inputs: the inputs (N, ...).
+      labels: the labels (N,).
+      order: positions of this split's examples, in order. None: all examples in their own order.
     """
 
-    threads = 1  # gathering costs a fraction of a millisecond: one thread keeps ahead and leaves the cores to XLA
+    threads = 1  # Gathering a batch takes a fraction of a millisecond. One thread keeps ahead and leaves the cores to XLA.
 
     def __init__(self, inputs: np.ndarray, labels: np.ndarray, *, order: np.ndarray | None = None):
         self._inputs, self._labels, self._order = inputs.view(), labels.astype(np.int32), order
-        self._inputs.flags.writeable = self._labels.flags.writeable = False  # `load` gives them out
+        self._inputs.flags.writeable = self._labels.flags.writeable = False  # `load` hands them out
 
     def __len__(self) -> int:
         return len(self._labels if self._order is None else self._order)
 
     def load(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of the first `limit` examples, or of all; read-only where nothing had to be copied."""
+        """Inputs and labels of the first `limit` examples, or of all; read-only if nothing had to be copied."""
         chosen = slice(limit) if self._order is None else self._order[:limit]
         return self._inputs[chosen], self._labels[chosen]
 
     def batches(self, order: grain.MapDataset, batch_size: int, *, seed: int | None = None) -> grain.MapDataset:
-        """Batches of the examples at the positions that `order` gives."""
+        """Batches of the examples at the positions in `order`."""
         return order.batch(batch_size, batch_fn=self._gather)
 
     def _gather(self, positions: Sequence[int]) -> Batch:
@@ -63,9 +65,9 @@ class Records:
 
     Args:
       count: number of examples.
-      read: the example at a position.
-      spec: shape and dtype of an example's input.
-      read_random: the same for training, with something random in it, such as a crop; `read` where it is left out.
+      read: reads the example at a position.
+      spec: shape and dtype of one input.
+      read_random: reads an example for training with a random change, such as a crop. None: training uses `read`.
     """
 
     count: int
@@ -82,7 +84,7 @@ class Records:
         return self.count
 
     def load(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of the first `limit` examples, or of all. Raises DataError where they would fill the memory."""
+        """Inputs and labels of the first `limit` examples, or of all. Raises DataError if they would fill the memory."""
         count = self.count if limit is None else min(limit, self.count)
         shape, dtype = self.spec
         needed = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -97,22 +99,55 @@ class Records:
         return inputs, labels
 
     def batches(self, order: grain.MapDataset, batch_size: int, *, seed: int | None = None) -> grain.MapDataset:
-        """Batches of the examples at the positions that `order` gives, read with chance where there is a seed."""
+        """Batches of the examples at the positions in `order`. A seed means training, with random changes."""
         if seed is not None and self.read_random is not None:
             return order.random_map(self.read_random, seed=seed).batch(batch_size, batch_fn=_stack)
         return order.map(self.read).batch(batch_size, batch_fn=_stack)
+
+
+@runtime_checkable
+class DatasetLike(Protocol):
+    """What training and the stages after it need of a dataset. `Dataset` has it; so may a class of your own."""
+
+    name: str
+    class_names: tuple[str, ...]
+    vocabulary: Vocabulary | None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        ...
+
+    def num_examples(self, split: Split) -> int:
+        """See `Dataset.num_examples`."""
+        ...
+
+    def train(self, batch_size: int, *, seed: int, start_step: int = 0) -> Iterator[Batch]:
+        """See `Dataset.train`."""
+        ...
+
+    def eval(self, split: Split, batch_size: int) -> Iterator[Batch]:
+        """See `Dataset.eval`."""
+        ...
+
+    def arrays(self, split: Split, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Dataset.arrays`."""
+        ...
 
 
 class Dataset:
     """Batches of inputs and labels; made by `data.open` and `data.from_arrays`.
 
     Args:
-      name: what messages call it; an attribute.
-      splits: the examples of each split that there is.
-      class_names: what each label means; an attribute, a tuple.
+      name: the dataset's name in messages.
+      splits: the examples of each split.
+      class_names: the name of each label.
       cache: read a split once and keep it in memory.
-      augment: changes a training batch by chance.
-      vocabulary: of a dataset of texts; an attribute, None where inputs are no texts.
+      augment: changes a training batch at random.
+      vocabulary: the vocabulary of a dataset of texts.
+
+    Attributes:
+      name, class_names, vocabulary: as given; class_names is a tuple.
     """
 
     def __init__(
@@ -146,15 +181,15 @@ class Dataset:
 
         Args:
           batch_size: B. A batch may begin in one epoch and end in the next.
-          seed: 0 to 2^32 - 1.
-          start_step: the first batch to give out: a resumed run sees exactly what it would have seen.
+          seed: seed of order and augmentation, from 0 to 2^32 - 1.
+          start_step: number of batches to skip. A resumed run sees exactly the batches that it would have seen.
 
         Yields:
           {"inputs": (B, ...), "label": int32 (B,)}
         """
-        fields.demand_whole("batch_size", batch_size, 1)
-        fields.demand_whole("start_step", start_step, 0)
-        fields.demand_whole("seed", seed, 0)
+        fields.check_value("batch_size", batch_size, Positive)
+        fields.check_value("start_step", start_step, Count)
+        fields.check_value("seed", seed, Count)
         if seed >= 2**32:
             raise errors.ConfigError(f"seed must be less than 2**32, got {seed}")
         shuffle_seed, read_seed, augment_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
@@ -166,12 +201,12 @@ class Dataset:
         return iter(batches[start_step:].to_iter_dataset(_read_options(examples)))
 
     def eval(self, split: Split, batch_size: int) -> Iterator[Batch]:
-        """All examples of a split once, in order, not augmented; the last batch is padded.
+        """All examples of a split once, in order, not augmented. The last batch is padded.
 
         Yields:
-          {"inputs": (B, ...), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 where there is only padding.
+          {"inputs": (B, ...), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 for padding, otherwise 1.
         """
-        fields.demand_whole("batch_size", batch_size, 1)
+        fields.check_value("batch_size", batch_size, Positive)
         examples = self._examples(split)
         batches = examples.batches(grain.MapDataset.range(len(examples)), batch_size)
         return iter(batches.map(lambda batch: _pad(batch, batch_size)).to_iter_dataset(_read_options(examples)))
@@ -179,15 +214,14 @@ class Dataset:
     def arrays(self, split: Split, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The first `limit` examples of a split, or all: inputs (N, ...), labels int32 (N,).
 
-        Read-only where the split is in memory, which a `limit` alone does not bring about.
+        They are read-only if the split is in memory. A call with a `limit` does not load the whole split.
         """
-        if limit is not None:
-            fields.demand_whole("limit", limit, 1)
+        fields.check_value("limit", limit, Positive | None)
         examples = self._examples(split) if limit is None else self._find(split)
         return examples.load(limit)
 
     def _examples(self, split: str) -> Arrays | Records:
-        """The split, in memory where that is wanted."""
+        """The split, loaded into memory if the dataset caches."""
         examples = self._find(split)
         if self._cache and isinstance(examples, Records):
             examples = self._splits[split] = Arrays(*examples.load())
@@ -203,7 +237,7 @@ class Dataset:
 
 
 def num_kept(total: int, validation: int) -> int:
-    """Number of training examples where the last `validation` of `total` are held out. Raises ConfigError if none are left.
+    """Number of training examples left if `validation` of `total` are held out. Raises ConfigError if none are left.
 
     >>> num_kept(100, 20)
     80
@@ -214,7 +248,7 @@ def num_kept(total: int, validation: int) -> int:
 
 
 def fixed_order(total: int) -> np.ndarray:
-    """A permutation of `total` positions that looks random and is always the same: raw bits of PCG64 never change.
+    """A random permutation of `total` positions that is the same everywhere: numpy never changes the raw bits of PCG64.
 
     >>> sorted(fixed_order(4).tolist())
     [0, 1, 2, 3]

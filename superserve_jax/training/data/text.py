@@ -1,8 +1,12 @@
-"""Text datasets by their TFDS name, as token ids: listops, which is made here, and others by a WordPiece vocabulary."""
+"""Text datasets by their TFDS name, as token ids.
+
+`listops` is made on this machine and has its own vocabulary. Other texts are tokenized with a WordPiece vocabulary.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -11,9 +15,10 @@ from superserve_jax.training import fields
 from superserve_jax.training.data.streams import Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
+from superserve_jax.training.fields import Count
 from superserve_jax.vocabulary import Vocabulary
 
-# Names of features that hold text, alone or in pairs, those of GLUE (Wang et al., ICLR 2019) first.
+# Names of features that hold one text or a pair of texts, as in GLUE (Wang et al., ICLR 2019). The first match counts.
 _TEXTS = (
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
@@ -29,12 +34,12 @@ class TextConfig:
     """Which texts, and how they become token ids.
 
     Args:
-      name: a TFDS name, such as "glue/mnli"; `listops` is made at first use, others must have been prepared.
+      name: a TFDS name, such as "glue/mnli". `listops` is made at first use; other datasets must have been prepared.
       data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
       validation: number of training examples, the last ones, that are held out as the validation split.
-      max_length: tokens of an input; shorter ones are padded, longer ones cut off.
-      token_types: 2 to give out whether a token is of a pair's first or second text, beside its id.
-      vocabulary: a WordPiece vocabulary file, such as BERT's vocab.txt; `listops` has its own.
+      max_length: number of tokens of an input. Shorter texts are padded, longer ones cut off.
+      token_types: with 2, an input also says whether a token belongs to the first or the second text of a pair.
+      vocabulary: a WordPiece vocabulary file, such as BERT's vocab.txt; None for `listops`.
       lowercase: lowercase texts and strip accents first, as BERT's uncased models do.
 
     >>> TextConfig("listops", max_length=32).token_types
@@ -43,28 +48,22 @@ class TextConfig:
 
     name: str = "listops"
     data_dir: str | None = None
-    validation: int = 1000
-    max_length: int = 32
-    token_types: int = 1
+    validation: Count = 1000
+    max_length: Annotated[int, msgspec.Meta(ge=3)] = 32
+    token_types: Literal[1, 2] = 1
     vocabulary: str | None = None
     lowercase: bool = True
 
     def __post_init__(self):
+        fields.check(self)
         prepared.check_name(self.name)
-        for field, least in (("validation", 0), ("max_length", 3)):
-            fields.demand_whole(field, getattr(self, field), least)
-        if self.token_types not in (1, 2):
-            raise errors.ConfigError(f"token_types must be 1 or 2, got {self.token_types!r}")
-        fields.demand_bool("lowercase", self.lowercase)
-        fields.demand_path("data_dir", self.data_dir)
-        fields.demand_path("vocabulary", self.vocabulary)
         if (self.vocabulary is None) != (self.name == "listops"):
             remedy = "leave it out" if self.vocabulary else "give the path of a WordPiece file, such as BERT's vocab.txt"
             raise errors.ConfigError(f"vocabulary of '{self.name}' is {self.vocabulary!r}; {remedy}")
 
 
 def open(config: TextConfig) -> Dataset:
-    """The dataset of `config`, made first if it is our own and not there yet.
+    """The dataset of `config`. A dataset of our own is made first if it is not there yet.
 
     Raises:
       UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, does not hold texts with labels, or the
@@ -74,18 +73,18 @@ def open(config: TextConfig) -> Dataset:
         words = Vocabulary(grammar.TOKENS, scheme="words")
     else:
         words = Vocabulary.read(config.vocabulary, lowercase=config.lowercase)
-        words.encode([""], length=3)  # where the tokenizer is missing, that should be said now
+        words.encode([""], length=3)  # raises now if the package tokenizers is missing
     return from_builder(config, prepared.load(config.name, config.data_dir), words)
 
 
 def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: Vocabulary) -> Dataset:
-    """The dataset of a TFDS builder; raises DataError where it does not hold texts with class labels."""
+    """The dataset of a TFDS builder. Raises DataError if it does not hold texts with class labels."""
     features = prepared.features(builder)
     texts = {key for key, feature in features.items() if isinstance(feature, tfds.features.Text)}
     keys = next((keys for keys in _TEXTS if texts.issuperset(keys)), None)
     if keys is None or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise errors.DataError(
-            f"dataset '{config.name}' is not one of texts with class labels: it holds {sorted(features)}; choose one with a "
+            f"dataset '{config.name}' does not hold texts with class labels, it holds {sorted(features)}; choose one with a "
             f"ClassLabel named label, and with Text features named {' or '.join('+'.join(keys) for keys in _TEXTS)}"
         )
 

@@ -1,4 +1,4 @@
-"""What our own TFDS builders share."""
+"""What our own TFDS builders have in common."""
 
 import logging
 from typing import Any
@@ -7,7 +7,7 @@ _log = logging.getLogger(__name__)
 
 
 class Logged:
-    """Of a builder, the two lines that TFDS would print when it makes a dataset; a library logs them."""
+    """A mixin for builders: logs the two lines that TFDS prints when it makes a dataset, because a library must not print."""
 
     name: Any
     data_dir: Any

@@ -1,7 +1,7 @@
 """Prepared TFDS datasets by name, read without TensorFlow and without a network.
 
-`cluttered_digits` and `listops` are made at first use. Every other dataset must have been prepared by its owner, which for
-most of them needs TensorFlow and a download; the error that says so also says how.
+`cluttered_digits` and `listops` are made at first use. The user must prepare any other dataset first, which for most of them
+needs TensorFlow and a download. The error for a dataset that is not prepared gives the commands.
 """
 
 import difflib
@@ -18,14 +18,14 @@ from superserve_jax.training.datasets.listops.listops_dataset_builder import Lis
 _OWN = (ClutteredDigits.name, Listops.name)
 _WELL_KNOWN = (*_OWN, "cifar10", "imagenet2012", "glue")
 
-# Where the split that TFDS names test has no labels, or there is none of that name.
+# The split to test on, for datasets whose split "test" has no labels or does not exist.
 _TEST_SPLITS = {"imagenet2012": "validation", "glue": "validation", "glue/mnli": "validation_matched"}
 
 
-def check_name(name: Any) -> None:
-    """Raises ConfigError unless `name` may be that of a TFDS dataset."""
-    if not isinstance(name, str) or not name or ":" in name:
-        raise errors.ConfigError(f"name must be that of a TFDS dataset, like 'cifar10', without a namespace; got {name!r}")
+def check_name(name: str) -> None:
+    """Raises ConfigError unless `name` can be the name of a TFDS dataset."""
+    if not name or ":" in name:
+        raise errors.ConfigError(f"name must be a TFDS dataset such as 'cifar10', without a namespace; got {name!r}")
 
 
 def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
@@ -41,7 +41,7 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     builder = _find(name, data_dir)
     if not builder.info.splits and builder.name in _OWN:
         _make(builder)
-        builder = _find(name, data_dir)  # a builder reads what is on disk when it is constructed
+        builder = _find(name, data_dir)  # a builder reads the disk only when it is constructed
     if not builder.info.splits:
         raise errors.DataError(_how_to_prepare(name, builder, data_dir))
     formats = builder.info.available_file_formats()
@@ -61,7 +61,7 @@ def features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
 
 
 def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]:
-    """What each of our splits is in TFDS' language, the last `validation` training examples held out."""
+    """The TFDS expression of each of our splits. The last `validation` training examples are held out."""
     stored, name = builder.info.splits, builder.name
     if "train" not in stored:
         raise errors.DataError(f"dataset '{name}' has no train split, only {sorted(stored)}; choose another dataset")
@@ -82,7 +82,7 @@ def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=expanded, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
-        # Without its community datasets, whose list TFDS would fetch from the network.
+        # TFDS would fetch the list of community datasets from the network.
         everything = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name, everything, n=3)
         raise errors.unknown_name("dataset", name, {*near, *_WELL_KNOWN}) from None
@@ -98,11 +98,11 @@ def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 def _make(builder: tfds.core.DatasetBuilder) -> None:
     """Prepares one of our own datasets.
 
-    TFDS writes into a folder of its own and renames it at the end, so a process that is killed leaves nothing that looks
-    complete. Of two that prepare at once the second cannot rename onto the first one's folder, and uses that.
+    TFDS writes into a temporary folder and renames it at the end, so a killed process leaves nothing that looks complete. If
+    two processes prepare at once, the second cannot rename its folder to one that exists. It then uses the first one's.
     """
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
-    tfds.disable_progress_bar()  # the builder shows its own progress, one line instead of twenty
+    tfds.disable_progress_bar()  # our builders show their progress in one line, TFDS in twenty
     try:
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
     except OSError as e:

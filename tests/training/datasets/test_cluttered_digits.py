@@ -40,7 +40,7 @@ def test_the_last_images_of_a_split_show_scans_that_no_image_before_them_shows()
 @pytest.mark.parametrize("corner", list(itertools.product((0.0, 1.0), repeat=4)))
 def test_a_digit_lies_wholly_inside_the_image_at_every_scale_angle_and_place(corner):
     full, inside = np.ones((8, 8)), (*corner[:2], 0.5, 0.5)
-    ink, centred = (render._place_digit(full, np.array(draws)).sum() for draws in (corner, inside))
+    ink, centred = (render.place_digit(full, np.array(draws)).sum() for draws in (corner, inside))
     assert ink == pytest.approx(centred, rel=0.03)
 
 

@@ -1,1 +1,1 @@
-"""cluttered_digits: handwritten digits among pieces of other digits. Importing the builder's module registers it with TFDS."""
+"""cluttered_digits: images of handwritten digits in front of pieces of other digits. `render.py` draws them."""

@@ -1,1 +1,1 @@
-"""listops: nested list operations on digits, as text. Importing the builder's module registers it with TFDS."""
+"""listops: nested operations on lists of digits, as text. `grammar.py` generates the texts."""

@@ -1,0 +1,91 @@
+"""The user's own arrays as a dataset."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.training import fields
+from superserve_jax.training.data import images, streams
+from superserve_jax.training.data.streams import Arrays, Dataset
+from superserve_jax.training.fields import Count
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def from_arrays(
+    *,
+    train: Pair,
+    test: Pair,
+    validation: Pair | int = 1000,
+    class_names: Sequence[str] | None = None,
+    shift: int = 0,
+    flip: bool = False,
+    name: str = "arrays",
+) -> Dataset:
+    """A dataset of the user's own arrays, which are not copied.
+
+    Training examples are put into a fixed random order first, because arrays are often sorted by class.
+
+    Args:
+      train: inputs (N, ...) with the shape and dtype that the model takes, and labels (N,), integers from 0 up.
+      test: inputs and labels for testing.
+      validation: inputs and labels for choosing subnets, or the number of training examples to hold out for that.
+      class_names: the name of each label; the numbers themselves if left out.
+      shift: training images are moved by up to this number of pixels.
+      flip: half of the training images are mirrored.
+      name: the dataset's name in messages.
+
+    Raises:
+      DataError: the arrays do not fit together. ConfigError: an option that cannot work, such as holding out all examples.
+
+    >>> x, y = np.zeros((10, 8, 8, 1), np.uint8), np.arange(10) % 2
+    >>> dataset = from_arrays(train=(x, y), test=(x, y), validation=4, class_names=("even", "odd"))
+    >>> dataset.num_examples("train"), dataset.arrays("test")[0].shape
+    (6, (10, 8, 8, 1))
+    """
+    pairs = {"train": train, "test": test, **({} if isinstance(validation, int) else {"validation": validation})}
+    arrays = {split: _checked(split, pair) for split, pair in pairs.items()}
+    inputs, labels = arrays["train"]
+    names = tuple(map(str, range(int(labels.max()) + 1))) if class_names is None else tuple(class_names)
+    for split, (x, y) in arrays.items():
+        if x.shape[1:] != inputs.shape[1:] or x.dtype != inputs.dtype:
+            raise errors.DataError(f"inputs of {split} must be like inputs of train, {_like(inputs)}; got {_like(x)}")
+        if y.min() < 0 or y.max() >= len(names):
+            bad = int(y.min() if y.min() < 0 else y.max())
+            raise errors.DataError(f"labels must be from 0 to {len(names) - 1} ({len(names)} classes); {split} has {bad}")
+    fields.check_value("shift", shift, Count)
+    if (shift or flip) and inputs.ndim != 4:
+        raise errors.ConfigError(f"shift and flip are for images (N, H, W, C), got inputs of shape {inputs.shape}")
+    order = streams.fixed_order(len(labels))
+    splits = {"train": Arrays(inputs, labels, order=order), "test": Arrays(*arrays["test"])}
+    if not isinstance(validation, int):
+        x, y = arrays["validation"]
+        splits["validation"] = Arrays(x, y, order=streams.fixed_order(len(y)))
+    else:
+        fields.check_value("validation", validation, Count)
+        kept = streams.num_kept(len(labels), validation)
+        splits["train"] = Arrays(inputs, labels, order=order[:kept])
+        if validation:
+            splits["validation"] = Arrays(inputs, labels, order=order[kept:])
+    return Dataset(name, splits, class_names=names, augment=images.augmentation(shift=shift, flip=flip))
+
+
+def _checked(split: str, pair: Any) -> Pair:
+    """Inputs and labels of a split, if they are arrays of the same length."""
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise errors.DataError(f"{split} must be a pair (inputs, labels) of arrays, got {type(pair).__name__}")
+    inputs, labels = (np.asarray(part) for part in pair)
+    if inputs.ndim == 0 or inputs.dtype.kind not in "buif":
+        raise errors.DataError(f"inputs of {split} must be an array of numbers, got {inputs.dtype} of shape {inputs.shape}")
+    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+        raise errors.DataError(f"labels of {split} must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
+    if len(inputs) != len(labels) or not len(labels):
+        raise errors.DataError(f"{split} needs as many labels as inputs, got {len(labels)} for {len(inputs)}")
+    return inputs, labels
+
+
+def _like(inputs: np.ndarray) -> str:
+    """Dtype and shape of inputs, such as "uint8 (N, 9, 9, 1)"."""
+    return f"{inputs.dtype} (N, {', '.join(map(str, inputs.shape[1:]))})"
