@@ -1,8 +1,8 @@
 """A run's checkpoints: Orbax, with a SHA-256 of every file.
 
-The checksums are our own because Orbax does not detect corruption: it restores many a flipped bit without an error. The sums of
-a step are in checksums/STEP.json, which is written after the checkpoint. A checkpoint that a kill, a full disk or a bad sector
-has damaged does not match its sums. The checkpoint before it is then used.
+The checksums are our own because Orbax does not detect corruption: it restores many a flipped bit without an error. The sums
+of a step are in checksums/STEP.json, which is written after the checkpoint. A checkpoint that a kill, a full disk or a bad
+sector has damaged does not match its sums. The checkpoint before it is then used.
 """
 
 import contextlib

@@ -54,7 +54,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         # msgspec also takes a list for a tuple and a dict for a dataclass, which a config must not hold.
         if msgspec.convert(plain, kind) == plain:
             return
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeEncodeError) as e:  # the latter: text with half of a surrogate pair
         reason = str(e)
     if known and all(isinstance(choice, str) for choice in known):
         raise errors.unknown_name(name, value, known)

@@ -19,7 +19,7 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, data, evaluation, metrics_log, phases, rewiring, runs, sampling, teacher
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig
-from superserve_jax.training.data import Dataset
+from superserve_jax.training.data import DatasetLike
 from superserve_jax.training.metrics_log import MetricsLog
 from superserve_jax.training.runs import Run
 from superserve_jax.training.step import Recipe, SandwichStep, TrainState
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _REWIRING_EXAMPLES, _REWIRING_BATCH = 256, 32
 
 
-def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Dataset | None = None) -> Run:
+def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> Run:
     """Trains a SuperNet in `workdir`, or goes on from its last checkpoint; returns the run.
 
     It uses all devices: the batch is divided among them, statistics and gradients are those of the whole batch.
@@ -44,16 +44,17 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
       ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
     """
     if not isinstance(config, TrainConfig):
-        raise errors.ConfigError(f"expected a TrainConfig, such as `config.load` gives, got {config!r}")
-    if dataset is not None and not (hasattr(dataset, "train") and hasattr(dataset, "num_examples")):
-        raise errors.ConfigError(f"dataset must be one such as `data.from_arrays` makes, got {type(dataset).__name__}")
-    given = dataset
-    if given is not None:
-        config = dataclasses.replace(config, data=None)  # no later stage shall take another dataset for this one
-    elif config.data is None:
-        raise errors.ConfigError("the config names no dataset: set its `data`, or give train(..., dataset=...)")
+        raise errors.ConfigError(f"expected a TrainConfig, such as `load_config` returns, got {config!r}")
+    if dataset is not None and not isinstance(dataset, DatasetLike):
+        raise errors.ConfigError(f"dataset must be a Dataset, such as `data.from_arrays` makes, got {type(dataset).__name__}")
     workdir = runs.check_workdir(workdir)
-    dataset = given or data.open(config.data)  # first, since without data no folder should be left behind
+    given = dataset
+    if dataset is not None:
+        config = dataclasses.replace(config, data=None)  # so that no later stage takes another dataset
+    elif config.data is not None:
+        dataset = data.open(config.data)  # before the folder is made: if there is no data, no folder is left behind
+    else:
+        raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
     data.check_fit(dataset, config.model)
     if config.eval_every:
         dataset.num_examples("validation")  # raises where there is none
@@ -144,7 +145,7 @@ def _save(saved: Checkpoints, done: int, state: TrainState) -> errors.DataError 
     return None
 
 
-def _rewire(config: TrainConfig, state: TrainState, dataset: Dataset) -> TrainState:
+def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> TrainState:
     """The state with units in order of importance; a pure function of the state, so that a resumed run repeats it."""
     # Single examples where statistics of a batch are not needed, since gains and harms of a unit cancel within a batch.
     size = _REWIRING_BATCH if programs.masked(config.model).offsets else 1
@@ -153,7 +154,7 @@ def _rewire(config: TrainConfig, state: TrainState, dataset: Dataset) -> TrainSt
     return rewiring.reorder(config.model, state, rewiring.orders(config.model, params, few))
 
 
-def _validate(config: TrainConfig, state: TrainState, dataset: Dataset) -> dict[str, float]:
+def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> dict[str, float]:
     """Accuracies of the smallest, a middle and the largest subnet on validation examples, with statistics of their own."""
     (middle,) = sampling.envelopes(
         config.model, 1, seed=config.seed, space=phases.final_space(config), tied=phases.tied(config)

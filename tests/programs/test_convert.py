@@ -61,7 +61,7 @@ def test_the_program_makes_a_run_that_training_goes_on_from(tmp_path):
     assert "go on with" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["params"] == config.num_params(largest)
     assert_same_model(Run.open(run).model(), model)
-    assert "has a checkpoint already" in program(*command, status=2).stderr
+    assert "already has a checkpoint" in program(*command, status=2).stderr
     run = Run.open(run)
     sandwich = SandwichStep(run.config.optim.create(10))
     with run.checkpoints() as saved:  # where the training loop begins

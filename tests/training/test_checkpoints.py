@@ -16,7 +16,7 @@ import pytest
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
-from superserve_jax.training import checkpoints, loop, rewiring, stages
+from superserve_jax.training import loop, rewiring, stages
 from superserve_jax.training.config import Phase, load_config
 from superserve_jax.training.runs import Run
 
@@ -151,17 +151,18 @@ def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(con
 
 def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):
     run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
-    files = [p for p in (run.workdir / "checkpoints" / "4").rglob("*") if p.is_file() and p.stat().st_size]
-    sums = run.workdir / "checksums" / "4.json"
+    folder, saved = run.workdir / "checkpoints" / "4", run.checkpoints()
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
     assert len(files) > 5
     for path in files:
         good = path.read_bytes()
         path.write_bytes(bytes([good[0] ^ 4]) + good[1:])
-        assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") is not None
+        assert saved.damage(4) == f"file {path.relative_to(folder)}"
         path.write_bytes(good)
-    assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") is None
-    (run.workdir / "checkpoints" / "4" / "more").write_text("x")
-    assert checkpoints._difference(sums, run.workdir / "checkpoints" / "4") == "file more"
+    assert saved.damage(4) is None
+    (folder / "more").write_text("x")
+    assert saved.damage(4) == "file more"
+    saved.__exit__()
 
 
 def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_and_costs_no_other(config, tmp_path, caplog):

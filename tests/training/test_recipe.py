@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from mlp_family import MLPConfig
 from tiny import TINY, random_images, random_params, random_statistics
 
 from superserve_jax import errors, exports
@@ -108,11 +109,8 @@ def test_a_phase_of_an_unknown_axis_is_refused_with_the_nearest():
 
 
 def test_rewiring_a_family_without_units_is_refused():
-    class Family(DynaBERTConfig):
-        units = property()
-
-    with pytest.raises(errors.ConfigError, match=r"phases\.rewire: family 'dynabert' has no units to sort"):
-        dataclasses.replace(CONFIG, model=Family(), phases=(Phase(rewire=True),))
+    with pytest.raises(errors.ConfigError, match=r"phases\.rewire: family 'mlp' has no units to sort"):
+        dataclasses.replace(CONFIG, model=MLPConfig(), phases=(Phase(rewire=True),))
 
 
 # -- teachers --------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation
 from superserve_jax.training.search import (
     Candidate,
-    Log,
     choose_served,
     crossover,
     evolutionary_search,
     pareto_front,
     survivors,
 )
+from superserve_jax.training.search_log import SearchLog
 
 SETTINGS = {"weights": "abc", "examples": 32}
 
@@ -29,10 +29,19 @@ def model():
     return SuperNet(TINY, random_params(TINY))
 
 
-def run(model, candidates, **options):
+def run(model, candidates, *, log=None, stop_after=None, **options):
+    """The candidates of a search, which are added to the log, too."""
     images = random_images(TINY, 32)
-    labels = np.arange(32, dtype=np.int32) % 3
-    return evolutionary_search(model, images, batches_of(images, labels, 16), candidates=candidates, seed=3, **options)
+    batches = batches_of(images, np.arange(32, dtype=np.int32) % 3, 16)()
+    known = log.known if log else {}
+    found = []
+    for c in evolutionary_search(model, images, batches, candidates=candidates, seed=3, known=known, **options):
+        if len(found) == stop_after:
+            break
+        found.append(c)
+        if log:
+            log.add(c)
+    return found
 
 
 def test_the_search_tries_what_it_was_told_each_once_and_is_repeatable(model):
@@ -116,7 +125,7 @@ def test_a_family_without_batch_statistics_is_searched_too():
     config = published.BERT
     model, tokens = published.bert_model(), np.ones(config.input_spec(8).shape, config.input_spec(8).dtype)
     batch = {"inputs": tokens, "label": np.zeros(8, np.int32), "weight": np.ones(8, np.float32)}
-    tried = evolutionary_search(model, tokens, lambda: [batch], candidates=60, seed=0)
+    tried = list(evolutionary_search(model, tokens, [batch], candidates=60, seed=0))
     assert len({c.subnet for c in tried}) == 60
     assert {c.accuracy for c in tried} <= {0.0, 1.0}  # all inputs are the same
     assert all(c.cost == config.flops(c.subnet) for c in tried)
@@ -126,43 +135,36 @@ def test_a_family_without_batch_statistics_is_searched_too():
 def test_an_interrupted_search_goes_on_to_the_result_of_an_undisturbed_one(judged, tmp_path, kept):
     model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
     undisturbed = run(model, 130)
-    with Log(path, SETTINGS) as log:
-
-        def record(candidate):
-            if len(log.known) + len(path.read_text().splitlines()) > kept:
-                raise KeyboardInterrupt
-            log.add(candidate)
-
-        with pytest.raises(KeyboardInterrupt):
-            run(model, 130, known=log.known, record=record)
+    with SearchLog(path, SETTINGS) as log:
+        run(model, 130, log=log, stop_after=kept)
     del judged[:]
-    with Log(path, SETTINGS) as log:
+    with SearchLog(path, SETTINGS) as log:
         assert len(log.known) == kept
-        assert run(model, 130, known=log.known, record=log.add) == undisturbed
+        assert run(model, 130, log=log) == undisturbed
     assert len(judged) == 130 - kept
-    with Log(path, SETTINGS) as log:
+    with SearchLog(path, SETTINGS) as log:
         assert list(log.known.values()) == undisturbed
 
 
 def test_a_torn_last_line_is_dropped_and_judged_again(judged, tmp_path):
     model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
-    with Log(path, SETTINGS) as log:
-        undisturbed = run(model, 20, known=log.known, record=log.add)
+    with SearchLog(path, SETTINGS) as log:
+        undisturbed = run(model, 20, log=log)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    with Log(path, SETTINGS) as log:
+    with SearchLog(path, SETTINGS) as log:
         assert len(log.known) == 19
-        assert run(model, 20, known=log.known, record=log.add) == undisturbed
+        assert run(model, 20, log=log) == undisturbed
     assert path.read_bytes() == whole
 
 
 def test_other_settings_or_weights_begin_the_log_anew_and_say_so(judged, tmp_path, caplog):
     path = tmp_path / "search.jsonl"
-    with Log(path, SETTINGS) as log:
-        run(SuperNet(WIDE, {}), 10, record=log.add)
-    with caplog.at_level(logging.INFO), Log(path, {**SETTINGS, "weights": "def"}) as log:
+    with SearchLog(path, SETTINGS) as log:
+        run(SuperNet(WIDE, {}), 10, log=log)
+    with caplog.at_level(logging.INFO), SearchLog(path, {**SETTINGS, "weights": "def"}) as log:
         assert log.known == {}
-    assert "search.jsonl is of other weights; searching anew" in caplog.text
+    assert "search.jsonl was written with other weights; searching anew" in caplog.text
     assert len(path.read_text().splitlines()) == 1
 
 
@@ -170,14 +172,14 @@ def test_a_log_damaged_in_its_middle_is_refused(tmp_path):
     path = tmp_path / "search.jsonl"
     path.write_text('{"settings": {}, "latencies": []}\n{"subn\n' + json.dumps({}) + "\n")
     with pytest.raises(errors.ConfigError, match=r"damaged.*remove it"):
-        Log(path, {})
+        SearchLog(path, {})
 
 
 def test_latencies_are_measured_once(tmp_path):
     path, smallest = tmp_path / "search.jsonl", TINY.space().smallest()
-    with Log(path, SETTINGS, measure=lambda: {smallest: 1.25}) as log:
+    with SearchLog(path, SETTINGS, measure=lambda: {smallest: 1.25}) as log:
         assert log.latencies == {smallest: 1.25}
-    with Log(path, SETTINGS, measure=lambda: pytest.fail("measured again")) as log:
+    with SearchLog(path, SETTINGS, measure=lambda: pytest.fail("measured again")) as log:
         assert log.latencies == {smallest: 1.25}
 
 

@@ -148,7 +148,7 @@ def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(config, tmp_path,
     assert len(calls) == 5 + 6
     with caplog.at_level("INFO"):
         stages.search(with_search(run, calibration_examples=100))
-    assert "is of other data; searching anew" in caplog.text
+    assert "was written with other data; searching anew" in caplog.text
 
 
 def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(config, tmp_path, monkeypatch):

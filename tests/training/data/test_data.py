@@ -237,14 +237,14 @@ def test_the_same_picture_is_cropped_anew_each_epoch(imagenet_dir):
     [
         ({"name": ""}, "name must be"),
         ({"name": "huggingface:mnist"}, "without a namespace"),
-        ({"validation": -1}, "validation must be a whole number from 0 up, got -1"),
+        ({"validation": -1}, "validation must be int >= 0, got -1"),
         ({"validation": 10.5}, "validation"),
         ({"image_size": 0}, "image_size"),
         ({"image_size": float("nan")}, "image_size"),
-        ({"channels": 4}, "channels must be 1"),
+        ({"channels": 4}, "channels must be 1 or 3, got 4"),
         ({"shift": True}, "shift"),
         ({"shift": 32}, "shift must be less than image_size=32"),
-        ({"flip": 1}, "flip must be True or False, got 1"),
+        ({"flip": 1}, "flip must be bool, got 1"),
         ({"random_crop": True}, "set cache=False"),
     ],
 )

@@ -103,7 +103,7 @@ def test_without_validation_examples_the_split_is_a_data_error():
         ({"train": arrays(60)[0]}, "train must be a pair"),
         ({"train": (arrays(60)[0], arrays(59)[1])}, "train needs as many labels as inputs, got 59 for 60"),
         ({"test": (arrays(0)[0], arrays(0)[1])}, "test needs as many labels as inputs, got 0 for 0"),
-        ({"train": (arrays(60)[0], arrays(60)[1] / 2)}, r"labels of train must be whole numbers of shape \(N,\), got float64"),
+        ({"train": (arrays(60)[0], arrays(60)[1] / 2)}, r"labels of train must be integers of shape \(N,\), got float64"),
         ({"test": (arrays(20)[0], np.eye(20, dtype=int))}, r"got int64 of shape \(20, 20\)"),
         ({"train": (["a"] * 60, arrays(60)[1])}, "inputs of train must be an array of numbers"),
         ({"test": (arrays(20)[0], arrays(20)[1] - 1)}, r"from 0 to 2 \(3 classes\); test has -1"),
@@ -122,7 +122,7 @@ def test_arrays_that_do_not_fit_together_are_refused_at_once(changes, message):
     ("changes", "message"),
     [
         ({"validation": 60}, "must leave some of the 60"),
-        ({"validation": -1}, "validation must be a whole number"),
+        ({"validation": -1}, "validation must be int >= 0"),
         ({"shift": -1}, "shift"),
         ({"train": (np.zeros((60, 5)), arrays(60)[1]), "test": (np.zeros((9, 5)), arrays(9)[1]), "flip": True}, "for images"),
     ],
@@ -188,14 +188,14 @@ def test_other_files_are_left_out_with_a_warning(pets, caplog):
     (pets / "train" / "cat" / "notes.txt").write_text("")
     (pets / "train" / "cat" / ".DS_Store").write_text("")
     assert data.open(folder(pets)).num_examples("train") == 24
-    assert "holds 1 files that are not .png" in caplog.text
+    assert "holds 1 files without a suffix of .png" in caplog.text
 
 
 def test_a_folder_that_is_not_laid_out_as_it_should_is_a_data_error(pets, tmp_path):
     with pytest.raises(errors.DataError, match="has no folders of classes"):
         data.open(folder(tmp_path / "absent"))
     (pets / "test" / "emu").mkdir()
-    with pytest.raises(errors.DataError, match="emu is of a class that"):
+    with pytest.raises(errors.DataError, match="emu is a class that"):
         data.open(folder(pets))
     (pets / "train" / "emu").mkdir()
     with pytest.raises(errors.DataError, match="train/emu has no images"):
