@@ -106,27 +106,22 @@ class ExecutableCache:
         return found
 
     def _load(self, path: pathlib.Path) -> Executable | None:
-        """The entry in a file; None, with a warning, if it cannot be used."""
-        if not path.exists():
-            return None
+        """The entry in a file. None if there is no file, or, with a warning, if it cannot be used."""
         try:
             content = path.read_bytes()
-        except OSError as e:
-            _log.warning("cannot read an executable from %s: %s", path, e)
-            return None
-        digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
-            _log.warning("%s is damaged; compiling again", path)
-            return None
-        try:
+            digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+            if hashlib.sha256(body).digest() != digest:
+                raise ValueError("it is damaged")
             leaves, serialised = pickle.loads(body)
             call = serialize_executable.deserialize_and_load(
                 *serialised, backend=self._device.client, execution_devices=[self._device]
             )
-        except Exception as e:  # the runtime can fail in any way on a stale entry, and the remedy is always the same
-            _log.warning("%s cannot be loaded (%s: %s); compiling again", path, type(e).__name__, e)
+            return Executable(call, leaves)
+        except FileNotFoundError:
             return None
-        return Executable(call, leaves)
+        except Exception as e:  # the runtime can fail in any way on a stale entry, and the remedy is always the same
+            _log.warning("cannot load an executable from %s (%s: %s); compiling again", path, type(e).__name__, e)
+            return None
 
 
 def _save(path: pathlib.Path, executable: Executable) -> None:

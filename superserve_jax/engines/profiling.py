@@ -1,10 +1,11 @@
-"""Measuring a latency profile: calls of an engine as the server makes them; and what the paper expects of one. No jax."""
+"""Measures the latency profile of an engine, and checks what SlackFit assumes about profiles. No jax."""
 
 import contextlib
 import gc
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,18 +31,18 @@ def measure(
     repeats: int = 30,
     background: Background | None = None,
 ) -> Profile:
-    """Median and 99th percentile of the latency of every subnet at every batch size and length.
+    """Measures the median and the 99th percentile of the latency of every subnet, batch size and length bucket.
 
-    All are measured in turn, round after round, so that a disturbance of the machine meets each of them alike.
+    Every round measures all of them once. So a disturbance of the machine affects all of them alike.
 
     Args:
-      engine: what to measure; it must have an executable for each, and gives the lengths.
-      accuracies: accuracy (a fraction) of each subnet.
-      batch_sizes: ascending.
+      engine: the engine to measure, with its length buckets.
+      accuracies: the subnets to measure, and their accuracies as fractions.
+      batch_sizes: the batch sizes to measure, ascending.
       device: the kind of device, written into the profile.
-      repeats: rounds; at least 1.
-      background: what runs beside the engine during the measurement, at half the engine's highest throughput. None runs
-        the engine alone.
+      repeats: the number of rounds, at least 1.
+      background: runs beside the engine during the measurement, at half the engine's highest throughput. None runs the
+        engine alone.
     """
     if repeats < 1:
         raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
@@ -79,24 +80,24 @@ def measure(
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:
-    """Inputs of each length, 0 standing for that of a fixed shape. What they hold does not matter, but ids should exist."""
+    """Inputs for each length bucket, or for 0 if all inputs have one shape. They hold 0 and 1, which are valid token ids."""
     rng = np.random.default_rng(0)
-    ends = (0, 2) if engine.lengths else (0, 256) if np.issubdtype(engine.input_dtype, np.integer) else (0, 1)
+    shapes = {length: (length, *engine.input_shape[1:]) for length in engine.lengths} or {0: engine.input_shape}
     return {
-        length: [
-            rng.integers(*ends, (length, *engine.input_shape[1:]) if length else engine.input_shape).astype(engine.input_dtype)
-            for _ in range(count)
-        ]
-        for length in engine.lengths or (0,)
+        length: [rng.integers(0, 2, shape).astype(engine.input_dtype) for _ in range(count)]
+        for length, shape in shapes.items()
     }
 
 
 class Property(NamedTuple):
-    """What SlackFit builds on (the paper's Section 4.1), and how far a profile bears it out.
+    """How far a profile has one of the properties that SlackFit builds on (the paper's Section 4.1).
 
     Args:
-      holding, of: in so many comparisons out of so many.
-      worst: the lowest ratio of the latencies compared, or for P3 of the batches; what holds is above 1.
+      name: "P1", "P2" or "P3".
+      holding: in how many comparisons the property holds.
+      of: the number of comparisons.
+      worst: the lowest ratio that was compared: of latencies for P1 and P2, of batch sizes for P3. Above 1, the property
+        holds in every comparison.
     """
 
     name: str
@@ -106,25 +107,21 @@ class Property(NamedTuple):
 
 
 def properties(profile: Profile) -> tuple[Property, Property, Property]:
-    """P1: latency rises with the batch. P2: it rises with accuracy. P3: the fastest subnet does a larger batch than the most
-    accurate in the time that this takes, for every batch size but the largest.
+    """The three properties of a profile.
+
+    P1: latency rises with the batch size.
+    P2: latency rises with accuracy.
+    P3: while the most accurate subnet computes a batch, the fastest subnet can compute a larger one. This is compared at
+    every batch size but the largest.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> [(p.name, p.holding, p.of) for p in properties(paper_profile())]
     [('P1', 24, 24), ('P2', 25, 25), ('P3', 4, 4)]
     """
-    rows, sizes = profile.rows, profile.batch_sizes
-    along_batch = [b / a for row in rows for a, b in itertools.pairwise(row.latency_ms)]
-    along_accuracy = [
-        b / a for low, high in itertools.pairwise(rows) for a, b in zip(low.latency_ms, high.latency_ms, strict=True)
-    ]
-    reached = []
-    for size, budget_ms in list(zip(sizes, rows[-1].latency_ms, strict=True))[:-1]:
-        fits = [b for b, ms in zip(sizes, rows[0].latency_ms, strict=True) if ms <= budget_ms]
-        reached.append(max(fits, default=0) / size)
-    return _property("P1", along_batch), _property("P2", along_accuracy), _property("P3", reached)
+    sizes, ms = np.array(profile.batch_sizes), np.array([row.latency_ms for row in profile.rows])
+    reached = [max(sizes[ms[0] <= budget_ms], default=0) / size for size, budget_ms in zip(sizes[:-1], ms[-1], strict=False)]
+    return _property("P1", ms[:, 1:] / ms[:, :-1]), _property("P2", ms[1:] / ms[:-1]), _property("P3", np.array(reached))
 
 
-def _property(name: str, ratios: Iterable[float]) -> Property:
-    ratios = list(ratios)
-    return Property(name, sum(r > 1 for r in ratios), len(ratios), min(ratios, default=float("nan")))
+def _property(name: str, ratios: np.ndarray) -> Property:
+    return Property(name, int((ratios > 1).sum()), ratios.size, float(ratios.min()) if ratios.size else math.nan)
