@@ -496,10 +496,9 @@ MAKERS = {
     traces.bursty: {"duration_s": 0.5},
     traces.gamma: {"duration_s": 0.5, "rate_qps": 10.0},
     traces.accelerating: {"duration_s": 0.5, "ramp_at_s": 0.1},
-    traces.sine: {"duration_s": 0.5, "mean_qps": 10.0, "amplitude_qps": 5.0},
     traces.steps: {"rates_qps": (5.0, 0.0), "step_s": 0.5},
 }
-FIELDS = ["duration_s", "cv2", "slo_ms", "seed", "rate_qps", "base_qps", "burst_qps", "amplitude_qps", "mean_qps", "step_s"]
+FIELDS = ["duration_s", "cv2", "slo_ms", "seed", "rate_qps", "base_qps", "burst_qps", "step_s"]
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda f: f.__name__)

@@ -11,7 +11,6 @@ MAKERS = {
     "bursty": lambda seed: traces.bursty(duration_s=2.0, seed=seed),
     "gamma": lambda seed: traces.gamma(rate_qps=2000.0, cv2=4.0, duration_s=2.0, seed=seed),
     "accelerating": lambda seed: traces.accelerating(ramp_at_s=0.5, duration_s=2.0, seed=seed),
-    "sine": lambda seed: traces.sine(mean_qps=2000.0, amplitude_qps=1000.0, period_s=1.0, duration_s=2.0, seed=seed),
     "steps": lambda seed: traces.steps(rates_qps=(1000.0, 0.0, 3000.0), step_s=0.5, seed=seed),
     "mixed": lambda seed: traces.bursty(duration_s=2.0).mixed(slo_ms={20: 1, 50: 1}, floors={0.0: 3, 0.8: 1}, seed=seed),
 }
@@ -31,7 +30,7 @@ def test_a_trace_is_a_pure_function_of_its_arguments_and_the_seed(make):
 def test_arrivals_are_ascending_and_within_the_duration(rate, cv2, seed):
     for trace in (
         traces.gamma(rate_qps=rate, cv2=cv2, duration_s=1.5, seed=seed),
-        traces.sine(mean_qps=rate, amplitude_qps=rate, cv2=cv2, duration_s=1.5, seed=seed),
+        traces.accelerating(from_qps=rate, to_qps=2 * rate, ramp_at_s=0.5, cv2=cv2, duration_s=1.5, seed=seed),
         traces.bursty(base_qps=rate, burst_qps=rate, cv2=cv2, duration_s=1.5, seed=seed),
     ):
         assert trace.arrivals_s.dtype == np.float64
@@ -67,12 +66,6 @@ def test_steps_leave_a_gap_where_the_rate_is_zero():
     arrivals = traces.steps(rates_qps=(100.0, 0.0, 200.0), step_s=1.0).arrivals_s
     assert not ((arrivals > 1.0) & (arrivals < 2.0)).any()
     assert (arrivals > 2.0).sum() > 100
-
-
-def test_a_sine_peaks_in_its_first_half_period():
-    arrivals = traces.sine(mean_qps=1000.0, amplitude_qps=800.0, period_s=4.0, duration_s=4.0, cv2=0).arrivals_s
-    first, second = np.histogram(arrivals, bins=[0, 2, 4])[0]
-    np.testing.assert_allclose([first, second], [2000 + 1600 * 2 / np.pi, 2000 - 1600 * 2 / np.pi], atol=2)
 
 
 def test_a_mix_draws_values_in_their_shares():
@@ -133,7 +126,6 @@ def test_a_missing_recording_is_a_data_error(tmp_path):
         (lambda: traces.bursty(cv2=-1.0), "cv2"),
         (lambda: traces.gamma(rate_qps=0.0), "rate_qps"),
         (lambda: traces.gamma(rate_qps=1.0, duration_s=float("inf")), "duration_s"),
-        (lambda: traces.sine(mean_qps=10.0, amplitude_qps=11.0), "amplitude_qps"),
         (lambda: traces.steps(rates_qps=(), step_s=1.0), "rates_qps"),
         (lambda: traces.steps(rates_qps=(1.0, -1.0), step_s=1.0), "rates_qps"),
         (lambda: traces.accelerating(qps_per_s=0.0), "qps_per_s"),
