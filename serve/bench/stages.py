@@ -26,8 +26,9 @@ from superserve_jax import cli, errors, files
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling import dispatch
 from superserve_jax.serving import server
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.pool import Pool
 from superserve_jax.serving.server import Server
-from superserve_jax.serving.workers import Pool, Query
 from superserve_jax.simulation import paper_profile
 
 X = np.zeros((), np.float32)

@@ -1,7 +1,7 @@
-"""What a client holds while its query waits, and what it gets: `Future` and `Reply`. No jax.
+"""What a client holds while its query waits, and what it gets: `Future`, `Query` and `Reply`. No jax.
 
-A future of the standard library costs three times as much, since each makes a condition at birth. Here those that are
-submitted together share a lock, and the list of who wants to know is made by the first who does.
+Our own futures, since a future of the standard library costs three times as much: each one makes a condition. Here the queries
+of one submit share a lock, and the list of callbacks is made for the first callback.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import concurrent.futures
 import logging
 import operator
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from superserve_jax.subnet import Subnet
@@ -44,13 +44,13 @@ class Reply(NamedTuple):
 
 
 class Future:
-    """The result of a query, some time. Any thread may call any method; it can also be awaited in any asyncio loop.
+    """The result of a query that may still wait. Any thread may call any method. Any asyncio loop can await it.
 
-    It resolves once, to a result, an error or as cancelled; whoever comes later is turned away.
+    It resolves once: to a result, to an error, or as cancelled. Later attempts have no effect.
 
     Args:
-      lock: held for a few instructions, so that many futures may share it; None makes one. It is reentrant, since a finalizer
-        or a signal handler may come in between at any moment and cancel another of them.
+      lock: held for a few instructions, so many futures may share it. None makes one. It is reentrant, since a finalizer or a
+        signal handler may interrupt at any moment and cancel another future.
 
     >>> future = Future()
     >>> future.add_done_callback(lambda f: print("done:", f.result()))
@@ -81,13 +81,13 @@ class Future:
         return self._state == _CANCELLED
 
     def result(self, timeout: float | None = None) -> Any:
-        """Waits for the result and returns it, or raises the error that stands in its place.
+        """Waits for the result and returns it, or raises the error.
 
         Args:
-          timeout: seconds to wait at most; None waits until it resolves.
+          timeout: the longest time to wait, in seconds. None waits until it resolves.
 
         Raises:
-          TimeoutError: not resolved in time (it still will be). concurrent.futures.CancelledError: it was cancelled.
+          TimeoutError: it has not resolved in time. It still will. concurrent.futures.CancelledError: it was cancelled.
         """
         error = self.exception(timeout)
         if error is None:
@@ -98,7 +98,7 @@ class Future:
             del error  # else the traceback that it now holds would refer back to it through this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Waits like `result`, and returns the error, or None where there is a result. Raises what waiting raises."""
+        """Waits like `result`, and returns the error, or None if there is a result. Raises as `result` does for a timeout."""
         if self._state == _PENDING:
             self._wait(timeout)
         if self._state == _CANCELLED:
@@ -106,14 +106,14 @@ class Future:
         return self._value if self._state == _ERROR else None
 
     def cancel(self) -> bool:
-        """Withdraws the query; an answer that is under way is dropped. False where it has been answered already."""
+        """Withdraws the query. A late answer is dropped. False if it has been answered already."""
         return self._resolve(_CANCELLED, None) or self.cancelled()
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Calls `fn(future)` once it has resolved: at once if it has, else in the thread that resolves it.
+        """Calls `fn(future)` when it has resolved: at once if it has already, else in the thread that resolves it.
 
-        That thread is as a rule one of the server's workers, whose device a slow callback keeps waiting; it may also be the
-        server's watchdog, or whoever cancels, closes or swaps. What it raises is logged.
+        Usually that is a worker's thread, and a slow callback keeps its device waiting. It may also be the watchdog's thread,
+        or one that cancels, submits, closes or swaps. An error that `fn` raises is logged.
         """
         with self._lock:
             if self._state == _PENDING:
@@ -139,8 +139,8 @@ class Future:
     # -- the server's side --------------------------------------------------------------------------------------------------
 
     def set_result(self, value: Any) -> bool:
-        """Resolves to a result. False, and no effect, where it has resolved before."""
-        with self._lock:  # as `_resolve` does; a call less, for every query
+        """Resolves to a result. Returns False, without effect, if it has resolved before."""
+        with self._lock:  # as in `_resolve`, without that call
             if self._state != _PENDING:
                 return False
             self._value = value
@@ -150,7 +150,7 @@ class Future:
         return True
 
     def set_exception(self, error: BaseException) -> bool:
-        """Resolves to an error. False, and no effect, where it has resolved before."""
+        """Resolves to an error. Returns False, without effect, if it has resolved before."""
         return self._resolve(_ERROR, error)
 
     def _resolve(self, state: int, value: Any) -> bool:
@@ -158,7 +158,7 @@ class Future:
             if self._state != _PENDING:
                 return False
             self._value = value
-            self._state = state  # last: a reader without the lock looks at the state first
+            self._state = state  # last, since readers without the lock look at the state first
         if self._callbacks is not None:
             self._call_all()
         return True
@@ -170,7 +170,7 @@ class Future:
             self._call(fn)
 
     def _wait(self, timeout: float | None) -> None:
-        gate = threading.Lock()  # shut until the query is answered; an event would wake up no sooner, and costs 3 us more
+        gate = threading.Lock()  # locked until the query is answered; an Event would cost 3 us more
         gate.acquire()
 
         def wake(_: Any) -> None:
@@ -183,7 +183,7 @@ class Future:
         if not gate.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
             with self._lock:
                 if self._state == _PENDING and self._callbacks is not None:
-                    self._callbacks.remove(wake)  # else they would pile up with whoever asks again and again
+                    self._callbacks.remove(wake)  # or repeated timeouts would fill the list
             raise TimeoutError(f"no answer within {timeout} s; wait longer, or cancel() the query")
 
     def _call(self, fn: Callable[[Any], object]) -> None:
@@ -196,23 +196,26 @@ class Future:
 
 
 resolved = operator.attrgetter("_state")
-"""`resolved(future)` is true where the future is `done`; looking at a whole batch takes a third of the time this way."""
+"""`resolved(future)` is true if the future is `done`, in a third of the time."""
 
 
 class _Mailbox:
-    """Wakes those who await in one event loop. To wake a loop from another thread is a system call, and costs more than all
-    else that a query costs, so there is one for all queries that resolve before the loop has had time to look."""
+    """Wakes the tasks that await queries in one event loop.
+
+    To wake a loop from another thread takes a system call, which costs more than the rest of a query. So one wake-up serves
+    all queries that resolve before the loop has run.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may cancel another query meanwhile
         self._resolved: list[asyncio.Future[None]] = []
 
     def put(self, resolved: "asyncio.Future[None]") -> None:
-        """Has the loop resolve a future of its own. May be called in any thread."""
+        """Has the loop resolve one of its own futures. Any thread may call it."""
         with self._lock:
+            first = not self._resolved
             self._resolved.append(resolved)
-            first = len(self._resolved) == 1
         if first:
             try:
                 self.loop.call_soon_threadsafe(self._deliver)
@@ -239,7 +242,16 @@ def _mailbox(loop: asyncio.AbstractEventLoop) -> _Mailbox:
 
 
 class Query(Future):
-    """A future, and what the server needs to know to resolve it."""
+    """The future of one query, with what the server needs to know about the query.
+
+    Args:
+      inputs: the input, an array.
+      submitted_s, deadline_s: when it was submitted, and when its answer is due.
+      floor: the least accuracy that it accepts, a fraction of 1.
+
+    Attributes:
+      length: its number of tokens; 0 if all inputs have one shape.
+    """
 
     __slots__ = ("deadline_s", "floor", "inputs", "length", "submitted_s")
 
@@ -248,7 +260,28 @@ class Query(Future):
     ):
         Future.__init__(self, lock)  # a fifth faster than with super()
         self.inputs = inputs
-        self.length = 0  # tokens; 0 where inputs have one shape
+        self.length = 0
         self.submitted_s = submitted_s
         self.deadline_s = deadline_s
         self.floor = floor
+
+
+def answer(
+    batch: Sequence[Query], outputs: Sequence[Any], subnet: Subnet, accuracy: float, start_s: float, finish_s: float
+) -> tuple[int, list[Query]]:
+    """Resolves the queries of a batch to their replies.
+
+    Returns:
+      How many were late, and the queries that had resolved before, for example because they were cancelled.
+    """
+    late, turned_away, count, compute_ms = 0, list[Query](), len(batch), 1e3 * (finish_s - start_s)
+    make = Reply._make  # half the cost of the constructor
+    for query, output in zip(batch, outputs, strict=True):
+        queue_ms = 1e3 * (start_s - query.submitted_s)
+        met_slo = finish_s <= query.deadline_s
+        reply = make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count))
+        if not query.set_result(reply):
+            turned_away.append(query)
+        elif not met_slo:
+            late += 1
+    return late, turned_away

@@ -1,45 +1,50 @@
-"""How many queries, and bytes of inputs, may wait. No jax."""
+"""Limits of memory: of the queue, and of the batches of one worker. No jax."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from superserve_jax import errors
+from superserve_jax.profile import Profile
 from superserve_jax.scheduling.length_queue import LengthQueue
 from superserve_jax.scheduling.queue import Queue
 from superserve_jax.serving.futures import Query
 
 
 class QueueLimits:
-    """How many queries, and bytes of inputs, may wait. Cancelled ones take no room.
+    """Limits of the queue. Cancelled queries take no room.
 
     Args:
-      lengths: length buckets; `()` where inputs have one shape, and counting them is counting bytes.
-      max_queue, max_queue_bytes: see `server.Server`.
-      input_bytes: of one input, at the longest length.
+      lengths: length buckets. `()` if all inputs have one shape: then the limit of bytes is a limit of queries.
+      max_queue, max_queue_bytes: see `options.ServerOptions`.
+      input_bytes: size of one input of the longest length.
     """
 
     def __init__(self, lengths: Sequence[int], *, max_queue: int, max_queue_bytes: int, input_bytes: int):
         self._max_queue, self._limit = max_queue, f"max_queue={max_queue}"
         self._max_tokens, self._token_limit = math.inf, f"max_queue_bytes={max_queue_bytes}"
         if max_queue * input_bytes <= max_queue_bytes:
-            pass  # so many have fewer bytes, whatever they are
+            pass  # even a full queue has fewer bytes
         elif lengths:
             self._max_tokens = max_queue_bytes * lengths[-1] // input_bytes
         else:
             self._max_queue, self._limit = max_queue_bytes // input_bytes, f"{self._token_limit} ({input_bytes} each)"
         self._until_sweep = 0  # refusals
 
-    def check(self, waiting: Queue, count: int, lengths: Sequence[int]) -> None:
-        """Raises QueueFullError where the queue has no room for so many more, of these lengths if inputs have any.
+    def check(self, waiting: Queue, count: int, lengths: Sequence[int], discard: Callable[[Query], bool]) -> None:
+        """Raises QueueFullError if the queue has no room for `count` more queries.
 
-        Cancelled queries are swept out where there is none. That takes 0.1 us for each that waits, so it is not done again
-        before as many have been refused as it has left: of the cost of a refusal it is a constant part.
+        A full queue is first searched for cancelled queries, which costs 0.1 us for each query. It is not searched again
+        before it has refused as many queries as were left. So a refusal costs a constant time on average.
+
+        Args:
+          lengths: lengths of the new queries, if inputs have a length.
+          discard: says of a query whether it can be removed.
         """
         if (limit := self._exceeded(waiting, count, lengths)) is None:
             return
         self._until_sweep -= count
         if self._until_sweep <= 0:
-            waiting.sweep(Query.done)
+            waiting.sweep(discard)
             self._until_sweep = len(waiting)
             if (limit := self._exceeded(waiting, count, lengths)) is None:
                 return
@@ -49,9 +54,19 @@ class QueueLimits:
         )
 
     def _exceeded(self, waiting: Queue, count: int, lengths: Sequence[int]) -> str | None:
-        """The bound that so many more would exceed."""
+        """The limit that the new queries would exceed; None if there is room."""
         if len(waiting) + count > self._max_queue:
             return self._limit
         if isinstance(waiting, LengthQueue) and self._max_tokens < math.inf and waiting.tokens(lengths) > self._max_tokens:
             return self._token_limit
         return None
+
+
+def at_most(profile: Profile, size: int) -> Profile:
+    """The profile without the batch sizes above `size`. The smallest batch size stays in any case.
+
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> at_most(paper_profile(), 5).batch_sizes
+    (1, 2, 4)
+    """
+    return profile.at([b for b in profile.batch_sizes if b <= size] or profile.batch_sizes[:1])

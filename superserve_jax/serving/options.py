@@ -1,91 +1,109 @@
-"""The options of a server, with their defaults, checked. No jax."""
+"""The options of a server: names, types, defaults and checks. No jax."""
 
-import dataclasses
 import numbers
 import time
+import types
+import typing
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from superserve_jax import errors
+from superserve_jax.scheduling.policies import Policy
 
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 
 
-class Tuning(TypedDict, total=False):
-    """Options of `server.Server` that seldom need a change.
+class _Option(NamedTuple):
+    """The rest of an option's declaration, after its name and type."""
+
+    default: Any
+    fits: Callable[[Any], bool] = lambda value: True
+    expected: str = ""
+
+
+def _whole(default: int) -> _Option:
+    return _Option(default, lambda value: isinstance(value, numbers.Integral) and int(value) >= 1, "a whole number from 1 up")
+
+
+def _flag(default: bool) -> _Option:
+    return _Option(default, lambda value: isinstance(value, bool), "True or False")
+
+
+class ServerOptions(TypedDict, total=False):
+    """Keyword arguments of `Server` and `Server.from_engines`.
 
     Args:
-      max_queue_bytes: bytes of inputs that may wait, next to `max_queue`, a text's as padded to its length bucket.
-        Default 1 GiB.
-      admission: whether queries that cannot be met any more are refused with AdmissionError at arrival (see `admission`).
-        Default False.
-      max_tries: how many batches with a query have to fail at least, the last of it alone, before it is answered with the
-        error. Default 3.
-      max_failures: batches in a row that fail, and fail with blank inputs, too, after which a worker leaves. Default 5.
-      stall_s: a worker whose batch takes longer, and 20 times longer than its profiled 99th percentile, is taken for stuck
-        and abandoned. Default 5.
-      overlap: whether a worker takes and stages its next batch shortly before the device is done with the last, and answers
-        that while the device computes (see `engine.Overlapping`). Default None: where the device is no CPU, whose cores the
-        host needs itself. Where memory does not suffice for two batches at once, a worker goes on with one at a time.
-      tune_runtime: whether `runtime.low_latency` is entered while the server is open. Default True.
-      follow_drift: whether what a worker is slower than its profile of late is made up for (see `drift`). Default True.
-      telemetry: whether batches are counted for `Server.snapshot`, which costs a query a third of a microsecond of CPU time.
-        Default True.
-      clock: monotonic seconds. Default `time.monotonic`.
+      policy: the name of a policy, such as "slackfit", or a policy (see `scheduling.policies`). Default "slackfit".
+      slo_ms: the latency objective of a query that does not give its own. Default 36.
+      max_queue: how many queries may wait. More are refused with QueueFullError. Default 10,000.
+      expire: whether a query that can no longer meet its deadline is dropped with DeadlineExpiredError. Else it is answered
+        late. Default False.
+      max_queue_bytes: how many bytes of inputs may wait. A text counts as padded to its length bucket. Default 1 GiB.
+      admission: whether queries that cannot be met any more are refused with AdmissionError at arrival (see
+        `scheduling.admission`). Default False.
+      max_tries: how many batches with a query must fail before the query gets the error. It is alone in the last one.
+        Default 3.
+      max_failures: a worker leaves after so many failed batches in a row, if it also fails on blank inputs. Default 5.
+      stall_s: a worker is stuck, and is abandoned, when its batch takes longer than this and longer than 20 times the
+        profiled 99th percentile. Default 5.
+      overlap: whether a worker prepares its next batch while the device computes the last one (see
+        `engines.base.Overlapping`). Default None: on every device but a CPU, whose cores the host needs itself.
+        A worker whose memory does not suffice for two batches runs one at a time.
+      tune_runtime: whether `runtime.low_latency` is active while the server is open. Default True.
+      follow_drift: whether policies are told how much slower than its profile a worker is (see `scheduling.speeds`). Default
+        True.
+      clock: a function that returns monotonic seconds. The server also calls it under its lock. Default `time.monotonic`.
     """
 
-    max_queue_bytes: int
-    admission: bool
-    max_tries: int
-    max_failures: int
-    stall_s: float
-    overlap: bool | None
-    tune_runtime: bool
-    follow_drift: bool
-    telemetry: bool
-    clock: Callable[[], float]
+    policy: Annotated[str | Policy, _Option("slackfit")]
+    slo_ms: Annotated[float, _Option(36.0)]
+    max_queue: Annotated[int, _whole(10_000)]
+    expire: Annotated[bool, _flag(False)]
+    max_queue_bytes: Annotated[int, _whole(1 << 30)]
+    admission: Annotated[bool, _flag(False)]
+    max_tries: Annotated[int, _whole(3)]
+    max_failures: Annotated[int, _whole(5)]
+    stall_s: Annotated[
+        float,
+        _Option(
+            5.0,
+            lambda value: isinstance(value, int | float) and 0 < value <= _MAX_STALL_S,
+            f"a positive number of seconds up to {_MAX_STALL_S:g}",
+        ),
+    ]
+    overlap: Annotated[
+        bool | None,
+        _Option(None, lambda value: value is None or isinstance(value, bool), "True, False or None (as the device allows)"),
+    ]
+    tune_runtime: Annotated[bool, _flag(True)]
+    follow_drift: Annotated[bool, _flag(True)]
+    clock: Annotated[
+        Callable[[], float], _Option(time.monotonic, callable, "a function without arguments, such as time.monotonic")
+    ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a server is told about its queue and its workers: `Tuning`, and `max_queue` and `expire` of `server.Server`.
+_DECLARED: dict[str, _Option] = {
+    name: hint.__metadata__[0] for name, hint in typing.get_type_hints(ServerOptions, include_extras=True).items()
+}
 
-    Raises ConfigError for values that cannot be.
+Options = types.SimpleNamespace
+"""A value for each of `ServerOptions`, checked."""
 
-    >>> Options(max_queue=0)
+
+def check(given: ServerOptions) -> Options:
+    """All options: the given ones, and the defaults of the others.
+
+    Raises UnknownNameError for an unknown name, and ConfigError for a value that cannot be. `policy` and `slo_ms` are checked
+    where they are used.
+
+    >>> check({"max_queue": 0})
     Traceback (most recent call last):
       ...
     superserve_jax.errors.ConfigError: max_queue must be a whole number from 1 up, got 0
     """
-
-    max_queue: int = 10_000
-    expire: bool = False
-    max_queue_bytes: int = 1 << 30
-    admission: bool = False
-    max_tries: int = 3
-    max_failures: int = 5
-    stall_s: float = 5.0
-    overlap: bool | None = None
-    tune_runtime: bool = True
-    follow_drift: bool = True
-    telemetry: bool = True
-    clock: Callable[[], float] = time.monotonic
-
-    def __post_init__(self):
-        for name in "max_queue", "max_queue_bytes", "max_tries", "max_failures":
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
-        for name in "expire", "admission", "tune_runtime", "follow_drift", "telemetry":
-            if not isinstance(getattr(self, name), bool):
-                raise errors.ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not isinstance(self.stall_s, numbers.Real) or not 0 < self.stall_s <= _MAX_STALL_S:
-            raise errors.ConfigError(
-                f"stall_s must be a positive number of seconds up to {_MAX_STALL_S:g}, got {self.stall_s!r}"
-            )
-        if self.overlap is not None and not isinstance(self.overlap, bool):
-            raise errors.ConfigError(
-                f"overlap must be True, False or None for where the device allows it, got {self.overlap!r}"
-            )
-        if not callable(self.clock):
-            raise errors.ConfigError(f"clock must be a function without arguments, such as time.monotonic, got {self.clock!r}")
+    for name, value in given.items():
+        if name not in _DECLARED:
+            raise errors.unknown_name("option", name, _DECLARED)
+        if not _DECLARED[name].fits(value):
+            raise errors.ConfigError(f"{name} must be {_DECLARED[name].expected}, got {value!r}")
+    return Options(**{name: option.default for name, option in _DECLARED.items()} | given)

@@ -1,14 +1,15 @@
 """What becomes of the queries of a batch that failed. No jax.
 
-A single poisoned input fails every batch that it is in. So the queries of a failed batch no longer mix with others. They are
-run again by themselves, by another worker if there is one: whole at first, for it may have been the worker that failed. Where
-that fails, too, or there is no other, they are run in two halves, and what fails is halved again, until the poisoned input has
-failed alone. The rest of its batch has been answered by then; for a batch of n it took 2 log2(n) + 1 more. A query that was
-alone in the first place is tried `max_tries` times.
+One poisoned input fails every batch that it is in. So the queries of a failed batch no longer mix with others: they form a
+group, which is run again by itself.
 
-Alone on one worker is not enough where there are others, for that worker may be the broken one: a query is given up once it
-has failed alone on two. Where a batch hangs, nothing is halved, and its queries are given up with the batch that hangs as the
-`max_tries`-th: every one costs a worker.
+1. The whole group runs on another worker, if there is one. Perhaps only the first worker was broken.
+2. If that fails too, or there is only one worker, the group is split into halves, and these again, until the poisoned input
+   fails alone. The rest has been answered by then. A batch of n queries takes 2 log2(n) + 1 more batches.
+3. A query that failed alone is given up after `max_tries` batches. With several workers it must have failed alone on two of
+   them, since one may be broken.
+
+A batch that hangs costs a worker each time. So it is not split, and its queries are given up after `max_tries` batches.
 """
 
 import dataclasses
@@ -21,19 +22,20 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.queue import Queue
+from superserve_jax.serving.failure import Failure
 from superserve_jax.serving.futures import Query
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Retry:
-    """Queries that have failed together, and wait for a batch of their own.
+    """A group of queries that have failed together and wait for a batch of their own.
 
     Args:
-      waiting: they, in a queue of the kind that the server has, so that the policy can be asked about them.
-      meter: of arrivals that there are none of.
-      failures: batches that have failed with all of them.
-      avoid: index of the worker on which the last did.
-      alone_on: of a single query, the indices of the workers on which it failed alone.
+      waiting: the queries, in a queue like the server's, so that the policy can be asked about them.
+      meter: an empty arrival meter. Nothing arrives in a group.
+      failures: number of batches that have failed with all of them.
+      avoid: index of the worker on which the last batch failed.
+      alone_on: indices of the workers on which a single query has failed alone.
     """
 
     waiting: Queue
@@ -44,7 +46,7 @@ class Retry:
 
 
 class Retries:
-    """The `Retry`s of one server, in the order in which they are to be run. Not thread-safe: the caller holds a lock."""
+    """The groups of one server, in the order in which they are run. Not thread-safe: the caller holds the pool's lock."""
 
     def __init__(self, profile: Profile, *, max_tries: int):
         self.groups: list[Retry] = []
@@ -59,14 +61,14 @@ class Retries:
         return [query for group in self.groups for query in group.waiting.items()]
 
     def find(self, worker: int, *, workers: int) -> Retry | None:
-        """The first that a worker may run: none that it failed on itself, unless it is the only one of `workers`."""
+        """The first group that a worker may run: one that did not fail on it, unless it is the only one of `workers`."""
         for group in self.groups:
             if group.avoid != worker or workers == 1:
                 return group
         return None
 
     def taken(self, group: Retry) -> None:
-        """A batch has been taken from `group`, which goes with its last query."""
+        """A batch has been taken from `group`. An empty group is removed."""
         if not len(group.waiting):
             self.groups.remove(group)
 
@@ -83,14 +85,18 @@ class Retries:
         return taken
 
     def retime(self, profile: Profile) -> None:
-        """Counts work by another profile from now on."""
+        """Measures work by another profile from now on."""
         self._profile = profile
         for group in self.groups:
             group.waiting.retime(profile)
-            group.meter = ArrivalMeter()  # there was nothing in it
+            group.meter = ArrivalMeter()  # the old one has read the old unit
 
     def give_back(self, batch: Sequence[Query], before: Retry | None, worker: int) -> None:
-        """Puts a batch back that shall not count as tried; `before` is where it came from."""
+        """Puts back a batch that does not count as failed.
+
+        Args:
+          before: the group that the batch was taken from; None for the queue.
+        """
         if live := [query for query in batch if not query.done()]:
             failures, alone_on = (before.failures, before.alone_on) if before else (0, frozenset())
             self._add(live, failures, worker, alone_on)
@@ -98,13 +104,13 @@ class Retries:
     def failed(
         self, batch: Sequence[Query], before: Retry | None, worker: int, *, now_s: float, workers: int, hung: bool = False
     ) -> list[tuple[Query, str]]:
-        """Takes the queries of a batch that failed, and returns those that are given up, each with the reason.
+        """Takes the queries of a failed batch. Returns those that are given up, each with the reason.
 
         Args:
-          before: where the batch came from; None for the queue.
-          worker: index of the one it failed on.
-          workers: how many there are.
-          hung: whether it never came back.
+          before: the group that the batch was taken from; None for the queue.
+          worker: index of the worker on which the batch failed.
+          workers: how many workers are alive.
+          hung: whether the batch never came back.
         """
         failures, alone_on = 1 + (before.failures if before else 0), frozenset()
         if len(batch) == 1:
@@ -134,46 +140,9 @@ class Retries:
         self.groups.append(Retry(waiting, ArrivalMeter(), failures, worker, alone_on))
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an engine failed since the batch was too large for its device.
-
-    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."))
-    (True, True)
-    >>> out_of_memory(RuntimeError("INTERNAL: the device burns"))
-    False
-    """
-    # jax.errors.JaxRuntimeError is a RuntimeError, and gives the status code first.
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Drops the tracebacks of an error and of those that it came from: the frames in them hold what was at work."""
-    seen: set[int] = set()  # an error may be its own cause
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def at_most(profile: Profile, size: int) -> Profile:
-    """The profile without the batch sizes above `size`, the smallest kept in any case.
-
-    >>> from superserve_jax.simulation.paper_profile import paper_profile
-    >>> at_most(paper_profile(), 5).batch_sizes
-    (1, 2, 4)
-    """
-    return profile.at([b for b in profile.batch_sizes if b <= size] or profile.batch_sizes[:1])
-
-
-def inference_error(query: Query, where: str, why: str, cause: BaseException | None) -> errors.SuperServeError:
-    """What a query that is given up is answered with."""
+def inference_error(query: Query, where: str, why: str, failure: Failure) -> errors.SuperServeError:
+    """The error that a query gets when it is given up."""
     x = np.asarray(query.inputs)
     held = f", values from {x.min():g} to {x.max():g}" if x.size and x.dtype.kind in "iuf" else ""
     failed = f"{where} failed on the input of shape {x.shape}, dtype {x.dtype}{held}"
-    return caused(errors.InferenceError(f"{failed}: {why}. Cause: {cause!r}; see the server's log"), cause)
-
-
-def caused(error: errors.SuperServeError, cause: BaseException | None) -> errors.SuperServeError:
-    """`error`, as though raised from `cause`."""
-    error.__cause__ = cause
-    return error
+    return failure.cause(errors.InferenceError(f"{failed}: {why}. Cause: {failure.text}; see the server's log"))

@@ -1,99 +1,100 @@
 """The threaded server: queries in, futures out. No jax until a model is loaded.
 
+A query's path: `Server.submit` -> `Pool.admit` -> `Backlog.queue` -> `Worker` -> `dispatch.next_batch` -> the policy ->
+`Flight` (the engine) -> `futures.answer`.
+
 Threads
-- **Client threads**, any number: `submit` checks the query and puts it into the queue. They never wait for a device.
-- **One worker thread per engine** (`workers.Pool._work_on`): waits on the condition `_work` while the queue is empty, else
-  asks the policy, takes the batch, runs the engine, answers the futures and runs their done-callbacks. No router in between.
-  Where the device computes on its own (`engine.Overlapping`), it takes the next batch and hands it over shortly before the
-  last is done, and then answers that one.
-- **One watchdog** (`crew.Crew._watch`): sleeps on a bell, which rings when the server has been closed or collected. Every
-  quarter of `stall_s` it abandons the workers stuck in an engine: a thread in a call cannot be ended.
-- **The closing thread**, any: waits on the condition `_left` until every worker has left, then joins the threads. So does
-  whoever removes a worker, for that one.
-- **A swapping thread**, any but a worker's: makes the new engines while the workers run, gives each worker its successor under
-  the pool's lock, and waits on `_left` until all have taken theirs up, each between two batches (`swap.Swapping`).
+- **Client threads**, any number: `submit` checks the query and puts it into the queue. It never waits for a device.
+- **One worker thread per engine** (`Worker`): waits while the queue is empty. Else it asks the policy, takes the batch, runs
+  the engine, answers the futures and runs their done-callbacks. There is no router thread. If the device computes on its own
+  (`engines.base.Overlapping`), the worker hands over the next batch shortly before the last one is done.
+- **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine, since a thread in a call cannot be ended. It
+  also makes the calls that had to be deferred.
+- **A closing or removing thread**: waits until the workers have left, and joins their threads.
+- **A swapping thread**: makes the new engines while the workers run, gives each worker its successor under the lock, and waits
+  until all workers have taken theirs up.
 
 Locks
-- **The pool's lock** guards the queue and the workers' state. It is held for a submit, or for one decision of the policy
-  (10 us); never while an engine runs, and never while a future resolves, since that runs foreign code.
-- **The server's `_changing`** is held by who swaps or adds a worker while the engines are made, and taken before the pool's.
-- **The futures' locks**, one for all queries of a submit, and **the mailboxes' locks**, one for each event loop that awaits
-  queries, are held for a few instructions, and never while the pool's lock is.
+- **The pool's lock** guards the queue and the workers' state. It is held for one submit or one decision of the policy (10 us).
+  It is never held while an engine runs or a future resolves.
+- **The server's `_changing`** is held while a swap or a new worker is prepared. It is taken before the pool's lock.
+- **The futures' locks**, one for all queries of a submit, and **the mailboxes' locks**, one per event loop, are held for a few
+  instructions. No thread takes the pool's lock while it holds one of them.
 
-Who may block on what: clients and workers on the pool's lock, briefly; workers on their engine, for as long as it takes; a
-client in `Future.result` on a lock of its own, which the worker that answers releases. A done-callback runs in a worker and
-keeps its device waiting.
+Rules
+1. The server calls no foreign code while it holds a lock, except the policy (and `clock`, if that option is given). So under
+   the lock it does not log, take the `repr` of an error, resolve a future, or drop the last reference to a query, an input,
+   an engine or an error. It leaves these to the `Outbox`, which every thread empties after it has released the lock.
+2. Signal handlers, finalizers and the policy may call the server while their own thread holds a lock. A public method that
+   finds this does not block, and does not look at half-changed state. The watchdog does the work when the lock is free.
+   `submit` returns futures, which fail if the queries are refused then. `close` refuses new queries at once. `add_worker`,
+   `remove_worker` and `swap` return at once, too, and their errors are logged. `health` and `snapshot` return the last state
+   that was asked for.
+3. One place calls the policy (`dispatch`, for the worker) and one the engine (`Flight`). Futures resolve to a reply in
+   `futures.answer` and to an error in the `Outbox`. Only these handle errors of foreign code.
+4. A query is answered exactly once. A future ignores every answer but the first. And a query is always somewhere: in the
+   queue, in a group of retries, in a flight of a present worker, or in the outbox.
 
-Exactly once: a future turns away every answer but the first, so whoever comes late (an abandoned worker, the answer to a
-cancelled query, a close) has no effect. Never not at all: a query is in the queue, among the retries (see `retries.py`), in
-`Worker.flights` of a worker that is present, or about to be resolved by the thread that took it from there; a worker that goes
-gives its batches back, and the last one fails what waits.
+Failures: a failed batch runs again on another worker, and then in smaller parts, until the bad input has failed alone
+(`retries.py`). After a failure the worker runs blank inputs. If that fails too, the worker is at fault, and leaves after
+`max_failures` such batches in a row. If its memory did not suffice, its batches become smaller.
 
-Faults: a batch that failed is run again, by another worker if there is one, and then in ever smaller parts, until the input
-that fails has failed alone; only that query gets the error. The worker meanwhile runs the failed batch with blank inputs. Only
-where that fails, too, it is to blame, and it leaves after `max_failures` such batches in a row. Where its memory did not
-suffice, the batch goes back and the worker's batches are at most half as large from then on.
-
-All threads are daemons, so a server that nobody closed does not keep the interpreter alive; before that goes, the workers end
-(`crew.Crew._exit`). A fork has the server's memory but none of its threads: there it refuses everything, and closing it does
-nothing.
+All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
+server's memory but none of its threads: it refuses every call, and `close` does nothing.
 """
 
 import contextlib
 import functools
-import math
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack
 
-import numpy as np
-
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
-from superserve_jax.lengths import trim_padding
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import background
+from superserve_jax.serving import background, inputs, locks
+from superserve_jax.serving import options as server_options
 from superserve_jax.serving.futures import Future, Query
-from superserve_jax.serving.options import Options, Tuning
-from superserve_jax.serving.workers import Pool
+from superserve_jax.serving.inputs import InputSpec
+from superserve_jax.serving.options import Options, ServerOptions
+from superserve_jax.serving.pool import Pool
 
-_MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
 _MAX_NAME = 100  # characters of a policy's name, which may nest
 
 
 class Server:
-    """Serves a SuperNet on one device or several: for every batch the policy picks the subnet that the deadlines allow.
+    """Serves a SuperNet on one or several devices. For every batch, the policy picks a subnet that meets the deadlines.
 
     Args:
-      path_or_model: an export's directory, or what `superserve_jax.load` returned.
-      policy: a name, such as "slackfit", or a policy (see `scheduling.policies`).
-      slo_ms: a query's latency objective unless it names its own.
+      path_or_model: the directory of an export, or what `superserve_jax.load` returned.
       batch_sizes: batch sizes to make executables for.
-      lengths: of a family whose inputs have a length, the length buckets to make executables for: inputs are padded to one of
-        them, and the longest that is served is the last. None takes powers of two from 16 up to the model's longest.
-      devices: jax devices, one worker each; None takes all.
-      slicing: when a device slices a subnet's weights out of the SuperNet's: "in_call" in every call, "kept" when the subnet
-        changes (see `engines.device`); None takes the faster one, as the profile says.
-      slice_bytes: of "kept", the most that the slices may take; None takes a quarter of the weights' bytes, at least 16 MiB.
-      max_queue: queries that may wait; one more is refused.
-      expire: whether a query that can no longer meet its deadline is answered with DeadlineExpiredError instead of late.
-      **tuning: see `tuning.Tuning`.
+      lengths: length buckets to make executables for, if inputs have a length. Inputs are padded to one of them, and longer
+        inputs are refused. None takes powers of two from 16 up to the model's longest.
+      devices: jax devices, with one worker for each. None takes all devices.
+      slicing: when a device slices a subnet's weights out of the SuperNet's weights: "in_call" in every call, "kept" when the
+        subnet changes (see `engines.device`). None takes the faster way, according to the profile.
+      slice_bytes: with "kept", how many bytes the slices may take. None takes a quarter of the weights, at least 16 MiB.
+      **options: see `options.ServerOptions`: policy, slo_ms, max_queue, expire, and others.
 
-    Queries are served in the order of their deadlines, except that the default policy lets those that cannot be met any more
-    step back behind the others (see `policies.SlackFit`); `policies.SlackFit(profile, defer=False)` keeps the strict order.
-    With several length buckets a batch takes the head and others that are no longer (see `length_queue`); a policy that is
-    no name is asked with the profile at the head's length, so wrap one that holds tables (see `policies.ByProfile`).
+    Attributes:
+      model: the model; None for a server of engines.
+      profiles, profile: the latency profiles of the workers at the start or the last swap, and the first of them.
+      pool: what the server's threads share.
 
-    In an overload the default policy is fair to SLOs: by the time they are due, queries with a long one are as urgent as those
-    with a short one that came later, and of each SLO the same share is met, what the workers carry over what comes (see
-    `tests/test_overload.py`). A full queue refuses all alike, and admission control is fair once an overload has lasted for
-    0.2 s; until then it prefers long SLOs (see `admission`).
+    Queries are served in the order of their deadlines. One exception: the default policy puts queries that cannot be met any
+    more behind the others (see `policies.SlackFit`; `policies.SlackFit(profile, defer=False)` keeps the strict order). With
+    several length buckets, a batch takes the first query and others that are no longer (see `scheduling.length_queue`).
 
-    Use it as a context manager: leaving it answers what waits, or, on an exception, fails it.
+    In an overload, the default policy meets the same share of the queries of every SLO: what the workers can carry over what
+    arrives (see `tests/serving/test_overload.py`). A full queue refuses all queries alike. Admission control is fair after an
+    overload of 0.2 s; before, it prefers long SLOs (see `scheduling.admission`).
 
+    Use it as a context manager. Leaving it answers the waiting queries; leaving it on an exception fails them.
+
+    >>> import numpy as np
     >>> from superserve_jax.engines.fake import FakeEngine
     >>> from superserve_jax.profile import Profile, Row
     >>> from superserve_jax.scheduling.policies import Decision
@@ -112,20 +113,17 @@ class Server:
         self,
         path_or_model: Any,
         *,
-        policy: str | Policy = "slackfit",
-        slo_ms: float = 36.0,
         batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
         lengths: Sequence[int] | None = None,
         devices: Sequence[Any] | None = None,
         slicing: Literal["kept", "in_call"] | None = None,
         slice_bytes: int | None = None,
-        max_queue: int = 10_000,
-        expire: bool = False,
-        **tuning: Unpack[Tuning],
+        **options: Unpack[ServerOptions],
     ):
         from superserve_jax.engines import prepare  # here, since it imports jax
 
-        self.model, engines, each = prepare.prepare(
+        checked = server_options.check(options)  # before anything that takes long
+        self.model, engines, profiles = prepare.prepare(
             path_or_model,
             batch_sizes=batch_sizes,
             lengths=lengths,
@@ -134,70 +132,47 @@ class Server:
             slice_bytes=slice_bytes,
             background=background_traffic,
         )
-        self._options = {"slicing": slicing, "slice_bytes": slice_bytes}
-        self._open(engines, each, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
+        self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
+        self._open(engines, profiles, checked)
 
     @classmethod
     def from_engines(
-        cls,
-        engines: Sequence[Engine],
-        profile: Profile | Sequence[Profile],
-        *,
-        policy: str | Policy = "slackfit",
-        slo_ms: float = 36.0,
-        max_queue: int = 10_000,
-        expire: bool = False,
-        **tuning: Unpack[Tuning],
+        cls, engines: Sequence[Engine], profile: Profile | Sequence[Profile], **options: Unpack[ServerOptions]
     ) -> "Server":
-        """A server of engines that exist already, all with the batch sizes and length buckets of `profile`.
+        """Opens a server of existing engines, all with the batch sizes and length buckets of `profile`.
 
         Args:
-          profile: of all engines, or one for each, since devices differ: each is a worker with the subnets of its profile.
+          profile: one for all engines, or one for each, since devices differ. A worker serves the subnets of its profile.
+          **options: see `options.ServerOptions`.
         """
         self = cls.__new__(cls)
-        self.model, self._options = None, {}
-        self._open(engines, profile, policy, slo_ms=slo_ms, max_queue=max_queue, expire=expire, **tuning)
+        self.model, self._slicing = None, {}
+        self._open(engines, profile, server_options.check(options))
         return self
 
-    def _open(
-        self,
-        engines: Sequence[Engine],
-        profile: Profile | Sequence[Profile],
-        policy: str | Policy,
-        *,
-        slo_ms: float,
-        **options: Any,
-    ) -> None:
-        settings = Options(**options)
-        with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engine.Engine)"):
+    def _open(self, engines: Sequence[Engine], profile: Profile | Sequence[Profile], options: Options) -> None:
+        with errors.refusing(errors.ConfigError, "engines must be a list of engines (see engines.base.Engine)"):
             engines = list(engines)
-            specs = {_spec(e) for e in engines}
+            specs = {InputSpec.of(e) for e in engines}
         if len(specs) != 1:
-            raise errors.ConfigError(f"a server needs engines, all for the same inputs; {len(engines)} engines take {specs}")
-        [(self._shape, self._dtype, self._lengths, self._pad_id)] = specs
+            raise errors.ConfigError(
+                f"a server needs engines, all for the same inputs; {len(engines)} engines take {[*map(tuple, specs)]}"
+            )
+        [self._inputs] = specs
         each = profiles_of_workers(profile, len(engines))
-        if self._lengths != each[0].lengths:
+        if self._inputs.lengths != each[0].lengths:
             raise errors.ConfigError(
-                f"engines for the lengths {list(self._lengths)} and a profile of {list(each[0].lengths)}; they must agree"
+                f"engines for lengths {list(self._inputs.lengths)} and a profile of {list(each[0].lengths)}; they must agree"
             )
-        input_bytes = math.prod((*self._lengths[-1:], *self._shape[bool(self._lengths) :])) * self._dtype.itemsize
-        if input_bytes > settings.max_queue_bytes:
-            raise errors.ConfigError(
-                f"max_queue_bytes={settings.max_queue_bytes}, but one input has {input_bytes}; allow more"
-            )
+        if (nbytes := self._inputs.nbytes) > options.max_queue_bytes:
+            raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes}; allow more")
         self.profiles, self.profile = tuple(each), each[0]
-        self._slo_ms = check_slo(slo_ms)
-        self._changing = threading.Lock()  # held by who adds or swaps: a swap is for the workers that there were at its start
-        self._pool = Pool(
-            engines,
-            each,
-            functools.partial(make_policy, policy),
-            settings,
-            input_bytes=input_bytes,
-            pause_s=1e-3 * self._slo_ms,
-        )
-        self._clock = settings.clock
-        weakref.finalize(self, self._pool.ring).atexit = False
+        self._slo_ms, self._clock = inputs.check_slo(options.slo_ms), options.clock
+        self._changing = threading.RLock()
+        self._is_changing_here = locks.held_here(self._changing)
+        make = functools.partial(make_policy, options.policy)
+        self.pool = Pool(engines, each, make, options, input_bytes=nbytes, pause_s=min(1e-3 * self._slo_ms, 1.0))
+        weakref.finalize(self, self.pool.dropped).atexit = False
 
     def __enter__(self) -> "Server":
         return self
@@ -209,22 +184,23 @@ class Server:
         """Asks for one answer.
 
         Args:
-          x: one input, without a batch dimension, of exactly the engine's shape and dtype; with length buckets of any length
-            up to the longest, padding at the end not counted. It is not copied: do not write to it until the answer is there.
-          slo_ms: the answer is due so many milliseconds from now; None takes the server's.
+          x: one input, without a batch dimension, of exactly the engine's shape and dtype. With length buckets it may have any
+            length up to the longest; padding at the end does not count. It is not copied, so do not write to it before the
+            answer is there.
+          slo_ms: the answer is due in so many milliseconds. None takes the server's.
           min_accuracy: only subnets with at least this profiled accuracy, a fraction of 1, may answer.
 
         Returns:
           A future whose result is a `futures.Reply`.
 
         Raises:
-          InputError, DeadlineError, AccuracyFloorError: the query cannot be served. QueueFullError, AdmissionError,
-          ServerClosedError, WorkersLostError: not by this server, now.
+          InputError, DeadlineError, AccuracyFloorError: no server like this can serve the query. QueueFullError,
+          AdmissionError, ServerClosedError, WorkersLostError: this server cannot serve it now.
         """
         return self._admit((x,), slo_ms, min_accuracy)[0]
 
     def submit_many(self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> list[Future]:
-        """Like `submit` for each of `xs`, with one wake-up for all. Where it raises, none has been submitted."""
+        """Like `submit` for each of `xs`, with one wake-up for all. If it raises, no query has been submitted."""
         try:
             each = iter(xs)
         except TypeError as e:
@@ -232,66 +208,47 @@ class Server:
         return self._admit(each, slo_ms, min_accuracy)
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
-        slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
-        best = self._pool.best
-        if not _is_at_most(min_accuracy, best):
-            raise errors.AccuracyFloorError(
-                f"min_accuracy={min_accuracy!r}, a fraction of 1, but the best served subnet has {best}; ask for no more"
-            )
+        slo_ms = self._slo_ms if slo_ms is None else inputs.check_slo(slo_ms)
+        floor = inputs.check_floor(min_accuracy, self.pool.backlog.best)
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
-        lock = threading.RLock()
-        queries = [Query(self._checked(x), now_s, deadline_s, min_accuracy, lock) for x in xs]
-        if self._lengths:
+        lock, check = threading.RLock(), self._inputs.check
+        queries = [Query(check(x), now_s, deadline_s, floor, lock) for x in xs]
+        if self._inputs.lengths:
             for query in queries:
                 query.length = len(query.inputs)
-        self._pool.admit(queries)
+        self.pool.admit(queries)
         return queries
 
-    def _checked(self, x: Any) -> np.ndarray:
-        """`x` as an array. Never cast: pixels of 0..255 read as 0..1 would be wrong answers without an error."""
-        array = x if type(x) is np.ndarray else _as_array(x)
-        if self._lengths and array.ndim and array.shape[1:] == self._shape[1:] and array.dtype == self._dtype:
-            array = trim_padding(array, self._pad_id)
-            if not 0 < len(array) <= self._lengths[-1]:
-                raise errors.InputError(
-                    f"an input of {len(array)} tokens, padding at the end not counted; expected 1 to {self._lengths[-1]}: "
-                    "cut it, or open the server with a greater length"
-                )
-            return array
-        if array.shape != self._shape or array.dtype != self._dtype:
-            raise errors.InputError(
-                f"an input of shape {array.shape} and dtype {array.dtype}; expected {self._shape} and {self._dtype}, "
-                "one input without a batch dimension. Inputs are never cast: convert it as the model's export describes"
-            )
-        return array
-
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
-        """Takes no more queries, answers those that wait, and ends the threads. May be called twice, from any thread.
+        """Takes no more queries, answers the waiting ones, and ends the threads. Any thread may call it, also twice.
 
         Args:
-          drain: False fails the waiting queries with ServerClosedError; batches that are running are still answered.
-          timeout_s: the longest to wait. After that, workers that are still busy are abandoned, and every query left fails
-            with an error. None waits as long as it takes, but for no worker that is stuck (see `tuning.Tuning`).
+          drain: False fails the waiting queries with ServerClosedError. Batches that are running are still answered.
+          timeout_s: the longest time to wait. After that, busy workers are abandoned, and every query that is left fails. None
+            waits as long as it takes, but not for a worker that is stuck (see `stall_s` in `options.ServerOptions`).
 
         In a done-callback, which runs on a worker, it does not wait.
         """
-        self._pool.close(drain=drain, timeout_s=timeout_s)
+        self.pool.close(drain=drain, timeout_s=timeout_s)
 
     def add_worker(self, engine_or_device: Any, *, profile: Profile | None = None) -> str:
-        """Adds a worker while serving, to a server that has lost all of its workers, too, which then serves again.
+        """Adds a worker while serving. A server that has lost all its workers serves again afterwards.
 
         Args:
-          engine_or_device: an engine like the others; or, where the server was opened with a model, a jax device, for which
-            the executables are made first, in the calling thread.
-          profile: its latencies; None takes those of the first worker.
+          engine_or_device: an engine like the others. If the server was opened with a model, it may be a jax device: the
+            calling thread then makes the executables first.
+          profile: the worker's latencies. None takes those of the first worker.
 
         Returns:
-          Its name: the engine's, with a number where a worker has that name already.
+          The worker's name: the engine's name, with a number if another worker has that name.
 
         Raises:
           ConfigError: the engine takes other inputs, or there is no model. ServerClosedError.
         """
+        if self._interrupts():
+            self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
+            return getattr(engine_or_device, "name", "")
         with self._changing:
             new, profile = engine_or_device, profile or self.profile
             if not hasattr(new, "run"):
@@ -301,116 +258,127 @@ class Server:
                     )
                 from superserve_jax.engines import prepare  # here, since it imports jax
 
-                new = prepare.make_engine(self.model, new, profile, **self._options)
-            if (spec := _spec(new)) != (mine := (self._shape, self._dtype, self._lengths, self._pad_id)):
-                raise errors.ConfigError(f"{new.name} takes {spec}, the workers of this server take {mine}; they must agree")
+                new = prepare.make_engine(self.model, new, profile, **self._slicing)
+            if (spec := InputSpec.of(new)) != self._inputs:
+                raise errors.ConfigError(
+                    f"{new.name} takes {tuple(spec)}, the workers of this server take {tuple(self._inputs)}; they must agree"
+                )
             profiles_of_workers([self.profile, profile], 2)
-            return self._pool.add(new, profile)
+            return self.pool.add(new, profile)
 
     def remove_worker(self, name: str) -> None:
-        """Removes a worker while serving; returns when it has finished its batch and its thread has ended.
+        """Removes a worker while serving. Returns when it has finished its batch and its thread has ended.
 
         In a done-callback on that worker it does not wait.
 
         Args:
-          name: one of `health()["per_worker"]`.
+          name: the worker's name in `health()["per_worker"]`.
 
         Raises:
-          UnknownNameError: no worker has that name, or it has left. ConfigError: it is the last one, whom nobody could
-          relieve: add another first, or close the server.
+          UnknownNameError: no worker has that name, or it has left. ConfigError: it is the last worker. Add another one
+          before, or close the server.
         """
-        self._pool.remove(name)
+        if self._interrupts():
+            return self.pool.defer(functools.partial(self.remove_worker, name))
+        return self.pool.remove(name)
 
     def swap(self, path_or_model: Any) -> None:
         """Changes over to another export between two batches, without a gap in serving.
 
-        It is loaded, compiled and warmed in the calling thread, beside the running one, for the same devices, batch sizes and
-        length buckets and with the same options; without a latency profile beside it one is measured, beside the traffic and
-        so with too long latencies: measure it before (`serve/measure.py`). Whatever is wrong with it is found before anything
-        changes, and the old one goes on. Then all workers change over at once; batches that run end as they began, on the old
-        one. Returns when these are back and the old one is dropped, with its memory unless somebody else holds its model.
+        1. The calling thread loads, compiles and warms the new export while the old one serves, for the same devices, batch
+           sizes, length buckets and options. An export without a latency profile is measured beside the traffic, so the
+           latencies are too long: measure it before, with `serve/measure.py`. If anything is wrong with the new export, an
+           error is raised, and the old one goes on.
+        2. All workers change over at once. Batches that are running end on the old export.
+        3. This returns when these batches are back and the old export is dropped. Its memory is free then, unless somebody
+           else holds its model.
 
-        **Both are in the device's memory until then**: twice the weights, slices and executables. Where that does not
-        suffice, jax's RESOURCE_EXHAUSTED is raised here; a batch that fails for it meanwhile makes its worker's batches
-        smaller, as ever, until the next swap that succeeds.
+        **Until then the device's memory holds both exports**: twice the weights, slices and executables. If the memory does
+        not suffice, jax's RESOURCE_EXHAUSTED is raised here. A batch that fails for that reason makes the batches of its
+        worker smaller, until the next successful swap.
 
-        What waits is answered by the new one, but for queries whose `min_accuracy` that cannot meet: they fail with
-        AccuracyFloorError. A policy given by name is made anew for the new profiles; another is asked with them from then on.
-        A second swap, or `add_worker`, waits until all workers know of this one; a close does not, and this one is then of no
-        effect.
+        The new export answers the waiting queries. Those whose `min_accuracy` it cannot meet fail with AccuracyFloorError. A
+        policy that was given by name is made for the new profiles; any other policy is asked with them. A second swap, or
+        `add_worker`, waits until all workers know of this swap. A close does not wait, and this swap then has no effect.
 
         Args:
-          path_or_model: an export's directory, or what `superserve_jax.load` returned, with the same kind of inputs and the
-            same vocabulary. Classes may differ.
+          path_or_model: the directory of an export, or what `superserve_jax.load` returned, with the same inputs and the same
+            vocabulary. Classes may differ.
 
         Raises:
-          ExportError: it is missing or damaged. ConfigError: its inputs differ, the policy cannot do with it, this server has
-          no model or a worker of an engine that was given, or this is a done-callback. NotCalibratedError, ProfileError.
-          ServerClosedError, WorkersLostError.
+          ExportError: the export is missing or damaged. ConfigError: its inputs differ; the policy fails with it; this server
+          has no model; a worker has an engine that was given to it; or this is a done-callback. NotCalibratedError,
+          ProfileError, ServerClosedError, WorkersLostError.
         """
         from superserve_jax.engines import prepare  # here, since it imports jax
 
+        if self._interrupts():
+            return self.pool.defer(functools.partial(self.swap, path_or_model))
         if self.model is None:
             raise errors.ConfigError("a server of engines has no model that another could replace; add and remove workers")
         with self._changing:
-            members = self._pool.members()
-            devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in members]
+            workers = self.pool.swappable()
+            devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in workers]
             if None in devices:
-                name = members[devices.index(None)].name
+                name = workers[devices.index(None)].name
                 raise errors.ConfigError(f"the worker {name} has left, or has an engine that was given to it; remove it first")
             model = prepare.load(path_or_model)
-            prepare.check_same_inputs(self.model, model, self._lengths)
+            prepare.check_same_inputs(self.model, model, self._inputs.lengths)
             _, engines, profiles = prepare.prepare(
                 model,
                 batch_sizes=self.profile.batch_sizes,
-                lengths=self._lengths or None,
+                lengths=self._inputs.lengths or None,
                 devices=devices,
                 background=background_traffic,
-                **self._options,
+                **self._slicing,
             )
             each = profiles_of_workers(profiles, len(engines))
-            old = self._pool.swap(members, engines, each)
+            old = self.pool.swap(workers, engines, each)
             self.model, self.profiles, self.profile = model, tuple(each), each[0]
-        self._pool.wait_for_swap()
-        del old  # here, since to free a device's memory may take long, and workers take their engines under the pool's lock
+        self.pool.wait_for_swap()
+        del old  # here, since to free a device's memory may take long
+        return None
+
+    def _interrupts(self) -> bool:
+        """Whether this call interrupts its own thread while that holds a lock (see rule 2)."""
+        return self.pool.is_held_here() or self._is_changing_here()
 
     def health(self) -> dict[str, Any]:
-        """How the server is, as plain values.
+        """The state of the server now, as plain values.
 
-        `workers` it knows of, those `alive`, those `abandoned`; `failures` of batches, and `last_error` (None if none);
-        queries `waiting` and `running`; whether it is `closed`; and `per_worker`, a list of dicts:
-        `name`; `state`, "idle", "running", or how it went: "left" (it failed too often, or the server was closed), "abandoned"
-        (it was stuck), "removed"; `batches` that it answered and `failures`, batches that it did not; `max_batch`, less than
-        the profile's where its memory did not suffice; `slowdown`, how many times slower than its profile it has been of late
-        (see `drift`); `last_error`; and `running_s`, for how long its present batch runs as the watchdog counts it, without
-        times at which the whole process stood still.
+        - `workers`: how many it knows; how many of them are `alive`, and how many were `abandoned`.
+        - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
+        - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
+        - `per_worker`: a list of dicts. `name`. `state`: "idle" or "running"; "left" (it failed too often, or the server was
+          closed), "abandoned" (it was stuck) or "removed". `batches` that it answered, and `failures`. `max_batch`, smaller
+          than the profile's if its memory did not suffice. `slowdown`: how many times slower than its profile it is (see
+          `scheduling.speeds`). `last_error`. `running_s`: how long its present batch has run, without the time in which the
+          whole process stood still.
         """
-        return self._pool.health()
+        return self.pool.health()
 
     def snapshot(self) -> dict[str, Any]:
-        """What the server has done since it was opened, and what it holds now, at one moment, as plain values for `json.dump`.
+        """What the server has done since it was opened, and its state now, as plain values for `json.dump`.
 
-        `uptime_s`; queries `waiting` and `running` now, and `oldest_wait_s`, how long the one that has waited longest has
-        (0 where none waits). What follows counts from the opening on:
+        All values are of one moment. A batch is counted when all its queries have been answered and their done-callbacks have
+        run.
 
-        - `queries`: those that `arrived`, whatever became of them; `met`, answered by the deadline; `late`, answered after it;
-          `expired`, dropped with `expire`; `failed`, answered with another error; `cancelled`, as soon as the server has let
-          go of them; `refused`, not admitted. The last six, `waiting` and `running` sum to the first. `requeued` is how often
-          one was put back since its batch had failed. Queries that are wrong (their shape, say) are counted nowhere.
-        - `subnets`: of each that ran, by its position in the profile, a dict of its `accuracy`, `batches`, queries `met` and
-          `late`, and `busy_s`, the time its batches took.
-        - `batch_sizes`, `reasons`: batches by number of queries, from 1 to the largest, and by why the policy chose as it did
-          (see `policies.REASONS`).
-        - `latency_s`, from submit until the answer, and `wait_s`, until the batch started, of the queries that were
-          answered; and `slack_s`, until the first query of a batch was due when it started, 0 where it was late already: each
-          a histogram with `edges`, the upper ones of its buckets, `counts`, one more than edges, and `sum`.
+        - `uptime_s`; `waiting` and `running`, numbers of queries; `oldest_wait_s`: how long the oldest query has waited, 0 if
+          none waits.
+        - `queries`: `arrived`, and what became of them: `met`, answered by the deadline; `late`, answered after it; `expired`,
+          dropped with `expire`; `failed`, answered with another error; `cancelled`, when the server has let go of them;
+          `refused`, not admitted. These six, `waiting` and `running` add up to `arrived`. `requeued`: how often a query was
+          put back because its batch had failed. Queries with a wrong argument count nowhere.
+        - `subnets`: for each subnet that ran, under its position in the profile: `accuracy`, `batches`, the queries `met` and
+          `late`, and `busy_s`, the time of its batches.
+        - `batch_sizes`, `reasons`: numbers of batches by number of queries, and by the policy's reason (see
+          `policies.REASONS`).
+        - `latency_s`: from submit to the answer. `wait_s`: from submit until the batch started. `slack_s`: time left to the
+          deadline of a batch's first query when the batch started, 0 if it was late. Each is a histogram: `edges`, the upper
+          edges of its buckets; `counts`, one more; and `sum`.
         - `workers`: `health()["per_worker"]`.
-
-        A batch is counted as a whole once all of its queries have been answered and their done-callbacks have run.
-
-        Raises ConfigError where the server was opened with `telemetry=False`.
         """
-        return self._pool.snapshot()
+        return self.pool.snapshot()
 
 
 def background_traffic(rate_qps: float) -> contextlib.AbstractContextManager[None]:
@@ -422,35 +390,8 @@ def background_traffic(rate_qps: float) -> contextlib.AbstractContextManager[Non
     return background.traffic(Server.from_engines, rate_qps)
 
 
-def _spec(e: Engine) -> tuple[tuple[int, ...], np.dtype, tuple[int, ...], int]:
-    """What inputs an engine takes."""
-    return tuple(e.input_shape), np.dtype(e.input_dtype), tuple(e.lengths), e.pad_id
-
-
 def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
     """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
     if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
         raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")
     return policies.create(policy, *profiles)
-
-
-def check_slo(slo_ms: float) -> float:
-    """`slo_ms`. Raises DeadlineError unless it is a positive, finite number."""
-    try:
-        if 0 < slo_ms < _MAX_SLO_MS:
-            return float(slo_ms)
-    except (TypeError, ValueError):
-        pass
-    raise errors.DeadlineError(f"slo_ms must be a positive, finite number of milliseconds, got {slo_ms!r}; 36 is the default")
-
-
-def _is_at_most(floor: float, best: float) -> bool:
-    try:
-        return bool(floor <= best)
-    except (TypeError, ValueError):
-        return False
-
-
-def _as_array(x: Any) -> np.ndarray:
-    with errors.refusing(errors.InputError, "an input is one array, and this cannot be made one"):
-        return np.asarray(x)

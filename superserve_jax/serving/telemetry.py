@@ -85,22 +85,6 @@ class Counters:
       requeued: put back after their batch had failed; a query counts each time.
     """
 
-    __slots__ = (
-        *(
-            "_accuracies",
-            "_by_reason",
-            "_by_size",
-            "_before",
-            "_by_subnet",
-            "_cancelled",
-            "_latency",
-            "_pending",
-            "_slack",
-            "_wait",
-        ),
-        *("admitted", "arrived", "expired", "failed", "requeued"),
-    )
-
     def __init__(self, profile: Profile):
         self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # of all subnets that may run
         self._pending: list[Batch] = []
@@ -118,12 +102,14 @@ class Counters:
         if len(self._pending) >= _PENDING:
             self._count()
 
-    def swap(self, profile: Profile) -> None:
-        """Counts the subnets of another profile from now on, from zero; the totals go on."""
+    def swap(self, profiles: Sequence[Profile]) -> None:
+        """Counts the subnets of other profiles from now on, from zero. The totals go on."""
         self._count()
         self._before = self._answered()
-        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}
+        self._accuracies.clear()
         self._by_subnet.clear()
+        for profile in profiles:
+            self.know(profile)
 
     def know(self, profile: Profile) -> None:
         """A worker may run these subnets."""

@@ -24,7 +24,7 @@ from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision, State
-from superserve_jax.serving import retries, server
+from superserve_jax.serving import limits, server
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retries
 from superserve_jax.serving.server import Server
@@ -248,7 +248,7 @@ def test_a_worker_without_the_memory_for_a_batch_runs_smaller_ones_from_then_on(
 
 def test_a_named_policy_plans_with_the_batches_that_are_left():
     table = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.8, (10.0, 10.0, 10.0, 10.0, 100.0))))
-    made = server.make_policy("max-batch", retries.at_most(table, 8))
+    made = server.make_policy("max-batch", limits.at_most(table, 8))
     ran = []
 
     def on_run(subnet, batch_size, inputs):
@@ -572,8 +572,8 @@ def test_a_worker_with_less_memory_counts_for_what_it_still_carries():
     cheap = Profile(SIZES, (Row(ROW.subnet, 0.7, tuple(1.0 + 0.1 * b for b in SIZES)),))
     engines = [FakeEngine(cheap, speed=math.inf, on_run=on_run)]
     with Server.from_engines(engines, cheap, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
-        full, _ = s._pool._fleet.strength()
+        full, _ = s.pool.members.fleet.strength()
         for future in s.submit_many([x(i) for i in range(8)]):
             future.result(WAIT_S)
         assert s.health()["per_worker"][0]["max_batch"] == 1
-        assert s._pool._fleet.strength()[0] < full
+        assert s.pool.members.fleet.strength()[0] < full

@@ -16,8 +16,8 @@ from superserve_jax.engines.base import Launched
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.overlap import OverlapPace
 from superserve_jax.serving.server import Server
-from superserve_jax.serving.workers import _learn_pace
 from superserve_jax.supernets.supernet import SuperNet
 
 
@@ -82,7 +82,7 @@ def test_the_next_batch_is_taken_late_and_decided_for_the_time_at_which_it_will_
         return Decision(SUBNETS[0], 4)
 
     with serve(device(speed=0.04), policy=noting, slo_ms=1000.0) as s:  # 100 ms a batch
-        s._pool._workers[0].pace = 25.0  # as it would have learned
+        s.pool.members.workers[0].overlap_pace.ratio = 25.0  # as it would have learned
         values(s.submit_many([x(i) for i in range(8)]))
     (first_s, first_ms), (then_s, then_ms) = asked
     assert then_s - first_s > 0.089  # nine tenths of the first
@@ -98,24 +98,23 @@ def test_pace_follows_a_fast_device_soon_and_no_outlier():
 
     with serve(device(on_run)) as s:
         values(s.submit_many([x(i) for i in range(200)]))
-        [worker] = s._pool._workers
-        assert worker.pace < 0.3
-        worker.pace = 0.5
+        [worker] = s.pool.members.workers
+        assert worker.overlap_pace.ratio < 0.3
+        worker.overlap_pace.ratio = 0.5
         slow.append(0.5)  # over a hundred times what the profile says
         values(s.submit_many([x(i) for i in range(4)]))
-        assert worker.pace < 0.53
+        assert worker.overlap_pace.ratio < 0.53
 
 
 @pytest.mark.parametrize("took", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("overslept", [0.0, 0.15])
 def test_pace_is_soon_that_of_a_device_that_has_become_faster(took, overslept):
-    [worker] = (s := serve())._pool._workers
-    s.close()
-    worker.pace, paces = 2.5, []
+    pace, paces = OverlapPace(), []
+    pace.ratio = 2.5
     for _ in range(100):
-        asked = 0.9 * worker.pace + overslept
-        _learn_pace(worker, took if asked < took else None)
-        paces.append(worker.pace)
+        woke = pace.wake_s(0.0, 1.0) + overslept
+        pace.observe_device(took if woke < took else None)
+        paces.append(pace.ratio)
     assert paces[11] < 1.12 * took
     assert min(paces) > 0.6 * (took - overslept)
     assert max(paces[50:]) < 1.12 * took
@@ -135,20 +134,20 @@ def test_reading_outputs_is_not_taken_for_the_device():
     with serve(device(lambda *_: passes(1), kind=Reading), clock=lambda: now_s[0]) as s:
         for i in range(20):
             assert values(s.submit_many([x(i)])) == [i]
-        assert s._pool._workers[0].pace == pytest.approx(1.0)
+        assert s.pool.members.workers[0].overlap_pace.ratio == pytest.approx(1.0)
 
 
 def test_a_process_that_stood_still_changes_no_measurement():
     with Held(slo_ms=60_000.0) as held:
         s = held.server
-        [worker] = s._pool._workers
-        s._pool._abandon_stuck(due_s=time.monotonic() - 1e3)
+        [worker] = s.pool.members.workers
+        s.pool.abandon_stuck(excused_s=1e3)
         assert worker.alive
         held.gate.opened.set()
         replies = [future.result(WAIT_S) for future in held.futures]
         assert min(min(reply.compute_ms, reply.queue_ms) for reply in replies) >= 0
         assert max(reply.latency_ms for reply in replies) < 1e6
-        assert worker.pace > 0
+        assert worker.overlap_pace.ratio > 0
 
 
 def test_done_callbacks_do_not_count_as_a_batch_that_hangs():
@@ -156,7 +155,7 @@ def test_done_callbacks_do_not_count_as_a_batch_that_hangs():
 
     def slowly(_):
         now_s[0] += 0.9
-        s._pool._abandon_stuck()
+        s.pool.abandon_stuck()
 
     with Held(clock=lambda: now_s[0], stall_s=1.0) as held:
         s = held.server
@@ -293,14 +292,14 @@ def test_a_broken_device_rests_though_batches_wait():
 
     def burn(*batch):
         if any(i > 0 for i in batch[2]):  # not of blank inputs
-            under_way.append(len(s._pool._workers[1].flights))
+            under_way.append(len(s.pool.members.workers[1].flights))
         fakes.fail()
 
     gate = Gate()
     with serve(device(gate, name="good")) as s:
         futures = s.submit_many([x(i) for i in range(1, 60)])
         assert gate.entered.wait(WAIT_S)
-        s._pool._pause_s = 1e-3
+        s.pool.pause_s = 1e-3
         s.add_worker(device(burn, name="bad"))
         while s.health()["alive"] == 2:
             time.sleep(1e-3)
@@ -340,29 +339,22 @@ class Narrow(FakeDevice):
 def test_a_device_with_memory_for_one_batch_at_a_time_gets_one_at_a_time():
     with serve(device(kind=Small)) as s:
         assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
-        [worker] = s._pool._workers
-        assert (worker.overlap, worker.profile.max_batch) == (False, 4)
+        [worker] = s.pool.members.workers
+        assert (worker.overlaps, worker.profile.max_batch) == (False, 4)
 
 
 def test_a_batch_that_is_too_large_alone_does_not_end_the_overlap():
     with serve(device(kind=Narrow)) as s:
         assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
-        [worker] = s._pool._workers
-        assert (worker.overlap, worker.profile.max_batch) == (True, 2)
+        [worker] = s.pool.members.workers
+        assert (worker.overlaps, worker.profile.max_batch) == (True, 2)
 
 
-def test_only_what_is_late_now_expires():
-    with Held(expire=True) as held:
-        pool = held.server._pool
-        [worker] = pool._workers
-        with pool._lock:
-            now_s = time.monotonic()
-            flight, refused = pool._locked_take(worker, now_s, now_s + 1e6)  # as though the device would take so long
-            assert (len(flight.batch), refused) == (4, None)
-            worker.flights.remove(flight)
-            pool._locked_give_back(worker, flight)
-        held.gate.opened.set()
-        assert values(held.futures) == list(range(12))
+def test_only_queries_that_are_late_now_expire():
+    with serve(expire=True) as s:
+        pace = s.pool.members.workers[0].overlap_pace
+        pace.ratio, pace.host_s = 1e6, 1e9  # the worker expects that the device will be busy for an hour, and does not sleep
+        assert values(s.submit_many([x(i) for i in range(12)])) == list(range(12))
 
 
 def test_blank_inputs_are_no_queries_that_run():
@@ -392,13 +384,13 @@ def test_a_device_that_sleeps_takes_inputs_of_any_length():
 def test_a_swap_ends_both_on_the_old_engine():
     with Held() as held:
         s, new = held.server, fakes.fake(name="new")
-        members = s._pool.members()
-        old = s._pool.swap(members, [new], [PROFILE])
+        members = s.pool.swappable()
+        old = s.pool.swap(members, [new], [PROFILE])
         held.gate.opened.set()
         assert values(held.futures) == list(range(12))
-        s._pool.wait_for_swap()
+        s.pool.wait_for_swap()
         assert held.gate.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]  # the third ran on the new one
-        assert [worker.overlap for worker in s._pool._workers] == [False]
+        assert [worker.overlaps for worker in s.pool.members.workers] == [False]
         assert old[0] is not new
 
 

@@ -60,7 +60,7 @@ def test_texts_that_wait_never_have_more_bytes_than_they_may(most, submits):
     for lengths in submits:
         tokens = sum(4 if n <= 4 else 8 for n in lengths)
         try:
-            bounds.check(waiting, len(lengths), lengths)
+            bounds.check(waiting, len(lengths), lengths, Query.done)
         except errors.QueueFullError:
             assert held + tokens > most
             continue
@@ -93,12 +93,10 @@ def test_a_full_queue_is_not_looked_through_at_every_refusal():
     done = lambda item: looked.append(item) or False  # noqa: E731
     waiting, bounds = DeadlineQueue(), QueueLimits((), max_queue=100, max_queue_bytes=1000, input_bytes=4)
     for i in range(100):
-        waiting.push(float(i), type("Item", (), {"done": lambda self: done(self)})())
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Query, "done", done)
-        for _ in range(1000):
-            with pytest.raises(errors.QueueFullError):
-                bounds.check(waiting, 1, ())
+        waiting.push(float(i), i)
+    for _ in range(1000):
+        with pytest.raises(errors.QueueFullError):
+            bounds.check(waiting, 1, (), done)
     assert 100 <= len(looked) <= 1000
 
 

@@ -53,12 +53,12 @@ def serve(*engines, policy=best, **options):
 
 def swap(s, make=other, profile=OTHER):
     """Changes all workers of a server of engines over."""
-    members = s._pool.members()
-    s._pool.swap(members, [make() for _ in members], [profile] * len(members))
+    members = s.pool.swappable()
+    s.pool.swap(members, [make() for _ in members], [profile] * len(members))
 
 
 def workers_of(s) -> Any:
-    return s._pool._workers
+    return s.pool.members.workers
 
 
 def whose(reply):
@@ -83,7 +83,7 @@ def test_under_traffic_no_query_is_lost_and_every_reply_is_wholly_of_one_or_the_
         for make, profile, expected in [(other, OTHER, NEW), (fake, PROFILE, OLD)] * 5:
             swap(s, make, profile)
             assert whose(s.submit(x(1)).result(WAIT_S)) == expected  # from now on, not only once all have changed over
-            s._pool.wait_for_swap()
+            s.pool.wait_for_swap()
         stop.set()
         for t in clients:
             t.join(WAIT_S)
@@ -91,14 +91,14 @@ def test_under_traffic_no_query_is_lost_and_every_reply_is_wholly_of_one_or_the_
         assert seen == {OLD, NEW}
         health = s.health()
         assert whose(s.submit(x(1), min_accuracy=0.8).result(WAIT_S)) == OLD
-        assert s._pool._fastest_s == 0.001
+        assert s.pool.backlog.fastest_s == 0.001
     assert (health["failures"], health["alive"]) == (0, 3)
 
 
 def test_a_batch_that_runs_ends_on_the_old_engine_while_the_others_have_changed_over():
     with held(2, policy=best) as (s, gate, first):
         swap(s)
-        waiter = threading.Thread(target=s._pool.wait_for_swap)
+        waiter = threading.Thread(target=s.pool.wait_for_swap)
         waiter.start()
         assert [whose(s.submit(x(i)).result(WAIT_S)) for i in range(5)] == [NEW] * 5
         waiter.join(0.01)
@@ -116,12 +116,12 @@ def test_a_policy_given_by_name_is_made_for_the_new_profile():
         with pytest.raises(errors.ConfigError, match="name one of them"):
             swap(s, profile=OTHER.only([OTHER.rows[0].subnet]))
         assert whose(s.submit(x(1)).result(WAIT_S)) == NEW
-        assert s._pool._make_policy(OTHER) is workers_of(s)[0].policy  # which a worker that joins shares
+        assert s.pool.make_policy(OTHER) is workers_of(s)[0].policy  # which a worker that joins shares
 
 
 def test_a_policy_that_cannot_do_with_the_new_profile_leaves_the_old_one_serving():
     with serve(policy=fakes.always(1)) as s:
-        with pytest.raises(errors.ConfigError, match=r"policy cannot do with the profile.*policies\.ByProfile"):
+        with pytest.raises(errors.ConfigError, match=r"policy fails with the profile.*policies\.ByProfile"):
             swap(s)
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 1)
 
@@ -140,7 +140,7 @@ def test_a_removed_worker_finishes_its_batch_and_gets_no_engine():
         while all(w["state"] != "removed" for w in s.health()["per_worker"]):
             time.sleep(0.001)
         swap(s, lambda: made.append(1) or other())
-        s._pool.wait_for_swap()  # for none that has been removed
+        s.pool.wait_for_swap()  # for none that has been removed
         s.submit(x(1)).result(WAIT_S)
         assert counted[-1] == 1.0
         gate.opened.set()
@@ -151,7 +151,7 @@ def test_a_removed_worker_finishes_its_batch_and_gets_no_engine():
 def test_a_stuck_worker_is_abandoned_and_keeps_no_swap_waiting():
     with held(2, policy=best, stall_s=0.05) as (s, gate, first):
         swap(s)
-        s._pool.wait_for_swap()
+        s.pool.wait_for_swap()
         assert s.health()["abandoned"] == 1
         assert whose(first.result(WAIT_S)) == NEW  # the other ran it again
         assert not any(w.successor for w in workers_of(s))
@@ -167,7 +167,7 @@ def test_a_worker_whose_memory_did_not_suffice_starts_afresh():
         [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(4)])]
         assert s.health()["per_worker"][0]["max_batch"] == 1
         swap(s)
-        s._pool.wait_for_swap()
+        s.pool.wait_for_swap()
         assert s.health()["per_worker"][0]["max_batch"] == 4
 
 
@@ -177,7 +177,7 @@ def test_counters_go_on_and_those_of_subnets_start_afresh():
         swap(s)
         gate.opened.set()
         first.result(WAIT_S)
-        s._pool.wait_for_swap()
+        s.pool.wait_for_swap()
         [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(8)])]
         while s.health()["running"]:
             time.sleep(0.001)
@@ -191,7 +191,7 @@ def test_failures_of_the_old_engine_do_not_count_against_the_new_one():
         for _ in range(3):
             assert isinstance(s.submit(x(1)).exception(WAIT_S), errors.InferenceError)
             swap(s, lambda: other(fakes.fail))
-            s._pool.wait_for_swap()
+            s.pool.wait_for_swap()
         assert s.health()["alive"] == 1
 
 
@@ -203,9 +203,9 @@ def test_speeds_are_those_of_the_new_profiles():
         return best(profile, state)
 
     with serve(fake(), fake(name="1"), fake(name="2"), policy=policy) as s:
-        members = s._pool.members()
-        s._pool.swap(members, [other() for _ in members], [OTHER, OTHER.scaled(2.0), OTHER.scaled(2.0)])
-        s._pool.wait_for_swap()
+        members = s.pool.swappable()
+        s.pool.swap(members, [other() for _ in members], [OTHER, OTHER.scaled(2.0), OTHER.scaled(2.0)])
+        s.pool.wait_for_swap()
         seen.clear()
         while len(set(seen)) < 2:
             [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(12)])]
@@ -220,7 +220,7 @@ def test_who_is_admitted_goes_by_the_new_profile():
     with serve(fake(), admission=True) as s:
         assert s.submit(x(1), slo_ms=500.0).result(WAIT_S).met_slo
         swap(s, lambda: FakeEngine(slow, speed=math.inf), slow)
-        s._pool.wait_for_swap()
+        s.pool.wait_for_swap()
         with pytest.raises(errors.AdmissionError):
             s.submit(x(2), slo_ms=500.0)
 
@@ -237,7 +237,7 @@ def test_waiting_queries_whose_floor_the_new_one_cannot_meet_fail_and_the_others
         with pytest.raises(errors.AccuracyFloorError, match=r"0\.75.*has 0\.7"):
             s.submit(x(1), min_accuracy=0.75)
         with pytest.raises(errors.AccuracyFloorError, match=r"0\.75.*has 0\.7"):  # whoever was checked before the swap
-            s._pool.admit([Query(x(1), 0.0, 1e9, 0.75)])
+            s.pool.admit([Query(x(1), 0.0, 1e9, 0.75)])
         gate.opened.set()
         assert whose(first.result(WAIT_S)) == OLD
         assert [whose(f.result(WAIT_S)) for f, floor in zip(waiting, floors, strict=True) if floor <= 0.7] == [NEW] * 3
@@ -253,11 +253,11 @@ def test_a_batch_of_the_old_engine_that_fails_is_given_back_by_the_floors_of_the
 
     entered, opened = threading.Event(), threading.Event()
     with serve(fake(fail_late)) as s:
-        with s._pool._lock:  # so that both are in one batch
+        with s.pool.lock:  # so that both are in one batch
             futures = [Query(x(floor), 0.0, 1e9, floor) for floor in (0.8, 0.7)]
             for query in futures:
-                s._pool._queue.push(query.deadline_s, query, query.floor)
-            s._pool._locked_wake()
+                s.pool.backlog.queue.push(query.deadline_s, query, query.floor)
+            s.pool.locked_wake_one()
         assert entered.wait(WAIT_S)
         swap(s)
         opened.set()
@@ -272,9 +272,9 @@ def test_a_batch_of_the_old_engine_that_fails_is_given_back_by_the_floors_of_the
 
 def test_a_closed_server_cannot_be_swapped():
     s = serve()
-    members = s._pool.members()
+    members = s.pool.swappable()
     s.close()
-    for ask in (s._pool.members, lambda: s._pool.swap(members, [other()], [OTHER])):
+    for ask in (s.pool.swappable, lambda: s.pool.swap(members, [other()], [OTHER])):
         with pytest.raises(errors.ServerClosedError, match="cannot be swapped"):
             ask()
 
@@ -283,7 +283,7 @@ def test_a_closed_server_cannot_be_swapped():
 def test_a_server_that_closes_amid_a_swap_answers_everything_and_lets_the_swap_return(drain):
     with held(2, policy=best) as (s, gate, first):
         swap(s)
-        waiter = threading.Thread(target=s._pool.wait_for_swap)
+        waiter = threading.Thread(target=s.pool.wait_for_swap)
         waiter.start()
         waiting = s.submit_many([x(i) for i in range(50)])
         closer = threading.Thread(target=s.close, kwargs={"drain": drain})
@@ -303,7 +303,7 @@ def test_a_server_without_workers_says_so():
         while s.health()["alive"]:
             time.sleep(0.001)
         with pytest.raises(errors.WorkersLostError, match="add a worker"):
-            s._pool.members()
+            s.pool.swappable()
 
 
 def test_a_done_callback_may_not_swap():
@@ -311,7 +311,7 @@ def test_a_done_callback_may_not_swap():
 
     def callback(_):
         try:
-            s._pool.members()
+            s.pool.swappable()
         except errors.ConfigError as error:
             caught.append(error)
 
@@ -344,7 +344,7 @@ def test_the_old_engine_goes_though_a_client_keeps_the_error_of_a_batch(caplog):
         gc.disable()
         try:
             swap(s)
-            s._pool.wait_for_swap()
+            s.pool.wait_for_swap()
             assert gone[0]() is None
         finally:
             gc.enable()
@@ -429,7 +429,7 @@ def serve_texts(policy, on_run=None, **options):
 
     options = {"policy": policy, "slo_ms": LONG_MS, "tune_runtime": False, **options}
     with Server.from_engines([make(BUCKETED, on_run)], BUCKETED, **options) as s:
-        yield s, lambda: s._pool.swap(s._pool.members(), [make(FASTER)], [FASTER])
+        yield s, lambda: s.pool.swap(s.pool.swappable(), [make(FASTER)], [FASTER])
 
 
 def test_queries_wait_with_their_length_bucket_through_a_swap():
@@ -439,7 +439,6 @@ def test_queries_wait_with_their_length_bucket_through_a_swap():
         assert gate.entered.wait(WAIT_S)
         waiting = s.submit_many([tokens(n) for n in (1, 20, 3, 64)])
         swap_texts()
-        assert s._pool._retries._profile is FASTER
         gate.opened.set()
         assert [f.result(WAIT_S).output[0] for f in (first, *waiting)] == [5, 1, 20, 3, 64]
 
@@ -461,7 +460,7 @@ def test_the_policy_sees_no_leap_of_the_arrivals_and_the_new_weight_of_long_quer
         assert [state.rate_qps for state in states[5:]] == pytest.approx([1 / 0.03] * 15)
         assert [state.last_subnet is None for state in states] == [i in (0, 10) for i in range(20)]
         states.clear()
-        s._pool.admit([text(5), text(50)])
+        s.pool.admit([text(5), text(50)])
         while len(states) < 2:
             time.sleep(0.001)
     assert states[0].near == pytest.approx(1 + 0.5 / 3.0)  # the long one is the head
@@ -650,7 +649,7 @@ def test_swaps_and_a_worker_that_joins_come_one_after_the_other(exports, monkeyp
 
 def test_a_worker_with_an_engine_that_was_given_stands_in_the_way(exports):
     with opened(exports[0]) as s:
-        given = FakeEngine(s.profile, name="mine", input_shape=s._shape, input_dtype=s._dtype)
+        given = FakeEngine(s.profile, name="mine", input_shape=(9, 9, 1), input_dtype=np.uint8)
         s.add_worker(given)
         with pytest.raises(
             errors.ConfigError, match="worker mine has left, or has an engine that was given to it; remove it first"

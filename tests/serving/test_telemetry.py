@@ -193,13 +193,6 @@ def test_the_oldest_wait_is_that_of_the_longest_waiting_not_of_the_head():
     assert snapshot["oldest_wait_s"] == 2.0
 
 
-def test_a_server_that_does_not_count_serves_and_says_so_when_it_is_asked():
-    with serve(telemetry=False) as s:
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-        with pytest.raises(errors.ConfigError, match="telemetry=True"):
-            s.snapshot()
-
-
 # -- histograms ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,191 @@
+"""What waits in a server: the queue, and the queries whose batches have failed. No jax."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from superserve_jax import errors
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling import length_queue
+from superserve_jax.scheduling.admission import Admission
+from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving import retries
+from superserve_jax.serving.flight import Failure, Flight
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.limits import QueueLimits
+from superserve_jax.serving.options import Options
+from superserve_jax.serving.outbox import Outbox
+from superserve_jax.serving.retries import Retries, Retry
+from superserve_jax.serving.telemetry import Counters
+
+_NOT_ADMITTED = (
+    "the waiting queries leave no time to meet the deadline, and this server refuses such queries (admission=True); "
+    "allow a longer slo_ms, submit more slowly, or add devices"
+)
+_EXPIRED = (
+    "dropped, since its deadline could no longer be met (expire=True); "
+    "allow a longer slo_ms, submit more slowly, or serve late with expire=False"
+)
+
+
+class Backlog:
+    """Queue and retries of one pool, with the rules for what enters and leaves them. The caller holds the pool's lock.
+
+    Args:
+      profile: of the first worker.
+      input_bytes: size of one input of the longest length.
+      outbox: takes the queries that fail, and every query that is removed.
+
+    Attributes:
+      queue: queries that have not failed.
+      meter: their arrivals.
+      best: the highest accuracy that every worker offers.
+      fastest_s: the least time that a query takes.
+    """
+
+    def __init__(self, profile: Profile, options: Options, *, input_bytes: int, outbox: Outbox, counters: Counters):
+        self.queue, self.meter = length_queue.make_queue(profile), ArrivalMeter()
+        self.best = self.fastest_s = math.inf
+        self._retries = Retries(profile, max_tries=options.max_tries)
+        self._has_lengths = len(profile.lengths) > 1
+        self._limits = QueueLimits(
+            profile.lengths if self._has_lengths else (),
+            max_queue=options.max_queue,
+            max_queue_bytes=options.max_queue_bytes,
+            input_bytes=input_bytes,
+        )
+        self._admission = Admission(profile) if options.admission else None
+        self._expire = options.expire
+        self._outbox, self._counters = outbox, counters
+
+    def __len__(self) -> int:
+        return len(self.queue) + self._retries.waiting()
+
+    def items(self) -> list[Query]:
+        """Every query, left in place, in no order."""
+        return self.queue.items() + self._retries.items()
+
+    # -- in ---------------------------------------------------------------------------------------------------------------
+
+    def add(self, queries: Sequence[Query], fleet: Fleet, *, idle: bool) -> None:
+        """Queues all of `queries`, which share deadline and floor, or raises and queues none.
+
+        Args:
+          idle: whether a worker is idle.
+        """
+        first = queries[0]
+        if first.floor > self.best:  # it has fallen since the client looked
+            raise self._floor_error(first)
+        lengths = [query.length for query in queries] if self._has_lengths else ()
+        self._limits.check(self.queue, len(queries), lengths, self._discard)
+        self.meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
+        if self._admission is not None and not self._admission.admits(
+            self.queue,
+            fleet,
+            first.submitted_s,
+            first.deadline_s,
+            shortest_ms=self.meter.slo_ms,
+            count=len(queries),
+            floor=first.floor,
+            length=max(lengths, default=0),
+            idle=idle and not len(self.queue),
+        ):
+            raise errors.AdmissionError(_NOT_ADMITTED)
+        self.queue.push_all(first.deadline_s, queries, first.floor, lengths)
+
+    def give_back(self, flight: Flight, worker: int) -> None:
+        """Puts a batch back to where it came from. This does not count as a failure."""
+        self._outbox.drop(flight)
+        self._counters.requeued += sum(not query.done() for query in flight.batch)
+        if flight.retry is not None:
+            self._retries.give_back(flight.batch, flight.retry, worker)
+        else:
+            for query in flight.batch:
+                self.queue.push(query.deadline_s, query, query.floor, query.length)
+        self._refuse_above_best()
+
+    def retry(
+        self, flight: Flight, failure: Failure, *, worker: int, name: str, workers: int, now_s: float, hung: bool = False
+    ) -> None:
+        """Has the queries of a failed batch tried again, or fails those that have no try or no slack left.
+
+        Args:
+          worker, name: index and name of the worker on which the batch failed.
+          workers: how many are alive.
+          hung: whether the batch never came back.
+        """
+        self._outbox.drop(flight)
+        live = sum(not query.done() for query in flight.batch)
+        hopeless = self._retries.failed(flight.batch, flight.retry, worker, now_s=now_s, workers=workers, hung=hung)
+        self._counters.failed += len(hopeless)
+        self._counters.requeued += live - len(hopeless)
+        for query, why in hopeless:
+            self._outbox.fail(query, retries.inference_error(query, name, why, failure))
+        self._refuse_above_best()
+
+    # -- out --------------------------------------------------------------------------------------------------------------
+
+    def find_retry(self, worker: int, *, workers: int) -> Retry | None:
+        """The failed queries that a worker should run next. They go before the queue, since they have waited for longer."""
+        return self._retries.find(worker, workers=workers) if self._retries.groups else None
+
+    def taken(self, retry: Retry) -> None:
+        """A batch has been taken from `retry`."""
+        self._retries.taken(retry)
+
+    def prune(self, now_s: float) -> None:
+        """Removes cancelled queries from the front of the queue and, with `expire`, queries that cannot be met any more.
+
+        A cancelled query further back counts as waiting until it reaches the front, or the queue is full.
+        """
+        if self._expire:
+            for query in self.queue.pop_before(now_s + self.fastest_s):
+                if not self._discard(query):
+                    self._counters.expired += 1
+                    self._outbox.fail(query, errors.DeadlineExpiredError(_EXPIRED))
+        self.queue.drop_late(self._discard)
+        while (head := self.queue.head()) is not None and self._discard(head):
+            self.queue.pop(1)
+
+    def fail_all(self, reason: Callable[[], errors.SuperServeError]) -> None:
+        """Fails everything that waits."""
+        for query in (*self.queue.drain(), *self._retries.drain()):
+            if not self._discard(query):
+                self._counters.failed += 1
+                self._outbox.fail(query, reason())
+
+    def _discard(self, query: Query) -> bool:
+        """Whether a query is done and can be removed."""
+        if query.done():
+            self._outbox.drop(query)
+            return True
+        return False
+
+    def _refuse_above_best(self) -> None:
+        """Fails queries that demand more accuracy than every worker offers, after a swap or since a worker joined."""
+        for query in self.queue.pop_above(self.best) + self._retries.pop_above(self.best):
+            if not self._discard(query):
+                self._counters.failed += 1
+                self._outbox.fail(query, self._floor_error(query))
+
+    # -- other profiles ---------------------------------------------------------------------------------------------------
+
+    def offer(self, best: float, fastest_s: float) -> None:
+        """Notes what the workers offer from now on (see the attributes)."""
+        self.best, self.fastest_s = best, fastest_s
+        self._refuse_above_best()
+
+    def retime(self, profile: Profile) -> None:
+        """Measures the waiting work by another profile from now on."""
+        if self._admission is not None:
+            self._admission = Admission(profile)
+        pushed = self.queue.pushed
+        self.queue.retime(profile)
+        if pushed:
+            self.meter.rescale(self.queue.pushed / pushed)
+        self._retries.retime(profile)
+
+    def _floor_error(self, query: Query) -> errors.SuperServeError:
+        return errors.AccuracyFloorError(
+            f"min_accuracy={query.floor}, but the best subnet that every worker serves now has {self.best}; ask for no more"
+        )

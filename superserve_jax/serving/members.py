@@ -1,0 +1,126 @@
+"""The workers of a pool: their names and numbers, who is alive, and what they offer together. No jax."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from superserve_jax import errors
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving.swap import Successor
+from superserve_jax.serving.worker import Gone, Worker
+
+
+class Members:
+    """The workers that a pool knows, also those that have gone. The caller holds the pool's lock.
+
+    A worker is *alive* while it takes batches, and *present* until its thread has ended or was abandoned. A removed worker is
+    present, but not alive, until it has answered its last batch.
+
+    Args:
+      correct: see `Fleet`.
+
+    Attributes:
+      workers: all that are known.
+      alive, abandoned: how many are alive, and how many were abandoned.
+      fleet: their speeds.
+    """
+
+    def __init__(self, *, correct: bool):
+        self.workers: tuple[Worker, ...] = ()
+        self.alive = self.abandoned = 0
+        self.fleet = Fleet(correct=correct)
+        self._correct = correct
+
+    def living(self) -> tuple[Worker, ...]:
+        """The workers that are alive."""
+        return tuple(worker for worker in self.workers if worker.alive)
+
+    def any_present(self) -> bool:
+        """Whether a thread is left that may take or answer a batch."""
+        return any(worker.present for worker in self.workers)
+
+    def free_place(self, wanted: str) -> tuple[str, int]:
+        """A name and an index that no present worker has. The name is the wanted one, with a number if need be."""
+        present = [worker for worker in self.workers if worker.present]
+        names = itertools.chain([wanted], (f"{wanted} ({n})" for n in itertools.count(2)))
+        return (
+            next(name for name in names if name not in {worker.name for worker in present}),
+            next(i for i in itertools.count() if i not in {worker.index for worker in present}),
+        )
+
+    def join(self, worker: Worker) -> None:
+        """Adds a worker. It replaces one of the same name that has gone."""
+        self.fleet.join(worker.index, worker.profile)
+        self.workers = (*(w for w in self.workers if w.name != worker.name), worker)
+        self.alive += 1
+
+    def removable(self, name: str) -> Worker:
+        """The worker of that name. Raises UnknownNameError if none is alive, and ConfigError if no other one is."""
+        found = {worker.name: worker for worker in self.workers if worker.alive}
+        if name not in found:
+            raise errors.unknown_name("worker", name, found)
+        if len(found) == 1:
+            raise errors.ConfigError(f"{name} is the last worker; add another before you remove it, or close the server")
+        return found[name]
+
+    def retire(self, worker: Worker, gone: Gone) -> None:
+        """A worker takes no more batches."""
+        self.alive -= worker.alive
+        self.abandoned += gone == "abandoned"
+        self.fleet.leave(worker.index)
+        worker.locked_retire(gone)
+
+    def succeed(self, successors: Mapping[Worker, Successor], first: Profile) -> None:
+        """Gives workers their successors, and starts the speeds afresh.
+
+        Args:
+          successors: of the workers that are alive.
+          first: a profile of the swap, which sets the unit of the speeds.
+        """
+        fleet = Fleet(correct=self._correct)
+        for worker in sorted(self.workers, key=lambda w: w.present):  # an absent worker's index may be another's now
+            successor = successors.get(worker)
+            worker.locked_succeed(successor)
+            fleet.join(worker.index, successor.profile if successor else first)
+            if not successor:
+                fleet.leave(worker.index)
+        self.fleet = fleet  # only when it is complete: workers report to it without the lock
+
+    def offer(self) -> tuple[float, float] | None:
+        """The accuracy that every live worker reaches, and the seconds of the fastest batch; None if none is alive.
+
+        A worker with a successor counts with that.
+        """
+        profiles = [(worker.successor or worker).profile for worker in self.workers if worker.alive]
+        if not profiles:
+            return None
+        accuracy = min(profile.rows[-1].accuracy for profile in profiles)
+        return accuracy, min(1e-3 * profile.at_length(0).fastest().latency_ms[0] for profile in profiles)
+
+    def resize(self, worker: Worker) -> None:
+        """A worker runs smaller batches from now on."""
+        if worker.alive and worker.successor is None:
+            self.fleet.resize(worker.index, worker.profile)
+
+    def health(self, now_s: float) -> dict[str, Any]:
+        """The part of `Server.health` that the workers know."""
+        return {
+            "workers": len(self.workers),
+            "alive": self.alive,
+            "abandoned": self.abandoned,
+            "running": sum(flight.count for worker in self.workers if worker.present for flight in worker.flights),
+            "per_worker": [worker.health(now_s) for worker in self.workers],
+        }
+
+    def stuck(self, now_s: float, *, excused_s: float) -> list[Worker]:
+        """The workers whose batches should have been back long ago.
+
+        Args:
+          excused_s: time for which the whole process stood still. Batches may have begun after that.
+        """
+        running = [worker for worker in self.workers if worker.present and worker.flights]
+        if excused_s:
+            for worker in running:
+                worker.locked_excuse(excused_s, now_s)
+        return [worker for worker in running if worker.is_stuck(now_s)]

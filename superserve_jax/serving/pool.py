@@ -1,0 +1,436 @@
+"""The pool of a server: its workers, its lock, and what waits for them. No jax.
+
+One class, because all of it changes under one lock: who is a member, what waits, and who is told about it. `server.py` opens
+with the map of threads and locks. Methods named `locked_...` expect the caller to hold the lock.
+"""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
+
+from superserve_jax import errors
+from superserve_jax.engines.base import Engine
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving import locks
+from superserve_jax.serving.backlog import Backlog
+from superserve_jax.serving.failure import Failure
+from superserve_jax.serving.flight import Flight
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.idle import IdleWorkers
+from superserve_jax.serving.members import Members
+from superserve_jax.serving.options import Options
+from superserve_jax.serving.outbox import Outbox
+from superserve_jax.serving.process import ProcessTies
+from superserve_jax.serving.retries import Retry
+from superserve_jax.serving.swap import Successor, try_policy
+from superserve_jax.serving.telemetry import Counters
+from superserve_jax.serving.watchdog import Watchdog
+from superserve_jax.serving.worker import Gone, Worker
+
+_EXIT_S = 1.0  # how long the interpreter's exit waits for running batches
+
+
+@final
+class Pool:
+    """Everything that the threads of one server share.
+
+    Threads refer to the pool, never to the `Server`. So a server that nobody holds any more is collected, and then closes.
+
+    Args:
+      engines, profiles: one profile for each engine.
+      make_policy: makes the policy for a profile.
+      options: see `options.ServerOptions`.
+      input_bytes: size of one input of the longest length.
+      pause_s: how long a worker pauses after a failure.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        profiles: Sequence[Profile],
+        make_policy: Callable[[Profile], Policy],
+        options: Options,
+        *,
+        input_bytes: int,
+        pause_s: float,
+    ):
+        self.make_policy = functools.cache(make_policy)  # workers with equal profiles share a policy
+        for profile in profiles:  # may raise; nothing has been started yet
+            self.make_policy(profile)
+        self.clock, self.options, self.pause_s = options.clock, options, pause_s
+
+        self.lock = threading.RLock()
+        self.is_held_here = locks.held_here(self.lock)
+        self._idle = IdleWorkers(self.lock)
+        self._changed = threading.Condition(self.lock)  # other threads wait for workers to leave or to change over
+        self.outbox = Outbox(self.lock)
+
+        self.counters = Counters(profiles[0])
+        self.backlog = Backlog(profiles[0], options, input_bytes=input_bytes, outbox=self.outbox, counters=self.counters)
+        self.members = Members(correct=options.follow_drift)
+        self._failures = 0  # failed batches
+        self._last_failure: Failure | None = None
+        self.closing = False
+
+        self._opened_s = self.clock()
+        self._process = ProcessTies(self._end, tune_runtime=options.tune_runtime)
+        self._watchdog = Watchdog(self, options.stall_s / 4)
+        for engine, profile in zip(engines, profiles, strict=True):
+            self.add(engine, profile)
+        self._health, self._snapshot = self.health(), self.snapshot()
+        self._watchdog.thread.start()
+
+    # -- calls of clients -------------------------------------------------------------------------------------------------
+
+    def admit(self, queries: Sequence[Query]) -> None:
+        """Queues all of `queries`, which share deadline and floor, or raises and queues none."""
+        self._process.refuse_fork()
+        if self.is_held_here():
+            self._check_open("takes no queries")
+            self._watchdog.defer(functools.partial(self._admit_late, queries))
+            return
+        try:
+            with self.lock:
+                self.counters.arrived += len(queries)
+                self._check_open("takes no queries")
+                if not self.members.alive:
+                    raise self.lost_error()
+                if queries:
+                    self.backlog.add(queries, self.members.fleet, idle=bool(self._idle))
+                self.counters.admitted += len(queries)
+                self.locked_wake_one()
+        finally:
+            if self.outbox.entries:
+                self.outbox.empty()
+
+    def _admit_late(self, queries: Sequence[Query]) -> None:
+        """Like `admit`, for queries whose client has its futures already: an error resolves them."""
+        try:
+            self.admit(queries)
+        except errors.SuperServeError as error:
+            with self.lock:
+                for query in queries:
+                    self.outbox.fail(query, error)
+            self.outbox.empty()
+
+    def add(self, engine: Engine, profile: Profile) -> str:
+        """See `Server.add_worker`."""
+        self._process.refuse_fork()
+        policy = self.make_policy(profile)
+        with self.lock:
+            self._check_open("takes no workers")
+            before = self.members.workers  # keeps a worker that is replaced until the lock is free
+            name, index = self.members.free_place(engine.name)
+            worker = Worker(self, engine, profile, policy, name=name, index=index)
+            self.members.join(worker)
+            self._locked_offer()
+            self.counters.know(profile)
+        del before
+        self.outbox.empty()
+        try:
+            worker.thread.start()  # not under the lock: it waits for the thread, which may run a finalizer that submits
+        except BaseException:
+            self.leave([worker], "left", self.lost_error)
+            raise
+        return name
+
+    def remove(self, name: str) -> None:
+        """See `Server.remove_worker`."""
+        self._process.refuse_fork()
+        with self.lock:
+            worker = self.members.removable(name)
+            self.members.retire(worker, "removed")
+            self._locked_offer()
+            self._locked_notify_all()
+            if threading.current_thread() in (worker.thread, self._watchdog.thread):
+                return  # in a done-callback: only this thread can end or abandon the worker
+            self._changed.wait_for(lambda: not worker.present)
+        if worker.gone != "abandoned":
+            worker.thread.join()
+
+    def close(self, *, drain: bool, timeout_s: float | None) -> None:
+        """See `Server.close`."""
+        if self._process.is_fork():
+            return
+        if self.is_held_here():
+            self.closing = True
+            self._watchdog.defer_to_a_thread(functools.partial(self.close, drain=drain, timeout_s=timeout_s))
+            return
+        self.stop(drain=drain)
+        workers = self.members.workers
+        if self._is_own_thread():
+            return  # in a done-callback: it would wait for the thread that it runs in
+        with self.lock:
+            left = self._changed.wait_for(lambda: not self.members.any_present(), timeout_s)
+        if not left:
+            reason = f"the server was closed, and after {timeout_s} s this query had still not been answered"
+            self.leave(workers, "abandoned", lambda: errors.ServerClosedError(reason))
+        for worker in workers:
+            if worker.gone != "abandoned":
+                worker.thread.join()
+        self._watchdog.ring()
+        self._watchdog.thread.join()
+
+    def stop(self, *, drain: bool) -> None:
+        """Admits nothing from now on. Workers leave when nothing waits; without `drain`, everything that waits fails now."""
+        with self.lock:
+            self.closing = True
+            if not drain:
+                self.backlog.fail_all(
+                    lambda: errors.ServerClosedError("the server was closed without draining before this query ran")
+                )
+            self._locked_notify_all()
+        self.outbox.empty()
+
+    def dropped(self) -> None:
+        """Stops a pool whose server was collected. Runs in a finalizer, so the watchdog does it."""
+        self._watchdog.defer(functools.partial(self.stop, drain=False))
+
+    def defer(self, work: Callable[[], object]) -> None:
+        """Has `work` called in another thread, after this one has released the lock."""
+        self._process.refuse_fork()
+        self._check_open("cannot be changed")
+        self._watchdog.defer_to_a_thread(work)
+
+    def health(self) -> dict[str, Any]:
+        """See `Server.health`."""
+        self._process.refuse_fork()
+        if self.is_held_here():
+            return copy.deepcopy(self._health)
+        with self.lock:
+            self._health = self._locked_health(self.clock())
+        return copy.deepcopy(self._health)
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Server.snapshot`."""
+        self._process.refuse_fork()
+        if self.is_held_here():
+            return copy.deepcopy(self._snapshot)
+        with self.lock:
+            now_s = self.clock()
+            health = self._locked_health(now_s)
+            counted = self.counters.snapshot(unanswered=health["waiting"] + health["running"])
+            waiting = self.backlog.items()
+        oldest_s = min((query.submitted_s for query in waiting if not query.done()), default=now_s)
+        self._snapshot = {
+            "uptime_s": now_s - self._opened_s,
+            "waiting": health["waiting"],
+            "running": health["running"],
+            "oldest_wait_s": now_s - oldest_s,
+            **counted,
+            "workers": health["per_worker"],
+        }
+        return copy.deepcopy(self._snapshot)
+
+    def _locked_health(self, now_s: float) -> dict[str, Any]:
+        return {
+            **self.members.health(now_s),
+            "failures": self._failures,
+            "last_error": None if self._last_failure is None else self._last_failure.text,
+            "waiting": len(self.backlog),
+            "closed": self.closing,
+        }
+
+    # -- swaps ------------------------------------------------------------------------------------------------------------
+
+    def swappable(self) -> tuple[Worker, ...]:
+        """The workers that a swap is for: those that are alive.
+
+        Raises ServerClosedError, WorkersLostError; ConfigError in a thread of this pool.
+        """
+        self._process.refuse_fork()
+        with self.lock:
+            if self._is_own_thread():
+                raise errors.ConfigError(
+                    "a swap in a done-callback would wait for the worker that runs the callback; call it in another thread"
+                )
+            self._locked_check_swappable()
+            return self.members.living()
+
+    def swap(self, workers: Sequence[Worker], engines: Sequence[Engine], profiles: Sequence[Profile]) -> list[Engine]:
+        """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
+
+        Every decision from now on is for the new engines. A batch that runs ends on its old engine.
+
+        Args:
+          workers: what `swappable` returned. No worker has joined since.
+          engines, profiles: one for each, for the same inputs, batch sizes and length buckets as before.
+
+        Returns:
+          The old engines. They are in use until `wait_for_swap` returns.
+
+        Raises:
+          ConfigError: the policy fails with a profile. ServerClosedError, WorkersLostError.
+        """
+        make_policy = functools.cache(self.make_policy.__wrapped__)  # a new cache, or it would grow with every swap
+        new = [Successor(e, p, make_policy(p)) for e, p in zip(engines, profiles, strict=True)]
+        with self.lock:
+            self._locked_check_swappable()
+            successors = {worker: s for worker, s in zip(workers, new, strict=True) if worker.alive}
+            old = [worker.engine for worker in successors]
+            # A policy that was not made for its profile is the same object as before.
+            asked = ((s, worker.index) for worker, s in successors.items() if s.policy is worker.policy)
+            failed = next(filter(None, (try_policy(s, worker=i, now_s=self.clock()) for s, i in asked)), None)
+            if failed is None:
+                self.outbox.drop(self.make_policy)
+                self.make_policy = make_policy
+                self._locked_swap(successors)
+        self.outbox.empty()
+        if failed is not None:
+            raise errors.ConfigError(
+                f"the server's policy fails with the profile of the new export: {failed!r}; give the policy by name, or one "
+                "that makes its tables anew for every profile (see policies.ByProfile)"
+            ) from failed
+        return old
+
+    def _locked_swap(self, successors: dict[Worker, Successor]) -> None:
+        profiles = [successor.profile for successor in successors.values()]
+        self.members.succeed(successors, profiles[0])
+        self.counters.swap(profiles)
+        self.backlog.retime(profiles[0])
+        self._locked_offer()
+        self._locked_notify_all()  # idle workers change over, too
+
+    def wait_for_swap(self) -> None:
+        """Returns when every worker runs its successor, or is gone."""
+        with self.lock:
+            self._changed.wait_for(lambda: not any(worker.successor for worker in self.members.workers))
+
+    def _locked_check_swappable(self) -> None:
+        self._check_open("cannot be swapped")
+        if not self.members.alive:
+            raise self.lost_error()
+
+    # -- calls of workers -------------------------------------------------------------------------------------------------
+
+    def locked_wait_for_work(self, worker: Worker) -> bool:
+        """Waits until there is something to do for `worker`. False when it is to leave."""
+        while worker.alive and not self.locked_has_work(worker) and not worker.successor and not self.outbox.entries:
+            if self.closing:
+                return False
+            self._idle.wait()
+        return worker.alive
+
+    def locked_has_work(self, worker: Worker) -> bool:
+        """Whether a batch waits that `worker` may run."""
+        return len(self.backlog.queue) > 0 or self.locked_find_retry(worker) is not None
+
+    def locked_find_retry(self, worker: Worker) -> Retry | None:
+        """See `Backlog.find_retry`. While the pool closes, no worker waits for another one to take a retry."""
+        return self.backlog.find_retry(worker.index, workers=1 if self.closing else self.members.alive)
+
+    def locked_wake_one(self) -> None:
+        """Wakes one idle worker if there is work."""
+        if len(self.backlog.queue):
+            self._idle.wake_one()
+
+    def locked_changed_over(self) -> None:
+        """A worker has taken up its successor."""
+        self._changed.notify_all()
+
+    def locked_note(self, failure: Failure) -> None:
+        """Remembers the last failure."""
+        self.outbox.drop(self._last_failure)
+        self._last_failure = failure
+
+    def locked_batch_failed(self) -> None:
+        """Counts a failed batch. Its queries wait again."""
+        self._failures += 1
+        self._idle.wake_all()  # not every worker may run a retry
+
+    def locked_retry(self, worker: Worker, flight: Flight, failure: Failure, *, hung: bool = False) -> None:
+        """See `Backlog.retry`."""
+        self.backlog.retry(
+            flight,
+            failure,
+            worker=worker.index,
+            name=worker.name,
+            workers=self.members.alive,
+            now_s=self.clock(),
+            hung=hung,
+        )
+
+    def pause(self, worker: Worker, seconds: float) -> None:
+        """Waits, but no longer than until the pool closes or the worker is removed."""
+        with self.lock:
+            self._changed.wait_for(lambda: self.closing or not worker.alive, seconds)
+
+    def leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
+        """Takes workers out of service for good. If none is alive then, everything that waits fails for `reason`."""
+        with self.lock:
+            self._locked_leave(workers, gone, reason)
+        self.outbox.empty()
+
+    def _locked_leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
+        for worker in workers:
+            if worker.present:
+                self.members.retire(worker, gone)
+                self._locked_offer()
+                worker.locked_leave(hung=gone == "abandoned")
+        if not self.members.alive:
+            self.backlog.fail_all(reason)
+        self._locked_notify_all()
+        if self.closing:
+            self._watchdog.ring()  # the last worker may have left
+
+    def _locked_offer(self) -> None:
+        """Finds what the workers that are alive offer, after their swap. Nothing changes when none is alive."""
+        if (offer := self.members.offer()) is not None:
+            self.backlog.offer(*offer)
+
+    def _is_own_thread(self) -> bool:
+        return threading.current_thread() in (self._watchdog.thread, *(worker.thread for worker in self.members.workers))
+
+    def _locked_notify_all(self) -> None:
+        self._idle.wake_all()
+        self._changed.notify_all()
+
+    # -- calls of the watchdog --------------------------------------------------------------------------------------------
+
+    def abandon_stuck(self, *, excused_s: float = 0.0) -> None:
+        """Abandons the workers that are stuck in a batch (see `Members.stuck`)."""
+        with self.lock:
+            if stuck := self.members.stuck(self.clock(), excused_s=excused_s):
+                self._locked_leave(stuck, "abandoned", self.lost_error)
+        self.outbox.empty()
+
+    def ended(self) -> bool:
+        """Whether the pool is closed, its last worker has left, and nothing is deferred."""
+        with self.lock:
+            return self.closing and self._watchdog.idle and not self.members.any_present()
+
+    def shut_down(self) -> None:
+        """The watchdog ends."""
+        self._process.release()
+
+    def _end(self) -> None:
+        """Ends the workers before the interpreter exits. Batches that run are answered, queries that wait are not.
+
+        Only daemon threads could see their errors, as the last thing on the screen.
+        """
+        with self.lock:
+            for worker in self.members.workers:
+                worker.locked_retire()
+            self._idle.wake_all()
+            self._changed.wait_for(lambda: not self.members.any_present(), _EXIT_S)
+        for worker in self.members.workers:
+            if worker.thread.is_alive():
+                worker.thread.join(0 if worker.present else _EXIT_S)
+
+    # -- errors -----------------------------------------------------------------------------------------------------------
+
+    def lost_error(self) -> errors.SuperServeError:
+        """The error of a query when no worker is left."""
+        text = None if self._last_failure is None else self._last_failure.text
+        error = errors.WorkersLostError(
+            f"the last of {len(self.members.workers)} workers has left; its last error was {text}. "
+            "Look into that error, and add a worker or open a new server"
+        )
+        return error if self._last_failure is None else self._last_failure.cause(error)
+
+    def _check_open(self, what: str) -> None:
+        if self.closing:
+            raise errors.ServerClosedError(f"the server is closed and {what}; open a new one")

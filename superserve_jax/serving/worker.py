@@ -1,0 +1,399 @@
+"""One worker of a server: its engine, its thread, the batches that it has under way, and its failures. No jax.
+
+One class, because a single thread does all of it: take a batch, run it, answer it, and deal with its failure. `server.py`
+opens with the map of threads and locks. Methods named `locked_...` expect the caller to hold the pool's lock.
+"""
+
+import logging
+import math
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.engines.base import Engine
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling import dispatch
+from superserve_jax.scheduling.dispatch import Turn
+from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving import futures, limits, overlap
+from superserve_jax.serving.failure import Failure
+from superserve_jax.serving.flight import Flight, refill
+from superserve_jax.serving.futures import Query
+from superserve_jax.serving.overlap import OverlapPace
+from superserve_jax.serving.swap import Successor
+from superserve_jax.serving.telemetry import Batch
+from superserve_jax.subnet import Subnet
+
+if TYPE_CHECKING:
+    from superserve_jax.serving.pool import Pool
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 20  # a batch that takes so many times its profiled p99 will not come back
+
+Gone = Literal["", "left", "abandoned", "removed"]
+
+
+@final
+class Worker:
+    """Serves batches on one engine, in a thread of its own.
+
+    Args:
+      pool: what the workers of a server share.
+      engine: the device.
+      profile: its latencies, with the batch sizes that it may run.
+      policy: the policy for that profile.
+      name: its name, which no other present worker has.
+      index: its number, which no other present worker has.
+
+    Attributes, all written under the pool's lock:
+      flights: the batches under way, in the order in which they run. There may be two if the device can compute one while the
+        host prepares the next (`engines.base.Overlapping`).
+      successor: what it runs from its next batch on, after a swap.
+      alive, present, gone: see `members.Members`; and how the worker went.
+    """
+
+    def __init__(self, pool: "Pool", engine: Engine, profile: Profile, policy: Policy, *, name: str, index: int):
+        self.engine, self.profile, self.policy = engine, profile, policy
+        self.name, self.index = name, index
+        self.thread = threading.Thread(target=self._run, name=f"superserve-{name}", daemon=True)
+        self.flights: list[Flight] = []
+        self.successor: Successor | None = None
+        self.alive = self.present = True
+        self.gone: Gone = ""
+        self._pool, self._sizes = pool, profile.batch_sizes
+        self._places = [profile.batch_index(count) for count in range(profile.max_batch + 1)]
+        self.overlaps = self._may_overlap()
+        self.overlap_pace = OverlapPace()
+        self._last_subnet: Subnet | None = None
+        self._landed = False  # the first flight has been answered, and is still among the flights
+        self._answered: Batch | None = None  # the counters do not know it yet
+        self._watched_s = 0.0  # since when the first flight may be stuck
+        self._free_s = 0.0  # when the device was done with the last batch
+        self._batches = self._failed_batches = 0
+        self._strikes = 0  # failed batches in a row that were this worker's fault
+        self._last_failure: Failure | None = None
+
+    # -- the thread -------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pool = self._pool
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # a bug here: errors of engines, policies and callbacks are caught where they arise
+            _log.exception("worker %s ends", self.name)
+            failure = Failure.of(error)
+            failure.forget_frames()
+            with pool.lock:
+                self._locked_note(failure)
+        finally:
+            pool.leave([self], "left", pool.lost_error)
+            # The health of a worker that has left can still be read, but its device's memory is free.
+            del self.engine, self.policy
+
+    def _turn(self) -> bool:
+        """Takes a batch if there is one, and answers one. False when the worker is to leave."""
+        pool = self._pool
+        flight = None
+        with pool.lock:
+            self._locked_settle()
+            first = self.flights[0] if self.flights else None
+            if first is None:
+                if not pool.locked_wait_for_work(self):
+                    return False
+                self._locked_take_up_successor()
+                now_s = pool.clock()
+                flight = self._locked_take(now_s, now_s)
+        if pool.outbox.entries:
+            pool.outbox.empty()
+        if first is not None:
+            return self._turn_ahead(first)
+        if flight is None:
+            return True
+        if self.overlaps:
+            self._launch(flight)
+            return True  # there is time until it is nearly done
+        return self._land(flight)
+
+    def _turn_ahead(self, first: Flight) -> bool:
+        """Takes the next batch when the device is nearly done with the first, and then answers the first."""
+        if first.failure is not None:
+            return self._land(first)
+        pool, flight = self._pool, None
+        profiled_s = 1e-3 * first.row.latency_ms[first.place]
+        wake_s, asked_s = self.overlap_pace.wake_s(first.started_s, profiled_s), pool.clock()
+        slept = wake_s > asked_s
+        if slept:
+            time.sleep(wake_s - asked_s)
+        with pool.lock:
+            # A worker that is to leave or to change over, or whose last batch failed, first answers what it has.
+            if self.alive and self.overlaps and self.successor is None and not self._strikes and pool.locked_has_work(self):
+                now_s = pool.clock()
+                flight = self._locked_take(now_s, max(now_s, first.started_s + profiled_s * self.overlap_pace.ratio))
+        if pool.outbox.entries:
+            pool.outbox.empty()
+        if flight is not None:
+            first.shared = flight.shared = True
+            self._launch(flight)
+            self.overlap_pace.observe_host(pool.clock() - max(wake_s, asked_s))
+        return self._land(first, slept=slept)
+
+    # -- decisions --------------------------------------------------------------------------------------------------------
+
+    def _locked_settle(self) -> None:
+        """Removes an answered flight and counts it. This waits for the next turn, which has to take the lock anyway."""
+        if self._landed:
+            self._landed = False
+            if self.flights:  # else the worker has been abandoned meanwhile
+                del self.flights[0]
+            if self.flights:
+                self._locked_next_begins(self._free_s, self._pool.clock())
+            if self._answered is not None:
+                self._pool.counters.add(self._answered)
+                self._answered = None
+        if not self.flights:
+            self._locked_take_up_successor()
+
+    def _locked_take(self, now_s: float, begin_s: float) -> Flight | None:
+        """Decides about a batch and takes it. None if nothing waits any more, or the policy failed.
+
+        Args:
+          begin_s: when the device can begin with the batch.
+        """
+        pool, backlog, flight = self._pool, self._pool.backlog, None
+        retry = pool.locked_find_retry(self)
+        backlog.prune(now_s)
+        waiting, meter = (backlog.queue, backlog.meter) if retry is None else (retry.waiting, retry.meter)
+        if len(waiting):
+            try:
+                pace = pool.members.fleet.pace(self.index)
+                turn = Turn(waiting, meter, self.policy, self.profile, pace, self._last_subnet, self.index)
+                row, batch, reason = dispatch.next_batch(turn, begin_s)
+            except Exception as error:
+                unlucky = waiting.pop(self._sizes[-1])
+                pool.counters.failed += sum(not query.done() for query in unlucky)
+                pool.outbox.call(self._policy_failed, (error, unlucky))
+            else:
+                self._last_subnet = row.subnet
+                if batch := refill(waiting, self.profile, row, batch, pool.outbox):
+                    flight = Flight(row, batch, self._places[len(batch)], retry, reason, now_s)
+                    if not self.flights:
+                        self._watched_s = now_s
+                    self.flights.append(flight)
+            if retry is not None:
+                backlog.taken(retry)
+        pool.locked_wake_one()
+        return flight
+
+    def _policy_failed(self, failed: tuple[Exception, list[Query]]) -> None:
+        """Fails the queries that the policy was asked about."""
+        error, unlucky = failed
+        _log.error("the policy failed", exc_info=error)
+        failure = Failure.of(error)
+        failure.forget_frames()
+        with self._pool.lock:
+            self._pool.locked_note(failure)
+            for query in unlucky:
+                self._pool.outbox.fail(
+                    query, failure.cause(errors.InferenceError(f"the policy failed: {failure.text}; mend it"))
+                )
+
+    def _launch(self, flight: Flight) -> None:
+        """Hands a batch to the device."""
+        inputs = [query.inputs for query in flight.batch]
+        flight.started_s = self._pool.clock()
+        if not flight.shared:
+            self._watched_s = flight.started_s
+        flight.launch(self.engine, self._sizes[flight.place], inputs)
+
+    def _compute(self, flight: Flight, inputs: list[Any]) -> list[Any]:
+        """The outputs of a batch; `flight.failure` is set if there are none."""
+        if flight.launched is None and flight.failure is None:
+            flight.started_s = self._watched_s = self._pool.clock()
+        return flight.compute(self.engine, self._sizes[flight.place], inputs, self._pool.clock)
+
+    # -- answers ----------------------------------------------------------------------------------------------------------
+
+    def _land(self, flight: Flight, *, slept: bool = False) -> bool:
+        """Gets a batch's outputs and answers its queries. False when the worker is to leave.
+
+        Args:
+          slept: whether the worker slept before, so that the device may have been done earlier.
+        """
+        pool, batch, row = self._pool, flight.batch, flight.row
+        outputs = self._compute(flight, [] if flight.launched is not None else [query.inputs for query in batch])
+        if flight.failure is not None:
+            return self._failed(flight, flight.failure)
+        finish_s, start_s, ready_s = pool.clock(), flight.started_s, flight.ready_s
+        self._free_s, self._landed = finish_s if ready_s is None else ready_s, True
+        self._strikes = 0
+        self._batches += 1
+        profiled_ms = row.latency_ms[flight.place]
+        too_late = slept and overlap.overslept(flight.waited_s)
+        if self.present and not too_late:  # another worker may have the index of one that is not present
+            pool.members.fleet.observe(self.index, profiled_ms, 1e3 * (finish_s - start_s))
+        if ready_s is not None:
+            self.overlap_pace.observe_device(None if too_late else 1e3 * (ready_s - start_s) / profiled_ms)
+        # As much as possible is done before the first answer: its client wants the interpreter, too.
+        slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
+        # A query that has been answered by another worker, or cancelled, turns its answer away.
+        late, turned_away = futures.answer(batch, outputs, row.subnet, row.accuracy, start_s, finish_s)
+        if turned_away:
+            submitted_s = [query.submitted_s for query in batch if query not in turned_away]
+        self._answered = (row.subnet, len(batch), submitted_s, late, start_s, finish_s, slack_s, flight.reason)
+        flight.batch = ()  # here, where no lock is held: these may be the last references to the queries
+        return True
+
+    # -- failures ---------------------------------------------------------------------------------------------------------
+
+    def _failed(self, flight: Flight, failure: Failure) -> bool:
+        """Gives a failed batch back. False when the worker is to leave."""
+        pool, size = self._pool, self._sizes[flight.place]
+        traceback = failure.error if flight.retry is None else None
+        _log.warning("%s failed on a batch of %d: %s", self.name, flight.count, failure.text, exc_info=traceback)
+        failure.forget_frames()
+        flight.launched = None
+        too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)
+        smaller = None
+        if too_large and not flight.shared:
+            profile = limits.at_most(self.profile, size // 2)
+            smaller = profile, pool.make_policy(profile)
+        with pool.lock:
+            self._failed_batches += 1
+            self._locked_note(failure)
+            pool.locked_batch_failed()
+            if flight in self.flights:  # else the worker was abandoned, and its batches were given back then
+                self.flights.remove(flight)
+                now_s = pool.clock()
+                self._locked_next_begins(now_s, now_s)
+                if smaller is not None:
+                    pool.outbox.drop(self.policy)
+                    self.profile, self.policy = smaller
+                    pool.members.resize(self)
+                if too_large:
+                    # The memory did not suffice for two batches, or for one of this size.
+                    self.overlaps = not flight.shared and self._may_overlap()
+                    pool.backlog.give_back(flight, self.index)
+                else:
+                    pool.locked_retry(self, flight, failure)
+        pool.outbox.empty()
+        if too_large or not self.alive or self._works_on_blanks(flight):
+            return self.alive or bool(self.flights)
+        self._strikes += 1
+        if self._strikes >= pool.options.max_failures:
+            return False
+        if pool.members.alive > 1 and not self.flights:
+            # Without a pause a broken device, which is always free, would take most of the batches.
+            pool.pause(self, pool.pause_s * self._strikes)
+        return True
+
+    def _works_on_blanks(self, failed: Flight) -> bool:
+        """Whether the engine can run blank inputs. Then the inputs made the batch fail, and not the device."""
+        pool = self._pool
+        blanks = [np.zeros_like(query.inputs) for query in failed.batch]
+        blank = Flight(failed.row, (), failed.place, None, "", pool.clock())  # it may hang, as any batch
+        with pool.lock:
+            if not self.alive:
+                return True
+            self.flights.insert(0, blank)
+            self._watched_s = blank.started_s
+        self._compute(blank, blanks)
+        if blank.failure is not None:
+            _log.warning("%s fails on blank inputs, too: %s", self.name, blank.failure.text)
+        with pool.lock:
+            if blank in self.flights:
+                self.flights.remove(blank)
+            self._locked_next_begins(-math.inf, pool.clock())  # it began long before the blanks
+        if blank.failure is None:
+            self._strikes = 0
+        return blank.failure is None
+
+    # -- what the pool tells it -------------------------------------------------------------------------------------------
+
+    def locked_succeed(self, successor: Successor | None) -> None:
+        """The worker takes up `successor` before its next batch."""
+        if self.successor is not None:
+            self._pool.outbox.drop(self.successor)
+        self.successor = successor
+
+    def _locked_take_up_successor(self) -> None:
+        if self.successor is None:
+            return
+        pool = self._pool
+        pool.outbox.drop((self.engine, self.policy))
+        self.engine, self.profile, self.policy = self.successor
+        self.successor = self._last_subnet = None
+        self.overlaps = self._may_overlap()
+        self._strikes = 0
+        pool.locked_changed_over()
+
+    def locked_retire(self, gone: Gone = "") -> None:
+        """The worker takes no more batches, and leaves when it has answered those that it has."""
+        self.alive = False
+        self.gone = gone if gone == "abandoned" else self.gone or gone
+
+    def locked_leave(self, *, hung: bool) -> None:
+        """Takes the worker out of service, and gives its batches back.
+
+        Only the batch that the worker was busy with counts as failed: the one that it was handing over, waiting for, or
+        answering. A batch behind that one never started. It is retried without a strike.
+        """
+        pool = self._pool
+        self.present = False
+        self.locked_succeed(None)
+        if hung:
+            ran_s = pool.clock() - self._watched_s if self.flights else 0.0
+            self._locked_note(Failure.of(TimeoutError(f"{self.name} has not returned for {ran_s:.3g} s")))
+        flights, self.flights = self.flights, []
+        busy = next((flight for flight in flights if flight.launched is flight.failure is None), None)
+        if busy is None and flights and (hung or self._landed):
+            busy = flights[0]
+        for flight in flights:
+            if flight is busy and self._last_failure is not None:
+                pool.locked_retry(self, flight, self._last_failure, hung=hung)
+            else:
+                pool.backlog.give_back(flight, self.index)
+
+    def locked_excuse(self, late_s: float, now_s: float) -> None:
+        """The process stood still for `late_s`. Batches may have begun after that."""
+        self._watched_s = min(self._watched_s + late_s, now_s)
+
+    def is_stuck(self, now_s: float) -> bool:
+        """Whether the first flight should have been back long ago."""
+        flight = self.flights[0]
+        patience_s = max(self._pool.options.stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[flight.place])
+        return now_s - self._watched_s > patience_s
+
+    def health(self, now_s: float) -> dict[str, Any]:
+        """See `Server.health`."""
+        return {
+            "name": self.name,
+            "state": self.gone or ("running" if self.flights else "idle"),
+            "batches": self._batches,
+            "failures": self._failed_batches,
+            "max_batch": self.profile.max_batch,
+            "slowdown": self._pool.members.fleet.slowdown(self.index) if self.present else 1.0,
+            "last_error": None if self._last_failure is None else self._last_failure.text,
+            "running_s": now_s - self._watched_s if self.flights else 0.0,
+        }
+
+    def _locked_note(self, failure: Failure) -> None:
+        self._pool.outbox.drop(self._last_failure)
+        self._last_failure = failure
+        self._pool.locked_note(failure)
+
+    def _locked_next_begins(self, since_s: float, now_s: float) -> None:
+        """The device works on the next flight, at the earliest since `since_s`. It may be stuck from now on."""
+        self._watched_s = now_s
+        for flight in self.flights:
+            flight.started_s = max(flight.started_s, since_s)
+
+    def _may_overlap(self) -> bool:
+        """Whether the worker prepares its next batch while the device computes."""
+        gains = getattr(self.engine, "overlap", None)  # an engine without this attribute cannot
+        wanted = self._pool.options.overlap
+        return gains is not None and (gains if wanted is None else wanted)
