@@ -89,11 +89,12 @@ def main() -> None:
 
     for preset, group in summaries.grouped(summaries.summarize(results), lambda s: s.preset).items():
         print(f"\n{preset}")
-        cli.print_table(table(group))
+        filled = {name: cell for name, cell in COLUMNS.items() if any(cell(s) != "nan" for s in group)}
+        cli.print_columns(filled, group, left=3)
     if options.paper:
         print("\nthe paper beside ours")
-        columns = {name: f"{{0.{name}}}" for name in paper_table.Comparison._fields}
-        cli.print_table(cli.table(columns, paper_table.compare(results)), left=len(columns))
+        comparisons = ((c.preset, f"x{c.scale:g}", c.what, c.paper, c.ours) for c in paper_table.compare(results))
+        cli.print_table([paper_table.Comparison._fields, *comparisons], left=5)
     if options.json:
         files.write_json(options.json, results)
         print(f"\nresults: {options.json}")
@@ -137,13 +138,6 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
             if cell.traffic.process == "azure":
                 presets.MAF.create(0, maf_trace=None if options.maf_trace is None else str(options.maf_trace))
     return cells
-
-
-def table(group: list[Summary]) -> list[tuple[str, ...]]:
-    """Header and one line per trace, scale and policy of one preset. Columns without a value are left out."""
-    columns = {name: [cell(s).replace("nan", "") for s in group] for name, cell in COLUMNS.items()}
-    filled = {name: cells for name, cells in columns.items() if any(cells)}
-    return [tuple(filled), *zip(*filled.values(), strict=True)]
 
 
 if __name__ == "__main__":

@@ -56,17 +56,15 @@ def config_argument(arguments: list[str], explanation: str | None) -> tuple[str,
     return arguments[0], arguments[1:]
 
 
-def table(columns: Mapping[str, str], items: Iterable[Any]) -> list[tuple[str, ...]]:
-    """The lines of a table for `print_table`: the header, and one line per item.
+def print_columns(columns: Mapping[str, Callable[[Any], str]], items: Iterable[Any], *, left: int = 1) -> None:
+    """Prints a table with one line per item.
 
     Args:
-      columns: for each column its name and a format string, in which 0 is the item.
-      items: anything that `str.format` can look into, such as dicts and dataclasses.
-
-    >>> table({"policy": "{0[name]}", "in time": "{0[met]:.1%}"}, [{"name": "slackfit", "met": 0.9991}])
-    [('policy', 'in time'), ('slackfit', '99.9%')]
+      columns: each column's name, and a function from an item to its cell.
+      items: one for each line.
+      left: see `print_table`.
     """
-    return [tuple(columns), *(tuple(cell.format(item) for cell in columns.values()) for item in items)]
+    print_table([tuple(columns), *(tuple(cell(item) for cell in columns.values()) for item in items)], left=left)
 
 
 def print_table(lines: Sequence[Sequence[str]], *, left: int = 1) -> None:

@@ -87,7 +87,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(trained, tmp_path)
     for r in results:
         assert 0 <= r["attainment"] <= 1
         assert {"accuracy_profiled", "accuracy_measured", "p50_ms", "p99_ms"} <= set(r)
-    assert "SlackFit, guarded (default)" in done.stdout
+    assert "SlackFit (default)" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 1000
 
     options = ["--seconds", "1", "--policies", "slackfit", "fixed:0", "--simulate", "--json", tmp_path / "s.json"]

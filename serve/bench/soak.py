@@ -93,6 +93,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.storm == (options.export is not None):
         raise ss.ConfigError("give either an export's directory, or --storm, which needs none")
+    cli.check_above_zero(options, "minutes", "load", "queries", "workers")
     figures, guarantees = storm(options) if options.export is None else soak(options, options.export)
     print()
     for guarantee in guarantees:

@@ -98,7 +98,9 @@ class Checker:
         self._undecided: dict[int, _Decision] = {}  # by thread
         self._open: dict[int, _Open] = {}  # by key
         self._ended = bytearray(1)  # by key: an index of `_NEVER_RUNS`. This byte is all that is kept of a resolved query.
-        self._waiting: list[tuple[float, int]] = []  # a heap of (deadline_s, key); some of them wait no longer
+        self._waiting: list[
+            tuple[float, int]
+        ] = []  # a heap of (deadline_s, key); some of them wait no longer, and those passed over are left out
 
     @property
     def size(self) -> int:
@@ -197,15 +199,11 @@ class Checker:
 
     def _pass_over(self, before_s: float, keys: tuple[int, ...]) -> None:
         """Marks all waiting queries with an earlier deadline. It is a violation if one of them is taken later."""
-        passed = []
         while self._waiting and self._waiting[0][0] < before_s:
             deadline_s, key = heapq.heappop(self._waiting)
-            query = self._open.get(key)
-            if query is not None and not query.taken:
-                query.passed_over = query.passed_over or f"it was due at {deadline_s}, the batch {keys} at {before_s}"
-                passed.append((deadline_s, key))
-        for entry in passed:
-            heapq.heappush(self._waiting, entry)
+            for query in self._open_ones((key,)):
+                if not query.taken:
+                    query.passed_over = f"it was due at {deadline_s}, the batch {keys} at {before_s}"
 
     def _on_started(self, _: int, keys: tuple[int, ...]) -> None:
         self.result.batches += 1

@@ -1,9 +1,8 @@
 """Traffic that can last for hours, and what may grow meanwhile: memory and latency. No jax.
 
-Of each query only its latency is kept, and only until the end of the second.
+Futures are kept until the end of the second in which they resolve, and then counted.
 """
 
-import collections
 import dataclasses
 import math
 import time
@@ -108,8 +107,7 @@ class EnduranceTraffic:
         self._floors = [row.accuracy for row in target.profile.rows]
         self._rng = np.random.default_rng(seed)
         self._inputs = make_inputs(engines[0], self._rng)
-        # (latency in ms, whether the deadline was met); the latency of an error is NaN. Emptied every second.
-        self._answers: collections.deque[tuple[float, bool]] = collections.deque()
+        self._pending: list[Future] = []
         self._batches = self._changes = 0
 
     def second(self, number: int, start_s: float) -> Second:
@@ -135,38 +133,33 @@ class EnduranceTraffic:
                 self.refused += len(sent.places)
                 continue
             self.submitted += len(sent.answers)
-            for query in sent.answers:
-                query.add_done_callback(self._on_done)
+            self._pending += sent.answers
         time.sleep(max(start_s + number + 1 - time.monotonic(), 0.0))
         return self._take(time.monotonic() - start_s, lag_s)
 
     def wait(self, timeout_s: float) -> None:
         """Waits until every query has resolved, but not longer than `timeout_s`."""
         end_s = time.monotonic() + timeout_s
-        while self.resolved + len(self._answers) < self.submitted and time.monotonic() < end_s:
+        while self._pending and time.monotonic() < end_s:
             time.sleep(0.01)
-        self._take(0.0, 0.0)
-
-    def _on_done(self, query: Future) -> None:
-        if query.exception(timeout=0) is not None:
-            self._answers.append((math.nan, False))
-        else:
-            reply = query.result(timeout=0)
-            self._answers.append((reply.latency_ms, reply.met_slo))
+            self._take(0.0, 0.0)
 
     def _take(self, time_s: float, lag_s: float) -> Second:
-        resolved = np.array([self._answers.popleft() for _ in range(len(self._answers))]).reshape(-1, 2)
-        answered = resolved[~np.isnan(resolved[:, 0])]
-        failed = len(resolved) - len(answered)
-        self.resolved += len(resolved)
+        pending, self._pending, done = self._pending, [], []
+        for future in pending:
+            (done if future.done() else self._pending).append(future)
+        replies = [future.result(0) for future in done if future.exception(0) is None]
+        latencies_ms = [reply.latency_ms for reply in replies]
+        failed = len(done) - len(replies)
+        self.resolved += len(done)
         self.failed += failed
-        p50, p99 = np.percentile(answered[:, 0], [50, 99]) if len(answered) else (math.nan, math.nan)
+        p50, p99 = np.percentile(latencies_ms, [50, 99]) if replies else (math.nan, math.nan)
         batches, changes = (sum(getattr(engine, name) for engine in self._engines) for name in ("batches", "changes"))
         second = Second(
             time_s=time_s,
-            answers=len(answered),
+            answers=len(replies),
             failed=failed,
-            met=int(answered[:, 1].sum()),
+            met=sum(reply.met_slo for reply in replies),
             p50_ms=float(p50),
             p99_ms=float(p99),
             batches=batches - self._batches,

@@ -15,7 +15,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.serving.futures import Future
 from superserve_jax.simulation import metrics
-from superserve_jax.simulation.metrics import ReplaySummary
+from superserve_jax.simulation.metrics import ReplaySummary, Series
 from superserve_jax.simulation.simulator import SimulationResult
 from superserve_jax.simulation.traces import Trace
 
@@ -170,6 +170,11 @@ def summarize(run: Replay | SimulationResult, which: Any = slice(None)) -> Repla
       which: an index or a mask of the queries to count; by default all.
     """
     return metrics.summary(*(values[which] for values in (run.arrival_s, run.deadline_s, run.finish_s, run.accuracy)))
+
+
+def series(run: Replay | SimulationResult, *, window_s: float) -> Series:
+    """A real or a simulated run over time, in windows of `window_s` seconds."""
+    return metrics.series(run.arrival_s, run.deadline_s, run.finish_s, run.accuracy, run.batch, window_s=window_s)
 
 
 def _collect(trace: Trace, submitted: np.ndarray, futures: Sequence[Future | None], start_s: float) -> Replay:

@@ -5,14 +5,15 @@ late. To make both comparable, `simulate_again` gives the simulator exactly thes
 - the times at which the queries were really submitted, and the time that each had left until its deadline;
 - how much longer than profiled batches took (mean and spread), and the time between two batches of a busy worker, from a
   `Stopwatch`;
-- the times at which the process stopped, from a `Heartbeat`.
+- the times at which the process stopped, from `heartbeat`.
 The remaining difference is due to the server: its queue, its decisions, its threads.
 """
 
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,39 +67,34 @@ class Stopwatch(Wrapper):
         return outputs
 
 
-class Heartbeat:
-    """While open, a thread wakes up every millisecond and notes when it was late.
+@contextlib.contextmanager
+def heartbeat() -> Iterator[list[tuple[float, float]]]:
+    """While open, a thread wakes up every millisecond and notes when it was late: (start, end) on `time.monotonic`.
 
-    Attributes:
-      stalls_s: (start, end) of each stall, on the clock `time.monotonic`.
-
-    >>> with Heartbeat() as heart:
+    >>> with heartbeat() as stalls_s:
     ...     time.sleep(0.01)
-    >>> all(until_s > from_s for from_s, until_s in heart.stalls_s)
+    >>> all(until_s > from_s for from_s, until_s in stalls_s)
     True
     """
+    stalls_s: list[tuple[float, float]] = []
+    stop = threading.Event()
 
-    def __init__(self):
-        self.stalls_s: list[tuple[float, float]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="superserve-heartbeat", daemon=True)
-
-    def __enter__(self) -> "Heartbeat":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
+    def beat() -> None:
         before_s = time.monotonic()
-        while not self._stop.is_set():
+        while not stop.is_set():
             time.sleep(_BEAT_S)
             now_s = time.monotonic()
             if now_s - before_s > _STALL_S:
-                self.stalls_s.append((before_s + _BEAT_S, now_s))
+                stalls_s.append((before_s + _BEAT_S, now_s))
             before_s = now_s
+
+    thread = threading.Thread(target=beat, name="superserve-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield stalls_s
+    finally:
+        stop.set()
+        thread.join()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +117,7 @@ class Machine:
         return sum(s.until_s - s.from_s for s in self.stalls)
 
 
-def measured_machine(done: Replay, watches: Sequence[Stopwatch], heart: Heartbeat) -> Machine:
+def measured_machine(done: Replay, watches: Sequence[Stopwatch], stalls_s: Sequence[tuple[float, float]]) -> Machine:
     """What the watches and the heartbeat measured during a replay.
 
     Batches that ended in a stall do not count towards the overhead: the simulation contains the stall itself.
@@ -129,9 +125,9 @@ def measured_machine(done: Replay, watches: Sequence[Stopwatch], heart: Heartbea
     Args:
       done: the replay.
       watches: its engines, one per worker.
-      heart: was open during the replay.
+      stalls_s: what a `heartbeat` noted during the replay.
     """
-    shifted = [(max(a - done.start_s, 0.0), b - done.start_s) for a, b in heart.stalls_s]
+    shifted = [(max(a - done.start_s, 0.0), b - done.start_s) for a, b in stalls_s]
     stalls = tuple(Stall(a, b) for a, b in shifted if b > a)
     batches = sorted((*batch, worker) for worker, watch in enumerate(watches) for batch in watch.batches)
     if not batches:

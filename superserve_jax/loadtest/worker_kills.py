@@ -5,10 +5,10 @@ the queries of that batch to the queue, and goes on with the other workers. The 
 """
 
 import dataclasses
+import functools
 import itertools
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,33 +23,6 @@ from superserve_jax.simulation.metrics import ReplaySummary
 from superserve_jax.simulation.simulator import Cluster, Outage, SimulationResult
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
-
-
-class Killable:
-    """An `on_run` hook of a `FakeEngine`. It takes the profiled time, and can be killed at any moment, even during a batch.
-
-    >>> from superserve_jax.simulation.paper_profile import paper_profile
-    >>> profile = paper_profile()
-    >>> hook = Killable(profile)
-    >>> hook(profile.rows[0].subnet, 1, [])
-    >>> hook.kill()
-    >>> hook(profile.rows[0].subnet, 1, [])
-    Traceback (most recent call last):
-      ...
-    RuntimeError: killed
-    """
-
-    def __init__(self, profile: Profile):
-        self._profile, self._killed = profile, threading.Event()
-
-    def __call__(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray]) -> None:
-        """Takes as long as a batch. Raises RuntimeError if it is killed before the end."""
-        if self._killed.wait(1e-3 * self._profile.latency_ms(subnet, batch_size)):
-            raise RuntimeError("killed")
-
-    def kill(self) -> None:
-        """Makes the current batch and all later ones fail."""
-        self._killed.set()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,8 +55,11 @@ class Interval:
 
 def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms: float) -> KillRun:
     """Replays a trace on a server with one fake engine per worker of `cluster`. Kills each worker when its outage begins."""
-    hooks = [Killable(profile) for _ in range(cluster.workers)]
-    engines = [FakeEngine(profile, name=f"fake:{i}", speed=np.inf, on_run=hook) for i, hook in enumerate(hooks)]
+    killed = [threading.Event() for _ in range(cluster.workers)]
+    engines = [
+        FakeEngine(profile, name=f"fake:{i}", speed=np.inf, on_run=functools.partial(_takes_time, profile, event))
+        for i, event in enumerate(killed)
+    ]
     kills: list[tuple[int, float]] = []  # worker, time.monotonic
     over = threading.Event()
 
@@ -92,7 +68,7 @@ def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms
         for outage in sorted(cluster.outages, key=lambda o: o.from_s):
             if over.wait(max(start_s + outage.from_s - time.monotonic(), 0.0)):
                 return
-            hooks[outage.worker].kill()
+            killed[outage.worker].set()
             kills.append((outage.worker, time.monotonic()))
 
     killer = threading.Thread(target=kill, name="superserve-killer", daemon=True)
@@ -107,6 +83,12 @@ def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms
     outages = tuple(Outage(worker, max(at_s - real.start_s, 1e-3)) for worker, at_s in kills)
     cluster = dataclasses.replace(cluster, outages=outages)
     return KillRun(real, simulator.simulate(profile, policy, trace, cluster=cluster), cluster, health)
+
+
+def _takes_time(profile: Profile, killed: threading.Event, subnet: Subnet, batch_size: int, _: Any) -> None:
+    """A hook that takes the profiled time of a batch, and raises as soon as the worker is killed."""
+    if killed.wait(1e-3 * profile.latency_ms(subnet, batch_size)):
+        raise RuntimeError("killed")
 
 
 def intervals(run: KillRun) -> list[Interval]:

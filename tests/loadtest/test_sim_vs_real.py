@@ -6,7 +6,7 @@ import pytest
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
-from superserve_jax.loadtest.sim_vs_real import Heartbeat, Machine, Stopwatch
+from superserve_jax.loadtest.sim_vs_real import Machine, Stopwatch
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import metrics, paper_profile, simulator, traces
@@ -30,10 +30,8 @@ def watch(*batches_ms, start_s=100.0):
     return seen
 
 
-def heart(*stalls_ms, start_s=100.0):
-    beats = Heartbeat()
-    beats.stalls_s = [(start_s + a / 1e3, start_s + b / 1e3) for a, b in stalls_ms]
-    return beats
+def stalls(*stalls_ms, start_s=100.0):
+    return [(start_s + a / 1e3, start_s + b / 1e3) for a, b in stalls_ms]
 
 
 def test_the_overhead_is_what_batches_took_longer_and_the_time_between_two_of_them():
@@ -41,7 +39,7 @@ def test_the_overhead_is_what_batches_took_longer_and_the_time_between_two_of_th
     # there, and began 0.5 ms after the second had ended.
     done = replayed([0, 30, 35], [0, 0, 0])
     seen = watch((0.0, 11.0, 10.0, 1), (30.0, 41.0, 10.0, 1), (41.5, 52.5, 10.0, 1))
-    machine = sim_vs_real.measured_machine(done, [seen], heart())
+    machine = sim_vs_real.measured_machine(done, [seen], stalls())
     assert machine.overhead_ms == pytest.approx(1.5)
     assert (machine.noise, machine.stalls) == (pytest.approx(0.0, abs=1e-9), ())
 
@@ -49,7 +47,7 @@ def test_the_overhead_is_what_batches_took_longer_and_the_time_between_two_of_th
 def test_a_batch_that_ends_in_a_stall_does_not_count_twice():
     done = replayed([0, 60], [0, 0])
     machine = sim_vs_real.measured_machine(
-        done, [watch((0.0, 40.0, 10.0, 1), (60.0, 71.0, 10.0, 1))], heart((5.0, 40.0), (-20.0, -10.0))
+        done, [watch((0.0, 40.0, 10.0, 1), (60.0, 71.0, 10.0, 1))], stalls((5.0, 40.0), (-20.0, -10.0))
     )
     assert machine.overhead_ms == pytest.approx(1.0)
     [stall] = machine.stalls
@@ -77,7 +75,7 @@ def test_a_query_that_was_never_submitted_is_missed():
 
 
 def test_a_machine_on_which_nothing_ran_has_no_overhead():
-    assert sim_vs_real.measured_machine(replayed([0], [0]), [watch()], heart()) == Machine(0.0, 0.0, ())
+    assert sim_vs_real.measured_machine(replayed([0], [0]), [watch()], stalls()) == Machine(0.0, 0.0, ())
 
 
 # -- in real time -------------------------------------------------------------------------------------------------------------
@@ -91,12 +89,12 @@ def serve_for_real(profile, trace, slo_ms):
     watches = [Stopwatch(FakeEngine(profile, name=f"fake:{i}"), profile) for i in range(WORKERS)]
     inputs = [np.float32(0)] * len(trace)
     with (
-        Heartbeat() as heart,
+        sim_vs_real.heartbeat() as stalls_s,
         Server.from_engines(watches, profile, slo_ms=slo_ms, max_queue=len(trace) + 1) as target,
     ):
         done = loadgen.replay(target, trace, inputs)
         target.close(drain=False)
-    return done, sim_vs_real.measured_machine(done, watches, heart)
+    return done, sim_vs_real.measured_machine(done, watches, stalls_s)
 
 
 @pytest.mark.slow

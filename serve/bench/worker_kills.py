@@ -1,0 +1,95 @@
+"""The paper's fault-tolerance experiment on the real server: half of the workers are killed one by one while traffic runs.
+
+    python serve/bench/worker_kills.py
+    python serve/bench/worker_kills.py --every 2 --policies slackfit max-batch --plot runs/worker_kills.png
+
+Eight fake engines have the paper's latencies, and 3,500 queries/s arrive. Every --every seconds one worker is killed, until
+four are left. Queries of a killed worker run again on other workers. Accuracy falls instead of attainment. The simulator
+repeats the same traffic and kills, and both are printed.
+Library: loadtest.worker_kills, serving.server, experiments.presets, simulation.paper_profile, plots.
+"""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable
+
+import tyro
+
+from superserve_jax import cli, files, plots
+from superserve_jax.experiments import presets
+from superserve_jax.loadtest import loadgen, worker_kills
+from superserve_jax.loadtest.worker_kills import Interval
+from superserve_jax.serving import server
+from superserve_jax.simulation import paper_profile
+
+COLUMNS: dict[str, Callable[[Interval], str]] = {
+    "seconds": lambda i: f"{i.from_s:.1f} to {i.until_s:.1f}",
+    "workers": lambda i: f"{i.workers}",
+    "queries": lambda i: f"{i.real.queries:,}",
+    "SLO attainment": lambda i: f"{i.real.attainment:.5f} / {i.simulated.attainment:.5f}",
+    "accuracy, profiled": lambda i: f"{100 * i.real.accuracy:.2f} / {100 * i.simulated.accuracy:.2f} %",
+    "p99 ms": lambda i: f"{i.real.p99_ms:.1f} / {i.simulated.p99_ms:.1f}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      policies: names of policies, see serve/replay.py.
+      every: seconds between two kills. The traffic is five times as long.
+      slo_ms: latency objective.
+      seed: of the arrivals.
+      json: write the results to this file.
+      plot: write a plot over time to this file.
+    """
+
+    policies: tuple[str, ...] = ("slackfit",)
+    every: float = 12.0
+    slo_ms: float = presets.SLO_MS
+    seed: int = 0
+    json: pathlib.Path | None = None
+    plot: pathlib.Path | None = None
+
+    def __post_init__(self):
+        cli.check_above_zero(self, "every", "slo_ms")
+
+
+def main() -> None:
+    """The program."""
+    options = tyro.cli(Options, description=__doc__)
+    [grid] = presets.PRESETS["worker_kills"]
+    profile, cluster = paper_profile.paper_profile(), presets.killed(options.every)
+    trace = grid.traffics[0].create(options.seed, duration_s=5 * options.every)
+    trace = dataclasses.replace(trace, slo_ms=options.slo_ms)
+    for name in options.policies:
+        server.make_policy(name, profile)  # a mistyped name is an error now, not when its turn comes
+    print(
+        f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {options.slo_ms:.0f} ms, "
+        f"{cluster.workers} workers with the latencies of {profile.device}"
+    )
+    logging.getLogger("superserve_jax.serving").setLevel(logging.ERROR)  # failed batches are expected
+    results, shown, marks_s = [], {}, []
+    for name in options.policies:
+        run = worker_kills.run(trace, profile, name, cluster=cluster, slo_ms=options.slo_ms)
+        intervals, health = worker_kills.intervals(run), run.health
+        print(f"\n{name}, on the real server / simulated; {health['alive']} of {health['workers']} workers were left")
+        cli.print_columns(COLUMNS, intervals)
+        results.append({"name": name, "intervals": [dataclasses.asdict(i) for i in intervals], "health": health})
+        runs = {name: run.real, f"{name}, simulated": run.simulated}
+        shown |= {label: loadgen.series(each, window_s=0.25) for label, each in runs.items()}
+        marks_s = [outage.from_s for outage in run.cluster.outages]
+    if options.json:
+        about = {"slo_ms": options.slo_ms, "trace": trace.name, "queries": len(trace)}
+        files.write_json(options.json, {**about, "policies": results})
+        print(f"results: {options.json}")
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        plots.replay(shown, options.plot, marks_s=marks_s)
+        print(f"plot: {options.plot}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
