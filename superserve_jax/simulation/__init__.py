@@ -1,0 +1,12 @@
+"""Simulation: traffic, a server on a virtual clock, and what the results are compared with. No jax.
+
+Read `simulator` first: it runs the code of `scheduling` with latencies from a profile. `traces` makes traffic and `azure`
+reads recorded traffic. `metrics` computes SLO attainment and the other metrics of a run, real or simulated. `bounds` computes
+what no policy can exceed. `paper_profile` is the profile of the paper's GPU.
+"""
+
+from superserve_jax.simulation.metrics import ReplaySummary, Series
+from superserve_jax.simulation.simulator import Cluster, Outage, SimulationResult, Slowdown, Stall
+from superserve_jax.simulation.traces import Trace
+
+__all__ = ["Cluster", "Outage", "ReplaySummary", "Series", "SimulationResult", "Slowdown", "Stall", "Trace"]

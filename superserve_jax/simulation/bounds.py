@@ -1,7 +1,7 @@
-"""How good a policy can get on a trace: upper bounds that know all arrivals. No jax.
+"""Upper bounds on any policy for a trace, from knowing all arrivals. No jax.
 
-The fluid bound forgets that queries and batches come in wholes and that arrivals fluctuate: subnets are mixed at their best
-throughput within the SLO, so that the workers just carry the traffic, at the highest accuracy. It is a linear programme. The
+The fluid bound ignores that queries and batches are whole and that arrivals fluctuate. It mixes subnets, each at its best
+throughput within the SLO, for the highest accuracy at which the workers carry the traffic. It is a linear programme. The
 optimum is the paper's zero-one programme, exact and for small instances.
 """
 
@@ -17,11 +17,11 @@ from superserve_jax.simulation.traces import Trace
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """No policy attains more; and none that attains as much is more accurate.
+    """No policy attains more. No policy that attains as much is more accurate.
 
     Args:
-      attainment: share of the queries that can be answered by their deadline.
-      accuracy: mean accuracy over those, as a fraction of 1; NaN where there are none.
+      attainment: fraction of the queries that can meet their deadline.
+      accuracy: mean accuracy over these queries, as a fraction of 1; NaN if there are none.
     """
 
     attainment: float
@@ -42,13 +42,15 @@ def fluid(profile: Profile, rate_qps: float, *, workers: int = 8, slo_ms: float 
 
 
 def fluid_of_trace(profile: Profile, trace: Trace, *, workers: int = 8, window_s: float | None = None) -> Bound:
-    """The fluid bound of a trace; each kind of query (SLO, floor and length) may be served by what suits it.
+    """The fluid bound of a trace. Each kind of query, by SLO, floor and length, may use other subnets.
 
     Args:
-      window_s: None lets the workers carry the mean rate of the whole trace, as though it had always been even. A length
-        bounds window by window: what arrives in a window must be done in it or within the longest SLO after it. That is
-        tighter where the rate changes, and looser where it does not, so let a window be many SLOs long. Without windows, too,
-        the last arrivals may be answered within the longest SLO after them.
+      profile: the profile of all workers.
+      trace: the traffic.
+      workers: number of workers.
+      window_s: bound each window of this length separately. The queries of a window must be answered in it or within the
+        longest SLO after it. This is tighter if the rate changes and looser if it does not, so a window should last many SLOs.
+        None bounds the whole trace by its mean rate; its last queries too have the longest SLO after the last arrival.
     """
     if not len(trace):
         return Bound(1.0, float("nan"))
@@ -66,22 +68,24 @@ def fluid_of_trace(profile: Profile, trace: Trace, *, workers: int = 8, window_s
 
 
 def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
-    """Serves as much as the workers can carry; of all ways to do that, the most accurate.
+    """Serve as many queries as the workers can carry, as accurately as possible.
 
     Args:
-      kinds: [kinds, 3]: SLO in milliseconds, floor, and length, 0 where it is not known.
-      rates_qps: [windows, kinds].
+      profile: the profile of all workers.
+      kinds: [kinds, 3] SLO in milliseconds, floor, and length (0 if unknown) of each kind of query.
+      rates_qps: [windows, kinds] arrivals per second.
+      workers: number of workers.
     """
     if workers < 1:
         raise errors.ConfigError(f"workers must be 1 or more, got {workers}")
     accuracy = np.array([row.accuracy for row in profile.rows])
-    # [subnets, kinds]: worker-seconds per query at the best throughput within the SLO, infinite where that is not allowed
+    # [subnets, kinds] worker-seconds per query at the best throughput within the SLO, infinite if the subnet is not allowed
     cost_s = 1e-3 * np.stack([_query_ms(profile.at_length(n or np.inf), slo) for slo, _, n in kinds.tolist()], axis=1)
     cost_s[accuracy[:, None] < kinds[:, 1]] = np.inf
     subnet, kind = np.nonzero(np.isfinite(cost_s))
     answered = correct = 0.0
     for rates in rates_qps[rates_qps.any(axis=1)]:
-        # Of each kind at most what arrives; of all, at most the time of the workers.
+        # Serve at most the arrivals of each kind, and use at most the time of the workers.
         limits = sparse.vstack(
             [
                 sparse.csr_array((np.ones(len(kind)), (kind, np.arange(len(kind)))), shape=(len(rates), len(kind))),
@@ -91,7 +95,7 @@ def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: 
         available = np.append(rates, workers)
         most = -float(optimize.linprog(-np.ones(len(kind)), A_ub=limits, b_ub=available).fun) if len(kind) else 0.0
         if most > 0:
-            # A hair less than the most, lest rounding make it infeasible.
+            # Slightly less than the maximum, so that rounding does not make it infeasible.
             everything = sparse.vstack([limits, sparse.csr_array(-np.ones((1, len(kind))))])
             solution = optimize.linprog(-accuracy[subnet], A_ub=everything, b_ub=np.append(available, -most * (1 - 1e-9)))
             answered, correct = answered + most, correct - float(solution.fun)
@@ -100,19 +104,20 @@ def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: 
 
 
 def _query_ms(profile: Profile, slo_ms: float) -> np.ndarray:
-    """[subnets]: a worker's time per query at the best throughput within the SLO, infinite where that is not allowed."""
+    """[subnets] a worker's time per query at the best throughput within the SLO, infinite if no batch fits into the SLO."""
     latency_ms = np.array([row.latency_ms for row in profile.rows])
     return np.where(latency_ms <= slo_ms, latency_ms / np.array(profile.batch_sizes), np.inf).min(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """The best that can be done with a trace when all arrivals are known.
+    """The best schedule for a trace whose arrivals are all known.
 
     Args:
-      value: the paper's objective, the sum of accuracies over the queries that met their deadline, per query of the trace.
-        That of a policy is its attainment times its accuracy; what it lacks is its regret.
-      attainment, accuracy: of the schedule that reaches it. Among those that do, HiGHS picks one.
+      value: the paper's objective: sum of accuracies over the queries that met their deadline / number of queries. A policy's
+        value is attainment * accuracy, and its regret is the difference.
+      attainment: SLO attainment of an optimal schedule. If there are several, HiGHS picks one.
+      accuracy: mean accuracy of the same schedule.
     """
 
     value: float
@@ -121,20 +126,26 @@ class Optimum:
 
 
 def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float = 1.0, limit_s: float = 60.0) -> Optimum:
-    """The paper's zero-one programme, solved exactly; for tens of queries on a few workers, all of the longest length.
+    """Solve the paper's zero-one programme exactly, for tens of queries of the longest length on a few workers.
 
-    Constraint 1c takes the latest arrival of a batch. A batch is a subnet, a batch size, a start and any queries that have
-    arrived by the start and allow its end. They need not be neighbours in the order of deadlines: an optimum may need a long
-    batch that spans a short one, whose queries came both before and after. Equal workers need no names: at each moment at
-    most so many batches run.
+    A batch has a subnet, a size, a start, and any queries that have arrived by its start and allow its end (the paper's
+    constraint 1c with the latest arrival). Its queries need not be neighbours in the order of deadlines. Workers are equal, so
+    the programme only limits the number of batches that run at a time.
 
-    Time goes in ticks, and that loses nothing where the ticks divide all arrivals and latencies: in any schedule every batch
-    may start earlier until its last arrival or the end of another batch stops it, and then all starts are sums of those.
-    So the programme has one whole number per (subnet, size, start), and which query goes where is a transport problem, whose
-    linear programme has whole solutions anyway.
+    Time is measured in ticks. This is exact if arrivals and latencies are multiples of a tick: every batch can start earlier
+    until its last arrival or the end of another batch, so all starts are sums of arrivals and latencies. The unknowns are one
+    whole number for each (subnet, size, start). Assigning queries to batches is a transport problem, whose linear programme
+    has whole solutions.
 
-    Raises ConfigError where arrivals or latencies are no multiples of `tick_ms`, and SuperServeError where HiGHS cannot prove
-    an optimum within `limit_s`.
+    Args:
+      profile: the profile of all workers.
+      trace: the traffic.
+      workers: number of workers.
+      tick_ms: length of a tick.
+      limit_s: time limit of the solver.
+
+    Raises ConfigError if arrivals or latencies are not multiples of `tick_ms`, and SuperServeError if HiGHS cannot prove an
+    optimum within `limit_s`.
 
     >>> from superserve_jax.profile import Row
     >>> from superserve_jax.subnet import Subnet
@@ -147,12 +158,12 @@ def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float 
         return Optimum(0.0, 1.0, float("nan"))
     latencies = np.array([row.latency_ms for row in profile.rows])
     ticks, arrivals = (_in_ticks(ms, tick_ms) for ms in (latencies, 1e3 * trace.arrivals_s))
-    # Nothing can end between two ticks, so that a deadline between them is as good as the tick before it.
+    # Batches end at ticks, so a deadline between two ticks equals the earlier tick.
     deadlines = np.floor(1e3 * trace.deadlines_s / tick_ms + 1e-6).astype(int)
     accuracy = np.array([row.accuracy for row in profile.rows])
     floors = np.broadcast_to(trace.floors, arrivals.shape)
 
-    # Batches that may be run: [kinds of batch] subnet, size, start, end; and who may ride in which.
+    # Possible batches: [batches] subnet, size, start, end. Possible seats: [seats] query and batch.
     starts = np.arange(arrivals.min(), deadlines.max())
     subnet, size, start = (axis.ravel() for axis in np.meshgrid(*map(np.arange, ticks.shape), starts, indexing="ij"))
     end = start + ticks[subnet, size]

@@ -1,8 +1,10 @@
-"""The paper's metrics of finished traffic, real or simulated, from plain arrays with one element per query. No jax.
+"""The paper's metrics of finished traffic, real or simulated. SLO attainment is computed here and nowhere else. No jax.
 
-Arrays, all [queries]: `arrival_s`, `deadline_s` and `finish_s` on one clock, with an infinite `finish_s` for a query that was
-never answered (refused, dropped, failed); `accuracy`, the profiled accuracy of the subnet that answered; `batch`, the number
-of queries in its batch. What stands in the last two for an unanswered query does not matter.
+All arrays have the shape [queries]:
+
+    arrival_s, deadline_s, finish_s   times on one clock; `finish_s` is infinite for a query that was never answered
+    accuracy                          profiled accuracy of the subnet that answered, anything for an unanswered query
+    batch                             number of queries in its batch, anything for an unanswered query
 """
 
 import dataclasses
@@ -16,15 +18,16 @@ from superserve_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class ReplaySummary:
-    """Figures of a whole run; NaN where no query counts towards one.
+    """The metrics of a whole run. A metric is NaN if no query counts for it.
 
     Args:
-      queries: how many were submitted, answered or not.
-      attainment: SLO attainment, the fraction of all queries that was answered by its deadline.
-      accuracy: mean serving accuracy, the mean profiled accuracy over the queries that met their deadline (paper, Section 6).
-      p50_ms, p99_ms: latency percentiles of the answered queries.
+      queries: number of submitted queries, answered or not.
+      attainment: see `attainment`.
+      accuracy: see `mean_accuracy`.
+      p50_ms: median latency of the answered queries.
+      p99_ms: 99th percentile of the same latencies.
       throughput_qps: answered queries per second, from the first arrival to the last answer.
-      goodput_qps: the same, of those that met their deadline.
+      goodput_qps: queries per second that met their deadline.
     """
 
     queries: int
@@ -38,14 +41,14 @@ class ReplaySummary:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A run over time, for a plot: every element describes the queries that ARRIVED in one window; NaN where none counts.
+    """The metrics of a run over time, for a plot. Each element describes the queries that ARRIVED in one window, NaN if none.
 
     Args:
       time_s: [windows] middle of each window.
       rate_qps: [windows] arrivals per second.
-      attainment: [windows] fraction of them answered by the deadline.
-      accuracy: [windows] mean profiled accuracy over those that met the deadline.
-      batch: [windows] mean number of queries in the batches of those that were answered.
+      attainment: [windows] fraction of the queries that met their deadline.
+      accuracy: [windows] mean profiled accuracy over the queries that met their deadline.
+      batch: [windows] mean over the answered queries of the number of queries in their batch.
     """
 
     time_s: np.ndarray
@@ -55,10 +58,25 @@ class Series:
     batch: np.ndarray
 
 
+def attainment(deadline_s: np.ndarray, finish_s: np.ndarray) -> float:
+    """SLO attainment: the fraction of all queries that were answered by their deadline; 1 without queries.
+
+    >>> attainment(np.array([1.0, 1.0]), np.array([0.5, np.inf]))
+    0.5
+    """
+    return float((finish_s <= deadline_s).mean()) if len(deadline_s) else 1.0
+
+
+def mean_accuracy(deadline_s: np.ndarray, finish_s: np.ndarray, accuracy: np.ndarray) -> float:
+    """Mean serving accuracy: the mean of `accuracy` over the queries that met their deadline (paper, Section 6). Else NaN."""
+    met = finish_s <= deadline_s
+    return float(accuracy[met].mean()) if met.any() else math.nan
+
+
 def summary(
     arrival_s: npt.ArrayLike, deadline_s: npt.ArrayLike, finish_s: npt.ArrayLike, accuracy: npt.ArrayLike
 ) -> ReplaySummary:
-    """The figures of a run. Raises DataError where the arrays differ in length or hold no query.
+    """The metrics of a run. Raises DataError if the arrays differ in length or hold no query.
 
     >>> s = summary([0.0, 1.0], [0.5, 1.5], [0.25, 2.0], [0.7, 0.8])
     >>> s.attainment, s.accuracy, s.throughput_qps, s.goodput_qps
@@ -73,8 +91,8 @@ def summary(
     span_s = finish[answered].max() - arrival.min() if answered.any() else math.nan
     return ReplaySummary(
         queries=len(arrival),
-        attainment=float(met.mean()),
-        accuracy=float(accuracies[met].mean()) if met.any() else math.nan,
+        attainment=attainment(deadline, finish),
+        accuracy=mean_accuracy(deadline, finish, accuracies),
         p50_ms=float(p50),
         p99_ms=float(p99),
         throughput_qps=float(answered.sum() / span_s) if answered.any() else 0.0,
@@ -91,7 +109,7 @@ def series(
     *,
     window_s: float = 0.1,
 ) -> Series:
-    """The run over time, in windows of `window_s` seconds from the first arrival. Raises as `summary` does.
+    """The metrics over time, in windows of `window_s` seconds from the first arrival. Raises DataError like `summary`.
 
     >>> s = series([0.0, 0.5, 1.5], [1.0, 1.0, 2.0], [0.5, 3.0, 1.75], [0.7, 0.8, 0.9], [1, 1, 4], window_s=1.0)
     >>> s.rate_qps.tolist(), s.attainment.tolist(), s.accuracy.tolist(), s.batch.tolist()
@@ -112,7 +130,7 @@ def series(
         return np.bincount(window[which], weights, minlength=windows)
 
     arrived = total(np.ones(len(arrival), bool))
-    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty window is the NaN that is promised
+    with np.errstate(invalid="ignore"):  # an empty window gives 0 / 0 = NaN
         return Series(
             time_s=start_s + window_s * (np.arange(windows) + 0.5),
             rate_qps=arrived / window_s,

@@ -1,7 +1,16 @@
-"""A server on a virtual clock: the same queue and the same policies, with latencies read from a profile. No jax.
+"""The simulator: a server on a virtual clock, with latencies read from a profile. No jax.
 
-What it shares with `server.py` is code: `queue.DeadlineQueue`, `dispatch`, `admission`, the policies. What it replaces is
-time: a batch takes its profiled latency, and the clock jumps from event to event, so that a minute of traffic takes a second.
+It runs the server's own queue, `dispatch`, `admission`, `speeds` and policies. Only time is simulated: a batch takes its
+profiled latency, and the clock jumps from one event to the next. So a minute of traffic takes about a second.
+
+An event is an arrival, the end of a batch, or a planned failure. `_Simulation.run` is the loop over the events:
+
+    1. Jump to the next event. While all workers are busy, arrivals wait until a batch ends: nothing could be done earlier.
+    2. Put everything that has arrived by now into the queue.
+    3. Handle all events that are due by now: batches that end, workers that leave or return, stalls.
+    4. While a worker is idle and a query waits, dispatch a batch. Its end is a new event.
+
+The module is one thing: the description of a run (`Cluster` and failures), the run, and its result.
 """
 
 import bisect
@@ -23,14 +32,15 @@ from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn, next_batch
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.simulation import metrics
 from superserve_jax.simulation.traces import Trace
 
 MET, LATE, EXPIRED, REFUSED = range(4)
-"""Outcomes: answered by the deadline; answered after it; given up without an answer; not admitted."""
+"""Outcomes of a query: answered by its deadline, answered later, given up without an answer, not admitted."""
 
 
 class Outage(NamedTuple):
-    """A worker is gone from one time until another; a batch that it runs goes back to the queue."""
+    """A worker is gone from `from_s` to `until_s`. The batch that it runs goes back to the queue."""
 
     worker: int
     from_s: float
@@ -38,14 +48,14 @@ class Outage(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """The whole server stands still: nothing is dispatched, and what finishes in the meantime is answered at the end."""
+    """The whole server stands still. Nothing is dispatched, and batches that end meanwhile are answered at `until_s`."""
 
     from_s: float
     until_s: float
 
 
 class Slowdown(NamedTuple):
-    """Batches that begin on a worker from one time until another take `factor` times as long; on every worker for None."""
+    """Batches that start between `from_s` and `until_s` on this worker, or on all for None, take `factor` times as long."""
 
     factor: float
     from_s: float
@@ -55,18 +65,20 @@ class Slowdown(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What serves the traffic.
+    """The workers that serve the traffic, and what goes wrong.
 
     Args:
-      workers: devices, each as fast as its profile.
-      overhead_ms: added to every batch; the policy does not know of it.
-      noise: spread of the latencies, as the standard deviation of their logarithm.
-      actuation_ms: added to every batch whose subnet is not the one that its worker ran last: a server that loads models.
-      max_queue: waiting queries beyond which new ones are refused.
-      expire: give up a head that could not be saved even alone on the fastest subnet, instead of serving it late.
-      admission: whether what cannot be met is refused when it arrives (see `admission`).
-      outages, stalls, slowdowns: what goes wrong, and when.
-      follow_drift: whether what a worker is slower than its profile is made up for (see `drift`).
+      workers: number of workers.
+      overhead_ms: added to the latency of every batch. The policy does not know it.
+      noise: standard deviation of the logarithm of the latencies.
+      actuation_ms: added to every batch with another subnet than the worker's last one, as in a server that loads models.
+      max_queue: refuse new queries while this many wait.
+      expire: give up a query that could not be saved even alone on the fastest subnet, instead of serving it late.
+      admission: refuse a query on arrival if its deadline cannot be met (see `scheduling.admission`).
+      outages: workers that leave, and may return.
+      stalls: times at which the whole server stands still.
+      slowdowns: times at which workers are slower than their profile.
+      follow_drift: correct the policy's state for workers that run slower than their profile (see `scheduling.speeds`).
     """
 
     workers: int = 8
@@ -89,28 +101,30 @@ class Cluster:
                 raise errors.ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for outage in self.outages:
             if not (0 <= outage.worker < self.workers and 0 <= outage.from_s < outage.until_s):
-                raise errors.ConfigError(f"{outage} names no worker of 0..{self.workers - 1}, or ends before it begins")
+                raise errors.ConfigError(f"{outage} needs a worker of 0..{self.workers - 1}, and must begin before it ends")
         for stall in self.stalls:
             if not 0 <= stall.from_s < stall.until_s < math.inf:
-                raise errors.ConfigError(f"{stall} ends before it begins, or never")
+                raise errors.ConfigError(f"{stall} must begin before it ends, and end")
         for slow in self.slowdowns:
             known = slow.worker is None or 0 <= slow.worker < self.workers
             if not (known and 0 < slow.factor < math.inf and 0 <= slow.from_s < slow.until_s):
                 raise errors.ConfigError(
-                    f"{slow} names no worker of 0..{self.workers - 1}, has no positive factor, or ends before it begins"
+                    f"{slow} needs a worker of 0..{self.workers - 1} and a positive factor, and must begin before it ends"
                 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimulationResult:
-    """What became of each query, in the order of arrival.
+    """One element per query in every array, in the order of arrival.
 
     Args:
-      arrival_s, deadline_s: of the trace.
-      start_s, finish_s: when its batch began and ended; infinite where it was never answered.
-      accuracy: profiled accuracy of the subnet that answered; NaN where none did.
-      batch: number of queries in its batch, 0 where it was never answered.
-      worker: that answered, -1 where none did.
+      arrival_s: time of arrival, from the trace.
+      deadline_s: its deadline, from the trace.
+      start_s: start of its batch; infinite if it was never answered.
+      finish_s: end of its batch; infinite if it was never answered.
+      accuracy: profiled accuracy of the subnet that answered it; NaN if none did.
+      batch: number of queries in its batch; 0 if it was never answered.
+      worker: the worker that answered it; -1 if none did.
       outcome: MET, LATE, EXPIRED or REFUSED.
     """
 
@@ -129,14 +143,13 @@ class SimulationResult:
 
     @property
     def attainment(self) -> float:
-        """SLO attainment: the share of all queries that were answered by their deadline; 1 without queries."""
-        return self.count(MET) / len(self.outcome) if len(self.outcome) else 1.0
+        """See `metrics.attainment`."""
+        return metrics.attainment(self.deadline_s, self.finish_s)
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean serving accuracy: of the subnets used, over the queries that met their deadline; NaN where none did."""
-        met = self.accuracy[self.outcome == MET]
-        return float(met.mean()) if len(met) else math.nan
+        """See `metrics.mean_accuracy`."""
+        return metrics.mean_accuracy(self.deadline_s, self.finish_s, self.accuracy)
 
 
 def simulate(
@@ -147,13 +160,14 @@ def simulate(
     cluster: Cluster | None = None,
     seed: int = 0,
 ) -> SimulationResult:
-    """Serves a trace, and returns when the last query has an outcome.
+    """Serve a trace until every query has an outcome.
 
     Args:
-      profile: of every worker, or one for each. Where it has length buckets, a query whose length the trace does not know
-        belongs to the longest.
-      policy: or the name of one, see `policies.create`.
-      seed: of the latency noise.
+      profile: one profile for all workers, or one for each. With length buckets, a query of unknown length counts as longest.
+      policy: a policy, or its name (see `policies.create`).
+      trace: the traffic.
+      cluster: the workers and what goes wrong. By default eight workers and no failures.
+      seed: seed of the latency noise.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> from superserve_jax.simulation import traces
@@ -168,7 +182,7 @@ def simulate(
 
 
 class _Batch(NamedTuple):
-    """A batch that runs, or has run."""
+    """A running batch."""
 
     worker: int
     queries: list[int]
@@ -179,11 +193,11 @@ class _Batch(NamedTuple):
 
 
 class _Simulation:
-    """The state of one simulation. Events are heap entries (time, number, method, argument); numbers break ties."""
+    """The state of one run. An event is a heap entry (time, number, method, argument). Unique numbers break ties."""
 
     def __init__(self, profiles: list[Profile], policy: Policy, trace: Trace, cluster: Cluster, seed: int):
         self.profiles, self.policy, self.trace, self.cluster = profiles, policy, trace, cluster
-        profile = profiles[0]  # shapes are those of all
+        profile = profiles[0]  # all have the same batch sizes and lengths
         self.fleet = Fleet(profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
         self.max_batch = profile.max_batch
@@ -199,8 +213,7 @@ class _Simulation:
             longest = profile.lengths[-1]
             raise errors.InputError(f"a query of {np.max(trace.lengths)} tokens, but the longest length bucket has {longest}")
         self.lengths: list[int] = np.broadcast_to(trace.lengths, trace.arrivals_s.shape).tolist()
-        self.mixed = np.ndim(trace.slo_ms) > 0
-        self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
+        self.slo_ms: list[float] = np.broadcast_to(trace.slo_ms, trace.arrivals_s.shape).tolist()
         self.arrived = 0
         self.queue = length_queue.make_queue(profile)
         self.meter = ArrivalMeter()
@@ -209,16 +222,16 @@ class _Simulation:
         self.idle = collections.deque(range(cluster.workers))
         self.running: list[_Batch | None] = [None] * cluster.workers
         self.last_subnet: list[Any] = [None] * cluster.workers
-        self.outages = [0] * cluster.workers  # that a worker is in
+        self.outages = [0] * cluster.workers  # number of outages that a worker is in: they may overlap
         self.stalled_until_s = 0.0
-        # Of the finished batches; flat lists, which the garbage collector need not walk through.
-        self.answered: list[int] = []
-        self.sizes: list[int] = []
-        self.batches: list[float] = []  # worker, start, finish, accuracy; worker, ...
+        # Finished batches as flat lists of numbers, which cost the garbage collector nothing.
+        self.answered: list[int] = []  # queries of all batches, one batch after another
+        self.sizes: list[int] = []  # sizes of the batches
+        self.batches: list[float] = []  # worker, start, finish and accuracy of each batch
         self.expired: list[int] = []
         self.refused: list[int] = []
 
-        # The last arrival and the last event never come.
+        # Sentinels: the last arrival and the last event are at infinity.
         self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self.stall, None)]
         self.number = 0
         for outage in cluster.outages:
@@ -244,9 +257,8 @@ class _Simulation:
             if now_s >= self.stalled_until_s:
                 while idle and len(waiting):
                     self.dispatch(now_s)
-        # Nothing will happen any more: all has been answered, or every worker has left for good. What is left of the events
-        # are methods of this object, without which it goes at once, not when garbage is collected.
-        events.clear()
+        # No event is left: all queries are answered, or all workers have left for good.
+        events.clear()  # they refer to methods of this object; without this cycle it is freed at once
         self.expired += waiting.drain()
         self.refused += range(self.arrived, len(arrivals) - 1)
 
@@ -255,7 +267,7 @@ class _Simulation:
         heapq.heappush(self.events, (time_s, self.number, happens, argument))
 
     def admit(self, now_s: float) -> None:
-        """Everything that has arrived by now."""
+        """Put the queries that have arrived by now into the queue, or refuse them."""
         first = self.arrived
         self.arrived = end = bisect.bisect_right(self.arrivals, now_s, first)
         if self.cluster.max_queue < math.inf:
@@ -264,7 +276,7 @@ class _Simulation:
             end = admitted
         push, deadlines, floors, tokens = self.queue.push, self.deadlines, self.floors, self.lengths
         if first < end:
-            self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
+            self.meter.shorten(now_s, min(self.slo_ms[first:end]))
         for i in range(first, end):
             if self.cluster.admission and not self.admits(i):
                 self.refused.append(i)
@@ -272,7 +284,7 @@ class _Simulation:
                 push(deadlines[i], i, floors[i], tokens[i])
 
     def admits(self, i: int) -> bool:
-        """Whether a query is admitted when it arrives: since then nothing else has happened."""
+        """Whether a query is admitted. Nothing else has happened since its arrival, which may be earlier than now."""
         return self.admission.admits(
             self.queue,
             self.fleet,
@@ -285,7 +297,7 @@ class _Simulation:
         )
 
     def dispatch(self, now_s: float) -> None:
-        """One idle worker takes what the policy says."""
+        """Let one idle worker take a batch."""
         waiting = self.queue
         if self.cluster.expire:
             self.expired += waiting.pop_before(now_s + self.fastest_s)
@@ -306,16 +318,13 @@ class _Simulation:
         self.at(now_s + 1e-3 * (latency_ms + actuation_ms), self.finish, batch)
 
     def slowdown(self, worker: int, now_s: float) -> float:
-        """By which batches that begin now on a worker take longer."""
-        factor = 1.0
-        for slow in self.cluster.slowdowns:
-            if slow.worker in (None, worker) and slow.from_s <= now_s < slow.until_s:
-                factor *= slow.factor
-        return factor
+        """The factor on the latency of a batch that starts now."""
+        active = (s for s in self.cluster.slowdowns if s.worker in (None, worker) and s.from_s <= now_s < s.until_s)
+        return math.prod(s.factor for s in active)
 
     def finish(self, now_s: float, batch: _Batch) -> None:
         if self.running[batch.worker] is not batch:
-            return  # its worker left while it ran
+            return  # its worker left meanwhile
         if now_s < self.stalled_until_s:
             self.at(self.stalled_until_s, self.finish, batch)
             return
@@ -328,7 +337,7 @@ class _Simulation:
 
     def stall(self, now_s: float, until_s: float) -> None:
         self.stalled_until_s = max(self.stalled_until_s, until_s)
-        self.at(until_s, lambda *_: None, None)  # a moment to dispatch at
+        self.at(until_s, lambda *_: None, None)  # an event that does nothing, so that the loop dispatches then
 
     def leave(self, now_s: float, worker: int) -> None:
         self.outages[worker] += 1
@@ -339,7 +348,7 @@ class _Simulation:
         if batch is None:
             self.idle.remove(worker)
             return
-        for i in batch.queries:  # as the server does: no slack left, no second try
+        for i in batch.queries:  # as in the server, there is no second try after the deadline
             if self.deadlines[i] > now_s:
                 self.queue.push(self.deadlines[i], i, self.floors[i], self.lengths[i])
             else:
@@ -370,7 +379,7 @@ class _Simulation:
 
 
 def _latency_factors(spread: float, seed: int) -> Iterator[float]:
-    """Log-normal factors with median 1."""
+    """Log-normal factors with median 1. `spread` is the standard deviation of their logarithm."""
     if not spread:
         yield from itertools.repeat(1.0)
     rng = np.random.default_rng(seed)
