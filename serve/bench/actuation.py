@@ -35,7 +35,7 @@ from superserve_jax.engines.device import DeviceEngine, LeastRecentlyUsed
 from superserve_jax.exports import Model
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import programs, reads
 from superserve_jax.training import random_export
 
 CANDIDATES = 500  # of a config file: made-up subnets, out of which evenly spaced ones are picked
@@ -97,7 +97,7 @@ class Extracted:
         program = programs.sliced(model.config, subnet)
         self.host = {
             name: np.array(np.asarray(model.params[name])[tuple(map(slice, shape))])
-            for name, shape in executables.used_leaves(program).items()
+            for name, shape in reads.used_leaves(program).items()
         }
         self.nbytes = sum(value.nbytes for value in self.host.values())
         self._device, self._row = device, jax.device_put(model.statistics_of(subnet), device)
@@ -256,7 +256,7 @@ def twice(times: Times, key: tuple[Any, ...], turn: int, call: Callable[[], Any]
 def slices_of(model: Model, subnet: Subnet, device: Any) -> Callable[[], Any]:
     """A function that makes a subnet's slices, as the engine does when they are not there."""
     program = programs.sliced(model.config, subnet)
-    leaves = tuple(executables.used_leaves(program).items())
+    leaves = tuple(reads.used_leaves(program).items())
     slicer = executables.compile_slicer(program, leaves, device)
     values = tuple(model.params[name] for name, _ in slicer.leaves)
     return lambda: jax.block_until_ready(slicer.call(values))

@@ -8,18 +8,17 @@ arguments have one of two sizes:
 """
 
 import concurrent.futures
-import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from superserve_jax import progress
-from superserve_jax.engines.cache import Device, Executable, ExecutableCache, Leaves, Shape
-from superserve_jax.supernets import programs
+from superserve_jax.engines.cache import Device, Executable, ExecutableCache, Leaves
+from superserve_jax.supernets import programs, reads
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Program
 
@@ -81,7 +80,7 @@ def build(
 def compile_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Executable:
     """Traces, lowers and compiles a program. Arguments as for `build`; `length` is 0 if all inputs have one shape."""
     full = programs.param_spec(program.config)
-    leaves = tuple((name, shape if kept else full[name].shape) for name, shape in used_leaves(program).items())
+    leaves = tuple((name, shape if kept else full[name].shape) for name, shape in reads.used_leaves(program).items())
     names = tuple(name for name, _ in leaves)
 
     def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
@@ -126,40 +125,3 @@ def _arguments(program: Program, batch: int, length: int) -> tuple[jax.ShapeDtyp
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
     return input_spec(program.config, batch, length), statistics, active
-
-
-@functools.lru_cache(maxsize=1024)
-def used_leaves(program: Program) -> dict[str, Shape]:
-    """The parameters that a program reads, each with the smallest shape that holds all that the program reads of it.
-
-    The shapes come from the traced program. WeightSlice reads the first entries along every axis. So a program that gets
-    parameters cut to these shapes reads the same values, and needs no change.
-    """
-    spec = programs.param_spec(program.config)
-    jaxpr = jax.make_jaxpr(program.infer)(spec, *_arguments(program, 1, 0)).jaxpr
-    found = {}
-    for name, variable in zip(sorted(spec), jaxpr.invars, strict=False):
-        if uses := list(_uses(jaxpr, variable)):
-            found[name] = tuple(map(max, zip(*uses, strict=True)))
-    return found
-
-
-def _uses(jaxpr: Any, variable: Any) -> Iterator[Shape]:
-    """For each use of a variable, how many entries are read along every axis, counted from the first."""
-    for equation in jaxpr.eqns:
-        places = [i for i, v in enumerate(equation.invars) if v is variable]
-        if not places:
-            continue
-        if equation.primitive.name == "slice" and equation.params["strides"] is None:
-            yield tuple(equation.params["limit_indices"])
-        elif equation.primitive.name == "cond":
-            for place, branch in itertools.product(places, equation.params["branches"]):  # the first argument is the index
-                yield from _uses(branch.jaxpr, branch.jaxpr.invars[place - 1])  # type: ignore[attr-defined]
-        elif equation.primitive.name in ("jit", "pjit"):
-            inner = equation.params["jaxpr"].jaxpr
-            for place in places:
-                yield from _uses(inner, inner.invars[place])
-        else:
-            yield tuple(variable.aval.shape)
-    if any(v is variable for v in jaxpr.outvars):
-        yield tuple(variable.aval.shape)

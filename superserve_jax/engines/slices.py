@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 
-from superserve_jax.engines import executables
 from superserve_jax.engines.cache import Executable
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import programs, reads
 from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.programs import Program
 
@@ -115,6 +114,6 @@ def fit(config: FamilyConfig, envelope: Subnet, slice_bytes: int) -> bool:
     smallest = config.space().smallest()
     if read_bytes - 4 * config.num_params(smallest) > slice_bytes:
         return False
-    full, read = programs.param_spec(config), executables.used_leaves(programs.sliced(config, smallest))
+    full, read = programs.param_spec(config), reads.used_leaves(programs.sliced(config, smallest))
     whole_bytes = 4 * sum(math.prod(shape) for name, shape in read.items() if shape == full[name].shape)
     return read_bytes - whole_bytes <= slice_bytes

@@ -1,0 +1,12 @@
+"""SuperNets: the interface of a family, the three programs of its forward function, and the model of config and weights.
+
+Read `family.py` first, then `programs.py`. `check` verifies a family, for example one that you wrote.
+"""
+
+from superserve_jax.supernets.checking import check
+from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig
+from superserve_jax.supernets.programs import Program
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.supernets.units import Units
+
+__all__ = ["FamilyConfig", "Program", "RewirableConfig", "SequenceConfig", "SuperNet", "Units", "check"]

@@ -100,7 +100,7 @@ class Program:
 
     def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits (B, num_classes), normalised with the statistics of the batch, and these statistics (2, N)."""
-        logits, stats = self._observe(params, inputs, active)
+        logits, stats = self.observe(params, inputs, active)
         if not self.offsets:
             return logits, jnp.zeros((2, 0), jnp.float32)
         parts = [jnp.stack(stats.recorded[name]) for name in self.offsets]
@@ -108,10 +108,11 @@ class Program:
 
     def train_hidden(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, Hidden]:
         """Logits as from `train`, and the hidden states (see `Hidden`), which are empty if the family records none."""
-        logits, stats = self._observe(params, inputs, active)
+        logits, stats = self.observe(params, inputs, active)
         return logits, tuple(stats.hidden)
 
-    def _observe(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, layers.BatchStats]:
+    def observe(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, layers.BatchStats]:
+        """Logits as from `train`, and what the batch left in its `BatchStats`."""
         stats = layers.BatchStats()
         return self._module(params)(inputs, self._sizes(active), stats), stats
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from superserve_jax import errors, plots, progress
+from superserve_jax import errors, plots, progress, supernets
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, data, evaluation, metrics_log, phases, rewiring, runs, sampling, teacher
@@ -56,6 +56,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     else:
         raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
     data.check_fit(dataset, config.model)
+    supernets.check(config.model, run=False)
     if config.eval_every:
         dataset.num_examples("validation")  # raises where there is none
     recipe = Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
