@@ -1,11 +1,14 @@
-"""Shared fixtures: a tiny SuperNet of each kind of block, with statistics of its own for every subnet that a test asks for."""
+"""Fixtures that many tests share: tiny SuperNets, an export, a small dataset, and a way to run the programs."""
 
 import os
 
-os.environ.setdefault("SUPERSERVE_CACHE", "")  # tests neither read nor fill this user's cache, unless one sets its own
+os.environ.setdefault("SUPERSERVE_CACHE", "")  # no test reads or fills the user's own cache
 
+import bad
 import jax
+import program
 import pytest
+from hypothesis import settings
 from tiny import CONFIGS, TINY, random_params, random_statistics
 
 from superserve_jax import exports
@@ -13,13 +16,28 @@ from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
 
 collect_ignore = ["helpers", "data"]
+settings.register_profile("long", max_examples=5_000)
 
 
-def pytest_collection_modifyitems(config, items):
-    """Without a GPU, tests that need one are not there to be skipped."""
-    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() == "cpu":
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+def pytest_collection_modifyitems(items):
+    """Skips tests that need a GPU if there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() == "cpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def run_program():
+    """Runs a program of train/ or serve/ as its command line would, see `program.run_program`."""
+    return program.run_program
+
+
+@pytest.fixture
+def no_test_hangs():
+    """Ends a test after a minute. With many more examples than usual, after an hour."""
+    with bad.within(60 if settings().max_examples <= 100 else 3600):
+        yield
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -42,7 +60,7 @@ def digits_dir(tmp_path_factory):
 
 @pytest.fixture
 def tiny():
-    """A SuperNet of basic blocks, calibrated (with made-up statistics) for its smallest, a middle and its largest subnet."""
+    """A SuperNet of basic blocks. Its smallest, a middle and its largest subnet have random statistics."""
     space = TINY.space()
     chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
     return SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
@@ -58,7 +76,7 @@ def export(tiny, tmp_path):
 
 @pytest.fixture
 def compilations(caplog):
-    """Counts what jax traces and compiles from now on."""
+    """Lists what jax traces and compiles after the fixture is made."""
     events = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
     yield lambda: [e for e in events if "compile" in e or "trace" in e]

@@ -1,4 +1,4 @@
-"""Packages import only what the table below allows, found by reading the import statements.
+"""Packages import only what the table below allows. The test reads the import statements.
 
 docs/architecture.md shows the same table. Change both together, and say why in the commit.
 """
@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "superserve_jax"
 
-# Everything may import errors and files. A name with a dot allows one module only.
+# Every module may import errors and files. A name with a dot allows one module only.
 ALLOWED = {
     "errors": (),
     "files": (),
@@ -46,13 +46,13 @@ ALLOWED = {
         *("profile", "subnet", "lengths"),
     ),
 }
-# These work in a process that has no jax.
+# These packages and modules work in a process that has no jax.
 NO_JAX = (
     *("errors", "files", "subnet", "space", "lengths", "vocabulary", "manifest", "profile", "cli", "progress", "plots"),
     *("scheduling", "simulation", "experiments", "serving", "loadtest"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )
-# Imports inside a function are for optional libraries, and for what would load jax too early.
+# Imports inside functions are for optional libraries and for modules that would load jax too early.
 LATE = {
     "__init__": ("superserve_jax",),
     "cli": ("rich",),
@@ -86,7 +86,7 @@ def names_of(node):
 
 
 def imports(path):
-    """(name, whether a function does it) of every import; those for the type checker alone are left out."""
+    """(name, whether it is inside a function) of every import. Imports under TYPE_CHECKING do not count."""
     found = []
 
     def visit(node, late):
@@ -106,7 +106,7 @@ IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
 def inner(name):
-    """The module of this package that a name stands for; None for another library's."""
+    """The name without "superserve_jax.". None if the name belongs to another library."""
     return name.removeprefix("superserve_jax.") if name.startswith("superserve_jax.") else None
 
 
@@ -136,7 +136,7 @@ def test_a_function_imports_only_what_is_listed_as_late(name):
 
 
 def test_no_modules_import_each_other():
-    """Depth first: a module that is met again while its imports are still being followed closes a cycle."""
+    """A depth-first search. A module that is already on the path closes a cycle."""
     done, path = set(), []
 
     def visit(name):

@@ -1,4 +1,4 @@
-"""The package as a developer installs it: a wheel that holds superserve_jax only, in an empty environment."""
+"""The wheel holds only superserve_jax, and works in an empty environment."""
 
 import pathlib
 import subprocess
@@ -32,7 +32,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
 
 @pytest.mark.slow
 def test_the_installed_wheel_works_without_the_clone(wheel, tmp_path):
-    # Its dependencies come from this environment; the package itself only from the wheel.
+    # The dependencies come from this environment. The package itself comes only from the wheel.
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Servers of engines without a model, for tests: input x answers (x, rank of the subnet)."""
+"""Servers with fake engines, for tests. The answer to input x is (x, rank of the subnet)."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ def always(rank, batch=4):
 
 
 def by_slack(profile, state):
-    """The larger the slack, the larger the subnet, and the smaller the batch."""
+    """A policy: with more slack, a larger subnet and a smaller batch."""
     rank = sum(state.slack_ms > ms for ms in (5, 50))
     return Decision(SUBNETS[rank], 4 >> rank)
 
@@ -52,7 +52,7 @@ def fail(*_):
 
 
 class Gate:
-    """An `on_run` hook that holds the first batch until the gate is opened."""
+    """An `on_run` hook that blocks the first batch until the test sets `opened`."""
 
     def __init__(self):
         self.entered, self.opened, self.batches = threading.Event(), threading.Event(), []
@@ -66,7 +66,7 @@ class Gate:
 
 @contextlib.contextmanager
 def held(count=1, **options):
-    """A server one of whose workers is busy with the query 0, the gate that keeps it so, and that query's future."""
+    """A server with one busy worker. Yields the server, the gate that blocks the worker, and the future of its query 0."""
     gate = Gate()
     with serve(*(fake(gate, name=f"fake:{i}") for i in range(count)), **options) as s:
         first = s.submit(x(0))

@@ -1,4 +1,4 @@
-"""A family of SuperNets that the library does not know, in one file."""
+"""A family of SuperNets that is not part of the library, in one file."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,7 +14,7 @@ from superserve_jax.space import Axis, SearchSpace
 @families.register
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """A residual MLP on small grey images; elastic are the number of its blocks and the width of all of them."""
+    """A residual MLP on small grey images. The number of blocks and their common width are elastic."""
 
     family: ClassVar[str] = "mlp"
 

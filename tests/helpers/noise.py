@@ -1,9 +1,9 @@
-"""A dataset of noise, and training on it as a process of its own, which other tests kill, starve of disk or give 8 devices.
+"""A dataset of noise, and a program that trains on it. Tests kill the program, fill its disk or give it 8 devices.
 
-    python tests/noise.py WORKDIR SPEC.json
+    python tests/helpers/noise.py WORKDIR SPEC.json
 
-SPEC holds changes to the config; "log", a file that gets one line per step: the step, a hash of its batch, its subnets; and
-"pause_s", seconds to wait before each step.
+SPEC holds changes to the config and two more keys. "pause_s" is the time to wait before each step. "log" is a file that gets
+one line per step: the step, a hash of its batch, and its subnets.
 """
 
 import hashlib
@@ -13,12 +13,13 @@ import sys
 import time
 
 import numpy as np
+from tiny import batches_of
 
 DEBUG = pathlib.Path(__file__).parents[2] / "configs" / "debug.py"
 
 
 class Noise:
-    """Noise with labels that depend on it, behind the interface of `data.Dataset`; batch k is a function of (seed, k)."""
+    """Noise with labels that depend on it. It has the interface of `data.Dataset`. Batch k is a function of (seed, k)."""
 
     name, num_classes, class_names, vocabulary = "noise", 10, tuple("0123456789"), None
 
@@ -45,11 +46,7 @@ class Noise:
 
     def eval(self, split, batch_size):
         images, labels = self.arrays(split)
-        for i in range(0, len(images), batch_size):
-            x, y = images[i : i + batch_size], labels[i : i + batch_size]
-            fill = batch_size - len(x)
-            weight = np.r_[np.ones(len(x), np.float32), np.zeros(fill, np.float32)]
-            yield {"inputs": np.pad(x, ((0, fill), (0, 0), (0, 0), (0, 0))), "label": np.pad(y, (0, fill)), "weight": weight}
+        yield from batches_of(images, labels, batch_size)()
 
 
 def main() -> None:

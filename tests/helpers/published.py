@@ -1,4 +1,4 @@
-"""Networks as others would publish them: tiny ones of random weights, and how their programs save them."""
+"""Tiny networks with random weights, saved as once-for-all and Hugging Face would save them."""
 
 import numpy as np
 from tiny import random_params, random_statistics
@@ -80,22 +80,22 @@ def bert_state(model):
 
 
 def ofa_model():
-    """A SuperNet of random weights and statistics that once-for-all could have made."""
+    """A SuperNet with random weights and statistics, in a form that once-for-all can save."""
     largest = OFA.space().largest()
     return SuperNet(OFA, random_params(OFA), {largest: random_statistics(OFA, largest)})
 
 
 def bert_model():
-    """A SuperNet of random weights that Hugging Face could have made."""
+    """A SuperNet with random weights, in a form that Hugging Face can save."""
     return SuperNet(BERT, random_params(BERT))
 
 
 def assert_same_model(actual, expected):
-    """Config, every weight and every row of statistics are equal, bit by bit."""
+    """Checks that the config, all weights and all statistics are equal, bit by bit."""
     assert actual.config == expected.config
     assert actual.params.keys() == expected.params.keys()
     for name, value in expected.params.items():
         np.testing.assert_array_equal(actual.params[name], value, err_msg=name)
     assert actual.statistics.keys() == expected.statistics.keys()
-    for subnet, row in expected.statistics.items():
-        np.testing.assert_array_equal(actual.statistics[subnet], row)
+    for subnet, statistics in expected.statistics.items():
+        np.testing.assert_array_equal(actual.statistics[subnet], statistics)

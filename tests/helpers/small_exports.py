@@ -1,4 +1,4 @@
-"""The smallest exports there are, of images and of texts: tests damage every bit of them."""
+"""The smallest possible exports, one of images and one of texts. Tests damage every bit of them."""
 
 from tiny import random_params, random_statistics
 

@@ -1,4 +1,4 @@
-"""A tiny SuperNet of each kind of block, and random inputs for them."""
+"""Configs of tiny SuperNets, and random parameters, statistics and inputs for them."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def random_params(config, seed=0):
-    """Parameters with which nothing cancels: norms have scales and biases of their own."""
+    """Random parameters. Scales are around 1 and everything else is around 0."""
     rng = np.random.default_rng(seed)
     return {
         name: np.asarray(rng.normal(1.0 if name.endswith("scale") else 0.0, 0.3, spec.shape), np.float32)
@@ -46,14 +46,14 @@ def random_images(config, batch, seed=0):
 
 
 def random_statistics(config, subnet, seed=0):
-    """Statistics (2, n) of a subnet that belong to no data."""
+    """Random statistics (2, n) of a subnet."""
     n = sum(config.norm_sizes(config.sizes(subnet)).values())
     rng = np.random.default_rng([seed, n])
     return np.stack([rng.normal(0, 1, n), rng.uniform(0.5, 2, n)]).astype(np.float32)
 
 
 def live_bytes():
-    """Bytes of the buffers that live on devices; arrays that share one count once."""
+    """Bytes of all buffers on the devices. A buffer that several arrays share counts once."""
     return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}.values())
 
 
@@ -63,7 +63,7 @@ TINY_BERT = DynaBERTConfig(
 
 
 def random_tokens(config, batch=3, seed=0):
-    """Sequences of different lengths, the first a full one."""
+    """Sequences of different lengths. The first has the full length."""
     rng = np.random.default_rng(seed)
     shape = (batch, config.max_length)
     lengths = np.concatenate([[config.max_length], rng.integers(1, config.max_length, batch - 1)])
@@ -75,6 +75,8 @@ def random_tokens(config, batch=3, seed=0):
 
 
 def batches_of(images, labels, size):
+    """A function that yields batches as `Dataset.eval` does: the last one is padded, and the padding has weight 0."""
+
     def make():
         for i in range(0, len(images), size):
             x, y = images[i : i + size], labels[i : i + size]

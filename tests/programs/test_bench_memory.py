@@ -1,12 +1,10 @@
 """serve/bench/actuation.py and memory.py on a minute network: every figure is there, and they agree with each other."""
 
 import gc
-import json
 import math
 import os
 import pathlib
 import runpy
-import sys
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.subnet import evenly_spaced
 from superserve_jax.training import random_export
 
-FOLDER = pathlib.Path(__file__).parents[2] / "serve" / "bench"
+ACTUATION = pathlib.Path(__file__).parents[2] / "serve" / "bench" / "actuation.py"
 TINY = OFAResNetConfig(  # one block: these tests compile thirty programs
     num_classes=3,
     image_size=8,
@@ -44,19 +42,17 @@ def export(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, export):
-    """Runs a program on the export, in this process; returns its figures."""
+def run(run_program, monkeypatch, export):
+    """Runs a program on the export, in this process only. Returns its figures and what it printed."""
 
     def in_this_process(function, path, variant, repeats):
         gc.collect()
         return function(path, variant, repeats) if repeats > 1 else None  # with 1 it only fills the cache
 
     def run(name, *options):
-        main = runpy.run_path(str(FOLDER / name))["main"]
-        monkeypatch.setitem(main.__globals__, "in_fresh_process", in_this_process)
-        monkeypatch.setattr(sys, "argv", [name, str(export), "--json", str(tmp_path / "found.json"), *options])
-        main()
-        return json.loads((tmp_path / "found.json").read_text())
+        patches = {"in_fresh_process": in_this_process} if name == "memory.py" else {}
+        done = run_program(f"serve/bench/{name}", export, *options, json_file=True, patches=patches)
+        return done.json, done.stdout
 
     monkeypatch.setenv("SUPERSERVE_CACHE", str(export.parent / "cache"))
     return run
@@ -71,10 +67,10 @@ def numbers(value):
     return [value] if isinstance(value, int | float) else []
 
 
-def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export, tmp_path, capsys):
+def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export, tmp_path):
     chosen, plot = evenly_spaced(exports.load(export).subnets, TINY.flops, 4), tmp_path / "plots" / "loading.png"
     budget = 4 * TINY.num_params(chosen[2])  # of two of the smaller three
-    found = run("actuation.py", *f"--subnets 4 --rounds 3 --loads 2 --slice-bytes {budget} --plot {plot}".split())
+    found, printed = run("actuation.py", *f"--subnets 4 --rounds 3 --loads 2 --slice-bytes {budget} --plot {plot}".split())
     assert all(map(math.isfinite, numbers(found)))
     copied = 0
     for s, of in zip(chosen, found["subnets"], strict=True):
@@ -91,13 +87,12 @@ def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export
     assert copied + others == 12
     assert copied > 0 < others  # the largest is never copied
     assert plot.stat().st_size > 0
-    printed = capsys.readouterr().out
     assert "not measured: fresh weights; sizes are real" in printed
     assert "kept, same subnet again: " in printed
 
 
 def test_loading_copies_the_weights(export, tmp_path):
-    program = runpy.run_path(str(FOLDER / "actuation.py"))
+    program = runpy.run_path(str(ACTUATION))
     model = exports.load(export)
     network = program["Extracted"](model, model.subnets[0], jax.devices()[0], file=tmp_path / "weights")
     for load in (network.load_from_host, network.load_from_disk):
@@ -108,8 +103,8 @@ def test_loading_copies_the_weights(export, tmp_path):
     assert network.drop_pages() == hasattr(os, "posix_fadvise")
 
 
-def test_memory_of_all_variants_adds_up(run, export, capsys):
-    found = run("memory.py", "--executables", "2", "--extracted", "2", "--repeats", "2")
+def test_memory_of_all_variants_adds_up(run, export):
+    found, printed = run("memory.py", "--executables", "2", "--extracted", "2", "--repeats", "2")
     assert all(map(math.isfinite, numbers(found)))
     in_call, kept, small, extracted, everything = found["variants"]
     model = exports.load(export)
@@ -127,11 +122,9 @@ def test_memory_of_all_variants_adds_up(run, export, capsys):
     for of in (in_call, kept, small, extracted):
         assert min(of["temporary_bytes"], of["code_bytes"], *of["latency_ms"]) > 0
     assert found["ratios"][in_call["name"]]["live_bytes"] == pytest.approx(extracted["live_bytes"] / in_call["live_bytes"])
-    assert "not measured: fresh weights; sizes are real" in capsys.readouterr().out
+    assert "not measured: fresh weights; sizes are real" in printed
 
 
 @pytest.mark.parametrize(("name", "option"), [("actuation.py", "--subnets"), ("memory.py", "--extracted")])
-def test_numbers_that_cannot_be_are_refused(run, name, option, capsys):
-    with pytest.raises(SystemExit):
-        run(name, option, "0")
-    assert "at least" in capsys.readouterr().err
+def test_numbers_that_cannot_be_are_refused(run_program, export, name, option):
+    assert "at least" in run_program(f"serve/bench/{name}", export, option, "0", status=2).stderr

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from superserve_jax import cli, errors
+from superserve_jax import errors
 from superserve_jax.experiments import figures, paper_table, presets, runner
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
@@ -217,25 +217,11 @@ def test_every_preset_with_a_figure_draws_it(tmp_path, day):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-@pytest.fixture
-def compare(monkeypatch):
-    """Runs the program in this process, with the given options."""
-    program = runpy.run_path(str(ROOT / "serve" / "compare.py"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-        cli.run(program["main"])
-
-    return run
-
-
-def test_the_program_prints_a_table_and_the_papers_figures_and_writes_the_results(compare, tmp_path, capsys):
+def test_the_program_prints_a_table_and_the_papers_figures_and_writes_the_results(run_program, tmp_path):
     PAPER.save(tmp_path / "profile.json")
     options = ("--preset", "policies", "--seeds", 2, "--seconds", 0.3, "--jobs", 1, "--paper")
-    files = ("--json", tmp_path / "results.json", "--profile", tmp_path / "profile.json", "--plots", tmp_path / "plots")
-    compare(*options, *files)
-    printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
+    files = ("--profile", tmp_path / "profile.json", "--plots", tmp_path / "plots")
+    printed, _, results = run_program("serve/compare.py", *options, *files, json_file=True)
     assert {r["seed"] for r in results} == {0, 1}
     assert {r["scale"] for r in results} == {1.0}  # the presets' 1.9 belongs to the reconstructed profile
     assert all(set(r) >= NAMED | FIGURES and not math.isnan(r["attainment"]) for r in results)
@@ -263,11 +249,8 @@ def test_without_the_azure_file_all_presets_but_that_one_run(capsys):
         (("--seeds", "0"), "--seeds"),
     ],
 )
-def test_a_bad_option_ends_the_program_with_one_line_before_anything_runs(compare, arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        compare(*arguments)
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
+def test_a_bad_option_ends_the_program_with_one_line_before_anything_runs(run_program, arguments, message):
+    error = run_program("serve/compare.py", *arguments, status=2).stderr
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1

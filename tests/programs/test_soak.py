@@ -1,12 +1,10 @@
 """serve/bench/soak.py on fake engines: what it judges, and that a broken guarantee ends it with status 1."""
 
+import functools
 import gc
-import json
-import logging
 import mmap
 import pathlib
 import runpy
-import sys
 import types
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 from fakes import PROFILE
 
 import superserve_jax as ss
-from superserve_jax import errors
 from superserve_jax.engines import prepare
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import endurance
@@ -31,16 +28,12 @@ def soak():
 
 
 @pytest.fixture
-def program(soak, monkeypatch, tmp_path, caplog):
-    """Runs the program with options; returns its exit status and what it wrote."""
-    caplog.set_level(logging.CRITICAL, logger="superserve_jax.serving")  # as the program does; this puts it back
+def program(run_program):
+    """Runs the program with options. Returns what it wrote and what it printed."""
 
-    def run(*options):
-        path = tmp_path / "soak.json"
-        monkeypatch.setattr(sys, "argv", ["soak.py", "--json", str(path), *map(str, options)])
-        with pytest.raises(SystemExit) as caught:
-            soak["main"]()
-        return caught.value.code, json.loads(path.read_text())
+    def run(*options, status=0, **patches):
+        done = run_program("serve/bench/soak.py", *options, json_file=True, status=status, patches=patches)
+        return done.json, done.stdout + done.stderr
 
     return run
 
@@ -123,10 +116,10 @@ def export(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, tmp_path, capsys):
+def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, tmp_path):
     plot = tmp_path / "plots" / "soak.png"
     gc.collect()  # else executables of other tests may go meanwhile
-    _, written = program(export, "--minutes", 0.1, "--warm-up-s", 1, "--load", 1.5, "--plot", plot)
+    written, printed = program(export, "--minutes", 0.1, "--warm-up-s", 1, "--load", 1.5, "--plot", plot)
     assert written["submitted"] == written["resolved"] > 500
     assert written["subnets"] == 3
     assert len(written["seconds"]) == 6
@@ -134,7 +127,6 @@ def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, 
     assert held["every future resolves"]
     assert held["nothing is compiled after the start"]
     assert plot.stat().st_size > 0
-    printed = capsys.readouterr().out
     assert all(what in printed for what in held)
 
 
@@ -146,28 +138,24 @@ def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, 
         (["runs/export", "--storm"], "give either an export's directory, or --storm"),
     ],
 )
-def test_options_that_do_not_fit_together_are_refused(soak, monkeypatch, options, message):
-    monkeypatch.setattr(sys, "argv", ["soak.py", *options])
-    with pytest.raises(errors.ConfigError, match=message):
-        soak["main"]()
+def test_options_that_do_not_fit_together_are_refused(program, options, message):
+    assert message in program(*options, status=2)[1]
 
 
 def test_a_storm_ends_with_status_0_and_its_results(program):
-    status, written = program("--storm", "--queries", 3_000)
-    assert status == 0
+    written, _ = program("--storm", "--queries", 3_000)
     assert written["check"]["offered"] == sum(written["check"]["outcomes"].values()) == 3_000
     assert all(guarantee["holds"] for guarantee in written["guarantees"])
 
 
-def test_a_storm_that_loses_a_query_ends_with_status_1(program, soak, monkeypatch):
-    monkeypatch.setitem(soak["main"].__globals__, "Storm", lambda **options: Storm(**options, patience_s=0.2))
+def test_a_storm_that_loses_a_query_ends_with_status_1(program, monkeypatch):
     set_result = Future.set_result
 
     def forget(self, value):
         return self.inputs != 7 and set_result(self, value)
 
     monkeypatch.setattr(Future, "set_result", forget)
-    status, written = program("--storm", "--queries", 100)
-    assert status == 1
+    impatient = functools.partial(Storm, patience_s=0.2)
+    written, _ = program("--storm", "--queries", 100, status=1, Storm=impatient)
     assert written["check"]["lost"] == 1
     assert written["check"]["examples"] == ["query 7 was lost: it never resolved"]
