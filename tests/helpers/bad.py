@@ -1,10 +1,11 @@
-"""Bad input for tests: values that do not belong, damaged copies of what does, and the rule that a failure must keep."""
+"""Bad input for tests: odd values and damaged copies of good values. `attempt` checks that a failure is a documented error."""
 
 import contextlib
 import copy
 import json
 import signal
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from superserve_jax import errors
@@ -15,7 +16,7 @@ ODD = [
     *("", "x", "1", "nan", "../../etc/passwd", "/etc/passwd", "\0", "\ud800", "a\nb", "x" * 10_000),
     *([], [[]], [None], [0], [1, 2, 3], ["x"], [1e400], {}, {"family": "single_subnet"}, {"gates": [1]}),
 ]
-"""Plain values, such as JSON may hold."""
+"""Plain values that JSON may hold."""
 
 odd = st.sampled_from(ODD)
 json_values = st.recursive(
@@ -24,7 +25,15 @@ json_values = st.recursive(
     max_leaves=8,
 )
 objects = st.sampled_from([object(), b"bytes", 1j, {1, 2}, range(3), int, len, ...]) | odd
-"""Values that a caller may pass."""
+"""Values that a caller may pass, also ones that JSON cannot hold."""
+
+
+def fuzzed(test):
+    """Decorates a fuzz test. It tries 50 examples, and 2,500 under `pytest --hypothesis-profile long`."""
+    health = list(HealthCheck)
+    return settings(max_examples=settings().max_examples // 2, deadline=None, database=None, suppress_health_check=health)(
+        test
+    )
 
 
 def paths(value, path=()):
@@ -37,7 +46,7 @@ def paths(value, path=()):
 
 @st.composite
 def damaged(draw, value):
-    """Copies of a JSON value with one to three changes: something replaced, removed, doubled or added."""
+    """Copies of a JSON value with one to three changes: a part is replaced, removed, doubled or added."""
     result = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         places = list(paths(result))
@@ -62,9 +71,9 @@ def damaged(draw, value):
 
 
 def attempt(call, *kinds):
-    """What a call returns, or the error that it raises where that is one of the kinds; any other error passes.
+    """Returns what the call returns, or the error that it raises if that is of one of the kinds.
 
-    An error must say something.
+    Every other error is raised. The error must be one of superserve_jax.errors and have a message.
     """
     try:
         return call()
@@ -76,12 +85,12 @@ def attempt(call, *kinds):
 
 
 class Hang(BaseException):
-    """What hangs does not catch it, and hypothesis does not try it again."""
+    """Raised in a test that hangs. A BaseException, so neither the library nor hypothesis catches it."""
 
 
 @contextlib.contextmanager
 def within(seconds):
-    """Ends what takes longer with `Hang`, also where it waits for a file."""
+    """Raises `Hang` if the block takes longer, even while it waits for a file."""
 
     def stop(*_):
         raise Hang(f"still busy after {seconds} s")
@@ -96,5 +105,5 @@ def within(seconds):
 
 
 def dumps(value):
-    """JSON text; of what JSON cannot hold, something else."""
-    return json.dumps(value, default=str)
+    """JSON text. A value that JSON cannot hold becomes its repr."""
+    return json.dumps(value, default=repr)

@@ -1,0 +1,218 @@
+"""Damaged, forged and impossible exports: each is refused with an ExportError, or loads as what it says."""
+
+import io
+import json
+import pathlib
+import resource
+import zipfile
+
+import bad
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_exports import IMAGES, TEXTS, WORDS, payload_of, write
+from tiny import TINY
+
+import superserve_jax as ss
+from superserve_jax import errors, exports, files
+from superserve_jax.exports import statistics
+from superserve_jax.manifest import MANIFEST_NAME
+
+pytestmark = pytest.mark.usefixtures("no_test_hangs")
+
+
+@pytest.fixture(scope="module", params=["images", pytest.param("texts", marks=pytest.mark.slow)])
+def exported(request, tmp_path_factory):
+    config, words = {"images": (IMAGES, None), "texts": (TEXTS, WORDS)}[request.param]
+    return write(tmp_path_factory.mktemp("bad") / request.param, config, words)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return exports.load(write(tmp_path_factory.mktemp("model") / "export", IMAGES))
+
+
+@pytest.fixture(scope="module")
+def load_changed(exported):
+    """Loads the export with another manifest, any JSON value or text. The digest fits, as an attacker would make it."""
+    file = exported / MANIFEST_NAME
+    good = file.read_text()
+
+    def load(manifest):
+        if isinstance(manifest, dict):
+            manifest["sha256"] = files.digest(manifest)
+        file.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
+        try:
+            return exports.load(exported)
+        finally:
+            file.write_text(good)
+
+    return load
+
+
+@pytest.fixture
+def manifest(exported):
+    return json.loads((exported / MANIFEST_NAME).read_text())
+
+
+@bad.fuzzed
+@given(choose=st.data())
+def test_a_forged_manifest_is_refused_or_serves_what_it_says(exported, load_changed, choose):
+    whole = json.loads((exported / MANIFEST_NAME).read_text())
+    part = choose.draw(st.sampled_from(["config", "served", "files", None]))
+    if part is None:
+        whole = choose.draw(bad.damaged(whole))
+    else:
+        whole[part] = choose.draw(bad.damaged(whole[part]))
+    loaded = bad.attempt(lambda: load_changed(whole), errors.ExportError)
+    if isinstance(loaded, errors.ExportError):
+        assert str(exported) in str(loaded)
+        assert "\n" not in str(loaded)
+    else:
+        assert all(0 <= s.accuracy <= 1 for s in loaded.served)
+        assert [loaded.space.validate(s) for s in loaded.subnets] == list(loaded.subnets)
+        assert loaded.config.num_classes == whole["config"]["num_classes"]
+
+
+HUGE = {
+    "blocks": lambda m: m["config"].update(depths=[[0, 10**9]]),
+    "layers": lambda m: m["config"].update(depths=[10**9]),
+    "classes": lambda m: m["config"].update(num_classes=10**12),
+    "more classes than an array can have": lambda m: m["config"].update(num_classes=1 << 70),
+    "channels": lambda m: m["config"].update(stem_width=10**9, stage_widths=[10**9]),
+    "channels by a ratio": lambda m: m["config"].update(width_mults=[1e300], expand_ratios=[1e300]),
+    "tokens": lambda m: m["config"].update(vocab_size=10**12),
+    "nested lists": lambda m: m.update(training={"x": [[[[]]]] * 1000}, config={"a": m["config"]}),
+}
+
+
+@pytest.mark.parametrize("change", HUGE.values(), ids=HUGE)
+def test_huge_sizes_are_refused_before_memory_is_allocated(load_changed, manifest, change):
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    change(manifest)
+    with pytest.raises(errors.ExportError, match="does not describe a SuperNet that this version can build"):
+        load_changed(manifest)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 300_000
+
+
+@pytest.mark.parametrize(
+    "payload", ["../outside", "/etc", "payload-../../../etc", "payload-0123456789abcde/", "payload-0123456789abcdeg", "", "."]
+)
+def test_a_payload_outside_the_export_is_refused(load_changed, manifest, payload):
+    with pytest.raises(errors.ExportError, match="cannot be one"):
+        load_changed({**manifest, "payload": payload})
+
+
+@pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", "weights/../../x", "", ".", "a\nb", "\0", "a" * 5000])
+def test_a_file_outside_the_payload_is_refused(load_changed, manifest, name):
+    manifest["files"][name] = {"bytes": 0, "sha256": ""}
+    with pytest.raises(errors.ExportError, match=r"missing|impossible names"):
+        load_changed(manifest)
+
+
+@pytest.mark.parametrize("depth", [100, 980, 5000])
+def test_a_deeply_nested_manifest_is_refused(exported, load_changed, depth):
+    nested = f'"nested": {"[" * depth + "]" * depth}, "measured"'
+    with pytest.raises(errors.ExportError):
+        load_changed((exported / MANIFEST_NAME).read_text().replace('"measured"', nested))
+
+
+def npz(**entries):
+    """A zip archive with the given bytes as entries."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(f"{name}.npy", content)
+    return buffer.getvalue()
+
+
+def npy(array, **header):
+    """A NumPy file. With `header`, only that header and no values."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    if header:
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": (1,), **header})
+    return buffer.getvalue()
+
+
+class Pickled:
+    """Unpickling this object makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.file,)
+
+
+def test_statistics_that_do_not_fit_are_refused_and_nothing_is_unpickled(tmp_path, model):
+    good = (payload_of(model.path)[0] / "statistics.npz").read_bytes()
+    file, trap = tmp_path / "statistics.npz", tmp_path / "trap"
+    file.write_bytes(good)
+    assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
+    order = np.array(json.dumps([s.to_json() for s in model.statistics]))
+    widths = np.array([r.shape[1] for r in model.statistics.values()])
+    whole = np.concatenate(list(model.statistics.values()), axis=1)
+    fitting = {"subnets": npy(order), "widths": npy(widths), "rows": npy(whole)}
+    file.write_bytes(npz(**fitting))
+    assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
+    pickled = npy(np.array([Pickled(trap)], object))
+    for content in (
+        *(b"", b"PK", b"\x80\x04.", good[:-30], npz(), npz(**{**fitting, "rows": b""}), pickled),
+        *(npz(**{**fitting, name: pickled}) for name in fitting),
+        *(npz(**{**fitting, "rows": npy(None, shape=shape)}) for shape in ((2, 10**12), (1 << 62, 1 << 62), (2, 0), (-1, 4))),
+        npz(**{**fitting, "rows": npy(whole.astype(np.float64))}),
+        npz(**{**fitting, "rows": npy(whole[:, 1:])}),
+        npz(**{**fitting, "widths": npy(widths[::-1] * -1)}),
+        npz(**{**fitting, "widths": npy(widths.astype(float) + 0.5)}),
+        npz(**{**fitting, "subnets": npy(np.array("[" * 100_000))}),
+        npz(**{**fitting, "subnets": npy(np.array('[{"gates": [1, 1, 1, 1]}]'))}),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(errors.ExportError, match=r"statistics\.npz"):
+            statistics.read(file, IMAGES)
+    assert not trap.exists()
+
+
+@bad.fuzzed
+@given(choose=st.data())
+def test_statistics_with_damaged_bytes_are_refused_or_have_the_right_shapes(tmp_path_factory, model, choose):
+    content = bytearray((payload_of(model.path)[0] / "statistics.npz").read_bytes())
+    for _ in range(choose.draw(st.integers(1, 4))):
+        content[choose.draw(st.integers(0, len(content) - 1))] = choose.draw(st.integers(0, 255))
+    file = tmp_path_factory.mktemp("statistics") / "statistics.npz"
+    file.write_bytes(bytes(content[: choose.draw(st.integers(len(content) - 3, len(content)))]))
+    read = bad.attempt(lambda: statistics.read(file, IMAGES), errors.ExportError)
+    if not isinstance(read, errors.ExportError):
+        assert [r.shape for r in read.values()] == [(2, sum(IMAGES.norm_sizes(IMAGES.sizes(s)).values())) for s in read]
+
+
+@pytest.mark.parametrize("path", [None, 5, 1.5, b"x", [], {}, object(), "\0", "a" * 5000, "", "/", "/dev/null", "/etc/passwd"])
+def test_something_else_than_the_path_of_an_export_is_refused(path):
+    with pytest.raises(errors.ExportError):
+        ss.load(path)
+    with pytest.raises(errors.ExportError):
+        ss.Server(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"model": v} for v in (None, 5, "x", TINY)),
+        *({"served": v} for v in (None, 5, "x", [None], [5], [], {"a": 1})),
+        *({"measured": v} for v in (None, 5, b"x")),
+        *({"class_names": v} for v in (None, 5, [1, 2], [b"x"])),
+        *({"vocabulary": v} for v in (5, "x", WORDS)),
+        *({"training": v} for v in (5, "x", {"a": ...}, {"a": {1}}, [1])),
+        *({"path": v} for v in (None, 5, b"x", "/dev/null", "/dev/null/x", "/proc/nowhere")),
+    ],
+    ids=str,
+)
+def test_exporting_something_else_is_refused_before_anything_is_written(tmp_path, model, change):
+    good = {"path": tmp_path / "e", "model": model, "served": model.served, "measured": "made up", **change}
+    path, what, served = (good.pop(name) for name in ("path", "model", "served"))
+    with pytest.raises((errors.ConfigError, errors.ExportError)):
+        ss.export(path, what, served, **good)
+    assert not list(tmp_path.iterdir())
