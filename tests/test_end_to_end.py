@@ -115,7 +115,7 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(run_program, tmp_pat
     ("arguments", "message"),
     [
         (["train/supernet.py", "configs/debgu.py"], "did you mean configs/debug.py"),
-        (["train/supernet.py", "configs/debug.py", "--optim.lr", "nan"], "optim.lr must be a finite number"),
+        (["train/supernet.py", "configs/debug.py", "--optim.lr", "nan"], "optim.lr must be float"),
         (["train/supernet.py", "configs/debug.py", "--data.name", "cifr10"], "did you mean 'cifar10'"),
         (["train/evaluate.py", "nowhere"], "is not the folder of a run"),
         (["serve/measure.py", "nowhere"], "is not an export"),

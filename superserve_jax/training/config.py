@@ -154,6 +154,10 @@ class TrainConfig:
                 )
 
 
+# tyro offers the options of a field's own config, such as --model.image-size, only if the field may be anything.
+TrainConfig.__annotations__.update(model=Any, data=Any)
+
+
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     """The config that a Python file's `get_config()` returns. Raises ConfigError if the file cannot give one."""
     with errors.refusing(errors.ConfigError, f"expected the path of a config file, got {path!r}"):
