@@ -41,9 +41,7 @@ def main() -> None:
     """The program."""
     config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
     default = Options(tyro.MISSING, load_config(config_path))
-    options = tyro.cli(
-        Options, default=default, args=rest, prog=f"train/convert.py {config_path}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    options = tyro.cli(Options, default=default, args=rest, prog=f"train/convert.py {config_path}")
     model = convert.weights(options.weights, options.config.model)  # first, since unfit weights should leave no folder behind
     run = Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
     largest = model.space.largest()

@@ -42,9 +42,7 @@ def main() -> None:
     """The program."""
     config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
     default = Options(load_config(config_path))
-    options = tyro.cli(
-        Options, default=default, args=rest, prog=f"train/supernet.py {config_path}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    options = tyro.cli(Options, default=default, args=rest, prog=f"train/supernet.py {config_path}")
     run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
     if options.train_only:
         print(f"trained: {run.workdir}; go on with `python train/search.py {run.workdir}`")

@@ -43,13 +43,7 @@ def main() -> None:
     """The program."""
     config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
     default = Options(load_config(config_path))
-    options = tyro.cli(
-        Options,
-        default=default,
-        args=rest,
-        prog=f"train/bench/norm_statistics.py {config_path}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    options = tyro.cli(Options, default=default, args=rest, prog=f"train/bench/norm_statistics.py {config_path}")
     config = options.config.model
     with tempfile.TemporaryDirectory() as folder:
         path = random_export.export(config, pathlib.Path(folder) / "export", subnets=options.subnets)

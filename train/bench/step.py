@@ -123,14 +123,7 @@ def main() -> None:
     """The program."""
     path, *rest = sys.argv[1:] if sys.argv[1:] and not sys.argv[1].startswith("-") else [DEFAULT_CONFIG, *sys.argv[1:]]
     default = Options(load_config(path))
-    options = tyro.cli(
-        Options,
-        description=__doc__,
-        default=default,
-        args=rest,
-        prog=f"train/bench/step.py {path}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    options = tyro.cli(Options, description=__doc__, default=default, args=rest, prog=f"train/bench/step.py {path}")
     found = measure(options.config, options.repetitions)
     low, middle, high = np.percentile(found["ratios"], (10, 50, 90))
     print(f"batch {found['batch_size']} on {found['device']}, medians of {options.repetitions}:")
