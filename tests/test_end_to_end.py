@@ -117,6 +117,7 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(run_program, tmp_pat
         (["train/supernet.py", "configs/debgu.py"], "did you mean configs/debug.py"),
         (["train/supernet.py", "configs/debug.py", "--optim.lr", "nan"], "optim.lr must be float"),
         (["train/supernet.py", "configs/debug.py", "--data.name", "cifr10"], "did you mean 'cifar10'"),
+        (["train/supernet.py", "configs/debug.py", "--model.image-size", "0"], "image_size must be"),
         (["train/evaluate.py", "nowhere"], "is not the folder of a run"),
         (["serve/measure.py", "nowhere"], "is not an export"),
         (["serve/measure.py", "nowhere", "--batch-sizes", "4", "1"], "batch_sizes must be ascending"),

@@ -90,7 +90,7 @@ Options = types.SimpleNamespace
 """A value for each of `ServerOptions`, checked."""
 
 
-def check(given: ServerOptions) -> Options:
+def check_options(given: ServerOptions) -> Options:
     """All options: the given ones, and the defaults of the others.
 
     Raises UnknownNameError for an unknown name, and ConfigError for a value that cannot be. `policy` and `slo_ms` are checked

@@ -56,10 +56,9 @@ from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import background, inputs, locks
-from superserve_jax.serving import options as server_options
 from superserve_jax.serving.futures import Future, Query
 from superserve_jax.serving.inputs import InputSpec
-from superserve_jax.serving.options import Options, ServerOptions
+from superserve_jax.serving.options import Options, ServerOptions, check_options
 from superserve_jax.serving.pool import Pool
 
 _MAX_NAME = 100  # characters of a policy's name, which may nest
@@ -122,7 +121,7 @@ class Server:
     ):
         from superserve_jax.engines import prepare  # here, since it imports jax
 
-        checked = server_options.check(options)  # before anything that takes long
+        checked = check_options(options)  # before anything that takes long
         self.model, engines, profiles = prepare.prepare(
             path_or_model,
             batch_sizes=batch_sizes,
@@ -147,7 +146,7 @@ class Server:
         """
         self = cls.__new__(cls)
         self.model, self._slicing = None, {}
-        self._open(engines, profile, server_options.check(options))
+        self._open(engines, profile, check_options(options))
         return self
 
     def _open(self, engines: Sequence[Engine], profile: Profile | Sequence[Profile], options: Options) -> None:
