@@ -8,22 +8,8 @@ length buckets). The policy's state comes from the queue, the arrival meter in `
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
-from superserve_jax.scheduling.length_queue import LengthQueue
 from superserve_jax.scheduling.policies import Decision, Policy, State
-from superserve_jax.scheduling.queue import DeadlineQueue, Queue
-from superserve_jax.scheduling.speeds import Fleet, Pace, SlowdownEstimate
+from superserve_jax.scheduling.queue import Queue
+from superserve_jax.scheduling.speeds import Fleet
 
-__all__ = [
-    "Admission",
-    "ArrivalMeter",
-    "DeadlineQueue",
-    "Decision",
-    "Fleet",
-    "LengthQueue",
-    "Pace",
-    "Policy",
-    "Queue",
-    "SlowdownEstimate",
-    "State",
-    "Turn",
-]
+__all__ = ["Admission", "ArrivalMeter", "Decision", "Fleet", "Policy", "Queue", "State", "Turn"]

@@ -9,6 +9,8 @@ every large batch of a mix contains a long query. So `LengthQueue` puts queries 
     the engine     runs the program of the length bucket that holds its inputs, which is the head's
 """
 
+# ruff: noqa: D102 - the docstring of `Queue` describes its methods in one table
+
 import bisect
 import math
 import sys
@@ -119,7 +121,6 @@ class LengthQueue:
         return self._queues[self._head_place()].head_deadline_s
 
     def head(self) -> Any:
-        """See `Queue.head`."""
         return self._queues[self._head_place()].head()
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
@@ -146,7 +147,6 @@ class LengthQueue:
         return items
 
     def head_floors(self, n: int) -> tuple[float, ...]:
-        """See `Queue.head_floors`."""
         if not any(q.head_floors(1) for q in self._queues):  # no item has a floor
             return ()
         floors: tuple[float, ...] = ()
@@ -168,19 +168,16 @@ class LengthQueue:
         return aside
 
     def put_back(self, aside: Any) -> None:
-        """See `Queue.put_back`."""
         for q, entries in aside:
             q.put_back(entries)
         self._place = None
 
     def drop_late(self, done: Callable[[Any], bool]) -> None:
-        """See `Queue.drop_late`."""
         self._place = None
         for q in self._queues:
             q.drop_late(done)
 
     def sweep(self, done: Callable[[Any], bool]) -> None:
-        """See `Queue.sweep`."""
         self._place = None
         for q in self._queues:
             q.sweep(done)
@@ -198,7 +195,6 @@ class LengthQueue:
         return taken
 
     def pop_above(self, accuracy: float) -> list[Any]:
-        """See `Queue.pop_above`."""
         self._place = None
         return [item for q in self._queues for item in q.pop_above(accuracy)]
 
@@ -207,11 +203,9 @@ class LengthQueue:
         return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.head_work
 
     def items(self) -> list[Any]:
-        """See `Queue.items`."""
         return [item for q in self._queues for item in q.items()]
 
     def drain(self) -> list[Any]:
-        """See `Queue.drain`."""
         self._place = None
         return [item for q in self._queues for item in q.drain()]
 

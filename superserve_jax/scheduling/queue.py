@@ -10,6 +10,8 @@ Items that cannot be met any more may be deferred: they go behind all others (`d
 query a little too late. With deferral the workers meet as many deadlines as their throughput allows.
 """
 
+# ruff: noqa: D102 - the docstring of `Queue` describes its methods in one table
+
 import bisect
 import collections
 import heapq
@@ -33,119 +35,68 @@ def _latest_first(entry: Entry) -> tuple[float, int]:
 class Queue(Protocol):
     """What server, simulator and `dispatch` need of a queue. The caller holds a lock.
 
-    An item is any object: the server's are queries, the simulator's are numbers. Its deadline, floor and length are given to
-    `push`. The floor is the lowest accuracy that the item accepts; 0 accepts any. `done` arguments tell whether an item was
-    cancelled or answered already.
+    An item is any object: the server's are queries, the simulator's are numbers. `push` is given its deadline, its floor (the
+    lowest accepted accuracy, 0 accepts any) and its length in tokens (0 if unknown).
 
-    The **head** is the first item of the next batch. An item is **eligible** if it could be in the head's batch.
+    The **head** is the first item of the next batch. An item is **eligible** if it could be in the head's batch. **Work** is
+    measured in queries if inputs have one shape, else in milliseconds of a worker.
 
-    Work is measured in queries if inputs have one shape, else in milliseconds of a worker.
+        pushed            work of all items since the beginning
+        dispersion        variance / mean of `pushed` per second, if arrivals are independent
+        head_work         work of one item like the head
+        head_length       length bucket of the head, 0 if inputs have one shape; defined while the queue has items
+        head_deadline_s   deadline of the head; infinite if the queue is empty
+        eligible, late    number of eligible items, and how many of them are deferred
+
+        choose_head       choose the head of a batch that starts at `now_s`, and return `head_length`
+        push, push_all    add one item; add items that share a deadline and a floor
+        pop               take up to `n` eligible items, the head first, without floors above `accuracy`
+        defer             move items with earlier deadlines behind all others, for good, and return their number
+        set_aside         take out items with earlier deadlines that are not deferred, until `put_back`
+        put_back          put back the result of `set_aside`, before any item has been added
+        drop_late         drop items that are `done`, cancelled or answered, from the front of the deferred items
+        sweep             drop all items that are `done`, in O(n)
+        pop_before        take every item with an earlier deadline, deferred or not
+        pop_above         take every item whose floor exceeds `accuracy`
+        due_by            number of items with deadlines up to a time, without deferred ones, in items like the head
+        head              the head, left in place; None if the queue is empty
+        head_floors       floors of the first `n` items in the order of `pop`; `()` if no item has a floor
+        items, drain      all items, left in place or taken
+        retime            measure work by another profile from now on, also for items pushed before
     """
 
     @property
-    def pushed(self) -> float:
-        """Work of all items since the beginning."""
-        ...
-
+    def pushed(self) -> float: ...
     @property
-    def dispersion(self) -> float:
-        """Variance of `pushed` per second divided by its mean, if arrivals are independent."""
-        ...
-
+    def dispersion(self) -> float: ...
     @property
-    def head_work(self) -> float:
-        """Work of one item like the head."""
-        ...
-
+    def head_work(self) -> float: ...
     @property
-    def head_length(self) -> int:
-        """The length bucket of the head, 0 if inputs have one shape. Only defined while the queue has items."""
-        ...
-
+    def head_length(self) -> int: ...
     @property
-    def head_deadline_s(self) -> float:
-        """The deadline of the head; infinite if the queue is empty."""
-        ...
-
+    def head_deadline_s(self) -> float: ...
     @property
-    def eligible(self) -> int:
-        """Number of eligible items."""
-        ...
-
+    def eligible(self) -> int: ...
     @property
-    def late(self) -> int:
-        """Number of eligible items that were deferred."""
-        ...
-
+    def late(self) -> int: ...
     def __len__(self) -> int: ...
-
-    def choose_head(self, now_s: float) -> int:
-        """Choose the head of a batch that starts at `now_s`, and return `head_length`."""
-        ...
-
-    def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
-        """Add an item of `length` tokens, 0 if unknown."""
-        ...
-
-    def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None:
-        """Add items that share a deadline and a floor."""
-        ...
-
-    def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
-        """Take up to `n` eligible items, the head first, without those whose floor exceeds `accuracy`."""
-        ...
-
-    def defer(self, before_s: float) -> int:
-        """Move items with earlier deadlines behind all others, for good. Return their number."""
-        ...
-
-    def set_aside(self, before_s: float) -> Any:
-        """Take out items with earlier deadlines that are not deferred. The result is for `put_back`."""
-        ...
-
-    def put_back(self, aside: Any) -> None:
-        """Put back the result of `set_aside`, before any item has been added."""
-        ...
-
-    def drop_late(self, done: Callable[[Any], bool]) -> None:
-        """Drop items that are `done` from the front of the deferred items."""
-        ...
-
-    def sweep(self, done: Callable[[Any], bool]) -> None:
-        """Drop all items that are `done`. O(n)."""
-        ...
-
-    def pop_before(self, before_s: float) -> list[Any]:
-        """Take every item with an earlier deadline, deferred or not."""
-        ...
-
-    def pop_above(self, accuracy: float) -> list[Any]:
-        """Take every item whose floor exceeds `accuracy`."""
-        ...
-
-    def due_by(self, time_s: float) -> float:
-        """Number of items with deadlines up to a time, without deferred ones. Other lengths count by their work."""
-        ...
-
-    def head(self) -> Any:
-        """The head, left in place; None if the queue is empty."""
-        ...
-
-    def head_floors(self, n: int) -> tuple[float, ...]:
-        """The floors of the first `n` items in the order of `pop`. `()` if no item has a floor."""
-        ...
-
-    def items(self) -> list[Any]:
-        """All items, left in place, in any order."""
-        ...
-
-    def drain(self) -> list[Any]:
-        """Take all items."""
-        ...
-
-    def retime(self, profile: Profile) -> None:
-        """Measure work by another profile from now on, also for items pushed before."""
-        ...
+    def choose_head(self, now_s: float) -> int: ...
+    def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None: ...
+    def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None: ...
+    def pop(self, n: int, accuracy: float = math.inf) -> list[Any]: ...
+    def defer(self, before_s: float) -> int: ...
+    def set_aside(self, before_s: float) -> Any: ...
+    def put_back(self, aside: Any) -> None: ...
+    def drop_late(self, done: Callable[[Any], bool]) -> None: ...
+    def sweep(self, done: Callable[[Any], bool]) -> None: ...
+    def pop_before(self, before_s: float) -> list[Any]: ...
+    def pop_above(self, accuracy: float) -> list[Any]: ...
+    def due_by(self, time_s: float) -> float: ...
+    def head(self) -> Any: ...
+    def head_floors(self, n: int) -> tuple[float, ...]: ...
+    def items(self) -> list[Any]: ...
+    def drain(self) -> list[Any]: ...
+    def retime(self, profile: Profile) -> None: ...
 
 
 class DeadlineQueue:
@@ -167,9 +118,7 @@ class DeadlineQueue:
 
     __slots__ = ("_deferred", "_early", "_fifo", "_floored", "pushed")
 
-    head_length = 0
-    dispersion = 1.0
-    head_work = 1.0
+    head_length, dispersion, head_work = 0, 1.0, 1.0
 
     def __init__(self):
         self._fifo: collections.deque[Entry] = collections.deque()  # deadlines ascend
@@ -182,7 +131,6 @@ class DeadlineQueue:
         return len(self._fifo) + len(self._early) + len(self._deferred)
 
     def choose_head(self, now_s: float) -> int:
-        """See `Queue.choose_head`."""
         return 0
 
     @property
@@ -238,32 +186,25 @@ class DeadlineQueue:
         return items
 
     def defer(self, before_s: float) -> int:
-        """See `Queue.defer`."""
-        before = len(self._deferred)
-        while (self._fifo or self._early) and (head := self._head()) is not None and head[0] < before_s:
-            self._drop_head()
-            self._deferred.append(head)
-        return len(self._deferred) - before
+        moved = self.set_aside(before_s)
+        self._deferred.extend(moved)
+        return len(moved)
 
-    def set_aside(self, before_s: float) -> Any:
-        """See `Queue.set_aside`."""
+    def set_aside(self, before_s: float) -> list[Entry]:
         entries = []
         while (self._fifo or self._early) and (head := self._head()) is not None and head[0] < before_s:
             self._drop_head()
             entries.append(head)
         return entries
 
-    def put_back(self, aside: Any) -> None:
-        """See `Queue.put_back`."""
+    def put_back(self, aside: list[Entry]) -> None:
         self._fifo.extendleft(reversed(aside))
 
     def drop_late(self, done: Callable[[Any], bool]) -> None:
-        """See `Queue.drop_late`."""
         while self._deferred and done(self._deferred[0][3]):
             self._floored -= self._deferred.popleft()[2] > 0
 
     def sweep(self, done: Callable[[Any], bool]) -> None:
-        """See `Queue.sweep`."""
         for entries in (self._fifo, self._early, self._deferred):
             kept = [entry for entry in entries if not done(entry[3])]
             entries.clear()
@@ -272,7 +213,6 @@ class DeadlineQueue:
             self._floored = sum(e[2] > 0 for e in itertools.chain(self._fifo, self._early, self._deferred))
 
     def pop_before(self, before_s: float) -> list[Any]:
-        """See `Queue.pop_before`."""
         self.defer(before_s)
         taken = [entry for entry in self._deferred if entry[0] < before_s]
         if taken:
@@ -281,7 +221,6 @@ class DeadlineQueue:
         return [entry[3] for entry in taken]
 
     def pop_above(self, accuracy: float) -> list[Any]:
-        """See `Queue.pop_above`."""
         if not self._floored:
             return []
         taken = [e for entries in (self._fifo, self._early, self._deferred) for e in entries if e[2] > accuracy]
@@ -313,18 +252,15 @@ class DeadlineQueue:
         return math.inf if entry is None else entry[0]
 
     def head_floors(self, n: int) -> tuple[float, ...]:
-        """See `Queue.head_floors`."""
         if not self._floored:
             return ()
         entries = itertools.chain(heapq.merge(self._fifo, reversed(self._early)), self._deferred)
         return tuple(entry[2] for entry in itertools.islice(entries, n))
 
     def items(self) -> list[Any]:
-        """See `Queue.items`."""
         return [entry[3] for entry in itertools.chain(self._fifo, self._early, self._deferred)]
 
     def drain(self) -> list[Any]:
-        """See `Queue.drain`."""
         return self.pop(len(self))
 
     def _head(self) -> Entry | None:

@@ -44,12 +44,7 @@ def invocations_per_minute(paths: Path | Sequence[Path]) -> np.ndarray:
 
 
 def trace(
-    paths: Path | Sequence[Path],
-    *,
-    mean_qps: float = 6400.0,
-    duration_s: float = 120.0,
-    slo_ms: float = 36.0,
-    seed: int = 0,
+    paths: Path | Sequence[Path], *, mean_qps: float = 6400.0, duration_s: float = 120.0, slo_ms: float = 36.0, seed: int = 0
 ) -> Trace:
     """Traffic with the shape of the recorded time, shrunk to `duration_s` and scaled to a mean rate.
 

@@ -99,18 +99,18 @@ class Cluster:
         for name in ("overhead_ms", "noise", "actuation_ms", "max_queue"):
             if not getattr(self, name) >= 0:
                 raise errors.ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for outage in self.outages:
-            if not (0 <= outage.worker < self.workers and 0 <= outage.from_s < outage.until_s):
-                raise errors.ConfigError(f"{outage} needs a worker of 0..{self.workers - 1}, and must begin before it ends")
-        for stall in self.stalls:
-            if not 0 <= stall.from_s < stall.until_s < math.inf:
-                raise errors.ConfigError(f"{stall} must begin before it ends, and end")
-        for slow in self.slowdowns:
-            known = slow.worker is None or 0 <= slow.worker < self.workers
-            if not (known and 0 < slow.factor < math.inf and 0 <= slow.from_s < slow.until_s):
-                raise errors.ConfigError(
-                    f"{slow} needs a worker of 0..{self.workers - 1} and a positive factor, and must begin before it ends"
-                )
+        workers = range(self.workers)
+        wrong = [
+            *(event for event in (*self.outages, *self.stalls, *self.slowdowns) if not 0 <= event.from_s < event.until_s),
+            *(outage for outage in self.outages if outage.worker not in workers),
+            *(stall for stall in self.stalls if stall.until_s == math.inf),
+            *(slow for slow in self.slowdowns if slow.worker not in (None, *workers) or not 0 < slow.factor < math.inf),
+        ]
+        if wrong:
+            raise errors.ConfigError(
+                f"{wrong[0]} must begin before it ends, on a worker of 0 to {self.workers - 1}; "
+                "a stall must end, and a slowdown needs a positive factor"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,12 +153,7 @@ class SimulationResult:
 
 
 def simulate(
-    profile: Profile | Sequence[Profile],
-    policy: str | Policy,
-    trace: Trace,
-    *,
-    cluster: Cluster | None = None,
-    seed: int = 0,
+    profile: Profile | Sequence[Profile], policy: str | Policy, trace: Trace, *, cluster: Cluster | None = None, seed: int = 0
 ) -> SimulationResult:
     """Serve a trace until every query has an outcome.
 
@@ -200,8 +195,7 @@ class _Simulation:
         profile = profiles[0]  # all have the same batch sizes and lengths
         self.fleet = Fleet(profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
-        self.max_batch = profile.max_batch
-        self.padded = [profile.batch_index(n) for n in range(self.max_batch + 1)]
+        self.padded = [profile.batch_index(n) for n in range(profile.max_batch + 1)]
         self.fastest_s = 1e-3 * min(p.at_length(0).fastest().latency_ms[0] for p in profiles)
         self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
         self.deadlines: list[float] = trace.deadlines_s.tolist()

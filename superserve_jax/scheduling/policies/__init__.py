@@ -77,7 +77,6 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
         numbered = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>")
         raise errors.unknown_name("policy", policy, [*NAMES, *numbered])
     if int(number) >= len(profile.rows):
-        raise errors.ConfigError(
-            f"policy '{policy}': the profile has the subnets 0 to {len(profile.rows) - 1}; name one of them"
-        )
+        last = len(profile.rows) - 1
+        raise errors.ConfigError(f"policy '{policy}': the profile has the subnets 0 to {last}; name one of them")
     return Fixed(profile, profile.rows[int(number)].subnet)
