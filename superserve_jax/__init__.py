@@ -1,4 +1,4 @@
-"""superserve-jax: train one weight-shared SuperNet, and serve any of its subnets in place so that every burst is met.
+"""superserve-jax: train one weight-shared SuperNet, and serve any of its subnets in place, so that every burst is met.
 
 SuperServe (Khare et al., NSDI 2025) in JAX and Flax:
 
@@ -10,7 +10,7 @@ SuperServe (Khare et al., NSDI 2025) in JAX and Flax:
     with ss.Server(model, slo_ms=36) as server:     # SlackFit over precompiled executables
         reply = server.submit(images[0]).result()
 
-What needs jax is imported when it is first used.
+Names that need jax are imported at their first use.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from superserve_jax.errors import (
     AccuracyFloorError,
+    AdmissionError,
     ConfigError,
     ConversionError,
     DataError,
@@ -36,41 +37,64 @@ from superserve_jax.errors import (
     UnknownNameError,
     WorkersLostError,
 )
-from superserve_jax.profile import Profile
-from superserve_jax.space import SearchSpace
+from superserve_jax.profile import Profile, Row
+from superserve_jax.space import Axis, SearchSpace
 from superserve_jax.subnet import Subnet
 
 if TYPE_CHECKING:
-    from superserve_jax.exports import export, load
+    from superserve_jax.engines.base import Engine
+    from superserve_jax.exports.directory import Model, Served, export, load
+    from superserve_jax.scheduling.policies.base import Decision, State
+    from superserve_jax.serving.futures import Future, Reply
+    from superserve_jax.serving.options import ServerOptions
     from superserve_jax.serving.server import Server
+    from superserve_jax.supernets.family import FamilyConfig
     from superserve_jax.supernets.supernet import SuperNet
+    from superserve_jax.training.config import TrainConfig
     from superserve_jax.training.loop import train
+    from superserve_jax.training.runs import Run
+    from superserve_jax.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccuracyFloorError",
+    "AdmissionError",
+    "Axis",
     "ConfigError",
     "ConversionError",
     "DataError",
     "DeadlineError",
     "DeadlineExpiredError",
+    "Decision",
+    "Engine",
     "ExportError",
+    "FamilyConfig",
+    "Future",
     "InferenceError",
     "InputError",
+    "Model",
     "NotCalibratedError",
     "Profile",
     "ProfileError",
     "QueueFullError",
+    "Reply",
+    "Row",
+    "Run",
     "SearchSpace",
+    "Served",
     "Server",
     "ServerClosedError",
+    "ServerOptions",
     "SpaceTooLargeError",
+    "State",
     "Subnet",
     "SubnetError",
     "SuperNet",
     "SuperServeError",
+    "TrainConfig",
     "UnknownNameError",
+    "Vocabulary",
     "WorkersLostError",
     "export",
     "load",
@@ -78,17 +102,36 @@ __all__ = [
 ]
 
 _LAZY = {
-    "export": "superserve_jax.exports.directory",
-    "load": "superserve_jax.exports.directory",
-    "Server": "superserve_jax.serving.server",
-    "SuperNet": "superserve_jax.supernets.supernet",
-    "train": "superserve_jax.training.loop",
+    "engines.base": ("Engine",),
+    "exports.directory": (
+        "Model",
+        "Served",
+        "export",
+        "load",
+    ),
+    "scheduling.policies.base": (
+        "Decision",
+        "State",
+    ),
+    "serving.futures": (
+        "Future",
+        "Reply",
+    ),
+    "serving.options": ("ServerOptions",),
+    "serving.server": ("Server",),
+    "supernets.family": ("FamilyConfig",),
+    "supernets.supernet": ("SuperNet",),
+    "training.config": ("TrainConfig",),
+    "training.loop": ("train",),
+    "training.runs": ("Run",),
+    "vocabulary": ("Vocabulary",),
 }
+_MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"superserve_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'superserve_jax' has no attribute '{name}'")
 
 
