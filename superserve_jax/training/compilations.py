@@ -1,4 +1,4 @@
-"""How often XLA compiles: what programs use to show that nothing does while they train or serve."""
+"""Counts how often XLA compiles. Programs use it to show that nothing is compiled while they train or serve."""
 
 from typing import Any
 

@@ -1,5 +1,8 @@
-"""The training loop: one flat function. Every random choice is a pure function of (seed, step), so a resumed run repeats
-an undisturbed one exactly."""
+"""The training loop: one flat function, `train`.
+
+Every random choice is a pure function of (seed, step). So a run that was interrupted ends with the same bits as an undisturbed
+one: the checkpoint restores parameters, optimiser state and average, and the step number gives everything else.
+"""
 
 import contextlib
 import dataclasses
@@ -15,6 +18,7 @@ import numpy as np
 
 from superserve_jax import errors, plots, progress, supernets
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, data, evaluation, metrics_log, phases, rewiring, runs, sampling, teacher
 from superserve_jax.training.checkpoints import Checkpoints
@@ -32,16 +36,16 @@ _REWIRING_EXAMPLES, _REWIRING_BATCH = 256, 32
 def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> Run:
     """Trains a SuperNet in `workdir`, or goes on from its last checkpoint; returns the run.
 
-    It uses all devices: the batch is divided among them, statistics and gradients are those of the whole batch.
+    The batch is split over all devices. Statistics and gradients are computed over the whole batch.
 
     Args:
       config: the experiment.
-      workdir: the run's folder, made if need be.
-      dataset: what to train on, such as `data.from_arrays` makes; the config's dataset, where it is None.
+      workdir: the run's folder. It is made if it does not exist.
+      dataset: the dataset, such as `data.from_arrays` makes; the config's dataset if left out.
 
     Raises:
-      KeyboardInterrupt: on Ctrl-C, after saving a checkpoint; call again to go on.
-      ConfigError: the folder holds a run of another config. DataError: the dataset is not there, or the disk is full.
+      KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved. Call again to go on.
+      ConfigError: the folder holds a run of another config. DataError: the dataset is missing, or the disk is full.
     """
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `load_config` returns, got {config!r}")
@@ -58,13 +62,13 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     data.check_fit(dataset, config.model)
     supernets.check(config.model, run=False)
     if config.eval_every:
-        dataset.num_examples("validation")  # raises where there is none
+        dataset.num_examples("validation")  # raises if there are none
     recipe = Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
     teacher.check_hidden(recipe, config.model, outside)
-    whole, split = _shardings(config.batch_size)
+    replicated, split = _shardings(config.batch_size)
     if outside is not None:
-        outside = outside._replace(params=jax.device_put(outside.params, whole))
+        outside = outside._replace(params=jax.device_put(outside.params, replicated))
 
     run = Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
@@ -72,31 +76,38 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
     with run.checkpoints() as saved, _stop_signal() as stopped:
-        start, state = _restore(saved, run, sandwich)
+        start, state = restore(saved, run, sandwich)
         if start >= num_steps:
             return run
         run.forget_stages()
         if start:
             _log.info("going on from step %d of %d", start, num_steps)
-        state = jax.device_put(state, whole)
+        state = jax.device_put(state, replicated)
         last, unsaved = start, None
         with MetricsLog(run.workdir, start) as record:
             batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
             steps = range(start, num_steps)
             for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
+                # Which subnets: depends on (seed, k) alone.
                 part = phases.at(parts, k)
                 if part.phase.rewire and k == part.first:
-                    state = jax.device_put(_rewire(config, state, dataset), whole)
+                    state = jax.device_put(_rewire(config, state, dataset), replicated)
                 choices = part.sampler.step(k)
+
+                # Which examples, and what an outside teacher says about them.
                 batch = jax.device_put(next(batches), split)
                 lesson = None if outside is None else outside(recipe, batch["inputs"])
+
+                # The gradients of every subnet, and one update.
                 state, scalars = sandwich(state, batch["inputs"], batch["label"], choices, step=k, lesson=lesson)
                 done = k + 1
+
+                # Metrics, checkpoint, validation.
                 record.add(scalars)
                 if done % config.log_every == 0 or done == num_steps:
                     record.flush(done, examples=config.batch_size)
                 if done % config.checkpoint_every == 0 or done == num_steps or stopped():
-                    # On disk before the next step, which gives these buffers away.
+                    # It must be on disk before the next step, which donates these buffers.
                     unsaved = _save(saved, done, state)
                     last = last if unsaved else done
                 if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
@@ -112,7 +123,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
 
 
 def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
-    """Of what every device has whole, and of what is divided along the batch."""
+    """The sharding of arrays that every device holds whole, and of arrays that are split along the batch."""
     devices = jax.devices()
     if batch_size % len(devices):
         raise errors.ConfigError(
@@ -123,12 +134,12 @@ def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sha
     return jax.sharding.NamedSharding(mesh, whole), jax.sharding.NamedSharding(mesh, split)
 
 
-def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int, TrainState]:
-    """(steps done, state): of the last checkpoint, or fresh."""
+def restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int, TrainState]:
+    """(steps done, state) from the last checkpoint, or a fresh state."""
     latest, config = saved.latest(clean=True), run.config
     if latest is None and run.converted:
         raise errors.DataError(
-            f"{run.workdir} began with converted weights, but has no whole checkpoint; remove it and convert them again"
+            f"{run.workdir} began with converted weights, but has no undamaged checkpoint; remove it and convert them again"
         )
     if latest is None:
         return 0, sandwich.init(programs.initial_params(config.model, config.seed))
@@ -137,7 +148,7 @@ def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int,
 
 
 def _save(saved: Checkpoints, done: int, state: TrainState) -> errors.DataError | None:
-    """Saves a checkpoint; where the disk does not take it, training goes on, and the error is returned."""
+    """Saves a checkpoint. If the disk is full, returns the error, and training goes on."""
     try:
         saved.save(done, **state._asdict())
     except errors.DataError as e:
@@ -147,8 +158,9 @@ def _save(saved: Checkpoints, done: int, state: TrainState) -> errors.DataError 
 
 
 def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> TrainState:
-    """The state with units in order of importance; a pure function of the state, so that a resumed run repeats it."""
-    # Single examples where statistics of a batch are not needed, since gains and harms of a unit cancel within a batch.
+    """The state with its units in order of importance. It depends on the state alone, so a resumed run repeats it."""
+    assert isinstance(config.model, RewirableConfig)  # a config whose phases rewire checks it
+    # Within a batch, a unit's benefit and harm cancel. So take single examples, unless the family needs batch statistics.
     size = _REWIRING_BATCH if programs.masked(config.model).offsets else 1
     few = itertools.islice(dataset.train(size, seed=config.seed), _REWIRING_EXAMPLES // size)
     params = jax.device_put(state.params, jax.devices()[0])
@@ -156,7 +168,7 @@ def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> Tra
 
 
 def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> dict[str, float]:
-    """Accuracies of the smallest, a middle and the largest subnet on validation examples, with statistics of their own."""
+    """Validation accuracies of the smallest, a middle and the largest subnet, each with its own statistics."""
     (middle,) = sampling.envelopes(
         config.model, 1, seed=config.seed, space=phases.final_space(config), tied=phases.tied(config)
     )
@@ -165,8 +177,8 @@ def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> d
     chosen = list(dict.fromkeys(subnets.values()))
     params = jax.device_put(state.ema or state.params, jax.devices()[0])
     inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)
-    rows = calibration.calibrate(SuperNet(config.model, params), chosen, inputs)
-    model = SuperNet(config.model, params, rows)
+    model = SuperNet(config.model, params)
+    model.statistics = calibration.calibrate(model, chosen, inputs)
     found = evaluation.accuracy(model, chosen, lambda: dataset.eval("validation", 250))
     accuracies = dict(zip(chosen, found, strict=True))
     return {name: accuracies[s] for name, s in subnets.items()}
@@ -174,7 +186,7 @@ def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> d
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C into a flag that the loop reads between steps; a second Ctrl-C raises at once."""
+    """Turns Ctrl-C into a flag that the loop reads after every step. A second Ctrl-C raises at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event.is_set

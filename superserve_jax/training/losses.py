@@ -22,7 +22,7 @@ def cross_entropy(logits: Float[Array, "B K"], labels: Int[Array, " B"], *, smoo
 
 
 def distillation(logits: Float[Array, "B K"], teacher_logits: Float[Array, "B K"]) -> Float[Array, ""]:
-    """Mean cross entropy of logits against the teacher's soft output, through which no gradient flows.
+    """Mean cross entropy of logits against the teacher's soft output. No gradient flows to the teacher.
 
     >>> round(float(distillation(jnp.array([[0.0, 0.0]]), jnp.array([[5.0, 0.0]]))), 4)
     0.6931
@@ -34,7 +34,7 @@ def distillation(logits: Float[Array, "B K"], teacher_logits: Float[Array, "B K"
 def hidden_distance(hidden: Hidden, teacher: Hidden) -> Float[Array, ""]:
     """Mean squared distance between hidden states, over the blocks that the student keeps (Hou et al., NeurIPS 2020, eq. 5).
 
-    No gradient flows through the teacher's.
+    No gradient flows to the teacher.
 
     >>> one, zero, kept = jnp.ones((1, 2)), jnp.zeros((1, 2)), jnp.float32(1)
     >>> float(hidden_distance(((kept, one), (0 * kept, one)), ((kept, 3 * one), (kept, zero))))

@@ -1,4 +1,4 @@
-"""What training leaves behind of its course: JSON lines, and the same for TensorBoard."""
+"""Training metrics on disk: JSON lines, and the same values for TensorBoard."""
 
 import json
 import logging
@@ -20,16 +20,19 @@ _FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
 class MetricsLog:
     """Appends to metrics.jsonl (means since the last line), validation.jsonl and tensorboard/ in a run's folder.
 
-    Lines of steps beyond the one that training goes on from are dropped. A context manager.
+    It first drops the lines of later steps than `start`, because training repeats these steps. A context manager.
 
     Args:
       workdir: the run's folder.
-      start: steps done.
+      start: number of steps done.
+
+    Attributes:
+      note: the last loss and accuracy as a short text.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
         self._files = {kind: _reopen(workdir / name, start) for kind, name in _FILES.items()}
-        # TensorBoard hides what an earlier process wrote of these steps.
+        # TensorBoard then hides what an earlier process wrote for later steps.
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
         self._pending: list[Mapping[str, Any]] = []
         self._since_s = time.monotonic()
@@ -44,12 +47,12 @@ class MetricsLog:
         self._board.close()
 
     def add(self, scalars: Mapping[str, Any]) -> None:
-        """One step's scalars; arrays still on their way are not waited for."""
+        """Adds the scalars of a step. It does not wait for arrays that are still being computed."""
         self._pending.append(scalars)
 
     def flush(self, step: int, *, examples: int) -> None:
-        """Writes the means since the last flush; `examples` is their number in a step."""
-        names = dict.fromkeys(k for s in self._pending for k in s)  # a frozen phase has no loss of a smallest subnet
+        """Writes the means since the last flush. `examples` is the number of examples in a step."""
+        names = dict.fromkeys(k for s in self._pending for k in s)  # a phase in which nothing is elastic has no loss_smallest
         means = {k: float(np.mean([float(s[k]) for s in self._pending if k in s])) for k in names}
         now_s = time.monotonic()
         rate = examples * len(self._pending) / (now_s - self._since_s)
@@ -58,7 +61,7 @@ class MetricsLog:
         self._pending, self._since_s = [], now_s
 
     def validation(self, step: int, accuracies: Mapping[str, float]) -> None:
-        """Writes accuracies on validation examples, by the name of the subnet."""
+        """Writes validation accuracies by the name of the subnet."""
         self._write("validation", step, accuracies)
         self._since_s = time.monotonic()
 
@@ -69,11 +72,11 @@ class MetricsLog:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as e:
-            _log.warning("the records of step %d could not be written: %s. Training goes on", step, e)
+            _log.warning("the metrics of step %d could not be written: %s. Training goes on", step, e)
 
 
 def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
-    """The lines of a kind, "train" or "validation", one dict each. A last line that a kill cut off is left out."""
+    """The lines of a kind, "train" or "validation", as dicts. A last line that a kill has torn is left out."""
     path = workdir / _FILES[kind]
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 

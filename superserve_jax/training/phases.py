@@ -1,4 +1,4 @@
-"""Phases of training laid over the steps of a run."""
+"""Phases: which steps of a run belong to which phase, and what is elastic in each."""
 
 import itertools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from superserve_jax.training.sampling import Sampler
 
 
 class Part(NamedTuple):
-    """A phase in place: the step that it begins with, and the sampler of its subnets."""
+    """A phase of a run: its first step, its settings and the sampler of its subnets."""
 
     first: int
     phase: Phase
@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
 
 def plan(config: TrainConfig, num_steps: int) -> list[Part]:
-    """The phases of a run of `num_steps` steps, in order; one that gets no step is left out."""
+    """The phases of a run of `num_steps` steps, in order. A phase without a step is left out."""
     phases = _phases(config)
     total = sum(p.share for p in phases)
     ends = [round(num_steps * share / total) for share in itertools.accumulate(p.share for p in phases)]
@@ -38,7 +38,7 @@ def plan(config: TrainConfig, num_steps: int) -> list[Part]:
 
 
 def final_space(config: TrainConfig) -> SearchSpace:
-    """The space of the subnets that training ends with: that of the last phase."""
+    """The search space of the last phase. Search, validation and export take their subnets from it."""
     return _space(config, _phases(config)[-1])
 
 
@@ -54,7 +54,7 @@ def ends(config: TrainConfig) -> tuple[Subnet, Subnet]:
 
 
 def at(parts: list[Part], step: int) -> Part:
-    """The part that a step belongs to."""
+    """The part that contains a step."""
     return next(part for part in reversed(parts) if part.first <= step)
 
 

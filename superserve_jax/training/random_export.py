@@ -1,31 +1,31 @@
-"""Exports of networks that were never trained, for measuring what depends on sizes only: bytes and milliseconds."""
+"""Exports of untrained networks, to measure what depends on sizes alone: bytes and milliseconds."""
 
 import contextlib
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from superserve_jax import exports
 from superserve_jax.exports import Served
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import sampling
 from superserve_jax.training.config import load_config
 
-_DRAWS = 100  # for each subnet; in a small space the last ones are rare
+_DRAWS = 100  # draws per wanted subnet; in a small space the last new ones are rare
 
 
 @contextlib.contextmanager
 def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib.Path]:
-    """The export that a path names; for a config file one of its network with made-up values, which is deleted at the end.
+    """Yields the export in a directory, or a temporary export of a config file's network with random weights.
 
     Args:
       path: an export's directory or a config file.
-      subnets: how many are served, if it is a config file; see `export`.
+      subnets: number of served subnets for a config file, see `export`.
     """
     path = pathlib.Path(path)
     if path.suffix != ".py":
@@ -36,14 +36,15 @@ def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib
         yield export(model, pathlib.Path(folder) / "export", subnets=subnets)
 
 
-def export(config: Any, path: str | os.PathLike[str], *, subnets: int) -> pathlib.Path:
+def export(config: FamilyConfig, path: str | os.PathLike[str], *, subnets: int) -> pathlib.Path:
     """Exports a network with fresh weights; returns the path.
 
-    Rows of statistics are made up, their sizes are real, and accuracies are 0: logits mean nothing.
+    All statistics are 1 and all accuracies 0. Only the sizes are realistic, the logits mean nothing.
 
     Args:
       config: the family's config.
-      subnets: how many are served, the smallest, the largest and compound random ones; fewer, if not so many are found.
+      path: the export's directory.
+      subnets: number of served subnets: the smallest, the largest and compound random ones. A small space has fewer.
     """
     space, rng = config.space(), np.random.default_rng(0)
     chosen = dict.fromkeys((space.smallest(), space.largest()))

@@ -1,8 +1,8 @@
-"""Which subnets a training step trains: a pure function of (seed, step), from a fixed set of subnet buckets.
+"""Which subnets a training step trains: a pure function of (seed, step).
 
-Every different program is a compilation, so random subnets come from a fixed number of subnet buckets. A bucket is an
-envelope; its members take at every position the envelope's choice or the next smaller one, so that a step costs little more
-than the subnet it trains. Envelopes are random subnets, see `envelopes`.
+Each program must be compiled, so random subnets come from a fixed number of subnet buckets. A subnet bucket has an envelope,
+which is a random subnet. At every position, a member has the envelope's choice or the next smaller one. So the bucket's
+program costs little more than the member itself.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.programs import Program
 
 _CANDIDATES = 256  # random subnets from which the envelopes are picked
@@ -29,20 +30,20 @@ class Choice:
 
 
 class Sampler:
-    """The subnets of every step, within the freedom of one phase.
+    """The subnets of every step of one phase.
 
     Args:
       config: the family's config.
       buckets: number of subnet buckets for the random subnets.
-      random_subnets: random subnets per step.
-      seed: of envelopes and members.
-      space: the space of the phase, narrower than the family's own; the latter, where it is None.
-      tied: see `SearchSpace.tied`.
+      random_subnets: number of random subnets per step.
+      seed: seed of envelopes and members.
+      space: the search space of the phase; the family's own if left out.
+      tied: train tied subnets only, see `SearchSpace.tied`.
     """
 
     def __init__(
         self,
-        config: Any,
+        config: FamilyConfig,
         *,
         buckets: int,
         random_subnets: int,
@@ -62,7 +63,7 @@ class Sampler:
         self.buckets = tuple(programs.bucketed(config, [self._lowest(e), e]) for e in found)
 
     def step(self, step: int) -> tuple[Choice, ...]:
-        """The largest, the smallest, then the random subnets of this step; the largest alone where nothing is elastic."""
+        """The largest, the smallest and the random subnets of a step; only the largest if nothing is elastic."""
         if self.smallest == self.largest:
             return (self.largest,)
         rng = np.random.default_rng([self.seed, step])
@@ -75,15 +76,17 @@ class Sampler:
 
     def _lowest(self, envelope: Subnet) -> Subnet:
         lowest = lowest_member(self.space, envelope)
-        # Tied to a depth that is one lower, a choice may be several lower.
+        # A depth that is one smaller can tie a block to a choice that is several smaller.
         return dataclasses.replace(lowest, axes=self.space.smallest().axes) if self._tied else lowest
 
 
-def envelopes(config: Any, count: int, *, seed: int, space: SearchSpace | None = None, tied: bool = False) -> list[Subnet]:
+def envelopes(
+    config: FamilyConfig, count: int, *, seed: int, space: SearchSpace | None = None, tied: bool = False
+) -> list[Subnet]:
     """`count` different random subnets, evenly spaced in the logarithm of FLOPs between smallest and largest.
 
-    Drawn so that depth and width grow together, as CompOFA found good subnets to do: all positions of a subnet are drawn
-    around one common level. `space` and `tied` as for `Sampler`.
+    Depth and width grow together, as in the good subnets that CompOFA found: see `compound`. `space` and `tied` are as in
+    `Sampler`.
     """
     within = space or config.space()
     low, high = (math.log(config.flops(s)) for s in (within.smallest(), within.largest()))
@@ -101,7 +104,7 @@ def envelopes(config: Any, count: int, *, seed: int, space: SearchSpace | None =
 
 
 def compound(space: SearchSpace, rng: np.random.Generator) -> Subnet:
-    """A random subnet whose depths and choices lie within half a step of one common level between smallest and largest."""
+    """A random subnet. Its depths and choices are within half a step of one random level between smallest and largest."""
     level = rng.random()
 
     def draw(choices: Sequence[Any], _: Any) -> Any:
@@ -112,25 +115,22 @@ def compound(space: SearchSpace, rng: np.random.Generator) -> Subnet:
 
 
 def member(space: SearchSpace, envelope: Subnet, rng: np.random.Generator) -> Subnet:
-    """A random member of a bucket: at every position the envelope's choice or, as often, the next smaller one."""
+    """A random member of a subnet bucket: at every position the envelope's choice or, equally often, the next smaller one."""
     found = space.vary(envelope, lambda choices, top: top if rng.integers(2) else _below(choices, top))
-    return found if envelope.covers(found) else envelope  # every-other depths need not nest
+    return found if envelope.covers(found) else envelope  # with rule "every_other", a smaller depth can keep other blocks
 
 
 def lowest_member(space: SearchSpace, envelope: Subnet) -> Subnet:
-    """The member with the next smaller choice at every position, not in canonical form: it says which sizes vary."""
+    """The member with the next smaller choice at every position. It is not in canonical form: it tells which sizes vary."""
     gates = [0] * space.num_blocks
     if space.rule == "first":
-        depths = [_below(d, kept) for d, kept in zip(space.depths, _kept(space, envelope), strict=True)]
+        kept = [sum(envelope.gates[b] for b in stage) for stage in space.stages]
+        depths = [_below(d, k) for d, k in zip(space.depths, kept, strict=True)]
         gates = list(space.gates(depths))
     axes = tuple(
         (a.name, tuple(_below(c, top) for c, top in zip(a.choices, envelope[a.name], strict=True))) for a in space.axes
     )
     return Subnet(tuple(min(g, e) for g, e in zip(gates, envelope.gates, strict=True)), axes)
-
-
-def _kept(space: SearchSpace, subnet: Subnet) -> list[int]:
-    return [sum(subnet.gates[b] for b in stage) for stage in space.stages]
 
 
 def _below(choices: Sequence[Any], top: float) -> Any:

@@ -1,4 +1,4 @@
-"""Subnets trained alone, each as a network of its own: against them stands what sharing weights costs."""
+"""Standalone training: a subnet as a network of its own, to measure what sharing weights costs in accuracy."""
 
 import dataclasses
 
@@ -12,30 +12,32 @@ from superserve_jax.training.runs import Run
 
 
 def config(shared: TrainConfig, subnet: Subnet) -> TrainConfig:
-    """The SuperNet's experiment with one subnet in its place: labels only; the same first weights, data, optimiser, steps."""
+    """The SuperNet's experiment for a single subnet: only labels teach; first weights, data, optimiser and steps stay."""
     model = SingleSubnetConfig(shared.model, subnet)
-    alone = {"phases": (), "distill": DistillConfig(), "random_subnets": 0, "buckets": 1, "eval_every": 0}
-    return dataclasses.replace(shared, model=model, **alone)
+    return dataclasses.replace(
+        shared, model=model, phases=(), distill=DistillConfig(), random_subnets=0, buckets=1, eval_every=0
+    )
 
 
 def train(run: Run, subnet: Subnet, name: str) -> Served:
-    """Trains, calibrates and evaluates a subnet of a run alone, or goes on with that, in the run's folder alone/NAME.
+    """Trains, calibrates and evaluates one subnet of a run on its own, or goes on with it.
 
-    That folder is one of a run, too. What was finished before is only read.
+    The work is a run, too, in the folder alone/NAME of the given run. Finished parts are only read.
 
     Raises:
-      KeyboardInterrupt, ConfigError, DataError: as `loop.train` does.
+      KeyboardInterrupt, ConfigError, DataError: as in `loop.train`.
     """
     if run.converted:
         raise errors.ConfigError(
-            f"{run.workdir} began with converted weights: subnets that are trained alone from random ones say nothing about "
-            f"what sharing costs it"
+            f"{run.workdir} began with converted weights. Standalone subnets begin with random weights, so the comparison "
+            f"would say nothing about sharing; choose a run that was trained from random weights"
         )
-    alone = loop.train(config(run.config, subnet), run.workdir / "alone" / name, dataset=run.given)
-    if not (alone.workdir / "evaluation.json").is_file():
-        # Nothing to search for in a space of one.
-        alone.write("search.json", {"candidates": [], "served": [alone.config.model.space().largest().to_json()]})
-        stages.calibrate(alone)
-        stages.evaluate(alone)
-    [measured] = alone.read("evaluation.json", made_by="train/evaluate.py")
+    standalone = loop.train(config(run.config, subnet), run.workdir / "alone" / name, dataset=run.given)
+    if not (standalone.workdir / "evaluation.json").is_file():
+        # A space of one subnet needs no search.
+        only = standalone.config.model.space().largest()
+        standalone.write("search.json", {"candidates": [], "served": [only.to_json()]})
+        stages.calibrate(standalone)
+        stages.evaluate(standalone)
+    [measured] = standalone.read("evaluation.json", made_by="train/evaluate.py")
     return Served.from_json(measured)

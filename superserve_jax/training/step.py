@@ -1,4 +1,4 @@
-"""One training step: gradients of each subnet by its own compiled program, summed, then one update."""
+"""One training step: every subnet's gradients from its own compiled program, their sum, and one update."""
 
 import functools
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class TrainState(NamedTuple):
 
     Args:
       params: {dotted path: float32 array}.
-      opt_state: of the Optax transformation.
-      ema: moving average of the parameters; empty where none is kept.
+      opt_state: the state of the Optax transformation.
+      ema: the moving average of the parameters; empty if none is kept.
     """
 
     params: Params
@@ -31,20 +31,20 @@ class TrainState(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What a teacher says of a batch: logits (B, K), and hidden states, empty where they are not asked for."""
+    """A teacher's output for a batch: logits (B, K), and hidden states, which are empty if the recipe needs none."""
 
     logits: jax.Array
     hidden: Hidden = ()
 
 
 class Recipe(NamedTuple):
-    """The settings of a loss. Hashable, since losses are compiled for them.
+    """The settings of the losses. It is a static argument of the compiled functions, so it must be hashable.
 
     Args:
-      smoothing: of the labels.
-      teacher_weight: of an outside teacher's soft output in the largest subnet's loss.
-      hidden_weight: of the distance between hidden states.
-      compute_dtype: name of the dtype that networks compute in.
+      smoothing: label smoothing.
+      teacher_weight: weight of an outside teacher's soft output in the largest subnet's loss.
+      hidden_weight: weight of the distance between hidden states.
+      compute_dtype: name of the dtype of activations and products.
     """
 
     smoothing: float = 0.0
@@ -54,16 +54,18 @@ class Recipe(NamedTuple):
 
 
 class SandwichStep:
-    """The sandwich rule: the largest subnet learns the labels, the others its soft output (in-place distillation). With a
-    lesson from outside all of them learn that one, the largest beside the labels.
+    """The sandwich rule with in-place distillation (Yu and Huang, ICCV 2019).
 
-    Gradients are jitted per program, so that in each phase of training the number of compilations is bounded by the number of
-    subnet buckets plus four: the largest, the smallest, the update and the accuracy.
+    The largest subnet learns from the labels, the other subnets from its soft output. With a lesson of an outside teacher,
+    every subnet learns from the lesson, and the largest one also from the labels.
+
+    Gradients are jitted for each program. So a phase compiles at most `buckets + 4` functions: the gradients of each subnet
+    bucket, of the largest and of the smallest subnet, the update, and the accuracy.
 
     Args:
       optimiser: an Optax transformation.
-      recipe: of the losses.
-      ema: decay of the parameters' moving average, 0 for none; in the first steps smaller, as (1 + k) / (10 + k).
+      recipe: the settings of the losses.
+      ema: decay of the parameters' moving average; 0 keeps none. In step k it is at most (1 + k) / (10 + k).
     """
 
     def __init__(self, optimiser: optax.GradientTransformation, *, recipe: Recipe | None = None, ema: float = 0.0):
@@ -87,19 +89,21 @@ class SandwichStep:
         step: int = 0,
         lesson: Lesson | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The new state, and scalars: loss of the largest and, if there are others, the smallest; accuracy of the largest.
-
-        `state` is donated: use what is returned.
+        """One step. `state` is donated, so use the returned state.
 
         Args:
-          state: parameters and all that goes with them.
-          inputs, labels: the batch.
-          choices: the largest subnet first, then the smallest and others.
+          state: the state before the step.
+          inputs: the inputs (B, ...).
+          labels: the labels (B,).
+          choices: the subnets to train: the largest, the smallest, then the others.
           step: number of steps done before.
-          lesson: what an outside teacher says of the batch.
+          lesson: the output of an outside teacher for the batch.
+
+        Returns:
+          The new state, and the scalars "loss" and "accuracy" of the largest subnet and "loss_smallest".
         """
         largest, *others = choices
-        (loss, own), grads = _largest_grad(largest.program, self._recipe, state.params, inputs, labels, lesson)
+        (loss, own), grads = largest_grad(largest.program, self._recipe, state.params, inputs, labels, lesson)
         all_grads, scalars = [grads], {"loss": loss}
         for choice in others:
             active = choice.program.active(choice.subnet)
@@ -119,21 +123,23 @@ class SandwichStep:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def lesson(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, row: jax.Array) -> Lesson:
-    """What a teacher, run by the program of its largest subnet with its own statistics, says of a batch.
+def lesson(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, statistics: jax.Array) -> Lesson:
+    """A teacher's output for a batch, by the program of its largest subnet with the subnet's own statistics.
 
-    Hidden states come from the pass in which the batch normalises itself; families that offer them have no statistics.
+    With hidden states, the pass normalises by batch statistics. The families with hidden states have no batch statistics.
     """
     active = jnp.zeros((0,), jnp.int32)
     if recipe.hidden_weight:
         return Lesson(*_forward(program, recipe, params, inputs, active))
-    return Lesson(program.infer(params, inputs, row, active))
+    return Lesson(program.infer(params, inputs, statistics, active))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _largest_grad(
+def largest_grad(
     program: Program, recipe: Recipe, params: Params, inputs: jax.Array, labels: jax.Array, lesson: Lesson | None
-):
+) -> tuple[tuple[jax.Array, Lesson], Params]:
+    """((loss, output of the network), gradients) of the largest subnet."""
+
     def loss_fn(params):
         own = _forward(program, recipe, params, inputs, jnp.zeros((0,), jnp.int32))
         loss = losses.cross_entropy(own.logits, labels, smoothing=recipe.smoothing)
@@ -159,8 +165,8 @@ def _other_grad(program: Program, recipe: Recipe, params: Params, inputs: jax.Ar
 
 
 def _forward(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array) -> Lesson:
-    """Logits in float32, and hidden states where the recipe asks for them; computed in the recipe's dtype."""
-    if recipe.compute_dtype != "float32":  # vectors, which are scales and biases, cost nothing and keep their precision
+    """Float32 logits, and hidden states if the recipe needs them, computed in the recipe's dtype."""
+    if recipe.compute_dtype != "float32":  # vectors (scales and biases) stay float32: they cost no time
         params = {name: p.astype(recipe.compute_dtype) if p.ndim > 1 else p for name, p in params.items()}
     if recipe.hidden_weight:
         logits, hidden = program.train_hidden(params, inputs, active)

@@ -1,8 +1,8 @@
-"""A teacher for distillation: the largest subnet of another SuperNet, own or converted."""
+"""An outside teacher for distillation: the largest subnet of another run or export."""
 
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from superserve_jax import errors, exports
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Params, Program
 from superserve_jax.training import step
 from superserve_jax.training.runs import Run
@@ -17,18 +18,18 @@ from superserve_jax.training.step import Lesson, Recipe
 
 
 class Teacher(NamedTuple):
-    """A network that is asked about every batch: the program of the largest subnet, its parameters and statistics."""
+    """An outside teacher: the program of its largest subnet, with parameters and statistics."""
 
     program: Program
     params: Params
-    row: np.ndarray
+    statistics: np.ndarray
 
-    def __call__(self, recipe: Recipe, inputs: Any) -> Lesson:
-        """What it says of a batch."""
-        return step.lesson(self.program, recipe, dict(self.params), inputs, jnp.asarray(self.row))
+    def __call__(self, recipe: Recipe, inputs: jax.Array) -> Lesson:
+        """The teacher's output for a batch."""
+        return step.lesson(self.program, recipe, dict(self.params), inputs, jnp.asarray(self.statistics))
 
 
-def load(path: str | os.PathLike[str], student: Any) -> Teacher:
+def load(path: str | os.PathLike[str], student: FamilyConfig) -> Teacher:
     """The teacher in a run's folder or an export.
 
     Args:
@@ -36,32 +37,32 @@ def load(path: str | os.PathLike[str], student: Any) -> Teacher:
       student: the family's config of the SuperNet to teach.
 
     Raises:
-      ConfigError: it is neither, or of other inputs or classes. NotCalibratedError: its largest subnet has no statistics.
+      ConfigError: the folder is neither, or its network has other inputs or classes than the student.
+      NotCalibratedError: the teacher's largest subnet has no statistics.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
-        raise errors.ConfigError(f"distill.teacher: there is no folder {path}; give that of a run or of an export")
+        raise errors.ConfigError(f"distill.teacher: there is no folder {path}; give the folder of a run or an export")
     model = Run.open(path).model() if (path / "config.json").is_file() else exports.load(path)
     config, largest = model.config, model.space.largest()
-    for what, theirs, ours in (
-        ("inputs", config.input_spec(1), student.input_spec(1)),
-        ("num_classes", config.num_classes, student.num_classes),
-        *((name, getattr(config, name, None), getattr(student, name, None)) for name in ("vocab_size", "pad_id")),
-    ):
-        if theirs != ours:
-            raise errors.ConfigError(f"distill.teacher: {path} has {what} {theirs}, the SuperNet to train has {ours}")
+    theirs, ours = _interface(config), _interface(student)
+    for what in theirs:
+        if theirs[what] != ours.get(what):
+            raise errors.ConfigError(
+                f"distill.teacher: {path} has {what} {theirs[what]}, the SuperNet to train has {ours.get(what)}"
+            )
     return Teacher(programs.sliced(config, largest), model.params, model.statistics_of(largest))
 
 
-def check_hidden(recipe: Recipe, student: Any, teacher: Teacher | None) -> None:
-    """Raises ConfigError where hidden states are asked for and student or teacher cannot give fitting ones."""
+def check_hidden(recipe: Recipe, student: FamilyConfig, teacher: Teacher | None) -> None:
+    """Raises ConfigError if the recipe needs hidden states and those of student and teacher do not fit."""
     if not recipe.hidden_weight:
         return
     shapes = _hidden_shapes(student)
     if not shapes:
         raise errors.ConfigError(
-            f"distill.hidden is {recipe.hidden_weight}, but the hidden states of family '{student.family}' have not one shape "
-            f"in all subnets; set it to 0"
+            f"distill.hidden is {recipe.hidden_weight}, but family '{student.family}' has no hidden states of one shape in all "
+            f"subnets; set it to 0"
         )
     if teacher is not None and (theirs := _hidden_shapes(teacher.program.config)) != shapes:
         raise errors.ConfigError(
@@ -70,7 +71,13 @@ def check_hidden(recipe: Recipe, student: Any, teacher: Teacher | None) -> None:
         )
 
 
-def _hidden_shapes(config: Any) -> list[tuple[int, ...]]:
+def _interface(config: FamilyConfig) -> dict[str, object]:
+    """What a teacher and its student must have in common."""
+    sequence = {"vocab_size": config.vocab_size, "pad_id": config.pad_id} if isinstance(config, SequenceConfig) else {}
+    return {"inputs": config.input_spec(1), "num_classes": config.num_classes, **sequence}
+
+
+def _hidden_shapes(config: FamilyConfig) -> list[tuple[int, ...]]:
     program = programs.sliced(config, config.space().largest())
     arguments = programs.param_spec(config), config.input_spec(1), jax.ShapeDtypeStruct((0,), jnp.int32)
     return [state.shape for _, state in jax.eval_shape(program.train_hidden, *arguments)[1]]

@@ -176,7 +176,7 @@ def test_hidden_states_of_kept_layers_are_drawn_to_the_largest_subnets():
 
 def test_hidden_states_of_a_family_without_or_of_another_shape_are_refused(tmp_path):
     recipe = Recipe(hidden_weight=1.0)
-    with pytest.raises(errors.ConfigError, match=r"distill\.hidden is 1\.0, but the hidden states of family 'ofa_resnet'"):
+    with pytest.raises(errors.ConfigError, match=r"distill\.hidden is 1\.0, but family 'ofa_resnet' has no hidden states"):
         teacher.check_hidden(recipe, TINY, None)
     wider = teacher.load(saved_teacher(tmp_path, dataclasses.replace(BERT, hidden_size=16)), BERT)
     with pytest.raises(errors.ConfigError, match="hidden states have the student's shapes"):
@@ -228,7 +228,7 @@ def test_half_precision_multiplies_in_bfloat16(config):
     program = programs.sliced(config, config.space().largest())
     recipe = Recipe(compute_dtype="bfloat16")
     inputs = random_images(config, 4) if config is TINY else tokens()
-    text = step._largest_grad.lower(program, recipe, programs.param_spec(config), inputs, LABELS, None).as_text()
+    text = step.largest_grad.lower(program, recipe, programs.param_spec(config), inputs, LABELS, None).as_text()
     products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
     assert len(products) > 5
     assert not [line for line in products if re.search(r"\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", line)]
