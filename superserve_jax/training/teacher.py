@@ -61,8 +61,8 @@ def check_hidden(recipe: Recipe, student: FamilyConfig, teacher: Teacher | None)
     shapes = _hidden_shapes(student)
     if not shapes:
         raise errors.ConfigError(
-            f"distill.hidden is {recipe.hidden_weight}, but family '{student.family}' has no hidden states of one shape in all "
-            f"subnets; set it to 0"
+            f"distill.hidden is {recipe.hidden_weight}, but family '{student.family}' has no hidden states of one shape; "
+            f"set it to 0"
         )
     if teacher is not None and (theirs := _hidden_shapes(teacher.program.config)) != shapes:
         raise errors.ConfigError(
