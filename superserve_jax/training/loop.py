@@ -76,7 +76,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
     with run.checkpoints() as saved, _stop_signal() as stopped:
-        start, state = restore(saved, run, sandwich)
+        start, state = _restore(saved, run, sandwich)
         if start >= num_steps:
             return run
         run.forget_stages()
@@ -134,7 +134,7 @@ def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sha
     return jax.sharding.NamedSharding(mesh, whole), jax.sharding.NamedSharding(mesh, split)
 
 
-def restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int, TrainState]:
+def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int, TrainState]:
     """(steps done, state) from the last checkpoint, or a fresh state."""
     latest, config = saved.latest(clean=True), run.config
     if latest is None and run.converted:
