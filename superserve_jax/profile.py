@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,20 +178,15 @@ class Profile:
         With several length buckets, the latencies at the longest decide.
 
         Args:
-          min_accuracy_gap: also drop a row whose accuracy exceeds that of the next faster kept row by less than this.
+          min_accuracy_gap: also drop a row that is less than this more accurate than the next faster kept row.
           min_latency_ratio: also drop a row whose latency, divided by the latency of the next faster kept row, is below this.
             The latencies at the largest batch count. The fastest and the most accurate row always stay.
         """
-        front = [
-            r
-            for r in self.rows
-            if not any(
-                (o.accuracy, [-v for v in o.latency_ms]) != (r.accuracy, [-v for v in r.latency_ms])
-                and o.accuracy >= r.accuracy
-                and all(a <= b for a, b in zip(o.latency_ms, r.latency_ms, strict=True))
-                for o in self.rows
-            )
-        ]
+
+        def reaches(a: Row, b: Row) -> bool:
+            return a.accuracy >= b.accuracy and all(map(operator.le, a.latency_ms, b.latency_ms))
+
+        front = [r for r in self.rows if not any(reaches(o, r) and not reaches(r, o) for o in self.rows)]
         if min_accuracy_gap <= 0 and min_latency_ratio <= 1:
             return self.only(r.subnet for r in front)
         kept: list[Row] = []

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile, Row, check_batch_sizes
+from superserve_jax.profile import Profile, Row, check_batch_sizes, profiles_of_workers
 from superserve_jax.subnet import Subnet
 
 
@@ -188,3 +188,13 @@ def test_lengths_survive_json_and_an_old_profile_has_none(tmp_path):
 def test_a_profile_whose_lengths_do_not_fit_together_is_refused(change, message):
     with pytest.raises(errors.ProfileError, match=message):
         Profile.from_json(change(BOTH.to_json()))
+
+
+def test_profiles_of_workers_are_one_for_all_or_one_for_each_and_equal_ones_become_one_object():
+    profile, again = make((0.7, (1, 2))), make((0.7, (1, 2)))
+    each = profiles_of_workers([profile, profile.scaled(2.0), again], 3)
+    assert each[0] is each[2] is profile is not again
+    with pytest.raises(errors.ConfigError, match="2 profiles for 3 workers"):
+        profiles_of_workers([profile, profile], 3)
+    with pytest.raises(errors.ConfigError, match="same batch sizes"):
+        profiles_of_workers([profile, profile.at((1,))], 2)

@@ -20,7 +20,8 @@ SMALL, MIDDLE, LARGE = (
     Row(Subnet((i,)), accuracy, tuple(ms * (i + 1) for ms in (1.0, 2.0, 4.0))) for i, accuracy in enumerate((0.7, 0.75, 0.8))
 )
 PROFILE = Profile((1, 2, 4), (SMALL, MIDDLE, LARGE))
-ENTRIES = st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0]), st.sampled_from([0.0, 0.0, 0.7, 0.8])))
+DEADLINES = st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0])
+ENTRIES = st.lists(st.tuples(DEADLINES, st.sampled_from([0.0, 0.0, 0.7, 0.8])))
 
 
 def filled(entries) -> DeadlineQueue:
@@ -137,6 +138,17 @@ def test_deferred_items_come_last_and_stay_there(entries, times, n):
     assert q.head_floors(n) in ((), tuple(entries[i][1] for i in expected[:n]))
     assert q.pop(n) + q.drain() == expected
     assert (q.late, q.head_floors(3)) == (0, ())
+
+
+@given(ENTRIES, DEADLINES, DEADLINES)
+def test_what_is_set_aside_comes_back_in_its_place(entries, late_s, before_s):
+    q, untouched = filled(entries), filled(entries)
+    assert q.defer(late_s) == untouched.defer(late_s)
+    aside = q.set_aside(before_s)
+    assert q.head_deadline_s >= before_s or len(q) == q.late
+    q.put_back(aside)
+    assert q.head_floors(30) == untouched.head_floors(30)
+    assert q.drain() == untouched.drain()
 
 
 @given(ENTRIES, st.sampled_from([0.0, 2.0, 4.0]), st.sampled_from([0.5, 2.5, 9.0]))

@@ -90,19 +90,20 @@ def test_no_policy_beats_the_bound(policy, burst_qps, window_s, seed):
         assert gained <= bound.accuracy - least + 1e-6
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan])
-def test_a_rate_that_is_not_positive_is_refused(rate):
-    with pytest.raises(errors.ConfigError, match="rate_qps"):
-        bounds.fluid(PAPER, rate)
+TRACE = traces.gamma(rate_qps=100.0, duration_s=1.0)
 
 
-def test_workers_and_windows_must_be_positive():
-    trace = traces.gamma(rate_qps=100.0, duration_s=1.0)
-    with pytest.raises(errors.ConfigError, match="workers"):
-        bounds.fluid_of_trace(PAPER, trace, workers=0)
-    for window_s in (-1.0, 0.0):
-        with pytest.raises(errors.ConfigError, match="window_s"):
-            bounds.fluid_of_trace(PAPER, trace, window_s=window_s)
+@pytest.mark.parametrize(
+    ("bound", "name"),
+    [
+        *((lambda rate=rate: bounds.fluid(PAPER, rate), "rate_qps") for rate in (0.0, -1.0, math.nan)),
+        *((lambda s=s: bounds.fluid_of_trace(PAPER, TRACE, window_s=s), "window_s") for s in (-1.0, 0.0)),
+        (lambda: bounds.fluid_of_trace(PAPER, TRACE, workers=0), "workers"),
+    ],
+)
+def test_rates_windows_and_workers_must_be_positive(bound, name):
+    with pytest.raises(errors.ConfigError, match=name):
+        bound()
 
 
 def test_a_trace_without_queries_has_no_accuracy_to_bound():

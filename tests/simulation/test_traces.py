@@ -75,15 +75,6 @@ def test_a_mix_draws_values_in_their_shares():
     np.testing.assert_allclose(trace.deadlines_s, trace.arrivals_s + trace.slo_ms / 1e3)
 
 
-def test_a_saved_trace_loads_bit_for_bit(tmp_path):
-    trace = traces.bursty(duration_s=0.5).mixed(slo_ms={20.0: 1, 36.5: 1}, floors={0.0: 1, 0.79: 1})
-    trace.save(tmp_path / "burst.csv")
-    loaded = traces.load(tmp_path / "burst.csv")
-    for what in ("arrivals_s", "slo_ms", "floors"):
-        np.testing.assert_array_equal(getattr(loaded, what), getattr(trace, what))
-    assert loaded.name == "burst"
-
-
 def test_recorded_arrivals_need_only_the_one_column_and_no_order(tmp_path):
     (tmp_path / "a.csv").write_text("host,arrival_s\nx,2.5\ny,1.5\n")
     trace = traces.load(tmp_path / "a.csv", slo_ms=50.0)
@@ -132,6 +123,7 @@ def test_a_missing_recording_is_a_data_error(tmp_path):
         (lambda: Trace(np.array([2.0, 1.0])), "ascending"),
         (lambda: Trace(np.array([1.0]), slo_ms=np.array([1.0, 2.0])), "one per query"),
         (lambda: Trace(np.array([1.0]), floors=1.5), "floors"),
+        *((lambda n=n: Trace(np.array([1.0]), lengths=n), "lengths") for n in (-1, 2.5, np.array([1, 2]))),
         (lambda: traces.gamma(rate_qps=9.0).mixed(slo_ms={}), "shares"),
         (lambda: traces.gamma(rate_qps=9.0).mixed(slo_ms={20.0: -1.0}), "shares"),
     ],
@@ -147,21 +139,15 @@ def test_an_slo_that_is_not_positive_and_finite_is_refused(slo_ms):
         traces.gamma(rate_qps=9.0, slo_ms=slo_ms)
 
 
-def test_lengths_are_drawn_saved_and_loaded_like_slos(tmp_path):
-    plain = traces.gamma(rate_qps=2000.0, duration_s=2.0).mixed(slo_ms={20.0: 1, 50.0: 1}, seed=3)
+def test_a_saved_trace_loads_bit_for_bit_with_lengths_or_without(tmp_path):
+    plain = traces.gamma(rate_qps=2000.0, duration_s=2.0).mixed(slo_ms={20.0: 1, 36.5: 1}, floors={0.0: 1, 0.79: 1}, seed=3)
     trace = plain.mixed(lengths={20: 3, 100: 1})
     assert (trace.lengths == 20).mean() == pytest.approx(0.75, abs=0.03)
-    np.testing.assert_array_equal(trace.slo_ms, plain.slo_ms)
-    trace.save(tmp_path / "text.csv")
-    loaded = traces.load(tmp_path / "text.csv")
-    for what in ("arrivals_s", "slo_ms", "lengths"):
-        np.testing.assert_array_equal(getattr(loaded, what), getattr(trace, what))
-    plain.save(tmp_path / "plain.csv")
-    assert (tmp_path / "plain.csv").read_text().splitlines()[0] == "arrival_s,slo_ms,floor"
-    assert np.ndim(traces.load(tmp_path / "plain.csv").lengths) == 0
-
-
-@pytest.mark.parametrize("lengths", [-1, 2.5, np.array([1, 2])])
-def test_lengths_that_cannot_be_are_refused(lengths):
-    with pytest.raises(errors.ConfigError, match="lengths"):
-        Trace(np.array([1.0]), lengths=lengths)
+    for saved, header in (plain, "arrival_s,slo_ms,floor"), (trace, "arrival_s,slo_ms,floor,length"):
+        saved.save(tmp_path / "saved.csv")
+        loaded = traces.load(tmp_path / "saved.csv")
+        for what in ("arrivals_s", "slo_ms", "floors", "lengths"):
+            np.testing.assert_array_equal(getattr(loaded, what), getattr(saved, what))
+        assert (tmp_path / "saved.csv").read_text().splitlines()[0] == header
+        assert loaded.name == "saved"
+    assert (plain.lengths, trace.slo_ms.tolist()) == (0, plain.slo_ms.tolist())
