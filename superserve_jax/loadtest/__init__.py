@@ -1,0 +1,12 @@
+"""Tests of the real server under load, and the comparison of server and simulator.
+
+`loadgen` submits the queries of a trace when they are due. `storm` injects random failures; a `recorder` notes what clients
+and engines see, and `checker` finds broken guarantees in its notes. `worker_kills` kills workers, `endurance` runs for hours,
+and `sim_vs_real` repeats a replay in the simulator. Read `loadgen` first. No jax.
+"""
+
+from superserve_jax.loadtest.checker import CheckResult
+from superserve_jax.loadtest.loadgen import Replay, replay, submit_when_due
+from superserve_jax.loadtest.storm import Storm, StormResult, run_storm
+
+__all__ = ["CheckResult", "Replay", "Storm", "StormResult", "replay", "run_storm", "submit_when_due"]

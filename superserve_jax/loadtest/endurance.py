@@ -1,8 +1,9 @@
 """Traffic that can last for hours, and what may grow meanwhile: memory and latency. No jax.
 
-Futures are kept until the end of the second in which they resolve, and then counted.
+Of each query only its latency is kept, and only until the end of the second: memory must not depend on the traffic.
 """
 
+import collections
 import dataclasses
 import math
 import time
@@ -107,7 +108,7 @@ class EnduranceTraffic:
         self._floors = [row.accuracy for row in target.profile.rows]
         self._rng = np.random.default_rng(seed)
         self._inputs = make_inputs(engines[0], self._rng)
-        self._pending: list[Future] = []
+        self._replies: collections.deque[tuple[float, bool]] = collections.deque()  # latency in ms, whether it met the SLO
         self._batches = self._changes = 0
 
     def second(self, number: int, start_s: float) -> Second:
@@ -133,33 +134,38 @@ class EnduranceTraffic:
                 self.refused += len(sent.places)
                 continue
             self.submitted += len(sent.answers)
-            self._pending += sent.answers
+            for query in sent.answers:
+                query.add_done_callback(self._on_done)
         time.sleep(max(start_s + number + 1 - time.monotonic(), 0.0))
         return self._take(time.monotonic() - start_s, lag_s)
 
     def wait(self, timeout_s: float) -> None:
         """Waits until every query has resolved, but not longer than `timeout_s`."""
         end_s = time.monotonic() + timeout_s
-        while self._pending and time.monotonic() < end_s:
+        while self.resolved < self.submitted and time.monotonic() < end_s:
             time.sleep(0.01)
             self._take(0.0, 0.0)
 
+    def _on_done(self, query: Future) -> None:
+        if query.exception(timeout=0) is not None:
+            self._replies.append((math.nan, False))
+        else:
+            reply = query.result(timeout=0)
+            self._replies.append((reply.latency_ms, reply.met_slo))
+
     def _take(self, time_s: float, lag_s: float) -> Second:
-        pending, self._pending, done = self._pending, [], []
-        for future in pending:
-            (done if future.done() else self._pending).append(future)
-        replies = [future.result(0) for future in done if future.exception(0) is None]
-        latencies_ms = [reply.latency_ms for reply in replies]
-        failed = len(done) - len(replies)
-        self.resolved += len(done)
+        resolved = np.array([self._replies.popleft() for _ in range(len(self._replies))]).reshape(-1, 2)
+        latencies_ms, met = resolved[~np.isnan(resolved[:, 0])].T
+        failed = len(resolved) - len(latencies_ms)
+        self.resolved += len(resolved)
         self.failed += failed
-        p50, p99 = np.percentile(latencies_ms, [50, 99]) if replies else (math.nan, math.nan)
+        p50, p99 = np.percentile(latencies_ms, [50, 99]) if len(latencies_ms) else (math.nan, math.nan)
         batches, changes = (sum(getattr(engine, name) for engine in self._engines) for name in ("batches", "changes"))
         second = Second(
             time_s=time_s,
-            answers=len(replies),
+            answers=len(latencies_ms),
             failed=failed,
-            met=sum(reply.met_slo for reply in replies),
+            met=int(met.sum()),
             p50_ms=float(p50),
             p99_ms=float(p99),
             batches=batches - self._batches,
