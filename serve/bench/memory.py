@@ -14,9 +14,10 @@ prints their latencies. The columns:
 
 - live: the most bytes of all arrays on the device between two calls. They are weights, statistics and kept slices.
 - temporaries: the most bytes that any executable needs in addition during a call, as XLA counts them.
-- resident: on a CPU, the growth of the process since before the model was loaded; peak: its largest value while it runs. Both
-  include code, statistics on the host and Python's own objects. On a GPU, peak is the device's own count.
-- statistics on host: statistics of all subnets. The device holds only those of recently used subnets.
+- resident: on a CPU, the growth of the process since before the model was loaded. It includes code, statistics on the host
+  and Python's own objects.
+- peak: the largest value of resident while the process runs. On a GPU, it is the device's own count.
+- statistics on host: statistics of all subnets, while the device holds only the statistics of recently used subnets.
 - executables: on a CPU, the growth of resident by loading executables, without arrays. XLA keeps far more than their code.
 
 The last line, all subnets extracted, is not measured but computed from their numbers of parameters.

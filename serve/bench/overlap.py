@@ -73,7 +73,7 @@ def both_ways(measure: Callable[[bool], dict[str, float]], rounds: int) -> dict[
 
 
 def throughput(target: Server, example: np.ndarray, queries: int) -> float:
-    """Queries per second of a new server, all of which wait from the start."""
+    """Queries per second of a new server, if all queries wait from the start."""
     with target:
         target.submit_many([example] * 64)[-1].result()  # warm
         start_s = time.perf_counter()
@@ -130,10 +130,10 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     columns = {
-        "ms a batch": "{0[batch_ms]:.1f}",
-        "overlap": "{0[overlap]}",
-        "queries/s": "{0[qps]:,.0f}",
-        "gain": "{0[gain]:.3f}",
+        "ms a batch": "{0[batch_ms]:.1f}".format,
+        "overlap": "{0[overlap]}".format,
+        "queries/s": "{0[qps]:,.0f}".format,
+        "gain": "{0[gain]:.3f}".format,
     }
     if options.export is not None:
         found = [exported(options)]
@@ -142,17 +142,17 @@ def main() -> None:
         found = [sleeping(options, batch_ms) for batch_ms in options.batch_ms]
         print(f"a device that sleeps, batches of {BATCH} inputs of shape {options.input_shape}, dtype uint8")
         columns |= {
-            "device busy": "{0[busy]:.2%}",
-            "bursty: attainment": "{0[attainment]:.2%}",
-            "accuracy": "{0[accuracy]:.2%}",
-            "p99 ms": "{0[p99_ms]:.1f}",
+            "device busy": "{0[busy]:.2%}".format,
+            "bursty: attainment": "{0[attainment]:.2%}".format,
+            "accuracy": "{0[accuracy]:.2%}".format,
+            "p99 ms": "{0[p99_ms]:.1f}".format,
         }
     measured = [
         {**each, **each[way], "overlap": way, "gain": each[way]["qps"] / each["off"]["qps"]}
         for each in found
         for way in ("off", "on")
     ]
-    cli.print_table(cli.table(columns, measured))
+    cli.print_columns(columns, measured)
     if options.json:
         files.write_json(options.json, found)
 
