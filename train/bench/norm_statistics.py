@@ -60,7 +60,7 @@ def main() -> None:
     cli.print_table(table)
     mean = sum(sizes) / len(sizes)
     print(
-        f"{len(sizes)} subnets (not calibrated, but of realistic sizes): {sum(sizes):,} bytes of statistics, {mean:,.0f} each, "
+        f"{len(sizes)} subnets (not calibrated, of realistic sizes): {sum(sizes):,} bytes of statistics, {mean:,.0f} each, "
         f"{weights / mean:.0f} times less than the {weights:,} bytes of weights\n"
         f"on disk: {kinds['statistics.npz']:,} bytes of statistics and subnets' names, and {kinds['weights']:,} of weights; "
         f"loaded and checked in {load_s:.1f} s"
