@@ -66,7 +66,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
     run_program("serve/measure.py", trained / "export", "--repeats", "3", "--json", tmp_path / "profile.json", fresh=True)
     profile = ss.Profile.load(tmp_path / "profile.json")
     replay = ["serve/replay.py", trained / "export"]
-    done = run_program(*replay, "--seconds", "2", "--plot", tmp_path / "p.png", json_file=True, fresh=True)
+    done = run_program(*replay, "--seconds", "1", "--plot", tmp_path / "p.png", json_file=True, fresh=True)
     results = done.json["policies"]
     names = ["slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(profile.rows)))]
     assert [r["name"] for r in results] == names
@@ -76,7 +76,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
     assert "SlackFit (default)" in done.stdout
     assert (tmp_path / "p.png").stat().st_size > 1000
 
-    options = ["--seconds", "1", "--policies", "slackfit", "fixed:0", "--simulate"]
+    options = ["--seconds", "0.5", "--policies", "slackfit", "fixed:0", "--simulate"]
     done = run_program(*replay, *options, json_file=True)
     assert "the same traffic in the simulator: real / simulated" in done.stdout
     simulated = done.json["policies"]
