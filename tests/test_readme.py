@@ -1,15 +1,14 @@
-"""The README's Python runs, and its commands name programs and files that exist."""
+"""Python in the README runs. Its commands name programs and files that exist."""
 
 import pathlib
 import re
 import shlex
 
 import pytest
-from tiny import TINY, random_params, random_statistics
+from tiny import TINY
 
 from superserve_jax import exports
 from superserve_jax.exports import Served
-from superserve_jax.supernets.supernet import SuperNet
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,13 +23,10 @@ def test_the_readme_shows_python_and_commands():
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_in_the_readme_is_short_and_runs(code, tmp_path, monkeypatch, capsys):
+def test_python_in_the_readme_is_short_and_runs(code, tiny, tmp_path, monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    space = TINY.space()
-    chosen = [space.smallest(), space.subnet(depth=(1, 1, 1), expand=0.5, width=1.0), space.largest()]
-    model = SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
-    served = [Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(chosen)]
-    exports.export(tmp_path / "runs" / "demo" / "export", model, served, measured="made up", class_names=("a", "b", "c"))
+    served = [Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)]
+    exports.export(tmp_path / "runs" / "demo" / "export", tiny, served, measured="made up", class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     exec(compile(code.replace("16, 32, 32, 1", "16, 9, 9, 1"), "README.md", "exec"), {})
