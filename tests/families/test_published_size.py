@@ -1,6 +1,6 @@
 """The published OFA-ResNet50 itself, 48 M parameters at 224x224, with fresh weights: from a config to answers of an export."""
 
-import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training.config import load_config
 
-CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "ofa_resnet50.py")
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "ofa_resnet50.py"
 
 
 @pytest.mark.slow
