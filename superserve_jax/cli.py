@@ -3,9 +3,8 @@
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +12,6 @@ from rich.table import Table
 from superserve_jax import errors
 
 _NO_WRAP = 10_000  # characters in a line
-
-T = TypeVar("T")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -45,26 +42,18 @@ def check_above_zero(options: Any, *names: str) -> None:
             raise errors.ConfigError(f"{name} must be above 0, got {getattr(options, name)}")
 
 
-def options_after_path(defaults: Callable[[str], T], explanation: str | None, *, path: str | None = None) -> tuple[str, T]:
-    """The path that is a program's first argument, and the options after it. The path decides the options' defaults.
+def config_argument(arguments: list[str], explanation: str | None) -> tuple[str, list[str]]:
+    """Splits a program's arguments into the config file, which comes first, and the rest.
 
-    Without a path, the program prints its explanation and ends.
+    Without a config file the program prints its explanation and ends.
 
-    Args:
-      defaults: gives the options, a dataclass, with the defaults for a path.
-      explanation: the program's docstring.
-      path: the path if the first argument is an option.
+    >>> config_argument(["configs/debug.py", "--epochs", "2"], "how to use it")
+    ('configs/debug.py', ['--epochs', '2'])
     """
-    arguments = sys.argv[1:]
-    if arguments and not arguments[0].startswith("-"):
-        path, *arguments = arguments
-    elif path is None:
+    if not arguments or arguments[0].startswith("-"):
         print(explanation)
         sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
-    options = defaults(path)
-    return path, tyro.cli(
-        type(options), default=options, args=arguments, prog=f"{sys.argv[0]} {path}", description=explanation
-    )
+    return arguments[0], arguments[1:]
 
 
 def print_columns(columns: Mapping[str, Callable[[Any], str]], items: Iterable[Any], *, left: int = 1) -> None:

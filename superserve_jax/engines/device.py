@@ -77,7 +77,7 @@ class DeviceEngine:
         self.name = f"{device.platform}:{device.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
-        self.device, self._model = device, model
+        self.device, self.model = device, model
 
         if slice_bytes is None:
             slice_bytes = max(int(_SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
@@ -98,7 +98,7 @@ class DeviceEngine:
             for program, names in leaves.items()
         }
         shapes = [(b, length) for b in batch_sizes for length in self.lengths or (0,)]
-        self._calls = {
+        self.calls = {
             (s, *shape): (made[program, *shape].call, buckets[program])
             for s, program in program_of.items()
             for shape in shapes
@@ -114,7 +114,7 @@ class DeviceEngine:
         if self.lengths and isinstance(config, SequenceConfig):
             [self._padding] = config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
         # Free staging buffers. A buffer is not free until the output of its batch is ready, since the device may read it.
-        self._staging = {shape: [self._make_staging(*shape) for _ in range(2)] for shape in shapes}
+        self.staging = {shape: [self._make_staging(*shape) for _ in range(2)] for shape in shapes}
         self._warm_up(program_of)
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -131,8 +131,8 @@ class DeviceEngine:
     ) -> tuple[jax.Array, int, np.ndarray, list[np.ndarray]]:
         """Starts a batch. Returns the arguments of `_outputs`."""
         length = length_bucket(self.lengths, inputs) if self.lengths else 0
-        call, bucket = self._calls[subnet, batch_size, length]
-        free = self._staging[batch_size, length]
+        call, bucket = self.calls[subnet, batch_size, length]
+        free = self.staging[batch_size, length]
         staged = free.pop() if free else self._make_staging(batch_size, length)  # an abandoned batch keeps its buffer
         try:
             if not length:
@@ -152,7 +152,7 @@ class DeviceEngine:
         return computed, len(inputs), staged, free
 
     def _make_staging(self, batch_size: int, length: int) -> np.ndarray:
-        staged = np.zeros(executables.input_spec(self._model.config, batch_size, length).shape, self.input_dtype)
+        staged = np.zeros(executables.input_spec(self.model.config, batch_size, length).shape, self.input_dtype)
         if length:
             staged[:] = self._padding[:length]
         return staged
@@ -163,7 +163,7 @@ class DeviceEngine:
         program = bucket.program
 
         def statistics() -> tuple[jax.Array, jax.Array]:
-            values = program.pad_statistics(self._model.statistics_of(subnet), subnet), program.active(subnet)
+            values = program.pad_statistics(self.model.statistics_of(subnet), subnet), program.active(subnet)
             return jax.device_put(values, self.device)
 
         leaves = bucket.whole
@@ -181,14 +181,14 @@ class DeviceEngine:
         """
 
         def flops(subnet: Subnet) -> int:
-            return self._model.config.flops(subnet.computed_in(program_of[subnet].envelope))
+            return self.model.config.flops(subnet.computed_in(program_of[subnet].envelope))
 
         slow: set[tuple[int, int]] = set()
         for subnet in sorted({program: s for s, program in program_of.items()}.values(), key=flops):
-            for batch, length in sorted(self._staging):
+            for batch, length in sorted(self.staging):
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
-                call = subnet, batch, [self._staging[batch, length][0][0]]
+                call = subnet, batch, [self.staging[batch, length][0][0]]
                 if self._time_s(*call) <= _SLOW_CALL_S:
                     slow.discard((batch, length))
                 elif (batch, length) not in slow and self._time_s(*call) > _SLOW_CALL_S:

@@ -1,4 +1,4 @@
-"""The workers of a pool: their names and numbers, who is alive, and what they offer together. No jax."""
+"""The workers of a pool: their names, who is alive, what they offer together, and how they failed. No jax."""
 
 import itertools
 from collections.abc import Mapping
@@ -7,30 +7,35 @@ from typing import Any
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving.failure import Failure
+from superserve_jax.serving.outbox import Outbox
 from superserve_jax.serving.swap import Successor
 from superserve_jax.serving.worker import Gone, Worker
 
 
 class Members:
-    """The workers that a pool knows, also those that have gone. The caller holds the pool's lock.
+    """The workers of a pool, including those that have gone. The caller holds the pool's lock.
 
     A worker is *alive* while it takes batches, and *present* until its thread has ended or was abandoned. A removed worker is
     present, but not alive, until it has answered its last batch.
 
     Args:
+      outbox: takes errors that are not needed any more.
       correct: see `Fleet`.
 
     Attributes:
-      workers: all that are known.
+      workers: all workers, including those that have gone.
       alive, abandoned: how many are alive, and how many were abandoned.
-      fleet: their speeds.
+      failures: how many batches have failed.
+      fleet: the workers' speeds.
     """
 
-    def __init__(self, *, correct: bool):
+    def __init__(self, outbox: Outbox, *, correct: bool):
         self.workers: tuple[Worker, ...] = ()
-        self.alive = self.abandoned = 0
+        self.alive = self.abandoned = self.failures = 0
         self.fleet = Fleet(correct=correct)
-        self._correct = correct
+        self._last_failure: Failure | None = None
+        self._outbox, self._correct = outbox, correct
 
     def living(self) -> tuple[Worker, ...]:
         """The workers that are alive."""
@@ -87,6 +92,20 @@ class Members:
                 fleet.leave(worker.index)
         self.fleet = fleet  # only when it is complete: workers report to it without the lock
 
+    def note(self, failure: Failure) -> None:
+        """Remembers the last failure of an engine or the policy."""
+        self._outbox.drop(self._last_failure)
+        self._last_failure = failure
+
+    def lost_error(self) -> errors.SuperServeError:
+        """The error of a query when no worker is left."""
+        failure = self._last_failure
+        error = errors.WorkersLostError(
+            f"the last of {len(self.workers)} workers has left; its last error was {failure and failure.text}. "
+            "Look into that error, and add a worker or open a new server"
+        )
+        return error if failure is None else failure.cause(error)
+
     def offer(self) -> tuple[float, float] | None:
         """The accuracy that every live worker reaches, and the seconds of the fastest batch; None if none is alive.
 
@@ -109,6 +128,8 @@ class Members:
             "workers": len(self.workers),
             "alive": self.alive,
             "abandoned": self.abandoned,
+            "failures": self.failures,
+            "last_error": None if self._last_failure is None else self._last_failure.text,
             "running": sum(flight.count for worker in self.workers if worker.present for flight in worker.flights),
             "per_worker": [worker.health(now_s) for worker in self.workers],
         }

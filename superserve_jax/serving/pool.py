@@ -70,13 +70,11 @@ class Pool:
 
         self.counters = Counters(profiles[0])
         self.backlog = Backlog(profiles[0], options, input_bytes=input_bytes, outbox=self.outbox, counters=self.counters)
-        self.members = Members(correct=options.follow_drift)
-        self._failures = 0  # failed batches
-        self._last_failure: Failure | None = None
+        self.members = Members(self.outbox, correct=options.follow_drift)
         self.closing = False
 
         self._opened_s = self.clock()
-        self._process = ProcessTies(self._end, tune_runtime=options.tune_runtime)
+        self.process = ProcessTies(self._end, tune_runtime=options.tune_runtime)
         self._watchdog = Watchdog(self, options.stall_s / 4)
         for engine, profile in zip(engines, profiles, strict=True):
             self.add(engine, profile)
@@ -87,7 +85,7 @@ class Pool:
 
     def admit(self, queries: Sequence[Query]) -> None:
         """Queues all of `queries`, which share deadline and floor, or raises and queues none."""
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         if self.is_held_here():
             self._check_open("takes no queries")
             self._watchdog.defer(functools.partial(self._admit_late, queries))
@@ -97,7 +95,7 @@ class Pool:
                 self.counters.arrived += len(queries)
                 self._check_open("takes no queries")
                 if not self.members.alive:
-                    raise self.lost_error()
+                    raise self.members.lost_error()
                 if queries:
                     self.backlog.add(queries, self.members.fleet, idle=bool(self._idle))
                 self.counters.admitted += len(queries)
@@ -118,7 +116,7 @@ class Pool:
 
     def add(self, engine: Engine, profile: Profile) -> str:
         """See `Server.add_worker`."""
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         policy = self.make_policy(profile)
         with self.lock:
             self._check_open("takes no workers")
@@ -133,13 +131,13 @@ class Pool:
         try:
             worker.thread.start()  # not under the lock: it waits for the thread, which may run a finalizer that submits
         except BaseException:
-            self.leave([worker], "left", self.lost_error)
+            self.leave([worker], "left", self.members.lost_error)
             raise
         return name
 
     def remove(self, name: str) -> None:
         """See `Server.remove_worker`."""
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         with self.lock:
             worker = self.members.removable(name)
             self.members.retire(worker, "removed")
@@ -153,7 +151,7 @@ class Pool:
 
     def close(self, *, drain: bool, timeout_s: float | None) -> None:
         """See `Server.close`."""
-        if self._process.is_fork():
+        if self.process.is_fork():
             return
         if self.is_held_here():
             self.closing = True
@@ -176,12 +174,11 @@ class Pool:
 
     def stop(self, *, drain: bool) -> None:
         """Admits nothing from now on. Workers leave when nothing waits; without `drain`, everything that waits fails now."""
+        reason = "the server was closed without draining before this query ran"
         with self.lock:
             self.closing = True
             if not drain:
-                self.backlog.fail_all(
-                    lambda: errors.ServerClosedError("the server was closed without draining before this query ran")
-                )
+                self.backlog.fail_all(lambda: errors.ServerClosedError(reason))
             self._locked_notify_all()
         self.outbox.empty()
 
@@ -191,13 +188,13 @@ class Pool:
 
     def defer(self, work: Callable[[], object]) -> None:
         """Has `work` called in another thread, after this one has released the lock."""
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         self._check_open("cannot be changed")
         self._watchdog.defer_to_a_thread(work)
 
     def health(self) -> dict[str, Any]:
         """See `Server.health`."""
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         if self.is_held_here():
             return copy.deepcopy(self._health)
         with self.lock:
@@ -206,14 +203,13 @@ class Pool:
 
     def snapshot(self) -> dict[str, Any]:
         """See `Server.snapshot`."""
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         if self.is_held_here():
             return copy.deepcopy(self._snapshot)
         with self.lock:
             now_s = self.clock()
-            health = self._locked_health(now_s)
+            health, waiting = self._locked_health(now_s), self.backlog.items()
             counted = self.counters.snapshot(unanswered=health["waiting"] + health["running"])
-            waiting = self.backlog.items()
         oldest_s = min((query.submitted_s for query in waiting if not query.done()), default=now_s)
         self._snapshot = {
             "uptime_s": now_s - self._opened_s,
@@ -226,13 +222,7 @@ class Pool:
         return copy.deepcopy(self._snapshot)
 
     def _locked_health(self, now_s: float) -> dict[str, Any]:
-        return {
-            **self.members.health(now_s),
-            "failures": self._failures,
-            "last_error": None if self._last_failure is None else self._last_failure.text,
-            "waiting": len(self.backlog),
-            "closed": self.closing,
-        }
+        return {**self.members.health(now_s), "waiting": len(self.backlog), "closed": self.closing}
 
     # -- swaps ------------------------------------------------------------------------------------------------------------
 
@@ -241,7 +231,7 @@ class Pool:
 
         Raises ServerClosedError, WorkersLostError; ConfigError in a thread of this pool.
         """
-        self._process.refuse_fork()
+        self.process.refuse_fork()
         with self.lock:
             if self._is_own_thread():
                 raise errors.ConfigError(
@@ -302,7 +292,7 @@ class Pool:
     def _locked_check_swappable(self) -> None:
         self._check_open("cannot be swapped")
         if not self.members.alive:
-            raise self.lost_error()
+            raise self.members.lost_error()
 
     # -- calls of workers -------------------------------------------------------------------------------------------------
 
@@ -331,26 +321,15 @@ class Pool:
         """A worker has taken up its successor."""
         self._changed.notify_all()
 
-    def locked_note(self, failure: Failure) -> None:
-        """Remembers the last failure."""
-        self.outbox.drop(self._last_failure)
-        self._last_failure = failure
-
     def locked_batch_failed(self) -> None:
-        """Counts a failed batch. Its queries wait again."""
-        self._failures += 1
+        """The queries of a failed batch wait again."""
+        self.members.failures += 1
         self._idle.wake_all()  # not every worker may run a retry
 
     def locked_retry(self, worker: Worker, flight: Flight, failure: Failure, *, hung: bool = False) -> None:
         """See `Backlog.retry`."""
         self.backlog.retry(
-            flight,
-            failure,
-            worker=worker.index,
-            name=worker.name,
-            workers=self.members.alive,
-            now_s=self.clock(),
-            hung=hung,
+            flight, failure, worker=worker.index, name=worker.name, workers=self.members.alive, now_s=self.clock(), hung=hung
         )
 
     def pause(self, worker: Worker, seconds: float) -> None:
@@ -394,17 +373,13 @@ class Pool:
         """Abandons the workers that are stuck in a batch (see `Members.stuck`)."""
         with self.lock:
             if stuck := self.members.stuck(self.clock(), excused_s=excused_s):
-                self._locked_leave(stuck, "abandoned", self.lost_error)
+                self._locked_leave(stuck, "abandoned", self.members.lost_error)
         self.outbox.empty()
 
     def ended(self) -> bool:
         """Whether the pool is closed, its last worker has left, and nothing is deferred."""
         with self.lock:
             return self.closing and self._watchdog.idle and not self.members.any_present()
-
-    def shut_down(self) -> None:
-        """The watchdog ends."""
-        self._process.release()
 
     def _end(self) -> None:
         """Ends the workers before the interpreter exits. Batches that run are answered, queries that wait are not.
@@ -419,17 +394,6 @@ class Pool:
         for worker in self.members.workers:
             if worker.thread.is_alive():
                 worker.thread.join(0 if worker.present else _EXIT_S)
-
-    # -- errors -----------------------------------------------------------------------------------------------------------
-
-    def lost_error(self) -> errors.SuperServeError:
-        """The error of a query when no worker is left."""
-        text = None if self._last_failure is None else self._last_failure.text
-        error = errors.WorkersLostError(
-            f"the last of {len(self.members.workers)} workers has left; its last error was {text}. "
-            "Look into that error, and add a worker or open a new server"
-        )
-        return error if self._last_failure is None else self._last_failure.cause(error)
 
     def _check_open(self, what: str) -> None:
         if self.closing:

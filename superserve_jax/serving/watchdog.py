@@ -58,7 +58,7 @@ class Watchdog:
             # If this is later by more than a period, the whole process stood still, for example because it was suspended.
             late_s = time.monotonic() - due_s
             self._pool.abandon_stuck(excused_s=late_s if late_s > self._period_s else 0.0)
-        self._pool.shut_down()
+        self._pool.process.release()
 
 
 def _logged(work: Callable[[], object]) -> None:

@@ -1,7 +1,7 @@
 """One worker of a server: its engine, its thread, the batches that it has under way, and its failures. No jax.
 
-One class, because a single thread does all of it: take a batch, run it, answer it, and deal with its failure. `server.py`
-opens with the map of threads and locks. Methods named `locked_...` expect the caller to hold the pool's lock.
+One class, because one thread does all of it: it takes, runs and answers batches, and handles their failures. `server.py` opens
+with the map of threads and locks. Methods named `locked_...` expect the caller to hold the pool's lock.
 """
 
 import logging
@@ -91,7 +91,7 @@ class Worker:
             with pool.lock:
                 self._locked_note(failure)
         finally:
-            pool.leave([self], "left", pool.lost_error)
+            pool.leave([self], "left", pool.members.lost_error)
             # The health of a worker that has left can still be read, but its device's memory is free.
             del self.engine, self.policy
 
@@ -196,7 +196,7 @@ class Worker:
         failure = Failure.of(error)
         failure.forget_frames()
         with self._pool.lock:
-            self._pool.locked_note(failure)
+            self._pool.members.note(failure)
             for query in unlucky:
                 self._pool.outbox.fail(
                     query, failure.cause(errors.InferenceError(f"the policy failed: {failure.text}; mend it"))
@@ -204,11 +204,10 @@ class Worker:
 
     def _launch(self, flight: Flight) -> None:
         """Hands a batch to the device."""
-        inputs = [query.inputs for query in flight.batch]
         flight.started_s = self._pool.clock()
         if not flight.shared:
             self._watched_s = flight.started_s
-        flight.launch(self.engine, self._sizes[flight.place], inputs)
+        flight.launch(self.engine, self._sizes[flight.place], [query.inputs for query in flight.batch])
 
     def _compute(self, flight: Flight, inputs: list[Any]) -> list[Any]:
         """The outputs of a batch; `flight.failure` is set if there are none."""
@@ -245,7 +244,10 @@ class Worker:
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
         self._answered = (row.subnet, len(batch), submitted_s, late, start_s, finish_s, slack_s, flight.reason)
-        flight.batch = ()  # here, where no lock is held: these may be the last references to the queries
+        flight.batch, flight.launched = (
+            (),
+            None,
+        )  # here, where no lock is held: these may be the last references to the queries
         return True
 
     # -- failures ---------------------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ class Worker:
     def _locked_note(self, failure: Failure) -> None:
         self._pool.outbox.drop(self._last_failure)
         self._last_failure = failure
-        self._pool.locked_note(failure)
+        self._pool.members.note(failure)
 
     def _locked_next_begins(self, since_s: float, now_s: float) -> None:
         """The device works on the next flight, at the earliest since `since_s`. It may be stuck from now on."""

@@ -20,6 +20,11 @@ PROFILE = Profile(
         for i, (s, a) in enumerate(zip(SUBNETS, (0.7, 0.75, 0.8), strict=True))
     ),
 )
+BUCKETED, FASTER = (
+    Profile((1, 4), rows_at={n: (Row(Subnet((0,)), 0.7, (ms, 2 * ms)),) for n, ms in zip((16, 64), each, strict=True)})
+    for each in ((1.0, 4.0), (0.5, 3.0))
+)
+"""Two profiles with the length buckets 16 and 64."""
 WAIT_S = 10.0
 LONG_MS = 60_000.0
 
@@ -45,6 +50,10 @@ def serve(*engines, policy=None, slo_ms=LONG_MS, **options):
 
 def x(value) -> np.ndarray:
     return np.array(value, np.float32)
+
+
+def tokens(length) -> np.ndarray:
+    return np.full(length, length, np.int32)
 
 
 def fail(*_):

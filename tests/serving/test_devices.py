@@ -127,10 +127,8 @@ def main():
         zeros = np.zeros((batch, *held.input_shape), held.input_dtype)
         assert held.subnets == (profile.rows[0].subnet,)
         held.run(profile.rows[0].subnet, batch, list(zeros))
-        [(call, _)] = held._calls.values()
-        leaves, row, active = held._actuated
-        assert {d for array in (*leaves, row, active) for d in array.devices()} == {device}
-        assert call(leaves, zeros, row, active).devices() == {device}
+        [call] = held.executables
+        assert {d for sharding in jax.tree.leaves(call.input_shardings) for d in sharding.device_set} == {device}
 
     together, answered = threading.Barrier(len(devices)), set()
 

@@ -1,14 +1,11 @@
 """Faults in the real server, of engines without a model and, at the end, of real executables."""
 
-import gc
 import itertools
 import math
 import sys
 import threading
 import time
-import weakref
 
-import fakes
 import hypothesis
 import jax
 import numpy as np
@@ -23,8 +20,7 @@ from superserve_jax.engines.base import Wrapper
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling.policies import Decision, State
-from superserve_jax.serving import limits, server
+from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retries
 from superserve_jax.serving.server import Server
@@ -220,70 +216,6 @@ def test_outputs_pass_unless_one_of_them_is_nan(shape):
         base.check_outputs(logits, shape[0])
 
 
-# -- memory -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", [RuntimeError(OUT_OF_MEMORY), MemoryError()], ids=["jax", "python"])
-def test_a_worker_without_the_memory_for_a_batch_runs_smaller_ones_from_then_on(error):
-    sizes, asked = [], []
-
-    def on_run(subnet, batch_size, inputs):
-        sizes.append(batch_size)
-        if batch_size > 4:
-            raise error
-
-    def policy(profile, state):
-        asked.append(profile.max_batch)
-        return Decision(ROW.subnet, 16)  # whatever profile it is shown
-
-    with serve(fake(on_run), policy=policy) as s:
-        for _ in range(2):
-            assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
-        assert (state(s)["max_batch"], state(s)["failures"], s.health()["alive"]) == (4, 2, 1)
-    assert sizes[:2] == [16, 8]
-    assert set(sizes[2:]) == {4}
-    assert asked[:2] == [16, 8]
-    assert set(asked[2:]) == {4}
-
-
-def test_a_named_policy_plans_with_the_batches_that_are_left():
-    table = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.8, (10.0, 10.0, 10.0, 10.0, 100.0))))
-    made = server.make_policy("max-batch", limits.at_most(table, 8))
-    ran = []
-
-    def on_run(subnet, batch_size, inputs):
-        ran.append((subnet, batch_size))
-        if batch_size > 8:
-            raise MemoryError
-
-    engines, options = [FakeEngine(table, speed=math.inf, on_run=on_run)], {"slo_ms": 50.0, "tune_runtime": False}
-    with Server.from_engines(engines, table, policy="max-batch", clock=lambda: 0.0, **options) as s:
-        outcomes(s.submit_many([x(i) for i in range(16)]))
-    decision = made(table, State(now_s=0.0, slack_ms=50.0, waiting=16))
-    assert ran[:2] == [(ROW.subnet, 16), (decision.subnet, decision.batch)]
-    assert decision.subnet != ROW.subnet  # in 50 ms all 16 can have only the fast one
-
-
-def test_without_memory_for_a_single_query_a_worker_fails_as_with_any_error():
-    def on_run(subnet, batch_size, inputs):
-        raise RuntimeError(OUT_OF_MEMORY)
-
-    with serve(fake(on_run), max_failures=2) as s:
-        for f in s.submit_many([x(i) for i in range(16)]):
-            with pytest.raises(errors.WorkersLostError, match="RESOURCE_EXHAUSTED"):
-                f.result(WAIT_S)
-        assert (state(s)["state"], state(s)["max_batch"]) == ("left", 1)
-
-
-def test_being_out_of_memory_uses_up_no_try():
-    def on_run(subnet, batch_size, inputs):
-        if batch_size > 1:
-            raise MemoryError
-
-    with serve(fake(on_run), max_tries=1) as s:
-        assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
-
-
 # -- hanging ------------------------------------------------------------------------------------------------------------------
 
 
@@ -347,137 +279,6 @@ def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
         opened.set()
 
 
-# -- adding and removing ------------------------------------------------------------------------------------------------------
-
-
-def test_workers_come_and_go_while_traffic_runs():
-    engines = [fake(lambda *_: time.sleep(0.0002), name=f"fake:{i}") for i in range(3)]
-    answers, stop = [], threading.Event()
-    with serve(*engines) as s:
-
-        def submit():
-            while not stop.is_set():
-                answers.append(s.submit_many([x(i) for i in range(5)]))
-                time.sleep(0.0005)
-
-        client = threading.Thread(target=submit)
-        client.start()
-        for i in range(20):
-            s.remove_worker(f"fake:{i % 3}")
-            assert s.health()["alive"] == 2
-            assert s.add_worker(engines[i % 3]) == f"fake:{i % 3}"
-        stop.set()
-        client.join()
-        for five in answers:
-            assert outcomes(five) == list(range(5))
-        assert (s.health()["workers"], s.health()["alive"], s.health()["failures"]) == (3, 3, 0)
-
-
-def test_a_removed_worker_finishes_its_batch_and_its_thread_ends():
-    with fakes.held(2) as (s, gate, first):
-        busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
-        threading.Timer(0.02, gate.opened.set).start()
-        s.remove_worker(busy)
-        assert first.result(0).output == (0.0, 0)
-        assert state(s, busy)["state"] == "removed"
-        assert not [t for t in threading.enumerate() if t.name == f"superserve-{busy}"]
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-
-
-def test_a_removed_worker_that_is_stuck_is_abandoned():
-    with fakes.held(2, stall_s=0.05) as (s, _, first):
-        busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
-        s.remove_worker(busy)
-        assert state(s, busy)["state"] == "abandoned"
-        assert f"superserve-{busy}" in [t.name for t in threading.enumerate()]
-        assert first.result(WAIT_S).output == (0.0, 0)
-
-
-def test_a_removed_worker_whose_last_batch_fails_gives_it_back():
-    gate = Gate()
-
-    def burn(*a):
-        gate(*a)
-        fail()
-
-    with serve(fake(burn)) as s:
-        first = s.submit(x(0))
-        assert gate.entered.wait(WAIT_S)
-        s.add_worker(fake(name="fresh"))
-        threading.Timer(0.02, gate.opened.set).start()
-        s.remove_worker("fake:0")
-        assert first.result(WAIT_S).output == (0.0, 0)
-
-
-def test_a_callback_may_remove_its_own_worker():
-    with fakes.held(2) as (s, gate, first):
-        busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
-        first.add_done_callback(lambda f: s.remove_worker(busy))
-        gate.opened.set()
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-    assert s.health()["abandoned"] == 0
-
-
-def test_the_last_worker_cannot_be_removed_nor_one_that_there_is_not():
-    with serve(fake(), fake(name="gpu:1")) as s:
-        with pytest.raises(errors.UnknownNameError, match="unknown worker 'gpu:0': did you mean 'gpu:1'"):
-            s.remove_worker("gpu:0")
-        s.remove_worker("gpu:1")
-        with pytest.raises(errors.ConfigError, match="fake:0 is the last worker; add another"):
-            s.remove_worker("fake:0")
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-
-
-def test_workers_of_one_name_are_told_apart():
-    with serve(fake(), fake()) as s:
-        assert s.add_worker(fake()) == "fake:0 (3)"
-        assert [w["name"] for w in s.health()["per_worker"]] == ["fake:0", "fake:0 (2)", "fake:0 (3)"]
-        s.remove_worker("fake:0 (2)")
-        assert s.add_worker(fake()) == "fake:0 (2)"
-
-
-def test_a_server_that_has_lost_its_workers_serves_again_with_a_new_one():
-    with serve(fake(fail), max_failures=1) as s:
-        with pytest.raises(errors.WorkersLostError, match="add a worker or open a new server"):
-            s.submit(x(1)).result(WAIT_S)
-        assert s.add_worker(fake()) == "fake:0"
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-
-
-@pytest.mark.parametrize(
-    ("new", "message"),
-    [
-        (FakeEngine(PROFILE, input_shape=(3,), name="odd"), r"odd takes \(\(3,\).* must agree"),
-        ("gpu:0", "a server of engines takes an engine, got 'gpu:0'"),
-    ],
-    ids=["other inputs", "no engine"],
-)
-def test_a_worker_that_does_not_fit_is_refused(new, message):
-    with serve() as s, pytest.raises(errors.ConfigError, match=message):
-        s.add_worker(new)
-    with pytest.raises(errors.ServerClosedError):
-        s.add_worker(fake())
-
-
-@pytest.mark.parametrize("how", ["removed", "left"])
-def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, caplog):
-    caplog.set_level("CRITICAL", logger="superserve_jax.serving")  # pytest keeps what is logged
-    with serve(fake(), slo_ms=1, max_failures=1) as s:
-        new = fake(fail if how == "left" else None, name="other")
-        held = weakref.ref(new)
-        s.add_worker(new)
-        del new
-        if how == "removed":
-            s.remove_worker("other")
-        while state(s, "other")["state"] != how:
-            outcomes(s.submit_many([x(i) for i in range(50)], slo_ms=LONG_MS))
-        end_s = time.monotonic() + WAIT_S
-        while held() is not None:
-            assert time.monotonic() < end_s
-            gc.collect()
-        assert state(s, "other")["max_batch"] == 16
-
-
 # -- real executables ---------------------------------------------------------------------------------------------------------
 
 
@@ -517,37 +318,6 @@ def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(
             np.testing.assert_allclose(f.result(0).output, expected[i], atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(export):
-    images = random_images(TINY, 2)
-    with Server(export, batch_sizes=(2,), devices=jax.devices()[:1], slo_ms=LONG_MS) as s:
-        [first] = s.health()["per_worker"]
-        added = s.add_worker(jax.devices()[0])
-        assert added == f"{first['name']} (2)"
-        s.remove_worker(first["name"])
-        outputs = [f.result(WAIT_S).output for f in s.submit_many(list(images))]
-        assert state(s, added)["batches"] >= 1
-    expected = np.asarray(export(images, export.subnets[0]))
-    np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_who_joins_with_less_accuracy_makes_only_the_floors_above_it_fail_and_leaving_undoes_that():
-    two = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.9, ROW.latency_ms)))
-    gate = Gate()
-    first_engine, second = (FakeEngine(p, speed=math.inf, on_run=gate, name=n) for p, n in ((two, "a"), (PROFILE, "b")))
-    with Server.from_engines([first_engine], two, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
-        first = s.submit(x(0))
-        assert gate.entered.wait(WAIT_S)
-        demanding, modest = s.submit(x(1), min_accuracy=0.8), s.submit(x(2))
-        s.add_worker(second, profile=PROFILE)
-        with pytest.raises(errors.AccuracyFloorError, match="that every worker serves now"):
-            demanding.result(WAIT_S)
-        assert modest.result(WAIT_S).output[0] == 2.0
-        s.remove_worker("b")
-        gate.opened.set()
-        assert first.result(WAIT_S).output[0] == 0.0
-        assert s.submit(x(3), min_accuracy=0.8).result(WAIT_S).accuracy == 0.9
-
-
 def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
     def on_run(*_):
         error = RuntimeError("round and round")
@@ -562,18 +332,3 @@ def test_a_server_that_cannot_be_opened_leaves_the_process_as_it_was():
     with pytest.raises(errors.UnknownNameError):
         Server.from_engines([fake()], PROFILE, policy="nope", tune_runtime=True)
     assert (sys.getswitchinterval(), threading.active_count()) == (before, threads)
-
-
-def test_a_worker_with_less_memory_counts_for_what_it_still_carries():
-    def on_run(subnet, batch_size, inputs):
-        if batch_size > 1:
-            raise MemoryError
-
-    cheap = Profile(SIZES, (Row(ROW.subnet, 0.7, tuple(1.0 + 0.1 * b for b in SIZES)),))
-    engines = [FakeEngine(cheap, speed=math.inf, on_run=on_run)]
-    with Server.from_engines(engines, cheap, policy=largest, slo_ms=LONG_MS, tune_runtime=False) as s:
-        full, _ = s.pool.members.fleet.strength()
-        for future in s.submit_many([x(i) for i in range(8)]):
-            future.result(WAIT_S)
-        assert s.health()["per_worker"][0]["max_batch"] == 1
-        assert s.pool.members.fleet.strength()[0] < full

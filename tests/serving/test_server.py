@@ -1,36 +1,18 @@
 """The threaded server on engines without a model: input x answers (x, rank of the subnet)."""
 
 import asyncio
-import collections
-import contextlib
-import gc
-import itertools
 import math
-import random
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
-from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, always, by_slack, fail, fake, held, serve, x
+from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, always, fake, held, serve, x
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling.policies import Decision
-from superserve_jax.serving import runtime
 from superserve_jax.serving.server import Server
-from superserve_jax.subnet import Subnet
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left_behind():
-    yield
-    end_s = time.monotonic() + WAIT_S
-    while names := [t.name for t in threading.enumerate() if t.name.startswith("superserve")]:
-        assert time.monotonic() < end_s, names
-        time.sleep(0.001)
-
 
 # -- answers ------------------------------------------------------------------------------------------------------------------
 
@@ -41,12 +23,6 @@ def test_a_reply_says_what_was_computed_by_which_subnet_and_when():
     assert reply.output == (5.0, 1)
     assert (reply.subnet, reply.accuracy, reply.met_slo, reply.batch) == (SUBNETS[1], 0.75, True, 1)
     assert reply.latency_ms == pytest.approx(reply.queue_ms + reply.compute_ms)
-
-
-def test_queries_submitted_together_are_answered_in_their_order():
-    with serve() as s:
-        futures = s.submit_many([x(i) for i in range(100)])
-        assert [f.result(WAIT_S).output[0] for f in futures] == list(range(100))
 
 
 def test_a_stacked_array_is_submitted_as_its_rows():
@@ -246,13 +222,6 @@ def test_an_answer_to_a_query_cancelled_while_it_ran_is_dropped():
     assert first.cancelled()
 
 
-def test_an_answered_query_cannot_be_cancelled():
-    with serve() as s:
-        future = s.submit(x(1))
-        future.result(WAIT_S)
-        assert not future.cancel()
-
-
 @pytest.mark.parametrize("callback", [lambda f: 1 / 0, lambda f: sys.exit(1)], ids=["error", "exit"])
 def test_a_callback_that_raises_fails_no_query(callback, caplog):
     with held() as (s, gate, first):
@@ -262,305 +231,6 @@ def test_a_callback_that_raises_fails_no_query(callback, caplog):
         assert s.submit(x(1)).result(WAIT_S).output[0] == 1
         assert s.health()["alive"] == 1
     assert caplog.records
-
-
-# -- failures -----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_that_failed_is_tried_again():
-    failures = iter([fail, lambda *_: None, fail])  # in between it is asked whether it can do anything
-    with serve(fake(lambda *a: next(failures, lambda *_: None)(*a))) as s:
-        assert s.submit(x(3)).result(WAIT_S).output == (3.0, 0)
-        assert s.health()["failures"] == 2
-        assert "the device burns" in s.health()["last_error"]
-        assert s.health()["alive"] == 1
-
-
-def test_a_broken_worker_leaves_and_the_others_answer_everything():
-    with serve(fake(fail, name="bad"), fake(name="good"), max_failures=2, slo_ms=1) as s:
-        while s.health()["alive"] == 2:
-            futures = s.submit_many([x(i) for i in range(8)], slo_ms=LONG_MS)
-            assert [f.result(WAIT_S).output[0] for f in futures] == list(range(8))
-        assert s.submit(x(1), slo_ms=LONG_MS).result(WAIT_S).output == (1.0, 0)
-        assert s.health()["failures"] == 2
-
-
-def test_a_query_that_keeps_failing_gets_the_cause_and_does_not_end_the_only_worker():
-    def choke(subnet, batch_size, inputs):
-        if any(i == 13 for i in inputs):
-            raise RuntimeError("bad luck")
-
-    with serve(fake(choke), policy=always(0, batch=1)) as s:
-        for _ in range(3):
-            with pytest.raises(
-                errors.InferenceError, match=r"fake:0 failed on .* from 13 to 13: 3 batches.*bad luck.*server's log"
-            ) as caught:
-                s.submit(x(13)).result(WAIT_S)
-            assert isinstance(caught.value.__cause__, RuntimeError)
-            assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-
-
-def test_a_failed_query_without_slack_is_not_tried_again():
-    now_s = [0.0]
-
-    def slow_failure(*_):
-        now_s[0] += 1.0
-        fail()
-
-    with serve(fake(slow_failure), clock=lambda: now_s[0]) as s:
-        with pytest.raises(errors.InferenceError, match="no slack was left"):
-            s.submit(x(1), slo_ms=500).result(WAIT_S)
-        assert s.health()["failures"] == 1
-
-
-class OneTooFew(FakeEngine):
-    def run(self, subnet, batch_size, inputs):
-        return super().run(subnet, batch_size, inputs)[1:]
-
-
-def test_a_wrong_number_of_outputs_is_a_failure():
-    with serve(OneTooFew(PROFILE, speed=math.inf)) as s, pytest.raises(errors.InferenceError, match="0 outputs for 1 inputs"):
-        s.submit(x(1)).result(WAIT_S)
-
-
-def test_when_the_last_worker_leaves_everything_fails_with_the_cause():
-    gate = Gate()
-
-    def burn(*a):
-        gate(*a)
-        fail()
-
-    with serve(fake(burn), max_failures=1) as s:
-        futures = [s.submit(x(0))]
-        assert gate.entered.wait(WAIT_S)
-        futures += s.submit_many([x(i) for i in range(5)])
-        gate.opened.set()
-        for f in futures:
-            with pytest.raises(errors.WorkersLostError, match=r"last of 1 workers.*the device burns.*open a new server"):
-                f.result(WAIT_S)
-        with pytest.raises(errors.WorkersLostError, match="the device burns"):
-            s.submit(x(1))
-        assert s.health()["alive"] == 0
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (fail, "the device burns"),
-        (lambda *_: Decision(Subnet((9,)), 1), "not in the profile"),
-        (lambda *_: Decision(SUBNETS[0], 0), "batch of at least 1, got 0"),
-        (lambda *_: None, "AttributeError"),
-    ],
-    ids=["raises", "unknown subnet", "empty batch", "no decision"],
-)
-def test_a_policy_that_fails_fails_its_queries_and_no_worker(policy, message):
-    with serve(policy=policy) as s:
-        for _ in range(3):
-            with pytest.raises(errors.InferenceError, match=f"the policy failed.*{message}.*mend it"):
-                s.submit(x(1)).result(WAIT_S)
-        assert (s.health()["alive"], s.health()["failures"]) == (1, 0)
-
-
-def test_a_stuck_worker_is_abandoned_its_batch_answered_by_another_and_its_late_answer_dropped():
-    answers = []
-    with held(2, stall_s=0.05) as (s, gate, first):
-        first.add_done_callback(answers.append)
-        assert first.result(WAIT_S).output == (0.0, 0)
-        assert gate.batches == [[0], [0]]
-        assert (s.health()["alive"], s.health()["abandoned"]) == (1, 1)
-        gate.opened.set()
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
-    assert answers == [first]
-
-
-def test_when_the_only_worker_is_stuck_its_queries_fail():
-    with held(stall_s=0.05) as (s, _, first):
-        waiting = s.submit(x(1))
-        for f in (first, waiting):
-            with pytest.raises(errors.WorkersLostError, match="fake:0 has not returned for"):
-                f.result(WAIT_S)
-        assert s.health()["abandoned"] == 1
-
-
-# -- closing ------------------------------------------------------------------------------------------------------------------
-
-
-def test_closing_answers_what_waits():
-    with held() as (s, gate, _):
-        futures = s.submit_many([x(i) for i in range(20)])
-        threading.Timer(0.02, gate.opened.set).start()
-        s.close()
-        assert all(f.done() for f in futures)
-        assert [f.result().output[0] for f in futures] == list(range(20))
-
-
-def test_closing_without_draining_fails_what_waits_and_answers_what_runs():
-    with held() as (s, gate, first):
-        waiting = s.submit(x(1))
-        threading.Timer(0.02, gate.opened.set).start()
-        s.close(drain=False)
-        assert first.result(0).output == (0.0, 0)
-        with pytest.raises(errors.ServerClosedError, match="closed without draining"):
-            waiting.result(0)
-
-
-def test_leaving_the_context_on_an_exception_fails_what_waits():
-    gate, waiting = Gate(), []
-
-    def interrupted():
-        with serve(fake(gate)) as s:
-            s.submit(x(0))
-            assert gate.entered.wait(WAIT_S)
-            waiting.append(s.submit(x(1)))
-            threading.Timer(0.02, gate.opened.set).start()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        interrupted()
-    with pytest.raises(errors.ServerClosedError):
-        waiting[0].result(0)
-
-
-def test_a_closed_server_refuses_and_closes_again():
-    s = serve()
-    threads = [threading.Thread(target=s.close) for _ in range(3)]
-    for t in threads:
-        t.start()
-    s.close()
-    for t in threads:
-        t.join(WAIT_S)
-        assert not t.is_alive()
-    with pytest.raises(errors.ServerClosedError, match="takes no queries; open a new one"):
-        s.submit(x(1))
-    assert s.health()["closed"]
-
-
-def test_closing_with_a_timeout_abandons_the_stuck_and_fails_every_query_left():
-    with held() as (s, _, first):
-        waiting = s.submit(x(1))
-        s.close(timeout_s=0.01)
-        assert s.health()["abandoned"] == 1
-        for f in (first, waiting):
-            with pytest.raises(errors.ServerClosedError, match=r"after 0\.01 s"):
-                f.result(0)
-
-
-def test_a_callback_may_close_its_own_server():
-    with held() as (s, gate, first):
-        first.add_done_callback(lambda f: s.close())
-        waiting = s.submit(x(1))
-        gate.opened.set()
-        assert waiting.result(WAIT_S).output == (1.0, 0)
-
-
-def test_a_server_that_nobody_holds_ends_its_threads_and_fails_what_waits():
-    gate = Gate()
-    s = serve(fake(gate))
-    running = s.submit(x(0))
-    assert gate.entered.wait(WAIT_S)
-    waiting = s.submit(x(1))
-    del s
-    gc.collect()
-    with pytest.raises(errors.ServerClosedError):
-        waiting.result(WAIT_S)
-    gate.opened.set()
-    assert running.result(WAIT_S).output == (0.0, 0)
-
-
-def test_the_runtime_is_tuned_while_any_of_several_servers_is_open():
-    before = sys.getswitchinterval()
-    a, b = serve(tune_runtime=True), serve(tune_runtime=True)
-    a.close()
-    assert sys.getswitchinterval() == pytest.approx(runtime.SWITCH_INTERVAL_S)
-    assert gc.get_freeze_count() > 0
-    b.close()
-    assert sys.getswitchinterval() == before
-    assert gc.get_freeze_count() == 0
-
-
-def test_objects_that_were_frozen_before_stay_frozen():
-    gc.freeze()
-    try:
-        with runtime.low_latency():
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
-
-
-@pytest.mark.parametrize(
-    ("found", "meanwhile"),
-    [((700, 10, 10), runtime.GC_THRESHOLDS), ((0, 10, 10), (0, 10, 10)), ((30_000, 5, 500), (30_000, 20, 500))],
-)
-def test_collections_come_less_often_while_a_server_is_open_but_no_oftener_for_who_chose_otherwise(found, meanwhile):
-    before = gc.get_threshold()
-    gc.set_threshold(*found)
-    try:
-        with runtime.low_latency(), runtime.low_latency():
-            assert gc.get_threshold() == meanwhile
-        assert gc.get_threshold() == found
-    finally:
-        gc.set_threshold(*before)
-
-
-# -- everything at once -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("expire", [False, True])
-def test_each_query_is_answered_exactly_once_with_threads_submitting_from_all_sides(seed, expire):
-    per_thread, counts, outcomes, lock = 300, collections.Counter(), collections.Counter(), threading.Lock()
-    rng = random.Random(seed)
-
-    def flaky(subnet, batch_size, inputs):
-        if rng.random() < 0.05:
-            fail()
-        if rng.random() < 0.02:
-            time.sleep(0.002)
-
-    def answered(value, future):
-        with lock:
-            counts[value] += 1
-        if not future.cancelled() and future.exception() is None:
-            assert future.result().output[0] == value
-
-    def submit(s, k, mine):
-        draw = random.Random(100 * seed + k)
-        for i in range(per_thread):
-            value = per_thread * k + i
-            slo_ms, floor = draw.choice([1.0, 5.0, 36.0, 1000.0]), draw.choice([0.0, 0.0, 0.75, 0.8])
-            while True:
-                with contextlib.suppress(errors.QueueFullError):
-                    future = s.submit(x(value), slo_ms=slo_ms, min_accuracy=floor)
-                    break
-                time.sleep(0.001)
-            future.add_done_callback(lambda f, value=value: answered(value, f))
-            mine.append((value, floor, future))
-            if draw.random() < 0.1:
-                future.cancel()
-
-    submitted = [[] for _ in range(4)]
-    engines = [fake(flaky, name=f"fake:{i}") for i in range(3)]
-    with serve(*engines, policy=by_slack, expire=expire, slo_ms=1, max_queue=64, max_failures=50) as s:
-        threads = [threading.Thread(target=submit, args=(s, k, mine)) for k, mine in enumerate(submitted)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    for value, floor, future in itertools.chain(*submitted):
-        assert future.done()
-        assert counts[value] == 1
-        if future.cancelled():
-            outcomes["cancelled"] += 1
-        elif (error := future.exception()) is not None:
-            assert isinstance(error, errors.InferenceError | errors.DeadlineExpiredError)
-            outcomes[type(error).__name__] += 1
-        else:
-            assert future.result().output[0] == value
-            assert future.result().accuracy >= floor
-            outcomes["answered"] += 1
-    assert outcomes["answered"] > 2 * per_thread
-    assert outcomes["cancelled"] > 0
 
 
 def test_a_cancelled_query_that_has_stepped_back_is_forgotten():

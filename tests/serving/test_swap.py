@@ -1,39 +1,25 @@
 """Changing over to another export while serving: nothing is lost, and nothing of the old one stays."""
 
 import contextlib
-import dataclasses
 import gc
 import math
-import shutil
 import threading
 import time
-import types
 import weakref
 from typing import Any
 
 import fakes
-import jax
 import numpy as np
 import pytest
-from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, fake, held, x
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import TINY, live_bytes, random_images, random_params, random_statistics
+from fakes import BUCKETED, FASTER, LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, fake, held, tokens, x
 
-import superserve_jax as ss
 from superserve_jax import errors
-from superserve_jax.engines import prepare
 from superserve_jax.engines.fake import FakeEngine
-from superserve_jax.exports import Served, export, profile_path
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling import length_queue
-from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.retries import Retries
 from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.supernet import SuperNet
 
 OTHER = Profile((1, 2, 4), tuple(Row(Subnet((10 + i,)), 0.6 + 0.1 * i, (1.0, 2.0, 3.0)) for i in range(2)))
 OLD, NEW = (2, SUBNETS[2], 0.8), (1, Subnet((11,)), 0.7)  # what the best subnets of both reply
@@ -351,75 +337,7 @@ def test_the_old_engine_goes_though_a_client_keeps_the_error_of_a_batch(caplog):
         assert "the second" in repr(failed.exception(0))
 
 
-# -- queues -------------------------------------------------------------------------------------------------------------------
-
-LENGTHS = (16, 64)
-BUCKETED, FASTER = (
-    Profile((1, 4), rows_at={n: (Row(Subnet((0,)), 0.7, (ms, 2 * ms)),) for n, ms in zip(LENGTHS, each, strict=True)})
-    for each in ((1.0, 4.0), (0.5, 3.0))
-)
-ITEMS = st.lists(st.tuples(st.floats(0, 10), st.sampled_from([0.0, 0.5, 0.7, 0.9]), st.integers(1, 64)), max_size=20)
-
-
-def filled(profile, items, defer_s=-1.0):
-    q = length_queue.make_queue(profile)
-    for i, (deadline_s, floor, length) in enumerate(items):
-        q.push(deadline_s, i, floor, length)
-    q.defer(defer_s)
-    return q
-
-
-@pytest.mark.parametrize("profile", [PROFILE, BUCKETED])
-@given(items=ITEMS, defer_s=st.floats(-1, 10), accuracy=st.sampled_from([0.0, 0.6, 0.7, 1.0]))
-def test_a_queue_gives_up_just_the_floors_above_and_keeps_its_order(profile, items, defer_s, accuracy):
-    q, whole = filled(profile, items, defer_s), filled(profile, items, defer_s)
-    above = {i for i, (_, floor, _) in enumerate(items) if floor > accuracy}
-    assert set(q.pop_above(accuracy)) == above
-    assert (len(q), q.pop_above(accuracy)) == (len(items) - len(above), [])
-    if profile is PROFILE:  # else the head's batch takes only some
-        kept = q.head_floors(99)
-        assert any(kept) == any(0 < floor <= accuracy for _, floor, _ in items)
-        assert any(kept) == bool(kept)
-    assert q.drain() == [i for i in whole.drain() if i not in above]
-
-
-@given(ITEMS, st.floats(0, 10))
-def test_a_queue_that_counts_by_another_profile_is_as_one_that_always_did(items, time_s):
-    q, expected = filled(BUCKETED, items), filled(FASTER, items)
-    q.retime(FASTER)
-    assert (q.pushed, q.dispersion, q.head_work, q.due_by(time_s)) == (
-        expected.pushed,
-        expected.dispersion,
-        expected.head_work,
-        expected.due_by(time_s),
-    )
-    assert q.pop_before(time_s) == expected.pop_before(time_s)
-
-
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(0, 8), st.floats(0.1, 10))
-def test_a_meter_reads_the_same_in_other_units(arrivals, change, factor):
-    meter, expected, total = ArrivalMeter(), ArrivalMeter(), 0
-    for i, count in enumerate(arrivals):
-        total += count
-        if i == change:
-            meter.rescale(factor)
-        unit = factor if i >= change else 1.0
-        reading, plain = meter.read(0.03 * i, total * unit, unit), expected.read(0.03 * i, total)
-        assert reading == pytest.approx((plain[0] * unit, plain[1] * unit**2), abs=1e-9)
-
-
-def test_what_has_failed_is_run_again_by_the_new_profile():
-    again = Retries(BUCKETED, max_tries=3)
-    query = Query(tokens(5), 0.0, 1.0, 0.0)
-    query.length = 5
-    again.give_back([query], None, 0)
-    again.retime(FASTER)
-    again.give_back([query], None, 0)
-    assert [group.waiting.head_work for group in again.groups] == [filled(FASTER, [(1.0, 0.0, 5)]).head_work] * 2
-
-
-def tokens(length):
-    return np.full(length, length, np.int32)
+# -- texts --------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -473,188 +391,3 @@ def text(length):
 
 
 # -- exports ------------------------------------------------------------------------------------------------------------------
-
-
-def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
-    """An export of made-up weights, one subnet, with a latency profile beside it."""
-    subnet = getattr(config.space(), which)()
-    model = SuperNet(config, random_params(config, seed), {subnet: random_statistics(config, subnet, seed)})
-    export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="made up")
-    place = profile_path(folder, prepare.device_kind(jax.devices()[0]))
-    place.parent.mkdir(exist_ok=True)
-    Profile((1,), (Row(subnet, accuracy, (1.0,)),), prepare.device_kind(jax.devices()[0])).save(place)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exports")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUPERSERVE_CACHE", str(folder / "cache"))  # so that only the first test compiles
-        yield write(folder / "old", 1, accuracy=0.5), write(folder / "new", 2, accuracy=0.6, which="largest")
-
-
-@contextlib.contextmanager
-def opened(path, **options):
-    with Server(path, batch_sizes=(1,), slo_ms=LONG_MS, **options) as s:
-        yield s
-
-
-IMAGES = random_images(TINY, 6)
-
-
-def answers(s):
-    replies = [f.result(WAIT_S) for f in s.submit_many(IMAGES)]
-    return np.stack([r.output for r in replies]), {r.accuracy for r in replies}
-
-
-def expected(path):
-    model = ss.load(path)
-    return np.asarray(model(IMAGES, model.subnets[0]))
-
-
-def test_after_a_swap_answers_are_the_new_models_and_nothing_of_the_old_one_is_left(exports):
-    compiled_in = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled_in.append(threading.current_thread().name) if "compile" in name else None
-    )
-    stop, futures = threading.Event(), []
-
-    def submit():
-        while not stop.is_set():
-            futures.extend(s.submit_many(IMAGES))
-            time.sleep(0.002)
-
-    old, new = map(expected, exports)
-    assert np.abs(old - new).max() > 0.1
-    gc.collect()
-    with opened(exports[0]) as s:
-        np.testing.assert_allclose(answers(s)[0], old, atol=1e-4)
-        taken, gone = live_bytes(), [weakref.ref(s.model), weakref.ref(workers_of(s)[0].engine)]
-        gone += [weakref.ref(e) for e in gone[1]().executables]
-        client = threading.Thread(target=submit)
-        client.start()
-        compiled_in.clear()
-        s.swap(exports[1])
-        after = len(futures)
-        stop.set()
-        client.join(WAIT_S)
-        # Without a collection, since those skip what the open server has frozen.
-        assert [ref() for ref in gone] == [None] * len(gone)
-        assert live_bytes() <= taken
-        got, accuracies = answers(s)
-        np.testing.assert_allclose(got, new, atol=1e-4)
-        assert (accuracies, s.profile.rows[0].accuracy, s.model.path) == ({0.6}, 0.6, exports[1])
-        for i, reply in enumerate(f.result(WAIT_S) for f in futures):
-            assert reply.accuracy in ((0.5, 0.6) if i < after else (0.6,))
-            np.testing.assert_allclose(reply.output, (old if reply.accuracy == 0.5 else new)[i % len(IMAGES)], atol=1e-4)
-    assert compiled_in
-    assert not [name for name in compiled_in if name.startswith("superserve")]
-
-
-def test_an_export_that_cannot_be_served_leaves_the_old_one_serving(exports, tmp_path):
-    larger = write(tmp_path / "larger", 3, accuracy=0.9, config=dataclasses.replace(TINY, image_size=11))
-    damaged = shutil.copytree(exports[1], tmp_path / "damaged")
-    [statistics] = damaged.glob("payload-*/statistics.npz")
-    statistics.write_bytes(statistics.read_bytes()[:-1] + b"x")
-    bare = SuperNet(TINY, random_params(TINY))
-    with opened(exports[0]) as s:
-        before, _ = answers(s)
-        for path, kind, message in (
-            (tmp_path / "nowhere", errors.ExportError, "is not an export"),
-            (damaged, errors.ExportError, "statistics.npz"),
-            (larger, errors.ConfigError, r"\(11, 11, 1\).*\(9, 9, 1\)"),
-            (bare, errors.ConfigError, "export the SuperNet first"),
-        ):
-            with pytest.raises(kind, match=message):
-                s.swap(path)
-            after, accuracies = answers(s)
-            np.testing.assert_array_equal(after, before)
-            assert accuracies == {0.5}
-        assert s.model.path == exports[0]
-
-
-def test_other_vocabularies_and_lengths_are_refused():
-    def text(vocabulary, **changes) -> Any:
-        config = types.SimpleNamespace(
-            family="text",
-            **{"max_length": 64, "pad_id": 0, **changes},
-            input_spec=lambda batch, length: jax.ShapeDtypeStruct((batch, length), np.int32),
-        )
-        return types.SimpleNamespace(path="here", config=config, vocabulary=vocabulary)
-
-    prepare.check_same_inputs(text(("a",)), text(("a",), max_length=32), (16, 32))
-    for other_model, message in (
-        (text(("b",)), "another vocabulary"),
-        (text(("a",), max_length=16), "exceeds the model's max_length=16"),
-        (text(("a",), pad_id=1), "padded with 1, this server .*padded with 0"),
-        (types.SimpleNamespace(path="there", config=TINY, vocabulary=()), r"there takes inputs of shape \(9, 9, 1\)"),
-    ):
-        with pytest.raises(errors.ConfigError, match=message):
-            prepare.check_same_inputs(text(("a",)), other_model, (16, 32))
-
-
-def test_a_swap_returns_when_what_runs_has_been_answered(exports, monkeypatch):
-    with opened(exports[0]) as s:
-        old, entered, go_on = workers_of(s)[0].engine, threading.Event(), threading.Event()
-
-        def run_slowly(*args, run=old.run):
-            entered.set()
-            assert go_on.wait(WAIT_S)
-            return run(*args)
-
-        monkeypatch.setattr(old, "run", run_slowly)
-        running = s.submit(IMAGES[0])
-        assert entered.wait(WAIT_S)
-        swapping = threading.Thread(target=s.swap, args=(exports[1],))
-        swapping.start()
-        while s.model.path != exports[1]:
-            time.sleep(0.001)
-        swapping.join(0.01)
-        assert swapping.is_alive()
-        go_on.set()
-        swapping.join(WAIT_S)
-        assert running.result(0).accuracy == 0.5
-
-
-def test_swaps_and_a_worker_that_joins_come_one_after_the_other(exports, monkeypatch):
-    def load_slowly(path, load=prepare.load):
-        loading.set()
-        assert go_on.wait(WAIT_S)
-        return load(path)
-
-    loading, go_on = threading.Event(), threading.Event()
-    with opened(exports[0]) as s:
-        device = workers_of(s)[0].engine.device
-        monkeypatch.setattr(prepare, "load", load_slowly)
-        changes = [threading.Thread(target=s.swap, args=(path,)) for path in (exports[1], exports[0], exports[1])]
-        changes[0].start()
-        assert loading.wait(WAIT_S)
-        changes += [threading.Thread(target=s.add_worker, args=(device,))]
-        for t in changes[1:]:
-            t.start()
-        assert answers(s)[1] == {0.5}
-        changes[-1].join(0.2)
-        assert all(t.is_alive() for t in changes)
-        assert s.health()["alive"] == 1
-        go_on.set()
-        for t in changes:
-            t.join(WAIT_S)
-        health = s.health()
-        assert (health["alive"], health["failures"]) == (2, 0)
-        assert {w.engine._model for w in workers_of(s)} == {s.model}
-        accuracy = s.profile.rows[0].accuracy
-        assert answers(s)[1] == {accuracy}
-
-
-def test_a_worker_with_an_engine_that_was_given_stands_in_the_way(exports):
-    with opened(exports[0]) as s:
-        given = FakeEngine(s.profile, name="mine", input_shape=(9, 9, 1), input_dtype=np.uint8)
-        s.add_worker(given)
-        with pytest.raises(
-            errors.ConfigError, match="worker mine has left, or has an engine that was given to it; remove it first"
-        ):
-            s.swap(exports[1])
-        s.remove_worker("mine")
-        s.swap(exports[1])
-        assert answers(s)[1] == {0.6}

@@ -1,4 +1,4 @@
-"""The default policy in the paper's traffic, and the order of the paper's policies."""
+"""What the default policy promises in the paper's traffic, and that the paper's policies come in the paper's order."""
 
 import functools
 
