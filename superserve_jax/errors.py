@@ -1,7 +1,7 @@
 """The errors that superserve_jax raises, all under `SuperServeError`.
 
-Each also derives from the builtin that a caller would expect (`ValueError` for a bad value, `TimeoutError` for a missed
-deadline, ...), and each message names the value, what was expected and the remedy.
+Each class also derives from the builtin that a caller would expect, such as `ValueError` for a bad value. Each message names
+the value, what was expected and the remedy.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-_SHOWN = 100  # characters of a name; a file may name a megabyte
+_SHOWN = 100  # characters of a name that a message shows; a name in a file may be very long
 
 
 class SuperServeError(Exception):
@@ -18,11 +18,11 @@ class SuperServeError(Exception):
 
 
 class ConfigError(SuperServeError, ValueError):
-    """A value in a config or an argument is not one that can work."""
+    """A value in a config or an argument is not possible."""
 
 
 class UnknownNameError(SuperServeError, ValueError):
-    """A name (family, dataset, policy, axis, ...) is not one of those known."""
+    """A name (of a family, dataset, policy, axis, ...) is unknown."""
 
 
 class SubnetError(SuperServeError, ValueError):
@@ -38,19 +38,19 @@ class NotCalibratedError(SuperServeError, LookupError):
 
 
 class DataError(SuperServeError, ValueError):
-    """A dataset is missing, not prepared, or does not hold what was asked."""
+    """A dataset is missing, is not prepared, or lacks the requested data."""
 
 
 class ExportError(SuperServeError, ValueError):
-    """An export directory is missing, damaged, foreign or from a newer version."""
+    """An export directory is missing, damaged, no export, or from a newer version."""
 
 
 class ConversionError(SuperServeError, ValueError):
-    """A weight file cannot be read, or its weights are not those of the network that was asked for."""
+    """A weight file cannot be read, or its weights do not fit the network."""
 
 
 class ProfileError(SuperServeError, ValueError):
-    """A latency profile is malformed, or made for other subnets or batch sizes."""
+    """A latency profile is malformed, or was measured for other subnets or batch sizes."""
 
 
 class InputError(SuperServeError, ValueError):
@@ -62,15 +62,15 @@ class DeadlineError(SuperServeError, ValueError):
 
 
 class AccuracyFloorError(SuperServeError, ValueError):
-    """No served subnet is as accurate as the query demands."""
+    """No served subnet reaches the accuracy that a query requires."""
 
 
 class QueueFullError(SuperServeError, RuntimeError):
-    """The server's queue holds as many queries, or bytes, as it may."""
+    """The server's queue holds the maximum number of queries or bytes."""
 
 
 class AdmissionError(QueueFullError):
-    """With what waits already, the query's deadline cannot be met, and the server refuses such queries."""
+    """The waiting queries leave no time to meet this query's deadline, and the server refuses such queries."""
 
 
 class ServerClosedError(SuperServeError, RuntimeError):
@@ -78,7 +78,7 @@ class ServerClosedError(SuperServeError, RuntimeError):
 
 
 class WorkersLostError(SuperServeError, RuntimeError):
-    """Every worker has left; nothing can be answered any more."""
+    """No worker is left, so no query can be answered."""
 
 
 class InferenceError(SuperServeError, RuntimeError):
@@ -90,7 +90,7 @@ class DeadlineExpiredError(SuperServeError, TimeoutError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """An error for a name that is not known, with the nearest known one suggested.
+    """An error for an unknown name, which suggests the nearest known name.
 
     >>> print(unknown_name("policy", "slakfit", ["slackfit", "fixed"]))
     unknown policy 'slakfit': did you mean 'slackfit'? Known: fixed, slackfit
@@ -105,10 +105,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
 
 @contextlib.contextmanager
 def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
-    """What goes wrong inside because a value is of another type or form becomes an `error` about it, in one line.
+    """Turns exceptions from values of a wrong type or form into an `error` of one line.
 
-    It stands around code that reads what somebody else wrote, after the checks that can say more, and may decorate a function.
-    Errors of this library pass.
+    Use it as a context manager or a decorator, around code that reads values from users or files. Checks with better messages
+    come first: errors of this library pass unchanged.
 
     >>> with refusing(DataError, "not a pair of numbers; give two"):
     ...     first, second = map(int, "1 x".split())

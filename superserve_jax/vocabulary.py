@@ -1,8 +1,10 @@
-"""A vocabulary: how text becomes token ids, the same way in training and for whoever loads an export.
+"""Vocabularies: how text becomes token ids, the same in training and in serving.
 
-Two schemes. `wordpiece` is BERT's (Devlin et al., NAACL 2019): pieces of words out of a vocabulary file, [CLS] before the
-first text and [SEP] after each, which needs the package tokenizers. `words` takes tokens that are parted by blanks, with
-[CLS] before them.
+There are two schemes:
+
+- `wordpiece` is the one of BERT (Devlin et al., NAACL 2019). It splits words into pieces of a vocabulary file, and puts [CLS]
+  before the first text and [SEP] after each text. It needs the package tokenizers.
+- `words` splits text at blanks, and puts [CLS] before it.
 
 Axis letters: B batch, T tokens.
 """
@@ -41,12 +43,12 @@ class TokenConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, and how text is cut into them.
+    """Tokens by id, and how text is split into tokens.
 
     Args:
       tokens: the token of each id.
       scheme: "wordpiece" or "words".
-      lowercase: of wordpiece: lowercase the text and strip its accents first, as BERT's uncased models do.
+      lowercase: for wordpiece: convert text to lower case and remove accents first, as for BERT's uncased models.
 
     >>> words = Vocabulary(("[PAD]", "[CLS]", "1", "2", "+"), scheme="words")
     >>> words.encode(["1 + 2", "2"], length=5).tolist()
@@ -64,24 +66,24 @@ class Vocabulary:
         if not isinstance(self.lowercase, bool):
             raise errors.ConfigError(f"lowercase must be True or False, got {self.lowercase!r}")
         if not all(isinstance(token, str) and token and not {"\n", "\r"} & set(token) for token in self.tokens):
-            raise errors.ConfigError("every token of a vocabulary must be text of one line, and not empty")
+            raise errors.ConfigError("every token of a vocabulary must be one line of text, and not empty")
         "".join(self.tokens).encode()  # raises for half of a surrogate pair, which no file can hold
         if len(self._ids) < len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self._ids[t] != i)
-            raise errors.ConfigError(f"a vocabulary must hold every token once; {twice!r} is there twice")
+            raise errors.ConfigError(f"a vocabulary must hold every token once; it holds {twice!r} twice")
         if missing := [token for token in _NEEDED[self.scheme] if token not in self._ids]:
-            raise errors.ConfigError(f"a vocabulary for {self.scheme} must hold {', '.join(missing)}, and this one does not")
+            raise errors.ConfigError(f"a vocabulary for {self.scheme} needs the tokens {', '.join(missing)}; add them")
 
     @staticmethod
     def from_text(text: str, **settings: Any) -> "Vocabulary":
-        """A vocabulary out of the text of a vocabulary file, one token a line, the first of id 0; settings as above."""
-        # Not splitlines(), for which some characters end a line that are tokens of BERT's.
+        """A vocabulary from the text of a vocabulary file. Line i holds the token of id i."""
+        # Not splitlines(): it also splits at some characters that are tokens of BERT.
         lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         return Vocabulary(tuple(lines), **settings)
 
     @staticmethod
     def read(path: str | os.PathLike[str], **settings: Any) -> "Vocabulary":
-        """A vocabulary out of a file such as BERT's vocab.txt. Raises DataError where it cannot be one."""
+        """A vocabulary from a file such as BERT's vocab.txt. Raises DataError if the file is not one."""
         try:
             return Vocabulary.from_text(pathlib.Path(path).expanduser().read_bytes().decode(), **settings)
         except (OSError, TypeError, ValueError) as e:
@@ -95,7 +97,7 @@ class Vocabulary:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `from_text` needs beside the tokens, as a dict for `json.dump`."""
+        """The settings that `from_text` needs besides the text, as a dict for `json.dump`."""
         return {"scheme": self.scheme, "lowercase": self.lowercase}
 
     @property
@@ -103,27 +105,27 @@ class Vocabulary:
         """Token id of padding."""
         return self._ids[PAD]
 
-    @errors.refusing(errors.InputError, "texts and second are lists of texts")
+    @errors.refusing(errors.InputError, "texts and second must be lists of strings")
     def encode(
         self, texts: Sequence[str], second: Sequence[str] | None = None, *, length: int, token_types: int = 1
     ) -> np.ndarray:
-        """Inputs of a transformer out of B texts, or out of B pairs of texts.
+        """Makes inputs of a transformer from B texts, or from B pairs of texts.
 
         Args:
           texts: B texts.
           second: the second text of each pair, such as a hypothesis.
-          length: T. Shorter inputs are padded. Of longer ones wordpiece cuts off the end, of the longer text of a pair first.
-          token_types: 2 to give out the token type (1 in the second text) beside each id.
+          length: T. Shorter inputs are padded. wordpiece cuts longer inputs at the end, in a pair the longer text first.
+          token_types: with 2, the result holds the token type (1 in the second text) next to each id.
 
         Returns:
-          int32 (B, T), or (B, T, 2) with token types, as `DynaBERTConfig.pack` gives.
+          int32 (B, T), or (B, T, 2) with token types, as from `DynaBERTConfig.pack`.
 
         Raises:
-          InputError: something is no text, or `words` meets a token that it does not know or more than fit.
+          InputError: a text is not a string, or `words` finds an unknown token or too many tokens.
           DataError: the package tokenizers is missing.
         """
         if isinstance(texts, str) or isinstance(second, str):
-            raise errors.InputError("texts are lists of texts; give a single one as [text]")
+            raise errors.InputError("texts must be a list; give a single text as [text]")
         if not isinstance(length, numbers.Integral) or length < 1:
             raise errors.InputError(f"length must be a whole number of tokens from 1 up, got {length!r}")
         if second is not None and len(second) != len(texts):
@@ -153,7 +155,7 @@ class Vocabulary:
             return self._word_sequence(text, second, length)
         parts = [self._pieces(text)] if second is None else [self._pieces(text), self._pieces(second)]
         while sum(map(len, parts)) > max(length - 1 - len(parts), 0):
-            max(reversed(parts), key=len).pop()  # of two equally long ones the second, as BERT's own code does
+            max(reversed(parts), key=len).pop()  # with equal lengths the second one, as in BERT's code
         ids, types = [self._ids[CLS]], [0]
         for kind, part in enumerate(parts):
             ids += [*part, self._ids[SEP]]
@@ -170,7 +172,7 @@ class Vocabulary:
             if word not in self._ids:
                 near = difflib.get_close_matches(word, self.tokens, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"tokens are {' '.join(self.tokens)[:200]}"
-                raise errors.InputError(f"'{word}' is not a token of this vocabulary; {hint} Blanks part tokens")
+                raise errors.InputError(f"'{word}' is not a token of this vocabulary; {hint} Tokens are separated by blanks")
         return [self._ids[CLS], *(self._ids[word] for word in words)], [0] * (len(words) + 1)
 
     def _pieces(self, text: str) -> list[int]:
@@ -186,9 +188,9 @@ class Vocabulary:
             import tokenizers
         except ImportError as e:
             raise errors.DataError(
-                f"cutting text into word pieces needs '{e.name}': pip install 'superserve-jax[text]'"
+                f"splitting text into word pieces needs '{e.name}': pip install 'superserve-jax[text]'"
             ) from e
-        # Special tokens are not told to the tokenizer, so "[SEP]" in a user's text is four pieces and not a separator.
+        # The tokenizer does not know the special tokens. So "[SEP]" in a user's text is several pieces, not a separator.
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(dict(self._ids), unk_token=UNKNOWN))
         tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=self.lowercase)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()

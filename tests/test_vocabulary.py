@@ -93,8 +93,8 @@ def test_what_cannot_be_encoded_is_an_input_error(call, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": TOKENS[1:]}, r"must hold \[PAD\]"),
-        ({"tokens": (*TOKENS, "cat")}, "'cat' is there twice"),
+        ({"tokens": TOKENS[1:]}, r"needs the tokens \[PAD\]"),
+        ({"tokens": (*TOKENS, "cat")}, "it holds 'cat' twice"),
         ({"tokens": (*TOKENS, "")}, "not empty"),
         ({"tokens": (*TOKENS, "a\nb")}, "one line"),
         ({"tokens": TOKENS, "scheme": "word"}, "did you mean 'words'"),

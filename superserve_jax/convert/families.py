@@ -1,4 +1,4 @@
-"""Weights of others for a SuperNet whose config is known beforehand, by the config's family."""
+"""Weights of other projects for a SuperNet with a given config."""
 
 from typing import Any
 
@@ -13,16 +13,17 @@ _FILL = {OFAResNetConfig.family: once_for_all.fill, DynaBERTConfig.family: huggi
 
 
 def weights(state: Any, config: FamilyConfig) -> SuperNet:
-    """The SuperNet of `config` with the weights of a state dict of once-for-all's or Hugging Face's.
+    """The SuperNet of `config` with the weights of a state dict from once-for-all or Hugging Face.
 
     Args:
       state: a mapping of arrays, or a file, see `state_dict.read`.
-      config: of a family for which others have published weights, an `OFAResNetConfig` or a `DynaBERTConfig`.
+      config: an `OFAResNetConfig` or a `DynaBERTConfig`.
 
     Raises:
-      ConversionError: weights are missing, surplus or misshapen; all are listed. ConfigError: theirs is no such network.
-      UnknownNameError: nobody's weights are known for this family.
+      ConversionError: weights are missing, surplus or of another shape; the message lists all of them.
+      ConfigError: the other project has no such network.
+      UnknownNameError: no weights of other projects are known for this family.
     """
     if config.family not in _FILL:
-        raise errors.unknown_name("family with weights of others", config.family, _FILL)
+        raise errors.unknown_name("family with weights of other projects", config.family, _FILL)
     return _FILL[config.family](config, state_dict.read(state))

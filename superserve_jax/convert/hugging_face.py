@@ -1,4 +1,4 @@
-"""Hugging Face's BERT classifiers (transformers, `BertForSequenceClassification`), DynaBERT's own weights among them."""
+"""Hugging Face's BERT classifiers (transformers, `BertForSequenceClassification`), which include DynaBERT's own weights."""
 
 import collections
 import re
@@ -41,22 +41,23 @@ def bert(
 ) -> SuperNet:
     """The SuperNet of a state dict of Hugging Face's `BertForSequenceClassification`.
 
-    All sizes but the number of heads are in the weights. The search space offers what the network can run, unless `depths`,
-    `heads` and `ffn` say less; to train it, narrow it to what shall be served (`DynaBERTConfig` has DynaBERT's choices).
+    The weights tell all sizes except the number of heads. If `depths`, `heads` and `ffn` are left out, the search space is as
+    large as the network allows. To train the SuperNet, choose fewer, as in `DynaBERTConfig`.
 
     Args:
       state: a mapping of arrays, or a file, see `state_dict.read`.
-      num_heads: attention heads of a layer.
-      depths: allowed numbers of layers, 1 to all of them if left out.
-      heads: allowed numbers of heads, 1 to all of them if left out.
-      ffn: allowed numbers of feed-forward neurons; if left out, the share of each number of heads, and every quarter.
-      max_length: of sequences, in tokens; as many as there are positions if left out.
+      num_heads: number of attention heads of a layer.
+      depths: allowed numbers of layers; if left out, from 1 to all.
+      heads: allowed numbers of heads; if left out, from 1 to all.
+      ffn: allowed numbers of feed-forward neurons; if left out, the same shares as `heads`, and every quarter.
+      max_length: the longest sequence, in tokens; if left out, the number of positions in the weights.
 
     Returns:
-      A SuperNet that takes what its `config.pack(ids, types, mask=mask)` returns.
+      A SuperNet whose inputs `config.pack(ids, types, mask=mask)` makes.
 
     Raises:
-      ConversionError: weights are missing, surplus or misshapen; all are listed. ConfigError: an argument cannot be right.
+      ConversionError: weights are missing, surplus or of another shape; the message lists all of them.
+      ConfigError: an argument is not possible.
     """
     if not isinstance(num_heads, int) or num_heads < 1:
         raise errors.ConfigError(f"num_heads must be a whole number from 1 up, got {num_heads!r}")
@@ -75,34 +76,34 @@ def bert(
         ffn=_choices("ffn", ffn, sorted({max(1, neurons * k // n) for k, n in shares})),
     )
     if config.max_length > positions:
-        raise errors.ConfigError(f"the weights have {positions} positions; max_length={max_length} is more than that")
+        raise errors.ConfigError(f"the weights have {positions} positions, fewer than max_length={max_length}")
     return fill(config, weights)
 
 
 def fill(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
-    """The SuperNet of `config` with these weights, read already. Raises as `bert` does."""
+    """The SuperNet of `config` with weights from `state_dict.read`. Raises the errors of `bert`."""
     positions = max(config.max_length, _size(weights, _POSITIONS))
     found = state_dict.take(
         weights,
         _sources(config, positions),
         what=f"a BERT classifier of {config.num_layers} layers, hidden size {config.hidden_size} and {config.ffn[-1]} "
         f"feed-forward neurons",
-        hint="are they those of such a BertForSequenceClassification?",
+        hint="are they from such a BertForSequenceClassification?",
     )
     found["embeddings.positions"] = found["embeddings.positions"][: config.max_length]
     return SuperNet(config, {name: jnp.array(value) for name, value in found.items()})
 
 
 def _choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> tuple[int, ...]:
-    """The choices of an axis, `offered` unless `given`; the largest is what the weights have."""
+    """The choices of an axis: `given`, or `offered` if that is None. The largest choice is the size of the weights."""
     choices = tuple(sorted(set(offered if given is None else given)))
     if not choices or choices[-1] != offered[-1]:
-        raise errors.ConfigError(f"the largest of {name} must be all that there are, {offered[-1]}; got {list(choices)}")
+        raise errors.ConfigError(f"the largest of {name} must be the size of the weights, {offered[-1]}; got {list(choices)}")
     return choices
 
 
 def _size(weights: Mapping[str, np.ndarray], pattern: str, *, default: int = 1) -> int:
-    """The first axis of the weights of these names, by majority, so that one odd weight is what the error names."""
+    """The most common first axis of the weights with these names. So an error later names the one weight that differs."""
     lengths = [v.shape[0] for name, v in weights.items() if re.fullmatch(pattern, name) and v.ndim and v.shape[0]]
     return collections.Counter(lengths).most_common(1)[0][0] if lengths else default
 
@@ -113,7 +114,7 @@ def _num_layers(weights: Mapping[str, np.ndarray]) -> int:
 
 
 def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:
-    """Where every parameter stands; the position table with all its rows."""
+    """The source of each parameter. The position table has all its positions."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     shapes["embeddings.positions"] = (positions, config.hidden_size)
     sources = {}
@@ -125,7 +126,7 @@ def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:
         sources[f"{ours}.kernel"] = Source((f"{theirs}.weight",), shapes[f"{ours}.kernel"], (1, 0))
         sources[f"{ours}.bias"] = Source((f"{theirs}.bias",), shapes[f"{ours}.bias"])
 
-    def norm(ours: str, theirs: str) -> None:  # gamma and beta are the names of files made from TensorFlow's
+    def norm(ours: str, theirs: str) -> None:  # files converted from TensorFlow have the names gamma and beta
         sources[f"{ours}.scale"] = Source((f"{theirs}.weight", f"{theirs}.gamma"), shapes[f"{ours}.scale"])
         sources[f"{ours}.bias"] = Source((f"{theirs}.bias", f"{theirs}.beta"), shapes[f"{ours}.bias"])
 

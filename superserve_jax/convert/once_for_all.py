@@ -1,7 +1,8 @@
 """once-for-all's OFA-ResNet50 (mit-han-lab/once-for-all, `OFAResNets`): its state dict and its subnet dictionaries.
 
-A subnet there is {"d": 5 depths, "e": an expand ratio per block, "w": 6 indices of width multipliers}. d[0] is the stem's:
-its residual layer is kept if and only if d[0] is the largest of `depth_list`; the others are added to a stage's base depth.
+once-for-all writes a subnet as {"d": 5 depths, "e": expand ratios, one per block, "w": 6 indices of width multipliers}. The
+first depth is for the stem, which keeps its residual layer only if d[0] is the largest of `depth_list`. Each other depth is
+added to the base depth of a stage.
 """
 
 import math
@@ -22,7 +23,7 @@ from superserve_jax.supernets.supernet import SuperNet
 
 _BASE_DEPTHS = (2, 2, 4, 2)
 _CLASSIFIER = ("classifier.linear.linear", "classifier.linear")
-_IGNORED = ("image_size", "r")  # a subnet dictionary may name a resolution; here that is the SuperNet's
+_IGNORED = ("image_size", "r")  # a subnet dictionary may name a resolution; here the SuperNet has it
 
 
 def ofa_resnet(
@@ -35,23 +36,24 @@ def ofa_resnet(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> SuperNet:
-    """The SuperNet of a state dict of once-for-all's `OFAResNets`, with the published keys or those of its own `state_dict()`.
+    """The SuperNet of a state dict of once-for-all's `OFAResNets`, with the keys of the published file or of `state_dict()`.
 
-    The running statistics become the row of the largest subnet: it runs at once, others do with `norm="shared"`, and as they
-    should after calibration.
+    The running statistics become the statistics of the largest subnet, so it runs at once. Other subnets run with
+    `norm="shared"`, or with their own statistics after calibration.
 
     Args:
       state: a mapping of arrays, or a file, see `state_dict.read`.
-      depth_list, expand_ratio_list, width_mult_list: what the network was made with there; a number stands for a list of it.
+      depth_list, expand_ratio_list, width_mult_list: the arguments of the original network, lists or single numbers.
       image_size: height and width of the images, in pixels.
-      mean, std: of pixels scaled to 0..1, for each of the 3 channels. With them the SuperNet takes raw uint8 pixels and
-        normalises them itself; without, float32 images that the caller has normalised, as the network does there.
+      mean, std: mean and deviation of pixels scaled to 0..1, for each of the 3 channels. With them the SuperNet takes raw
+        uint8 pixels. Without them it takes float32 images that the caller has normalised, as the original network does.
 
     Returns:
       A SuperNet that takes images (B, H, W, 3).
 
     Raises:
-      ConversionError: weights are missing, surplus or misshapen; all are listed. ConfigError: an argument cannot be right.
+      ConversionError: weights are missing, surplus or of another shape; the message lists all of them.
+      ConfigError: an argument is not possible.
     """
     if (mean is None) != (std is None):
         raise errors.ConfigError(f"give mean and std together, or neither; got mean={mean} and std={std}")
@@ -75,9 +77,9 @@ def ofa_resnet(
 
 
 def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
-    """The SuperNet of `config` with these weights, read already. Raises as `ofa_resnet` does."""
+    """The SuperNet of `config` with weights from `state_dict.read`. Raises the errors of `ofa_resnet`."""
     for name, value in (("stem_stride", 2), ("stem_pool", True), ("strides", (1, 2, 2, 2)), ("block", "bottleneck")):
-        if getattr(config, name) != value:  # the weights' shapes would not show it
+        if getattr(config, name) != value:  # the shapes of the weights do not show it
             raise errors.ConfigError(f"once-for-all's OFA-ResNet has {name}={value!r}, got {getattr(config, name)!r}")
     depth_list = sorted({d - base for depths, base in zip(config.depths, _BASE_DEPTHS, strict=False) for d in depths})
     found = state_dict.take(
@@ -85,20 +87,20 @@ def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet
         _sources(config),
         what=f"an OFA-ResNet of depth_list={depth_list}, expand_ratio_list={list(config.expand_ratios)} and "
         f"width_mult_list={list(config.width_mults)}",
-        hint="are these lists those that the network was made with?",
+        hint="was the network made with these lists?",
     )
     largest = config.space().largest()
     norms = config.norm_sizes(config.sizes(largest))
-    row = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
-    return SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: row})
+    statistics = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
+    return SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: statistics})
 
 
 def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
-    """The subnet that once-for-all's dictionary describes.
+    """The subnet of a dictionary of once-for-all.
 
     Args:
-      arch: {"d", "e", "w"}, lists as there; a number stands for the same at every position.
-      space: of a SuperNet that `ofa_resnet` made.
+      arch: the dictionary with "d", "e" and "w", each a list, or one number for all positions.
+      space: the search space of a SuperNet from `ofa_resnet`.
 
     Raises:
       SubnetError: `arch` lacks an entry or has a value that the space does not offer.
@@ -143,12 +145,12 @@ def _ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
 
 
 def _axes(space: SearchSpace) -> tuple[list[int], Axis, Axis]:
-    """depth_list, and the expand and width axes; raises SubnetError for the space of another network."""
+    """depth_list, and the expand and width axes. Raises SubnetError for the space of another network."""
     lists = {tuple(d - base for d in depths) for depths, base in zip(space.depths[1:], _BASE_DEPTHS, strict=False)}
     axes = {a.name: a for a in space.axes}
     if len(space.depths) != 1 + len(_BASE_DEPTHS) or len(lists) != 1 or set(axes) != {"expand", "width"}:
         raise errors.SubnetError(
-            f"only the space of an OFA-ResNet50 has once-for-all's subnet dictionaries, base depths {_BASE_DEPTHS} and one "
+            f"once-for-all's subnet dictionaries need the space of an OFA-ResNet50, with base depths {_BASE_DEPTHS} and one "
             f"depth_list for all stages; this one has the depths {space.depths} and the axes {list(axes)}"
         )
     return list(lists.pop()), axes["expand"], axes["width"]
@@ -166,13 +168,13 @@ def _positions(arch: Mapping[str, Any], name: str, count: int) -> list[Any]:
 
 
 def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
-    """As many as the classifier has rows; if it is not there, that it is missing is said later."""
+    """The number of outputs of the classifier. If there is no classifier, a later error says so."""
     shapes = [weights[n].shape for p in _CLASSIFIER for n in (f"{p}.bias", f"{p}.weight") if n in weights]
     return next((shape[0] for shape in shapes if shape and shape[0]), 1000)
 
 
 def _sources(config: OFAResNetConfig) -> dict[str, Source]:
-    """Where every parameter stands, and the statistics of every norm, as NORM.mean and NORM.var."""
+    """The source of each parameter, and of the statistics of each norm as NORM.mean and NORM.var."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     sources = {}
     for path, norm, theirs in _convolutions(shapes):

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch programs: reading them from a file, and taking the weights that a network expects out of them."""
+"""State dicts of PyTorch programs: reads them from a file, and takes the weights of a network from them."""
 
 import dataclasses
 import os
@@ -13,18 +13,18 @@ from superserve_jax import errors
 
 StateDict = Mapping[str, Any]
 
-_WRAPPERS = ("state_dict", "model")  # under which training programs save it, beside epoch and optimiser
-_BUFFERS = r"num_batches_tracked|position_ids|token_type_ids"  # what PyTorch keeps beside weights
+_WRAPPERS = ("state_dict", "model")  # keys of the state dict in files that also hold an epoch or an optimiser
+_BUFFERS = r"num_batches_tracked|position_ids|token_type_ids"  # PyTorch's buffers, which are no weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a weight of ours stands in a state dict.
+    """Where to find one of our parameters in a state dict.
 
     Args:
-      names: the names it may have there.
-      shape: ours.
-      axes: which of its axes there is each of our axes; None where they are the same.
+      names: its possible names in the state dict.
+      shape: its shape here.
+      axes: for each axis here the axis in the state dict, or None if the axes are the same.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def shape_there(self) -> tuple[int, ...]:
-        """The shape that it must have in the state dict.
+        """Its shape in the state dict.
 
         >>> Source(("conv.weight",), (3, 3, 8, 16), (2, 3, 1, 0)).shape_there
         (16, 8, 3, 3)
@@ -42,14 +42,14 @@ class Source:
 
 
 def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The weights of a state dict, {name: array}, without what programs wrap around them.
+    """The weights of a state dict as {name: array}, without epoch, optimiser, buffers and prefixes.
 
     Args:
-      state: a mapping of arrays or tensors, or the path of a file that holds one: .npz, .safetensors (needs the library of
-        that name), .pth, .pt or .bin (needs torch, which is told to load weights only).
+      state: a mapping of arrays or tensors, or the path of a file with one. The formats are .npz, .safetensors (needs the
+        library safetensors), and .pth, .pt and .bin (need torch, which loads only the weights).
 
     Raises:
-      ConversionError: the file is not there, damaged or of another kind, a library is missing, or there are no weights.
+      ConversionError: the file is missing, damaged or of another format, it holds no weights, or a library is missing.
     """
     content = state if isinstance(state, Mapping) else _read_file(pathlib.Path(state))
     for wrapper in _WRAPPERS:
@@ -64,16 +64,16 @@ def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, what: str, hint: str) -> dict[str, np.ndarray]:
-    """The weights that `sources` asks for, float32, with our axes.
+    """The weights of a network from a state dict, as float32 arrays with our axes.
 
     Args:
-      weights: as `read` returns them.
-      sources: {our name: where it stands}.
-      what: the network that they should make, for the error.
-      hint: what to check where they do not.
+      weights: the result of `read`.
+      sources: for each of our parameters where to find it.
+      what: a description of the network, for the error message.
+      hint: what the user should check, for the error message.
 
     Raises:
-      ConversionError: weights are missing, surplus, misshapen or not finite; all of them are listed.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
     """
     left, found, problems = dict(weights), {}, []
     for ours, source in sources.items():
@@ -97,7 +97,7 @@ def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, wh
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    if callable(getattr(value, "detach", None)):  # a torch tensor; numpy knows neither bfloat16 nor other devices
+    if callable(getattr(value, "detach", None)):  # a torch tensor; numpy does not know bfloat16 and other devices
         value = value.detach().cpu().float().numpy()
     array = np.asarray(value)
     try:
@@ -137,7 +137,7 @@ _READERS: dict[str, tuple[Callable[[pathlib.Path], StateDict], str]] = {
 
 def _read_file(path: pathlib.Path) -> StateDict:
     if path.suffix not in _READERS:
-        raise errors.ConversionError(f"{path} is not of a kind that can be read; those are {', '.join(_READERS)}")
+        raise errors.ConversionError(f"{path} has a format that cannot be read; the formats are {', '.join(_READERS)}")
     if not path.is_file():
         raise errors.ConversionError(f"no weight file {path}")
     reader, library = _READERS[path.suffix]
@@ -148,8 +148,8 @@ def _read_file(path: pathlib.Path) -> StateDict:
             f"{path} needs the library {library}, which cannot be imported ({e}): install it with "
             f"`pip install 'superserve-jax[convert]'`"
         ) from e
-    except Exception as e:  # each library raises kinds of its own for a damaged file
-        raise errors.ConversionError(f"{path} is damaged, or is no {path.suffix} file of weights: {e}") from e
+    except Exception as e:  # each library raises its own errors for a damaged file
+        raise errors.ConversionError(f"{path} is damaged, or is not a {path.suffix} file of weights: {e}") from e
     if not isinstance(state, Mapping):
-        raise errors.ConversionError(f"{path} holds no state dict but {type(state).__name__}")
+        raise errors.ConversionError(f"{path} holds a {type(state).__name__} instead of a state dict")
     return state

@@ -1,14 +1,12 @@
-"""The families of SuperNets, by name.
+"""The families of SuperNets, by name. `ofa_resnet.py` and `dynabert.py` are the built-in ones.
 
-A family is a frozen config dataclass with a class variable `family`, the field `num_classes` and the methods `create(rngs)`,
-`input_spec(batch)`, `space()`, `sizes(subnet)`, `norm_sizes(sizes)`, `flops(subnet)` and `num_params(subnet)`; the module that
-`create` makes is called as `module(inputs, sizes, stats)`. With `units()`, too, training can rewire it.
+To add a family:
 
-A family whose inputs have a length also has `max_length`, `pad_id`, `input_spec(batch, length=...)` and `pack`, as those of
-`dynabert.py`, and is served in length buckets (see `scheduling.length_queue`).
+1. Write a frozen dataclass with the members of `supernets.FamilyConfig`, and a network of elastic layers (`layers.py`).
+2. Put the file into this folder; every file here is imported. Elsewhere, decorate the dataclass with `families.register`.
+3. Verify it: `supernets.check(config)`.
 
-A family whose file stands in this folder is known; `register` makes one known that stands elsewhere. `ofa_resnet.py` is the
-example to follow, tests/test_third_family.py a small one.
+`ofa_resnet.py` is the example to follow, tests/helpers/mlp_family.py a small one.
 """
 
 import dataclasses
@@ -25,7 +23,7 @@ _FAMILIES: dict[str, type] = {}
 
 
 def register(config_class: type) -> type:
-    """Makes a family known under its `family` name, so that its runs and exports can be read. Usable as a class decorator."""
+    """A class decorator that makes a family known under its name, so that its runs and exports can be read."""
     _FAMILIES[config_class.family] = config_class
     return config_class
 
@@ -37,10 +35,14 @@ def config_to_json(config: FamilyConfig) -> dict[str, Any]:
 
 @errors.refusing(errors.ConfigError, "not the config of a family as config_to_json writes it")
 def config_from_json(data: Mapping[str, Any]) -> FamilyConfig:
-    """The inverse of `config_to_json`. Raises UnknownNameError for an unknown family, ConfigError for unfit fields."""
+    """The inverse of `config_to_json`.
+
+    Raises:
+      UnknownNameError: the family or a field is not known. ConfigError: the values of the fields do not fit.
+    """
     name = data.get("family")
     if name not in _FAMILIES:
-        # Data never names code to run: a family is known only where its module was imported.
+        # A file never says which code to import. So a family is known only if its module was imported.
         unknown = errors.unknown_name("family", name, _FAMILIES)
         raise errors.UnknownNameError(f"{unknown}; import the module that registers it first (families.register)")
     fields = {k: _from_plain(v) for k, v in data.items() if k != "family"}

@@ -1,13 +1,15 @@
 """DynaBERT: BERT with elastic depth and width (Hou et al., NeurIPS 2020), the transformer SuperNet of SuperServe.
 
-Word, position and token-type embeddings, then post-LayerNorm encoder layers (Devlin et al., NAACL 2019), then a tanh pooler
-on the first token and a linear classifier. Elastic are the layers that are kept, by DynaBERT's every-other rule or by name,
-and for each layer its attention heads and its feed-forward neurons, of which a subnet runs the first ones. The hidden size is
-not elastic: LayerNorm sees all of it in every subnet and needs no statistics.
+The network adds word, position and token-type embeddings. Post-LayerNorm encoder layers (Devlin et al., NAACL 2019) follow,
+then a tanh pooler on the first token and a linear classifier.
 
-**Input.** An executable has one input, so token ids and token types travel together: int32 (B, T, 2), ids first; or (B, T),
-ids alone, where the network knows only one type. Types are not derived from separator tokens, which would tie the network to a
-vocabulary. Positions that hold `pad_id` are padding: no token attends to them. `DynaBERTConfig.pack` makes such an array.
+Three things are elastic: which layers a subnet keeps (by DynaBERT's every-other rule, or by name), and in each layer the
+number of attention heads and of feed-forward neurons. A subnet runs the first heads and neurons. The hidden size is not
+elastic, so LayerNorm sees all of it in every subnet and needs no statistics.
+
+**Input.** An executable has one input, so token ids and token types are one array: int32 (B, T, 2), ids first. A network with
+only one token type takes ids alone, (B, T). Types are not computed from separator tokens, since these depend on the
+vocabulary. Positions with `pad_id` are padding: no token attends to them. `DynaBERTConfig.pack` makes this array.
 
 Axis letters: B batch, T tokens, N heads, H channels of a head, D model, C channels, K classes.
 """
@@ -33,19 +35,19 @@ _PROJECTIONS = ("query", "key", "value")
 
 @dataclasses.dataclass(frozen=True)
 class DynaBERTConfig:
-    """Shape and freedom of a DynaBERT; the defaults are the published one on BERT-base, for MNLI.
+    """Sizes and search space of a DynaBERT. The defaults are the published one on BERT-base, for MNLI.
 
     Args:
       num_classes: size of the logits.
       vocab_size: number of token ids.
-      max_length: longest sequence, in tokens; the length that `input_spec` and `flops` assume.
-      token_types: number of token types; with 1, inputs are ids alone.
+      max_length: longest sequence, in tokens. `flops` counts inputs of this length.
+      token_types: number of token types. With 1, inputs are ids alone.
       hidden_size: D.
-      depths: allowed numbers of kept layers, ascending; the last is the number of layers there are.
-      heads, ffn: for each layer the allowed numbers of attention heads and of feed-forward neurons, ascending; the last is
-        how many there are.
+      depths: allowed numbers of kept layers, ascending. The last is the number of layers.
+      heads: allowed numbers of attention heads of a layer, ascending. The last is the number of heads.
+      ffn: allowed numbers of feed-forward neurons of a layer, ascending. The last is the number of neurons.
       pad_id: token id of padding.
-      eps: of LayerNorm.
+      eps: epsilon of LayerNorm.
 
     >>> config = DynaBERTConfig()
     >>> config.space().subnet(depth=6).gates
@@ -65,7 +67,7 @@ class DynaBERTConfig:
     pad_id: int = 0
     eps: float = 1e-12
 
-    @errors.refusing(errors.ConfigError, "DynaBERTConfig: a field is of another type than its default")
+    @errors.refusing(errors.ConfigError, "DynaBERTConfig: a field has another type than its default")
     def __post_init__(self):
         _check(self)
 
@@ -90,19 +92,19 @@ class DynaBERTConfig:
 
     @errors.refusing(errors.InputError, "ids, types and mask must be arrays of whole numbers (B, T)")
     def pack(self, ids: Any, types: Any = None, *, mask: Any = None, length: int | None = None) -> np.ndarray:
-        """Inputs out of what a tokenizer gives.
+        """Makes inputs from the arrays of a tokenizer.
 
         Args:
           ids: token ids (B, T), whole numbers.
           types: token types (B, T); all 0 if left out.
-          mask: (B, T), 0 where a position is padding, whatever its id is.
-          length: pad up to so many tokens; `max_length` if left out.
+          mask: (B, T), 0 at padding. If left out, padding is where the id is `pad_id`.
+          length: pad to this number of tokens; `max_length` if left out.
 
         Returns:
-          int32, as `input_spec` says.
+          An int32 array of the shape of `input_spec`.
 
         Raises:
-          InputError: shapes differ, an id or type is not known, or a token that the mask keeps has the id of padding.
+          InputError: shapes differ, an id or type is unknown, or the mask keeps a token with the id of padding.
 
         >>> DynaBERTConfig(vocab_size=9, max_length=4).pack([[5, 7, 6]], [[0, 0, 1]]).tolist()
         [[[5, 0], [7, 0], [6, 1], [0, 0]]]
@@ -127,13 +129,13 @@ class DynaBERTConfig:
         return packed[:, :, 0] if self.token_types == 1 else packed
 
     def space(self) -> SearchSpace:
-        """The search space: one stage of layers, and two axes with a position per layer."""
+        """The search space: one stage of all layers, and two axes with one position per layer."""
         blocks = tuple(range(self.num_layers))
         axes = (Axis(name, (getattr(self, name),) * len(blocks), blocks) for name in ("heads", "ffn"))
         return SearchSpace((self.depths,), tuple(axes), rule="every_other")
 
     def sizes(self, subnet: Subnet) -> dict[str, int]:
-        """Gates and channels of a subnet by name; the one place where heads become channels."""
+        """Gates and channels of a subnet by name. Only here heads become channels."""
         sizes = {}
         for i, (gate, heads, ffn) in enumerate(zip(subnet.gates, subnet["heads"], subnet["ffn"], strict=True)):
             sizes[f"layer{i}.gate"] = gate
@@ -142,24 +144,24 @@ class DynaBERTConfig:
         return sizes
 
     def norm_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
-        """None: LayerNorm has no statistics of a subnet."""
+        """Empty: LayerNorm has no statistics."""
         return {}
 
     def flops(self, subnet: Subnet) -> int:
-        """Multiply-adds of one sequence of `max_length` tokens, padding included; look-ups and norms not."""
+        """Multiply-adds for one sequence of `max_length` tokens. Padding counts; look-ups and norms do not."""
         d, t = self.hidden_size, self.max_length
         per_layer = (4 * t * d * attention + 2 * t * t * attention + 2 * t * d * ffn for attention, ffn in self._kept(subnet))
         return sum(per_layer) + d * d + d * self.num_classes
 
     def num_params(self, subnet: Subnet) -> int:
-        """Weights of the subnet extracted on its own."""
+        """Number of weights of the subnet extracted on its own."""
         d = self.hidden_size
         per_layer = ((4 * d + 3) * attention + (2 * d + 1) * ffn + 6 * d for attention, ffn in self._kept(subnet))
         embeddings = (self.vocab_size + self.max_length + self.token_types + 2) * d
         return embeddings + sum(per_layer) + (d + 1) * (d + self.num_classes)
 
     def units(self) -> list[Units]:
-        """What may be reordered: the heads and the neurons of each layer."""
+        """The heads and the neurons of each layer."""
         found = []
         for layer in (f"layers.{i}" for i in range(self.num_layers)):
             heads = [(f"{layer}.{n}.kernel", 1) for n in _PROJECTIONS] + [(f"{layer}.{n}.bias", 0) for n in _PROJECTIONS]
@@ -169,7 +171,7 @@ class DynaBERTConfig:
         return found
 
     def _kept(self, subnet: Subnet) -> list[tuple[int, int]]:
-        """(attention channels, feed-forward neurons) of every layer that a subnet keeps."""
+        """(attention channels, feed-forward neurons) of each layer that a subnet keeps."""
         s = self.sizes(subnet)
         return [(s[f"layer{i}.attention"], s[f"layer{i}.ffn"]) for i in range(self.num_layers) if s[f"layer{i}.gate"]]
 
@@ -191,7 +193,7 @@ class Embeddings(nnx.Module):
         self.norm = _layer_norm(config, rngs)
 
     def __call__(self, ids: Int[Array, "B T"], types: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
-        """An id or type that the tables do not have gives NaN, never another token's embedding."""
+        """The embeddings. An unknown id or type gives NaN, never the embedding of another token."""
         positions = ops.weight_slice(self.positions[...], ids.shape[1], self.positions.shape[1])
         kinds = self.types[0] if types is None else _look_up(self.types[...], types)
         x = _look_up(self.words[...], ids) + positions + kinds
@@ -199,7 +201,7 @@ class Embeddings(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Self-attention, then two dense layers; each is added to its input and normalised after that."""
+    """Self-attention, then two dense layers. Each of the two parts is added to its input and then normalised."""
 
     def __init__(self, config: DynaBERTConfig, *, rngs: nnx.Rngs):
         d, ffn = config.hidden_size, config.ffn[-1]
@@ -216,17 +218,17 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], attention: ops.Size, ffn: ops.Size, mask: Bool[Array, "B 1 1 T"]
     ) -> Float[Array, "B T D"]:
-        """`attention` counts the channels of the active heads. A masked head has values of zero, and adds zero."""
+        """`attention` counts the channels of the active heads. A masked head has values of zero, so it adds zero."""
         b, t, d = x.shape
         q, k, v = (project(x, attention).reshape(b, t, -1, self.head_size) for project in (self.query, self.key, self.value))
         context = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(b, t, -1)
         x = self.attention_norm(x + self.attention_out(context, d)).astype(x.dtype)
-        inner = jax.nn.gelu(self.ffn_in(x, ffn), approximate=False)  # gelu(0) is 0: masked neurons stay so
+        inner = jax.nn.gelu(self.ffn_in(x, ffn), approximate=False)  # gelu(0) is 0, so masked neurons stay zero
         return self.ffn_norm(x + self.ffn_out(inner, d)).astype(x.dtype)
 
 
 class DynaBERT(nnx.Module):
-    """The network of maximum size; called with the sizes of the subnet to run."""
+    """The network of maximum size. A call takes the sizes of a subnet."""
 
     def __init__(self, config: DynaBERTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -262,7 +264,7 @@ def _look_up(table: Float[Array, "N D"], rows: Int[Array, "B T"]) -> Float[Array
 
 
 def _check(config: DynaBERTConfig) -> None:
-    """Raises ConfigError for a config that cannot be built."""
+    """Raises ConfigError for a config of an impossible network."""
 
     def demand(ok: bool, what: str):
         if not ok:

@@ -1,13 +1,13 @@
 """OFA-ResNet: once-for-all's elastic ResNet-D (Cai et al., ICLR 2020), the CNN SuperNet of SuperServe.
 
-A stem of three 3x3 convolutions, the middle one a residual layer that can be skipped, an optional 3x3 max pool, then stages
-of bottleneck or basic blocks and a linear classifier. The first block of a stage changes the shape; its shortcut is average
-pool, 1x1 convolution and norm. Elastic are the depth of every stage, the expand ratio of every block, and the width of the
-stem's two parts and of every stage.
+The stem has three 3x3 convolutions, of which the middle one is a residual layer that can be skipped, and an optional 3x3 max
+pool. Stages of bottleneck or basic blocks follow, then a linear classifier. The first block of a stage changes the shape. Its
+shortcut is average pool, 1x1 convolution and norm.
 
-The published OFA-ResNet50 is `OFAResNetConfig()`; a small network for 32x32 images is another config of the same class.
+These are elastic: the depth of every stage, the expand ratio of every block, and the width of the stem's two parts and of
+every stage. The published OFA-ResNet50 is `OFAResNetConfig()`. A small network for 32x32 images is another config.
 
-Axis letters: B batch, H height, W width, C and D channels before and after, K classes; `h`, `w` are height and width over the
+Axis letters: B batch, H height, W width, C and D channels before and after, K classes. `h` and `w` are H and W divided by the
 stride.
 """
 
@@ -30,7 +30,7 @@ from superserve_jax.supernets.units import Units
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, never more than 10 % below it (MobileNet's rule, as once-for-all has it).
+    """The multiple of `divisor` nearest to `value`, never more than 10 % below it (MobileNet's rule, which once-for-all uses).
 
     >>> make_divisible(0.65 * 64, 8), make_divisible(12, 8)
     (40, 16)
@@ -41,10 +41,10 @@ def make_divisible(value: float, divisor: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class OFAResNetConfig:
-    """Shape and freedom of an OFA-ResNet; the defaults are the published OFA-ResNet50 (48 M parameters).
+    """Sizes and search space of an OFA-ResNet. The defaults are the published OFA-ResNet50 (48 M parameters).
 
-    A stage whose smallest depth is 0 must not change the shape (stride 1, the width of what stands before it) and has no
-    width of its own: it takes that of what stands before it.
+    A stage whose smallest depth is 0 must not change the shape: its stride is 1 and its width is the one before it. Such a
+    stage has no position on the width axis. It always has the same width as the stage before it.
 
     Args:
       num_classes: size of the logits.
@@ -52,14 +52,16 @@ class OFAResNetConfig:
       channels: 1 for grey, 3 for colour.
       block: "bottleneck" (1x1, 3x3, 1x1) or "basic" (3x3, 3x3).
       stem_width, stage_widths: channels at width 1.0.
-      stem_stride: of the first convolution. stem_pool: whether the 3x3 max pool of stride 2 follows the stem.
+      stem_stride: stride of the first convolution.
+      stem_pool: whether a 3x3 max pool of stride 2 follows the stem.
       stem_depths: (0, 1) makes the stem's residual layer skippable.
-      strides, depths: for each stage its stride, and its allowed numbers of blocks.
-      expand_ratios: inner channels of a block over its output channels.
-      width_mults: ratios of the stem's and the stages' channels.
+      strides: stride of each stage.
+      depths: allowed numbers of blocks of each stage.
+      expand_ratios: allowed ratios of a block's inner channels to its output channels.
+      width_mults: allowed ratios of the stem's and the stages' channels to their full width.
       divisor: channels are multiples of it.
-      input_dtype: "uint8" for raw pixels, normalised inside with `mean` and `std` (of pixels scaled to 0..1); "float32" for
-        images that the caller has normalised.
+      input_dtype: "uint8" for raw pixels, which the network normalises with `mean` and `std` (of pixels scaled to 0..1).
+        "float32" for images that the caller has normalised.
 
     >>> OFAResNetConfig().space().size > 1e12
     True
@@ -98,7 +100,7 @@ class OFAResNetConfig:
         return jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, self.channels), jnp.dtype(self.input_dtype))
 
     def space(self) -> SearchSpace:
-        """The search space. Its block 0 is the stem's residual layer; the stages' blocks follow."""
+        """The search space. Block 0 is the stem's residual layer. The blocks of the stages follow."""
         blocks = tuple(range(1, 1 + sum(d[-1] for d in self.depths)))
         width_positions = 2 + sum(not self._tied(m) for m in range(len(self.depths)))
         return SearchSpace(
@@ -110,11 +112,11 @@ class OFAResNetConfig:
         )
 
     def _tied(self, stage: int) -> bool:
-        """Whether a stage takes the width of what stands before it."""
+        """Whether a stage has the width of the stage before it."""
         return self.depths[stage][0] == 0
 
     def sizes(self, subnet: Subnet) -> dict[str, int]:
-        """Channels and gates of a subnet by name; the one place where ratios become channels."""
+        """Channels and gates of a subnet by name. Only here ratios become channels."""
         widths = iter(subnet["width"])
         stem = make_divisible(self.stem_width * next(widths), self.divisor)
         sizes = {
@@ -133,23 +135,23 @@ class OFAResNetConfig:
         return sizes
 
     def norm_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
-        """Channels of every norm that a subnet of these sizes runs, in order."""
+        """Channels of each norm that a subnet of these sizes runs, in order."""
         return {f"{name}.norm": c_out for name, _, _, c_out, _ in self._convs(sizes)}
 
     def flops(self, subnet: Subnet) -> int:
-        """Multiply-adds of one image, padding taps included, norms and activations not: once-for-all's convention."""
+        """Multiply-adds for one image as once-for-all counts them: padding taps count, norms and activations do not."""
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out * pixels for _, k, c_in, c_out, pixels in self._convs(sizes))
         return convs + sizes[f"stage{len(self.depths) - 1}.out"] * self.num_classes
 
     def num_params(self, subnet: Subnet) -> int:
-        """Weights of the subnet extracted on its own, norm scales and biases included, statistics not."""
+        """Number of weights of the subnet extracted on its own. Norm scales and biases count, statistics do not."""
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
         return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
 
     def units(self) -> list[Units]:
-        """What may be reordered: the inner channels of each block, after each of its convolutions but the last."""
+        """The inner channels of each block, after each of its convolutions except the last."""
         sizes, found = self.sizes(self.space().largest()), []
         for _, b, _, _ in _blocks(self):
             for i in range(2 if self.block == "bottleneck" else 1):
@@ -196,7 +198,7 @@ def _blocks(config: OFAResNetConfig) -> Iterator[tuple[int, int, int, bool]]:
 
 
 class ConvNorm(nnx.Module):
-    """Convolution and SubnetNorm, then ReLU where `relu` is set."""
+    """Convolution and SubnetNorm, then ReLU if `relu` is set."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel_size: int, *, name: str, stride: int = 1, relu: bool = True, rngs: nnx.Rngs
@@ -208,13 +210,13 @@ class ConvNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], out: ops.Size, stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B h w D"]:
-        """D is the limit of `out`."""
+        """The output; D is the limit of `out`."""
         x = self.norm(self.conv(x, out), out, stats)
         return jax.nn.relu(x) if self.relu else x
 
 
 class Block(nnx.Module):
-    """A residual block, bottleneck or basic, with an average-pool shortcut where it changes the shape."""
+    """A residual block, bottleneck or basic. If it changes the shape, its shortcut has an average pool."""
 
     def __init__(
         self, kind: str, c_in: int, mid: int, out: int, *, stride: int, has_shortcut: bool, name: str, rngs: nnx.Rngs
@@ -233,7 +235,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], mid: ops.Size, out: ops.Size, stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B h w D"]:
-        """D is the limit of `out`."""
+        """The output; D is the limit of `out`."""
         y = x
         for conv in self.convs[:-1]:
             y = conv(y, mid, stats)
@@ -244,7 +246,7 @@ class Block(nnx.Module):
 
 
 class OFAResNet(nnx.Module):
-    """The network of maximum size; called with the sizes of the subnet to run."""
+    """The network of maximum size. A call takes the sizes of a subnet."""
 
     def __init__(self, config: OFAResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -270,7 +272,7 @@ class OFAResNet(nnx.Module):
     def __call__(
         self, images: Num[Array, "B H W C"], sizes: dict[str, ops.Size], stats: layers.BatchStats | layers.StoredStats
     ) -> Float[Array, "B K"]:
-        """Logits of images of the config's dtype."""
+        """Logits of images, which have the config's `input_dtype`."""
         config = self.config
         skip = isinstance(stats, layers.StoredStats)
         x = images
@@ -287,13 +289,13 @@ class OFAResNet(nnx.Module):
             block, inner, out = self.blocks[b], sizes[f"block{b}.mid"], sizes[f"stage{m}.out"]
             run = lambda x, block=block, inner=inner, out=out: block(x, inner, out, stats)  # noqa: E731
             gate = sizes[f"block{b}.gate"]
-            # Only where the block keeps the shape can it be dropped; elsewhere its gate is always on.
+            # A block that changes the shape cannot be dropped: its gate is always on.
             x = run(x) if block.shortcut is not None else ops.layer_select(gate, run, x, skip=skip)
         return self.classifier(jnp.mean(x, (1, 2)), config.num_classes)
 
 
 def average_pool(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B h w C"]:
-    """Average over windows of `window` x `window`; a window that hangs over the edge averages what is there.
+    """Average over windows of `window` x `window`. A window that crosses the edge averages only the pixels inside.
 
     >>> average_pool(jnp.arange(9.0).reshape(1, 3, 3, 1), 2)[0, :, :, 0].tolist()
     [[2.0, 3.5], [6.5, 8.0]]
@@ -309,7 +311,7 @@ def average_pool(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B h w
 
 
 def _check(config: OFAResNetConfig) -> None:
-    """Raises ConfigError for a config that cannot be built."""
+    """Raises ConfigError for a config of an impossible network."""
 
     def demand(ok: bool, what: str):
         if not ok:

@@ -15,11 +15,10 @@ from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 
 @dataclasses.dataclass(frozen=True)
 class SingleSubnetConfig:
-    """A family whose space holds one subnet only: `Subnet(())` stands for `subnet`, the rest is as in `model`.
+    """A family with one subnet, `Subnet(())`, which runs as `subnet` of `model` does.
 
-    Parameters keep the SuperNet's shapes and initial values. The program slices the subnet's weights out of them; all other
-    weights get no gradient. If `model` is a `SequenceConfig`, the instance is one too: like `pathlib.Path`, the class makes an
-    instance of a subclass.
+    Parameters keep the SuperNet's shapes and initial values. The program slices the subnet's weights out of them. All other
+    weights get no gradient. For a `SequenceConfig` the class makes an instance of a subclass, as `pathlib.Path` does.
 
     Args:
       model: the family's config.

@@ -197,7 +197,7 @@ def test_a_subnet_dictionary_needs_all_its_entries_and_the_right_space():
     with pytest.raises(errors.SubnetError, match="needs 'd', 'e' and 'w'"):
         convert.ofa_subnet({"d": 2, "e": 0.35}, OFAResNetConfig().space())
     for space in (BERT.space(), dataclasses.replace(OFA, depths=((2,), (2, 3), (4,), (2,))).space()):
-        with pytest.raises(errors.SubnetError, match="only the space of an OFA-ResNet50"):
+        with pytest.raises(errors.SubnetError, match="need the space of an OFA-ResNet50"):
             convert.ofa_subnet({"d": 0, "e": 0.25, "w": 0}, space)
 
 
@@ -226,7 +226,7 @@ def test_everything_that_is_wrong_with_an_ofa_resnet_is_listed_in_one_error(ofa_
     "change", [{"depth_list": [0, 1, 2]}, {"depth_list": [0]}, {"expand_ratio_list": [0.25]}, {"width_mult_list": [0.2]}]
 )
 def test_lists_that_are_not_the_network_s_are_named_in_the_error(ofa_model, change):
-    with pytest.raises(errors.ConversionError, match="are these lists those that the network was made with"):
+    with pytest.raises(errors.ConversionError, match="was the network made with these lists"):
         convert.ofa_resnet(ofa_state(ofa_model), **{**OFA_LISTS, **change})
 
 
@@ -249,7 +249,7 @@ def test_everything_that_is_wrong_with_a_bert_is_listed_in_one_error(bert_model)
 
 
 def test_the_weights_of_another_network_are_refused(ofa_model, bert_model):
-    with pytest.raises(errors.ConversionError, match="are they those of such a BertForSequenceClassification"):
+    with pytest.raises(errors.ConversionError, match="are they from such a BertForSequenceClassification"):
         convert.bert(ofa_state(ofa_model), num_heads=3)
     with pytest.raises(errors.ConversionError, match=r"surplus: bert\.pooler"):
         convert.ofa_resnet(bert_state(bert_model), **OFA_LISTS)
@@ -262,9 +262,9 @@ def test_the_weights_of_another_network_are_refused(ofa_model, bert_model):
         ({"num_heads": 0}, "num_heads must be a whole number from 1 up"),
         ({"max_length": 8}, "the weights have 7 positions"),
         ({"max_length": 0}, "max_length must be a whole number from 1 up"),
-        ({"depths": [1]}, "the largest of depths must be all that there are, 2"),
-        ({"heads": [4]}, "the largest of heads must be all that there are, 3"),
-        ({"ffn": []}, "the largest of ffn must be all that there are, 10"),
+        ({"depths": [1]}, "the largest of depths must be the size of the weights, 2"),
+        ({"heads": [4]}, "the largest of heads must be the size of the weights, 3"),
+        ({"ffn": []}, "the largest of ffn must be the size of the weights, 10"),
     ],
 )
 def test_an_argument_that_cannot_be_right_for_a_bert_is_refused(bert_model, changes, message):
@@ -294,7 +294,7 @@ def test_a_config_that_theirs_is_not_is_refused(ofa_model, bert_model):
         convert.weights(ofa_state(ofa_model), dataclasses.replace(OFA, stem_stride=1))
     with pytest.raises(errors.ConversionError, match=r"position_embeddings.weight has shape \(7, 12\) instead of \(9, 12\)"):
         convert.weights(bert_state(bert_model), dataclasses.replace(BERT, max_length=9))
-    with pytest.raises(errors.UnknownNameError, match="unknown family with weights of others 'toy'"):
+    with pytest.raises(errors.UnknownNameError, match="unknown family with weights of other projects 'toy'"):
         convert.weights({}, types.SimpleNamespace(family="toy"))
 
 

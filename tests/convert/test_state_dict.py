@@ -69,7 +69,7 @@ def test_a_library_that_is_missing_is_named_with_the_remedy(tmp_path, monkeypatc
 def test_a_file_that_is_missing_damaged_or_of_another_kind_is_refused(bert_model, tmp_path):
     with pytest.raises(errors.ConversionError, match=r"no weight file .*absent\.npz"):
         convert.bert(tmp_path / "absent.npz", num_heads=1)
-    with pytest.raises(errors.ConversionError, match=r"those are \.npz, \.safetensors, \.pth"):
+    with pytest.raises(errors.ConversionError, match=r"the formats are \.npz, \.safetensors, \.pth"):
         convert.bert(tmp_path / "weights.h5", num_heads=1)
     np.savez(tmp_path / "bert.npz", **bert_state(bert_model))
     content = (tmp_path / "bert.npz").read_bytes()
