@@ -10,7 +10,7 @@ from collections.abc import Callable
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
-from superserve_jax.scheduling.policies.baselines import Fixed, LeastAccurate, MaxAcc, MaxBatch
+from superserve_jax.scheduling.policies.baselines import Fixed, MaxAcc, MaxBatch
 from superserve_jax.scheduling.policies.by_profile import ByProfile
 from superserve_jax.scheduling.policies.paper_slackfit import PaperSlackFit, Reading
 from superserve_jax.scheduling.policies.planner import Planner
@@ -22,7 +22,6 @@ __all__ = [
     "ByProfile",
     "Decision",
     "Fixed",
-    "LeastAccurate",
     "MaxAcc",
     "MaxBatch",
     "PaperSlackFit",
@@ -39,7 +38,8 @@ _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     **{name: functools.partial(PaperSlackFit, reading=reading) for name, reading in _READINGS.items()},
     "max-acc": MaxAcc,
     "max-batch": MaxBatch,
-    "least-accurate": LeastAccurate,
+    # What INFaaS does without an accuracy threshold (the paper's Section 6.1).
+    "least-accurate": lambda profile: Fixed(profile, profile.rows[0].subnet, name="least-accurate"),
     "fixed:smallest": lambda profile: Fixed(profile, profile.rows[0].subnet),
     "fixed:largest": lambda profile: Fixed(profile, profile.rows[-1].subnet),
     "proteus": Planner,

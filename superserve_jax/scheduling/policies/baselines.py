@@ -25,9 +25,8 @@ class Fixed:
     8
     """
 
-    def __init__(self, profile: Profile, subnet: Subnet):
-        row = profile.row(subnet)
-        self.name = f"fixed:{profile.rows.index(row)}"
+    def __init__(self, profile: Profile, subnet: Subnet, *, name: str = ""):
+        self.name = name or f"fixed:{profile.rows.index(profile.row(subnet))}"
         self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
         # One decision per batch size. Index -1 is for a lost head: the largest batch again.
         sizes = (*profile.batch_sizes, profile.max_batch)
@@ -37,14 +36,6 @@ class Fixed:
     def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
         return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
-
-
-class LeastAccurate(Fixed):
-    """Always the least accurate subnet, as INFaaS does without an accuracy threshold (the paper's Section 6.1)."""
-
-    def __init__(self, profile: Profile):
-        super().__init__(profile, profile.rows[0].subnet)
-        self.name = "least-accurate"
 
 
 class MaxAcc:
