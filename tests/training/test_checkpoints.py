@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from mlp_family import MLPConfig
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
@@ -24,8 +25,13 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "helpers" / "noise.py"
 
 
 @pytest.fixture
-def config():
+def resnet():
     return dataclasses.replace(load_config(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
+
+
+@pytest.fixture
+def config(resnet):
+    return dataclasses.replace(resnet, model=MLPConfig(image_size=32))  # which compiles in less time
 
 
 def start(folder, name, *, devices=1, limit_bytes=None, **spec):
@@ -132,9 +138,9 @@ def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and
     assert_same(everything(again), everything(undisturbed))
 
 
-def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(config, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(resnet, tmp_path, monkeypatch):
     frozen, elastic = Phase(elastic=()), Phase(rewire=True)
-    config = dataclasses.replace(config, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
+    config = dataclasses.replace(resnet, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
     calls, real = [], rewiring.reorder
     monkeypatch.setattr(rewiring, "reorder", lambda *a: calls.append(a) or real(*a))
     run = loop.train(config, tmp_path / "run", dataset=Noise())
@@ -190,9 +196,9 @@ def test_without_a_whole_checkpoint_a_run_says_so(config, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(config, tmp_path):
+def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(resnet, tmp_path):
     settings = {"epochs": 1.2, "checkpoint_every": 4, "log_every": 2, "ema": 0.5}
-    run = loop.train(config, tmp_path / "a", dataset=Noise())
+    run = loop.train(resnet, tmp_path / "a", dataset=Noise())
     largest = max(p.stat().st_size for p in (run.workdir / "checkpoints").rglob("*") if p.is_file())
     process = start(tmp_path, "full", limit_bytes=largest // 2, **settings)
     _, stderr = process.communicate(timeout=300)

@@ -23,9 +23,10 @@ from superserve_jax.training.sampling import Sampler
 from superserve_jax.training.step import Recipe, SandwichStep
 
 BERT = DynaBERTConfig(
-    num_classes=3, vocab_size=20, max_length=6, token_types=1, hidden_size=8, depths=(1, 2, 4), heads=(1, 2), ffn=(4, 8)
+    num_classes=3, vocab_size=20, max_length=6, token_types=1, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(4, 8)
 )
 CONFIG = TrainConfig(name="tiny", model=TINY, data=DataConfig(), buckets=3, random_subnets=1)
+MLP = MLPConfig(num_classes=3)
 LABELS = np.array([0, 1, 2, 1], np.int32)
 
 
@@ -124,11 +125,11 @@ def saved_teacher(tmp_path, config, seed=3):
 
 
 def test_an_outside_teacher_teaches_every_subnet(tmp_path):
-    path = saved_teacher(tmp_path, TINY)
-    params, images = random_params(TINY), random_images(TINY, 4)
+    path = saved_teacher(tmp_path, MLP)
+    params, images = random_params(MLP), random_images(MLP, 4)
     recipe = Recipe(teacher_weight=0.5)
-    outside = teacher.load(path, TINY)
-    sandwich, choices = sandwich_of(TINY, recipe=recipe)
+    outside = teacher.load(path, MLP)
+    sandwich, choices = sandwich_of(MLP, recipe=recipe)
     lesson = outside(recipe, images)
     state, _ = sandwich(sandwich.init(copied(params)), images, LABELS, choices, lesson=lesson)
 
@@ -144,9 +145,9 @@ def test_an_outside_teacher_teaches_every_subnet(tmp_path):
 
 
 def test_a_lesson_is_what_the_teachers_largest_subnet_answers(tmp_path):
-    path = saved_teacher(tmp_path, TINY)
-    model, images = exports.load(path), random_images(TINY, 4)
-    lesson = teacher.load(path, TINY)(Recipe(), images)
+    path = saved_teacher(tmp_path, MLP)
+    model, images = exports.load(path), random_images(MLP, 4)
+    lesson = teacher.load(path, MLP)(Recipe(), images)
     np.testing.assert_allclose(
         lesson.logits, model(images, model.space.largest()), rtol=0, atol=1e-5 * np.abs(lesson.logits).max()
     )
@@ -185,21 +186,21 @@ def test_hidden_states_of_a_family_without_or_of_another_shape_are_refused(tmp_p
 
 
 def test_a_teacher_of_other_classes_or_inputs_is_refused(tmp_path):
-    path = saved_teacher(tmp_path, TINY)
+    path = saved_teacher(tmp_path, MLP)
     with pytest.raises(errors.ConfigError, match="num_classes 3, the SuperNet to train has 4"):
-        teacher.load(path, dataclasses.replace(TINY, num_classes=4))
+        teacher.load(path, dataclasses.replace(MLP, num_classes=4))
     with pytest.raises(errors.ConfigError, match="has inputs"):
-        teacher.load(path, dataclasses.replace(TINY, image_size=10))
+        teacher.load(path, dataclasses.replace(MLP, image_size=10))
     with pytest.raises(errors.ConfigError, match="there is no folder"):
-        teacher.load(tmp_path / "nothing", TINY)
+        teacher.load(tmp_path / "nothing", MLP)
 
 
 # -- averages and half precision -------------------------------------------------------------------------------------------
 
 
 def test_the_average_follows_the_parameters():
-    sandwich, choices = sandwich_of(TINY, ema=0.9)
-    params, images = random_params(TINY), random_images(TINY, 4)
+    sandwich, choices = sandwich_of(MLP, ema=0.9)
+    params, images = random_params(MLP), random_images(MLP, 4)
     state = sandwich.init(copied(params))
     expected = dict(params)
     for k in range(3):
@@ -211,10 +212,10 @@ def test_the_average_follows_the_parameters():
 
 
 def test_half_precision_keeps_float32_parameters_and_comes_near():
-    params, images = random_params(TINY), random_images(TINY, 4)
+    params, images = random_params(MLP), random_images(MLP, 4)
     found = {}
     for dtype in ("float32", "bfloat16"):
-        sandwich, choices = sandwich_of(TINY, recipe=Recipe(compute_dtype=dtype))
+        sandwich, choices = sandwich_of(MLP, recipe=Recipe(compute_dtype=dtype))
         state, scalars = sandwich(sandwich.init(copied(params)), images, LABELS, choices)
         assert {p.dtype for p in state.params.values()} == {jnp.dtype("float32")}
         found[dtype] = float(scalars["loss"])

@@ -1,13 +1,15 @@
-"""The loop and the stages after it, on a minute network: exact resumption, Ctrl-C, what stands in the folder."""
+"""The loop and the stages after it, on a small MLP and noise: exact resumption, Ctrl-C, the files in the folder."""
 
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+from mlp_family import MLPConfig
 from noise import DEBUG, Noise
 
 from superserve_jax import errors
@@ -21,11 +23,33 @@ from superserve_jax.training.runs import Run
 from superserve_jax.training.sampling import Sampler
 from superserve_jax.training.step import Recipe, SandwichStep
 
+MODEL = MLPConfig(image_size=32, depths=(0, 1, 2, 3), widths=(4, 8, 12, 16))
+CONFIG = dataclasses.replace(load_config(DEBUG), model=MODEL, epochs=1.2, checkpoint_every=4, log_every=2)  # 12 steps
+
+
+@pytest.fixture(autouse=True, scope="module")
+def noise():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "open", Noise)
+        yield
+
 
 @pytest.fixture
-def config(monkeypatch):
-    monkeypatch.setattr(data, "open", Noise)
-    return dataclasses.replace(load_config(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2)  # 12 steps
+def config():
+    return CONFIG
+
+
+@pytest.fixture(scope="module")
+def finished(noise, tmp_path_factory):
+    """A run that was trained once. Tests only read it."""
+    return loop.train(CONFIG, tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the trained run, which a test may change."""
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    return Run.open(tmp_path / "run")
 
 
 def params_of(run):
@@ -38,8 +62,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_a_run_leaves_its_config_metrics_plot_and_checkpoints(config, tmp_path):
-    run = loop.train(config, tmp_path / "run")
+def test_a_run_leaves_its_config_metrics_plot_and_checkpoints(config, finished):
+    run = finished
     lines = run.metrics()
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert all(np.isfinite(list(line.values())).all() for line in lines)
@@ -48,13 +72,14 @@ def test_a_run_leaves_its_config_metrics_plot_and_checkpoints(config, tmp_path):
     assert sorted(os.listdir(run.workdir / "checkpoints")) == ["12", "8"]
 
 
-def test_training_changes_every_parameter(config, tmp_path):
-    trained, fresh = params_of(loop.train(config, tmp_path / "run")), programs.initial_params(config.model, config.seed)
+def test_training_changes_every_parameter(config, finished):
+    trained, fresh = params_of(finished), programs.initial_params(config.model, config.seed)
     assert all((np.asarray(trained[name]) != np.asarray(fresh[name])).any() for name in fresh)
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_path, monkeypatch):
-    undisturbed = loop.train(config, tmp_path / "a")
+def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, finished, tmp_path, monkeypatch):
+    undisturbed = finished
+    before = signal.getsignal(signal.SIGINT)
     calls = []
     real = SandwichStep.__call__
 
@@ -67,7 +92,9 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_pat
     monkeypatch.setattr(SandwichStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 12; run the same command to go on"):
         loop.train(config, tmp_path / "b")
+    assert signal.getsignal(signal.SIGINT) is before
     resumed = loop.train(config, tmp_path / "b")
+    assert signal.getsignal(signal.SIGINT) is before
     assert len(calls) == 12
     assert_same(params_of(resumed), params_of(undisturbed))
     drop = {"examples_per_s"}
@@ -76,27 +103,18 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_bit_equal_parameters(config, tmp_pat
     ]
 
 
-def test_ctrl_c_is_left_as_it_was_found(config, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    loop.train(config, tmp_path / "run")
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_finished_run_is_not_trained_again(config, tmp_path, monkeypatch):
-    loop.train(config, tmp_path / "run")
+def test_a_finished_run_is_not_trained_again(config, run, monkeypatch):
     monkeypatch.setattr(SandwichStep, "__call__", lambda *_, **__: pytest.fail("trained again"))
-    loop.train(config, tmp_path / "run")
+    loop.train(config, run.workdir)
 
 
-def test_a_folder_of_another_config_is_refused_with_the_difference(config, tmp_path):
-    loop.train(config, tmp_path / "run")
+def test_a_folder_of_another_config_is_refused_with_the_difference(config, finished):
     changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     with pytest.raises(errors.ConfigError, match=r"optim\.lr: 0\.004 -> 0\.5"):
-        loop.train(changed, tmp_path / "run")
+        loop.train(changed, finished.workdir)
 
 
-def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, tmp_path):
-    run = loop.train(config, tmp_path / "run")
+def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, run):
     chosen = stages.search(run)
     space = config.model.space()
     assert {space.smallest(), space.largest()} <= {c.subnet for c in chosen}
@@ -123,8 +141,8 @@ def with_search(run, **changes):
     )
 
 
-def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(config, tmp_path, monkeypatch, caplog):
-    run = with_search(loop.train(config, tmp_path / "run"), candidates=10, served=6)
+def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(run, monkeypatch, caplog):
+    run = with_search(run, candidates=10, served=6)
     undisturbed = stages.search(run)
     before = (run.workdir / "search.json").read_bytes()
     (run.workdir / "search.jsonl").unlink()
@@ -151,8 +169,8 @@ def test_a_search_stopped_by_ctrl_c_goes_on_to_the_same_result(config, tmp_path,
     assert "was written with other data; searching anew" in caplog.text
 
 
-def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(config, tmp_path, monkeypatch):
-    run = with_search(loop.train(config, tmp_path / "run"), candidates=12, cost="latency", latency_batch=2)
+def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(config, run, monkeypatch):
+    run = with_search(run, candidates=12, cost="latency", latency_batch=2)
     monkeypatch.setattr(stages, "_TIMED", 6)
     chosen = stages.search(run)
     found = json.loads((run.workdir / "search.json").read_text())
@@ -165,8 +183,8 @@ def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(con
     assert costs == sorted(costs)
 
 
-def test_with_a_tolerance_all_that_were_chosen_are_exported(config, tmp_path):
-    run = with_search(loop.train(config, tmp_path / "run"), candidates=12, served=12, tolerance=0.99)
+def test_with_a_tolerance_all_that_were_chosen_are_exported(config, run):
+    run = with_search(run, candidates=12, served=12, tolerance=0.99)
     stages.search(run)
     stages.calibrate(run)
     stages.evaluate(run)
@@ -184,10 +202,9 @@ def test_with_a_tolerance_all_that_were_chosen_are_exported(config, tmp_path):
     ("stage", "made_by"),
     [(stages.calibrate, "train/search.py"), (stages.evaluate, "train/search.py"), (stages.export, "train/evaluate.py")],
 )
-def test_a_stage_without_the_one_before_says_which_program_to_run(config, tmp_path, stage, made_by):
-    run = loop.train(config, tmp_path / "run")
+def test_a_stage_without_the_one_before_says_which_program_to_run(finished, stage, made_by):
     with pytest.raises(errors.ConfigError, match=made_by):
-        stage(run)
+        stage(finished)
 
 
 def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(config, tmp_path):
@@ -206,7 +223,7 @@ def test_a_step_sums_the_gradients_of_the_sandwich(config):
     params = programs.initial_params(config.model, 0)
     sampler = Sampler(config.model, buckets=2, random_subnets=2, seed=0)
     choices = sampler.step(3)
-    images, labels = Noise(config.data)._make(np.random.default_rng(0), 8)
+    images, labels = Noise().arrays("test", limit=8)
     sgd = optax.sgd(1.0)
     sandwich = SandwichStep(sgd, recipe=Recipe(smoothing=0.1))
     state, scalars = sandwich(sandwich.init(jax.tree.map(lambda p: p.copy(), params)), images, labels, choices)
@@ -232,7 +249,7 @@ def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config
         return real(self, *arguments)
 
     monkeypatch.setattr(Program, "train", counted)
-    fresh = dataclasses.replace(config, model=dataclasses.replace(config.model, stem_width=12), random_subnets=2)
+    fresh = dataclasses.replace(config, model=dataclasses.replace(MODEL, widths=(5, 10, 15)), random_subnets=2)
     loop.train(fresh, tmp_path / "run")
     used = {c.program for k in range(12) for c in Sampler(fresh.model, buckets=2, random_subnets=2, seed=0).step(k)}
     assert len(used) == 2 + 2
@@ -240,7 +257,7 @@ def test_training_traces_one_program_per_subnet_bucket_however_many_steps(config
 
 
 def test_a_run_on_a_given_dataset_takes_no_other_in_later_stages(config, tmp_path):
-    run = loop.train(config, tmp_path / "run", dataset=Noise())
+    run = loop.train(dataclasses.replace(config, epochs=0.1), tmp_path / "run", dataset=Noise())
     stages.search(run)
     again = Run.open(tmp_path / "run")
     with pytest.raises(errors.ConfigError, match=r"Run\.open\(.*dataset=\.\.\.\)"):
@@ -274,7 +291,7 @@ def test_a_search_tries_only_what_the_last_phase_trained(config, tmp_path):
     depth_only = dataclasses.replace(config, epochs=0.2, phases=(Phase(elastic=("depth",)),))
     run = loop.train(depth_only, tmp_path / "run")
     space = config.model.space()
-    assert {c.subnet for c in stages.search(run)} <= {space.subnet(depth=d) for d in ((1, 1), (1, 2))}
+    assert {c.subnet for c in stages.search(run)} <= {space.subnet(depth=d) for d in MODEL.depths}
 
 
 def test_phases_that_alternate_within_one_line_of_the_records_are_averaged_over_their_own_steps(config, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 from superserve_jax import errors
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.cluttered_digits import render
-from superserve_jax.training.datasets.cluttered_digits.cluttered_digits_dataset_builder import ClutteredDigits
 
 
 @pytest.mark.parametrize(
@@ -46,14 +45,14 @@ def test_a_digit_lies_wholly_inside_the_image_at_every_scale_angle_and_place(cor
 
 def test_two_that_prepare_at_once_both_get_the_dataset(tmp_path, monkeypatch):
     both_are_making = threading.Barrier(2, timeout=20)
-    generate = ClutteredDigits._generate_examples
+    load_scans = render.load_scans
 
-    def generate_together(self, split):
+    def load_together(split):
         both_are_making.wait()
-        return generate(self, split)
+        return load_scans(split)
 
     monkeypatch.setattr(render, "NUM_IMAGES", {"train": 5, "test": 2})
-    monkeypatch.setattr(ClutteredDigits, "_generate_examples", generate_together)
+    monkeypatch.setattr(render, "load_scans", load_together)
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(prepared.load("cluttered_digits", str(tmp_path)))) for _ in range(2)
