@@ -65,7 +65,7 @@ class Options:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     lengths: tuple[int, ...] | None = None
     slicing: Slicing | None = None
-    executables: int = prepare.MAX_BUCKETS
+    executables: int = prepare.MAX_SUBNET_BUCKETS
     keep_all: bool = False
     repeats: int = 50
     load: bool = True

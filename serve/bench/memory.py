@@ -65,7 +65,7 @@ class Options:
 
     path: Annotated[pathlib.Path, tyro.conf.Positional] = pathlib.Path("configs/ofa_resnet50.py")
     subnets: int = 500
-    executables: int = prepare.MAX_BUCKETS
+    executables: int = prepare.MAX_SUBNET_BUCKETS
     extracted: int = 6
     small_budget_mib: int = 32
     batch_size: int = 1

@@ -23,7 +23,7 @@ from superserve_jax import errors
 from superserve_jax.engines import base, executables, slices
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.cache import Device
-from superserve_jax.engines.slices import Bucket, LeastRecentlyUsed
+from superserve_jax.engines.slices import SubnetBucket, LeastRecentlyUsed
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import SequenceConfig
@@ -94,7 +94,7 @@ class DeviceEngine:
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         weights = {name: jax.device_put(model.params[name], device) for name in sorted(set().union(*leaves.values()))}
         buckets = {
-            program: Bucket(program, {name: weights[name] for name in names}, slicers.get(program))
+            program: SubnetBucket(program, {name: weights[name] for name in names}, slicers.get(program))
             for program, names in leaves.items()
         }
         shapes = [(b, length) for b in batch_sizes for length in self.lengths or (0,)]
@@ -157,7 +157,7 @@ class DeviceEngine:
             staged[:] = self._padding[:length]
         return staged
 
-    def _actuate(self, subnet: Subnet, bucket: Bucket) -> None:
+    def _actuate(self, subnet: Subnet, bucket: SubnetBucket) -> None:
         """Makes the next calls run `subnet`."""
         self._subnet, self._actuated = None, ()  # or the slices in it could not be freed
         program = bucket.program

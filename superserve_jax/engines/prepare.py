@@ -25,7 +25,7 @@ from superserve_jax.supernets.supernet import SuperNet
 
 _log = logging.getLogger(__name__)
 
-MAX_BUCKETS = 32
+MAX_SUBNET_BUCKETS = 32
 """The most subnet buckets, and so executables per batch size, of an export without a latency profile."""
 
 _MIN_GAIN = 1.03  # of kept slices over slicing in the call, since they take memory while nothing runs
@@ -73,7 +73,7 @@ def prepare(
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths) for kind in dict.fromkeys(kinds)}
     envelopes: Mapping[Subnet, Subnet] = {}
     if None in stored.values():
-        envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_BUCKETS)
+        envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
 
     def open_engine(device: Device, profile: Profile | None) -> DeviceEngine:
         if profile is not None:

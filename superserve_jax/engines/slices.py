@@ -59,7 +59,7 @@ class LeastRecentlyUsed:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bucket:
+class SubnetBucket:
     """A subnet bucket on a device.
 
     Args:

@@ -82,7 +82,7 @@ def test_kept_slices_stay_within_their_budget_and_are_made_again(make):
     assert tight.slices.makes > 3
 
 
-def test_a_bucket_too_large_for_the_budget_is_sliced_in_the_call(model, make):
+def test_a_subnet_bucket_too_large_for_the_budget_is_sliced_in_the_call(model, make):
     engine = make(slice_bytes=4 * TINY.num_params(TINY.space().smallest()))
     for subnet in CHOSEN:
         check_outputs(engine.run(subnet, 2, list(IMAGES)), model, subnet)

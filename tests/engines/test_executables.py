@@ -1,3 +1,5 @@
+"""Executables and their cache, and servers of an export that use them."""
+
 import dataclasses
 import logging
 import time
@@ -30,7 +32,7 @@ def engine(model):
     return DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
 
 
-def test_an_engine_answers_each_input_as_the_masked_program_does(model, engine):
+def test_an_engine_gives_each_input_the_output_of_the_masked_program(model, engine):
     images = random_images(TINY, 4)
     for subnet in model.subnets:
         for n, batch in ((1, 1), (1, 4), (3, 4), (4, 4)):
@@ -40,7 +42,7 @@ def test_an_engine_answers_each_input_as_the_masked_program_does(model, engine):
             np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_outputs_survive_later_calls_and_pin_no_batch(model, engine):
+def test_outputs_survive_later_calls_and_do_not_keep_their_batch_in_memory(model, engine):
     subnet = model.subnets[0]
     first = engine.run(subnet, 4, list(random_images(TINY, 4, seed=1)))
     kept = [o.copy() for o in first]
@@ -54,7 +56,7 @@ def test_outputs_survive_later_calls_and_pin_no_batch(model, engine):
 def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
     before = live_bytes()
     engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing)
-    assert live_bytes() - before <= engine.statistics.nbytes + engine.slices.nbytes  # the weights lay there already
+    assert live_bytes() - before <= engine.statistics.nbytes + engine.slices.nbytes  # the weights were there before
     assert (engine.slices.nbytes > 0) == (slicing == "kept")
     weights = sum(v.nbytes for v in model.params.values())
     largest = executables.compile_program(programs.sliced(TINY, model.space.largest()), 4, jax.devices()[0])
@@ -82,10 +84,10 @@ def test_weights_exist_once_however_many_executables_share_them(model, slicing):
         )
         grown.append(live_bytes() - before)
         assert len(engine.executables) == len(program_list) * len(batch_sizes)
-        # Were weights closed over, they would lie in the executables, where no live buffer shows them.
+        # Weights that an executable holds as constants are in no live buffer. So all of them must be arguments.
         arguments = sum(call.memory_analysis().argument_size_in_bytes for call in engine.executables)
         assert arguments >= len(batch_sizes) * read
-        assert grown[-1] <= engine.statistics.nbytes + engine.slices.nbytes + 128  # and sizes that are traced
+        assert grown[-1] <= engine.statistics.nbytes + engine.slices.nbytes + 128  # the traced sizes
         del engine
     assert grown[0] == grown[1]
 
@@ -109,7 +111,7 @@ def test_the_counter_of_compilations_can_count(compilations):
     assert len(compilations()) > before
 
 
-def test_a_server_opens_from_a_path_and_answers_what_the_model_says(model):
+def test_a_server_opens_from_a_path_and_answers_like_the_model(model):
     with ss.Server(model.path, policy="fixed:largest", slo_ms=1000, batch_sizes=BATCHES) as server:
         x = random_images(TINY, 1)[0]
         reply = server.submit(x).result(timeout=10)
@@ -152,14 +154,12 @@ class TestCache:
         self.root = tmp_path / "cache"
         monkeypatch.setenv("SUPERSERVE_CACHE", str(self.root))
 
-    def build(self, model):
-        return executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])[0]
-
     def answer(self, model):
-        [executable] = self.build(model).values()
+        made, _ = executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])
+        [executable] = made.values()
         leaves = tuple(model.params[name] for name, _ in executable.leaves)
-        row, active = model.statistics[model.space.smallest()], np.zeros(0, np.int32)
-        return np.asarray(executable.call(leaves, random_images(TINY, 1), row, active))
+        statistics, active = model.statistics[model.space.smallest()], np.zeros(0, np.int32)
+        return np.asarray(executable.call(leaves, random_images(TINY, 1), statistics, active))
 
     def test_a_second_start_loads_what_the_first_compiled_without_compiling(self, model, compilations):
         first = self.answer(model)
@@ -205,7 +205,7 @@ class TestCache:
         assert not self.root.exists()
 
 
-def test_one_that_cannot_be_compiled_keeps_nobody_waiting_for_the_others(model, monkeypatch):
+def test_a_failed_compilation_cancels_the_others(model, monkeypatch):
     begun = []
 
     def compile_program(program, batch, device, **_):

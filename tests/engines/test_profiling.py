@@ -1,3 +1,5 @@
+"""Latency profiles of a fake engine, and the three properties that SlackFit builds on."""
+
 import threading
 
 import numpy as np
@@ -15,21 +17,21 @@ def make(*latencies, sizes=(1, 2, 4)):
     return Profile(sizes, tuple(rows))
 
 
-def test_a_profile_as_slackfit_needs_it_has_all_three_properties():
+def test_a_good_profile_has_all_three_properties():
     for p in profiling.properties(make((1.0, 1.5, 2.5), (3.0, 5.0, 8.0))):
         assert p.holding == p.of > 0
         assert p.worst > 1
 
 
-def test_what_is_amiss_is_counted_and_its_worst_case_named():
+def test_breaches_of_a_property_are_counted_with_the_worst_case():
     p1, p2, p3 = profiling.properties(make((1.0, 0.8, 2.0), (0.9, 1.6, 4.0)))
     assert (p1.holding, p1.of, p1.worst) == (3, 4, pytest.approx(0.8))
     assert (p2.holding, p2.of, p2.worst) == (2, 3, pytest.approx(0.9))
-    # In 0.9 ms the fastest does a batch of 2 (0.8 ms), in 1.6 ms no more.
+    # In 0.9 ms the fastest subnet computes a batch of 2 (0.8 ms). In 1.6 ms it computes no larger batch.
     assert (p3.holding, p3.of, p3.worst) == (1, 2, pytest.approx(1.0))
 
 
-def test_latencies_of_an_engine_are_measured_for_every_pair():
+def test_latencies_are_measured_for_every_subnet_and_batch_size():
     table = make((1.0, 2.0), (2.0, 4.0), sizes=(1, 2))
     fake = FakeEngine(table)
     measured = profiling.measure(fake, {r.subnet: r.accuracy for r in table.rows}, (1, 2), device="fake", repeats=3)
@@ -48,7 +50,7 @@ def test_latencies_are_measured_for_every_length():
             assert ms <= got < 4 * ms
 
 
-def test_under_load_a_server_and_its_generator_run_beside_what_is_measured_and_are_gone_afterwards():
+def test_background_traffic_runs_during_the_measurement_only():
     def names():
         return {t.name for t in threading.enumerate() if t.name.startswith("superserve")}
 

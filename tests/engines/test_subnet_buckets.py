@@ -12,7 +12,7 @@ SPACE = list(TINY.space().enumerate())
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(SPACE), min_size=1, max_size=25, unique=True), st.integers(1, 8))
-def test_every_subnet_has_a_bucket_that_covers_it_and_there_are_no_more_than_asked_for(chosen, count):
+def test_every_subnet_has_a_subnet_bucket_that_covers_it_and_at_most_count_are_chosen(chosen, count):
     bucket_of = subnet_buckets.choose(chosen, TINY.flops, count)
     assert set(bucket_of) == set(chosen)
     assert len(set(bucket_of.values())) <= count
@@ -21,14 +21,14 @@ def test_every_subnet_has_a_bucket_that_covers_it_and_there_are_no_more_than_ask
     assert subnet_buckets.extra(bucket_of, TINY.flops) >= 0
 
 
-def test_more_buckets_cost_less_and_enough_cost_nothing():
+def test_more_subnet_buckets_cost_less_and_enough_cost_nothing():
     chosen = SPACE[::6]
     extras = [subnet_buckets.extra(subnet_buckets.choose(chosen, TINY.flops, n), TINY.flops) for n in (1, 2, 4, len(chosen))]
     assert extras == sorted(extras, reverse=True)
     assert extras[-1] == 0 < extras[-2] < extras[0]
 
 
-def test_the_choice_beats_buckets_of_neighbours_in_flops():
+def test_the_choice_beats_subnet_buckets_of_neighbours_in_flops():
     chosen = sorted(SPACE[::3], key=TINY.flops)
     size = -(-len(chosen) // 8)
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
@@ -37,6 +37,6 @@ def test_the_choice_beats_buckets_of_neighbours_in_flops():
     assert subnet_buckets.extra(ours, TINY.flops) < 0.7 * subnet_buckets.extra(neighbours, TINY.flops)
 
 
-def test_a_number_of_buckets_below_one_is_refused():
+def test_fewer_than_one_subnet_bucket_is_refused():
     with pytest.raises(errors.ConfigError, match="at least 1, got 0"):
         subnet_buckets.choose(SPACE[:2], TINY.flops, 0)

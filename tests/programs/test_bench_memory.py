@@ -1,4 +1,4 @@
-"""serve/bench/actuation.py and memory.py on a minute network: every figure is there, and they agree with each other."""
+"""serve/bench/actuation.py and memory.py on a minute network: all figures are there and agree with each other."""
 
 import gc
 import math

@@ -1,4 +1,4 @@
-"""serve/measure.py without a model: what it checks before it compiles, and what it reports."""
+"""serve/measure.py without a model: the checks before it compiles, and its report."""
 
 import types
 
@@ -10,7 +10,7 @@ from superserve_jax.engines import device, profiling
 from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
-# The third subnet is slower than the last, which is more accurate: it is not worth serving, and a breach of P2.
+# The third subnet is slower than the last one, which is more accurate. So it is not worth serving, and breaks P2.
 ROWS = [(0.7, (1.0, 2.0)), (0.75, (2.0, 4.0)), (0.76, (9.0, 9.0)), (0.8, (4.0, 8.0))]
 PROFILE = Profile((1, 2), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enumerate(ROWS)))
 
