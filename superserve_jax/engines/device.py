@@ -23,7 +23,7 @@ from superserve_jax import errors
 from superserve_jax.engines import base, executables, slices
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.cache import Device
-from superserve_jax.engines.slices import SubnetBucket, LeastRecentlyUsed
+from superserve_jax.engines.slices import LeastRecentlyUsed, SubnetBucket
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import SequenceConfig
