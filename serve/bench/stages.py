@@ -3,10 +3,10 @@
     python serve/bench/stages.py
     python serve/bench/stages.py --policy max-batch --rounds 5000
 
-One client, one worker, and an engine that does not even sleep: first one query at a time, then one full batch. The stages are
-the real server's; the functions at their borders are wrapped so that they note the time. Times are what a clock on the wall
-shows, since the two longest stages are waits, for a thread to wake up.
-Library: serving.server.Server, serving.workers, scheduling.dispatch, engines.base, simulation.paper_profile.
+There are one client, one worker, and an engine that does not sleep. First single queries are measured, then full batches.
+The server is the real one; public functions at the borders of the stages are wrapped to note the time. It is wall-clock time,
+since in the two longest stages a thread waits to wake up.
+Library: serving.server.Server, serving.pool.Pool, scheduling.dispatch, engines.fake, simulation.paper_profile.
 """
 
 import dataclasses

@@ -96,7 +96,7 @@ def check_options(given: ServerOptions) -> Options:
     Raises UnknownNameError for an unknown name, and ConfigError for a value that cannot be. `policy` and `slo_ms` are checked
     where they are used.
 
-    >>> check({"max_queue": 0})
+    >>> check_options({"max_queue": 0})
     Traceback (most recent call last):
       ...
     superserve_jax.errors.ConfigError: max_queue must be a whole number from 1 up, got 0

@@ -9,8 +9,8 @@
         prometheus_client.start_http_server(9000)  # http://localhost:9000/metrics
         ...
 
-The server pays for it when it is scraped, and not before. For example,
-SLO attainment over the last minute, and the 99th percentile of the latency:
+It costs the server nothing until it is scraped. Two examples: SLO attainment over the last minute, and the 99th percentile of
+the latency:
 
     sum(rate(superserve_queries_total{outcome="met"}[1m])) / sum(rate(superserve_arrivals_total[1m]))
     histogram_quantile(0.99, rate(superserve_latency_seconds_bucket[1m]))
@@ -31,13 +31,13 @@ _STATES = ("idle", "running", "left", "abandoned", "removed")
 
 
 class Collector(registry.Collector):
-    """Turns `Server.snapshot` into metrics whenever it is asked. Once the server has been collected there are none.
+    """Turns `Server.snapshot` into metrics. There are none after the server has been garbage collected.
 
-    A registry takes one of them; several servers in a process have a `CollectorRegistry` each.
+    A registry takes one collector. Give each server of a process its own `CollectorRegistry`.
     """
 
     def __init__(self, served: Server):
-        self._server = weakref.ref(served)  # a registry lives as long as the process, and must not keep the server
+        self._server = weakref.ref(served)  # a registry lives as long as the process, and must not keep the server alive
 
     def collect(self) -> Iterator[core.Metric]:
         """All metrics, of one moment."""
@@ -58,12 +58,12 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     """
     queries, subnets, workers = snapshot["queries"], snapshot["subnets"], snapshot["workers"]
     yield core.CounterMetricFamily("superserve_arrivals", "Queries submitted.", queries["arrived"])
-    yield _counter("queries", "Queries by what became of them.", "outcome", {o: queries[o] for o in _OUTCOMES})
+    yield _counter("queries", "Queries by outcome.", "outcome", {o: queries[o] for o in _OUTCOMES})
     yield core.CounterMetricFamily("superserve_requeues", "Queries put back after a failure.", queries["requeued"])
     yield core.GaugeMetricFamily("superserve_waiting", "Queries in the queue.", snapshot["waiting"])
     yield core.GaugeMetricFamily("superserve_running", "Queries in a batch that runs.", snapshot["running"])
     yield core.GaugeMetricFamily(
-        "superserve_oldest_wait_seconds", "How long the longest has waited.", snapshot["oldest_wait_s"]
+        "superserve_oldest_wait_seconds", "Waiting time of the oldest waiting query.", snapshot["oldest_wait_s"]
     )
 
     answers = core.CounterMetricFamily("superserve_answers", "Queries answered by a subnet.", labels=["subnet", "outcome"])
@@ -72,7 +72,7 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
             answers.add_metric([subnet, outcome], counts[outcome])
     yield answers
     busy_s = {subnet: counts["busy_s"] for subnet, counts in subnets.items()}
-    yield _counter("busy_seconds", "Time that a subnet's batches took.", "subnet", busy_s)
+    yield _counter("busy_seconds", "Time of a subnet's batches.", "subnet", busy_s)
     yield _counter("dispatches", "Batches answered, by the policy's reason.", "reason", snapshot["reasons"])
     accuracies = core.GaugeMetricFamily("superserve_subnet_accuracy", "Profiled accuracy, a fraction of 1.", labels=["subnet"])
     for subnet, counts in subnets.items():
@@ -114,5 +114,5 @@ def _histogram(name: str, text: str, histogram: dict[str, Any]) -> core.Metric:
 
 
 def _cumulative(edges: list[Any], counts: list[int]) -> list[tuple[str, float]]:
-    """Prometheus counts in a bucket all that is no greater than its edge."""
+    """The buckets of Prometheus: each counts all values up to its edge."""
     return list(zip([*map(str, edges), "+Inf"], itertools.accumulate(counts), strict=True))

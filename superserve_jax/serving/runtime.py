@@ -1,13 +1,12 @@
 """Settings of the Python process that decide its tail latency, changed on request and put back. No jax.
 
-Measured on a router with 32 workers: a garbage collection over a million live objects stops every thread for 50 ms, and beside
-one busy thread the default switch interval of 5 ms lowered attainment from 1.0 to 0.76. Python's own thresholds have 70,000
-objects more looked through as a whole, which is what a burst brings, so that a backlog made itself worse: hundreds of
-collections in 5 s, and none that found anything.
+Measured on a router with 32 workers:
+- A garbage collection over a million live objects stops every thread for 50 ms. With Python's own thresholds a burst of 70,000
+  new objects starts one, so a backlog made itself worse: hundreds of collections in 5 s, and none found any garbage.
+- Beside one busy thread, the default switch interval of 5 ms lowered attainment from 1.0 to 0.76.
 
-The price of a short switch interval is paid by many threads that all want to run: each wakes up once in an interval to ask for
-its turn, so a thousand that block in `Future.result` cost a third more CPU per query than at 2 ms; `await` and `submit_many`
-have no such threads.
+A short switch interval costs CPU time if many threads want to run, since each wakes up once per interval. With a thousand
+threads that block in `Future.result`, a query costs a third more than at 2 ms. `await` and `submit_many` need no such threads.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 SWITCH_INTERVAL_S = 1e-4
 GC_THRESHOLDS = 20_000, 20, 100  # see `gc.set_threshold`
 
-# The settings belong to the process, so the count of those who want them does too.
+# Module variables, since the settings belong to the process.
 _lock = threading.Lock()
 _users = 0
 _unfreeze = False
@@ -29,12 +28,12 @@ _gc_thresholds = (0, 0, 0)
 
 @contextlib.contextmanager
 def low_latency() -> Iterator[None]:
-    """While open, collections skip all objects that are alive now and come less often, and threads take turns every 0.1 ms.
+    """While open, garbage collections skip all present objects and come less often, and threads take turns every 0.1 ms.
 
-    Entering collects garbage once, then freezes what is left (`gc.freeze`). Several may be open at once, in any order: each
-    entry freezes anew, and the last exit puts back what the first entry found. Objects that somebody else had frozen before
-    stay frozen, and whoever has turned collections off, or made them less frequent, keeps that. A server enters it for as
-    long as it is open, unless told `tune_runtime=False`.
+    Entering collects garbage once and then freezes the rest (`gc.freeze`). Several may be open at once, in any order: each
+    entry freezes again, and the last exit restores what the first entry found. Objects that were frozen before stay frozen.
+    Collections that were turned off, or made even less frequent, stay so. A server does this while it is open, unless
+    `tune_runtime=False`.
 
     >>> before = sys.getswitchinterval()
     >>> with low_latency():

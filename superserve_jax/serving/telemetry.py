@@ -1,8 +1,8 @@
 """What a server has done so far: queries by outcome, batches by subnet, size and reason, and histograms of times. No jax.
 
-Everything is counted under the pool's lock, where that is held anyway: arrivals by the client that submits, a batch by its
-worker when it comes for the next one. So nothing takes a lock of its own, a query costs a share of its batch and hardly more,
-and a snapshot is of one moment: whatever has arrived waits, runs, or is counted under its outcome.
+Our own counters, since those of a library take a lock each. These change under the pool's lock, which is held anyway: when a
+client submits, and when a worker comes for its next batch. A snapshot is of one moment: every query that has arrived waits,
+runs, or is counted under its outcome.
 """
 
 import bisect
@@ -14,26 +14,26 @@ from superserve_jax.profile import Profile
 from superserve_jax.subnet import Subnet
 
 EDGES_S = tuple(float(f"{step}e{power}") for power in range(-4, 1) for step in ("1", "1.6", "2.5", "4", "6.3"))
-"""Upper edges of the buckets of times, in seconds: five to a decade, from 0.1 ms to 6.3 s."""
+"""Upper edges of the histograms, in seconds: five per decade, from 0.1 ms to 6.3 s."""
 
 
 Batch = tuple[Subnet, int, list[float], int, float, float, float, str]
-"""A batch that has been answered; a named tuple would take longer to make than all else that it costs the worker:
+"""An answered batch. A plain tuple, since a named one would take longer to make than all other counting:
 
-- the subnet that ran, and the number of queries, not padded;
-- when each query was submitted, of those that took the answer, which one that had been cancelled did not;
-- how many of these were answered after their deadline;
-- when the engine began and when it was done, and at the beginning how much time was left to the first query's deadline;
-- `policies.Decision.reason`.
+- the subnet, and the number of queries;
+- when each query was submitted, without those that were cancelled;
+- how many of these were late;
+- when the engine began and ended, and how much time was left at the beginning to the first query's deadline;
+- the policy's reason (see `policies.Decision`).
 
-All times in seconds.
+All times are in seconds.
 """
 
-_PENDING = 32  # batches that are counted together; the lock is held for 40 us meanwhile
+_PENDING = 32  # so many batches are counted together, in 40 us
 
 
 class Histogram:
-    """How many times lie in each bucket: the first holds those up to the first edge, the last those above all edges.
+    """Counts times by bucket. The first bucket ends at the first edge, and the last one holds the times above all edges.
 
     >>> h = Histogram((1.0, 10.0))
     >>> h.add(7.0), h.add_since([20.0, 21.0, 29.5], 30.0, 70.5)
@@ -55,49 +55,49 @@ class Histogram:
         self.total += value
 
     def add_since(self, starts_s: Sequence[float], end_s: float, sum_s: float) -> None:
-        """Adds the times from each of `starts_s` until `end_s`. O(log n) for each bucket that they fall into.
+        """Adds the times from each of `starts_s` until `end_s`. O(log n) for each bucket that is hit.
 
         Args:
-          starts_s: at least one; they ascend.
-          sum_s: of `starts_s`.
+          starts_s: at least one, ascending.
+          sum_s: the sum of `starts_s`.
         """
         edges, counts, count = self._edges, self.counts, len(starts_s)
         self.total += count * end_s - sum_s
         bucket, i = bisect.bisect_left(edges, end_s - starts_s[0]), 0
-        while bucket and end_s - starts_s[-1] <= edges[bucket - 1]:  # as a rule all times of a batch are in one bucket
+        while bucket and end_s - starts_s[-1] <= edges[bucket - 1]:  # usually all are in one bucket
             shorter = bisect.bisect_left(starts_s, -edges[bucket - 1], i, key=lambda start_s: start_s - end_s)
             counts[bucket] += shorter - i
             bucket, i = bucket - 1, shorter
         counts[bucket] += count - i
 
     def snapshot(self) -> dict[str, Any]:
-        """`edges`, the upper ones, included in their buckets; `counts`, one more; and the `sum` of all times."""
+        """`edges`: the upper edges, which belong to their buckets; `counts`: one more; and the `sum` of all times."""
         return {"edges": list(self._edges[:-1]), "counts": list(self.counts), "sum": self.total}
 
 
 class Counters:
-    """The counters of one server since it was opened; none ever falls. Not thread-safe: the caller holds the pool's lock.
+    """The counters of one server since it was opened. None ever falls. The caller holds the pool's lock.
 
     Attributes:
-      arrived, admitted: queries that were submitted, and of those the ones that were not refused.
-      expired: dropped, since they could no longer be met.
-      failed: answered with another error.
-      requeued: put back after their batch had failed; a query counts each time.
+      arrived, admitted: numbers of queries that were submitted, and that were not refused.
+      expired: number of queries that were dropped because they could no longer be met.
+      failed: number of queries that were answered with another error.
+      requeued: how often a query was put back because its batch had failed.
     """
 
     def __init__(self, profile: Profile):
-        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # of all subnets that may run
+        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # of every subnet that may run
         self._pending: list[Batch] = []
         self.arrived = self.admitted = self.expired = self.failed = self.requeued = self._cancelled = 0
-        # Of each subnet: batches, queries answered, of those the late ones, and the seconds that its batches took.
+        # For each subnet: batches, answered queries, late ones among them, and the seconds of its batches.
         self._by_subnet: dict[Subnet, list[Any]] = collections.defaultdict(lambda: [0, 0, 0, 0.0])
-        self._before = (0, 0)  # queries answered, and late ones, before the last swap
+        self._before = (0, 0)  # answered queries, and late ones, before the last swap
         self._by_size = [0] * (profile.max_batch + 1)
         self._by_reason: dict[str, int] = {}
         self._latency, self._wait, self._slack = Histogram(EDGES_S), Histogram(EDGES_S), Histogram((0.0, *EDGES_S))
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch, soon: a loop over many of them takes half the time that they take one by one."""
+        """Counts a batch, later: counting many together takes half the time."""
         self._pending.append(batch)
         if len(self._pending) >= _PENDING:
             self._count()
@@ -112,7 +112,7 @@ class Counters:
             self.know(profile)
 
     def know(self, profile: Profile) -> None:
-        """A worker may run these subnets."""
+        """Adds the subnets of a worker's profile."""
         self._accuracies |= {row.subnet: row.accuracy for row in profile.rows if row.subnet not in self._accuracies}
 
     def _answered(self) -> tuple[int, int]:
@@ -139,17 +139,17 @@ class Counters:
         self._pending.clear()
 
     def snapshot(self, *, unanswered: int) -> dict[str, Any]:
-        """The part of `server.Server.snapshot` that is counted.
+        """The counted part of `Server.snapshot`.
 
         Args:
-          unanswered: queries that wait or run. All that have not been counted otherwise have been cancelled; of a query that
-            was cancelled the server knows when it lets go of it.
+          unanswered: number of queries that wait or run. Queries that are neither these nor counted were cancelled. The
+            server notices a cancelled query only when it lets go of it.
         """
         self._count()
         answered, late = self._answered()
         cancelled = self.admitted - answered - self.expired - self.failed - unanswered
-        # A worker that was abandoned may answer queries after all that wait for another one again: they count twice until
-        # that one finds them.
+        # An abandoned worker may still answer queries that wait for another worker. They count twice until that one takes
+        # them.
         self._cancelled = max(self._cancelled, cancelled)
         ran = ((i, accuracy, self._by_subnet[subnet]) for i, (subnet, accuracy) in enumerate(self._accuracies.items()))
         return {
