@@ -1,5 +1,7 @@
 """A family of SuperNets that the library does not know, in one file: from training to a server, nothing else touched."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +12,8 @@ from mlp_family import MLPConfig
 from tiny import random_images, random_params, random_statistics
 
 import superserve_jax as ss
-from superserve_jax import errors, families
+from superserve_jax import errors, files
+from superserve_jax.manifest import MANIFEST_NAME
 from superserve_jax.supernets import programs
 from superserve_jax.training import data, stages
 from superserve_jax.training.config import SearchConfig, TrainConfig
@@ -86,10 +89,14 @@ def test_a_server_answers_with_its_subnets(path):
             np.testing.assert_allclose(reply.output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_an_export_of_a_family_that_nobody_registered_says_what_to_import(path, monkeypatch):
-    monkeypatch.delitem(families._FAMILIES, "mlp")
-    with pytest.raises(errors.ExportError, match=r"unknown family 'mlp'.*import the module that registers it"):
-        ss.load(path)
+def test_an_export_of_a_family_that_nobody_registered_says_what_to_import(path, tmp_path):
+    copy = shutil.copytree(path, tmp_path / "export")
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    manifest["config"]["family"] = "other"
+    manifest["sha256"] = files.digest(manifest)
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(errors.ExportError, match=r"unknown family 'other'.*import the module that registers it"):
+        ss.load(copy)
 
 
 def test_a_family_s_file_among_the_others_is_found_by_itself(tmp_path):
