@@ -4,6 +4,8 @@ A policy knows nothing else about the SuperNet. `serve/measure.py` measures a pr
 
 A text server pads its inputs to one of a few lengths, the **length buckets**. Its profile holds rows for each length bucket.
 `Profile.at_length` gives the profile of one length bucket, which looks like a profile of one input shape.
+
+One file because the classes, the checks of what users write into them, and their file format change together.
 """
 
 import bisect

@@ -2,6 +2,7 @@
 
 It runs the server's own queue, `dispatch`, `admission`, `speeds` and policies. Only time is simulated: a batch takes its
 profiled latency, and the clock jumps from one event to the next. So a minute of traffic takes about a second.
+One file because the run needs all of its description (`Cluster` and the failures) and fills all of its result.
 
 An event is an arrival, the end of a batch, or a planned failure. `_Simulation.run` is the loop over the events:
 
@@ -9,8 +10,6 @@ An event is an arrival, the end of a batch, or a planned failure. `_Simulation.r
     2. Put everything that has arrived by now into the queue.
     3. Handle all events that are due by now: batches that end, workers that leave or return, stalls.
     4. While a worker is idle and a query waits, dispatch a batch. Its end is a new event.
-
-The module is one thing: the description of a run (`Cluster` and failures), the run, and its result.
 """
 
 import bisect
@@ -207,7 +206,8 @@ class _Simulation:
             longest = profile.lengths[-1]
             raise errors.InputError(f"a query of {np.max(trace.lengths)} tokens, but the longest length bucket has {longest}")
         self.lengths: list[int] = np.broadcast_to(trace.lengths, trace.arrivals_s.shape).tolist()
-        self.slo_ms: list[float] = np.broadcast_to(trace.slo_ms, trace.arrivals_s.shape).tolist()
+        self.mixed = np.ndim(trace.slo_ms) > 0
+        self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
         self.arrived = 0
         self.queue = length_queue.make_queue(profile)
         self.meter = ArrivalMeter()
@@ -270,7 +270,7 @@ class _Simulation:
             end = admitted
         push, deadlines, floors, tokens = self.queue.push, self.deadlines, self.floors, self.lengths
         if first < end:
-            self.meter.shorten(now_s, min(self.slo_ms[first:end]))
+            self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
         for i in range(first, end):
             if self.cluster.admission and not self.admits(i):
                 self.refused.append(i)
@@ -313,8 +313,8 @@ class _Simulation:
 
     def slowdown(self, worker: int, now_s: float) -> float:
         """The factor on the latency of a batch that starts now."""
-        active = (s for s in self.cluster.slowdowns if s.worker in (None, worker) and s.from_s <= now_s < s.until_s)
-        return math.prod(s.factor for s in active)
+        slowdowns = self.cluster.slowdowns
+        return math.prod([s.factor for s in slowdowns if s.worker in (None, worker) and s.from_s <= now_s < s.until_s])
 
     def finish(self, now_s: float, batch: _Batch) -> None:
         if self.running[batch.worker] is not batch:

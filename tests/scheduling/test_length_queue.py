@@ -1,4 +1,7 @@
-"""Length buckets without a model: the queue, what a policy is told, the simulator and the server on engines that sleep."""
+"""Length buckets without a model: the queue, the policy's state, the simulator, and the server on fake engines.
+
+One file because all tests share the profile of three length buckets.
+"""
 
 import dataclasses
 import itertools

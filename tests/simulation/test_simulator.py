@@ -1,3 +1,8 @@
+"""The simulator: examples worked out by hand, laws for any failure, and the policies on its virtual clock.
+
+One file because all tests share the two-row profile and `serve`.
+"""
+
 import math
 import pathlib
 
