@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,36 +11,30 @@ from tiny import CONFIGS, TINY
 from superserve_jax import errors
 from superserve_jax.families import ofa_resnet
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import checking, programs, reads
 
 PUBLISHED = OFAResNetConfig()
 
 
-def convolutions(config, subnet):
-    """Every convolution of the sliced program as traced, with its shapes: not from the family's own count."""
+def traced(config, subnet):
+    """The jaxpr of the sliced program: counts from it do not depend on the family's own count."""
     program = programs.sliced(config, subnet)
     row = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((0,), jnp.int32)
     spec = programs.param_spec(config)
-    jaxpr = jax.make_jaxpr(program.infer)(spec, config.input_spec(1), row, active)
-    return [e for e in jaxpr.eqns if e.primitive.name in ("conv_general_dilated", "dot_general")]
-
-
-def multiply_adds(equation):
-    out, kernel = equation.outvars[0].aval.shape, equation.invars[1].aval.shape
-    return int(np.prod(out)) * int(np.prod(kernel[:-1]))
+    return jax.make_jaxpr(program.infer)(spec, config.input_spec(1), row, active)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_flops_count_every_convolution_of_the_traced_program(name):
     config = CONFIGS[name]
     for subnet in list(config.space().enumerate())[::11]:
-        assert config.flops(subnet) == sum(multiply_adds(e) for e in convolutions(config, subnet))
+        assert config.flops(subnet) == checking.multiply_adds(traced(config, subnet))
 
 
 def test_xla_counts_the_same_flops_convolution_by_convolution():
-    # XLA leaves out padding taps; on an input that is padded beforehand there are none to leave out.
-    for equation in convolutions(TINY, TINY.space().largest()):
+    # XLA leaves out padding taps. So the inputs are padded beforehand.
+    for equation in traced(TINY, TINY.space().largest()).eqns:
         if equation.primitive.name != "conv_general_dilated":
             continue
         x, kernel = (v.aval for v in equation.invars)
@@ -50,8 +45,9 @@ def test_xla_counts_the_same_flops_convolution_by_convolution():
         def conv(x, k, strides=strides):
             return lax.conv_general_dilated(x, k, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-        compiled = jax.jit(conv).lower(jax.ShapeDtypeStruct(padded, x.dtype), kernel).compile()
-        assert compiled.cost_analysis()["flops"] == 2 * multiply_adds(equation)
+        arguments = jax.ShapeDtypeStruct(padded, x.dtype), kernel
+        counted = checking.multiply_adds(jax.make_jaxpr(conv)(*arguments))
+        assert jax.jit(conv).lower(*arguments).compile().cost_analysis()["flops"] == 2 * counted
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -59,10 +55,9 @@ def test_parameters_count_what_the_extracted_subnet_would_hold(name):
     config = CONFIGS[name]
     largest = sum(int(np.prod(s.shape)) for s in programs.param_spec(config).values())
     assert config.num_params(config.space().largest()) == largest
-    subnet = config.space().smallest()
-    kernels = sum(int(np.prod(e.invars[1].aval.shape)) for e in convolutions(config, subnet))
-    norms = 2 * sum(config.norm_sizes(config.sizes(subnet)).values())
-    assert config.num_params(subnet) == kernels + norms + config.num_classes
+    for subnet in list(config.space().enumerate())[::11]:
+        leaves = reads.used_leaves(programs.sliced(config, subnet))
+        assert config.num_params(subnet) == sum(math.prod(shape) for shape in leaves.values())
 
 
 def test_the_default_config_is_the_published_ofa_resnet50():

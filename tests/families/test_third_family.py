@@ -1,4 +1,4 @@
-"""A family of SuperNets that the library does not know, in one file: from training to a server, nothing else touched."""
+"""A family in one file of its own works from training to the server. `test_checking.py` has the check of it."""
 
 import json
 import shutil
@@ -9,17 +9,14 @@ import jax
 import numpy as np
 import pytest
 from mlp_family import MLPConfig
-from tiny import random_images, random_params, random_statistics
+from tiny import random_images
 
 import superserve_jax as ss
 from superserve_jax import errors, files
 from superserve_jax.manifest import MANIFEST_NAME
-from superserve_jax.supernets import programs
 from superserve_jax.training import data, stages
 from superserve_jax.training.config import SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
-
-# -- what it gets for that ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +42,6 @@ def run(tmp_path_factory, digits_dir):
 @pytest.fixture(scope="module")
 def path(run):
     return stages.export(run)
-
-
-def test_its_programs_agree_over_the_whole_space():
-    config = MLPConfig()
-    params, images, masked = random_params(config), random_images(config, 3), programs.masked(config)
-    space = list(config.space().enumerate())
-    assert len(space) == 6
-    for subnet in space:
-        row, sliced = random_statistics(config, subnet), programs.sliced(config, subnet)
-        expected = sliced.infer(params, images, row, sliced.active(subnet))
-        found = masked.infer(params, images, masked.pad_statistics(row, subnet), masked.active(subnet))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-def test_it_counts_the_parameters_that_it_has():
-    config = MLPConfig()
-    assert config.num_params(config.space().largest()) == sum(np.prod(s.shape) for s in programs.param_spec(config).values())
 
 
 def test_it_trains_and_is_searched(run):
@@ -100,7 +80,7 @@ def test_an_export_of_a_family_that_nobody_registered_says_what_to_import(path, 
 
 
 def test_a_family_s_file_among_the_others_is_found_by_itself(tmp_path):
-    """In a process of its own, whose `supernets` folder has one more file."""
+    """In a process of its own, whose `families` folder has one more file."""
     (tmp_path / "toy.py").write_text(
         "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass ToyConfig:\n    family = 'toy'\n    width: int = 1\n"
     )

@@ -36,8 +36,7 @@ def test_the_published_networks_pass_without_compiling(config):
     supernets.check(config, run=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in [*CONFIGS, "transformer"]), "mlp"])
 def test_families_pass(kind):
     supernets.check(FAMILIES[kind])
 
