@@ -1,11 +1,12 @@
 """The published DynaBERT on BERT-base, for MNLI (Hou et al., NeurIPS 2020; SuperServe's transformer).
 
 Texts: GLUE's MNLI (`glue/mnli`, which TFDS prepares), pairs of up to 128 tokens, and the vocab.txt of BERT-base uncased.
-Network: 110 M parameters; depth {6, 9, 12}, heads {3, 6, 9, 12} and neurons {768, 1536, 2304, 3072} of each layer. The
-published recipe begins with a BERT that was fine-tuned on the task, sorts heads and neurons by importance, then trains 3
-epochs with elastic width and 3 with elastic width and depth at 2e-5, batch 32, drawing logits and hidden states to a
-teacher's. So does this; the teacher is the largest subnet itself (another: --distill.teacher), and texts are not augmented.
-Expected: 82.2 to 85.2 % on the matched development set in SuperServe's paper. Not run here, since it takes GPUs. Convert
+Network: 110 M parameters; depth {6, 9, 12}, heads {3, 6, 9, 12} and neurons {768, 1536, 2304, 3072} of each layer.
+Recipe: as published. It begins with a BERT that was fine-tuned on the task and sorts heads and neurons by importance. Then it
+trains 3 epochs with elastic width and 3 with elastic width and depth, at learning rate 2e-5 and batch size 32. Logits and
+hidden states follow a teacher. There are two differences: here the teacher is the largest subnet itself (--distill.teacher
+sets another one), and texts are not augmented.
+Expected: 82.2 to 85.2 % on the matched development set, from SuperServe's paper. Not run here, because it takes GPUs. Convert
 your fine-tuned weights, then train them further:
 
     python train/convert.py configs/dynabert_mnli.py model.safetensors

@@ -1,10 +1,10 @@
-"""The published DynaBERT on BERT-base, for SST-2 (Hou et al., NeurIPS 2020): single sentences, good or bad.
+"""The published DynaBERT on BERT-base, for SST-2 (Hou et al., NeurIPS 2020): single sentences, positive or negative.
 
 Texts: GLUE's SST-2 (`glue/sst2`, which TFDS prepares), sentences of up to 64 tokens, and the vocab.txt of BERT-base uncased.
-Network and recipe as in dynabert_mnli.py, from a BERT that was fine-tuned on the task.
-Expected: BERT-base itself reaches 93.5 % (Devlin et al., NAACL 2019, on the test set, which has no public labels; here the
-development set is the test split). Not run here, since it takes GPUs. Convert your
-fine-tuned weights, then train them further:
+Network and recipe: as in dynabert_mnli.py, from a BERT that was fine-tuned on the task.
+Expected: BERT-base itself reaches 93.5 % on GLUE's test set (Devlin et al., NAACL 2019). Its labels are not public, so the
+development set is the test split here. Not run here, because it takes GPUs. Convert your fine-tuned weights, then train them
+further:
 
     python train/convert.py configs/dynabert_sst2.py model.safetensors
     python train/supernet.py configs/dynabert_sst2.py

@@ -1,26 +1,26 @@
-"""Measures the latency profile of an export on this machine's device, and keeps it beside the export.
+"""Measures the latency profile of an export on this machine, and keeps it beside the export.
 
     python serve/measure.py runs/digits_resnet/export --plot latency.png
 
-Of a SuperNet that reads text there is one table for each length bucket that batches are padded to (--lengths 32 64 128).
+The server and replay.py find the profile there. For a model of sequences it has latencies for each length bucket, such as
+`--lengths 32 64 128`. Devices of several kinds are measured one after the other and get a profile each. The steps:
 
-The profile holds the subnets worth serving here: no other is both faster and more accurate, and neighbours differ by at least
-0.3 points of accuracy and 10 % of latency (--keep-all keeps these). The server and replay.py find it by themselves.
-The faster way of slicing weights is found first (--slicing decides it). More than --executables subnets share so many of them
-per batch size, in subnet buckets; what that costs is measured beside executables of their own for some.
-Latencies are measured beside a server and a load generator, as batches run in earnest; --no-load leaves those out. Devices of
-several kinds are measured one after the other, and have a profile each.
-Whether latencies are as SlackFit needs them (the paper's P1 to P3) is checked on all that was measured, before any subnet is
-left out and noise is repaired.
-Library: engines.prepare, engines.device, engines.subnet_buckets, engines.profiling.measure and properties,
-checkpoint.profile_path, plots.latencies.
+1. Find the faster way of slicing weights (--slicing decides it).
+2. Choose subnet buckets, if there are more subnets than --executables. Also measure some subnets with executables of their
+   own, to print what sharing costs.
+3. Measure latencies beside a server and a load generator, as when serving (--no-load leaves them out).
+4. Check what SlackFit assumes, the paper's P1 to P3, on all subnets and before noise is repaired.
+5. Keep the subnets worth serving. No other subnet is both faster and more accurate. Neighbours differ by at least 0.3 points
+   of accuracy and 10 % of latency (--keep-all skips this limit).
+
+It prints latency and throughput of the subnets worth serving, the results of the checks, and the profile's path.
 """
 
 import dataclasses
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import cli, exports, files, plots
 from superserve_jax.engines import prepare, profiling, subnet_buckets
+from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.subnet_buckets import Flops
 from superserve_jax.exports import Model
@@ -38,9 +39,9 @@ from superserve_jax.serving import server
 STATEMENTS = {
     "P1": "a larger batch takes longer",
     "P2": "a more accurate subnet takes longer",
-    "P3": "the fastest subnet does a larger batch in the time of the most accurate",
+    "P3": "the fastest subnet computes a larger batch in the time of the most accurate",
 }
-EXACT = 24  # subnets that are measured with executables of their own, too, to see what sharing costs
+EXACT = 24  # subnets that are also measured with executables of their own, to see what sharing costs
 UNITS = {"P1": "long", "P2": "long", "P3": "large"}
 
 
@@ -50,15 +51,15 @@ class Options:
 
     Args:
       export: the export's directory.
-      batch_sizes: batch sizes to make executables for.
-      lengths: length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
+      batch_sizes: the batch sizes to make executables for.
+      lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
       slicing: how weights are sliced; if left out, the faster way.
       executables: the most subnet buckets, and so executables of each shape.
-      keep_all: keep every subnet that no other beats, however near its neighbours are.
-      repeats: calls of each subnet at each batch size and length.
-      load: measure beside the threads of a server under load.
-      json: write the profile to this file, too; of several kinds of devices, that of the first.
-      plot: draw the latencies over subnet and batch into this file (PNG), of the first, too.
+      keep_all: keep every subnet that no other subnet beats, however near its neighbours are.
+      repeats: calls of each subnet at each batch size and length bucket.
+      load: measure beside a server under load.
+      json: also write the profile to this file. With several kinds of devices, it is the profile of the first kind.
+      plot: draw the latencies by subnet and batch size into this file (PNG), also for the first kind.
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
@@ -72,14 +73,14 @@ class Options:
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
 
+    def __post_init__(self):
+        cli.check_above_zero(self, "executables", "repeats")
+
 
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     check_batch_sizes(options.batch_sizes)  # before minutes of compiling
-    for name, value in (("--repeats", options.repeats), ("--executables", options.executables)):
-        if value < 1:
-            raise ss.ConfigError(f"{name} must be at least 1, got {value}")
     model = ss.load(options.export)
     lengths = prepare.check_lengths(model.config, options.lengths)
     kinds = {prepare.device_kind(device): device for device in jax.devices()[::-1]}  # the first of a kind, written last
@@ -87,8 +88,8 @@ def main() -> None:
         measure(options, model, device, kind, lengths)
 
 
-def measure(options: Options, model: Model, device: Any, kind: str, lengths: Sequence[int]) -> None:
-    """Measures one kind of device, and keeps the profile."""
+def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
+    """Measures one kind of device, keeps the profile and prints it."""
     slicing = options.slicing or choose_slicing(model, device, options, lengths)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
@@ -118,38 +119,31 @@ def measure(options: Options, model: Model, device: Any, kind: str, lengths: Seq
         shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
         plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
         print(f"plot: {options.plot}")
-    print(f"kept in {path}")
+    print(f"profile: {path}")
 
 
-def choose_slicing(model: Model, device: Any, options: Options, lengths: Sequence[int]) -> Slicing:
-    """The better way, and prints why."""
+def choose_slicing(model: Model, device: Device, options: Options, lengths: Sequence[int]) -> Slicing:
+    """The faster way of slicing; prints why."""
     slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
-    print(
-        f"slicing: '{slicing}'; in the call it takes {ratio:.2f} times as long as with kept slices, every call another subnet"
-    )
+    print(f"slicing: '{slicing}'; if every call changes the subnet, 'in_call' takes {ratio:.2f} times as long as 'kept'")
     return slicing
 
 
-def report_sharing(
-    measured: ss.Profile,
-    shared: DeviceEngine,
-    exact: DeviceEngine,
-    flops: Flops,
-    repeats: int,
-) -> None:
-    """Prints what sharing executables costs: FLOPs of all subnets, latencies of those that `exact` has executables for."""
+def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngine, flops: Flops, repeats: int) -> None:
+    """Prints what sharing executables costs: in FLOPs for all subnets, and in latency for the subnets of `exact`."""
     bucket_of = {r.subnet: r.envelope or r.subnet for r in measured.rows}
     extra = subnet_buckets.extra(bucket_of, flops)
     buckets = len(set(bucket_of.values()))
     print(f"{len(bucket_of)} subnets in {buckets} subnet buckets: {100 * extra:.1f} % more FLOPs than needed")
-    ratios = []
     accuracies = {s: measured.row(s).accuracy for s in exact.subnets}
-    for engine in (shared, exact):
+
+    def latencies(engine: DeviceEngine) -> np.ndarray:
         again = profiling.measure(engine, accuracies, measured.batch_sizes, device=measured.device, repeats=repeats)
-        ratios.append(np.array([again.row(s).latency_ms for s in accuracies]))
-    ratio = ratios[0] / ratios[1]
+        return np.array([again.row(s).latency_ms for s in accuracies])
+
+    ratio = latencies(shared) / latencies(exact)
     print(
-        f"latency over that of an executable of its own, {len(accuracies)} subnets: "
+        f"shared / own executable, latency of {len(accuracies)} subnets: "
         + ", ".join(f"{np.mean(column):.2f} at batch {b}" for b, column in zip(measured.batch_sizes, ratio.T, strict=True))
         + f"; at worst {ratio.max():.2f}"
     )
@@ -159,27 +153,20 @@ def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, i
     """Prints what was measured at one length.
 
     Args:
-      profile: of the subnets worth serving, repaired. measured: of all subnets, as it was before that.
+      profile: the profile of the subnets worth serving.
+      measured: the profile of all subnets, before noise was repaired.
       cost: FLOPs of each subnet.
     """
     if profile.lengths:
         print(f"\n{profile.lengths[0]} tokens")
-    cli.print_table(
-        [
-            ("MFLOPs", "accuracy", *(f"batch {b}" for b in profile.batch_sizes), "queries/s"),
-            *(
-                (
-                    f"{cost[r.subnet] / 1e6:.2f}",
-                    f"{100 * r.accuracy:.2f} %",
-                    *(f"{ms:.2f}" for ms in r.latency_ms),
-                    f"{profile.throughput_qps(r.subnet):,.0f}",
-                )
-                for r in profile.rows
-            ),
-        ]
-    )
+    lines: list[tuple[str, ...]] = [("MFLOPs", "accuracy", *(f"batch {b}" for b in profile.batch_sizes), "queries/s")]
+    for r in profile.rows:
+        latencies = (f"{ms:.2f}" for ms in r.latency_ms)
+        qps = f"{profile.throughput_qps(r.subnet):,.0f}"
+        lines.append((f"{cost[r.subnet] / 1e6:.2f}", f"{100 * r.accuracy:.2f} %", *latencies, qps))
+    cli.print_table(lines)
     spread = statistics.median(p99 / ms for r in profile.rows for ms, p99 in zip(r.latency_ms, r.p99_ms, strict=True))
-    print(f"the 99th percentile is {spread:.2f} times the median (the middle one of all these latencies)")
+    print(f"p99 latency is {spread:.2f} times the median latency (the median of this ratio over all cells)")
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
     for p in profiling.properties(measured):

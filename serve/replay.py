@@ -8,10 +8,10 @@
 All policies get the same arrivals, inputs and SLO. The inputs are the test examples of the dataset; texts keep their lengths.
 Answers are compared with the labels. Calm and bursts come in turn. Their rates follow from the latencies of this machine, so
 that a burst overloads the most accurate subnet, but not the fastest one.
---trace FILE.csv replays recorded arrivals instead; the file has a column arrival_s, see simulation.traces.load.
---simulate repeats each replay in the simulator under the measured conditions (see loadtest.sim_vs_real), and prints both.
---slow-factor 1.5 makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the online
-correction (see scheduling.speeds) and without it.
+- `--trace FILE.csv` replays recorded arrivals instead. The file has a column arrival_s, see simulation.traces.load.
+- `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
+- `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
+  online correction (see scheduling.speeds) and without it.
 Library: loadtest.loadgen, loadtest.sim_vs_real, serving.server, simulation.traces, simulation.metrics, plots.
 """
 

@@ -43,7 +43,8 @@ from superserve_jax.subnet import Subnet
 
 if TYPE_CHECKING:
     from superserve_jax.engines.base import Engine
-    from superserve_jax.exports.directory import Model, Served, export, load
+    from superserve_jax.exports.directory import export, load
+    from superserve_jax.exports.model import Model, Served
     from superserve_jax.scheduling.policies.base import Decision, State
     from superserve_jax.serving.futures import Future, Reply
     from superserve_jax.serving.options import ServerOptions
@@ -102,29 +103,19 @@ __all__ = [
 ]
 
 _LAZY = {
-    "engines.base": ("Engine",),
-    "exports.directory": (
-        "Model",
-        "Served",
-        "export",
-        "load",
-    ),
-    "scheduling.policies.base": (
-        "Decision",
-        "State",
-    ),
-    "serving.futures": (
-        "Future",
-        "Reply",
-    ),
-    "serving.options": ("ServerOptions",),
-    "serving.server": ("Server",),
-    "supernets.family": ("FamilyConfig",),
-    "supernets.supernet": ("SuperNet",),
-    "training.config": ("TrainConfig",),
-    "training.loop": ("train",),
-    "training.runs": ("Run",),
-    "vocabulary": ("Vocabulary",),
+    "engines.base": ["Engine"],
+    "exports.directory": ["export", "load"],
+    "exports.model": ["Model", "Served"],
+    "scheduling.policies.base": ["Decision", "State"],
+    "serving.futures": ["Future", "Reply"],
+    "serving.options": ["ServerOptions"],
+    "serving.server": ["Server"],
+    "supernets.family": ["FamilyConfig"],
+    "supernets.supernet": ["SuperNet"],
+    "training.config": ["TrainConfig"],
+    "training.loop": ["train"],
+    "training.runs": ["Run"],
+    "vocabulary": ["Vocabulary"],
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -3,8 +3,9 @@
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,8 @@ from rich.table import Table
 from superserve_jax import errors
 
 _NO_WRAP = 10_000  # characters in a line
+
+T = TypeVar("T")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -42,18 +45,26 @@ def check_above_zero(options: Any, *names: str) -> None:
             raise errors.ConfigError(f"{name} must be above 0, got {getattr(options, name)}")
 
 
-def config_argument(arguments: list[str], explanation: str | None) -> tuple[str, list[str]]:
-    """Splits a program's arguments into the config file, which comes first, and the rest.
+def options_after_path(defaults: Callable[[str], T], explanation: str | None, *, path: str | None = None) -> tuple[str, T]:
+    """The path that is a program's first argument, and the options after it. The path decides the options' defaults.
 
-    Without a config file the program prints its explanation and ends.
+    Without a path, the program prints its explanation and ends.
 
-    >>> config_argument(["configs/debug.py", "--epochs", "2"], "how to use it")
-    ('configs/debug.py', ['--epochs', '2'])
+    Args:
+      defaults: gives the options, a dataclass, with the defaults for a path.
+      explanation: the program's docstring.
+      path: the path if the first argument is an option.
     """
-    if not arguments or arguments[0].startswith("-"):
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        path, *arguments = arguments
+    elif path is None:
         print(explanation)
         sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
-    return arguments[0], arguments[1:]
+    options = defaults(path)
+    return path, tyro.cli(
+        type(options), default=options, args=arguments, prog=f"{sys.argv[0]} {path}", description=explanation
+    )
 
 
 def print_columns(columns: Mapping[str, Callable[[Any], str]], items: Iterable[Any], *, left: int = 1) -> None:

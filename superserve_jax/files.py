@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what they hold by their SHA-256."""
+"""Writes files atomically, and computes the SHA-256 of files and JSON objects."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replaces a file, or makes it and its folder; on an error the old one stands as it was."""
+    """Writes a file atomically, and creates its folder. After an error the old file is unchanged."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -22,17 +22,17 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value as JSON, as `write_bytes` does."""
+    """Writes a value as JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def sha256(path: pathlib.Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """The SHA-256 of a JSON object without its own key `sha256`, whatever its layout in a file."""
+    """The SHA-256 of a JSON object without its key `sha256`. It does not depend on the layout in a file."""
     content = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

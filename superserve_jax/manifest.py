@@ -1,6 +1,6 @@
-"""The manifest of an export, and whether the files that it speaks of are there, whole and unchanged. No jax.
+"""Reads the manifest of an export, and verifies that the files it lists are there and unchanged. No jax.
 
-Nothing in a manifest is believed before it is checked: it may be damaged, or written by somebody with bad intent.
+A manifest may be damaged, or written with bad intent. So everything in it is checked before it is used.
 """
 
 import json
@@ -8,7 +8,9 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from superserve_jax import errors, files
 
@@ -17,20 +19,35 @@ MANIFEST_SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 
 _MAX_MANIFEST_BYTES = 64 << 20
-_MAX_BYTES = 1 << 40  # of one payload file; more than any device holds
-_KINDS = {"files": dict, "served": list, "class_names": list, "config": dict, "training": dict, "payload": str}
+_MAX_BYTES = 1 << 40  # of one file; more than any device holds
+
+
+class _File(msgspec.Struct):
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=_MAX_BYTES)]
+    sha256: str
+
+
+class _Manifest(msgspec.Struct):
+    """The fields that every manifest has."""
+
+    files: dict[str, _File]
+    served: list[Any]
+    class_names: list[str]
+    config: dict[str, Any]
+    training: dict[str, Any]
+    payload: str
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of an export's directory.
+    """Reads the manifest of an export's directory.
 
     Raises:
-      ExportError: the directory is missing, foreign or from a newer version, or the manifest was damaged or edited.
+      ExportError: the directory is missing, is no export or is from a newer version, or the manifest was damaged or edited.
     """
     try:
         file = pathlib.Path(path) / MANIFEST_NAME
     except TypeError as e:
-        raise errors.ExportError(f"an export is named by the path of its directory, got {path!r}") from e
+        raise errors.ExportError(f"expected the path of an export's directory, got {path!r}") from e
     try:
         manifest = _parse(file)
         intact = isinstance(manifest, dict) and manifest.get("sha256") == files.digest(manifest)
@@ -45,21 +62,19 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise errors.ExportError(f"{file} has schema {schema!r} where this version reads {MANIFEST_SCHEMA}; {remedy}")
     if not intact:
         raise errors.ExportError(f"{file} is damaged or was edited: its SHA-256 does not match; export again")
-    for key, kind in _KINDS.items():
-        if not isinstance(manifest.get(key), kind):
-            raise errors.ExportError(f"{file} is damaged: '{key}' is missing or no {kind.__name__}; export again")
-    if not all(isinstance(name, str) for name in manifest["class_names"]):
-        raise errors.ExportError(f"{file} is damaged: 'class_names' holds what is no text; export again")
+    try:
+        msgspec.convert(manifest, _Manifest)
+    except msgspec.ValidationError as e:
+        raise errors.ExportError(f"{file} is damaged: {e}; export again") from e
     if not re.fullmatch(r"payload-[0-9a-f]{16}", manifest["payload"]):
-        raise errors.ExportError(f"{file} names a payload folder that cannot be one: {manifest['payload']!r}")
-    sizes = [f.get("bytes") if isinstance(f, dict) else None for f in manifest["files"].values()]
-    if not all(isinstance(s, int) and 0 <= s <= _MAX_BYTES for s in sizes) or not "".join(manifest["files"]).isprintable():
-        raise errors.ExportError(f"{file} gives impossible names or sizes of files; export again")
+        raise errors.ExportError(f"{file} names a payload folder that cannot be one: {manifest['payload']!r}; export again")
+    if not "".join(manifest["files"]).isprintable():
+        raise errors.ExportError(f"{file} gives impossible names of files; export again")
     return manifest
 
 
 def verify_files(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
-    """Raises ExportError unless the payload holds exactly these files, with these sizes and digests, and no links."""
+    """Raises ExportError unless the payload holds exactly these files, each with its size and digest, and no links."""
     try:
         if not payload.is_dir() or payload.is_symlink():
             raise errors.ExportError(f"{payload} is missing; the export is not whole, copy or export it again")
@@ -74,17 +89,17 @@ def verify_files(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
 
 
 def check_file(file: pathlib.Path, expected: Mapping[str, Any]) -> None:
-    """Raises ExportError unless a file is one, with this size and digest."""
-    if file.is_symlink() or not file.is_file():  # a link could leave the directory, a pipe keep its reader waiting
+    """Raises ExportError unless this is a plain file with the expected size and digest."""
+    if file.is_symlink() or not file.is_file():  # a link could lead out of the directory, a pipe could block
         raise errors.ExportError(f"{file} is not a plain file; copy or export it again")
     if (size := file.stat().st_size) != expected["bytes"]:
         raise errors.ExportError(f"{file} has {size} bytes instead of {expected['bytes']}; copy or export it again")
-    if files.sha256(file) != expected.get("sha256"):
+    if files.sha256(file) != expected["sha256"]:
         raise errors.ExportError(f"{file} is damaged: its SHA-256 does not match; copy or export it again")
 
 
 def files_of(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Everything in a folder and its folders that is no folder, links to folders included."""
+    """All files in a folder and its subfolders, and all links."""
     return (f for f in sorted(folder.rglob("*")) if f.is_symlink() or not f.is_dir())
 
 
@@ -94,5 +109,5 @@ def _parse(file: pathlib.Path) -> Any:
         what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
         raise errors.ExportError(f"{path} is not an export: it {what}; make one with train/export.py")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise errors.ExportError(f"{file} is larger than the {_MAX_MANIFEST_BYTES >> 20} MiB that a manifest may have")
+        raise errors.ExportError(f"{file} is larger than the {_MAX_MANIFEST_BYTES >> 20} MiB that are allowed for a manifest")
     return json.loads(file.read_text(encoding="utf-8"))

@@ -1,97 +1,27 @@
-"""Plots of results, as PNG files. Matplotlib's object interface: no global figure, no display."""
+"""Plots of results, as PNG files. They use matplotlib's object interface: no global figure, no display."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import figure, ticker
 
 Path = str | os.PathLike[str]
 
 
-def metrics(lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = ()) -> None:
-    """The course of training: losses and the largest subnet's training accuracy over steps.
-
-    Args:
-      lines: the run's metrics, with "step", "loss", "accuracy" and, where other subnets are trained, "loss_smallest".
-      path: of the PNG.
-      validation: validation accuracies, with "step" and one value per name of a subnet.
-    """
-    fig = figure.Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    steps = [m["step"] for m in lines]
-    left.plot(steps, [m["loss"] for m in lines], label="largest, against labels")
-    left.plot(steps, [m.get("loss_smallest", float("nan")) for m in lines], label="smallest, distilled")
-    left.set(xlabel="step", ylabel="loss")
-    left.legend()
-    right.plot(steps, [100 * m["accuracy"] for m in lines], label="largest, training")
-    for name in validation[0].keys() - {"step"} if validation else ():
-        right.plot([v["step"] for v in validation], [100 * v[name] for v in validation], "o-", label=f"{name}, validation")
-    right.set(xlabel="step", ylabel="accuracy (%)")
-    right.legend()
-    fig.savefig(path, dpi=120)
-
-
-def search(
-    cloud: Sequence[tuple[float, float]],
-    front: Sequence[tuple[float, float]],
-    served: Sequence[tuple[float, float]],
-    path: Path,
-    *,
-    cost: str,
-) -> None:
-    """The search's candidates, its Pareto front and the subnets chosen, each as (cost, accuracy as a fraction).
-
-    Args:
-      cost: what the cost is, with its unit.
-    """
-    fig = figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = fig.subplots()
-    axes.scatter(*_columns(cloud), s=12, color="0.6", label="candidates")
-    axes.plot(*_columns(front), color="tab:blue", zorder=2.5, label="Pareto front")
-    axes.scatter(*_columns(served), s=18, color="tab:orange", zorder=3, label="served")
-    axes.set(xscale="log", xlabel=cost, ylabel="validation accuracy (%)")
-    axes.legend()
-    fig.savefig(path, dpi=120)
-
-
-def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()) -> None:
-    """Traffic over time, one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
-
-    Args:
-      runs: `simulation.metrics.Series` by policy, all of the same trace.
-      path: of the PNG.
-      marks_s: times at which something happens, such as the loss of a worker.
-    """
-    fig = figure.Figure(figsize=(10, 8), layout="constrained")
-    panels = fig.subplots(4, 1, sharex=True)
-    first = next(iter(runs.values()))
-    panels[0].plot(first.time_s, first.rate_qps, color="0.3", drawstyle="steps-mid")
-    for name, run in runs.items():
-        panels[1].plot(run.time_s, run.batch, label=name, linewidth=1)
-        panels[2].plot(run.time_s, 100 * run.accuracy, linewidth=1)
-        panels[3].plot(run.time_s, 100 * run.attainment, linewidth=1)
-    labels = ("arrivals (queries/s)", "batch size", "subnet accuracy (%)", "SLO attainment (%)")
-    for axes, label in zip(panels, labels, strict=True):
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        for mark in marks_s:
-            axes.axvline(mark, color="tab:red", linestyle=":", linewidth=1)
-    panels[0].set_ylim(bottom=0)
-    panels[1].set_ylim(bottom=0)
-    panels[3].set_xlabel("time (s)")
-    fig.legend(loc="outside upper center", ncols=len(runs))
-    fig.savefig(path, dpi=110)
-
-
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line, or points: `x` and `y` of one length, `spread` the half length of error bars.
+    """A line, or single points.
 
     Args:
-      style: a matplotlib format, such as "o-"; a line of one colour for all panels if `color` is given, too.
+      x: the points' x.
+      y: the points' y, of the same length.
+      spread: half the length of each vertical error bar.
+      spread_x: half the length of each horizontal error bar.
+      style: a matplotlib format, such as "o-".
+      color: by default, lines with the same label have the same colour in all panels.
     """
 
     x: Sequence[float]
@@ -104,49 +34,45 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One pair of axes with its lines by label; `scale_x` is "linear", "log2" or "symlog", which shows 0."""
+    """One pair of axes.
+
+    Args:
+      title: above the axes.
+      label_x: of the x axis, with its unit.
+      label_y: of the y axis, with its unit.
+      lines: lines by label.
+      scale_x: of the x axis; "symlog" is a logarithmic one that shows 0.
+      scale_y: of the y axis.
+    """
 
     title: str
     label_x: str
     label_y: str
     lines: Mapping[str, Line]
-    scale_x: str = "linear"
+    scale_x: Literal["linear", "log", "log2", "symlog"] = "linear"
+    scale_y: Literal["linear", "log"] = "linear"
 
 
 def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str = "") -> None:
-    """Panels side by side, row by row, with one legend: what has the same label has the same colour."""
+    """Draws panels in `columns` columns, with one legend for all."""
     columns = min(columns, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    fig = figure.Figure(figsize=(max(4.2 * columns, 6), 3.2 * rows + 0.8), layout="constrained")
-    grid = fig.subplots(rows, columns, squeeze=False)
+    count = math.ceil(len(shown) / columns)
+    fig = figure.Figure(figsize=(max(4.2 * columns, 6), 3.2 * count + 0.8), layout="constrained")
+    grid = fig.subplots(count, columns, squeeze=False)
     labels = list(dict.fromkeys(label for panel in shown for label in panel.lines))
     handles: dict[str, Any] = {}
     for axes, panel in zip(grid.flat, shown, strict=False):
         for label, line in panel.lines.items():
             color = line.color or f"C{labels.index(label) % 10}"
-            handles[label] = axes.errorbar(
-                line.x,
-                line.y,
-                line.spread,
-                line.spread_x,
-                fmt=line.style,
-                color=color,
-                markersize=6,
-                markerfacecolor="none" if len(line.x) == 1 else color,  # what lies beneath stays visible
-                linewidth=1.4,
-                capsize=2,
-            )
-        axes.set(title=panel.title, xlabel=panel.label_x, ylabel=panel.label_y)
+            hollow = "none" if len(line.x) == 1 else color  # points beneath a single point stay visible
+            looks = {"fmt": line.style, "color": color, "markersize": 6, "markerfacecolor": hollow, "linewidth": 1.4}
+            handles[label] = axes.errorbar(line.x, line.y, line.spread, line.spread_x, **looks, capsize=2)
+        axes.set(title=panel.title, xlabel=panel.label_x, ylabel=panel.label_y, yscale=panel.scale_y)
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
-        if panel.scale_x == "log2":
-            axes.set_xscale("log", base=2)
-            ticks = sorted({x for line in panel.lines.values() for x in line.x})
-            ticks = [t for t in ticks if math.log2(t).is_integer()] or ticks
-            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        elif panel.scale_x == "symlog":
-            axes.set_xscale("symlog", linthresh=min(x for line in panel.lines.values() for x in line.x if x > 0))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _scale_x(axes, panel)
+        if panel.scale_y == "log":
+            _plain_numbers(axes.yaxis)
     for axes in grid.flat[len(shown) :]:
         axes.remove()
     if title:
@@ -155,15 +81,129 @@ def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str =
     fig.savefig(path, dpi=110)
 
 
+def _scale_x(axes: Any, panel: Panel) -> None:
+    if panel.scale_x == "log":
+        axes.set_xscale("log")
+    elif panel.scale_x == "log2":
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for line in panel.lines.values() for x in line.x})
+        ticks = [t for t in ticks if math.log2(t).is_integer()] or ticks
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    elif panel.scale_x == "symlog":
+        axes.set_xscale("symlog", linthresh=min(x for line in panel.lines.values() for x in line.x if x > 0))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def metrics(lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = ()) -> None:
+    """The course of training: losses and accuracies over steps.
+
+    Args:
+      lines: the run's metrics, with "step", "loss", "accuracy" and, if other subnets are trained, "loss_smallest".
+      path: the PNG file.
+      validation: validation accuracies, with "step" and one value per name of a subnet.
+    """
+    steps = [m["step"] for m in lines]
+    losses = {"largest, loss against labels": Line(steps, [m["loss"] for m in lines], style="-")}
+    if any("loss_smallest" in m for m in lines):
+        smallest = [m.get("loss_smallest", math.nan) for m in lines]
+        losses["smallest, distillation loss"] = Line(steps, smallest, style="-")
+    accuracies = {"largest, training": Line(steps, [100 * m["accuracy"] for m in lines], style="-")}
+    for name in [name for name in (validation[0] if validation else ()) if name != "step"]:
+        accuracies[f"{name}, validation"] = Line([v["step"] for v in validation], [100 * v[name] for v in validation])
+    panels([Panel("", "step", "loss", losses), Panel("", "step", "accuracy (%)", accuracies)], path, columns=2)
+
+
+def search(
+    cloud: Sequence[tuple[float, float]],
+    front: Sequence[tuple[float, float]],
+    served: Sequence[tuple[float, float]],
+    path: Path,
+    *,
+    cost: str,
+) -> None:
+    """The candidates of a search, its Pareto front, and the chosen subnets.
+
+    Args:
+      cloud: (cost, accuracy as a fraction) of each candidate.
+      front: the same of the front.
+      served: the same of the chosen subnets.
+      path: the PNG file.
+      cost: the name of the cost, with its unit.
+    """
+    styles = {"candidates": (cloud, ".", "0.6"), "Pareto front": (front, "-", "C0"), "served": (served, "o", "C1")}
+    lines = {
+        label: Line([c for c, _ in sorted(points)], [100 * a for _, a in sorted(points)], style=style, color=color)
+        for label, (points, style, color) in styles.items()
+    }
+    panels([Panel("", cost, "validation accuracy (%)", lines, "log")], path)
+
+
+def loading(sizes_mb: Sequence[float], ratios: Mapping[str, Sequence[float]], path: Path, *, title: str) -> None:
+    """How many times longer than an inference the loading of a network's weights takes (the paper's Figure 1a).
+
+    Args:
+      sizes_mb: the size of each network's weights in 10^6 bytes.
+      ratios: loading time divided by inference time of each network, by where the weights are loaded from.
+      path: the PNG file.
+      title: above the plot.
+    """
+    lines = {label: Line(sizes_mb, values) for label, values in ratios.items()}
+    lines["equal"] = Line([min(sizes_mb), max(sizes_mb)], [1, 1], style=":", color="0.6")
+    panels([Panel(title, "weights of the network (MB)", "loading / inference", lines, scale_y="log")], path)
+
+
+def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()) -> None:
+    """Traffic over time, with one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
+
+    Args:
+      runs: a `simulation.metrics.Series` for each policy, all of the same trace.
+      path: the PNG file.
+      marks_s: times to mark, such as the loss of a worker.
+    """
+    fig = figure.Figure(figsize=(10, 8), layout="constrained")
+    rate, batch, accuracy, attainment = fig.subplots(4, 1, sharex=True)
+    first = next(iter(runs.values()))
+    rate.plot(first.time_s, first.rate_qps, color="0.3", drawstyle="steps-mid")
+    for name, run in runs.items():
+        batch.plot(run.time_s, run.batch, label=name, linewidth=1)
+        accuracy.plot(run.time_s, 100 * run.accuracy, linewidth=1)
+        attainment.plot(run.time_s, 100 * run.attainment, linewidth=1)
+    labels = {
+        rate: "arrivals (queries/s)",
+        batch: "batch size",
+        accuracy: "subnet accuracy (%)",
+        attainment: "SLO attainment (%)",
+    }
+    for axes, label in labels.items():
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        for mark in marks_s:
+            axes.axvline(mark, color="tab:red", linestyle=":", linewidth=1)
+    rate.set_ylim(bottom=0)
+    batch.set_ylim(bottom=0)
+    attainment.set_xlabel("time (s)")
+    fig.legend(loc="outside upper center", ncols=len(runs))
+    fig.savefig(path, dpi=110)
+
+
 def latencies(
     values_ms: Sequence[Sequence[float]], shapes: Sequence[str], accuracies: Sequence[float], path: Path, *, title: str
 ) -> None:
-    """The latency of every subnet at every batch size as a heat map (the paper's Figure 6).
+    """A heat map of the latency of every subnet at every batch size (the paper's Figure 6).
 
     Args:
-      values_ms: [subnets][shapes].
-      shapes: what the batches are, such as "16" or, with length buckets, "16 x 128".
-      accuracies: [subnets], fractions of 1, ascending.
+      values_ms: [subnets][shapes] latencies.
+      shapes: names of the batch shapes, such as "16" or, with length buckets, "16 x 128".
+      accuracies: [subnets] fractions, ascending.
+      path: the PNG file.
+      title: above the plot.
     """
     count = len(accuracies)
     fig = figure.Figure(figsize=(2 + 0.9 * len(shapes), 1.8 + 0.45 * min(count, 20)), layout="constrained")
@@ -171,8 +211,8 @@ def latencies(
     image = axes.imshow(values_ms, norm="log", cmap="viridis", aspect="auto", origin="lower")
     middle = math.sqrt(min(map(min, values_ms)) * max(map(max, values_ms)))
     if count <= 20:
-        for i, row in enumerate(values_ms):
-            for j, ms in enumerate(row):
+        for i, of_subnet in enumerate(values_ms):
+            for j, ms in enumerate(of_subnet):
                 text = f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if ms < middle else "black")
     axes.set_xticks(range(len(shapes)), shapes)
@@ -183,29 +223,3 @@ def latencies(
     bar = fig.colorbar(image, label="latency of a batch (ms)", ticks=ticker.LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     fig.savefig(path, dpi=120)
-
-
-def loading(sizes_mb: Sequence[float], ratios: Mapping[str, Sequence[float]], path: Path, *, title: str) -> None:
-    """How many times as long as an inference it takes to load the weights of a network (the paper's Figure 1a).
-
-    Args:
-      sizes_mb: bytes of each network's weights, in millions.
-      ratios: loading over inference of each, by where the weights are loaded from.
-    """
-    fig = figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = fig.subplots()
-    for label, values in ratios.items():
-        axes.plot(sizes_mb, values, "o-", label=label)
-    axes.axhline(1, color="0.6", linestyle=":", linewidth=1)
-    axes.set(yscale="log", xlabel="weights of the network (MB)", ylabel="loading / inference", title=title)
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend()
-    fig.savefig(path, dpi=120)
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    points = sorted(points)
-    return [p[0] for p in points], [100 * p[1] for p in points]

@@ -107,7 +107,6 @@ class Profile:
                 raise errors.ProfileError(f"length {n} has other subnets than the longest; measure all lengths alike")
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "rows_at", rows_at)
-        object.__setattr__(self, "_index", {subnet: i for i, subnet in enumerate(subnets)})
 
     def _checked(self, rows: Iterable[Row]) -> tuple[Row, ...]:
         """The rows of one length in ascending order of accuracy."""
@@ -148,10 +147,14 @@ class Profile:
         tables = self.each_length
         return tables[min(bisect.bisect_left(self.lengths, length), len(tables) - 1)]
 
+    @functools.cached_property
+    def _row_of(self) -> dict[Subnet, Row]:
+        return {r.subnet: r for r in self.rows}
+
     def row(self, subnet: Subnet) -> Row:
         """The row of a subnet. Raises ProfileError if the profile has none."""
         try:
-            return self.rows[self._index[subnet]]  # type: ignore[attr-defined]
+            return self._row_of[subnet]
         except KeyError:
             raise errors.ProfileError(f"subnet {subnet} is not in the profile of {len(self.rows)} subnets") from None
 

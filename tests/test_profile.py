@@ -21,7 +21,7 @@ latencies = st.floats(0.1, 100.0)
 rows = st.lists(st.tuples(st.floats(0.0, 1.0), st.tuples(latencies, latencies)), min_size=1, max_size=8)
 
 
-def test_rows_stand_in_ascending_order_of_accuracy():
+def test_rows_are_in_ascending_order_of_accuracy():
     assert [r.accuracy for r in make((0.9, (2, 3)), (0.7, (1, 2))).rows] == [0.7, 0.9]
 
 
@@ -41,7 +41,7 @@ def test_the_monotone_repair_only_raises_and_leaves_nothing_falling(data):
         assert all(x <= y for x, y in zip(faster.latency_ms, slower.latency_ms, strict=True))
 
 
-def test_the_monotone_repair_leaves_a_percentile_that_stands_out_where_it_is():
+def test_the_monotone_repair_keeps_a_single_high_percentile():
     rows = (Row(net(0), 0.7, (1.0, 2.0), (50.0, 2.5)), Row(net(1), 0.8, (1.5, 1.9), (1.8, 2.2)))
     after = Profile((1, 4), rows).monotone()
     assert [r.p99_ms for r in after.rows] == [(50.0, 2.5), (1.8, 2.2)]
@@ -124,7 +124,7 @@ def at_lengths(short, long):
 BOTH = at_lengths([(0.7, (1, 2)), (0.9, (2, 3))], [(0.7, (3, 8)), (0.9, (6, 16))])
 
 
-def test_with_length_buckets_each_length_has_a_profile_and_the_longest_stands_for_all():
+def test_each_length_has_a_profile_and_rows_are_those_of_the_longest():
     assert [BOTH.at_length(n).latency_ms(net(0), 4) for n in (1, 32, 33, 128, 999)] == [2, 2, 8, 8, 8]
     assert BOTH.latency_ms(net(0), 4) == 8
     plain = make((0.7, (1, 2)))

@@ -1,8 +1,9 @@
-"""Computes the SubnetNorm statistics of a run's served subnets over training images.
+"""Computes the SubnetNorm statistics of a run's served subnets over training data.
 
     python train/calibrate.py runs/digits_resnet
 
-Leaves statistics.npz in the run's folder. Library: training.stages.calibrate (training.calibration).
+Writes statistics.npz into the run's folder. Go on with train/evaluate.py.
+Library: training.stages.calibrate (training.calibration).
 """
 
 import dataclasses
@@ -36,15 +37,19 @@ def main() -> None:
     stages.calibrate(run)
     model = run.model()
     weights = sum(p.nbytes for p in model.params.values())
-    rows = [row.nbytes for row in model.statistics.values()]
-    mean = sum(rows) / len(rows)
-    less = f", {weights / mean:.0f} times less than the {weights:,} bytes of weights" if mean else ": LayerNorm needs none"
+    sizes = [statistics.nbytes for statistics in model.statistics.values()]
+    mean = sum(sizes) / len(sizes)
+    less = (
+        f", {weights / mean:.0f} times less than the {weights:,} bytes of weights"
+        if mean
+        else ": this family has no statistics"
+    )
     print(
-        f"{len(rows)} subnets calibrated on {run.config.calibration_examples} training examples: {mean:,.0f} bytes of "
+        f"{len(sizes)} subnets calibrated on {run.config.calibration_examples} training examples: {mean:,.0f} bytes of "
         f"statistics each{less}"
     )
     if options.json:
-        files.write_json(options.json, {"subnets": len(rows), "statistics_bytes": rows, "weights_bytes": weights})
+        files.write_json(options.json, {"subnets": len(sizes), "statistics_bytes": sizes, "weights_bytes": weights})
     print(f"go on with `python train/evaluate.py {run.workdir}`")
 
 

@@ -1,16 +1,15 @@
-"""Makes a run out of weights that others published, as if it had been trained here.
+"""Makes a run from published weights, as if the SuperNet had been trained here.
 
     python train/convert.py configs/ofa_resnet50.py ofa_resnet50.pth --workdir runs/ofa_resnet50
 
-The config says which network the weights are for and which data it is judged on. The run has a checkpoint of step 0 with the
-weights and the statistics that came with them; train/search.py, calibrate.py, evaluate.py and export.py go on from there, and
-so does train/supernet.py with the same config, which trains the weights further. A .pth file needs
-`pip install 'superserve-jax[convert]'`. Library: convert.weights, training.runs.Run.convert.
+The config says which network the weights belong to and on which data it is evaluated. The run has a checkpoint of step 0 with
+the weights and their statistics. Go on with train/search.py, calibrate.py, evaluate.py and export.py. Or train the weights
+further, with train/supernet.py and the same config. A .pth file needs `pip install 'superserve-jax[convert]'`.
+Library: convert.weights, training.runs.Run.convert.
 """
 
 import dataclasses
 import pathlib
-import sys
 from typing import Annotated
 
 import tyro
@@ -26,7 +25,7 @@ class Options:
 
     Args:
       weights: the weight file: .npz, .safetensors, .pth, .pt or .bin.
-      config: every field of the config file can be overridden.
+      config: the experiment; an option can override every field of the config file.
       workdir: the run's folder; runs/NAME if left out.
       json: write a description to this file.
     """
@@ -39,10 +38,8 @@ class Options:
 
 def main() -> None:
     """The program."""
-    config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
-    default = Options(tyro.MISSING, load_config(config_path))
-    options = tyro.cli(Options, default=default, args=rest, prog=f"train/convert.py {config_path}")
-    model = convert.weights(options.weights, options.config.model)  # first, since unfit weights should leave no folder behind
+    _, options = cli.options_after_path(lambda path: Options(tyro.MISSING, load_config(path)), __doc__)
+    model = convert.weights(options.weights, options.config.model)  # before the run: unfit weights leave no folder behind
     run = Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
     largest = model.space.largest()
     flops, params = model.config.flops(largest), model.config.num_params(largest)

@@ -1,10 +1,11 @@
-"""Measures a run's served subnets on test images, with their own SubnetNorm statistics and with the largest subnet's.
+"""Measures test accuracies of a run's served subnets, with their own statistics and with the largest subnet's.
 
     python train/evaluate.py runs/digits_resnet
 
-The second column is the paper's point: one set of statistics for all subnets drops accuracy to as low as chance.
-For texts, what the majority class and a logistic regression on token counts reach is printed below: whoever is not better has
-not learnt to read. Leaves evaluation.json in the run's folder. Library: training.stages.evaluate (training.evaluation).
+The second column shows why the paper has SubnetNorm: with one set of statistics for all subnets, accuracy falls, in some
+subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic regression on token counts. A
+model that does not beat them has learnt nothing about word order. Writes evaluation.json into the run's folder. Go on with
+train/export.py. Library: training.stages.evaluate (training.evaluation).
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class Options:
 
     Args:
       run: the run's folder.
-      json: write the accuracies to this file, too.
+      json: write the accuracies to this file.
     """
 
     run: Annotated[pathlib.Path, tyro.conf.Positional]

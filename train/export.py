@@ -1,8 +1,9 @@
-"""Exports an evaluated run: one self-describing directory with weights, statistics and the served subnets.
+"""Exports an evaluated run: one self-describing directory with weights, statistics and the list of served subnets.
 
     python train/export.py runs/digits_resnet --out exports/digits
 
-Replaces an older export in the same place at once or not at all. Library: training.stages.export (checkpoint.export, load).
+An older export in the same place is replaced atomically. Go on with serve/measure.py.
+Library: training.stages.export (exports.export, exports.load).
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ class Options:
 
     Args:
       run: the run's folder.
-      out: where to; export/ in the run's folder if left out.
+      out: the export's directory; export/ in the run's folder if left out.
       json: write a description to this file.
     """
 
@@ -36,7 +37,7 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     path = stages.export(Run.open(options.run), options.out)
-    model = ss.load(path)  # what was written can be read
+    model = ss.load(path)  # checks that the export can be read
     size = sum(f["bytes"] for f in model.manifest["files"].values())
     weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.statistics))
     cli.print_table(stages.table(list(model.served)))

@@ -4,14 +4,13 @@
     python train/search.py runs/digits_resnet --candidates 1000 --served 500 --tolerance 0.02
     python train/search.py runs/digits_resnet --cost latency --latency-batch 16
 
-Leaves search.json and search.png in the run's folder; calibrate, evaluate and export come next. Ctrl-C keeps what was tried
-(search.jsonl); the same command goes on from there. What is not given is as in the run's config; --help after the folder lists
-it. Library: training.stages.search (training.search, training.latency, training.calibration, training.evaluation).
+Writes search.json and search.png into the run's folder. Go on with train/calibrate.py. Ctrl-C keeps the candidates in
+search.jsonl; the same command goes on from there. The defaults come from the run's config; --help after the folder lists them.
+Library: training.stages.search (training.search, training.latency, training.calibration, training.evaluation).
 """
 
 import dataclasses
 import pathlib
-import sys
 import time
 from typing import Annotated
 
@@ -28,7 +27,7 @@ class Options:
     """Options.
 
     Args:
-      search: every field can be overridden.
+      search: the settings of the search.
       json: write the chosen subnets to this file.
     """
 
@@ -38,26 +37,20 @@ class Options:
 
 def main() -> None:
     """The program."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    run = Run.open(sys.argv[1])
-    options = tyro.cli(Options, default=Options(run.config.search), args=sys.argv[2:], prog=f"train/search.py {sys.argv[1]}")
+    workdir, options = cli.options_after_path(lambda path: Options(Run.open(path).config.search), __doc__)
+    run = Run.open(workdir)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, search=options.search))
     start = time.monotonic()
     chosen = stages.search(run)
     seconds = time.monotonic() - start
     found, flops = run.read("search.json", made_by="train/search.py"), run.config.model.flops
     latency = options.search.cost == "latency"
-    cli.print_table(
-        [
-            ("MFLOPs", *(["ms"] if latency else []), "validation accuracy"),
-            *(
-                (f"{flops(c.subnet) / 1e6:.2f}", *([f"{c.cost:.3f}"] if latency else []), f"{100 * c.accuracy:.2f} %")
-                for c in chosen
-            ),
-        ]
-    )
+    columns = {
+        "MFLOPs": lambda c: f"{flops(c.subnet) / 1e6:.2f}",
+        **({"ms": lambda c: f"{c.cost:.3f}"} if latency else {}),
+        "validation accuracy": lambda c: f"{100 * c.accuracy:.2f} %",
+    }
+    cli.print_columns(columns, chosen)
     if options.json:
         files.write_json(options.json, [c.to_json() for c in chosen])
     print(

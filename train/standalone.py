@@ -1,11 +1,12 @@
-"""Trains subnets of a run alone, each as a network of its own for as many steps, and prints what sharing weights costs them.
+"""Trains subnets of a run as standalone networks, and prints how much accuracy sharing weights costs.
 
     python train/standalone.py runs/digits_resnet
     python train/standalone.py runs/digits_resnet --subnets smallest 3 largest
 
-Data, order, optimiser, schedule, first weights, calibration and test images are those of the run; labels are the only teacher.
-It takes as many passes over the data as the run did for every subnet. Ctrl-C keeps the work, in RUN/alone; the same command
-goes on from there. Library: training.standalone.train (training.loop, training.stages).
+A standalone subnet has the run's first weights, data, order, optimiser, schedule, calibration and test data. It learns from
+labels only. Each subnet takes as many steps as the run. Ctrl-C keeps the work in RUN/alone; the same command goes on from
+there.
+Library: training.standalone.train (training.loop, training.stages).
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class Options:
 
     Args:
       run: the run's folder, evaluated.
-      subnets: "smallest", "largest", or places in evaluation.json, in ascending order of FLOPs from 0.
+      subnets: "smallest", "largest", or positions in evaluation.json, where 0 has the fewest FLOPs.
       json: write the table to this file.
     """
 
@@ -40,32 +41,25 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     run = Run.open(options.run)
     evaluated = [Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
-    chosen = {name: find(evaluated, name) for name in options.subnets}  # all, before the first is trained
-    rows = []
+    chosen = {name: find(evaluated, name) for name in options.subnets}  # refuses a wrong name before any training
+    results = []
     for name, shared in chosen.items():
         trained = standalone.train(run, shared.subnet, name)
-        rows.append({"name": name, **shared.to_json(), "accuracy_alone": trained.accuracy})
-    cli.print_table(
-        [
-            ("subnet", "MFLOPs", "shared", "alone", "price of sharing"),
-            *(
-                (
-                    r["name"],
-                    f"{r['flops'] / 1e6:.2f}",
-                    f"{100 * r['accuracy']:.2f} %",
-                    f"{100 * r['accuracy_alone']:.2f} %",
-                    f"{100 * (r['accuracy_alone'] - r['accuracy']):+.2f} points",
-                )
-                for r in rows
-            ),
-        ]
-    )
+        results.append({"name": name, **shared.to_json(), "accuracy_alone": trained.accuracy})
+    columns = {
+        "subnet": lambda r: r["name"],
+        "MFLOPs": lambda r: f"{r['flops'] / 1e6:.2f}",
+        "shared": lambda r: f"{100 * r['accuracy']:.2f} %",
+        "standalone": lambda r: f"{100 * r['accuracy_alone']:.2f} %",
+        "price of sharing": lambda r: f"{100 * (r['accuracy_alone'] - r['accuracy']):+.2f} points",
+    }
+    cli.print_columns(columns, results)
     if options.json:
-        files.write_json(options.json, rows)
+        files.write_json(options.json, results)
 
 
 def find(evaluated: list[Served], name: str) -> Served:
-    """The subnet that an option names. Raises ConfigError where there is none."""
+    """The subnet that an option names. Raises ConfigError if there is none."""
     ends = {"smallest": 0, "largest": len(evaluated) - 1}
     place = ends[name] if name in ends else int(name) if name.isdecimal() else -1
     if not 0 <= place < len(evaluated):

@@ -3,14 +3,12 @@
     python train/supernet.py configs/digits_resnet.py
     python train/supernet.py configs/digits_resnet.py --optim.lr 0.01 --epochs 3 --workdir runs/mine
 
-Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with
-metrics, plots, checkpoints and export/. Library: training.loop.train, then search, calibrate, evaluate and export of
-training.stages.
+Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with metrics,
+plots, checkpoints and export/. Library: training.loop.train, then search, calibrate, evaluate and export in training.stages.
 """
 
 import dataclasses
 import pathlib
-import sys
 from typing import Annotated
 
 import tyro
@@ -26,7 +24,7 @@ class Options:
     """Options.
 
     Args:
-      config: every field of the config file can be overridden.
+      config: the experiment; an option can override every field of the config file.
       workdir: the run's folder; runs/NAME if left out.
       train_only: stop after training.
       json: write the served subnets' accuracies to this file.
@@ -40,9 +38,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
-    default = Options(load_config(config_path))
-    options = tyro.cli(Options, default=default, args=rest, prog=f"train/supernet.py {config_path}")
+    _, options = cli.options_after_path(lambda path: Options(load_config(path)), __doc__)
     run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
     if options.train_only:
         print(f"trained: {run.workdir}; go on with `python train/search.py {run.workdir}`")

@@ -1,19 +1,20 @@
-"""What changing the subnet costs, with another subnet in every batch, beside the ways of doing without SubNetAct.
+"""Measures what a change of the subnet costs, beside the alternatives to SubNetAct.
 
     python serve/bench/actuation.py configs/ofa_resnet50.py --batch-sizes 1 8 --plot loading.png
 
-Takes an export's directory, or a config file, whose network gets fresh weights and made-up statistics. Every batch of some
-subnets, evenly spaced in FLOPs, is run twice in succession: first after a batch of another subnet, then of the same. So does
+It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and made-up
+statistics. Some subnets, evenly spaced in FLOPs, run in turn. Every batch runs twice in succession: first after a batch of
+another subnet, then after a batch of the same subnet. It compares:
 
-- the engine that slices in the call, and the one that keeps slices: their copy is made in some of the changes, in others not;
-- the subnet extracted, as a network of its own: a plain jitted function whose weights, too, lie on the device;
-- a server that switches models: it loads the extracted weights from host memory, or reads them from a file.
+- two engines, one that slices in the call and one that keeps slices. Only some changes need a copy of the slices;
+- the extracted subnet, a network of its own whose weights are also on the device;
+- a server that switches models. It loads the extracted weights from host memory, or reads them from a file first.
 
-All take turns, round by round in one process, so that ratios hold on a busy machine. A ratio to extracted is the median of
-those of each round. The ratio of loading to inference by model size is the paper's Figure 1a.
-Library: engines.device, engines.executables, subnet.evenly_spaced, training.random_export, plots.loading.
+All of them run in turn in one process, so that ratios also hold on a busy machine. A ratio is the median of the ratios of all
+rounds. The ratio of loading to inference by model size is the paper's Figure 1a.
 """
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -25,29 +26,31 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import extracted
 import jax
 import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, exports, files, plots, progress
 from superserve_jax.engines import executables, prepare
-from superserve_jax.engines.device import DeviceEngine, LeastRecentlyUsed
+from superserve_jax.engines.cache import Device
+from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets import programs, reads
 from superserve_jax.training import random_export
 
-CANDIDATES = 500  # of a config file: made-up subnets, out of which evenly spaced ones are picked
+CANDIDATES = 500  # subnets of a config file, of which evenly spaced ones are measured
 WARM_UP_ROUNDS = 2
 EVENTS = {
-    ("in_call", "same"): "in_call, same subnet again",
-    ("in_call", "other"): "in_call, another subnet",
-    ("kept", "same"): "kept, same subnet again",
-    ("kept", "other"): "kept, another subnet, its slices there",
-    ("kept", "copied"): "kept, another subnet, its slices made",
-    ("extracted", "same"): "extracted, same network again",
-    ("extracted", "other"): "extracted, another network, on the device",
+    "in_call_same": "in_call, same subnet again",
+    "in_call_other": "in_call, another subnet",
+    "kept_same": "kept, same subnet again",
+    "kept_other": "kept, another subnet, its slices there",
+    "kept_copied": "kept, another subnet, its slices made",
+    "extracted_same": "extracted, same network again",
+    "extracted_other": "extracted, another network, on the device",
 }
 LOADS = {"host": "host memory", "disk": "disk"}
 
@@ -58,14 +61,14 @@ class Options:
 
     Args:
       path: an export's directory or a config file.
-      subnets: how many alternate, evenly spaced in FLOPs.
+      subnets: number of subnets that run in turn, evenly spaced in FLOPs.
       batch_sizes: batch sizes.
-      length: of a family whose inputs have one; if left out, its longest.
+      length: the length of inputs, for a model of sequences; if left out, its longest.
       slice_bytes: the byte budget of kept slices; if left out, the engine's default.
-      rounds: how often each is measured.
+      rounds: how often each event is measured.
       loads: how often weights are loaded.
       json: write the figures to this file.
-      plot: draw loading over inference by model size into this file (PNG).
+      plot: draw the ratio of loading to inference by model size into this file (PNG).
     """
 
     path: Annotated[pathlib.Path, tyro.conf.Positional] = pathlib.Path("configs/ofa_resnet50.py")
@@ -79,43 +82,28 @@ class Options:
     plot: pathlib.Path | None = None
 
     def __post_init__(self):
-        if min(self.rounds, self.loads, self.subnets - 1) < 1:
-            raise errors.ConfigError(
-                f"rounds and loads must be at least 1, subnets at least 2; got {self.rounds}, {self.loads}, {self.subnets}"
-            )
+        cli.check_above_zero(self, "rounds", "loads")
+        if self.subnets < 2:
+            raise errors.ConfigError(f"subnets must be at least 2, so that they can run in turn, got {self.subnets}")
 
 
-class Extracted:
-    """A subnet as a network of its own, with its own weights on the device, in host memory and in a file.
+class Weights:
+    """Weights of a network in host memory and in a file, and how long it takes to load them to a device.
 
     Args:
-      model: where the weights come from.
-      file: is made.
+      host: the weights by name.
+      device: the device to load them to.
+      file: is written.
     """
 
-    def __init__(self, model: Model, subnet: Subnet, device: Any, *, file: pathlib.Path):
-        program = programs.sliced(model.config, subnet)
-        self.host = {
-            name: np.array(np.asarray(model.params[name])[tuple(map(slice, shape))])
-            for name, shape in reads.used_leaves(program).items()
-        }
-        self.nbytes = sum(value.nbytes for value in self.host.values())
-        self._device, self._row = device, jax.device_put(model.statistics_of(subnet), device)
-        self._params = self.load_from_host()
-        active = program.active(subnet)
-        self._infer = jax.jit(
-            lambda params, inputs, row: program.infer(params, inputs, row, active),  # type: ignore[arg-type]
-            compiler_options=programs.compiler_options(device.platform),
-        )
-        self._file = file
+    def __init__(self, host: dict[str, np.ndarray], device: Device, file: pathlib.Path):
+        self.host, self._device, self._file = host, device, file
+        self.nbytes = sum(value.nbytes for value in host.values())
         with file.open("wb") as f:
-            f.writelines(value.tobytes() for value in self.host.values())
+            f.writelines(value.tobytes() for value in host.values())
             f.flush()
-            os.fsync(f.fileno())  # or its pages could not be dropped
-
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Logits."""
-        return np.asarray(self._infer(self._params, inputs, self._row))
+            os.fsync(f.fileno())  # the page cache cannot drop pages that are not on the disk
+        self.load_from_host()  # the first one compiles the copies
 
     def load_from_host(self) -> dict[str, jax.Array]:
         """The weights, copied from host memory to the device."""
@@ -131,13 +119,13 @@ class Extracted:
 
     def _put(self, values: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         loaded = jax.device_put(values, self._device)
-        for name, value in values.items():  # on a CPU an aligned array becomes the device's as it is, whatever may_alias says
+        for name, value in values.items():  # on a CPU, jax uses an aligned array without copying it
             if loaded[name].unsafe_buffer_pointer() == value.ctypes.data:
                 loaded[name] = loaded[name].copy()
         return jax.block_until_ready(loaded)
 
     def drop_pages(self) -> bool:
-        """Drops the file from the page cache, where the system can; whether it can."""
+        """Drops the file from the page cache, and returns whether the system can do that."""
         if not hasattr(os, "posix_fadvise"):
             return False
         with self._file.open("rb") as f:
@@ -145,79 +133,62 @@ class Extracted:
         return True
 
 
-class Times:
-    """Milliseconds of each event in each round, NaN where it did not happen."""
-
-    def __init__(self, rounds: int):
-        self._rounds = rounds
-        self._ms: dict[tuple[Any, ...], np.ndarray] = {}
-
-    def take(self, key: tuple[Any, ...], turn: int, call: Callable[[], Any]) -> Any:
-        """Runs and times `call`; those of negative turns warm up and are not kept."""
-        start = time.perf_counter()
-        result = call()
-        self.put(key, turn, 1e3 * (time.perf_counter() - start))
-        return result
-
-    def put(self, key: tuple[Any, ...], turn: int, ms: float) -> None:
-        """Keeps a time."""
-        of_key = self._ms.setdefault(key, np.full(self._rounds, np.nan))
-        if turn >= 0:
-            of_key[turn] = ms
-
-    def get(self, *key: Any) -> np.ndarray:
-        """The times of an event by round."""
-        return self._ms.get(key, np.full(self._rounds, np.nan))
+Times = collections.defaultdict[tuple[Any, ...], np.ndarray]
+"""Milliseconds of each event by round, warm-up included; NaN if the event did not happen in a round."""
 
 
 def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, Any]:
-    """The figures that the program prints.
-
-    Args:
-      folder: for files of weights.
-    """
+    """The figures that the program prints; `folder` is for files of weights."""
     device, config = jax.devices()[0], model.config
     chosen = evenly_spaced(model.subnets, config.flops, options.subnets)
     if len(chosen) < 2:
-        raise errors.ConfigError(f"{model.path} serves one subnet; there must be at least two to alternate")
-    lengths = prepare.check_lengths(config, None if options.length is None else (options.length,))[-1:]
+        raise errors.ConfigError(f"{model.path} serves one subnet; at least two are needed, to run in turn")
+    length = extracted.length_of(config, options.length)
     engines = {
         way: DeviceEngine(
             *(model, device),
             subnet_list=chosen,
             batch_sizes=options.batch_sizes,
-            lengths=lengths,
+            lengths=(length,) if length else (),
             slicing=way,
             slice_bytes=options.slice_bytes if way == "kept" else None,
         )
         for way in ("in_call", "kept")
     }
-    extracted = {s: Extracted(model, s, device, file=folder / f"{i}.weights") for i, s in enumerate(chosen)}
+    networks = extracted.extract(model, chosen, device, batch_sizes=options.batch_sizes, length=length)
+    weights = {s: Weights(n.host, device, folder / f"{i}.weights") for i, (s, n) in enumerate(networks.items())}
     copies = {s: slices_of(model, s, device) for s in chosen}
-    rng, specs = np.random.default_rng(0), {b: executables.input_spec(config, b, *lengths) for b in options.batch_sizes}
-    batches = {b: rng.integers(0, 2, spec.shape).astype(spec.dtype) for b, spec in specs.items()}  # pixels or token ids
-    times, order, last, dropped = Times(options.rounds), random.Random(0), None, True
-    loading = set(np.linspace(0, options.rounds - 1, options.loads).round().astype(int).tolist())
-    for network in extracted.values():
-        for batch in batches.values():
-            network(batch)  # compiles
+    batches = {b: extracted.random_batch(config, b, length) for b in options.batch_sizes}
+    rounds = WARM_UP_ROUNDS + options.rounds
+    loading = set(np.linspace(WARM_UP_ROUNDS, rounds - 1, options.loads).round().astype(int).tolist())
+    times: Times = collections.defaultdict(lambda: np.full(rounds, np.nan))
+    order, last, dropped = random.Random(0), None, True
+    for network in networks.values():
+        network.place(device)
     gc.collect()
 
-    for turn in progress.track(range(-WARM_UP_ROUNDS, options.rounds), "measuring"):
+    for turn in progress.track(range(rounds), "measuring"):
         for size, batch in batches.items():
             for s in alternating(chosen, last, order):
                 for way in order.sample(("in_call", "kept", "extracted"), 3):
-                    call = functools.partial(extracted[s], batch)
+                    call = functools.partial(networks[s], batch)
                     if way != "extracted":
                         call = functools.partial(engines[way].run, s, size, list(batch))
-                    twice(times, (s, size, way), turn, call, engines["kept"].slices if way == "kept" else None)
+                    makes = engines["kept"].slices.makes
+                    ms = time_ms(call)  # after a batch of another subnet
+                    event = "copied" if engines["kept"].slices.makes > makes else "other"
+                    times[s, size, f"{way}_{event}"][turn] = ms
+                    times[s, size, f"{way}_same"][turn] = time_ms(call)
                 last = s
         for s in chosen:
-            times.take((s, "copy"), turn, copies[s])
+            times[s, "copy"][turn] = time_ms(copies[s])
             if turn in loading:
-                times.take((s, "host"), turn, extracted[s].load_from_host)
-                dropped &= extracted[s].drop_pages()
-                times.take((s, "disk"), turn, extracted[s].load_from_disk)
+                times[s, "host"][turn] = time_ms(weights[s].load_from_host)
+                dropped &= weights[s].drop_pages()
+                times[s, "disk"][turn] = time_ms(weights[s].load_from_disk)
+    times = collections.defaultdict(
+        lambda: np.full(options.rounds, np.nan), {key: ms[WARM_UP_ROUNDS:] for key, ms in times.items()}
+    )
     return {
         "device": prepare.device_kind(device),
         "measured": model.manifest["measured"],
@@ -227,10 +198,10 @@ def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, A
             {
                 "subnet": s.to_json(),
                 "flops": config.flops(s),
-                "weights_bytes": extracted[s].nbytes,
-                "copy_ms": float(np.median(times.get(s, "copy"))),
-                "loading_ms": {kind: float(np.nanmedian(times.get(s, kind))) for kind in LOADS},
-                "batches": [of_batch(times, s, size) for size in options.batch_sizes],
+                "weights_bytes": weights[s].nbytes,
+                "copy_ms": float(np.median(times[s, "copy"])),
+                "loading_ms": {kind: float(np.nanmedian(times[s, kind])) for kind in LOADS},
+                "batches": [figures_of(times, s, size) for size in options.batch_sizes],
             }
             for s in chosen
         ],
@@ -238,96 +209,88 @@ def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, A
 
 
 def alternating(chosen: Sequence[Subnet], last: Subnet | None, order: random.Random) -> list[Subnet]:
-    """Every subnet once, in a random order that does not begin with the one that was run last."""
+    """Every subnet once, in a random order that does not start with the one that ran last."""
     shuffled = order.sample(chosen, len(chosen))
     return shuffled[::-1] if shuffled[0] is last else shuffled
 
 
-def twice(times: Times, key: tuple[Any, ...], turn: int, call: Callable[[], Any], slices: LeastRecentlyUsed | None) -> None:
-    """Times a call after a batch of another subnet, and again after itself."""
-    makes = slices.makes if slices else 0
+def time_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds that a call takes."""
     start = time.perf_counter()
     call()
-    ms = 1e3 * (time.perf_counter() - start)
-    times.put((*key, "copied" if slices and slices.makes > makes else "other"), turn, ms)
-    times.take((*key, "same"), turn, call)
+    return 1e3 * (time.perf_counter() - start)
 
 
-def slices_of(model: Model, subnet: Subnet, device: Any) -> Callable[[], Any]:
-    """A function that makes a subnet's slices, as the engine does when they are not there."""
+def slices_of(model: Model, subnet: Subnet, device: Device) -> Callable[[], Any]:
+    """A function that makes a subnet's slices, as the engine does if they are not kept."""
     program = programs.sliced(model.config, subnet)
-    leaves = tuple(reads.used_leaves(program).items())
-    slicer = executables.compile_slicer(program, leaves, device)
+    slicer = executables.compile_slicer(program, tuple(reads.used_leaves(program).items()), device)
     values = tuple(model.params[name] for name, _ in slicer.leaves)
     return lambda: jax.block_until_ready(slicer.call(values))
 
 
-def of_batch(times: Times, subnet: Subnet, size: int) -> dict[str, Any]:
-    """What was measured of a subnet at a batch size: for each event its times, and what follows from them."""
-    alone, copy = times.get(subnet, size, "extracted", "same"), times.get(subnet, "copy")
+def figures_of(times: Times, subnet: Subnet, size: int) -> dict[str, Any]:
+    """The figures of a subnet at a batch size: for each event its times, and their relation to the extracted network's."""
+    network, copy = times[subnet, size, "extracted_same"], times[subnet, "copy"]
     events = {}
-    for way, event in EVENTS:
-        ms = times.get(subnet, size, way, event)
-        count = int(np.isfinite(ms).sum())
-        if not count:
+    for event in EVENTS:
+        ms = times[subnet, size, event]
+        if np.isnan(ms).all():
             continue
-        change = ms - times.get(subnet, size, way, "same")
-        events[f"{way}_{event}"] = {
-            "count": count,
+        change = ms - times[subnet, size, event.rsplit("_", 1)[0] + "_same"]
+        events[event] = {
+            "count": int(np.isfinite(ms).sum()),
             "median_ms": float(np.nanmedian(ms)),
             "p99_ms": float(np.nanpercentile(ms, 99)),
-            "over_extracted": float(np.nanmedian(ms / alone)),
+            "over_extracted": float(np.nanmedian(ms / network)),
             "change_ms": float(np.nanmedian(change)),
-            "change_less_copy_ms": float(np.nanmedian(change - copy if event == "copied" else change)),
+            "change_less_copy_ms": float(np.nanmedian(change - copy if event == "kept_copied" else change)),
         }
-    median_ms = float(np.median(alone))
-    loading = {kind: float(np.nanmedian(times.get(subnet, kind))) / median_ms for kind in LOADS}
+    loading = {kind: float(np.nanmedian(times[subnet, kind]) / np.median(network)) for kind in LOADS}
     return {"batch": size, "events": events, "loading_over_inference": loading}
 
 
 def report(found: dict[str, Any]) -> None:
     """Prints the figures."""
     print(f"{found['device']}; accuracies: {found['measured']}; sizes are real. Median times in ms:")
-    width = max(map(len, EVENTS.values()))
-    rows = [
-        ("MFLOPs", "batch", "batch of".ljust(width), "times", "median", "p99", "over extracted", "change", "less the copy")
+    lines: list[tuple[str, ...]] = [
+        ("MFLOPs", "batch of", "batch", "times", "median", "p99", "over extracted", "change", "less the copy")
     ]
-    for of in found["subnets"]:
-        for at in of["batches"]:
-            for (way, event), name in EVENTS.items():
-                e = at["events"].get(f"{way}_{event}")
-                if e is None:
-                    continue
-                cells = [f"{of['flops'] / 1e6:.4g}", str(at["batch"]), name.ljust(width), str(e["count"])]
-                cells += [f"{e['median_ms']:.2f}", f"{e['p99_ms']:.2f}", f"{e['over_extracted']:.3f}"]
-                cells += ["", ""] if event == "same" else [f"{e['change_ms']:.2f}", f"{e['change_less_copy_ms']:.2f}"]
-                rows.append(tuple(cells))  # type: ignore[arg-type]
-    cli.print_table(rows)
+    for subnet in found["subnets"]:
+        for batch in subnet["batches"]:
+            for event, seen in batch["events"].items():
+                change = (
+                    ("", "") if event.endswith("same") else (f"{seen['change_ms']:.2f}", f"{seen['change_less_copy_ms']:.2f}")
+                )
+                cells = (f"{subnet['flops'] / 1e6:.4g}", EVENTS[event], str(batch["batch"]), str(seen["count"]))
+                times = (f"{seen['median_ms']:.2f}", f"{seen['p99_ms']:.2f}", f"{seen['over_extracted']:.3f}")
+                lines.append((*cells, *times, *change))
+    cli.print_table(lines, left=2)
     print()
-    sizes = [at["batch"] for at in found["subnets"][0]["batches"]]
-    over = [f"{kind} / inference, batch {size}" for kind in LOADS for size in sizes]
-    rows = [("MFLOPs", "weights, MB", "copy of slices", *LOADS.values(), *over)]
-    for of in found["subnets"]:
-        ratios = (at["loading_over_inference"][kind] for kind in LOADS for at in of["batches"])
-        rows.append(
-            (  # type: ignore[arg-type]
-                f"{of['flops'] / 1e6:.4g}",
-                f"{of['weights_bytes'] / 1e6:.3g}",
-                *(f"{ms:.2f}" for ms in (of["copy_ms"], *of["loading_ms"].values(), *ratios)),
-            )
-        )
-    cli.print_table(rows)
+    sizes = [batch["batch"] for batch in found["subnets"][0]["batches"]]
+    over = (f"{kind} / inference, batch {size}" for kind in LOADS for size in sizes)
+    lines = [("MFLOPs", "weights, MB", "copy of slices", *LOADS.values(), *over)]
+    for subnet in found["subnets"]:
+        ratios = (batch["loading_over_inference"][kind] for kind in LOADS for batch in subnet["batches"])
+        values = (subnet["copy_ms"], *subnet["loading_ms"].values(), *ratios)
+        sizes = (f"{subnet['flops'] / 1e6:.4g}", f"{subnet['weights_bytes'] / 1e6:.3g}")
+        lines.append((*sizes, *(f"{value:.2f}" for value in values)))
+    cli.print_table(lines)
     print(
         "loading: weights copied to the device from host memory; or read from a file first, "
         + ("which was dropped from the page cache before" if found["page_cache_dropped"] else "which the page cache may hold")
     )
-    for (way, event), name in EVENTS.items():
-        seen = [e for of in found["subnets"] for at in of["batches"] if (e := at["events"].get(f"{way}_{event}"))]
-        if seen and way != "extracted":
-            key, what = (
-                ("over_extracted", "of extracted") if event == "same" else ("change_less_copy_ms", "ms beside the copy")
-            )
-            values = [e[key] for e in seen]
+    for event, name in EVENTS.items():
+        key, what = "over_extracted", "of extracted"
+        if not event.endswith("same"):
+            key, what = "change_less_copy_ms", "ms beside the copy"
+        values = [
+            batch["events"][event][key]
+            for subnet in found["subnets"]
+            for batch in subnet["batches"]
+            if event in batch["events"]
+        ]
+        if values and not event.startswith("extracted"):
             print(f"{name}: {np.median(values):.3f} {what}, at worst {max(values):.3f}")
 
 
@@ -342,10 +305,10 @@ def main() -> None:
         files.write_json(options.json, found)
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-        first = [of["batches"][0] for of in found["subnets"]]
+        first = [subnet["batches"][0] for subnet in found["subnets"]]
         plots.loading(
-            [of["weights_bytes"] / 1e6 for of in found["subnets"]],
-            {f"from {name}": [at["loading_over_inference"][kind] for at in first] for kind, name in LOADS.items()},
+            [subnet["weights_bytes"] / 1e6 for subnet in found["subnets"]],
+            {f"from {name}": [batch["loading_over_inference"][kind] for batch in first] for kind, name in LOADS.items()},
             options.plot,
             title=f"batch {first[0]['batch']}, {found['device']}",
         )

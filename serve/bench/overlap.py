@@ -1,13 +1,15 @@
-"""Measures what it gains that a worker stages its next batch, and answers the last, while the device computes.
+"""Measures the gain of overlap: a worker stages its next batch and answers the last one while the device computes.
 
-    python serve/bench/overlap.py                       a device that sleeps, for some times that a batch may take
-    python serve/bench/overlap.py runs/demo/export      this machine's device with an export, largest subnet
+    python serve/bench/overlap.py                       a device that sleeps
+    python serve/bench/overlap.py runs/demo/export      this machine's device, with the largest subnet of an export
 
-Both ways in turn, each with a new server: first with more queries waiting than the device can serve, which gives its
-throughput; then, on the device that sleeps, with bursty traffic on the paper's profile, made faster as the device is, which
-shows what SlackFit loses by deciding before the device is free. Everything but the sleep is real: queue, policy, threads,
-futures, and the copies of the inputs into staging buffers, for which the CPU's time is measured apart.
-Library: serving.server.Server, engines.base.FakeDevice, engines.prepare, loadtest.loadgen, simulation.paper_profile.
+Both ways, with and without overlap, run in turn, each with a new server. The program prints
+
+- the throughput: how many queries per second a server answers that has more queries waiting than it can serve;
+- with a device that sleeps, also attainment, accuracy and p99 latency of bursty traffic on the paper's profile. The profile
+  is made faster as the device is. This shows what SlackFit loses by deciding before the device is free.
+
+Everything but the sleep is real: queue, policy, threads, futures, and the copies of inputs into staging buffers.
 """
 
 import dataclasses
@@ -17,19 +19,21 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, files
-from superserve_jax.engines import profiling
+from superserve_jax.engines import prepare, profiling
+from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.loadtest import loadgen
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import metrics, paper_profile, traces
 
-BATCH, SLO_MS = 16, 36.0  # of the paper's profile
-LOAD, CV2 = 0.35, 2.0  # of the bursty traffic: the mean over what the fastest subnet carries
+BATCH, SLO_MS = 16, 36.0  # as with the paper's profile
+LOAD, CV2 = 0.35, 2.0  # of the bursty traffic; the load is its mean rate / the throughput of the fastest subnet
 QUEUE: dict[str, Any] = {"max_queue": 1_000_000, "max_queue_bytes": 1 << 50}
 
 
@@ -38,12 +42,12 @@ class Options:
     """Options.
 
     Args:
-      export: an export's directory; if left out, a device that sleeps.
-      batch_ms: with one that sleeps, how long its fastest subnet takes for a batch of 16.
-      input_shape: with one that sleeps, of an input of dtype uint8.
-      queries: how many the throughput is measured with.
-      seconds: of bursty traffic.
-      rounds: how often each way is measured; medians are printed.
+      export: an export's directory; if left out, the device sleeps.
+      batch_ms: with a device that sleeps, the time of its fastest subnet for a batch of 16.
+      input_shape: with a device that sleeps, the shape of an input of dtype uint8.
+      queries: number of queries to measure the throughput with.
+      seconds: length of the bursty traffic.
+      rounds: how often each way is measured; the program prints medians.
       json: write the figures to this file.
     """
 
@@ -62,14 +66,14 @@ class Options:
 
 
 def both_ways(measure: Callable[[bool], dict[str, float]], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of what `measure(overlap)` gives, both ways in turn."""
+    """Calls `measure(overlap)` both ways in turn, and returns the medians of the figures."""
     runs = [(measure(False), measure(True)) for _ in range(rounds)]
-    off, on = ({key: statistics.median(run[key] for run in of) for key in of[0]} for of in zip(*runs, strict=True))
+    off, on = ({key: statistics.median(r[key] for r in way) for key in way[0]} for way in zip(*runs, strict=True))
     return {"off": off, "on": on}
 
 
 def throughput(target: Server, example: np.ndarray, queries: int) -> float:
-    """Queries per second of a new server with all of them waiting."""
+    """Queries per second of a new server, if all queries wait from the start."""
     with target:
         target.submit_many([example] * 64)[-1].result()  # warm
         start_s = time.perf_counter()
@@ -79,7 +83,7 @@ def throughput(target: Server, example: np.ndarray, queries: int) -> float:
 
 
 def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
-    """A device that sleeps, so fast that the fastest subnet of the paper's profile takes `batch_ms` for a full batch."""
+    """Figures of a device that sleeps. It is so fast that the paper's fastest subnet takes `batch_ms` for a full batch."""
     paper = paper_profile.paper_profile()
     faster = batch_ms / paper.rows[0].latency_ms[-1]
     table, slo_ms = paper.scaled(faster), SLO_MS * faster
@@ -97,34 +101,19 @@ def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
         with open_server(table, overlap) as target:
             done = loadgen.replay(target, trace, [example] * len(trace))
         seen = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
-        return {
-            "qps": qps,
-            "busy": qps / limit_qps,
-            "attainment": seen.attainment,
-            "accuracy": seen.accuracy,
-            "p99_ms": seen.p99_ms,
-        }
+        bursty = {"attainment": seen.attainment, "accuracy": seen.accuracy, "p99_ms": seen.p99_ms}
+        return {"qps": qps, "busy": qps / limit_qps, **bursty}
 
     return {"batch_ms": batch_ms, "slo_ms": slo_ms, **both_ways(measure, options.rounds)}
 
 
 def exported(options: Options) -> dict[str, Any]:
-    """This machine's first device with the largest subnet of an export."""
-    import jax
-
-    from superserve_jax.engines import prepare
-    from superserve_jax.engines.device import DeviceEngine
-
+    """Figures of this machine's first device with the most accurate subnet of an export."""
     model = prepare.load(options.export)
     device = jax.devices()[0]
     subnet = max(model.served, key=lambda s: s.accuracy)
-    made = DeviceEngine(
-        model,
-        device,
-        subnet_list=[subnet.subnet],
-        batch_sizes=(BATCH,),
-        lengths=prepare.check_lengths(model.config, None)[-1:],
-    )
+    lengths = prepare.check_lengths(model.config, None)[-1:]
+    made = DeviceEngine(model, device, subnet_list=[subnet.subnet], batch_sizes=(BATCH,), lengths=lengths)
     example = np.full(made.input_shape, made.pad_id + 1, made.input_dtype)
     [batch_ms] = profiling.measure(made, {subnet.subnet: subnet.accuracy}, (BATCH,), device="this").rows[0].latency_ms
     rows = (Row(subnet.subnet, subnet.accuracy, (batch_ms,)),)
@@ -140,22 +129,30 @@ def exported(options: Options) -> dict[str, Any]:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
+    columns = {
+        "ms a batch": "{0[batch_ms]:.1f}".format,
+        "overlap": "{0[overlap]}".format,
+        "queries/s": "{0[qps]:,.0f}".format,
+        "gain": "{0[gain]:.3f}".format,
+    }
     if options.export is not None:
         found = [exported(options)]
         print(f"largest subnet of {options.export} on {found[0]['device']}, batches of {BATCH}")
-        shown = {}
     else:
         found = [sleeping(options, batch_ms) for batch_ms in options.batch_ms]
         print(f"a device that sleeps, batches of {BATCH} inputs of shape {options.input_shape}, dtype uint8")
-        shown = {"device busy": "busy", "bursty: attainment": "attainment", "accuracy": "accuracy"}
-    table = [("ms a batch", "overlap", "queries/s", "gain", *shown, *(["p99 ms"] if shown else []))]
-    for each in found:
-        for way in "off", "on":
-            figures = each[way]
-            cells = (f"{each['batch_ms']:.1f}", way, f"{figures['qps']:,.0f}", f"{figures['qps'] / each['off']['qps']:.3f}")
-            more = [f"{100 * figures[key]:.2f} %" for key in shown.values()]
-            table.append((*cells, *more, *([f"{figures['p99_ms']:.1f}"] if shown else [])))
-    cli.print_table(table)
+        columns |= {
+            "device busy": "{0[busy]:.2%}".format,
+            "bursty: attainment": "{0[attainment]:.2%}".format,
+            "accuracy": "{0[accuracy]:.2%}".format,
+            "p99 ms": "{0[p99_ms]:.1f}".format,
+        }
+    measured = [
+        {**each, **each[way], "overlap": way, "gain": each[way]["qps"] / each["off"]["qps"]}
+        for each in found
+        for way in ("off", "on")
+    ]
+    cli.print_columns(columns, measured)
     if options.json:
         files.write_json(options.json, found)
 

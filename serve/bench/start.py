@@ -1,12 +1,12 @@
-"""Times the start of a server in a fresh process: cold, with everything to compile, and warm, from the cache of executables.
+"""Measures the start of a server in a fresh process: cold, with everything to compile, and warm, from the cache.
 
     python serve/bench/start.py runs/digits_resnet/export
     python serve/bench/start.py configs/ofa_resnet50.py --subnets 6
 
-A config file stands for an export of its network with made-up values; that of the published OFA-ResNet50 has 30 executables.
-Each start is a process of its own, from the import of the library to the first answer. The cold one has an empty cache in a
-temporary folder, and the warm ones find what it left there. An export without a latency profile has a made-up one meanwhile,
-or measuring it would be most of the start. Library: ss.Server, engines.prepare, engines.cache.
+It takes an export's directory or a config file. For a config file, it makes an export with fresh weights; the published
+OFA-ResNet50 has 30 executables. Every start is a process of its own, and is timed from the import of the library to the first
+answer. The cold start has an empty cache of executables in a temporary folder, and warm starts use what it left there. Without
+a latency profile, the export gets a made-up one, since measuring it would take most of the start.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
@@ -31,13 +31,11 @@ from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
-STAGES = ("import", "load", "server", "answer")
-LABELS = {
+STAGES = {
     "import": "import of the library",
     "load": "export read and checked",
     "server": "server opened",
     "answer": "first answer",
-    "ready": "ready, all in all",
 }
 
 START = """
@@ -62,8 +60,8 @@ class Options:
     """Options.
 
     Args:
-      source: an export's directory, or a config file.
-      subnets: how many are served, if it is a config file.
+      source: an export's directory or a config file.
+      subnets: number of served subnets, for a config file.
       batch_sizes: batch sizes to serve with.
       warm: number of warm starts.
       json: write the figures to this file.
@@ -75,16 +73,17 @@ class Options:
     warm: int = 3
     json: pathlib.Path | None = None
 
+    def __post_init__(self):
+        cli.check_above_zero(self, "subnets", "warm")
+
 
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     batch_sizes = check_batch_sizes(options.batch_sizes)
-    if options.warm < 1:
-        raise ss.ConfigError(f"--warm must be at least 1, got {options.warm}")
     with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
-        shutil.copytree(source, export)  # which may get a made-up profile
+        shutil.copytree(source, export)  # since it may get a made-up profile
         count = ensure_profile(export, batch_sizes)
         starts = [start(export, batch_sizes, cache) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
@@ -92,17 +91,20 @@ def main() -> None:
     cli.print_table(
         [
             ("seconds", "cold", f"warm, median of {options.warm}"),
-            *((LABELS[stage], f"{cold[stage]:.2f}", f"{warm[stage]:.2f}") for stage in (*STAGES, "ready")),
+            *(
+                (name, f"{cold[key]:.2f}", f"{warm[key]:.2f}")
+                for key, name in {**STAGES, "ready": "ready, all in all"}.items()
+            ),
         ]
     )
     print(f"{count} executables, {cached / 1e6:.0f} MB in the cache, on {prepare.device_kind(jax.devices()[0])}")
     if options.json:
-        figures: dict[str, Any] = {"executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
+        figures = {"executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
         files.write_json(options.json, figures)
 
 
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
-    """The number of executables that a server will have; where there is no profile, one is made up."""
+    """The number of executables of the server. An export without a latency profile gets a made-up one."""
     model = ss.load(export)
     kind = prepare.device_kind(jax.devices()[0])
     lengths = prepare.check_lengths(model.config, None)
@@ -123,7 +125,7 @@ def start(export: pathlib.Path, batch_sizes: tuple[int, ...], cache: str) -> dic
     began_s = time.time()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ss.ConfigError(f"the server did not start (status {done.returncode}); what it said stands above")
+        raise ss.ConfigError(f"the server did not start (status {done.returncode}); see its output above")
     times = [began_s, *json.loads(done.stdout.splitlines()[-1])]
     stages = {stage: b - a for stage, (a, b) in zip(STAGES, itertools.pairwise(times), strict=True)}
     return {**stages, "ready": times[-1] - times[0]}

@@ -1,8 +1,8 @@
 """Engines: one device that holds a SuperNet and runs any of its served subnets.
 
 Start with `base.py`, the protocol that the server relies on. `device.py` implements it with jax, and `fake.py` without a
-model. `prepare.py` makes all that a server of an export needs: `executables.py` compiles, `cache.py` keeps what was compiled,
-`subnet_buckets.py` chooses which subnets share an executable, and `profiling.py` measures latencies.
+model. `prepare.py` makes all that a server of an export needs. It uses `executables.py` and `cache.py` to compile,
+`subnet_buckets.py` to choose the subnets that share an executable, and `profiling.py` to measure latencies.
 Importing the package does not import jax; `DeviceEngine` and `ExecutableCache` do when they are first used.
 """
 

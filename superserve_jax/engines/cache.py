@@ -4,9 +4,9 @@
 still trace and lower each program, which takes 0.1 to 0.3 s each. This cache looks a program up by what it is made from, and
 traces nothing.
 
-**The key** is everything that a program depends on: config, program, batch size, length and device, the versions of jax and
-jaxlib, the processor's features, and the source code of the operators. Weights are not part of the key, since executables
-take them as arguments. So exports with the same config share their entries.
+**The key** is everything that a program depends on. This includes the config, the batch size, the device, the versions of
+jax and jaxlib, the processor's features, and the source code of the operators. Weights are not part of the key, since
+executables take them as arguments. So exports with the same config share their entries.
 
 **Safety.** Loading an entry runs the machine code in it. So the cache reads only a directory that belongs to this user and
 that nobody else can write to, and never an export. A stale or damaged entry is compiled again. Deleting the directory is

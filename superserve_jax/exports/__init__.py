@@ -1,5 +1,10 @@
-"""The export directory: written after training, read by the server. Data only; nothing in it is executed."""
+"""The export directory: training writes it, the server reads it. It holds data only; nothing in it is executed.
 
-from superserve_jax.exports.directory import Model, Served, export, load, profile_path
+`directory.py` shows what an export consists of, and has `export` and `load`. `model.py` is a loaded export. `statistics.py`
+is the file of SubnetNorm statistics, which runs use as well. `superserve_jax/manifest.py` checks the files.
+"""
+
+from superserve_jax.exports.directory import export, load, profile_path
+from superserve_jax.exports.model import Model, Served
 
 __all__ = ["Model", "Served", "export", "load", "profile_path"]

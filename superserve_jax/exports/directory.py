@@ -1,14 +1,15 @@
-"""The export: the one artefact between training and serving, a self-describing directory.
+"""Writes and loads an export, the only thing that training hands to serving: a directory that describes itself.
 
-    manifest.json            what it is: config, space, served subnets, how they were measured, a SHA-256 of every file
+    manifest.json            config, search space, served subnets, how they were measured, a SHA-256 of every file
     payload-<digest>/        named by its content
-        weights/             Orbax
-        statistics.npz       SubnetNorm rows
-        vocabulary.txt       of a model of texts: its tokens, one a line
+        weights/             written by Orbax
+        statistics.npz       SubnetNorm statistics
+        vocabulary.txt       the tokens of a text model, one per line
     profiles/<device>.json   latency profiles, one per kind of device; made later, not part of the manifest
 
-It is data only: nothing in it is executed or unpickled. Replacing manifest.json is the commit, so whoever is killed while
-writing leaves the old export or the new one. Every file is checked against its digest before it is read (`manifest.py`).
+It holds data only: nothing in it is executed or unpickled. Replacing manifest.json is the commit. A process that is killed at
+any moment leaves the old export or the new one. Every file is checked against its digest before it is read. The digests are
+our own because Orbax does not notice a flipped bit (see `manifest.py`).
 """
 
 import dataclasses
@@ -25,124 +26,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from superserve_jax import errors, families, files
 from superserve_jax.exports import statistics
+from superserve_jax.exports.model import Model, Served
 from superserve_jax.manifest import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_SCHEMA, files_of, read_manifest, verify_files
-from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
-from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
 
 _VOCABULARY = "vocabulary.txt"
-# How much larger than its files the weights of an export can be, and what may be in its files beside weights and rows.
+# Limits on the files of an export: how much smaller than the weights they may be (Orbax compresses), how many bytes they may
+# hold besides weights and statistics, and how many bytes one subnet's description may take.
 _MAX_RATIO, _MAX_OTHER_BYTES, _MAX_SUBNET_BYTES = 10_000, 64 << 20, 64 << 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """A subnet that the export offers for serving.
-
-    Args:
-      subnet: the subnet.
-      accuracy: top-1 on test data with its own statistics, a fraction.
-      accuracy_shared: the same with the largest subnet's statistics, or None where it was not measured.
-      flops: multiply-adds per input. params: weights of the subnet on its own.
-    """
-
-    subnet: Subnet
-    accuracy: float
-    accuracy_shared: float | None
-    flops: int
-    params: int
-
-    def __post_init__(self):
-        if not isinstance(self.subnet, Subnet):
-            raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
-        for name, value in (("accuracy", self.accuracy), ("accuracy_shared", self.accuracy_shared)):
-            known = isinstance(value, int | float) or (value is None and name == "accuracy_shared")
-            if not known or not 0 <= (value or 0) <= 1:
-                raise errors.ConfigError(f"{name} of a served subnet must be a fraction from 0 to 1, got {value!r}")
-        for name, value in (("flops", self.flops), ("params", self.params)):
-            if not isinstance(value, int) or value < 0:
-                raise errors.ConfigError(f"{name} of a served subnet must be a whole number from 0 up, got {value!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict for `json.dump`."""
-        return {**dataclasses.asdict(self), "subnet": self.subnet.to_json()}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Served":
-        """The inverse of `to_json`. Raises ConfigError where `data` has not that form."""
-        with errors.refusing(errors.ConfigError, "not a served subnet as `Served.to_json` gives it"):
-            return Served(**{**data, "subnet": Subnet.from_json(data["subnet"])})
-
-
-class Model(SuperNet):
-    """A loaded export: a SuperNet that knows which of its subnets to serve.
-
-    Attributes:
-      path: the export's directory.
-      served: the subnets to serve with their accuracies, in ascending order of FLOPs.
-      class_names: names of the logits, empty where unknown.
-      manifest: the whole manifest, as plain values.
-    """
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        manifest: dict[str, Any],
-        served: tuple[Served, ...],
-        vocabulary: Vocabulary | None,
-        *args: Any,
-    ):
-        super().__init__(*args)
-        self.path = path
-        self.served = served
-        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
-        self.manifest = manifest
-        self._vocabulary = vocabulary
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """The token of each id, empty where the model is not one of texts."""
-        return self._vocabulary.tokens if self._vocabulary else ()
-
-    def encode(
-        self, text: str | Sequence[str], second: str | Sequence[str] | None = None, *, length: int | None = None
-    ) -> np.ndarray:
-        """Inputs out of text, exactly as in training.
-
-        One text becomes one input, such as `Server.submit` takes; a list of them a batch, such as the model takes.
-
-        Args:
-          text: a text, or a list of texts.
-          second: the second text of a pair (such as a hypothesis), or a list of them.
-          length: pad up to so many tokens; `config.max_length` if left out.
-
-        Raises:
-          InputError: the export has no vocabulary, or this text cannot be encoded.
-        """
-        if self._vocabulary is None or not isinstance(self.config, SequenceConfig):
-            raise errors.InputError(f"{self.path} has no vocabulary, so it cannot encode text; give arrays to the model")
-        single = isinstance(text, str)
-        if second is not None and isinstance(second, str) != single:
-            raise errors.InputError("text and second must be one text each, or a list of texts each")
-        inputs = self._vocabulary.encode(
-            [text] if isinstance(text, str) else text,
-            [second] if isinstance(second, str) else second,
-            length=self.config.input_spec(1, length=length).shape[1],
-            token_types=self.config.token_types,
-        )
-        return inputs[0] if single else inputs
-
-    @property
-    def subnets(self) -> tuple[Subnet, ...]:
-        """The served subnets, in ascending order of FLOPs."""
-        return tuple(s.subnet for s in self.served)
 
 
 def export(
@@ -155,21 +53,21 @@ def export(
     vocabulary: Vocabulary | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Writes an export, replacing an older one in the same place at once or not at all.
+    """Writes an export. It replaces an older one in the same directory atomically.
 
     Args:
-      path: the directory, made if need be.
+      path: the directory. It is created if it does not exist.
       model: the SuperNet, calibrated for every served subnet.
       served: the subnets to serve.
-      measured: how and on what the accuracies were measured, in words.
+      measured: how and on what data the accuracies were measured, in words.
       class_names: names of the logits.
-      vocabulary: of a model of texts.
-      training: the training config, kept for the record.
+      vocabulary: the vocabulary of a text model.
+      training: the training config, kept as a record.
 
     Raises:
-      NotCalibratedError: a served subnet has no statistics. SubnetError: it is not of the model.
-      ExportError: the place holds something else, or cannot be written to.
-      ConfigError: nothing to serve, a vocabulary that is not the model's, or an argument of another type.
+      NotCalibratedError: a served subnet has no statistics. SubnetError: a served subnet is not one of the model.
+      ExportError: the directory holds something else, or cannot be written.
+      ConfigError: there is nothing to serve, the vocabulary does not fit the model, or an argument has a wrong type.
     """
     _check_arguments(model, served, measured, class_names, vocabulary, training)
     kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.statistics))
@@ -221,10 +119,11 @@ def export(
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """Reads an export; needs the directory and nothing else.
+    """Loads an export. It needs nothing but the directory.
 
     Raises:
-      ExportError: the directory is missing, foreign, from a newer version, truncated or edited; says what and where.
+      ExportError: the directory is missing, is no export, is from a newer version, or was damaged or edited. The message says
+        which file and why.
     """
     manifest = read_manifest(path)
     path = pathlib.Path(path)
@@ -233,8 +132,9 @@ def load(path: str | os.PathLike[str]) -> Model:
     try:
         with errors.refusing(errors.ExportError, "its fields do not fit together"):
             config = families.config_from_json(manifest["config"])
-            served = tuple(Served.from_json(s) for s in manifest["served"])
-            if not served or len({config.space().validate(s.subnet) for s in served}) < len(served):
+            listed, space = [Served.from_json(s) for s in manifest["served"]], config.space()
+            served = tuple(dataclasses.replace(s, subnet=space.validate(s.subnet)) for s in listed)
+            if not served or len({s.subnet for s in served}) < len(served):
                 raise errors.ExportError("it must serve at least one subnet, each of them once")
             _check_sizes(config, len(served), sum(f["bytes"] for f in manifest["files"].values()))
     except errors.SuperServeError as e:
@@ -243,7 +143,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     calibrated = statistics.read(payload / "statistics.npz", config)
     if missing := [s.subnet for s in served if s.subnet not in calibrated]:
         raise errors.ExportError(
-            f"{payload / 'statistics.npz'} lacks those of the served {missing[0].to_json()}; export again"
+            f"{payload / 'statistics.npz'} lacks the statistics of the served {missing[0].to_json()}; export again"
         )
     vocabulary = _read_vocabulary(payload / _VOCABULARY, manifest.get("vocabulary"), config)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -251,13 +151,13 @@ def load(path: str | os.PathLike[str]) -> Model:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((payload / "weights").absolute(), target)
-    except Exception as e:  # Orbax raises many kinds; digests matched, so the weights are not those of this config
+    except Exception as e:  # Orbax raises many kinds; the digests are right, so the weights are of another config
         raise errors.ExportError(f"{payload / 'weights'} does not hold the weights of its own config: {e}") from e
     return Model(path, manifest, served, vocabulary, config, params, calibrated)
 
 
 def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path:
-    """Where an export keeps its latency profile for a kind of device.
+    """The file of an export's latency profile for a kind of device.
 
     >>> str(profile_path("export", "NVIDIA H100 80GB HBM3"))
     'export/profiles/nvidia-h100-80gb-hbm3.json'
@@ -265,7 +165,7 @@ def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path
     return pathlib.Path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
-@errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, texts, and a training config as plain values")
+@errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values")
 def _check_arguments(
     model: SuperNet,
     served: Sequence[Served],
@@ -276,13 +176,11 @@ def _check_arguments(
 ) -> None:
     """Raises before anything is written."""
     if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
-        raise errors.ConfigError(
-            f"an export is of a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}"
-        )
+        raise errors.ConfigError(f"export takes a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}")
     if not served or len({s.subnet for s in served}) < len(served):
         raise errors.ConfigError(f"an export needs at least one subnet to serve, each of them once; got {len(served)}")
     if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
-        raise errors.ConfigError(f"measured and class_names are texts, got {measured!r} and {class_names!r}")
+        raise errors.ConfigError(f"measured and class_names must be strings, got {measured!r} and {class_names!r}")
     json.dumps(dict(training or {}))
     for s in served:
         model.space.validate(s.subnet)
@@ -302,17 +200,16 @@ def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> None:
-    """Raises ExportError unless files of so many bytes can hold a network of this config; before they are read, and before
-    memory is taken for it."""
+    """Raises ExportError if files of this size cannot hold a network of this config. No memory is allocated before that."""
     weights = sum(math.prod(s.shape) * s.dtype.itemsize for s in programs.param_spec(config).values())
-    row = 8 * sum(config.norm_sizes(config.sizes(config.space().largest())).values())
-    most = 2 * weights + (num_served + 1) * (row + _MAX_SUBNET_BYTES) + _MAX_OTHER_BYTES
+    of_subnet = 8 * sum(config.norm_sizes(config.sizes(config.space().largest())).values())
+    most = 2 * weights + (num_served + 1) * (of_subnet + _MAX_SUBNET_BYTES) + _MAX_OTHER_BYTES
     if not weights / _MAX_RATIO <= payload_bytes <= most:
         raise errors.ExportError(f"weights of {weights:,} bytes do not fit files of {payload_bytes:,} bytes")
 
 
 def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) -> Vocabulary | None:
-    """The vocabulary, by its settings in the manifest, which older exports and those of other models do not have."""
+    """The vocabulary with its settings in the manifest. Older exports and models of other inputs have none."""
     if settings is None:
         return None
     try:
@@ -324,7 +221,7 @@ def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) ->
 
 
 def _is_leftover(file: pathlib.Path) -> bool:
-    """Whether a file is what an interrupted first export leaves behind."""
+    """Whether an interrupted first export left this file."""
     return file.name.startswith(("payload-", MANIFEST_NAME))
 
 
@@ -343,6 +240,6 @@ def _sync_directory(path: pathlib.Path) -> None:
 
 
 def _input_contract(config: FamilyConfig) -> dict[str, Any]:
-    """The raw input in words and numbers, for whoever reads the manifest."""
+    """Shape, dtype and bytes of a raw input, for people who read the manifest."""
     spec = config.input_spec(1)
     return {"shape": [None, *spec.shape[1:]], "dtype": str(spec.dtype), "bytes": math.prod(spec.shape) * spec.dtype.itemsize}

@@ -38,7 +38,6 @@ class Second:
     Args:
       time_s: its end, from the start of the traffic.
       answers: the number of answered queries.
-      failed: the number of queries that ended in an error.
       met: the number of queries that were answered by their deadline.
       p50_ms: median latency of the answered queries; NaN without any.
       p99_ms: 99th percentile of the same.
@@ -50,7 +49,6 @@ class Second:
 
     time_s: float
     answers: int
-    failed: int
     met: int
     p50_ms: float
     p99_ms: float
@@ -156,15 +154,13 @@ class EnduranceTraffic:
     def _take(self, time_s: float, lag_s: float) -> Second:
         resolved = np.array([self._replies.popleft() for _ in range(len(self._replies))]).reshape(-1, 2)
         latencies_ms, met = resolved[~np.isnan(resolved[:, 0])].T
-        failed = len(resolved) - len(latencies_ms)
         self.resolved += len(resolved)
-        self.failed += failed
+        self.failed += len(resolved) - len(latencies_ms)
         p50, p99 = np.percentile(latencies_ms, [50, 99]) if len(latencies_ms) else (math.nan, math.nan)
         batches, changes = (sum(getattr(engine, name) for engine in self._engines) for name in ("batches", "changes"))
         second = Second(
             time_s=time_s,
             answers=len(latencies_ms),
-            failed=failed,
             met=int(met.sum()),
             p50_ms=float(p50),
             p99_ms=float(p99),

@@ -17,7 +17,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -143,7 +143,9 @@ class _StormRun:
         """See `run_storm`."""
         storm, notes, checker = self._storm, self._recorder.notes, self._checker
         start_s = time.monotonic()
-        with _switch_interval(_SWITCH_INTERVAL_S):
+        with contextlib.ExitStack() as stack:
+            stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(_SWITCH_INTERVAL_S)
             target = Server.from_engines(
                 [self._engine() for _ in range(storm.workers)],
                 PROFILE,
@@ -196,13 +198,9 @@ class _StormRun:
 
     def _resolves(self, query: Future) -> bool:
         """Waits for a query. Returns False if it is lost; then its client gives up."""
-        try:
+        with contextlib.suppress(concurrent.futures.CancelledError, TimeoutError):
             query.exception(timeout=self._storm.patience_s)
-        except concurrent.futures.CancelledError:
-            pass
-        except TimeoutError:
-            return False
-        return True
+        return query.done()
 
     # -- workers ------------------------------------------------------------------------------------------------------------
 
@@ -270,13 +268,3 @@ class _StormRun:
         thread = threading.Thread(target=guarded, name=f"storm-{work.__name__}", daemon=True)
         thread.start()
         return thread
-
-
-@contextlib.contextmanager
-def _switch_interval(seconds: float) -> Iterator[None]:
-    before_s = sys.getswitchinterval()
-    sys.setswitchinterval(seconds)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before_s)

@@ -53,19 +53,19 @@ class LengthQueue:
     (128, 1.0, ['long'])
     """
 
-    __slots__ = ("_alone_s", "_lengths", "_now_s", "_place", "_profile", "_queues", "_seats", "_work_ms")
+    __slots__ = ("_alone_s", "_head", "_lengths", "_limit", "_now_s", "_profile", "_queues", "_work_ms")
 
     def __init__(self, profile: Profile):
         self._lengths = profile.lengths
         self._now_s = -math.inf
-        self._seats = sys.maxsize  # limit on the next batch
+        self._limit = sys.maxsize  # limit on the next batch
         self._queues = tuple(DeadlineQueue() for _ in profile.lengths)
-        self._place: int | None = None  # index of the head's length bucket; None after a change, until it is needed
+        self._head: int | None = None  # index of the head's length bucket; None after a change, until it is asked for
         self.retime(profile)
 
     def retime(self, profile: Profile) -> None:
         """See `Queue.retime`. The profile has the same length buckets."""
-        self._profile, self._place = profile, None
+        self._profile, self._head = profile, None
         self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.each_length)
         alone_ms = [t.fastest().latency_ms[0] for t in profile.each_length]
         self._alone_s = tuple(1e-3 * (ms - alone_ms[0]) for ms in alone_ms)
@@ -82,13 +82,13 @@ class LengthQueue:
         """See `Queue.choose_head`. The time limits how large a batch of deferred items may be."""
         self._now_s = now_s
         if any(q.late for q in self._queues):
-            self._place = None
+            self._head = None
         return self.head_length
 
     @property
     def late(self) -> int:
         """Number of deferred items that are eligible."""
-        return sum(q.late for q in self._queues[: self._head_place() + 1])
+        return sum(q.late for q in self._queues[: self._head_bucket() + 1])
 
     @property
     def pushed(self) -> float:
@@ -103,29 +103,29 @@ class LengthQueue:
     @property
     def head_work(self) -> float:
         """Work of one query of the head's length bucket, in milliseconds of a worker."""
-        return self._work_ms[self._head_place()]
+        return self._work_ms[self._head_bucket()]
 
     @property
     def head_length(self) -> int:
         """The head's length bucket. Only defined while the queue has items."""
-        return self._lengths[self._head_place()]
+        return self._lengths[self._head_bucket()]
 
     @property
     def eligible(self) -> int:
         """Number of items that could be in the head's batch. A deferred head limits it, so that on-time items are in time."""
-        return min(sum(map(len, self._queues[: self._head_place() + 1])), self._seats)
+        return min(sum(map(len, self._queues[: self._head_bucket() + 1])), self._limit)
 
     @property
     def head_deadline_s(self) -> float:
         """The head's deadline; infinite if the queue is empty."""
-        return self._queues[self._head_place()].head_deadline_s
+        return self._queues[self._head_bucket()].head_deadline_s
 
     def head(self) -> Any:
-        return self._queues[self._head_place()].head()
+        return self._queues[self._head_bucket()].head()
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
         """Add an item of `length` tokens. An unknown length, 0, belongs to the longest length bucket."""
-        self._place = None
+        self._head = None
         self._queues[bisect.bisect_left(self._lengths, length) if length else -1].push(deadline_s, item, floor)
 
     def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None:
@@ -143,7 +143,7 @@ class LengthQueue:
             items += q.pop(min(count, n - len(items)), accuracy)
             if not items:  # the first share begins with the head
                 break
-        self._place = None
+        self._head = None
         return items
 
     def head_floors(self, n: int) -> tuple[float, ...]:
@@ -157,28 +157,28 @@ class LengthQueue:
 
     def defer(self, before_s: float) -> int:
         """See `Queue.defer`. Length buckets shorter than the head's are left alone: their batches take less time."""
-        moved = sum(q.defer(before_s) for q in self._queues[self._head_place() :])
-        self._place = None
+        moved = sum(q.defer(before_s) for q in self._queues[self._head_bucket() :])
+        self._head = None
         return moved
 
     def set_aside(self, before_s: float) -> Any:
         """See `Queue.set_aside`. Takes from the same length buckets as `defer`."""
-        aside = [(q, q.set_aside(before_s)) for q in self._queues[self._head_place() :]]
-        self._place = None
+        aside = [(q, q.set_aside(before_s)) for q in self._queues[self._head_bucket() :]]
+        self._head = None
         return aside
 
     def put_back(self, aside: Any) -> None:
         for q, entries in aside:
             q.put_back(entries)
-        self._place = None
+        self._head = None
 
     def drop_late(self, done: Callable[[Any], bool]) -> None:
-        self._place = None
+        self._head = None
         for q in self._queues:
             q.drop_late(done)
 
     def sweep(self, done: Callable[[Any], bool]) -> None:
-        self._place = None
+        self._head = None
         for q in self._queues:
             q.sweep(done)
 
@@ -188,14 +188,14 @@ class LengthQueue:
         `before_s` is for the shortest length bucket. For longer ones the limit is later, by the additional latency of their
         fastest subnet.
         """
-        self._place = None
+        self._head = None
         taken = []
         for q, extra_s in zip(self._queues, self._alone_s, strict=True):
             taken += q.pop_before(before_s + extra_s)
         return taken
 
     def pop_above(self, accuracy: float) -> list[Any]:
-        self._place = None
+        self._head = None
         return [item for q in self._queues for item in q.pop_above(accuracy)]
 
     def due_by(self, time_s: float) -> float:
@@ -206,54 +206,54 @@ class LengthQueue:
         return [item for q in self._queues for item in q.items()]
 
     def drain(self) -> list[Any]:
-        self._place = None
+        self._head = None
         return [item for q in self._queues for item in q.drain()]
 
-    def _head_place(self) -> int:
-        if self._place is None:
-            self._seats = sys.maxsize
-            place, earliest_s, late = len(self._queues) - 1, math.inf, True
+    def _head_bucket(self) -> int:
+        """Index of the head's length bucket. On-time items come before deferred ones, and ties go to the longest."""
+        if self._head is None:
+            self._limit = sys.maxsize
+            bucket, earliest_s, late = len(self._queues) - 1, math.inf, True
             for i, q in enumerate(self._queues):
                 on_time, deadline_s = len(q) > q.late, q.head_deadline_s
                 if (on_time and late) or (on_time != late and deadline_s <= earliest_s):
-                    place, earliest_s, late = i, deadline_s, not on_time
-            self._place = place if late else self._lost_first(place, earliest_s)
-        return self._place
+                    bucket, earliest_s, late = i, deadline_s, not on_time
+            self._head = bucket if late else self._deferred_first(bucket, earliest_s)
+        return self._head
 
-    def _lost_first(self, place: int, deadline_s: float) -> int:
-        """Index of a longer length bucket whose deferred items get the next batch before the on-time head at `place`.
+    def _deferred_first(self, bucket: int, deadline_s: float) -> int:
+        """Index of a longer length bucket whose deferred items get the next batch before the on-time head at `bucket`.
 
-        Returns `place` if there is none, or if the on-time head could not wait for any such batch.
+        Returns `bucket` if there is none, or if the on-time head could not wait for any such batch.
         """
-        for i in sorted(range(place + 1, len(self._queues)), key=lambda i: self._queues[i].late_deadline_s):
-            q, riding = self._queues[i], self._queues[: i + 1]
-            on_time = sum(len(q) - q.late for q in riding)
+        for i in sorted(range(bucket + 1, len(self._queues)), key=lambda i: self._queues[i].late_deadline_s):
+            q, on_time = self._queues[i], sum(len(q) - q.late for q in self._queues[: i + 1])
             if not q.late or on_time >= self._profile.max_batch:
                 continue
             # The on-time queries run after it, perhaps on the same worker. More will have arrived: assume a full batch.
-            then_ms = self._profile.each_length[place].fastest().latency_ms[-1]
+            then_ms = self._profile.each_length[bucket].fastest().latency_ms[-1]
             first = self._profile.each_length[i].fastest((*q.head_floors(1), 0.0)[0])
             sizes = zip(self._profile.batch_sizes, first.latency_ms, strict=True)
-            if seats := [n for n, ms in sizes if self._now_s + 1e-3 * (ms + then_ms) <= deadline_s]:
-                self._seats = seats[-1]
+            if fitting := [n for n, ms in sizes if self._now_s + 1e-3 * (ms + then_ms) <= deadline_s]:
+                self._limit = fitting[-1]
                 return i
-        return place
+        return bucket
 
     def _shares(self, n: int) -> Iterator[tuple[DeadlineQueue, int, int]]:
         """The parts of a batch of `n` in order: queue, index of the first item in it, largest number of items.
 
         Deferred items come last, unless the head itself is deferred: then those of its length bucket come first.
         """
-        head, *shorter = riding = self._queues[self._head_place() :: -1]
+        head, *shorter = eligible = self._queues[self._head_bucket() :: -1]
         late_head = len(head) == head.late
         if n > 0 and late_head:
             yield head, 0, head.late
             n -= head.late
-        for q in riding:
+        for q in eligible:
             if n > 0 and (count := len(q) - q.late):
                 yield q, 0, count
                 n -= count
-        for q in shorter if late_head else riding:
+        for q in shorter if late_head else eligible:
             if n > 0 and q.late:
                 yield q, len(q) - q.late, q.late
                 n -= q.late

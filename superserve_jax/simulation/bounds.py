@@ -175,26 +175,22 @@ def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float 
         return Optimum(0.0, 0.0, float("nan"))
 
     batches, seats = len(start), len(batch)
-    seat = np.arange(seats)
-    ones = np.ones(seats)
-    capacity = np.array(profile.batch_sizes)[size]
+    seat, ones = np.arange(seats), np.ones(seats)
     running = (start <= starts[:, None]) & (starts[:, None] < end)
-    once = sparse.hstack(
-        [sparse.csr_array((len(trace), batches)), sparse.csr_array((ones, (query, seat)), shape=(len(trace), seats))]
+    # Unknowns: how many batches of each kind run, and which seats are taken. Rows of `left <= right`: a query has at most one
+    # seat, a batch has at most `size` seats, and at every moment at most `workers` batches run.
+    left = sparse.block_array(
+        [
+            [None, sparse.csr_array((ones, (query, seat)), shape=(len(trace), seats))],
+            [sparse.diags_array(-np.array(profile.batch_sizes, float)[size]), sparse.csr_array((ones, (batch, seat)))],
+            [sparse.csr_array(running.astype(float)), None],
+        ]
     )
-    seated = sparse.hstack(
-        [sparse.diags_array(-capacity.astype(float)), sparse.csr_array((ones, (batch, seat)), shape=(batches, seats))]
-    )
-    at_once = sparse.hstack([sparse.csr_array(running.astype(float)), sparse.csr_array((len(starts), seats))])
-    cost = np.concatenate([np.zeros(batches), -accuracy[subnet[batch]]])
+    right = np.repeat([1, 0, workers], [len(trace), batches, len(starts)])
     solution = optimize.milp(
-        cost,
+        np.concatenate([np.zeros(batches), -accuracy[subnet[batch]]]),
         integrality=np.repeat([1, 0], [batches, seats]),
-        constraints=[
-            optimize.LinearConstraint(once, ub=1),
-            optimize.LinearConstraint(seated, ub=0),
-            optimize.LinearConstraint(at_once, ub=workers),
-        ],
+        constraints=(left, -np.inf, right),
         options={"time_limit": limit_s, "mip_rel_gap": 0},
     )
     if solution.status:

@@ -43,7 +43,7 @@ def make(model, device):
 
 
 def check_outputs(outputs, model, subnet, images=IMAGES):
-    """Compares outputs of an engine with those of the masked program."""
+    """Compares outputs of an engine with outputs of the masked program."""
     expected = np.asarray(model(images, subnet))
     atol = 1e-5 if jax.default_backend() == "cpu" else 1e-4
     np.testing.assert_allclose(outputs, expected, atol=atol * np.abs(expected).max())

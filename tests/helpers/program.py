@@ -55,6 +55,7 @@ def _in_this_process(command, patches):
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", command)
+        patch.syspath_prepend(ROOT / pathlib.Path(command[0]).parent)  # the program may import a module beside it
         patch.chdir(ROOT)
         spec = importlib.util.spec_from_file_location(command[0].replace("/", ".").removesuffix(".py"), command[0])
         module = importlib.util.module_from_spec(spec)

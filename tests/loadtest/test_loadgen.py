@@ -89,7 +89,7 @@ def test_a_late_generator_never_makes_a_deadline_later(trace):
 
 
 class Recorder:
-    """Stands for a server: notes what is submitted, and refuses what `refuses` says."""
+    """In the place of a server: notes submitted queries, and raises the error that `refuses` returns."""
 
     def __init__(self, refuses=lambda slo_ms, floor: None):
         self.groups, self.refuses = [], refuses

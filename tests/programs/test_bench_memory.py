@@ -91,16 +91,18 @@ def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export
     assert "kept, same subnet again: " in printed
 
 
-def test_loading_copies_the_weights(export, tmp_path):
+def test_loading_copies_the_weights(export, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ACTUATION.parent)
     program = runpy.run_path(str(ACTUATION))
     model = exports.load(export)
-    network = program["Extracted"](model, model.subnets[0], jax.devices()[0], file=tmp_path / "weights")
-    for load in (network.load_from_host, network.load_from_disk):
+    host = {name: np.asarray(value) for name, value in model.params.items()}
+    weights = program["Weights"](host, jax.devices()[0], tmp_path / "weights")
+    for load in (weights.load_from_host, weights.load_from_disk):
         loaded = load()
-        for name, value in network.host.items():
+        for name, value in host.items():
             np.testing.assert_array_equal(loaded[name], value)
             assert loaded[name].unsafe_buffer_pointer() != value.ctypes.data
-    assert network.drop_pages() == hasattr(os, "posix_fadvise")
+    assert weights.drop_pages() == hasattr(os, "posix_fadvise")
 
 
 def test_memory_of_all_variants_adds_up(run, export):
@@ -111,9 +113,9 @@ def test_memory_of_all_variants_adds_up(run, export):
     weights = 4 * TINY.num_params(model.space.largest())
     for of in (in_call, kept, small):
         assert (of["subnets"], of["executables"], of["weights_bytes"]) == (6, 2, weights)
-        beside = of["live_bytes"] - weights - of["rows_bytes"] - of["slices_bytes"]
+        beside = of["live_bytes"] - weights - of["statistics_bytes"] - of["slices_bytes"]
         assert 0 < beside < 128  # sizes that are traced in shared executables
-        assert of["host_rows_bytes"] == sum(model.statistics_of(s).nbytes for s in model.subnets)
+        assert of["host_statistics_bytes"] == sum(model.statistics_of(s).nbytes for s in model.subnets)
     assert in_call["slices_bytes"] == 0
     assert kept["live_bytes"] - in_call["live_bytes"] == kept["slices_bytes"] > 0
     chosen = [model.space.smallest(), model.space.largest()]
@@ -121,10 +123,10 @@ def test_memory_of_all_variants_adds_up(run, export):
     assert everything["live_bytes"] == sum(4 * TINY.num_params(s) + model.statistics_of(s).nbytes for s in model.subnets)
     for of in (in_call, kept, small, extracted):
         assert min(of["temporary_bytes"], of["code_bytes"], *of["latency_ms"]) > 0
-    assert found["ratios"][in_call["name"]]["live_bytes"] == pytest.approx(extracted["live_bytes"] / in_call["live_bytes"])
+    assert found["ratios"][in_call["name"]]["live"] == pytest.approx(extracted["live_bytes"] / in_call["live_bytes"])
     assert "not measured: fresh weights; sizes are real" in printed
 
 
 @pytest.mark.parametrize(("name", "option"), [("actuation.py", "--subnets"), ("memory.py", "--extracted")])
 def test_numbers_that_cannot_be_are_refused(run_program, export, name, option):
-    assert "at least" in run_program(f"serve/bench/{name}", export, option, "0", status=2).stderr
+    assert f"{option[2:]} must be" in run_program(f"serve/bench/{name}", export, option, "0", status=2).stderr

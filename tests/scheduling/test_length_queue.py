@@ -60,13 +60,13 @@ def decide(q, policy, now_s=0.0, meter=None):
     return dispatch.next_batch(Turn(q, meter or ArrivalMeter(), policy, PROFILE), now_s)
 
 
-def test_inputs_of_one_shape_or_one_length_wait_in_a_plain_queue():
+def test_inputs_of_one_shape_or_one_length_wait_in_a_deadline_queue():
     for profile in (Profile((1, 2, 4), rows(8)), PROFILE.at_length(8)):
         assert type(length_queue.make_queue(profile)) is DeadlineQueue
 
 
 @given(ENTRIES, st.integers(1, 5), st.sampled_from([0.7, 0.8]), st.sampled_from([0.0, 2.5]))
-def test_every_batch_has_its_head_and_nobody_too_long_for_the_head_s_length_bucket(entries, n, accuracy, deferred_s):
+def test_a_batch_starts_with_the_head_and_has_no_query_longer_than_its_length_bucket(entries, n, accuracy, deferred_s):
     q, seen = filled(entries), []
     while len(q):
         q.defer(deferred_s)
@@ -82,7 +82,7 @@ def test_every_batch_has_its_head_and_nobody_too_long_for_the_head_s_length_buck
 
 
 @given(st.lists(st.integers(1, 32)), DEADLINES)
-def test_texts_that_are_added_together_go_to_the_length_bucket_of_each(lengths, deadline_s):
+def test_push_all_puts_each_text_into_its_own_length_bucket(lengths, deadline_s):
     together, one_by_one = LengthQueue(PROFILE), filled([(deadline_s, 0.0, length) for length in lengths])
     together.push_all(deadline_s, range(len(lengths)), lengths=lengths)
     for q in together, one_by_one:
@@ -110,7 +110,7 @@ def test_the_head_is_the_earliest_deadline_and_each_length_bucket_is_served_in_o
     st.lists(st.sampled_from([0.0, 2.0, 4.0]), max_size=2),
     st.sampled_from([0.5, 2.5, 9.0]),
 )
-def test_with_all_lengths_alike_it_is_the_plain_queue(entries, n, times, time_s):
+def test_with_equal_lengths_it_acts_like_a_deadline_queue(entries, n, times, time_s):
     q, plain = filled(entries), DeadlineQueue()
     for i, (deadline_s, floor, _) in enumerate(entries):
         plain.push(deadline_s, i, floor)
@@ -128,7 +128,7 @@ def test_with_all_lengths_alike_it_is_the_plain_queue(entries, n, times, time_s)
 
 
 @given(ENTRIES, st.sampled_from(["slackfit", "slackfit-paper", "max-acc", "max-batch", "fixed:1", "proteus"]), st.floats(0, 9))
-def test_the_latency_that_decides_is_that_of_the_program_that_will_run(entries, name, now_s):
+def test_the_policy_decides_by_the_latency_of_the_program_that_runs(entries, name, now_s):
     q, policy, asked = filled(entries), policies.create(name, PROFILE), []
 
     def spy(profile, state):
@@ -146,8 +146,8 @@ def test_the_latency_that_decides_is_that_of_the_program_that_will_run(entries, 
         assert all(entries[i][1] <= row.accuracy for i in batch)
 
 
-def test_a_policy_is_told_of_work_in_units_of_the_head_s_length():
-    # At the fastest subnet's best throughput a query of 32 tokens costs 2.5 ms, one of 8 a quarter of that.
+def test_the_state_counts_work_in_queries_like_the_head():
+    # At the fastest subnet's best throughput a query of 32 tokens costs 2.5 ms, and a query of 8 tokens a quarter.
     q, meter = filled([(0.1, 0.0, 5), (0.2, 0.0, 30), (0.3, 0.0, 8)]), ArrivalMeter()
     meter.read(0.0, 0.0)
     states = []
@@ -166,7 +166,7 @@ def test_a_policy_is_told_of_work_in_units_of_the_head_s_length():
     assert first.variance_qps == pytest.approx(16 * second.variance_qps)
 
 
-def test_the_first_reading_takes_the_traffic_for_a_poisson_process_in_units_of_the_head_s_work():
+def test_the_first_reading_assumes_a_compound_poisson_process():
     for tokens, variance_per_mean in ([5] * 8, 1.0), ([32] * 8, 1.0), ([32] * 4 + [5] * 4, (1 + 1 / 16) / (1 + 1 / 4)):
         q, meter, states = filled([]), ArrivalMeter(), []
         meter.read(0.0, 0.0)
@@ -176,8 +176,8 @@ def test_the_first_reading_takes_the_traffic_for_a_poisson_process_in_units_of_t
         assert states[0].variance_qps == pytest.approx(variance_per_mean * states[0].rate_qps)
 
 
-def test_where_the_decision_defers_the_head_another_length_is_asked_for_anew():
-    # Alone, a query of 32 tokens takes 4 ms: this one is lost. That of 8 tokens can be saved, in 1 ms.
+def test_if_the_decision_defers_the_head_the_policy_is_asked_again_for_the_next_head():
+    # Alone, a query of 32 tokens takes 4 ms, so the first is lost. The second takes 1 ms and can be saved.
     q, states = filled([(0.001, 0.0, 32), (0.0015, 0.0, 8)]), []
     policy = policies.create("slackfit", PROFILE)
 
@@ -198,13 +198,13 @@ def lost_and_on_time(lost_tokens, on_time=1, deadline_s=1.0):
     return q
 
 
-def test_lost_queries_of_a_longer_bucket_have_a_batch_once_those_on_time_do_not_fill_one():
+def test_deferred_queries_of_a_longer_length_bucket_run_once_on_time_queries_do_not_fill_a_batch():
     q = lost_and_on_time(32, on_time=5)
     assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (1, 8, 0, 5, [1, 2, 3, 4])
     assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (0, 32, 1, 2, [0, 5])
 
 
-def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
+def test_a_batch_of_deferred_queries_is_small_enough_for_on_time_queries_to_meet_their_deadlines():
     # A batch of 1, 2 or 4 long ones takes 4, 6 or 10 ms, then one of four short ones 2.5 ms.
     for now_s, length, riders in (0.987, 32, 3), (0.991, 32, 2), (0.993, 32, 1), (0.994, 8, 1):
         q = lost_and_on_time(32)
@@ -212,12 +212,12 @@ def test_a_batch_of_lost_queries_is_no_larger_than_those_on_time_can_wait_for():
         q.defer(0.01)
         q.choose_head(now_s)
         assert (q.head_length, q.eligible) == (length, riders), now_s
-        _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that does not look at how many there are
+        _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that ignores the number of eligible queries
         assert len(batch) == riders, now_s
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_lost_long_texts_are_answered_as_soon_as_lost_short_ones_of_the_same_work(workers):
+def test_lost_long_texts_are_answered_as_soon_as_lost_short_texts_of_equal_work(workers):
     paper = paper_profile.paper_profile()
     profile = Profile(paper.batch_sizes, rows_at={8: paper.rows, 32: paper.scaled(4).rows})
     short = traces.gamma(rate_qps=0.9 * workers * paper.throughput_qps(paper.rows[0].subnet), duration_s=4.0, cv2=0.0)
@@ -236,13 +236,13 @@ def test_lost_long_texts_are_answered_as_soon_as_lost_short_ones_of_the_same_wor
     assert accuracy[32] > profile.rows[0].accuracy + 0.003
 
 
-def test_what_cannot_be_saved_depends_on_its_length():
+def test_pop_before_allows_longer_queries_more_time():
     q = filled([(0.0035, 0.0, 32), (0.0035, 0.0, 8)])
     assert q.pop_before(0.001) == [0]  # alone on the fastest subnet it takes 4 ms, the other 1 ms
     assert q.drain() == [1]
 
 
-def test_a_query_of_unknown_length_belongs_to_the_longest():
+def test_a_query_of_unknown_length_belongs_to_the_longest_length_bucket():
     q = LengthQueue(PROFILE)
     q.push(1.0, "unknown")
     assert q.head_length == 32
@@ -262,28 +262,28 @@ def ms(seconds):
 
 
 def test_the_simulator_equals_an_example_worked_out_by_hand():
-    # The first runs alone, 8 tokens, for 1 ms. Then the head has 30 tokens and takes its like from behind the short one, two
-    # in 6 ms. Last the short ones, two in 1.5 ms, and the one of 12 tokens, which one of them could not take along, in 2 ms.
+    # The first runs alone, padded to 8 tokens, for 1 ms. Then the head has 30 tokens: it runs with the other long query, two
+    # in 6 ms. Then the short ones, two in 1.5 ms. The query of 12 tokens is too long for their batch and takes 2 ms.
     result = serve(always(0, 2), [0, 0.1, 0.2, 0.3, 0.4, 0.5], [5, 30, 8, 20, 3, 12])
     assert ms(result.start_s) == [0, 1, 7, 1, 7, 8.5]
     assert ms(result.finish_s) == [1, 7, 8.5, 7, 8.5, 10.5]
     assert result.batch.tolist() == [1, 2, 2, 2, 2, 1]
 
 
-def test_shorter_queries_ride_in_what_would_be_padding():
+def test_shorter_queries_fill_the_rest_of_a_batch():
     result = serve(always(0, 4), [0, 0.1, 0.2, 0.3], [32, 17, 9, 3])
     assert ms(result.start_s) == [0, 4, 4, 4]
     assert ms(result.finish_s) == [4, 14, 14, 14]
 
 
 def test_a_change_of_length_is_no_change_of_subnet():
-    profile = Profile.from_json(PROFILE.to_json())  # whose tables have equal subnets, not the same
+    profile = Profile.from_json(PROFILE.to_json())  # its subnets are equal to the policy's, but other objects
     trace = Trace(np.array([0.0, 0.01, 0.03]), 100.0, lengths=np.array([5, 30, 5]))
     result = simulator.simulate(profile, always(0, 1), trace, cluster=Cluster(workers=1, actuation_ms=3.0))
     assert ms(result.finish_s - result.start_s) == [4, 4, 1]
 
 
-def test_a_trace_that_knows_no_lengths_is_padded_to_the_longest():
+def test_queries_of_unknown_length_are_padded_to_the_longest_length_bucket():
     trace = traces.gamma(rate_qps=200.0, duration_s=0.5)
     known = dataclasses.replace(trace, lengths=32)
     plain = simulator.simulate(PROFILE.at_length(32), "slackfit", trace)
@@ -309,7 +309,7 @@ def test_length_buckets_beat_padding_to_the_longest():
     assert bucketed.mean_accuracy > padded.mean_accuracy + 0.02
 
 
-def test_the_fluid_bound_knows_what_each_length_costs():
+def test_the_fluid_bound_uses_the_latency_of_each_length():
     trace = traces.gamma(rate_qps=2 * PROFILE.throughput_qps(SUBNETS[0]), duration_s=5.0, cv2=0)
     long, short = (bounds.fluid_of_trace(PROFILE, dataclasses.replace(trace, lengths=n), workers=1) for n in (32, 8))
     assert long.attainment == pytest.approx(0.5 * 5.036 / 5, abs=1e-3)
@@ -352,7 +352,7 @@ def test_an_input_that_no_length_bucket_holds_is_refused(x, message):
         s.submit(x)
 
 
-def test_a_mixed_crowd_is_answered_exactly_once_by_every_policy():
+def test_every_policy_answers_each_query_of_a_mix_of_lengths_once():
     rng = np.random.default_rng(0)
     crowd = [np.full(n, i + 1, np.int32) for i, n in enumerate(rng.integers(1, 33, 200))]
     for name in ("slackfit", "slackfit-paper", "max-batch", "fixed:0", "proteus"):

@@ -65,7 +65,7 @@ def test_the_head_is_what_the_next_pops_take(entries, n):
 
 
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.0, 0.7, 0.8]), st.integers(0, 3))))
-def test_items_that_are_added_together_are_as_if_added_one_by_one(groups):
+def test_push_all_equals_pushing_one_by_one(groups):
     together, one_by_one, item = DeadlineQueue(), DeadlineQueue(), itertools.count()
     for deadline_s, floor, count in groups:
         items = [next(item) for _ in range(count)]
@@ -141,7 +141,7 @@ def test_deferred_items_come_last_and_stay_there(entries, times, n):
 
 
 @given(ENTRIES, DEADLINES, DEADLINES)
-def test_what_is_set_aside_comes_back_in_its_place(entries, late_s, before_s):
+def test_items_that_were_set_aside_return_to_their_places(entries, late_s, before_s):
     q, untouched = filled(entries), filled(entries)
     assert q.defer(late_s) == untouched.defer(late_s)
     aside = q.set_aside(before_s)
@@ -152,7 +152,7 @@ def test_what_is_set_aside_comes_back_in_its_place(entries, late_s, before_s):
 
 
 @given(ENTRIES, st.sampled_from([0.0, 2.0, 4.0]), st.sampled_from([0.5, 2.5, 9.0]))
-def test_what_is_due_is_counted_and_what_is_overdue_is_taken_deferred_or_not(entries, deferred_s, time_s):
+def test_due_by_counts_on_time_items_and_pop_before_takes_overdue_ones(entries, deferred_s, time_s):
     q = filled(entries)
     assert q.due_by(time_s) == sum(deadline_s <= time_s for deadline_s, _ in entries)
     q.defer(deferred_s)
@@ -162,7 +162,7 @@ def test_what_is_due_is_counted_and_what_is_overdue_is_taken_deferred_or_not(ent
     assert q.head_floors(3) == ()
 
 
-def test_counting_what_is_due_looks_at_few_of_those_that_wait():
+def test_due_by_visits_few_items():
     looked = []
 
     class Watched(float):
@@ -183,7 +183,7 @@ def test_counting_what_is_due_looks_at_few_of_those_that_wait():
     assert len(looked) < 20
 
 
-def test_a_decision_may_let_late_items_step_back_before_its_batch_is_taken():
+def test_a_decision_may_defer_items_before_its_batch_is_taken():
     q = filled([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
     turn = Turn(q, ArrivalMeter(), lambda profile, state: Decision(SMALL.subnet, 2, defer_ms=2000.0), PROFILE)
     assert dispatch.next_batch(turn, 0.0)[1] == [1, 2]
@@ -201,7 +201,7 @@ def test_the_meter_knows_the_mean_and_the_variance_of_the_arrivals(cv2):
     assert variance == pytest.approx(2000.0 * cv2, rel=0.2, abs=100.0)
 
 
-def test_the_meter_forgets_traffic_after_a_pause_as_though_somebody_had_asked_all_the_time():
+def test_the_meter_forgets_in_a_pause_as_if_it_had_been_read_all_the_time():
     step_s = 2**-5
     asked, alone = ArrivalMeter(window_s=step_s), ArrivalMeter(window_s=step_s)
     for k in range(100):

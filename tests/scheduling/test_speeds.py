@@ -1,4 +1,4 @@
-"""Workers that are slower than their profile, or than one another: the estimate, the law of time, and the gain."""
+"""Workers that are slower than their profile, or than one another."""
 
 import math
 
@@ -36,7 +36,7 @@ def simulate(profiles, trace, seed=0, **cluster):
 
 @settings(deadline=None)
 @given(st.floats(1.1, 7.0), TIMES_MS)
-def test_the_estimate_reaches_what_a_device_has_become_and_forgets_it_again(factor, profiled_ms):
+def test_the_estimate_follows_a_device_that_becomes_slower_and_recovers(factor, profiled_ms):
     estimate = SlowdownEstimate()
     batches = math.ceil(1000 / min(profiled_ms, 10.0))
     for _ in range(batches):
@@ -49,13 +49,13 @@ def test_the_estimate_reaches_what_a_device_has_become_and_forgets_it_again(fact
 
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), max_size=200), TIMES_MS)
-def test_a_worker_never_counts_as_faster_than_its_profile_nor_as_beyond_all_limits(ratios, profiled_ms):
+def test_the_estimate_is_never_below_1_nor_above_8(ratios, profiled_ms):
     assert 1.0 <= observed(*ratios, profiled_ms=profiled_ms) <= 8.0 + 1e-9
 
 
 @settings(deadline=None)
 @given(TIMES_MS)
-def test_one_batch_that_stood_still_or_took_no_time_does_not_count(profiled_ms):
+def test_one_extreme_batch_hardly_moves_the_estimate(profiled_ms):
     assert observed(*[1.0] * 20, 50.0, profiled_ms=profiled_ms) == 1.0
     calm, stalled, hurried = (observed(*[1.5] * 200, *last, profiled_ms=profiled_ms) for last in ((), (50.0,), (0.0,)))
     assert 0.96 * calm < hurried <= calm <= stalled < 1.04 * calm
@@ -71,7 +71,7 @@ def test_noise_alone_is_no_slowdown():
     assert max(seen) < 1.15
 
 
-def test_a_worker_that_is_gone_counts_for_nothing_until_it_comes_back():
+def test_a_worker_that_left_counts_for_nothing_until_it_comes_back():
     fleet = Fleet([PAPER, PAPER.scaled(0.5), PAPER])
     assert fleet.pace(0) == (4.0, 1.0, 2.0)
     fleet.leave(1)
@@ -80,12 +80,12 @@ def test_a_worker_that_is_gone_counts_for_nothing_until_it_comes_back():
     assert fleet.pace(1) == (2.0, 1.0, 1.0)
 
 
-def test_workers_that_are_all_slower_are_as_many_as_before():
+def test_equally_slow_workers_count_as_equal_workers():
     fleet = Fleet([PAPER] * 3)
     for worker in range(3):
         for _ in range(200):
             fleet.observe(worker, 10.0, 20.0)
-    paces = [fleet.pace(worker) for worker in range(3)]  # each is counted anew when it asks
+    paces = [fleet.pace(worker) for worker in range(3)]  # a worker's speed is updated when it asks
     assert paces[2].workers == pytest.approx(3.0)
     assert paces[2].slowdown == pytest.approx(2.0, rel=0.01)
     assert paces[2].lead == pytest.approx(1.0)
@@ -98,7 +98,7 @@ deadlines = st.lists(st.floats(0.0, 0.09), min_size=1, max_size=60)
 
 @settings(deadline=None)
 @given(deadlines, st.floats(-0.01, 0.03), st.sampled_from([2.0, 4.0]), st.integers(1, 9))
-def test_a_device_that_is_slower_than_its_profile_is_served_as_one_whose_profile_says_so(deadlines, now_s, factor, workers):
+def test_a_slow_device_is_served_like_a_device_with_a_slow_profile(deadlines, now_s, factor, workers):
     def decided(table, slowdown):
         waiting, meter = DeadlineQueue(), ArrivalMeter()
         for t in range(10):
@@ -114,7 +114,7 @@ def test_a_device_that_is_slower_than_its_profile_is_served_as_one_whose_profile
     assert decided(PAPER, factor) == decided(PAPER.scaled(factor), 1.0)
 
 
-def test_on_a_slow_device_slack_and_slo_are_shorter_and_more_comes_in_a_second_and_nothing_else_is_different():
+def test_on_a_slow_device_the_state_has_shorter_times_and_higher_rates_and_no_other_change():
     seen = []
 
     def policy(table, state):
@@ -138,7 +138,7 @@ def test_on_a_slow_device_slack_and_slo_are_shorter_and_more_comes_in_a_second_a
     assert (plain.near, late) == (27, [0, 4])
 
 
-def test_a_server_whose_devices_slow_down_half_way_goes_on_meeting_its_deadlines():
+def test_deadlines_are_met_after_all_devices_slow_down():
     trace = traces.bursty(cv2=4.0, burst_qps=4900.0, duration_s=8.0)
     table, slowed = PAPER.scaled(1.3), (Slowdown(1.5, from_s=4.0),)
     with_it, without = (simulate(table, trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
@@ -147,7 +147,7 @@ def test_a_server_whose_devices_slow_down_half_way_goes_on_meeting_its_deadlines
     assert met[0] > 0.998 > 0.9 > met[1]
 
 
-def test_one_device_that_slows_down_does_not_cost_the_deadlines_of_the_others():
+def test_deadlines_are_met_after_one_device_slows_down():
     trace = traces.bursty(cv2=4.0, burst_qps=4000.0, duration_s=4.0)
     slowed = tuple(Slowdown(2.0, from_s=1.0, worker=w) for w in (0, 1))
     with_it, without = (simulate(PAPER.scaled(1.3), trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
@@ -155,7 +155,7 @@ def test_one_device_that_slows_down_does_not_cost_the_deadlines_of_the_others():
 
 
 @pytest.mark.parametrize("cluster", [{}, {"stalls": (Stall(1.0, 1.2),), "outages": (Outage(3, 0.5, 1.5),)}])
-def test_where_devices_keep_to_their_profile_nothing_is_different(cluster):
+def test_without_slowdowns_following_them_changes_nothing(cluster):
     trace = traces.bursty(duration_s=3.0)
     followed, ignored = (simulate(PAPER, trace, follow_drift=f, **cluster) for f in (True, False))
     for name in ("finish_s", "accuracy", "worker"):
@@ -174,7 +174,7 @@ def test_devices_that_differ_threefold_meet_the_deadlines_together(slowdowns, lo
     assert set(result.worker) == set(range(len(profiles)))
 
 
-def test_what_a_slow_worker_cannot_save_is_left_to_the_fast_one():
+def test_a_slow_worker_leaves_queries_that_only_the_fast_one_can_save():
     fast, slow = PAPER, PAPER.scaled(10.0)
     urgent_s = 1e-3 * fast.rows[0].latency_ms[-1] * 2
     waiting = DeadlineQueue()
@@ -187,7 +187,7 @@ def test_what_a_slow_worker_cannot_save_is_left_to_the_fast_one():
     assert waiting.drain() == [i for i in range(40) if i not in items]
 
 
-def test_of_queries_that_nobody_can_save_the_slow_worker_takes_its_share():
+def test_a_slow_worker_takes_queries_that_nobody_can_save():
     waiting = DeadlineQueue()
     for i in range(20):
         waiting.push(-1.0, i)

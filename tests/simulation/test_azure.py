@@ -33,7 +33,7 @@ PUBLISHED = "HashOwner,HashApp,HashFunction,Trigger,1,2,3\na,b,c,http,1,0,5\na,b
     ],
     ids=["as published", "other order", "other spellings", "floats and empty cells", "minutes only", "a subset of minutes"],
 )
-def test_files_in_many_shapes_hold_the_same_minutes(tmp_path, text):
+def test_files_with_other_columns_hold_the_same_minutes(tmp_path, text):
     assert minutes(tmp_path, text) == [3, 0, 5]
 
 

@@ -61,7 +61,7 @@ def test_windows_tighten_the_bound_of_traffic_that_changes():
 
 
 @pytest.mark.parametrize("arrivals_ms", [[0.0], [1.0], [0.0, 0.0], [0.0, 1.0]])
-def test_the_last_queries_have_the_slo_after_them_in_which_to_be_answered(arrivals_ms):
+def test_the_bound_lets_the_last_queries_finish_after_the_last_arrival(arrivals_ms):
     trace = Trace(np.array(arrivals_ms) / 1e3)
     result = simulator.simulate(PAPER, "fixed:largest", trace, cluster=Cluster(workers=1))
     assert (result.attainment, result.mean_accuracy) == (1.0, pytest.approx(PAPER.rows[-1].accuracy))
@@ -156,7 +156,7 @@ def test_the_optimum_equals_an_example_worked_out_by_hand():
     # would have to wait until 3 and be done by 8. A third at 12 ms has time for the best.
     best = bounds.optimum(THREE, Trace(np.array([0.0, 3.0, 12.0]) / 1e3, 8.0), workers=1)
     assert (best.value, best.attainment) == (pytest.approx((0.8 + 0.76 + 0.8) / 3), 1.0)
-    # Were a batch to count from its first arrival, the best subnet could run these two from 0 to 9 ms.
+    # If a batch could start at its first arrival, the best subnet could run these two from 0 to 9 ms.
     assert bounds.optimum(THREE, Trace(np.array([0.0, 2.0]) / 1e3, 9.0), workers=1).value == pytest.approx(0.78)
     assert bounds.optimum(THREE, Trace(np.zeros(2), 2.0), workers=1).attainment == 0.5
     assert bounds.optimum(THREE, Trace(np.zeros(2), 1.0), workers=1).value == 0.0
@@ -192,7 +192,7 @@ def test_no_policy_beats_the_optimum(regrets):
 
 
 def test_the_regret_of_each_policy_against_the_optimum(regrets):
-    # On so few queries the guarded policy pays for reserves that have nothing to guard against.
+    # On so few queries SlackFit's reserves cost accuracy and save nothing.
     assert {name: float(regret.mean()) for name, regret in regrets.items()} == pytest.approx(
         {
             "slackfit": 1.80,

@@ -130,13 +130,13 @@ def test_a_worker_that_dies_gives_its_batch_back_and_may_return():
     assert (ms(shared.start_s), shared.worker.tolist()) == ([5], [1])
 
 
-def test_when_the_last_worker_leaves_for_good_what_waits_is_given_up_and_what_comes_is_refused():
+def test_after_the_last_worker_leaves_waiting_queries_expire_and_new_ones_are_refused():
     result = serve(always(0, 1), [0, 1, 30], outages=(Outage(0, 0.005),))
     assert result.outcome.tolist() == [simulator.EXPIRED, simulator.EXPIRED, simulator.REFUSED]
     assert (result.attainment, math.isnan(result.mean_accuracy)) == (0.0, True)
 
 
-def test_the_policy_is_told_how_many_workers_live():
+def test_the_state_has_the_number_of_live_workers():
     alive = []
 
     def policy(profile, state):
@@ -211,7 +211,7 @@ def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
     policy, workers = data.draw(st.sampled_from(policies.NAMES)), data.draw(st.integers(1, 3))
     cluster = Cluster(workers=workers)
     result = simulator.simulate(TWO, policy, Trace(arrivals, slo_ms, floors), cluster=cluster)
-    # Row i starts while the queries of its columns have come and still wait.
+    # waits[i, j]: query j waits when query i starts.
     waits = (result.arrival_s <= result.start_s[:, None]) & (result.start_s > result.start_s[:, None])
     overtakes = waits & (result.deadline_s < result.deadline_s[:, None])
     slack_ms = 1e3 * (result.deadline_s - result.start_s[:, None])
@@ -220,7 +220,7 @@ def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
     assert not overtakes.any()
 
 
-def test_lost_queries_step_back_behind_those_that_can_be_met_but_are_all_answered():
+def test_deferred_queries_run_last_but_are_all_answered():
     arrivals = np.zeros(8)
     policy = lambda p, s: Decision(p.rows[0].subnet, 2, defer_ms=16.0)  # noqa: E731
     late_last = serve(policy, arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4))
@@ -229,11 +229,11 @@ def test_lost_queries_step_back_behind_those_that_can_be_met_but_are_all_answere
     assert serve(always(0, 2), arrivals, slo_ms=np.array([15.0] * 4 + [40.0] * 4)).attainment == 0.0
 
 
-def test_in_an_overload_the_guarded_policy_meets_nearly_as_many_as_there_is_throughput_for():
+def test_in_an_overload_slackfit_meets_nearly_as_many_deadlines_as_the_throughput_allows():
     capacity = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
     trace = traces.steps(rates_qps=(1.5 * capacity, 0.5 * capacity), step_s=1.0)
     attained = {defer: simulator.simulate(PAPER, SlackFit(PAPER, defer=defer), trace).attainment for defer in (True, False)}
-    # Of 2 units of traffic 0.5 is too much, and what the SLO lets wait at the end of the overload is no loss.
+    # Of 2 units of traffic 0.5 exceed the capacity. Queries that still have slack at the end of the overload are met.
     assert attained[True] > 0.74 > 0.5 > attained[False]
 
 
@@ -251,7 +251,7 @@ def test_the_state_describes_the_recent_traffic():
     assert all(state.near == state.waiting for state in seen)
 
 
-def test_what_is_loaded_is_the_subnet_that_runs_where_a_floor_has_another_step_in():
+def test_actuation_time_is_for_the_subnet_that_runs_not_for_the_decided_one():
     result = serve(always(0, 1), [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]), actuation_ms=5.0)
     assert ms(result.finish_s - result.start_s) == [15, 25, 20, 15]
 
@@ -265,7 +265,7 @@ def test_the_planner_follows_the_traffic_and_misses_deadlines_if_it_has_to_load_
 
 
 @pytest.mark.parametrize("mix", [{18.0: 1, 36.0: 1, 200.0: 1}, {18.0: 0.05, 36.0: 0.05, 200.0: 0.9}])
-def test_of_mixed_slos_the_guarded_policy_meets_the_short_as_well_as_the_long(mix):
+def test_slackfit_meets_short_and_long_slos_of_a_mix(mix):
     profile = PAPER.scaled(1.9)
     trace = traces.bursty(burst_qps=4900.0, duration_s=8.0).mixed(slo_ms=mix)
     result = simulator.simulate(profile, "slackfit", trace)
@@ -275,7 +275,7 @@ def test_of_mixed_slos_the_guarded_policy_meets_the_short_as_well_as_the_long(mi
 
 
 @pytest.mark.slow
-def test_on_recorded_traffic_the_guarded_policy_attains_more_than_the_least_accurate_subnet_and_is_far_more_accurate():
+def test_on_recorded_traffic_slackfit_attains_more_than_the_least_accurate_subnet_and_is_far_more_accurate():
     trace = azure.trace(SAMPLE)
     least, ours = (simulator.simulate(PAPER, name, trace) for name in ("least-accurate", "slackfit"))
     assert ours.attainment > least.attainment
@@ -290,7 +290,7 @@ BURSTY = {cv2: traces.bursty(cv2=cv2, duration_s=15.0) for cv2 in (4.0, 8.0)}
     ("scale", "trace", "gain"),
     [(1.0, BURSTY[8.0], 0.014), (1.9, BURSTY[4.0], 0.014), (1.0, ACCELERATING, 0.002), (1.9, ACCELERATING, 0.002)],
 )
-def test_the_guarded_policy_attains_what_the_least_accurate_subnet_does_and_is_far_more_accurate(scale, trace, gain):
+def test_slackfit_attains_what_the_least_accurate_subnet_does_and_is_far_more_accurate(scale, trace, gain):
     least, ours = (simulator.simulate(PAPER.scaled(scale), name, trace) for name in ("least-accurate", "slackfit"))
     assert ours.attainment >= least.attainment - 0.001
     assert ours.mean_accuracy > least.mean_accuracy + gain
@@ -298,7 +298,7 @@ def test_the_guarded_policy_attains_what_the_least_accurate_subnet_does_and_is_f
 
 @pytest.mark.parametrize("scale", [1.0, 1.9])
 @pytest.mark.parametrize("stall_s", [0.01, 0.2])
-def test_after_a_stall_the_guarded_policy_recovers_within_a_second(scale, stall_s):
+def test_after_a_stall_slackfit_recovers_within_a_second(scale, stall_s):
     profile = PAPER.scaled(scale)
     rate = 0.8 * 8 * profile.throughput_qps(profile.rows[0].subnet)
     cluster = Cluster(stalls=(Stall(1.0, 1.0 + stall_s),))
@@ -307,7 +307,7 @@ def test_after_a_stall_the_guarded_policy_recovers_within_a_second(scale, stall_
     assert missed.max(initial=0.0) < 2.0 + stall_s
 
 
-def test_the_papers_rule_collapses_with_32_latency_buckets_where_the_guarded_one_does_not():
+def test_the_papers_rule_collapses_with_32_latency_buckets_where_slackfit_does_not():
     profile, trace = PAPER.scaled(1.9), traces.bursty(duration_s=15.0)
     collapsed = simulator.simulate(profile, PaperSlackFit(profile, buckets=32), trace)
     assert collapsed.attainment < 0.8 < 0.99 < simulator.simulate(profile, "slackfit", trace).attainment

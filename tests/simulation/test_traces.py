@@ -56,7 +56,7 @@ def test_bursty_traffic_is_an_even_base_with_bursts_on_top():
     assert len(traces.bursty(base_qps=0.0, burst_qps=1000.0, duration_s=30.0)) == len(trace) - 300
 
 
-def test_accelerating_traffic_holds_ramps_and_holds():
+def test_accelerating_traffic_is_constant_then_a_ramp_then_constant():
     trace = traces.accelerating(from_qps=1000.0, to_qps=3000.0, qps_per_s=500.0, ramp_at_s=2.0, duration_s=10.0, cv2=0)
     counts = np.histogram(trace.arrivals_s, bins=[0, 2, 4, 6, 10])[0]
     np.testing.assert_allclose(counts, [2000, 2 * 1500, 2 * 2500, 12000], atol=2)

@@ -2,14 +2,13 @@
 
     python train/bench/norm_statistics.py configs/ofa_resnet50.py --subnets 500
 
-Builds the network with fresh weights, exports it with a row of statistics for every subnet, loads the export and runs a few
-subnets at batch 1. The rows are made up, not calibrated: their sizes are real, the logits mean nothing. Library:
-training.random_export.export, checkpoint.load, training.latency.measure.
+Builds the network with fresh weights, exports it with statistics for every subnet, loads the export and runs a few subnets at
+batch 1. The statistics are not calibrated: their sizes are realistic, the logits mean nothing.
+Library: training.random_export.export, exports.load, training.latency.measure.
 """
 
 import dataclasses
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Annotated
@@ -27,9 +26,9 @@ class Options:
     """Options.
 
     Args:
-      config: the experiment; only its network counts.
-      subnets: how many have statistics: the smallest, the largest and random ones.
-      run: how many of them are run.
+      config: the experiment; only its network is used.
+      subnets: number of subnets with statistics: the smallest, the largest and random ones.
+      run: number of subnets to run.
       json: write the result to this file.
     """
 
@@ -41,9 +40,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    config_path, rest = cli.config_argument(sys.argv[1:], __doc__)
-    default = Options(load_config(config_path))
-    options = tyro.cli(Options, default=default, args=rest, prog=f"train/bench/norm_statistics.py {config_path}")
+    _, options = cli.options_after_path(lambda path: Options(load_config(path)), __doc__)
     config = options.config.model
     with tempfile.TemporaryDirectory() as folder:
         path = random_export.export(config, pathlib.Path(folder) / "export", subnets=options.subnets)
@@ -53,7 +50,7 @@ def main() -> None:
         kinds = {"statistics.npz": 0, "weights": 0}
         for name, file in loaded.manifest["files"].items():
             kinds[name.split("/")[0]] += file["bytes"]
-    weights, rows = sum(p.nbytes for p in loaded.params.values()), [r.nbytes for r in loaded.statistics.values()]
+    weights, sizes = sum(p.nbytes for p in loaded.params.values()), [s.nbytes for s in loaded.statistics.values()]
     ordered = loaded.subnets
     shown = [ordered[i] for i in np.linspace(0, len(ordered) - 1, options.run).round().astype(int)]
     table = [("MFLOPs", "params", "bytes of statistics", "weights / statistics", "ms per input")]
@@ -61,17 +58,23 @@ def main() -> None:
         flops, params, size = config.flops(subnet), config.num_params(subnet), loaded.statistics[subnet].nbytes
         table.append((f"{flops / 1e6:.0f}", f"{params:,}", f"{size:,}", f"{weights / size:.0f}", f"{ms:.0f}"))
     cli.print_table(table)
-    total = sum(rows)
+    mean = sum(sizes) / len(sizes)
     print(
-        f"{len(rows)} subnets (rows made up, their sizes real): {total:,} bytes of statistics, {total / len(rows):,.0f} each, "
-        f"{weights / (total / len(rows)):.0f} times less than the {weights:,} bytes of weights\n"
-        f"on disk: {kinds['statistics.npz']:,} bytes of statistics, the subnets' names included, and {kinds['weights']:,} of "
-        f"weights; loaded and checked in {load_s:.1f} s"
+        f"{len(sizes)} subnets (not calibrated, of realistic sizes): {sum(sizes):,} bytes of statistics, {mean:,.0f} each, "
+        f"{weights / mean:.0f} times less than the {weights:,} bytes of weights\n"
+        f"on disk: {kinds['statistics.npz']:,} bytes of statistics and subnets' names, and {kinds['weights']:,} of weights; "
+        f"loaded and checked in {load_s:.1f} s"
     )
     if options.json:
         files.write_json(
             options.json,
-            {"subnets": len(rows), "weights_bytes": weights, "statistics_bytes": rows, "disk_bytes": kinds, "load_s": load_s},
+            {
+                "subnets": len(sizes),
+                "weights_bytes": weights,
+                "statistics_bytes": sizes,
+                "disk_bytes": kinds,
+                "load_s": load_s,
+            },
         )
 
 

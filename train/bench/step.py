@@ -1,17 +1,17 @@
-"""Times a sandwich step against as many steps of the largest subnet: what sampling small subnets in their own programs saves.
+"""Times a sandwich step against as many steps of the largest subnet: what it saves that small subnets have own programs.
 
     python train/bench/step.py configs/digits_resnet.py --batch-size 64 --repetitions 30
 
-A sandwich step trains the largest, the smallest and two random subnets; masked to one program it would cost four steps of the
-largest. Both are measured in turn, the optimiser's update in each, compilations before; so the ratio holds on a busy machine,
-too. The table says what each program adds to a step of the largest. Inputs are made up: no dataset is needed.
+A sandwich step trains the largest, the smallest and two random subnets. With one masked program for all of them it would cost
+four steps of the largest. Both are timed in turn, so the ratio also holds on a busy machine. Times include the optimiser's
+update, but no compilation. The table shows what each program adds to a step of the largest. Inputs are random: no dataset is
+needed.
 Library: training.step.SandwichStep, training.sampling.Sampler.
 """
 
 import dataclasses
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from superserve_jax.training.step import Recipe, SandwichStep
 
 DEFAULT_CONFIG = "configs/digits_resnet.py"
 RANDOM_SUBNETS = 2
-STEPS = 2 + RANDOM_SUBNETS  # of the largest, as many as a sandwich step trains subnets
+STEPS = 2 + RANDOM_SUBNETS  # steps of the largest: one for each subnet of a sandwich step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Options:
     """Options.
 
     Args:
-      config: every field of the config file can be overridden.
+      config: the experiment; an option can override every field of the config file.
       repetitions: sandwich steps to time, each followed by four steps of the largest.
-      json: write the figures to this file.
+      json: write the numbers to this file.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -48,7 +48,7 @@ class Options:
 
 
 class Bench:
-    """The state that the timed steps hand on to each other, and one batch."""
+    """One batch, and the training state, which each timed step replaces."""
 
     def __init__(self, config: TrainConfig):
         recipe = Recipe(smoothing=config.label_smoothing, compute_dtype=config.compute_dtype)
@@ -59,14 +59,14 @@ class Bench:
         self._labels = rng.integers(0, config.model.num_classes, config.batch_size).astype(np.int32)
 
     def step_ms(self, choices: Sequence[Choice]) -> float:
-        """Milliseconds of one step of these choices, the first by labels, the others by its output."""
+        """Milliseconds of one step with these choices."""
         start = time.perf_counter()
         self._state, _ = jax.block_until_ready(self._sandwich(self._state, self._inputs, self._labels, choices))
         return 1e3 * (time.perf_counter() - start)
 
 
 def measure(config: TrainConfig, repetitions: int) -> dict[str, Any]:
-    """The figures that the program prints: times in ms, the ratio of every repetition, compilations."""
+    """The numbers that the program prints: times in ms, the ratio of every repetition, compilations."""
     sampler = Sampler(config.model, buckets=config.buckets, random_subnets=RANDOM_SUBNETS, seed=config.seed)
     steps = [sampler.step(k) for k in range(repetitions)]
     largest = steps[0][0]
@@ -79,17 +79,17 @@ def measure(config: TrainConfig, repetitions: int) -> dict[str, Any]:
             seen |= used
     compiled = compilations.count
     bench.step_ms([largest])
-    bench.step_ms([largest, others[0]])  # the update sums another number of gradients
+    bench.step_ms([largest, others[0]])  # compiles the update for two gradients
     before = compilations.count
 
-    sandwich, alone, pairs = [], [], [[] for _ in others]
+    sandwich, largest_only, pairs = [], [], [[] for _ in others]
     for choices in progress.track(steps, "measuring"):
         sandwich.append(bench.step_ms(choices))
-        alone.append(sum(bench.step_ms([largest]) for _ in range(STEPS)))
+        largest_only.append(sum(bench.step_ms([largest]) for _ in range(STEPS)))
         for times, choice in zip(pairs, others, strict=True):
             times.append(bench.step_ms([largest, choice]))
-    one = statistics.median(alone) / STEPS
-    rows = [
+    one = statistics.median(largest_only) / STEPS
+    table = [
         {"name": name, "mflops": config.model.flops(c.program.envelope) / 1e6, "traced": len(c.program.traced), "ms": ms}
         for name, c, ms in [
             ("largest, and the update", largest, one),
@@ -103,45 +103,36 @@ def measure(config: TrainConfig, repetitions: int) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "batch_size": config.batch_size,
         "sandwich_ms": statistics.median(sandwich),
-        "largest_ms": statistics.median(alone),
-        "ratio": statistics.median(sandwich) / statistics.median(alone),
-        "ratios": [a / b for a, b in zip(sandwich, alone, strict=True)],
+        "largest_ms": statistics.median(largest_only),
+        "ratio": statistics.median(sandwich) / statistics.median(largest_only),
+        "ratios": [a / b for a, b in zip(sandwich, largest_only, strict=True)],
         "compilations": compiled,
         "compilations_bound": bound(config.buckets),
         "compilations_while_measuring": compilations.count - before,
-        "programs": rows,
+        "programs": table,
     }
 
 
 def bound(buckets: int) -> int:
-    """The most programs that training compiles, however many steps it takes: the gradients of the largest, of the smallest
-    and of each subnet bucket, the update, and the accuracy."""
+    """The largest number of programs that training compiles, see `SandwichStep`."""
     return buckets + 4
 
 
 def main() -> None:
     """The program."""
-    path, *rest = sys.argv[1:] if sys.argv[1:] and not sys.argv[1].startswith("-") else [DEFAULT_CONFIG, *sys.argv[1:]]
-    default = Options(load_config(path))
-    options = tyro.cli(Options, description=__doc__, default=default, args=rest, prog=f"train/bench/step.py {path}")
+    _, options = cli.options_after_path(lambda path: Options(load_config(path)), __doc__, path=DEFAULT_CONFIG)
     found = measure(options.config, options.repetitions)
     low, middle, high = np.percentile(found["ratios"], (10, 50, 90))
     print(f"batch {found['batch_size']} on {found['device']}, medians of {options.repetitions}:")
-    cli.print_table(
-        [
-            ("program", "MFLOPs", "sizes traced", "ms per step", "of the largest"),
-            *(
-                (
-                    r["name"],
-                    f"{r['mflops']:.2f}",
-                    str(r["traced"]),
-                    f"{r['ms']:.1f}",
-                    f"{r['ms'] / found['programs'][0]['ms']:.2f}",
-                )
-                for r in sorted(found["programs"], key=lambda r: -r["mflops"])
-            ),
-        ]
-    )
+    largest_ms = found["programs"][0]["ms"]
+    columns = {
+        "program": lambda p: p["name"],
+        "MFLOPs": lambda p: f"{p['mflops']:.2f}",
+        "sizes traced": lambda p: str(p["traced"]),
+        "ms per step": lambda p: f"{p['ms']:.1f}",
+        "of the largest": lambda p: f"{p['ms'] / largest_ms:.2f}",
+    }
+    cli.print_columns(columns, sorted(found["programs"], key=lambda p: -p["mflops"]))
     print(
         f"a sandwich step of {STEPS} subnets takes {found['sandwich_ms']:.1f} ms, {STEPS} steps of the largest "
         f"{found['largest_ms']:.1f} ms: ratio {found['ratio']:.3f}; step by step median {middle:.3f}, 80 % within "

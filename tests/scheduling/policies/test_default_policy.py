@@ -1,4 +1,4 @@
-"""What the default policy promises in the paper's traffic, and that the paper's policies come in the paper's order."""
+"""The default policy in the paper's traffic, and the order of the paper's policies."""
 
 import functools
 

@@ -36,7 +36,7 @@ def test_the_planner_keeps_a_plan_for_its_period_and_makes_another_when_a_worker
     assert at(6.4, 4000.0) > at(6.5, 4000.0, workers=1) == busy
 
 
-def test_a_planner_counts_workers_that_differ_in_units_of_the_one_that_asks():
+def test_a_planner_rounds_a_fractional_number_of_workers():
     planner = Planner(PAPER)
     options = {"rate_qps": 2000.0, "slo_ms": 36.0}
     whole, parts = (State(0.0, 30.0, 9, (), workers, **options) for workers in (3, 2.7))

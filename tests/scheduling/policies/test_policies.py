@@ -16,7 +16,7 @@ NAMES = [*policies.NAMES, "fixed:2"]
 
 
 @pytest.mark.parametrize("name", policies.NAMES)
-def test_a_policy_carries_the_name_that_makes_it(name):
+def test_a_policy_has_the_name_that_makes_it(name):
     made = policies.create(name, PAPER).name
     assert made == {"fixed:smallest": "fixed:0", "fixed:largest": "fixed:5"}.get(name, name)
 
@@ -50,26 +50,26 @@ def test_no_choice_above_the_slack_is_taken_while_one_of_the_policy_fits(name, d
         assert profile.latency_ms(decision.subnet, decision.batch) <= state.slack_ms
 
 
-def test_max_acc_and_max_batch_weigh_accuracy_and_batch_the_other_way_round():
+def test_max_acc_prefers_accuracy_and_max_batch_prefers_the_batch():
     profile = make_profile([(1, 2, 4), (3, 5, 9)])
     assert choose(MaxAcc(profile), profile, 4.5) == (1, 1)
     assert choose(MaxBatch(profile), profile, 4.5) == (0, 4)
     assert choose(MaxBatch(profile), profile, 9.0) == (1, 4)
 
 
-def test_a_fixed_subnet_cuts_its_batch_to_the_slack_and_takes_all_it_can_when_the_head_is_lost():
+def test_a_fixed_subnet_fits_its_batch_into_the_slack_and_runs_a_full_batch_if_the_head_is_lost():
     policy = policies.create("fixed:largest", PAPER)
     assert [choose(policy, PAPER, slack_ms) for slack_ms in (36, 20, 5, 4)] == [(5, 16), (5, 8), (5, 1), (5, 16)]
 
 
-def test_the_papers_slackfit_keeps_of_each_latency_bucket_the_largest_batch_then_the_most_accurate():
+def test_each_latency_bucket_keeps_the_largest_batch_then_the_most_accurate_subnet():
     # Two buckets, 1 to 5.5 and above 5.5 to 10: (0, 4) at 4 ms, and of (1, 4) at 9 and (2, 4) at 10 the latter.
     profile = make_profile([(1, 2, 4), (3, 5, 9), (6, 8, 10)])
     policy = PaperSlackFit(profile, buckets=2)
     assert [choose(policy, profile, ms) for ms in (10, 9.9, 4, 3.9)] == [(2, 4), (0, 4), (0, 4), (0, 4)]
 
 
-def test_the_two_readings_differ_where_a_range_holds_only_small_batches():
+def test_the_two_readings_differ_if_a_latency_bucket_has_only_small_batches():
     # The upper half, above 6.5 ms, holds (1, 1) and (1, 2); cumulatively it holds (0, 4) too.
     profile = make_profile([(1, 2, 4), (7, 9, 12)], batch_sizes=(1, 2, 4))
     in_range = PaperSlackFit(profile, buckets=4)
@@ -87,7 +87,7 @@ def test_a_policy_is_a_pure_function_of_the_state(data):
         assert policy(PAPER, state) == policy(PAPER, state) == policies.create(name, PAPER)(PAPER, state)
 
 
-def test_a_callable_is_a_policy_as_it_is():
+def test_create_returns_a_callable_unchanged():
     def policy(profile, state):
         return Decision(profile.rows[0].subnet, 1)
 
@@ -126,7 +126,7 @@ def test_the_table_finds_choices_by_rank_and_size():
 
 
 @pytest.mark.parametrize("name", ["slackfit", "max-acc"])
-def test_a_named_policy_decides_by_the_profile_that_it_is_passed(name):
+def test_a_policy_for_several_profiles_decides_by_the_profile_that_it_is_passed(name):
     fast, slow = PAPER, SLOWED
     both = policies.create(name, fast, slow)
     for profile in (fast, slow, dataclasses.replace(slow)):
@@ -134,5 +134,5 @@ def test_a_named_policy_decides_by_the_profile_that_it_is_passed(name):
             alone = policies.create(name, profile)
             assert choose(both, profile, slack_ms) == choose(alone, profile, slack_ms)
     assert both.name == name
-    other = PAPER.scaled(3.0)  # of a worker that is added later
+    other = PAPER.scaled(3.0)  # the profile of a worker that is added later
     assert choose(both, other, 30.0) == choose(policies.create(name, other), other, 30.0)

@@ -1,0 +1,118 @@
+"""A loaded export: a SuperNet that knows which of its subnets to serve."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.family import SequenceConfig
+from superserve_jax.supernets.supernet import SuperNet
+from superserve_jax.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A subnet that an export offers for serving.
+
+    Args:
+      subnet: the subnet.
+      accuracy: top-1 on test data with the subnet's own statistics, a fraction.
+      accuracy_shared: top-1 with the statistics of the largest subnet, or None if it was not measured.
+      flops: multiply-adds per input.
+      params: number of weights of the subnet on its own.
+    """
+
+    subnet: Subnet
+    accuracy: float
+    accuracy_shared: float | None
+    flops: int
+    params: int
+
+    def __post_init__(self):
+        if not isinstance(self.subnet, Subnet):
+            raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
+        shared = () if self.accuracy_shared is None else (self.accuracy_shared,)
+        for value in (self.accuracy, *shared):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise errors.ConfigError(f"the accuracy of a served subnet must be a fraction from 0 to 1, got {value!r}")
+        for value in (self.flops, self.params):
+            if not isinstance(value, int) or value < 0:
+                raise errors.ConfigError(f"flops and params of a served subnet must be ints from 0 up, got {value!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for `json.dump`."""
+        return {**dataclasses.asdict(self), "subnet": self.subnet.to_json()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Served":
+        """The inverse of `to_json`. Raises ConfigError if `data` does not have this form."""
+        with errors.refusing(errors.ConfigError, "not a served subnet as `Served.to_json` gives it"):
+            return Served(**{**data, "subnet": Subnet.from_json(data["subnet"])})
+
+
+class Model(SuperNet):
+    """A loaded export.
+
+    Args:
+      path: the export's directory.
+      manifest: the whole manifest, as plain values.
+      served: the subnets to serve with their accuracies, in ascending order of FLOPs.
+      text_vocabulary: how text becomes token ids, or None if the inputs are not text.
+      *args: config, parameters and statistics, as for `SuperNet`.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        manifest: dict[str, Any],
+        served: tuple[Served, ...],
+        text_vocabulary: Vocabulary | None,
+        *args: Any,
+    ):
+        super().__init__(*args)
+        self.path, self.manifest, self.served = path, manifest, served
+        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])  # of the logits; empty if unknown
+        self._vocabulary = text_vocabulary
+
+    @property
+    def subnets(self) -> tuple[Subnet, ...]:
+        """The served subnets, in ascending order of FLOPs."""
+        return tuple(s.subnet for s in self.served)
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The token of each id. Empty if the inputs are not text."""
+        return self._vocabulary.tokens if self._vocabulary else ()
+
+    def encode(
+        self, text: str | Sequence[str], second: str | Sequence[str] | None = None, *, length: int | None = None
+    ) -> np.ndarray:
+        """Turns text into inputs, exactly as in training.
+
+        Args:
+          text: one text, or a list of texts.
+          second: the second text of a pair, such as a hypothesis, or a list of them.
+          length: pad to this number of tokens; `config.max_length` if left out.
+
+        Returns:
+          For one text one input, as for `Server.submit`. For a list a batch, as for the model.
+
+        Raises:
+          InputError: the export has no vocabulary, or the text cannot be encoded.
+        """
+        if self._vocabulary is None or not isinstance(self.config, SequenceConfig):
+            raise errors.InputError(f"{self.path} has no vocabulary, so it cannot encode text; give arrays to the model")
+        single = isinstance(text, str)
+        if second is not None and isinstance(second, str) != single:
+            raise errors.InputError("text and second must be one text each, or a list of texts each")
+        inputs = self._vocabulary.encode(
+            [text] if isinstance(text, str) else text,
+            [second] if isinstance(second, str) else second,
+            length=self.config.input_spec(1, length=length).shape[1],
+            token_types=self.config.token_types,
+        )
+        return inputs[0] if single else inputs

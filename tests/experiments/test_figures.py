@@ -1,0 +1,32 @@
+"""The figures, as files and as what is drawn."""
+
+import dataclasses
+
+from superserve_jax.experiments import figures, presets, runner
+from superserve_jax.simulation import paper_profile
+
+PAPER = paper_profile.paper_profile()
+
+
+def test_every_preset_with_a_figure_draws_it(tmp_path, day):
+    cells = [
+        dataclasses.replace(c, policies=c.policies[:1] + c.policies[-2:])
+        for preset in ("bursty", "worker_kills", "actuation", "scale", "slowdown", "capacity", "maf")
+        for c in list(presets.cells(preset, duration_s=0.1, scales=(1.9,)))[:6]
+        if c.cluster.workers < 16
+    ]
+    results = runner.evaluate(cells, PAPER, maf_trace=str(day))
+    drawn = [*figures.draw(results, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(day))]
+    names = {path.name for path in drawn}
+    assert {"bursty_x1.9.png", "maf_x1.9.png", "worker_kills_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_every_policy_has_a_line_over_the_number_of_workers(tmp_path, monkeypatch):
+    names = ["slackfit", "slackfit-paper", "least-accurate", "max-acc", "proteus"]
+    about = {"preset": "scale", "trace": "steady", "scale": 1.0, "seed": 0, "workers": 8, "rate_qps": 9.0}
+    figures_of = {"attainment": 1.0, "accuracy": 78.0, "fluid_accuracy": 79.0}
+    drawn = []
+    monkeypatch.setattr(figures.plots, "panels", lambda panels, path, **options: drawn.extend(panels))
+    list(figures.draw([{**about, **figures_of, "policy": name} for name in names], tmp_path))
+    assert [list(panel.lines) for panel in drawn] == [names]

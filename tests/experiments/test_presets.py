@@ -1,0 +1,70 @@
+"""The presets: which cells they have, and the traffic and profiles in them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from superserve_jax import errors
+from superserve_jax.experiments import presets
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling import policies
+from superserve_jax.simulation import paper_profile
+
+PAPER = paper_profile.paper_profile()
+
+
+def test_presets_are_those_of_the_evaluation_and_pure_data():
+    known = "maf bursty acceleration policies worker_kills scale actuation capacity slowdown decisions"
+    assert list(presets.PRESETS) == known.split()
+    for grids in presets.PRESETS.values():
+        assert json.dumps([dataclasses.asdict(grid) for grid in grids])
+        assert hash(grids) == hash(tuple(dataclasses.replace(grid) for grid in grids))
+
+
+@pytest.mark.parametrize("preset", sorted(presets.PRESETS))
+def test_every_cell_is_there_once_and_all_its_policies_can_be_made(preset):
+    cells = list(presets.cells(preset, seeds=range(5)))
+    assert len(set(cells)) == len(cells)
+    for name in {name for cell in cells for name in cell.policies}:
+        assert callable(policies.create(name, PAPER))
+
+
+def test_the_papers_grids_are_complete():
+    def count(preset):
+        return len({c.trace for c in presets.cells(preset)})
+
+    assert (count("bursty"), count("acceleration"), count("policies"), count("scale"), count("actuation")) == (9, 9, 3, 6, 9)
+    bursty = {c.trace for c in presets.cells("bursty")}
+    assert {"1500+2950 cv2=2", "1500+5550 cv2=8"} <= bursty
+    [cluster] = {c.cluster for c in presets.cells("worker_kills")}
+    assert [(o.worker, o.from_s) for o in cluster.outages] == [(0, 12.0), (1, 24.0), (2, 36.0), (3, 48.0)]
+    assert {c.scale for c in presets.cells("bursty")} == {1.0, 1.9}
+
+
+def test_seeds_scales_and_policies_can_be_replaced():
+    cells = list(presets.cells("slowdown", seeds=(3, 4), scales=(1.5,), policies=("slackfit", "fixed:all"), subnets=2))
+    assert {c.scale for c in cells} == {1.5}
+    assert {c.policies for c in cells} == {("slackfit", "fixed:0", "fixed:1")}
+    assert len({(c.trace, c.seed) for c in cells}) == len(cells) == 4 * 2 + 2  # the stalls' traffic has no chance in it
+
+
+def test_an_unknown_preset_suggests_the_nearest():
+    with pytest.raises(errors.UnknownNameError, match="did you mean 'bursty'"):
+        list(presets.cells("burtsy"))
+
+
+def test_a_dense_profile_lies_on_the_lines_of_the_given_one():
+    two = Profile(PAPER.batch_sizes, PAPER.rows[:2])
+    dense = presets.dense(two, 5)
+    assert [r.accuracy for r in dense.rows] == pytest.approx([0.7382, 0.745375, 0.75255, 0.759725, 0.7669])
+    middle = [(a + b) / 2 for a, b in zip(PAPER.rows[0].latency_ms, PAPER.rows[1].latency_ms, strict=True)]
+    assert dense.rows[2].latency_ms == pytest.approx(middle)
+    assert len(presets.dense(PAPER).rows) == 500
+
+
+def test_the_azure_trace_asks_for_its_file_and_says_where_it_is_to_be_had(day):
+    with pytest.raises(errors.DataError, match=r"AzurePublicDataset.*--maf-trace"):
+        presets.MAF.create(0)
+    trace = presets.MAF.create(0, duration_s=2.0, maf_trace=str(day))
+    assert (len(trace), trace.name) == (12_800, "MAF 6400")
