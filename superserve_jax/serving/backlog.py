@@ -107,7 +107,7 @@ class Backlog:
     def retry(
         self, flight: Flight, failure: Failure, *, worker: int, name: str, workers: int, now_s: float, hung: bool = False
     ) -> None:
-        """Has the queries of a failed batch tried again, or fails those that have no try or no slack left.
+        """Puts the queries of a failed batch into a group of retries. A query without tries or slack fails.
 
         Args:
           worker, name: index and name of the worker on which the batch failed.

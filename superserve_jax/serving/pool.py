@@ -1,7 +1,7 @@
 """The pool of a server: its workers, its lock, and what waits for them. No jax.
 
-One class, because all of it changes under one lock: who is a member, what waits, and who is told about it. `server.py` opens
-with the map of threads and locks. Methods named `locked_...` expect the caller to hold the lock.
+One class, because its parts change together, under one lock. `server.py` opens with the map of threads and locks. Methods
+named `locked_...` expect the caller to hold the lock.
 """
 
 import copy
@@ -227,7 +227,7 @@ class Pool:
     # -- swaps ------------------------------------------------------------------------------------------------------------
 
     def swappable(self) -> tuple[Worker, ...]:
-        """The workers that a swap is for: those that are alive.
+        """The workers to swap: all that are alive.
 
         Raises ServerClosedError, WorkersLostError; ConfigError in a thread of this pool.
         """

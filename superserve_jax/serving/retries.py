@@ -104,7 +104,7 @@ class Retries:
     def failed(
         self, batch: Sequence[Query], before: Retry | None, worker: int, *, now_s: float, workers: int, hung: bool = False
     ) -> list[tuple[Query, str]]:
-        """Takes the queries of a failed batch. Returns those that are given up, each with the reason.
+        """Takes the queries of a failed batch. Returns the queries that are given up, each with the reason.
 
         Args:
           before: the group that the batch was taken from; None for the queue.

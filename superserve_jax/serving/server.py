@@ -22,9 +22,9 @@ Locks
   instructions. No thread takes the pool's lock while it holds one of them.
 
 Rules
-1. The server calls no foreign code while it holds a lock, except the policy (and `clock`, if that option is given). So under
-   the lock it does not log, take the `repr` of an error, resolve a future, or drop the last reference to a query, an input,
-   an engine or an error. It leaves these to the `Outbox`, which every thread empties after it has released the lock.
+1. The server calls no foreign code while it holds a lock, except the policy (and `clock`, if that option is given). Under the
+   lock it does not log, take the `repr` of an error, or resolve a future. It also drops no last reference to a query, an
+   input, an engine or an error. All this waits in the `Outbox`, which every thread empties after it has released the lock.
 2. Signal handlers, finalizers and the policy may call the server while their own thread holds a lock. A public method that
    finds this does not block, and does not look at half-changed state. The watchdog does the work when the lock is free.
    `submit` returns futures, which fail if the queries are refused then. `close` refuses new queries at once. `add_worker`,
@@ -237,7 +237,7 @@ class Server:
         Args:
           engine_or_device: an engine like the others. If the server was opened with a model, it may be a jax device: the
             calling thread then makes the executables first.
-          profile: the worker's latencies. None takes those of the first worker.
+          profile: the worker's latencies. None takes the latencies of the first worker.
 
         Returns:
           The worker's name: the engine's name, with a number if another worker has that name.
@@ -364,9 +364,9 @@ class Server:
 
         - `uptime_s`; `waiting` and `running`, numbers of queries; `oldest_wait_s`: how long the oldest query has waited, 0 if
           none waits.
-        - `queries`: `arrived`, and what became of them: `met`, answered by the deadline; `late`, answered after it; `expired`,
-          dropped with `expire`; `failed`, answered with another error; `cancelled`, when the server has let go of them;
-          `refused`, not admitted. These six, `waiting` and `running` add up to `arrived`. `requeued`: how often a query was
+        - `queries`: `arrived`, and what became of them. `met`: answered by the deadline. `late`: answered after it. `expired`:
+          dropped with `expire`. `failed`: answered with another error. `cancelled`: counted when the server lets go of them.
+          `refused`: not admitted. These six, `waiting` and `running` add up to `arrived`. `requeued`: how often a query was
           put back because its batch had failed. Queries with a wrong argument count nowhere.
         - `subnets`: for each subnet that ran, under its position in the profile: `accuracy`, `batches`, the queries `met` and
           `late`, and `busy_s`, the time of its batches.

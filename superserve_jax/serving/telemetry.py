@@ -1,7 +1,7 @@
 """What a server has done so far: queries by outcome, batches by subnet, size and reason, and histograms of times. No jax.
 
-Our own counters, since those of a library take a lock each. These change under the pool's lock, which is held anyway: when a
-client submits, and when a worker comes for its next batch. A snapshot is of one moment: every query that has arrived waits,
+Our own counters, since every counter of a library takes a lock. These change under the pool's lock, which is held anyway: when
+a client submits, and when a worker comes for its next batch. A snapshot is of one moment: every query that has arrived waits,
 runs, or is counted under its outcome.
 """
 

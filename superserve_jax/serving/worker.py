@@ -334,7 +334,7 @@ class Worker:
         pool.locked_changed_over()
 
     def locked_retire(self, gone: Gone = "") -> None:
-        """The worker takes no more batches, and leaves when it has answered those that it has."""
+        """The worker takes no more batches. It leaves when its present ones are answered."""
         self.alive = False
         self.gone = gone if gone == "abandoned" else self.gone or gone
 
