@@ -73,9 +73,9 @@ def _token_counts(dataset: DatasetLike, inputs: np.ndarray) -> scipy.sparse.csr_
     assert dataset.vocabulary is not None
     size = len(dataset.vocabulary.tokens)
     ids, types = (inputs[..., 0], inputs[..., 1]) if inputs.ndim == 3 else (inputs, np.zeros_like(inputs))
-    rows, columns = np.nonzero(ids != dataset.vocabulary.pad_id)
-    tokens = (ids + size * types)[rows, columns]
-    return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, tokens)), (len(inputs), 2 * size))
+    examples, positions = np.nonzero(ids != dataset.vocabulary.pad_id)
+    tokens = (ids + size * types)[examples, positions]
+    return scipy.sparse.csr_matrix((np.ones(len(examples)), (examples, tokens)), (len(inputs), 2 * size))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -27,7 +27,7 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 C = TypeVar("C")
 
 
-def check(config: Any, prefix: str = "", *, skip: Collection[str] = ()) -> None:
+def check(config: object, prefix: str = "", *, skip: Collection[str] = ()) -> None:
     """Raises ConfigError, or UnknownNameError for a mistyped name, unless every field of a dataclass fits its type.
 
     Args:

@@ -59,8 +59,8 @@ class SandwichStep:
     The largest subnet learns from the labels, the other subnets from its soft output. With a lesson of an outside teacher,
     every subnet learns from the lesson, and the largest one also from the labels.
 
-    Gradients are jitted for each program. So a phase compiles at most `buckets + 4` functions: the gradients of each subnet
-    bucket, of the largest and of the smallest subnet, the update, and the accuracy.
+    Gradients are jitted for each program. So a phase compiles at most `buckets + 4` functions. These are the gradients of each
+    subnet bucket, of the largest and of the smallest subnet, and the update and the accuracy.
 
     Args:
       optimiser: an Optax transformation.

@@ -55,7 +55,7 @@ def load(path: str | os.PathLike[str], student: FamilyConfig) -> Teacher:
 
 
 def check_hidden(recipe: Recipe, student: FamilyConfig, teacher: Teacher | None) -> None:
-    """Raises ConfigError if the recipe needs hidden states and those of student and teacher do not fit."""
+    """Raises ConfigError if the recipe needs hidden states, but student and teacher have none of equal shapes."""
     if not recipe.hidden_weight:
         return
     shapes = _hidden_shapes(student)

@@ -55,7 +55,7 @@ def data_from_json(values: Mapping[str, Any]) -> AnyDataConfig:
     return fields.read(_KINDS[kind][0], {key: value for key, value in values.items() if key != "kind"})
 
 
-def check_kind(config: Any) -> str:
+def check_kind(config: object) -> str:
     """The name of the config's kind of dataset. Raises ConfigError if it is not a dataset's config."""
     for kind, (config_class, _) in _KINDS.items():
         if isinstance(config, config_class):
