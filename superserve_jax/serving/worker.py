@@ -46,8 +46,7 @@ class Worker:
       engine: the device.
       profile: its latencies, with the batch sizes that it may run.
       policy: the policy for that profile.
-      name: its name, which no other present worker has.
-      index: its number, which no other present worker has.
+      name, index: its name and number, which no other present worker has.
 
     Attributes, all written under the pool's lock:
       flights: the batches under way, in the order in which they run. There may be two if the device can compute one while the
@@ -97,8 +96,7 @@ class Worker:
 
     def _turn(self) -> bool:
         """Takes a batch if there is one, and answers one. False when the worker is to leave."""
-        pool = self._pool
-        flight = None
+        pool, flight = self._pool, None
         with pool.lock:
             self._locked_settle()
             first = self.flights[0] if self.flights else None
