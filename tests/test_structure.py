@@ -33,9 +33,10 @@ def test_no_module_has_more_than_400_lines():
 
 @to_do
 def test_a_module_of_more_than_300_lines_says_why_it_is_one_file():
-    """The words "One file because" and the reason are within the first eight lines of its docstring."""
+    """The first eight lines of its docstring say "One file because" or "One class, because", and the reason."""
     first = {name: " ".join((ast.get_docstring(tree) or "").splitlines()[:8]) for name, tree in TREES.items()}
-    assert not [name for name, count in LINES.items() if count > 300 and not re.search(r"One file because \w+", first[name])]
+    reason = re.compile(r"\bone \w+,? because \w+", re.IGNORECASE)
+    assert not [name for name, count in LINES.items() if count > 300 and not reason.search(first[name])]
 
 
 def test_no_package_has_more_than_a_quarter_of_the_library():
@@ -53,7 +54,6 @@ def test_imports_have_no_other_aliases_than_the_usual_ones():
     assert not [(name, alias) for name, alias in names if alias is not None and alias not in ALIASES]
 
 
-@to_do
 def test_every_config_has_a_type():
     """With a type, pyright and the reader can check how a config is used."""
     arguments = ((name, node.arg, node.annotation) for name in LIBRARY for node in nodes(name, ast.arg) if node.annotation)
@@ -62,9 +62,8 @@ def test_every_config_has_a_type():
     assert not [name for name, of, kind in declared if of == "config" and kind == "Any"]
 
 
-@to_do
 def test_no_config_is_probed():
-    """`hasattr` and `getattr` hide which fields a config must have."""
-    calls = ((name, node.func, node.args) for name in LIBRARY for node in nodes(name, ast.Call))
-    probed = [(name, ast.unparse(args[0])) for name, f, args in calls if ast.unparse(f) in ("hasattr", "getattr")]
+    """`hasattr`, and `getattr` with a default, ask whether a config has a field. Its type should tell."""
+    calls = ((name, ast.unparse(node.func), node.args) for name in LIBRARY for node in nodes(name, ast.Call))
+    probed = [(name, ast.unparse(args[0])) for name, f, args in calls if f == "hasattr" or (f == "getattr" and len(args) == 3)]
     assert not [(name, of) for name, of in probed if re.fullmatch(r"(.*\.)?config|self\.model", of)]
