@@ -69,7 +69,7 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
     found = {"train": f"train[:{kept}]"}
     if validation:
         found["validation"] = f"train[{kept}:]"
-    config: Any = builder.builder_config
+    config = builder.builder_config
     by_name = _TEST_SPLITS.get(name, "test")
     for test in (_TEST_SPLITS.get(f"{name}/{config.name}", by_name) if config else by_name, "validation"):
         if test in stored:
