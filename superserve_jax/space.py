@@ -1,5 +1,7 @@
 """Search spaces: which subnets a SuperNet has. No jax.
 
+One file because a subnet is only defined by the rules of its search space.
+
 A family of SuperNets describes its freedom as a `SearchSpace`:
 
 - **blocks** form stages, and each stage has a list of allowed depths. A rule turns a depth into gates: `"first"` keeps the

@@ -1,5 +1,7 @@
 """Measures what a change of the subnet costs, beside the alternatives to SubNetAct.
 
+One file because all ways to change a subnet take turns in one loop and end in one table.
+
     python serve/bench/actuation.py configs/ofa_resnet50.py --batch-sizes 1 8 --plot loading.png
 
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and made-up

@@ -1,5 +1,7 @@
 """Measures how much memory many subnets of one SuperNet need, beside a few extracted subnets with a network each.
 
+One file because every variant is measured by the same function, each in a fresh process.
+
     python serve/bench/memory.py configs/ofa_resnet50.py --json memory.json
 
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and made-up

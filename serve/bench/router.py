@@ -1,5 +1,7 @@
 """Measures the router at its limit: the real queue, policy, threads and futures of the server, with engines that only sleep.
 
+One file because the four kinds of client share the server, the measurement and the table.
+
     python serve/bench/router.py                                         33,000 queries/s, 32 workers as fast as the paper's
     python serve/bench/router.py --rate 100000 --speed 4
     python serve/bench/router.py --clients blocking --callers 1000 --speed 16

@@ -1,5 +1,7 @@
 """OFA-ResNet: once-for-all's elastic ResNet-D (Cai et al., ICLR 2020), the CNN SuperNet of SuperServe.
 
+One file because config, network and checks must agree on every size.
+
 The stem has three 3x3 convolutions, of which the middle one is a residual layer that can be skipped, and an optional 3x3 max
 pool. Stages of bottleneck or basic blocks follow, then a linear classifier. The first block of a stage changes the shape. Its
 shortcut is average pool, 1x1 convolution and norm.

@@ -1,5 +1,7 @@
 """The threaded server: queries in, futures out. No jax until a model is loaded.
 
+One class because open, submit, swap and close are one life cycle. A third of the file is the map of threads, locks and rules.
+
 A query's path: `Server.submit` -> `Pool.admit` -> `Backlog.queue` -> `Worker` -> `dispatch.next_batch` -> the policy ->
 `Flight` (the engine) -> `futures.answer`.
 

@@ -1,4 +1,7 @@
-"""Weights of others: the fixtures' logits, networks of random sizes there and back, and every error."""
+"""Weights of others: the fixtures' logits, networks of random sizes there and back, and every error.
+
+One file because both networks go through the same tests.
+"""
 
 import dataclasses
 import json

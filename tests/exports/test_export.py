@@ -1,3 +1,5 @@
+"""Tests of writing and loading an export. One file because all of them damage or replace the same small export."""
+
 import dataclasses
 import functools
 import json

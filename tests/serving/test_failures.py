@@ -1,4 +1,7 @@
-"""Faults in the real server, of engines without a model and, at the end, of real executables."""
+"""Faults in the real server, of engines without a model and, at the end, of real executables.
+
+One file because the tests share their failing engines.
+"""
 
 import itertools
 import math

@@ -1,4 +1,7 @@
-"""Workers that take their next batch while the device computes: the same promises, with two batches under way."""
+"""Workers that take their next batch while the device computes: the same promises, with two batches under way.
+
+One file because the tests share an engine that computes on its own.
+"""
 
 import math
 import threading

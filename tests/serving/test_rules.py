@@ -1,4 +1,7 @@
-"""The rules about locks in `serving/server.py`: no foreign code under a lock, and calls that interrupt their own thread."""
+"""The rules about locks in `serving/server.py`: no foreign code under a lock, and calls that interrupt their own thread.
+
+One file because the tests share the tracking lock.
+"""
 
 import contextlib
 import gc

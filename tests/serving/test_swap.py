@@ -1,4 +1,7 @@
-"""Changing over to another export while serving: nothing is lost, and nothing of the old one stays."""
+"""Changing over to another export while serving: nothing is lost, and nothing of the old one stays.
+
+One file because the tests share the two exports and the checks after a swap.
+"""
 
 import contextlib
 import gc

@@ -1,4 +1,7 @@
-"""What a server counts: conserved whatever happens to the queries, the same in a snapshot and for Prometheus."""
+"""What a server counts: conserved whatever happens to the queries, the same in a snapshot and for Prometheus.
+
+One file because counters, snapshot and Prometheus must tell the same numbers.
+"""
 
 import gc
 import itertools

@@ -1,5 +1,7 @@
 """Streams of batches from a small cluttered_digits and from mocks of cifar10 and imagenet2012.
 
+One file because every test reads the same small datasets.
+
 The mocks are the real TFDS builders, with the features they have upstream, that yield random pictures instead of downloads.
 """
 
