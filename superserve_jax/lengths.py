@@ -12,7 +12,7 @@ _SHORTEST = 16  # the shortest default length bucket; shorter inputs hardly run 
 
 
 def default_lengths(max_length: int) -> tuple[int, ...]:
-    """Powers of two from 16 up, followed by the longest length.
+    """The default length buckets: powers of two from 16 up that are below `max_length`, then `max_length` itself.
 
     >>> default_lengths(128), default_lengths(100), default_lengths(6)
     ((16, 32, 64, 128), (16, 32, 64, 100), (6,))
@@ -39,7 +39,7 @@ def length_bucket(lengths: Sequence[int], inputs: Sequence[np.ndarray]) -> int:
     """The smallest length bucket that holds all inputs. Raises InputError if an input is longer than every length bucket."""
     longest = max(map(len, inputs))
     if longest > lengths[-1]:
-        raise errors.InputError(f"an input of {longest} tokens, but the longest length bucket has {lengths[-1]}; cut it")
+        raise errors.InputError(f"an input of {longest} tokens, but the longest length bucket has {lengths[-1]}; truncate it")
     return lengths[bisect.bisect_left(lengths, longest)]
 
 

@@ -2,10 +2,10 @@
 
 A policy knows nothing else about the SuperNet. `serve/measure.py` measures a profile. Policies and simulator read it.
 
-A text server pads its inputs to one of a few lengths, the **length buckets**. Its profile holds rows for each length bucket.
-`Profile.at_length` gives the profile of one length bucket, which looks like a profile of one input shape.
+A text server pads each input to one of a few lengths, the **length buckets**. Its profile holds rows for each length bucket.
+`Profile.at_length` returns the profile of one length bucket. A policy uses it like a profile without length buckets.
 
-One file because the classes, the checks of what users write into them, and their file format change together.
+This is one file because the classes, the checks of their values, and their file format change together.
 """
 
 import bisect
@@ -38,7 +38,7 @@ class Row:
       accuracy: top-1 accuracy as a fraction of 1, measured on test data.
       latency_ms: median latency of one batch, for each of the profile's batch sizes.
       p99_ms: 99th percentile of the same latencies. Defaults to the medians.
-      envelope: the subnet bucket whose executables ran it. None if the subnet had executables of its own.
+      envelope: the subnet bucket whose executables ran the subnet. None if the subnet had executables of its own.
     """
 
     subnet: Subnet
@@ -72,8 +72,8 @@ class Profile:
       batch_sizes: ascending batch sizes.
       rows: one row for each subnet, if all inputs have one shape.
       device: the kind of device that was measured.
-      rows_at: from each length bucket in tokens, ascending, to its rows. All length buckets have the same subnets.
-      slicing: how weights were sliced, "kept" or "in_call" (see `engines.device`).
+      rows_at: a mapping from each length bucket in tokens, ascending, to its rows. All length buckets have the same subnets.
+      slicing: when weights were sliced during the measurement, "kept" or "in_call" (see `engines.device`).
 
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> Profile((1, 2), (row,)).latency_ms(row.subnet, 2)
@@ -99,12 +99,12 @@ class Profile:
         if rows_at:
             longest = rows_at[check_length_buckets(tuple(rows_at))[-1]]
             if rows not in ((), longest):
-                raise errors.ProfileError("`rows` differs from the longest length in `rows_at`; give only one of the two")
+                raise errors.ProfileError("`rows` differs from the rows of the longest length in `rows_at`; give one of them")
             rows = longest
         subnets = [r.subnet for r in rows]
         for n, others in rows_at.items():
             if [r.subnet for r in others] != subnets:
-                raise errors.ProfileError(f"length {n} has other subnets than the longest; measure all lengths alike")
+                raise errors.ProfileError(f"length {n} has other subnets than the longest; measure the same subnets at each")
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "rows_at", rows_at)
 
@@ -134,15 +134,15 @@ class Profile:
 
     @functools.cached_property
     def each_length(self) -> tuple["Profile", ...]:
-        """One profile for each length bucket, in ascending order. `(self,)` if there are not several length buckets."""
+        """One profile for each length bucket, in ascending order. `(self,)` if there are fewer than two length buckets."""
         if len(self.rows_at) < 2:
             return (self,)
         return tuple(dataclasses.replace(self, rows=rows, rows_at={n: rows}) for n, rows in self.rows_at.items())
 
     def at_length(self, length: float) -> "Profile":
-        """The profile of the smallest length bucket that holds `length` tokens, else of the longest.
+        """The profile of the smallest length bucket that holds `length` tokens. If none does, the profile of the longest.
 
-        Every call returns the same object. Without length buckets, that is the profile itself.
+        All lengths in one bucket give the same object. Without length buckets, it is the profile itself.
         """
         tables = self.each_length
         return tables[min(bisect.bisect_left(self.lengths, length), len(tables) - 1)]
@@ -156,7 +156,8 @@ class Profile:
         try:
             return self._row_of[subnet]
         except KeyError:
-            raise errors.ProfileError(f"subnet {subnet} is not in the profile of {len(self.rows)} subnets") from None
+            count = len(self.rows)
+            raise errors.ProfileError(f"subnet {subnet} is not in the profile of {count} subnets; measure it") from None
 
     def fastest(self, floor: float = 0.0) -> Row:
         """The row with the lowest latency at the smallest batch size, among rows at least as accurate as `floor`.
@@ -170,7 +171,7 @@ class Profile:
         return min(rows, key=lambda row: row.latency_ms[0])
 
     def batch_index(self, batch: int) -> int:
-        """Index of the smallest batch size that holds `batch` queries, else of the largest."""
+        """Index of the smallest batch size that holds `batch` queries. If none does, the index of the largest."""
         return min(bisect.bisect_left(self.batch_sizes, batch), len(self.batch_sizes) - 1)
 
     def latency_ms(self, subnet: Subnet, batch: int) -> float:
@@ -178,14 +179,15 @@ class Profile:
         return self.row(subnet).latency_ms[self.batch_index(batch)]
 
     def pareto(self, *, min_accuracy_gap: float = 0.0, min_latency_ratio: float = 1.0) -> "Profile":
-        """Keep only rows that no other row beats, that is, no row is as accurate and as fast at every batch size.
+        """The profile without rows that another row beats.
 
-        With several length buckets, the latencies at the longest decide.
+        Row a beats row b if a is at least as accurate, at least as fast at every batch size, and not equal in all of these.
+        With several length buckets, the latencies at the longest decide. The two arguments also drop rows that are close to
+        the row kept before them, in ascending order of accuracy. The fastest and the most accurate row always stay.
 
         Args:
-          min_accuracy_gap: also drop a row that is less than this more accurate than the next faster kept row.
-          min_latency_ratio: also drop a row whose latency, divided by the latency of the next faster kept row, is below this.
-            The latencies at the largest batch count. The fastest and the most accurate row always stay.
+          min_accuracy_gap: smallest difference in accuracy from the row kept before.
+          min_latency_ratio: smallest ratio of the latency to the latency of the row kept before, at the largest batch size.
         """
 
         def reaches(a: Row, b: Row) -> bool:
@@ -206,12 +208,12 @@ class Profile:
         return self.only(r.subnet for r in kept)
 
     def monotone(self) -> "Profile":
-        """Raise noisy latencies so that they never fall as batch size, accuracy (the paper's P1 and P2) or length grows.
+        """Raise noisy latencies, so that none falls as batch size, accuracy (the paper's P1 and P2) or length grows.
 
-        A median becomes the running maximum along the three axes. A 99th percentile is raised only to its own median. A single
-        disturbance in one percentile would otherwise raise all the following ones.
+        A median becomes the running maximum along these three axes. A 99th percentile is raised only to its own median.
+        Otherwise a single disturbance in one percentile would raise all larger batches, subnets and lengths.
         """
-        best_of: dict[Subnet, tuple[float, ...]] = {}  # of each subnet, at the next shorter length
+        best_of: dict[Subnet, tuple[float, ...]] = {}  # each subnet's result at the next shorter length
 
         def repair(rows: tuple[Row, ...]) -> Iterable[Row]:
             best = (0.0,) * len(self.batch_sizes)
@@ -224,11 +226,11 @@ class Profile:
 
     @property
     def envelopes(self) -> dict[Subnet, Subnet]:
-        """From each subnet that shares a subnet bucket to this bucket."""
+        """A mapping from each subnet that runs in a subnet bucket to the bucket."""
         return {r.subnet: r.envelope for r in self.rows if r.envelope is not None}
 
     def with_envelopes(self, envelopes: Mapping[Subnet, Subnet]) -> "Profile":
-        """The same latencies with these subnet buckets. Subnets that are missing, or mapped to themselves, have none."""
+        """The same latencies with these subnet buckets. A subnet that is missing, or mapped to itself, gets no bucket."""
         of = {s: envelope for s, envelope in envelopes.items() if envelope != s}
         return self._with_rows(lambda rows: (dataclasses.replace(r, envelope=of.get(r.subnet)) for r in rows))
 
@@ -242,7 +244,7 @@ class Profile:
         return self._with_rows(lambda rows: (r for r in rows if r.subnet in kept))
 
     def at(self, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> "Profile":
-        """The profile at some of its batch sizes and lengths. By default all lengths.
+        """The profile at some of its batch sizes and lengths. `()` keeps all lengths.
 
         Raises ProfileError for a batch size or length that was not measured.
         """
@@ -256,14 +258,14 @@ class Profile:
         return chosen._with_latencies(lambda ms: tuple(ms[i] for i in places), batch_sizes=tuple(batch_sizes))
 
     def _with_latencies(self, change: Callable[[tuple[float, ...]], tuple[float, ...]], **fields: Any) -> "Profile":
-        """Change the latencies of every row, at every length, and these fields."""
+        """Apply `change` to the latencies of every row at every length, and replace `fields` of the profile."""
         return self._with_rows(
             lambda rows: (dataclasses.replace(r, latency_ms=change(r.latency_ms), p99_ms=change(r.p99_ms)) for r in rows),
             **fields,
         )
 
     def _with_rows(self, change: Callable[[tuple[Row, ...]], Iterable[Row]], **fields: Any) -> "Profile":
-        """Change the rows of every length, shortest first, and these fields."""
+        """Apply `change` to the rows of every length, shortest first, and replace `fields` of the profile."""
         rows_at = {n: tuple(change(rows)) for n, rows in self.rows_at.items()}
         return dataclasses.replace(self, rows=() if rows_at else tuple(change(self.rows)), rows_at=rows_at, **fields)
 
@@ -271,8 +273,8 @@ class Profile:
         """Queries per second of one worker that runs `subnet` at its best batch size.
 
         Args:
-          lengths: tokens of each query in a mix. Every query then runs in a batch of its own length bucket. By default all
-            queries are of the longest length.
+          lengths: the length in tokens of each query in a mix. Every query runs in a batch of its own length bucket. By
+            default all queries have the longest length.
         """
         buckets = collections.Counter(bisect.bisect_left(self.lengths[:-1], length) for length in lengths)
         if len(self.lengths) > 1 and buckets:
@@ -280,7 +282,7 @@ class Profile:
         return max(1e3 * b / ms for b, ms in zip(self.batch_sizes, self.row(subnet).latency_ms, strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """A dict for `json.dump`. `rows` are those of the longest length, `shorter` holds a list for each other length."""
+        """A dict for `json.dump`. `rows` lists the rows of the longest length, `shorter` has one list per other length."""
         about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing}
         about |= {"batch_sizes": list(self.batch_sizes), "rows": _rows_to_json(self.rows)}
         if not self.rows_at:
@@ -294,7 +296,7 @@ class Profile:
         try:
             with errors.refusing(errors.ProfileError, "not a latency profile; measure it again"):
                 if data["schema"] != SCHEMA:
-                    raise errors.ProfileError(f"profile schema {data['schema']} is not the {SCHEMA} that this version reads")
+                    raise errors.ProfileError(f"profile schema {data['schema']} is not {SCHEMA}; measure the profile again")
                 lengths = check_length_buckets(data["lengths"]) if data.get("lengths") else (0,)
                 tables = map(_rows_from_json, (*data.get("shorter", ()), data["rows"]))
                 rows_at = dict(zip(lengths, tables, strict=True))
@@ -304,26 +306,30 @@ class Profile:
             raise errors.ProfileError(f"not a latency profile; measure it again ({e})") from e
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON with a SHA-256 of its content. The file is replaced whole or not at all."""
+        """Write JSON with a SHA-256 of its content. An existing file is replaced completely or not at all."""
         values = self.to_json()
         files.write_json(path, {**values, "sha256": files.digest(values)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Profile":
-        """Read a file of `save`; its SHA-256 may be missing. Raises ProfileError for a missing or malformed file."""
+        """Read a file written by `save`. Its SHA-256 may be missing. Raises ProfileError for a missing or malformed file."""
         try:
             data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
             if isinstance(data, dict) and "sha256" in data and data["sha256"] != files.digest(data):
-                raise errors.ProfileError("it is damaged or was edited: measure it again, or remove its sha256")
+                raise errors.ProfileError("the file is damaged or was edited: measure again, or remove its sha256")
             return Profile.from_json(data)
         except (OSError, RecursionError, TypeError, ValueError) as e:
             raise errors.ProfileError(f"cannot read a profile from {path}: {e}") from e
 
 
 def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile]:
-    """The profile of each of `count` workers, from one for all or one for each. Equal profiles become one object.
+    """A list with one profile for each of `count` workers. Equal profiles become one object.
 
-    Raises ConfigError if their number, batch sizes or length buckets do not fit.
+    Args:
+      profile: one profile for all workers, or a sequence with one for each.
+      count: the number of workers.
+
+    Raises ConfigError for a wrong number of profiles, or if they differ in batch sizes or length buckets.
 
     >>> fast = Profile((1,), (Row(Subnet((1,)), 0.7, (1.0,)),))
     >>> [p.rows[0].latency_ms for p in profiles_of_workers([fast, fast.scaled(2.0)], 2)], len(profiles_of_workers(fast, 3))
@@ -333,7 +339,7 @@ def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> lis
         return [profile] * count
     profiles: list[Profile] = list(profile) if isinstance(profile, Iterable) else [profile]
     if not all(isinstance(p, Profile) for p in profiles):
-        raise errors.ConfigError(f"profile must be a Profile, or one for each worker, got {profile!r}")
+        raise errors.ConfigError(f"profile must be a Profile, or a list of one Profile for each worker, got {profile!r}")
     if not profiles or len(profiles) != count:
         raise errors.ConfigError(f"{len(profiles)} profiles for {count} workers; give one for all, or one for each")
     if len(shapes := {(p.batch_sizes, p.lengths) for p in profiles}) > 1:

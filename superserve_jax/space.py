@@ -1,13 +1,13 @@
 """Search spaces: which subnets a SuperNet has. No jax.
 
-One file because a subnet is only defined by the rules of its search space.
+This is one file because a subnet is only defined by the rules of its search space.
 
-A family of SuperNets describes its freedom as a `SearchSpace`:
+A family of SuperNets describes its subnets with a `SearchSpace` of blocks and axes:
 
 - **blocks** form stages, and each stage has a list of allowed depths. A rule turns a depth into gates: `"first"` keeps the
   first d blocks (CNNs), `"every_other"` drops L - d evenly spaced blocks of L (transformers).
-- **axes** (`width`, `expand`, ...) have one position per stage, per block or per layer. A position that belongs to a block
-  only counts if the block is kept. Otherwise a subnet has the smallest choice there, so equal networks are equal subnets.
+- **axes** (`width`, `expand`, ...) have one position per stage, per block or per layer. At a position of a
+  dropped block, a subnet always has the smallest choice, so that equal networks are equal subnets.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Axis:
     Args:
       name: the axis's name.
       choices: the choices of each position, ascending. If they are ints, subnets hold ints.
-      blocks: the block that each position belongs to; None if positions do not belong to blocks.
+      blocks: index of the block that each position belongs to; None if positions do not belong to blocks.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Axis:
 
 
 def check_depths(depths: Sequence[Sequence[int]]) -> None:
-    """Raises ConfigError for impossible depths. A family calls it before it lists the choices of each block."""
+    """Raise ConfigError for impossible depths. Call it before you list the choices of each block: there may be too many."""
     for d in depths:
         if not all(isinstance(n, int) for n in d):
             raise errors.ConfigError(f"depths are whole numbers of blocks, got {d}")
@@ -71,9 +71,9 @@ class SearchSpace:
     """All subnets of a SuperNet.
 
     Args:
-      depths: for each stage its allowed numbers of kept blocks, ascending. The last is the number of blocks of the stage.
+      depths: for each stage, the allowed numbers of kept blocks, ascending. The last one is the number of blocks of the stage.
       axes: the other elastic axes.
-      rule: how a depth becomes gates, `"first"` or `"every_other"`. With `"every_other"`, a subnet may also name its gates.
+      rule: how a depth becomes gates, `"first"` or `"every_other"`. With `"every_other"`, a subnet may also have other gates.
 
     >>> space = SearchSpace(((1, 2),), (Axis("width", ((0.5, 1.0),)),))
     >>> space.size, space.largest().gates, space.smallest()["width"]
@@ -113,7 +113,7 @@ class SearchSpace:
     def subnet(self, *, depth: Any = None, gates: Sequence[int] | None = None, **axes: Any) -> Subnet:
         """A validated subnet of this space.
 
-        One number means the same choice at every position. If an axis is left out, its largest choices are taken.
+        One number means the same choice at every position. A missing axis or depth gets its largest choices.
 
         Args:
           depth: the number of kept blocks, one int or one per stage.
@@ -121,7 +121,8 @@ class SearchSpace:
           **axes: for each axis one choice, or one per position.
 
         Raises:
-          SubnetError: a value is not among the choices. UnknownNameError: no such axis.
+          SubnetError: a value is not among the choices.
+          UnknownNameError: the space has no axis of this name.
         """
         if gates is None:
             gates = self.gates(depth)
@@ -192,32 +193,32 @@ class SearchSpace:
 
     @errors.refusing(errors.SubnetError, "seed and step must be whole numbers from 0 up, and 'below' a subnet of this space")
     def sample(self, seed: int, step: int, *, below: Subnet | None = None) -> Subnet:
-        """A random subnet, as a pure function of (seed, step): uniform over depths, then over choices.
+        """A random subnet, as a pure function of (seed, step). Each depth and each choice is drawn uniformly.
 
         Args:
-          seed, step: whole numbers.
-          below: an envelope. Only subnets that it covers are drawn.
+          seed, step: whole numbers from 0 up.
+          below: an envelope. Only subnets that it covers are drawn. None allows all subnets.
         """
         rng = np.random.default_rng([seed, step])
         found = self.vary(below or self.largest(), lambda choices, top: rng.choice([c for c in choices if c <= top]))
         if below is not None and not below.covers(found):
-            raise errors.SubnetError("'below' keeps blocks that no depth of this space selects; sample from the whole space")
+            raise errors.SubnetError("'below' has gates that no depth of this space gives; sample from the whole space")
         return found
 
     def vary(self, subnet: Subnet, draw: Callable[[Sequence[Any], Any], Any]) -> Subnet:
-        """A subnet whose every depth and choice is `draw(choices, present choice)`. Depths are drawn first."""
+        """Replace every depth and choice of a subnet by `draw(choices, present choice)`. Depths are drawn first."""
         depth = [draw(c, sum(subnet.gates[b] for b in stage)) for c, stage in zip(self.depths, self.stages, strict=True)]
         axes = {a.name: [draw(c, now) for c, now in zip(a.choices, subnet[a.name], strict=True)] for a in self.axes}
         return self.subnet(depth=depth, **axes)
 
     @errors.refusing(errors.ConfigError, "elastic must be a tuple of names of axes, choices a whole number")
     def narrowed(self, elastic: Sequence[str] | None = None, *, choices: int = 0) -> "SearchSpace":
-        """A part of this space. Its subnets, validated here, are subnets of this space.
+        """A smaller search space with fewer choices. After this space's `validate`, its subnets are subnets of this space.
 
         Args:
-          elastic: names of the axes that stay elastic, where "depth" is one. Other axes keep only their largest choice. None
-            means that all stay elastic.
-          choices: the number of choices that each axis keeps, the largest ones; 0 keeps all.
+          elastic: names of the axes that stay elastic; "depth" counts as an axis. Other axes keep only their largest choice.
+            None means that all stay elastic.
+          choices: how many of its largest choices each elastic axis keeps; 0 keeps all.
 
         >>> SearchSpace(((1, 2, 3),)).narrowed(choices=2).depths, SearchSpace(((1, 2, 3),)).narrowed(()).size
         (((2, 3),), 1)
@@ -239,8 +240,8 @@ class SearchSpace:
     def tied(self, subnet: Subnet) -> Subnet:
         """`subnet` with the choices of every kept block tied to the depth of its stage (CompOFA, Sahni et al., ICLR 2021).
 
-        A stage of the smallest depth gets the smallest choices, one of the largest depth the largest. Axes that do not belong
-        to blocks do not change. Neither do stages whose depth is not elastic."""
+        A stage at its smallest depth gets the smallest choices, and a stage at its largest depth the largest. Depths between
+        get choices in proportion. Axes that do not belong to blocks, and stages with one depth, do not change."""
         subnet = self.validate(subnet)
         rank = {}
         for stage, depths in zip(self.stages, self.depths, strict=True):
@@ -258,7 +259,7 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        """Number of different subnets, where each depth has only the gates that the rule gives it."""
+        """Number of different subnets. Each depth counts once, with the gates that the rule gives it."""
         total = math.prod(len(c) for a in self.axes if a.blocks is None for c in a.choices)
         start = 0
         for choices in self.depths:
@@ -278,7 +279,7 @@ class SearchSpace:
         )
 
     def enumerate(self, limit: int = 100_000) -> Iterator[Subnet]:
-        """Every subnet once. Raises SpaceTooLargeError if there are more than `limit`."""
+        """Iterate over every subnet once. Raises SpaceTooLargeError if there are more than `limit`."""
         if self.size > limit:
             raise errors.SpaceTooLargeError(
                 f"the space has {self.size:,} subnets, more than the limit of {limit:,}; sample it, or raise `limit`"
@@ -297,7 +298,7 @@ class SearchSpace:
 
 
 def _positions(name: str, value: Any, choices: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """One value per position. One number is repeated; None becomes the largest choices."""
+    """One value per position. A single number is repeated for all positions. None becomes the largest choices."""
     if value is None:
         return tuple(c[-1] for c in choices)
     values = (value,) * len(choices) if np.ndim(value) == 0 else tuple(value)

@@ -1,7 +1,7 @@
 """A subnet: one network inside a SuperNet. No jax.
 
-A subnet is the paper's control tuple (D, W): one gate per block, which LayerSelect reads, and one choice per position of
-each elastic axis, which WeightSlice reads. `space.py` has the search space that subnets come from.
+A subnet is the paper's control tuple (D, W). D has one gate per block, which LayerSelect reads. W has one choice per position
+of each elastic axis, which WeightSlice reads. `space.py` defines the search space that subnets come from.
 """
 
 import dataclasses
@@ -16,7 +16,11 @@ from superserve_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Subnet:
-    """One network inside a SuperNet: gates per block, choices per axis. Hashable; made by `SearchSpace.subnet`.
+    """One network inside a SuperNet. Hashable. `SearchSpace.subnet` makes one.
+
+    Args:
+      gates: 1 for each kept block, 0 for each dropped one.
+      axes: pairs of an axis's name and its choices, one choice per position.
 
     >>> a = Subnet((1, 0), (("width", (0.5,)),))
     >>> a["width"], a.covers(Subnet((0, 0), (("width", (0.5,)),)))
@@ -31,7 +35,7 @@ class Subnet:
         try:
             object.__setattr__(self, "_hash", hash((self.gates, self.axes)))
         except TypeError as e:
-            raise errors.SubnetError(f"gates and axes are tuples of tuples, got {self}; use SearchSpace.subnet ({e})") from e
+            raise errors.SubnetError(f"gates and axes must be tuples, got {self}; use SearchSpace.subnet ({e})") from e
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
@@ -46,7 +50,7 @@ class Subnet:
         raise errors.unknown_name("axis", axis, [name for name, _ in self.axes])
 
     def computed_in(self, envelope: "Subnet") -> "Subnet":
-        """The work that a program of `envelope` does for this subnet: the subnet's blocks with the envelope's widths.
+        """The work that a program of `envelope` does for this subnet: the subnet's gates with the envelope's choices.
 
         >>> Subnet((1, 0), (("width", (0.5,)),)).computed_in(Subnet((1, 1), (("width", (1.0,)),)))
         Subnet(gates=(1, 0), axes=(('width', (1.0,)),))
@@ -81,7 +85,7 @@ class Subnet:
 def envelope_of(subnets: Iterable[Subnet]) -> Subnet:
     """The smallest subnet that covers all of `subnets`: union of gates, maximum of every axis.
 
-    It need not belong to the search space (a union of named layers may have a depth that is not offered).
+    The result need not belong to the search space: a union of gates may have a depth that no stage allows.
 
     >>> envelope_of([Subnet((1, 0), (("w", (1.0,)),)), Subnet((0, 1), (("w", (0.5,)),))])
     Subnet(gates=(1, 1), axes=(('w', (1.0,)),))
@@ -97,7 +101,7 @@ def envelope_of(subnets: Iterable[Subnet]) -> Subnet:
 
 
 def evenly_spaced(subnets: Iterable[Subnet], cost: Callable[[Subnet], float], count: int) -> list[Subnet]:
-    """Chooses `count` subnets from the cheapest to the most expensive, spaced as evenly in cost as possible.
+    """Choose `count` subnets from the cheapest to the most expensive, spaced as evenly in cost as possible.
 
     Returns all subnets if there are no more than `count`.
 

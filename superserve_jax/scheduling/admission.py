@@ -1,7 +1,7 @@
 """Admission control: refuse a query on arrival if its deadline cannot be met. Server and simulator share it. No jax.
 
-Without it, an overloaded server accepts queries until its queue is full, and answers many of them late. With it, a client
-learns at once that it should ask another server, and the queue stays as short as the SLOs require.
+Without admission control, an overloaded server accepts queries until its queue is full, and answers many of them late. With
+admission control, a client learns at once that it should ask another server. The queue stays as short as the SLOs require.
 """
 
 import bisect
@@ -12,27 +12,31 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling.queue import Queue
 from superserve_jax.scheduling.speeds import Fleet
 
-_USABLE = 0.9  # share of the slack; the rest is for jitter, like SlackFit's reserve
+_USABLE = 0.9  # share of the slack that may be planned; the rest is for jitter, like SlackFit's reserve
 _PAUSE_S = 0.05  # an overload is over after this time without refusals
 _PATIENCE_S = 0.2  # a longer overload is not a burst
 
 
 class Admission:
-    """Decides which queries are admitted, and remembers how long the current overload has lasted.
+    """Decides which queries are admitted, and remembers how long the present overload has lasted.
 
     A query is admitted if
 
         (work due before it + its own batch) / speed of the workers  <=  0.9 * slack
 
-    Work counts at the highest throughput of the fastest subnet, as if no waiting query had a floor.
+    where all terms are times. The work is the time that the queries need at the highest throughput of the fastest subnet, as
+    if none had a floor.
 
-    This rule alone is unfair to short SLOs. Queries with long SLOs book the capacity of the next 200 ms, and a query that is
-    due in 20 ms finds it taken. In a burst this is fine, because long SLOs can wait until it is over. But after 0.2 s of
-    refusals all SLOs are treated alike: a query is also refused if the waiting queries need longer than the shortest recent
-    SLO, less one batch for each worker. One batch for each worker may always wait.
+    This rule alone is unfair to short SLOs. For example, queries with long SLOs book the capacity of the next 200 ms. A query
+    that is due in 20 ms then finds no free capacity. In a burst this is fine, because queries with long SLOs can wait until
+    the burst is over. But after 0.2 s of refusals, a second rule treats all SLOs alike. A query is also refused if
+
+        time for all waiting queries and this one  >  0.9 * shortest recent SLO - time for one batch on each worker
+
+    One batch for each worker may always wait.
 
     Args:
-      profile: the profile of the first worker. The fleet knows the speeds of the others.
+      profile: the profile of the first worker. `Fleet` knows the speeds of the other workers.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> from superserve_jax.scheduling.queue import DeadlineQueue
@@ -49,7 +53,7 @@ class Admission:
         self._query_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in tables)
         self._unit_ms = 1.0 if len(tables) > 1 else self._query_ms[0]  # one unit of the queue's work
         self._accuracies = tuple(row.accuracy for row in profile.rows)
-        # For each length bucket, batch size and row: the lowest latency among this row and the more accurate ones.
+        # For each length bucket, batch size and row: the lowest latency among this row and all more accurate rows.
         self._latency_ms = tuple(
             tuple(_lowest(column) for column in zip(*(row.latency_ms for row in t.rows), strict=True)) for t in tables
         )
@@ -68,18 +72,18 @@ class Admission:
         length: int = 0,
         idle: bool = False,
     ) -> bool:
-        """Whether queries that arrive now are admitted, all or none. O(log n).
+        """Whether queries that arrive now are admitted: all of them or none. O(log n).
 
         Args:
           waiting: the queue, without the new queries.
           fleet: the speeds of the workers.
-          now_s: the time.
+          now_s: the present time.
           deadline_s: the deadline of the new queries.
           shortest_ms: the shortest recent SLO (`ArrivalMeter.slo_ms`).
           count: number of new queries.
-          floor: their highest floor.
-          length: their longest length in tokens, 0 if unknown.
-          idle: whether a worker is idle, so that the first batch need not wait.
+          floor: the highest floor of the new queries.
+          length: the longest length of the new queries in tokens, 0 if unknown.
+          idle: whether a worker is idle, so that the first batch does not wait.
         """
         workers, alive = fleet.strength()
         if not alive:
@@ -96,7 +100,7 @@ class Admission:
 
         admitted = needs_ms(waiting.due_by(deadline_s) * unit + count, idle=idle) <= slack_ms
         if not admitted and needs_ms(count, idle=True) > slack_ms:
-            return False  # it could never be met, so it is no sign of an overload
+            return False  # this deadline could not be met by idle workers either, so it is no sign of an overload
         if admitted and now_s - self._last_s < _PAUSE_S and self._last_s - self._since_s > _PATIENCE_S:
             batches_ms = most * query_ms * alive / workers  # one batch for each worker
             waits_ms = (waiting.due_by(math.inf) * unit + count) * query_ms / workers

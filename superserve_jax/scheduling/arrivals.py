@@ -8,7 +8,14 @@ class ArrivalMeter:
 
     Arrivals are counted in windows of about 20 ms. Mean and variance are exponential averages over these counts with a time
     constant of one second. This is long enough to know the variance to 10 %, and short enough to follow accelerating traffic.
-    A window fits into a burst. It is as long as a short SLO, so that clustered arrivals are not mistaken for independent ones.
+    A window is shorter than a burst. It is as long as a short SLO, so that clustered arrivals do not look independent.
+
+    Args:
+      window_s: the shortest length of a window.
+      memory_s: the time constant of the averages, and the time for which a short SLO is remembered at least.
+
+    Attributes:
+      slo_ms: the shortest SLO of the last one to two `memory_s`; infinite before the first arrival.
 
     >>> meter = ArrivalMeter()
     >>> [meter.read(t, n) for t, n in ((0.0, 0), (0.01, 7), (0.02, 20), (0.04, 40))]
@@ -23,12 +30,12 @@ class ArrivalMeter:
         self.window_s, self.memory_s = window_s, memory_s
         self._since_s, self._arrived = math.nan, 0
         self._reading = (0.0, 0.0)
-        # `memory_s` seconds make one period. `slo_ms` is the shortest SLO of this period and the one before.
+        # Time is divided into periods of `memory_s`. `slo_ms` is the shortest SLO of this period and the previous one.
         self.slo_ms = math.inf
-        self._shortest_ms, self._turn_s = math.inf, -math.inf  # shortest SLO, and start, of this period
+        self._shortest_ms, self._turn_s = math.inf, -math.inf  # shortest SLO and start of this period
 
     def shorten(self, now_s: float, slo_ms: float) -> None:
-        """Note the arrival of a query with this SLO."""
+        """Record the arrival of a query with this SLO."""
         if now_s > self._turn_s + self.memory_s:
             self.slo_ms, self._shortest_ms, self._turn_s = min(self._shortest_ms, slo_ms), slo_ms, now_s
         elif slo_ms < self._shortest_ms:
@@ -41,17 +48,17 @@ class ArrivalMeter:
         self._arrived, self._reading = self._arrived * factor, (rate * factor, variance * factor**2)
 
     def read(self, now_s: float, arrived: float, dispersion: float = 1.0) -> tuple[float, float]:
-        """Mean and variance of the arrivals per second; (0.0, 0.0) until the first window is over. O(1).
+        """Mean and variance of the arrivals per second; (0.0, 0.0) until the first window has ended. O(1).
 
         Args:
-          now_s: the time.
-          arrived: number of arrivals, or their work, since the beginning.
-          dispersion: variance over mean of independent arrivals, for the first reading. It is 1 if `arrived` counts queries.
+          now_s: the present time.
+          arrived: number of arrivals since the beginning, or the sum of their work.
+          dispersion: variance / mean of independent arrivals, assumed for the first window; 1 if `arrived` counts queries.
         """
         elapsed_s = now_s - self._since_s
         if elapsed_s < self.window_s:
             return self._reading
-        if elapsed_s >= self.window_s:  # False at the first call, where it is NaN
+        if elapsed_s >= self.window_s:  # False at the first call, where `elapsed_s` is NaN
             rate, variance = self._reading
             now_qps = (arrived - self._arrived) / elapsed_s
             if not rate:

@@ -1,10 +1,10 @@
 """What happens when a worker is free: `next_batch` asks the policy and takes a batch from the queue. No jax.
 
-The server and the simulator call it with a `Turn`, which holds everything that the decision needs. It answers three questions:
+Server and simulator pass a `Turn`, which holds everything that the decision needs. `next_batch` answers three questions:
 
-    which head      `Queue.choose_head`: usually the earliest deadline. It fixes the length bucket of the batch.
+    which head      `Queue.choose_head`: usually the earliest deadline. The head determines the batch's length bucket.
     which decision  `_decide`: the policy's answer for this head, checked.
-    which batch     `take`: the queries that run, and the row of the profile that says on which subnet.
+    which batch     `take`: the queries that run, and the profile's row of the subnet that runs them.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from superserve_jax.subnet import Subnet
 
 @dataclasses.dataclass(slots=True)
 class Turn:
-    """What one decision needs. A worker may keep its turn and change the fields between two decisions.
+    """The inputs of one decision of `next_batch`. A worker may keep its turn and change the fields between two decisions.
 
     Args:
       queue: the waiting queries, at least one.
       arrivals: the meter of this queue's arrivals.
       policy: a policy for `profile`.
       profile: the profile of the asking worker.
-      pace: how fast the asking worker is, and how fast the others are.
-      last_subnet: the subnet that the worker ran last, None at first.
-      worker: number of the worker, from 0.
+      pace: the speed of the asking worker, compared with its profile and with the other workers.
+      last_subnet: the subnet that the asking worker ran last, None at first.
+      worker: number of the asking worker, from 0.
     """
 
     queue: Queue
@@ -47,19 +47,21 @@ class Turn:
 def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[Row, list[Any], str]:
     """Decide about one batch, and take it from the queue. Return the row to run, the items, and the reason.
 
-    The row is of the profile at the batch's length bucket. The reason is one of `policies.REASONS` or the policy's own word.
+    The row is from the profile at the batch's length bucket. The reason is one of `policies.REASONS` or the policy's own word.
 
-    A decision may defer queries that this worker cannot save (`Decision.defer_ms`). If faster workers exist, the queries that
-    only they can save are set aside during the decision. This worker serves the others if there are any.
+    A decision may say which queries this worker cannot save (`Decision.defer_ms`). Queries that no worker can save are
+    deferred. Queries that only a faster worker can save are set aside while this worker decides about the others. If there
+    are no others, this worker takes them.
 
     Args:
       turn: what the decision needs.
       now_s: the time at which the batch will start.
-      save_others: whether to leave queries to faster workers.
+      save_others: whether to leave the queries that only faster workers can save to these.
 
     Raises:
-      ConfigError, ProfileError: the decision names no query, or a subnet that the profile does not have.
-      Exception: whatever the policy raises. In all these cases nothing has been taken.
+      ConfigError: the decision's batch is below 1.
+      ProfileError: the profile does not have the decision's subnet.
+      Exception: whatever the policy raises. In all these cases no item has been taken.
     """
     queue = turn.queue
     while True:
@@ -70,7 +72,7 @@ def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[R
         if lost_ms > -math.inf:
             _, slowdown, lead = turn.pace
             lost_s = 1e-3 * lost_ms * slowdown
-            queue.defer(now_s + lost_s / lead)  # lost even to the fastest worker
+            queue.defer(now_s + lost_s / lead)  # not even the fastest worker can save these
             if save_others and lead > 1:
                 aside = queue.set_aside(now_s + lost_s)
                 try:
@@ -86,11 +88,11 @@ def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[R
 
 
 def take(queue: Queue, profile: Profile, row: Row, size: int, *, slack_ms: float) -> tuple[Row, list[Any]]:
-    """Take up to `size` items from the queue, and return them behind the row that will run them.
+    """Take up to `size` items from the queue. Return the row that will run them, and the items.
 
-    The batch ends before the first item whose floor exceeds the row's accuracy. If that item is the head, the fastest subnet
-    that reaches its floor runs instead. The batch then has the largest size whose latency fits into `slack_ms`, or `size` if
-    none fits. So a policy that ignores floors still makes progress.
+    The batch ends before the first item whose floor exceeds the row's accuracy. If this item is the head, the fastest subnet
+    that reaches its floor runs instead. The batch then has the largest size whose latency is at most `slack_ms`, or `size` if
+    no latency is. So a policy that ignores floors still makes progress.
 
     Raises ProfileError if no subnet reaches the head's floor. The server refuses such a query on arrival.
     """
@@ -106,27 +108,27 @@ def _decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, f
     """The policy's decision, checked: row, batch size, `defer_ms`, reason."""
     try:
         decision = policy(profile, state)
-        row, size = profile.row(decision.subnet), operator.index(decision.batch)  # index: a NaN would never take a query
+        row, size = profile.row(decision.subnet), operator.index(decision.batch)  # index: `NaN < 1` is False
         if size < 1:
             raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
         return row, size, decision.defer_ms, decision.reason
     except Exception as error:
-        error.add_note(f"the policy was asked in {state!r}")
+        error.add_note(f"the policy was called with {state!r}")
         raise
 
 
 def _state(turn: Turn, profile: Profile, now_s: float) -> State:
-    """What the policy may know.
+    """The state that the policy sees.
 
-    A worker that is f times slower than its profile looks like an exact one on which time runs f times faster. So times are
-    divided by f, and rates are multiplied by f.
+    A worker that is f times slower than its profile looks like a worker as fast as its profile, on which time runs f times
+    faster. So times are divided by f, and rates are multiplied by f.
     """
     queue, (workers, slowdown, _) = turn.queue, turn.pace
     slack_ms = 1e3 * (queue.head_deadline_s - now_s)
     work = queue.head_work
     rate, variance = turn.arrivals.read(now_s, queue.pushed, queue.dispersion)
     slo_ms = turn.arrivals.slo_ms
-    return State._make(  # half the cost of the constructor
+    return State._make(  # takes half the time of the constructor
         (
             now_s,
             slack_ms / slowdown,
