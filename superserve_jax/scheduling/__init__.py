@@ -1,8 +1,8 @@
 """Scheduling: which queries a free worker takes, and on which subnet it runs them. No jax.
 
-Read `dispatch.next_batch` first. It asks one of the `policies` and takes a batch from a `queue` (`length_queue` with several
-length buckets). The policy's state comes from the queue, the arrival meter in `arrivals`, and the worker speeds in `speeds`.
-`admission` refuses queries on arrival. The server and the simulator run this same code.
+Read `dispatch.next_batch` first. It asks one of the `policies` and takes a batch from a `queue`, or from a `length_queue` if
+there are several length buckets. The policy decides by the state of the queue, the arrival meter in `arrivals`, and the worker
+speeds in `speeds`. `admission` refuses queries on arrival. Server and simulator run the same code.
 """
 
 from superserve_jax.scheduling.admission import Admission

@@ -1,12 +1,12 @@
-"""The queue of a text server: queries wait by their length buckets. No jax.
+"""The queue of a text server: one queue for each length bucket, seen as one. No jax.
 
 An executable has one shape, so a batch is padded to one of a few lengths, the **length buckets**. The longest query of a batch
-determines its cost: one long query among fifteen short ones makes all sixteen expensive. In strict order of deadlines nearly
-every large batch of a mix contains a long query. So `LengthQueue` puts queries of the same length bucket together:
+determines the time of the batch. Example: one long query among fifteen short ones makes all sixteen slow. In strict order of
+deadlines nearly every large batch of a mix contains a long query. So `LengthQueue` batches queries of one length bucket:
 
-    the queue      chooses the head, and fills the head's batch with queries that are no longer than its length bucket
-    the policy     sees the profile at the head's length bucket, and counts of waiting and arriving work in units of the head
-    the engine     runs the program of the length bucket that holds its inputs, which is the head's
+    the queue      chooses the head, and fills the batch with queries that fit into the head's length bucket
+    the policy     sees the profile at the head's length bucket; it counts queries as multiples of the head's work
+    the engine     runs the program of the head's length bucket
 """
 
 # ruff: noqa: D102 - the docstring of `Queue` describes its methods in one table
@@ -29,17 +29,17 @@ def make_queue(profile: Profile) -> Queue:
 class LengthQueue:
     """One `DeadlineQueue` for each length bucket, seen as one `Queue`.
 
-    **Head.** The earliest deadline of all; of equal deadlines, the longest length. The next batch has its length bucket.
+    **Head.** The earliest deadline of all; of equal deadlines, the longest length. It determines the batch's length bucket.
 
     **Batch.** The earliest deadlines of the head's length bucket. If these do not fill the batch, shorter queries do, the
     nearest length bucket first. Longer queries wait until one of them is the head.
 
-    **Deferred queries** come last, as in `DeadlineQueue`. If their length bucket is the head's or a shorter one, they fill its
-    batch. Deferred queries of a longer length bucket get their own batch. The earliest one becomes the head. The batch takes
-    queries of the same length bucket first, then shorter ones. It stays small enough that on-time queries still meet their
-    deadlines. `late` counts only deferred queries that are eligible: a policy need not hurry because of others.
+    **Deferred queries** come last, as in `DeadlineQueue`. If their length bucket is the head's or a shorter one, they fill the
+    head's batch. Deferred queries of a longer length bucket get their own batch. The earliest one becomes the head. The batch
+    takes queries of the same length bucket first, then shorter ones. It stays small enough that on-time queries still meet
+    their deadlines. `late` counts only deferred queries that are eligible. The other ones are no reason for a policy to hurry.
 
-    **Work** of a query is the time that a worker needs for it at the highest throughput of the fastest subnet.
+    **Work** of a query is the time that a worker needs for the query at the highest throughput of the fastest subnet.
 
     >>> from superserve_jax.profile import Row
     >>> from superserve_jax.subnet import Subnet
@@ -60,7 +60,7 @@ class LengthQueue:
         self._now_s = -math.inf
         self._limit = sys.maxsize  # limit on the next batch
         self._queues = tuple(DeadlineQueue() for _ in profile.lengths)
-        self._head: int | None = None  # index of the head's length bucket; None after a change, until it is asked for
+        self._head: int | None = None  # index of the head's length bucket; None if it must be computed again
         self.retime(profile)
 
     def retime(self, profile: Profile) -> None:
@@ -74,12 +74,12 @@ class LengthQueue:
         return sum(map(len, self._queues))
 
     def tokens(self, more: Sequence[int] = ()) -> int:
-        """Tokens of all items and of `more` items with these lengths, each padded to its length bucket."""
+        """Number of tokens of all items and of items with the lengths `more`, each padded to its length bucket."""
         waiting = sum(len(q) * length for q, length in zip(self._queues, self._lengths, strict=True))
         return waiting + sum(self._lengths[bisect.bisect_left(self._lengths, length)] for length in more)
 
     def choose_head(self, now_s: float) -> int:
-        """See `Queue.choose_head`. The time limits how large a batch of deferred items may be."""
+        """See `Queue.choose_head`. The size of a batch of deferred items depends on `now_s`."""
         self._now_s = now_s
         if any(q.late for q in self._queues):
             self._head = None
@@ -112,7 +112,7 @@ class LengthQueue:
 
     @property
     def eligible(self) -> int:
-        """Number of items that could be in the head's batch. A deferred head limits it, so that on-time items are in time."""
+        """Number of items that could be in the head's batch. Fewer if the head is deferred, to keep on-time items in time."""
         return min(sum(map(len, self._queues[: self._head_bucket() + 1])), self._limit)
 
     @property
@@ -134,7 +134,7 @@ class LengthQueue:
             self.push(deadline_s, item, floor, length)
 
     def pop(self, n: int, accuracy: float = math.inf) -> list[Any]:
-        """Take up to `n` eligible items, from each length bucket those before its first floor above `accuracy`.
+        """Take up to `n` eligible items. In each length bucket, stop before the first floor above `accuracy`.
 
         If the head's own floor is above `accuracy`, take none.
         """
@@ -156,13 +156,13 @@ class LengthQueue:
         return floors if any(floors) else ()
 
     def defer(self, before_s: float) -> int:
-        """See `Queue.defer`. Length buckets shorter than the head's are left alone: their batches take less time."""
+        """See `Queue.defer`. Length buckets shorter than the head's do not take part: their batches take less time."""
         moved = sum(q.defer(before_s) for q in self._queues[self._head_bucket() :])
         self._head = None
         return moved
 
     def set_aside(self, before_s: float) -> Any:
-        """See `Queue.set_aside`. Takes from the same length buckets as `defer`."""
+        """See `Queue.set_aside`. It uses the same length buckets as `defer`."""
         aside = [(q, q.set_aside(before_s)) for q in self._queues[self._head_bucket() :]]
         self._head = None
         return aside
@@ -183,10 +183,10 @@ class LengthQueue:
             q.sweep(done)
 
     def pop_before(self, before_s: float) -> list[Any]:
-        """Take every item with an earlier deadline, deferred or not.
+        """Take every item with a deadline before a limit, deferred or not.
 
-        `before_s` is for the shortest length bucket. For longer ones the limit is later, by the additional latency of their
-        fastest subnet.
+        The limit is `before_s` for the shortest length bucket. For a longer one it is later, by the additional latency of one
+        query on the fastest subnet.
         """
         self._head = None
         taken = []
@@ -199,7 +199,7 @@ class LengthQueue:
         return [item for q in self._queues for item in q.pop_above(accuracy)]
 
     def due_by(self, time_s: float) -> float:
-        """Work of the items with deadlines up to a time, without deferred ones, in queries of the head's length bucket."""
+        """See `Queue.due_by`. Counts a query as the work of its length bucket / the work of the head's."""
         return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.head_work
 
     def items(self) -> list[Any]:
@@ -222,15 +222,15 @@ class LengthQueue:
         return self._head
 
     def _deferred_first(self, bucket: int, deadline_s: float) -> int:
-        """Index of a longer length bucket whose deferred items get the next batch before the on-time head at `bucket`.
+        """Index of a longer length bucket whose deferred items run in the next batch, before the on-time head at `bucket`.
 
-        Returns `bucket` if there is none, or if the on-time head could not wait for any such batch.
+        Returns `bucket` if no longer one has deferred items, or if the on-time head could not wait for a batch of them.
         """
         for i in sorted(range(bucket + 1, len(self._queues)), key=lambda i: self._queues[i].late_deadline_s):
             q, on_time = self._queues[i], sum(len(q) - q.late for q in self._queues[: i + 1])
             if not q.late or on_time >= self._profile.max_batch:
                 continue
-            # The on-time queries run after it, perhaps on the same worker. More will have arrived: assume a full batch.
+            # On-time queries run next, perhaps on the same worker. More arrive meanwhile: assume a full batch.
             then_ms = self._profile.each_length[bucket].fastest().latency_ms[-1]
             first = self._profile.each_length[i].fastest((*q.head_floors(1), 0.0)[0])
             sizes = zip(self._profile.batch_sizes, first.latency_ms, strict=True)
@@ -240,9 +240,9 @@ class LengthQueue:
         return bucket
 
     def _shares(self, n: int) -> Iterator[tuple[DeadlineQueue, int, int]]:
-        """The parts of a batch of `n` in order: queue, index of the first item in it, largest number of items.
+        """The parts of a batch of `n` items, in order. A part is (queue, index of its first item, largest number of items).
 
-        Deferred items come last, unless the head itself is deferred: then those of its length bucket come first.
+        Deferred items come last. Exception: if the head is deferred, the deferred items of its length bucket come first.
         """
         head, *shorter = eligible = self._queues[self._head_bucket() :: -1]
         late_head = len(head) == head.late

@@ -1,13 +1,13 @@
-"""Queues in the order of deadlines: the `Queue` protocol and the queue for inputs of one shape. No jax.
+"""Queues in the order of deadlines: the `Queue` protocol, and `DeadlineQueue` for inputs of one shape. No jax.
 
-`length_queue.LengthQueue` is the other implementation, for several length buckets. Server and simulator share both.
+`length_queue.LengthQueue` is the other implementation, for several length buckets. Server and simulator use both.
 
-With one SLO, arrivals come in the order of their deadlines, and `DeadlineQueue` is a plain FIFO. An item whose deadline is
-earlier than the last FIFO item goes to a second list that is kept sorted. Taking merges the two. A heap would be a little
-faster, but it cannot count the items that are due by some time without visiting all of them (`due_by`).
+With one SLO, arrivals come in the order of their deadlines, and `DeadlineQueue` is a plain FIFO. An item that
+is due before the last item of the FIFO goes to a second, sorted list. `pop` merges the two. A heap would be a little faster.
+But it would have to visit all items to count the items that are due by some time (`due_by`).
 
-Items that cannot be met any more may be deferred: they go behind all others (`defer`). In strict order an overload makes every
-query a little too late. With deferral the workers meet as many deadlines as their throughput allows.
+Items whose deadlines cannot be met any more may be deferred: they go behind all others (`defer`). In strict order an overload
+makes every query a little too late. With deferral the workers meet as many deadlines as their throughput allows.
 """
 
 # ruff: noqa: D102 - the docstring of `Queue` describes its methods in one table
@@ -33,35 +33,35 @@ def _latest_first(entry: Entry) -> tuple[float, int]:
 
 
 class Queue(Protocol):
-    """What server, simulator and `dispatch` need of a queue. The caller holds a lock.
+    """A queue of items with deadlines, as server, simulator and `dispatch` use it. The caller holds a lock.
 
-    An item is any object: the server's are queries, the simulator's are numbers. `push` is given its deadline, its floor (the
-    lowest accepted accuracy, 0 accepts any) and its length in tokens (0 if unknown).
+    An item is any object: a query in the server, a number in the simulator. `push` takes an item with its deadline, its floor
+    (the lowest accepted accuracy, 0 accepts any) and its length in tokens (0 if unknown).
 
     The **head** is the first item of the next batch. An item is **eligible** if it could be in the head's batch. **Work** is
     measured in queries if inputs have one shape, else in milliseconds of a worker.
 
         pushed            work of all items since the beginning
-        dispersion        variance / mean of `pushed` per second, if arrivals are independent
+        dispersion        variance / mean of the work that arrives per second, if arrivals are independent
         head_work         work of one item like the head
-        head_length       length bucket of the head, 0 if inputs have one shape; defined while the queue has items
+        head_length       length bucket of the head, 0 if inputs have one shape; undefined if the queue is empty
         head_deadline_s   deadline of the head; infinite if the queue is empty
         eligible, late    number of eligible items, and how many of them are deferred
 
         choose_head       choose the head of a batch that starts at `now_s`, and return `head_length`
         push, push_all    add one item; add items that share a deadline and a floor
-        pop               take up to `n` eligible items, the head first, without floors above `accuracy`
-        defer             move items with earlier deadlines behind all others, for good, and return their number
-        set_aside         take out items with earlier deadlines that are not deferred, until `put_back`
-        put_back          put back the result of `set_aside`, before any item has been added
+        pop               take up to `n` eligible items, the head first; stop at a floor above `accuracy`
+        defer             move items with deadlines before `before_s` behind all others, for good; return their number
+        set_aside         take out the items that `defer` would move, and return them for `put_back`
+        put_back          put the result of `set_aside` back. No item may be added between the two calls
         drop_late         drop items that are `done`, cancelled or answered, from the front of the deferred items
         sweep             drop all items that are `done`, in O(n)
-        pop_before        take every item with an earlier deadline, deferred or not
+        pop_before        take every item with a deadline before `before_s`, deferred or not
         pop_above         take every item whose floor exceeds `accuracy`
-        due_by            number of items with deadlines up to a time, without deferred ones, in items like the head
+        due_by            work of the items with deadlines up to `time_s`, without deferred ones / work of the head
         head              the head, left in place; None if the queue is empty
         head_floors       floors of the first `n` items in the order of `pop`; `()` if no item has a floor
-        items, drain      all items, left in place or taken
+        items, drain      all items: `items` leaves them in the queue, `drain` takes them
         retime            measure work by another profile from now on, also for items pushed before
     """
 
@@ -100,7 +100,7 @@ class Queue(Protocol):
 
 
 class DeadlineQueue:
-    """A queue for inputs of one shape. Ties between deadlines go in the order of arrival.
+    """A queue for inputs of one shape. Items with equal deadlines keep the order of arrival.
 
     >>> q = DeadlineQueue()
     >>> q.push(2.0, "late")
@@ -135,7 +135,7 @@ class DeadlineQueue:
 
     @property
     def eligible(self) -> int:
-        """Number of items: every one could be in the next batch."""
+        """Number of all items, since every item could be in the next batch."""
         return len(self._fifo) + len(self._early) + len(self._deferred)
 
     @property
@@ -149,7 +149,7 @@ class DeadlineQueue:
         return self._deferred[0][0] if self._deferred else math.inf
 
     def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None:
-        """Add an item. O(1) if its deadline is the last, else a search and a move of pointers: 3 us among 9,000 items."""
+        """Add an item. O(1) if its deadline is the latest, else an insertion into a sorted list: 3 us among 9,000 items."""
         self.pushed += 1
         fifo = self._fifo
         if not fifo or deadline_s >= fifo[-1][0]:
@@ -160,7 +160,7 @@ class DeadlineQueue:
             self._floored += 1
 
     def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None:
-        """Add items. If their deadline is the last, this costs a fifth of pushing them one by one."""
+        """Add items. If their deadline is the latest, this takes a fifth of the time of pushing them one by one."""
         fifo = self._fifo
         if fifo and deadline_s < fifo[-1][0]:
             for item in items:
