@@ -1,4 +1,4 @@
-"""What the programs in train/ and serve/ share: logging, errors in one line, checks of options, tables."""
+"""Helpers of the programs in train/ and serve/: logging, errors in one line, checks of options, tables."""
 
 import logging
 import sys
@@ -46,14 +46,14 @@ def check_above_zero(options: Any, *names: str) -> None:
 
 
 def options_after_path(defaults: Callable[[str], T], explanation: str | None, *, path: str | None = None) -> tuple[str, T]:
-    """The path that is a program's first argument, and the options after it. The path decides the options' defaults.
+    """Parses the command line `PROGRAM PATH [OPTIONS]`, and returns the path and the options.
 
-    Without a path, the program prints its explanation and ends.
+    Without any path, the program prints its explanation and ends.
 
     Args:
-      defaults: gives the options, a dataclass, with the defaults for a path.
+      defaults: returns the default options, a dataclass, for a path.
       explanation: the program's docstring.
-      path: the path if the first argument is an option.
+      path: the path to use if the first argument is not one.
     """
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
@@ -72,7 +72,7 @@ def print_columns(columns: Mapping[str, Callable[[Any], str]], items: Iterable[A
 
     Args:
       columns: each column's name, and a function from an item to its cell.
-      items: one for each line.
+      items: the items to print, one per line.
       left: see `print_table`.
     """
     print_table([tuple(columns), *(tuple(cell(item) for cell in columns.values()) for item in items)], left=left)

@@ -18,7 +18,7 @@ class SuperServeError(Exception):
 
 
 class ConfigError(SuperServeError, ValueError):
-    """A value in a config or an argument is not possible."""
+    """A value in a config or an argument is not allowed."""
 
 
 class UnknownNameError(SuperServeError, ValueError):
@@ -42,7 +42,7 @@ class DataError(SuperServeError, ValueError):
 
 
 class ExportError(SuperServeError, ValueError):
-    """An export directory is missing, damaged, no export, or from a newer version."""
+    """An export directory is missing or damaged, is not an export, or was written by a newer version."""
 
 
 class ConversionError(SuperServeError, ValueError):
@@ -70,7 +70,7 @@ class QueueFullError(SuperServeError, RuntimeError):
 
 
 class AdmissionError(QueueFullError):
-    """The waiting queries leave no time to meet this query's deadline, and the server refuses such queries."""
+    """The waiting queries leave no time to meet this query's deadline, so the server refused it (option `admission`)."""
 
 
 class ServerClosedError(SuperServeError, RuntimeError):
@@ -86,7 +86,7 @@ class InferenceError(SuperServeError, RuntimeError):
 
 
 class DeadlineExpiredError(SuperServeError, TimeoutError):
-    """The deadline had passed, or could not be met, and the server drops such queries."""
+    """The query could no longer meet its deadline, so the server dropped it (option `expire`)."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
@@ -105,10 +105,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
 
 @contextlib.contextmanager
 def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
-    """Turns exceptions from values of a wrong type or form into an `error` of one line.
+    """Turns an exception caused by a malformed value into an `error` with a message of one line.
 
-    Use it as a context manager or a decorator, around code that reads values from users or files. Checks with better messages
-    come first: errors of this library pass unchanged.
+    Use it as a context manager or a decorator, around code that reads values from users or files. Errors of this library pass
+    unchanged, so a check inside can give a better message.
 
     >>> with refusing(DataError, "not a pair of numbers; give two"):
     ...     first, second = map(int, "1 x".split())

@@ -33,6 +33,6 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """The SHA-256 of a JSON object without its key `sha256`. It does not depend on the layout in a file."""
+    """The SHA-256 of a JSON object without its key `sha256`. Order of keys and white space do not matter."""
     content = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -38,11 +38,11 @@ class Panel:
 
     Args:
       title: above the axes.
-      label_x: of the x axis, with its unit.
-      label_y: of the y axis, with its unit.
+      label_x: the label of the x axis, with its unit.
+      label_y: the label of the y axis, with its unit.
       lines: lines by label.
-      scale_x: of the x axis; "symlog" is a logarithmic one that shows 0.
-      scale_y: of the y axis.
+      scale_x: the scale of the x axis; "symlog" is logarithmic but also shows 0.
+      scale_y: the scale of the y axis.
     """
 
     title: str
@@ -102,7 +102,7 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def metrics(lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = ()) -> None:
-    """The course of training: losses and accuracies over steps.
+    """Plots losses and accuracies over the steps of a training run.
 
     Args:
       lines: the run's metrics, with "step", "loss", "accuracy" and, if other subnets are trained, "loss_smallest".
@@ -128,12 +128,12 @@ def search(
     *,
     cost: str,
 ) -> None:
-    """The candidates of a search, its Pareto front, and the chosen subnets.
+    """Plots the candidates of a search, its Pareto front, and the chosen subnets.
 
     Args:
       cloud: (cost, accuracy as a fraction) of each candidate.
-      front: the same of the front.
-      served: the same of the chosen subnets.
+      front: the same for the Pareto front.
+      served: the same for the chosen subnets.
       path: the PNG file.
       cost: the name of the cost, with its unit.
     """
@@ -146,11 +146,11 @@ def search(
 
 
 def loading(sizes_mb: Sequence[float], ratios: Mapping[str, Sequence[float]], path: Path, *, title: str) -> None:
-    """How many times longer than an inference the loading of a network's weights takes (the paper's Figure 1a).
+    """Plots (time to load a network's weights) / (time of an inference) by size of the weights (the paper's Figure 1a).
 
     Args:
       sizes_mb: the size of each network's weights in 10^6 bytes.
-      ratios: loading time divided by inference time of each network, by where the weights are loaded from.
+      ratios: loading time / inference time of each network. The keys say where the weights are loaded from.
       path: the PNG file.
       title: above the plot.
     """
@@ -160,7 +160,7 @@ def loading(sizes_mb: Sequence[float], ratios: Mapping[str, Sequence[float]], pa
 
 
 def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()) -> None:
-    """Traffic over time, with one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
+    """Plots traffic over time, with one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
 
     Args:
       runs: a `simulation.metrics.Series` for each policy, all of the same trace.

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, elsewhere a plain line every few seconds."""
+"""Shows the progress of long work on stderr: a bar on a terminal, else a plain line every 10 seconds."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -26,7 +26,7 @@ def track(
       items: the work.
       description: a few words.
       total: the number of items. By default it is `len(items)`, if `items` has a length.
-      completed: the number of items that an interrupted run has done before.
+      completed: the number of items that an earlier, interrupted run has done.
       note: returns a short text to show behind the bar, such as the current loss.
 
     >>> list(track([1, 2], "counting"))

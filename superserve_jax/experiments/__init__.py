@@ -1,7 +1,7 @@
-"""The paper's evaluation in the simulator: which experiments there are, their results, and the paper's numbers beside ours.
+"""The paper's evaluation in the simulator: the experiments, their results, and a comparison with the paper's numbers.
 
-`presets` says what is run, and `runner` runs it. `summaries` averages the results over seeds, `paper_table` compares them with
-the paper, and `figures` draws them. serve/compare.py is the program. Read `presets` first. No jax.
+`presets` lists the experiments, and `runner` runs them. `summaries` averages the results over seeds, `paper_table` compares
+them with the paper, and `figures` draws them. serve/compare.py is the program. Read `presets` first. No jax.
 """
 
 from superserve_jax.experiments.presets import PRESETS, Cell, Grid, Traffic

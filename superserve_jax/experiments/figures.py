@@ -25,7 +25,7 @@ _AGAINST_ACCURACY = ("maf", "bursty", "acceleration", "policies")
 
 
 def draw(results: Iterable[CellResult], folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Draws every figure that these results allow, and yields the files."""
+    """Draws the figures of every preset in `results`, and yields the files."""
     folder.mkdir(parents=True, exist_ok=True)
     for preset, summaries in grouped(summarize(results), lambda s: s.preset).items():
         scales = grouped(summaries, lambda s: s.scale)
@@ -45,7 +45,10 @@ def draw(results: Iterable[CellResult], folder: pathlib.Path) -> Iterator[pathli
 def draw_over_time(
     cells: Sequence[Cell], profile: Profile, folder: pathlib.Path, *, maf_trace: str | None = None
 ) -> Iterator[pathlib.Path]:
-    """Draws runs over time, and yields the files. For each preset and scale it runs the last trace with the first seed."""
+    """Simulates and draws runs over time, and yields the files: one per scale, for the presets in `_OVER_TIME` only.
+
+    Each file shows the last trace with the first seed, and at most three policies.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for (preset, scale), group in grouped(cells, lambda c: (c.preset, c.scale)).items():
         if preset not in _OVER_TIME:
@@ -99,7 +102,7 @@ def _capacity(title: str, group: Sequence[Summary]) -> Iterator[Panel]:
 
 
 def _slowdown(title: str, group: Sequence[Summary]) -> Iterator[Panel]:
-    """The sweep over the number of latency buckets. The other results of this preset are only a table."""
+    """The sweep over the number of latency buckets. The preset's other results appear only in the table."""
     hardest = {s.policy: s for s in group if s.trace == presets.HARDEST.name}
     swept = {
         rule: {n: s for n in presets.LATENCY_BUCKETS if (s := hardest.get(f"{rule}:{n}")) is not None}

@@ -1,4 +1,4 @@
-"""The paper's numbers beside ours. Where the paper has none, it is this project's goal. No jax."""
+"""A table of the paper's numbers and ours. If the paper has no number, the table shows this project's goal or "-". No jax."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,10 +16,10 @@ class Comparison(NamedTuple):
 
     Args:
       preset: the experiment.
-      scale: its scale.
-      what: what is compared; of the default policy unless it names another.
-      paper: the paper's number, or "goal: ..." for this project's goal.
-      ours: our number; of several traces the lowest and the highest.
+      scale: how many times slower the device is than in the profile.
+      what: the compared quantity. It belongs to the default policy unless the text names another one.
+      paper: the paper's number, "goal: ..." for this project's goal, or "-" for neither.
+      ours: our number. With several traces, the lowest and the highest one.
     """
 
     preset: str
@@ -41,7 +41,7 @@ class _Experiment:
         self._traces = list(dict.fromkeys(s.trace for s in summaries))
 
     def get(self, trace: str, policy: str) -> Summary | None:
-        """None if it was not run."""
+        """A policy's summary on a trace; None if it was not run."""
         return self._by_key.get((trace, policy))
 
     def of(self, policy: str = DEFAULT) -> list[Summary]:
@@ -55,7 +55,7 @@ class _Experiment:
 
 
 def compare(results: Iterable[CellResult]) -> list[Comparison]:
-    """All comparisons that these results allow.
+    """All comparisons that the results contain the numbers for.
 
     >>> result = dict(preset="acceleration", trace="t", scale=1.9, policy="slackfit", seed=0, accuracy=76.0)
     >>> compare([{**result, "attainment": 0.995, "fluid_accuracy": 76.1}])[0]
@@ -91,9 +91,9 @@ def _bursty(e: _Experiment) -> _Lines:
     yield "accuracy above the least accurate model", "+4.33 points", _range(e.above_least("accuracy"), "+.2f")
     if g := list(gains(e.all, DEFAULT).values()):
         yield "accuracy at equal attainment, on the lines", "+4.33 points", _range((x.points_line for x in g), "+.2f")
-        yield "the same, strictly", "+4.33 points", _range((x.points for x in g), "+.2f")
+        yield "accuracy at equal attainment, strictly", "+4.33 points", _range((x.points for x in g), "+.2f")
         yield "attainment at equal accuracy, on the lines", "2.06x", _range((x.times_line for x in g), ".2f", "x")
-        yield "the same, strictly", "2.06x", _range((x.times for x in g), ".3g", "x")
+        yield "attainment at equal accuracy, strictly", "2.06x", _range((x.times for x in g), ".3g", "x")
     for goal, low, high, where in (
         ("0.7", 0, 5000, "around 4,450 queries/s"),
         ("0.3", 5000, math.inf, "at 6,000 queries/s and more"),
@@ -119,7 +119,7 @@ def _worker_kills(e: _Experiment) -> _Lines:
     yield from _attainment(e, "0.999", loss=False)
     for s in e.of():
         ours = f"{s.mean('accuracy_first'):.2f} % with 8 workers, {s.mean('accuracy_last'):.2f} % with 4"
-        yield "accuracy in the first and the last 12 s", "falls by itself", ours
+        yield "accuracy over the first and the last fifth", "falls as workers die", ours
 
 
 def _scale(e: _Experiment) -> _Lines:
@@ -127,7 +127,11 @@ def _scale(e: _Experiment) -> _Lines:
     if rates:
         most, fewest = max(rates), min(rates)
         yield f"queries/s at {runner.SUSTAINED} with {most:.0f} workers", "about 33,000", f"{rates[most]:,.0f}"
-        yield f"per worker, against {fewest:.0f}", "linear", f"{rates[most] / most / (rates[fewest] / fewest):.3f}"
+        yield (
+            f"queries/s per worker, relative to {fewest:.0f} worker(s)",
+            "linear",
+            f"{rates[most] / most / (rates[fewest] / fewest):.3f}",
+        )
 
 
 def _actuation(e: _Experiment) -> _Lines:
@@ -135,7 +139,7 @@ def _actuation(e: _Experiment) -> _Lines:
         misses = {s.mean("actuation_ms"): 1 - s.attainment for s in e.of(policy)}
         for ms, paper in ((0.0, "0 %"), (1.0, "-"), (100.0, "2 %")):
             if ms in misses:
-                yield f"missed at {ms:g} ms per change, {policy}", paper, f"{100 * misses[ms]:.2g} %"
+                yield f"missed deadlines at {ms:g} ms per change, {policy}", paper, f"{100 * misses[ms]:.2g} %"
 
 
 def _capacity(e: _Experiment) -> _Lines:
@@ -150,29 +154,33 @@ def _slowdown(e: _Experiment) -> _Lines:
     for rule in (PAPER, "slackfit-cumulative"):
         swept = {n: e.get(presets.HARDEST.name, f"{rule}:{n}") for n in presets.LATENCY_BUCKETS}
         if ours := ", ".join(f"{n}: {s.attainment:.3f}" for n, s in swept.items() if s is not None):
-            yield f"attainment by latency buckets, {rule}", "number not given", ours
+            yield f"attainment by latency buckets, {rule}", "no number given", ours
     if summaries := [s for s in e.of() if "stall" not in s.trace]:
         yield "attainment of the default policy", "-", _range((s.attainment for s in summaries), ".4f")
     for s in e.of():
         if not math.isnan(after := s.mean("last_miss_s")):
-            yield f"{s.trace}: last miss after it", "goal: < 1 s", f"{after:.2f} s"
+            yield f"{s.trace}: from the stall's end to the last miss", "goal: < 1 s", f"{after:.2f} s"
 
 
 def _decisions(e: _Experiment) -> _Lines:
     for s in e.all:
         ours = f"{s.mean('decision_p50_us'):.1f} and {s.mean('decision_p99_us'):.1f} us"
-        yield f"decision of {s.policy}, {presets.DENSE} subnets", "sub-ms; goal: p50 10 us, p99 50 us", ours
+        yield (
+            f"time of a decision, p50 and p99, {s.policy}, {presets.DENSE} subnets",
+            "sub-ms; goal: p50 10 us, p99 50 us",
+            ours,
+        )
 
 
 def _attainment(e: _Experiment, paper: str, *, loss: bool = True) -> _Lines:
     yield "attainment", paper, _range((s.attainment for s in e.of()), ".4f")
     if loss:
         losses = (-above for above in e.above_least("attainment"))
-        yield "less than the least accurate model attains", "goal: 0.001", _range(losses, "+.4f")
+        yield "attainment below the least accurate model's", "goal: 0.001", _range(losses, "+.4f")
 
 
 def _range(values: Iterable[float], form: str, unit: str = "") -> str:
-    """The lowest and the highest value."""
+    """The lowest and the highest value as text, such as "0.5 to 0.7"."""
     known = sorted(v for v in values if not math.isnan(v))
     ends = list(dict.fromkeys(f"{v:{form}}{unit}" for v in known[:1] + known[-1:]))
     return " to ".join(ends) or "not run"

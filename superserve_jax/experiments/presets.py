@@ -1,7 +1,7 @@
 """The evaluation as data: which traffic, policies and clusters make up each preset of serve/compare.py. No jax.
 
-The settings come from the paper's Section 6 (Figures 1, 5c, 8 to 11 and 13). Where the paper leaves one open, a docstring
-says what was chosen.
+The settings come from the paper's Section 6 (Figures 1, 5c, 8 to 11 and 13). If the paper does not give a setting, a
+docstring states our choice.
 A scale of s makes the device s times slower than in the profile. With the paper's profile (`simulation.paper_profile`) and a
 scale of 1.9, eight workers carry 2,000 to 9,000 queries/s, as in Figure 5c. So the traffic is the same load as in the paper.
 At a scale of 1.0, the latencies of Figure 6, the workers carry twice as many.
@@ -33,13 +33,14 @@ _PROCESSES = {"bursty": traces.bursty, "accelerating": traces.accelerating, "gam
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """A trace that has not been made yet.
+    """The recipe of a trace: a random process with its parameters. `create` makes the trace.
 
     Args:
       name: for tables and plots.
       process: "bursty", "accelerating" or "gamma" (see `simulation.traces`), or "azure" (see `simulation.azure.trace`).
-      options: arguments of that function, as (name, value).
-      load: of "gamma", instead of a rate: the rate divided by what all workers carry with the fastest subnet.
+      options: arguments of that function, as (name, value) pairs.
+      load: for "gamma", instead of the option rate_qps: the rate as a fraction of what all workers can serve with the fastest
+        subnet.
     """
 
     name: str
@@ -58,8 +59,8 @@ class Traffic:
         """Makes the trace.
 
         Args:
-          seed: of the arrivals.
-          capacity_qps: what all workers carry with the fastest subnet, for `load`.
+          seed: the seed of the arrivals.
+          capacity_qps: the queries per second that all workers can serve with the fastest subnet. Only `load` needs it.
           duration_s: the length of the trace.
           maf_trace: a CSV file of Azure Functions 2019, for "azure".
 
@@ -85,12 +86,12 @@ def bursty(burst_qps: float, cv2: float) -> Traffic:
 
 
 def accelerating(to_qps: float, qps_per_s: float) -> Traffic:
-    """The paper's accelerating traffic, which rises from 2500 queries/s. It rises after 10 s; the paper does not say when."""
+    """The paper's accelerating traffic, from 2500 to `to_qps` queries/s. It rises after 10 s; the paper gives no time."""
     return Traffic(f"2500-{to_qps:g} at {qps_per_s:g}", "accelerating", (("to_qps", to_qps), ("qps_per_s", qps_per_s)))
 
 
 def steady(load: float) -> Traffic:
-    """Evenly spaced arrivals. `load` is relative to what the fastest subnet carries."""
+    """Evenly spaced arrivals. `load` is a fraction of what the workers can serve with the fastest subnet."""
     return Traffic(f"steady, {100 * load:g} % load", "gamma", (("cv2", 0.0),), load)
 
 
@@ -104,13 +105,13 @@ class Grid:
     """Runs every policy on every traffic, on every cluster, at every scale.
 
     Args:
-      traffics: what comes.
+      traffics: the traffics to serve.
       policies: names for `policies.create`. "fixed:all" means every subnet of the profile, fixed.
-      clusters: what serves.
+      clusters: the clusters to serve them with.
       scales: how many times slower the device is than in the profile.
-      sustained: search for the highest rate that is sustained (`runner.SUSTAINED`), instead of serving the traffic as it is.
+      sustained: whether to search for the highest sustained rate (see `runner.SUSTAINED`), instead of the traffic's own rate.
       duration_s: the length of the traffic.
-      dense: run on a profile of `DENSE` subnets, and measure the time of each decision.
+      dense: whether to run on a profile of `DENSE` subnets and measure the time of each decision.
     """
 
     traffics: tuple[Traffic, ...]
@@ -224,11 +225,11 @@ def cells(
     """The cells of a preset, in the order of its tables. Traffic that is not random gets the first seed only.
 
     Args:
-      preset: its name.
-      seeds: of the traffic.
-      scales: instead of the preset's.
-      policies: instead of the preset's.
-      duration_s: instead of the preset's.
+      preset: the preset's name.
+      seeds: the seeds of the traffic.
+      scales: replaces the preset's scales.
+      policies: replaces the preset's policies.
+      duration_s: replaces the preset's lengths of traffic.
       subnets: the number of subnets in the profile, for "fixed:all".
 
     Raises UnknownNameError for an unknown preset.
@@ -239,7 +240,7 @@ def cells(
     if preset not in PRESETS:
         raise errors.unknown_name("preset", preset, [*PRESETS, "all"])
     fixed = tuple(f"fixed:{i}" for i in range(subnets))
-    found: dict[Cell, None] = {}  # two grids with the same traffic give the same cells if `policies` replaces theirs
+    found: dict[Cell, None] = {}  # drops duplicates: with `policies`, grids may share cells
     for grid in PRESETS[preset]:
         names = tuple(n for name in policies or grid.policies for n in (fixed if name == "fixed:all" else (name,)))
         for traffic, scale, cluster in itertools.product(grid.traffics, scales or grid.scales, grid.clusters):
@@ -250,7 +251,7 @@ def cells(
 
 
 def dense(profile: Profile, subnets: int = DENSE) -> Profile:
-    """A profile with many subnets. They lie evenly on the straight lines between the rows of `profile`, at its longest length.
+    """A profile with many subnets, interpolated linearly between the rows of `profile` at its longest length.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> len(dense(paper_profile()).rows)

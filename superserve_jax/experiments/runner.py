@@ -4,13 +4,14 @@ serve/compare.py --json writes the results. They have these keys:
 - `preset`, `trace`, `scale`, `policy` and `seed` name the run.
 - `attainment` is the SLO attainment, a FRACTION from 0 to 1.
 - `accuracy` is the mean serving accuracy in PERCENT, as in the paper's tables; None if no query met its deadline.
-- `fluid_attainment` and `fluid_accuracy` are the same of the fluid bound, see `simulation.bounds`.
+- `fluid_attainment` and `fluid_accuracy` are the same two values of the fluid bound, see `simulation.bounds`.
 - `workers` and `actuation_ms` describe the cluster, `queries` and `rate_qps` the traffic.
 - `p99_ms` is the 99th percentile of the latency of the answered queries.
 - `accuracy_first` and `accuracy_last` are the accuracy over the first and the last fifth of the queries.
-- `last_miss_s` is the time from the end of a stall to the last missed query; 0 if none was missed, None without a stall.
-- `decision_p50_us` and `decision_p99_us` are percentiles of the time of a decision; None where it is not measured.
-Cell, profile and policy determine everything but the last two.
+- `last_miss_s` is the time from the end of a stall to the last missed query. It is 0 if none was missed after the stall, and
+  None without a stall.
+- `decision_p50_us` and `decision_p99_us` are percentiles of the time of a decision; None if it was not measured.
+Cell, profile and policy determine every value except the times of decisions.
 """
 
 import concurrent.futures
@@ -60,7 +61,7 @@ def evaluate(cells: Sequence[Cell], profile: Profile, *, jobs: int = 1, maf_trac
     Args:
       cells: what to run.
       profile: the profile at scale 1.
-      jobs: the number of processes; 1 runs everything in this one. With more, the calling program needs the usual
+      jobs: the number of processes; 1 runs everything in the calling process. With more, the calling program needs
         `if __name__ == "__main__"`, because the processes are spawned.
       maf_trace: see `presets.Traffic.create`.
 
@@ -69,7 +70,7 @@ def evaluate(cells: Sequence[Cell], profile: Profile, *, jobs: int = 1, maf_trac
     if jobs < 1:
         raise errors.ConfigError(f"jobs must be 1 or more, got {jobs}")
     run = functools.partial(run_cell, profile=profile, maf_trace=maf_trace)
-    # Dense cells time their decisions, so they run at the end, when nothing else does.
+    # Dense cells time their decisions, so they run last, when no other process is busy.
     order = sorted(range(len(cells)), key=lambda i: cells[i].dense)
     together, alone = ([cells[i] for i in order if cells[i].dense == dense] for dense in (False, True))
     results: dict[int, list[CellResult]] = {}
@@ -93,7 +94,7 @@ def _mapped(run: Callable[[Cell], list[CellResult]], cells: Sequence[Cell], jobs
 
 
 def run_cell(cell: Cell, profile: Profile, maf_trace: str | None = None) -> list[CellResult]:
-    """One result per policy of the cell. `profile` is the one at scale 1."""
+    """Runs a cell. Returns one result per policy. `profile` is the profile at scale 1."""
     profile = _scaled(cell, profile)
     if cell.sustained:
         runs = [_sustained(cell, name, profile) for name in cell.policies]
@@ -106,13 +107,13 @@ def run_cell(cell: Cell, profile: Profile, maf_trace: str | None = None) -> list
 
 
 def make_trace(cell: Cell, profile: Profile, maf_trace: str | None = None) -> Trace:
-    """A cell's arrivals. `profile` is the one at the cell's scale."""
+    """A cell's arrivals. `profile` is the profile at the cell's scale."""
     capacity_qps = cell.cluster.workers * profile.throughput_qps(profile.rows[0].subnet)
     return cell.traffic.create(cell.seed, capacity_qps=capacity_qps, duration_s=cell.duration_s, maf_trace=maf_trace)
 
 
 def timeline(cell: Cell, policy: str, profile: Profile, *, maf_trace: str | None = None, window_s: float = 0.25) -> Series:
-    """A cell's run over time, for a plot. `profile` is the one at scale 1."""
+    """A cell's run over time, for a plot. `profile` is the profile at scale 1."""
     profile = _scaled(cell, profile)
     r = _simulate(cell, policy, profile, make_trace(cell, profile, maf_trace)).result
     return metrics.series(r.arrival_s, r.deadline_s, r.finish_s, r.accuracy, r.batch, window_s=window_s)
@@ -140,7 +141,7 @@ def _timed(policy: Policy, times_ns: list[int]) -> Policy:
 
 
 def _sustained(cell: Cell, name: str, profile: Profile) -> _Run:
-    """The run at the highest sustained rate, by bisection. The upper end is 1.25 times what the fastest subnet carries.
+    """The run at the highest sustained rate, by bisection up to 1.25 times what the workers can serve with the fastest subnet.
 
     If no rate is sustained, it is the run at the lowest rate that was tried.
     """
@@ -182,7 +183,10 @@ def _result(cell: Cell, policy: str, run: _Run, bound: Bound) -> CellResult:
 
 
 def _fluid(profile: Profile, trace: Trace, cluster: Cluster) -> Bound:
-    """The fluid bound. If workers leave or return, it is the mean over the times between, weighted by their queries."""
+    """The fluid bound. If workers leave or return, each span between these events has its own bound.
+
+    The result is the mean of these bounds, weighted by the queries of each span.
+    """
     edges = sorted({t for o in cluster.outages for t in (o.from_s, o.until_s) if t < math.inf})
     parts = np.split(trace.arrivals_s, np.searchsorted(trace.arrivals_s, edges))
     met = correct = 0.0

@@ -1,8 +1,8 @@
 """Summaries of results: means over the seeds, and gains over the fixed models as the paper reports them. No jax.
 
 A fixed model always runs the same subnet. On given arrivals it is a point (accuracy, attainment). A policy's gain over the
-fixed models is read in two ways:
-- On the lines: straight lines join the models in the order of accuracy, as if there were a model everywhere on them.
+fixed models is computed in two ways:
+- On the lines: straight lines join the models in the order of accuracy. Every point on them counts as a model.
 - Strictly: the policy is compared with one model. At equal attainment this is the most accurate model that attains at least as
   much. At equal accuracy it is the model with the highest attainment that is at least as accurate.
 """
@@ -157,10 +157,10 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def gains(summaries: Sequence[Summary], policy: str) -> dict[str, Gain]:
-    """A policy's gain over the fixed models, by trace. It is read for each seed on the same arrivals, and then averaged.
+    """A policy's gain over the fixed models, by trace. It compares runs on the same arrivals and is averaged over the seeds.
 
     Args:
-      summaries: of one preset and scale. Traces without fixed models are left out.
+      summaries: the summaries of one preset at one scale. Traces without fixed models are left out.
       policy: the policy's name.
     """
     found = {}
