@@ -38,15 +38,15 @@ _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     **{name: functools.partial(PaperSlackFit, reading=reading) for name, reading in _READINGS.items()},
     "max-acc": MaxAcc,
     "max-batch": MaxBatch,
-    # What INFaaS does without an accuracy threshold (the paper's Section 6.1).
+    # The paper's INFaaS: without an accuracy threshold it always picks the least accurate model (Section 6.1).
     "least-accurate": lambda profile: Fixed(profile, profile.rows[0].subnet, name="least-accurate"),
     "fixed:smallest": lambda profile: Fixed(profile, profile.rows[0].subnet),
     "fixed:largest": lambda profile: Fixed(profile, profile.rows[-1].subnet),
     "proteus": Planner,
 }
 NAMES = tuple(_FACTORIES)
-"""The names without a number. Three more take a number after a colon: `fixed:<i>`, the i-th subnet of the profile in ascending
-order of accuracy, and `slackfit-paper:<n>` and `slackfit-cumulative:<n>` with n latency buckets."""
+"""All policy names without a number. Three other names have a number after a colon. `fixed:<i>` is the i-th subnet of the
+profile, from 0, in ascending order of accuracy. `slackfit-paper:<n>` and `slackfit-cumulative:<n>` have n latency buckets."""
 
 
 def create(policy: str | Policy, *profiles: Profile) -> Policy:
@@ -56,7 +56,7 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
       policy: a name, or a policy.
       profiles: the profiles of the workers. If they differ, or have several length buckets, the result is a `ByProfile`.
 
-    Raises UnknownNameError for an unknown name, ConfigError for a number that cannot be.
+    Raises UnknownNameError for an unknown name, ConfigError for a number out of range.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()

@@ -1,7 +1,7 @@
-"""What a policy is asked (`State`), what it answers (`Decision`), and the latency table that policies share. No jax.
+"""The input of a policy (`State`), its output (`Decision`), and the latency table that policies share. No jax.
 
-A policy is asked with the profile of the free worker. With length buckets it is the profile at the head's length bucket, and
-the counts in the state are in units of queries like the head. For a worker that runs slower than its profile, all times and
+A policy is called with the profile of the free worker. With length buckets, this is the profile at the head's length bucket.
+The counts in the state are then multiples of the head's work. For a worker that runs slower than its profile, all times and
 rates are scaled, as if time ran faster (see `speeds`).
 """
 
@@ -17,23 +17,24 @@ from superserve_jax.subnet import Subnet
 
 
 class State(NamedTuple):
-    """What a policy may know when a worker is free and at least one query waits.
+    """The input of a policy, when a worker (the asking worker) is free and at least one query waits.
 
     Args:
-      now_s: the time.
-      slack_ms: time left until the head's deadline, which is the earliest; negative if it has passed.
-      waiting: number of waiting queries, at least 1. With length buckets, without queries longer than the head's length
-      bucket.
+      now_s: the present time.
+      slack_ms: time left until the head's deadline; negative if it has passed. The head is the first query of the next batch,
+        usually the one with the earliest deadline.
+      waiting: number of waiting queries, at least 1. Queries that are longer than the head's length bucket do not count.
       floors: the lowest accuracy that each of the next queries accepts, in the queue's order, up to the largest batch. Empty
         if no waiting query has a floor.
-      workers: number of live workers, with the asking one. If speeds differ: total speed / speed of the asking worker.
+      workers: number of live workers, including the asking one. If speeds differ: total speed / speed of the asking worker.
       last_subnet: the subnet that the asking worker ran last, None at first.
       late: how many of `waiting` were deferred (`Decision.defer_ms`).
       rate_qps: recent mean number of arrivals per second; 0 while unknown (see `arrivals.ArrivalMeter`).
-      variance_qps: its variance per second, equal to the rate for a Poisson process. With length buckets a query counts here,
-        in `rate_qps` and in `near` as its work / the work of a query like the head (see `length_queue.LengthQueue`).
+      variance_qps: variance of the number of arrivals per second, equal to `rate_qps` for a Poisson process. With length
+        buckets, in `rate_qps`, `variance_qps` and `near` a query counts as its work / the head's work (see
+        `length_queue.LengthQueue`).
       slo_ms: the shortest SLO of the queries of the last one or two seconds; infinite while unknown.
-      near: how many waiting queries are due within max(2 * slack, shortest SLO); None if not counted.
+      near: number of waiting queries, without deferred ones, that are due within max(2 * slack, slo_ms); None if not counted.
       worker: number of the asking worker, from 0.
     """
 
@@ -52,12 +53,14 @@ class State(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Run up to `batch` of the earliest deadlines on `subnet`.
+    """The output of a policy: run up to `batch` queries with the earliest deadlines on `subnet`.
 
     Args:
       subnet: a subnet of the profile.
       batch: the largest number of queries, at least 1.
-      defer_ms: before the batch is taken, queries with less slack than this go behind all others, for good. By default none.
+      defer_ms: before the batch is taken, queries with less slack than this are deferred: they go behind all others, for
+        good. If a faster worker can still save a query, this worker only leaves it (see `dispatch.next_batch`). By default
+        no query is deferred.
       reason: a word for the server's counters, one of `REASONS` or your own.
     """
 
@@ -71,36 +74,36 @@ REASONS = {
     "best": "the most accurate subnet: there is time for it",
     "slack": "the most accurate subnet that fits into the time",
     "late": "the fastest subnet, because late queries wait",
-    "risk": "the fastest subnet, because a burst could make others late",
-    "guard": "the fastest subnet: there is no time for another",
-    "short": "the fastest subnet and fewer queries: otherwise the first would be late",
+    "risk": "the fastest subnet, because a burst could make other queries late",
+    "guard": "the fastest subnet: there is no time for a slower one",
+    "short": "the fastest subnet and fewer queries: otherwise the first query would be late",
     "lost": "no choice saves the first query",
     "floor": "the first query asks for more accuracy than the policy's choice has",
 }
-"""Why the policies of this package decided as they did. `dispatch` itself gives the reason "floor"."""
+"""The reasons that the policies of this package give, explained. `dispatch` gives the reason "floor"."""
 
 
 Policy = Callable[[Profile, State], Decision]
-"""`policy(profile, state) -> Decision`, a pure function. Any callable will do. The policies of this package are built for one
-profile, keep tables of it, and ignore the profile that they are passed."""
+"""`policy(profile, state) -> Decision`, a pure function. Any callable will do. Most policies of this package are built for
+one profile, keep tables of it, and ignore the argument `profile`. `ByProfile` and custom policies may use it."""
 
 
-_NEIGHBOURS = 9  # number of cells with similar latencies whose spreads are combined
+_NEIGHBOURS = 9  # a cell is a (subnet, batch size); p99 is smoothed over this many cells with similar latencies
 
 
 class Table:
-    """Latencies of the Pareto-optimal subnets, ascending along both axes, so that a bisection finds every choice.
+    """Latencies of the Pareto-optimal subnets, ascending in accuracy and in batch size, so that bisection finds a choice.
 
-    A subnet is named by its rank in accuracy, a batch by its index in `sizes`.
+    Methods name a subnet by its rank in accuracy, from 0, and a batch by its index in `sizes`.
 
     Attributes:
       sizes: the batch sizes.
-      subnets, accuracies: by rank.
+      subnets, accuracies: the subnets and their accuracies, by rank.
       rows: median latencies of each subnet.
       columns: median latencies at each batch size.
-      tails: smoothed 99th percentiles at each batch size. A percentile of some tens of calls is close to their maximum, so one
-        disturbance decides it. Therefore tail = median latency * median of the ratios p99 / median over the nine cells with
-        the most similar latencies.
+      tails: smoothed 99th percentiles at each batch size. A 99th percentile of some tens of calls is close to their maximum,
+        so one disturbance determines it. Therefore tail = median latency * median of the ratios p99 / median over the nine
+        (subnet, batch size) with the most similar latencies.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> table = Table(paper_profile())
@@ -127,12 +130,12 @@ class Table:
         return bisect.bisect_right(self.rows[rank], budget_ms) - 1
 
     def above(self, floor: float) -> int:
-        """Rank of the least accurate subnet that reaches a floor, or of the most accurate subnet if none does."""
+        """Rank of the least accurate subnet that reaches a floor. If none does, the rank of the most accurate subnet."""
         return min(bisect.bisect_left(self.accuracies, floor), len(self.accuracies) - 1)
 
 
 def _spreads(cells: Sequence[tuple[float, float]]) -> dict[float, float]:
-    """From each median latency to its ratio p99 / median, smoothed. Cells are (median, p99)."""
+    """A mapping from each median latency to its smoothed ratio p99 / median. Cells are (median, p99)."""
     ordered = sorted(cells)
     spreads = [p99 / ms for ms, p99 in ordered]
     window = min(_NEIGHBOURS, len(spreads))

@@ -1,8 +1,8 @@
 """The policies that the paper compares SlackFit with (its Section 6.1). No jax.
 
-As in the paper they look only at the slack of the earliest deadline, not at the number of waiting queries. The paper does not
-say what to do with a head that no choice can save. Here the fastest subnet of the policy runs its largest batch: a smaller one
-would only lose more queries. These policies ignore floors, and `dispatch.take` enforces them.
+As in the paper, they look only at the slack of the head, not at the number of waiting queries. The paper does not say what to
+do if no choice saves the head. Here the fastest subnet of the policy runs its largest batch, because a smaller batch would
+only lose more queries. These policies ignore floors, and `dispatch.take` enforces floors.
 """
 
 import bisect
@@ -15,8 +15,9 @@ from superserve_jax.subnet import Subnet
 class Fixed:
     """One subnet for all traffic, with the largest batch that it runs within the slack. The paper's Clipper+.
 
-    It represents Clipper, Clockwork and TF-Serving, which adapt only the batch to the slack. It can collapse if throughput
-    grows with the batch: a backlog leaves little slack, little slack means small batches, and the backlog never drains.
+    It represents Clipper, Clockwork and TF-Serving, which adapt only the batch to the slack. The policy can collapse if
+    throughput grows with the batch: a backlog leaves little slack, little slack means small batches, and the backlog never
+    drains.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -28,7 +29,7 @@ class Fixed:
     def __init__(self, profile: Profile, subnet: Subnet, *, name: str = ""):
         self.name = name or f"fixed:{profile.rows.index(profile.row(subnet))}"
         self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
-        # One decision per batch size. Index -1 is for a lost head: the largest batch again.
+        # One decision for each batch size. The last one, index -1, is for a lost head: the largest batch again.
         sizes = (*profile.batch_sizes, profile.max_batch)
         reasons = (*("slack" for _ in profile.batch_sizes), "lost")
         self._decisions = tuple(Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
@@ -39,7 +40,7 @@ class Fixed:
 
 
 class MaxAcc:
-    """The most accurate subnet that runs one query within the slack, then its largest batch (the paper's MaxAcc).
+    """The paper's MaxAcc: the most accurate subnet that runs one query within the slack, with the largest batch that it can.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -63,7 +64,7 @@ class MaxAcc:
 
 
 class MaxBatch:
-    """The largest batch that the fastest subnet runs within the slack, then the most accurate subnet for it (MaxBatch).
+    """The paper's MaxBatch: the largest batch that any subnet runs within the slack, on the most accurate subnet that does so.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()

@@ -7,19 +7,20 @@ from superserve_jax.scheduling.policies.base import Decision, Policy, State
 
 
 class ByProfile:
-    """One policy for each profile and length bucket. The profile that is passed selects the policy that decides.
+    """One policy for each profile and length bucket. The argument `profile` of a call selects the policy that decides.
 
-    The policies know nothing of each other. For example, each planner plans as if all queries had its length bucket and all
-    workers its profile. A longer query then counts as several.
+    The policies know nothing of each other. For example, a `Planner` plans as if all queries were in its length bucket, and as
+    if all workers had its profile. A longer query counts as several.
 
     Args:
-      make: makes a policy for a profile at one length, for example `functools.partial(SlackFit, defer=False)`.
-      profiles: the profiles of the workers. For other profiles a policy is made at first use.
+      make: a function that makes a policy from a profile of one length bucket, for example `functools.partial(SlackFit,
+        defer=False)`.
+      profiles: the profiles of the workers. For any other profile, a policy is made at its first use.
     """
 
     def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile):
         self._make = make
-        # Keyed by id, because comparing two profiles takes longer than a decision. Keeping the profile keeps its id unique.
+        # Keyed by id, because comparing two profiles takes longer than a decision. The kept profile keeps its id unique.
         self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.each_length}
         names = dict.fromkeys(str(getattr(policy, "name", policy)) for _, policy in self._policies.values())
         self.name = " / ".join(names)
@@ -30,7 +31,7 @@ class ByProfile:
         return (found[1] if found else self._equal(profile))(profile, state)
 
     def _equal(self, profile: Profile) -> Policy:
-        """The policy of an equal profile, or a new one, for example for a worker whose batches have become smaller."""
+        """The policy of an equal profile, else a new policy, for example for a worker whose batches have become smaller."""
         found = next((policy for table, policy in self._policies.values() if table == profile), None) or self._make(profile)
         self._policies[id(profile)] = profile, found
         return found

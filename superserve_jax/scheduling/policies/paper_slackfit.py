@@ -19,21 +19,23 @@ class PaperSlackFit:
 
         low + i / n * (high - low)  <  latency  <=  low + (i + 1) / n * (high - low)
 
-    from the fastest choice (low) to the slowest (high). Each latency bucket keeps one choice: the largest batch, and of equal
-    batches the most accurate subnet. The policy takes the kept choice with the largest `latency <= slack`.
+    from the fastest choice (low) to the slowest (high). Each latency bucket keeps one choice: the choice with the largest
+    batch, and among equal batches the most accurate subnet. The policy takes the kept choice with the largest
+    `latency <= slack`.
 
-    If no kept choice is that fast, the least accurate subnet runs the largest batch, even if a small one could save the head.
-    The paper leaves this case open. A large batch clears a backlog faster. In the hardest traffic this is worth 3 points of
-    attainment.
+    If every kept choice is slower than the slack, the least accurate subnet runs the largest batch, even if a small batch
+    could save the head. The paper leaves this case open. A large batch clears a backlog faster, which is worth 3 points of
+    attainment in the hardest traffic.
 
     The number of latency buckets decides whether a backlog ever drains. More slack may select a larger subnet with a smaller
-    batch, and then throughput falls. On the paper's profile, 6 to 10 latency buckets give the order of policies that the paper
-    shows. The default is their middle.
+    batch, and then throughput falls. On the paper's profile, 6 to 10 latency buckets rank the policies as the paper does. The
+    default, 8, is in the middle.
 
     Args:
       profile: the profile of the workers.
       buckets: number of latency buckets, from 1 to 100,000.
-      reading: "in_range" as above. With "cumulative", a latency bucket also keeps choices that are faster than its range.
+      reading: how to read the paper's rule. "in_range" is the rule above. With "cumulative", a latency bucket also covers all
+        choices that are faster than its range.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()

@@ -1,4 +1,4 @@
-"""A planner in the manner of Proteus: it solves a small integer programme every few seconds. No jax."""
+"""A planner like Proteus: it solves a small integer programme every few seconds. No jax."""
 
 import importlib
 import math
@@ -13,21 +13,22 @@ from superserve_jax.subnet import Subnet
 
 
 class Planner:
-    """Assigns a subnet to each worker so that they carry the forecast traffic at the highest accuracy.
+    """A policy that assigns a subnet to each worker, so that the workers carry the forecast traffic at the highest accuracy.
 
     It represents Proteus (Ahmad et al., ASPLOS 2024), which solves a mixed integer linear programme periodically. The forecast
     is the recent mean rate (`State.rate_qps`) plus some headroom. A subnet's throughput is taken at its best batch within half
     of the shortest SLO, because a query may wait for one batch and then run in another. Between two plans each worker acts
     like `Fixed`. All workers share one queue.
 
-    A burst shorter than the period meets the plan made for the calm before it. The call that finds the plan too old makes the
-    next one, which takes milliseconds. This policy has a memory, unlike the others: make one for each server or simulation.
+    A burst shorter than the period is served by the plan made before the burst. The first call after the period makes the next
+    plan, which takes milliseconds. Unlike the other policies, a `Planner` has a memory: make one for each server or
+    simulation.
 
     Args:
       profile: the profile of the workers.
       period_s: time between two plans.
-      headroom: share added to the forecast. On the paper's profile 0.1 meets the deadlines of traffic with CV^2 2 at low load,
-        and 0.3 of traffic with CV^2 4 at high load.
+      headroom: share added to the forecast. On the paper's profile, 0.1 is enough to meet the deadlines of traffic with CV^2 2
+        at low load, and 0.3 is enough for CV^2 4 at high load.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -49,7 +50,7 @@ class Planner:
         self._table = table = Table(profile)
         self._fixed = {subnet: Fixed(profile, subnet) for subnet in table.subnets}
         self._plan = (table.subnets[0],)
-        self._from_s, self._until_s, self._workers = math.inf, -math.inf, 0  # the plan's period, and number of workers
+        self._from_s, self._until_s, self._workers = math.inf, -math.inf, 0  # the plan's start, end, workers
 
     def __call__(self, profile: Profile, state: State) -> Decision:
         """See `base.Policy`."""
@@ -57,7 +58,7 @@ class Planner:
         holds = self._from_s <= state.now_s < self._until_s and workers == self._workers
         if not holds and state.rate_qps:
             self._plan = self.plan(state.rate_qps, workers=workers, slo_ms=state.slo_ms)
-            # The first plan knows only the first moments of the traffic.
+            # The first plan is made from the first moments of the traffic only, so it lasts at most 1 s.
             lasts_s = self.period_s if self._workers else min(self.period_s, 1.0)
             self._from_s, self._until_s, self._workers = state.now_s, state.now_s + lasts_s, workers
         return self._fixed[self._plan[state.worker % len(self._plan)]](profile, state)
@@ -70,8 +71,8 @@ class Planner:
             maximise    sum of x_s * (accuracy_s + 100)
             subject to  x_s <= n_s * throughput_s / F,   sum of x_s <= 1,   sum of n_s = workers,   n_s integer
 
-        The 100 makes carrying one more query worth more than any accuracy. A tiny weight on n_s gives spare workers the best
-        subnets: they take from the queue too.
+        The term 100 makes one more carried query worth more than any gain in accuracy. A tiny weight on n_s gives the best
+        subnets to spare workers, because these take queries too.
         """
         table = self._table
         qps = np.array([_throughput_qps(table.sizes, row, slo_ms / 2) for row in table.rows])

@@ -1,4 +1,4 @@
-"""SlackFit: the server's default policy. It follows the paper's policy (`paper_slackfit`), and cannot collapse. No jax."""
+"""SlackFit: the server's default policy. It extends the paper's policy (`paper_slackfit`), and cannot collapse. No jax."""
 
 import bisect
 import itertools
@@ -17,13 +17,13 @@ class SlackFit:
     Let `latency(s, b)` be the profiled latency of subnet s at batch size b, `fast` the fastest subnet, and
 
         query_ms  = min over b of latency(fast, b) / b              time of one query at the highest throughput
-        drain(b)  = max(near - b, 0) * query_ms / workers           time for the others that are due soon (`State.near`)
-        capacity  = workers / query_ms
-        buffer    = -ln(risk) * variance / (2 * (capacity - rate)) / capacity
+        drain(b)  = max(near - b, 0) * query_ms / workers           time for the other queries that are due soon (`State.near`)
+        capacity  = workers / query_ms                              highest throughput of all workers
+        buffer    = -ln(risk) * variance / (2 * (capacity - rate)) / capacity       time kept free for the next burst
 
-    1. **Batch.** b maximises `min(waiting, b) / latency(fast, b)`. Example: of 12 waiting queries 8 run, not 12 padded to 16.
-       The other 4 have time for the next free worker.
-    2. **Late.** If deferred queries are eligible, run `fast`. They fill up the batch.
+    1. **Batch.** b maximises `min(waiting, b) / latency(fast, b)`. Example: of 12 waiting queries, 8 run, not 12 padded to
+       16. The other 4 wait for the next free worker.
+    2. **Late.** If deferred queries are eligible, run `fast`. Deferred queries fill up the batch.
     3. **Risk.** If `slack - latency(fast, b) < max(drain(b), buffer)`, run `fast`.
     4. **Subnet.** Else run the most accurate subnet on the hull with
 
@@ -32,34 +32,34 @@ class SlackFit:
 
        where slo is the shortest recent SLO. A query with this SLO may arrive at any moment and find all workers busy.
     5. **Guard.** If no subnet qualifies, run `fast`: with b if `latency(fast, b) <= slack`, else with the largest c < b with
-       `latency(fast, c) <= slack - drain(c)`. If there is none, the head is lost. Run b all the same. With `defer`, all
-       queries with a slack below `latency(fast, b)` go behind the others.
+       `latency(fast, c) <= slack - drain(c)`. If no c qualifies, the head is lost: run b anyway. With `defer`, all queries
+       with a slack below `latency(fast, b)` then go behind the others.
 
     - The hull is the upper concave hull of accuracy over latency at batch size b. A subnet below it is less accurate than a
       mixture of two others that is as fast.
     - The reserve is for jitter. `p99` is the smoothed percentile `Table.tails`.
-    - The drain time lets the policy react to a burst on its arrival, before its first query has grown old.
+    - The drain time lets the policy react as soon as a burst arrives, before the slack of its first query is used up.
     - The buffer is for bursts near the capacity. A backlog exceeds x queries with probability exp(-2 (capacity - rate) x /
       variance): the stationary law of a reflected Brownian motion (Kingman's heavy-traffic approximation). The buffer is the
-      time to serve the x with probability `risk`. In calm traffic it is close to 0.
+      time to serve the x that has probability `risk`. In calm traffic the buffer is close to 0.
     - Deferral avoids the domino effect of earliest deadline first. In strict order a backlog longer than the SLO makes every
       query a little too late. Deferred queries are answered when the backlog is gone, as in strict order.
 
-    It cannot collapse. A backlog that the workers cannot clear within the head's slack runs at the highest throughput.
+    The policy cannot collapse: a backlog that the workers cannot clear within the head's slack runs at the highest throughput.
 
     If the head has a floor, `fast` is the fastest subnet that reaches it. The guard's batch then ends before the first query
-    with a lower floor, because a faster subnet could serve that query. Every batch ends before the first query whose floor
-    exceeds the accuracy of its subnet (`dispatch.take`).
+    that a faster subnet could serve. Every batch ends before the first query whose floor exceeds the accuracy of its subnet
+    (`dispatch.take`).
 
     Args:
       profile: the profile of the workers.
-      reserve: share of the slack kept for jitter, from 0 to 1. More misses fewer deadlines and is less accurate.
-      foresight: share of the drain time kept for the waiting queries, from 0 to 1. It trades in the same way.
+      reserve: share of the slack kept for jitter, from 0 to 1. A larger share misses fewer deadlines and is less accurate.
+      foresight: share of the drain time kept for the waiting queries, from 0 to 1. A larger share has the same effect.
       risk: accepted probability that a backlog outgrows the buffer, above 0 and up to 1. 1 disables the buffer. Figures for
-        the default, with the paper's profile slowed 1.9 times: at 85 % of the capacity (7,800 queries/s of CV^2 8) it misses 2
-        of 10,000 deadlines more than the fastest subnet. From 6,000 queries/s on, bursty traffic is served within 0.3 points
-        of the fluid bound.
-      defer: whether lost queries are deferred. If not, the order of deadlines is strict.
+        the default with the paper's profile, slowed 1.9 times: at 85 % of the capacity (7,800 queries/s, CV^2 8), SlackFit
+        misses 2 more of 10,000 deadlines than the fastest subnet. In bursty traffic from 6,000 queries/s on, its accuracy is
+        within 0.3 points of the fluid bound.
+      defer: whether lost queries are deferred. If False, queries run strictly in the order of deadlines.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -86,14 +86,14 @@ class SlackFit:
         self._table = table = Table(profile)
         self._usable, self._foresight, self._safety, self._defer = 1 - reserve, foresight, -math.log(risk), defer
         fastest = table.rows[0]
-        # Index of the batch size of rule 1, for each number of waiting queries up to the largest batch.
+        # For each number of waiting queries, up to the largest batch: index of the batch size by rule 1.
         self._size = tuple(
             max(range(len(fastest)), key=lambda size: (min(n, table.sizes[size]) / fastest[size], size))
             for n in range(table.sizes[-1] + 1)
         )
         self._query_ms = min(ms / b for b, ms in zip(table.sizes, fastest, strict=True))
         hulls = [_hull(column, table.accuracies) for column in table.columns]
-        # For each batch size the subnets on the hull: latencies, 99th percentiles, ranks.
+        # For each batch size: latencies, 99th percentiles and ranks of the subnets on the hull.
         self._hulls = tuple(
             ([column[r] for r in ranks], [tail[r] for r in ranks], ranks)
             for column, tail, ranks in zip(table.columns, table.tails, hulls, strict=True)
@@ -126,13 +126,13 @@ class SlackFit:
         return self._fastest(state, least, queries, why)
 
     def _fastest(self, state: State, rank: int, queries: int, why: str) -> Decision:
-        """Rule 5 for the first `queries` on the fastest subnet that reaches the head's floor."""
+        """Apply rule 5 to the first `queries` queries. `rank` is the fastest subnet that reaches the head's floor."""
         table, best = self._table, self._size[queries]
         for size in range(best, -1, -1):
             limit_ms = state.slack_ms if size == best else state.slack_ms - self._drain_ms(state, size)
             if table.columns[size][rank] <= limit_ms:
                 return _decision(table.subnets[rank], min(table.sizes[size], queries), why if size == best else "short")
-        # Defer by the fastest subnet of all: the head's floor must not make other queries late.
+        # The limit uses the fastest subnet of all: queries without the head's floor may still be saved.
         late_ms = table.rows[0][best] if self._defer else -math.inf
         return Decision(table.subnets[rank], min(table.sizes[best], queries), late_ms, reason="lost")
 
@@ -141,14 +141,14 @@ class SlackFit:
         return max(waiting - self._table.sizes[size], 0) * self._query_ms / state.workers
 
     def _buffer_ms(self, state: State) -> float:
-        """The buffer. The free capacity counts as at least 2 %, so that it stays finite."""
+        """The buffer. The free capacity counts as at least 2 % of the capacity, so that the buffer stays finite."""
         capacity_qps = 1e3 * state.workers / self._query_ms
         left_qps = max(capacity_qps - state.rate_qps, 0.02 * capacity_qps)
         return 1e3 * self._safety * state.variance_qps / (2 * left_qps) / capacity_qps
 
 
 def _decision(subnet: Subnet, batch: int, reason: str) -> Decision:
-    return Decision._make((subnet, batch, -math.inf, reason))  # half the cost of the constructor
+    return Decision._make((subnet, batch, -math.inf, reason))  # takes half the time of the constructor
 
 
 def _hull(latencies: Sequence[float], accuracies: Sequence[float]) -> list[int]:
