@@ -1,6 +1,6 @@
-"""Reads the manifest of an export, and verifies that the files it lists are there and unchanged. No jax.
+"""Reads the manifest of an export, and verifies that the listed files exist and are unchanged. Works without jax.
 
-A manifest may be damaged, or written with bad intent. So everything in it is checked before it is used.
+A manifest may be damaged, or forged by an attacker. So every value is checked before it is used.
 """
 
 import json
@@ -42,7 +42,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the manifest of an export's directory.
 
     Raises:
-      ExportError: the directory is missing, is no export or is from a newer version, or the manifest was damaged or edited.
+      ExportError: the directory is missing, is not an export or is from a newer version, or the manifest is damaged or edited.
     """
     try:
         file = pathlib.Path(path) / MANIFEST_NAME
@@ -51,6 +51,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         manifest = _parse(file)
         intact = isinstance(manifest, dict) and manifest.get("sha256") == files.digest(manifest)
+    except errors.ExportError:  # it is a ValueError, too; its message is complete
+        raise
     except (OSError, ValueError, RecursionError) as e:
         raise errors.ExportError(f"{file} is damaged or cannot be read: {e}; export again") from e
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
@@ -59,7 +61,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     if schema != MANIFEST_SCHEMA:
         newer = isinstance(schema, int) and schema > MANIFEST_SCHEMA
         remedy = "it is newer, upgrade superserve-jax" if newer else "it is damaged, export again"
-        raise errors.ExportError(f"{file} has schema {schema!r} where this version reads {MANIFEST_SCHEMA}; {remedy}")
+        raise errors.ExportError(f"{file} has schema {schema!r}, but this version reads schema {MANIFEST_SCHEMA}; {remedy}")
     if not intact:
         raise errors.ExportError(f"{file} is damaged or was edited: its SHA-256 does not match; export again")
     try:
@@ -67,21 +69,26 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     except msgspec.ValidationError as e:
         raise errors.ExportError(f"{file} is damaged: {e}; export again") from e
     if not re.fullmatch(r"payload-[0-9a-f]{16}", manifest["payload"]):
-        raise errors.ExportError(f"{file} names a payload folder that cannot be one: {manifest['payload']!r}; export again")
+        raise errors.ExportError(f"{file} names an impossible payload folder {manifest['payload']!r}; export again")
     if not "".join(manifest["files"]).isprintable():
-        raise errors.ExportError(f"{file} gives impossible names of files; export again")
+        raise errors.ExportError(f"{file} lists impossible names of files; export again")
     return manifest
 
 
 def verify_files(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
-    """Raises ExportError unless the payload holds exactly these files, each with its size and digest, and no links."""
+    """Raises ExportError unless the payload holds exactly the files in `contents`, with their sizes and digests, and no links.
+
+    Args:
+      payload: the folder of the payload.
+      contents: for each file's path in the payload, its size in "bytes" and its "sha256".
+    """
     try:
         if not payload.is_dir() or payload.is_symlink():
-            raise errors.ExportError(f"{payload} is missing; the export is not whole, copy or export it again")
+            raise errors.ExportError(f"{payload} is missing or is not a folder; copy or export it again")
         found = {str(f.relative_to(payload)): f for f in files_of(payload)}
         if odd := sorted(set(found) ^ set(contents)):
             state = "missing" if odd[0] in contents else "not in the manifest"
-            raise errors.ExportError(f"{payload / odd[0]} is {state}; the export is not whole, copy or export it again")
+            raise errors.ExportError(f"{payload / odd[0]} is {state}; copy or export it again")
         for name, expected in contents.items():
             check_file(found[name], expected)
     except OSError as e:
@@ -89,7 +96,7 @@ def verify_files(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
 
 
 def check_file(file: pathlib.Path, expected: Mapping[str, Any]) -> None:
-    """Raises ExportError unless this is a plain file with the expected size and digest."""
+    """Raises ExportError unless `file` is a plain file with the expected "bytes" and "sha256"."""
     if file.is_symlink() or not file.is_file():  # a link could lead out of the directory, a pipe could block
         raise errors.ExportError(f"{file} is not a plain file; copy or export it again")
     if (size := file.stat().st_size) != expected["bytes"]:
@@ -109,5 +116,5 @@ def _parse(file: pathlib.Path) -> Any:
         what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
         raise errors.ExportError(f"{path} is not an export: it {what}; make one with train/export.py")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise errors.ExportError(f"{file} is larger than the {_MAX_MANIFEST_BYTES >> 20} MiB that are allowed for a manifest")
+        raise errors.ExportError(f"{file} is larger than a manifest may be, {_MAX_MANIFEST_BYTES >> 20} MiB; export again")
     return json.loads(file.read_text(encoding="utf-8"))
