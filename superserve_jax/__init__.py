@@ -1,4 +1,4 @@
-"""superserve-jax: train one weight-shared SuperNet, and serve any of its subnets in place, so that every burst is met.
+"""superserve-jax: train one weight-shared SuperNet, and serve any of its subnets in place, so that bursts meet deadlines.
 
 SuperServe (Khare et al., NSDI 2025) in JAX and Flax:
 
@@ -10,7 +10,7 @@ SuperServe (Khare et al., NSDI 2025) in JAX and Flax:
     with ss.Server(model, slo_ms=36) as server:     # SlackFit over precompiled executables
         reply = server.submit(images[0]).result()
 
-Names that need jax are imported at their first use.
+Most names are imported at their first use. So `import superserve_jax` itself does not load jax.
 """
 
 import importlib

@@ -5,7 +5,7 @@ No layer has state that changes at run time. Normalisation statistics are passed
 - `BatchStats` computes the statistics of the batch and records them, for training and calibration;
 - `StoredStats` reads the statistics that calibration made, for inference.
 
-Axis letters: B batch, H height, W width, C and D channels before and after; `h`, `w` are height and width over the stride.
+Axis letters: B batch, H height, W width, C and D channels before and after. `h` and `w` are H and W divided by the stride.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from superserve_jax import ops
 
 
 class BatchStats:
-    """Statistics of the batch, recorded as (mean, variance) under the norm's name.
+    """Computes the statistics of the batch, and records them as (mean, variance) under the norm's name.
 
-    A family whose hidden states have the same shape in all subnets also records them here, for distillation.
+    If hidden states have the same shape in all subnets, the family also records the hidden states here, for distillation.
     """
 
     def __init__(self):
@@ -36,11 +36,11 @@ class BatchStats:
 
 
 class StoredStats:
-    """Statistics that calibration made: means and variances of all norms, one norm after another.
+    """Reads the statistics that calibration made.
 
     Args:
-      statistics: float32 (2, N).
-      offsets: where the channels of each norm begin.
+      statistics: float32 (2, N): means and variances of all norms, one norm after another.
+      offsets: for each norm's name, where its channels begin.
     """
 
     def __init__(self, statistics: jax.Array, offsets: Mapping[str, int]):
@@ -94,7 +94,7 @@ class SubnetNorm(nnx.Module):
 
     Args:
       channels: number of channels in the largest subnet.
-      name: the norm's name in `stats`, unique in the network.
+      name: the norm's name, unique in the network. `stats` is asked for the statistics of this name.
     """
 
     def __init__(self, channels: int, *, name: str):

@@ -1,13 +1,13 @@
 """SubNetAct's three operators as pure functions: LayerSelect, WeightSlice, SubnetNorm (SuperServe, NSDI 2025, section 3).
 
-The sizes that an operator gets decide how it runs. A `Size` is
+The type of a `Size` decides how an operator runs:
 
-- a Python int: the weight is sliced to that static shape, nothing is masked (**sliced**);
-- a pair (limit, active) of a static int and a traced int32 scalar: the weight is sliced to the limit, and everything beyond
-  the active size is masked to zero (**bucketed**; **masked** if the limit is the whole network).
+- A Python int (**sliced**): the weight is sliced to that static size. Nothing is masked.
+- A pair (limit, active) of a static int and a traced int32 scalar (**bucketed**): the weight is sliced to the limit, and all
+  channels beyond the active size are set to zero. If the limit is the size of the whole network, this is called **masked**.
 
-One invariant makes both forms equal: every activation is zero beyond its active channels. So a layer needs to know only its
-own size, never the size of its input.
+Both forms give equal results because of one invariant: every activation is zero beyond its active channels. So a layer needs
+to know only its own size, never the size of its input.
 
 Axis letters: C channels; `*axes` any axes before them.
 """
@@ -59,8 +59,8 @@ def layer_select(gate: Size, block: Callable[[jax.Array], jax.Array], x: jax.Arr
     A static gate decides during tracing, so a dropped block costs nothing. For a traced gate:
 
     - `skip=True` branches, so a dropped block costs nothing. Use it for inference.
-    - `skip=False` computes both and selects. Use it for training: on a CPU the gradient of a convolution inside a branch is
-      about 30 times slower, and statistics of the batch cannot leave a branch.
+    - `skip=False` always computes the block and then selects. Use it for training: on a CPU the gradient of a convolution
+      inside a branch is about 30 times slower, and a branch cannot return the statistics of the batch.
     """
     if isinstance(gate, int):
         return block(x) if gate else x
@@ -95,7 +95,7 @@ def subnet_norm(
 ) -> Float[Array, "*axes C"]:
     """SubnetNorm: batch normalisation with the statistics of the subnet that runs.
 
-    The result is masked, since a channel of zeros becomes bias - mean * scale.
+    The result is masked, because the norm turns a channel of zeros into bias - mean * scale / sqrt(var + eps).
     """
     y = (x.astype(jnp.float32) - mean) * (lax.rsqrt(var + eps) * scale) + bias
     return mask(y.astype(x.dtype), size)

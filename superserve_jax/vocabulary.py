@@ -2,9 +2,9 @@
 
 There are two schemes:
 
-- `wordpiece` is the one of BERT (Devlin et al., NAACL 2019). It splits words into pieces of a vocabulary file, and puts [CLS]
+- `wordpiece` is BERT's scheme (Devlin et al., NAACL 2019). It splits words into pieces from a vocabulary file. It puts [CLS]
   before the first text and [SEP] after each text. It needs the package tokenizers.
-- `words` splits text at blanks, and puts [CLS] before it.
+- `words` splits text at whitespace, and puts [CLS] before it.
 
 Axis letters: B batch, T tokens.
 """
@@ -28,7 +28,7 @@ _NEEDED = {"wordpiece": (PAD, UNKNOWN, CLS, SEP), "words": (PAD, CLS)}
 
 @runtime_checkable
 class TokenConfig(Protocol):
-    """What the config of a network that reads token ids says about them."""
+    """The part of a family's config that describes token ids."""
 
     @property
     def vocab_size(self) -> int:
@@ -114,14 +114,14 @@ class Vocabulary:
         Args:
           texts: B texts.
           second: the second text of each pair, such as a hypothesis.
-          length: T. Shorter inputs are padded. wordpiece cuts longer inputs at the end, in a pair the longer text first.
+          length: T. Shorter inputs are padded. wordpiece cuts longer inputs at the end; of a pair, the longer text first.
           token_types: with 2, the result holds the token type (1 in the second text) next to each id.
 
         Returns:
           int32 (B, T), or (B, T, 2) with token types, as from `DynaBERTConfig.pack`.
 
         Raises:
-          InputError: a text is not a string, or `words` finds an unknown token or too many tokens.
+          InputError: an argument is not possible, or `words` finds a pair, an unknown token or too many tokens.
           DataError: the package tokenizers is missing.
         """
         if isinstance(texts, str) or isinstance(second, str):
@@ -171,8 +171,8 @@ class Vocabulary:
         for word in words:
             if word not in self._ids:
                 near = difflib.get_close_matches(word, self.tokens, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"tokens are {' '.join(self.tokens)[:200]}"
-                raise errors.InputError(f"'{word}' is not a token of this vocabulary; {hint} Tokens are separated by blanks")
+                hint = f"did you mean '{near[0]}'?" if near else f"its tokens are {' '.join(self.tokens)[:200]}"
+                raise errors.InputError(f"'{word}' is not a token of this vocabulary (put blanks between tokens); {hint}")
         return [self._ids[CLS], *(self._ids[word] for word in words)], [0] * (len(words) + 1)
 
     def _pieces(self, text: str) -> list[int]:
@@ -190,7 +190,7 @@ class Vocabulary:
             raise errors.DataError(
                 f"splitting text into word pieces needs '{e.name}': pip install 'superserve-jax[text]'"
             ) from e
-        # The tokenizer does not know the special tokens. So "[SEP]" in a user's text is several pieces, not a separator.
+        # The special tokens are not registered. So "[SEP]" in a user's text becomes several pieces, not a separator.
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(dict(self._ids), unk_token=UNKNOWN))
         tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=self.lowercase)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()

@@ -1,6 +1,6 @@
-"""SuperNets: the interface of a family, the three programs of its forward function, and the model of config and weights.
+"""SuperNets: the interface of a family, the three programs of its forward function, and the model with its weights.
 
-Read `family.py` first, then `programs.py`. `check` verifies a family, for example one that you wrote.
+Read `family.py` first, then `programs.py`. Call `check` to verify a family that you wrote.
 """
 
 from superserve_jax.supernets.checking import check

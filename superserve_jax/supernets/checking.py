@@ -1,7 +1,7 @@
 """Verifies a family: whether the methods of its config agree with each other and with the network that it creates.
 
-supernets.check(config)              # traces some subnets, and compiles and runs them
-supernets.check(config, run=False)   # traces only: about a second. `ss.train` does it before the first step.
+supernets.check(config)              # traces some subnets, then compiles and runs them
+supernets.check(config, run=False)   # only traces, about a second; `ss.train` does this before the first step
 """
 
 import functools
@@ -19,8 +19,8 @@ from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs, reads
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig
 
-_SIZED, _TRACED = 16, 3  # numbers of subnets
-_TOLERANCE = 1e-3  # of the largest value; masked values that leak change more
+_SIZED, _TRACED = 16, 3  # numbers of subnets whose sizes are checked, and that are traced
+_TOLERANCE = 1e-3  # relative to the largest value; a missing mask causes larger differences
 _BATCH = 4
 
 
@@ -29,10 +29,10 @@ def check(config: FamilyConfig, *, run: bool = True) -> None:
 
     Args:
       config: the family's config, preferably a small one.
-      run: compile the programs, too, and check that each subnet gives equal results sliced and masked.
+      run: also compile and run the programs, and check that each subnet gives equal results sliced and masked.
 
     Raises:
-      ConfigError: the first disagreement: the method, the subnet, the value and what was expected.
+      ConfigError: two methods disagree. The message names the method, the subnet, the value and what was expected.
     """
     members = {"family", *(name for name in vars(FamilyConfig) if not name.startswith("_"))}
     if missing := sorted(members - set(dir(config))):
@@ -97,10 +97,10 @@ def _check_counts(config: FamilyConfig, subnet: Subnet) -> None:
 
 
 def _check_programs(config: FamilyConfig) -> None:
-    """Raises ConfigError unless a subnet's sliced program gives the same as the masked one, in training and inference."""
+    """Raises ConfigError unless the sliced and the masked program give equal results, in training and in inference."""
     rng = np.random.default_rng(0)
     params = programs.initial_params(config, 0)
-    # With biases of zero, a channel that should be masked would be zero even if it is not masked.
+    # If biases were zero, a channel beyond the active size would be zero even without a mask. So they get noise.
     noise = {name: rng.normal(0, 0.3, p.shape) if p.ndim == 1 else 0 for name, p in params.items()}
     params = {name: (p + noise[name]).astype(p.dtype) for name, p in params.items()}
     inputs, masked = _inputs(config, rng), programs.masked(config)
@@ -125,7 +125,7 @@ def _check_programs(config: FamilyConfig) -> None:
 
 
 def multiply_adds(jaxpr: Any) -> int:
-    """Multiply-adds of the matrix products and convolutions of a jaxpr, padding taps included."""
+    """Multiply-adds of the matrix products and convolutions of a jaxpr. Products with zero padding count."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

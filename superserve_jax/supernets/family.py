@@ -50,15 +50,15 @@ class FamilyConfig(Protocol):
         ...
 
     def norm_sizes(self, sizes: dict[str, int], /) -> dict[str, int]:
-        """Channels of each SubnetNorm that a subnet of these sizes runs, by the norm's name, in order."""
+        """Channels of each SubnetNorm that a subnet of these sizes runs, by name, in the order of its statistics."""
         ...
 
     def flops(self, subnet: Subnet, /) -> int:
-        """Multiply-adds of one input in matrix products and convolutions, padding taps included."""
+        """Multiply-adds of one input in matrix products and convolutions. Products with zero padding count."""
         ...
 
     def num_params(self, subnet: Subnet, /) -> int:
-        """Number of weights of the subnet extracted on its own, without statistics."""
+        """Number of weights that the subnet needs on its own, without statistics."""
         ...
 
 
@@ -67,7 +67,7 @@ class RewirableConfig(FamilyConfig, Protocol):
     """A family whose units (heads, neurons, channels) training can sort by importance."""
 
     def units(self) -> list[Units]:
-        """The units that may change places."""
+        """The units that training may reorder."""
         ...
 
 
@@ -96,7 +96,7 @@ class SequenceConfig(FamilyConfig, Protocol):
         ...
 
     def input_spec(self, batch: int, *, length: int | None = None) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of inputs of `length` tokens; of `max_length` tokens without it."""
+        """Shape and dtype of inputs of `length` tokens; `max_length` tokens if left out."""
         ...
 
     def pack(self, ids: Any, types: Any = None, *, mask: Any = None, length: int | None = None) -> np.ndarray:

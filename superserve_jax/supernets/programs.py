@@ -1,12 +1,13 @@
 """The three programs that one forward function gives: sliced, masked and bucketed.
 
-A program covers all subnets below an envelope. Sizes that differ between these subnets are traced, all others are static:
+A program runs some subnets. Its envelope is a subnet that covers all of them: at least as large in every size. Sizes in which
+one of them differs from the envelope are traced. All other sizes are static:
 
-- `sliced(config, subnet)`: nothing is traced. The fast program of one subnet.
-- `masked(config)`: the envelope is the whole network. One compilation runs every subnet.
-- `bucketed(config, subnets)`: the envelope of some subnets, which form a subnet bucket.
+- `sliced(config, subnet)`: one subnet. Nothing is traced, so this is the fast program.
+- `masked(config)`: all subnets. The envelope is the whole network. One compilation runs every subnet.
+- `bucketed(config, subnets)`: the given subnets, which form a subnet bucket.
 
-A program's functions are pure and take the parameters as a flat dict `{path: array}`; jit or lower them as you need.
+A program's functions are pure and take the parameters as a flat dict `{path: array}`. Jit or lower them as you need.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ from superserve_jax import layers, ops
 from superserve_jax.subnet import Subnet, envelope_of
 from superserve_jax.supernets.family import FamilyConfig
 
-# By default XLA's CPU backend slices all weights before the first layer and holds all slices at once. The memory-optimised
-# order takes less than half of the temporary memory and is as fast. By default, convolutions run in a library of fused
-# kernels (YNN). It takes 1.4 to 1.8 times as long as XLA's own code (OFA-ResNet50, two cores with AVX-512), and the first
-# call takes 10 ms longer. So only matrix products use that library.
+# First option: by default, XLA's CPU backend slices all weights before the first layer and holds all slices at once. The
+# memory-optimised order takes less than half of the temporary memory and is as fast. Second option: by default, convolutions
+# run in YNN, a library of fused kernels. With YNN they take 1.4 to 1.8 times as long as with XLA's own code (OFA-ResNet50,
+# two cores with AVX-512), and the first call takes 10 ms longer. So only matrix products use YNN.
 _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "cpu": {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -41,12 +42,12 @@ Hidden = tuple[tuple[jax.Array, jax.Array], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A forward function over the subnets that `envelope` covers.
+    """A forward function for a set of subnets.
 
     Args:
       config: the family's config.
-      envelope: the smallest subnet that covers all of them.
-      traced: names of the sizes that differ between them.
+      envelope: a subnet that covers all of these subnets.
+      traced: names of the sizes in which these subnets differ from the envelope.
     """
 
     config: FamilyConfig
@@ -65,7 +66,7 @@ class Program:
 
     @functools.cached_property
     def statistics_size(self) -> int:
-        """N, where the statistics of this program have the shape (2, N)."""
+        """N: the statistics of this program have the shape (2, N)."""
         return sum(self.config.norm_sizes(self.limits).values())
 
     # -- the arguments of a subnet, on the host -------------------------------------------------------------------------
@@ -76,7 +77,7 @@ class Program:
         return np.array([sizes[name] for name in self.traced], np.int32)
 
     def pad_statistics(self, statistics: np.ndarray, subnet: Subnet) -> np.ndarray:
-        """A subnet's statistics (2, n) as this program reads them: (2, N), mean 0 and variance 1 at inactive channels."""
+        """Pads a subnet's statistics (2, n) to this program's (2, N), with mean 0 and variance 1 at inactive channels."""
         if subnet == self.envelope:
             return statistics
         padded = np.stack([np.zeros(self.statistics_size, np.float32), np.ones(self.statistics_size, np.float32)])
@@ -87,7 +88,7 @@ class Program:
         return padded
 
     def cut_statistics(self, padded: np.ndarray, subnet: Subnet) -> np.ndarray:
-        """The inverse of `pad_statistics`: the statistics (2, n) of a subnet out of (2, N)."""
+        """The inverse of `pad_statistics`: cuts (2, N) to the statistics (2, n) of a subnet."""
         sizes = self.config.norm_sizes(self.config.sizes(subnet))
         parts = [padded[:, self.offsets[name] : self.offsets[name] + n] for name, n in sizes.items()]
         return np.concatenate([np.zeros((2, 0), np.float32), *parts], axis=1)
@@ -112,7 +113,7 @@ class Program:
         return logits, tuple(stats.hidden)
 
     def observe(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, layers.BatchStats]:
-        """Logits as from `train`, and what the batch left in its `BatchStats`."""
+        """Logits as from `train`, and the `BatchStats` with everything that the network recorded."""
         stats = layers.BatchStats()
         return self._module(params)(inputs, self._sizes(active), stats), stats
 
@@ -122,14 +123,14 @@ class Program:
 
     def _module(self, params: Params) -> nnx.Module:
         graphdef, paths, specs = _structure(self.config)
-        # A caller may leave out parameters that the program does not read. The spec takes their place.
+        # A caller may leave out parameters that the program does not read. Their specs are used instead.
         values = [(path, nnx.Param(params.get(name, specs[name]))) for name, path in paths.items()]
         return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 @functools.lru_cache(maxsize=16)
 def _structure(config: FamilyConfig) -> tuple[Any, dict[str, tuple[Any, ...]], dict[str, jax.ShapeDtypeStruct]]:
-    """A module's graph definition, and the path and spec of each parameter by its dotted path. Allocates no memory."""
+    """A module's graph definition, and two dicts by dotted path: the parameters' paths and specs. Allocates no arrays."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: config.create(nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
     paths = {name: path for name, (path, _) in flat.items()}
@@ -142,13 +143,13 @@ def compiler_options(platform: str) -> dict[str, Any]:
 
 
 def initial_params(config: FamilyConfig, seed: int) -> dict[str, jax.Array]:
-    """Freshly initialised parameters of maximum size, {dotted path: array}."""
+    """Freshly initialised parameters of maximum size, as {dotted path: array}."""
     flat = nnx.to_flat_state(nnx.state(config.create(nnx.Rngs(seed))))
     return {".".join(map(str, path)): value[...] for path, value in flat}
 
 
 def param_spec(config: FamilyConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the parameters, {dotted path: spec}."""
+    """Shapes and dtypes of the parameters, as {dotted path: spec}."""
     return dict(_structure(config)[2])
 
 

@@ -1,4 +1,4 @@
-"""Which parameters a program reads, found in the traced program itself."""
+"""Finds out from the traced program which parameters it reads."""
 
 import functools
 import itertools
@@ -16,10 +16,10 @@ Shape = tuple[int, ...]
 
 @functools.lru_cache(maxsize=1024)
 def used_leaves(program: Program) -> dict[str, Shape]:
-    """The parameters that a program reads, and for each the smallest shape that holds everything it reads.
+    """The smallest shape that a program needs of each parameter that it reads.
 
-    WeightSlice reads the first entries along every axis. So a program that gets parameters cut to these shapes reads the same
-    values, and needs no change.
+    WeightSlice reads the first entries along every axis. So a program reads the same values from parameters that are cut to
+    these shapes, and needs no change.
     """
     spec = programs.param_spec(program.config)
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
@@ -29,7 +29,12 @@ def used_leaves(program: Program) -> dict[str, Shape]:
 
 
 def read_shapes(jaxpr: Any, names: Sequence[str]) -> dict[str, Shape]:
-    """For each of the first arguments of a jaxpr that it reads, the smallest shape that holds everything it reads."""
+    """The smallest shape that a jaxpr needs of each argument that it reads.
+
+    Args:
+      jaxpr: the jaxpr.
+      names: names for its first arguments. Later arguments are ignored.
+    """
     found = {}
     for name, variable in zip(names, jaxpr.invars, strict=False):
         if uses := list(_uses(jaxpr, variable)):
@@ -38,15 +43,15 @@ def read_shapes(jaxpr: Any, names: Sequence[str]) -> dict[str, Shape]:
 
 
 def _uses(jaxpr: Any, variable: Any) -> Iterator[Shape]:
-    """For each use of a variable, how many entries are read along every axis, counted from the first."""
+    """For each use of a variable: how many entries are read along every axis, counted from the first entry."""
     for equation in jaxpr.eqns:
         places = [i for i, v in enumerate(equation.invars) if v is variable]
         if not places:
             continue
         if equation.primitive.name == "slice" and equation.params["strides"] is None:
             yield tuple(equation.params["limit_indices"])
-        elif equation.primitive.name == "cond":
-            for place, branch in itertools.product(places, equation.params["branches"]):  # the first argument is the index
+        elif equation.primitive.name == "cond":  # its first argument is the index of the branch
+            for place, branch in itertools.product(places, equation.params["branches"]):
                 yield from _uses(branch.jaxpr, branch.jaxpr.invars[place - 1])  # type: ignore[attr-defined]
         elif equation.primitive.name in ("jit", "pjit"):
             inner = equation.params["jaxpr"].jaxpr

@@ -21,7 +21,7 @@ class SuperNet:
 
     Args:
       config: the family's config.
-      params: {dotted path: array}, of maximum size.
+      params: parameters of maximum size, as {dotted path: array}.
       statistics: SubnetNorm statistics by subnet, each a float32 array (2, n) of means and variances.
 
     >>> from superserve_jax.families.ofa_resnet import OFAResNetConfig
@@ -54,8 +54,9 @@ class SuperNet:
         """The statistics (2, n) that a subnet runs with.
 
         Args:
+          subnet: a subnet of `space`.
           norm: "own" for the subnet's own statistics. "shared" for the statistics of the largest subnet, cut to the
-            subnet's channels: for converted weights before calibration, and for the paper's comparison.
+            subnet's channels. Use "shared" for converted weights before calibration, and for the paper's comparison.
 
         Raises:
           NotCalibratedError: the model does not have these statistics.
@@ -76,17 +77,20 @@ class SuperNet:
         return self._masked.cut_statistics(self._masked.pad_statistics(self.statistics[owner], owner), subnet)
 
     def __call__(self, inputs: Any, subnet: Subnet, *, norm: Norm = "own") -> jax.Array:
-        """Logits of any calibrated subnet, by the masked program: one compilation per batch shape serves all subnets.
+        """Logits of any calibrated subnet. Runs the masked program: one compilation per batch shape serves all subnets.
 
         Args:
           inputs: raw inputs, shape (B, ...) and dtype of `config.input_spec(B)`.
           subnet: a subnet of `space`.
+          norm: which statistics the subnet runs with, as in `statistics_of`.
 
         Returns:
           float32 (B, num_classes).
 
         Raises:
-          InputError, SubnetError, NotCalibratedError.
+          InputError: the inputs have another shape or dtype.
+          SubnetError: the subnet is not one of `space`.
+          NotCalibratedError: the model does not have the statistics.
         """
         subnet = self.space.validate(subnet)
         check_inputs(self.config, inputs)
