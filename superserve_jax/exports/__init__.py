@@ -1,7 +1,8 @@
-"""The export directory: training writes it, the server reads it. It holds data only; nothing in it is executed.
+"""The export directory: training writes it, the server reads it. It holds only data. Nothing in it is executed.
 
-`directory.py` shows what an export consists of, and has `export` and `load`. `model.py` is a loaded export. `statistics.py`
-is the file of SubnetNorm statistics, which runs use as well. `superserve_jax/manifest.py` checks the files.
+`directory.py` describes the contents of an export, and defines `export` and `load`. `model.py` defines a loaded export.
+`statistics.py` reads and writes the file of SubnetNorm statistics, for runs as well. `superserve_jax/manifest.py` checks the
+files.
 """
 
 from superserve_jax.exports.directory import export, load, profile_path

@@ -1,15 +1,15 @@
 """Writes and loads an export, the only thing that training hands to serving: a directory that describes itself.
 
-    manifest.json            config, search space, served subnets, how they were measured, a SHA-256 of every file
-    payload-<digest>/        named by its content
+    manifest.json            config, size of the search space, served subnets, how they were measured, SHA-256 of every file
+    payload-<digest>/        the digest is computed from its files
         weights/             written by Orbax
         statistics.npz       SubnetNorm statistics
         vocabulary.txt       the tokens of a text model, one per line
     profiles/<device>.json   latency profiles, one per kind of device; made later, not part of the manifest
 
-It holds data only: nothing in it is executed or unpickled. Replacing manifest.json is the commit. A process that is killed at
-any moment leaves the old export or the new one. Every file is checked against its digest before it is read. The digests are
-our own because Orbax does not notice a flipped bit (see `manifest.py`).
+It holds only data: nothing in it is executed or unpickled. Replacing manifest.json commits the export. So a process that is
+killed at any moment leaves the old export or the new one. `load` checks every file against its digest before it reads the
+file. We compute digests ourselves because Orbax does not notice a flipped bit (see `manifest.py`).
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
 
 _VOCABULARY = "vocabulary.txt"
-# Limits on the files of an export: how much smaller than the weights they may be (Orbax compresses), how many bytes they may
-# hold besides weights and statistics, and how many bytes one subnet's description may take.
+# Limits on the files of an export: by which factor they may be smaller than the weights (Orbax compresses), how many bytes
+# they may hold besides weights and statistics, and how many bytes the description of one subnet may take.
 _MAX_RATIO, _MAX_OTHER_BYTES, _MAX_SUBNET_BYTES = 10_000, 64 << 20, 64 << 10
 
 
@@ -122,8 +122,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     """Loads an export. It needs nothing but the directory.
 
     Raises:
-      ExportError: the directory is missing, is no export, is from a newer version, or was damaged or edited. The message says
-        which file and why.
+      ExportError: the directory is missing, is not an export, is from a newer version, or was damaged or edited. The message
+        names the file and the reason.
     """
     manifest = read_manifest(path)
     path = pathlib.Path(path)
@@ -135,7 +135,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             listed, space = [Served.from_json(s) for s in manifest["served"]], config.space()
             served = tuple(dataclasses.replace(s, subnet=space.validate(s.subnet)) for s in listed)
             if not served or len({s.subnet for s in served}) < len(served):
-                raise errors.ExportError("it must serve at least one subnet, each of them once")
+                raise errors.ExportError("it must serve at least one subnet, and none of them twice")
             _check_sizes(config, len(served), sum(f["bytes"] for f in manifest["files"].values()))
     except errors.SuperServeError as e:
         raise errors.ExportError(f"{file} does not describe a SuperNet that this version can build: {e}; export again") from e
@@ -151,8 +151,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((payload / "weights").absolute(), target)
-    except Exception as e:  # Orbax raises many kinds; the digests are right, so the weights are of another config
-        raise errors.ExportError(f"{payload / 'weights'} does not hold the weights of its own config: {e}") from e
+    except Exception as e:  # Orbax raises many kinds of errors. The digests fit, so the weights are of another config.
+        raise errors.ExportError(f"{payload / 'weights'} does not fit the config in the manifest: {e}; export again") from e
     return Model(path, manifest, served, vocabulary, config, params, calibrated)
 
 
@@ -174,11 +174,11 @@ def _check_arguments(
     vocabulary: Vocabulary | None,
     training: Mapping[str, Any] | None,
 ) -> None:
-    """Raises before anything is written."""
+    """Raises the errors of wrong arguments. `export` calls it before it writes anything."""
     if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
         raise errors.ConfigError(f"export takes a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}")
     if not served or len({s.subnet for s in served}) < len(served):
-        raise errors.ConfigError(f"an export needs at least one subnet to serve, each of them once; got {len(served)}")
+        raise errors.ConfigError(f"an export must serve at least one subnet, and none of them twice; got {len(served)}")
     if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
         raise errors.ConfigError(f"measured and class_names must be strings, got {measured!r} and {class_names!r}")
     json.dumps(dict(training or {}))
@@ -200,16 +200,18 @@ def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> None:
-    """Raises ExportError if files of this size cannot hold a network of this config. No memory is allocated before that."""
+    """Raises ExportError if files of this size cannot hold a network of this config. Runs before memory is allocated."""
     weights = sum(math.prod(s.shape) * s.dtype.itemsize for s in programs.param_spec(config).values())
     of_subnet = 8 * sum(config.norm_sizes(config.sizes(config.space().largest())).values())
     most = 2 * weights + (num_served + 1) * (of_subnet + _MAX_SUBNET_BYTES) + _MAX_OTHER_BYTES
     if not weights / _MAX_RATIO <= payload_bytes <= most:
-        raise errors.ExportError(f"weights of {weights:,} bytes do not fit files of {payload_bytes:,} bytes")
+        raise errors.ExportError(f"its config has weights of {weights:,} bytes, but its files have {payload_bytes:,} bytes")
 
 
 def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) -> Vocabulary | None:
-    """The vocabulary with its settings in the manifest. Older exports and models of other inputs have none."""
+    """The vocabulary in a file, with the settings in the manifest. None if there are no settings: the export is older, or its
+    inputs are not text.
+    """
     if settings is None:
         return None
     try:

@@ -20,8 +20,8 @@ class Served:
 
     Args:
       subnet: the subnet.
-      accuracy: top-1 on test data with the subnet's own statistics, a fraction.
-      accuracy_shared: top-1 with the statistics of the largest subnet, or None if it was not measured.
+      accuracy: top-1 accuracy on test data with the subnet's own statistics, from 0 to 1.
+      accuracy_shared: the same with the statistics of the largest subnet, or None if it was not measured.
       flops: multiply-adds per input.
       params: number of weights of the subnet on its own.
     """
@@ -99,16 +99,17 @@ class Model(SuperNet):
           length: pad to this number of tokens; `config.max_length` if left out.
 
         Returns:
-          For one text one input, as for `Server.submit`. For a list a batch, as for the model.
+          One input, as `Server.submit` takes it, for one text. A batch, as the model takes it, for a list.
 
         Raises:
           InputError: the export has no vocabulary, or the text cannot be encoded.
+          ConfigError: `length` is not from 1 to `config.max_length`.
         """
         if self._vocabulary is None or not isinstance(self.config, SequenceConfig):
             raise errors.InputError(f"{self.path} has no vocabulary, so it cannot encode text; give arrays to the model")
         single = isinstance(text, str)
         if second is not None and isinstance(second, str) != single:
-            raise errors.InputError("text and second must be one text each, or a list of texts each")
+            raise errors.InputError("text and second must each be one text, or each be a list of texts")
         inputs = self._vocabulary.encode(
             [text] if isinstance(text, str) else text,
             [second] if isinstance(second, str) else second,

@@ -1,7 +1,7 @@
 """The file `statistics.npz` of SubnetNorm statistics, in an export and in the folder of a run.
 
 subnets   the subnets, as one JSON text
-widths    int64 (number of subnets,): the channels n of each subnet
+widths    int64 (number of subnets,): n, the number of channels in the norms of each subnet
 rows      float32 (2, sum of widths): means and variances of all subnets, one subnet after another
 """
 
@@ -40,10 +40,10 @@ def read(file: str | os.PathLike[str], config: FamilyConfig) -> dict[Subnet, np.
 
     Args:
       file: a file that `write` made.
-      config: the family's config. Each subnet must have as many channels as this config says.
+      config: the family's config. It says how many channels each subnet must have.
 
     Raises:
-      ExportError: the file is missing, damaged, or of another network.
+      ExportError: the file is missing, damaged, or from another network.
     """
     path = pathlib.Path(file)
     try:
@@ -62,19 +62,22 @@ def _read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
         space = config.space()
         subnets = [space.validate(Subnet.from_json(s)) for s in json.loads(str(arrays["subnets"]))]
         if "rows" in arrays:
-            widths, rows = arrays["widths"].tolist(), arrays["rows"]
+            widths, statistics = arrays["widths"].tolist(), arrays["rows"]
         else:
             each = [np.zeros((2, 0), np.float32), *(arrays[f"row{i}"] for i in range(len(subnets)))]
-            widths, rows = [a.shape[1] for a in each[1:]], np.concatenate(each, axis=1)
+            widths, statistics = [a.shape[1] for a in each[1:]], np.concatenate(each, axis=1)
     expected = [sum(config.norm_sizes(config.sizes(s)).values()) for s in subnets]
-    if widths != expected or rows.shape != (2, sum(expected)) or rows.dtype != np.float32:
-        raise errors.ExportError(f"{file} has statistics of shape {rows.shape} that do not fit its {len(subnets)} subnets")
+    if widths != expected or statistics.shape != (2, sum(expected)) or statistics.dtype != np.float32:
+        raise errors.ExportError(
+            f"{file} has statistics of shape {statistics.shape} and dtype {statistics.dtype}, which do not fit its "
+            f"{len(subnets)} subnets: expected shape {(2, sum(expected))} and float32; calibrate or export again"
+        )
     ends = np.cumsum(expected, dtype=np.int64)
-    return {s: rows[:, end - n : end].copy() for s, n, end in zip(subnets, expected, ends, strict=True)}
+    return {s: statistics[:, end - n : end].copy() for s, n, end in zip(subnets, expected, ends, strict=True)}
 
 
 def _check_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_bytes: int) -> None:
-    """Raises ValueError if an array claims to be larger than its file. Without it, numpy would allocate the memory first."""
+    """Raises ValueError if an array claims to be larger than its file. NumPy would first allocate memory for the claim."""
     with archive.open(entry) as f:
         np.lib.format.read_magic(f)
         shape, _, dtype = np.lib.format.read_array_header_1_0(f)
