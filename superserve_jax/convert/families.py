@@ -1,4 +1,4 @@
-"""Weights of other projects for a SuperNet with a given config."""
+"""Builds the SuperNet of a given config with the weights of another project."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ def weights(state: Any, config: FamilyConfig) -> SuperNet:
       config: an `OFAResNetConfig` or a `DynaBERTConfig`.
 
     Raises:
-      ConversionError: weights are missing, surplus or of another shape; the message lists all of them.
-      ConfigError: the other project has no such network.
-      UnknownNameError: no weights of other projects are known for this family.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConfigError: the other project has no network with this config.
+      UnknownNameError: weights of other projects cannot be converted to this family.
     """
     if config.family not in _FILL:
         raise errors.unknown_name("family with weights of other projects", config.family, _FILL)

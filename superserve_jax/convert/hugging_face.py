@@ -1,4 +1,4 @@
-"""Hugging Face's BERT classifiers (transformers, `BertForSequenceClassification`), which include DynaBERT's own weights."""
+"""Converts Hugging Face's BERT classifiers (`BertForSequenceClassification`). DynaBERT's published weights are such."""
 
 import collections
 import re
@@ -41,23 +41,23 @@ def bert(
 ) -> SuperNet:
     """The SuperNet of a state dict of Hugging Face's `BertForSequenceClassification`.
 
-    The weights tell all sizes except the number of heads. If `depths`, `heads` and `ffn` are left out, the search space is as
-    large as the network allows. To train the SuperNet, choose fewer, as in `DynaBERTConfig`.
+    The weights show all sizes except the number of heads. If `depths`, `heads` and `ffn` are left out, the search space is as
+    large as the network allows. To train the SuperNet, choose fewer values, as in `DynaBERTConfig`.
 
     Args:
       state: a mapping of arrays, or a file, see `state_dict.read`.
       num_heads: number of attention heads of a layer.
       depths: allowed numbers of layers; if left out, from 1 to all.
       heads: allowed numbers of heads; if left out, from 1 to all.
-      ffn: allowed numbers of feed-forward neurons; if left out, the same shares as `heads`, and every quarter.
+      ffn: allowed numbers of feed-forward neurons; if left out, k / num_heads and k / 4 of all neurons, for every k.
       max_length: the longest sequence, in tokens; if left out, the number of positions in the weights.
 
     Returns:
       A SuperNet whose inputs `config.pack(ids, types, mask=mask)` makes.
 
     Raises:
-      ConversionError: weights are missing, surplus or of another shape; the message lists all of them.
-      ConfigError: an argument is not possible.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConfigError: an argument is impossible, or does not fit the weights.
     """
     if not isinstance(num_heads, int) or num_heads < 1:
         raise errors.ConfigError(f"num_heads must be a whole number from 1 up, got {num_heads!r}")
@@ -88,14 +88,14 @@ def fill(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
         _sources(config, positions),
         what=f"a BERT classifier of {config.num_layers} layers, hidden size {config.hidden_size} and {config.ffn[-1]} "
         f"feed-forward neurons",
-        hint="are they from such a BertForSequenceClassification?",
+        hint="are they from a BertForSequenceClassification of these sizes?",
     )
     found["embeddings.positions"] = found["embeddings.positions"][: config.max_length]
     return SuperNet(config, {name: jnp.array(value) for name, value in found.items()})
 
 
 def _choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> tuple[int, ...]:
-    """The choices of an axis: `given`, or `offered` if that is None. The largest choice is the size of the weights."""
+    """The choices of an axis: `given`, or `offered` if `given` is None. The largest must be the size of the weights."""
     choices = tuple(sorted(set(offered if given is None else given)))
     if not choices or choices[-1] != offered[-1]:
         raise errors.ConfigError(f"the largest of {name} must be the size of the weights, {offered[-1]}; got {list(choices)}")
@@ -103,7 +103,7 @@ def _choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> 
 
 
 def _size(weights: Mapping[str, np.ndarray], pattern: str, *, default: int = 1) -> int:
-    """The most common first axis of the weights with these names. So an error later names the one weight that differs."""
+    """The most common length of the first axis of the weights whose names match. A later error names any that differs."""
     lengths = [v.shape[0] for name, v in weights.items() if re.fullmatch(pattern, name) and v.ndim and v.shape[0]]
     return collections.Counter(lengths).most_common(1)[0][0] if lengths else default
 
@@ -114,7 +114,7 @@ def _num_layers(weights: Mapping[str, np.ndarray]) -> int:
 
 
 def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:
-    """The source of each parameter. The position table has all its positions."""
+    """The source of each parameter. `positions` is the number of positions in the weights. `fill` cuts them later."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     shapes["embeddings.positions"] = (positions, config.hidden_size)
     sources = {}
@@ -126,7 +126,7 @@ def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:
         sources[f"{ours}.kernel"] = Source((f"{theirs}.weight",), shapes[f"{ours}.kernel"], (1, 0))
         sources[f"{ours}.bias"] = Source((f"{theirs}.bias",), shapes[f"{ours}.bias"])
 
-    def norm(ours: str, theirs: str) -> None:  # files converted from TensorFlow have the names gamma and beta
+    def norm(ours: str, theirs: str) -> None:  # gamma and beta are the names in files converted from TensorFlow
         sources[f"{ours}.scale"] = Source((f"{theirs}.weight", f"{theirs}.gamma"), shapes[f"{ours}.scale"])
         sources[f"{ours}.bias"] = Source((f"{theirs}.bias", f"{theirs}.beta"), shapes[f"{ours}.bias"])
 

@@ -1,8 +1,8 @@
-"""once-for-all's OFA-ResNet50 (mit-han-lab/once-for-all, `OFAResNets`): its state dict and its subnet dictionaries.
+"""Converts once-for-all's OFA-ResNet50 (mit-han-lab/once-for-all, `OFAResNets`): its state dict and subnet dictionaries.
 
-once-for-all writes a subnet as {"d": 5 depths, "e": expand ratios, one per block, "w": 6 indices of width multipliers}. The
-first depth is for the stem, which keeps its residual layer only if d[0] is the largest of `depth_list`. Each other depth is
-added to the base depth of a stage.
+once-for-all writes a subnet as a dictionary of three lists: "d" has 5 depths, "e" one expand ratio per block, and "w" 6
+indices of width multipliers. d[0] is for the stem: it keeps its residual layer only if d[0] is the largest of `depth_list`.
+Each other depth is added to the base depth of a stage.
 """
 
 import math
@@ -23,7 +23,7 @@ from superserve_jax.supernets.supernet import SuperNet
 
 _BASE_DEPTHS = (2, 2, 4, 2)
 _CLASSIFIER = ("classifier.linear.linear", "classifier.linear")
-_IGNORED = ("image_size", "r")  # a subnet dictionary may name a resolution; here the SuperNet has it
+_IGNORED = ("image_size", "r")  # a subnet dictionary may name a resolution; here the config determines it
 
 
 def ofa_resnet(
@@ -45,15 +45,15 @@ def ofa_resnet(
       state: a mapping of arrays, or a file, see `state_dict.read`.
       depth_list, expand_ratio_list, width_mult_list: the arguments of the original network, lists or single numbers.
       image_size: height and width of the images, in pixels.
-      mean, std: mean and deviation of pixels scaled to 0..1, for each of the 3 channels. With them the SuperNet takes raw
-        uint8 pixels. Without them it takes float32 images that the caller has normalised, as the original network does.
+      mean, std: mean and standard deviation of pixels scaled to 0..1, for each of the 3 channels. With them the SuperNet
+        takes raw uint8 pixels. Without them it takes float32 images that the caller has normalised, as the original does.
 
     Returns:
       A SuperNet that takes images (B, H, W, 3).
 
     Raises:
-      ConversionError: weights are missing, surplus or of another shape; the message lists all of them.
-      ConfigError: an argument is not possible.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConfigError: an argument is impossible.
     """
     if (mean is None) != (std is None):
         raise errors.ConfigError(f"give mean and std together, or neither; got mean={mean} and std={std}")
@@ -79,7 +79,7 @@ def ofa_resnet(
 def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
     """The SuperNet of `config` with weights from `state_dict.read`. Raises the errors of `ofa_resnet`."""
     for name, value in (("stem_stride", 2), ("stem_pool", True), ("strides", (1, 2, 2, 2)), ("block", "bottleneck")):
-        if getattr(config, name) != value:  # the shapes of the weights do not show it
+        if getattr(config, name) != value:  # the shapes of the weights would not reveal the difference
             raise errors.ConfigError(f"once-for-all's OFA-ResNet has {name}={value!r}, got {getattr(config, name)!r}")
     depth_list = sorted({d - base for depths, base in zip(config.depths, _BASE_DEPTHS, strict=False) for d in depths})
     found = state_dict.take(
@@ -96,14 +96,15 @@ def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet
 
 
 def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
-    """The subnet of a dictionary of once-for-all.
+    """The subnet that one of once-for-all's dictionaries describes.
 
     Args:
       arch: the dictionary with "d", "e" and "w", each a list, or one number for all positions.
       space: the search space of a SuperNet from `ofa_resnet`.
 
     Raises:
-      SubnetError: `arch` lacks an entry or has a value that the space does not offer.
+      SubnetError: `arch` lacks an entry or has a value that the space does not offer, or the space is of another network.
+      UnknownNameError: `arch` has an unknown entry.
 
     >>> space = OFAResNetConfig().space()
     >>> ofa_subnet({"d": [0, 2, 2, 2, 2], "e": 0.35, "w": [0, 2, 2, 2, 2, 2]}, space)["width"]
@@ -124,7 +125,7 @@ def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
 
 
 def ofa_arch(subnet: Subnet, space: SearchSpace) -> dict[str, list]:
-    """The inverse of `ofa_subnet`; blocks that do not run have the smallest expand ratio.
+    """The inverse of `ofa_subnet`. Blocks that do not run have the smallest expand ratio.
 
     >>> space = OFAResNetConfig().space()
     >>> ofa_arch(space.smallest(), space)["d"]
@@ -145,7 +146,7 @@ def _ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
 
 
 def _axes(space: SearchSpace) -> tuple[list[int], Axis, Axis]:
-    """depth_list, and the expand and width axes. Raises SubnetError for the space of another network."""
+    """(depth_list, expand axis, width axis) of a search space. Raises SubnetError for the space of another network."""
     lists = {tuple(d - base for d in depths) for depths, base in zip(space.depths[1:], _BASE_DEPTHS, strict=False)}
     axes = {a.name: a for a in space.axes}
     if len(space.depths) != 1 + len(_BASE_DEPTHS) or len(lists) != 1 or set(axes) != {"expand", "width"}:
@@ -174,7 +175,7 @@ def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
 
 
 def _sources(config: OFAResNetConfig) -> dict[str, Source]:
-    """The source of each parameter, and of the statistics of each norm as NORM.mean and NORM.var."""
+    """The source of each parameter, and of each norm's statistics, which have the names `NORM.mean` and `NORM.var`."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     sources = {}
     for path, norm, theirs in _convolutions(shapes):

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch programs: reads them from a file, and takes the weights of a network from them."""
+"""Reads state dicts of PyTorch programs from files, and takes the weights of a network from them."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ from superserve_jax import errors
 
 StateDict = Mapping[str, Any]
 
-_WRAPPERS = ("state_dict", "model")  # keys of the state dict in files that also hold an epoch or an optimiser
-_BUFFERS = r"num_batches_tracked|position_ids|token_type_ids"  # PyTorch's buffers, which are no weights
+_WRAPPERS = ("state_dict", "model")  # the key of the state dict in a file that also holds, say, an epoch or an optimiser
+_BUFFERS = r"num_batches_tracked|position_ids|token_type_ids"  # PyTorch's buffers, which are not weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Source:
     """Where to find one of our parameters in a state dict.
 
     Args:
-      names: its possible names in the state dict.
-      shape: its shape here.
-      axes: for each axis here the axis in the state dict, or None if the axes are the same.
+      names: the parameter's possible names in the state dict.
+      shape: the shape of our parameter.
+      axes: for each axis of our parameter, the axis in the state dict. None if the axes are the same.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Source:
 
     @property
     def shape_there(self) -> tuple[int, ...]:
-        """Its shape in the state dict.
+        """The parameter's shape in the state dict.
 
         >>> Source(("conv.weight",), (3, 3, 8, 16), (2, 3, 1, 0)).shape_there
         (16, 8, 3, 3)
@@ -45,8 +45,8 @@ def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The weights of a state dict as {name: array}, without epoch, optimiser, buffers and prefixes.
 
     Args:
-      state: a mapping of arrays or tensors, or the path of a file with one. The formats are .npz, .safetensors (needs the
-        library safetensors), and .pth, .pt and .bin (need torch, which loads only the weights).
+      state: a mapping of arrays or tensors, or the path of a file with such a mapping. The formats are .npz, .safetensors
+        (needs the library safetensors), and .pth, .pt or .bin (needs torch, which is called with `weights_only=True`).
 
     Raises:
       ConversionError: the file is missing, damaged or of another format, it holds no weights, or a library is missing.
@@ -68,7 +68,7 @@ def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, wh
 
     Args:
       weights: the result of `read`.
-      sources: for each of our parameters where to find it.
+      sources: for each of our parameters, where to find it.
       what: a description of the network, for the error message.
       hint: what the user should check, for the error message.
 
@@ -97,13 +97,15 @@ def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, wh
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    if callable(getattr(value, "detach", None)):  # a torch tensor; numpy does not know bfloat16 and other devices
+    if callable(getattr(value, "detach", None)):  # a torch tensor; NumPy cannot read bfloat16 or memory of another device
         value = value.detach().cpu().float().numpy()
     array = np.asarray(value)
     try:
         return array if array.dtype == np.float32 else array.astype(np.float32)
     except (TypeError, ValueError) as e:
-        raise errors.ConversionError(f"'{name}' is no array of numbers but {type(value).__name__}") from e
+        raise errors.ConversionError(
+            f"'{name}' must be an array of numbers, got {type(value).__name__}; give only the weights"
+        ) from e
 
 
 # -- files --------------------------------------------------------------------------------------------------------------
@@ -139,13 +141,13 @@ def _read_file(path: pathlib.Path) -> StateDict:
     if path.suffix not in _READERS:
         raise errors.ConversionError(f"{path} has a format that cannot be read; the formats are {', '.join(_READERS)}")
     if not path.is_file():
-        raise errors.ConversionError(f"no weight file {path}")
+        raise errors.ConversionError(f"there is no weight file {path}; check the path")
     reader, library = _READERS[path.suffix]
     try:
         state = reader(path)
     except ImportError as e:
         raise errors.ConversionError(
-            f"{path} needs the library {library}, which cannot be imported ({e}): install it with "
+            f"reading {path} needs the library {library}, which cannot be imported ({e}): install it with "
             f"`pip install 'superserve-jax[convert]'`"
         ) from e
     except Exception as e:  # each library raises its own errors for a damaged file

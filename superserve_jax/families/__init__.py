@@ -3,10 +3,11 @@
 To add a family:
 
 1. Write a frozen dataclass with the members of `supernets.FamilyConfig`, and a network of elastic layers (`layers.py`).
-2. Put the file into this folder; every file here is imported. Elsewhere, decorate the dataclass with `families.register`.
-3. Verify it: `supernets.check(config)`.
+2. Put the file into this folder: every file here is imported. If the file is elsewhere, decorate the dataclass with
+   `families.register`, and import the file before you load its runs or exports.
+3. Verify the family: `supernets.check(config)`.
 
-`ofa_resnet.py` is the example to follow, tests/helpers/mlp_family.py a small one.
+`ofa_resnet.py` is the example to follow. tests/helpers/mlp_family.py is a small example.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ _FAMILIES: dict[str, type] = {}
 
 
 def register(config_class: type) -> type:
-    """A class decorator that makes a family known under its name, so that its runs and exports can be read."""
+    """A class decorator that registers a family under its name, so that its runs and exports can be read."""
     _FAMILIES[config_class.family] = config_class
     return config_class
 
@@ -38,7 +39,8 @@ def config_from_json(data: Mapping[str, Any]) -> FamilyConfig:
     """The inverse of `config_to_json`.
 
     Raises:
-      UnknownNameError: the family or a field is not known. ConfigError: the values of the fields do not fit.
+      UnknownNameError: the family or a field is unknown.
+      ConfigError: the values of the fields do not fit.
     """
     name = data.get("family")
     if name not in _FAMILIES:

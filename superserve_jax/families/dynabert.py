@@ -3,13 +3,13 @@
 The network adds word, position and token-type embeddings. Post-LayerNorm encoder layers (Devlin et al., NAACL 2019) follow,
 then a tanh pooler on the first token and a linear classifier.
 
-Three things are elastic: which layers a subnet keeps (by DynaBERT's every-other rule, or by name), and in each layer the
-number of attention heads and of feed-forward neurons. A subnet runs the first heads and neurons. The hidden size is not
-elastic, so LayerNorm sees all of it in every subnet and needs no statistics.
+Three things are elastic: the layers that a subnet keeps, and in each layer the numbers of attention heads and feed-forward
+neurons. DynaBERT's every-other rule selects the layers, or the subnet names its gates. A subnet runs the first heads and
+neurons. The hidden size is not elastic. So LayerNorm sees all of it in every subnet and needs no statistics.
 
 **Input.** An executable has one input, so token ids and token types are one array: int32 (B, T, 2), ids first. A network with
-only one token type takes ids alone, (B, T). Types are not computed from separator tokens, since these depend on the
-vocabulary. Positions with `pad_id` are padding: no token attends to them. `DynaBERTConfig.pack` makes this array.
+only one token type takes ids alone, (B, T). The network does not compute types from separator tokens, since these depend on
+the vocabulary. Positions with `pad_id` are padding: no token attends to them. `DynaBERTConfig.pack` makes this array.
 
 Axis letters: B batch, T tokens, N heads, H channels of a head, D model, C channels, K classes.
 """
@@ -35,17 +35,17 @@ _PROJECTIONS = ("query", "key", "value")
 
 @dataclasses.dataclass(frozen=True)
 class DynaBERTConfig:
-    """Sizes and search space of a DynaBERT. The defaults are the published one on BERT-base, for MNLI.
+    """Sizes and search space of a DynaBERT. The defaults are the published DynaBERT on BERT-base, for MNLI.
 
     Args:
       num_classes: size of the logits.
       vocab_size: number of token ids.
       max_length: longest sequence, in tokens. `flops` counts inputs of this length.
       token_types: number of token types. With 1, inputs are ids alone.
-      hidden_size: D.
-      depths: allowed numbers of kept layers, ascending. The last is the number of layers.
-      heads: allowed numbers of attention heads of a layer, ascending. The last is the number of heads.
-      ffn: allowed numbers of feed-forward neurons of a layer, ascending. The last is the number of neurons.
+      hidden_size: D, a multiple of the largest number of heads.
+      depths: allowed numbers of kept layers, ascending. The last is the number of layers of the whole network.
+      heads: allowed numbers of attention heads of a layer, ascending. The last is that number in the whole network.
+      ffn: allowed numbers of feed-forward neurons of a layer, ascending. The last is that number in the whole network.
       pad_id: token id of padding.
       eps: epsilon of LayerNorm.
 
@@ -67,7 +67,7 @@ class DynaBERTConfig:
     pad_id: int = 0
     eps: float = 1e-12
 
-    @errors.refusing(errors.ConfigError, "DynaBERTConfig: a field has another type than its default")
+    @errors.refusing(errors.ConfigError, "DynaBERTConfig: every field must have the type of its default")
     def __post_init__(self):
         _check(self)
 
@@ -105,6 +105,7 @@ class DynaBERTConfig:
 
         Raises:
           InputError: shapes differ, an id or type is unknown, or the mask keeps a token with the id of padding.
+          ConfigError: `length` is not from 1 to `max_length`.
 
         >>> DynaBERTConfig(vocab_size=9, max_length=4).pack([[5, 7, 6]], [[0, 0, 1]]).tolist()
         [[[5, 0], [7, 0], [6, 1], [0, 0]]]
@@ -135,7 +136,7 @@ class DynaBERTConfig:
         return SearchSpace((self.depths,), tuple(axes), rule="every_other")
 
     def sizes(self, subnet: Subnet) -> dict[str, int]:
-        """Gates and channels of a subnet by name. Only here heads become channels."""
+        """Gates and channels of a subnet by name. No other code converts heads to channels."""
         sizes = {}
         for i, (gate, heads, ffn) in enumerate(zip(subnet.gates, subnet["heads"], subnet["ffn"], strict=True)):
             sizes[f"layer{i}.gate"] = gate
@@ -148,13 +149,13 @@ class DynaBERTConfig:
         return {}
 
     def flops(self, subnet: Subnet) -> int:
-        """Multiply-adds for one sequence of `max_length` tokens. Padding counts; look-ups and norms do not."""
+        """Multiply-adds for one sequence of `max_length` tokens. Padding counts. Look-ups and norms do not count."""
         d, t = self.hidden_size, self.max_length
         per_layer = (4 * t * d * attention + 2 * t * t * attention + 2 * t * d * ffn for attention, ffn in self._kept(subnet))
         return sum(per_layer) + d * d + d * self.num_classes
 
     def num_params(self, subnet: Subnet) -> int:
-        """Number of weights of the subnet extracted on its own."""
+        """Number of weights that the subnet needs on its own."""
         d = self.hidden_size
         per_layer = ((4 * d + 3) * attention + (2 * d + 1) * ffn + 6 * d for attention, ffn in self._kept(subnet))
         embeddings = (self.vocab_size + self.max_length + self.token_types + 2) * d
@@ -185,9 +186,9 @@ class Embeddings(nnx.Module):
     """Word, position and token-type embeddings, summed and normalised."""
 
     def __init__(self, config: DynaBERTConfig, *, rngs: nnx.Rngs):
-        def table(rows: int) -> nnx.Param:
+        def table(count: int) -> nnx.Param:
             init = nnx.initializers.truncated_normal(0.02)
-            return nnx.Param(init(rngs.params(), (rows, config.hidden_size), jnp.float32))
+            return nnx.Param(init(rngs.params(), (count, config.hidden_size), jnp.float32))
 
         self.words, self.positions, self.types = (table(n) for n in (config.vocab_size, config.max_length, config.token_types))
         self.norm = _layer_norm(config, rngs)
@@ -218,7 +219,7 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], attention: ops.Size, ffn: ops.Size, mask: Bool[Array, "B 1 1 T"]
     ) -> Float[Array, "B T D"]:
-        """`attention` counts the channels of the active heads. A masked head has values of zero, so it adds zero."""
+        """The output. `attention` counts the channels of the active heads. A masked head has zero values, so it adds 0."""
         b, t, d = x.shape
         q, k, v = (project(x, attention).reshape(b, t, -1, self.head_size) for project in (self.query, self.key, self.value))
         context = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(b, t, -1)
@@ -259,12 +260,12 @@ def _layer_norm(config: DynaBERTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.hidden_size, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
 
 
-def _look_up(table: Float[Array, "N D"], rows: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return jnp.asarray(table).at[rows].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+def _look_up(table: Float[Array, "N D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return jnp.asarray(table).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _check(config: DynaBERTConfig) -> None:
-    """Raises ConfigError for a config of an impossible network."""
+    """Raises ConfigError if no network can have this config."""
 
     def demand(ok: bool, what: str):
         if not ok:

@@ -2,12 +2,12 @@
 
 One file because config, network and checks must agree on every size.
 
-The stem has three 3x3 convolutions, of which the middle one is a residual layer that can be skipped, and an optional 3x3 max
-pool. Stages of bottleneck or basic blocks follow, then a linear classifier. The first block of a stage changes the shape. Its
-shortcut is average pool, 1x1 convolution and norm.
+The stem has three 3x3 convolutions and an optional 3x3 max pool. Its middle convolution is a residual layer, which a subnet
+may skip. Stages of bottleneck or basic blocks follow, then a linear classifier. The first block of a stage may change the
+shape: its shortcut is average pool, 1x1 convolution and norm.
 
 These are elastic: the depth of every stage, the expand ratio of every block, and the width of the stem's two parts and of
-every stage. The published OFA-ResNet50 is `OFAResNetConfig()`. A small network for 32x32 images is another config.
+every stage. The published OFA-ResNet50 is `OFAResNetConfig()`. A small network for 32x32 images needs only another config.
 
 Axis letters: B batch, H height, W width, C and D channels before and after, K classes. `h` and `w` are H and W divided by the
 stride.
@@ -45,8 +45,8 @@ def make_divisible(value: float, divisor: int) -> int:
 class OFAResNetConfig:
     """Sizes and search space of an OFA-ResNet. The defaults are the published OFA-ResNet50 (48 M parameters).
 
-    A stage whose smallest depth is 0 must not change the shape: its stride is 1 and its width is the one before it. Such a
-    stage has no position on the width axis. It always has the same width as the stage before it.
+    A stage whose smallest depth is 0 must not change the shape: its stride must be 1, and its width must equal the width
+    before it. This stage has no position on the width axis. Every subnet gives it the width of the stage (or stem) before it.
 
     Args:
       num_classes: size of the logits.
@@ -56,12 +56,12 @@ class OFAResNetConfig:
       stem_width, stage_widths: channels at width 1.0.
       stem_stride: stride of the first convolution.
       stem_pool: whether a 3x3 max pool of stride 2 follows the stem.
-      stem_depths: (0, 1) makes the stem's residual layer skippable.
+      stem_depths: (0, 1) lets subnets skip the stem's residual layer. (1,) always keeps it.
       strides: stride of each stage.
-      depths: allowed numbers of blocks of each stage.
+      depths: for each stage, its allowed numbers of blocks, ascending.
       expand_ratios: allowed ratios of a block's inner channels to its output channels.
       width_mults: allowed ratios of the stem's and the stages' channels to their full width.
-      divisor: channels are multiples of it.
+      divisor: every number of channels is rounded to a multiple of it.
       input_dtype: "uint8" for raw pixels, which the network normalises with `mean` and `std` (of pixels scaled to 0..1).
         "float32" for images that the caller has normalised.
 
@@ -89,7 +89,7 @@ class OFAResNetConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-    @errors.refusing(errors.ConfigError, "OFAResNetConfig: a field is of another type than its default")
+    @errors.refusing(errors.ConfigError, "OFAResNetConfig: every field must have the type of its default")
     def __post_init__(self):
         _check(self)
 
@@ -118,7 +118,7 @@ class OFAResNetConfig:
         return self.depths[stage][0] == 0
 
     def sizes(self, subnet: Subnet) -> dict[str, int]:
-        """Channels and gates of a subnet by name. Only here ratios become channels."""
+        """Channels and gates of a subnet by name. No other code converts ratios to channels."""
         widths = iter(subnet["width"])
         stem = make_divisible(self.stem_width * next(widths), self.divisor)
         sizes = {
@@ -141,13 +141,13 @@ class OFAResNetConfig:
         return {f"{name}.norm": c_out for name, _, _, c_out, _ in self._convs(sizes)}
 
     def flops(self, subnet: Subnet) -> int:
-        """Multiply-adds for one image as once-for-all counts them: padding taps count, norms and activations do not."""
+        """Multiply-adds per image as once-for-all counts: products with zero padding count, norms and activations do not."""
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out * pixels for _, k, c_in, c_out, pixels in self._convs(sizes))
         return convs + sizes[f"stage{len(self.depths) - 1}.out"] * self.num_classes
 
     def num_params(self, subnet: Subnet) -> int:
-        """Number of weights of the subnet extracted on its own. Norm scales and biases count, statistics do not."""
+        """Number of weights that the subnet needs on its own. Norm scales and biases count, statistics do not."""
         sizes = self.sizes(subnet)
         convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
         return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
@@ -218,7 +218,7 @@ class ConvNorm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A residual block, bottleneck or basic. If it changes the shape, its shortcut has an average pool."""
+    """A residual block, bottleneck or basic. With `has_shortcut`, its shortcut is an average pool and a `ConvNorm`."""
 
     def __init__(
         self, kind: str, c_in: int, mid: int, out: int, *, stride: int, has_shortcut: bool, name: str, rngs: nnx.Rngs
@@ -313,7 +313,7 @@ def average_pool(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B h w
 
 
 def _check(config: OFAResNetConfig) -> None:
-    """Raises ConfigError for a config of an impossible network."""
+    """Raises ConfigError if no network can have this config."""
 
     def demand(ok: bool, what: str):
         if not ok:

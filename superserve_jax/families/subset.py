@@ -1,4 +1,4 @@
-"""One subnet of a family as a network of its own: the baseline that weight sharing is compared with."""
+"""A family of only one subnet, to train this subnet alone: the baseline that weight sharing is compared with."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,14 +15,14 @@ from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 
 @dataclasses.dataclass(frozen=True)
 class SingleSubnetConfig:
-    """A family with one subnet, `Subnet(())`, which runs as `subnet` of `model` does.
+    """A family with only one subnet, `Subnet(())`. It computes the same as the subnet `subnet` of the family `model`.
 
     Parameters keep the SuperNet's shapes and initial values. The program slices the subnet's weights out of them. All other
-    weights get no gradient. For a `SequenceConfig` the class makes an instance of a subclass, as `pathlib.Path` does.
+    weights get no gradient. If `model` is a `SequenceConfig`, the instance belongs to a subclass, as with `pathlib.Path`.
 
     Args:
-      model: the family's config.
-      subnet: one of `model.space()`.
+      model: the config of the whole family.
+      subnet: a subnet of `model.space()`.
 
     >>> from superserve_jax.families.ofa_resnet import OFAResNetConfig
     >>> whole = OFAResNetConfig()
@@ -37,7 +37,7 @@ class SingleSubnetConfig:
     subnet: Subnet
 
     def __new__(cls, model: Any = None, subnet: Any = None):
-        """An instance of the class for sequences if `model` is one for sequences."""
+        """An instance of the subclass for sequences if the inputs of `model` are sequences."""
         return object.__new__(_SingleSequenceConfig if isinstance(model, SequenceConfig) else cls)
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ class SingleSubnetConfig:
         return self.model.num_classes
 
     def create(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The whole SuperNet, freshly initialised."""
+        """The network of the whole family, freshly initialised."""
         return self.model.create(rngs)
 
     def input_spec(self, batch: int) -> jax.ShapeDtypeStruct:
@@ -59,7 +59,7 @@ class SingleSubnetConfig:
         return self.model.input_spec(batch)
 
     def space(self) -> SearchSpace:
-        """The space without any choice."""
+        """The search space without any choice."""
         return SearchSpace(())
 
     def sizes(self, _: Subnet) -> dict[str, int]:
@@ -80,7 +80,7 @@ class SingleSubnetConfig:
 
 
 class _SingleSequenceConfig(SingleSubnetConfig):
-    """The same for a family whose inputs are sequences of token ids."""
+    """A `SingleSubnetConfig` of a family whose inputs are sequences of token ids."""
 
     model: SequenceConfig
 

@@ -252,7 +252,7 @@ def test_everything_that_is_wrong_with_a_bert_is_listed_in_one_error(bert_model)
 
 
 def test_the_weights_of_another_network_are_refused(ofa_model, bert_model):
-    with pytest.raises(errors.ConversionError, match="are they from such a BertForSequenceClassification"):
+    with pytest.raises(errors.ConversionError, match="are they from a BertForSequenceClassification"):
         convert.bert(ofa_state(ofa_model), num_heads=3)
     with pytest.raises(errors.ConversionError, match=r"surplus: bert\.pooler"):
         convert.ofa_resnet(bert_state(bert_model), **OFA_LISTS)

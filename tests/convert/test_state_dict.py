@@ -97,5 +97,5 @@ def test_wrappers_and_other_dtypes_are_tolerated(bert_model):
 def test_what_is_no_state_dict_is_refused(tmp_path):
     with pytest.raises(errors.ConversionError, match="the state dict holds no weights"):
         convert.bert({}, num_heads=1)
-    with pytest.raises(errors.ConversionError, match="'epoch' is no array of numbers but str"):
+    with pytest.raises(errors.ConversionError, match="'epoch' must be an array of numbers, got str"):
         convert.bert({"epoch": "three"}, num_heads=1)
