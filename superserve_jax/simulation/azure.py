@@ -1,8 +1,8 @@
-"""The Azure Functions 2019 trace: read its invocation counts, and shrink a day to two minutes of traffic. No jax.
+"""The Azure Functions 2019 trace: read its invocation counts, and shrink days to a short trace. No jax.
 
 The Azure Public Dataset (CC-BY; Shahrad et al., "Serverless in the Wild", USENIX ATC 2020) has one CSV file per day. Each row
 is a function: HashOwner, HashApp, HashFunction, Trigger, and the invocations in minutes 1 to 1440. The paper (its Section 6.2)
-shrinks a day to 120 s with the same shape and a mean of 6400 queries/s.
+shrinks a day to 120 s, with the same shape and a mean of 6400 queries/s.
 """
 
 import csv
@@ -27,13 +27,13 @@ _EXACT = 2.0**53  # a float holds every whole number up to this
 def invocations_per_minute(paths: Path | Sequence[Path]) -> np.ndarray:
     """Invocations of all functions together in each minute, int64 [minutes].
 
-    A column is a minute if its header is a number, alone or after "minute", "min" or "m". All other columns are ignored. The
-    minutes of a file count as consecutive, in the order of their numbers. An empty cell is 0.
+    A column holds a minute if its header is a number, alone or after "minute", "min" or "m". All other columns are ignored.
+    The minutes of a file are sorted by their numbers, and gaps between the numbers are ignored. An empty cell is 0.
 
     Args:
       paths: one CSV file per day, in order.
 
-    Raises DataError for a file without minutes, and for a bad row with its line.
+    Raises DataError for a file without minutes, and for a bad row. The message names the line of the row.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     with errors.refusing(errors.ConfigError, f"expected the path of a CSV file, or a list of paths, got {paths!r}"):
@@ -48,15 +48,23 @@ def trace(
 ) -> Trace:
     """Traffic with the shape of the recorded time, shrunk to `duration_s` and scaled to a mean rate.
 
-    Each minute keeps its share of the queries, to within one. The files do not know the times within a minute. So arrivals are
-    uniformly random in its slice of time, which is a Poisson process with a given count.
+    Each recorded minute becomes an equal slice of `duration_s`, and keeps its share of the queries, to within one query. The
+    files do not contain times within a minute. So the arrivals of a slice are uniformly random, like a Poisson process with a
+    given count.
+
+    Args:
+      paths: one CSV file per day, in order.
+      mean_qps: mean number of arrivals per second.
+      duration_s: length of the traffic.
+      slo_ms: the SLO of all queries.
+      seed: seed of the arrivals within the slices.
     """
     traces.check(mean_qps=mean_qps, duration_s=duration_s)
     traces.count(mean_qps, duration_s)
     rng = traces.generator(seed)
     minutes = invocations_per_minute(paths)
     if not minutes.sum():
-        raise errors.DataError(f"{paths}: not one invocation in {len(minutes)} minutes; there is no shape to keep")
+        raise errors.DataError(f"{paths}: not one invocation in {len(minutes)} minutes; give a file with invocations")
     ends = np.rint(np.cumsum(minutes) / minutes.sum() * mean_qps * duration_s).astype(np.int64)
     counts = np.diff(ends, prepend=0)
     within = rng.random(int(ends[-1]))
@@ -85,12 +93,12 @@ def _day(path: pathlib.Path) -> np.ndarray:
     if total is None:
         raise errors.DataError(f"{path} has no rows; expected a header and one row of invocations per function")
     if not total.sum() < _EXACT:
-        raise errors.DataError(f"{path} counts more than {_EXACT:g} invocations; that cannot be")
+        raise errors.DataError(f"{path} counts {_EXACT:g} invocations or more, which is impossible; mend the file")
     return total.astype(np.int64)
 
 
 def _minute_columns(header: Sequence[str], where: str) -> list[int]:
-    """Indices of the columns that are minutes, in the order of time."""
+    """Indices of the columns that hold minutes, in ascending order of the minutes."""
     found = sorted((int(match[1]), i) for i, cell in enumerate(header) if (match := _MINUTE.fullmatch(cell.strip())))
     if not found:
         raise errors.DataError(f"{where}: no column is a minute; expected headers such as 1, 2, 3, got {list(header)[:6]}")
@@ -107,9 +115,9 @@ def _counts(row: Sequence[str], columns: Sequence[int], width: int, where: str) 
     try:
         counts = np.array([row[c] or "0" for c in columns], np.float64)
     except ValueError as e:
-        raise errors.DataError(f"{where}: invocations are whole numbers, {e}; mend or remove the row") from None
+        raise errors.DataError(f"{where}: invocations must be whole numbers ({e}); mend or remove the row") from None
     bad = ~((counts >= 0) & (counts < _EXACT) & (counts == np.floor(counts)))
     if bad.any():
         value = row[columns[int(np.argmax(bad))]]
-        raise errors.DataError(f"{where}: invocations are whole numbers from 0 up, got {value!r}; mend or remove the row")
+        raise errors.DataError(f"{where}: invocations must be whole numbers from 0 up, got {value!r}; mend or remove the row")
     return counts

@@ -1,8 +1,8 @@
-"""Upper bounds on any policy for a trace, from knowing all arrivals. No jax.
+"""Upper bounds on the attainment and accuracy of any policy, from knowing all arrivals. No jax.
 
-The fluid bound ignores that queries and batches are whole and that arrivals fluctuate. It mixes subnets, each at its best
-throughput within the SLO, for the highest accuracy at which the workers carry the traffic. It is a linear programme. The
-optimum is the paper's zero-one programme, exact and for small instances.
+The fluid bound treats traffic as a steady flow: it ignores fluctuations, and that queries and batches are whole. A linear
+programme mixes subnets, each at its best throughput within the SLO, for the highest accuracy at which the workers carry the
+traffic. The optimum is the exact solution of the paper's zero-one programme, for small instances.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from superserve_jax.simulation.traces import Trace
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """No policy attains more. No policy that attains as much is more accurate.
+    """An upper bound. No policy attains more, and no policy that attains as much is more accurate.
 
     Args:
       attainment: fraction of the queries that can meet their deadline.
@@ -29,7 +29,7 @@ class Bound:
 
 
 def fluid(profile: Profile, rate_qps: float, *, workers: int = 8, slo_ms: float = 36.0) -> Bound:
-    """The fluid bound of a steady rate.
+    """The fluid bound for arrivals at a steady rate.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> bound = fluid(paper_profile().scaled(1.9), 1500 + 5550)
@@ -42,15 +42,15 @@ def fluid(profile: Profile, rate_qps: float, *, workers: int = 8, slo_ms: float 
 
 
 def fluid_of_trace(profile: Profile, trace: Trace, *, workers: int = 8, window_s: float | None = None) -> Bound:
-    """The fluid bound of a trace. Each kind of query, by SLO, floor and length, may use other subnets.
+    """The fluid bound for a trace. Queries of different SLO, floor or length may use different subnets.
 
     Args:
       profile: the profile of all workers.
       trace: the traffic.
       workers: number of workers.
-      window_s: bound each window of this length separately. The queries of a window must be answered in it or within the
-        longest SLO after it. This is tighter if the rate changes and looser if it does not, so a window should last many SLOs.
-        None bounds the whole trace by its mean rate; its last queries too have the longest SLO after the last arrival.
+      window_s: length of the windows that are bounded separately. The queries of a window must be answered in the window, or
+        within the longest SLO after its end. Windows make the bound tighter if the rate changes, and looser if not. So a
+        window should last many SLOs. None takes the whole trace as one window, which ends with the last arrival.
     """
     if not len(trace):
         return Bound(1.0, float("nan"))
@@ -68,7 +68,7 @@ def fluid_of_trace(profile: Profile, trace: Trace, *, workers: int = 8, window_s
 
 
 def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
-    """Serve as many queries as the workers can carry, as accurately as possible.
+    """The bound for given rates: serve as many queries as the workers can carry, as accurately as possible.
 
     Args:
       profile: the profile of all workers.
@@ -95,7 +95,7 @@ def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: 
         available = np.append(rates, workers)
         most = -float(optimize.linprog(-np.ones(len(kind)), A_ub=limits, b_ub=available).fun) if len(kind) else 0.0
         if most > 0:
-            # Slightly less than the maximum, so that rounding does not make it infeasible.
+            # Ask for slightly less than the maximum, so that rounding does not make the programme infeasible.
             everything = sparse.vstack([limits, sparse.csr_array(-np.ones((1, len(kind))))])
             solution = optimize.linprog(-accuracy[subnet], A_ub=everything, b_ub=np.append(available, -most * (1 - 1e-9)))
             answered, correct = answered + most, correct - float(solution.fun)
@@ -104,7 +104,7 @@ def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: 
 
 
 def _query_ms(profile: Profile, slo_ms: float) -> np.ndarray:
-    """[subnets] a worker's time per query at the best throughput within the SLO, infinite if no batch fits into the SLO."""
+    """[subnets] time of a worker per query at the best throughput within the SLO; infinite if no batch fits into the SLO."""
     latency_ms = np.array([row.latency_ms for row in profile.rows])
     return np.where(latency_ms <= slo_ms, latency_ms / np.array(profile.batch_sizes), np.inf).min(axis=1)
 
@@ -114,9 +114,9 @@ class Optimum:
     """The best schedule for a trace whose arrivals are all known.
 
     Args:
-      value: the paper's objective: sum of accuracies over the queries that met their deadline / number of queries. A policy's
-        value is attainment * accuracy, and its regret is the difference.
-      attainment: SLO attainment of an optimal schedule. If there are several, HiGHS picks one.
+      value: the paper's objective: (sum of accuracies over the queries that met their deadline) / (number of queries). A
+        policy's value is attainment * accuracy. Its regret is this optimum minus its value.
+      attainment: SLO attainment of an optimal schedule. If there are several such schedules, the solver HiGHS picks one.
       accuracy: mean accuracy of the same schedule.
     """
 
@@ -126,16 +126,17 @@ class Optimum:
 
 
 def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float = 1.0, limit_s: float = 60.0) -> Optimum:
-    """Solve the paper's zero-one programme exactly, for tens of queries of the longest length on a few workers.
+    """Solve the paper's zero-one programme exactly, for tens of queries on a few workers.
 
-    A batch has a subnet, a size, a start, and any queries that have arrived by its start and allow its end (the paper's
-    constraint 1c with the latest arrival). Its queries need not be neighbours in the order of deadlines. Workers are equal, so
-    the programme only limits the number of batches that run at a time.
+    All queries count as queries of the longest length. A batch has a subnet, a size and a start. It may hold any queries that
+    have arrived by its start and are due no earlier than its end (the paper's constraint 1c, with the latest arrival). They
+    need not be neighbours in the order of deadlines. Workers are equal, so the programme only limits the number of batches
+    that run at the same time.
 
-    Time is measured in ticks. This is exact if arrivals and latencies are multiples of a tick: every batch can start earlier
-    until its last arrival or the end of another batch, so all starts are sums of arrivals and latencies. The unknowns are one
-    whole number for each (subnet, size, start). Assigning queries to batches is a transport problem, whose linear programme
-    has whole solutions.
+    Time is measured in ticks. This is exact if arrivals and latencies are multiples of a tick. Reason: every batch can be
+    moved earlier, until it starts at its last arrival or at the end of another batch. So all starts are sums of arrivals and
+    latencies. The unknowns are one whole number for each (subnet, size, start). Assigning queries to batches is a transport
+    problem, and the linear programme of a transport problem has whole solutions.
 
     Args:
       profile: the profile of all workers.
@@ -151,7 +152,7 @@ def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float 
     >>> from superserve_jax.subnet import Subnet
     >>> row = Row(Subnet((1,)), 0.7, (2.0, 3.0))
     >>> two = Trace(np.array([0.0, 0.001]), slo_ms=4.0)
-    >>> optimum(Profile((1, 2), (row,)), two, workers=1)  # together: from 1 to 4 ms
+    >>> optimum(Profile((1, 2), (row,)), two, workers=1)  # both queries in one batch, from 1 to 4 ms
     Optimum(value=0.7, attainment=1.0, accuracy=0.7)
     """
     if not len(trace):
@@ -163,7 +164,7 @@ def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float 
     accuracy = np.array([row.accuracy for row in profile.rows])
     floors = np.broadcast_to(trace.floors, arrivals.shape)
 
-    # Possible batches: [batches] subnet, size, start, end. Possible seats: [seats] query and batch.
+    # Possible batches: [batches] subnet, size, start, end. A seat is a possible pair of query and batch: [seats] query, batch.
     starts = np.arange(arrivals.min(), deadlines.max())
     subnet, size, start = (axis.ravel() for axis in np.meshgrid(*map(np.arange, ticks.shape), starts, indexing="ij"))
     end = start + ticks[subnet, size]
@@ -177,8 +178,8 @@ def optimum(profile: Profile, trace: Trace, *, workers: int = 2, tick_ms: float 
     batches, seats = len(start), len(batch)
     seat, ones = np.arange(seats), np.ones(seats)
     running = (start <= starts[:, None]) & (starts[:, None] < end)
-    # Unknowns: how many batches of each kind run, and which seats are taken. Rows of `left <= right`: a query has at most one
-    # seat, a batch has at most `size` seats, and at every moment at most `workers` batches run.
+    # Unknowns: how many batches of each kind run, and which seats are taken. Constraints `left @ unknowns <= right`: a query
+    # has at most one seat, a batch has at most `size` seats, and at every moment at most `workers` batches run.
     left = sparse.block_array(
         [
             [None, sparse.csr_array((ones, (query, seat)), shape=(len(trace), seats))],

@@ -1,10 +1,10 @@
 """The paper's metrics of finished traffic, real or simulated. SLO attainment is computed here and nowhere else. No jax.
 
-All arrays have the shape [queries]:
+All arguments are arrays of shape [queries]:
 
     arrival_s, deadline_s, finish_s   times on one clock; `finish_s` is infinite for a query that was never answered
-    accuracy                          profiled accuracy of the subnet that answered, anything for an unanswered query
-    batch                             number of queries in its batch, anything for an unanswered query
+    accuracy                          profiled accuracy of the subnet that answered; any value if the query was not answered
+    batch                             number of queries in the query's batch; any value if the query was not answered
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from superserve_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class ReplaySummary:
-    """The metrics of a whole run. A metric is NaN if no query counts for it.
+    """The metrics of a whole run. A mean or percentile over no queries is NaN.
 
     Args:
       queries: number of submitted queries, answered or not.
@@ -41,14 +41,14 @@ class ReplaySummary:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """The metrics of a run over time, for a plot. Each element describes the queries that ARRIVED in one window, NaN if none.
+    """The metrics of a run over time, for a plot. Each element describes the queries that ARRIVED in one window; NaN if none.
 
     Args:
       time_s: [windows] middle of each window.
       rate_qps: [windows] arrivals per second.
       attainment: [windows] fraction of the queries that met their deadline.
       accuracy: [windows] mean profiled accuracy over the queries that met their deadline.
-      batch: [windows] mean over the answered queries of the number of queries in their batch.
+      batch: [windows] mean of the number of queries in a query's batch, over the answered queries.
     """
 
     time_s: np.ndarray
@@ -68,7 +68,7 @@ def attainment(deadline_s: np.ndarray, finish_s: np.ndarray) -> float:
 
 
 def mean_accuracy(deadline_s: np.ndarray, finish_s: np.ndarray, accuracy: np.ndarray) -> float:
-    """Mean serving accuracy: the mean of `accuracy` over the queries that met their deadline (paper, Section 6). Else NaN."""
+    """Mean serving accuracy: the mean of `accuracy` over the queries that met their deadline (paper, Section 6), or NaN."""
     met = finish_s <= deadline_s
     return float(accuracy[met].mean()) if met.any() else math.nan
 

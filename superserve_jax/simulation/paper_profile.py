@@ -1,7 +1,7 @@
 """The profile of the paper's simulations, reconstructed from its text and plots (RTX 2080 Ti, OFA-ResNet50). No jax.
 
-The latencies are linear in GFLOPs and in the batch, through the corners that the paper's Figure 6 shows. The GFLOPs, the
-third accuracy and the last corner were read off plots.
+The latencies are linear in GFLOPs and in the batch size. They agree with the paper's Figure 6 for the smallest and the largest
+subnet and batch size. The GFLOPs, the third accuracy, and the latency of the largest subnet and batch were read off plots.
 """
 
 from superserve_jax.profile import Profile, Row
@@ -13,7 +13,7 @@ CNN_ACCURACIES = (0.7382, 0.7669, 0.7764, 0.7825, 0.7944, 0.8016)
 
 
 def paper_profile() -> Profile:
-    """Six subnets of OFA-ResNet50 at batch sizes 1 to 16. The subnets are placeholders: one axis, the GFLOPs.
+    """Six subnets of OFA-ResNet50 at batch sizes 1 to 16. The subnets are placeholders with one axis, `gflops`.
 
     >>> profile = paper_profile()
     >>> [round(ms, 1) for row in (profile.rows[0], profile.rows[-1]) for ms in (row.latency_ms[0], row.latency_ms[-1])]

@@ -2,12 +2,13 @@
 
 It runs the server's own queue, `dispatch`, `admission`, `speeds` and policies. Only time is simulated: a batch takes its
 profiled latency, and the clock jumps from one event to the next. So a minute of traffic takes about a second.
-One file because the run needs all of its description (`Cluster` and the failures) and fills all of its result.
+
+This is one file because a run reads all of `Cluster` and fills all of `SimulationResult`.
 
 An event is an arrival, the end of a batch, or a planned failure. `_Simulation.run` is the loop over the events:
 
-    1. Jump to the next event. While all workers are busy, arrivals wait until a batch ends: nothing could be done earlier.
-    2. Put everything that has arrived by now into the queue.
+    1. Jump to the next event. While all workers are busy, arrivals are no events: nothing happens to them before a batch ends.
+    2. Put the queries that have arrived by now into the queue.
     3. Handle all events that are due by now: batches that end, workers that leave or return, stalls.
     4. While a worker is idle and a query waits, dispatch a batch. Its end is a new event.
 """
@@ -35,11 +36,11 @@ from superserve_jax.simulation import metrics
 from superserve_jax.simulation.traces import Trace
 
 MET, LATE, EXPIRED, REFUSED = range(4)
-"""Outcomes of a query: answered by its deadline, answered later, given up without an answer, not admitted."""
+"""Outcomes of a query: answered by its deadline, answered later, given up without an answer, refused on arrival."""
 
 
 class Outage(NamedTuple):
-    """A worker is gone from `from_s` to `until_s`. The batch that it runs goes back to the queue."""
+    """A worker is gone from `from_s` to `until_s`. Its running batch goes back to the queue."""
 
     worker: int
     from_s: float
@@ -47,14 +48,14 @@ class Outage(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """The whole server stands still. Nothing is dispatched, and batches that end meanwhile are answered at `until_s`."""
+    """The whole server is stopped. Nothing is dispatched, and batches that end meanwhile are answered at `until_s`."""
 
     from_s: float
     until_s: float
 
 
 class Slowdown(NamedTuple):
-    """Batches that start between `from_s` and `until_s` on this worker, or on all for None, take `factor` times as long."""
+    """Batches that start between `from_s` and `until_s` take `factor` times as long. `worker` None means all workers."""
 
     factor: float
     from_s: float
@@ -64,20 +65,21 @@ class Slowdown(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The workers that serve the traffic, and what goes wrong.
+    """The simulated server: its workers, its options, and its planned failures.
 
     Args:
       workers: number of workers.
-      overhead_ms: added to the latency of every batch. The policy does not know it.
+      overhead_ms: time added to the latency of every batch. The policy does not see it.
       noise: standard deviation of the logarithm of the latencies.
-      actuation_ms: added to every batch with another subnet than the worker's last one, as in a server that loads models.
-      max_queue: refuse new queries while this many wait.
-      expire: give up a query that could not be saved even alone on the fastest subnet, instead of serving it late.
-      admission: refuse a query on arrival if its deadline cannot be met (see `scheduling.admission`).
-      outages: workers that leave, and may return.
-      stalls: times at which the whole server stands still.
-      slowdowns: times at which workers are slower than their profile.
-      follow_drift: correct the policy's state for workers that run slower than their profile (see `scheduling.speeds`).
+      actuation_ms: time added to a batch whose subnet differs from the worker's last one, as in a server that loads models.
+      max_queue: number of waiting queries from which on new queries are refused.
+      expire: whether to give up a query that would be late even alone on the fastest subnet. If False, it is served late.
+      admission: whether to refuse a query on arrival if its deadline cannot be met (see `scheduling.admission`).
+      outages: the workers that leave, when they leave, and when they return.
+      stalls: the times at which the whole server is stopped.
+      slowdowns: the times at which workers are slower than their profile.
+      follow_drift: whether to correct the policy's state for workers that run slower than their profile (see
+        `scheduling.speeds`).
     """
 
     workers: int = 8
@@ -107,23 +109,23 @@ class Cluster:
         ]
         if wrong:
             raise errors.ConfigError(
-                f"{wrong[0]} must begin before it ends, on a worker of 0 to {self.workers - 1}; "
-                "a stall must end, and a slowdown needs a positive factor"
+                f"{wrong[0]} is impossible: it must begin before it ends, on a worker from 0 to {self.workers - 1}; "
+                "a stall must end, and a slowdown needs a positive and finite factor"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimulationResult:
-    """One element per query in every array, in the order of arrival.
+    """What happened to each query. Every array has one element per query, in the order of arrival.
 
     Args:
       arrival_s: time of arrival, from the trace.
-      deadline_s: its deadline, from the trace.
-      start_s: start of its batch; infinite if it was never answered.
-      finish_s: end of its batch; infinite if it was never answered.
-      accuracy: profiled accuracy of the subnet that answered it; NaN if none did.
-      batch: number of queries in its batch; 0 if it was never answered.
-      worker: the worker that answered it; -1 if none did.
+      deadline_s: deadline, from the trace.
+      start_s: start of the query's batch; infinite if the query was never answered.
+      finish_s: end of the query's batch; infinite if the query was never answered.
+      accuracy: profiled accuracy of the subnet that answered the query; NaN if none did.
+      batch: number of queries in the query's batch; 0 if the query was never answered.
+      worker: number of the worker that answered the query; -1 if none did.
       outcome: MET, LATE, EXPIRED or REFUSED.
     """
 
@@ -154,13 +156,13 @@ class SimulationResult:
 def simulate(
     profile: Profile | Sequence[Profile], policy: str | Policy, trace: Trace, *, cluster: Cluster | None = None, seed: int = 0
 ) -> SimulationResult:
-    """Serve a trace until every query has an outcome.
+    """Simulate a server that serves a trace, until every query has an outcome.
 
     Args:
-      profile: one profile for all workers, or one for each. With length buckets, a query of unknown length counts as longest.
+      profile: one profile for all workers, or one for each. With length buckets, an unknown length counts as the longest.
       policy: a policy, or its name (see `policies.create`).
       trace: the traffic.
-      cluster: the workers and what goes wrong. By default eight workers and no failures.
+      cluster: the workers, options and failures. By default eight workers and no failures.
       seed: seed of the latency noise.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
@@ -191,7 +193,7 @@ class _Simulation:
 
     def __init__(self, profiles: list[Profile], policy: Policy, trace: Trace, cluster: Cluster, seed: int):
         self.profiles, self.policy, self.trace, self.cluster = profiles, policy, trace, cluster
-        profile = profiles[0]  # all have the same batch sizes and lengths
+        profile = profiles[0]  # all profiles have the same batch sizes and lengths
         self.fleet = Fleet(profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
         self.padded = [profile.batch_index(n) for n in range(profile.max_batch + 1)]
@@ -216,16 +218,16 @@ class _Simulation:
         self.idle = collections.deque(range(cluster.workers))
         self.running: list[_Batch | None] = [None] * cluster.workers
         self.last_subnet: list[Any] = [None] * cluster.workers
-        self.outages = [0] * cluster.workers  # number of outages that a worker is in: they may overlap
+        self.outages = [0] * cluster.workers  # for each worker, the number of outages that it is in, since they may overlap
         self.stalled_until_s = 0.0
-        # Finished batches as flat lists of numbers, which cost the garbage collector nothing.
+        # Finished batches as flat lists of numbers, which the garbage collector need not visit.
         self.answered: list[int] = []  # queries of all batches, one batch after another
         self.sizes: list[int] = []  # sizes of the batches
         self.batches: list[float] = []  # worker, start, finish and accuracy of each batch
         self.expired: list[int] = []
         self.refused: list[int] = []
 
-        # Sentinels: the last arrival and the last event are at infinity.
+        # Sentinels: the last arrival and the last event have time infinity.
         self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self.stall, None)]
         self.number = 0
         for outage in cluster.outages:
@@ -252,7 +254,7 @@ class _Simulation:
                 while idle and len(waiting):
                     self.dispatch(now_s)
         # No event is left: all queries are answered, or all workers have left for good.
-        events.clear()  # they refer to methods of this object; without this cycle it is freed at once
+        events.clear()  # events refer to methods of this object; without this reference cycle it is freed at once
         self.expired += waiting.drain()
         self.refused += range(self.arrived, len(arrivals) - 1)
 
@@ -278,7 +280,7 @@ class _Simulation:
                 push(deadlines[i], i, floors[i], tokens[i])
 
     def admits(self, i: int) -> bool:
-        """Whether a query is admitted. Nothing else has happened since its arrival, which may be earlier than now."""
+        """Whether a query is admitted. It may have arrived before now, but nothing else has happened since its arrival."""
         return self.admission.admits(
             self.queue,
             self.fleet,
@@ -318,7 +320,7 @@ class _Simulation:
 
     def finish(self, now_s: float, batch: _Batch) -> None:
         if self.running[batch.worker] is not batch:
-            return  # its worker left meanwhile
+            return  # the batch's worker left meanwhile
         if now_s < self.stalled_until_s:
             self.at(self.stalled_until_s, self.finish, batch)
             return
@@ -331,7 +333,7 @@ class _Simulation:
 
     def stall(self, now_s: float, until_s: float) -> None:
         self.stalled_until_s = max(self.stalled_until_s, until_s)
-        self.at(until_s, lambda *_: None, None)  # an event that does nothing, so that the loop dispatches then
+        self.at(until_s, lambda *_: None, None)  # an event that does nothing, so that the loop dispatches at `until_s`
 
     def leave(self, now_s: float, worker: int) -> None:
         self.outages[worker] += 1
@@ -342,7 +344,7 @@ class _Simulation:
         if batch is None:
             self.idle.remove(worker)
             return
-        for i in batch.queries:  # as in the server, there is no second try after the deadline
+        for i in batch.queries:  # as in the server, a query is not tried again after its deadline
             if self.deadlines[i] > now_s:
                 self.queue.push(self.deadlines[i], i, self.floors[i], self.lengths[i])
             else:

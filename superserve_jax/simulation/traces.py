@@ -2,8 +2,8 @@
 
 Every trace is a pure function of its arguments, including the seed. Arrivals are renewal processes: at a mean rate r and a
 squared coefficient of variation c (`cv2`), the gaps have a gamma distribution of shape 1/c and scale c/r. c = 0 is evenly
-spaced, c = 1 is Poisson, and larger is burstier. A rate that changes stretches the time of the same process, which keeps its
-`cv2`.
+spaced, c = 1 is Poisson, and a larger c is burstier. For a changing rate, the time of a process with a steady rate is
+stretched, which keeps its `cv2`.
 """
 
 import csv
@@ -20,8 +20,8 @@ import numpy as np
 from superserve_jax import errors
 
 _STEP_S = 1e-3  # resolution of rates that change continuously
-_MAX_QUERIES = 50_000_000  # limit of a trace, which is made in memory
-_MAX_CV2 = 1e6  # above this hardly anything arrives; below its inverse the process counts as evenly spaced
+_MAX_QUERIES = 50_000_000  # limit on the queries of a trace, since the whole trace is in memory
+_MAX_CV2 = 1e6  # above this, hardly anything arrives; a `cv2` below 1 / _MAX_CV2 counts as evenly spaced
 _MAX_LENGTH, _MAX_NUMBER = 1 << 40, 1e12
 
 
@@ -30,11 +30,12 @@ class Trace:
     """Queries in the order of arrival.
 
     Args:
-      arrivals_s: float64, ascending, from 0.
-      slo_ms: allowed latency in milliseconds, one for all or one per query.
-      floors: lowest accepted accuracy, one for all or one per query. 0 accepts any.
+      arrivals_s: times of arrival in seconds, float64, ascending, from 0 up.
+      slo_ms: allowed latency in milliseconds, one for all queries or one per query.
+      floors: lowest accepted accuracy, one for all queries or one per query. 0 accepts any.
       name: the name in tables and plots.
-      lengths: tokens, one for all or one per query. 0 if inputs have one shape, or are padded to the longest length.
+      lengths: number of tokens, one for all queries or one per query. 0 if inputs have one shape, or are padded to the longest
+        length.
     """
 
     arrivals_s: np.ndarray
@@ -48,7 +49,7 @@ class Trace:
         arrivals = np.asarray(self.arrivals_s, np.float64)
         object.__setattr__(self, "arrivals_s", arrivals)
         if arrivals.ndim != 1 or (np.diff(arrivals) < 0).any():
-            raise errors.ConfigError("arrivals must be a vector of ascending seconds from 0; sort them, start at 0")
+            raise errors.ConfigError("arrivals must be a vector of ascending seconds from 0 up; sort them")
         for what in ("slo_ms", "floors", "lengths"):
             values = getattr(self, what)
             if np.ndim(values) and np.shape(values) != arrivals.shape:
@@ -70,10 +71,10 @@ class Trace:
 
     @property
     def mean_qps(self) -> float:
-        """Arrivals per second, from 0 to the last."""
+        """Arrivals per second, from time 0 to the last arrival."""
         return len(self) / float(self.arrivals_s[-1]) if len(self) and self.arrivals_s[-1] > 0 else 0.0
 
-    @errors.refusing(errors.ConfigError, "a mix is a dict from values to shares, and the seed a whole number from 0 up")
+    @errors.refusing(errors.ConfigError, "a mix must be a dict from values to shares, and the seed a whole number from 0 up")
     def mixed(
         self,
         *,
@@ -94,14 +95,14 @@ class Trace:
             if mix is not None:
                 shares = np.array(list(mix.values()), np.float64)
                 if not (len(shares) and np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
-                    raise errors.ConfigError(f"a mix of {what} needs shares of at least 0 and one above, got {dict(mix)}")
+                    raise errors.ConfigError(f"a mix of {what} needs shares from 0 up, one above 0; got {dict(mix)}")
                 changes[what] = rng.choice(np.array(list(mix), np.float64), len(self), p=shares / shares.sum())
         return dataclasses.replace(self, **changes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write CSV with the columns arrival_s, slo_ms, floor, and length if there are lengths.
 
-        `load` returns the same trace, bit for bit.
+        `load` reads the same values, bit for bit.
         """
         names, values = ["arrival_s", "slo_ms", "floor"], [self.arrivals_s, self.slo_ms, self.floors]
         if np.any(self.lengths):
@@ -116,11 +117,11 @@ class Trace:
 def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
     """Read recorded arrivals: CSV with a column arrival_s and optional columns slo_ms, floor and length.
 
-    The rows need not be sorted. Raises DataError for a missing file or a bad row, with its line.
+    The rows need not be sorted. Raises DataError for a missing file or a bad row. The message names the line of the row.
 
     Args:
       path: the CSV file.
-      slo_ms: the SLO of all queries, if the file has no such column.
+      slo_ms: the SLO of all queries, if the file has no column slo_ms.
     """
     check(slo_ms=slo_ms)
     rows: list[tuple[float, ...]] = []  # line number, arrival, SLO, floor, length
@@ -158,7 +159,7 @@ def bursty(
     slo_ms: float = 36.0,
     seed: int = 0,
 ) -> Trace:
-    """The paper's bursty traffic (its Section 6.3): evenly spaced arrivals, plus a gamma process.
+    """The paper's bursty traffic (its Section 6.3): evenly spaced arrivals plus a gamma process.
 
     >>> trace = bursty(duration_s=1.0)
     >>> trace.name, bool(6500 < len(trace) < 7600)
@@ -219,7 +220,7 @@ def steps(*, rates_qps: Sequence[float], step_s: float, cv2: float = 1.0, slo_ms
 
 
 def _invertible(expected: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of expected(t) that make it strictly ascending. Of a period without arrivals only the two ends remain."""
+    """Points of the function expected(t), made strictly ascending. Of a period without arrivals only the two ends remain."""
     grows = np.diff(expected) > 0
     keep = np.concatenate([[True], grows]) | np.concatenate([grows, [True]])
     expected, t = expected[keep], t[keep]
@@ -246,7 +247,7 @@ def _renewal(expected: float, cv2: float, seed: int) -> np.ndarray:
 
 
 def check(least: float = math.nextafter(0, 1), most: float = _MAX_NUMBER, **values: float) -> None:
-    """Raises ConfigError with its name for a value that is not a number in this range, by default any positive number."""
+    """Raise ConfigError for a value that is not a number from `least` to `most`. By default any positive number is allowed."""
     for name, value in values.items():
         if not (isinstance(value, numbers.Real) and least <= value <= most):
             kind = "positive number" if least else "number from 0"
@@ -254,10 +255,10 @@ def check(least: float = math.nextafter(0, 1), most: float = _MAX_NUMBER, **valu
 
 
 def count(rate: float, duration_s: float) -> int:
-    """Number of arrivals at a rate. Raises ConfigError before a trace with too many queries takes memory."""
+    """Number of arrivals at a rate. Raises ConfigError if there are too many, before they take memory."""
     if not rate * duration_s <= _MAX_QUERIES:
         raise errors.ConfigError(
-            f"a trace may have {_MAX_QUERIES:,} queries, got {rate * duration_s:.3g}; lower rate or duration"
+            f"a trace may have at most {_MAX_QUERIES:,} queries, got {rate * duration_s:.3g}; lower rate or duration"
         )
     return math.floor(rate * duration_s + 1e-9)
 
@@ -271,10 +272,10 @@ def generator(seed: int) -> np.random.Generator:
 def _values(
     arrivals_s: np.ndarray, slo_ms: Any, floors: Any, lengths: Any
 ) -> Iterator[tuple[type[Exception], str, np.ndarray, Any]]:
-    """The rule of each column: the error, what is expected, the values, and which of them are right."""
+    """For each column: the error class, what is expected, the values, and which of the values are right."""
     slos, floors, lengths = (np.asarray(v, np.float64) for v in (slo_ms, floors, lengths))
-    yield errors.ConfigError, "arrivals are finite seconds from 0", arrivals_s, (arrivals_s >= 0) & (arrivals_s < np.inf)
-    yield errors.DeadlineError, "SLOs are positive, finite milliseconds", slos, (slos > 0) & (slos < np.inf)
-    yield errors.ConfigError, "accuracy floors are fractions from 0 to 1", floors, (floors >= 0) & (floors <= 1)
+    yield errors.ConfigError, "arrivals must be finite seconds from 0", arrivals_s, (arrivals_s >= 0) & (arrivals_s < np.inf)
+    yield errors.DeadlineError, "SLOs must be positive, finite milliseconds", slos, (slos > 0) & (slos < np.inf)
+    yield errors.ConfigError, "accuracy floors must be fractions from 0 to 1", floors, (floors >= 0) & (floors <= 1)
     whole = (lengths >= 0) & (lengths <= _MAX_LENGTH) & (lengths == np.rint(lengths))
-    yield errors.ConfigError, "lengths are whole numbers of tokens, 0 if unknown", lengths, whole
+    yield errors.ConfigError, "lengths must be whole numbers of tokens, 0 if unknown", lengths, whole
