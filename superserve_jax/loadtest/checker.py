@@ -1,4 +1,4 @@
-"""Checks the guarantees of a server against the notes of a `recorder.Recorder`. No jax.
+"""Checks from the notes of a `recorder.Recorder` whether a server kept its guarantees. No jax.
 
 The guarantees are:
 - Every query resolves exactly once.
@@ -34,7 +34,7 @@ class _Open:
     running: int = 0  # engine calls that hold it now
     finished_s: float | None = None  # when the first engine call with it returned
     cancelling: bool = False  # whether its client tried to cancel it
-    passed_over: str = ""  # the batch that passed it over while it waited
+    passed_over: str = ""  # if it waited and was passed over: its deadline and the later batch, in words
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -52,10 +52,10 @@ class CheckResult:
       outcomes: the number of queries by outcome. An outcome is "answered", "cancelled", "refused: ERROR" for an error of
         `submit`, or the future's error with its cause, such as "InferenceError of ValueError".
       lost: the queries that never resolved.
-      twice: resolutions and refusals of queries that had resolved before.
-      batches: engine calls.
-      compared: decisions whose batch was compared with all waiting queries.
-      violations: broken guarantees, including `lost` and `twice`.
+      twice: the number of resolutions and refusals of queries that had resolved before, or were never offered.
+      batches: the number of engine calls.
+      compared: the number of decisions whose batch was compared with all waiting queries.
+      violations: the number of broken guarantees, including `lost` and `twice`.
       examples: descriptions of the first violations.
     """
 
@@ -76,8 +76,8 @@ class Checker:
       profile: the profile of the engines.
       strict_order: whether the policy takes queries strictly in the order of deadlines. A policy that defers queries does not.
       abandons: whether the server abandons stuck workers. Then a query may run again while the stuck call still holds it.
-      patience: the number of later notes after which a decision without an engine call counts as a decision without a batch.
-        This happens if all queries of the batch were cancelled and the thread has ended.
+      patience: how many later notes to wait for the engine call of a decision. After them, the decision counts as one
+        without a batch. There is no call if all queries of the batch were cancelled and the thread has ended.
 
     Attributes:
       result: the counts so far.
@@ -98,9 +98,8 @@ class Checker:
         self._undecided: dict[int, _Decision] = {}  # by thread
         self._open: dict[int, _Open] = {}  # by key
         self._ended = bytearray(1)  # by key: an index of `_NEVER_RUNS`. This byte is all that is kept of a resolved query.
-        self._waiting: list[
-            tuple[float, int]
-        ] = []  # a heap of (deadline_s, key); some of them wait no longer, and those passed over are left out
+        # A heap of (deadline_s, key). It may hold queries that wait no longer. Queries that were passed over are removed.
+        self._waiting: list[tuple[float, int]] = []
 
     @property
     def size(self) -> int:
@@ -121,7 +120,7 @@ class Checker:
         self._process()
 
     def finish(self) -> CheckResult:
-        """Checks what is left. Call it when the server is closed and nothing is noted any more."""
+        """Checks the remaining notes. Call it when the server is closed and no thread writes notes any more."""
         for thread in list(self._undecided):
             self._settle(thread)
         self._process()
@@ -131,7 +130,7 @@ class Checker:
         return self.result
 
     def _settle(self, thread: int, keys: tuple[int, ...] = ()) -> None:
-        """The last decision of a thread took these queries."""
+        """Notes that the last decision of a thread took these queries."""
         if (decision := self._undecided.pop(thread, None)) is not None:
             decision.keys, decision.settled = keys, True
 
@@ -166,7 +165,9 @@ class Checker:
             query.deadline_s = deadline_s
             slo_s = 1e-3 * query.slo_ms
             if not query.offered_s + slo_s <= deadline_s <= now_s + slo_s:
-                self._violation(f"query {key} got the deadline {deadline_s}, {query.slo_ms} ms after {query.offered_s}")
+                self._violation(
+                    f"query {key} got the deadline {deadline_s}, but was offered at {query.offered_s} with {query.slo_ms} ms"
+                )
             if self._strict_order and not query.taken:
                 heapq.heappush(self._waiting, (deadline_s, key))
         if len(self._waiting) > 1_000 + 2 * len(self._open):
@@ -203,7 +204,7 @@ class Checker:
             deadline_s, key = heapq.heappop(self._waiting)
             for query in self._open_ones((key,)):
                 if not query.taken:
-                    query.passed_over = f"it was due at {deadline_s}, the batch {keys} at {before_s}"
+                    query.passed_over = f"it was due at {deadline_s}, and the batch {keys} due at {before_s} was taken first"
 
     def _on_started(self, _: int, keys: tuple[int, ...]) -> None:
         self.result.batches += 1

@@ -1,6 +1,7 @@
-"""Traffic that can last for hours, and what may grow meanwhile: memory and latency. No jax.
+"""Traffic that can last for hours, and measurements that show whether memory or latency grow meanwhile. No jax.
 
-Of each query only its latency is kept, and only until the end of the second: memory must not depend on the traffic.
+Of each query, only the latency and the outcome are kept, and only until the end of the second in which it resolved. So the
+measurement itself does not make memory grow.
 """
 
 import collections
@@ -25,10 +26,10 @@ from superserve_jax.subnet import Subnet
 
 SLO_FACTORS = (1, 2, 4)
 SWING, PERIOD_S = 0.5, 10
-"""In each period the rate rises and falls by this share."""
+"""In each period of PERIOD_S seconds, the rate rises and falls by the share SWING."""
 
 FLOORED = 0.03
-"""The share of queries with a floor. It is the accuracy of a random subnet, so every subnet answers, even in bursts."""
+"""The share of queries with a floor. A floor is the accuracy of a random subnet, so every subnet answers, even in bursts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +37,15 @@ class Second:
     """One second of traffic.
 
     Args:
-      time_s: its end, from the start of the traffic.
+      time_s: the end of this second, counted from the start of the traffic.
       answers: the number of answered queries.
       met: the number of queries that were answered by their deadline.
       p50_ms: median latency of the answered queries; NaN without any.
-      p99_ms: 99th percentile of the same.
+      p99_ms: 99th percentile of the latency of the answered queries; NaN without any.
       batches: the number of batches of all engines.
-      changes: the number of batches whose subnet was another one than in the batch before.
+      changes: the number of batches with another subnet than the previous batch of the same engine.
       lag_ms: the greatest lateness of the load generator.
-      memory_mb: resident memory at its end.
+      memory_mb: resident memory at the end of this second.
     """
 
     time_s: float
@@ -59,11 +60,11 @@ class Second:
 
 
 class Counting(Wrapper):
-    """An engine that counts the batches of another one, and the changes of its subnet.
+    """Wraps an engine, and counts its batches and its changes of the subnet.
 
     Attributes:
       batches: the number of batches.
-      changes: the number of batches whose subnet was another one than in the batch before.
+      changes: the number of batches with another subnet than the previous batch.
       subnets: all subnets that ran.
     """
 
@@ -90,13 +91,13 @@ class EnduranceTraffic:
       engines: the engines of `target`.
       rate_qps: the mean rate in queries per second.
       slo_ms: the shortest SLO. The others are `SLO_FACTORS` times as long.
-      seed: of arrivals, inputs, SLOs and floors.
+      seed: the seed of arrivals, inputs, SLOs and floors.
 
     Attributes:
       submitted: the number of accepted queries.
       refused: the number of queries that a full queue refused.
       resolved: the number of futures that resolved.
-      failed: the number of them that resolved to an error.
+      failed: the number of futures that resolved with an error.
     """
 
     def __init__(self, target: Server, engines: Sequence[Counting], *, rate_qps: float, slo_ms: float, seed: int):
@@ -113,7 +114,7 @@ class EnduranceTraffic:
         """Serves one second of traffic.
 
         Args:
-          number: counts the seconds from 0.
+          number: the number of this second, counted from 0.
           start_s: the start of second 0 on the clock `time.monotonic`.
 
         Raises WorkersLostError if all workers are lost.
@@ -174,7 +175,7 @@ class EnduranceTraffic:
 
 
 def carried_qps(profile: Profile) -> float:
-    """Queries per second of one worker if all subnets serve equally many queries, each at its best batch size.
+    """Queries per second that one worker can serve if all subnets get equally many queries, each at its best batch size.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -208,8 +209,8 @@ def windows(seconds: Sequence[Second], name: str) -> list[float]:
 def growth(values: Sequence[float]) -> tuple[float, float]:
     """How much values grow from the first to the last, as a fraction of their median, and the p-value of that growth.
 
-    The slope is Theil's and Sen's, which a few outliers do not change. The p-value is Kendall's: the probability of such a
-    trend in values of random order. It is NaN if all values are equal.
+    The growth comes from the Theil-Sen slope, which a few outliers do not change. The p-value is that of Kendall's tau: the
+    probability of a trend as strong as this one if the order were random. It is NaN if all values are equal.
 
     >>> [round(float(figure), 3) for figure in growth([10.0, 11.0, 12.0, 99.0, 14.0])]
     [0.333, 0.042]

@@ -24,7 +24,7 @@ _LEAD_S = 0.05  # from the call to the trace's zero
 
 
 class Target(Protocol):
-    """What queries are submitted to: a `Server`, or an object in front of one."""
+    """The receiver of queries: a `Server`, or an object that passes them on to one."""
 
     def submit_many(self, xs: list[Any], *, slo_ms: float, min_accuracy: float = 0.0) -> list[Future]:
         """See `serving.server.Server.submit_many`."""
@@ -36,16 +36,16 @@ class Replay:
     """The outcome of every query of a trace, in the order of arrival. All arrays have the shape (queries,).
 
     Args:
-      arrival_s: as in the trace.
-      deadline_s: as in the trace.
-      finish_s: when it was answered; infinite if it was not.
-      accuracy: the profiled accuracy of the subnet that answered, a fraction; NaN if it was not answered.
-      batch: the number of queries in its batch; NaN if it was not answered.
-      label: the index of the largest output; -1 if it was not answered.
-      lateness_s: the time from when it was due until it was submitted; infinite if the server refused it.
+      arrival_s: the time at which the query was due, as in the trace.
+      deadline_s: the deadline, as in the trace.
+      finish_s: the time of the answer; infinite without an answer.
+      accuracy: the profiled accuracy of the subnet that answered, a fraction; NaN without an answer.
+      batch: the number of queries in the batch; NaN without an answer.
+      label: the index of the largest output; -1 without an answer.
+      lateness_s: the time of submission minus `arrival_s`; infinite if the server refused the query.
       start_s: the trace's zero on the clock `time.monotonic`.
-      lengths: as in the trace.
-      floors: as in the trace.
+      lengths: the lengths of the inputs, as in the trace.
+      floors: the accuracy floors, as in the trace.
     """
 
     arrival_s: np.ndarray
@@ -86,7 +86,7 @@ class Submission(NamedTuple):
 def submit_when_due(
     target: Target, trace: Trace, inputs: Sequence[Any], *, start_s: float | None = None
 ) -> Iterator[Submission]:
-    """Submits the queries of a trace in the calling thread, all that are due at each wake-up. Wake-ups are 1 ms apart.
+    """Submits a trace in the calling thread: at most once per millisecond, it submits all queries that are due.
 
     If the caller does slow work between two submissions, the next one is late.
 
@@ -108,7 +108,7 @@ def submit_when_due(
         if due == done:
             time.sleep(max(arrivals[done] - now, wake_up - now, 0.0))
             continue
-        wake_up = now + _WAKE_UP_S  # not at every arrival: waking up takes longer than submitting dozens of queries
+        wake_up = now + _WAKE_UP_S  # one wake-up takes longer than submitting dozens of queries
         groups: dict[tuple[float, float], list[int] | range] = {}
         if alike:
             groups[slos[0], floors[0]] = range(done, due)
@@ -116,13 +116,13 @@ def submit_when_due(
             for i, slo_and_floor in enumerate(zip(slos[done:due].tolist(), floors[done:due].tolist(), strict=True), done):
                 groups.setdefault(slo_and_floor, []).append(i)  # type: ignore[union-attr]
         for (_, floor), group in groups.items():
-            # A group gets the time that its earliest query has left, so no deadline is later than in the trace.
+            # A group gets the remaining time of its earliest query, so no deadline is later than in the trace.
             left_ms = max(1e3 * float(deadlines[group[0]] - now), 1e-3)
             answers = error = None
             try:
                 answers = target.submit_many([inputs[i] for i in group], slo_ms=left_ms, min_accuracy=float(floor))
             except (errors.QueueFullError, errors.WorkersLostError) as refusal:
-                error = refusal.with_traceback(None)  # else it would keep the frames of the call, and so the inputs
+                error = refusal.with_traceback(None)  # a traceback would keep the inputs in memory
             yield Submission(start, now, group, answers, error)
         done = due
 
@@ -131,7 +131,7 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
     """Replays a trace on an open server, and returns when the last deadline has passed.
 
     A query that is not answered by then has missed its deadline. So has a query that the server refuses because its queue is
-    full or all its workers are lost. The garbage collector is off meanwhile: it would search the many futures again and again.
+    full or all its workers are lost. The garbage collector is off meanwhile: it would search all futures again and again.
 
     Args:
       target: the server. Its queue should have room for the whole trace.
@@ -142,7 +142,7 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
       DataError: the trace has no queries. AccuracyFloorError: no subnet of the server reaches one of the floors.
     """
     if not len(trace):
-        raise errors.DataError(f"trace '{trace.name}' has no queries; replay one that has, or a longer part of it")
+        raise errors.DataError(f"trace '{trace.name}' has no queries; replay another trace, or a longer part of it")
     submitted = np.full(len(trace), np.inf)
     futures: list[Future | None] = [None] * len(trace)
     start = 0.0
@@ -166,8 +166,8 @@ def summarize(run: Replay | SimulationResult, which: Any = slice(None)) -> Repla
     """The metrics of a run.
 
     Args:
-      run: a real or a simulated one.
-      which: an index or a mask of the queries to count; by default all.
+      run: a real or a simulated run.
+      which: a slice or a mask of the queries to count; by default all.
     """
     return metrics.summary(*(values[which] for values in (run.arrival_s, run.deadline_s, run.finish_s, run.accuracy)))
 
@@ -181,7 +181,7 @@ def _collect(trace: Trace, submitted: np.ndarray, futures: Sequence[Future | Non
     n = len(trace)
     finish, accuracy, batch, label = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1)
     for i, future in enumerate(futures):
-        # A failed query is an unanswered one. The server's health names the errors.
+        # A failed query counts as unanswered. The server's health names the errors.
         if future is not None and future.done() and not future.cancelled() and future.exception(0) is None:
             reply = future.result(0)
             finish[i] = submitted[i] + 1e-3 * reply.latency_ms

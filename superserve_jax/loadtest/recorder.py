@@ -3,8 +3,8 @@
 A server that miscounts cannot be caught by its own counters. So a `Recorder` stays outside of the server. It submits and
 cancels queries, listens for their resolution, and wraps the engines and the policy.
 
-All threads append their notes to one deque. Its order proves this much:
-- A query is noted as submitted after `submit` has returned. So it was in the queue by then.
+All threads append their notes to one deque. The order of the notes proves the following:
+- A query is noted as submitted after `submit` has returned. So it was in the queue before the note.
 - The server asks the policy and takes the batch under one lock. So decisions are noted in the order in which batches were
   taken. The next engine call of the same thread tells which batch belongs to the decision.
 - An engine call is noted as finished before the server knows of it, and a resolution is noted after it happened.

@@ -2,10 +2,10 @@
 
 The simulator knows the profile. A machine under load is slower than its profile and sometimes stops, and its load generator is
 late. To make both comparable, `simulate_again` gives the simulator exactly these measurements:
-- the times at which the queries were really submitted, and the time that each had left until its deadline;
-- how much longer than profiled batches took (mean and spread), and the time between two batches of a busy worker, from a
-  `Stopwatch`;
-- the times at which the process stopped, from `heartbeat`.
+- when each query was really submitted, and the time from then to its deadline;
+- by how much batches exceeded their profiled latency (mean and spread), and the time between two batches of a busy worker,
+  from a `Stopwatch`;
+- the intervals in which the process stopped, from `heartbeat`.
 The remaining difference is due to the server: its queue, its decisions, its threads.
 """
 
@@ -34,7 +34,7 @@ _STALL_S = 3e-3  # a beat later than this is a stall
 
 
 class Stopwatch(Wrapper):
-    """An engine that notes when each batch of another engine begins and ends.
+    """Wraps an engine, and notes when each of its batches begins and ends.
 
     Attributes:
       batches: (start_s, end_s, profiled_ms, number of queries) of each batch, on the clock `time.monotonic`.
@@ -69,7 +69,7 @@ class Stopwatch(Wrapper):
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[list[tuple[float, float]]]:
-    """While open, a thread wakes up every millisecond and notes when it was late: (start, end) on `time.monotonic`.
+    """While open, a thread wakes up every millisecond. Late wake-ups count as stalls: (start, end) on `time.monotonic`.
 
     >>> with heartbeat() as stalls_s:
     ...     time.sleep(0.01)
@@ -99,12 +99,12 @@ def heartbeat() -> Iterator[list[tuple[float, float]]]:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What was measured of a machine during a replay.
+    """The behaviour of a machine, as measured during a replay.
 
     Args:
-      overhead_ms: the mean time that a batch took beyond its profiled latency, including the time until the next batch.
-      noise: the spread of the latencies: the standard deviation of their logarithm, without the tails.
-      stalls: the times at which the process stopped, in seconds of the trace.
+      overhead_ms: the mean time by which batches exceeded their profiled latency, plus the median time between two batches.
+      noise: the spread of latencies: half the distance of the 16th and 84th percentile of log(latency / profiled latency).
+      stalls: the intervals in which the process stopped, in seconds of the trace.
     """
 
     overhead_ms: float
@@ -118,14 +118,14 @@ class Machine:
 
 
 def measured_machine(done: Replay, watches: Sequence[Stopwatch], stalls_s: Sequence[tuple[float, float]]) -> Machine:
-    """What the watches and the heartbeat measured during a replay.
+    """Computes the behaviour of a machine from what the watches and the heartbeat noted during a replay.
 
     Batches that ended in a stall do not count towards the overhead: the simulation contains the stall itself.
 
     Args:
       done: the replay.
-      watches: its engines, one per worker.
-      stalls_s: what a `heartbeat` noted during the replay.
+      watches: the engines of the replay, one per worker.
+      stalls_s: the stalls that a `heartbeat` noted during the replay.
     """
     shifted = [(max(a - done.start_s, 0.0), b - done.start_s) for a, b in stalls_s]
     stalls = tuple(Stall(a, b) for a, b in shifted if b > a)
@@ -144,10 +144,10 @@ def measured_machine(done: Replay, watches: Sequence[Stopwatch], stalls_s: Seque
 
 
 def _turn_ms(done: Replay, batches: Sequence[tuple[float, float, float, int, int]]) -> float:
-    """Median time between two batches of a busy worker. In it the worker answers the first batch and decides on the second.
+    """Median time between two batches of a busy worker, for the answers to the first and the decision on the second.
 
-    A worker is busy if queries wait when its batch ends. Batches, in the order of their starts, take queries in the order of
-    arrival. This is exact with one SLO and one length bucket, and nearly so with several length buckets.
+    A worker is busy if queries wait when its batch ends. To know this, the function assumes that batches, by start time, take
+    queries in the order of arrival. This is exact with one SLO and one length bucket, and nearly so with more length buckets.
     """
     submitted_s = np.sort(done.start_s + _submitted_s(done))
     free_s: dict[int, float] = {}  # when the last batch of each worker ended
@@ -165,7 +165,7 @@ def simulate_again(
 ) -> SimulationResult:
     """Simulates a replay on a machine like the measured one. Raises DataError if the replay has no queries."""
     if not len(done.arrival_s):
-        raise errors.DataError("the replay has no queries, so there is nothing to simulate")
+        raise errors.DataError("the replay has no queries, so there is nothing to simulate; replay a trace with queries")
     submitted_s = _submitted_s(done)
     order = np.argsort(submitted_s, kind="stable")
     left_ms = np.maximum(1e3 * (done.deadline_s - submitted_s), 1e-3)
@@ -176,5 +176,5 @@ def simulate_again(
 
 
 def _submitted_s(done: Replay) -> np.ndarray:
-    """When each query was submitted. A refused query arrives at its deadline, so it misses it."""
+    """When each query was submitted. A refused query counts as submitted at its deadline, so it misses the deadline."""
     return np.minimum(done.arrival_s + done.lateness_s, done.deadline_s)

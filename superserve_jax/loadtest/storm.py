@@ -40,12 +40,12 @@ PROFILE = Profile(
         for i, accuracy in enumerate((0.7, 0.75, 0.8))
     ),
 )
-"""The profile that the server sees. In fact a batch takes no time, unless a failure makes it slow."""
+"""The profile that the server gets. The engines do not sleep, so a batch takes no time unless a failure makes it slow."""
 
 _FLOORS = (0.0, 0.0, 0.0, 0.75, 0.8)  # accuracy floors of bursts
-_BURST = 32  # a client submits up to this many queries in one call
+_BURST = 32  # the largest number of queries that a client submits in one call
 _CANCELLED = 0.05  # the share of bursts with one cancelled query
-_SWITCH_INTERVAL_S = 1e-5  # the time that a Python thread runs before another one may
+_SWITCH_INTERVAL_S = 1e-5  # for `sys.setswitchinterval`: short, so that races become likely
 _MOST_NOTES = 100_000  # with more unread notes, clients wait for the checker
 _GONE = ("left", "abandoned", "removed")  # states of workers in `Server.health`
 
@@ -58,21 +58,21 @@ class Storm:
       queries: the number of queries to submit.
       workers: the number of workers. A lost worker is replaced.
       clients: the number of client threads.
-      slos_ms: each burst has one of these SLOs.
+      slos_ms: the SLOs. Each burst gets a random one.
       window: a client with `window` unanswered bursts waits for the oldest one.
-      max_queue: the server's option. A small queue makes it refuse some queries.
-      poisoned: one input in `poisoned` fails in every batch; 0 for none.
+      max_queue: see `Server`. A small queue refuses some queries.
+      poisoned: every `poisoned`-th input makes every batch with it fail; 0 for none.
       failing: the share of batches that raise an error.
       slow: the share of batches that take a few milliseconds.
       full: the share of batches that need too much memory.
-      hanging: the share of batches that hang for twice `stall_s`.
+      hanging: the share of batches that hang for 2 * `stall_s`.
       broken: the share of workers on which every batch fails.
       changed_every_s: the seconds between two replacements of a working worker; inf for none.
-      closed_after: after this many submitted queries the server is closed without draining. The clients go on.
-      stall_s: the server's option.
+      closed_after: the number of submitted queries after which the server is closed without draining. The clients go on.
+      stall_s: see `Server`.
       overlap: whether the engines let a worker take its next batch while the device computes.
-      strict: whether the policy follows the strict order of deadlines, so that it can be checked. If not, the default policy
-        serves.
+      strict: whether the policy takes queries strictly in the order of deadlines, which is then checked. If not, the default
+        policy serves, which may defer queries.
       patience_s: the longest wait for a future, and for the server to close. A future that takes longer counts as lost.
       seed: determines all random choices.
     """
@@ -105,7 +105,7 @@ class StormResult:
     Args:
       check: what the checker counted and found.
       seconds: how long the storm took.
-      workers: the number of workers that were replaced, and the states of the others at the end.
+      workers: the number of workers by fate: "replaced", or "STATE at the end" for each state.
       failures: the number of failures that were injected, by kind.
     """
 
@@ -119,13 +119,14 @@ def run_storm(storm: Storm, *, on_progress: Callable[[int], object] = lambda off
     """Runs a storm. Clients are threads of their own; the calling thread checks the notes.
 
     Args:
+      storm: the traffic and the failures.
       on_progress: called as `on_progress(queries offered so far)` several times a second.
     """
     return _StormRun(storm).run(on_progress)
 
 
 class _StormRun:
-    """What the clients, the keeper of the workers and the checker share."""
+    """A running storm: the state that its clients, the keeper of its workers and the checker share."""
 
     def __init__(self, storm: Storm):
         self._storm = storm
@@ -197,7 +198,7 @@ class _StormRun:
         all(map(self._resolves, bursts))
 
     def _resolves(self, query: Future) -> bool:
-        """Waits for a query. Returns False if it is lost; then its client gives up."""
+        """Waits for a query. Returns False if the query is lost. The client then gives up."""
         with contextlib.suppress(concurrent.futures.CancelledError, TimeoutError):
             query.exception(timeout=self._storm.patience_s)
         return query.done()
@@ -208,12 +209,12 @@ class _StormRun:
         number = next(self._numbers)
         rng = random.Random(f"{self._storm.seed} engine {number}")
         kind = FakeDevice if self._storm.overlap else FakeEngine
-        hook = self._fails(rng, broken=rng.random() < self._storm.broken)
+        hook = self._failure_hook(rng, broken=rng.random() < self._storm.broken)
         fake = kind(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
         return self._recorder.engine(fake)
 
-    def _fails(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:
-        """A hook that an engine calls before each batch, and that injects the failures."""
+    def _failure_hook(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:
+        """Makes a hook for an engine to call before each batch. The hook injects the failures."""
         storm = self._storm
         kinds = ("failing", "slow", "full", "hanging", None)
         shares = [storm.failing, storm.slow, storm.full, storm.hanging]
@@ -243,7 +244,7 @@ class _StormRun:
             self._failures[kind] += 1
 
     def _keep(self, target: Server) -> None:
-        """Replaces lost workers, and from time to time a working one."""
+        """Replaces lost workers, and every `changed_every_s` seconds a working one."""
         storm, rng = self._storm, random.Random(f"{self._storm.seed} keeper")
         change_s = time.monotonic() + storm.changed_every_s
         while not self._traffic_ended.wait(0.01):
@@ -251,7 +252,9 @@ class _StormRun:
             alive = sorted(name for name, state in states.items() if state not in _GONE)
             if time.monotonic() > change_s and alive:
                 change_s = time.monotonic() + storm.changed_every_s
-                with contextlib.suppress(errors.UnknownNameError, errors.ConfigError):  # it left, or it is the last one
+                with contextlib.suppress(
+                    errors.UnknownNameError, errors.ConfigError
+                ):  # the worker has left, or is the last one
                     target.remove_worker(rng.choice(alive))
             with contextlib.suppress(errors.ServerClosedError):
                 for _ in range(storm.workers - len(alive)):

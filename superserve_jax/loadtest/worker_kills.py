@@ -86,13 +86,13 @@ def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms
 
 
 def _takes_time(profile: Profile, killed: threading.Event, subnet: Subnet, batch_size: int, _: Any) -> None:
-    """A hook that takes the profiled time of a batch, and raises as soon as the worker is killed."""
+    """A hook of an engine: sleeps for the profiled time of a batch, and raises as soon as the worker is killed."""
     if killed.wait(1e-3 * profile.latency_ms(subnet, batch_size)):
         raise RuntimeError("killed")
 
 
 def intervals(run: KillRun) -> list[Interval]:
-    """The run from kill to kill. The last element is the whole run. Intervals without arrivals are left out."""
+    """Metrics of the run between the kills, and last of the whole run. Intervals without arrivals are left out."""
     arrival_s = run.real.arrival_s
     edges = [0.0, *sorted(o.from_s for o in run.cluster.outages), float(np.nextafter(arrival_s[-1], np.inf))]
     spans = [(a, b, run.cluster.workers - i) for i, (a, b) in enumerate(itertools.pairwise(edges))]
