@@ -4,8 +4,8 @@
     python serve/compare.py --preset bursty --scale 1.9 --policies slackfit max-batch fixed:all --plots runs/compare
     python serve/compare.py --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 0.1
 
-Presets: maf, bursty, acceleration, policies, worker_kills, scale, actuation, capacity, slowdown, decisions, all. A line of a
-table is a mean over the seeds, with its standard deviation (sd). Accuracy is in percent, attainment is a fraction. The traffic
+Presets: maf, bursty, acceleration, policies, worker_kills, scale, actuation, capacity, slowdown, decisions, all. Each line of
+a table shows means over the seeds and standard deviations (sd). Accuracy is in percent, attainment is a fraction. The traffic
 is the paper's for every profile; --scale makes the device slower or faster. The default profile is the paper's, reconstructed.
 `maf` needs a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all` leaves maf out.
 Library: experiments.presets (the presets), experiments.runner (their results and keys), experiments.summaries,
@@ -36,12 +36,12 @@ COLUMNS: dict[str, Callable[[Summary], str]] = {
     "attainment sd": lambda s: f"{s.sd('attainment'):.5f}",
     "accuracy %": lambda s: f"{s.accuracy:.2f}",
     "accuracy sd": lambda s: f"{s.sd('accuracy'):.2f}",
-    "fluid %": lambda s: f"{s.mean('fluid_accuracy'):.2f}",
+    "fluid bound %": lambda s: f"{s.mean('fluid_accuracy'):.2f}",
     "queries/s": lambda s: f"{s.mean('rate_qps'):,.0f}",
     "p99 ms": lambda s: f"{s.mean('p99_ms'):.1f}",
     "last miss s": lambda s: f"{s.mean('last_miss_s'):.2f}",
     "decision p50 us": lambda s: f"{s.mean('decision_p50_us'):.2f}",
-    "p99 us": lambda s: f"{s.mean('decision_p99_us'):.2f}",
+    "decision p99 us": lambda s: f"{s.mean('decision_p99_us'):.2f}",
 }
 
 
@@ -50,15 +50,16 @@ class Options:
     """Options.
 
     Args:
-      preset: one or several presets, or all.
+      preset: the presets to run; all runs every preset.
       seeds: the number of seeds; they count from 0.
-      policies: instead of the presets': slackfit, slackfit-paper, slackfit-paper:<buckets>, slackfit-cumulative:<buckets>,
-        max-batch, max-acc, proteus, least-accurate, fixed:<i>, or fixed:all for every subnet of the profile.
+      policies: replaces the presets' policies: slackfit, slackfit-paper, slackfit-paper:<buckets>,
+        slackfit-cumulative:<buckets>, max-batch, max-acc, proteus, least-accurate, fixed:<i>, or fixed:all for every subnet
+        of the profile.
       profile: a measured latency profile (JSON, see serve/measure.py); by default the paper's, reconstructed.
       scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
       seconds: length of the traffic, for a quick look; by default 60 (maf: 120).
       maf_trace: invocations per minute of Azure Functions 2019 (CSV).
-      paper: print the paper's numbers, or this project's goals, beside ours.
+      paper: also print a table of the paper's numbers, or this project's goals, and ours.
       jobs: the number of processes; by default one per core.
       json: write the results to this file.
       plots: draw figures into this folder.
@@ -92,7 +93,7 @@ def main() -> None:
         filled = {name: cell for name, cell in COLUMNS.items() if any(cell(s) != "nan" for s in group)}
         cli.print_columns(filled, group, left=3)
     if options.paper:
-        print("\nthe paper beside ours")
+        print("\nthe paper's numbers and ours")
         comparisons = ((c.preset, f"x{c.scale:g}", c.what, c.paper, c.ours) for c in paper_table.compare(results))
         cli.print_table([paper_table.Comparison._fields, *comparisons], left=5)
     if options.json:
@@ -106,7 +107,7 @@ def main() -> None:
 
 
 def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
-    """The cells that the options ask for. Refuses unknown names and impossible values before anything runs."""
+    """The cells that the options select. Raises an error for unknown names and wrong values before anything runs."""
     if options.seeds < 1:
         raise ss.ConfigError(f"--seeds must be 1 or more, got {options.seeds}")
     if bad := [s for s in options.scale if not 0 < s < float("inf")]:

@@ -1,16 +1,16 @@
-"""Measures the latency profile of an export on this machine, and keeps it beside the export.
+"""Measures the latency profile of an export on this machine, and saves it in the export's directory.
 
     python serve/measure.py runs/digits_resnet/export --plot latency.png
 
-The server and replay.py find the profile there. For a model of sequences it has latencies for each length bucket, such as
-`--lengths 32 64 128`. Devices of several kinds are measured one after the other and get a profile each. The steps:
+The server and replay.py find the profile there. For a model of sequences, the profile has latencies for each length bucket
+(such as `--lengths 32 64 128`). Devices of several kinds are measured one after the other and get a profile each. The steps:
 
 1. Find the faster way of slicing weights (--slicing decides it).
 2. Choose subnet buckets, if there are more subnets than --executables. Also measure some subnets with executables of their
-   own, to print what sharing costs.
+   own, and print how much slower the shared executables are.
 3. Measure latencies beside a server and a load generator, as when serving (--no-load leaves them out).
-4. Check what SlackFit assumes, the paper's P1 to P3, on all subnets and before noise is repaired.
-5. Keep the subnets worth serving. No other subnet is both faster and more accurate. Neighbours differ by at least 0.3 points
+4. Check SlackFit's assumptions (the paper's P1 to P3) on all subnets, before noise is repaired.
+5. Keep the subnets worth serving: no other subnet is both faster and more accurate. Neighbours differ by at least 0.3 points
    of accuracy and 10 % of latency (--keep-all skips this limit).
 
 It prints latency and throughput of the subnets worth serving, the results of the checks, and the profile's path.
@@ -39,10 +39,10 @@ from superserve_jax.serving import server
 STATEMENTS = {
     "P1": "a larger batch takes longer",
     "P2": "a more accurate subnet takes longer",
-    "P3": "the fastest subnet computes a larger batch in the time of the most accurate",
+    "P3": "in the time of the most accurate subnet, the fastest subnet computes a larger batch",
 }
-EXACT = 24  # subnets that are also measured with executables of their own, to see what sharing costs
-UNITS = {"P1": "long", "P2": "long", "P3": "large"}
+EXACT = 24  # subnets that are also measured with executables of their own, to compare with shared ones
+UNITS = {"P1": "latencies", "P2": "latencies", "P3": "batch sizes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Options:
       batch_sizes: the batch sizes to make executables for.
       lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
       slicing: how weights are sliced; if left out, the faster way.
-      executables: the most subnet buckets, and so executables of each shape.
-      keep_all: keep every subnet that no other subnet beats, however near its neighbours are.
-      repeats: calls of each subnet at each batch size and length bucket.
+      executables: the largest number of subnet buckets, which is also the number of executables of each shape.
+      keep_all: keep every subnet that no other subnet beats, even if its neighbours are nearly equal.
+      repeats: the number of calls of each subnet at each batch size and length bucket.
       load: measure beside a server under load.
       json: also write the profile to this file. With several kinds of devices, it is the profile of the first kind.
       plot: draw the latencies by subnet and batch size into this file (PNG), also for the first kind.
@@ -83,13 +83,15 @@ def main() -> None:
     check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
     lengths = prepare.check_lengths(model.config, options.lengths)
-    kinds = {prepare.device_kind(device): device for device in jax.devices()[::-1]}  # the first of a kind, written last
+    kinds = {
+        prepare.device_kind(device): device for device in jax.devices()[::-1]
+    }  # reversed, so that the first device of a kind remains
     for kind, device in kinds.items():
         measure(options, model, device, kind, lengths)
 
 
 def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
-    """Measures one kind of device, keeps the profile and prints it."""
+    """Measures one kind of device, saves the profile and prints it."""
     slicing = options.slicing or choose_slicing(model, device, options, lengths)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
@@ -123,18 +125,18 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
 
 
 def choose_slicing(model: Model, device: Device, options: Options, lengths: Sequence[int]) -> Slicing:
-    """The faster way of slicing; prints why."""
+    """Returns the faster way of slicing, and prints how much faster it is."""
     slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
     print(f"slicing: '{slicing}'; if every call changes the subnet, 'in_call' takes {ratio:.2f} times as long as 'kept'")
     return slicing
 
 
 def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngine, flops: Flops, repeats: int) -> None:
-    """Prints what sharing executables costs: in FLOPs for all subnets, and in latency for the subnets of `exact`."""
+    """Prints the cost of sharing executables: in FLOPs for all subnets, and in latency for the subnets of `exact`."""
     bucket_of = {r.subnet: r.envelope or r.subnet for r in measured.rows}
     extra = subnet_buckets.extra(bucket_of, flops)
     buckets = len(set(bucket_of.values()))
-    print(f"{len(bucket_of)} subnets in {buckets} subnet buckets: {100 * extra:.1f} % more FLOPs than needed")
+    print(f"{len(bucket_of)} subnets in {buckets} subnet buckets: {100 * extra:.1f} % more FLOPs than with own executables")
     accuracies = {s: measured.row(s).accuracy for s in exact.subnets}
 
     def latencies(engine: DeviceEngine) -> np.ndarray:
@@ -143,14 +145,14 @@ def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngi
 
     ratio = latencies(shared) / latencies(exact)
     print(
-        f"shared / own executable, latency of {len(accuracies)} subnets: "
+        f"latency with a shared executable / with an own one, mean of {len(accuracies)} subnets: "
         + ", ".join(f"{np.mean(column):.2f} at batch {b}" for b, column in zip(measured.batch_sizes, ratio.T, strict=True))
-        + f"; at worst {ratio.max():.2f}"
+        + f"; largest {ratio.max():.2f}"
     )
 
 
 def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, int]) -> None:
-    """Prints what was measured at one length.
+    """Prints the latencies at one length, and how far SlackFit's assumptions hold.
 
     Args:
       profile: the profile of the subnets worth serving.
@@ -166,11 +168,11 @@ def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, i
         lines.append((f"{cost[r.subnet] / 1e6:.2f}", f"{100 * r.accuracy:.2f} %", *latencies, qps))
     cli.print_table(lines)
     spread = statistics.median(p99 / ms for r in profile.rows for ms, p99 in zip(r.latency_ms, r.p99_ms, strict=True))
-    print(f"p99 latency is {spread:.2f} times the median latency (the median of this ratio over all cells)")
+    print(f"p99 latency / median latency: {spread:.2f} (median over all subnets and batch sizes)")
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
     for p in profiling.properties(measured):
-        print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; at worst {p.worst:.2f} times as {UNITS[p.name]}")
+        print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; lowest ratio {p.worst:.2f} (of {UNITS[p.name]})")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     python serve/replay.py runs/digits_resnet/export --policies slackfit --slow-factor 1.5
 
 All policies get the same arrivals, inputs and SLO. The inputs are the test examples of the dataset; texts keep their lengths.
-Answers are compared with the labels. Calm and bursts come in turn. Their rates follow from the latencies of this machine, so
-that a burst overloads the most accurate subnet, but not the fastest one.
+Answers are compared with the labels. Calm and bursts alternate. Their rates are computed from the latencies of this machine:
+a burst overloads the most accurate subnet, but not the fastest one.
 - `--trace FILE.csv` replays recorded arrivals instead. The file has a column arrival_s, see simulation.traces.load.
 - `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
 - `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
@@ -42,7 +42,7 @@ from superserve_jax.simulation.traces import Trace
 from superserve_jax.training import data
 from superserve_jax.training.config import config_from_json
 
-Result = dict[str, Any]  # one policy's numbers, as --json has them
+Result = dict[str, Any]  # one policy's numbers, as --json writes them
 PERIOD = (0, 0, 0, 1, 0, 0)  # half seconds of calm (0) and burst (1)
 
 USUAL: dict[str, Callable[[Result], str]] = {
@@ -64,9 +64,9 @@ SLOWED: dict[str, Callable[[Result], str]] = {
 SIMULATED: dict[str, Callable[[Result], str]] = {
     "policy": lambda r: r["name"],
     "SLO attainment": lambda r: f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %",
-    "difference": lambda r: f"{100 * (r['simulated_attainment'] - r['attainment']):+.2f}",
+    "attainment difference": lambda r: f"{100 * (r['simulated_attainment'] - r['attainment']):+.2f}",
     "accuracy, profiled": lambda r: f"{r['accuracy_profiled']:.2f} / {r['simulated_accuracy']:.2f} %",
-    "its difference": lambda r: f"{r['simulated_accuracy'] - r['accuracy_profiled']:+.2f}",
+    "accuracy difference": lambda r: f"{r['simulated_accuracy'] - r['accuracy_profiled']:+.2f}",
     "overhead": lambda r: f"{r['overhead_ms']:.2f} ms",
     "stalled": lambda r: f"{r['stalled_s']:.2f} s",
 }
@@ -82,16 +82,16 @@ class Options:
         subnet fixed.
       seconds: length of the traffic.
       slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
-      calm: the arrival rate between bursts, divided by what the most accurate subnet carries.
-      burst: the arrival rate in a burst, divided by what the fastest subnet carries.
+      calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
+      burst: (arrival rate in a burst) / (throughput of all workers with the fastest subnet).
       cv2: squared coefficient of variation of the gaps between arrivals.
-      trace: recorded arrivals to replay.
+      trace: a file of recorded arrivals to replay instead.
       batch_sizes: batch sizes to serve with.
       lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
       simulate: repeat each replay in the simulator, and print both.
       slow_factor: every batch takes this many times as long from --slow-after on.
-      slow_after: when that begins, as a fraction of the traffic.
-      seed: of arrivals and inputs.
+      slow_after: when --slow-factor takes effect, as a fraction of the traffic.
+      seed: the seed of arrivals and inputs.
       json: write the results to this file.
       plot: write a plot over time to this file.
     """
@@ -121,14 +121,14 @@ def main() -> None:
     if not 0 < options.slow_after < 1:
         raise ss.ConfigError(f"--slow-after is a fraction of the traffic between 0 and 1, got {options.slow_after:g}")
     if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
-        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and above 1 no --simulate")
+        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and leave out --simulate if it is above 1")
     work = prepare_work(options)
     profile = work.profiles[0]
     fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
     labels = {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}
     names = options.policies or tuple(labels)
     for name in names:
-        server.make_policy(name, *work.profiles)  # a mistyped name is an error now, not when its turn comes
+        server.make_policy(name, *work.profiles)  # reports a mistyped name before the first replay
     results: list[Result] = []
     replays: dict[str, Replay] = {}
     for name in names:
@@ -136,7 +136,7 @@ def main() -> None:
             done, result = replay_policy(options, work, name, corrected=corrected)
             replays.setdefault(name, done)
             results.append({"name": name, **result})
-            print(f"{name}: {100 * result['attainment']:.2f} % in time", flush=True)
+            print(f"{name}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
     print()
     labelled = ({**result, "name": labels.get(result["name"], result["name"])} for result in results)
     cli.print_columns(SLOWED if options.slow_factor > 1 else USUAL, labelled)
@@ -145,7 +145,7 @@ def main() -> None:
         cli.print_columns(SIMULATED, results)
         print()
     late = [max(result[f"lateness_{p}_ms"] for result in results) for p in ("p50", "p99")]
-    print(f"the generator was late by at most {late[0]:.2f} ms at the median and {late[1]:.1f} ms at the 99th percentile")
+    print(f"lateness of the load generator, worst policy: p50 {late[0]:.2f} ms, p99 {late[1]:.1f} ms")
     if options.json:
         about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
         files.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
@@ -160,7 +160,7 @@ def main() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every policy gets: engines with their profiles, and queries with their inputs and labels."""
+    """What all policies share: engines with their profiles, and queries with their inputs and labels."""
 
     engines: Sequence[Engine]
     profiles: Sequence[ss.Profile]
@@ -178,7 +178,7 @@ def prepare_work(options: Options) -> Work:
         model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
     )
     buckets = profiles[0].lengths
-    # The server measures the length of an input itself. The rates and the simulator need to know it before.
+    # The server measures the length of each input itself. The arrival rates and the simulator need the lengths earlier.
     lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if buckets else np.zeros(len(inputs), int)
     slowest_ms = max(p.rows[-1].latency_ms[-1] for p in profiles)
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest_ms)
@@ -187,8 +187,8 @@ def prepare_work(options: Options) -> Work:
     else:
         trace = bursts(options, profiles, slo_ms, lengths.tolist() if buckets else [])
     if not len(trace):
-        raise ss.DataError(f"no queries ({trace.name}): record at least one, or replay more --seconds")
-    # Every example once, then again in another order, so that the queries of every policy contain all of them alike.
+        raise ss.DataError(f"no queries in the trace ({trace.name}): record at least one, or give more --seconds")
+    # Random order without replacement, then again: no example is used twice before all others were used once.
     rng = np.random.default_rng(options.seed)
     chosen = np.concatenate([rng.permutation(len(inputs)) for _ in range(-(-len(trace) // len(inputs)))])[: len(trace)]
     print(
@@ -203,7 +203,7 @@ def prepare_work(options: Options) -> Work:
 
 
 def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the test split that an export was trained for. Raises ConfigError if it names none."""
+    """Inputs and labels of the test split that an export was trained for. Raises ConfigError if its config names no data."""
     config = config_from_json(model.manifest["training"])
     if config.data is None:
         raise ss.ConfigError(
@@ -214,7 +214,7 @@ def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bursts(options: Options, profiles: Sequence[ss.Profile], slo_ms: float, tokens: Sequence[int]) -> Trace:
-    """Calm and bursts in turn, at rates that fit this machine; `tokens` are the lengths of texts."""
+    """Alternating calm and bursts, at rates for this machine. `tokens` are the lengths of texts."""
     calm = options.calm * sum(p.throughput_qps(p.rows[-1].subnet, tokens) for p in profiles)
     burst = options.burst * sum(p.throughput_qps(p.rows[0].subnet, tokens) for p in profiles)
     rates = [(calm, burst)[PERIOD[i % len(PERIOD)]] for i in range(max(1, round(2 * options.seconds)))]
@@ -223,7 +223,7 @@ def bursts(options: Options, profiles: Sequence[ss.Profile], slo_ms: float, toke
 
 
 def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -> tuple[Replay, Result]:
-    """Serves the traffic with one policy, and returns what became of it with the numbers for the tables."""
+    """Serves the traffic with one policy. Returns the outcome of each query, and the numbers for the tables."""
     slow_s = options.slow_after * float(work.trace.arrivals_s[-1])
     watches = [Stopwatch(*each) for each in zip(work.engines, work.profiles, strict=True)]
     slowed = [Slowed(engine, options.slow_factor) for engine in work.engines]
@@ -252,7 +252,7 @@ def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -
 
 
 def numbers(done: Replay, labels: np.ndarray) -> Result:
-    """One policy's numbers."""
+    """One policy's numbers, for the table and for --json."""
     s, met = loadgen.summarize(done), done.met
     submitted = np.isfinite(done.lateness_s)
     lateness_ms = 1e3 * np.percentile(done.lateness_s[submitted], [50, 99]) if submitted.any() else (math.nan, math.nan)

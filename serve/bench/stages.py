@@ -1,11 +1,11 @@
-"""What a query costs between submit and result, stage by stage.
+"""Measures the time of a query between submit and result, stage by stage.
 
     python serve/bench/stages.py
     python serve/bench/stages.py --policy max-batch --rounds 5000
 
 There are one client, one worker, and an engine that does not sleep. First single queries are measured, then full batches.
-The server is the real one; public functions at the borders of the stages are wrapped to note the time. It is wall-clock time,
-since in the two longest stages a thread waits to wake up.
+The server is the real one. Public functions at the borders of the stages are wrapped to note the time. All times are
+wall-clock times, since in the two longest stages a thread waits to wake up.
 Library: serving.server.Server, serving.pool.Pool, scheduling.dispatch, engines.fake, simulation.paper_profile.
 """
 
@@ -52,8 +52,8 @@ class Options:
     """Options.
 
     Args:
-      policy: its name.
-      rounds: how often each is measured; the medians are printed.
+      policy: the policy's name.
+      rounds: the number of measurements; the program prints medians.
       json: write the figures to this file.
     """
 
@@ -73,7 +73,7 @@ class Stamps:
         self.at_ns: dict[str, int] = {}
 
     def around(self, fn: Callable[..., Any], before: str | None, after: str | None = None) -> Callable[..., Any]:
-        """`fn`, noting when it is entered and when it is left."""
+        """Wraps `fn`, to note when it is entered (as `before`) and when it is left (as `after`)."""
 
         @functools.wraps(fn)
         def stamped(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ class Stamps:
         return stamped
 
     def stages_us(self) -> list[float]:
-        """Microseconds between each two of `STAMPS`."""
+        """Microseconds between each two neighbours in `STAMPS`."""
         return [(self.at_ns[b] - self.at_ns[a]) / 1e3 for a, b in itertools.pairwise(STAMPS)]
 
 
@@ -109,7 +109,7 @@ def measure(options: Options, size: int) -> dict[str, float]:
         Server.from_engines([device], profile, policy=policy) as target,
     ):
         for _ in range(options.rounds):
-            time.sleep(1e-4)  # else the worker would not have fallen asleep
+            time.sleep(1e-4)  # so that the worker falls asleep
             ask(target)
             rounds.append(stamps.stages_us())
     medians = {stage: statistics.median(times) for stage, times in zip(STAGES, zip(*rounds, strict=True), strict=True)}
@@ -121,10 +121,10 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     largest = paper_profile.paper_profile().max_batch
     one, full = measure(options, 1), measure(options, largest)
-    print(f"us from submit to result, medians of {options.rounds}; each border adds 0.1")
+    print(f"us from submit to result, medians of {options.rounds} rounds; noting the time adds about 0.1 us to each stage")
     cli.print_table(
         [
-            ("stage", "1 query", f"{largest} queries", "per query of these"),
+            ("stage", "1 query", f"{largest} queries", f"{largest} queries, per query"),
             *((name, f"{one[name]:.1f}", f"{full[name]:.1f}", f"{full[name] / largest:.2f}") for name in one),
         ]
     )
