@@ -1,4 +1,4 @@
-"""Traffic on a server that runs beside the measurement of a latency profile. No jax."""
+"""Background load for the measurement of a latency profile: a server under traffic. No jax."""
 
 import contextlib
 import threading
@@ -20,13 +20,14 @@ _QUERY = np.zeros((), np.float32)
 
 @contextlib.contextmanager
 def traffic(open_server: Callable[..., Any], rate_qps: float) -> Iterator[None]:
-    """While open, runs a server and a load generator. The server's only engine sleeps.
+    """Runs a server and a load generator inside the `with` block, so that batches measured there take as long as in serving.
 
-    Both use the processor and hold the interpreter's lock as they do while serving. Batches take longer beside them.
+    Server and generator use the processor and the interpreter's lock as in serving, and batches take longer beside them. The
+    server's only engine sleeps, so it needs no device.
 
     Args:
       open_server: `Server.from_engines`.
-      rate_qps: evenly spaced queries per second. More than 50,000 count as 50,000, the limit of a generator in Python.
+      rate_qps: evenly spaced queries per second, at most 50,000 (the limit of a generator in Python).
     """
     rate_qps = min(rate_qps, _MAX_RATE_QPS)
     row = Row(Subnet((1,)), 1.0, (1e3 * _SLEEPER_BATCH / max(2 * rate_qps, 1.0),))

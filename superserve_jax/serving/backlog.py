@@ -32,15 +32,17 @@ class Backlog:
     """Queue and retries of one pool, with the rules for what enters and leaves them. The caller holds the pool's lock.
 
     Args:
-      profile: of the first worker.
+      profile: the profile of the first worker.
+      options: the options of the server.
       input_bytes: size of one input of the longest length.
       outbox: takes the queries that fail, and every query that is removed.
+      counters: the counters of the server.
 
     Attributes:
-      queue: queries that have not failed.
-      meter: their arrivals.
+      queue: the queries whose batches have not failed.
+      meter: measures the arrivals in this queue.
       best: the highest accuracy that every worker offers.
-      fastest_s: the least time that a query takes.
+      fastest_s: the lowest latency of any worker and subnet, for one query.
     """
 
     def __init__(self, profile: Profile, options: Options, *, input_bytes: int, outbox: Outbox, counters: Counters):
@@ -74,7 +76,7 @@ class Backlog:
           idle: whether a worker is idle.
         """
         first = queries[0]
-        if first.floor > self.best:  # it has fallen since the client looked
+        if first.floor > self.best:  # `best` has fallen since `check_floor`
             raise self._floor_error(first)
         lengths = [query.length for query in queries] if self._has_lengths else ()
         self._limits.check(self.queue, len(queries), lengths, self._discard)
@@ -94,7 +96,7 @@ class Backlog:
         self.queue.push_all(first.deadline_s, queries, first.floor, lengths)
 
     def give_back(self, flight: Flight, worker: int) -> None:
-        """Puts a batch back to where it came from. This does not count as a failure."""
+        """Puts a batch back into the queue, or into a group of retries if it came from one. It does not count as failed."""
         self._outbox.drop(flight)
         self._counters.requeued += sum(not query.done() for query in flight.batch)
         if flight.retry is not None:
@@ -107,11 +109,14 @@ class Backlog:
     def retry(
         self, flight: Flight, failure: Failure, *, worker: int, name: str, workers: int, now_s: float, hung: bool = False
     ) -> None:
-        """Puts the queries of a failed batch into a group of retries. A query without tries or slack fails.
+        """Puts the queries of a failed batch into groups of retries. A query without tries or slack left fails.
 
         Args:
+          flight: the failed batch.
+          failure: the engine's error.
           worker, name: index and name of the worker on which the batch failed.
-          workers: how many are alive.
+          workers: how many workers are alive.
+          now_s: the time now.
           hung: whether the batch never came back.
         """
         self._outbox.drop(flight)
@@ -126,7 +131,7 @@ class Backlog:
     # -- out --------------------------------------------------------------------------------------------------------------
 
     def find_retry(self, worker: int, *, workers: int) -> Retry | None:
-        """The failed queries that a worker should run next. They go before the queue, since they have waited for longer."""
+        """The group of failed queries that a worker should run next. They go before the queue: they have waited longer."""
         return self._retries.find(worker, workers=workers) if self._retries.groups else None
 
     def taken(self, retry: Retry) -> None:
@@ -134,9 +139,9 @@ class Backlog:
         self._retries.taken(retry)
 
     def prune(self, now_s: float) -> None:
-        """Removes cancelled queries from the front of the queue and, with `expire`, queries that cannot be met any more.
+        """Removes cancelled queries from the front of the queue. With `expire`, also drops queries that will be too late.
 
-        A cancelled query further back counts as waiting until it reaches the front, or the queue is full.
+        A cancelled query further back counts as waiting until it reaches the front or the queue is full.
         """
         if self._expire:
             for query in self.queue.pop_before(now_s + self.fastest_s):
@@ -148,21 +153,21 @@ class Backlog:
             self.queue.pop(1)
 
     def fail_all(self, reason: Callable[[], errors.SuperServeError]) -> None:
-        """Fails everything that waits."""
+        """Fails all waiting queries."""
         for query in (*self.queue.drain(), *self._retries.drain()):
             if not self._discard(query):
                 self._counters.failed += 1
                 self._outbox.fail(query, reason())
 
     def _discard(self, query: Query) -> bool:
-        """Whether a query is done and can be removed."""
+        """Whether a query is done, for example cancelled. If so, the outbox takes it."""
         if query.done():
             self._outbox.drop(query)
             return True
         return False
 
     def _refuse_above_best(self) -> None:
-        """Fails queries that demand more accuracy than every worker offers, after a swap or since a worker joined."""
+        """Fails queries whose floor exceeds `best`, which falls when a worker joins or the export is swapped."""
         for query in self.queue.pop_above(self.best) + self._retries.pop_above(self.best):
             if not self._discard(query):
                 self._counters.failed += 1
@@ -176,7 +181,7 @@ class Backlog:
         self._refuse_above_best()
 
     def retime(self, profile: Profile) -> None:
-        """Measures the waiting work by another profile from now on."""
+        """Measures the waiting work by `profile` from now on."""
         if self._admission is not None:
             self._admission = Admission(profile)
         pushed = self.queue.pushed

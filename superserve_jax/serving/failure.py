@@ -6,9 +6,9 @@ from superserve_jax import errors
 
 
 class Failure(NamedTuple):
-    """An error of foreign code, and its `repr`.
+    """An error of an engine or a policy, and its `repr`.
 
-    The text is made once, where the error is caught and no lock is held: a `repr` is foreign code, too.
+    The text is made once, where the error is caught. No lock is held there, since `repr` may run foreign code.
 
     >>> Failure.of(ValueError("no")).text
     "ValueError('no')"
@@ -19,7 +19,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """The failure of an error, whatever its `repr` does."""
+        """Makes the failure of an error, even if its `repr` raises."""
         try:
             return cls(error, repr(error))
         except Exception:
@@ -32,7 +32,7 @@ class Failure(NamedTuple):
         >>> Failure.of(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")).out_of_memory
         True
         """
-        # jax.errors.JaxRuntimeError is a RuntimeError, and starts with the status code.
+        # jax.errors.JaxRuntimeError is a RuntimeError whose text starts with the status code.
         return isinstance(self.error, MemoryError) or (
             isinstance(self.error, RuntimeError) and "RESOURCE_EXHAUSTED" in self.text
         )
@@ -40,7 +40,7 @@ class Failure(NamedTuple):
     def forget_frames(self) -> None:
         """Drops the tracebacks of the error and of its causes.
 
-        Their frames hold the engine, and so its device's memory, for as long as a client holds the error.
+        Otherwise a client that keeps the error keeps their frames, and with them the engine and its device's memory.
         """
         error, seen = self.error, set[int]()  # an error may be its own cause
         while error is not None and id(error) not in seen:
@@ -49,6 +49,6 @@ class Failure(NamedTuple):
             error = error.__cause__ or error.__context__
 
     def cause(self, error: errors.SuperServeError) -> errors.SuperServeError:
-        """`error`, as if it had been raised from this one."""
+        """Returns `error` with this failure's error as its `__cause__`."""
         error.__cause__ = self.error
         return error

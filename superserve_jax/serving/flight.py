@@ -22,17 +22,17 @@ class Flight:
     Args:
       row: the subnet that the policy chose, with its latencies.
       batch: the queries. Empty for a run with blank inputs, and once all queries have been answered.
-      place: index of the padded batch size in the profile.
+      place: index of the padded batch size in the profile's batch sizes.
       retry: the group of failed queries that the batch was taken from; None if it was taken from the queue.
-      reason: why the policy chose so (see `policies.Decision`).
-      started_s: when the device began with this batch, as far as the host can know.
+      reason: the policy's reason for this decision (see `policies.Decision`).
+      started_s: when the device began with this batch, as far as the host knows.
 
     Attributes:
       count: number of queries.
-      launched: the batch on the device, after `Overlapping.launch`; None for an engine that runs in one call.
+      launched: the result of `Overlapping.launch`; None for an engine that runs a batch in one call.
       failure: the error of the engine.
       ready_s: when the device was done with a launched batch.
-      waited_s: how long the worker waited for the device until then.
+      waited_s: how long the worker waited until `ready_s`.
       shared: whether another batch was on the device at the same time.
     """
 
@@ -62,9 +62,9 @@ class Flight:
             self.failure = Failure.of(error)
 
     def compute(self, engine: Engine, size: int, inputs: list[Any], clock: Callable[[], float]) -> list[Any]:
-        """Runs the batch, or waits for the device that it was handed to. Returns the outputs, one for each query.
+        """Runs the batch, or waits for it if it was launched. Returns the outputs, one for each query.
 
-        An error of the engine is left in `failure`, and nothing is returned.
+        If the engine raises, the error is kept in `failure` and the result is an empty list.
         """
         if self.failure is not None:
             return []
@@ -86,9 +86,9 @@ class Flight:
 
 
 def refill(waiting: Queue, profile: Profile, row: Row, batch: list[Query], outbox: Outbox) -> list[Query]:
-    """The batch of `dispatch.next_batch`, with the next queries of the queue in the places of its cancelled queries.
+    """Replaces the cancelled queries of a batch with the next queries of the queue, and returns the batch.
 
-    The new queries are no longer than the batch's length bucket.
+    The new queries fit into the batch's length bucket.
     """
     if not any(map(futures.resolved, batch)):
         return batch

@@ -1,7 +1,7 @@
-"""What a client holds while its query waits, and what it gets: `Future`, `Query` and `Reply`. No jax.
+"""Futures: `Future` and `Query`, which a client holds while its query waits, and `Reply`, the answer. No jax.
 
 Our own futures, since a future of the standard library costs three times as much: each one makes a condition. Here the queries
-of one submit share a lock, and the list of callbacks is made for the first callback.
+of one submit share a lock, and the list of callbacks is only made with the first callback.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ _PENDING, _RESULT, _ERROR, _CANCELLED = range(4)
 
 
 class Reply(NamedTuple):
-    """The answer to one query. A named tuple: a frozen dataclass would take a microsecond to make.
+    """The answer to one query. A named tuple, since a frozen dataclass would take a microsecond to make.
 
     Args:
-      output: what the engine returned for this input.
-      subnet: the subnet that computed it.
+      output: the engine's output for this input.
+      subnet: the subnet that computed the output.
       accuracy: that subnet's profiled accuracy, a fraction of 1.
-      met_slo: whether it was ready by the deadline.
-      latency_ms: from submit until the output was ready: queue_ms + compute_ms.
-      queue_ms: from submit until its batch started.
-      compute_ms: how long its batch ran.
-      batch: number of queries in its batch.
+      met_slo: whether the output was ready by the deadline.
+      latency_ms: time from submit until the output was ready: queue_ms + compute_ms.
+      queue_ms: time from submit until the query's batch started.
+      compute_ms: how long the batch ran.
+      batch: number of queries in the batch.
     """
 
     output: Any
@@ -46,11 +46,11 @@ class Reply(NamedTuple):
 class Future:
     """The result of a query that may still wait. Any thread may call any method. Any asyncio loop can await it.
 
-    It resolves once: to a result, to an error, or as cancelled. Later attempts have no effect.
+    A future resolves once: to a result, to an error, or as cancelled. Later attempts have no effect.
 
     Args:
-      lock: held for a few instructions, so many futures may share it. None makes one. It is reentrant, since a finalizer or a
-        signal handler may interrupt at any moment and cancel another future.
+      lock: a lock that is held for a few instructions, so many futures may share it. None makes one. It is reentrant, since a
+        finalizer or a signal handler may interrupt at any moment and cancel another future.
 
     >>> future = Future()
     >>> future.add_done_callback(lambda f: print("done:", f.result()))
@@ -87,7 +87,7 @@ class Future:
           timeout: the longest time to wait, in seconds. None waits until it resolves.
 
         Raises:
-          TimeoutError: it has not resolved in time. It still will. concurrent.futures.CancelledError: it was cancelled.
+          TimeoutError: the future has not resolved in time; it may still. concurrent.futures.CancelledError: it was cancelled.
         """
         error = self.exception(timeout)
         if error is None:
@@ -95,10 +95,10 @@ class Future:
         try:
             raise error
         finally:
-            del error  # else the traceback that it now holds would refer back to it through this frame
+            del error  # avoids a reference cycle: error -> traceback -> this frame -> error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Waits like `result`, and returns the error, or None if there is a result. Raises as `result` does for a timeout."""
+        """Waits and returns the error, or None if there is a result. Timeout and cancellation raise as in `result`."""
         if self._state == _PENDING:
             self._wait(timeout)
         if self._state == _CANCELLED:
@@ -106,14 +106,14 @@ class Future:
         return self._value if self._state == _ERROR else None
 
     def cancel(self) -> bool:
-        """Withdraws the query. A late answer is dropped. False if it has been answered already."""
+        """Cancels the query; a later answer is dropped. Returns False if it has been answered already."""
         return self._resolve(_CANCELLED, None) or self.cancelled()
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Calls `fn(future)` when it has resolved: at once if it has already, else in the thread that resolves it.
+        """Calls `fn(future)` when the future has resolved: at once if it has already, else in the thread that resolves it.
 
         Usually that is a worker's thread, and a slow callback keeps its device waiting. It may also be the watchdog's thread,
-        or one that cancels, submits, closes or swaps. An error that `fn` raises is logged.
+        or a thread that cancels, submits, closes or swaps. An error that `fn` raises is logged.
         """
         with self._lock:
             if self._state == _PENDING:
@@ -140,7 +140,7 @@ class Future:
 
     def set_result(self, value: Any) -> bool:
         """Resolves to a result. Returns False, without effect, if it has resolved before."""
-        with self._lock:  # as in `_resolve`, without that call
+        with self._lock:  # a copy of `_resolve`, which saves a call per query
             if self._state != _PENDING:
                 return False
             self._value = value
@@ -189,21 +189,21 @@ class Future:
     def _call(self, fn: Callable[[Any], object]) -> None:
         try:
             fn(self)
-        except KeyboardInterrupt:  # meant for the main thread, which resolves or registers here
+        except KeyboardInterrupt:  # only the main thread gets it, and must see it
             raise
         except BaseException:
             _log.exception("a done-callback of %r raised", self)
 
 
 resolved = operator.attrgetter("_state")
-"""`resolved(future)` is true if the future is `done`, in a third of the time."""
+"""`resolved(future)` is truthy if `future.done()`, and takes a third of the time."""
 
 
 class _Mailbox:
     """Wakes the tasks that await queries in one event loop.
 
-    To wake a loop from another thread takes a system call, which costs more than the rest of a query. So one wake-up serves
-    all queries that resolve before the loop has run.
+    Waking a loop from another thread takes a system call, which costs more than everything else for a query. So one wake-up
+    serves all queries that resolve before the loop runs.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -230,7 +230,7 @@ class _Mailbox:
                 resolved.set_result(None)
 
 
-_in_thread = threading.local()  # a thread runs one event loop at a time
+_in_thread = threading.local()  # one mailbox per thread, since a thread runs one event loop at a time
 
 
 def _mailbox(loop: asyncio.AbstractEventLoop) -> _Mailbox:
@@ -246,11 +246,12 @@ class Query(Future):
 
     Args:
       inputs: the input, an array.
-      submitted_s, deadline_s: when it was submitted, and when its answer is due.
-      floor: the least accuracy that it accepts, a fraction of 1.
+      submitted_s, deadline_s: when the query was submitted, and when its answer is due.
+      floor: the lowest accuracy that the client accepts, a fraction of 1.
+      lock: see `Future`.
 
     Attributes:
-      length: its number of tokens; 0 if all inputs have one shape.
+      length: number of tokens of the input; 0 if all inputs have one shape.
     """
 
     __slots__ = ("deadline_s", "floor", "inputs", "length", "submitted_s")
@@ -272,7 +273,7 @@ def answer(
     """Resolves the queries of a batch to their replies.
 
     Returns:
-      How many were late, and the queries that had resolved before, for example because they were cancelled.
+      How many replies were late, and the queries that had already resolved, for example because they were cancelled.
     """
     late, turned_away, count, compute_ms = 0, list[Query](), len(batch), 1e3 * (finish_s - start_s)
     make = Reply._make  # half the cost of the constructor

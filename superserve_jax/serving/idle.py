@@ -1,14 +1,14 @@
-"""Where workers wait for work. No jax."""
+"""`IdleWorkers`: wakes workers that wait for work, one at a time. No jax."""
 
 import threading
 from typing import Any
 
 
 class IdleWorkers:
-    """Wakes idle workers one at a time: each one wakes the next. More at once would only fight for the lock.
+    """Wakes idle workers one at a time: each one wakes the next. Several at once would only compete for the lock.
 
     Args:
-      lock: the pool's. The caller of every method holds it.
+      lock: the pool's lock. The caller of every method holds it.
     """
 
     __slots__ = ("_condition", "_count", "_waking")
@@ -16,24 +16,24 @@ class IdleWorkers:
     def __init__(self, lock: Any):
         self._condition = threading.Condition(lock)
         self._count = 0
-        self._waking = False  # a worker has been woken and does not run yet
+        self._waking = False  # whether a worker has been woken but does not run yet
 
     def __bool__(self) -> bool:
         return self._count > 0
 
     def wait(self) -> None:
-        """Waits until woken, for work or for another reason."""
+        """Waits until this worker is woken. The caller then checks whether there is work."""
         self._count += 1
         self._condition.wait()
         self._count -= 1
         self._waking = False
 
     def wake_one(self) -> None:
-        """Wakes a worker, unless one is on its way."""
+        """Wakes one idle worker, unless one is waking up already."""
         if self._count and not self._waking:
             self._waking = True
             self._condition.notify()
 
     def wake_all(self) -> None:
-        """Wakes every worker, for what is not for all of them."""
+        """Wakes every idle worker, for example for a retry that only some of them may run."""
         self._condition.notify_all()

@@ -1,4 +1,4 @@
-"""The checks of what clients submit: an input, a latency objective, an accuracy floor. No jax."""
+"""Checks of the arguments of `submit`: the input, the latency objective and the accuracy floor. No jax."""
 
 import math
 from typing import Any, NamedTuple
@@ -31,9 +31,9 @@ class InputSpec(NamedTuple):
         return math.prod((*self.lengths[-1:], *self.shape[bool(self.lengths) :])) * self.dtype.itemsize
 
     def check(self, x: Any) -> np.ndarray:
-        """`x` as an array, without padding at its end. Raises InputError for another shape or dtype.
+        """Returns `x` as an array, without padding at its end. Raises InputError for another shape or dtype.
 
-        An input is never cast: pixels of 0..255 that are read as 0..1 would give wrong answers without an error.
+        Inputs are never cast: a cast of pixels between 0..255 and 0..1 would give wrong answers without an error.
         """
         array = x if type(x) is np.ndarray else _as_array(x)
         if self.lengths and array.ndim and array.shape[1:] == self.shape[1:] and array.dtype == self.dtype:
@@ -58,7 +58,7 @@ def _as_array(x: Any) -> np.ndarray:
 
 
 def check_slo(slo_ms: float) -> float:
-    """`slo_ms`. Raises DeadlineError unless it is a positive, finite number."""
+    """Returns `slo_ms` as a float. Raises DeadlineError unless it is a positive number below 1e12."""
     try:
         if 0 < slo_ms < _MAX_SLO_MS:
             return float(slo_ms)
@@ -68,10 +68,10 @@ def check_slo(slo_ms: float) -> float:
 
 
 def check_floor(min_accuracy: float, best: float) -> float:
-    """`min_accuracy`. Raises AccuracyFloorError unless it is at most `best`."""
+    """Returns `min_accuracy`, at least 0. Raises AccuracyFloorError unless it is at most `best`."""
     try:
         if min_accuracy <= best:
-            return float(max(min_accuracy, 0.0))  # a negative floor may be too large for a float
+            return float(max(min_accuracy, 0.0))  # `max` first: float() overflows for a huge negative integer
     except (TypeError, ValueError):
         pass
     raise errors.AccuracyFloorError(

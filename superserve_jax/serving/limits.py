@@ -1,4 +1,4 @@
-"""Limits of memory: of the queue, and of the batches of one worker. No jax."""
+"""Memory limits: how many queries may wait, and smaller batches for a worker that ran out of memory. No jax."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ class QueueLimits:
     """Limits of the queue. Cancelled queries take no room.
 
     Args:
-      lengths: length buckets. `()` if all inputs have one shape: then the limit of bytes is a limit of queries.
+      lengths: the length buckets; `()` if all inputs have one shape. Then the limit in bytes becomes a number of queries.
       max_queue, max_queue_bytes: see `options.ServerOptions`.
       input_bytes: size of one input of the longest length.
     """
@@ -33,12 +33,14 @@ class QueueLimits:
     def check(self, waiting: Queue, count: int, lengths: Sequence[int], discard: Callable[[Query], bool]) -> None:
         """Raises QueueFullError if the queue has no room for `count` more queries.
 
-        A full queue is first searched for cancelled queries, which costs 0.1 us for each query. It is not searched again
-        before it has refused as many queries as were left. So a refusal costs a constant time on average.
+        A full queue is first searched for cancelled queries, which takes 0.1 us per waiting query. If n queries are left, the
+        next search comes after n more refusals. So a refusal takes constant time on average.
 
         Args:
+          waiting: the queue.
+          count: number of new queries.
           lengths: lengths of the new queries, if inputs have a length.
-          discard: says of a query whether it can be removed.
+          discard: returns whether a query can be removed.
         """
         if (limit := self._exceeded(waiting, count, lengths)) is None:
             return

@@ -1,11 +1,11 @@
-"""Whether the calling thread holds a lock. No jax."""
+"""`held_here`: whether the calling thread holds a lock. No jax."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def held_here(lock: Any) -> Callable[[], bool]:
-    """A function that says whether the calling thread holds a `threading.RLock`. It runs no Python code.
+    """Returns a function that returns whether the calling thread holds a `threading.RLock`. It runs no Python code.
 
     `threading.Condition` asks its lock in the same way. Python has no public name for this.
 

@@ -21,11 +21,11 @@ class Members:
 
     Args:
       outbox: takes errors that are not needed any more.
-      correct: see `Fleet`.
+      correct: whether to follow slowdowns of workers (see `Fleet`).
 
     Attributes:
       workers: all workers, including those that have gone.
-      alive, abandoned: how many are alive, and how many were abandoned.
+      alive, abandoned: how many workers are alive, and how many were abandoned.
       failures: how many batches have failed.
       fleet: the workers' speeds.
     """
@@ -55,36 +55,36 @@ class Members:
         )
 
     def join(self, worker: Worker) -> None:
-        """Adds a worker. It replaces one of the same name that has gone."""
+        """Adds a worker. It replaces a worker of the same name that has gone."""
         self.fleet.join(worker.index, worker.profile)
         self.workers = (*(w for w in self.workers if w.name != worker.name), worker)
         self.alive += 1
 
     def removable(self, name: str) -> Worker:
-        """The worker of that name. Raises UnknownNameError if none is alive, and ConfigError if no other one is."""
+        """The live worker with that name. Raises UnknownNameError if there is none, and ConfigError if it is the last one."""
         found = {worker.name: worker for worker in self.workers if worker.alive}
         if name not in found:
             raise errors.unknown_name("worker", name, found)
         if len(found) == 1:
-            raise errors.ConfigError(f"{name} is the last worker; add another before you remove it, or close the server")
+            raise errors.ConfigError(f"{name} is the last worker; add another one before you remove it, or close the server")
         return found[name]
 
     def retire(self, worker: Worker, gone: Gone) -> None:
-        """A worker takes no more batches."""
+        """Makes a worker take no more batches."""
         self.alive -= worker.alive
         self.abandoned += gone == "abandoned"
         self.fleet.leave(worker.index)
         worker.locked_retire(gone)
 
     def succeed(self, successors: Mapping[Worker, Successor], first: Profile) -> None:
-        """Gives workers their successors, and starts the speeds afresh.
+        """Gives the workers their successors, and resets the speeds.
 
         Args:
-          successors: of the workers that are alive.
-          first: a profile of the swap, which sets the unit of the speeds.
+          successors: the successor of each live worker.
+          first: the first of the new profiles. It sets the unit of the speeds.
         """
         fleet = Fleet(correct=self._correct)
-        for worker in sorted(self.workers, key=lambda w: w.present):  # an absent worker's index may be another's now
+        for worker in sorted(self.workers, key=lambda w: w.present):  # absent ones first: their index may be in use again
             successor = successors.get(worker)
             worker.locked_succeed(successor)
             fleet.join(worker.index, successor.profile if successor else first)
@@ -93,23 +93,23 @@ class Members:
         self.fleet = fleet  # only when it is complete: workers report to it without the lock
 
     def note(self, failure: Failure) -> None:
-        """Remembers the last failure of an engine or the policy."""
+        """Remembers a failure of an engine or the policy as the last one."""
         self._outbox.drop(self._last_failure)
         self._last_failure = failure
 
     def lost_error(self) -> errors.SuperServeError:
-        """The error of a query when no worker is left."""
+        """The error that queries get when no worker is left."""
         failure = self._last_failure
         error = errors.WorkersLostError(
             f"the last of {len(self.workers)} workers has left; its last error was {failure and failure.text}. "
-            "Look into that error, and add a worker or open a new server"
+            "Fix the cause of that error, and add a worker or open a new server"
         )
         return error if failure is None else failure.cause(error)
 
     def offer(self) -> tuple[float, float] | None:
-        """The accuracy that every live worker reaches, and the seconds of the fastest batch; None if none is alive.
+        """The accuracy that every live worker reaches, and the lowest latency in seconds; None if no worker is alive.
 
-        A worker with a successor counts with that.
+        For a worker with a successor, the successor counts.
         """
         profiles = [(worker.successor or worker).profile for worker in self.workers if worker.alive]
         if not profiles:
@@ -118,12 +118,12 @@ class Members:
         return accuracy, min(1e-3 * profile.at_length(0).fastest().latency_ms[0] for profile in profiles)
 
     def resize(self, worker: Worker) -> None:
-        """A worker runs smaller batches from now on."""
+        """Updates the speed of a worker that runs smaller batches from now on."""
         if worker.alive and worker.successor is None:
             self.fleet.resize(worker.index, worker.profile)
 
     def health(self, now_s: float) -> dict[str, Any]:
-        """The part of `Server.health` that the workers know."""
+        """The part of `Server.health` about workers."""
         return {
             "workers": len(self.workers),
             "alive": self.alive,
@@ -135,10 +135,11 @@ class Members:
         }
 
     def stuck(self, now_s: float, *, excused_s: float) -> list[Worker]:
-        """The workers whose batches should have been back long ago.
+        """The workers whose batches take too long (see `Worker.is_stuck`).
 
         Args:
-          excused_s: time for which the whole process stood still. Batches may have begun after that.
+          now_s: the time now.
+          excused_s: time for which the whole process stood still. It does not count.
         """
         running = [worker for worker in self.workers if worker.present and worker.flights]
         if excused_s:

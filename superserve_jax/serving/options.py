@@ -14,7 +14,7 @@ _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 
 
 class _Option(NamedTuple):
-    """The rest of an option's declaration, after its name and type."""
+    """An option's default, its check, and the expected value in words."""
 
     default: Any
     fits: Callable[[Any], bool] = lambda value: True
@@ -34,24 +34,24 @@ class ServerOptions(TypedDict, total=False):
 
     Args:
       policy: the name of a policy, such as "slackfit", or a policy (see `scheduling.policies`). Default "slackfit".
-      slo_ms: the latency objective of a query that does not give its own. Default 36.
+      slo_ms: the latency objective of queries that are submitted without one. Default 36.
       max_queue: how many queries may wait. More are refused with QueueFullError. Default 10,000.
-      expire: whether a query that can no longer meet its deadline is dropped with DeadlineExpiredError. Else it is answered
-        late. Default False.
+      expire: whether a query that can no longer meet its deadline is dropped with DeadlineExpiredError. Otherwise it is
+        answered late. Default False.
       max_queue_bytes: how many bytes of inputs may wait. A text counts as padded to its length bucket. Default 1 GiB.
-      admission: whether queries that cannot be met any more are refused with AdmissionError at arrival (see
+      admission: whether a query whose deadline cannot be met is refused with AdmissionError at arrival (see
         `scheduling.admission`). Default False.
-      max_tries: how many batches with a query must fail before the query gets the error. It is alone in the last one.
-        Default 3.
+      max_tries: how many batches with a query must fail before the query gets the error. In the last one it is alone (see
+        `retries` for the details). Default 3.
       max_failures: a worker leaves after so many failed batches in a row, if it also fails on blank inputs. Default 5.
       stall_s: a worker is stuck, and is abandoned, when its batch takes longer than this and longer than 20 times the
         profiled 99th percentile. Default 5.
       overlap: whether a worker prepares its next batch while the device computes the last one (see
-        `engines.base.Overlapping`). Default None: on every device but a CPU, whose cores the host needs itself.
-        A worker whose memory does not suffice for two batches runs one at a time.
+        `engines.base.Overlapping`). Default None: on every device except a CPU, where host and device share the cores. A
+        worker that runs out of memory with two batches runs one at a time from then on.
       tune_runtime: whether `runtime.low_latency` is active while the server is open. Default True.
-      follow_drift: whether policies are told how much slower than its profile a worker is (see `scheduling.speeds`). Default
-        True.
+      follow_drift: whether decisions use the measured speed of a worker, which may be slower than its profile (see
+        `scheduling.speeds`). Default True.
       clock: a function that returns monotonic seconds. The server also calls it under its lock. Default `time.monotonic`.
     """
 
@@ -87,14 +87,14 @@ _DECLARED: dict[str, _Option] = {
 }
 
 Options = types.SimpleNamespace
-"""A value for each of `ServerOptions`, checked."""
+"""The checked options of a server: one attribute for each entry of `ServerOptions`."""
 
 
 def check_options(given: ServerOptions) -> Options:
-    """All options: the given ones, and the defaults of the others.
+    """Checks the given options, and adds the defaults of the others.
 
-    Raises UnknownNameError for an unknown name, and ConfigError for a value that cannot be. `policy` and `slo_ms` are checked
-    where they are used.
+    Raises UnknownNameError for an unknown name, and ConfigError for an invalid value. `policy` and `slo_ms` are checked where
+    they are used.
 
     >>> check_options({"max_queue": 0})
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""What has to happen after the lock of a pool has been released. No jax."""
+"""`Outbox`: calls that a thread makes after it has released the pool's lock. No jax."""
 
 import collections
 import threading
@@ -32,21 +32,21 @@ class Outbox:
         self._thread = threading.local()
 
     def fail(self, query: Query, error: BaseException) -> None:
-        """Has a query resolved to an error. The caller holds the lock."""
+        """Resolves a query to an error later. The caller holds the lock."""
         self.entries.append((query.set_exception, error))
 
     def drop(self, thing: object) -> None:
-        """Keeps an object alive until the lock is free. The caller holds the lock."""
+        """Keeps an object alive until the outbox is emptied. The caller holds the lock."""
         self.entries.append((None, thing))
 
     def call(self, fn: Callable[[Any], object], argument: object) -> None:
-        """Has `fn(argument)` called. The caller holds the lock."""
+        """Calls `fn(argument)` later. The caller holds the lock."""
         self.entries.append((fn, argument))
 
     def empty(self) -> None:
         """Makes all calls, and drops all objects. The caller does not hold the lock.
 
-        A done-callback that runs here may submit a query, which empties the outbox again. That inner call does nothing, or
+        A done-callback that runs here may submit a query, which calls `empty` again. That inner call does nothing; otherwise
         callbacks would nest without a limit. The outer call goes on until nothing is left.
         """
         if getattr(self._thread, "is_emptying", False):
@@ -68,6 +68,6 @@ class Outbox:
                 if call is not None:
                     call(argument)
         finally:
-            if entries:  # after a KeyboardInterrupt; the next call of `empty`, in any thread, makes the rest
+            if entries:  # a KeyboardInterrupt came; the next `empty`, in any thread, makes the other calls
                 with self._lock:
                     self.entries.extendleft(reversed(entries))

@@ -1,4 +1,4 @@
-"""The pool of a server: its workers, its lock, and what waits for them. No jax.
+"""The pool of a server: its workers, its lock, and the queries that wait. No jax.
 
 One class, because its parts change together, under one lock. `server.py` opens with the map of threads and locks. Methods
 named `locked_...` expect the caller to hold the lock.
@@ -30,21 +30,21 @@ from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.watchdog import Watchdog
 from superserve_jax.serving.worker import Gone, Worker
 
-_EXIT_S = 1.0  # how long the interpreter's exit waits for running batches
+_EXIT_S = 1.0  # at the interpreter's exit: the longest wait for running batches
 
 
 @final
 class Pool:
     """Everything that the threads of one server share.
 
-    Threads refer to the pool, never to the `Server`. So a server that nobody holds any more is collected, and then closes.
+    Threads refer to the pool, never to the `Server`. So an unused `Server` is garbage collected, and its pool then closes.
 
     Args:
       engines, profiles: one profile for each engine.
       make_policy: makes the policy for a profile.
       options: see `options.ServerOptions`.
       input_bytes: size of one input of the longest length.
-      pause_s: how long a worker pauses after a failure.
+      pause_s: how long a worker pauses after its first failed batch; n times as long after n failed batches in a row.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Pool:
         self._watchdog.defer(functools.partial(self.stop, drain=False))
 
     def defer(self, work: Callable[[], object]) -> None:
-        """Has `work` called in another thread, after this one has released the lock."""
+        """Calls `work` in another thread, after this one has released the lock."""
         self.process.refuse_fork()
         self._check_open("cannot be changed")
         self._watchdog.defer_to_a_thread(work)
@@ -243,11 +243,11 @@ class Pool:
     def swap(self, workers: Sequence[Worker], engines: Sequence[Engine], profiles: Sequence[Profile]) -> list[Engine]:
         """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
 
-        Every decision from now on is for the new engines. A batch that runs ends on its old engine.
+        All decisions from now on are for the new engines. A running batch ends on its old engine.
 
         Args:
-          workers: what `swappable` returned. No worker has joined since.
-          engines, profiles: one for each, for the same inputs, batch sizes and length buckets as before.
+          workers: the result of `swappable`. No worker has joined since.
+          engines, profiles: one for each worker, with the same inputs, batch sizes and length buckets as before.
 
         Returns:
           The old engines. They are in use until `wait_for_swap` returns.
@@ -261,7 +261,7 @@ class Pool:
             self._locked_check_swappable()
             successors = {worker: s for worker, s in zip(workers, new, strict=True) if worker.alive}
             old = [worker.engine for worker in successors]
-            # A policy that was not made for its profile is the same object as before.
+            # Only a policy object is the same as before. A policy that was given by name is new, and need not be tried.
             asked = ((s, worker.index) for worker, s in successors.items() if s.policy is worker.policy)
             failed = next(filter(None, (try_policy(s, worker=i, now_s=self.clock()) for s, i in asked)), None)
             if failed is None:
@@ -271,8 +271,8 @@ class Pool:
         self.outbox.empty()
         if failed is not None:
             raise errors.ConfigError(
-                f"the server's policy fails with the profile of the new export: {failed!r}; give the policy by name, or one "
-                "that makes its tables anew for every profile (see policies.ByProfile)"
+                f"the server's policy fails with the profile of the new export: {failed!r}; give the policy by name, or use "
+                "one that makes new tables for every profile (see policies.ByProfile)"
             ) from failed
         return old
 
@@ -322,7 +322,7 @@ class Pool:
         self._changed.notify_all()
 
     def locked_batch_failed(self) -> None:
-        """The queries of a failed batch wait again."""
+        """Counts a failed batch, and wakes the idle workers: one of them may run its queries again."""
         self.members.failures += 1
         self._idle.wake_all()  # not every worker may run a retry
 
@@ -338,7 +338,7 @@ class Pool:
             self._changed.wait_for(lambda: self.closing or not worker.alive, seconds)
 
     def leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
-        """Takes workers out of service for good. If none is alive then, everything that waits fails for `reason`."""
+        """Takes workers out of service for good. If this leaves none alive, all waiting queries fail with `reason()`."""
         with self.lock:
             self._locked_leave(workers, gone, reason)
         self.outbox.empty()
@@ -356,7 +356,7 @@ class Pool:
             self._watchdog.ring()  # the last worker may have left
 
     def _locked_offer(self) -> None:
-        """Finds what the workers that are alive offer, after their swap. Nothing changes when none is alive."""
+        """Updates what the live workers offer (see `Members.offer`). Nothing changes if none is alive."""
         if (offer := self.members.offer()) is not None:
             self.backlog.offer(*offer)
 
@@ -382,9 +382,9 @@ class Pool:
             return self.closing and self._watchdog.idle and not self.members.any_present()
 
     def _end(self) -> None:
-        """Ends the workers before the interpreter exits. Batches that run are answered, queries that wait are not.
+        """Ends the workers before the interpreter exits. Running batches are answered. Waiting queries stay unanswered.
 
-        Only daemon threads could see their errors, as the last thing on the screen.
+        If they failed, only daemon threads could see the errors, and would print them after the program's last output.
         """
         with self.lock:
             for worker in self.members.workers:

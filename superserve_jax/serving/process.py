@@ -1,4 +1,4 @@
-"""What ties a server to its process: the runtime's settings, the interpreter's exit, and forks. No jax."""
+"""`ProcessTies`: settings of the process while a server is open, and its behaviour at exit and in forks. No jax."""
 
 import atexit
 import contextlib
@@ -10,11 +10,12 @@ from superserve_jax.serving import runtime
 
 
 class ProcessTies:
-    """Holds until `release`.
+    """Changes the process's settings for a server, and registers a call at exit. `release` undoes both.
 
     Args:
-      at_exit: called before the interpreter exits. A daemon thread that runs while the interpreter is taken down can crash it.
-      tune_runtime: whether `runtime.low_latency` is active meanwhile.
+      at_exit: called before the interpreter exits. It must end the daemon threads, since one that still runs then can crash
+        the interpreter.
+      tune_runtime: whether `runtime.low_latency` is active until `release`.
     """
 
     def __init__(self, at_exit: Callable[[], object], *, tune_runtime: bool):
@@ -25,7 +26,7 @@ class ProcessTies:
         atexit.register(self._exit)
 
     def is_fork(self) -> bool:
-        """Whether this process is a fork. It has the server's memory but none of its threads, and may never get its locks."""
+        """Whether this process is a fork. A fork has the server's memory but no threads, and its locks may be held forever."""
         return os.getpid() != self._pid
 
     def refuse_fork(self) -> None:
@@ -37,7 +38,7 @@ class ProcessTies:
             )
 
     def release(self) -> None:
-        """Puts the process back as it was."""
+        """Restores the settings of the process, and unregisters the call at exit."""
         self._runtime.close()
         atexit.unregister(self._exit)
 

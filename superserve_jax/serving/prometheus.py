@@ -9,8 +9,8 @@
         prometheus_client.start_http_server(9000)  # http://localhost:9000/metrics
         ...
 
-It costs the server nothing until it is scraped. Two examples: SLO attainment over the last minute, and the 99th percentile of
-the latency:
+The server does no work for this until Prometheus scrapes it. Two example queries, SLO attainment over the last minute and the
+99th percentile of the latency:
 
     sum(rate(superserve_queries_total{outcome="met"}[1m])) / sum(rate(superserve_arrivals_total[1m]))
     histogram_quantile(0.99, rate(superserve_latency_seconds_bucket[1m]))
@@ -31,16 +31,19 @@ _STATES = ("idle", "running", "left", "abandoned", "removed")
 
 
 class Collector(registry.Collector):
-    """Turns `Server.snapshot` into metrics. There are none after the server has been garbage collected.
+    """Turns `Server.snapshot` into metrics. Without the server, once it is garbage collected, there are no metrics.
 
-    A registry takes one collector. Give each server of a process its own `CollectorRegistry`.
+    A registry takes one collector. So give each server of a process its own `CollectorRegistry`.
+
+    Args:
+      served: the server.
     """
 
     def __init__(self, served: Server):
         self._server = weakref.ref(served)  # a registry lives as long as the process, and must not keep the server alive
 
     def collect(self) -> Iterator[core.Metric]:
-        """All metrics, of one moment."""
+        """All metrics, from one snapshot."""
         served = self._server()
         if served is not None:
             yield from metrics(served.snapshot())
@@ -59,7 +62,7 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     queries, subnets, workers = snapshot["queries"], snapshot["subnets"], snapshot["workers"]
     yield core.CounterMetricFamily("superserve_arrivals", "Queries submitted.", queries["arrived"])
     yield _counter("queries", "Queries by outcome.", "outcome", {o: queries[o] for o in _OUTCOMES})
-    yield core.CounterMetricFamily("superserve_requeues", "Queries put back after a failure.", queries["requeued"])
+    yield core.CounterMetricFamily("superserve_requeues", "Queries put back into the queue.", queries["requeued"])
     yield core.GaugeMetricFamily("superserve_waiting", "Queries in the queue.", snapshot["waiting"])
     yield core.GaugeMetricFamily("superserve_running", "Queries in a batch that runs.", snapshot["running"])
     yield core.GaugeMetricFamily(
@@ -81,7 +84,7 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
 
     yield _histogram("latency_seconds", "From submit until the answer.", snapshot["latency_s"])
     yield _histogram("wait_seconds", "From submit until the batch started.", snapshot["wait_s"])
-    yield _histogram("slack_seconds", "Of a batch's first query when it started; 0 where late.", snapshot["slack_s"])
+    yield _histogram("slack_seconds", "From batch start to its first deadline; 0 if late.", snapshot["slack_s"])
     sizes = snapshot["batch_sizes"]
     yield core.HistogramMetricFamily(
         "superserve_batch_size",
@@ -114,5 +117,5 @@ def _histogram(name: str, text: str, histogram: dict[str, Any]) -> core.Metric:
 
 
 def _cumulative(edges: list[Any], counts: list[int]) -> list[tuple[str, float]]:
-    """The buckets of Prometheus: each counts all values up to its edge."""
+    """Buckets as Prometheus wants them: each counts all values up to its edge."""
     return list(zip([*map(str, edges), "+Inf"], itertools.accumulate(counts), strict=True))

@@ -1,13 +1,14 @@
-"""What becomes of the queries of a batch that failed. No jax.
+"""Retries: how the queries of a failed batch run again. No jax.
 
-One poisoned input fails every batch that it is in. So the queries of a failed batch no longer mix with others: they form a
-group, which is run again by itself.
+One poisoned input fails every batch that contains it. So the queries of a failed batch no longer mix with others: they form a
+group, which runs again by itself.
 
 1. The whole group runs on another worker, if there is one. Perhaps only the first worker was broken.
 2. If that fails too, or there is only one worker, the group is split into halves, and these again, until the poisoned input
-   fails alone. The rest has been answered by then. A batch of n queries takes 2 log2(n) + 1 more batches.
-3. A query that failed alone is given up after `max_tries` batches. With several workers it must have failed alone on two of
-   them, since one may be broken.
+   fails alone. The others have been answered by then. With one poisoned input among n, it takes about 2 log2(n) + 1 more
+   batches.
+3. A query that failed alone is given up after `max_tries` failed batches. With several workers it must have failed alone on
+   two of them, since one may be broken.
 
 A batch that hangs costs a worker each time. So it is not split, and its queries are given up after `max_tries` batches.
 """
@@ -31,7 +32,7 @@ class Retry:
     """A group of queries that have failed together and wait for a batch of their own.
 
     Args:
-      waiting: the queries, in a queue like the server's, so that the policy can be asked about them.
+      waiting: the queries, in a queue like the server's, because a policy decides about queues.
       meter: an empty arrival meter. Nothing arrives in a group.
       failures: number of batches that have failed with all of them.
       avoid: index of the worker on which the last batch failed.
@@ -46,14 +47,19 @@ class Retry:
 
 
 class Retries:
-    """The groups of one server, in the order in which they are run. Not thread-safe: the caller holds the pool's lock."""
+    """The groups of failed queries of one server, in the order in which they run. The caller holds the pool's lock.
+
+    Args:
+      profile: the profile of the first worker. It measures the work of the groups.
+      max_tries: how many batches with a query must fail before the query is given up.
+    """
 
     def __init__(self, profile: Profile, *, max_tries: int):
         self.groups: list[Retry] = []
         self._profile, self._max_tries = profile, max_tries
 
     def waiting(self) -> int:
-        """Number of queries."""
+        """Number of waiting queries in all groups."""
         return sum(len(group.waiting) for group in self.groups)
 
     def items(self) -> list[Query]:
@@ -61,7 +67,12 @@ class Retries:
         return [query for group in self.groups for query in group.waiting.items()]
 
     def find(self, worker: int, *, workers: int) -> Retry | None:
-        """The first group that a worker may run: one that did not fail on it, unless it is the only one of `workers`."""
+        """The first group that `worker` may run: any that did not just fail on it, or any at all if it is the only worker.
+
+        Args:
+          worker: index of the worker.
+          workers: how many workers are alive.
+        """
         for group in self.groups:
             if group.avoid != worker or workers == 1:
                 return group
@@ -85,17 +96,19 @@ class Retries:
         return taken
 
     def retime(self, profile: Profile) -> None:
-        """Measures work by another profile from now on."""
+        """Measures work by `profile` from now on."""
         self._profile = profile
         for group in self.groups:
             group.waiting.retime(profile)
-            group.meter = ArrivalMeter()  # the old one has read the old unit
+            group.meter = ArrivalMeter()  # the old one has counted in the old unit
 
     def give_back(self, batch: Sequence[Query], before: Retry | None, worker: int) -> None:
-        """Puts back a batch that does not count as failed.
+        """Makes a group of a batch that does not count as failed.
 
         Args:
+          batch: the queries of the batch.
           before: the group that the batch was taken from; None for the queue.
+          worker: index of the worker that should not run it next.
         """
         if live := [query for query in batch if not query.done()]:
             failures, alone_on = (before.failures, before.alone_on) if before else (0, frozenset())
@@ -104,11 +117,13 @@ class Retries:
     def failed(
         self, batch: Sequence[Query], before: Retry | None, worker: int, *, now_s: float, workers: int, hung: bool = False
     ) -> list[tuple[Query, str]]:
-        """Takes the queries of a failed batch. Returns the queries that are given up, each with the reason.
+        """Makes groups of the queries of a failed batch. Returns the queries that are given up, each with the reason.
 
         Args:
+          batch: the queries of the batch.
           before: the group that the batch was taken from; None for the queue.
           worker: index of the worker on which the batch failed.
+          now_s: the time now. Queries with an earlier deadline are given up.
           workers: how many workers are alive.
           hung: whether the batch never came back.
         """
@@ -141,7 +156,14 @@ class Retries:
 
 
 def inference_error(query: Query, where: str, why: str, failure: Failure) -> errors.SuperServeError:
-    """The error that a query gets when it is given up."""
+    """The error that a query gets when it is given up.
+
+    Args:
+      query: the query.
+      where: name of the worker on which its last batch failed.
+      why: why it is given up.
+      failure: the engine's error.
+    """
     x = np.asarray(query.inputs)
     held = f", values from {x.min():g} to {x.max():g}" if x.size and x.dtype.kind in "iuf" else ""
     failed = f"{where} failed on the input of shape {x.shape}, dtype {x.dtype}{held}"

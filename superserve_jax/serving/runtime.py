@@ -1,9 +1,9 @@
-"""Settings of the Python process that decide its tail latency, changed on request and put back. No jax.
+"""`low_latency`: changes settings of the Python process that decide its tail latency, and restores them later. No jax.
 
-Measured on a router with 32 workers:
-- A garbage collection over a million live objects stops every thread for 50 ms. With Python's own thresholds a burst of 70,000
-  new objects starts one, so a backlog made itself worse: hundreds of collections in 5 s, and none found any garbage.
-- Beside one busy thread, the default switch interval of 5 ms lowered attainment from 1.0 to 0.76.
+Measured on a server with 32 workers:
+- A garbage collection over a million live objects stops every thread for 50 ms. With Python's own thresholds, a burst of
+  70,000 new objects starts one. So a backlog made itself worse: hundreds of collections in 5 s, and none found any garbage.
+- Beside one busy thread, the default switch interval of 5 ms lowered SLO attainment from 1.0 to 0.76.
 
 A short switch interval costs CPU time if many threads want to run, since each wakes up once per interval. With a thousand
 threads that block in `Future.result`, a query costs a third more than at 2 ms. `await` and `submit_many` need no such threads.
@@ -28,11 +28,11 @@ _gc_thresholds = (0, 0, 0)
 
 @contextlib.contextmanager
 def low_latency() -> Iterator[None]:
-    """While open, garbage collections skip all present objects and come less often, and threads take turns every 0.1 ms.
+    """Inside the block, garbage collections skip all present objects and are rarer, and threads take turns every 0.1 ms.
 
-    Entering collects garbage once and then freezes the rest (`gc.freeze`). Several may be open at once, in any order: each
-    entry freezes again, and the last exit restores what the first entry found. Objects that were frozen before stay frozen.
-    Collections that were turned off, or made even less frequent, stay so. A server does this while it is open, unless
+    Entering collects garbage once and then freezes the rest (`gc.freeze`). Several blocks may be open at once, in any order:
+    each entry freezes again, and the last exit restores the settings that the first entry found. Objects that were frozen
+    before stay frozen. If collections were off, or even rarer, that setting stays. An open server uses this, unless
     `tune_runtime=False`.
 
     >>> before = sys.getswitchinterval()

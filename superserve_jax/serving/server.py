@@ -10,11 +10,11 @@ Threads
 - **One worker thread per engine** (`Worker`): waits while the queue is empty. Else it asks the policy, takes the batch, runs
   the engine, answers the futures and runs their done-callbacks. There is no router thread. If the device computes on its own
   (`engines.base.Overlapping`), the worker hands over the next batch shortly before the last one is done.
-- **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine, since a thread in a call cannot be ended. It
-  also makes the calls that had to be deferred.
-- **A closing or removing thread**: waits until the workers have left, and joins their threads.
-- **A swapping thread**: makes the new engines while the workers run, gives each worker its successor under the lock, and waits
-  until all workers have taken theirs up.
+- **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine, since Python cannot end a thread. It also runs
+  the deferred calls (rule 2).
+- **A thread that closes the server or removes a worker**: waits until the workers have left, and joins their threads.
+- **A thread that swaps**: makes the new engines while the workers run, gives each worker a `Successor` under the lock, and
+  waits until all workers use theirs.
 
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for one submit or one decision of the policy (10 us).
@@ -28,18 +28,18 @@ Rules
    lock it does not log, take the `repr` of an error, or resolve a future. It also drops no last reference to a query, an
    input, an engine or an error. All this waits in the `Outbox`, which every thread empties after it has released the lock.
 2. Signal handlers, finalizers and the policy may call the server while their own thread holds a lock. A public method that
-   finds this does not block, and does not look at half-changed state. The watchdog does the work when the lock is free.
-   `submit` returns futures, which fail if the queries are refused then. `close` refuses new queries at once. `add_worker`,
-   `remove_worker` and `swap` return at once, too, and their errors are logged. `health` and `snapshot` return the last state
-   that was asked for.
-3. One place calls the policy (`dispatch`, for the worker) and one the engine (`Flight`). Futures resolve to a reply in
-   `futures.answer` and to an error in the `Outbox`. Only these handle errors of foreign code.
-4. A query is answered exactly once. A future ignores every answer but the first. And a query is always somewhere: in the
-   queue, in a group of retries, in a flight of a present worker, or in the outbox.
+   finds this does not block or read half-changed state. It defers the work to the watchdog, which waits for the lock.
+   `submit` returns futures, which fail if the queries are refused later. `close` refuses new queries at once. `add_worker`,
+   `remove_worker` and `swap` return at once, too, and their errors are logged. `health` and `snapshot` return the result of
+   their previous call.
+3. Only `dispatch` calls the policy, for the worker, and only `Flight` calls the engine. Futures resolve to a reply in
+   `futures.answer` and to an error in the `Outbox`. Only these places handle errors of foreign code.
+4. A query is answered exactly once: a future ignores every answer after the first. Until then the query is always in one of
+   four places: the queue, a group of retries, a flight of a present worker, or the outbox.
 
 Failures: a failed batch runs again on another worker, and then in smaller parts, until the bad input has failed alone
-(`retries.py`). After a failure the worker runs blank inputs. If that fails too, the worker is at fault, and leaves after
-`max_failures` such batches in a row. If its memory did not suffice, its batches become smaller.
+(`retries.py`). After a failure the worker runs blank inputs. If they fail too, the worker is at fault. It leaves after
+`max_failures` such batches in a row. If the device ran out of memory, the worker's batches become smaller.
 
 All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
 server's memory but none of its threads: it refuses every call, and `close` does nothing.
@@ -63,11 +63,11 @@ from superserve_jax.serving.inputs import InputSpec
 from superserve_jax.serving.options import Options, ServerOptions, check_options
 from superserve_jax.serving.pool import Pool
 
-_MAX_NAME = 100  # characters of a policy's name, which may nest
+_MAX_NAME = 100  # characters of a policy's name, also the most that an error message shows
 
 
 class Server:
-    """Serves a SuperNet on one or several devices. For every batch, the policy picks a subnet that meets the deadlines.
+    """Serves a SuperNet on one or several devices. For every batch, the policy picks a subnet that can meet the deadlines.
 
     Args:
       path_or_model: the directory of an export, or what `superserve_jax.load` returned.
@@ -77,23 +77,23 @@ class Server:
       devices: jax devices, with one worker for each. None takes all devices.
       slicing: when a device slices a subnet's weights out of the SuperNet's weights: "in_call" in every call, "kept" when the
         subnet changes (see `engines.device`). None takes the faster way, according to the profile.
-      slice_bytes: with "kept", how many bytes the slices may take. None takes a quarter of the weights, at least 16 MiB.
+      slice_bytes: with "kept", how many bytes the slices may take. None allows a quarter of the weights, at least 16 MiB.
       **options: see `options.ServerOptions`: policy, slo_ms, max_queue, expire, and others.
 
     Attributes:
       model: the model; None for a server of engines.
-      profiles, profile: the latency profiles of the workers at the start or the last swap, and the first of them.
-      pool: what the server's threads share.
+      profiles, profile: the workers' latency profiles at the start or the last swap, and the first of these.
+      pool: the state that the server's threads share.
 
-    Queries are served in the order of their deadlines. One exception: the default policy puts queries that cannot be met any
-    more behind the others (see `policies.SlackFit`; `policies.SlackFit(profile, defer=False)` keeps the strict order). With
+    Queries are served in the order of their deadlines. One exception: the default policy puts queries that are already too
+    late behind the others (see `policies.SlackFit`; `policies.SlackFit(profile, defer=False)` keeps the strict order). With
     several length buckets, a batch takes the first query and others that are no longer (see `scheduling.length_queue`).
 
-    In an overload, the default policy meets the same share of the queries of every SLO: what the workers can carry over what
-    arrives (see `tests/serving/test_overload.py`). A full queue refuses all queries alike. Admission control is fair after an
-    overload of 0.2 s; before, it prefers long SLOs (see `scheduling.admission`).
+    In an overload, the default policy meets the same share of the queries of every SLO: capacity of the workers / arrival rate
+    (see `tests/serving/test_overload.py`). A full queue refuses all queries alike. Admission control prefers long SLOs in the
+    first 0.2 s of an overload, and after that treats all SLOs alike (see `scheduling.admission`).
 
-    Use it as a context manager. Leaving it answers the waiting queries; leaving it on an exception fails them.
+    Use the server as a context manager. A normal exit answers the waiting queries; an exit by an exception fails them.
 
     >>> import numpy as np
     >>> from superserve_jax.engines.fake import FakeEngine
@@ -143,7 +143,8 @@ class Server:
         """Opens a server of existing engines, all with the batch sizes and length buckets of `profile`.
 
         Args:
-          profile: one for all engines, or one for each, since devices differ. A worker serves the subnets of its profile.
+          engines: one engine for each worker, all for the same inputs.
+          profile: one profile for all engines, or a list with one for each. A worker serves the subnets of its profile.
           **options: see `options.ServerOptions`.
         """
         self = cls.__new__(cls)
@@ -157,16 +158,16 @@ class Server:
             specs = {InputSpec.of(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(
-                f"a server needs engines, all for the same inputs; {len(engines)} engines take {[*map(tuple, specs)]}"
+                f"a server needs engines, all for the same inputs; got {len(engines)} engines for {[*map(tuple, specs)]}"
             )
         [self._inputs] = specs
         each = profiles_of_workers(profile, len(engines))
         if self._inputs.lengths != each[0].lengths:
             raise errors.ConfigError(
-                f"engines for lengths {list(self._inputs.lengths)} and a profile of {list(each[0].lengths)}; they must agree"
+                f"engines have length buckets {list(self._inputs.lengths)}, profile {list(each[0].lengths)}; they must agree"
             )
         if (nbytes := self._inputs.nbytes) > options.max_queue_bytes:
-            raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes}; allow more")
+            raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes} bytes; raise it")
         self.profiles, self.profile = tuple(each), each[0]
         self._slo_ms, self._clock = inputs.check_slo(options.slo_ms), options.clock
         self._changing = threading.RLock()
@@ -182,26 +183,26 @@ class Server:
         self.close(drain=error_type is None)
 
     def submit(self, x: Any, *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> Future:
-        """Asks for one answer.
+        """Submits one query.
 
         Args:
           x: one input, without a batch dimension, of exactly the engine's shape and dtype. With length buckets it may have any
             length up to the longest; padding at the end does not count. It is not copied, so do not write to it before the
             answer is there.
-          slo_ms: the answer is due in so many milliseconds. None takes the server's.
+          slo_ms: the deadline, in milliseconds from now. None takes the server's `slo_ms`.
           min_accuracy: only subnets with at least this profiled accuracy, a fraction of 1, may answer.
 
         Returns:
           A future whose result is a `futures.Reply`.
 
         Raises:
-          InputError, DeadlineError, AccuracyFloorError: no server like this can serve the query. QueueFullError,
-          AdmissionError, ServerClosedError, WorkersLostError: this server cannot serve it now.
+          InputError, DeadlineError, AccuracyFloorError: an argument is wrong, so a retry would fail, too. QueueFullError,
+          AdmissionError, ServerClosedError, WorkersLostError: the server cannot serve the query now.
         """
         return self._admit((x,), slo_ms, min_accuracy)[0]
 
     def submit_many(self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> list[Future]:
-        """Like `submit` for each of `xs`, with one wake-up for all. If it raises, no query has been submitted."""
+        """Like `submit` for each of `xs`, but wakes a worker only once. If it raises, no query has been submitted."""
         try:
             each = iter(xs)
         except TypeError as e:
@@ -225,9 +226,9 @@ class Server:
         """Takes no more queries, answers the waiting ones, and ends the threads. Any thread may call it, also twice.
 
         Args:
-          drain: False fails the waiting queries with ServerClosedError. Batches that are running are still answered.
+          drain: False fails the waiting queries with ServerClosedError. Running batches are still answered.
           timeout_s: the longest time to wait. After that, busy workers are abandoned, and every query that is left fails. None
-            waits as long as it takes, but not for a worker that is stuck (see `stall_s` in `options.ServerOptions`).
+            waits without a limit, but not for a stuck worker (see `stall_s` in `options.ServerOptions`).
 
         In a done-callback, which runs on a worker, it does not wait.
         """
@@ -255,7 +256,7 @@ class Server:
             if not hasattr(new, "run"):
                 if self.model is None:
                     raise errors.ConfigError(
-                        f"a server of engines takes an engine, got {new!r}; it has no model to make one of"
+                        f"expected an engine, got {new!r}; this server was opened with engines, so it has no model to make one"
                     )
                 from superserve_jax.engines import prepare  # here, since it imports jax
 
@@ -284,23 +285,23 @@ class Server:
         return self.pool.remove(name)
 
     def swap(self, path_or_model: Any) -> None:
-        """Changes over to another export between two batches, without a gap in serving.
+        """Replaces the export while serving: each worker changes to the new one between two batches.
 
-        1. The calling thread loads, compiles and warms the new export while the old one serves, for the same devices, batch
-           sizes, length buckets and options. An export without a latency profile is measured beside the traffic, so the
-           latencies are too long: measure it before, with `serve/measure.py`. If anything is wrong with the new export, an
+        1. The calling thread loads, compiles and warms the new export while the old one serves. Devices, batch sizes, length
+           buckets and options stay. If the export has no latency profile, one is measured beside the traffic, which makes the
+           latencies too long. So measure it before, with `serve/measure.py`. If anything is wrong with the new export, an
            error is raised, and the old one goes on.
-        2. All workers change over at once. Batches that are running end on the old export.
-        3. This returns when these batches are back and the old export is dropped. Its memory is free then, unless somebody
+        2. All decisions from now on are for the new export. Running batches end on the old one.
+        3. `swap` returns when these batches are back and the old export is dropped. Its memory is free then, unless somebody
            else holds its model.
 
         **Until then the device's memory holds both exports**: twice the weights, slices and executables. If the memory does
-        not suffice, jax's RESOURCE_EXHAUSTED is raised here. A batch that fails for that reason makes the batches of its
-        worker smaller, until the next successful swap.
+        not suffice, jax's RESOURCE_EXHAUSTED is raised here. A batch that runs out of memory makes the batches of its worker
+        smaller, until the next successful swap.
 
-        The new export answers the waiting queries. Those whose `min_accuracy` it cannot meet fail with AccuracyFloorError. A
-        policy that was given by name is made for the new profiles; any other policy is asked with them. A second swap, or
-        `add_worker`, waits until all workers know of this swap. A close does not wait, and this swap then has no effect.
+        The new export answers the waiting queries. Queries whose `min_accuracy` it cannot meet fail with AccuracyFloorError. A
+        policy that was given by name is made again for the new profiles; a policy object is first tried with them. A second
+        swap, or `add_worker`, waits until all workers know of this swap. A `close` before step 2 makes this swap fail.
 
         Args:
           path_or_model: the directory of an export, or what `superserve_jax.load` returned, with the same inputs and the same
@@ -308,21 +309,21 @@ class Server:
 
         Raises:
           ExportError: the export is missing or damaged. ConfigError: its inputs differ; the policy fails with it; this server
-          has no model; a worker has an engine that was given to it; or this is a done-callback. NotCalibratedError,
-          ProfileError, ServerClosedError, WorkersLostError.
+          was opened with engines; a worker was added as an engine and not as a device; or the caller is a done-callback.
+          NotCalibratedError, ProfileError, ServerClosedError, WorkersLostError.
         """
         from superserve_jax.engines import prepare  # here, since it imports jax
 
         if self._interrupts():
             return self.pool.defer(functools.partial(self.swap, path_or_model))
         if self.model is None:
-            raise errors.ConfigError("a server of engines has no model that another could replace; add and remove workers")
+            raise errors.ConfigError("a server opened with engines has no model to replace; add and remove workers instead")
         with self._changing:
             workers = self.pool.swappable()
             devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in workers]
             if None in devices:
                 name = workers[devices.index(None)].name
-                raise errors.ConfigError(f"the worker {name} has left, or has an engine that was given to it; remove it first")
+                raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")
             model = prepare.load(path_or_model)
             prepare.check_same_inputs(self.model, model, self._inputs.lengths)
             _, engines, profiles = prepare.prepare(
@@ -341,20 +342,20 @@ class Server:
         return None
 
     def _interrupts(self) -> bool:
-        """Whether this call interrupts its own thread while that holds a lock (see rule 2)."""
+        """Whether the calling thread already holds a lock of this server (see rule 2)."""
         return self.pool.is_held_here() or self._is_changing_here()
 
     def health(self) -> dict[str, Any]:
         """The state of the server now, as plain values.
 
-        - `workers`: how many it knows; how many of them are `alive`, and how many were `abandoned`.
+        - `workers`: number of workers, including those that have gone; `alive` and `abandoned`: how many of them are so.
         - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
         - `per_worker`: a list of dicts. `name`. `state`: "idle" or "running"; "left" (it failed too often, or the server was
-          closed), "abandoned" (it was stuck) or "removed". `batches` that it answered, and `failures`. `max_batch`, smaller
-          than the profile's if its memory did not suffice. `slowdown`: how many times slower than its profile it is (see
-          `scheduling.speeds`). `last_error`. `running_s`: how long its present batch has run, without the time in which the
-          whole process stood still.
+          closed), "abandoned" (it was stuck) or "removed". `batches`: how many it answered; `failures`: how many failed on it.
+          `max_batch`: its largest batch size, smaller than the profile's after it ran out of memory. `slowdown`: how many
+          times slower than its profile it is (see `scheduling.speeds`). `last_error`. `running_s`: how long its present batch
+          has run, without the time in which the whole process stood still.
         """
         return self.pool.health()
 
@@ -367,23 +368,23 @@ class Server:
         - `uptime_s`; `waiting` and `running`, numbers of queries; `oldest_wait_s`: how long the oldest query has waited, 0 if
           none waits.
         - `queries`: `arrived`, and what became of them. `met`: answered by the deadline. `late`: answered after it. `expired`:
-          dropped with `expire`. `failed`: answered with another error. `cancelled`: counted when the server lets go of them.
+          dropped with `expire`. `failed`: answered with another error. `cancelled`: counted when the server removes them.
           `refused`: not admitted. These six, `waiting` and `running` add up to `arrived`. `requeued`: how often a query was
-          put back because its batch had failed. Queries with a wrong argument count nowhere.
+          put back because its batch failed or its worker left. Queries with a wrong argument count nowhere.
         - `subnets`: for each subnet that ran, under its position in the profile: `accuracy`, `batches`, the queries `met` and
           `late`, and `busy_s`, the time of its batches.
         - `batch_sizes`, `reasons`: numbers of batches by number of queries, and by the policy's reason (see
           `policies.REASONS`).
         - `latency_s`: from submit to the answer. `wait_s`: from submit until the batch started. `slack_s`: time left to the
           deadline of a batch's first query when the batch started, 0 if it was late. Each is a histogram: `edges`, the upper
-          edges of its buckets; `counts`, one more; and `sum`.
+          edges of its buckets; `counts`, with one more entry for longer times; and `sum`.
         - `workers`: `health()["per_worker"]`.
         """
         return self.pool.snapshot()
 
 
 def background_traffic(rate_qps: float) -> contextlib.AbstractContextManager[None]:
-    """While open, runs a server under load beside an engine whose latency profile is measured (see `background.traffic`).
+    """Runs a server under load while an engine's latency profile is measured (see `background.traffic`).
 
     >>> with background_traffic(1000.0):
     ...     pass

@@ -1,4 +1,4 @@
-"""What a swap needs to know before it changes anything. No jax."""
+"""What a swap gives to a worker, and a check of the policy before the swap. No jax."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from superserve_jax.scheduling.policies import Policy
 
 
 class Successor(NamedTuple):
-    """What a worker runs after a swap. It takes this up between two batches."""
+    """The engine, profile and policy that a worker uses after a swap. It changes to them between two batches."""
 
     engine: Engine
     profile: Profile
@@ -19,7 +19,7 @@ class Successor(NamedTuple):
 
 
 def try_policy(successor: Successor, *, worker: int, now_s: float) -> Exception | None:
-    """Asks a policy that was not made for its profile about one query of each length. Returns the error that it raises.
+    """Tries a policy object with the profile of a new export: one query of each length. Returns the error, or None.
 
     The caller holds the pool's lock, as for every call of a policy.
     """

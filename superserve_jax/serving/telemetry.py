@@ -1,8 +1,8 @@
-"""What a server has done so far: queries by outcome, batches by subnet, size and reason, and histograms of times. No jax.
+"""Counters of a server: queries by outcome, batches by subnet, size and reason, and histograms of times. No jax.
 
-Our own counters, since every counter of a library takes a lock. These change under the pool's lock, which is held anyway: when
-a client submits, and when a worker comes for its next batch. A snapshot is of one moment: every query that has arrived waits,
-runs, or is counted under its outcome.
+Our own counters, since the counters of libraries take a lock each time. These change under the pool's lock when it is held
+anyway: when a client submits, and when a worker takes its next batch. A snapshot is consistent: every query that has arrived
+waits, runs, or is counted under its outcome.
 """
 
 import bisect
@@ -18,18 +18,19 @@ EDGES_S = tuple(float(f"{step}e{power}") for power in range(-4, 1) for step in (
 
 
 Batch = tuple[Subnet, int, list[float], int, float, float, float, str]
-"""An answered batch. A plain tuple, since a named one would take longer to make than all other counting:
+"""An answered batch. A plain tuple, since making a named tuple takes longer than the rest of the counting:
 
 - the subnet, and the number of queries;
-- when each query was submitted, without those that were cancelled;
+- when each query was submitted, without the cancelled queries;
 - how many of these were late;
-- when the engine began and ended, and how much time was left at the beginning to the first query's deadline;
+- when the engine began and when it ended;
+- the time from the beginning to the first query's deadline;
 - the policy's reason (see `policies.Decision`).
 
 All times are in seconds.
 """
 
-_PENDING = 32  # so many batches are counted together, in 40 us
+_PENDING = 32  # number of batches that are counted together, in 40 us
 
 
 class Histogram:
@@ -55,10 +56,11 @@ class Histogram:
         self.total += value
 
     def add_since(self, starts_s: Sequence[float], end_s: float, sum_s: float) -> None:
-        """Adds the times from each of `starts_s` until `end_s`. O(log n) for each bucket that is hit.
+        """Adds the time `end_s - start_s` for each of `starts_s`. O(log n) for each bucket that is hit.
 
         Args:
-          starts_s: at least one, ascending.
+          starts_s: the start times, at least one, in ascending order.
+          end_s: the common end time.
           sum_s: the sum of `starts_s`.
         """
         edges, counts, count = self._edges, self.counts, len(starts_s)
@@ -71,25 +73,29 @@ class Histogram:
         counts[bucket] += count - i
 
     def snapshot(self) -> dict[str, Any]:
-        """`edges`: the upper edges, which belong to their buckets; `counts`: one more; and the `sum` of all times."""
+        """`edges`: upper edges, inclusive; `counts`, with one more entry for longer times; `sum`: sum of all times."""
         return {"edges": list(self._edges[:-1]), "counts": list(self.counts), "sum": self.total}
 
 
 class Counters:
-    """The counters of one server since it was opened. None ever falls. The caller holds the pool's lock.
+    """The counters of one server since it was opened. No counter ever decreases. The caller holds the pool's lock.
+
+    Args:
+      profile: the profile of the first worker.
 
     Attributes:
-      arrived, admitted: numbers of queries that were submitted, and that were not refused.
-      expired: number of queries that were dropped because they could no longer be met.
+      arrived: number of submitted queries.
+      admitted: number of submitted queries that were not refused.
+      expired: number of queries that were dropped because they could no longer meet their deadline.
       failed: number of queries that were answered with another error.
-      requeued: how often a query was put back because its batch had failed.
+      requeued: how often a query was put back because its batch failed or its worker left.
     """
 
     def __init__(self, profile: Profile):
-        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # of every subnet that may run
+        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # the accuracy of every subnet that may run
         self._pending: list[Batch] = []
         self.arrived = self.admitted = self.expired = self.failed = self.requeued = self._cancelled = 0
-        # For each subnet: batches, answered queries, late ones among them, and the seconds of its batches.
+        # For each subnet: number of batches, of answered queries and of late queries among them, and seconds of its batches.
         self._by_subnet: dict[Subnet, list[Any]] = collections.defaultdict(lambda: [0, 0, 0, 0.0])
         self._before = (0, 0)  # answered queries, and late ones, before the last swap
         self._by_size = [0] * (profile.max_batch + 1)
@@ -97,13 +103,13 @@ class Counters:
         self._latency, self._wait, self._slack = Histogram(EDGES_S), Histogram(EDGES_S), Histogram((0.0, *EDGES_S))
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch, later: counting many together takes half the time."""
+        """Adds a batch. It is counted later, since counting many together takes half the time."""
         self._pending.append(batch)
         if len(self._pending) >= _PENDING:
             self._count()
 
     def swap(self, profiles: Sequence[Profile]) -> None:
-        """Counts the subnets of other profiles from now on, from zero. The totals go on."""
+        """Starts new counters for the subnets of the new profiles. The counters by outcome go on."""
         self._count()
         self._before = self._answered()
         self._accuracies.clear()
@@ -112,7 +118,7 @@ class Counters:
             self.know(profile)
 
     def know(self, profile: Profile) -> None:
-        """Adds the subnets of a worker's profile."""
+        """Adds the subnets of a profile that are new."""
         self._accuracies |= {row.subnet: row.accuracy for row in profile.rows if row.subnet not in self._accuracies}
 
     def _answered(self) -> tuple[int, int]:
@@ -142,14 +148,14 @@ class Counters:
         """The counted part of `Server.snapshot`.
 
         Args:
-          unanswered: number of queries that wait or run. Queries that are neither these nor counted were cancelled. The
-            server notices a cancelled query only when it lets go of it.
+          unanswered: number of queries that wait or run. Queries that are neither unanswered nor counted were cancelled. The
+            server notices a cancelled query only when it removes it.
         """
         self._count()
         answered, late = self._answered()
         cancelled = self.admitted - answered - self.expired - self.failed - unanswered
-        # An abandoned worker may still answer queries that wait for another worker. They count twice until that one takes
-        # them.
+        # An abandoned worker may still answer queries that already wait again. They count as answered and as waiting until
+        # another worker takes them.
         self._cancelled = max(self._cancelled, cancelled)
         ran = ((i, accuracy, self._by_subnet[subnet]) for i, (subnet, accuracy) in enumerate(self._accuracies.items()))
         return {

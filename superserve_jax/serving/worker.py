@@ -1,7 +1,7 @@
-"""One worker of a server: its engine, its thread, the batches that it has under way, and its failures. No jax.
+"""One worker of a server: its engine, its thread, its batches and its failures. No jax.
 
-One class, because one thread does all of it: it takes, runs and answers batches, and handles their failures. `server.py` opens
-with the map of threads and locks. Methods named `locked_...` expect the caller to hold the pool's lock.
+One class, because one thread takes, runs and answers the batches, and handles their failures. `server.py` opens with the map
+of threads and locks. Methods named `locked_...` expect the caller to hold the pool's lock.
 """
 
 import logging
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 20  # a batch that takes so many times its profiled p99 will not come back
+_PATIENCE = 20  # a batch that takes more than 20 times its profiled p99 counts as stuck, see `is_stuck`
 
 Gone = Literal["", "left", "abandoned", "removed"]
 
@@ -42,17 +42,18 @@ class Worker:
     """Serves batches on one engine, in a thread of its own.
 
     Args:
-      pool: what the workers of a server share.
-      engine: the device.
-      profile: its latencies, with the batch sizes that it may run.
+      pool: the state that the workers of a server share.
+      engine: computes the batches on one device.
+      profile: the engine's latencies, for the batch sizes that it may run.
       policy: the policy for that profile.
-      name, index: its name and number, which no other present worker has.
+      name, index: the worker's name and number. No other present worker has the same.
 
     Attributes, all written under the pool's lock:
       flights: the batches under way, in the order in which they run. There may be two if the device can compute one while the
         host prepares the next (`engines.base.Overlapping`).
-      successor: what it runs from its next batch on, after a swap.
-      alive, present, gone: see `members.Members`; and how the worker went.
+      successor: after a swap, the engine, profile and policy for the next batches.
+      alive, present: see `members.Members`.
+      gone: why the worker takes no more batches; "" until then.
     """
 
     def __init__(self, pool: "Pool", engine: Engine, profile: Profile, policy: Policy, *, name: str, index: int):
@@ -68,8 +69,8 @@ class Worker:
         self.overlaps = self._may_overlap()
         self.overlap_pace = OverlapPace()
         self._last_subnet: Subnet | None = None
-        self._landed = False  # the first flight has been answered, and is still among the flights
-        self._answered: Batch | None = None  # the counters do not know it yet
+        self._landed = False  # the first flight has been answered, but is still among the flights
+        self._answered: Batch | None = None  # an answered batch that the counters do not know yet
         self._watched_s = 0.0  # since when the first flight may be stuck
         self._free_s = 0.0  # when the device was done with the last batch
         self._batches = self._failed_batches = 0
@@ -95,7 +96,7 @@ class Worker:
             del self.engine, self.policy
 
     def _turn(self) -> bool:
-        """Takes a batch if there is one, and answers one. False when the worker is to leave."""
+        """Takes at most one batch, and answers at most one. False when the worker must leave."""
         pool, flight = self._pool, None
         with pool.lock:
             self._locked_settle()
@@ -128,7 +129,7 @@ class Worker:
         if slept:
             time.sleep(wake_s - asked_s)
         with pool.lock:
-            # A worker that is to leave or to change over, or whose last batch failed, first answers what it has.
+            # A worker that must leave or change over, or whose last batch failed, answers its batch first.
             if self.alive and self.overlaps and self.successor is None and not self._strikes and pool.locked_has_work(self):
                 now_s = pool.clock()
                 flight = self._locked_take(now_s, max(now_s, first.started_s + profiled_s * self.overlap_pace.ratio))
@@ -143,7 +144,7 @@ class Worker:
     # -- decisions --------------------------------------------------------------------------------------------------------
 
     def _locked_settle(self) -> None:
-        """Removes an answered flight and counts it. This waits for the next turn, which has to take the lock anyway."""
+        """Removes the flight that the last turn answered, and counts it. Done only now, since a turn begins with the lock."""
         if self._landed:
             self._landed = False
             if self.flights:  # else the worker has been abandoned meanwhile
@@ -157,7 +158,7 @@ class Worker:
             self._locked_take_up_successor()
 
     def _locked_take(self, now_s: float, begin_s: float) -> Flight | None:
-        """Decides about a batch and takes it. None if nothing waits any more, or the policy failed.
+        """Asks the policy for a decision, and takes the batch. None if no query waits any more, or the policy failed.
 
         Args:
           begin_s: when the device can begin with the batch.
@@ -197,7 +198,7 @@ class Worker:
             self._pool.members.note(failure)
             for query in unlucky:
                 self._pool.outbox.fail(
-                    query, failure.cause(errors.InferenceError(f"the policy failed: {failure.text}; mend it"))
+                    query, failure.cause(errors.InferenceError(f"the policy failed: {failure.text}; fix it"))
                 )
 
     def _launch(self, flight: Flight) -> None:
@@ -216,10 +217,10 @@ class Worker:
     # -- answers ----------------------------------------------------------------------------------------------------------
 
     def _land(self, flight: Flight, *, slept: bool = False) -> bool:
-        """Gets a batch's outputs and answers its queries. False when the worker is to leave.
+        """Gets a batch's outputs and answers its queries. False when the worker must leave.
 
         Args:
-          slept: whether the worker slept before, so that the device may have been done earlier.
+          slept: whether the worker slept before this call. The device may then have been done earlier.
         """
         pool, batch, row = self._pool, flight.batch, flight.row
         outputs = self._compute(flight, [] if flight.launched is not None else [query.inputs for query in batch])
@@ -231,13 +232,13 @@ class Worker:
         self._batches += 1
         profiled_ms = row.latency_ms[flight.place]
         too_late = slept and overlap.overslept(flight.waited_s)
-        if self.present and not too_late:  # another worker may have the index of one that is not present
+        if self.present and not too_late:  # the index of an absent worker may belong to another one now
             pool.members.fleet.observe(self.index, profiled_ms, 1e3 * (finish_s - start_s))
         if ready_s is not None:
             self.overlap_pace.observe_device(None if too_late else 1e3 * (ready_s - start_s) / profiled_ms)
-        # As much as possible is done before the first answer: its client wants the interpreter, too.
+        # Do as much as possible before the first answer: after it, its client competes for the interpreter.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
-        # A query that has been answered by another worker, or cancelled, turns its answer away.
+        # `turned_away`: queries that another worker has answered, or that were cancelled.
         late, turned_away = futures.answer(batch, outputs, row.subnet, row.accuracy, start_s, finish_s)
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
@@ -251,7 +252,7 @@ class Worker:
     # -- failures ---------------------------------------------------------------------------------------------------------
 
     def _failed(self, flight: Flight, failure: Failure) -> bool:
-        """Gives a failed batch back. False when the worker is to leave."""
+        """Gives a failed batch back. False when the worker must leave."""
         pool, size = self._pool, self._sizes[flight.place]
         traceback = failure.error if flight.retry is None else None
         _log.warning("%s failed on a batch of %d: %s", self.name, flight.count, failure.text, exc_info=traceback)
@@ -266,7 +267,7 @@ class Worker:
             self._failed_batches += 1
             self._locked_note(failure)
             pool.locked_batch_failed()
-            if flight in self.flights:  # else the worker was abandoned, and its batches were given back then
+            if flight in self.flights:  # else the worker was abandoned, which gave its batches back
                 self.flights.remove(flight)
                 now_s = pool.clock()
                 self._locked_next_begins(now_s, now_s)
@@ -275,7 +276,7 @@ class Worker:
                     self.profile, self.policy = smaller
                     pool.members.resize(self)
                 if too_large:
-                    # The memory did not suffice for two batches, or for one of this size.
+                    # Two batches at once, or one of this size, need too much memory.
                     self.overlaps = not flight.shared and self._may_overlap()
                     pool.backlog.give_back(flight, self.index)
                 else:
@@ -287,15 +288,15 @@ class Worker:
         if self._strikes >= pool.options.max_failures:
             return False
         if pool.members.alive > 1 and not self.flights:
-            # Without a pause a broken device, which is always free, would take most of the batches.
+            # A broken device fails at once and is free again. Without a pause it would take most of the batches.
             pool.pause(self, pool.pause_s * self._strikes)
         return True
 
     def _works_on_blanks(self, failed: Flight) -> bool:
-        """Whether the engine can run blank inputs. Then the inputs made the batch fail, and not the device."""
+        """Whether the engine can run inputs of zeros. If so, the batch failed because of its inputs, not of the device."""
         pool = self._pool
         blanks = [np.zeros_like(query.inputs) for query in failed.batch]
-        blank = Flight(failed.row, (), failed.place, None, "", pool.clock())  # it may hang, as any batch
+        blank = Flight(failed.row, (), failed.place, None, "", pool.clock())  # the watchdog must see it, since it may hang
         with pool.lock:
             if not self.alive:
                 return True
@@ -307,12 +308,12 @@ class Worker:
         with pool.lock:
             if blank in self.flights:
                 self.flights.remove(blank)
-            self._locked_next_begins(-math.inf, pool.clock())  # it began long before the blanks
+            self._locked_next_begins(-math.inf, pool.clock())  # -inf: the next flight began before the blank inputs
         if blank.failure is None:
             self._strikes = 0
         return blank.failure is None
 
-    # -- what the pool tells it -------------------------------------------------------------------------------------------
+    # -- calls of the pool -------------------------------------------------------------------------------------------
 
     def locked_succeed(self, successor: Successor | None) -> None:
         """The worker takes up `successor` before its next batch."""
@@ -339,8 +340,8 @@ class Worker:
     def locked_leave(self, *, hung: bool) -> None:
         """Takes the worker out of service, and gives its batches back.
 
-        Only the batch that the worker was busy with counts as failed: the one that it was handing over, waiting for, or
-        answering. A batch behind that one never started. It is retried without a strike.
+        Only the batch that the worker was handing over, waiting for or answering counts as failed. A batch behind it never
+        started, and goes back to where it came from.
         """
         pool = self._pool
         self.present = False
@@ -359,11 +360,11 @@ class Worker:
                 pool.backlog.give_back(flight, self.index)
 
     def locked_excuse(self, late_s: float, now_s: float) -> None:
-        """The process stood still for `late_s`. Batches may have begun after that."""
+        """Does not count the `late_s` for which the process stood still. A batch that began later starts at `now_s`."""
         self._watched_s = min(self._watched_s + late_s, now_s)
 
     def is_stuck(self, now_s: float) -> bool:
-        """Whether the first flight should have been back long ago."""
+        """Whether the first flight has taken longer than max(stall_s, 20 * its profiled p99)."""
         flight = self.flights[0]
         patience_s = max(self._pool.options.stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[flight.place])
         return now_s - self._watched_s > patience_s
@@ -387,13 +388,13 @@ class Worker:
         self._pool.members.note(failure)
 
     def _locked_next_begins(self, since_s: float, now_s: float) -> None:
-        """The device works on the next flight, at the earliest since `since_s`. It may be stuck from now on."""
+        """Notes that the device works on the next flight, not earlier than `since_s`. Its time limit starts at `now_s`."""
         self._watched_s = now_s
         for flight in self.flights:
             flight.started_s = max(flight.started_s, since_s)
 
     def _may_overlap(self) -> bool:
         """Whether the worker prepares its next batch while the device computes."""
-        gains = getattr(self.engine, "overlap", None)  # an engine without this attribute cannot
+        gains = getattr(self.engine, "overlap", None)  # None: the engine cannot overlap
         wanted = self._pool.options.overlap
         return gains is not None and (gains if wanted is None else wanted)

@@ -149,7 +149,7 @@ def test_a_server_that_has_lost_its_workers_serves_again_with_a_new_one():
     ("new", "message"),
     [
         (FakeEngine(PROFILE, input_shape=(3,), name="odd"), r"odd takes \(\(3,\).* must agree"),
-        ("gpu:0", "a server of engines takes an engine, got 'gpu:0'"),
+        ("gpu:0", "expected an engine, got 'gpu:0'"),
     ],
     ids=["other inputs", "no engine"],
 )

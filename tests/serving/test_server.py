@@ -133,7 +133,7 @@ def test_an_input_is_never_cast(bad, got):
 def test_engines_must_exist_and_agree_on_their_inputs():
     with pytest.raises(errors.ConfigError, match="a server needs engines"):
         Server.from_engines([], PROFILE, policy=always(0))
-    with pytest.raises(errors.ConfigError, match="all for the same inputs; 2 engines"):
+    with pytest.raises(errors.ConfigError, match="all for the same inputs; got 2 engines"):
         serve(fake(), FakeEngine(PROFILE, input_shape=(3,)))
 
 

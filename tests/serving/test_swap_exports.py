@@ -197,13 +197,11 @@ def test_swaps_and_a_worker_that_joins_come_one_after_the_other(exports, monkeyp
         assert answers(s)[1] == {accuracy}
 
 
-def test_a_worker_with_an_engine_that_was_given_stands_in_the_way(exports):
+def test_a_swap_refuses_a_worker_that_was_added_as_an_engine(exports):
     with opened(exports[0]) as s:
         given = FakeEngine(s.profile, name="mine", input_shape=(9, 9, 1), input_dtype=np.uint8)
         s.add_worker(given)
-        with pytest.raises(
-            errors.ConfigError, match="worker mine has left, or has an engine that was given to it; remove it first"
-        ):
+        with pytest.raises(errors.ConfigError, match="worker mine was added as an engine; remove it first"):
             s.swap(exports[1])
         s.remove_worker("mine")
         s.swap(exports[1])
