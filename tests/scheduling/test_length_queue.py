@@ -110,7 +110,7 @@ def test_the_head_is_the_earliest_deadline_and_each_length_bucket_is_served_in_o
     st.lists(st.sampled_from([0.0, 2.0, 4.0]), max_size=2),
     st.sampled_from([0.5, 2.5, 9.0]),
 )
-def test_with_equal_lengths_it_acts_like_a_deadline_queue(entries, n, times, time_s):
+def test_with_equal_lengths_a_length_queue_acts_like_a_deadline_queue(entries, n, times, time_s):
     q, plain = filled(entries), DeadlineQueue()
     for i, (deadline_s, floor, _) in enumerate(entries):
         plain.push(deadline_s, i, floor)
@@ -192,28 +192,28 @@ def test_if_the_decision_defers_the_head_the_policy_is_asked_again_for_the_next_
 
 
 def lost_and_on_time(lost_tokens, on_time=1, deadline_s=1.0):
-    """One lost query, and others of 8 tokens with time."""
+    """A queue of one lost query, and `on_time` queries of 8 tokens that have time."""
     q = filled([(0.001, 0.0, lost_tokens), *[(deadline_s, 0.0, 8)] * on_time])
     assert q.defer(0.01) == 1
     return q
 
 
-def test_deferred_queries_of_a_longer_length_bucket_run_once_on_time_queries_do_not_fill_a_batch():
+def test_deferred_queries_of_a_longer_length_bucket_run_when_on_time_queries_do_not_fill_a_batch():
     q = lost_and_on_time(32, on_time=5)
     assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (1, 8, 0, 5, [1, 2, 3, 4])
     assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (0, 32, 1, 2, [0, 5])
 
 
 def test_a_batch_of_deferred_queries_is_small_enough_for_on_time_queries_to_meet_their_deadlines():
-    # A batch of 1, 2 or 4 long ones takes 4, 6 or 10 ms, then one of four short ones 2.5 ms.
-    for now_s, length, riders in (0.987, 32, 3), (0.991, 32, 2), (0.993, 32, 1), (0.994, 8, 1):
+    # A batch of 1, 2 or 4 long queries takes 4, 6 or 10 ms. The next batch, of four short queries, takes 2.5 ms.
+    for now_s, length, size in (0.987, 32, 3), (0.991, 32, 2), (0.993, 32, 1), (0.994, 8, 1):
         q = lost_and_on_time(32)
         q.push(0.002, "another", 0.0, 32)
         q.defer(0.01)
         q.choose_head(now_s)
-        assert (q.head_length, q.eligible) == (length, riders), now_s
+        assert (q.head_length, q.eligible) == (length, size), now_s
         _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that ignores the number of eligible queries
-        assert len(batch) == riders, now_s
+        assert len(batch) == size, now_s
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -238,7 +238,7 @@ def test_lost_long_texts_are_answered_as_soon_as_lost_short_texts_of_equal_work(
 
 def test_pop_before_allows_longer_queries_more_time():
     q = filled([(0.0035, 0.0, 32), (0.0035, 0.0, 8)])
-    assert q.pop_before(0.001) == [0]  # alone on the fastest subnet it takes 4 ms, the other 1 ms
+    assert q.pop_before(0.001) == [0]  # alone on the fastest subnet, query 0 takes 4 ms and query 1 takes 1 ms
     assert q.drain() == [1]
 
 
@@ -262,8 +262,8 @@ def ms(seconds):
 
 
 def test_the_simulator_equals_an_example_worked_out_by_hand():
-    # The first runs alone, padded to 8 tokens, for 1 ms. Then the head has 30 tokens: it runs with the other long query, two
-    # in 6 ms. Then the short ones, two in 1.5 ms. The query of 12 tokens is too long for their batch and takes 2 ms.
+    # The first query runs alone, padded to 8 tokens, for 1 ms. Then the head has 30 tokens. It runs with the other long query:
+    # two take 6 ms. Then the two short queries take 1.5 ms. The query of 12 tokens is too long for their batch and takes 2 ms.
     result = serve(always(0, 2), [0, 0.1, 0.2, 0.3, 0.4, 0.5], [5, 30, 8, 20, 3, 12])
     assert ms(result.start_s) == [0, 1, 7, 1, 7, 8.5]
     assert ms(result.finish_s) == [1, 7, 8.5, 7, 8.5, 10.5]
@@ -347,7 +347,7 @@ def test_inputs_of_any_length_are_answered_and_trailing_padding_does_not_count()
         (np.int32(4), r"shape \(\)"),
     ],
 )
-def test_an_input_that_no_length_bucket_holds_is_refused(x, message):
+def test_an_input_of_a_wrong_length_shape_or_dtype_is_refused(x, message):
     with open_server() as s, pytest.raises(errors.InputError, match=message):
         s.submit(x)
 

@@ -55,7 +55,7 @@ def test_a_pop_takes_the_longest_prefix_that_the_accuracy_allows(entries, n, acc
 
 
 @given(ENTRIES, st.integers(0, 8))
-def test_the_head_is_what_the_next_pops_take(entries, n):
+def test_head_and_head_floors_describe_the_items_that_pop_takes_next(entries, n):
     q = filled(entries)
     order = in_order(entries)
     assert q.head_deadline_s == (entries[order[0]][0] if order else math.inf)
@@ -116,12 +116,12 @@ def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
 @pytest.mark.parametrize(
     ("slack_ms", "batch"), [(100.0, 4), (5.0, 2), (3.0, 1), (1.0, 4)], ids=["all", "cut", "one", "hopeless"]
 )
-def test_a_head_above_the_decided_subnet_is_taken_by_the_fastest_that_reaches_it(slack_ms, batch):
+def test_a_head_whose_floor_exceeds_the_decided_subnet_runs_on_the_fastest_that_reaches_it(slack_ms, batch):
     q = filled([(1.0, 0.75)] * 4)
     assert dispatch.take(q, PROFILE, SMALL, 4, slack_ms=slack_ms) == (MIDDLE, list(range(batch)))
 
 
-def test_a_floor_that_no_subnet_reaches_names_the_best():
+def test_the_error_for_a_floor_that_no_subnet_reaches_names_the_best_accuracy():
     with pytest.raises(errors.ProfileError, match=r"as accurate as 0\.9, the best reaches 0\.8; lower the floor"):
         PROFILE.fastest(0.9)
 

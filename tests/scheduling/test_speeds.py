@@ -61,7 +61,7 @@ def test_one_extreme_batch_hardly_moves_the_estimate(profiled_ms):
     assert 0.96 * calm < hurried <= calm <= stalled < 1.04 * calm
 
 
-def test_noise_alone_is_no_slowdown():
+def test_noise_alone_does_not_count_as_a_slowdown():
     ratios = np.exp(0.1 * np.random.default_rng(0).standard_normal(2000))
     estimate, seen = SlowdownEstimate(), []
     for ratio in ratios:
@@ -99,7 +99,7 @@ deadlines = st.lists(st.floats(0.0, 0.09), min_size=1, max_size=60)
 @settings(deadline=None)
 @given(deadlines, st.floats(-0.01, 0.03), st.sampled_from([2.0, 4.0]), st.integers(1, 9))
 def test_a_slow_device_is_served_like_a_device_with_a_slow_profile(deadlines, now_s, factor, workers):
-    def decided(table, slowdown):
+    def decided(profile, slowdown):
         waiting, meter = DeadlineQueue(), ArrivalMeter()
         for t in range(10):
             meter.read(now_s - 0.3 + 0.03 * t, t**3)
@@ -108,7 +108,7 @@ def test_a_slow_device_is_served_like_a_device_with_a_slow_profile(deadlines, no
         waiting.pushed += 1000
         meter.shorten(now_s, 36.0)
         pace = Pace(workers, slowdown)
-        row, items, _ = dispatch.next_batch(Turn(waiting, meter, SlackFit(table), table, pace), now_s)
+        row, items, _ = dispatch.next_batch(Turn(waiting, meter, SlackFit(profile), profile, pace), now_s)
         return row.subnet, items, waiting.late
 
     assert decided(PAPER, factor) == decided(PAPER.scaled(factor), 1.0)
@@ -117,9 +117,9 @@ def test_a_slow_device_is_served_like_a_device_with_a_slow_profile(deadlines, no
 def test_on_a_slow_device_the_state_has_shorter_times_and_higher_rates_and_no_other_change():
     seen = []
 
-    def policy(table, state):
+    def policy(profile, state):
         seen.append(state)
-        return Decision(table.rows[0].subnet, 1, defer_ms=7.0)
+        return Decision(profile.rows[0].subnet, 1, defer_ms=7.0)
 
     late = []
     for slowdown in (1.0, 2.0):
@@ -140,18 +140,18 @@ def test_on_a_slow_device_the_state_has_shorter_times_and_higher_rates_and_no_ot
 
 def test_deadlines_are_met_after_all_devices_slow_down():
     trace = traces.bursty(cv2=4.0, burst_qps=4900.0, duration_s=8.0)
-    table, slowed = PAPER.scaled(1.3), (Slowdown(1.5, from_s=4.0),)
-    with_it, without = (simulate(table, trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
+    profile, slowed = PAPER.scaled(1.3), (Slowdown(1.5, from_s=4.0),)
+    followed, ignored = (simulate(profile, trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
     after = trace.arrivals_s >= 4.5
-    met = [float((r.outcome[after] == simulator.MET).mean()) for r in (with_it, without)]
+    met = [float((r.outcome[after] == simulator.MET).mean()) for r in (followed, ignored)]
     assert met[0] > 0.998 > 0.9 > met[1]
 
 
-def test_deadlines_are_met_after_one_device_slows_down():
+def test_deadlines_are_met_after_two_of_eight_devices_slow_down():
     trace = traces.bursty(cv2=4.0, burst_qps=4000.0, duration_s=4.0)
     slowed = tuple(Slowdown(2.0, from_s=1.0, worker=w) for w in (0, 1))
-    with_it, without = (simulate(PAPER.scaled(1.3), trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
-    assert with_it.attainment > 0.99 > without.attainment + 0.03
+    followed, ignored = (simulate(PAPER.scaled(1.3), trace, slowdowns=slowed, follow_drift=f) for f in (True, False))
+    assert followed.attainment > 0.99 > ignored.attainment + 0.03
 
 
 @pytest.mark.parametrize("cluster", [{}, {"stalls": (Stall(1.0, 1.2),), "outages": (Outage(3, 0.5, 1.5),)}])
@@ -198,6 +198,6 @@ def test_a_slow_worker_takes_queries_that_nobody_can_save():
 
 
 @pytest.mark.parametrize("slow", [(0.0, 1.0), (2.0, 1.0, 0.5), (2.0, 1.0, 2.0, 8), (math.inf, 0.0)])
-def test_a_slowdown_that_cannot_be_is_refused(slow):
+def test_an_impossible_slowdown_is_refused(slow):
     with pytest.raises(errors.ConfigError, match="Slowdown"):
         Cluster(slowdowns=(Slowdown(*slow),))

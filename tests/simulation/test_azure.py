@@ -57,7 +57,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, row, message):
         minutes(tmp_path, f"f,1,2\nc,1,2\n{row}\n")
 
 
-def test_files_without_minutes_or_rows_or_at_all_are_refused(tmp_path):
+def test_files_without_minutes_or_without_rows_and_missing_files_are_refused(tmp_path):
     with pytest.raises(errors.DataError, match="no column is a minute"):
         minutes(tmp_path, "HashOwner,Trigger\na,b\n")
     with pytest.raises(errors.DataError, match="two columns are minute 1; give each day"):
@@ -83,7 +83,7 @@ def test_each_minute_keeps_its_share_and_its_slice_of_time(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"mean_qps": 0.0}, {"duration_s": float("nan")}])
-def test_a_scale_that_cannot_be_is_refused(tmp_path, bad):
+def test_an_impossible_scale_is_refused(tmp_path, bad):
     with pytest.raises(errors.ConfigError, match=next(iter(bad))):
         azure.trace(tmp_path / "a.csv", **bad)
 

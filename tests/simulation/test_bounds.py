@@ -15,7 +15,7 @@ from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 PAPER = paper_profile.paper_profile()
-# 100 and 25 queries/s and worker, at batch 1.
+# At batch 1, a worker carries 100 queries/s on the first subnet and 25 on the second.
 TWO = Profile((1,), (Row(Subnet((1, 0)), 0.7, (10.0,)), Row(Subnet((1, 1)), 0.8, (40.0,))))
 
 
@@ -25,7 +25,7 @@ def test_the_fluid_bound_mixes_two_subnets_so_that_the_workers_just_carry_the_ra
     assert (bound.attainment, bound.accuracy) == (pytest.approx(1.0), pytest.approx(0.75))
 
 
-def test_a_low_rate_is_bounded_by_the_best_subnet_and_one_beyond_capacity_by_the_fastest():
+def test_a_low_rate_is_bounded_by_the_best_subnet_and_a_rate_beyond_capacity_by_the_fastest():
     low, beyond = (bounds.fluid(TWO, rate, workers=1, slo_ms=50.0) for rate in (20.0, 400.0))
     assert (low.attainment, low.accuracy) == (pytest.approx(1.0), pytest.approx(0.8))
     assert (beyond.attainment, beyond.accuracy) == (pytest.approx(0.25), pytest.approx(0.7))
@@ -38,18 +38,18 @@ def test_a_subnet_that_is_slower_than_the_slo_does_not_count():
 
 
 def test_a_floor_spends_the_workers_on_the_queries_that_have_it():
-    arrivals = np.arange(1, 41) * 0.95 / 40  # with the SLO of 50 ms after the last, 1 s for 40 queries
+    arrivals = np.arange(1, 41) * 0.95 / 40  # the last deadline is at 1 s: 0.95 s and the SLO of 50 ms
     floored = Trace(arrivals, 50.0, np.where(np.arange(40) % 4, 0.0, 0.8))
     bound = bounds.fluid_of_trace(TWO, floored, workers=1)
     assert (bound.attainment, bound.accuracy) == (pytest.approx(1.0), pytest.approx(0.75))
-    # All floored: 25 of 40 can be served.
+    # If all 40 queries have the floor, 25 can be served.
     assert bounds.fluid_of_trace(TWO, Trace(arrivals, 50.0, 0.8), workers=1).attainment == pytest.approx(25 / 40)
 
 
 def test_a_trace_of_steady_traffic_has_the_bound_of_its_rate():
     trace = traces.gamma(rate_qps=7050.0, cv2=0)
     of_trace = bounds.fluid_of_trace(PAPER.scaled(1.9), trace)
-    of_rate = bounds.fluid(PAPER.scaled(1.9), 7050.0 * 60 / 60.036)  # the last are answered after the traffic has ended
+    of_rate = bounds.fluid(PAPER.scaled(1.9), 7050.0 * 60 / 60.036)  # answers may take until 36 ms after the end
     assert of_trace.accuracy == pytest.approx(of_rate.accuracy, abs=1e-6)
 
 
@@ -126,13 +126,13 @@ def small_trace(seed, n=20, rate_qps=700.0, slo_ms=20.0):
 
 
 def served(policy, trace, workers=2):
-    """The paper's objective per query, and the result it comes from."""
+    """The paper's objective per query, and the simulation result."""
     result = simulator.simulate(THREE, policy, trace, cluster=Cluster(workers=workers))
     return (result.attainment * result.mean_accuracy if result.attainment else 0.0), result
 
 
 def by_trying_everything(profile, trace, workers):
-    """The optimum by listing all schedules: who rides together, on which subnet and worker, in which order."""
+    """The optimum by listing all schedules: every choice of batches, their subnets, workers and order."""
     arrivals, deadlines = 1e3 * trace.arrivals_s, 1e3 * trace.deadlines_s
     floors = np.broadcast_to(trace.floors, arrivals.shape)
 
@@ -152,8 +152,9 @@ def by_trying_everything(profile, trace, workers):
 
 
 def test_the_optimum_equals_an_example_worked_out_by_hand():
-    # One worker, SLO 8 ms. At 0 and 3 ms: the best subnet from 0 to 6 and the second from 6 to 10 ms, since together they
-    # would have to wait until 3 and be done by 8. A third at 12 ms has time for the best.
+    # One worker, SLO 8 ms. Queries arrive at 0, 3 and 12 ms. The first runs on the best subnet from 0 to 6 ms, the second on
+    # the middle subnet from 6 to 10 ms. A batch of both would start at 3 ms and have to end by 8 ms, which only the fastest
+    # subnet can do. The third has time for the best subnet.
     best = bounds.optimum(THREE, Trace(np.array([0.0, 3.0, 12.0]) / 1e3, 8.0), workers=1)
     assert (best.value, best.attainment) == (pytest.approx((0.8 + 0.76 + 0.8) / 3), 1.0)
     # If a batch could start at its first arrival, the best subnet could run these two from 0 to 9 ms.
@@ -177,7 +178,7 @@ def test_the_optimum_is_what_trying_everything_finds(arrivals_ms, slo_ms, floors
 
 @pytest.fixture(scope="module")
 def regrets():
-    """Of each policy, the mean over five small traces, in points of accuracy per query."""
+    """For each policy, its regret on each of five small traces, in points of accuracy per query."""
     small = [small_trace(seed) for seed in range(5)]
     best = [bounds.optimum(THREE, trace).value for trace in small]
     return {
@@ -209,7 +210,7 @@ def test_the_regret_of_each_policy_against_the_optimum(regrets):
     )
 
 
-def test_an_instance_off_the_ticks_is_refused_and_one_that_takes_too_long_reported():
+def test_times_that_are_no_multiples_of_a_tick_and_a_search_that_takes_too_long_are_errors():
     with pytest.raises(errors.ConfigError, match="tick_ms"):
         bounds.optimum(THREE, Trace(np.array([0.0005]), 9.0))
     with pytest.raises(errors.SuperServeError, match="fewer queries"):

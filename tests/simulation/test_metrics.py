@@ -7,7 +7,7 @@ from numpy import testing
 from superserve_jax import errors
 from superserve_jax.simulation import metrics
 
-# Four queries with 1 s each: in time, late, never answered, in time.
+# Four queries with an SLO of 1 s: in time, late, never answered, in time.
 ARRIVAL = [10.0, 10.5, 11.0, 13.0]
 DEADLINE = [11.0, 11.5, 12.0, 14.0]
 FINISH = [10.25, 12.5, math.inf, 14.0]

@@ -1,6 +1,6 @@
-"""The simulator: examples worked out by hand, laws for any failure, and the policies on its virtual clock.
+"""The simulator: examples worked out by hand, properties that hold whatever fails, and policies in simulated traffic.
 
-One file because all tests share the two-row profile and `serve`.
+This is one file because all tests share the profile of two subnets and `serve`.
 """
 
 import math
@@ -43,8 +43,9 @@ def ms(seconds):
     return (1e3 * seconds).round(6).tolist()
 
 
-def test_it_equals_an_example_worked_out_by_hand():
-    # At 0 the only worker takes the only query, for 10 ms. Then three wait: a batch of two for 16 ms, then the last.
+def test_the_simulator_equals_an_example_worked_out_by_hand():
+    # At 0 the only worker takes the only query, for 10 ms. Then three queries wait. Two run in a batch for 16 ms, then the
+    # last one runs.
     result = serve(always(0, 2), [0, 1, 2, 3], slo_ms=33.0)
     assert ms(result.start_s) == [0, 10, 10, 26]
     assert ms(result.finish_s) == [10, 26, 26, 36]
@@ -108,7 +109,7 @@ def test_noise_is_seeded_and_has_median_one():
     assert np.log(factors[0]).std() == pytest.approx(0.2, abs=0.01)
 
 
-def test_a_full_queue_refuses():
+def test_a_full_queue_refuses_new_queries():
     result = serve(always(0, 1), [0, 1, 2, 3, 12], max_queue=2)
     assert result.outcome.tolist() == [simulator.MET] * 3 + [simulator.REFUSED, simulator.MET]
     assert result.finish_s[3] == math.inf
@@ -202,7 +203,7 @@ def test_a_run_is_determined_by_its_trace_and_seed():
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_no_query_overtakes_an_earlier_deadline_except_one_that_is_lost(data):
+def test_a_query_overtakes_an_earlier_deadline_only_if_the_earlier_one_is_lost(data):
     arrivals = np.sort(np.array(data.draw(st.lists(st.floats(0.0, 150.0), min_size=1, max_size=60)))) / 1e3
     slo_ms, floors = (
         np.array([data.draw(kind) for _ in arrivals])
@@ -233,7 +234,7 @@ def test_in_an_overload_slackfit_meets_nearly_as_many_deadlines_as_the_throughpu
     capacity = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)
     trace = traces.steps(rates_qps=(1.5 * capacity, 0.5 * capacity), step_s=1.0)
     attained = {defer: simulator.simulate(PAPER, SlackFit(PAPER, defer=defer), trace).attainment for defer in (True, False)}
-    # Of 2 units of traffic 0.5 exceed the capacity. Queries that still have slack at the end of the overload are met.
+    # Of 2 units of traffic, 0.5 exceed the capacity. Queries with slack left at the end of the overload are met too.
     assert attained[True] > 0.74 > 0.5 > attained[False]
 
 
@@ -251,7 +252,7 @@ def test_the_state_describes_the_recent_traffic():
     assert all(state.near == state.waiting for state in seen)
 
 
-def test_actuation_time_is_for_the_subnet_that_runs_not_for_the_decided_one():
+def test_actuation_time_depends_on_the_subnet_that_runs_not_on_the_decided_one():
     result = serve(always(0, 1), [0, 20, 60, 100], floors=np.array([0.0, 0.75, 0.75, 0.0]), actuation_ms=5.0)
     assert ms(result.finish_s - result.start_s) == [15, 25, 20, 15]
 
@@ -325,7 +326,7 @@ def test_the_papers_rule_collapses_with_32_latency_buckets_where_slackfit_does_n
         {"stalls": (Stall(1.0, math.inf),)},
     ],
 )
-def test_a_cluster_that_cannot_be_is_refused(bad):
+def test_an_impossible_cluster_is_refused(bad):
     with pytest.raises(errors.ConfigError):
         Cluster(**bad)
 

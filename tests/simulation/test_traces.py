@@ -39,7 +39,7 @@ def test_arrivals_are_ascending_and_within_the_duration(rate, cv2, seed):
 
 
 @pytest.mark.parametrize("cv2", [0.5, 1.0, 8.0])
-def test_gamma_gaps_have_the_rate_and_the_squared_coefficient_of_variation_asked_for(cv2):
+def test_gamma_gaps_have_the_given_rate_and_squared_coefficient_of_variation(cv2):
     gaps = np.diff(traces.gamma(rate_qps=5000.0, cv2=cv2, duration_s=60.0).arrivals_s)
     assert 1 / gaps.mean() == pytest.approx(5000.0, rel=0.03)
     assert gaps.var() / gaps.mean() ** 2 == pytest.approx(cv2, rel=0.05)
@@ -75,7 +75,7 @@ def test_a_mix_draws_values_in_their_shares():
     np.testing.assert_allclose(trace.deadlines_s, trace.arrivals_s + trace.slo_ms / 1e3)
 
 
-def test_recorded_arrivals_need_only_the_one_column_and_no_order(tmp_path):
+def test_a_recording_needs_only_the_column_of_arrivals_and_may_be_unsorted(tmp_path):
     (tmp_path / "a.csv").write_text("host,arrival_s\nx,2.5\ny,1.5\n")
     trace = traces.load(tmp_path / "a.csv", slo_ms=50.0)
     assert trace.arrivals_s.tolist() == [1.5, 2.5]

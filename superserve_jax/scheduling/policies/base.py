@@ -84,8 +84,8 @@ REASONS = {
 
 
 Policy = Callable[[Profile, State], Decision]
-"""`policy(profile, state) -> Decision`, a pure function. Any callable will do. Most policies of this package are built for
-one profile, keep tables of it, and ignore the argument `profile`. `ByProfile` and custom policies may use it."""
+"""`policy(profile, state) -> Decision`. Any callable will do. The policies here, except `Planner`, are pure functions.
+Most are built for one profile, keep tables of it, and ignore the argument `profile`. `ByProfile` selects by this argument."""
 
 
 _NEIGHBOURS = 9  # a cell is a (subnet, batch size); p99 is smoothed over this many cells with similar latencies

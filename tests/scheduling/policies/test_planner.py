@@ -7,7 +7,7 @@ from superserve_jax.scheduling.policies import Planner, State
 
 @settings(deadline=None, max_examples=50)
 @given(share=st.floats(0.05, 0.95), workers=st.integers(1, 12))
-def test_a_plan_gives_every_worker_a_subnet_and_carries_the_forecast_if_the_fastest_could(share, workers):
+def test_a_plan_gives_every_worker_a_subnet_and_carries_the_forecast_if_the_fastest_subnet_could(share, workers):
     policy, fastest = Planner(PAPER, headroom=0.0), PAPER.throughput_qps(PAPER.rows[0].subnet)
     plan = policy.plan(share * workers * fastest, workers=workers, slo_ms=1e6)
     assert len(plan) == workers
@@ -23,17 +23,17 @@ def test_a_plan_takes_the_most_accurate_subnets_that_carry_the_forecast():
 
 def test_the_planner_keeps_a_plan_for_its_period_and_makes_another_when_a_worker_leaves():
     policy = Planner(PAPER, period_s=5.0)
-    busy = PAPER.rows[0].accuracy
+    lowest = PAPER.rows[0].accuracy
 
     def at(now_s, rate_qps, workers=2):
         state = State(now_s, 36.0, 16, workers=workers, rate_qps=rate_qps, slo_ms=36.0)
         return PAPER.row(policy(PAPER, state).subnet).accuracy
 
-    assert at(0.0, 0.0) == busy  # nothing is known yet
-    assert at(0.1, 10.0) == at(1.0, 9000.0) > busy  # the first plan lasts a second
-    assert at(1.2, 9000.0) == at(6.1, 10.0) == busy
-    assert at(6.3, 10.0) > busy
-    assert at(6.4, 4000.0) > at(6.5, 4000.0, workers=1) == busy
+    assert at(0.0, 0.0) == lowest  # the rate is unknown
+    assert at(0.1, 10.0) == at(1.0, 9000.0) > lowest  # the first plan lasts a second
+    assert at(1.2, 9000.0) == at(6.1, 10.0) == lowest
+    assert at(6.3, 10.0) > lowest
+    assert at(6.4, 4000.0) > at(6.5, 4000.0, workers=1) == lowest
 
 
 def test_a_planner_rounds_a_fractional_number_of_workers():

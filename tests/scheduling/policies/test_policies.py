@@ -32,7 +32,7 @@ def test_every_policy_made_by_name_answers_with_a_subnet_and_a_batch_of_the_prof
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "slackfit"])
 @given(data=st.data())
-def test_no_choice_above_the_slack_is_taken_while_one_of_the_policy_fits(name, data):
+def test_a_policy_exceeds_the_slack_only_if_none_of_its_choices_fits(name, data):
     profile = data.draw(profiles()).pareto().monotone()
     if name == "fixed:2" and len(profile.rows) < 3:
         return
@@ -63,14 +63,15 @@ def test_a_fixed_subnet_fits_its_batch_into_the_slack_and_runs_a_full_batch_if_t
 
 
 def test_each_latency_bucket_keeps_the_largest_batch_then_the_most_accurate_subnet():
-    # Two buckets, 1 to 5.5 and above 5.5 to 10: (0, 4) at 4 ms, and of (1, 4) at 9 and (2, 4) at 10 the latter.
+    # A choice is (rank, batch). The latency bucket from 1 to 5.5 ms keeps (0, 4), which takes 4 ms. In the bucket from 5.5 to
+    # 10 ms, (1, 4) takes 9 ms and (2, 4) takes 10 ms. It keeps (2, 4), which is more accurate.
     profile = make_profile([(1, 2, 4), (3, 5, 9), (6, 8, 10)])
     policy = PaperSlackFit(profile, buckets=2)
     assert [choose(policy, profile, ms) for ms in (10, 9.9, 4, 3.9)] == [(2, 4), (0, 4), (0, 4), (0, 4)]
 
 
 def test_the_two_readings_differ_if_a_latency_bucket_has_only_small_batches():
-    # The upper half, above 6.5 ms, holds (1, 1) and (1, 2); cumulatively it holds (0, 4) too.
+    # The third of four latency buckets, 6.5 to 9.25 ms, holds (1, 1) and (1, 2). With "cumulative" it also holds (0, 4).
     profile = make_profile([(1, 2, 4), (7, 9, 12)], batch_sizes=(1, 2, 4))
     in_range = PaperSlackFit(profile, buckets=4)
     cumulative = PaperSlackFit(profile, buckets=4, reading="cumulative")

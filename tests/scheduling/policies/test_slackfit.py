@@ -17,9 +17,9 @@ from superserve_jax.simulation.simulator import Cluster
 def test_as_slack_shrinks_slackfit_never_serves_a_backlog_more_slowly(data):
     profile = data.draw(profiles()).pareto().monotone()
     policy = SlackFit(profile)
-    # More than the workers can clear in 50 ms, so that rescuing single heads is out of the question.
-    drain_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
-    waiting = profile.max_batch + math.ceil(50 / drain_ms) + 1
+    # More queries than the workers can clear in 50 ms, so that a small batch for the head alone is never right.
+    query_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
+    waiting = profile.max_batch + math.ceil(50 / query_ms) + 1
     slacks = sorted(data.draw(st.lists(st.floats(-10.0, 50.0), min_size=2, max_size=8)), reverse=True)
     rates = [qps(profile, policy(profile, State(0.0, s, waiting))) for s in slacks]
     assert all(a <= b * (1 + 1e-9) for a, b in itertools.pairwise(rates))
@@ -35,8 +35,8 @@ def test_a_backlog_that_cannot_be_cleared_within_the_heads_slack_is_drained_at_t
     if latency_ms > state.slack_ms:
         assert qps(profile, decision, state.waiting) == pytest.approx(best)
     elif decision.subnet == profile.rows[0].subnet and qps(profile, decision, state.waiting) < best * (1 - 1e-9):
-        drain_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
-        assert latency_ms + (state.waiting - decision.batch) * drain_ms / state.workers <= state.slack_ms * (1 + 1e-9)
+        query_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
+        assert latency_ms + (state.waiting - decision.batch) * query_ms / state.workers <= state.slack_ms * (1 + 1e-9)
 
 
 @given(data=st.data())
@@ -45,17 +45,17 @@ def test_slackfit_is_late_only_if_no_batch_with_its_drain_time_fits_into_the_sla
     state = data.draw(states(profile))
     sizes, fastest = profile.batch_sizes, profile.rows[0].latency_ms
     queries = min(state.waiting, profile.max_batch)
-    drain = max(range(len(sizes)), key=lambda i: (min(queries, sizes[i]) / fastest[i], i))
+    best = max(range(len(sizes)), key=lambda i: (min(queries, sizes[i]) / fastest[i], i))
     query_ms = min(ms / b for b, ms in zip(sizes, fastest, strict=True))
 
     def needs_ms(i):
         rest_ms = max(state.waiting - sizes[i], 0) * query_ms / state.workers
-        return fastest[i] + rest_ms * (i != drain)
+        return fastest[i] + rest_ms * (i != best)
 
     decision = SlackFit(profile)(profile, state)
-    in_time = [i for i in range(drain + 1) if needs_ms(i) <= state.slack_ms]
+    in_time = [i for i in range(best + 1) if needs_ms(i) <= state.slack_ms]
     if not in_time:
-        assert decision == Decision(profile.rows[0].subnet, min(sizes[drain], queries), fastest[drain], reason="lost")
+        assert decision == Decision(profile.rows[0].subnet, min(sizes[best], queries), fastest[best], reason="lost")
         return
     assert profile.latency_ms(decision.subnet, decision.batch) <= state.slack_ms
     assert decision.defer_ms == -math.inf
@@ -103,17 +103,17 @@ def test_a_head_with_a_floor_gets_a_more_accurate_subnet_if_there_is_time():
 
 def test_a_head_with_a_floor_runs_with_equal_floors_only_if_a_full_batch_has_no_time():
     policy, best = SlackFit(SLOWED), SLOWED.rows[5].accuracy
-    for slack_ms in (36.0, 1.0):  # 16 take the largest subnet 58 ms
+    for slack_ms in (36.0, 1.0):  # the largest subnet takes 58 ms for 16 queries
         assert choose(policy, SLOWED, slack_ms, waiting=16, floors=(best, best) + (0.0,) * 14) == (5, 2)
-    assert choose(policy, SLOWED, 11.0, waiting=16, floors=(best, best) + (0.0,) * 14) == (5, 1)  # 2 take it 12 ms, 1 takes 9
+    assert choose(policy, SLOWED, 11.0, waiting=16, floors=(best, best) + (0.0,) * 14) == (5, 1)  # 12 ms for 2, 9 ms for 1
 
 
 def test_slackfit_gives_up_accuracy_before_a_backlog_exists_if_bursts_come_near_the_capacity():
     policy, capacity = SlackFit(SLOWED), 8 * SLOWED.throughput_qps(SLOWED.rows[0].subnet)
-    calm, near = (dict(rate_qps=share * capacity, variance_qps=8 * share * capacity) for share in (0.5, 0.9))
-    assert choose(policy, SLOWED, 36.0, waiting=16, **calm)[0] > choose(policy, SLOWED, 36.0, waiting=16, **near)[0] == 0
-    assert choose(SlackFit(SLOWED, risk=1.0), SLOWED, 36.0, waiting=16, **near)[0] > 0
-    # The same rate, evenly spaced, is no risk. Beyond the capacity only the fastest subnet will do.
+    calm, busy = (dict(rate_qps=share * capacity, variance_qps=8 * share * capacity) for share in (0.5, 0.9))
+    assert choose(policy, SLOWED, 36.0, waiting=16, **calm)[0] > choose(policy, SLOWED, 36.0, waiting=16, **busy)[0] == 0
+    assert choose(SlackFit(SLOWED, risk=1.0), SLOWED, 36.0, waiting=16, **busy)[0] > 0
+    # The same rate, evenly spaced, is no risk. Beyond the capacity, only the fastest subnet runs.
     assert choose(policy, SLOWED, 36.0, waiting=16, rate_qps=0.9 * capacity, variance_qps=1.0)[0] > 0
     assert choose(policy, SLOWED, 36.0, waiting=16, rate_qps=2 * capacity, variance_qps=capacity)[0] == 0
 
