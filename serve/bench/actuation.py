@@ -1,4 +1,4 @@
-"""Measures what a change of the subnet costs, beside the alternatives to SubNetAct.
+"""Measures the cost of a change of the subnet, for SubNetAct and its alternatives.
 
 One file because all ways to change a subnet take turns in one loop and end in one table.
 
@@ -9,9 +9,10 @@ It takes an export's directory or a config file. For a config file, it makes an 
 statistics. Some subnets, evenly spaced in FLOPs, run in turn. Every batch runs twice in succession: first after a batch of
 another subnet, then after a batch of the same subnet. It compares:
 
-- two engines, one that slices in the call and one that keeps slices. Only some changes need a copy of the slices;
-- the extracted subnet, a network of its own whose weights are also on the device;
-- a server that switches models. It loads the extracted weights from host memory, or reads them from a file first.
+- in_call: an engine that slices the weights in every call;
+- kept: an engine that keeps slices. It copies them only if a change is to a subnet whose slices are not there;
+- extracted: the extracted subnet, a network of its own whose weights are also on the device;
+- loading: a server that switches models. It loads the extracted weights from host memory, or reads them from a file first.
 
 All of them run in turn in one process, so that ratios also hold on a busy machine. A ratio is the median of the ratios of all
 rounds. The ratio of loading to inference by model size is the paper's Figure 1a.
@@ -44,14 +45,14 @@ from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets import programs, reads
 from superserve_jax.training import random_export
 
-CANDIDATES = 500  # subnets of a config file, of which evenly spaced ones are measured
+CANDIDATES = 500  # subnets in the export of a config file; some of them are measured
 WARM_UP_ROUNDS = 2
 EVENTS = {
     "in_call_same": "in_call, same subnet again",
     "in_call_other": "in_call, another subnet",
     "kept_same": "kept, same subnet again",
-    "kept_other": "kept, another subnet, its slices there",
-    "kept_copied": "kept, another subnet, its slices made",
+    "kept_other": "kept, another subnet, slices there",
+    "kept_copied": "kept, another subnet, slices copied",
     "extracted_same": "extracted, same network again",
     "extracted_other": "extracted, another network, on the device",
 }
@@ -64,12 +65,12 @@ class Options:
 
     Args:
       path: an export's directory or a config file.
-      subnets: number of subnets that run in turn, evenly spaced in FLOPs.
-      batch_sizes: batch sizes.
+      subnets: the number of subnets that run in turn, evenly spaced in FLOPs.
+      batch_sizes: the batch sizes to measure.
       length: the length of inputs, for a model of sequences; if left out, its longest.
       slice_bytes: the byte budget of kept slices; if left out, the engine's default.
-      rounds: how often each event is measured.
-      loads: how often weights are loaded.
+      rounds: the number of measurements of each event.
+      loads: the number of times that the weights of each subnet are loaded.
       json: write the figures to this file.
       plot: draw the ratio of loading to inference by model size into this file (PNG).
     """
@@ -91,12 +92,12 @@ class Options:
 
 
 class Weights:
-    """Weights of a network in host memory and in a file, and how long it takes to load them to a device.
+    """Weights of a network in host memory and in a file, which can be loaded to a device from either.
 
     Args:
       host: the weights by name.
       device: the device to load them to.
-      file: is written.
+      file: the file to write the weights to.
     """
 
     def __init__(self, host: dict[str, np.ndarray], device: Device, file: pathlib.Path):
@@ -106,7 +107,7 @@ class Weights:
             f.writelines(value.tobytes() for value in host.values())
             f.flush()
             os.fsync(f.fileno())  # the page cache cannot drop pages that are not on the disk
-        self.load_from_host()  # the first one compiles the copies
+        self.load_from_host()  # the first load compiles the copies
 
     def load_from_host(self) -> dict[str, jax.Array]:
         """The weights, copied from host memory to the device."""
@@ -141,7 +142,7 @@ Times = collections.defaultdict[tuple[Any, ...], np.ndarray]
 
 
 def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, Any]:
-    """The figures that the program prints; `folder` is for files of weights."""
+    """The figures that the program prints. Files of weights are written to `folder`."""
     device, config = jax.devices()[0], model.config
     chosen = evenly_spaced(model.subnets, config.flops, options.subnets)
     if len(chosen) < 2:
@@ -233,7 +234,7 @@ def slices_of(model: Model, subnet: Subnet, device: Device) -> Callable[[], Any]
 
 
 def figures_of(times: Times, subnet: Subnet, size: int) -> dict[str, Any]:
-    """The figures of a subnet at a batch size: for each event its times, and their relation to the extracted network's."""
+    """The figures of a subnet at a batch size: the times of each event, and their ratio to the extracted network's."""
     network, copy = times[subnet, size, "extracted_same"], times[subnet, "copy"]
     events = {}
     for event in EVENTS:
@@ -257,7 +258,7 @@ def report(found: dict[str, Any]) -> None:
     """Prints the figures."""
     print(f"{found['device']}; accuracies: {found['measured']}; sizes are real. Median times in ms:")
     lines: list[tuple[str, ...]] = [
-        ("MFLOPs", "batch of", "batch", "times", "median", "p99", "over extracted", "change", "less the copy")
+        ("MFLOPs", "event", "batch size", "count", "median", "p99", "/ extracted", "change of subnet", "without copy")
     ]
     for subnet in found["subnets"]:
         for batch in subnet["batches"]:
@@ -280,13 +281,13 @@ def report(found: dict[str, Any]) -> None:
         lines.append((*sizes, *(f"{value:.2f}" for value in values)))
     cli.print_table(lines)
     print(
-        "loading: weights copied to the device from host memory; or read from a file first, "
-        + ("which was dropped from the page cache before" if found["page_cache_dropped"] else "which the page cache may hold")
+        "loading: weights are copied to the device from host memory, or are read from a file first; the page cache "
+        + ("does not hold the file" if found["page_cache_dropped"] else "may hold the file")
     )
     for event, name in EVENTS.items():
-        key, what = "over_extracted", "of extracted"
+        key, what = "over_extracted", "times as long as extracted"
         if not event.endswith("same"):
-            key, what = "change_less_copy_ms", "ms beside the copy"
+            key, what = "change_less_copy_ms", "ms for a change of subnet, without the copy"
         values = [
             batch["events"][event][key]
             for subnet in found["subnets"]
@@ -294,7 +295,7 @@ def report(found: dict[str, Any]) -> None:
             if event in batch["events"]
         ]
         if values and not event.startswith("extracted"):
-            print(f"{name}: {np.median(values):.3f} {what}, at worst {max(values):.3f}")
+            print(f"{name}: {np.median(values):.3f} {what} (median), at most {max(values):.3f}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Extracted subnets, each a network with weights of its own: the reference of actuation.py and memory.py."""
+"""Extracted subnets, each a network with weights of its own: actuation.py and memory.py compare SubNetAct with them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,7 +20,7 @@ class Extracted:
     Args:
       model: the SuperNet.
       program: the subnet's sliced program.
-      made: its executables by batch size.
+      made: the program's executables by batch size.
 
     Attributes:
       host: the weights in host memory, by name.
@@ -55,7 +55,7 @@ def extract(
 
 
 def length_of(config: FamilyConfig, length: int | None) -> int:
-    """The length that a program measures with: the family's longest for None, and 0 if all inputs have one shape."""
+    """The length to measure with. None gives the family's longest. It is 0 if all inputs have one shape."""
     return max(prepare.check_lengths(config, None if length is None else (length,)), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Measures how much memory many subnets of one SuperNet need, beside a few extracted subnets with a network each.
+"""Measures the memory that many subnets of one SuperNet need, and the memory of a few extracted subnets.
 
 One file because every variant is measured by the same function, each in a fresh process.
 
@@ -12,16 +12,18 @@ statistics for many subnets. Each line of the table is measured in a fresh proce
 - in place with kept slices, within the default budget and within a smaller one;
 - some extracted subnets, evenly spaced in FLOPs, without the SuperNet.
 
-A process runs one subnet of every subnet bucket, or every extracted network, twice. Then it runs three subnets in turn and
-prints their latencies. The columns:
+A process runs one subnet of every subnet bucket, or every extracted network, twice. Then it runs three subnets in turn to
+measure their latencies. The columns:
 
 - live: the most bytes of all arrays on the device between two calls. They are weights, statistics and kept slices.
+- thereof statistics, thereof slices: their parts of live.
 - temporaries: the most bytes that any executable needs in addition during a call, as XLA counts them.
 - resident: on a CPU, the growth of the process since before the model was loaded. It includes code, statistics on the host
   and Python's own objects.
 - peak: the largest value of resident while the process runs. On a GPU, it is the device's own count.
-- statistics on host: statistics of all subnets, while the device holds only the statistics of recently used subnets.
+- statistics on host: statistics of all subnets. The device holds only those of recently used subnets.
 - executables: on a CPU, the growth of resident by loading executables, without arrays. XLA keeps far more than their code.
+- code: the code of the executables, loaded or serialised as the line below the table says.
 
 The last line, all subnets extracted, is not measured but computed from their numbers of parameters.
 """
@@ -54,8 +56,8 @@ SHOWN = 3  # subnets whose latencies are measured
 PROCESS = pathlib.Path("/proc/self")
 COLUMNS = {
     "live_bytes": "live",
-    "statistics_bytes": "of it statistics",
-    "slices_bytes": "slices",
+    "statistics_bytes": "thereof statistics",
+    "slices_bytes": "thereof slices",
     "temporary_bytes": "temporaries",
     "resident_bytes": "resident",
     "peak_bytes": "peak",
@@ -78,13 +80,13 @@ class Options:
 
     Args:
       path: an export's directory or a config file.
-      subnets: number of served subnets, for a config file.
-      executables: the most subnet buckets, and so executables.
-      extracted: number of extracted subnets.
+      subnets: the number of served subnets, for a config file.
+      executables: the largest number of subnet buckets, which is also the number of executables.
+      extracted: the number of extracted subnets.
       small_budget_mib: the smaller byte budget of kept slices, in MiB.
       batch_size: the batch size.
       length: the length of inputs, for a model of sequences; if left out, its longest.
-      repeats: calls of each subnet whose latency is printed.
+      repeats: the number of timed calls of each subnet whose latency is printed.
       json: write the figures to this file.
     """
 
@@ -104,7 +106,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A line of the table, as its process needs it.
+    """One way to hold subnets in memory: a line of the table.
 
     Args:
       name: the line's name.
@@ -223,18 +225,18 @@ def host_statistics(model: Model) -> int:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def peak() -> int:
-    """The most bytes that this process had in memory since `reset_peak`. 0 if the system is not Linux: psutil lacks it."""
+    """The most resident bytes of this process since `reset_peak`. 0 on systems other than Linux, since psutil lacks it."""
     lines = (PROCESS / "status").read_text().splitlines() if PROCESS.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def reset_peak() -> None:
-    """Makes `peak` start again from what is resident now."""
+    """Makes `peak` start again from the current resident memory."""
     if PROCESS.exists():
         (PROCESS / "clear_refs").write_text("5")
 
@@ -291,13 +293,13 @@ def report(found: dict[str, Any]) -> None:
     """Prints the figures."""
     print(f"{found['device']}; accuracies: {found['measured']}; sizes are real. MB, and median ms at {found['shape']}:")
     latencies = [f"{flops / 1e6:.4g} MFLOPs" for flops in found["shown_flops"]]
-    lines = [("", "programs", *COLUMNS.values(), *latencies)]
+    lines = [("", "number of executables", *COLUMNS.values(), *latencies)]
     for variant in found["variants"]:
         sizes = (f"{variant[key] / 1e6:.1f}" if variant.get(key) is not None else "" for key in COLUMNS)
         times = [f"{ms:.3g}" for ms in variant.get("latency_ms", ())] or [""] * len(latencies)
         lines.append((variant["name"], str(variant.get("executables", "")), *sizes, *times))
     cli.print_table(lines)
-    print(f"code: as it is {found['variants'][0]['code_counted']}")
+    print(f"code: size when {found['variants'][0]['code_counted']}")
     print(f"memory of {found['reference']} / memory of the subnets in place:")
     lines = [("", *RATIOS)]
     for name, ratios in found["ratios"].items():
@@ -306,7 +308,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 def ratios(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, float]:
-    """Memory of the reference / memory of a variant, for each way of counting."""
+    """Memory of the reference / memory of a variant, for each way of counting in `RATIOS`."""
     return {name: sum(reference[k] for k in keys) / sum(variant[k] for k in keys) for name, keys in RATIOS.items()}
 
 

@@ -1,4 +1,4 @@
-"""Measures the gain of overlap: a worker stages its next batch and answers the last one while the device computes.
+"""Measures the gain of overlap: while the device computes, a worker stages its next batch and answers the last one.
 
     python serve/bench/overlap.py                       a device that sleeps
     python serve/bench/overlap.py runs/demo/export      this machine's device, with the largest subnet of an export
@@ -7,7 +7,7 @@ Both ways, with and without overlap, run in turn, each with a new server. The pr
 
 - the throughput: how many queries per second a server answers that has more queries waiting than it can serve;
 - with a device that sleeps, also attainment, accuracy and p99 latency of bursty traffic on the paper's profile. The profile
-  is made faster as the device is. This shows what SlackFit loses by deciding before the device is free.
+  is scaled to the speed of the device. This shows what SlackFit loses by deciding before the device is free.
 
 Everything but the sleep is real: queue, policy, threads, futures, and the copies of inputs into staging buffers.
 """
@@ -43,11 +43,11 @@ class Options:
 
     Args:
       export: an export's directory; if left out, the device sleeps.
-      batch_ms: with a device that sleeps, the time of its fastest subnet for a batch of 16.
+      batch_ms: with a device that sleeps, the times of its fastest subnet for a batch of 16 to try.
       input_shape: with a device that sleeps, the shape of an input of dtype uint8.
-      queries: number of queries to measure the throughput with.
-      seconds: length of the bursty traffic.
-      rounds: how often each way is measured; the program prints medians.
+      queries: the number of queries to measure the throughput with.
+      seconds: the length of the bursty traffic.
+      rounds: the number of measurements with and without overlap; the program prints medians.
       json: write the figures to this file.
     """
 
@@ -66,16 +66,16 @@ class Options:
 
 
 def both_ways(measure: Callable[[bool], dict[str, float]], rounds: int) -> dict[str, dict[str, float]]:
-    """Calls `measure(overlap)` both ways in turn, and returns the medians of the figures."""
+    """Calls `measure(overlap)` with False and True in turn, and returns the medians of the figures."""
     runs = [(measure(False), measure(True)) for _ in range(rounds)]
     off, on = ({key: statistics.median(r[key] for r in way) for key in way[0]} for way in zip(*runs, strict=True))
     return {"off": off, "on": on}
 
 
 def throughput(target: Server, example: np.ndarray, queries: int) -> float:
-    """Queries per second of a new server, if all queries wait from the start."""
+    """Queries per second of a new server if all queries are submitted at the start."""
     with target:
-        target.submit_many([example] * 64)[-1].result()  # warm
+        target.submit_many([example] * 64)[-1].result()  # warm-up
         start_s = time.perf_counter()
         for future in target.submit_many([example] * queries):
             future.result()
@@ -83,7 +83,7 @@ def throughput(target: Server, example: np.ndarray, queries: int) -> float:
 
 
 def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
-    """Figures of a device that sleeps. It is so fast that the paper's fastest subnet takes `batch_ms` for a full batch."""
+    """Figures of a device that sleeps. Its speed is set so that the fastest subnet takes `batch_ms` for a full batch."""
     paper = paper_profile.paper_profile()
     faster = batch_ms / paper.rows[0].latency_ms[-1]
     table, slo_ms = paper.scaled(faster), SLO_MS * faster
@@ -130,7 +130,7 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     columns = {
-        "ms a batch": "{0[batch_ms]:.1f}".format,
+        "ms per batch": "{0[batch_ms]:.1f}".format,
         "overlap": "{0[overlap]}".format,
         "queries/s": "{0[qps]:,.0f}".format,
         "gain": "{0[gain]:.3f}".format,

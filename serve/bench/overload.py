@@ -7,8 +7,8 @@
 
 The engines only sleep, as long as the paper's GPUs take. So this measures queue, policy, workers and futures, not a model.
 Arrivals are Poisson and open loop. It prints:
-- for each phase the refused queries, and how many of the admitted ones were met, on the server and in the simulator. The
-  simulator gets the same arrivals, but at most 10 s of the overload;
+- for each phase: the refused queries, and the share of admitted queries that met their deadlines, on the server and in the
+  simulator. The simulated overload is generated in the same way, but lasts at most 10 s;
 - the longest queue, the CPU time of a refusal, and the memory after a tenth of the overload and at its end;
 - the recovery: the time from the end of the overload to the first tenth of a second in which every query was met.
 Library: loadtest.loadgen, loadtest.endurance, serving.server, simulation.simulator, simulation.paper_profile.
@@ -39,7 +39,7 @@ from superserve_jax.simulation.traces import Trace
 
 X = np.zeros((), np.float32)
 CALM = 0.5  # load after the overload
-SIMULATED_S = 10.0  # of the overload
+SIMULATED_S = 10.0  # the longest overload that is simulated
 WINDOW_S = 0.1
 MISSED, MET, REFUSED = range(3)  # outcomes
 
@@ -49,17 +49,17 @@ class Options:
     """Options.
 
     Args:
-      overload: the traffic, divided by what the workers carry with the fastest subnet.
-      seconds: length of the overload.
-      calm_s: length of the calm after it.
-      workers: the number of engines.
-      speed: how many times faster they are than the paper's GPUs.
-      slo_ms: latency objectives; each gets an equal share of the queries.
-      policy: its name.
+      overload: (arrival rate) / (throughput of all workers with the fastest subnet).
+      seconds: the length of the overload.
+      calm_s: the length of the calm after the overload.
+      workers: the number of workers, with one engine each.
+      speed: how many times faster the engines are than the paper's GPUs.
+      slo_ms: the latency objectives; each gets an equal share of the queries.
+      policy: the policy's name.
       max_queue: the number of queries that may wait.
-      admission: refuse queries that cannot be met.
-      expire: drop queries that can no longer be met.
-      seed: of the arrivals.
+      admission: refuse queries whose deadline cannot be met.
+      expire: drop waiting queries whose deadline can no longer be met.
+      seed: the seed of the arrivals.
       json: write the results to this file.
     """
 
@@ -101,7 +101,7 @@ class Same(Sequence):
 
 
 class Client:
-    """Stands in front of the server, and measures the CPU time of refusals."""
+    """Passes queries on to the server, and measures the CPU time of refusals."""
 
     def __init__(self, target: Server):
         self.refused, self.refusals_s = 0, 0.0
@@ -119,7 +119,7 @@ class Client:
 
 
 def traffic(options: Options, capacity_qps: float, seconds: float) -> Trace:
-    """An overload, and then calm."""
+    """The arrivals: `seconds` of overload, then calm."""
     over = traces.gamma(rate_qps=options.overload * capacity_qps, duration_s=seconds, seed=options.seed)
     calm = traces.gamma(rate_qps=CALM * capacity_qps, duration_s=options.calm_s, seed=options.seed + 1)
     trace = Trace(np.concatenate([over.arrivals_s, seconds + calm.arrivals_s]), options.slo_ms[0])
@@ -176,7 +176,7 @@ def simulate(options: Options, profile: Profile, trace: Trace) -> np.ndarray:
 
 
 def phases(options: Options, trace: Trace, outcomes: np.ndarray, seconds: float) -> dict[str, Any]:
-    """Outcomes during the overload, for each SLO of it, and during the calm; and the recovery in seconds."""
+    """Counts outcomes during the overload, in total and by SLO, and during the calm. Adds the seconds until the recovery."""
     over = trace.arrivals_s < seconds
     slo_ms = np.broadcast_to(trace.slo_ms, len(trace))
     each = {f"{ms:g}": counts(outcomes[over & (slo_ms == ms)]) for ms in options.slo_ms}
@@ -187,7 +187,7 @@ def phases(options: Options, trace: Trace, outcomes: np.ndarray, seconds: float)
 
 
 def counts(outcomes: np.ndarray) -> dict[str, Any]:
-    """The number of queries and of refusals, and the share met of all and of the admitted."""
+    """Counts queries and refusals. Also computes the share of all, and of the admitted queries, that met their deadlines."""
     admitted, hits = int((outcomes != REFUSED).sum()), int((outcomes == MET).sum())
     return {
         "arrived": len(outcomes),
@@ -219,14 +219,14 @@ def report(options: Options, found: dict[str, Any]) -> None:
     if len(options.slo_ms) > 1:
         phases += [(f"  SLO {ms} ms", real["by_slo"][ms], ours["by_slo"][ms]) for ms in real["by_slo"]]
     phases.append((f"{CALM:g} times for {options.calm_s:g} s", real["calm"], ours["calm"]))
-    lines = [["traffic", "arrived", "refused", "met", "of admitted", "simulated: met", "of admitted"]]
+    lines = [["traffic", "arrived", "refused", "met", "met of admitted", "simulated: met", "met of admitted"]]
     for name, seen, expected in phases:
         shares = [f"{100 * p[key]:.2f} %" for p in (seen, expected) for key in ("met", "met_of_admitted")]
         lines.append([name, f"{seen['arrived']:,}", f"{seen['refused']:,}", *shares])
     cli.print_table(lines)
     print(f"  longest queue    {found['waiting_at_most']:,} queries, of {options.max_queue:,} allowed")
-    print(f"  a refusal        {found['us_per_refusal']:.2f} us of the client's CPU")
-    print(f"  memory           {' to '.join(f'{value:.1f}' for value in found['rss_mb'].values())} MB over the overload")
+    print(f"  CPU per refusal  {found['us_per_refusal']:.2f} us, in the client's thread")
+    print(f"  memory           {' to '.join(f'{value:.1f}' for value in found['rss_mb'].values())} MB during the overload")
     print(f"  recovery         {real['recovery_s']:.1f} s; simulated {ours['recovery_s']:.1f} s")
     print(f"  generator        {found['generator_late_ms']:.1f} ms late at most")
 

@@ -8,13 +8,14 @@ One file because the four kinds of client share the server, the measurement and 
     python serve/bench/router.py --clients await --callers 1000 --speed 16
     python serve/bench/router.py --clients bulk --callers 1000 --speed 16
 
-Arrivals are open loop by default: a generator in this process submits what is due every millisecond, however late the answers
-are. Other clients are a closed loop, each with one query at a time: threads blocked in `Future.result`, tasks that `await`, or
-one thread that hands over so many inputs in one `submit_many` and waits for all of them.
-CPU time is the process's, all threads together, without the engines (a real server's have a device to wait for) and without
-the generator's own; `submit`, which runs in the client's thread, counts for the router. What a query spends between submit
-and result, stage by stage: serve/bench/stages.py.
-Library: serving.server.Server, engines.base.FakeEngine, simulation.paper_profile, loadtest.loadgen, simulation.traces,
+Arrivals are open loop by default: every millisecond, a generator in this process submits all queries that are due, however
+late the answers are. The other clients are closed loops:
+- blocking: --callers threads, each with one query at a time.
+- await: --callers tasks of one event loop, each with one query at a time.
+- bulk: one thread that submits --callers inputs in one `submit_many`, and waits for all answers.
+The router's CPU time is that of the whole process, without the engines and without the generator. It includes `submit`, which
+runs in the client's thread. serve/bench/stages.py measures the stages of a query between submit and result.
+Library: serving.server.Server, engines.fake.FakeEngine, simulation.paper_profile, loadtest.loadgen, simulation.traces,
 serving.runtime.
 """
 
@@ -55,17 +56,17 @@ class Options:
     """Options.
 
     Args:
-      rate: queries per second that are offered in the open loop.
-      seconds: length of the traffic.
-      workers: engines.
-      speed: how many times faster they are than the paper's GPUs; inf does not sleep at all.
-      slo_ms: latency objectives; of several each has an equal share of the queries.
-      policy: its name.
+      rate: the queries per second of the open loop.
+      seconds: the length of the traffic.
+      workers: the number of workers, with one engine each.
+      speed: how many times faster the engines are than the paper's GPUs; with inf they do not sleep at all.
+      slo_ms: the latency objectives; each gets an equal share of the queries. Closed loops use only the first one.
+      policy: the policy's name.
       cv2: squared coefficient of variation of the gaps between arrivals; 1 is Poisson.
-      clients: who asks.
-      callers: threads or tasks of a closed loop; with bulk, inputs in one call.
-      cpus: keep the process to so many CPUs, where the system can do that; if left out, all.
-      seed: of the arrivals.
+      clients: the kind of clients, see above.
+      callers: the number of threads or tasks of a closed loop; with bulk, the number of inputs in one call.
+      cpus: the number of CPUs that the process may use, if the system can limit it; if left out, all.
+      seed: the seed of the arrivals.
       json: write the figures to this file.
     """
 
@@ -89,12 +90,12 @@ class Options:
 
 
 class Engine(FakeEngine):
-    """A sleeping engine that counts its batches and its CPU time: waking up costs some, and so does this counting."""
+    """A sleeping engine that counts its batches, queries and CPU time. Waking up and counting cost CPU time."""
 
     batches, queries, cpu_ns = 0, 0, 0
 
     def run(self, subnet: Any, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
-        """See `engine.Engine.run`."""
+        """See `engines.base.Engine.run`."""
         start_ns = time.thread_time_ns()
         outputs = super().run(subnet, batch_size, inputs)
         self.batches += 1
@@ -104,14 +105,14 @@ class Engine(FakeEngine):
 
 
 class Submitter:
-    """Stands between the generator and the server, and counts the CPU time of `submit_many`."""
+    """Passes queries from the generator to the server, and counts the CPU time of `submit_many`."""
 
     def __init__(self, target: Server):
         self.cpu_ns = 0
         self._target = target
 
     def submit_many(self, xs: list[np.ndarray], **options: Any) -> list[Future]:
-        """See `server.Server.submit_many`."""
+        """See `serving.server.Server.submit_many`."""
         start_ns = time.thread_time_ns()
         try:
             return self._target.submit_many(xs, **options)
@@ -120,7 +121,7 @@ class Submitter:
 
 
 class Usage:
-    """What the process used while open: `cpu_ns`, `seconds`, `switches` of threads, and `pauses_ms` of garbage collections."""
+    """Measures, while open, `cpu_ns` and `seconds` of the process, `switches` of threads, and `pauses_ms` of the collector."""
 
     def __enter__(self) -> "Usage":
         self.pauses_ms = [0.0]
@@ -142,13 +143,13 @@ class Usage:
 
 
 class Tally:
-    """What became of the queries: `met` their deadlines, sum of `accuracy` over those, `latencies_ms` of all answers."""
+    """Sums over queries: how many `met` their deadlines, the `accuracy` of these, and `latencies_ms` of all answers."""
 
     def __init__(self):
         self.queries, self.met, self.accuracy, self.latencies_ms = 0, 0, 0.0, array.array("d")
 
     def add(self, answers: Iterable[Future]) -> None:
-        """Counts queries; one without an answer has missed."""
+        """Counts queries. A query without an answer has missed its deadline."""
         for future in answers:
             self.queries += 1
             if not future.done() or future.exception(0) is not None:
@@ -161,14 +162,14 @@ class Tally:
 
 
 def switches() -> int:
-    """How often a thread of this process has been switched off so far."""
+    """The number of context switches of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_nvcsw + usage.ru_nivcsw
 
 
 @contextlib.contextmanager
 def timed_decisions() -> Iterator[array.array]:
-    """Microseconds of each decision while open: the state, the policy, and taking the batch."""
+    """Measures, while open, the microseconds of each decision: the state, the policy, and taking the batch."""
     times_us, decide = array.array("d"), dispatch.next_batch
 
     def timed(*args: Any, **options: Any) -> Any:
@@ -182,19 +183,19 @@ def timed_decisions() -> Iterator[array.array]:
 
 
 def open_loop(options: Options, target: Server) -> dict[str, Any]:
-    """The figures of the generator and of its traffic."""
+    """Submits the arrivals of a trace. Returns the figures of the generator and of the queries."""
     trace = traces.gamma(rate_qps=options.rate, cv2=options.cv2, duration_s=options.seconds, seed=options.seed)
     trace = trace.mixed(slo_ms=dict.fromkeys(options.slo_ms, 1.0), seed=options.seed)
     submitter, tally, lateness_s = Submitter(target), Tally(), np.empty(len(trace))
     waiting: collections.deque[Submission] = collections.deque()
     wait_s = 1e-3 * max(options.slo_ms) + 5e-3
-    blocks = []  # of memory, after a quarter of the queries, and at the end
+    blocks = []  # allocated memory blocks after a quarter of the queries, and at the end
     start_ns, used = time.thread_time_ns(), Usage()
     with used:
         for sent in loadgen.submit_when_due(submitter, trace, [X] * len(trace)):
             lateness_s[sent.places] = sent.now_s - trace.arrivals_s[sent.places]
             waiting.append(sent)
-            while waiting[0].now_s < sent.now_s - wait_s:  # answered, or missed: to keep them would be a leak
+            while waiting[0].now_s < sent.now_s - wait_s:  # answered or missed by now; kept, they would look like a leak
                 done = waiting.popleft()
                 tally.add(done.answers or [Future()] * len(done.places))
             if not blocks and sent.places[-1] >= len(trace) // 4:
@@ -271,7 +272,7 @@ CLIENTS = {"open": open_loop, "blocking": blocking, "await": awaiting, "bulk": b
 
 
 def merged(tallies: Iterable[Tally]) -> Tally:
-    """Their sum."""
+    """The sum of several tallies."""
     total = Tally()
     for tally in tallies:
         total.queries += tally.queries
@@ -291,7 +292,7 @@ def figures(tally: Tally, used: Usage, own_ns: int) -> dict[str, Any]:
         "latency_ms": percentiles(tally.latencies_ms),
         "cpus_busy": used.cpu_ns / 1e9 / used.seconds,
         "process_us_per_query": used.cpu_ns / tally.queries / 1e3,
-        "cpu_us_per_query": (used.cpu_ns - own_ns) / tally.queries / 1e3,  # the engines' share is taken off later
+        "cpu_us_per_query": (used.cpu_ns - own_ns) / tally.queries / 1e3,  # `measure` subtracts the engines' share
         "switches_per_query": used.switches / tally.queries,
         "collections": len(used.pauses_ms) - 1,
         "longest_collection_ms": max(used.pauses_ms),
@@ -328,21 +329,27 @@ def measure(options: Options) -> dict[str, Any]:
 
 def report(options: Options, found: dict[str, Any]) -> None:
     """Prints the figures of a measurement."""
-    offered = f"{options.rate:,.0f} queries/s offered" if options.clients == "open" else f"{options.callers} {options.clients}"
+    offered = (
+        f"{options.rate:,.0f} queries/s offered"
+        if options.clients == "open"
+        else f"closed loop '{options.clients}' with {options.callers} callers"
+    )
     print(f"{offered}, {options.workers} workers x{options.speed:g}, {options.policy}, {os.cpu_count()} CPUs")
     print(f"  attainment       {100 * found['attainment']:.3f} % of {found['queries']:,} queries, at {found['rate']:,.0f}/s")
     print(f"  accuracy         {100 * found['accuracy']:.2f} %, batches of {found['batch']:.1f}")
     print(
         f"  router's CPU     {found['cpu_us_per_query']:.2f} us per query; engines {found['engine_us_per_query']:.2f}, "
-        f"whole process {found['process_us_per_query']:.2f} ({found['cpus_busy']:.2f} CPUs busy)"
+        f"whole process {found['process_us_per_query']:.2f} ({found['cpus_busy']:.2f} CPUs busy on average)"
     )
     if options.clients == "open":
-        print(f"  of that submit   {found['submit_us_per_query']:.2f} us per query")
-        print(f"  generator's own  {found['generator_us_per_query']:.2f} us per query, {_shown(found['lateness_ms'])} ms late")
+        print(f"  thereof submit   {found['submit_us_per_query']:.2f} us per query")
+        print(
+            f"  generator's CPU  {found['generator_us_per_query']:.2f} us per query; late by {_shown(found['lateness_ms'])} ms"
+        )
     print(f"  decision         {_shown(found['decision_us'])} us")
     print(f"  latency          {_shown(found['latency_ms'])} ms")
     print(f"  thread switches  {found['switches_per_query']:.3f} per query")
-    print(f"  collections      {found['collections']}, the longest {found['longest_collection_ms']:.2f} ms")
+    print(f"  GC runs          {found['collections']}, the longest {found['longest_collection_ms']:.2f} ms")
     if options.clients == "open":
         print(f"  memory blocks    {found['blocks_grown']:+,} from a quarter of the queries to the end")
 
@@ -356,7 +363,9 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.cpus is not None:
         if not hasattr(os, "sched_setaffinity") or not 0 < options.cpus <= len(os.sched_getaffinity(0)):
-            raise errors.ConfigError(f"cpus={options.cpus}: this system cannot keep the process to so many; leave it out")
+            raise errors.ConfigError(
+                f"cpus={options.cpus}: this system cannot limit the process to that number of CPUs; leave it out"
+            )
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
     found = measure(options)
     report(options, found)

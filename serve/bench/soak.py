@@ -7,10 +7,10 @@ With an export: it serves the real executables. The load rises and falls around 
 subnets serve equally many queries. There are three SLOs and some floors, so the policy changes the subnet all the time. Memory
 and latencies are measured every second. The guarantees are:
 - Resident memory stays within 2 % after the first minute.
-- Latencies do not grow.
+- p50 and p99 latency do not grow by more than 10 %.
 - Every future resolves.
 - Nothing is compiled after the start.
-With --storm: random failures on a real server of fake engines that take no time, see loadtest.storm. The guarantees are
+With --storm: a real server of fake engines that take no time, under random failures (see loadtest.storm). The guarantees are
 in loadtest.checker. For example, every query resolves exactly once, with its own answer, and in the order of deadlines.
 Library: loadtest.endurance, loadtest.storm, loadtest.checker, engines.prepare, serving.server, plots.
 """
@@ -39,8 +39,8 @@ from superserve_jax.serving.server import Server
 from superserve_jax.training.compilations import Compilations
 
 MEMORY = 0.02  # the largest change of resident memory that is allowed
-GROWTH = 0.1  # the largest growth of a latency that is allowed,
-CHANCE = 0.01  # unless its p-value is above this one
+GROWTH = 0.1  # the largest growth of a latency that is allowed
+CHANCE = 0.01  # growth with a p-value of this or more counts as chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Options:
       export: the export's directory; leave it out with --storm.
       minutes: length of the traffic.
       warm_up_s: seconds at the start whose memory and latency do not count.
-      load: mean load, as a fraction of what the machine carries with all subnets in turn.
+      load: mean load, as a fraction of what the machine carries if all subnets serve equally many queries.
       policy: a policy's name, see serve/replay.py.
       slo_ms: the shortest SLO; the others are 2 and 4 times as long. By default it is 36, or four batches of the most accurate
         subnet if that is longer.
       batch_sizes: batch sizes to serve with.
-      storm: random failures on fake engines, instead of an export.
+      storm: whether to run random failures on fake engines instead of an export.
       queries: the number of queries of a storm.
       workers: the number of workers of a storm.
-      seed: of everything random.
+      seed: the seed of all random choices.
       json: write the results to this file.
       plot: write a plot of memory and latency over time to this file; not with --storm.
     """
@@ -168,7 +168,7 @@ def steadiness(seconds: Sequence[Second], warm_up_s: float) -> list[Guarantee]:
         guarantees.append(
             Guarantee(
                 f"the {name[:3]} latency does not grow by more than {100 * GROWTH:.0f} %",
-                f"{100 * growth:+.1f} % over the run, p = {chance:.2g} (growth counts below {CHANCE:g})",
+                f"{100 * growth:+.1f} % over the run, p = {chance:.2g} (growth counts only if p < {CHANCE:g})",
                 not (growth > GROWTH and chance < CHANCE),
             )
         )

@@ -1,12 +1,12 @@
-"""Measures the start of a server in a fresh process: cold, with everything to compile, and warm, from the cache.
+"""Measures the start of a server: cold, when everything must be compiled, and warm, from the cache of executables.
 
     python serve/bench/start.py runs/digits_resnet/export
     python serve/bench/start.py configs/ofa_resnet50.py --subnets 6
 
-It takes an export's directory or a config file. For a config file, it makes an export with fresh weights; the published
-OFA-ResNet50 has 30 executables. Every start is a process of its own, and is timed from the import of the library to the first
-answer. The cold start has an empty cache of executables in a temporary folder, and warm starts use what it left there. Without
-a latency profile, the export gets a made-up one, since measuring it would take most of the start.
+It takes an export's directory or a config file. For a config file, it makes an export with fresh weights. Six subnets of the
+published OFA-ResNet50 have 30 executables. Every start is timed from the launch of a new Python process to the first answer.
+The cold start has an empty cache in a temporary folder. Warm starts use the executables that the cold start left there. An
+export without a latency profile gets a made-up one, since measuring it would take most of the time of a start.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
 STAGES = {
-    "import": "import of the library",
+    "import": "Python started, library imported",
     "load": "export read and checked",
     "server": "server opened",
     "answer": "first answer",
@@ -61,9 +61,9 @@ class Options:
 
     Args:
       source: an export's directory or a config file.
-      subnets: number of served subnets, for a config file.
-      batch_sizes: batch sizes to serve with.
-      warm: number of warm starts.
+      subnets: the number of served subnets, for a config file.
+      batch_sizes: the batch sizes to serve with.
+      warm: the number of warm starts.
       json: write the figures to this file.
     """
 
@@ -83,7 +83,7 @@ def main() -> None:
     batch_sizes = check_batch_sizes(options.batch_sizes)
     with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
-        shutil.copytree(source, export)  # since it may get a made-up profile
+        shutil.copytree(source, export)  # a copy, because it may get a made-up profile
         count = ensure_profile(export, batch_sizes)
         starts = [start(export, batch_sizes, cache) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
@@ -91,10 +91,7 @@ def main() -> None:
     cli.print_table(
         [
             ("seconds", "cold", f"warm, median of {options.warm}"),
-            *(
-                (name, f"{cold[key]:.2f}", f"{warm[key]:.2f}")
-                for key, name in {**STAGES, "ready": "ready, all in all"}.items()
-            ),
+            *((name, f"{cold[key]:.2f}", f"{warm[key]:.2f}") for key, name in {**STAGES, "ready": "total"}.items()),
         ]
     )
     print(f"{count} executables, {cached / 1e6:.0f} MB in the cache, on {prepare.device_kind(jax.devices()[0])}")
@@ -104,7 +101,7 @@ def main() -> None:
 
 
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
-    """The number of executables of the server. An export without a latency profile gets a made-up one."""
+    """Gives an export without a latency profile a made-up one. Returns the number of executables of its server."""
     model = ss.load(export)
     kind = prepare.device_kind(jax.devices()[0])
     lengths = prepare.check_lengths(model.config, None)

@@ -4,8 +4,8 @@
     python serve/bench/worker_kills.py --every 2 --policies slackfit max-batch --plot runs/worker_kills.png
 
 Eight fake engines have the paper's latencies, and 3,500 queries/s arrive. Every --every seconds one worker is killed, until
-four are left. Queries of a killed worker run again on other workers. Accuracy falls instead of attainment. The simulator
-repeats the same traffic and kills, and both are printed.
+four are left. Queries of a killed worker run again on other workers. Accuracy falls so that attainment does not. The
+simulator repeats the same traffic and kills. The program prints the figures of both.
 Library: loadtest.worker_kills, serving.server, experiments.presets, simulation.paper_profile, plots.
 """
 
@@ -40,8 +40,8 @@ class Options:
     Args:
       policies: names of policies, see serve/replay.py.
       every: seconds between two kills. The traffic is five times as long.
-      slo_ms: latency objective.
-      seed: of the arrivals.
+      slo_ms: the latency objective.
+      seed: the seed of the arrivals.
       json: write the results to this file.
       plot: write a plot over time to this file.
     """
@@ -65,7 +65,7 @@ def main() -> None:
     trace = grid.traffics[0].create(options.seed, duration_s=5 * options.every)
     trace = dataclasses.replace(trace, slo_ms=options.slo_ms)
     for name in options.policies:
-        server.make_policy(name, profile)  # a mistyped name is an error now, not when its turn comes
+        server.make_policy(name, profile)  # reports a mistyped name before the first run
     print(
         f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {options.slo_ms:.0f} ms, "
         f"{cluster.workers} workers with the latencies of {profile.device}"
@@ -75,7 +75,7 @@ def main() -> None:
     for name in options.policies:
         run = worker_kills.run(trace, profile, name, cluster=cluster, slo_ms=options.slo_ms)
         intervals, health = worker_kills.intervals(run), run.health
-        print(f"\n{name}, on the real server / simulated; {health['alive']} of {health['workers']} workers were left")
+        print(f"\n{name}: real server / simulator; {health['alive']} of {health['workers']} workers were left")
         cli.print_columns(COLUMNS, intervals)
         results.append({"name": name, "intervals": [dataclasses.asdict(i) for i in intervals], "health": health})
         runs = {name: run.real, f"{name}, simulated": run.simulated}
