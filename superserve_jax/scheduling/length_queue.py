@@ -199,7 +199,7 @@ class LengthQueue:
         return [item for q in self._queues for item in q.pop_above(accuracy)]
 
     def due_by(self, time_s: float) -> float:
-        """See `Queue.due_by`. Counts a query as the work of its length bucket / the work of the head's."""
+        """See `Queue.due_by`. A query counts as its work / the work of the head."""
         return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.head_work
 
     def items(self) -> list[Any]:

@@ -54,7 +54,7 @@ class Queue(Protocol):
         defer             move items with deadlines before `before_s` behind all others, for good; return their number
         set_aside         take out the items that `defer` would move, and return them for `put_back`
         put_back          put the result of `set_aside` back. No item may be added between the two calls
-        drop_late         drop items that are `done`, cancelled or answered, from the front of the deferred items
+        drop_late         drop items that are `done` (cancelled or answered) from the front of the deferred items
         sweep             drop all items that are `done`, in O(n)
         pop_before        take every item with a deadline before `before_s`, deferred or not
         pop_above         take every item whose floor exceeds `accuracy`
