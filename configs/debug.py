@@ -1,4 +1,4 @@
-"""A tiny network on cluttered digits, to try things out. It learns little: expect an accuracy near chance, 10 %.
+"""A tiny network on cluttered digits, to try the programs. It learns little: expect an accuracy near chance, 10 %.
 
 It takes about a minute from training to export on 2 cores without a GPU.
 

@@ -2,9 +2,9 @@
 
 Texts: GLUE's SST-2 (`glue/sst2`, which TFDS prepares), sentences of up to 64 tokens, and the vocab.txt of BERT-base uncased.
 Network and recipe: as in dynabert_mnli.py, from a BERT that was fine-tuned on the task.
-Expected: BERT-base itself reaches 93.5 % on GLUE's test set (Devlin et al., NAACL 2019). Its labels are not public, so the
-development set is the test split here. Not run here, because it takes GPUs. Convert your fine-tuned weights, then train them
-further:
+Expected: BERT-base itself reaches 93.5 % on GLUE's test set (Devlin et al., NAACL 2019). The labels of that set are not
+public, so the test split here is the development set. Not run here, because it takes GPUs. Convert your fine-tuned weights,
+then train them further:
 
     python train/convert.py configs/dynabert_sst2.py model.safetensors
     python train/supernet.py configs/dynabert_sst2.py

@@ -1,7 +1,7 @@
 """The published OFA-ResNet50 on ImageNet, for the weights of once-for-all (Cai et al., ICLR 2020; SuperServe's CNN).
 
 Images: ImageNet at 224x224 (`imagenet2012`, which TFDS prepares from the archives that you downloaded).
-Network: 48 M parameters; depth {0, 1, 2} above base, expand ratio {0.2, 0.25, 0.35}, width {0.65, 0.8, 1}.
+Network: 48 M parameters; depth {0, 1, 2} blocks above the smallest, expand ratio {0.2, 0.25, 0.35}, width {0.65, 0.8, 1}.
 Expected: 73 to 80 % top-1, from SuperServe's paper. Training it takes many GPUs. Convert the published weights instead, then
 search, calibrate, evaluate and export:
 

@@ -1,4 +1,4 @@
-"""Makes a run from published weights, as if the SuperNet had been trained here.
+"""Makes a run from published weights, so that search, calibration, evaluation and export work as after training.
 
     python train/convert.py configs/ofa_resnet50.py ofa_resnet50.pth --workdir runs/ofa_resnet50
 

@@ -2,10 +2,10 @@
 
     python train/evaluate.py runs/digits_resnet
 
-The second column shows why the paper has SubnetNorm: with one set of statistics for all subnets, accuracy falls, in some
-subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic regression on token counts. A
-model that does not beat them has learnt nothing about word order. Writes evaluation.json into the run's folder. Go on with
-train/export.py. Library: training.stages.evaluate (training.evaluation).
+The column "with the largest's statistics" shows why the paper needs SubnetNorm: with one set of statistics for all subnets,
+accuracy falls, in some subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic
+regression on token counts. A model that does not beat them has learnt nothing about word order. Writes evaluation.json into
+the run's folder. Go on with train/export.py. Library: training.stages.evaluate (training.evaluation).
 """
 
 import dataclasses

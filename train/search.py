@@ -1,11 +1,12 @@
-"""Searches a trained run for Pareto-optimal subnets and chooses those to serve.
+"""Searches a trained run for Pareto-optimal subnets and chooses the subnets to serve.
 
     python train/search.py runs/digits_resnet --candidates 1000
     python train/search.py runs/digits_resnet --candidates 1000 --served 500 --tolerance 0.02
     python train/search.py runs/digits_resnet --cost latency --latency-batch 16
 
 Writes search.json and search.png into the run's folder. Go on with train/calibrate.py. Ctrl-C keeps the candidates in
-search.jsonl; the same command goes on from there. The defaults come from the run's config; --help after the folder lists them.
+search.jsonl; the same command goes on from there. The defaults come from the run's config; `train/search.py RUN --help` lists
+them.
 Library: training.stages.search (training.search, training.latency, training.calibration, training.evaluation).
 """
 

@@ -3,9 +3,8 @@
     python train/standalone.py runs/digits_resnet
     python train/standalone.py runs/digits_resnet --subnets smallest 3 largest
 
-A standalone subnet has the run's first weights, data, order, optimiser, schedule, calibration and test data. It learns from
-labels only. Each subnet takes as many steps as the run. Ctrl-C keeps the work in RUN/alone; the same command goes on from
-there.
+A standalone subnet has the run's initial weights, data order, optimiser, schedule, number of steps, calibration and test data.
+It learns from labels only. Ctrl-C keeps the work in RUN/alone; the same command goes on from there.
 Library: training.standalone.train (training.loop, training.stages).
 """
 
@@ -26,7 +25,7 @@ class Options:
     """Options.
 
     Args:
-      run: the run's folder, evaluated.
+      run: the folder of an evaluated run.
       subnets: "smallest", "largest", or positions in evaluation.json, where 0 has the fewest FLOPs.
       json: write the table to this file.
     """
@@ -63,7 +62,7 @@ def find(evaluated: list[Served], name: str) -> Served:
     ends = {"smallest": 0, "largest": len(evaluated) - 1}
     place = ends[name] if name in ends else int(name) if name.isdecimal() else -1
     if not 0 <= place < len(evaluated):
-        raise errors.ConfigError(f"subnets must be 'smallest', 'largest' or from 0 to {len(evaluated) - 1}, got '{name}'")
+        raise errors.ConfigError(f"subnets must be smallest, largest or a number from 0 to {len(evaluated) - 1}, got '{name}'")
     return evaluated[place]
 
 

@@ -1,8 +1,8 @@
 """A run's checkpoints: Orbax, with a SHA-256 of every file.
 
-The checksums are our own because Orbax does not detect corruption: it restores many a flipped bit without an error. The sums
-of a step are in checksums/STEP.json, which is written after the checkpoint. A checkpoint that a kill, a full disk or a bad
-sector has damaged does not match its sums. The checkpoint before it is then used.
+The checksums are our own because Orbax does not detect corruption: it restores many flipped bits without an error. The
+checksums of a step are in checksums/STEP.json, which is written after the checkpoint. A checkpoint that a kill, a full disk
+or a bad sector has damaged does not match its checksums. Training then uses the checkpoint before it.
 """
 
 import contextlib
@@ -43,10 +43,11 @@ class Checkpoints:
         self._manager.close()
 
     def latest(self, *, clean: bool = False) -> int | None:
-        """The last step with an undamaged checkpoint, or None. Logs a warning for each damaged one after it.
+        """The last step with an undamaged checkpoint, or None. Logs a warning for each damaged checkpoint after it.
 
         Args:
-          clean: also remove the damaged ones, so that their steps can be saved again. Only the training process may do so.
+          clean: whether to remove the damaged checkpoints, so that their steps can be saved again. Only for the training
+            process.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
@@ -86,8 +87,8 @@ class Checkpoints:
             return
         except Exception as e:  # Orbax passes on whatever its storage layer raises
             problem = repr(e)
-        # The exception keeps Orbax' unfinished writes alive, which would complain when the interpreter ends. So clean up only
-        # after the handler has dropped it.
+        # The exception keeps Orbax' unfinished writes alive, and these would log errors when the interpreter ends. So clean up
+        # only after the handler has dropped it.
         self._remove(step)
         gc.collect()
         raise errors.DataError(

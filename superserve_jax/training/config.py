@@ -49,9 +49,10 @@ class DistillConfig:
     Args:
       teacher: the folder of a run or an export with the same inputs and classes. Its largest subnet's soft output then
         teaches every subnet, the largest one included.
-      weight: weight of the teacher's soft output in the largest subnet's loss. The labels have weight 1.
+      weight: with `teacher`, weight of its soft output in the largest subnet's loss. The labels have weight 1.
       hidden: weight of the mean squared distance to the teacher's hidden states, over the blocks that the subnet keeps. It is
-        part of every loss. Only for families with hidden states of one shape, such as DynaBERT.
+        part of the loss of every subnet that has a teacher. Only for families with hidden states of one shape, such as
+        DynaBERT.
     """
 
     teacher: str | None = None
@@ -70,12 +71,12 @@ class SearchConfig:
       candidates: number of subnets to try, the smallest and the largest included.
       calibration_examples: number of training examples for a candidate's statistics.
       examples: number of validation examples for a candidate's accuracy.
-      cost: what is traded against accuracy: "flops", or "latency", which is measured on this machine.
+      cost: the second objective besides accuracy: "flops", or "latency", which is measured on this machine.
       latency_batch: the batch size at which latency is measured.
       served: the largest number of subnets to choose. They are spread evenly over the logarithm of the cost.
-      tolerance: how much less accurate than a cheaper subnet a chosen one may be, as a fraction such as 0.02; all chosen
-        subnets are exported. None: the standard error of an accuracy, and the export keeps a subnet only if it is more
-        accurate on test data than every cheaper one.
+      tolerance: how much less accurate than a cheaper subnet a chosen subnet may be, as a fraction such as 0.02. With a
+        number, all chosen subnets are exported. None takes the standard error of an accuracy, and the export keeps a subnet
+        only if it is more accurate on test data than every cheaper one.
     """
 
     candidates: AtLeastTwo = 60
@@ -97,21 +98,21 @@ class TrainConfig:
     Args:
       name: the experiment's name; the run's folder is runs/NAME.
       model: a family's config, such as OFAResNetConfig.
-      data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig. None if `loop.train` is given a
-        dataset.
+      data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig. None if the dataset is an argument of
+        `loop.train`.
       optim: optimiser and learning-rate schedule.
       phases: the parts of training, in order. Empty: one phase in which everything is elastic.
-      distill: what teaches the subnets.
-      epochs: passes over the training examples; may be a fraction.
-      batch_size: examples of a step over all devices. The number of devices must divide it.
+      distill: the teacher of the subnets, and the weights of its losses.
+      epochs: number of passes over the training examples; 0.5 is allowed.
+      batch_size: number of examples in a step, over all devices. The number of devices must divide it.
       buckets: number of subnet buckets for the random subnets; each costs one compilation.
-      random_subnets: random subnets per step, besides the largest and the smallest.
+      random_subnets: number of random subnets per step, besides the largest and the smallest.
       label_smoothing: label smoothing in the largest subnet's loss.
-      ema: decay per step of an exponential moving average of the parameters, which then is the result; 0 keeps none.
+      ema: decay per step of an exponential moving average of the parameters. If kept, the average is the result; 0 keeps none.
       compute_dtype: dtype of activations and products. Parameters, losses and statistics are always float32.
       eval_every: validate the smallest, a middle and the largest subnet every so many steps; 0 never does.
       calibration_examples: number of training examples for the statistics of a served subnet.
-      search: which subnets to serve.
+      search: the settings of the search for the subnets to serve.
       seed: seed of weights, data order and subnet sampling.
       checkpoint_every: steps between two checkpoints.
       log_every: steps between two lines of metrics.
@@ -193,7 +194,7 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 @errors.refusing(errors.ConfigError, "not a config as config_to_json writes it")
 def config_from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `config_to_json`. A field that is missing gets its default: an older version did not have it.
+    """The inverse of `config_to_json`. A missing field gets its default, since an older version may not have had it.
 
     Raises:
       UnknownNameError: a field that this version does not have. ConfigError: a value that does not fit.

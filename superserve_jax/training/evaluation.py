@@ -26,7 +26,7 @@ def accuracy(
     """Top-1 accuracy of each subnet, as a fraction.
 
     Args:
-      model: a SuperNet with statistics for each subnet; with `norm="shared"`, for the largest.
+      model: a SuperNet with statistics for each subnet; with `norm="shared"`, the largest subnet's are enough.
       subnet_list: the subnets.
       batches: starts a pass over the data. Its batches have equal shapes and hold "inputs", "label" and "weight" (0 for
         padding).
@@ -44,14 +44,15 @@ def accuracy(
 
 
 def text_baselines(dataset: DatasetLike, *, limit: int = 20_000) -> dict[str, float]:
-    """Test accuracies, as fractions, of two baselines for texts. They see a bag of words, not the order of the words.
+    """Test accuracies of two baselines for texts. They see at most a bag of words, not the order of the words.
 
     Args:
       dataset: a dataset of texts.
-      limit: number of training examples that both learn from, the first ones.
+      limit: both baselines learn from the first `limit` training examples.
 
     Returns:
-      {"majority class": of the most frequent training label, "logistic regression on token counts": of scikit-learn's}
+      Accuracies, as fractions: "majority class" always answers the most frequent training label, and "logistic regression on
+      token counts" is scikit-learn's.
     """
     import sklearn.linear_model  # takes over a second
 
@@ -59,7 +60,7 @@ def text_baselines(dataset: DatasetLike, *, limit: int = 20_000) -> dict[str, fl
     test_inputs, test_labels = dataset.arrays("test")
     regression = sklearn.linear_model.LogisticRegression(max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that it has not converged, but is close enough
+        warnings.simplefilter("ignore")  # about convergence; the result is close enough for a baseline
         regression.fit(_token_counts(dataset, inputs), labels)
     majority = np.bincount(labels).argmax()
     return {

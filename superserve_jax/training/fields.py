@@ -1,8 +1,9 @@
-"""What the fields of a config may hold, as types that msgspec checks.
+"""Types for the fields of a config, such as `Positive`, and the check that each value fits its type.
 
     batch_size: Positive = 64
 
-Every config calls `check(self)` when it is constructed. So a bad value is refused at once, with the field's name.
+Every config calls `check(self)` when it is constructed, and msgspec checks the types. So a bad value is refused at once, with
+the field's name.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
 
 
 def read(config_class: type[C], values: Mapping[str, Any]) -> C:
-    """A config out of a JSON object. A field that is missing gets its default.
+    """Makes a config from a JSON object. A missing field gets its default.
 
     Raises:
       UnknownNameError: a field that the class does not have. ConfigError: a value that does not fit.

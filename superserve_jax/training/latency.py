@@ -1,6 +1,6 @@
-"""Latency as the cost of a search: some subnets are timed on this machine, a linear model predicts the others.
+"""Latency as the cost in a search: some subnets are timed on this machine, and a linear model predicts the others.
 
-To time a subnet, its sliced program must be compiled, which takes about a second; a search tries a thousand subnets. The
+Timing a subnet means compiling its sliced program, which takes about a second, and a search tries a thousand subnets. The
 latency of a network is nearly the sum over its layers, so a linear model needs few measurements. Its error is cross-validated.
 """
 
@@ -42,7 +42,7 @@ def measure(
 ) -> dict[Subnet, float]:
     """Latency of one batch by each subnet's sliced program, in milliseconds, on the first device.
 
-    It is the shortest of several rounds over all subnets, because other work on the machine can only make a call slower.
+    The result is the shortest time of several rounds, because other work on the machine can only make a call slower.
 
     Args:
       model: the SuperNet. It needs no statistics, because their values do not change the time.
@@ -88,7 +88,7 @@ class Predictor:
     """
 
     def __init__(self, config: FamilyConfig, latencies: Mapping[Subnet, float]):
-        # Importing it takes over a second, and a search over FLOPs does not need it.
+        # Imported here: it takes over a second, and a search over FLOPs does not need it.
         from sklearn import linear_model, model_selection, pipeline, preprocessing
 
         self._config, self._space = config, config.space()

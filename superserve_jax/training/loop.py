@@ -45,7 +45,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
 
     Raises:
       KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved. Call again to go on.
-      ConfigError: the folder holds a run of another config. DataError: the dataset is missing, or the disk is full.
+      ConfigError: the folder holds a run of another config. DataError: the dataset is missing, or the last checkpoint could
+        not be written, for example because the disk is full.
     """
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `load_config` returns, got {config!r}")
@@ -94,7 +95,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
                     state = jax.device_put(_rewire(config, state, dataset), replicated)
                 choices = part.sampler.step(k)
 
-                # Which examples, and what an outside teacher says about them.
+                # Which examples, and an outside teacher's output for them.
                 batch = jax.device_put(next(batches), split)
                 lesson = None if outside is None else outside(recipe, batch["inputs"])
 
@@ -148,7 +149,7 @@ def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int,
 
 
 def _save(saved: Checkpoints, done: int, state: TrainState) -> errors.DataError | None:
-    """Saves a checkpoint. If the disk is full, returns the error, and training goes on."""
+    """Saves a checkpoint. If that fails, for example on a full disk, returns the error, and training goes on."""
     try:
         saved.save(done, **state._asdict())
     except errors.DataError as e:

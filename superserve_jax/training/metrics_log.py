@@ -20,7 +20,7 @@ _FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
 class MetricsLog:
     """Appends to metrics.jsonl (means since the last line), validation.jsonl and tensorboard/ in a run's folder.
 
-    It first drops the lines of later steps than `start`, because training repeats these steps. A context manager.
+    It first drops the lines of steps after `start`, because training repeats these steps. Use it as a context manager.
 
     Args:
       workdir: the run's folder.
@@ -32,7 +32,7 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, start: int):
         self._files = {kind: _reopen(workdir / name, start) for kind, name in _FILES.items()}
-        # TensorBoard then hides what an earlier process wrote for later steps.
+        # With `purge_step`, TensorBoard hides the values that an interrupted process wrote for later steps.
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
         self._pending: list[Mapping[str, Any]] = []
         self._since_s = time.monotonic()
@@ -76,7 +76,7 @@ class MetricsLog:
 
 
 def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
-    """The lines of a kind, "train" or "validation", as dicts. A last line that a kill has torn is left out."""
+    """The lines of a kind, "train" or "validation", as dicts. A last line that a kill left incomplete is skipped."""
     path = workdir / _FILES[kind]
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 

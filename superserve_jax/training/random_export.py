@@ -1,4 +1,4 @@
-"""Exports of untrained networks, to measure what depends on sizes alone: bytes and milliseconds."""
+"""Exports with random weights, to measure what depends on sizes only: bytes and milliseconds."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import sampling
 from superserve_jax.training.config import load_config
 
-_DRAWS = 100  # draws per wanted subnet; in a small space the last new ones are rare
+_DRAWS = 100  # draws per wanted subnet; in a small space, the last missing subnets are rarely drawn
 
 
 @contextlib.contextmanager
@@ -37,14 +37,15 @@ def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib
 
 
 def export(config: FamilyConfig, path: str | os.PathLike[str], *, subnets: int) -> pathlib.Path:
-    """Exports a network with fresh weights; returns the path.
+    """Exports a network with random weights; returns the path.
 
-    All statistics are 1 and all accuracies 0. Only the sizes are realistic, the logits mean nothing.
+    All statistics are 1 and all accuracies 0. Only the sizes are realistic; the logits mean nothing.
 
     Args:
       config: the family's config.
       path: the export's directory.
-      subnets: number of served subnets: the smallest, the largest and compound random ones. A small space has fewer.
+      subnets: number of served subnets: the smallest, the largest and random ones (see `sampling.compound`). A small space
+        has fewer.
     """
     space, rng = config.space(), np.random.default_rng(0)
     chosen = dict.fromkeys((space.smallest(), space.largest()))

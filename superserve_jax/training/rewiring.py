@@ -3,9 +3,9 @@
     orders = rewiring.orders(config, state.params, batches)
     state = rewiring.reorder(config, state, orders)             # the optimiser's moments move along
 
-It is DynaBERT's network rewiring (Hou et al., NeurIPS 2020); once-for-all sorts channels for the same reason. The largest
-subnet still computes the same function. Statistics must be calibrated again. A family offers its units through
-`RewirableConfig`.
+This is DynaBERT's network rewiring (Hou et al., NeurIPS 2020); once-for-all sorts channels for the same reason. The largest
+subnet still computes the same function. Statistics must be calibrated again. A family lists its units in
+`RewirableConfig.units`.
 """
 
 import functools
@@ -43,7 +43,7 @@ def importances(config: RewirableConfig, params: Params, batches: Iterable[Mappi
         unit's benefit and harm cancel within a batch.
 
     Raises:
-      ConfigError: there is no batch, or an importance is not finite.
+      ConfigError: `batches` is empty, or an importance is not finite.
     """
     program = programs.sliced(config, config.space().largest())
     totals = [np.zeros(units.count) for units in config.units()]

@@ -1,4 +1,4 @@
-"""The folder of a run: what training and the stages after it leave there, and how to read it back.
+"""The folder of a run: the files that training and the later stages write, and functions to read them.
 
 | file | content |
 |---|---|
@@ -9,10 +9,11 @@
 | metrics.jsonl, metrics.png | the training metrics |
 | validation.jsonl, tensorboard/ | validation accuracies, and all metrics for TensorBoard |
 | search.json, search.png | the candidates, and the subnets to serve |
-| search.jsonl | the candidates one by one, from which an interrupted search goes on |
+| search.jsonl | the candidates one by one, so that an interrupted search can go on |
 | statistics.npz | SubnetNorm statistics of the calibrated subnets |
 | evaluation.json | test accuracies of the served subnets |
 | export/ | the export |
+| alone/ | the runs of standalone subnets, see `standalone.py` |
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ class Run:
     Args:
       workdir: the folder.
       config: the experiment.
-      given: the dataset, if the config does not name it.
+      given: the dataset, if it was passed as an argument and the config does not name it.
     """
 
     workdir: pathlib.Path
@@ -95,7 +96,7 @@ class Run:
         """A run whose step 0 has the weights and statistics of a model. Training and the later stages go on from there.
 
         Raises:
-          ConfigError: the folder has a checkpoint or another config, or the model is another network.
+          ConfigError: the folder has a checkpoint or another config, or the model's network is not the config's.
           DataError: the disk is full.
         """
         workdir = pathlib.Path(workdir)

@@ -121,7 +121,7 @@ def member(space: SearchSpace, envelope: Subnet, rng: np.random.Generator) -> Su
 
 
 def lowest_member(space: SearchSpace, envelope: Subnet) -> Subnet:
-    """The member with the next smaller choice at every position. It is not in canonical form: it tells which sizes vary."""
+    """The member with the next smaller choice at every position. Not in canonical form: it only shows which sizes vary."""
     gates = [0] * space.num_blocks
     if space.rule == "first":
         kept = [sum(envelope.gates[b] for b in stage) for stage in space.stages]

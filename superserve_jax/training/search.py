@@ -1,8 +1,8 @@
 """Evolutionary search for Pareto-optimal subnets: validation accuracy against FLOPs or latency.
 
-NSGA-II (Deb et al., 2002). The first generation is spread over FLOPs. Then the best Pareto fronts so far are the parents, and
-crossover and mutation make their children. Each candidate gets its own SubnetNorm statistics before it is judged. The masked
-program judges all candidates with one compilation.
+NSGA-II (Deb et al., 2002). The first generation is spread over FLOPs. Later, the best Pareto fronts so far are the parents,
+and crossover and mutation make their children. Each candidate gets its own SubnetNorm statistics before its accuracy is
+measured. The masked program evaluates all candidates with one compilation.
 
 Our own code and not a library's: the next proposal is a pure function of the seed and of the candidates so far. An interrupted
 search therefore ends with the result of an undisturbed one. Subnets also have a canonical form that a library does not know.
@@ -24,8 +24,8 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation, sampling
 
 _POPULATION = 50  # number of parents, and of children in a generation
-_MUTATION = 0.1  # probability that a position of a child is drawn anew
-_TRIES = 20  # children made to find one that is new
+_MUTATION = 0.1  # probability that a position of a child is drawn again
+_TRIES = 20  # number of children to make until one is new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def evolutionary_search(
     tied: bool = False,
     known: Mapping[Subnet, Candidate] | None = None,
 ) -> Iterator[Candidate]:
-    """Tries subnets and yields each candidate once it is judged.
+    """Tries subnets, and yields each candidate as soon as its accuracy is measured.
 
     Args:
       model: the trained SuperNet.
@@ -68,8 +68,8 @@ def evolutionary_search(
       seed: seed of the random choices.
       cost: the cost of a subnet; its multiply-adds if left out.
       space: the space to search; the model's own if left out.
-      tied: try only subnets that a tied phase trains, see `SearchSpace.tied`.
-      known: candidates of an interrupted search, which are not judged again.
+      tied: whether to try only subnets that a tied phase trains, see `SearchSpace.tied`.
+      known: candidates of an interrupted search. Their accuracies are not measured again.
     """
     cost_of, within, known = cost or model.config.flops, space or model.space, known or {}
     inputs, on_device = jax.device_put(images), jax.device_put(list(batches))
@@ -123,9 +123,9 @@ def _new_child(
     rng: np.random.Generator,
     tied: bool,
 ) -> Subnet | None:
-    """A child of two tournament winners that is not in `taken`, or a random subnet if no such child turns up.
+    """A child of two tournament winners that is not in `taken`, or else a random subnet.
 
-    None if a tied space seems to be exhausted: its size is not known.
+    None if a tied space seems to be exhausted. Its size is not known, so the function gives up after many tries.
     """
     for _ in range(_TRIES):
         mother, father = (parents[rng.integers(len(parents), size=2).min()].subnet for _ in range(2))
@@ -155,7 +155,7 @@ def crossover(space: SearchSpace, mother: Subnet, father: Subnet, rng: np.random
 
 
 def mutate(space: SearchSpace, subnet: Subnet, rng: np.random.Generator) -> Subnet:
-    """`subnet` with each depth and choice drawn anew with probability 0.1."""
+    """`subnet`, with each depth and choice drawn again with probability 0.1."""
 
     def draw(choices: Sequence[Any], now: Any) -> Any:
         return choices[int(rng.integers(len(choices)))] if rng.random() < _MUTATION else now
@@ -207,14 +207,15 @@ def choose_served(
     """At most `count` candidates on or near the front, in ascending order of cost.
 
     A candidate is near the front if no cheaper one is more accurate by more than `tolerance`. The range of costs is cut into
-    `count` bands of equal ratio. The most accurate candidate of each band is chosen first, then the ones nearest to the front.
+    `count - len(keep)` bands of equal ratio. The subnets of `keep` are chosen first, then the most accurate candidate near the
+    front in each band, then the ones nearest to the front.
 
     Args:
       candidates: all candidates that were tried.
       count: the largest number to choose, at least 2.
       keep: subnets to choose in any case, such as the smallest and the largest.
-      tolerance: a fraction. Measured accuracies have a standard error, which blurs the front.
-      network: gives equal values for two subnets that are the same network, because their choices round to the same sizes.
+      tolerance: a difference of accuracies, as a fraction. Measured accuracies have a standard error, which blurs the front.
+      network: returns equal values for two subnets that are the same network, because their choices round to the same sizes.
         Only one of them is chosen.
     """
     ordered = sorted(candidates, key=lambda c: c.cost)

@@ -1,4 +1,4 @@
-"""The file of a search, as JSON lines that are only appended: an interrupted search goes on from it."""
+"""search.jsonl: the candidates of a search, one JSON line each, so that an interrupted search can go on."""
 
 import json
 import logging
@@ -14,15 +14,15 @@ _log = logging.getLogger(__name__)
 
 
 class SearchLog:
-    """The candidates that a search tried. A context manager.
+    """The file of the candidates that a search tried. Use it as a context manager.
 
-    The first line holds what the other lines depend on: the settings and the measured latencies. A file with other settings is
-    started anew. A torn last line is dropped.
+    The first line holds the settings and the measured latencies, on which all other lines depend. If the file has other
+    settings, it is started again from empty. An incomplete last line is dropped.
 
     Args:
       path: path of the file.
       settings: everything that a candidate's cost and accuracy depend on, as plain values.
-      measure: measures the latencies by subnet, if the file has none.
+      measure: measures the latencies by subnet. It is called if the file has none.
 
     Attributes:
       latencies: the latencies, measured or from the file.
@@ -60,7 +60,7 @@ class SearchLog:
 
 
 def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete lines of a file. A kill may tear the last one."""
+    """The complete lines of a file. A kill may leave the last line incomplete."""
     if not path.exists():
         return []
     *whole, _ = path.read_bytes().split(b"\n")

@@ -31,8 +31,8 @@ _TIMED = 40  # subnets that are timed if latency is the cost
 def search(run: Run) -> list[Candidate]:
     """Tries subnets on validation data and chooses the subnets to serve, in ascending order of cost.
 
-    Writes search.json, search.png and, candidate by candidate, search.jsonl. An interrupted search goes on from there, and so
-    does a search for more candidates.
+    Writes search.json and search.png, and each candidate at once to search.jsonl. An interrupted search, or a search for more
+    candidates, goes on from search.jsonl.
     """
     settings, model, dataset = run.config.search, run.model(), run.dataset()
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
@@ -107,7 +107,7 @@ def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
 
     Args:
       run: the run.
-      subnet_list: the subnets to calibrate; the ones that the search chose if left out.
+      subnet_list: the subnets to calibrate; the subnets that the search chose if left out.
     """
     images, _ = run.dataset().arrays("train", limit=run.config.calibration_examples)
     served = run.served() if subnet_list is None else subnet_list
@@ -115,9 +115,9 @@ def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
 
 
 def evaluate(run: Run) -> list[Served]:
-    """Test accuracies of the served subnets, with their own statistics and with the largest subnet's: evaluation.json.
+    """Measures test accuracies of the served subnets, with their own and with the largest subnet's statistics.
 
-    The second column is left out for a family that has no statistics.
+    Writes evaluation.json. For a family without statistics, `accuracy_shared` is None.
     """
     model, dataset, served = run.model(), run.dataset(), run.served()
 
@@ -136,7 +136,7 @@ def evaluate(run: Run) -> list[Served]:
 
 
 def baselines(run: Run) -> dict[str, float]:
-    """Test accuracies of the baselines for texts (see `evaluation.text_baselines`); none for other data."""
+    """Test accuracies of the baselines for texts (see `evaluation.text_baselines`); empty for other data."""
     dataset = run.dataset()
     return {} if dataset.vocabulary is None else evaluation.text_baselines(dataset)
 
@@ -166,7 +166,7 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
 
 
 def table(served: list[Served]) -> list[tuple[str, ...]]:
-    """Header and lines of a table to print: cost and accuracies of served subnets."""
+    """A table to print: the header, then cost and accuracies of each served subnet."""
     lines: list[tuple[str, ...]] = [("MFLOPs", "params", "test accuracy", "with the largest's statistics")]
     for s in served:
         accuracies = ("-" if a is None else f"{100 * a:.2f} %" for a in (s.accuracy, s.accuracy_shared))

@@ -1,4 +1,4 @@
-"""Standalone training: a subnet as a network of its own, to measure what sharing weights costs in accuracy."""
+"""Standalone training: trains a subnet as a separate network, to measure how much accuracy sharing weights costs."""
 
 import dataclasses
 
@@ -12,7 +12,10 @@ from superserve_jax.training.runs import Run
 
 
 def config(shared: TrainConfig, subnet: Subnet) -> TrainConfig:
-    """The SuperNet's experiment for a single subnet: only labels teach; first weights, data, optimiser and steps stay."""
+    """The SuperNet's config for a single subnet that learns from labels only.
+
+    Initial weights, data, optimiser and number of steps stay the same.
+    """
     model = SingleSubnetConfig(shared.model, subnet)
     return dataclasses.replace(
         shared, model=model, phases=(), distill=DistillConfig(), random_subnets=0, buckets=1, eval_every=0
@@ -20,9 +23,9 @@ def config(shared: TrainConfig, subnet: Subnet) -> TrainConfig:
 
 
 def train(run: Run, subnet: Subnet, name: str) -> Served:
-    """Trains, calibrates and evaluates one subnet of a run on its own, or goes on with it.
+    """Trains, calibrates and evaluates one subnet of a run as a standalone network.
 
-    The work is a run, too, in the folder alone/NAME of the given run. Finished parts are only read.
+    This makes another run, in the folder alone/NAME of the given run. An interrupted one goes on; a finished one is only read.
 
     Raises:
       KeyboardInterrupt, ConfigError, DataError: as in `loop.train`.

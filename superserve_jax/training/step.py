@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
     Args:
       smoothing: label smoothing.
       teacher_weight: weight of an outside teacher's soft output in the largest subnet's loss.
-      hidden_weight: weight of the distance between hidden states.
+      hidden_weight: weight of the distance to the teacher's hidden states, in every loss with a teacher.
       compute_dtype: name of the dtype of activations and products.
     """
 
@@ -126,7 +126,7 @@ class SandwichStep:
 def lesson(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, statistics: jax.Array) -> Lesson:
     """A teacher's output for a batch, by the program of its largest subnet with the subnet's own statistics.
 
-    With hidden states, the pass normalises by batch statistics. The families with hidden states have no batch statistics.
+    If hidden states are needed, `statistics` is not used: families with hidden states have no SubnetNorm statistics.
     """
     active = jnp.zeros((0,), jnp.int32)
     if recipe.hidden_weight:
@@ -138,7 +138,7 @@ def lesson(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, 
 def largest_grad(
     program: Program, recipe: Recipe, params: Params, inputs: jax.Array, labels: jax.Array, lesson: Lesson | None
 ) -> tuple[tuple[jax.Array, Lesson], Params]:
-    """((loss, output of the network), gradients) of the largest subnet."""
+    """((loss, the largest subnet's own output), gradients) of the largest subnet."""
 
     def loss_fn(params):
         own = _forward(program, recipe, params, inputs, jnp.zeros((0,), jnp.int32))

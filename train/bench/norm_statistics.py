@@ -1,9 +1,9 @@
-"""What SubnetNorm costs at a network's full size: bytes of many subnets' statistics against bytes of the shared weights.
+"""Measures the memory of SubnetNorm at a network's full size: bytes of all statistics against bytes of the shared weights.
 
     python train/bench/norm_statistics.py configs/ofa_resnet50.py --subnets 500
 
-Builds the network with fresh weights, exports it with statistics for every subnet, loads the export and runs a few subnets at
-batch 1. The statistics are not calibrated: their sizes are realistic, the logits mean nothing.
+Builds the network with random weights, exports it with statistics for every subnet, loads the export and runs a few subnets
+at batch 1. The statistics are not calibrated: their sizes are realistic, but the logits mean nothing.
 Library: training.random_export.export, exports.load, training.latency.measure.
 """
 

@@ -1,11 +1,11 @@
-"""Times a sandwich step against as many steps of the largest subnet: what it saves that small subnets have own programs.
+"""Times a sandwich step of four subnets against four steps of the largest: how much time separate programs save.
 
     python train/bench/step.py configs/digits_resnet.py --batch-size 64 --repetitions 30
 
-A sandwich step trains the largest, the smallest and two random subnets. With one masked program for all of them it would cost
-four steps of the largest. Both are timed in turn, so the ratio also holds on a busy machine. Times include the optimiser's
-update, but no compilation. The table shows what each program adds to a step of the largest. Inputs are random: no dataset is
-needed.
+A sandwich step trains the largest, the smallest and two random subnets. With one masked program for all of them, it would cost
+as much as four steps of the largest. Both are timed in turn, so the ratio also holds on a busy machine. Times include the
+optimiser's update, but no compilation. The table shows the time that each program adds to a step of the largest. Inputs are
+random, so no dataset is needed.
 Library: training.step.SandwichStep, training.sampling.Sampler.
 """
 
@@ -29,7 +29,7 @@ from superserve_jax.training.step import Recipe, SandwichStep
 
 DEFAULT_CONFIG = "configs/digits_resnet.py"
 RANDOM_SUBNETS = 2
-STEPS = 2 + RANDOM_SUBNETS  # steps of the largest: one for each subnet of a sandwich step
+STEPS = 2 + RANDOM_SUBNETS  # number of steps of the largest: one for each subnet of a sandwich step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def main() -> None:
         "MFLOPs": lambda p: f"{p['mflops']:.2f}",
         "sizes traced": lambda p: str(p["traced"]),
         "ms per step": lambda p: f"{p['ms']:.1f}",
-        "of the largest": lambda p: f"{p['ms'] / largest_ms:.2f}",
+        "relative to the largest": lambda p: f"{p['ms'] / largest_ms:.2f}",
     }
     cli.print_columns(columns, sorted(found["programs"], key=lambda p: -p["mflops"]))
     print(

@@ -34,7 +34,7 @@ def from_arrays(
       validation: inputs and labels for choosing subnets, or the number of training examples to hold out for that.
       class_names: the name of each label; the numbers themselves if left out.
       shift: training images are moved by up to this number of pixels.
-      flip: half of the training images are mirrored.
+      flip: whether to mirror half of the training images.
       name: the dataset's name in messages.
 
     Raises:

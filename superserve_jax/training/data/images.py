@@ -1,4 +1,4 @@
-"""Image datasets by their TFDS name, and decoding, cropping and augmentation for every dataset of encoded images.
+"""Image datasets by TFDS name; decoding, cropping and augmentation for every dataset of encoded images.
 
 Pixels stay uint8. The model normalises them, so that serving cannot differ from training.
 """
@@ -28,10 +28,11 @@ class ImageConfig:
       validation: number of training examples that are held out as the validation split.
       image_size: height and width in pixels. Images of another size are cropped at the centre and resized.
       channels: 1 for grey, 3 for RGB; images are converted.
-      shift: training images are moved by up to this number of pixels and filled up with black.
-      flip: half of the training images are mirrored.
-      random_crop: Inception's random crop for training and the central 0.875 for evaluation, as is usual on ImageNet.
-      cache: decode a split once and keep it in memory as uint8. For small datasets.
+      shift: training images are moved by up to this number of pixels; the gap is black.
+      flip: whether to mirror half of the training images.
+      random_crop: whether to take Inception's random crop for training, and the central 0.875 for evaluation, as is usual on
+        ImageNet.
+      cache: whether to decode a split once and keep it in memory as uint8. For small datasets.
     """
 
     validation: Count = 1000
@@ -76,8 +77,8 @@ class Encoded:
 
     Args:
       count: number of images.
-      read: gives the file (PNG, JPEG, ...) and the label at a position.
-      where: describes the image at a position for an error message.
+      read: returns the file (PNG, JPEG, ...) and the label at a position.
+      where: returns a description of the image at a position, for error messages.
     """
 
     count: int

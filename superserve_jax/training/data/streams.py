@@ -1,7 +1,7 @@
 """Streams of batches: shuffled, repeated, resumable and padded; every batch is reproducible.
 
-A kind of dataset says how many examples a split has and how to read one. Everything else is here. The examples of a split are
-in memory (`Arrays`), or each one is read when it is needed (`Records`).
+Each kind of dataset only provides the number of examples of a split and a function that reads one. Everything else is here.
+The examples of a split are in memory (`Arrays`), or each one is read when it is needed (`Records`).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Batch = dict[str, np.ndarray]
 Example = tuple[np.ndarray, int]  # input, label
 SPLITS = ("train", "validation", "test")
 
-# A finite stand-in for endless: grain's own breaks at batch size 1, where the number of batches overflows.
+# Finite, since grain's endless repetition breaks at batch size 1, where the number of batches overflows.
 _EPOCHS = 2**31
 _MAX_MEMORY = 8 * 2**30  # bytes of inputs
 
@@ -107,7 +107,7 @@ class Records:
 
 @runtime_checkable
 class DatasetLike(Protocol):
-    """What training and the stages after it need of a dataset. `Dataset` has it; so may a class of your own."""
+    """The interface of a dataset for training and the later stages. `Dataset` implements it; so can a class of your own."""
 
     name: str
     class_names: tuple[str, ...]
@@ -142,8 +142,8 @@ class Dataset:
       name: the dataset's name in messages.
       splits: the examples of each split.
       class_names: the name of each label.
-      cache: read a split once and keep it in memory.
-      augment: changes a training batch at random.
+      cache: whether to read a split once and keep it in memory.
+      augment: returns a randomly changed training batch; None changes nothing.
       vocabulary: the vocabulary of a dataset of texts.
 
     Attributes:

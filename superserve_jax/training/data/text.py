@@ -31,16 +31,16 @@ _TEXTS = (
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Which texts, and how they become token ids.
+    """The config of a text dataset: which texts, and how they become token ids.
 
     Args:
       name: a TFDS name, such as "glue/mnli". `listops` is made at first use; other datasets must have been prepared.
       data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
       validation: number of training examples, the last ones, that are held out as the validation split.
       max_length: number of tokens of an input. Shorter texts are padded, longer ones cut off.
-      token_types: with 2, an input also says whether a token belongs to the first or the second text of a pair.
+      token_types: 2 adds to each token whether it belongs to the first or the second text of a pair; 1 does not.
       vocabulary: a WordPiece vocabulary file, such as BERT's vocab.txt; None for `listops`.
-      lowercase: lowercase texts and strip accents first, as BERT's uncased models do.
+      lowercase: whether to lowercase texts and strip accents first, as BERT's uncased models do.
 
     >>> TextConfig("listops", max_length=32).token_types
     1

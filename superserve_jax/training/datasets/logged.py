@@ -1,4 +1,4 @@
-"""What our own TFDS builders have in common."""
+"""`Logged`: a mixin of our own TFDS builders."""
 
 import logging
 from typing import Any
@@ -7,7 +7,7 @@ _log = logging.getLogger(__name__)
 
 
 class Logged:
-    """A mixin for builders: logs the two lines that TFDS prints when it makes a dataset, because a library must not print."""
+    """Logs the two lines that TFDS would print when it makes a dataset, because a library must not print."""
 
     name: Any
     data_dir: Any

@@ -61,7 +61,7 @@ def features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
 
 
 def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]:
-    """The TFDS expression of each of our splits. The last `validation` training examples are held out."""
+    """The TFDS expression for each of our splits. The last `validation` training examples are held out."""
     stored, name = builder.info.splits, builder.name
     if "train" not in stored:
         raise errors.DataError(f"dataset '{name}' has no train split, only {sorted(stored)}; choose another dataset")

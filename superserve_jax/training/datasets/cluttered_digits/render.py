@@ -64,7 +64,7 @@ def render(scans: np.ndarray, split: str, index: int) -> tuple[np.ndarray, int]:
 
 
 def paste_patch(canvas: np.ndarray, scan: np.ndarray, draws: np.ndarray) -> None:
-    """Draws a square piece of `scan` onto the canvas, unscaled and fainter. The darker of two overlapping pixels stays."""
+    """Draws a square piece of `scan` onto the canvas, unscaled and fainter. The brighter of two overlapping pixels stays."""
     side = MIN_PATCH + int(draws[0] * (MAX_PATCH - MIN_PATCH + 1))
     top, left = (int(u * (_SCAN_SIZE - side + 1)) for u in draws[1:3])
     y, x = (int(u * (SIZE - side + 1)) for u in draws[3:5])
