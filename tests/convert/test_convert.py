@@ -1,4 +1,4 @@
-"""Weights of others: the fixtures' logits, networks of random sizes there and back, and every error.
+"""Weights of other projects: logits of the fixtures, networks of random sizes in both directions, and every error.
 
 One file because both networks go through the same tests.
 """
@@ -36,7 +36,7 @@ def bert_model():
     return published.bert_model()
 
 
-# -- logits that others' programs computed ------------------------------------------------------------------------------
+# -- logits that the other projects computed ----------------------------------------------------------------------------
 
 
 def fixture(name):
@@ -67,10 +67,10 @@ def bert_fixture():
 @pytest.mark.parametrize("read", [pytest.param(ofa_fixture, marks=pytest.mark.slow), bert_fixture])
 def test_logits_of_the_fixtures_agree_sliced_masked_and_through_an_export(read, tmp_path):
     model, subnet_list, inputs, logits = read()
-    rows = {s: model.statistics_of(s, norm="shared") for s in subnet_list}
+    statistics = {s: model.statistics_of(s, norm="shared") for s in subnet_list}
     exported = exports.export(
         tmp_path / "export",
-        SuperNet(model.config, model.params, rows),
+        SuperNet(model.config, model.params, statistics),
         [Served(s, 0.5, None, model.config.flops(s), model.config.num_params(s)) for s in subnet_list],
         measured="not at all",
     )
@@ -79,14 +79,14 @@ def test_logits_of_the_fixtures_agree_sliced_masked_and_through_an_export(read, 
         tolerance = {"rtol": 0, "atol": 1e-4 * np.abs(expected).max()}
         np.testing.assert_allclose(model(inputs, subnet, norm="shared"), expected, **tolerance)
         program = programs.sliced(model.config, subnet)
-        sliced = jax.jit(program.infer)(model.params, inputs, rows[subnet], program.active(subnet))
+        sliced = jax.jit(program.infer)(model.params, inputs, statistics[subnet], program.active(subnet))
         np.testing.assert_allclose(sliced, expected, **tolerance)
         np.testing.assert_allclose(loaded(inputs, subnet), expected, **tolerance)
     engine = DeviceEngine(loaded, jax.devices()[0], subnet_list=subnet_list[-1:], batch_sizes=[4])
     np.testing.assert_allclose(engine.run(subnet_list[-1], 4, list(inputs)), logits[-1], **tolerance)
 
 
-# -- there and back -----------------------------------------------------------------------------------------------------
+# -- both directions ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["its own keys", "the published keys"])
@@ -129,7 +129,7 @@ def test_a_bert_s_space_and_length_can_be_narrowed(bert_model):
     )
 
 
-def test_layer_norms_may_have_the_names_that_tensorflow_gave_them(bert_model):
+def test_layer_norms_may_have_the_names_from_tensorflow(bert_model):
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     state = {}
     for name, value in bert_state(bert_model).items():
@@ -147,7 +147,7 @@ def test_the_model_does_not_share_memory_with_the_state(bert_model):
     assert_same_model(model, bert_model)
 
 
-def test_weights_can_be_given_to_a_config_that_is_known(ofa_model, bert_model):
+def test_weights_can_be_converted_for_a_given_config(ofa_model, bert_model):
     assert_same_model(convert.weights(ofa_state(ofa_model), OFA), ofa_model)
     narrow = dataclasses.replace(BERT, heads=(3,), max_length=5)
     model = convert.weights(bert_state(bert_model), narrow)
@@ -166,13 +166,13 @@ def test_subnet_dictionaries_convert_both_ways():
         assert convert.ofa_subnet(arch, space) == subnet
 
 
-def test_a_subnet_dictionary_means_what_it_means_there():
+def test_a_subnet_dictionary_means_the_same_as_in_once_for_all():
     space = OFAResNetConfig().space()
     arch = {"d": [1, 0, 1, 2, 0], "e": [0.2, 0.25, 0.35] * 6, "w": [0, 1, 2, 0, 1, 2], "image_size": 176}
     subnet = convert.ofa_subnet(arch, space)
     assert subnet.gates == (0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0)
     assert subnet["width"] == (0.65, 0.8, 1.0, 0.65, 0.8, 1.0)
-    assert subnet["expand"][:4] == (0.2, 0.25, 0.2, 0.2)  # the blocks that do not run have the smallest
+    assert subnet["expand"][:4] == (0.2, 0.25, 0.2, 0.2)  # blocks that do not run have the smallest ratio
     assert convert.ofa_arch(subnet, space)["d"] == [0, 0, 1, 2, 0]
     assert convert.ofa_subnet({"d": 2, "e": 0.35, "w": 2}, space) == space.largest()
 
@@ -270,7 +270,7 @@ def test_the_weights_of_another_network_are_refused(ofa_model, bert_model):
         ({"ffn": []}, "the largest of ffn must be the size of the weights, 10"),
     ],
 )
-def test_an_argument_that_cannot_be_right_for_a_bert_is_refused(bert_model, changes, message):
+def test_an_impossible_argument_for_a_bert_is_refused(bert_model, changes, message):
     with pytest.raises(errors.ConfigError, match=message):
         convert.bert(bert_state(bert_model), **{"num_heads": 3, **changes})
 
@@ -287,12 +287,12 @@ def test_an_argument_that_cannot_be_right_for_a_bert_is_refused(bert_model, chan
         ({"image_size": 0}, "image_size"),
     ],
 )
-def test_an_argument_that_cannot_be_right_for_an_ofa_resnet_is_refused(ofa_model, changes, message):
+def test_an_impossible_argument_for_an_ofa_resnet_is_refused(ofa_model, changes, message):
     with pytest.raises(errors.ConfigError, match=message):
         convert.ofa_resnet(ofa_state(ofa_model), **{**OFA_LISTS, **changes})
 
 
-def test_a_config_that_theirs_is_not_is_refused(ofa_model, bert_model):
+def test_a_config_that_does_not_fit_the_other_project_s_network_is_refused(ofa_model, bert_model):
     with pytest.raises(errors.ConfigError, match="once-for-all's OFA-ResNet has stem_stride=2, got 1"):
         convert.weights(ofa_state(ofa_model), dataclasses.replace(OFA, stem_stride=1))
     with pytest.raises(errors.ConversionError, match=r"position_embeddings.weight has shape \(7, 12\) instead of \(9, 12\)"):
@@ -301,7 +301,7 @@ def test_a_config_that_theirs_is_not_is_refused(ofa_model, bert_model):
         convert.weights({}, types.SimpleNamespace(family="toy"))
 
 
-def test_one_weight_in_both_spellings_is_surplus(ofa_model):
+def test_a_weight_under_both_of_its_names_is_surplus(ofa_model):
     state = {**ofa_state(ofa_model), "classifier.linear.bias": np.zeros(5, np.float32)}
     with pytest.raises(errors.ConversionError, match=r"surplus: classifier\.linear\.bias of shape \(5,\)"):
         convert.ofa_resnet(state, **OFA_LISTS)

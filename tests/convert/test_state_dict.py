@@ -1,4 +1,4 @@
-"""Reading state dicts: files, wrappers and what is no state dict at all."""
+"""State dicts are read from files and wrappers. Everything else is refused."""
 
 import sys
 import types
@@ -29,7 +29,7 @@ def test_a_safetensors_file_can_be_read(bert_model, tmp_path):
 
 
 class FakeTensor:
-    """What torch.load gives, as far as it matters here."""
+    """The methods of a torch tensor that `convert` calls."""
 
     def __init__(self, array):
         self.array = array
@@ -94,7 +94,7 @@ def test_wrappers_and_other_dtypes_are_tolerated(bert_model):
     assert_same_model(convert.bert({"epoch": 3, "state_dict": state}, num_heads=3), bert_model)
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path):
+def test_a_mapping_that_is_no_state_dict_is_refused(tmp_path):
     with pytest.raises(errors.ConversionError, match="the state dict holds no weights"):
         convert.bert({}, num_heads=1)
     with pytest.raises(errors.ConversionError, match="'epoch' must be an array of numbers, got str"):

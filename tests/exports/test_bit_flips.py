@@ -1,5 +1,7 @@
-"""Damaged exports: every single-bit flip of every byte, every length to which a file may be cut, and what may stand where a
-file was. Each is refused, or harmless: what is loaded is the same."""
+"""Damaged exports: every single-bit flip, files cut to every length, and something else in place of a file.
+
+Each is refused, or is harmless: it loads with equal content.
+"""
 
 import functools
 import json
@@ -19,7 +21,7 @@ from superserve_jax.manifest import MANIFEST_NAME, check_file, read_manifest
 from superserve_jax.profile import Profile
 
 
-# As small as they can be, so that there is time for every bit: 16 and 13 KB.
+# These exports are as small as possible, 16 and 13 KB, so that there is time for every bit.
 @pytest.fixture(scope="module", params=["images", pytest.param("texts", marks=pytest.mark.slow)])
 def exported(request, tmp_path_factory):
     config, words = {"images": (IMAGES, None), "texts": (TEXTS, WORDS)}[request.param]
@@ -33,7 +35,7 @@ def no_test_hangs():
 
 
 def flips(file):
-    """Every single-bit flip of a file, one after the other, each undone before the next."""
+    """Flips each bit of a file in turn. Each flip is undone before the next."""
     content = file.read_bytes()
     handle = os.open(file, os.O_WRONLY)
     try:
@@ -68,7 +70,7 @@ def test_every_flipped_bit_of_a_payload_file_is_refused(exported):
                 check_file(payload / name, expected)
             except errors.ExportError:
                 continue
-            raise AssertionError(f"{name}: nobody noticed bit {where}")
+            raise AssertionError(f"{name}: the flip of (byte, bit) {where} was not noticed")
         check_file(payload / name, expected)
 
 
@@ -84,7 +86,7 @@ def test_every_flipped_bit_of_a_profile_is_refused_or_reads_the_same(exported):
 
 
 def test_loading_refuses_flips_of_any_file(exported):
-    """A sample of the flips above, another one in every run, through the door that users take."""
+    """A random sample of the flips above, through `exports.load` as users call it. Every run draws another sample."""
     payload, contents = payload_of(exported)
     model = exports.load(exported)
     inputs = random_images(IMAGES, 1) if model.config == IMAGES else model.encode(["a b"])
@@ -119,7 +121,7 @@ def test_a_file_cut_to_any_length_or_grown_is_refused(exported):
     exports.load(exported)
 
 
-# -- what stands where a file was ---------------------------------------------------------------------------------------------
+# -- something else in place of a file ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_something_else_in_place_of_the_manifest_is_refused(export, stand_in):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_one_may_not_read_is_refused(export):
+def test_a_file_without_read_permission_is_refused(export):
     for file in (payload_of(export)[0] / "statistics.npz", export / MANIFEST_NAME):
         mode = file.stat().st_mode
         file.chmod(0)

@@ -40,14 +40,14 @@ def files_of(path):
 
 
 def reseal(path, change):
-    """Edits the manifest and makes its digest fit again, as somebody with bad intent would."""
+    """Edits the manifest and makes its digest fit again, as an attacker would."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     manifest["sha256"] = files.digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_loaded_export_gives_the_same_logits_and_knows_what_it_serves(tiny, exported):
+def test_a_loaded_export_gives_the_same_logits_and_lists_its_served_subnets(tiny, exported):
     model = exports.load(exported)
     images = random_images(TINY, 3)
     for subnet in tiny.calibrated:
@@ -138,7 +138,7 @@ def test_a_foreign_manifest_is_refused(tmp_path, content):
         exports.load(tmp_path)
 
 
-def test_what_is_no_export_is_refused_with_the_reason(tmp_path):
+def test_a_path_that_is_no_export_is_refused_with_the_reason(tmp_path):
     with pytest.raises(errors.ExportError, match=r"^\S+ is not an export: it does not exist"):
         exports.load(tmp_path / "absent")
     with pytest.raises(errors.ExportError, match=r"has no manifest\.json"):
@@ -165,11 +165,11 @@ def test_an_uncalibrated_subnet_or_none_at_all_cannot_be_exported(tiny, tmp_path
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing is tidied up."""
+    """Simulates SIGKILL: nothing catches it, and nothing is cleaned up."""
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["nothing before", "an old export before"])
-def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(tiny, tmp_path, monkeypatch, first):
+def test_a_process_killed_while_writing_leaves_the_old_export_or_the_new_one(tiny, tmp_path, monkeypatch, first):
     path = tmp_path / "export"
     calls = ["fsync", "rename", "replace"]
     outcomes = []
@@ -197,8 +197,8 @@ def test_whoever_is_killed_while_writing_leaves_the_old_export_or_the_new_one(ti
         try:
             outcomes.append(exports.load(path).manifest["measured"])
         except errors.ExportError:
-            outcomes.append("nothing")  # only where there was nothing before, see below
-        write(path, tiny, measured="after")  # the leftovers are in nobody's way
+            outcomes.append("nothing")  # allowed only if there was nothing before, as asserted below
+        write(path, tiny, measured="after")  # the leftovers do no harm
         assert exports.load(path).manifest["measured"] == "after"
         assert not list(path.glob("payload-part*"))
         if not killed:
@@ -221,20 +221,20 @@ PIECES = Vocabulary(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "s
 
 
 @pytest.fixture
-def reader():
-    """A DynaBERT that reads; it needs no statistics."""
+def text_model():
+    """A DynaBERT. It needs no statistics."""
     return SuperNet(BERT, random_params(BERT))
 
 
-def write_reader(path, model, **changes):
+def write_text_model(path, model, **changes):
     served = [Served(s, 0.5, None, BERT.flops(s), BERT.num_params(s)) for s in (model.space.smallest(), model.space.largest())]
     return exports.export(path, model, served, measured="", **{"vocabulary": PIECES, **changes})
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_an_export_of_texts_encodes_as_its_vocabulary_did(reader, tmp_path, lowercase):
+def test_the_export_of_a_text_model_encodes_as_its_vocabulary_did(text_model, tmp_path, lowercase):
     words = dataclasses.replace(PIECES, lowercase=lowercase)
-    model = exports.load(write_reader(tmp_path / "e", reader, vocabulary=words))
+    model = exports.load(write_text_model(tmp_path / "e", text_model, vocabulary=words))
     assert model.vocabulary == PIECES.tokens
     one, batch = model.encode("The cats"), model.encode(["The cats", "sat"])
     assert (one.shape, batch.shape) == ((6, 2), (2, 6, 2))
@@ -245,8 +245,8 @@ def test_an_export_of_texts_encodes_as_its_vocabulary_did(reader, tmp_path, lowe
     assert model.manifest["files"]["vocabulary.txt"]["sha256"]
 
 
-def test_pairs_are_encoded_one_by_one_or_many_at_once(reader, tmp_path):
-    model = exports.load(write_reader(tmp_path / "e", reader))
+def test_pairs_are_encoded_one_by_one_or_many_at_once(text_model, tmp_path):
+    model = exports.load(write_text_model(tmp_path / "e", text_model))
     one, batch = model.encode("the", "cat"), model.encode(["the"], ["cat"], length=5)
     assert (one.shape, batch.shape) == ((6, 2), (1, 5, 2))
     assert np.array_equal(one[:5], batch[0])
@@ -261,15 +261,15 @@ def test_a_model_without_vocabulary_has_no_tokens_and_encodes_nothing(exported):
         model.encode("the cat")
 
 
-def test_an_export_from_before_there_were_vocabularies_still_loads(exported):
+def test_an_older_export_without_a_vocabulary_still_loads(exported):
     reseal(exported, lambda m: m.pop("vocabulary"))
     assert exports.load(exported).vocabulary == ()
 
 
-def test_a_vocabulary_that_is_not_the_models_cannot_be_exported(reader, tiny, tmp_path):
+def test_a_vocabulary_that_does_not_fit_the_model_cannot_be_exported(text_model, tiny, tmp_path):
     more = Vocabulary((*PIECES.tokens, "a", "b"))
     for path, call in (
-        (tmp_path / "a", lambda path: write_reader(path, reader, vocabulary=more)),
+        (tmp_path / "a", lambda path: write_text_model(path, text_model, vocabulary=more)),
         (tmp_path / "b", lambda path: write(path, tiny, vocabulary=PIECES)),
     ):
         with pytest.raises(errors.ConfigError, match="make them agree"):
@@ -288,15 +288,15 @@ def test_a_vocabulary_that_is_not_the_models_cannot_be_exported(reader, tiny, tm
         lambda m: m["config"].update(pad_id=2),
     ],
 )
-def test_a_manifest_that_lies_about_the_vocabulary_is_refused(reader, tmp_path, change):
-    path = write_reader(tmp_path / "e", reader)
+def test_a_manifest_that_lies_about_the_vocabulary_is_refused(text_model, tmp_path, change):
+    path = write_text_model(tmp_path / "e", text_model)
     reseal(path, change)
     with pytest.raises(errors.ExportError, match="vocabulary"):
         exports.load(path)
 
 
-def test_a_damaged_vocabulary_is_refused(reader, tmp_path):
-    path = write_reader(tmp_path / "e", reader)
+def test_a_damaged_vocabulary_is_refused(text_model, tmp_path):
+    path = write_text_model(tmp_path / "e", text_model)
     file = next(path.glob("payload-*/vocabulary.txt"))
     file.write_text(file.read_text().replace("cat", "cow"))
     with pytest.raises(errors.ExportError, match="SHA-256 does not match"):

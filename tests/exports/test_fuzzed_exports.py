@@ -1,4 +1,4 @@
-"""Damaged, forged and impossible exports: each is refused with an ExportError, or loads as what it says."""
+"""Damaged, forged and impossible exports: each is refused with an ExportError, or loads as its manifest describes it."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load_changed(exported):
-    """Loads the export with another manifest, any JSON value or text. The digest fits, as an attacker would make it."""
+    """Loads the export with another manifest: any JSON value or text. Its digest fits, as an attacker would make it."""
     file = exported / MANIFEST_NAME
     good = file.read_text()
 
@@ -58,7 +58,7 @@ def manifest(exported):
 
 @bad.fuzzed
 @given(choose=st.data())
-def test_a_forged_manifest_is_refused_or_serves_what_it_says(exported, load_changed, choose):
+def test_a_forged_manifest_is_refused_or_loads_as_it_describes(exported, load_changed, choose):
     whole = json.loads((exported / MANIFEST_NAME).read_text())
     part = choose.draw(st.sampled_from(["config", "served", "files", None]))
     if part is None:
@@ -152,10 +152,10 @@ def test_statistics_that_do_not_fit_are_refused_and_nothing_is_unpickled(tmp_pat
     file, trap = tmp_path / "statistics.npz", tmp_path / "trap"
     file.write_bytes(good)
     assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
-    order = np.array(json.dumps([s.to_json() for s in model.statistics]))
-    widths = np.array([r.shape[1] for r in model.statistics.values()])
+    listed = np.array(json.dumps([s.to_json() for s in model.statistics]))
+    widths = np.array([values.shape[1] for values in model.statistics.values()])
     whole = np.concatenate(list(model.statistics.values()), axis=1)
-    fitting = {"subnets": npy(order), "widths": npy(widths), "rows": npy(whole)}
+    fitting = {"subnets": npy(listed), "widths": npy(widths), "rows": npy(whole)}
     file.write_bytes(npz(**fitting))
     assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
     pickled = npy(np.array([Pickled(trap)], object))

@@ -1,4 +1,4 @@
-"""DynaBERT: sliced == bucketed == masked == the plain network over the whole space, named layers included."""
+"""DynaBERT: sliced == bucketed == masked == the plain network over the whole space, also for subnets that name their gates."""
 
 import dataclasses
 import itertools
@@ -17,11 +17,11 @@ from superserve_jax.supernets import checking, programs
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training.sampling import Sampler
 
-ROW = np.zeros((2, 0), np.float32)  # LayerNorm has no statistics of a subnet
+NO_STATISTICS = np.zeros((2, 0), np.float32)  # LayerNorm needs no statistics
 
 
 def whole_space(config):
-    """Every subnet, whichever layers it keeps: more than the every-other rule offers."""
+    """Every subnet with any allowed set of kept layers. The every-other rule offers only some of these sets."""
     space = config.space()
     for gates in itertools.product((0, 1), repeat=config.num_layers):
         if sum(gates) in config.depths:
@@ -36,7 +36,7 @@ def assert_close(actual, expected):
 
 
 def plain_network(config, params, subnet, inputs):
-    """The subnet as plain BERT, written without this library's operators: small weights, one sequence and head at a time."""
+    """The subnet as plain BERT with small weights, without this library's operators. One sequence and head at a time."""
     logits = []
     for ids, types in np.moveaxis(inputs, -1, 1):
         real = ids != config.pad_id
@@ -75,8 +75,8 @@ def test_the_plain_network_with_small_weights_agrees_over_the_whole_space():
     for subnet in whole_space(config):
         expected = plain_network(config, params, subnet, inputs)
         sliced = programs.sliced(config, subnet)
-        assert_close(run(params, inputs, ROW, masked.active(subnet)), expected)
-        assert_close(sliced.infer(params, inputs, ROW, sliced.active(subnet)), expected)
+        assert_close(run(params, inputs, NO_STATISTICS, masked.active(subnet)), expected)
+        assert_close(sliced.infer(params, inputs, NO_STATISTICS, sliced.active(subnet)), expected)
         count += 1
     assert count == 3 * 4 + 3 * 16 + 64
 
@@ -89,7 +89,9 @@ def test_a_subnet_bucket_runs_each_of_its_members_as_the_plain_network():
         program = programs.bucketed(config, members)
         run = jax.jit(program.infer)
         for subnet in members:
-            assert_close(run(params, inputs, ROW, program.active(subnet)), plain_network(config, params, subnet, inputs))
+            assert_close(
+                run(params, inputs, NO_STATISTICS, program.active(subnet)), plain_network(config, params, subnet, inputs)
+            )
 
 
 def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does():
@@ -98,13 +100,13 @@ def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does():
     runs = {p: jax.jit(p.train) for p in sampler.buckets}
     for k in range(20):
         choice = sampler.step(k)[2]
-        logits, row = runs[choice.program](params, inputs, choice.program.active(choice.subnet))
+        logits, statistics = runs[choice.program](params, inputs, choice.program.active(choice.subnet))
         sliced = programs.sliced(config, choice.subnet)
         assert_close(logits, sliced.train(params, inputs, sliced.active(choice.subnet))[0])
-        assert row.shape == (2, 0)
+        assert statistics.shape == (2, 0)
 
 
-def test_gradients_of_the_masked_program_are_those_of_the_sliced_one():
+def test_gradients_of_the_masked_program_equal_the_gradients_of_the_sliced_one():
     config, params, inputs = TINY_BERT, random_params(TINY_BERT), random_tokens(TINY_BERT)
     masked = programs.masked(config)
 
@@ -131,7 +133,7 @@ def test_the_masked_program_is_traced_once_for_all_subnets():
 
     run, params, inputs = jax.jit(counted), random_params(TINY_BERT), random_tokens(TINY_BERT)
     for subnet in list(whole_space(TINY_BERT))[::5]:
-        run(params, inputs, ROW, masked.active(subnet))
+        run(params, inputs, NO_STATISTICS, masked.active(subnet))
     assert len(traces) == 1
 
 
@@ -139,7 +141,7 @@ def test_masked_heads_and_neurons_contribute_exactly_nothing():
     config, params, inputs = TINY_BERT, random_params(TINY_BERT), random_tokens(TINY_BERT)
     masked = programs.masked(config)
     run, active = jax.jit(masked.infer), masked.active(config.space().subnet(heads=1, ffn=3))
-    expected = run(params, inputs, ROW, active)
+    expected = run(params, inputs, NO_STATISTICS, active)
     changed = {k: v.copy() for k, v in params.items()}
     for name, value in changed.items():
         inner = name.split(".")[2:3]
@@ -149,7 +151,7 @@ def test_masked_heads_and_neurons_contribute_exactly_nothing():
         if inner in (["attention_out"], ["ffn_out"]) and value.ndim == 2:
             value[{"attention_out": 4, "ffn_out": 3}[inner[0]] :] = 1e3
     assert sum((changed[k] != params[k]).any() for k in params) == 3 * (4 * 2 + 2)
-    np.testing.assert_array_equal(run(changed, inputs, ROW, active), expected)
+    np.testing.assert_array_equal(run(changed, inputs, NO_STATISTICS, active), expected)
 
 
 @pytest.mark.parametrize("length", [3, 5])
@@ -159,14 +161,14 @@ def test_padding_changes_nothing(length):
     ids, types = rng.integers(1, 11, (4, length)), rng.integers(0, 2, (4, length))
     program = programs.sliced(config, model.space.largest())
     run = jax.jit(program.infer)
-    short = run(model.params, config.pack(ids, types, length=length), ROW, program.active(program.envelope))
+    short = run(model.params, config.pack(ids, types, length=length), NO_STATISTICS, program.active(program.envelope))
     padded = config.pack(ids, types)
     assert_close(model(padded, program.envelope), short)
     padded[:, length:, 1] = 1
     np.testing.assert_array_equal(model(padded, program.envelope), model(config.pack(ids, types), program.envelope))
 
 
-def test_nothing_but_padding_still_gives_finite_logits():
+def test_an_input_of_only_padding_gives_finite_logits():
     model = SuperNet(TINY_BERT, random_params(TINY_BERT))
     empty = np.zeros(TINY_BERT.input_spec(2).shape, np.int32)
     assert np.isfinite(model(empty, model.space.largest())).all()
@@ -219,7 +221,7 @@ def test_packing_pads_with_the_config_s_id():
         ({"ids": [[1, 0]], "mask": [[1, 1]]}, "the mask keeps a token of id 0"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(arguments, message):
+def test_impossible_arguments_of_pack_are_refused(arguments, message):
     with pytest.raises(errors.InputError, match=message):
         TINY_BERT.pack(**arguments)
 
@@ -230,11 +232,13 @@ def test_what_cannot_be_packed_is_refused(arguments, message):
 def test_flops_count_every_product_of_the_traced_program():
     for subnet in list(whole_space(TINY_BERT))[::9]:
         program = programs.sliced(TINY_BERT, subnet)
-        jaxpr = jax.make_jaxpr(program.infer)(programs.param_spec(TINY_BERT), TINY_BERT.input_spec(1), ROW, jnp.zeros(0, int))
+        jaxpr = jax.make_jaxpr(program.infer)(
+            programs.param_spec(TINY_BERT), TINY_BERT.input_spec(1), NO_STATISTICS, jnp.zeros(0, int)
+        )
         assert TINY_BERT.flops(subnet) == checking.multiply_adds(jaxpr.jaxpr)
 
 
-def test_parameters_count_what_the_extracted_subnet_would_hold():
+def test_parameters_count_the_weights_that_the_subnet_needs_on_its_own():
     space = TINY_BERT.space()
     spec = programs.param_spec(TINY_BERT)
     assert TINY_BERT.num_params(space.largest()) == sum(int(np.prod(s.shape)) for s in spec.values())

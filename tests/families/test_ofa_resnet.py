@@ -17,12 +17,12 @@ PUBLISHED = OFAResNetConfig()
 
 
 def traced(config, subnet):
-    """The jaxpr of the sliced program: counts from it do not depend on the family's own count."""
+    """The jaxpr of the sliced program. Its counts do not depend on the family's own formulas."""
     program = programs.sliced(config, subnet)
-    row = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
+    statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((0,), jnp.int32)
     spec = programs.param_spec(config)
-    return jax.make_jaxpr(program.infer)(spec, config.input_spec(1), row, active)
+    return jax.make_jaxpr(program.infer)(spec, config.input_spec(1), statistics, active)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -33,7 +33,7 @@ def test_flops_count_every_convolution_of_the_traced_program(name):
 
 
 def test_xla_counts_the_same_flops_convolution_by_convolution():
-    # XLA leaves out padding taps. So the inputs are padded beforehand.
+    # XLA does not count products with padding. So the inputs are padded beforehand.
     for equation in traced(TINY, TINY.space().largest()).eqns:
         if equation.primitive.name != "conv_general_dilated":
             continue
@@ -51,7 +51,7 @@ def test_xla_counts_the_same_flops_convolution_by_convolution():
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_parameters_count_what_the_extracted_subnet_would_hold(name):
+def test_parameters_count_the_weights_that_the_subnet_needs_on_its_own(name):
     config = CONFIGS[name]
     largest = sum(int(np.prod(s.shape)) for s in programs.param_spec(config).values())
     assert config.num_params(config.space().largest()) == largest
@@ -75,14 +75,14 @@ def test_channels_are_made_divisible_as_once_for_all_does():
     assert made == {1: 8, 8.8: 8, 8.9: 16, 11.9: 16, 12: 16, 41.6: 40, 51.2: 48, 19: 24, 20: 24}
 
 
-def test_a_stage_that_may_be_skipped_takes_the_width_of_what_stands_before_it():
+def test_a_stage_that_may_be_skipped_has_the_width_of_the_stage_before_it():
     space = TINY.space()
     assert len(space.axes[1].choices) == 3
     sizes = TINY.sizes(space.subnet(width=(1.0, 0.5, 1.0)))
     assert sizes["stem.out"] == sizes["stage0.out"] == 4
 
 
-def test_average_pooling_averages_only_what_is_there():
+def test_average_pooling_averages_only_pixels_inside_the_image():
     x = jnp.arange(25.0).reshape(1, 5, 5, 1)
     pooled = ofa_resnet.average_pool(x, 2)[0, :, :, 0]
     assert pooled.shape == (3, 3)

@@ -1,4 +1,4 @@
-"""The published OFA-ResNet50 itself, 48 M parameters at 224x224, with fresh weights: from a config to answers of an export."""
+"""The published OFA-ResNet50 (48 M parameters, 224x224) is built with fresh weights, exported, loaded and run."""
 
 import pathlib
 
@@ -25,12 +25,12 @@ def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
     assert config.num_params(space.largest()) == pytest.approx(48e6, rel=0.01)
     chosen = [space.smallest(), space.subnet(depth=(0, 2, 3, 4, 3), expand=0.25, width=0.8), space.largest()]
     model, image, logits = SuperNet.create(config, seed=0), random_images(config, 1), {}
-    # Statistics of the image itself, so that normalising with a stored row must give what normalising the batch gave.
+    # The stored statistics are computed from the same image. So inference must give the same logits as training.
     for subnet in chosen:
         program = programs.sliced(config, subnet)
         train = jax.jit(lambda params, x, program=program: program.train(params, x, jnp.zeros((0,), jnp.int32)))
-        logits[subnet], row = map(np.asarray, train(model.params, image))
-        model.statistics[subnet] = row
+        logits[subnet], statistics = map(np.asarray, train(model.params, image))
+        model.statistics[subnet] = statistics
     served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
     exports.export(tmp_path / "export", model, served, measured="not measured: fresh weights")
     del model
@@ -42,7 +42,9 @@ def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
     for subnet in chosen:
         assert weights > 500 * loaded.statistics[subnet].nbytes
         program = programs.sliced(config, subnet)
-        infer = jax.jit(lambda params, x, row, program=program: program.infer(params, x, row, jnp.zeros((0,), jnp.int32)))
+        infer = jax.jit(
+            lambda params, x, statistics, program=program: program.infer(params, x, statistics, jnp.zeros((0,), jnp.int32))
+        )
         found = np.asarray(infer(loaded.params, image, loaded.statistics_of(subnet)))
         assert found.shape == (1, 1000)
         assert np.std(found) > 1e-3

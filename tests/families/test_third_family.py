@@ -1,4 +1,4 @@
-"""A family in one file of its own works from training to the server. `test_checking.py` has the check of it."""
+"""A family that is defined in a single file works from training to serving. `test_checking.py` runs `check` on this family."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_it_trains_and_is_searched(run):
     assert ss.load(stages.export(run)).config == run.config.model
 
 
-def test_its_export_answers_as_evaluation_measured(run, path):
+def test_its_export_has_the_accuracies_that_evaluation_measured(run, path):
     model = ss.load(path)
     images, labels = data.open(run.config.data).arrays("test")
     for served in model.served:
@@ -69,7 +69,7 @@ def test_a_server_answers_with_its_subnets(path):
             np.testing.assert_allclose(reply.output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_an_export_of_a_family_that_nobody_registered_says_what_to_import(path, tmp_path):
+def test_an_export_of_an_unregistered_family_says_what_to_import(path, tmp_path):
     copy = shutil.copytree(path, tmp_path / "export")
     manifest = json.loads((copy / MANIFEST_NAME).read_text())
     manifest["config"]["family"] = "other"
@@ -79,8 +79,8 @@ def test_an_export_of_a_family_that_nobody_registered_says_what_to_import(path, 
         ss.load(copy)
 
 
-def test_a_family_s_file_among_the_others_is_found_by_itself(tmp_path):
-    """In a process of its own, whose `families` folder has one more file."""
+def test_a_family_s_file_in_the_families_folder_is_registered_automatically(tmp_path):
+    """Runs in a new process, in which the `families` folder seems to hold one more file."""
     (tmp_path / "toy.py").write_text(
         "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass ToyConfig:\n    family = 'toy'\n    width: int = 1\n"
     )

@@ -1,4 +1,4 @@
-"""supernets.check accepts the built-in families and finds every broken method of another."""
+"""supernets.check accepts the built-in families, and finds each broken method of a test family."""
 
 import dataclasses
 
@@ -104,7 +104,7 @@ def test_sequences_that_do_not_fit_are_found():
         supernets.check(broken(**dataclasses.asdict(TINY_BERT)), run=False)
 
 
-def test_what_is_no_config_is_told_what_it_lacks():
+def test_an_object_that_is_no_config_is_refused_with_the_members_that_it_lacks():
     with pytest.raises(errors.ConfigError, match="it has no create, family, flops"):
         supernets.check(TINY.space())
 

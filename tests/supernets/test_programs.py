@@ -1,4 +1,4 @@
-"""The invariant that carries the project: sliced == bucketed == masked == the plain network with its own small weights."""
+"""The project's main invariant: sliced == bucketed == masked == the plain network with its own small weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,22 @@ from superserve_jax.subnet import envelope_of
 from superserve_jax.supernets import programs
 from superserve_jax.training.sampling import Sampler
 
-TOLERANCE = 1e-5  # of the largest output
+TOLERANCE = 1e-5  # relative to the largest output
 
 
 def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(np.asarray(expected)).max())
 
 
-def plain_network(config, params, subnet, images, row):
-    """The subnet as a plain network, written without this library's operators: small weights, statistics folded in."""
+def plain_network(config, params, subnet, images, statistics):
+    """The subnet as a plain network with small weights, without this library's operators. Its kernels contain the norms."""
     sizes = config.sizes(subnet)
     position = 0
 
     def conv_norm(x, path, stride, channels, relu=True):
         nonlocal position
         kernel = np.array(params[f"{path}.conv.kernel"])[:, :, : x.shape[-1], :channels]
-        mean, var = row[:, position : position + channels]
+        mean, var = statistics[:, position : position + channels]
         position += channels
         gain = np.array(params[f"{path}.norm.scale"])[:channels] / np.sqrt(var + 1e-5)
         bias = np.array(params[f"{path}.norm.bias"])[:channels] - mean * gain
@@ -56,7 +56,7 @@ def plain_network(config, params, subnet, images, row):
                     x = conv_norm(plain_average_pool(x, stride), f"{path}.shortcut", 1, out, relu=False)
                 x = np.maximum(x + y, 0)
             b += 1
-    assert position == row.shape[1]
+    assert position == statistics.shape[1]
     return x.mean((1, 2)) @ np.array(params["classifier.kernel"])[: x.shape[-1]] + np.array(params["classifier.bias"])
 
 
@@ -91,11 +91,11 @@ def test_the_plain_network_with_small_weights_agrees_over_the_whole_space(config
     masked = programs.masked(config)
     run = jax.jit(masked.infer)
     for subnet in config.space().enumerate():
-        row = random_statistics(config, subnet)
-        expected = plain_network(config, params, subnet, images, row)
+        statistics = random_statistics(config, subnet)
+        expected = plain_network(config, params, subnet, images, statistics)
         sliced = programs.sliced(config, subnet)
-        assert_close(sliced.infer(params, images, row, sliced.active(subnet)), expected)
-        assert_close(run(params, images, masked.pad_statistics(row, subnet), masked.active(subnet)), expected)
+        assert_close(sliced.infer(params, images, statistics, sliced.active(subnet)), expected)
+        assert_close(run(params, images, masked.pad_statistics(statistics, subnet), masked.active(subnet)), expected)
 
 
 def test_training_outputs_and_statistics_agree_over_the_whole_space(config):
@@ -106,10 +106,10 @@ def test_training_outputs_and_statistics_agree_over_the_whole_space(config):
         if i % 5:
             continue
         sliced = programs.sliced(config, subnet)
-        logits, row = sliced.train(params, images, sliced.active(subnet))
-        masked_logits, masked_row = run(params, images, masked.active(subnet))
+        logits, statistics = sliced.train(params, images, sliced.active(subnet))
+        masked_logits, masked_statistics = run(params, images, masked.active(subnet))
         assert_close(masked_logits, logits)
-        assert_close(masked.cut_statistics(np.asarray(masked_row), subnet), row)
+        assert_close(masked.cut_statistics(np.asarray(masked_statistics), subnet), statistics)
 
 
 def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(config):
@@ -122,9 +122,9 @@ def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(con
         program = programs.bucketed(config, members[8 * k : 8 * k + 8])
         run = jax.jit(program.infer)
         for subnet in members[8 * k : 8 * k + 8]:
-            row = random_statistics(config, subnet)
-            expected = run_masked(params, images, masked.pad_statistics(row, subnet), masked.active(subnet))
-            assert_close(run(params, images, program.pad_statistics(row, subnet), program.active(subnet)), expected)
+            statistics = random_statistics(config, subnet)
+            expected = run_masked(params, images, masked.pad_statistics(statistics, subnet), masked.active(subnet))
+            assert_close(run(params, images, program.pad_statistics(statistics, subnet), program.active(subnet)), expected)
 
 
 def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(config):
@@ -133,14 +133,14 @@ def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(conf
     runs = {p: jax.jit(p.train) for p in sampler.buckets}
     for k in range(30):
         choice = sampler.step(k)[2]
-        logits, row = runs[choice.program](params, images, choice.program.active(choice.subnet))
+        logits, statistics = runs[choice.program](params, images, choice.program.active(choice.subnet))
         sliced = programs.sliced(config, choice.subnet)
-        expected, expected_row = sliced.train(params, images, sliced.active(choice.subnet))
+        expected, expected_statistics = sliced.train(params, images, sliced.active(choice.subnet))
         assert_close(logits, expected)
-        assert_close(choice.program.cut_statistics(np.asarray(row), choice.subnet), expected_row)
+        assert_close(choice.program.cut_statistics(np.asarray(statistics), choice.subnet), expected_statistics)
 
 
-def test_gradients_of_the_masked_program_are_those_of_the_sliced_one(config):
+def test_gradients_of_the_masked_program_equal_the_gradients_of_the_sliced_one(config):
     params, images = random_params(config), random_images(config, 4)
     masked = programs.masked(config)
 
@@ -163,20 +163,20 @@ def test_a_bucket_of_one_subnet_masks_nothing(config):
     assert programs.bucketed(config, [subnet]) == programs.sliced(config, subnet)
 
 
-def test_rows_survive_padding_and_cutting(config):
+def test_statistics_survive_padding_and_cutting(config):
     masked = programs.masked(config)
     for subnet in list(config.space().enumerate())[::7]:
-        row = random_statistics(config, subnet)
-        np.testing.assert_array_equal(masked.cut_statistics(masked.pad_statistics(row, subnet), subnet), row)
+        statistics = random_statistics(config, subnet)
+        np.testing.assert_array_equal(masked.cut_statistics(masked.pad_statistics(statistics, subnet), subnet), statistics)
 
 
 def test_the_masked_program_is_traced_once_for_all_subnets():
     masked = programs.masked(TINY)
     traces = []
 
-    def counted(params, images, row, active):
+    def counted(params, images, statistics, active):
         traces.append(1)
-        return masked.infer(params, images, row, active)
+        return masked.infer(params, images, statistics, active)
 
     run, params, images = jax.jit(counted), random_params(TINY), random_images(TINY, 2)
     for subnet in TINY.space().enumerate():
@@ -188,8 +188,8 @@ def test_a_program_reads_only_the_parameters_of_blocks_it_keeps():
     space = TINY.space()
     small = programs.sliced(TINY, space.smallest())
     params = {k: v for k, v in random_params(TINY).items() if not k.startswith(("blocks.0.", "blocks.2.", "stem.1."))}
-    row = random_statistics(TINY, space.smallest())
-    assert small.infer(params, random_images(TINY, 1), row, jnp.zeros((0,), jnp.int32)).shape == (1, 3)
+    statistics = random_statistics(TINY, space.smallest())
+    assert small.infer(params, random_images(TINY, 1), statistics, jnp.zeros((0,), jnp.int32)).shape == (1, 3)
 
 
 def test_limits_of_an_envelope_hold_every_member(config):
@@ -200,7 +200,7 @@ def test_limits_of_an_envelope_hold_every_member(config):
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_parameters_have_the_shapes_that_the_spec_says(name):
+def test_parameters_have_the_shapes_of_the_spec(name):
     config = CONFIGS[name]
     made, spec = programs.initial_params(config, 0), programs.param_spec(config)
     assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (v.shape, v.dtype) for k, v in spec.items()}

@@ -7,7 +7,7 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 
-def test_any_calibrated_subnet_can_be_called_and_gives_what_its_sliced_program_gives(tiny):
+def test_any_calibrated_subnet_gives_the_same_logits_as_its_sliced_program(tiny):
     images = random_images(TINY, 5)
     for subnet in tiny.calibrated:
         program = programs.sliced(TINY, subnet)
@@ -20,7 +20,7 @@ def test_a_subnet_without_statistics_is_refused_with_the_remedy(tiny):
         tiny(random_images(TINY, 1), TINY.space().subnet(depth=(0, 0, 1), width=0.5, expand=1.0))
 
 
-def test_shared_statistics_are_the_largest_s_cut_to_the_subnet(tiny):
+def test_shared_statistics_are_cut_from_the_statistics_of_the_largest_subnet(tiny):
     subnet = TINY.space().smallest()
     shared, full = tiny.statistics_of(subnet, norm="shared"), tiny.statistics[TINY.space().largest()]
     start = 0
@@ -32,7 +32,7 @@ def test_shared_statistics_are_the_largest_s_cut_to_the_subnet(tiny):
     assert not np.allclose(tiny(random_images(TINY, 2), subnet), tiny(random_images(TINY, 2), subnet, norm="shared"))
 
 
-def test_shared_statistics_need_those_of_the_largest():
+def test_shared_statistics_need_the_statistics_of_the_largest_subnet():
     model = SuperNet.create(TINY, seed=0)
     model.statistics = {TINY.space().smallest(): random_statistics(TINY, TINY.space().smallest())}
     with pytest.raises(errors.NotCalibratedError, match="the largest subnet has no"):
