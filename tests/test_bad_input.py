@@ -1,7 +1,7 @@
 """Files that a user writes, with bad content: profiles, CSV files, configs, subnets, vocabularies and the command line.
 
-Each is accepted, or refused with one of the documented errors. Nothing hangs. `bad.attempt` lets every other error through,
-which fails the test. exports/test_fuzzed_exports.py and serving/test_bad_requests.py do the same.
+Each is accepted, or refused with one of the documented errors. Nothing hangs. `bad.attempt` does not catch other errors, so
+they fail the test. exports/test_fuzzed_exports.py and serving/test_bad_requests.py do the same for exports and requests.
 """
 
 import json

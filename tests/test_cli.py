@@ -1,4 +1,4 @@
-"""What programs share: tables are plain text and whole, however narrow the terminal is."""
+"""Tables that programs print are plain text, and are never wrapped or cut, however narrow the terminal is."""
 
 import pytest
 

@@ -44,7 +44,7 @@ def test_each_stage_is_a_program_of_its_own(run_program, trained, name):
     assert done.stdout.strip()
 
 
-def test_a_search_that_was_killed_goes_on_to_the_result_of_an_undisturbed_one(run_program, trained, tmp_path):
+def test_a_search_that_was_killed_resumes_to_the_result_of_an_undisturbed_one(run_program, trained, tmp_path):
     for name in ("killed", "undisturbed"):
         shutil.copytree(trained, tmp_path / name)
         (tmp_path / name / "search.jsonl").unlink()
@@ -91,7 +91,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
     assert "no queries" in run_program(*replay, "--trace", tmp_path / "none.csv", status=2).stderr
 
 
-def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(run_program, tmp_path, data_dir, trained):
+def test_ctrl_c_keeps_the_work_and_the_same_command_resumes(run_program, tmp_path, data_dir, trained):
     command = ["train/supernet.py", "configs/debug.py", "--workdir", tmp_path / "run", "--data.data-dir", data_dir]
     command += ["--epochs", "40", "--checkpoint-every", "1000000", "--train-only"]
     process = subprocess.Popen(

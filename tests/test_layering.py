@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "superserve_jax"
 
-# Every module may import errors and files. A name with a dot allows one module only.
+# Every module may also import errors and files. A name with a dot allows only that module.
 ALLOWED = {
     "errors": (),
     "files": (),
@@ -77,7 +77,7 @@ MODULES = dict(modules())
 
 
 def names_of(node):
-    """Full names of what an import statement imports."""
+    """Full names of the modules that an import statement imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     assert node.level == 0, "an import is relative"

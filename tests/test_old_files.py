@@ -1,6 +1,6 @@
-"""Files that commit aac2b73 wrote still load with equal bits, and a training that it began can go on.
+"""Files that commit aac2b73 wrote still load with equal bits, and a training run that it began can be resumed.
 
-tests/data/make_aac2b73.py made the files and says what expected.npz holds.
+tests/data/make_aac2b73.py made the files. It describes the contents of expected.npz.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ MIDDLE, STEPS = 7, 12  # the run was stopped after step 7 of 12
 
 
 def expected(prefix):
-    """The arrays of expected.npz whose names begin with a prefix, without it, in order."""
+    """The arrays of expected.npz whose names begin with `prefix/`, by the rest of their names, in the order of the file."""
     with np.load(OLD / "expected.npz") as arrays:
         return {name.removeprefix(f"{prefix}/"): arrays[name] for name in arrays.files if name.startswith(f"{prefix}/")}
 
@@ -95,8 +95,8 @@ def test_a_half_trained_run_has_the_recorded_state_statistics_and_results(run):
 
 
 @pytest.mark.slow
-def test_a_half_trained_run_goes_on_to_the_recorded_end(run, dataset, tmp_path):
-    """The end is bit-equal where this machine also computes the first half with equal bits.
+def test_a_half_trained_run_resumes_to_the_recorded_end(run, dataset, tmp_path):
+    """The end must be bit-equal only if this machine also computes the first half with equal bits.
 
     XLA's code for another CPU may round differently. Five steps at a learning rate of 4e-3 keep such a difference small.
     """

@@ -17,7 +17,7 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("active", [1, 4, 8])
-def test_a_mask_zeroes_exactly_what_lies_beyond_the_active_size(active):
+def test_a_mask_zeroes_exactly_the_channels_beyond_the_active_size(active):
     x = normal(2, 3, 8)
     masked = ops.mask(x, pair(8, active))
     np.testing.assert_array_equal(masked[..., :active], x[..., :active])
@@ -33,7 +33,7 @@ def test_a_weight_slice_takes_the_first_entries_of_the_last_axes():
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("gate", [0, 1])
-def test_a_traced_gate_selects_as_a_static_one(gate, skip):
+def test_a_traced_gate_gives_the_same_as_a_static_gate(gate, skip):
     x = normal(4)
     expected = ops.layer_select(gate, lambda x: x * 3, x, skip=skip)
     select = jax.jit(lambda g, x: ops.layer_select((1, g), lambda x: x * 3, x, skip=skip))
@@ -50,7 +50,7 @@ def test_a_block_beyond_the_limit_is_not_even_traced():
     assert ops.layer_select(pair(0, 0), never, x, skip=False) is x
 
 
-def test_batch_statistics_are_those_of_numpy():
+def test_batch_statistics_agree_with_numpy():
     x = normal(5, 4, 4, 3)
     mean, var = ops.batch_statistics(x)
     np.testing.assert_allclose(mean, np.mean(x, (0, 1, 2)), rtol=1e-5, atol=1e-6)

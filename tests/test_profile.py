@@ -31,7 +31,7 @@ def test_a_batch_costs_as_much_as_the_size_it_is_padded_to():
 
 
 @hypothesis.given(rows)
-def test_the_monotone_repair_only_raises_and_leaves_nothing_falling(data):
+def test_the_monotone_repair_only_raises_latencies_and_then_none_falls(data):
     before = make(*data)
     after = before.monotone()
     for a, b in zip(before.rows, after.rows, strict=True):
@@ -95,7 +95,7 @@ def test_a_malformed_profile_is_refused_with_a_documented_error(damage, tmp_path
         Profile.load(tmp_path / "p.json")
 
 
-def test_a_file_that_is_no_json_or_missing_is_refused(tmp_path):
+def test_a_missing_file_or_one_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "p.json").write_bytes(b"\xff{")
     for name in ("p.json", "absent.json"):
         with pytest.raises(errors.ProfileError, match=name):
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_json_or_missing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (2, 1), (1, 1), (1.5,), (True, 2)])
-def test_batch_sizes_that_cannot_be_are_refused(sizes):
+def test_impossible_batch_sizes_are_refused(sizes):
     with pytest.raises(errors.ConfigError, match="batch_sizes"):
         check_batch_sizes(sizes)
 
@@ -124,20 +124,20 @@ def at_lengths(short, long):
 BOTH = at_lengths([(0.7, (1, 2)), (0.9, (2, 3))], [(0.7, (3, 8)), (0.9, (6, 16))])
 
 
-def test_each_length_has_a_profile_and_rows_are_those_of_the_longest():
+def test_each_length_has_a_profile_and_rows_are_for_the_longest_length():
     assert [BOTH.at_length(n).latency_ms(net(0), 4) for n in (1, 32, 33, 128, 999)] == [2, 2, 8, 8, 8]
     assert BOTH.latency_ms(net(0), 4) == 8
     plain = make((0.7, (1, 2)))
     assert plain.at_length(17) is plain
 
 
-def test_the_throughput_of_a_mix_of_lengths_is_that_of_their_mean_cost():
+def test_the_throughput_of_a_mix_of_lengths_follows_from_their_mean_cost():
     # At batch 4 a query costs 0.5 ms at the short length and 2 ms at the long one.
     assert BOTH.throughput_qps(net(0)) == pytest.approx(500)
     assert BOTH.throughput_qps(net(0), [9, 32, 32, 100]) == pytest.approx(1e3 / (0.75 * 0.5 + 0.25 * 2))
 
 
-def test_what_changes_a_profile_changes_it_at_every_length():
+def test_methods_that_change_a_profile_change_it_at_every_length():
     assert [t.rows[0].latency_ms for t in BOTH.scaled(2).each_length] == [(2, 4), (6, 16)]
     assert [[r.subnet for r in t.rows] for t in BOTH.only([net(1)]).each_length] == [[net(1)]] * 2
     assert [t.rows[0].latency_ms for t in BOTH.at((4,)).each_length] == [(2,), (8,)]
@@ -146,7 +146,7 @@ def test_what_changes_a_profile_changes_it_at_every_length():
         BOTH.at((1, 4), (64,))
 
 
-def test_the_pareto_front_is_that_of_the_longest_length_and_common_to_all():
+def test_the_pareto_front_at_the_longest_length_is_used_at_all_lengths():
     slow = at_lengths([(0.7, (3, 3)), (0.9, (2, 2))], [(0.7, (4, 4)), (0.9, (9, 9))])
     assert len(slow.pareto().rows) == len(slow.pareto().each_length[0].rows) == 2
     beaten = at_lengths([(0.7, (1, 1)), (0.9, (2, 2))], [(0.7, (9, 9)), (0.9, (4, 4))])
@@ -154,7 +154,7 @@ def test_the_pareto_front_is_that_of_the_longest_length_and_common_to_all():
 
 
 @hypothesis.given(rows, rows)
-def test_the_monotone_repair_leaves_nothing_falling_along_the_length_either(short, long):
+def test_after_the_monotone_repair_no_latency_falls_with_the_length_either(short, long):
     count = min(len(short), len(long))
     before = at_lengths(*([(short[i][0], made[i][1]) for i in range(count)] for made in (short, long)))
     after = before.monotone()

@@ -1,4 +1,4 @@
-"""`ss.__all__` names everything that a user gets in hand, passes in, or catches."""
+"""`ss.__all__` names everything that a user receives, passes in or catches."""
 
 import inspect
 import typing
@@ -22,7 +22,7 @@ def test_every_public_name_is_there_and_in_order():
 
 
 def classes_in(hint):
-    """The classes of this library that a type is made of, except parts of training, which have a package of their own."""
+    """The library's classes in a type hint. Classes of training are left out: users import them from that package."""
     module = hint.__module__ if isinstance(hint, type) else ""
     if module.startswith("superserve_jax") and not module.startswith("superserve_jax.training"):
         yield hint.__name__

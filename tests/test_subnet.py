@@ -26,7 +26,7 @@ SPACE = make_space()
 members = st.integers(0, 10_000).map(lambda step: SPACE.sample(0, step))
 
 
-def test_enumeration_lists_every_subnet_once_and_counts_what_size_says():
+def test_enumeration_lists_every_subnet_once_and_agrees_with_size():
     found = list(SPACE.enumerate())
     assert len(found) == len(set(found)) == SPACE.size == (1 + 2) * (2 + 4 + 8) * 9
 
@@ -90,7 +90,7 @@ def test_sampling_below_an_envelope_stays_below_it(top, step):
     assert top.covers(SPACE.sample(3, step, below=top))
 
 
-def test_every_other_drops_exactly_the_rest_evenly_spaced():
+def test_every_other_keeps_exactly_depth_blocks_evenly_spaced():
     space = SearchSpace(((1, 2, 3, 4, 5, 6),), rule="every_other")
     for depth in range(1, 7):
         gates = space.gates((depth,))
@@ -120,7 +120,7 @@ def test_a_transformer_subnet_may_name_its_kept_blocks():
         ({"gates": (1, 1)}, "4 values of 0 or 1"),
     ],
 )
-def test_what_is_not_a_choice_is_refused_with_the_choices(arguments, message):
+def test_a_value_that_is_not_a_choice_is_refused_with_the_choices(arguments, message):
     with pytest.raises(errors.SubnetError, match=message):
         SPACE.subnet(**arguments)
 
@@ -156,7 +156,7 @@ def test_json_that_is_no_subnet_is_refused(data):
         lambda: SearchSpace(((1,),), (Axis("w", ((1.0,),), blocks=(5,)),)),
     ],
 )
-def test_a_space_that_makes_no_sense_is_refused(make):
+def test_an_impossible_space_or_axis_is_refused(make):
     with pytest.raises(errors.ConfigError):
         make()
 

@@ -1,4 +1,4 @@
-"""Text to token ids: BERT's way against ids worked out by hand, and the words of listops."""
+"""Text becomes token ids: word pieces as computed by hand with BERT's rules, and the words of ListOps."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_a_pair_has_types_of_its_own_and_the_second_text_a_separator():
     assert inputs[0, :, 1].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0]
 
 
-def test_inputs_are_those_of_the_models_own_packing():
+def test_inputs_equal_the_ones_that_the_model_packs():
     config = DynaBERTConfig(vocab_size=len(TOKENS), max_length=9)
     inputs = PIECES.encode(["the cat"], ["cat"], length=9, token_types=2)
     assert np.array_equal(inputs, config.pack([[2, 4, 5, 3, 5, 3]], [[0, 0, 0, 0, 1, 1]]))
@@ -40,16 +40,21 @@ def test_inputs_are_those_of_the_models_own_packing():
         ("the cat sat the cat", None, 5, "[CLS] the cat sat [SEP]"),
         ("the cat sat the cat", "sat", 7, "[CLS] the cat sat [SEP] sat [SEP]"),
         ("sat", "the cat sat the cat", 7, "[CLS] sat [SEP] the cat sat [SEP]"),
-        ("the cat sat", "the cat sat", 8, "[CLS] the cat sat [SEP] the cat [SEP]"),  # of equals the second
+        (
+            "the cat sat",
+            "the cat sat",
+            8,
+            "[CLS] the cat sat [SEP] the cat [SEP]",
+        ),  # with equal lengths, the second is cut first
         ("the cat", None, 2, "[CLS] [SEP]"),
     ],
 )
-def test_what_is_too_long_is_cut_as_bert_does(first, second, length, expected):
+def test_texts_that_are_too_long_are_cut_as_bert_does(first, second, length, expected):
     ids = PIECES.encode([first], None if second is None else [second], length=length)
     assert " ".join(tokens(ids[0])) == expected
 
 
-def test_lowercasing_strips_accents_and_can_be_left_out():
+def test_lowercasing_strips_accents_and_can_be_turned_off():
     assert tokens(PIECES.encode(["Über"], length=3)[0]) == ["[CLS]", "uber", "[SEP]"]
     cased = Vocabulary(TOKENS, lowercase=False)
     assert tokens(cased.encode(["Es The"], length=5)[0]) == ["[CLS]", "E", "##s", "[UNK]", "[SEP]"]
@@ -63,14 +68,14 @@ def test_a_special_token_in_a_users_text_is_only_text():
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_vocabulary_file_may_end_its_lines_in_any_way(tmp_path, newline, end):
-    odd = (*TOKENS, "\u2028")  # a token of BERT's that str.splitlines takes for the end of a line
+    odd = (*TOKENS, "\u2028")  # a token of BERT that str.splitlines treats as a line end
     (tmp_path / "vocab.txt").write_bytes((newline.join(odd) + end.replace("\n", newline)).encode())
     found = Vocabulary.read(tmp_path / "vocab.txt", lowercase=False)
     assert found == Vocabulary(odd, lowercase=False)
     assert Vocabulary.from_text(found.to_text(), **found.settings) == found
 
 
-def test_words_are_parted_by_blanks_and_follow_cls():
+def test_words_are_split_at_whitespace_and_follow_cls():
     assert WORDS.encode(["[MAX 0 1 ]", " 1  0 "], length=6).tolist() == [[1, 4, 2, 3, 5, 0], [1, 3, 2, 0, 0, 0]]
 
 
@@ -85,7 +90,7 @@ def test_words_are_parted_by_blanks_and_follow_cls():
         (lambda: PIECES.encode(["a"], [None], length=9), "must be a str, got NoneType"),
     ],
 )
-def test_what_cannot_be_encoded_is_an_input_error(call, message):
+def test_impossible_arguments_of_encode_are_input_errors(call, message):
     with pytest.raises(errors.InputError, match=message):
         call()
 
@@ -101,7 +106,7 @@ def test_what_cannot_be_encoded_is_an_input_error(call, message):
         ({"tokens": TOKENS, "lowercase": 1}, "lowercase must be True or False, got 1"),
     ],
 )
-def test_tokens_that_cannot_be_a_vocabulary_are_refused(arguments, message):
+def test_impossible_vocabularies_are_refused(arguments, message):
     with pytest.raises(errors.SuperServeError, match=message):
         Vocabulary(**arguments)
 
