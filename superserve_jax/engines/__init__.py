@@ -1,9 +1,9 @@
-"""Engines: one device that holds a SuperNet and runs any of its served subnets.
+"""Engines. An engine is one device that holds a SuperNet and runs any of its served subnets.
 
 Start with `base.py`, the protocol that the server relies on. `device.py` implements it with jax, and `fake.py` without a
-model. `prepare.py` makes all that a server of an export needs. It uses `executables.py` and `cache.py` to compile,
+model. `prepare.py` makes the engines and latency profiles for an export. It uses `executables.py` and `cache.py` to compile,
 `subnet_buckets.py` to choose the subnets that share an executable, and `profiling.py` to measure latencies.
-Importing the package does not import jax; `DeviceEngine` and `ExecutableCache` do when they are first used.
+Importing the package does not import jax. The first use of `DeviceEngine` or `ExecutableCache` does.
 """
 
 import importlib

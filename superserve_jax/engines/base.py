@@ -1,6 +1,6 @@
 """What the server needs from a device that holds a SuperNet: the `Engine` protocol. No jax.
 
-`fake.py` has engines without a model, for tests. `device.py` has the one that runs a SuperNet.
+`fake.py` has engines without a model, for tests. `device.py` has the engine that runs a SuperNet.
 """
 
 import math
@@ -17,9 +17,9 @@ class Engine(Protocol):
     """One device that holds one SuperNet. The server calls it from one thread at a time.
 
     Attributes:
-      name: the name in messages and of threads, such as "gpu:0".
-      input_shape: the shape of one input, without a batch dimension. With length buckets, it is the shape of an input that
-        fills the longest one.
+      name: the name used in messages and thread names, such as "gpu:0".
+      input_shape: the shape of one input, without a batch dimension. With length buckets, it is the shape of the longest
+        possible input.
       input_dtype: the dtype of inputs.
       lengths: the length buckets in tokens, ascending; `()` if all inputs have `input_shape`. With length buckets, the first
         dimension of an input may have any length up to the longest.
@@ -37,8 +37,8 @@ class Engine(Protocol):
 
         Args:
           subnet: a subnet of the profile.
-          batch_size: a batch size of the profile, at least `len(inputs)`. The engine pads the batch up to it and strips the
-            padding.
+          batch_size: a batch size of the profile, at least `len(inputs)`. The engine pads the batch to this size, and removes
+            the padding from the outputs.
           inputs: read-only arrays of `input_shape` and `input_dtype`. With length buckets, the engine pads them to the
             length bucket of the longest input (`lengths.length_bucket`).
 
@@ -46,7 +46,7 @@ class Engine(Protocol):
         one check per batch is cheap, while a check in the server would cost time for every query.
 
         Any exception counts as a failure of the batch. The server then retries the batch in smaller parts, on another worker
-        if there is one. It also calls this engine once more with inputs of zeros. If that raises too, the engine itself
+        if there is one. It also calls this engine once more with inputs of zeros. If this call raises too, the engine itself
         counts as failed. MemoryError and jax's RESOURCE_EXHAUSTED mean that the batch is too large for the device's memory;
         the server then makes smaller ones.
         """
@@ -57,13 +57,13 @@ class Overlapping(Engine, Protocol):
     """An engine whose device computes by itself, so that the host can stage the next batch in the meantime.
 
     Attributes:
-      overlap: whether this saves time. It does not on a CPU, where host and device share the cores.
+      overlap: whether staging the next batch early saves time. On a CPU it does not: host and device share the cores.
     """
 
     overlap: bool
 
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> "Launched":
-        """Starts what `run` does. After it has returned, `inputs` are not read any more.
+        """Starts the computation of `run` without waiting for it. `inputs` are not read after the return.
 
         At most two batches are in flight at a time. The server may abandon one. `launch` and both functions of `Launched`
         may raise.
@@ -76,7 +76,7 @@ class Launched(NamedTuple):
 
     Args:
       wait: blocks until the device has computed the batch.
-      outputs: returns what `Engine.run` returns. It is called once, after `wait`.
+      outputs: returns the outputs, as `Engine.run` does. It is called once, after `wait`.
     """
 
     wait: Callable[[], object]
@@ -84,10 +84,10 @@ class Launched(NamedTuple):
 
 
 def check_outputs(logits: np.ndarray, count: int) -> None:
-    """Refuses outputs that cannot be right. It takes half a microsecond for a batch of small ones.
+    """Raises an error for outputs that cannot be right. It takes half a microsecond for a batch of small outputs.
 
     Args:
-      logits: (count, ...), floating point, without the padding of the batch.
+      logits: an array (count, ...) of floating-point outputs, without the padding of the batch.
       count: the number of inputs.
 
     Raises:
@@ -100,8 +100,10 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
     superserve_jax.errors.InferenceError: outputs [1] of 2 have NaN in them; look at the inputs, then at the weights
     """
     if len(logits) != count:
-        raise errors.InferenceError(f"outputs of shape {logits.shape} for {count} inputs; an engine returns one for each")
-    if math.isnan(np.vdot(logits, logits)):  # squares are positive, so only a NaN makes their sum a NaN
+        raise errors.InferenceError(
+            f"outputs of shape {logits.shape} for {count} inputs; an engine must return one output for each input"
+        )
+    if math.isnan(np.vdot(logits, logits)):  # the sum of squares is NaN only if one of them is
         bad = np.flatnonzero(np.isnan(logits.reshape(count, -1)).any(axis=1))
         raise errors.InferenceError(
             f"outputs {bad.tolist()} of {count} have NaN in them; look at the inputs, then at the weights"
@@ -109,7 +111,7 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
 
 
 class Wrapper:
-    """An engine that passes calls on to another one. Subclasses add something around `run`."""
+    """An engine that passes calls on to another engine. Subclasses override `run` to add something."""
 
     def __init__(self, inner: Engine):
         self.name, self.input_shape, self.input_dtype = inner.name, inner.input_shape, inner.input_dtype

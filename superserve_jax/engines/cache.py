@@ -1,10 +1,10 @@
-"""Compiled executables, kept between processes in a private cache of this user.
+"""A private cache of this user that keeps compiled executables between processes.
 
 **Why this cache is our own.** jax's persistent compilation cache looks a program up by its lowered form. So every start would
-still trace and lower each program, which takes 0.1 to 0.3 s each. This cache looks a program up by what it is made from, and
+still trace and lower each program, which takes 0.1 to 0.3 s each. This cache looks a program up by its key (below), and
 traces nothing.
 
-**The key** is everything that a program depends on. This includes the config, the batch size, the device, the versions of
+**The key** contains all that a compiled program depends on, such as the config, the batch size, the device, the versions of
 jax and jaxlib, the processor's features, and the source code of the operators. Weights are not part of the key, since
 executables take them as arguments. So exports with the same config share their entries.
 
@@ -35,14 +35,14 @@ from jax.experimental import serialize_executable
 from superserve_jax import families, files, layers, ops, supernets
 from superserve_jax.supernets.family import FamilyConfig
 
-Device = Any  # a jax.Device, which type checkers take for a variable
+Device = Any  # a jax.Device; type checkers do not accept it as a type
 Shape = tuple[int, ...]
 Leaves = tuple[tuple[str, Shape], ...]
 """Names and shapes of parameters, in the order of an executable's arguments."""
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
-_FORMAT = 3  # of entries, and of the arguments and results of executables
+_FORMAT = 3  # version of the entries, and of the executables' arguments and results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,10 @@ class ExecutableCache:
         }
 
     def get(self, about: Mapping[str, Any], make: Callable[[], Executable]) -> Executable:
-        """The executable that `about` describes: loaded from the cache, or else compiled and kept.
+        """Loads the executable that `about` describes from the cache, or else compiles and stores it.
 
         Args:
-          about: JSON that tells this executable from all others with the same config and device.
+          about: a JSON object that identifies this executable among those with the same config and device.
           make: compiles the executable.
         """
         if self._root is None:
@@ -106,7 +106,7 @@ class ExecutableCache:
         return found
 
     def _load(self, path: pathlib.Path) -> Executable | None:
-        """The entry in a file. None if there is no file, or, with a warning, if it cannot be used."""
+        """The entry in a file, or None if there is no file. An entry that cannot be used gives a warning and None."""
         try:
             content = path.read_bytes()
             digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
@@ -130,11 +130,11 @@ def _save(path: pathlib.Path, executable: Executable) -> None:
         body = pickle.dumps((executable.leaves, serialize_executable.serialize(executable.call)))  # type: ignore[arg-type]
         files.write_bytes(path, hashlib.sha256(body).digest() + body)
     except (OSError, ValueError, RuntimeError, pickle.PicklingError) as e:  # some backends cannot serialise
-        _log.warning("cannot keep an executable in %s: %s", path.parent, e)
+        _log.warning("cannot store an executable in %s: %s; the next start will compile it again", path.parent, e)
 
 
 def _private(root: pathlib.Path) -> pathlib.Path | None:
-    """The directory, created if necessary; None, with a warning, if others can write to it."""
+    """The directory, created if necessary. If others can write to it, gives a warning and None."""
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = root.stat()
@@ -149,9 +149,9 @@ def _private(root: pathlib.Path) -> pathlib.Path | None:
 
 @functools.cache
 def _source_digest(config_class: type) -> str | None:
-    """Digest of the source code that programs are traced from, so that an edited operator invalidates its executables.
+    """Digest of the source code that programs are traced from. So an edit of an operator invalidates all executables.
 
-    None, with a warning, if the source cannot be read. An example is a family that was typed into a notebook.
+    If the source cannot be read, gives a warning and None. An example is a family that was typed into a notebook.
     """
     # All families count, since one may build on another. The config's own module may be outside of this library.
     packages = tuple(f"{package.__name__}." for package in (families, supernets))
@@ -165,12 +165,12 @@ def _source_digest(config_class: type) -> str | None:
 
 
 def _cpu_features() -> str:
-    return cpu_info("flags") or cpu_info("Features")  # the latter on ARM
+    return cpu_info("flags") or cpu_info("Features")  # "Features" on ARM
 
 
 @functools.cache
 def cpu_info(field: str) -> str:
-    """A field of the first processor in Linux's /proc/cpuinfo, such as "model name" or "flags"; "" if it is not there.
+    """A field of the first processor in Linux's /proc/cpuinfo, such as "model name" or "flags"; "" if there is none.
 
     Machine code depends on the flags, and psutil gives neither these nor the model name.
     """

@@ -1,12 +1,12 @@
-"""SubNetAct's actuation: one device that holds the weights once, and runs any served subnet by a look-up.
+"""SubNetAct's actuation: a device holds the weights of a SuperNet once, and runs any served subnet without loading it.
 
 The subnets of a **subnet bucket** share executables, which have the size of their envelope. A subnet alone in its subnet
-bucket is a static slice of the weights. There are two ways to slice the weights:
+bucket uses a static slice of the weights. There are two ways to slice the weights:
 
-- `in_call`: the executable slices them in every call. Nothing else takes memory, but every call copies the slices.
-- `kept`: they are sliced when the subnet changes, and the slices are kept. Calls then run at the speed of the extracted
-  subnet. The slices are kept within a byte budget, and the least recently used are dropped first. A change to a subnet whose
-  slices were dropped costs one copy of them.
+- `in_call`: the executable slices the weights in every call. Nothing else takes memory, but every call copies the slices.
+- `kept`: the weights are sliced when the subnet changes, and the slices are kept. Calls then run at the speed of the extracted
+  subnet. The slices have a byte budget, and the least recently used are dropped first. A change to a subnet whose slices were
+  dropped costs one copy.
 
 An engine holds compiled objects only. So nothing can compile while serving.
 """
@@ -32,14 +32,14 @@ from superserve_jax.supernets.supernet import SuperNet
 
 Slicing = Literal["kept", "in_call"]
 
-# Kept slices may take a quarter of the weights' bytes. More would lose what sharing the weights saves. For small networks,
-# less than 16 MiB would cost speed and save little.
+# Kept slices may take a quarter of the weights' bytes. With more, sharing the weights would save little memory. The budget is
+# at least 16 MiB, because a smaller one would cost speed and save little for small networks.
 _SLICES_SHARE = 0.25
 _MIN_SLICES_BYTES = 16 << 20
-# Statistics of 32 subnets are kept, about as many as are used at a time. Small ones may take up to 4 MiB.
+# Statistics of 32 subnets are kept, about as many as are in use at a time, or of more subnets if all fit into 4 MiB.
 _STATISTICS_KEPT = 32
 _MIN_STATISTICS_BYTES = 4 << 20
-_SLOW_CALL_S = 0.05  # more than the first call of an executable takes in addition to its usual time
+_SLOW_CALL_S = 0.05  # longer than the extra time of an executable's first call
 
 
 class DeviceEngine:
@@ -48,14 +48,14 @@ class DeviceEngine:
     Args:
       model: the SuperNet, calibrated for every served subnet.
       device: the device to run on.
-      subnet_list: the subnets that can be run.
-      batch_sizes: the batch sizes that can be run.
-      lengths: the length buckets that can be run; `()` if all inputs have one shape.
+      subnet_list: the subnets to prepare.
+      batch_sizes: the batch sizes to prepare.
+      lengths: the length buckets to prepare; `()` if all inputs have one shape.
       envelopes: the envelope of each subnet that shares a subnet bucket (see `subnet_buckets`). Other subnets have their own.
-      slicing: how the weights are sliced, see above.
+      slicing: the way to slice the weights, "kept" or "in_call" (see the module).
       slice_bytes: the byte budget of kept slices. None takes a quarter of the weights' bytes, but at least 16 MiB. In-call
-        slicing needs about as much for its temporaries. A subnet bucket whose own slices exceed the budget is sliced in the
-        call.
+        slicing needs about as much memory for its temporaries. A subnet bucket whose slices exceed the budget is sliced in
+        the call.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class DeviceEngine:
         self.overlap = device.platform != "cpu"
         if self.lengths and isinstance(config, SequenceConfig):
             [self._padding] = config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
-        # Free staging buffers. A buffer is not free until the output of its batch is ready, since the device may read it.
+        # Free staging buffers. A buffer is free when the output of its batch is ready; the device may read it until then.
         self.staging = {shape: [self._make_staging(*shape) for _ in range(2)] for shape in shapes}
         self._warm_up(program_of)
 
@@ -159,7 +159,7 @@ class DeviceEngine:
 
     def _actuate(self, subnet: Subnet, bucket: SubnetBucket) -> None:
         """Makes the next calls run `subnet`."""
-        self._subnet, self._actuated = None, ()  # or the slices in it could not be freed
+        self._subnet, self._actuated = None, ()  # drops the reference, so that old slices can be freed
         program = bucket.program
 
         def statistics() -> tuple[jax.Array, jax.Array]:
@@ -173,7 +173,7 @@ class DeviceEngine:
         self._subnet = subnet
 
     def _warm_up(self, program_of: Mapping[Subnet, Program]) -> None:
-        """Calls the executables once, since the first call is slow and no query should pay for it.
+        """Calls each executable once, since the first call is slow and no query should wait for it.
 
         If one call already takes long, the warm-up skips larger batches and lengths. A slow first call no longer matters
         there, and the warm-up would take minutes. A shape that is slow with one subnet counts as slow with larger subnets,
@@ -201,17 +201,17 @@ class DeviceEngine:
 
 
 def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs of `count` inputs. Afterwards the staging buffer is free again."""
+    """Waits for a batch, frees its staging buffer, and returns the outputs of its `count` inputs."""
     try:
         logits = np.asarray(computed)  # waits until the device has computed them
     finally:
         free.append(staged)
     base.check_outputs(logits[:count], count)
-    return [logits[i].copy() for i in range(count)]  # a view would keep the whole batch in memory as long as a reply
+    return [logits[i].copy() for i in range(count)]  # a view in one reply would keep the whole batch in memory
 
 
 def check_slicing(slicing: str, slice_bytes: int | None) -> None:
-    """Raises UnknownNameError or ConfigError for options that `DeviceEngine` does not have."""
+    """Raises UnknownNameError or ConfigError for values of `slicing` and `slice_bytes` that are not allowed."""
     if slicing not in ("kept", "in_call"):
         raise errors.unknown_name("slicing", slicing, ["kept", "in_call"])
     if slice_bytes is not None and not slice_bytes > 0:

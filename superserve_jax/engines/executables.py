@@ -1,10 +1,10 @@
-"""Compiled XLA executables of the SuperNet's programs on one device: compiled ahead, in parallel, and kept in a cache.
+"""Compiles the SuperNet's programs for one device: ahead of time, in parallel, and with a cache.
 
-An executable takes the weights that its program reads as a flat tuple of arguments, so it contains no weights itself. These
-arguments have one of two sizes:
+An executable contains no weights. It takes the weights that its program reads as a flat tuple of arguments. There are two
+kinds of these arguments:
 
-- Kept slices have the sizes of the program's envelope. A `slicer` makes them once, ahead of the calls.
-- Otherwise they are the SuperNet's own parameters, and the program slices them in every call.
+- Kept slices have the sizes of the program's envelope. A slicer, another executable, makes them ahead of the calls.
+- The SuperNet's own parameters are larger. The program slices them in every call.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ def build(
       batch_sizes: the batch sizes of every program.
       device: the device that runs them.
       lengths: the length buckets of every program; `()` if all inputs have one shape.
-      kept: whether a program takes kept slices.
+      kept: a function that tells whether a program takes kept slices.
 
     Returns:
       The executables by program, batch size and length, and the slicers of the programs with kept slices.
@@ -71,14 +71,14 @@ def build(
                 if any(shape != full[name].shape for name, shape in e.leaves)
             }
             slicers = list(pool.map(slicer, leaves))
-        except BaseException:  # after Ctrl-C or an error, the others are of no use
+        except BaseException:  # after Ctrl-C or an error, the other executables are not needed
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return dict(zip(keys, made, strict=True)), dict(zip(leaves, slicers, strict=True))
 
 
 def compile_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Executable:
-    """Traces, lowers and compiles a program. Arguments as for `build`; `length` is 0 if all inputs have one shape."""
+    """Traces, lowers and compiles a program. `length` is 0 if all inputs have one shape. `kept`: it takes kept slices."""
     full = programs.param_spec(program.config)
     leaves = tuple((name, shape if kept else full[name].shape) for name, shape in reads.used_leaves(program).items())
     names = tuple(name for name, _ in leaves)
@@ -94,7 +94,7 @@ def compile_program(program: Program, batch: int, device: Device, *, length: int
 
 
 def compile_slicer(program: Program, leaves: Leaves, device: Device) -> Executable:
-    """Compiles the function that makes a program's slices. It takes the parameters that are larger than their `leaves`."""
+    """Compiles the function that makes a program's slices. Its arguments are the parameters that are larger than `leaves`."""
     full = programs.param_spec(program.config)
     cut = tuple((name, shape) for name, shape in leaves if shape != full[name].shape)
 

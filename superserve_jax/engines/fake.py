@@ -14,7 +14,7 @@ from superserve_jax.subnet import Subnet
 
 
 class FakeEngine:
-    """Sleeps for the latency in the profile. The output of input x is (first value of x, rank of the subnet in accuracy).
+    """Sleeps for the latency in the profile. The output for x is (first value of x, the subnet's row index).
 
     Args:
       profile: gives the latencies, the accepted subnets and the length buckets. Padding has the token id 0.
@@ -76,7 +76,7 @@ class FakeEngine:
 
 
 class FakeDevice(FakeEngine):
-    """A `FakeEngine` that imitates a GPU: its device computes by itself, one batch after the other.
+    """A `FakeEngine` that imitates a GPU: the device computes by itself, one batch after the other.
 
     Meanwhile the host can copy the inputs of the next batch into a staging buffer. `on_run` is called in `Launched.wait`.
     """
@@ -86,7 +86,7 @@ class FakeDevice(FakeEngine):
     def __init__(self, profile: Profile, **options: Any):
         super().__init__(profile, **options)
         self._free = [np.zeros((profile.max_batch, *self.input_shape), self.input_dtype) for _ in range(2)]
-        self._free_s = 0.0  # when the device will have computed everything launched so far
+        self._free_s = 0.0  # when the device will be free, after all batches launched so far
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[tuple[Any, int]]:
         """See `Engine.run`."""

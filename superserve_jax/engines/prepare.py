@@ -1,4 +1,4 @@
-"""Prepares all that a server of an export needs: an engine for each device, and a latency profile for each kind of device."""
+"""Prepares an export for a server: makes an engine for each device, and loads or measures its latency profile."""
 
 import dataclasses
 import itertools
@@ -26,10 +26,10 @@ from superserve_jax.supernets.supernet import SuperNet
 _log = logging.getLogger(__name__)
 
 MAX_SUBNET_BUCKETS = 32
-"""The most subnet buckets, and so executables per batch size, of an export without a latency profile."""
+"""The largest number of subnet buckets (executables per batch size) of an export without a latency profile."""
 
-_MIN_GAIN = 1.03  # of kept slices over slicing in the call, since they take memory while nothing runs
-# A subnet is not worth an executable if the next faster one is nearly as accurate, or nearly as slow.
+_MIN_GAIN = 1.03  # the least (time with slicing in the call) / (time with kept slices) that is worth the memory of slices
+# A subnet is not worth serving if the next faster subnet is nearly as accurate, or nearly as slow.
 _MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1
 
 
@@ -43,19 +43,19 @@ def prepare(
     slice_bytes: int | None = None,
     background: Background | None = None,
 ) -> tuple[Model, list[DeviceEngine], list[Profile]]:
-    """The model, an engine for each device, and the latency profile of each engine.
+    """Returns the model, an engine for each device, and the latency profile of each engine.
 
-    Devices of one kind share a profile. If the export has a profile for this kind, these batch sizes and these lengths, it is
-    used. Otherwise one is measured.
+    Devices of one kind share a profile. The export may contain a profile for this kind, these batch sizes and these lengths.
+    Otherwise one is measured.
 
     Args:
-      path_or_model: an export's directory, or what `exports.load` returned.
+      path_or_model: an export's directory, or the model that `exports.load` returned.
       batch_sizes: the batch sizes to serve with, ascending.
       lengths: the length buckets to serve with; None takes `lengths.default_lengths` for a model of sequences.
       devices: the devices to serve on; None takes all.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
-      background: runs beside an engine whose profile is measured (see `profiling.measure`).
+      background: the load to run while a profile is measured (see `profiling.measure`).
 
     Raises:
       ExportError: the export is missing or damaged.
@@ -107,25 +107,25 @@ def load(path_or_model: Any) -> Model:
     model = path_or_model if isinstance(path_or_model, SuperNet) else exports.load(path_or_model)
     if not isinstance(model, Model):
         raise errors.ConfigError(
-            "a server takes an export's directory or what superserve_jax.load returned; export the "
+            "a server takes an export's directory or a model from superserve_jax.load; export the "
             "SuperNet first, since only an export knows the accuracies of its subnets"
         )
     return model
 
 
 def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
-    """The devices, all of them for None. Raises ConfigError for anything else than jax devices."""
+    """The given devices; None gives all devices. Raises ConfigError for anything other than jax devices."""
     devices = jax.devices() if devices is None else devices
     if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
         raise errors.ConfigError(
-            f"devices is empty or no list of jax devices, got {devices!r}; give at least one, or None for all"
+            f"devices must be a list of at least one jax device, got {devices!r}; give one, or None for all"
         )
     return devices
 
 
 def _warn_unmeasured(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
     _log.warning(
-        "%s has no latency profile for %s, batch sizes %s%s: measuring one; `python serve/measure.py %s` keeps it",
+        "%s has no latency profile for %s, batch sizes %s%s: measuring one; run `python serve/measure.py %s` to save one",
         model.path,
         kind,
         list(batch_sizes),
@@ -135,24 +135,24 @@ def _warn_unmeasured(model: Model, kind: str, batch_sizes: Sequence[int], length
 
 
 def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
-    """Raises ConfigError unless an input means the same to both models, at these length buckets.
+    """Raises ConfigError unless both models read an input in the same way, at these length buckets.
 
-    For this, shape, dtype, the id of padding and the vocabulary must be equal.
+    Shape, dtype, the token id of padding and the vocabulary must be equal.
     """
     old_inputs, new_inputs = (_inputs(model.config, lengths) for model in (old, new))
     if old_inputs != new_inputs:
         raise errors.ConfigError(
-            f"{new.path} takes {new_inputs}, this server {old_inputs}; open another server for other inputs"
+            f"{new.path} takes {new_inputs}, but this server takes {old_inputs}; open another server for it"
         )
     if old.vocabulary != new.vocabulary:
         raise errors.ConfigError(
-            f"{new.path} has another vocabulary than {old.path}, so it would read other texts from the same token ids; "
-            "open another server"
+            f"{new.path} has another vocabulary than {old.path}, so it would read the same token ids as other texts; "
+            "open another server for it"
         )
 
 
 def _inputs(config: FamilyConfig, lengths: Sequence[int]) -> str:
-    """The inputs of a model, in words."""
+    """A description of a model's inputs, for an error message."""
     longest, padding = 0, ""
     if isinstance(config, SequenceConfig):
         longest = check_lengths(config, lengths or None)[-1]
@@ -174,7 +174,7 @@ def make_engine(
     Args:
       model: the SuperNet.
       device: the device to run on.
-      profile: its subnets share executables as when it was measured.
+      profile: the latency profile. Subnets share executables as when it was measured.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
     """
@@ -190,9 +190,9 @@ def make_engine(
 
 
 def check_lengths(config: FamilyConfig, lengths: Sequence[int] | None) -> tuple[int, ...]:
-    """The length buckets to serve a family with: the default ones for None, and `()` if all inputs have one shape.
+    """Checks length buckets. Returns them, the default ones for None, and `()` if all inputs have one shape.
 
-    Raises ConfigError for lengths that the family does not have.
+    Raises ConfigError for lengths that the family does not support.
     """
     if not isinstance(config, SequenceConfig):
         if lengths:
@@ -201,12 +201,14 @@ def check_lengths(config: FamilyConfig, lengths: Sequence[int] | None) -> tuple[
     longest = config.max_length
     buckets = default_lengths(longest) if lengths is None else check_length_buckets(lengths)
     if buckets[-1] > longest:
-        raise errors.ConfigError(f"length {buckets[-1]} exceeds the model's max_length={longest}; lengths may go up to that")
+        raise errors.ConfigError(
+            f"length {buckets[-1]} exceeds the model's max_length={longest}; give lengths up to {longest}"
+        )
     return buckets
 
 
 def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> Profile | None:
-    """The profile beside the export, cut to batch sizes and lengths.
+    """The profile in the export's directory, cut to these batch sizes and lengths.
 
     None if there is no profile for this kind of device, these batch sizes and these lengths, or if it belongs to another
     export.
@@ -219,7 +221,7 @@ def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths:
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
     if profile.device != kind:
-        _log.warning("%s was measured on '%s'; ignoring it", path, profile.device)
+        _log.warning("%s was measured on '%s', not on '%s'; ignoring it", path, profile.device, kind)
         return None
     if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
         _log.warning("%s was measured on another export; ignoring it", path)
@@ -245,7 +247,7 @@ def measure(
       batch_sizes: the batch sizes to measure, ascending.
       device: the kind of device, written into the profile.
       envelopes: the envelope of each subnet that shares a subnet bucket in this engine.
-      repeats: how often each latency is measured.
+      repeats: the number of measurements of each latency.
       background: see `profiling.measure`.
     """
     accuracies = {s.subnet: s.accuracy for s in model.served}
@@ -255,7 +257,7 @@ def measure(
 
 
 def worth_serving(profile: Profile) -> Profile:
-    """The rows that a server needs: no other row is faster and more accurate, and neighbours differ enough to matter."""
+    """The rows worth serving: no other row is both faster and more accurate, and neighbours differ enough to matter."""
     return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
 
 
@@ -267,11 +269,11 @@ def faster_slicing(
     lengths: Sequence[int] = (),
     repeats: int = 10,
 ) -> tuple[Slicing, float]:
-    """The way of slicing to serve with on a device, and how many times as long slicing in the call takes as kept slices.
+    """The way of slicing to serve with on a device, and the ratio (time with slicing in the call) / (time with kept slices).
 
     The smallest, the middle and the largest subnet run in turn, at the smallest and the largest batch size. So every call
-    changes the subnet, and the measurement includes what a change costs with kept slices. With many subnets whose slices
-    exceed the byte budget, a change costs more than is measured here.
+    changes the subnet, and the measurement includes the cost of a change with kept slices. A change costs more than this if
+    the slices of all served subnets exceed the byte budget.
     """
     by_cost = sorted(model.subnets, key=model.config.flops)
     chosen = list(dict.fromkeys((by_cost[0], by_cost[len(by_cost) // 2], by_cost[-1])))
@@ -294,7 +296,7 @@ def faster_slicing(
 
 
 def device_kind(device: Device) -> str:
-    """The kind of a device, to which a latency profile belongs: a card's name, or a CPU's model and number of cores."""
+    """The kind of a device, which names its latency profile: a card's name, or a CPU's model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind
     return f"cpu {cache.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"

@@ -1,4 +1,4 @@
-"""Measures the latency profile of an engine, and checks what SlackFit assumes about profiles. No jax."""
+"""Measures the latency profile of an engine, and checks SlackFit's assumptions about profiles. No jax."""
 
 import contextlib
 import gc
@@ -16,10 +16,10 @@ from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.subnet import Subnet
 
 _WARM_UPS = 2
-_LOAD = 0.5  # of the highest throughput seen in the warm-up
+_LOAD = 0.5  # rate of the background load / highest throughput seen in the warm-up
 
 Background = Callable[[float], contextlib.AbstractContextManager[None]]
-"""Runs a server under so many queries per second while open, such as `serving.server.background_traffic`."""
+"""Takes a rate in queries/s, and runs a server under this load while open. See `serving.server.background_traffic`."""
 
 
 def measure(
@@ -33,7 +33,7 @@ def measure(
 ) -> Profile:
     """Measures the median and the 99th percentile of the latency of every subnet, batch size and length bucket.
 
-    Every round measures all of them once. So a disturbance of the machine affects all of them alike.
+    Every round measures each combination once. So a disturbance of the machine affects all combinations alike.
 
     Args:
       engine: the engine to measure, with its length buckets.
@@ -41,8 +41,7 @@ def measure(
       batch_sizes: the batch sizes to measure, ascending.
       device: the kind of device, written into the profile.
       repeats: the number of rounds, at least 1.
-      background: runs beside the engine during the measurement, at half the engine's highest throughput. None runs the
-        engine alone.
+      background: the load to run during the measurement, at half of the engine's highest throughput. None runs no load.
     """
     if repeats < 1:
         raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
@@ -80,7 +79,7 @@ def measure(
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:
-    """Inputs for each length bucket, or for 0 if all inputs have one shape. They hold 0 and 1, which are valid token ids."""
+    """Inputs by length bucket; the key is 0 if all inputs have one shape. Values are 0 and 1, which are valid token ids."""
     rng = np.random.default_rng(0)
     shapes = {length: (length, *engine.input_shape[1:]) for length in engine.lengths} or {0: engine.input_shape}
     return {
@@ -90,14 +89,14 @@ def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:
 
 
 class Property(NamedTuple):
-    """How far a profile has one of the properties that SlackFit builds on (the paper's Section 4.1).
+    """How often one of SlackFit's assumptions holds in a profile (the paper's Section 4.1).
 
     Args:
       name: "P1", "P2" or "P3".
-      holding: in how many comparisons the property holds.
+      holding: the number of comparisons in which the property holds.
       of: the number of comparisons.
-      worst: the lowest ratio that was compared: of latencies for P1 and P2, of batch sizes for P3. Above 1, the property
-        holds in every comparison.
+      worst: the lowest of the compared ratios (of latencies for P1 and P2, of batch sizes for P3). If it is above 1, the
+        property holds in every comparison.
     """
 
     name: str
@@ -107,7 +106,7 @@ class Property(NamedTuple):
 
 
 def properties(profile: Profile) -> tuple[Property, Property, Property]:
-    """The three properties of a profile.
+    """Checks the three properties of a profile that SlackFit assumes.
 
     P1: latency rises with the batch size.
     P2: latency rises with accuracy.

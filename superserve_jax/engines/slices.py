@@ -1,4 +1,4 @@
-"""What a subnet bucket reads on a device: the weights of the SuperNet, or slices of them kept within a byte budget."""
+"""The weights that a subnet bucket reads on a device: the SuperNet's own, or slices kept within a byte budget."""
 
 import collections
 import dataclasses
@@ -17,10 +17,10 @@ from superserve_jax.supernets.programs import Program
 
 
 class LeastRecentlyUsed:
-    """Values that can be made again, kept as long as all of them fit into a byte budget.
+    """Keeps values within a byte budget, and drops the least recently used first. `get` makes a dropped value again.
 
-    A value that is larger than the whole budget is kept alone. This is our own, since `cachetools.LRUCache` makes a value
-    before it evicts others, so that both take memory for a moment.
+    A value that is larger than the whole budget is kept alone. We do not use `cachetools.LRUCache`, because it makes a value
+    before it drops others, so that all of them take memory for a moment.
 
     >>> kept = LeastRecentlyUsed(10)
     >>> [kept.get(key, 6, lambda: print("makes", key) or key.upper()) for key in ("a", "a", "b", "a")]
@@ -33,8 +33,8 @@ class LeastRecentlyUsed:
 
     Attributes:
       budget_bytes: the byte budget.
-      nbytes: the bytes of all values that are kept.
-      makes: how many values have been made so far.
+      nbytes: the bytes of all values that are kept now.
+      makes: the number of values that have been made so far.
     """
 
     def __init__(self, budget_bytes: int):
@@ -44,7 +44,7 @@ class LeastRecentlyUsed:
         self._values: collections.OrderedDict[Any, tuple[int, Any]] = collections.OrderedDict()
 
     def get(self, key: Any, nbytes: int, make: Callable[[], Any]) -> Any:
-        """The value of `key`. If it is not kept, `make()` makes it, and it takes `nbytes`."""
+        """The value of `key`. If the value is not kept, `make()` makes it; `nbytes` is its size."""
         found = self._values.get(key)
         if found is not None:
             self._values.move_to_end(key)
@@ -65,7 +65,7 @@ class SubnetBucket:
     Args:
       program: the program of its subnets.
       weights: the SuperNet's parameters that the program reads, in the order of the executables' arguments.
-      slicer: makes the slices of the parameters that the program reads only a part of. None if the program slices them.
+      slicer: makes the slices of parameters of which the program reads only a part. None if the program slices them itself.
     """
 
     program: Program
@@ -94,7 +94,7 @@ class SubnetBucket:
 def bucket_programs(
     config: FamilyConfig, subnet_list: Iterable[Subnet], envelopes: Mapping[Subnet, Subnet]
 ) -> dict[Subnet, Program]:
-    """The program that each subnet runs in: the one of its subnet bucket, or its own if it has none."""
+    """The program that runs each subnet: its subnet bucket's program, or its own if it shares no subnet bucket."""
     members: dict[Subnet, list[Subnet]] = {}
     for s in subnet_list:
         members.setdefault(envelopes.get(s, s), []).append(s)
@@ -105,8 +105,8 @@ def bucket_programs(
 def fit(config: FamilyConfig, envelope: Subnet, slice_bytes: int) -> bool:
     """Whether the slices of a subnet bucket fit into `slice_bytes`.
 
-    Parameters that no subnet slices, such as embeddings, do not count. To find them a program is traced, which takes half a
-    second. Two bounds often decide without it: such parameters take at least nothing, and at most the smallest subnet.
+    Parameters that no subnet slices, such as embeddings, do not count. Finding them requires tracing a program, for half a
+    second. Two bounds often avoid this: the bytes of these parameters are between 0 and the bytes of the smallest subnet.
     """
     read_bytes = 4 * config.num_params(envelope)
     if read_bytes <= slice_bytes:

@@ -1,7 +1,7 @@
-"""Chooses which subnets share an executable, if more subnets are served than there should be executables. No jax.
+"""Groups subnets into subnet buckets, which share an executable, to limit the number of executables. No jax.
 
-The subnets of a **subnet bucket** share one program. It has the size of their envelope, and is masked down to each subnet. A
-block that a subnet drops is skipped at run time, but channels that a subnet lacks are still computed. So sharing costs
+The subnets of a **subnet bucket** share one program. The program has the size of their envelope, and is masked down to each
+subnet. Blocks that a subnet drops are skipped at run time. Channels that a subnet lacks are still computed, so sharing costs
 latency. `choose` keeps this cost low, and estimates it by FLOPs.
 """
 
@@ -16,24 +16,24 @@ from superserve_jax.subnet import Subnet, envelope_of
 
 Flops = Callable[[Subnet], float]
 
-_MAX_ROUNDS = 10  # of the local search, which usually ends earlier
-_TRIED = 6  # subnet buckets that the local search tries for each subnet
+_MAX_ROUNDS = 10  # the most rounds of the local search, which usually ends earlier
+_TRIED = 6  # the number of subnet buckets that the local search tries for each subnet
 
 
 def choose(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> dict[Subnet, Subnet]:
-    """The envelope of the subnet bucket of every subnet, with at most `count` different envelopes.
+    """Assigns subnets to at most `count` subnet buckets. Returns the envelope of each subnet's bucket.
 
-    The result has a small mean of (FLOPs computed / FLOPs needed). The search has two parts:
+    It searches for a small mean of (FLOPs computed / FLOPs needed), in two parts:
 
-    1. Every subnet starts in its own subnet bucket. The two whose union costs least are joined until `count` are left. The
-       cost of a subnet bucket is the FLOPs of its whole envelope.
-    2. Subnets move to other subnet buckets as long as that helps. Now skipped blocks cost nothing.
+    1. Every subnet starts in its own subnet bucket. The two whose union adds the least cost are joined, until `count` are
+       left. Here every subnet computes the FLOPs of its whole envelope.
+    2. Subnets move to other subnet buckets as long as this lowers the mean. Here skipped blocks cost nothing.
 
     It takes half a minute for 500 subnets.
 
     Args:
       subnet_list: the served subnets, all different.
-      flops: the FLOPs of a subnet or of an envelope.
+      flops: a function that returns the FLOPs of a subnet or of an envelope.
       count: the number of subnet buckets, at least 1.
 
     >>> small, middle, large = (Subnet((1,), (("width", (w,)),)) for w in (1.0, 1.1, 4.0))
@@ -59,9 +59,9 @@ def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[lis
     """Part 1 of `choose`: joins the two subnet buckets whose union adds the least cost, until `count` are left."""
     members = [[s] for s in subnet_list]
     tops = list(subnet_list)
-    need = np.array([1 / flops(s) for s in subnet_list])  # the sum over the members of a subnet bucket
-    cost = np.ones(len(tops))  # of each subnet bucket: FLOPs of its envelope times `need`
-    added = np.full((len(tops), len(tops)), np.inf)  # cost of the union of two, minus the costs of both; upper triangle
+    need = np.array([1 / flops(s) for s in subnet_list])  # for each subnet bucket, the sum over its members
+    cost = np.ones(len(tops))  # for each subnet bucket: FLOPs of its envelope times `need`
+    added = np.full((len(tops), len(tops)), np.inf)  # [i, j], i < j: cost of the union of i and j, minus both costs
 
     def union_adds(i: int, j: int) -> float:
         return flops(envelope_of((tops[i], tops[j]))) * (need[i] + need[j]) - cost[i] - cost[j]
@@ -84,7 +84,7 @@ def _joined(subnet_list: Sequence[Subnet], flops: Flops, count: int) -> list[lis
 
 def _moved(groups: Sequence[Sequence[Subnet]], flops: Flops, count: int) -> dict[Subnet, Subnet]:
     """Part 2 of `choose`, a local search: moves a subnet if the cost saved in its subnet bucket exceeds the cost added in
-    another. It tries only those subnet buckets in which the subnet itself would cost least."""
+    another. For each subnet, it tries only the `_TRIED` subnet buckets in which the subnet itself costs least."""
     flops = functools.cache(flops)
 
     def computed(subnet: Subnet, envelope: Subnet) -> float:

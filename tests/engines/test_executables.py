@@ -142,7 +142,7 @@ def test_a_server_needs_an_export_batch_sizes_and_devices(model):
         ss.Server(SuperNet(TINY, model.params, model.statistics))
     with pytest.raises(errors.ConfigError, match="batch_sizes must be ascending"):
         ss.Server(model, batch_sizes=())
-    with pytest.raises(errors.ConfigError, match="devices is empty"):
+    with pytest.raises(errors.ConfigError, match="devices must be a list of at least one"):
         ss.Server(model, devices=[])
     with pytest.raises(errors.UnknownNameError, match="did you mean 'slackfit'"):
         ss.Server(model, policy="slakfit", batch_sizes=(1,))
