@@ -16,12 +16,12 @@ A process runs one subnet of every subnet bucket, or every extracted network, tw
 measure their latencies. The columns:
 
 - live: the most bytes of all arrays on the device between two calls. They are weights, statistics and kept slices.
-- thereof statistics, thereof slices: their parts of live.
+- statistics, slices: the bytes of statistics and of kept slices, which are parts of live.
 - temporaries: the most bytes that any executable needs in addition during a call, as XLA counts them.
 - resident: on a CPU, the growth of the process since before the model was loaded. It includes code, statistics on the host
   and Python's own objects.
 - peak: the largest value of resident while the process runs. On a GPU, it is the device's own count.
-- statistics on host: statistics of all subnets. The device holds only those of recently used subnets.
+- statistics on host: statistics of all subnets. The device holds only the statistics of recently used subnets.
 - executables: on a CPU, the growth of resident by loading executables, without arrays. XLA keeps far more than their code.
 - code: the code of the executables, loaded or serialised as the line below the table says.
 
@@ -56,8 +56,8 @@ SHOWN = 3  # subnets whose latencies are measured
 PROCESS = pathlib.Path("/proc/self")
 COLUMNS = {
     "live_bytes": "live",
-    "statistics_bytes": "thereof statistics",
-    "slices_bytes": "thereof slices",
+    "statistics_bytes": "statistics",
+    "slices_bytes": "slices",
     "temporary_bytes": "temporaries",
     "resident_bytes": "resident",
     "peak_bytes": "peak",

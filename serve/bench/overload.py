@@ -7,10 +7,10 @@
 
 The engines only sleep, as long as the paper's GPUs take. So this measures queue, policy, workers and futures, not a model.
 Arrivals are Poisson and open loop. It prints:
-- for each phase: the refused queries, and the share of admitted queries that met their deadlines, on the server and in the
-  simulator. The simulated overload is generated in the same way, but lasts at most 10 s;
+- for each phase: the refused queries, and the share of admitted queries that met their deadlines. It prints these shares for
+  the server and for the simulator. The simulated overload is generated in the same way, but lasts at most 10 s;
 - the longest queue, the CPU time of a refusal, and the memory after a tenth of the overload and at its end;
-- the recovery: the time from the end of the overload to the first tenth of a second in which every query was met.
+- the recovery: the time from the end of the overload to the first tenth of a second in which every query met its deadline.
 Library: loadtest.loadgen, loadtest.endurance, serving.server, simulation.simulator, simulation.paper_profile.
 """
 

@@ -13,7 +13,7 @@ late the answers are. The other clients are closed loops:
 - blocking: --callers threads, each with one query at a time.
 - await: --callers tasks of one event loop, each with one query at a time.
 - bulk: one thread that submits --callers inputs in one `submit_many`, and waits for all answers.
-The router's CPU time is that of the whole process, without the engines and without the generator. It includes `submit`, which
+The router's CPU time is the CPU time of the process minus the engines' and the generator's. It includes `submit`, which
 runs in the client's thread. serve/bench/stages.py measures the stages of a query between submit and result.
 Library: serving.server.Server, engines.fake.FakeEngine, simulation.paper_profile, loadtest.loadgen, simulation.traces,
 serving.runtime.
@@ -342,7 +342,7 @@ def report(options: Options, found: dict[str, Any]) -> None:
         f"whole process {found['process_us_per_query']:.2f} ({found['cpus_busy']:.2f} CPUs busy on average)"
     )
     if options.clients == "open":
-        print(f"  thereof submit   {found['submit_us_per_query']:.2f} us per query")
+        print(f"  submit alone     {found['submit_us_per_query']:.2f} us per query")
         print(
             f"  generator's CPU  {found['generator_us_per_query']:.2f} us per query; late by {_shown(found['lateness_ms'])} ms"
         )

@@ -65,7 +65,7 @@ class SubnetBucket:
     Args:
       program: the program of its subnets.
       weights: the SuperNet's parameters that the program reads, in the order of the executables' arguments.
-      slicer: makes the slices of parameters of which the program reads only a part. None if the program slices them itself.
+      slicer: makes the slices of parameters that the program reads only in part. None if the program slices them itself.
     """
 
     program: Program

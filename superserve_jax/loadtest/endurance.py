@@ -209,7 +209,7 @@ def windows(seconds: Sequence[Second], name: str) -> list[float]:
 def growth(values: Sequence[float]) -> tuple[float, float]:
     """How much values grow from the first to the last, as a fraction of their median, and the p-value of that growth.
 
-    The growth comes from the Theil-Sen slope, which a few outliers do not change. The p-value is that of Kendall's tau: the
+    The growth comes from the Theil-Sen slope, which a few outliers do not change. The p-value comes from Kendall's tau: the
     probability of a trend as strong as this one if the order were random. It is NaN if all values are equal.
 
     >>> [round(float(figure), 3) for figure in growth([10.0, 11.0, 12.0, 99.0, 14.0])]

@@ -3,8 +3,8 @@
 The simulator knows the profile. A machine under load is slower than its profile and sometimes stops, and its load generator is
 late. To make both comparable, `simulate_again` gives the simulator exactly these measurements:
 - when each query was really submitted, and the time from then to its deadline;
-- by how much batches exceeded their profiled latency (mean and spread), and the time between two batches of a busy worker,
-  from a `Stopwatch`;
+- from a `Stopwatch`: by how much batches exceeded their profiled latency (mean and spread), and the time between two batches
+  of a busy worker;
 - the intervals in which the process stopped, from `heartbeat`.
 The remaining difference is due to the server: its queue, its decisions, its threads.
 """
