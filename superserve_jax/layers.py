@@ -54,7 +54,7 @@ class StoredStats:
 
 
 class Conv(nnx.Module):
-    """A convolution without bias, NHWC, padded by half its kernel. The call takes the number of output channels."""
+    """A convolution without bias, NHWC, padded by half its kernel. The call takes the output's size."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -56,7 +56,7 @@ def weight_slice(weight: jax.Array, *limits: int) -> jax.Array:
 def layer_select(gate: Size, block: Callable[[jax.Array], jax.Array], x: jax.Array, *, skip: bool) -> jax.Array:
     """LayerSelect: `block(x)` if the gate is on, else `x`.
 
-    A static gate decides during tracing, so a dropped block costs nothing. For a traced gate:
+    A static gate, or a gate with limit 0, decides during tracing, so a dropped block costs nothing. For other gates:
 
     - `skip=True` branches, so a dropped block costs nothing. Use it for inference.
     - `skip=False` always computes the block and then selects. Use it for training: on a CPU the gradient of a convolution

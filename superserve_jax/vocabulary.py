@@ -141,12 +141,13 @@ class Vocabulary:
         return inputs if token_types > 1 else inputs[:, :, 0]
 
     def check_fit(self, config: object) -> None:
-        """Raises ConfigError unless the network of a family's config knows every token and uses the same padding."""
-        size, pad_id = (config.vocab_size, config.pad_id) if isinstance(config, TokenConfig) else (0, None)
-        if len(self.tokens) > size or self.pad_id != pad_id:
+        """Raises ConfigError unless the network of a family's config knows every token and has the same id of padding."""
+        if not isinstance(config, TokenConfig):
+            raise errors.ConfigError(f"a vocabulary needs a model that reads token ids, got {type(config).__name__}")
+        if len(self.tokens) > config.vocab_size or self.pad_id != config.pad_id:
             raise errors.ConfigError(
-                f"the vocabulary has {len(self.tokens)} tokens and pads with {self.pad_id}, but the model has vocab_size="
-                f"{size} and pad_id={pad_id}; make them agree"
+                f"the vocabulary has {len(self.tokens)} tokens and its padding has the id {self.pad_id}, but the model has "
+                f"vocab_size={config.vocab_size} and pad_id={config.pad_id}; make them agree"
             )
 
     def _sequence(self, text: str, second: str | None, length: int) -> tuple[list[int], list[int]]:

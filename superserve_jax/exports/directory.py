@@ -195,7 +195,7 @@ def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
             raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as e:
-        raise errors.ExportError(f"cannot export to {path!r}: {e}; choose another directory") from e
+        raise errors.ExportError(f"cannot export to {str(path)!r}: {e}; choose another directory") from e
     return path
 
 

@@ -11,7 +11,8 @@ neurons. The hidden size is not elastic. So LayerNorm sees all of it in every su
 only one token type takes ids alone, (B, T). The network does not compute types from separator tokens, since these depend on
 the vocabulary. Positions with `pad_id` are padding: no token attends to them. `DynaBERTConfig.pack` makes this array.
 
-Axis letters: B batch, T tokens, N heads, H channels of a head, D model, C channels, K classes.
+Axis letters: B batch, T tokens, D hidden size, K classes, N entries of an embedding table. `*two` is the
+axis of ids and types, which is missing with one token type.
 """
 
 import dataclasses

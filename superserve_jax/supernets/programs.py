@@ -165,7 +165,7 @@ def masked(config: FamilyConfig) -> Program:
     low = space.smallest()
     if space.rule == "every_other":  # a subnet may name its kept blocks, so any gate may be off
         low = dataclasses.replace(low, gates=(0,) * space.num_blocks)
-    return _between(config, [low, space.largest()])
+    return _program_of(config, [low, space.largest()])
 
 
 def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subnet | None = None) -> Program:
@@ -175,10 +175,10 @@ def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subne
       members: the subnets of the bucket.
       envelope: a subnet that covers all members; if left out, the smallest one.
     """
-    return _between(config, list(members), envelope)
+    return _program_of(config, list(members), envelope)
 
 
-def _between(config: FamilyConfig, members: list[Subnet], envelope: Subnet | None = None) -> Program:
+def _program_of(config: FamilyConfig, members: list[Subnet], envelope: Subnet | None = None) -> Program:
     top = envelope or envelope_of(members)
     limits = config.sizes(top)
     sizes = [config.sizes(m) for m in members]
