@@ -219,7 +219,7 @@ def report(options: Options, found: dict[str, Any]) -> None:
     if len(options.slo_ms) > 1:
         phases += [(f"  SLO {ms} ms", real["by_slo"][ms], ours["by_slo"][ms]) for ms in real["by_slo"]]
     phases.append((f"{CALM:g} times for {options.calm_s:g} s", real["calm"], ours["calm"]))
-    lines = [["traffic", "arrived", "refused", "met", "met of admitted", "simulated: met", "met of admitted"]]
+    lines = [["traffic", "arrived", "refused", "met", "met of admitted", "simulated: met", "simulated: met of admitted"]]
     for name, seen, expected in phases:
         shares = [f"{100 * p[key]:.2f} %" for p in (seen, expected) for key in ("met", "met_of_admitted")]
         lines.append([name, f"{seen['arrived']:,}", f"{seen['refused']:,}", *shares])
