@@ -1,6 +1,7 @@
 """Configs of tiny SuperNets, and random parameters, statistics and inputs for them."""
 
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -54,6 +55,7 @@ def random_statistics(config, subnet, seed=0):
 
 def live_bytes():
     """Bytes of all buffers on the devices. A buffer that several arrays share counts once."""
+    gc.collect()  # or what an earlier test left behind goes away while this one counts
     return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}.values())
 
 
