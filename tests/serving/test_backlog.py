@@ -1,4 +1,4 @@
-"""What waits in a server: floors that no subnet meets any more, and work by another profile."""
+"""The waiting queries of a server: floors that no subnet meets any more, and another profile after a swap."""
 
 import threading
 
@@ -30,7 +30,7 @@ def filled(profile, items, defer_s=-1.0):
 
 @pytest.mark.parametrize("profile", [PROFILE, BUCKETED])
 @given(items=ITEMS, defer_s=st.floats(-1, 10), accuracy=st.sampled_from([0.0, 0.6, 0.7, 1.0]))
-def test_a_queue_gives_up_just_the_floors_above_and_keeps_its_order(profile, items, defer_s, accuracy):
+def test_a_queue_removes_only_the_queries_with_higher_floors_and_keeps_its_order(profile, items, defer_s, accuracy):
     q, whole = filled(profile, items, defer_s), filled(profile, items, defer_s)
     above = {i for i, (_, floor, _) in enumerate(items) if floor > accuracy}
     assert set(q.pop_above(accuracy)) == above
@@ -43,7 +43,7 @@ def test_a_queue_gives_up_just_the_floors_above_and_keeps_its_order(profile, ite
 
 
 @given(ITEMS, st.floats(0, 10))
-def test_a_queue_that_counts_by_another_profile_is_as_one_that_always_did(items, time_s):
+def test_a_retimed_queue_equals_one_that_always_had_the_new_profile(items, time_s):
     q, expected = filled(BUCKETED, items), filled(FASTER, items)
     q.retime(FASTER)
     assert (q.pushed, q.dispersion, q.head_work, q.due_by(time_s)) == (
@@ -67,7 +67,7 @@ def test_a_meter_reads_the_same_in_other_units(arrivals, change, factor):
         assert reading == pytest.approx((plain[0] * unit, plain[1] * unit**2), abs=1e-9)
 
 
-def test_what_has_failed_is_run_again_by_the_new_profile():
+def test_failed_queries_run_again_by_the_new_profile():
     outbox = Outbox(threading.RLock())
     backlog = Backlog(BUCKETED, check_options({}), input_bytes=4, outbox=outbox, counters=Counters(BUCKETED))
     query = Query(tokens(5), 0.0, 1.0, 0.0)

@@ -21,7 +21,7 @@ def no_thread_is_left_behind():
         time.sleep(0.001)
 
 
-def test_closing_answers_what_waits():
+def test_closing_answers_the_waiting_queries():
     with held() as (s, gate, _):
         futures = s.submit_many([x(i) for i in range(20)])
         threading.Timer(0.02, gate.opened.set).start()
@@ -30,7 +30,7 @@ def test_closing_answers_what_waits():
         assert [f.result().output[0] for f in futures] == list(range(20))
 
 
-def test_closing_without_draining_fails_what_waits_and_answers_what_runs():
+def test_closing_without_draining_fails_waiting_queries_and_answers_running_ones():
     with held() as (s, gate, first):
         waiting = s.submit(x(1))
         threading.Timer(0.02, gate.opened.set).start()
@@ -40,7 +40,7 @@ def test_closing_without_draining_fails_what_waits_and_answers_what_runs():
             waiting.result(0)
 
 
-def test_leaving_the_context_on_an_exception_fails_what_waits():
+def test_leaving_the_context_on_an_exception_fails_the_waiting_queries():
     gate, waiting = Gate(), []
 
     def interrupted():
@@ -71,7 +71,7 @@ def test_a_closed_server_refuses_and_closes_again():
     assert s.health()["closed"]
 
 
-def test_closing_with_a_timeout_abandons_the_stuck_and_fails_every_query_left():
+def test_closing_with_a_timeout_abandons_stuck_workers_and_fails_every_query_left():
     with held() as (s, _, first):
         waiting = s.submit(x(1))
         s.close(timeout_s=0.01)
@@ -89,7 +89,7 @@ def test_a_callback_may_close_its_own_server():
         assert waiting.result(WAIT_S).output == (1.0, 0)
 
 
-def test_a_server_that_nobody_holds_ends_its_threads_and_fails_what_waits():
+def test_a_server_without_references_ends_its_threads_and_fails_the_waiting_queries():
     gate = Gate()
     s = serve(fake(gate))
     running = s.submit(x(0))
@@ -128,7 +128,7 @@ def test_objects_that_were_frozen_before_stay_frozen():
     ("found", "meanwhile"),
     [((700, 10, 10), runtime.GC_THRESHOLDS), ((0, 10, 10), (0, 10, 10)), ((30_000, 5, 500), (30_000, 20, 500))],
 )
-def test_collections_come_less_often_while_a_server_is_open_but_no_oftener_for_who_chose_otherwise(found, meanwhile):
+def test_collections_are_rarer_while_a_server_is_open_unless_they_were_off_or_rarer_before(found, meanwhile):
     before = gc.get_threshold()
     gc.set_threshold(*found)
     try:

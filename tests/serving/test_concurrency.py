@@ -1,6 +1,7 @@
-"""Server and queue under random failures; threads take turns every 10 us. serve/bench/soak.py --storm does it longer.
+"""Server and queue under random failures, with thread switches every 10 us. serve/bench/soak.py --storm runs this longer.
 
-Judged by what clients and engines saw, not by what the server counts. The last tests break the server, and the check notices.
+The check uses what clients and engines saw, not what the server counts. The last tests break the server on purpose, and the
+check must notice.
 """
 
 import concurrent.futures
@@ -80,7 +81,7 @@ def test_every_guarantee_holds_with_another_policy_by_few_workers_or_many_when_i
 # -- servers that are broken --------------------------------------------------------------------------------------------------
 
 
-def test_a_queue_out_of_order_is_convicted(monkeypatch):
+def test_a_queue_out_of_order_is_noticed(monkeypatch):
     pop = DeadlineQueue.pop
 
     def pop_one_too_many(self, n, accuracy=math.inf):
@@ -96,7 +97,7 @@ def test_a_queue_out_of_order_is_convicted(monkeypatch):
     assert all("passed over" in text for text in found.examples)
 
 
-def test_a_future_that_resolves_again_is_convicted(monkeypatch):
+def test_a_future_that_resolves_again_is_noticed(monkeypatch):
     add = Future.add_done_callback
 
     def add_twice(self, fn):
@@ -107,14 +108,14 @@ def test_a_future_that_resolves_again_is_convicted(monkeypatch):
     assert run(queries=500).check.twice > 0
 
 
-def test_a_batch_that_is_forgotten_is_convicted(monkeypatch):
+def test_a_batch_that_is_forgotten_is_noticed(monkeypatch):
     monkeypatch.setattr(Retries, "_add", lambda *_: None)
     found = run(queries=1_000, hanging=0.0, failing=0.1, window=100, slos_ms=(30_000.0,), patience_s=0.2).check
     assert found.lost > 0
     assert any("never resolved" in text for text in found.examples)
 
 
-def test_answers_that_are_mixed_up_are_convicted(monkeypatch):
+def test_answers_that_are_mixed_up_are_noticed(monkeypatch):
     compute = FakeEngine.run
     monkeypatch.setattr(FakeEngine, "run", lambda *args: compute(*args)[::-1])
     found = run(queries=500).check

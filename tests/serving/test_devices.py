@@ -94,7 +94,7 @@ def test_eight_devices_with_executables_of_their_own_answer_as_the_model_does():
 
 
 def main():
-    """What the last test runs, in a process with eight devices; prints the names of those that have answered."""
+    """The program of the last test, for a process with eight devices. Prints the names of the devices that answered."""
     import pathlib
     import tempfile
 
@@ -113,7 +113,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tiny = SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
         served = [Served(s, a, None, TINY.flops(s), TINY.num_params(s)) for s, a in zip(chosen, (0.5, 0.9), strict=True)]
-        exports.export(pathlib.Path(folder) / "export", tiny, served, measured="made up")
+        exports.export(pathlib.Path(folder) / "export", tiny, served, measured="random weights")
         model = exports.load(pathlib.Path(folder) / "export")
     # One kind has a profile with one subnet, the other with another: each holds only the executables that it needs.
     for kind, subnet in zip(kinds, chosen, strict=True):

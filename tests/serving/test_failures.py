@@ -1,4 +1,4 @@
-"""Faults in the real server, of engines without a model and, at the end, of real executables.
+"""Failing engines in the real server: engines without a model and, at the end, real executables.
 
 One file because the tests share their failing engines.
 """
@@ -61,7 +61,7 @@ class Faulty:
 
 
 def outcomes(queries):
-    """What each query got: its output's value, or the error."""
+    """The result of each query: its output's value, or the error."""
     return [f.result(WAIT_S).output[0] if f.exception(WAIT_S) is None else f.exception() for f in queries]
 
 
@@ -108,14 +108,14 @@ def test_whatever_is_poisoned_gets_an_error_and_nothing_else_does(poison, worker
     assert all(o == i for i, o in enumerate(answers, 1) if i not in poison)
 
 
-def test_nothing_but_poison_ends_no_worker():
+def test_a_worker_that_gets_only_poisoned_inputs_stays():
     with serve(fake(Faulty(*range(1, 50))), max_failures=1) as s:
         for i in range(1, 50):
             assert isinstance(s.submit(x(i)).exception(WAIT_S), errors.InferenceError)
         assert (state(s)["state"], state(s)["failures"], state(s)["batches"]) == ("idle", 49 * 3, 0)
 
 
-def test_beside_a_broken_worker_only_what_is_poisoned_fails():
+def test_beside_a_broken_worker_only_poisoned_inputs_fail():
     broken, sound = fake(fail, name="broken"), fake(Faulty(3), name="sound")
     with serve(broken, sound, slo_ms=1, max_failures=50) as s:
         for _ in range(5):
@@ -123,7 +123,7 @@ def test_beside_a_broken_worker_only_what_is_poisoned_fails():
             assert [isinstance(o, Exception) for o in answers] == [i == 3 for i in range(1, 9)]
 
 
-def test_a_worker_that_fails_on_what_others_answer_leaves():
+def test_a_worker_that_fails_on_batches_that_others_answer_leaves():
     with serve(fake(fail, name="broken"), fake(name="sound"), slo_ms=1, max_failures=2) as s:
         while s.health()["alive"] == 2:
             assert outcomes(s.submit_many([x(i) for i in range(8)], slo_ms=LONG_MS)) == list(range(8))
@@ -132,7 +132,7 @@ def test_a_worker_that_fails_on_what_others_answer_leaves():
         assert state(s, "sound")["last_error"] is None
 
 
-def test_what_has_failed_is_run_by_another_worker_first():
+def test_a_failed_batch_runs_on_another_worker_first():
     ran = []
 
     def choke(name):
@@ -168,7 +168,7 @@ def test_a_batch_goes_whole_to_another_worker_before_it_is_halved():
 
 
 class Logits(FakeEngine):
-    """Logits (x, 1) for input x, looked at as the contract says."""
+    """Logits (x, 1) for input x, checked with `check_outputs` as the `Engine` protocol demands."""
 
     def run(self, subnet, batch_size, inputs):
         super().run(subnet, batch_size, inputs)
@@ -222,7 +222,7 @@ def test_outputs_pass_unless_one_of_them_is_nan(shape):
 # -- hanging ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_given_twenty_times_as_long_as_profiled():
+def test_a_batch_may_take_twenty_times_its_profiled_p99():
     now_s, gate = [0.0], Gate()
     slow = Profile((1,), (Row(ROW.subnet, 0.7, (50.0,), (100.0,)),))
     engines = [FakeEngine(slow, speed=math.inf, on_run=gate, name=f"fake:{i}") for i in range(2)]
@@ -286,7 +286,7 @@ def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
 
 
 class Injecting(Wrapper):
-    """A device's engine with faults put in by a hook, which may raise, or change the inputs."""
+    """A device's engine with a hook that can raise or change the inputs."""
 
     def __init__(self, real, hook):
         super().__init__(real)

@@ -173,7 +173,7 @@ def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
     gc.collect()
 
 
-def test_whoever_asks_again_and_again_leaves_nothing_behind():
+def test_repeated_timeouts_leave_no_callbacks_behind():
     future = Future()
     future.add_done_callback(print)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""How a server ends: closed from all sides, with the interpreter, in a fork, in a process that stood still."""
+"""How a server ends: closed by many threads, at the interpreter's exit, in a fork, after the process stood still."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ s = serve()
 
 
 def run(code, *, returncode=0):
-    """Runs a program that opens a server `s`; it has to end by itself, and without a word on stderr. Returns its output."""
+    """Runs a program that opens a server `s`. It must end by itself and print nothing on stderr. Returns its output."""
     done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (returncode, "")
     return done.stdout.split()
@@ -96,7 +96,7 @@ def test_draining_ends_after_its_time_and_leaves_no_thread_but_the_abandoned_one
         time.sleep(0.001)
 
 
-def test_while_a_server_closes_a_worker_runs_again_what_failed_on_itself():
+def test_while_a_server_closes_a_worker_reruns_batches_that_failed_on_itself():
     def fail_once(*_):
         if not failed:
             failed.append(True)

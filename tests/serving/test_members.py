@@ -43,7 +43,7 @@ def serve(*engines, **options):
 
 
 def outcomes(queries):
-    """What each query got: its output's value, or the error."""
+    """The result of each query: its output's value, or the error."""
     return [f.result(WAIT_S).output[0] if f.exception(WAIT_S) is None else f.exception() for f in queries]
 
 
@@ -119,7 +119,7 @@ def test_a_callback_may_remove_its_own_worker():
     assert s.health()["abandoned"] == 0
 
 
-def test_the_last_worker_cannot_be_removed_nor_one_that_there_is_not():
+def test_neither_the_last_worker_nor_an_unknown_one_can_be_removed():
     with serve(fake(), fake(name="gpu:1")) as s:
         with pytest.raises(errors.UnknownNameError, match="unknown worker 'gpu:0': did you mean 'gpu:1'"):
             s.remove_worker("gpu:0")
@@ -129,7 +129,7 @@ def test_the_last_worker_cannot_be_removed_nor_one_that_there_is_not():
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
 
 
-def test_workers_of_one_name_are_told_apart():
+def test_workers_of_the_same_name_get_numbers():
     with serve(fake(), fake()) as s:
         assert s.add_worker(fake()) == "fake:0 (3)"
         assert [w["name"] for w in s.health()["per_worker"]] == ["fake:0", "fake:0 (2)", "fake:0 (3)"]
@@ -161,7 +161,7 @@ def test_a_worker_that_does_not_fit_is_refused(new, message):
 
 
 @pytest.mark.parametrize("how", ["removed", "left"])
-def test_the_engine_of_a_worker_that_has_gone_is_not_held(how, caplog):
+def test_the_engine_of_a_worker_that_has_gone_is_released(how, caplog):
     caplog.set_level("CRITICAL", logger="superserve_jax.serving")  # pytest keeps what is logged
     with serve(fake(), slo_ms=1, max_failures=1) as s:
         new = fake(fail if how == "left" else None, name="other")
@@ -192,7 +192,7 @@ def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(expor
     np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_who_joins_with_less_accuracy_makes_only_the_floors_above_it_fail_and_leaving_undoes_that():
+def test_a_less_accurate_worker_makes_only_queries_with_higher_floors_fail_until_it_leaves():
     two = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.9, ROW.latency_ms)))
     gate = Gate()
     first_engine, second = (FakeEngine(p, speed=math.inf, on_run=gate, name=n) for p, n in ((two, "a"), (PROFILE, "b")))

@@ -1,4 +1,4 @@
-"""Workers whose memory does not suffice for a batch."""
+"""Workers that run out of memory with a batch."""
 
 import math
 
@@ -39,7 +39,7 @@ def serve(*engines, **options):
 
 
 def outcomes(queries):
-    """What each query got: its output's value, or the error."""
+    """The result of each query: its output's value, or the error."""
     return [f.result(WAIT_S).output[0] if f.exception(WAIT_S) is None else f.exception() for f in queries]
 
 
@@ -108,7 +108,7 @@ def test_being_out_of_memory_uses_up_no_try():
         assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
 
 
-def test_a_worker_with_less_memory_counts_for_what_it_still_carries():
+def test_a_worker_with_less_memory_counts_with_its_remaining_throughput():
     def on_run(subnet, batch_size, inputs):
         if batch_size > 1:
             raise MemoryError

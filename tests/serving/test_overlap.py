@@ -1,4 +1,4 @@
-"""Workers that take their next batch while the device computes: the same promises, with two batches under way.
+"""Workers that take their next batch while the device computes: the same guarantees with two batches under way.
 
 One file because the tests share an engine that computes on its own.
 """
@@ -61,12 +61,12 @@ def test_the_next_batch_is_under_way_before_the_first_is_answered(overlap, runni
     assert (counts["running"], counts["batch_sizes"]["4"]) == (0, 3)
 
 
-def test_an_engine_that_cannot_launch_runs_as_ever():
+def test_an_engine_without_launch_runs_one_batch_at_a_time():
     with serve(fakes.fake(), overlap=True) as s:
         assert values(s.submit_many([x(i) for i in range(9)])) == list(range(9))
 
 
-def test_overlap_is_a_choice_of_three():
+def test_option_overlap_must_be_true_false_or_none():
     with pytest.raises(errors.ConfigError, match="overlap must be True, False or None"):
         serve(overlap="yes")
 
@@ -86,7 +86,7 @@ def test_the_next_batch_is_taken_late_and_decided_for_the_time_at_which_it_will_
     assert then_ms == pytest.approx(first_ms - 100.0, abs=5.0) or then_s - first_s > 0.1
 
 
-def test_pace_follows_a_fast_device_soon_and_no_outlier():
+def test_the_pace_soon_follows_a_fast_device_and_ignores_an_outlier():
     slow = []
 
     def on_run(*_):
@@ -105,7 +105,7 @@ def test_pace_follows_a_fast_device_soon_and_no_outlier():
 
 @pytest.mark.parametrize("took", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("overslept", [0.0, 0.15])
-def test_pace_is_soon_that_of_a_device_that_has_become_faster(took, overslept):
+def test_the_pace_soon_follows_a_device_that_has_become_faster(took, overslept):
     pace, paces = OverlapPace(), []
     pace.ratio = 2.5
     for _ in range(100):
@@ -117,7 +117,7 @@ def test_pace_is_soon_that_of_a_device_that_has_become_faster(took, overslept):
     assert max(paces[50:]) < 1.12 * took
 
 
-def test_reading_outputs_is_not_taken_for_the_device():
+def test_time_for_reading_outputs_does_not_count_as_device_time():
     now_s = [0.0]
 
     def passes(ms):
@@ -191,7 +191,7 @@ def test_when_the_only_worker_hangs_nobody_waits_for_ever():
     assert {type(error) for error in failed} == {errors.WorkersLostError}
 
 
-def test_a_worker_that_is_removed_answers_both():
+def test_a_worker_that_is_removed_answers_both_batches():
     with Held() as held:
         held.server.add_worker(device(name="fake:1"))
         assert values(held.futures[8:]) == [8, 9, 10, 11]
@@ -204,7 +204,7 @@ def test_a_worker_that_is_removed_answers_both():
         assert held.server.snapshot()["queries"]["requeued"] == 0
 
 
-def test_a_close_without_draining_answers_both():
+def test_a_close_without_draining_answers_both_running_batches():
     with Held() as held:
         closer = threading.Thread(target=held.server.close, kwargs={"drain": False})
         closer.start()
@@ -216,7 +216,7 @@ def test_a_close_without_draining_answers_both():
 
 
 class Launching(FakeDevice):
-    """A device that refuses 5 when it is launched."""
+    """A device whose `launch` fails if the batch contains a 5."""
 
     def launch(self, subnet, batch_size, inputs):
         if any(i == 5 for i in inputs):
@@ -225,7 +225,7 @@ class Launching(FakeDevice):
 
 
 class Landing(FakeDevice):
-    """A device that fails with 5 when its outputs are waited for."""
+    """A device whose outputs fail if the batch contains a 5."""
 
     def launch(self, subnet, batch_size, inputs):
         launched, poisoned = super().launch(subnet, batch_size, inputs), any(i == 5 for i in inputs)
@@ -250,7 +250,7 @@ def test_a_poisoned_input_fails_alone_wherever_it_fails(kind, workers):
         assert s.health()["alive"] == workers
 
 
-def test_what_was_launched_behind_a_batch_that_fails_is_still_answered():
+def test_a_batch_launched_behind_a_failed_one_is_still_answered():
     def broken_once(*_):
         if not failures:
             failures.append(1)
@@ -262,12 +262,12 @@ def test_what_was_launched_behind_a_batch_that_fails_is_still_answered():
         assert s.snapshot()["queries"]["requeued"] == 4
 
 
-def test_a_worker_that_leaves_loses_neither():
+def test_a_worker_that_leaves_loses_neither_batch():
     with serve(device(fakes.fail), device(name="fake:1"), max_failures=1) as s:
         assert values(s.submit_many([x(i) for i in range(100)])) == list(range(100))
 
 
-def test_what_was_launched_behind_a_batch_that_ends_its_worker_has_not_failed():
+def test_a_batch_launched_behind_one_that_ends_its_worker_does_not_count_as_failed():
     gate = Gate()
 
     def burn(*batch):
@@ -284,7 +284,7 @@ def test_what_was_launched_behind_a_batch_that_ends_its_worker_has_not_failed():
     assert failed == [True] * 4 + [False] * 4
 
 
-def test_a_broken_device_rests_though_batches_wait():
+def test_a_worker_with_a_broken_device_pauses_even_if_batches_wait():
     under_way = []
 
     def burn(*batch):
@@ -340,7 +340,7 @@ def test_a_device_with_memory_for_one_batch_at_a_time_gets_one_at_a_time():
         assert (worker.overlaps, worker.profile.max_batch) == (False, 4)
 
 
-def test_a_batch_that_is_too_large_alone_does_not_end_the_overlap():
+def test_one_batch_that_runs_out_of_memory_makes_batches_smaller_but_keeps_the_overlap():
     with serve(device(kind=Narrow)) as s:
         assert values(s.submit_many([x(i) for i in range(40)])) == list(range(40))
         [worker] = s.pool.members.workers
@@ -354,7 +354,7 @@ def test_only_queries_that_are_late_now_expire():
         assert values(s.submit_many([x(i) for i in range(12)])) == list(range(12))
 
 
-def test_blank_inputs_are_no_queries_that_run():
+def test_blank_inputs_do_not_count_as_running_queries():
     gate = Gate()
 
     def fail_once(subnet, batch_size, inputs):
@@ -371,7 +371,7 @@ def test_blank_inputs_are_no_queries_that_run():
     assert (counts["running"], counts["waiting"], counts["queries"]["cancelled"]) == (0, 2, 0)
 
 
-def test_a_swap_ends_both_on_the_old_engine():
+def test_after_a_swap_both_running_batches_end_on_the_old_engine():
     with Held() as held:
         s, new = held.server, fakes.fake(name="new")
         members = s.pool.swappable()

@@ -1,4 +1,4 @@
-"""What an overloaded server refuses, whom it serves, and what cancelled queries cost."""
+"""An overloaded server: which queries it refuses, which it serves, and the cost of cancelled queries."""
 
 import math
 
@@ -32,7 +32,7 @@ def text(tokens):
 
 
 def simulated(load, mix, *, policy="slackfit", duration_s=2.0, **cluster):
-    """Of each SLO, which of its queries were admitted, and which met."""
+    """For each SLO: which of its queries were admitted, and which were met."""
     trace = traces.gamma(rate_qps=load * CAPACITY, duration_s=duration_s).mixed(slo_ms=mix)
     result = simulator.simulate(PAPER, policy, trace, cluster=Cluster(max_queue=10_000, **cluster))
     of_each = [trace.slo_ms == slo_ms for slo_ms in mix]
@@ -42,7 +42,7 @@ def simulated(load, mix, *, policy="slackfit", duration_s=2.0, **cluster):
 # -- the queue's bounds -------------------------------------------------------------------------------------------------------
 
 
-def test_the_bytes_that_wait_are_bounded_and_a_refusal_says_by_what():
+def test_the_waiting_bytes_are_limited_and_a_refusal_names_the_limit():
     with held(max_queue_bytes=15) as (s, _, _):
         s.submit_many([x(1)] * 3)
         with pytest.raises(
@@ -53,7 +53,7 @@ def test_the_bytes_that_wait_are_bounded_and_a_refusal_says_by_what():
 
 
 @given(st.integers(1, 200), st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=5), max_size=20))
-def test_texts_that_wait_never_have_more_bytes_than_they_may(most, submits):
+def test_waiting_texts_never_exceed_the_limit_in_bytes(most, submits):
     waiting = length_queue.make_queue(BY_LENGTH)
     bounds = QueueLimits(BY_LENGTH.lengths, max_queue=1000, max_queue_bytes=4 * most, input_bytes=4 * 8)
     held = 0
@@ -69,7 +69,7 @@ def test_texts_that_wait_never_have_more_bytes_than_they_may(most, submits):
         waiting.push_all(1.0, [Query(None, 0.0, 1.0, 0.0) for _ in lengths], 0.0, lengths)
 
 
-def test_an_input_that_is_larger_than_all_that_may_wait_is_refused_at_construction():
+def test_a_limit_in_bytes_below_one_input_is_refused_at_construction():
     with pytest.raises(errors.ConfigError, match="max_queue_bytes=3, but one input has 4"):
         serve(max_queue_bytes=3)
 
@@ -88,7 +88,7 @@ def test_cancelled_queries_take_no_room_in_a_full_queue():
         assert kept.result(WAIT_S).output[0] == 1
 
 
-def test_a_full_queue_is_not_looked_through_at_every_refusal():
+def test_a_full_queue_is_not_searched_at_every_refusal():
     looked = []
     done = lambda item: looked.append(item) or False  # noqa: E731
     waiting, bounds = DeadlineQueue(), QueueLimits((), max_queue=100, max_queue_bytes=1000, input_bytes=4)
@@ -141,7 +141,7 @@ def test_a_batch_of_texts_is_filled_up_with_texts_that_are_no_longer():
 # -- admission control --------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_met_is_refused_at_arrival_if_asked():
+def test_with_admission_a_query_that_cannot_be_met_is_refused_at_arrival():
     with held(admission=True) as (s, _, _):
         s.submit_many([x(1)] * 40)  # due in a minute: nobody has to wait for those
         s.submit_many([x(1)] * 8, slo_ms=100.0)  # 8 ms
@@ -170,7 +170,7 @@ def test_what_cannot_be_met_is_refused_at_arrival_if_asked():
         ([1] * 4, {"length": 8}, 6 + 8),
     ],
 )
-def test_a_query_needs_the_time_of_what_is_before_it_and_of_its_own_batch(lengths, query, needs_ms):
+def test_admission_counts_the_work_before_a_query_and_its_own_batch(lengths, query, needs_ms):
     waiting, fleet = length_queue.make_queue(BY_LENGTH), Fleet([BY_LENGTH])
     for length in lengths:
         waiting.push(0.0, "text", length=length)
@@ -218,14 +218,14 @@ def test_more_time_never_costs_an_admission_and_more_work_a_higher_floor_or_a_lo
 
 
 @pytest.mark.parametrize("load", [1.5, 3.0])
-def test_in_an_overload_those_admitted_are_met_and_no_fewer_than_without_admission_control(load):
+def test_in_an_overload_admitted_queries_are_met_and_no_fewer_than_without_admission(load):
     [(admitted, met)] = simulated(load, {36.0: 1}, admission=True)
     [(_, met_without)] = simulated(load, {36.0: 1}, admission=False)
     assert met.sum() > 0.99 * admitted.sum()
     assert met.mean() > met_without.mean() - 0.01
 
 
-def test_where_nearly_all_can_be_met_nearly_all_are_admitted():
+def test_if_nearly_all_can_be_met_nearly_all_are_admitted():
     [(admitted, met)] = simulated(0.8, {36.0: 1}, admission=True)
     assert met.mean() == admitted.mean() > 0.999
 
@@ -242,7 +242,7 @@ def test_in_an_overload_no_slo_is_served_at_the_expense_of_another(load, options
         assert not options.get("admission") or met[late].sum() > 0.97 * admitted[late].sum()
 
 
-def test_in_a_short_burst_admission_control_lets_those_wait_that_can():
+def test_in_a_short_burst_admission_control_lets_long_slos_wait():
     trace = traces.steps(rates_qps=(3 * CAPACITY, 0.3 * CAPACITY, 0.3 * CAPACITY) * 3, step_s=0.06).mixed(slo_ms=MIX)
     result = simulator.simulate(PAPER, "slackfit", trace, cluster=Cluster(admission=True))
     assert (result.outcome[trace.slo_ms == 200.0] == simulator.MET).mean() > 0.99

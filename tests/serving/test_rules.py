@@ -39,7 +39,7 @@ class Witness:
             self.violations.append(f"{what}: {''.join(traceback.format_stack(limit=6))}")
 
     def error(self, text):
-        """An error whose repr and whose end are noted."""
+        """An error that notes calls of its `repr` and its finalizer."""
         witness = self
 
         class Foreign(RuntimeError):
@@ -57,13 +57,13 @@ class Witness:
         return Foreign(text)
 
     def input(self, value):
-        """An input whose end is noted."""
+        """An input that notes the call of its finalizer."""
         array = x(value)
         weakref.finalize(array, self, "end of an input").atexit = False
         return array
 
     def engine(self, name, on_run=None, kind=FakeEngine):
-        """An engine whose calls and whose end are noted."""
+        """An engine that notes its calls and the call of its finalizer."""
         witness = self
 
         class Foreign(kind):
@@ -150,7 +150,7 @@ def test_no_foreign_code_runs_while_a_lock_is_held(witness, kind):
 
 
 @pytest.mark.parametrize("method", ["drop", "fail"])
-def test_a_server_that_runs_foreign_code_under_its_lock_is_convicted(witness, monkeypatch, method):
+def test_a_server_that_runs_foreign_code_under_its_lock_is_noticed(witness, monkeypatch, method):
     calls = {"drop": lambda self, thing: None, "fail": lambda self, query, error: query.set_exception(error)}
     monkeypatch.setattr(Outbox, method, calls[method])
     everything_goes_wrong(witness, FakeEngine)
@@ -235,7 +235,7 @@ def test_errors_of_a_deferred_change_are_logged(caplog):
 
 
 def interrupted(work, at, handler):
-    """Runs `work` and calls `handler` before the bytecode number `at` of this library. Returns whether there are so many."""
+    """Runs `work`, and calls `handler` before the bytecode number `at` of this library. Returns whether `at` was reached."""
     left = [at]
 
     def trace(frame, event, arg):

@@ -233,7 +233,7 @@ def test_a_callback_that_raises_fails_no_query(callback, caplog):
     assert caplog.records
 
 
-def test_a_cancelled_query_that_has_stepped_back_is_forgotten():
+def test_a_cancelled_query_that_was_deferred_does_not_count_as_late():
     submitted, late, lost = threading.Event(), [], []
 
     def policy(profile, state):

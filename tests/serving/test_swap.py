@@ -1,4 +1,4 @@
-"""Changing over to another export while serving: nothing is lost, and nothing of the old one stays.
+"""Swaps on engines without a model: no query is lost, and nothing of the old engines stays.
 
 One file because the tests share the two exports and the checks after a swap.
 """
@@ -41,7 +41,7 @@ def serve(*engines, policy=best, **options):
 
 
 def swap(s, make=other, profile=OTHER):
-    """Changes all workers of a server of engines over."""
+    """Swaps the engines of all workers."""
     members = s.pool.swappable()
     s.pool.swap(members, [make() for _ in members], [profile] * len(members))
 
@@ -57,7 +57,7 @@ def whose(reply):
 # -- the change-over, on engines without a model ------------------------------------------------------------------------------
 
 
-def test_under_traffic_no_query_is_lost_and_every_reply_is_wholly_of_one_or_the_other():
+def test_under_traffic_no_query_is_lost_and_every_reply_comes_from_one_export():
     stop, futures = threading.Event(), []
 
     def submit():
@@ -108,7 +108,7 @@ def test_a_policy_given_by_name_is_made_for_the_new_profile():
         assert s.pool.make_policy(OTHER) is workers_of(s)[0].policy  # which a worker that joins shares
 
 
-def test_a_policy_that_cannot_do_with_the_new_profile_leaves_the_old_one_serving():
+def test_a_policy_that_fails_with_the_new_profile_leaves_the_old_engines_serving():
     with serve(policy=fakes.always(1)) as s:
         with pytest.raises(errors.ConfigError, match=r"policy fails with the profile.*policies\.ByProfile"):
             swap(s)
@@ -147,7 +147,7 @@ def test_a_stuck_worker_is_abandoned_and_keeps_no_swap_waiting():
         gate.opened.set()
 
 
-def test_a_worker_whose_memory_did_not_suffice_starts_afresh():
+def test_after_a_swap_a_worker_that_ran_out_of_memory_has_all_batch_sizes_again():
     def too_large(subnet, batch_size, inputs):
         if batch_size > 1:
             raise MemoryError
@@ -160,7 +160,7 @@ def test_a_worker_whose_memory_did_not_suffice_starts_afresh():
         assert s.health()["per_worker"][0]["max_batch"] == 4
 
 
-def test_counters_go_on_and_those_of_subnets_start_afresh():
+def test_after_a_swap_counters_by_outcome_go_on_and_counters_by_subnet_restart():
     with held(2, policy=best) as (s, gate, first):
         [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(8)])]
         swap(s)
@@ -184,7 +184,7 @@ def test_failures_of_the_old_engine_do_not_count_against_the_new_one():
         assert s.health()["alive"] == 1
 
 
-def test_speeds_are_those_of_the_new_profiles():
+def test_after_a_swap_speeds_follow_the_new_profiles():
     seen = []
 
     def policy(profile, state):
@@ -204,7 +204,7 @@ def test_speeds_are_those_of_the_new_profiles():
 # -- floors -------------------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_admitted_goes_by_the_new_profile():
+def test_after_a_swap_admission_uses_the_new_profile():
     slow = OTHER.scaled(1000.0)
     with serve(fake(), admission=True) as s:
         assert s.submit(x(1), slo_ms=500.0).result(WAIT_S).met_slo
@@ -214,7 +214,7 @@ def test_who_is_admitted_goes_by_the_new_profile():
             s.submit(x(2), slo_ms=500.0)
 
 
-def test_waiting_queries_whose_floor_the_new_one_cannot_meet_fail_and_the_others_do_not():
+def test_after_a_swap_only_waiting_queries_with_a_floor_above_the_new_best_fail():
     with held(1, policy=best) as (s, gate, first):
         floors = [0.0, 0.75, 0.7, 0.8, 0.0]
         waiting = [s.submit(x(i), min_accuracy=floor) for i, floor in enumerate(floors)]
@@ -233,7 +233,7 @@ def test_waiting_queries_whose_floor_the_new_one_cannot_meet_fail_and_the_others
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
-def test_a_batch_of_the_old_engine_that_fails_is_given_back_by_the_floors_of_the_new(error):
+def test_queries_that_fail_on_the_old_engine_are_checked_against_the_new_best_accuracy(error):
     def fail_late(*args):
         if len(args[2]) == 2:
             entered.set()
@@ -314,7 +314,7 @@ def test_a_server_of_engines_has_no_export_to_swap():
         s.swap("somewhere")
 
 
-def test_the_old_engine_goes_though_a_client_keeps_the_error_of_a_batch(caplog):
+def test_the_old_engine_is_released_even_if_a_client_keeps_the_error_of_a_batch(caplog):
     caplog.set_level("CRITICAL", logger="superserve_jax.serving")  # or pytest would keep the record, with the traceback
 
     def fail_on(subnet, batch_size, inputs):
@@ -364,7 +364,7 @@ def test_queries_wait_with_their_length_bucket_through_a_swap():
         assert [f.result(WAIT_S).output[0] for f in (first, *waiting)] == [5, 1, 20, 3, 64]
 
 
-def test_the_policy_sees_no_leap_of_the_arrivals_and_the_new_weight_of_long_queries():
+def test_after_a_swap_the_arrival_rate_does_not_jump_and_long_queries_have_their_new_weight():
     states, now_s = [], [100.0]
 
     def policy(profile, state):

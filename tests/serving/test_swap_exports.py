@@ -1,4 +1,4 @@
-"""Changing over to another export while serving: answers, memory, and what is refused."""
+"""Swaps of real exports while serving: the answers, the memory, and the exports that are refused."""
 
 import contextlib
 import dataclasses
@@ -28,10 +28,10 @@ from superserve_jax.supernets.supernet import SuperNet
 
 
 def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
-    """An export of made-up weights, one subnet, with a latency profile beside it."""
+    """Writes an export of random weights with one subnet and a latency profile."""
     subnet = getattr(config.space(), which)()
     model = SuperNet(config, random_params(config, seed), {subnet: random_statistics(config, subnet, seed)})
-    export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="made up")
+    export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="random weights")
     place = profile_path(folder, prepare.device_kind(jax.devices()[0]))
     place.parent.mkdir(exist_ok=True)
     Profile((1,), (Row(subnet, accuracy, (1.0,)),), prepare.device_kind(jax.devices()[0])).save(place)
@@ -144,7 +144,7 @@ def test_other_vocabularies_and_lengths_are_refused():
             prepare.check_same_inputs(text(("a",)), other_model, (16, 32))
 
 
-def test_a_swap_returns_when_what_runs_has_been_answered(exports, monkeypatch):
+def test_a_swap_returns_when_the_running_batches_have_been_answered(exports, monkeypatch):
     with opened(exports[0]) as s:
         old, entered, go_on = s.pool.members.workers[0].engine, threading.Event(), threading.Event()
 

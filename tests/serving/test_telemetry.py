@@ -1,4 +1,4 @@
-"""What a server counts: conserved whatever happens to the queries, the same in a snapshot and for Prometheus.
+"""The counters of a server: no query is lost or counted twice, and snapshot and Prometheus show the same numbers.
 
 One file because counters, snapshot and Prometheus must tell the same numbers.
 """
@@ -36,7 +36,7 @@ def outcomes(snapshot):
 
 
 def consistent(snapshot):
-    """Asserts what holds for every snapshot of a server whose workers have not been abandoned."""
+    """Asserts the invariants of a snapshot of a server without abandoned workers. Returns the snapshot."""
     queries, subnets = snapshot["queries"], snapshot["subnets"].values()
     assert queries["arrived"] == sum(queries[o] for o in OUTCOMES) + snapshot["waiting"] + snapshot["running"]
     for outcome in ("met", "late"):
@@ -111,7 +111,7 @@ def test_cancelled_queries_are_counted_whether_they_waited_or_ran():
     assert outcomes(consistent(s.snapshot())) == {"met": 4, "cancelled": 2}
 
 
-def test_queries_that_are_closed_on_have_failed():
+def test_queries_that_a_close_does_not_drain_count_as_failed():
     with held() as (s, gate, _):
         s.submit_many([x(i) for i in range(5)])
         closing = threading.Thread(target=s.close, kwargs={"drain": False})
@@ -123,7 +123,7 @@ def test_queries_that_are_closed_on_have_failed():
         assert outcomes(consistent(s.snapshot())) == {"met": 1, "failed": 5}
 
 
-def test_a_batch_that_the_policy_fails_has_failed():
+def test_queries_count_as_failed_if_the_policy_fails():
     def burns(profile, state):
         raise ZeroDivisionError
 
@@ -132,7 +132,7 @@ def test_a_batch_that_the_policy_fails_has_failed():
     assert outcomes(consistent(s.snapshot())) == {"failed": 1}
 
 
-def test_a_poisoned_query_has_failed_and_the_rest_of_its_batch_was_requeued():
+def test_a_poisoned_query_counts_as_failed_and_the_rest_of_its_batch_as_requeued():
     def poisoned(subnet, batch_size, inputs):
         if any(float(i) == 3 for i in inputs):
             fail()
@@ -142,7 +142,7 @@ def test_a_poisoned_query_has_failed_and_the_rest_of_its_batch_was_requeued():
         assert [f.exception(WAIT_S) is None for f in futures] == [True, True, True, False]
     snapshot = consistent(s.snapshot())
     assert outcomes(snapshot) == {"met": 3, "failed": 1}
-    assert snapshot["queries"]["requeued"] == 4 + 2  # whole, then each half that failed; who has failed alone is not put back
+    assert snapshot["queries"]["requeued"] == 4 + 2  # whole, then each failed half; not the query that failed alone
     assert sum(w["failures"] for w in snapshot["workers"]) >= 3
 
 
@@ -182,7 +182,7 @@ def test_every_snapshot_amid_traffic_is_consistent_and_no_counter_falls():
     assert (last["waiting"], last["running"]) == (0, 0)
 
 
-def test_the_oldest_wait_is_that_of_the_longest_waiting_not_of_the_head():
+def test_the_oldest_wait_belongs_to_the_earliest_query_not_to_the_head():
     now = [0.0]
     with held(clock=lambda: now[0]) as (s, gate, _):
         now[0] = 1.0
@@ -205,14 +205,14 @@ def test_the_oldest_wait_is_that_of_the_longest_waiting_not_of_the_head():
 )
 def test_a_time_is_counted_in_the_first_bucket_whose_edge_it_does_not_exceed(times_s, end_s):
     starts_s = sorted(end_s - t for t in times_s)
-    together, alone = Histogram(telemetry.EDGES_S), Histogram(telemetry.EDGES_S)
+    together, singly = Histogram(telemetry.EDGES_S), Histogram(telemetry.EDGES_S)
     together.add_since(starts_s, end_s, sum(starts_s))
     expected = [0] * (len(telemetry.EDGES_S) + 1)
     for time_s in (end_s - s for s in starts_s):
-        alone.add(time_s)
+        singly.add(time_s)
         expected[sum(time_s > edge for edge in telemetry.EDGES_S)] += 1
-    assert together.counts == alone.counts == expected
-    assert together.total == pytest.approx(alone.total, abs=1e-6)
+    assert together.counts == singly.counts == expected
+    assert together.total == pytest.approx(singly.total, abs=1e-6)
 
 
 def test_the_edges_of_times_ascend_five_to_a_decade():
@@ -301,7 +301,7 @@ def test_prometheus_reads_the_numbers_of_the_snapshot():
     assert samples["superserve_worker_batches_total", "fake:0"] == samples["superserve_batch_size_count",]
 
 
-def test_a_registry_does_not_keep_a_server_that_nobody_holds():
+def test_a_registry_does_not_keep_an_unused_server_alive():
     registry = prometheus_client.CollectorRegistry()
     s = serve()
     registry.register(Collector(s))

@@ -27,12 +27,12 @@ def export(path, config):
     model = SuperNet(config, random_params(config))
     chosen = [model.space.smallest(), model.space.largest()]
     served = [Served(s, 0.6 + 0.2 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
-    return exports.load(exports.export(path, model, served, measured="made up"))
+    return exports.load(exports.export(path, model, served, measured="random weights"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_cache(tmp_path_factory):
-    """What one test has compiled, the next one loads."""
+    """Caches executables, so that a test loads what an earlier one has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUPERSERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 
 
 def texts(config, *lengths, seed=0):
-    """Inputs of these lengths, as a client has them: some end in padding, and some have padding within."""
+    """Inputs of these lengths, as clients send them: some end in padding, and some contain padding."""
     rng = np.random.default_rng(seed)
     made = []
     for i, n in enumerate(lengths):
@@ -79,7 +79,7 @@ def test_padded_executables_answer_as_the_model_does_at_every_length(model):
         engine.run(subnet, 1, [np.zeros((8, *engine.input_shape[1:]), np.int32)])
 
 
-def test_inputs_may_be_ids_alone(tmp_path):
+def test_inputs_may_be_ids_without_token_types(tmp_path):
     model = export(tmp_path / "export", dataclasses.replace(CONFIG, token_types=1))
     [subnet, _] = model.subnets
     engine = DeviceEngine(model, jax.devices()[0], subnet_list=[subnet], batch_sizes=(2,), lengths=LENGTHS)

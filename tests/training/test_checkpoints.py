@@ -1,4 +1,4 @@
-"""Training that is killed, starved of disk, given damaged checkpoints or other numbers of devices."""
+"""Training that is killed, runs out of disk space, finds damaged checkpoints or another number of devices."""
 
 import dataclasses
 import json
@@ -31,17 +31,17 @@ def resnet():
 
 @pytest.fixture
 def config(resnet):
-    return dataclasses.replace(resnet, model=MLPConfig(image_size=32))  # which compiles in less time
+    return dataclasses.replace(resnet, model=MLPConfig(image_size=32))  # an MLP compiles in less time
 
 
 def start(folder, name, *, devices=1, limit_bytes=None, **spec):
-    """A training process in folder/name that logs its steps beside it."""
+    """Starts a training process in folder/name that logs its steps in a file beside that folder."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"log": str(folder / f"{name}.log"), **spec}))
 
     def limits():
         if limit_bytes is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows beyond it fails like one on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit then fails as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
     # Processes of one test share what they compile, which is most of their time.
@@ -64,7 +64,7 @@ def finish(process):
 
 
 def steps(folder, name):
-    """What each step of a process trained, the last time that it ran."""
+    """The log entry of each step of a process; of the last run, if the step ran several times."""
     lines = [json.loads(line) for line in (folder / f"{name}.log").read_text().splitlines()]
     return {line["step"]: (line["batch"], line["subnets"]) for line in lines}
 
@@ -138,7 +138,7 @@ def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and
     assert_same(everything(again), everything(undisturbed))
 
 
-def test_a_run_that_goes_on_where_a_phase_begins_is_rewired_as_it_was_before(resnet, tmp_path, monkeypatch):
+def test_a_run_that_resumes_at_the_start_of_a_phase_is_rewired_as_before(resnet, tmp_path, monkeypatch):
     frozen, elastic = Phase(elastic=()), Phase(rewire=True)
     config = dataclasses.replace(resnet, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
     calls, real = [], rewiring.reorder
@@ -187,7 +187,7 @@ def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_
         assert saved.latest() == 12  # who only reads has removed nothing
 
 
-def test_without_a_whole_checkpoint_a_run_says_so(config, tmp_path, caplog):
+def test_a_run_without_an_undamaged_checkpoint_has_no_model_and_logs_why(config, tmp_path, caplog):
     run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
     (run.workdir / "checksums" / "4.json").unlink()
     with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
@@ -235,7 +235,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_p
 
 @pytest.mark.slow
 def test_one_and_eight_devices_have_the_same_losses(tmp_path):
-    """With all that a recipe can have: a teacher, phases, rewiring, an average, validation."""
+    """The recipe has every part: a teacher, phases, rewiring, an average, validation."""
     settings: dict = {
         "epochs": 2.0,
         "log_every": 1,

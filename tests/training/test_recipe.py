@@ -1,4 +1,4 @@
-"""Phases, ties, teachers, averages, half precision: the parts of the recipe, each against what it should do."""
+"""The parts of a recipe, one by one: phases, ties, teachers, averages, half precision."""
 
 import dataclasses
 import re
@@ -98,8 +98,8 @@ def test_a_tied_bucket_runs_its_members_as_they_are():
     sampler = Sampler(model, buckets=3, random_subnets=2, seed=1, tied=True)
     params, images = random_params(model), random_images(model, 2)
     for choice in {c for k in range(12) for c in sampler.step(k)}:
-        alone = programs.sliced(model, choice.subnet)
-        expected, _ = alone.train(params, images, alone.active(choice.subnet))
+        sliced = programs.sliced(model, choice.subnet)
+        expected, _ = sliced.train(params, images, sliced.active(choice.subnet))
         found, _ = choice.program.train(params, images, choice.program.active(choice.subnet))
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
@@ -121,7 +121,7 @@ def saved_teacher(tmp_path, config, seed=3):
     space = config.space()
     model = SuperNet(config, random_params(config, seed), {space.largest(): random_statistics(config, space.largest())})
     served = [Served(space.largest(), 0.5, None, 1, 1)]
-    return exports.export(tmp_path / "teacher", model, served, measured="made up")
+    return exports.export(tmp_path / "teacher", model, served, measured="random weights")
 
 
 def test_an_outside_teacher_teaches_every_subnet(tmp_path):
@@ -225,7 +225,7 @@ def test_half_precision_keeps_float32_parameters_and_comes_near():
 
 @pytest.mark.parametrize("config", [TINY, BERT], ids=["ofa_resnet", "dynabert"])
 def test_half_precision_multiplies_in_bfloat16(config):
-    """Every convolution and matrix product of the gradient, not just the casts around it."""
+    """Checks the dtype of every convolution and matrix product of the gradient, not only the casts around it."""
     program = programs.sliced(config, config.space().largest())
     recipe = Recipe(compute_dtype="bfloat16")
     inputs = random_images(config, 4) if config is TINY else tokens()

@@ -1,4 +1,4 @@
-"""Rewiring: the whole network stays what it is, and small subnets get what matters."""
+"""Rewiring: the largest subnet computes the same function, and small subnets get the important units."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def test_the_importances_after_rewiring_descend():
 
 
 def test_an_importance_is_the_change_of_the_loss_without_the_unit():
-    """To first order: a unit's reader is scaled down by a little, and the loss changes by that share of the importance."""
+    """Scaling down the weights that read a unit by a small share changes the loss by that share of its importance."""
     batch = batches_of(BERT, 1)
     params, largest, share = random_params(BERT), BERT.space().largest(), 1e-2
     for units, values in zip(BERT.units(), rewiring.importances(BERT, params, batch), strict=True):

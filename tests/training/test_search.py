@@ -44,7 +44,7 @@ def run(model, candidates, *, log=None, stop_after=None, **options):
     return found
 
 
-def test_the_search_tries_what_it_was_told_each_once_and_is_repeatable(model):
+def test_the_search_tries_as_many_subnets_as_asked_each_once_and_is_repeatable(model):
     tried = run(model, 14)
     assert tried == run(model, 14)
     assert len({c.subnet for c in tried}) == len(tried) == 14
@@ -54,7 +54,7 @@ def test_the_search_tries_what_it_was_told_each_once_and_is_repeatable(model):
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Replaces judging by a made-up accuracy, so that thousands can be tried; gives the list of the subnets judged."""
+    """Replaces the accuracy by an invented formula, so that thousands can be tried. Returns the list of evaluated subnets."""
     seen = []
 
     def accuracy(model, subnet_list, batches, **_):
@@ -242,7 +242,7 @@ def test_a_search_after_a_tied_phase_tries_tied_subnets_only_and_ends_with_the_l
     assert len(tied) < space.size
 
 
-def test_of_subnets_that_are_one_network_one_is_chosen():
+def test_of_subnets_that_are_the_same_network_only_one_is_chosen():
     space = TINY.space()
     middle = list(space.enumerate())[3:9]
     candidates = [Candidate(s, 5.0, 0.7) for s in middle]

@@ -1,4 +1,4 @@
-"""One subnet as a network of its own: the same mathematics as inside the SuperNet, and nothing shared."""
+"""A subnet as a standalone network: it computes the same as inside the SuperNet, and shares no weights."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ NONE = np.zeros(0, np.int32)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits_dir):
-    """A run of an MLP on a small cluttered_digits; whether it was trained does not matter to its subnets alone."""
+    """An untrained run of an MLP on a small cluttered_digits. Standalone subnets do not need a trained run."""
     digits = DataConfig(data_dir=digits_dir, image_size=8, validation=20)
     config = TrainConfig("mlp", MLPConfig(), digits, epochs=3, batch_size=28, calibration_examples=64, log_every=10)
     return Run.create(config, tmp_path_factory.mktemp("runs") / "mlp")
@@ -41,7 +41,7 @@ def train_program(program, params, images):
 
 
 @pytest.mark.parametrize("subnet", [TINY.space().smallest(), UNEVEN, TINY.space().largest()], ids=["small", "uneven", "large"])
-def test_it_computes_what_the_subnet_computes_and_costs_as_much(subnet):
+def test_a_standalone_subnet_computes_what_the_subnet_computes_and_costs_as_much(subnet):
     config, params = SingleSubnetConfig(TINY, subnet), random_params(TINY)
     only, images = config.space().largest(), random_images(TINY, 5)
     assert config.space().smallest() == only
@@ -54,15 +54,15 @@ def test_it_computes_what_the_subnet_computes_and_costs_as_much(subnet):
         np.testing.assert_allclose(row, expected_row, rtol=1e-5, atol=1e-5)
 
 
-def test_it_begins_with_the_supernet_s_weights():
+def test_a_standalone_subnet_begins_with_the_supernet_s_weights():
     config = SingleSubnetConfig(MLPConfig(), MLPConfig().space().smallest())
-    alone_params, shared = programs.initial_params(config, 3), programs.initial_params(MLPConfig(), 3)
-    assert alone_params.keys() == shared.keys()
-    assert all((alone_params[name] == shared[name]).all() for name in shared)
+    standalone_params, shared = programs.initial_params(config, 3), programs.initial_params(MLPConfig(), 3)
+    assert standalone_params.keys() == shared.keys()
+    assert all((standalone_params[name] == shared[name]).all() for name in shared)
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_its_config_survives_json_copying_and_pickling(kind):
+def test_the_config_of_a_standalone_subnet_survives_json_copying_and_pickling(kind):
     config = SingleSubnetConfig(CONFIGS[kind], CONFIGS[kind].space().sample(0, 7))
     assert families.config_from_json(json.loads(json.dumps(families.config_to_json(config)))) == config
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
@@ -73,7 +73,7 @@ def test_a_subnet_of_another_space_is_refused():
         SingleSubnetConfig(TINY, Subnet((1,)))
 
 
-def test_a_subnet_trains_alone_and_only_its_own_weights_change(run):
+def test_standalone_training_changes_only_the_weights_of_the_subnet(run):
     config = run.config.model
     smallest = config.space().smallest()
     measured = standalone.train(run, smallest, "smallest")
@@ -92,7 +92,7 @@ def test_a_subnet_trains_alone_and_only_its_own_weights_change(run):
     assert (params["blocks.0.linear.bias"] == fresh["blocks.0.linear.bias"]).all()
 
 
-def test_what_was_trained_is_not_trained_again(run, monkeypatch):
+def test_a_finished_standalone_subnet_is_not_trained_again(run, monkeypatch):
     smallest = run.config.model.space().smallest()
     first = standalone.train(run, smallest, "smallest")
     monkeypatch.setattr(stages, "calibrate", lambda *_: pytest.fail("calibrated again"))
@@ -101,8 +101,8 @@ def test_what_was_trained_is_not_trained_again(run, monkeypatch):
         standalone.train(run, run.config.model.space().largest(), "smallest")
 
 
-def test_labels_are_its_only_teacher(run, tmp_path):
-    """One step is the step that the labels' loss alone would take, here without momentum or decay."""
+def test_a_standalone_subnet_learns_from_labels_only(run, tmp_path):
+    """One step equals a gradient step of the labels' loss, here without momentum or decay."""
     sgd = OptimConfig(name="sgd", lr=0.5, schedule="constant", warmup=0, weight_decay=0, momentum=0)
     config = standalone.config(run.config, MLPConfig().space().subnet(depth=1, width=8))
     config = dataclasses.replace(config, optim=sgd, epochs=1e-6, label_smoothing=0.1)

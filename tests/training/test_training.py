@@ -183,7 +183,7 @@ def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(con
     assert costs == sorted(costs)
 
 
-def test_with_a_tolerance_all_that_were_chosen_are_exported(config, run):
+def test_with_a_tolerance_all_chosen_subnets_are_exported(config, run):
     run = with_search(run, candidates=12, served=12, tolerance=0.99)
     stages.search(run)
     stages.calibrate(run)
@@ -215,7 +215,7 @@ def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(config, tmp_p
 
 
 def test_a_step_sums_the_gradients_of_the_sandwich(config):
-    """Against the same losses written as one function."""
+    """Compares the step with the gradient of the same losses written as one function."""
     import optax
 
     from superserve_jax.training import losses
@@ -267,7 +267,7 @@ def test_a_run_on_a_given_dataset_takes_no_other_in_later_stages(config, tmp_pat
         loop.train(dataclasses.replace(config, data=None), tmp_path / "other")
 
 
-def test_training_on_forgets_what_the_stages_found_of_other_weights(config, tmp_path):
+def test_further_training_removes_the_results_of_the_stages_for_the_old_weights(config, tmp_path):
     run = Run.convert(config, tmp_path / "run", SuperNet.create(config.model, seed=3))
     stages.calibrate(run, [config.model.space().largest()])
     assert (run.workdir / "statistics.npz").exists()
@@ -294,7 +294,7 @@ def test_a_search_tries_only_what_the_last_phase_trained(config, tmp_path):
     assert {c.subnet for c in stages.search(run)} <= {space.subnet(depth=d) for d in MODEL.depths}
 
 
-def test_phases_that_alternate_within_one_line_of_the_records_are_averaged_over_their_own_steps(config, tmp_path):
+def test_phases_within_one_line_of_metrics_are_averaged_over_their_own_steps(config, tmp_path):
     frozen = Phase(elastic=())
     run = loop.train(dataclasses.replace(config, epochs=0.6, log_every=6, phases=(Phase(), frozen, Phase())), tmp_path)
     assert np.isfinite(run.metrics()[0]["loss_smallest"])

@@ -1,4 +1,4 @@
-"""Augmentation: each transform gives only what it says, and all of it."""
+"""Augmentation: each transform gives only the changes that it documents, and all of them."""
 
 import numpy as np
 import pytest

@@ -286,7 +286,7 @@ def test_a_mistyped_split_gets_the_nearest_name(digits):
         digits.eval("validaton", 8)
 
 
-def test_a_split_that_nothing_was_held_out_for_is_a_data_error(digits_dir):
+def test_a_validation_split_without_examples_is_a_data_error(digits_dir):
     dataset = data.open(DataConfig(data_dir=digits_dir, validation=0))
     with pytest.raises(errors.DataError, match="set validation above 0"):
         dataset.num_examples("validation")

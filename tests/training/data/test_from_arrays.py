@@ -224,7 +224,7 @@ def test_a_config_of_any_kind_survives_json(config):
     assert data.data_from_json(json.loads(json.dumps(data.data_to_json(config)))) == config
 
 
-def test_image_configs_look_as_they_did_when_there_was_no_other_kind():
+def test_an_image_config_has_no_kind_in_json_as_in_older_versions():
     config = DataConfig("cifar10", channels=3)
     assert data.data_to_json(config) == dataclasses.asdict(config)
     assert data.data_from_json({"name": "cifar10", "kind": "images"}) == DataConfig("cifar10")

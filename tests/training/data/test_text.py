@@ -25,7 +25,7 @@ def sentence(rng):
 
 
 def prepare_mock(tmp_path_factory, config, keys, sizes):
-    """A TFDS folder with a mock of glue/`config`; splits whose name says test have no labels, as upstream."""
+    """A TFDS folder with a mock of glue/`config`; splits named test have no labels, as in the original."""
 
     def examples(split, count):
         rng = np.random.default_rng(count)

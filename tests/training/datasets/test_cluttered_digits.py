@@ -1,4 +1,4 @@
-"""The dataset cluttered_digits: its pixels, and making it under bad circumstances."""
+"""The dataset cluttered_digits: its pixels, and making it in parallel, after a kill and without permission."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""The dataset listops: its grammar against an evaluator of its own, its texts, and making it."""
+"""The dataset listops: its labels against an independent evaluator, its texts, and making it."""
 
 import hashlib
 import itertools
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def work_out(text):
-    """The value and depth of an expression, from its text alone: a stack, as in a pocket calculator."""
+    """The value and depth of an expression, from its text only, with a stack as in a pocket calculator."""
     stack, deepest = [], 0
     for token in text.split(" "):
         if token == "]":
