@@ -137,7 +137,7 @@ def test_other_vocabularies_and_lengths_are_refused():
     for other_model, message in (
         (text(("b",)), "another vocabulary"),
         (text(("a",), max_length=16), "exceeds the model's max_length=16"),
-        (text(("a",), pad_id=1), "padded with 1, this server .*padded with 0"),
+        (text(("a",), pad_id=1), "padded with 1, but this server .*padded with 0"),
         (types.SimpleNamespace(path="there", config=TINY, vocabulary=()), r"there takes inputs of shape \(9, 9, 1\)"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
