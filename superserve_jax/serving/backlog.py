@@ -1,4 +1,4 @@
-"""What waits in a server: the queue, and the queries whose batches have failed. No jax."""
+"""The waiting queries of a server: the queue, and the retries of failed batches. No jax."""
 
 import math
 from collections.abc import Callable, Sequence

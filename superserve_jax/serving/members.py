@@ -14,7 +14,7 @@ from superserve_jax.serving.worker import Gone, Worker
 
 
 class Members:
-    """The workers of a pool, including those that have gone. The caller holds the pool's lock.
+    """The workers of a pool, present and gone. The caller holds the pool's lock.
 
     A worker is *alive* while it takes batches, and *present* until its thread has ended or was abandoned. A removed worker is
     present, but not alive, until it has answered its last batch.
@@ -24,7 +24,7 @@ class Members:
       correct: whether to follow slowdowns of workers (see `Fleet`).
 
     Attributes:
-      workers: all workers, including those that have gone.
+      workers: all workers, present and gone. A gone worker stays until a new one takes its name.
       alive, abandoned: how many workers are alive, and how many were abandoned.
       failures: how many batches have failed.
       fleet: the workers' speeds.

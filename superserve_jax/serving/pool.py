@@ -338,7 +338,7 @@ class Pool:
             self._changed.wait_for(lambda: self.closing or not worker.alive, seconds)
 
     def leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
-        """Takes workers out of service for good. If this leaves none alive, all waiting queries fail with `reason()`."""
+        """Takes workers out of service for good. If none is alive afterwards, all waiting queries fail with `reason()`."""
         with self.lock:
             self._locked_leave(workers, gone, reason)
         self.outbox.empty()

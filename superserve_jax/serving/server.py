@@ -309,8 +309,8 @@ class Server:
 
         Raises:
           ExportError: the export is missing or damaged. ConfigError: its inputs differ; the policy fails with it; this server
-          was opened with engines; a worker was added as an engine and not as a device; or the caller is a done-callback.
-          NotCalibratedError, ProfileError, ServerClosedError, WorkersLostError.
+          was opened with engines; a worker was added as an engine; or the caller is a done-callback. NotCalibratedError,
+          ProfileError, ServerClosedError, WorkersLostError.
         """
         from superserve_jax.engines import prepare  # here, since it imports jax
 
@@ -348,7 +348,7 @@ class Server:
     def health(self) -> dict[str, Any]:
         """The state of the server now, as plain values.
 
-        - `workers`: number of workers, including those that have gone; `alive` and `abandoned`: how many of them are so.
+        - `workers`: number of workers, present and gone. `alive`, `abandoned`: how many are alive and were abandoned so far.
         - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
         - `per_worker`: a list of dicts. `name`. `state`: "idle" or "running"; "left" (it failed too often, or the server was

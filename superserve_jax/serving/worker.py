@@ -115,7 +115,7 @@ class Worker:
             return True
         if self.overlaps:
             self._launch(flight)
-            return True  # there is time until it is nearly done
+            return True  # the next turn may take another batch, and answers this one
         return self._land(flight)
 
     def _turn_ahead(self, first: Flight) -> bool:

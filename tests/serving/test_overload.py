@@ -80,7 +80,7 @@ def test_a_limit_in_bytes_below_one_input_is_refused_at_construction():
 def test_cancelled_queries_take_no_room_in_a_full_queue():
     with held(max_queue=8) as (s, gate, _):
         kept, *cancelled = s.submit_many([x(i) for i in range(1, 9)])
-        for _ in range(5):  # whoever cancels everything keeps nobody else out
+        for _ in range(5):  # a client that cancels all its queries leaves room for others
             for future in cancelled:
                 future.cancel()
             cancelled = s.submit_many([x(9)] * 7)

@@ -225,7 +225,7 @@ def test_after_a_swap_only_waiting_queries_with_a_floor_above_the_new_best_fail(
                     future.result(WAIT_S)
         with pytest.raises(errors.AccuracyFloorError, match=r"0\.75.*has 0\.7"):
             s.submit(x(1), min_accuracy=0.75)
-        with pytest.raises(errors.AccuracyFloorError, match=r"0\.75.*has 0\.7"):  # whoever was checked before the swap
+        with pytest.raises(errors.AccuracyFloorError, match=r"0\.75.*has 0\.7"):  # a query that was checked before the swap
             s.pool.admit([Query(x(1), 0.0, 1e9, 0.75)])
         gate.opened.set()
         assert whose(first.result(WAIT_S)) == OLD
