@@ -59,6 +59,7 @@ class Options:
       storm: whether to run random failures on fake engines instead of an export.
       queries: the number of queries of a storm.
       workers: the number of workers of a storm.
+      expire: whether the server of a storm drops queries that can no longer meet their deadline.
       seed: the seed of all random choices.
       json: write the results to this file.
       plot: write a plot of memory and latency over time to this file; not with --storm.
@@ -74,6 +75,7 @@ class Options:
     storm: bool = False
     queries: int = 1_000_000
     workers: int = 4
+    expire: bool = False
     seed: int = 0
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
@@ -210,7 +212,7 @@ def live_executables() -> int:
 def storm(options: Options) -> tuple[dict[str, Any], list[Guarantee]]:
     """The results and the guarantees of a server under random failures."""
     logging.getLogger("superserve_jax.serving").setLevel(logging.CRITICAL)  # failed batches are expected
-    plan = Storm(queries=options.queries, workers=options.workers, seed=options.seed)
+    plan = Storm(queries=options.queries, workers=options.workers, expire=options.expire, seed=options.seed)
     print(f"{plan.queries:,} queries of {plan.clients} clients, {plan.workers} workers, seed {plan.seed}")
     line_s = time.monotonic()
 

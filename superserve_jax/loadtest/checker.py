@@ -4,7 +4,8 @@ The guarantees are:
 - Every query resolves exactly once.
 - An answer belongs to its own query. It comes from a batch that held the query and has finished, and from a subnet that
   reaches the query's floor. It says truthfully whether the deadline was met.
-- No query runs in two batches at once, or after it was answered or refused.
+- No query runs in two batches at once, or after it was answered, refused or dropped.
+- A query is dropped only when no subnet can meet its deadline any more.
 - Batches follow the order of deadlines: no waiting query is passed over for one with a later deadline.
 """
 
@@ -18,7 +19,7 @@ from superserve_jax.loadtest.recorder import Note
 from superserve_jax.profile import Profile
 from superserve_jax.serving.futures import Reply
 
-_NEVER_RUNS = ("", recorder.ANSWERED, recorder.REFUSED)  # a query that ended like this must not run afterwards
+_NEVER_RUNS = ("", recorder.ANSWERED, recorder.REFUSED, recorder.EXPIRED)  # a query that ended so must not run afterwards
 _SHOWN = 20  # violations that are described; further ones are only counted
 
 
@@ -92,7 +93,7 @@ class Checker:
 
     def __init__(self, profile: Profile, *, strict_order: bool, abandons: bool = False, patience: int = 50_000):
         self.result = CheckResult()
-        self._rows = profile.rows
+        self._rows, self._fastest_s = profile.rows, 1e-3 * profile.fastest().latency_ms[0]
         self._strict_order, self._abandons, self._patience = strict_order, abandons, patience
         self._unread: collections.deque[Note] = collections.deque()
         self._undecided: dict[int, _Decision] = {}  # by thread
@@ -216,7 +217,7 @@ class Checker:
                 if query.running > 1 and not self._abandons:
                     self._violation(f"query {key} ran twice at once")
             elif not self._abandons and self._ended[key]:
-                self._violation(f"query {key} ran after it was {_NEVER_RUNS[self._ended[key]]}")
+                self._violation(f"query {key} ran after it had ended: {_NEVER_RUNS[self._ended[key]]}")
 
     def _on_raised(self, keys: tuple[int, ...]) -> None:
         for query in self._open_ones(keys):
@@ -233,6 +234,8 @@ class Checker:
             return
         if outcome == recorder.CANCELLED and not query.cancelling:
             self._violation(f"query {key} was cancelled, but no client asked for it")
+        if outcome == recorder.EXPIRED and query.deadline_s is not None and query.deadline_s > now_s + self._fastest_s:
+            self._violation(f"query {key} was dropped at {now_s}, in time for its deadline {query.deadline_s}")
         if reply is None:
             return
         if query.finished_s is None or query.deadline_s is None:

@@ -32,7 +32,7 @@ from superserve_jax.subnet import Subnet
 
 Note = tuple[Any, ...]
 
-ANSWERED, CANCELLED, REFUSED = "answered", "cancelled", "refused"
+ANSWERED, CANCELLED, REFUSED, EXPIRED = "answered", "cancelled", "refused", errors.DeadlineExpiredError.__name__
 
 
 class Recorder:

@@ -70,6 +70,7 @@ class Storm:
       changed_every_s: the seconds between two replacements of a working worker; inf for none.
       closed_after: the number of submitted queries after which the server is closed without draining. The clients go on.
       stall_s: see `Server`.
+      expire: see `Server`. If true, queries that can no longer meet their deadline are dropped.
       overlap: whether the engines let a worker take its next batch while the device computes.
       strict: whether the policy takes queries strictly in the order of deadlines, which is then checked. If not, the default
         policy serves, which may defer queries.
@@ -92,6 +93,7 @@ class Storm:
     changed_every_s: float = 0.1
     closed_after: float = math.inf
     stall_s: float = 0.2
+    expire: bool = False
     overlap: bool = False
     strict: bool = True
     patience_s: float = 30.0
@@ -151,8 +153,10 @@ class _StormRun:
                 [self._engine() for _ in range(storm.workers)],
                 PROFILE,
                 policy=self._recorder.policy(lambda profile: SlackFit(profile, defer=not storm.strict)),
+                slo_ms=min(storm.slos_ms),  # a worker pauses so long after a failure; clients always give their own SLO
                 max_queue=storm.max_queue,
                 stall_s=storm.stall_s,
+                expire=storm.expire,
                 tune_runtime=False,
             )
             clients = [self._thread(self._client, target, i) for i in range(storm.clients)]

@@ -143,8 +143,10 @@ def test_options_that_do_not_fit_together_are_refused(program, options, message)
     assert message in program(*options, status=2)[1]
 
 
-def test_a_storm_ends_with_status_0_and_its_results(program):
-    written, _ = program("--storm", "--queries", 3_000)
+@pytest.mark.parametrize("options", [(), ("--expire",)])
+def test_a_storm_ends_with_status_0_and_its_results(program, options):
+    written, _ = program("--storm", "--queries", 3_000, *options)
+    assert ("DeadlineExpiredError" in written["check"]["outcomes"]) == bool(options)
     assert written["check"]["offered"] == sum(written["check"]["outcomes"].values()) == 3_000
     assert all(guarantee["holds"] for guarantee in written["guarantees"])
 

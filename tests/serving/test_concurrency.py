@@ -39,10 +39,11 @@ def run(**options):
     return storm.run_storm(dataclasses.replace(STORM, **options))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("seed", range(2))
-def test_every_guarantee_holds_while_everything_goes_wrong_at_once(seed, overlap):
-    result = run(seed=seed, overlap=overlap)
+@pytest.mark.parametrize(
+    ("overlap", "expire", "seed"), [(False, False, 0), (False, True, 1), (True, True, 0), (True, False, 1)]
+)
+def test_every_guarantee_holds_while_everything_goes_wrong_at_once(overlap, expire, seed):
+    result = run(overlap=overlap, expire=expire, seed=seed)
     found = result.check
     assert not found.examples
     assert (found.lost, found.twice, found.violations) == (0, 0, 0)
@@ -50,6 +51,7 @@ def test_every_guarantee_holds_while_everything_goes_wrong_at_once(seed, overlap
     assert found.compared > 100
     assert {"poisoned", "failing", "slow", "full"} <= set(result.failures)
     assert {"answered", "cancelled", "InferenceError of ValueError"} <= set(found.outcomes)
+    assert ("DeadlineExpiredError" in found.outcomes) == expire
     assert result.workers["replaced"] > 0
 
 
@@ -62,7 +64,9 @@ def test_every_guarantee_holds_while_everything_goes_wrong_at_once(seed, overlap
         {"workers": 1, "overlap": True},
         {"workers": 12, "clients": 2},
         {"max_queue": 50},
+        {"broken": 1.0, "queries": 2_000},
         {"broken": 1.0, "queries": 2_000, "changed_every_s": math.inf},
+        {"slos_ms": (0.1, 1.0), "queries": 2_000, "expire": True},
         {"slos_ms": (0.1,), "queries": 2_000},
         {"closed_after": 2_000},
     ],
