@@ -41,6 +41,7 @@ class Backlog:
     Attributes:
       queue: the queries whose batches have not failed.
       meter: measures the arrivals in this queue.
+      retries: the queries whose batches have failed, in groups. They go before the queue, since they have waited longer.
       best: the highest accuracy that every worker offers.
       fastest_s: the lowest latency of any worker and subnet, for one query.
     """
@@ -48,7 +49,7 @@ class Backlog:
     def __init__(self, profile: Profile, options: Options, *, input_bytes: int, outbox: Outbox, counters: Counters):
         self.queue, self.meter = length_queue.make_queue(profile), ArrivalMeter()
         self.best = self.fastest_s = math.inf
-        self._retries = Retries(profile, max_tries=options.max_tries)
+        self.retries = Retries(profile, max_tries=options.max_tries)
         self._has_lengths = len(profile.lengths) > 1
         self._limits = QueueLimits(
             profile.lengths if self._has_lengths else (),
@@ -61,11 +62,11 @@ class Backlog:
         self._outbox, self._counters = outbox, counters
 
     def __len__(self) -> int:
-        return len(self.queue) + self._retries.waiting()
+        return len(self.queue) + self.retries.waiting()
 
     def items(self) -> list[Query]:
         """Every query, left in place, in no order."""
-        return self.queue.items() + self._retries.items()
+        return self.queue.items() + self.retries.items()
 
     # -- in ---------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ class Backlog:
         self._outbox.drop(flight)
         self._counters.requeued += sum(not query.done() for query in flight.batch)
         if flight.retry is not None:
-            self._retries.give_back(flight.batch, flight.retry, worker)
+            self.retries.give_back(flight.batch, flight.retry, worker)
         else:
             for query in flight.batch:
                 self.queue.push(query.deadline_s, query, query.floor, query.length)
@@ -121,7 +122,7 @@ class Backlog:
         """
         self._outbox.drop(flight)
         live = sum(not query.done() for query in flight.batch)
-        hopeless = self._retries.failed(flight.batch, flight.retry, worker, now_s=now_s, workers=workers, hung=hung)
+        hopeless = self.retries.failed(flight.batch, flight.retry, worker, now_s=now_s, workers=workers, hung=hung)
         self._counters.failed += len(hopeless)
         self._counters.requeued += live - len(hopeless)
         for query, why in hopeless:
@@ -130,13 +131,9 @@ class Backlog:
 
     # -- out --------------------------------------------------------------------------------------------------------------
 
-    def find_retry(self, worker: int, *, workers: int) -> Retry | None:
-        """The group of failed queries that a worker should run next. They go before the queue: they have waited longer."""
-        return self._retries.find(worker, workers=workers) if self._retries.groups else None
-
     def taken(self, retry: Retry) -> None:
         """A batch has been taken from `retry`."""
-        self._retries.taken(retry)
+        self.retries.taken(retry)
 
     def prune(self, now_s: float) -> None:
         """Removes cancelled queries from the front of the queue. With `expire`, also drops queries that will be too late.
@@ -149,12 +146,12 @@ class Backlog:
                     self._counters.expired += 1
                     self._outbox.fail(query, errors.DeadlineExpiredError(_EXPIRED))
         self.queue.drop_late(self._discard)
-        while (head := self.queue.head()) is not None and self._discard(head):
-            self.queue.pop(1)
+        while (head := self.queue.head()) is not None and head.done():
+            self._outbox.drop(self.queue.pop(1))
 
     def fail_all(self, reason: Callable[[], errors.SuperServeError]) -> None:
         """Fails all waiting queries."""
-        for query in (*self.queue.drain(), *self._retries.drain()):
+        for query in (*self.queue.drain(), *self.retries.drain()):
             if not self._discard(query):
                 self._counters.failed += 1
                 self._outbox.fail(query, reason())
@@ -168,7 +165,7 @@ class Backlog:
 
     def _refuse_above_best(self) -> None:
         """Fails queries whose floor exceeds `best`, which falls when a worker joins or the export is swapped."""
-        for query in self.queue.pop_above(self.best) + self._retries.pop_above(self.best):
+        for query in self.queue.pop_above(self.best) + self.retries.pop_above(self.best):
             if not self._discard(query):
                 self._counters.failed += 1
                 self._outbox.fail(query, self._floor_error(query))
@@ -188,7 +185,7 @@ class Backlog:
         self.queue.retime(profile)
         if pushed:
             self.meter.rescale(self.queue.pushed / pushed)
-        self._retries.retime(profile)
+        self.retries.retime(profile)
 
     def _floor_error(self, query: Query) -> errors.SuperServeError:
         return errors.AccuracyFloorError(

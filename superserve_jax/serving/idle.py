@@ -9,28 +9,28 @@ class IdleWorkers:
 
     Args:
       lock: the pool's lock. The caller of every method holds it.
+
+    Attributes:
+      count: how many workers wait.
     """
 
-    __slots__ = ("_condition", "_count", "_waking")
+    __slots__ = ("_condition", "_waking", "count")
 
     def __init__(self, lock: Any):
         self._condition = threading.Condition(lock)
-        self._count = 0
+        self.count = 0
         self._waking = False  # whether a worker has been woken but does not run yet
-
-    def __bool__(self) -> bool:
-        return self._count > 0
 
     def wait(self) -> None:
         """Waits until this worker is woken. The caller then checks whether there is work."""
-        self._count += 1
+        self.count += 1
         self._condition.wait()
-        self._count -= 1
+        self.count -= 1
         self._waking = False
 
     def wake_one(self) -> None:
         """Wakes one idle worker, unless one is waking up already."""
-        if self._count and not self._waking:
+        if self.count and not self._waking:
             self._waking = True
             self._condition.notify()
 

@@ -59,7 +59,7 @@ class QueueLimits:
         """The limit that the new queries would exceed; None if there is room."""
         if len(waiting) + count > self._max_queue:
             return self._limit
-        if isinstance(waiting, LengthQueue) and self._max_tokens < math.inf and waiting.tokens(lengths) > self._max_tokens:
+        if self._max_tokens < math.inf and isinstance(waiting, LengthQueue) and waiting.tokens(lengths) > self._max_tokens:
             return self._token_limit
         return None
 

@@ -97,9 +97,9 @@ class Pool:
                 if not self.members.alive:
                     raise self.members.lost_error()
                 if queries:
-                    self.backlog.add(queries, self.members.fleet, idle=bool(self._idle))
-                self.counters.admitted += len(queries)
-                self.locked_wake_one()
+                    self.backlog.add(queries, self.members.fleet, idle=self._idle.count > 0)
+                    self.counters.admitted += len(queries)
+                    self._idle.wake_one()
         finally:
             if self.outbox.entries:
                 self.outbox.empty()
@@ -195,10 +195,9 @@ class Pool:
     def health(self) -> dict[str, Any]:
         """See `Server.health`."""
         self.process.refuse_fork()
-        if self.is_held_here():
-            return copy.deepcopy(self._health)
-        with self.lock:
-            self._health = self._locked_health(self.clock())
+        if not self.is_held_here():
+            with self.lock:
+                self._health = self._locked_health(self.clock())
         return copy.deepcopy(self._health)
 
     def snapshot(self) -> dict[str, Any]:
@@ -309,12 +308,13 @@ class Pool:
         return len(self.backlog.queue) > 0 or self.locked_find_retry(worker) is not None
 
     def locked_find_retry(self, worker: Worker) -> Retry | None:
-        """See `Backlog.find_retry`. While the pool closes, no worker waits for another one to take a retry."""
-        return self.backlog.find_retry(worker.index, workers=1 if self.closing else self.members.alive)
+        """See `Retries.find`. While the pool closes, no worker waits for another one to take a retry."""
+        retries = self.backlog.retries
+        return retries.find(worker.index, workers=1 if self.closing else self.members.alive) if retries.groups else None
 
     def locked_wake_one(self) -> None:
         """Wakes one idle worker if there is work."""
-        if len(self.backlog.queue):
+        if self._idle.count and len(self.backlog.queue):
             self._idle.wake_one()
 
     def locked_changed_over(self) -> None:

@@ -104,7 +104,8 @@ class Worker:
             if first is None:
                 if not pool.locked_wait_for_work(self):
                     return False
-                self._locked_take_up_successor()
+                if self.successor is not None:  # it came while the worker was idle
+                    self._locked_take_up(self.successor)
                 now_s = pool.clock()
                 flight = self._locked_take(now_s, now_s)
         if pool.outbox.entries:
@@ -154,8 +155,8 @@ class Worker:
             if self._answered is not None:
                 self._pool.counters.add(self._answered)
                 self._answered = None
-        if not self.flights:
-            self._locked_take_up_successor()
+        if self.successor is not None and not self.flights:
+            self._locked_take_up(self.successor)
 
     def _locked_take(self, now_s: float, begin_s: float) -> Flight | None:
         """Asks the policy for a decision, and takes the batch. None if no query waits any more, or the policy failed.
@@ -321,12 +322,10 @@ class Worker:
             self._pool.outbox.drop(self.successor)
         self.successor = successor
 
-    def _locked_take_up_successor(self) -> None:
-        if self.successor is None:
-            return
+    def _locked_take_up(self, successor: Successor) -> None:
         pool = self._pool
         pool.outbox.drop((self.engine, self.policy))
-        self.engine, self.profile, self.policy = self.successor
+        self.engine, self.profile, self.policy = successor
         self.successor = self._last_subnet = None
         self.overlaps = self._may_overlap()
         self._strikes = 0

@@ -75,7 +75,7 @@ def test_failed_queries_run_again_by_the_new_profile():
     flight = Flight(BUCKETED.rows[0], [query], 0, None, "", 0.0)
     backlog.retry(flight, Failure.of(ValueError()), worker=0, name="fake:0", workers=2, now_s=0.0)
     backlog.retime(FASTER)
-    retry = backlog.find_retry(1, workers=2)
+    retry = backlog.retries.find(1, workers=2)
     assert retry is not None
-    assert backlog.find_retry(0, workers=2) is None
+    assert backlog.retries.find(0, workers=2) is None
     assert retry.waiting.head_work == filled(FASTER, [(1.0, 0.0, 5)]).head_work

@@ -85,6 +85,22 @@ def test_a_removed_worker_finishes_its_batch_and_its_thread_ends():
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
 
 
+def test_a_removed_worker_does_not_finish_its_pause_after_a_failure():
+    failed = threading.Event()
+
+    def fail_and_tell(subnet, batch_size, inputs):
+        if not any(inputs):  # the blank inputs: the worker pauses next
+            failed.set()
+        fail()
+
+    with serve(fake(fail_and_tell), fake(name="fake:1")) as s:
+        s.pool.pause_s = 1e6
+        while not failed.is_set():
+            s.submit(x(1)).exception(WAIT_S)
+        s.remove_worker("fake:0")
+        assert state(s)["state"] == "removed"
+
+
 def test_a_removed_worker_that_is_stuck_is_abandoned():
     with fakes.held(2, stall_s=0.05) as (s, _, first):
         busy = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "running")
