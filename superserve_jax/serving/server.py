@@ -158,7 +158,7 @@ class Server:
             specs = {InputSpec.of(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(
-                f"a server needs engines, all for the same inputs; got {len(engines)} engines for {[*map(tuple, specs)]}"
+                f"a server needs engines, all for the same inputs; got {len(engines)} engines for {[*specs]}"
             )
         [self._inputs] = specs
         each = profiles_of_workers(profile, len(engines))
@@ -263,7 +263,7 @@ class Server:
                 new = prepare.make_engine(self.model, new, profile, **self._slicing)
             if (spec := InputSpec.of(new)) != self._inputs:
                 raise errors.ConfigError(
-                    f"{new.name} takes {tuple(spec)}, the workers of this server take {tuple(self._inputs)}; they must agree"
+                    f"{new.name} takes {spec}, the workers of this server take {self._inputs}; they must agree"
                 )
             profiles_of_workers([self.profile, profile], 2)
             return self.pool.add(new, profile)
