@@ -53,10 +53,11 @@ def random_statistics(config, subnet, seed=0):
     return np.stack([rng.normal(0, 1, n), rng.uniform(0.5, 2, n)]).astype(np.float32)
 
 
-def live_bytes():
-    """Bytes of all buffers on the devices. A buffer that several arrays share counts once."""
+def live_bytes(device=None):
+    """Bytes of all buffers on a device; None takes all devices. A buffer that several arrays share counts once."""
     gc.collect()  # or what an earlier test left behind goes away while this one counts
-    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}.values())
+    arrays = [a for a in jax.live_arrays() if not a.is_deleted() and (device is None or a.devices() == {device})]
+    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in arrays}.values())
 
 
 TINY_BERT = DynaBERTConfig(

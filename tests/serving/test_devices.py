@@ -99,7 +99,7 @@ def main():
     import tempfile
 
     import jax
-    from tiny import TINY, random_images, random_params, random_statistics
+    from tiny import TINY, live_bytes, random_images, random_params, random_statistics
 
     from superserve_jax import exports
     from superserve_jax.engines import prepare
@@ -124,11 +124,16 @@ def main():
     assert [p.device for p in profiles] == [kind_of[d] for d in devices]
 
     for device, held, profile in zip(devices, engines, profiles, strict=True):
-        zeros = np.zeros((batch, *held.input_shape), held.input_dtype)
-        assert held.subnets == (profile.rows[0].subnet,)
-        held.run(profile.rows[0].subnet, batch, list(zeros))
+        zeros, subnet = np.zeros((batch, *held.input_shape), held.input_dtype), profile.rows[0].subnet
+        assert held.subnets == (subnet,)
+        held.run(subnet, batch, list(zeros))
         [call] = held.executables
-        assert {d for sharding in jax.tree.leaves(call.input_shardings) for d in sharding.device_set} == {device}
+        shardings = jax.tree.leaves((call.input_shardings, call.output_shardings))
+        assert {d for sharding in shardings for d in sharding.device_set} == {device}
+        # Each device holds the weights that its subnet reads, once. The model itself is on the first device.
+        [(_, bucket)] = held.calls.values()
+        weights = model.params if device == devices[0] else bucket.weights
+        assert live_bytes(device) == sum(a.nbytes for a in weights.values()) + random_statistics(TINY, subnet).nbytes
 
     together, answered = threading.Barrier(len(devices)), set()
 
