@@ -124,14 +124,9 @@ def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
 
 
 def _warn_unmeasured(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
-    _log.warning(
-        "%s has no latency profile for %s, batch sizes %s%s: measuring one; run `python serve/measure.py %s` to save one",
-        model.path,
-        kind,
-        list(batch_sizes),
-        f" and lengths {list(lengths)}" if lengths else "",
-        model.path,
-    )
+    measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
+    message = "%s has no latency profile for %s, %s: measuring one; run `python serve/measure.py %s` to save one"
+    _log.warning(message, model.path, kind, measured, model.path)
 
 
 def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:

@@ -30,5 +30,5 @@ def test_subnets_of_a_run_are_trained_alone_once_and_compared(run_program, digit
     again = run_program("train/standalone.py", run, "--subnets", "smallest", json_file=True)
     assert "training" not in again.stderr
     assert again.json == rows[:1]
-    for arguments, message in ((["--subnets", "99"], "must be 'smallest'"), (["--subnets", "smalest"], "got 'smalest'")):
+    for arguments, message in ((["--subnets", "99"], "must be smallest"), (["--subnets", "smalest"], "got 'smalest'")):
         assert message in run_program("train/standalone.py", run, *arguments, status=2).stderr
