@@ -58,6 +58,13 @@ def test_a_loaded_export_gives_the_same_logits_and_lists_its_served_subnets(tiny
     assert model.manifest["training"] == {"lr": 0.1}
 
 
+def test_an_export_keeps_the_statistics_of_the_largest_subnet_even_if_it_is_not_served(tiny, tmp_path):
+    smallest, inputs = TINY.space().smallest(), random_images(TINY, 2)
+    loaded = exports.load(exports.export(tmp_path / "export", tiny, served_of(tiny)[:1], measured="made up"))
+    assert loaded.subnets == (smallest,)
+    np.testing.assert_array_equal(loaded(inputs, smallest, norm="shared"), tiny(inputs, smallest, norm="shared"))
+
+
 def test_an_export_opens_in_a_process_that_has_only_its_directory(exported, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     shutil.move(exported, elsewhere)
@@ -128,6 +135,26 @@ def test_an_export_from_a_newer_version_is_refused_with_the_remedy(exported):
 def test_a_manifest_that_lies_is_refused_even_with_a_fitting_digest(exported, change):
     reseal(exported, change)
     with pytest.raises(errors.ExportError):
+        exports.load(exported)
+
+
+@pytest.mark.parametrize("size", [0, 1 << 30])
+def test_files_too_small_or_too_large_for_the_config_are_refused_unread(exported, size):
+    reseal(exported, lambda manifest: [file.update(bytes=size) for file in manifest["files"].values()])
+    with pytest.raises(errors.ExportError, match="but its files have"):
+        exports.load(exported)
+
+
+def test_a_manifest_that_serves_a_subnet_twice_in_two_forms_is_refused(exported):
+    def serve_again(manifest):
+        smallest = manifest["served"][0]
+        choices = smallest["subnet"]["expand"]
+        again = [1.0, *choices[1:]]  # the first block is dropped, so its choice does not matter
+        assert choices != again
+        manifest["served"].append({**smallest, "subnet": {**smallest["subnet"], "expand": again}})
+
+    reseal(exported, serve_again)
+    with pytest.raises(errors.ExportError, match="none of them twice"):
         exports.load(exported)
 
 
@@ -206,6 +233,24 @@ def test_a_process_killed_while_writing_leaves_the_old_export_or_the_new_one(tin
     assert not killed
     assert outcomes[-1] == "new"
     assert set(outcomes) == {"nothing" if first else "old", "new"}
+
+
+def test_every_file_is_on_disk_before_the_manifest_is_replaced(tiny, tmp_path, monkeypatch):
+    on_disk, unsafe = set(), []
+
+    def fsync(handle):
+        os.fsync(handle)
+        on_disk.add(os.fstat(handle).st_ino)
+
+    def replace(new, old):
+        assert not old.exists()  # it appears only when it is complete
+        unsafe.append([f for f in (tmp_path / "export").rglob("*") if f.is_file() and f.stat().st_ino not in on_disk])
+        os.replace(new, old)
+
+    doubles = {"fsync": fsync, "replace": replace}
+    monkeypatch.setattr(directory, "os", types.SimpleNamespace(**{**vars(os), **doubles}))
+    write(tmp_path / "export", tiny)
+    assert unsafe == [[]]
 
 
 def test_paths_of_profiles_are_made_from_the_device_kind():

@@ -176,6 +176,13 @@ def test_statistics_that_do_not_fit_are_refused_and_nothing_is_unpickled(tmp_pat
     assert not trap.exists()
 
 
+def test_statistics_that_unpack_to_more_than_their_file_holds_are_refused_unread(tmp_path):
+    file = tmp_path / "statistics.npz"
+    file.write_bytes(npz(rows=npy(np.zeros((2, 10**6), np.float32))))
+    with pytest.raises(errors.ExportError, match=r"claims the shape \(2, 1000000\)"):
+        statistics.read(file, IMAGES)
+
+
 @bad.fuzzed
 @given(choose=st.data())
 def test_statistics_with_damaged_bytes_are_refused_or_have_the_right_shapes(tmp_path_factory, model, choose):

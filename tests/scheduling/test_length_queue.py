@@ -204,6 +204,14 @@ def test_deferred_queries_of_a_longer_length_bucket_run_when_on_time_queries_do_
     assert (q.head(), q.head_length, q.late, q.eligible, q.pop(4)) == (0, 32, 1, 2, [0, 5])
 
 
+def test_deferred_queries_wait_while_on_time_queries_of_their_own_and_of_shorter_length_buckets_fill_a_batch():
+    for long, head_length in (2, 32), (3, 8):
+        q = lost_and_on_time(32)
+        for i in range(long):
+            q.push(2.0, 10 + i, 0.0, 32)
+        assert q.head_length == head_length
+
+
 def test_a_batch_of_deferred_queries_is_small_enough_for_on_time_queries_to_meet_their_deadlines():
     # A batch of 1, 2 or 4 long queries takes 4, 6 or 10 ms. The next batch, of four short queries, takes 2.5 ms.
     for now_s, length, size in (0.987, 32, 3), (0.991, 32, 2), (0.993, 32, 1), (0.994, 8, 1):

@@ -108,6 +108,13 @@ def test_deferred_items_that_are_done_are_dropped_up_to_the_first_that_is_not():
     assert (q.late, q.drain(), q.head_floors(9)) == (2, [4, 2, 3], ())
 
 
+def test_no_floors_are_reported_once_deferred_items_with_floors_are_dropped():
+    q = filled([(1.0, 0.8), (2.0, 0.0)])
+    q.defer(1.5)
+    q.drop_late(lambda item: item == 0)
+    assert (len(q), q.head_floors(2)) == (1, ())
+
+
 def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
     q = filled([(1.0, 0.0), (2.0, 0.7), (3.0, 0.75), (4.0, 0.0)])
     assert dispatch.take(q, PROFILE, SMALL, 4, slack_ms=100.0) == (SMALL, [0, 1])

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from fakes import BUCKETED, FASTER, PROFILE, tokens
+from fakes import BUCKETED, FASTER, PROFILE, tokens, x
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +79,19 @@ def test_failed_queries_run_again_by_the_new_profile():
     assert retry is not None
     assert backlog.retries.find(0, workers=2) is None
     assert retry.waiting.head_work == filled(FASTER, [(1.0, 0.0, 5)]).head_work
+
+
+def test_a_group_whose_batch_is_given_back_keeps_its_number_of_failures():
+    outbox = Outbox(threading.RLock())
+    backlog = Backlog(PROFILE, check_options({}), input_bytes=4, outbox=outbox, counters=Counters(PROFILE))
+    query = Query(x(5), 0.0, 1.0, 0.0)
+    flight = Flight(PROFILE.rows[0], [query], 0, None, "", 0.0)
+    backlog.retry(flight, Failure.of(ValueError()), worker=0, name="fake:0", workers=2, now_s=0.0)
+    retry = backlog.retries.find(1, workers=2)
+    assert retry is not None
+    again = Flight(PROFILE.rows[0], retry.waiting.drain(), 0, retry, "", 0.0)
+    backlog.taken(retry)
+    backlog.give_back(again, 1)
+    given_back = backlog.retries.find(0, workers=2)
+    assert given_back is not None
+    assert (given_back.failures, given_back.waiting.drain()) == (1, [query])

@@ -108,6 +108,17 @@ def test_a_stuck_worker_is_abandoned_its_batch_answered_by_another_and_its_late_
     assert answers == [first]
 
 
+def test_a_process_that_stood_still_before_a_batch_began_does_not_extend_the_time_limit_of_the_batch():
+    now_s = [0.0]
+    with held(clock=lambda: now_s[0], stall_s=1.0) as (s, _, first):
+        s.pool.abandon_stuck(excused_s=1e3)
+        now_s[0] = 5.0
+        s.pool.abandon_stuck()
+        assert s.health()["abandoned"] == 1
+        with pytest.raises(errors.WorkersLostError, match="fake:0 has not returned for"):
+            first.result(WAIT_S)
+
+
 def test_when_the_only_worker_is_stuck_its_queries_fail():
     with held(stall_s=0.05) as (s, _, first):
         waiting = s.submit(x(1))

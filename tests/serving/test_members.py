@@ -208,6 +208,15 @@ def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(expor
     np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_a_worker_with_the_index_of_a_gone_worker_keeps_its_speed_through_a_swap():
+    with serve(fake(name="a"), fake(name="b")) as s:
+        s.remove_worker("a")
+        s.add_worker(fake(name="c"))
+        s.pool.swap(s.pool.swappable(), [fake(name="d"), fake(name="e")], [PROFILE, PROFILE])
+        s.pool.wait_for_swap()
+        assert s.pool.members.fleet.strength() == (2.0, 2)
+
+
 def test_a_less_accurate_worker_makes_only_queries_with_higher_floors_fail_until_it_leaves():
     two = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.9, ROW.latency_ms)))
     gate = Gate()

@@ -147,6 +147,14 @@ def test_a_process_that_stood_still_changes_no_measurement():
         assert worker.overlap_pace.ratio > 0
 
 
+def test_the_compute_time_of_a_batch_begins_when_the_device_is_done_with_the_batch_before():
+    now_s = [0.0]
+    with Held(clock=lambda: now_s[0], stall_s=100.0) as held:
+        now_s[0] = 5.0
+        held.gate.opened.set()
+        assert [future.result(WAIT_S).compute_ms for future in held.futures[::4]] == [5000.0, 0.0, 0.0]
+
+
 def test_done_callbacks_do_not_count_as_a_batch_that_hangs():
     now_s = [0.0]
 

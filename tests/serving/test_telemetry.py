@@ -12,7 +12,7 @@ import time
 
 import prometheus_client
 import pytest
-from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, always, by_slack, fail, fake, held, serve, x
+from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, always, by_slack, fail, fake, held, serve, x
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import parser
@@ -144,6 +144,25 @@ def test_a_poisoned_query_counts_as_failed_and_the_rest_of_its_batch_as_requeued
     assert outcomes(snapshot) == {"met": 3, "failed": 1}
     assert snapshot["queries"]["requeued"] == 4 + 2  # whole, then each failed half; not the query that failed alone
     assert sum(w["failures"] for w in snapshot["workers"]) >= 3
+
+
+def test_a_query_that_is_cancelled_before_its_batch_runs_out_of_memory_is_not_requeued():
+    gate = Gate()
+
+    def on_run(subnet, batch_size, inputs):
+        gate(subnet, batch_size, inputs)
+        if batch_size > 2:
+            raise MemoryError
+
+    with serve(fake(on_run), policy=always(0)) as s:
+        futures = s.submit_many([x(i) for i in range(4)])
+        assert gate.entered.wait(WAIT_S)
+        assert futures[1].cancel()
+        gate.opened.set()
+        assert [futures[i].result(WAIT_S).output[0] for i in (0, 2, 3)] == [0, 2, 3]
+    snapshot = consistent(s.snapshot())
+    assert outcomes(snapshot) == {"met": 3, "cancelled": 1}
+    assert snapshot["queries"]["requeued"] == 3
 
 
 def test_a_query_that_an_abandoned_worker_held_counts_once():

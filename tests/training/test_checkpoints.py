@@ -168,6 +168,9 @@ def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):
     assert saved.damage(4) is None
     (folder / "more").write_text("x")
     assert saved.damage(4) == "file more"
+    (folder / "more").unlink()
+    files[0].unlink()
+    assert saved.damage(4) == f"file {files[0].relative_to(folder)}"
     saved.__exit__()
 
 

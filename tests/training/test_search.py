@@ -216,6 +216,13 @@ def test_choosing_takes_the_best_of_each_band_and_keeps_what_must_be_kept():
     assert len(choose_served([*cloud, bad], 9, tolerance=1.0)) >= len(chosen)
 
 
+def test_choosing_divides_the_costs_among_the_subnets_that_need_not_be_kept():
+    course = ((1.0, 0.1), (1.2, 0.3), (1.5, 0.35), (1.9, 0.4), (3.0, 0.5), (6.0, 0.6), (12.0, 0.7), (16.0, 0.8))
+    front = [candidate(k, cost, accuracy) for k, (cost, accuracy) in enumerate(course)]
+    chosen = choose_served(front, 4, keep=(front[0].subnet, front[-1].subnet))  # bands from 1 to 4 and from 4 to 16
+    assert [c.cost for c in chosen] == [1.0, 1.2, 3.0, 16.0]
+
+
 def test_survivors_are_the_first_front_before_the_second_and_lonely_ones_before_crowded_ones():
     first = [candidate(k, cost, accuracy) for k, (cost, accuracy) in enumerate([(1, 0.1), (2, 0.5), (2.1, 0.51), (8, 0.9)])]
     second = [candidate(k + 4, cost, accuracy) for k, (cost, accuracy) in enumerate([(1.5, 0.05), (9, 0.85)])]

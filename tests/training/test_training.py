@@ -270,9 +270,12 @@ def test_a_run_on_a_given_dataset_takes_no_other_in_later_stages(config, tmp_pat
 def test_further_training_removes_the_results_of_the_stages_for_the_old_weights(config, tmp_path):
     run = Run.convert(config, tmp_path / "run", SuperNet.create(config.model, seed=3))
     stages.calibrate(run, [config.model.space().largest()])
-    assert (run.workdir / "statistics.npz").exists()
+    for name in ("search.json", "evaluation.json"):
+        run.write(name, {})
+    found = [run.workdir / name for name in ("search.json", "statistics.npz", "evaluation.json")]
+    assert all(file.exists() for file in found)
     loop.train(config, tmp_path / "run")
-    assert not (run.workdir / "statistics.npz").exists()
+    assert not any(file.exists() for file in found)
 
 
 def test_validation_without_validation_examples_is_refused_before_the_first_step(config, tmp_path):
