@@ -5,7 +5,7 @@ One file because all ways to change a subnet take turns in one loop and end in o
     python serve/bench/actuation.py configs/ofa_resnet50.py --batch-sizes 1 8 --plot loading.png
 
 It is one file, since all figures come from the same rounds.
-It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and made-up
+It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and random
 statistics. Some subnets, evenly spaced in FLOPs, run in turn. Every batch runs twice in succession: first after a batch of
 another subnet, then after a batch of the same subnet. It compares:
 

@@ -6,7 +6,7 @@
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights. Six subnets of the
 published OFA-ResNet50 have 30 executables. Every start is timed from the launch of a new Python process to the first answer.
 The cold start has an empty cache in a temporary folder. Warm starts use the executables that the cold start left there. An
-export without a latency profile gets a made-up one, since measuring it would take most of the time of a start.
+export without a latency profile gets an estimated one, since measuring it would take most of the time of a start.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def main() -> None:
     batch_sizes = check_batch_sizes(options.batch_sizes)
     with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
-        shutil.copytree(source, export)  # a copy, because it may get a made-up profile
+        shutil.copytree(source, export)  # a copy, because it may get an estimated profile
         count = ensure_profile(export, batch_sizes)
         starts = [start(export, batch_sizes, cache) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
-    """Gives an export without a latency profile a made-up one. Returns the number of executables of its server."""
+    """Gives an export without a latency profile an estimated one. Returns the number of executables of its server."""
     model = ss.load(export)
     kind = prepare.device_kind(jax.devices()[0])
     lengths = prepare.check_lengths(model.config, None)
