@@ -1,32 +1,15 @@
 """The options of a server: names, types, defaults and checks. No jax."""
 
+import dataclasses
 import numbers
 import time
-import types
-import typing
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from superserve_jax import errors
 from superserve_jax.scheduling.policies import Policy
 
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
-
-
-class _Option(NamedTuple):
-    """An option's default, its check, and the expected value in words."""
-
-    default: Any
-    fits: Callable[[Any], bool] = lambda value: True
-    expected: str = ""
-
-
-def _whole(default: int) -> _Option:
-    return _Option(default, lambda value: isinstance(value, numbers.Integral) and int(value) >= 1, "a whole number from 1 up")
-
-
-def _flag(default: bool) -> _Option:
-    return _Option(default, lambda value: isinstance(value, bool), "True or False")
 
 
 class ServerOptions(TypedDict, total=False):
@@ -55,39 +38,59 @@ class ServerOptions(TypedDict, total=False):
       clock: a function that returns monotonic seconds. The server also calls it under its lock. Default `time.monotonic`.
     """
 
-    policy: Annotated[str | Policy, _Option("slackfit")]
-    slo_ms: Annotated[float, _Option(36.0)]
-    max_queue: Annotated[int, _whole(10_000)]
-    expire: Annotated[bool, _flag(False)]
-    max_queue_bytes: Annotated[int, _whole(1 << 30)]
-    admission: Annotated[bool, _flag(False)]
-    max_tries: Annotated[int, _whole(3)]
-    max_failures: Annotated[int, _whole(5)]
-    stall_s: Annotated[
-        float,
-        _Option(
-            5.0,
-            lambda value: isinstance(value, int | float) and 0 < value <= _MAX_STALL_S,
-            f"a positive number of seconds up to {_MAX_STALL_S:g}",
-        ),
-    ]
-    overlap: Annotated[
-        bool | None,
-        _Option(None, lambda value: value is None or isinstance(value, bool), "True, False or None (as the device allows)"),
-    ]
-    tune_runtime: Annotated[bool, _flag(True)]
-    follow_drift: Annotated[bool, _flag(True)]
-    clock: Annotated[
-        Callable[[], float], _Option(time.monotonic, callable, "a function without arguments, such as time.monotonic")
-    ]
+    policy: str | Policy
+    slo_ms: float
+    max_queue: int
+    expire: bool
+    max_queue_bytes: int
+    admission: bool
+    max_tries: int
+    max_failures: int
+    stall_s: float
+    overlap: bool | None
+    tune_runtime: bool
+    follow_drift: bool
+    clock: Callable[[], float]
 
 
-_DECLARED: dict[str, _Option] = {
-    name: hint.__metadata__[0] for name, hint in typing.get_type_hints(ServerOptions, include_extras=True).items()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The checked options of a server. Names and types are those of `ServerOptions`, which cannot hold the defaults."""
+
+    policy: str | Policy = "slackfit"
+    slo_ms: float = 36.0
+    max_queue: int = 10_000
+    expire: bool = False
+    max_queue_bytes: int = 1 << 30
+    admission: bool = False
+    max_tries: int = 3
+    max_failures: int = 5
+    stall_s: float = 5.0
+    overlap: bool | None = None
+    tune_runtime: bool = True
+    follow_drift: bool = True
+    clock: Callable[[], float] = time.monotonic
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and int(value) >= 1
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+# For each option that is checked here: the check, and the expected value in words.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("max_queue", "max_queue_bytes", "max_tries", "max_failures"), (_is_count, "a whole number from 1 up")),
+    **dict.fromkeys(("expire", "admission", "tune_runtime", "follow_drift"), (_is_flag, "True or False")),
+    "stall_s": (
+        lambda value: isinstance(value, int | float) and 0 < value <= _MAX_STALL_S,
+        f"a positive number of seconds up to {_MAX_STALL_S:g}",
+    ),
+    "overlap": (lambda value: value is None or _is_flag(value), "True, False or None (as the device allows)"),
+    "clock": (callable, "a function without arguments, such as time.monotonic"),
 }
-
-Options = types.SimpleNamespace
-"""The checked options of a server: one attribute for each entry of `ServerOptions`."""
 
 
 def check_options(given: ServerOptions) -> Options:
@@ -101,9 +104,11 @@ def check_options(given: ServerOptions) -> Options:
       ...
     superserve_jax.errors.ConfigError: max_queue must be a whole number from 1 up, got 0
     """
+    names = [field.name for field in dataclasses.fields(Options)]
     for name, value in given.items():
-        if name not in _DECLARED:
-            raise errors.unknown_name("option", name, _DECLARED)
-        if not _DECLARED[name].fits(value):
-            raise errors.ConfigError(f"{name} must be {_DECLARED[name].expected}, got {value!r}")
-    return Options(**{name: option.default for name, option in _DECLARED.items()} | given)
+        if name not in names:
+            raise errors.unknown_name("option", name, names)
+        fits, expected = _CHECKS.get(name, (lambda _: True, ""))
+        if not fits(value):
+            raise errors.ConfigError(f"{name} must be {expected}, got {value!r}")
+    return Options(**given)

@@ -4,6 +4,7 @@ import asyncio
 import math
 import sys
 import threading
+import typing
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, always, fake, held, serve, 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.options import Options, ServerOptions, check_options
 from superserve_jax.serving.server import Server
 
 # -- answers ------------------------------------------------------------------------------------------------------------------
@@ -135,6 +137,11 @@ def test_engines_must_exist_and_agree_on_their_inputs():
         Server.from_engines([], PROFILE, policy=always(0))
     with pytest.raises(errors.ConfigError, match="all for the same inputs; got 2 engines"):
         serve(fake(), FakeEngine(PROFILE, input_shape=(3,)))
+
+
+def test_every_option_has_a_type_for_the_client_and_a_default():
+    assert typing.get_type_hints(Options) == typing.get_type_hints(ServerOptions)
+    assert check_options({}) == Options()
 
 
 @pytest.mark.parametrize("option", ["max_queue", "max_tries", "max_failures", "stall_s"])
