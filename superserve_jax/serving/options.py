@@ -55,7 +55,7 @@ class ServerOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The checked options of a server. Names and types are those of `ServerOptions`, which cannot hold the defaults."""
+    """The checked options of a server. It repeats `ServerOptions`, because a TypedDict cannot have defaults."""
 
     policy: str | Policy = "slackfit"
     slo_ms: float = 36.0
