@@ -1,4 +1,7 @@
-"""Training that is killed, runs out of disk space, finds damaged checkpoints or another number of devices."""
+"""Training that is killed, runs out of disk space, finds damaged checkpoints or another number of devices.
+
+One file because every test here resumes the same small run after a fault.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,7 @@
-"""The loop and the stages after it, on a small MLP and noise: exact resumption, Ctrl-C, the files in the folder."""
+"""The loop and the stages after it, on a small MLP and noise: exact resumption, Ctrl-C, the files in the folder.
+
+One file because its tests share one small run, which is trained once.
+"""
 
 import dataclasses
 import json
