@@ -371,5 +371,5 @@ def test_every_policy_answers_each_query_of_a_mix_of_lengths_once():
 
 def test_engines_and_profile_must_agree_on_the_lengths():
     fake = FakeEngine(PROFILE.at_length(32), input_shape=(32,), input_dtype=np.int32)
-    with pytest.raises(errors.ConfigError, match=r"lengths \[32\] and a profile of \[8, 16, 32\]"):
+    with pytest.raises(errors.ConfigError, match=r"length buckets \[32\], profile \[8, 16, 32\]"):
         Server.from_engines([fake], PROFILE)
