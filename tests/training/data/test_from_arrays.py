@@ -1,12 +1,12 @@
 """The user's own data: arrays in memory and folders of images; configs of every kind as JSON; whether data and model fit."""
 
 import dataclasses
-import itertools
 import json
 
 import numpy as np
 import PIL.Image
 import pytest
+from small_datasets import assert_resumes, sizes, take
 from tiny import TINY
 
 from superserve_jax import errors
@@ -18,11 +18,16 @@ from superserve_jax.vocabulary import Vocabulary
 CLASSES = ("cat", "dog", "owl")
 
 
-def arrays(count, seed=0, *, classes=3):
+def arrays(count):
     """Images whose first pixel is their number, sorted by class."""
-    x = np.random.default_rng(seed).integers(0, 256, (count, 9, 9, 1), dtype=np.uint8)
+    x = np.random.default_rng(0).integers(0, 256, (count, 9, 9, 1), dtype=np.uint8)
     x[:, 0, 0, 0] = np.arange(count)
-    return x, np.sort(np.arange(count) % classes)
+    return x, np.sort(np.arange(count) % 3)
+
+
+def from_arrays(**changes):
+    """60 training images, of which 12 are held out, and 20 test images."""
+    return data.from_arrays(**{"train": arrays(60), "test": arrays(20), "validation": 12, **changes})
 
 
 def numbers(inputs):
@@ -32,30 +37,24 @@ def numbers(inputs):
 # -- arrays -------------------------------------------------------------------------------------------------------------
 
 
-def test_arrays_give_every_example_once_per_epoch_and_hold_some_out():
-    dataset = data.from_arrays(train=arrays(60), test=arrays(20), validation=12)
-    assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [48, 12, 20]
-    batches = list(itertools.islice(dataset.train(16, seed=0), 6))
-    first, second = (numbers(np.concatenate([b["inputs"] for b in part])) for part in (batches[:3], batches[3:]))
-    train, validation = (numbers(dataset.arrays(split)[0]) for split in ("train", "validation"))
-    assert sorted(first) == sorted(second) == sorted(train)
-    assert sorted(train + validation) == list(range(60))
+def test_arrays_give_every_example_once_with_its_label_and_hold_some_out():
+    dataset, (_, labels) = from_arrays(), arrays(60)
+    assert sizes(dataset) == [48, 12, 20]
+    train = take(dataset.train(16, seed=0), 3)
+    [validation] = dataset.eval("validation", 12)
+    for batch in (*train, validation):
+        assert batch["label"].tolist() == labels[numbers(batch["inputs"])].tolist()
+    seen = numbers(np.concatenate([batch["inputs"] for batch in train]))
+    assert sorted(seen) == sorted(numbers(dataset.arrays("train")[0]))
+    assert sorted(seen + numbers(validation["inputs"])) == list(range(60))
+    assert validation["weight"].tolist() == [1.0] * 12
     assert numbers(dataset.arrays("test")[0]) == list(range(20))
 
 
 def test_the_first_examples_of_sorted_arrays_are_of_every_class():
-    dataset = data.from_arrays(train=arrays(60), test=arrays(20), validation=arrays(60))
+    dataset = from_arrays(validation=arrays(60))
     for split in ("train", "validation"):
         assert set(dataset.arrays(split, limit=20)[1]) == {0, 1, 2}
-
-
-def test_labels_stay_with_their_inputs_whatever_the_order():
-    x, y = arrays(60)
-    dataset = data.from_arrays(train=(x, y), test=arrays(20), validation=12)
-    batches = [next(dataset.train(48, seed=0)), *dataset.eval("validation", 12)]
-    for batch in batches:
-        assert batch["label"].tolist() == y[numbers(batch["inputs"])].tolist()
-    assert batches[1]["weight"].tolist() == [1.0] * 12
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8, np.bool_])
@@ -68,17 +67,15 @@ def test_inputs_may_have_any_shape_and_numeric_dtype(dtype, shape):
 
 
 def test_a_resumed_stream_of_shifted_images_goes_on_exactly():
-    dataset = data.from_arrays(train=arrays(60), test=arrays(20), validation=12, shift=2, flip=True)
-    whole = list(itertools.islice(dataset.train(7, seed=1), 12))[9:]
-    resumed = itertools.islice(dataset.train(7, seed=1, start_step=9), 3)
-    assert all(np.array_equal(a["inputs"], b["inputs"]) for a, b in zip(whole, resumed, strict=True))
-    plain = data.from_arrays(train=arrays(60), test=arrays(20), validation=12)
-    assert not np.array_equal(whole[0]["inputs"], list(itertools.islice(plain.train(7, seed=1), 10))[9]["inputs"])
+    shifted, plain = from_arrays(shift=2, flip=True), from_arrays()
+    assert_resumes(shifted, 7, 9)
+    first, unshifted = (next(dataset.train(7, seed=1))["inputs"] for dataset in (shifted, plain))
+    assert not np.array_equal(first, unshifted)
 
 
 def test_the_users_arrays_are_neither_copied_nor_changed_nor_locked():
     x, y = arrays(60)
-    dataset = data.from_arrays(train=(x, y), test=(x, y), validation=12)
+    dataset = from_arrays(train=(x, y), test=(x, y))
     assert np.shares_memory(dataset.arrays("test")[0], x)
     next(dataset.train(48, seed=0))["inputs"][:] = 0
     assert numbers(x) == list(range(60))
@@ -86,15 +83,14 @@ def test_the_users_arrays_are_neither_copied_nor_changed_nor_locked():
 
 
 def test_class_names_are_the_labels_where_none_are_given():
-    assert data.from_arrays(train=arrays(9), test=arrays(9), validation=0).class_names == ("0", "1", "2")
-    named = data.from_arrays(train=arrays(9), test=arrays(9), validation=0, class_names=CLASSES)
+    assert from_arrays().class_names == ("0", "1", "2")
+    named = from_arrays(class_names=CLASSES)
     assert (named.class_names, named.num_classes) == (CLASSES, 3)
 
 
 def test_without_validation_examples_the_split_is_a_data_error():
-    dataset = data.from_arrays(train=arrays(9), test=arrays(9), validation=0)
     with pytest.raises(errors.DataError, match="set validation above 0"):
-        dataset.num_examples("validation")
+        from_arrays(validation=0).num_examples("validation")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,7 @@ def test_without_validation_examples_the_split_is_a_data_error():
 )
 def test_arrays_that_do_not_fit_together_are_refused_at_once(changes, message):
     with pytest.raises(errors.DataError, match=message):
-        data.from_arrays(**{"train": arrays(60), "test": arrays(20), "validation": 12, **changes})
+        from_arrays(**changes)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_arrays_that_do_not_fit_together_are_refused_at_once(changes, message):
 )
 def test_options_that_cannot_work_are_refused_at_once(changes, message):
     with pytest.raises(errors.ConfigError, match=message):
-        data.from_arrays(**{"train": arrays(60), "test": arrays(20), "validation": 12, **changes})
+        from_arrays(**changes)
 
 
 # -- a folder -----------------------------------------------------------------------------------------------------------
@@ -156,9 +152,7 @@ def folder(path, **changes):
 def test_a_folder_gives_images_with_the_label_of_their_folder(pets, cache):
     dataset = data.open(folder(pets, cache=cache))
     assert (dataset.class_names, dataset.name) == (CLASSES, str(pets))
-    assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [24, 6, 9]
-    seen = np.concatenate([b["label"] for b in itertools.islice(dataset.train(8, seed=0), 3)])
-    assert len(seen) == 24
+    assert sizes(dataset) == [24, 6, 9]
     for batch in [next(dataset.train(24, seed=0)), *dataset.eval("validation", 6), *dataset.eval("test", 9)]:
         assert batch["inputs"].shape[1:] == (16, 16, 1)
         assert np.abs(batch["inputs"][:, 8, 8, 0] - 100.0 * batch["label"]).max() <= 2  # JPEG
@@ -166,10 +160,8 @@ def test_a_folder_gives_images_with_the_label_of_their_folder(pets, cache):
 
 def test_a_folder_in_colour_with_random_crops_is_reproducible(pets):
     dataset = data.open(folder(pets, channels=3, cache=False, random_crop=True, flip=True))
-    whole = list(itertools.islice(dataset.train(4, seed=0), 8))
-    assert whole[0]["inputs"].shape == (4, 16, 16, 3)
-    resumed = itertools.islice(dataset.train(4, seed=0, start_step=5), 3)
-    assert all(np.array_equal(a["inputs"], b["inputs"]) for a, b in zip(whole[5:], resumed, strict=True))
+    assert next(dataset.train(4, seed=0))["inputs"].shape == (4, 16, 16, 3)
+    assert_resumes(dataset, 4, 5)
 
 
 def test_the_first_training_images_of_a_folder_are_of_every_class(pets):
@@ -202,14 +194,37 @@ def test_a_folder_that_is_not_laid_out_as_it_should_is_a_data_error(pets, tmp_pa
         data.open(folder(pets))
 
 
-def test_a_folders_path_must_be_given():
-    with pytest.raises(errors.ConfigError, match="path must be"):
-        FolderConfig()
-    with pytest.raises(errors.ConfigError, match="channels"):
-        FolderConfig("x", channels=2)
+# -- configs, and whether data and model fit -----------------------------------------------------------------------------
 
 
-# -- configs as JSON, and whether data and model fit ---------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (DataConfig, {"name": ""}, "name must be"),
+        (DataConfig, {"name": "huggingface:mnist"}, "without a namespace"),
+        (DataConfig, {"validation": -1}, "validation must be int >= 0, got -1"),
+        (DataConfig, {"validation": 10.5}, "validation"),
+        (DataConfig, {"image_size": 0}, "image_size"),
+        (DataConfig, {"image_size": float("nan")}, "image_size"),
+        (DataConfig, {"channels": 4}, "channels must be 1 or 3, got 4"),
+        (DataConfig, {"shift": True}, "shift"),
+        (DataConfig, {"shift": 32}, "shift must be less than image_size=32"),
+        (DataConfig, {"flip": 1}, "flip must be bool, got 1"),
+        (DataConfig, {"random_crop": True}, "set cache=False"),
+        (FolderConfig, {}, "path must be"),
+        (FolderConfig, {"path": "x", "channels": 2}, "channels"),
+        (TextConfig, {"name": ""}, "name must be"),
+        (TextConfig, {"max_length": 2}, "max_length must be int >= 3, got 2"),
+        (TextConfig, {"validation": -1}, "validation"),
+        (TextConfig, {"token_types": 3}, "token_types must be 1 or 2, got 3"),
+        (TextConfig, {"lowercase": "yes"}, "lowercase"),
+        (TextConfig, {"vocabulary": "vocab.txt"}, "leave it out"),
+        (TextConfig, {"name": "glue/mnli"}, r"give the path of a WordPiece file, such as BERT's vocab\.txt"),
+    ],
+)
+def test_a_config_value_that_cannot_work_is_refused(kind, changes, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        kind(**changes)
 
 
 @pytest.mark.parametrize(
@@ -239,24 +254,23 @@ def test_an_unknown_kind_or_field_gets_the_nearest_name():
         data.open(3)
 
 
-def test_a_dataset_fits_a_model_only_with_its_classes_shape_and_dtype():
-    x, y = arrays(60)
+@pytest.mark.parametrize(
+    ("changes", "model", "message"),
+    [
+        ({}, {"num_classes": 4}, "num_classes is 4, but arrays has 3 classes"),
+        ({}, {"image_size": 8}, r"shape \(batch, 8, 8, 1\)"),
+        ({"train": (arrays(60)[0] / 255, arrays(60)[1]), "test": (arrays(20)[0] / 255, arrays(20)[1])}, {}, "dtype uint8"),
+    ],
+)
+def test_a_dataset_fits_a_model_only_with_its_classes_shape_and_dtype(changes, model, message):
+    data.check_fit(from_arrays(), TINY)
+    with pytest.raises(errors.ConfigError, match=message):
+        data.check_fit(from_arrays(**changes), dataclasses.replace(TINY, **model))
 
-    def fit(x, y, **changes):
-        data.check_fit(data.from_arrays(train=(x, y), test=(x, y), validation=9), dataclasses.replace(TINY, **changes))
 
-    fit(x, y)
-    with pytest.raises(errors.ConfigError, match="num_classes is 4, but arrays has 3 classes"):
-        fit(x, y, num_classes=4)
-    with pytest.raises(errors.ConfigError, match=r"shape \(batch, 9, 9, 1\)"):
-        fit(x[:, 1:], y)
-    with pytest.raises(errors.ConfigError, match="dtype uint8"):
-        fit(x / 255, y)
-
-
-def test_a_dataset_of_texts_fits_a_model_only_with_its_vocabulary(monkeypatch):
-    x = np.ones((9, 8), np.int32)
-    dataset = data.from_arrays(train=(x, np.arange(9) % 3), test=(x, np.arange(9) % 3), validation=2)
+def test_a_dataset_of_texts_fits_a_model_only_with_its_vocabulary():
+    pair = np.ones((9, 8), np.int32), np.arange(9) % 3
+    dataset = from_arrays(train=pair, test=pair, validation=2)
     model = DynaBERTConfig(vocab_size=5, max_length=8, token_types=1)
     data.check_fit(dataset, model)
     with pytest.raises(errors.ConfigError, match="the model does not take the inputs"):

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from small_datasets import prepare_mock, sizes
 from tensorflow_datasets.text import glue
 
 from superserve_jax import errors
@@ -15,43 +16,26 @@ from superserve_jax.training import data, evaluation
 from superserve_jax.training.data import TextConfig, text
 from superserve_jax.vocabulary import Vocabulary
 
-OFFLINE = tfds.download.DownloadConfig(try_download_gcs=False)
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "good", "bad", "film", "not", "##s", "."]
 WORDS = ["the", "cat", "sat", "good", "bad", "film", "not", "cats", "films."]
 
 
-def sentence(rng):
-    return " ".join(rng.choice(WORDS, rng.integers(2, 9)))
-
-
-def prepare_mock(tmp_path_factory, config, keys, sizes):
-    """A TFDS folder with a mock of glue/`config`; splits named test have no labels, as in the original."""
-
-    def examples(split, count):
-        rng = np.random.default_rng(count)
-        for i in range(count):
-            label = -1 if split.startswith("test") else i % 2
-            yield f"{split}{i}", {**{key: sentence(rng) for key in keys}, "label": label, "idx": i}
-
-    def splits(self, dl_manager):
-        return {split: examples(split, count) for split, count in sizes.items()}
-
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A TFDS folder with mocks of glue/mnli and glue/sst2; splits named test have no labels, as in the original."""
     folder = str(tmp_path_factory.mktemp("tfds"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glue.Glue, "_split_generators", splits)
-        glue.Glue(config=config, data_dir=folder).download_and_prepare(file_format="array_record", download_config=OFFLINE)
+    few = {"train": 40, "validation_matched": 7, "validation_mismatched": 9, "test_matched": 3, "test_mismatched": 3}
+    for name, keys, count in (
+        ("mnli", ("premise", "hypothesis"), few),
+        ("sst2", ("sentence",), {"train": 40, "validation": 8, "test": 5}),
+    ):
+
+        def make(split, i, rng, keys=keys):
+            texts = {key: " ".join(rng.choice(WORDS, rng.integers(2, 9))) for key in keys}
+            return {**texts, "label": -1 if split.startswith("test") else i % 2, "idx": i}
+
+        prepare_mock(folder, glue.Glue, count, make, config=name)
     return folder
-
-
-@pytest.fixture(scope="module")
-def mnli_dir(tmp_path_factory):
-    sizes = {"train": 40, "validation_matched": 7, "validation_mismatched": 9, "test_matched": 3, "test_mismatched": 3}
-    return prepare_mock(tmp_path_factory, "mnli", ("premise", "hypothesis"), sizes)
-
-
-@pytest.fixture(scope="module")
-def sst2_dir(tmp_path_factory):
-    return prepare_mock(tmp_path_factory, "sst2", ("sentence",), {"train": 40, "validation": 8, "test": 5})
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +45,15 @@ def vocab_file(tmp_path_factory):
     return str(path)
 
 
-def mnli(folder, vocab_file, **changes):
-    config = {"validation": 5, "max_length": 12, "token_types": 2, "vocabulary": vocab_file, **changes}
-    return data.open(TextConfig("glue/mnli", folder, **config))
+@pytest.fixture
+def open_glue(folder, vocab_file):
+    """Opens a task of GLUE with changes to its config."""
+    return lambda task, **changes: data.open(TextConfig(f"glue/{task}", folder, vocabulary=vocab_file, **changes))
 
 
-def test_mnli_gives_pairs_with_token_types_and_validation_matched_as_test(mnli_dir, vocab_file):
-    dataset = mnli(mnli_dir, vocab_file)
-    assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [35, 5, 7]
+def test_mnli_gives_pairs_with_token_types_and_validation_matched_as_test(open_glue):
+    dataset = open_glue("mnli", validation=5, max_length=12, token_types=2)
+    assert sizes(dataset) == [35, 5, 7]
     assert dataset.class_names == ("entailment", "neutral", "contradiction")
     inputs = next(dataset.train(4, seed=0))["inputs"]
     assert (inputs.shape, inputs.dtype) == ((4, 12, 2), np.int32)
@@ -81,18 +66,17 @@ def test_mnli_gives_pairs_with_token_types_and_validation_matched_as_test(mnli_d
         assert kinds.tolist() == [0] * second + [1] * (len(tokens) - second) + [0] * (12 - len(tokens))
 
 
-def test_the_premise_of_mnli_comes_first(mnli_dir, vocab_file):
-    dataset = mnli(mnli_dir, vocab_file, max_length=30)
-    record = tfds.builder("glue/mnli", data_dir=mnli_dir).as_data_source("validation_matched")[0]
+def test_the_premise_of_mnli_comes_first(open_glue, folder):
+    dataset = open_glue("mnli", validation=5, max_length=30, token_types=2)
+    record = tfds.builder("glue/mnli", data_dir=folder).as_data_source("validation_matched")[0]
     both = [[record[key].decode()] for key in ("premise", "hypothesis")]
     expected = dataset.vocabulary.encode(*both, length=30, token_types=2)
     assert np.array_equal(dataset.arrays("test")[0][:1], expected)
 
 
-def test_sst2_gives_single_sentences_and_its_validation_split_as_test(sst2_dir, vocab_file):
-    config = TextConfig("glue/sst2", sst2_dir, validation=4, max_length=10, vocabulary=vocab_file)
-    dataset = data.open(config)
-    assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [36, 4, 8]
+def test_sst2_gives_single_sentences_and_its_validation_split_as_test(open_glue):
+    dataset = open_glue("sst2", validation=4, max_length=10)
+    assert sizes(dataset) == [36, 4, 8]
     assert (dataset.arrays("test")[1] >= 0).all()
     batches = list(dataset.eval("test", 5))
     assert [b["inputs"].shape for b in batches] == [(5, 10)] * 2
@@ -100,15 +84,10 @@ def test_sst2_gives_single_sentences_and_its_validation_split_as_test(sst2_dir, 
     assert TOKENS[batches[0]["inputs"][0, 0]] == "[CLS]"
 
 
-def test_a_cased_vocabulary_gives_other_ids(sst2_dir, vocab_file):
-    lower, cased = (
-        data.open(
-            TextConfig("glue/sst2", sst2_dir, validation=4, vocabulary=vocab_file, lowercase=lowercase)
-        ).vocabulary.encode(["The film"], length=4)
-        for lowercase in (True, False)
-    )
-    assert [TOKENS[i] for i in lower[0]] == ["[CLS]", "the", "film", "[SEP]"]
-    assert [TOKENS[i] for i in cased[0]] == ["[CLS]", "[UNK]", "film", "[SEP]"]
+@pytest.mark.parametrize(("lowercase", "first"), [(True, "the"), (False, "[UNK]")])
+def test_a_cased_vocabulary_gives_other_ids(open_glue, lowercase, first):
+    [ids] = open_glue("sst2", validation=4, lowercase=lowercase).vocabulary.encode(["The film"], length=4)
+    assert [TOKENS[i] for i in ids] == ["[CLS]", first, "film", "[SEP]"]
 
 
 def test_baselines_count_tokens_and_not_their_order():
@@ -126,30 +105,6 @@ def test_baselines_count_tokens_and_not_their_order():
     assert baselines(more)["logistic regression on token counts"] > 0.95
     assert baselines(first)["logistic regression on token counts"] < 0.85
     assert baselines(more)["majority class"] == max(np.mean(more), 1 - np.mean(more))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": ""}, "name must be"),
-        ({"max_length": 2}, "max_length must be int >= 3, got 2"),
-        ({"validation": -1}, "validation"),
-        ({"token_types": 3}, "token_types must be 1 or 2, got 3"),
-        ({"lowercase": "yes"}, "lowercase"),
-        ({"vocabulary": "vocab.txt"}, "leave it out"),
-        ({"name": "glue/mnli"}, r"give the path of a WordPiece file, such as BERT's vocab\.txt"),
-    ],
-)
-def test_a_config_value_that_cannot_work_is_refused(changes, message):
-    with pytest.raises(errors.ConfigError, match=message):
-        TextConfig(**changes)
-
-
-def test_a_dataset_that_is_not_prepared_says_how_to_prepare_it(tmp_path, vocab_file):
-    with pytest.raises(errors.DataError) as e:
-        data.open(TextConfig("glue/mnli", str(tmp_path), vocabulary=vocab_file))
-    assert "pip install 'superserve-jax[prepare]'" in str(e.value)
-    assert f"tfds.builder('glue/mnli', data_dir='{tmp_path}').download_and_prepare(file_format='array_record')" in str(e.value)
 
 
 def test_a_dataset_without_texts_and_labels_is_a_data_error(vocab_file):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,15 +54,9 @@ def test_two_that_prepare_at_once_both_get_the_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(render, "NUM_IMAGES", {"train": 5, "test": 2})
     monkeypatch.setattr(render, "load_scans", load_together)
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(prepared.load("cluttered_digits", str(tmp_path)))) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [builder.info.splits["train"].num_examples for builder in results] == [5, 5]
+    with ThreadPoolExecutor(2) as threads:
+        builders = list(threads.map(prepared.load, ["cluttered_digits"] * 2, [str(tmp_path)] * 2))
+    assert [builder.info.splits["train"].num_examples for builder in builders] == [5, 5]
 
 
 def test_the_remains_of_a_killed_preparation_do_no_harm(tmp_path, monkeypatch):

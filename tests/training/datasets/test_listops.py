@@ -1,13 +1,13 @@
 """The dataset listops: its labels against an independent evaluator, its texts, and making it."""
 
 import hashlib
-import itertools
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from small_datasets import assert_resumes, sizes
 
 from superserve_jax import errors, exports
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -18,7 +18,6 @@ from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
 
 ROOT = pathlib.Path(__file__).parents[3]
-FEW = {"train": 300, "test": 60}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def folder(tmp_path_factory):
     """A TFDS folder with a small listops in it."""
     folder = tmp_path_factory.mktemp("tfds")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "NUM_EXAMPLES", FEW)
+        patch.setattr(grammar, "NUM_EXAMPLES", {"train": 300, "test": 60})
         prepared.load("listops", str(folder))
     return str(folder)
 
@@ -65,17 +64,14 @@ def test_the_evaluator_of_this_test_knows_the_published_examples(text, value):
     assert work_out(text)[0] == value
 
 
-def test_an_independent_evaluator_finds_every_label(examples):
+def test_no_text_is_there_twice_and_an_independent_evaluator_finds_every_label(examples):
+    assert len({text for _, text, _ in examples}) == len(examples) == sum(grammar.NUM_EXAMPLES.values())
     assert [work_out(text)[0] for _, text, _ in examples] == [value for _, _, value in examples]
 
 
 def test_the_texts_are_the_same_on_every_machine(examples):
     digest = hashlib.sha256("\n".join(" ".join(map(str, e)) for e in examples).encode()).hexdigest()
     assert digest == "a8942e7d72085c3015dba964e80d160fcd67e0b7ed966bf4be268757e0cffda8"
-
-
-def test_no_text_is_there_twice_and_so_splits_share_none(examples):
-    assert len({text for _, text, _ in examples}) == len(examples) == sum(grammar.NUM_EXAMPLES.values())
 
 
 def test_the_test_split_does_not_depend_on_the_number_of_training_examples(examples, monkeypatch):
@@ -100,7 +96,7 @@ def test_no_value_is_so_frequent_that_guessing_it_helps(examples):
 
 def test_inputs_are_token_ids_behind_cls_padded_to_the_length(folder):
     dataset = data.open(TextConfig("listops", folder, validation=50, max_length=32))
-    assert [dataset.num_examples(split) for split in ("train", "validation", "test")] == [250, 50, 60]
+    assert sizes(dataset) == [250, 50, 60]
     batch = next(dataset.train(8, seed=0))
     assert (batch["inputs"].shape, batch["inputs"].dtype, batch["label"].dtype) == ((8, 32), np.int32, np.int32)
     assert (batch["inputs"][:, 0] == grammar.TOKENS.index("[CLS]")).all()
@@ -111,12 +107,7 @@ def test_inputs_are_token_ids_behind_cls_padded_to_the_length(folder):
 
 
 def test_a_resumed_stream_goes_on_exactly(folder):
-    dataset = data.open(TextConfig("listops", folder, validation=50))
-    whole = itertools.islice(dataset.train(33, seed=3), 9, 12)
-    resumed = itertools.islice(dataset.train(33, seed=3, start_step=9), 3)
-    for a, b in zip(whole, resumed, strict=True):
-        assert np.array_equal(a["inputs"], b["inputs"])
-        assert np.array_equal(a["label"], b["label"])
+    assert_resumes(data.open(TextConfig("listops", folder, validation=50)), 33, 9)
 
 
 def test_an_expression_longer_than_the_inputs_is_refused_and_not_cut_off(folder):
