@@ -1,18 +1,90 @@
-"""A batch on its way through a worker. No jax."""
+"""A batch on its way through a worker: `Flight`, how it fails, and when the next one is taken. No jax."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine, Launched
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.queue import Queue
 from superserve_jax.serving import futures
-from superserve_jax.serving.failure import Failure
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.outbox import Outbox
 from superserve_jax.serving.retries import Retry
+from superserve_jax.serving.threads import Outbox
+
+_NEARLY = 0.9  # the next batch is taken after this share of the expected latency
+_WEIGHT = 0.2  # weight of the last batch in `host_s`; squared, its weight in `ratio` if the device got slower
+_AT_ONCE_S = 2e-5  # a shorter wait for the device means that the worker woke up too late
+_CUT = 0.8  # `ratio` shrinks by this factor when the worker woke up too late
+_LEAST_RATIO = 1e-2  # `ratio` grows in proportion to itself, so it must not reach 0
+_LEAST_HOST_S = 1e-4  # one outlier counts as at most 2 * host_s + this time
+
+
+class Failure(NamedTuple):
+    """An error of an engine or a policy, and its `repr`.
+
+    The text is made once, where the error is caught. No lock is held there, since `repr` may run foreign code.
+
+    >>> Failure.of(ValueError("no")).text
+    "ValueError('no')"
+    """
+
+    error: BaseException
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Makes the failure of an error, even if its `repr` raises."""
+        try:
+            return cls(error, repr(error))
+        except Exception:
+            return cls(error, f"{type(error).__name__} (its repr fails)")
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether an engine failed because the batch was too large for its device.
+
+        >>> Failure.of(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")).out_of_memory
+        True
+        """
+        # jax.errors.JaxRuntimeError is a RuntimeError whose text starts with the status code.
+        return isinstance(self.error, MemoryError) or (
+            isinstance(self.error, RuntimeError) and "RESOURCE_EXHAUSTED" in self.text
+        )
+
+    def forget_frames(self) -> None:
+        """Drops the tracebacks of the error and of its causes.
+
+        Otherwise a client that keeps the error keeps their frames, and with them the engine and its device's memory.
+        """
+        error, seen = self.error, set[int]()  # an error may be its own cause
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+
+    def cause(self, error: errors.SuperServeError) -> errors.SuperServeError:
+        """Returns `error` with this failure's error as its `__cause__`."""
+        error.__cause__ = self.error
+        return error
+
+
+def inference_error(query: Query, where: str, why: str, failure: Failure) -> errors.SuperServeError:
+    """The error that a query gets when it is given up.
+
+    Args:
+      query: the query.
+      where: name of the worker on which its last batch failed.
+      why: why it is given up.
+      failure: the engine's error.
+    """
+    x = np.asarray(query.inputs)
+    held = f", values from {x.min():g} to {x.max():g}" if x.size and x.dtype.kind in "iuf" else ""
+    failed = f"{where} failed on the input of shape {x.shape}, dtype {x.dtype}{held}"
+    return failure.cause(errors.InferenceError(f"{failed}: {why}. Cause: {failure.text}; see the server's log"))
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -102,3 +174,45 @@ def refill(waiting: Queue, profile: Profile, row: Row, batch: list[Query], outbo
         outbox.drop(more)
         live += [query for query in more if not query.done()]
     return live
+
+
+class OverlapPace:
+    """Estimates how long batches take, so that the device gets the next batch just before it has finished the last one.
+
+    Too early is bad: queries that arrive later cannot join the batch. Too late is worse: the device idles, and the answers of
+    the last batch wait until the worker wakes up.
+
+    Attributes:
+      ratio: latency of a batch / its profiled latency.
+      host_s: how long the host takes to decide about a batch and hand it over.
+    """
+
+    __slots__ = ("host_s", "ratio")
+
+    def __init__(self):
+        self.ratio, self.host_s = 1.0, 0.0
+
+    def wake_s(self, started_s: float, profiled_s: float) -> float:
+        """When to take the next batch, given when the device began with the last one."""
+        return started_s + _NEARLY * profiled_s * self.ratio - self.host_s
+
+    def observe_device(self, ratio: float | None) -> None:
+        """Updates `ratio` with the measured ratio of a batch; None if the worker woke up too late (see `overslept`).
+
+        The estimate falls quickly when the device gets faster, since answers would be late, and rises slowly.
+        """
+        if ratio is None:
+            self.ratio *= _CUT
+        else:
+            more = ratio - self.ratio
+            self.ratio += more / 2 if more < 0 else _WEIGHT**2 * min(more, self.ratio)
+        self.ratio = max(self.ratio, _LEAST_RATIO)
+
+    def observe_host(self, took_s: float) -> None:
+        """Updates `host_s` with the time that the host took. One outlier has little effect."""
+        self.host_s += _WEIGHT * (min(took_s, 2 * self.host_s + _LEAST_HOST_S) - self.host_s)
+
+
+def overslept(waited_s: float) -> bool:
+    """Whether a worker that waited only `waited_s` for its device, after a sleep, woke up too late."""
+    return waited_s < _AT_ONCE_S

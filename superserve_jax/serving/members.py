@@ -7,9 +7,9 @@ from typing import Any
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.speeds import Fleet
-from superserve_jax.serving.failure import Failure
-from superserve_jax.serving.outbox import Outbox
+from superserve_jax.serving.flight import Failure
 from superserve_jax.serving.swap import Successor
+from superserve_jax.serving.threads import Outbox
 from superserve_jax.serving.worker import Gone, Worker
 
 

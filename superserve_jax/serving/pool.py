@@ -14,20 +14,17 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import locks
+from superserve_jax.serving import threads
 from superserve_jax.serving.backlog import Backlog
-from superserve_jax.serving.failure import Failure
-from superserve_jax.serving.flight import Flight
+from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.idle import IdleWorkers
 from superserve_jax.serving.members import Members
 from superserve_jax.serving.options import Options
-from superserve_jax.serving.outbox import Outbox
-from superserve_jax.serving.process import ProcessTies
 from superserve_jax.serving.retries import Retry
+from superserve_jax.serving.runtime import ProcessTies
 from superserve_jax.serving.swap import Successor, try_policy
 from superserve_jax.serving.telemetry import Counters
-from superserve_jax.serving.watchdog import Watchdog
+from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker
 
 _EXIT_S = 1.0  # at the interpreter's exit: the longest wait for running batches
@@ -63,7 +60,7 @@ class Pool:
         self.clock, self.options, self.pause_s = options.clock, options, pause_s
 
         self.lock = threading.RLock()
-        self.is_held_here = locks.held_here(self.lock)
+        self.is_held_here = threads.held_here(self.lock)
         self._idle = IdleWorkers(self.lock)
         self._changed = threading.Condition(self.lock)  # other threads wait for workers to leave or to change over
         self.outbox = Outbox(self.lock)

@@ -16,14 +16,10 @@ A batch that hangs costs a worker each time. So it is not split, and its queries
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
-from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.queue import Queue
-from superserve_jax.serving.failure import Failure
 from superserve_jax.serving.futures import Query
 
 
@@ -153,18 +149,3 @@ class Retries:
         for query in queries:
             waiting.push(query.deadline_s, query, query.floor, query.length)
         self.groups.append(Retry(waiting, ArrivalMeter(), failures, worker, alone_on))
-
-
-def inference_error(query: Query, where: str, why: str, failure: Failure) -> errors.SuperServeError:
-    """The error that a query gets when it is given up.
-
-    Args:
-      query: the query.
-      where: name of the worker on which its last batch failed.
-      why: why it is given up.
-      failure: the engine's error.
-    """
-    x = np.asarray(query.inputs)
-    held = f", values from {x.min():g} to {x.max():g}" if x.size and x.dtype.kind in "iuf" else ""
-    failed = f"{where} failed on the input of shape {x.shape}, dtype {x.dtype}{held}"
-    return failure.cause(errors.InferenceError(f"{failed}: {why}. Cause: {failure.text}; see the server's log"))

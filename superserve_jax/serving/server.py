@@ -57,10 +57,9 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import background, inputs, locks
+from superserve_jax.serving import background, threads
 from superserve_jax.serving.futures import Future, Query
-from superserve_jax.serving.inputs import InputSpec
-from superserve_jax.serving.options import Options, ServerOptions, check_options
+from superserve_jax.serving.options import InputSpec, Options, ServerOptions, check_floor, check_options, check_slo
 from superserve_jax.serving.pool import Pool
 
 _MAX_NAME = 100  # characters of a policy's name, also the most that an error message shows
@@ -169,9 +168,9 @@ class Server:
         if (nbytes := self._inputs.nbytes) > options.max_queue_bytes:
             raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes} bytes; raise it")
         self.profiles, self.profile = tuple(each), each[0]
-        self._slo_ms, self._clock = inputs.check_slo(options.slo_ms), options.clock
+        self._slo_ms, self._clock = check_slo(options.slo_ms), options.clock
         self._changing = threading.RLock()
-        self._is_changing_here = locks.held_here(self._changing)
+        self._is_changing_here = threads.held_here(self._changing)
         make = functools.partial(make_policy, options.policy)
         self.pool = Pool(engines, each, make, options, input_bytes=nbytes, pause_s=min(1e-3 * self._slo_ms, 1.0))
         weakref.finalize(self, self.pool.dropped).atexit = False
@@ -210,8 +209,8 @@ class Server:
         return self._admit(each, slo_ms, min_accuracy)
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
-        slo_ms = self._slo_ms if slo_ms is None else inputs.check_slo(slo_ms)
-        floor = inputs.check_floor(min_accuracy, self.pool.backlog.best)
+        slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
+        floor = check_floor(min_accuracy, self.pool.backlog.best)
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
         lock, check = threading.RLock(), self._inputs.check

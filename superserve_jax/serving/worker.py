@@ -18,11 +18,9 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import futures, limits, overlap
-from superserve_jax.serving.failure import Failure
-from superserve_jax.serving.flight import Flight, refill
+from superserve_jax.serving import futures
+from superserve_jax.serving.flight import Failure, Flight, OverlapPace, overslept, refill
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.overlap import OverlapPace
 from superserve_jax.serving.swap import Successor
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.subnet import Subnet
@@ -232,7 +230,7 @@ class Worker:
         self._strikes = 0
         self._batches += 1
         profiled_ms = row.latency_ms[flight.place]
-        too_late = slept and overlap.overslept(flight.waited_s)
+        too_late = slept and overslept(flight.waited_s)
         if self.present and not too_late:  # the index of an absent worker may belong to another one now
             pool.members.fleet.observe(self.index, profiled_ms, 1e3 * (finish_s - start_s))
         if ready_s is not None:
@@ -262,7 +260,7 @@ class Worker:
         too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)
         smaller = None
         if too_large and not flight.shared:
-            profile = limits.at_most(self.profile, size // 2)
+            profile = self.profile.at([b for b in self._sizes if b <= size // 2] or self._sizes[:1])
             smaller = profile, pool.make_policy(profile)
         with pool.lock:
             self._failed_batches += 1

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.serving.backlog import Backlog
-from superserve_jax.serving.failure import Failure
-from superserve_jax.serving.flight import Flight
+from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.options import check_options
-from superserve_jax.serving.outbox import Outbox
 from superserve_jax.serving.telemetry import Counters
+from superserve_jax.serving.threads import Outbox
 
 ITEMS = st.lists(st.tuples(st.floats(0, 10), st.sampled_from([0.0, 0.5, 0.7, 0.9]), st.integers(1, 64)), max_size=20)
 

@@ -15,7 +15,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.scheduling.policies import Decision
-from superserve_jax.serving.overlap import OverlapPace
+from superserve_jax.serving.flight import OverlapPace
 
 
 def device(on_run=None, *, name="fake:0", speed=math.inf, kind=FakeDevice):

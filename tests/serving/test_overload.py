@@ -15,8 +15,8 @@ from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Fleet
+from superserve_jax.serving.backlog import QueueLimits
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.limits import QueueLimits
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import paper_profile, simulator, traces
 from superserve_jax.simulation.simulator import Cluster

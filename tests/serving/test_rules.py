@@ -22,7 +22,7 @@ from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, fake, held, serve, x
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.scheduling.policies import Decision
-from superserve_jax.serving.outbox import Outbox
+from superserve_jax.serving.threads import Outbox
 
 # -- no foreign code under a lock ---------------------------------------------------------------------------------------------
 

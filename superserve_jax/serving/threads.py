@@ -1,0 +1,190 @@
+"""How the threads of a server wake each other, and leave work to each other. No jax.
+
+`server.py` opens with the map of threads and locks.
+"""
+
+import collections
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from superserve_jax.serving.futures import Query
+
+if TYPE_CHECKING:
+    from superserve_jax.serving.pool import Pool
+
+_log = logging.getLogger(__name__)
+
+
+def held_here(lock: Any) -> Callable[[], bool]:
+    """Returns a function that returns whether the calling thread holds a `threading.RLock`. It runs no Python code.
+
+    `threading.Condition` asks its lock in the same way. Python has no public name for this.
+
+    >>> import threading
+    >>> lock = threading.RLock()
+    >>> is_held_here = held_here(lock)
+    >>> with lock:
+    ...     inside = is_held_here()
+    >>> inside, is_held_here()
+    (True, False)
+    """
+    return lock._is_owned
+
+
+class Outbox:
+    """Calls of foreign code that wait until no thread holds the lock.
+
+    Failing a query runs its done-callbacks. Dropping the last reference to an object runs its finalizer. So a thread that
+    holds the lock leaves both here, and every thread that has released the lock calls `empty`.
+
+    Args:
+      lock: the pool's lock.
+
+    >>> outbox, query = Outbox(threading.RLock()), Query(None, 0.0, 1.0, 0.0)
+    >>> outbox.fail(query, ValueError("no"))
+    >>> outbox.empty()
+    >>> query.exception()
+    ValueError('no')
+    """
+
+    __slots__ = ("_lock", "_thread", "entries")
+
+    def __init__(self, lock: Any):
+        self.entries: collections.deque[tuple[Callable[[Any], object] | None, Any]] = collections.deque()
+        self._lock = lock
+        self._thread = threading.local()
+
+    def fail(self, query: Query, error: BaseException) -> None:
+        """Resolves a query to an error later. The caller holds the lock."""
+        self.entries.append((query.set_exception, error))
+
+    def drop(self, thing: object) -> None:
+        """Keeps an object alive until the outbox is emptied. The caller holds the lock."""
+        self.entries.append((None, thing))
+
+    def call(self, fn: Callable[[Any], object], argument: object) -> None:
+        """Calls `fn(argument)` later. The caller holds the lock."""
+        self.entries.append((fn, argument))
+
+    def empty(self) -> None:
+        """Makes all calls, and drops all objects. The caller does not hold the lock.
+
+        A done-callback that runs here may submit a query, which calls `empty` again. That inner call does nothing; otherwise
+        callbacks would nest without a limit. The outer call goes on until nothing is left.
+        """
+        if getattr(self._thread, "is_emptying", False):
+            return
+        self._thread.is_emptying = True
+        try:
+            while self.entries:
+                self._empty_once()
+        finally:
+            self._thread.is_emptying = False
+
+    def _empty_once(self) -> None:
+        # Taken under the lock, so that no thread which holds the lock still has a reference to an entry.
+        with self._lock:
+            entries, self.entries = self.entries, collections.deque()
+        try:
+            while entries:
+                call, argument = entries.popleft()
+                if call is not None:
+                    call(argument)
+        finally:
+            if entries:  # a KeyboardInterrupt came; the next `empty`, in any thread, makes the other calls
+                with self._lock:
+                    self.entries.extendleft(reversed(entries))
+
+
+class IdleWorkers:
+    """Wakes idle workers one at a time: each one wakes the next. Several at once would only compete for the lock.
+
+    Args:
+      lock: the pool's lock. The caller of every method holds it.
+
+    Attributes:
+      count: how many workers wait.
+    """
+
+    __slots__ = ("_condition", "_waking", "count")
+
+    def __init__(self, lock: Any):
+        self._condition = threading.Condition(lock)
+        self.count = 0
+        self._waking = False  # whether a worker has been woken but does not run yet
+
+    def wait(self) -> None:
+        """Waits until this worker is woken. The caller then checks whether there is work."""
+        self.count += 1
+        self._condition.wait()
+        self.count -= 1
+        self._waking = False
+
+    def wake_one(self) -> None:
+        """Wakes one idle worker, unless one is waking up already."""
+        if self.count and not self._waking:
+            self._waking = True
+            self._condition.notify()
+
+    def wake_all(self) -> None:
+        """Wakes every idle worker, for example for a retry that only some of them may run."""
+        self._condition.notify_all()
+
+
+class Watchdog:
+    """Sleeps until its bell rings or a period has passed. Then it makes deferred calls and abandons stuck workers.
+
+    Args:
+      pool: the pool. The watchdog ends when the pool is closed, its last worker has left and no call is deferred.
+      period_s: the longest time between two checks for stuck workers.
+    """
+
+    def __init__(self, pool: "Pool", period_s: float):
+        self._pool, self._period_s = pool, period_s
+        self._deferred: collections.deque[Callable[[], object]] = collections.deque()
+        # A plain lock serves as the bell. Releasing it rings; this takes no lock and runs no Python code.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self.thread = threading.Thread(target=self._watch, name="superserve-watchdog", daemon=True)
+
+    def ring(self) -> None:
+        """Wakes the watchdog. Any thread may call this at any moment."""
+        with contextlib.suppress(RuntimeError):  # the bell is ringing already
+            self._bell.release()
+
+    def defer(self, work: Callable[[], object]) -> None:
+        """Makes the watchdog call `work` soon. Any thread may call this at any moment, even while it holds a lock."""
+        self._deferred.append(work)
+        self.ring()
+
+    def defer_to_a_thread(self, work: Callable[[], object]) -> None:
+        """Like `defer`, for work that may take long: it runs in a thread of its own."""
+        self.defer(threading.Thread(target=_logged, args=(work,), name="superserve-deferred", daemon=True).start)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is deferred."""
+        return not self._deferred
+
+    def _watch(self) -> None:
+        while not self._pool.ended():
+            due_s = time.monotonic() + self._period_s
+            self._bell.acquire(timeout=self._period_s)
+            while self._deferred:
+                _logged(self._deferred.popleft())
+            # A wake-up that is more than a period late: the whole process stood still, for example because it was suspended.
+            late_s = time.monotonic() - due_s
+            self._pool.abandon_stuck(excused_s=late_s if late_s > self._period_s else 0.0)
+        self._pool.process.release()
+
+
+def _logged(work: Callable[[], object]) -> None:
+    """Calls `work`, and logs its error, since no caller is left to raise it to."""
+    try:
+        work()
+    except Exception:
+        _log.exception("a call that was deferred to another thread failed")
