@@ -24,7 +24,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names} == {"superserve_jax", *[n.split("/")[0] for n in names if ".dist-info/" in n]}
-    assert "superserve_jax/py.typed" in names
+    assert {"superserve_jax/py.typed", "superserve_jax/__init__.pyi"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for name in ("cluttered_digits", "listops"):
         assert f"superserve_jax/training/datasets/{name}/{name}_dataset_builder.py" in names
