@@ -8,7 +8,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import Decision, State, Table
-from superserve_jax.scheduling.policies.baselines import Fixed
+from superserve_jax.scheduling.policies.paper import Fixed
 from superserve_jax.subnet import Subnet
 
 

@@ -1,4 +1,4 @@
-"""SlackFit: the server's default policy. It extends the paper's policy (`paper_slackfit`), and cannot collapse. No jax."""
+"""SlackFit: the server's default policy. It extends `paper.PaperSlackFit`, and cannot collapse. No jax."""
 
 import bisect
 import itertools
