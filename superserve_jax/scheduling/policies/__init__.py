@@ -10,7 +10,7 @@ from collections.abc import Callable
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
-from superserve_jax.scheduling.policies.paper import Fixed, MaxAcc, MaxBatch, PaperSlackFit, Reading
+from superserve_jax.scheduling.policies.paper import Fixed, MaxAcc, MaxBatch, PaperSlackFit
 from superserve_jax.scheduling.policies.planner import Planner
 from superserve_jax.scheduling.policies.slackfit import SlackFit
 
@@ -30,10 +30,13 @@ __all__ = [
     "create",
 ]
 
-_READINGS: dict[str, Reading] = {"slackfit-paper": "in_range", "slackfit-cumulative": "cumulative"}
+_WITH_BUCKETS: dict[str, Callable[..., Policy]] = {
+    "slackfit-paper": PaperSlackFit,
+    "slackfit-cumulative": functools.partial(PaperSlackFit, cumulative=True),
+}
 _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
     "slackfit": SlackFit,
-    **{name: functools.partial(PaperSlackFit, reading=reading) for name, reading in _READINGS.items()},
+    **_WITH_BUCKETS,
     "max-acc": MaxAcc,
     "max-batch": MaxBatch,
     # The paper's INFaaS: without an accuracy threshold it always picks the least accurate model (Section 6.1).
@@ -69,8 +72,8 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
     kind, _, number = str(policy).partition(":")
-    if kind in _READINGS and number.isdecimal():
-        return PaperSlackFit(profile, buckets=int(number), reading=_READINGS[kind])
+    if kind in _WITH_BUCKETS and number.isdecimal():
+        return _WITH_BUCKETS[kind](profile, buckets=int(number))
     if kind != "fixed" or not number.isdecimal():
         numbered = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>")
         raise errors.unknown_name("policy", policy, [*NAMES, *numbered])

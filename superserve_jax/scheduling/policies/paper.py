@@ -8,17 +8,34 @@ would only lose more queries. These policies ignore floors, and `dispatch.take` 
 import bisect
 import itertools
 import math
-from typing import Literal
+from collections.abc import Iterable
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import Decision, State, Table
 from superserve_jax.subnet import Subnet
 
-Reading = Literal["in_range", "cumulative"]
+
+class _BySlack:
+    """Takes, of some choices, the one with the largest latency that is at most the slack.
+
+    Args:
+      table: the latencies of all choices.
+      choices: the choices, as pairs of the index of a batch size and the rank of a subnet.
+    """
+
+    def __init__(self, table: Table, choices: Iterable[tuple[int, int]]):
+        kept = sorted({(table.rows[rank][size], size, rank) for size, rank in choices})
+        lost = Decision(table.subnets[0], table.sizes[-1], reason="lost")
+        self._latency_ms = [-math.inf, *(ms for ms, _, _ in kept)]
+        self._decisions = [lost, *(Decision(table.subnets[rank], table.sizes[size], reason="slack") for _, size, rank in kept)]
+
+    def __call__(self, profile: Profile, state: State) -> Decision:
+        """See `base.Policy`."""
+        return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
 
 
-class PaperSlackFit:
+class PaperSlackFit(_BySlack):
     """SlackFit as in the paper (Section 4.2, Appendix A.5). It looks up the head's slack in evenly spaced latency buckets.
 
     A choice is a subnet and a batch size. Latency bucket i of n covers the latencies
@@ -40,8 +57,7 @@ class PaperSlackFit:
     Args:
       profile: the profile of the workers.
       buckets: number of latency buckets, from 1 to 100,000.
-      reading: how to read the paper's rule. "in_range" is the rule above. With "cumulative", a latency bucket also covers all
-        choices that are faster than its range.
+      cumulative: another reading of the paper's rule: a latency bucket also covers all choices that are faster than its range.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -50,31 +66,22 @@ class PaperSlackFit:
     (0.7825, 16)
     """
 
-    def __init__(self, profile: Profile, *, buckets: int = 8, reading: Reading = "in_range"):
+    def __init__(self, profile: Profile, *, buckets: int = 8, cumulative: bool = False):
         if not (isinstance(buckets, int) and 1 <= buckets <= 100_000):
             raise errors.ConfigError(f"buckets must be a whole number from 1 to 100,000, got {buckets!r}; 8 is the default")
-        if reading not in ("in_range", "cumulative"):
-            raise errors.unknown_name("reading", reading, ["in_range", "cumulative"])
-        self.name = "slackfit-paper" if reading == "in_range" else "slackfit-cumulative"
+        self.name = "slackfit-cumulative" if cumulative else "slackfit-paper"
         table = Table(profile)
         low, high = table.rows[0][0], table.rows[-1][-1]
         best: list[tuple[int, int] | None] = [None] * buckets  # (size, rank) of the kept choice
         for size, rank in itertools.product(range(len(table.sizes)), range(len(table.rows))):  # a later choice is better
             share = (table.rows[rank][size] - low) / (high - low) if high > low else 1.0
             first = max(math.ceil(share * buckets) - 1, 0)
-            for i in range(first, buckets if reading == "cumulative" else first + 1):
+            for i in range(first, buckets if cumulative else first + 1):
                 best[i] = (size, rank)
-        kept = sorted({(table.rows[rank][size], size, rank) for size, rank in filter(None, best)})
-        lost = Decision(table.subnets[0], table.sizes[-1], reason="lost")
-        self._latency_ms = [-math.inf, *(ms for ms, _, _ in kept)]
-        self._decisions = [lost, *(Decision(table.subnets[rank], table.sizes[size], reason="slack") for _, size, rank in kept)]
-
-    def __call__(self, profile: Profile, state: State) -> Decision:
-        """See `base.Policy`."""
-        return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
+        super().__init__(table, filter(None, best))
 
 
-class Fixed:
+class Fixed(_BySlack):
     """One subnet for all traffic, with the largest batch that it runs within the slack. The paper's Clipper+.
 
     It represents Clipper, Clockwork and TF-Serving, which adapt only the batch to the slack. The policy can collapse if
@@ -90,15 +97,7 @@ class Fixed:
 
     def __init__(self, profile: Profile, subnet: Subnet, *, name: str = ""):
         self.name = name or f"fixed:{profile.rows.index(profile.row(subnet))}"
-        self._latency_ms = profile.only([subnet]).monotone().rows[0].latency_ms
-        # One decision for each batch size. The last one, index -1, is for a lost head: the largest batch again.
-        sizes = (*profile.batch_sizes, profile.max_batch)
-        reasons = (*("slack" for _ in profile.batch_sizes), "lost")
-        self._decisions = tuple(Decision(subnet, b, reason=why) for b, why in zip(sizes, reasons, strict=True))
-
-    def __call__(self, profile: Profile, state: State) -> Decision:
-        """See `base.Policy`."""
-        return self._decisions[bisect.bisect_right(self._latency_ms, state.slack_ms) - 1]
+        super().__init__(Table(profile.only([subnet])), ((size, 0) for size in range(len(profile.batch_sizes))))
 
 
 class MaxAcc:

@@ -74,7 +74,7 @@ def test_the_two_readings_differ_if_a_latency_bucket_has_only_small_batches():
     # The third of four latency buckets, 6.5 to 9.25 ms, holds (1, 1) and (1, 2). With "cumulative" it also holds (0, 4).
     profile = make_profile([(1, 2, 4), (7, 9, 12)], batch_sizes=(1, 2, 4))
     in_range = PaperSlackFit(profile, buckets=4)
-    cumulative = PaperSlackFit(profile, buckets=4, reading="cumulative")
+    cumulative = PaperSlackFit(profile, buckets=4, cumulative=True)
     assert choose(in_range, profile, 9.5) == (1, 2)
     assert choose(cumulative, profile, 9.5) == (0, 4)
 
@@ -113,8 +113,6 @@ def test_values_that_cannot_work_are_refused_at_construction():
         SlackFit(PAPER, risk=0.0)
     with pytest.raises(errors.ConfigError, match="period_s"):
         Planner(PAPER, period_s=0.0)
-    with pytest.raises(errors.UnknownNameError, match="in_range"):
-        PaperSlackFit(PAPER, reading="in-range")
     with pytest.raises(errors.ProfileError, match="not in the profile"):
         Fixed(PAPER, Subnet((0,)))
 
