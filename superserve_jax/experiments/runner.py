@@ -194,7 +194,7 @@ def _fluid(profile: Profile, trace: Trace, cluster: Cluster) -> Bound:
         alive = cluster.workers - len({o.worker for o in cluster.outages if o.from_s <= start_s < o.until_s})
         if len(arrivals) and alive:
             piece = Trace(arrivals - start_s, trace.slo_ms, trace.floors) if edges else trace
-            bound = bounds.fluid_of_trace(profile, piece, workers=alive)
+            bound = bounds.fluid(profile, piece, workers=alive)
             met += bound.attainment * len(arrivals)
             correct += bound.attainment * len(arrivals) * bound.accuracy
     return Bound(met / max(len(trace), 1), correct / met if met else math.nan)

@@ -28,79 +28,45 @@ class Bound:
     accuracy: float
 
 
-def fluid(profile: Profile, rate_qps: float, *, workers: int = 8, slo_ms: float = 36.0) -> Bound:
-    """The fluid bound for arrivals at a steady rate.
+def fluid(profile: Profile, trace: Trace, *, workers: int = 8) -> Bound:
+    """The fluid bound for a trace: serve as many queries as the workers can carry, as accurately as possible.
 
-    >>> from superserve_jax.simulation.paper_profile import paper_profile
-    >>> bound = fluid(paper_profile().scaled(1.9), 1500 + 5550)
-    >>> bound.attainment, round(bound.accuracy, 4)
-    (1.0, 0.7539)
-    """
-    if not rate_qps > 0:
-        raise errors.ConfigError(f"rate_qps must be positive, got {rate_qps}")
-    return _solve(profile, np.array([[slo_ms, 0.0, 0.0]]), np.array([[rate_qps]]), workers)
-
-
-def fluid_of_trace(profile: Profile, trace: Trace, *, workers: int = 8, window_s: float | None = None) -> Bound:
-    """The fluid bound for a trace. Queries of different SLO, floor or length may use different subnets.
+    Queries of different SLO, floor or length may use different subnets. The workers have the time from 0 to the longest SLO
+    after the last arrival.
 
     Args:
       profile: the profile of all workers.
       trace: the traffic.
       workers: number of workers.
-      window_s: length of the windows that are bounded separately. The queries of a window must be answered in the window, or
-        within the longest SLO after its end. Windows make the bound tighter if the rate changes, and looser if not. So a
-        window should last many SLOs. None takes the whole trace as one window, which ends with the last arrival.
-    """
-    if not len(trace):
-        return Bound(1.0, float("nan"))
-    _, *per_query = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors, trace.lengths)
-    kinds, kind = np.unique(np.stack(per_query, axis=1), axis=0, return_inverse=True)
-    end_s = float(trace.arrivals_s[-1])
-    if window_s is not None and not 0 < window_s < np.inf:
-        raise errors.ConfigError(f"window_s must be positive and finite, got {window_s}")
-    length_s = end_s if window_s is None else window_s
-    windows = 1 if window_s is None else int(end_s / window_s) + 1
-    window = np.zeros(len(trace), int) if window_s is None else (trace.arrivals_s / window_s).astype(int)
-    counts = np.bincount(window * len(kinds) + kind.ravel(), minlength=windows * len(kinds)).reshape(windows, len(kinds))
-    usable_s = length_s + 1e-3 * kinds[:, 0].max()
-    return _solve(profile, kinds, counts / usable_s, workers)
 
-
-def _solve(profile: Profile, kinds: np.ndarray, rates_qps: np.ndarray, workers: int) -> Bound:
-    """The bound for given rates: serve as many queries as the workers can carry, as accurately as possible.
-
-    Args:
-      profile: the profile of all workers.
-      kinds: [kinds, 3] SLO in milliseconds, floor, and length (0 if unknown) of each kind of query.
-      rates_qps: [windows, kinds] arrivals per second.
-      workers: number of workers.
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> from superserve_jax.simulation import traces
+    >>> bound = fluid(paper_profile().scaled(1.9), traces.gamma(rate_qps=1500 + 5550, cv2=0))
+    >>> bound.attainment, round(bound.accuracy, 4)
+    (1.0, 0.7539)
     """
     if workers < 1:
         raise errors.ConfigError(f"workers must be 1 or more, got {workers}")
+    if not len(trace):
+        return Bound(1.0, float("nan"))
+    _, *per_query = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors, trace.lengths)
+    kinds, counts = np.unique(np.stack(per_query, axis=1), axis=0, return_counts=True)
+    rates_qps = counts / (trace.arrivals_s[-1] + 1e-3 * kinds[:, 0].max())
     accuracy = np.array([row.accuracy for row in profile.rows])
     # [subnets, kinds] worker-seconds per query at the best throughput within the SLO, infinite if the subnet is not allowed
     cost_s = 1e-3 * np.stack([_query_ms(profile.at_length(n or np.inf), slo) for slo, _, n in kinds.tolist()], axis=1)
     cost_s[accuracy[:, None] < kinds[:, 1]] = np.inf
     subnet, kind = np.nonzero(np.isfinite(cost_s))
-    answered = correct = 0.0
-    for rates in rates_qps[rates_qps.any(axis=1)]:
-        # Serve at most the arrivals of each kind, and use at most the time of the workers.
-        limits = sparse.vstack(
-            [
-                sparse.csr_array((np.ones(len(kind)), (kind, np.arange(len(kind)))), shape=(len(rates), len(kind))),
-                sparse.csr_array(cost_s[subnet, kind][None]),
-            ]
-        )
-        available = np.append(rates, workers)
-        most = -float(optimize.linprog(-np.ones(len(kind)), A_ub=limits, b_ub=available).fun) if len(kind) else 0.0
-        if most > 0:
-            # Ask for slightly less than the maximum, so that rounding does not make the programme infeasible.
-            everything = sparse.vstack([limits, sparse.csr_array(-np.ones((1, len(kind))))])
-            solution = optimize.linprog(-accuracy[subnet], A_ub=everything, b_ub=np.append(available, -most * (1 - 1e-9)))
-            answered, correct = answered + most, correct - float(solution.fun)
-    total = float(rates_qps.sum())
-    return Bound(min(answered / total, 1.0), correct / answered if answered else float("nan"))
+    if not len(kind):
+        return Bound(0.0, float("nan"))
+    # Serve at most the arrivals of each kind, and use at most the time of the workers.
+    of_kind = sparse.csr_array((np.ones(len(kind)), (kind, np.arange(len(kind)))), shape=(len(kinds), len(kind)))
+    limits, available = sparse.vstack([of_kind, cost_s[subnet, kind][None]]), np.append(rates_qps, workers)
+    most = -float(optimize.linprog(-np.ones(len(kind)), A_ub=limits, b_ub=available).fun)
+    # Ask for slightly less than the maximum, so that rounding does not make the programme infeasible.
+    everything = sparse.vstack([limits, -np.ones((1, len(kind)))])
+    solution = optimize.linprog(-accuracy[subnet], A_ub=everything, b_ub=np.append(available, -most * (1 - 1e-9)))
+    return Bound(min(most / float(rates_qps.sum()), 1.0), -float(solution.fun) / most)
 
 
 def _query_ms(profile: Profile, slo_ms: float) -> np.ndarray:

@@ -319,7 +319,7 @@ def test_length_buckets_beat_padding_to_the_longest():
 
 def test_the_fluid_bound_uses_the_latency_of_each_length():
     trace = traces.gamma(rate_qps=2 * PROFILE.throughput_qps(SUBNETS[0]), duration_s=5.0, cv2=0)
-    long, short = (bounds.fluid_of_trace(PROFILE, dataclasses.replace(trace, lengths=n), workers=1) for n in (32, 8))
+    long, short = (bounds.fluid(PROFILE, dataclasses.replace(trace, lengths=n), workers=1) for n in (32, 8))
     assert long.attainment == pytest.approx(0.5 * 5.036 / 5, abs=1e-3)
     assert (short.attainment, short.accuracy) == (pytest.approx(1.0), pytest.approx(0.8))
 

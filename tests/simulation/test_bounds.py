@@ -19,45 +19,32 @@ PAPER = paper_profile.paper_profile()
 TWO = Profile((1,), (Row(Subnet((1, 0)), 0.7, (10.0,)), Row(Subnet((1, 1)), 0.8, (40.0,))))
 
 
+def fluid_of_40(slo_ms, seconds=1.0, floors=0.0):
+    """The bound of 40 queries on one worker. The last deadline is at `seconds`, so they are 40 / seconds queries/s."""
+    trace = Trace(np.linspace(0.0, seconds - slo_ms / 1e3, 40), slo_ms, floors)
+    bound = bounds.fluid(TWO, trace, workers=1)
+    return bound.attainment, bound.accuracy
+
+
 def test_the_fluid_bound_mixes_two_subnets_so_that_the_workers_just_carry_the_rate():
     # Half of 40 queries/s at 10 ms and half at 40 ms keep one worker busy for 20 * 0.01 + 20 * 0.04 = 1 s.
-    bound = bounds.fluid(TWO, 40.0, workers=1, slo_ms=50.0)
-    assert (bound.attainment, bound.accuracy) == (pytest.approx(1.0), pytest.approx(0.75))
+    assert fluid_of_40(50.0) == pytest.approx((1.0, 0.75))
 
 
 def test_a_low_rate_is_bounded_by_the_best_subnet_and_a_rate_beyond_capacity_by_the_fastest():
-    low, beyond = (bounds.fluid(TWO, rate, workers=1, slo_ms=50.0) for rate in (20.0, 400.0))
-    assert (low.attainment, low.accuracy) == (pytest.approx(1.0), pytest.approx(0.8))
-    assert (beyond.attainment, beyond.accuracy) == (pytest.approx(0.25), pytest.approx(0.7))
+    assert fluid_of_40(50.0, seconds=2.0) == pytest.approx((1.0, 0.8))
+    assert fluid_of_40(50.0, seconds=0.1) == pytest.approx((0.25, 0.7))
 
 
 def test_a_subnet_that_is_slower_than_the_slo_does_not_count():
-    assert bounds.fluid(TWO, 20.0, workers=1, slo_ms=39.0).accuracy == pytest.approx(0.7)
-    hopeless = bounds.fluid(TWO, 20.0, workers=1, slo_ms=9.0)
-    assert (hopeless.attainment, math.isnan(hopeless.accuracy)) == (0.0, True)
+    assert fluid_of_40(39.0, seconds=2.0) == pytest.approx((1.0, 0.7))
+    assert fluid_of_40(9.0) == pytest.approx((0.0, math.nan), nan_ok=True)
 
 
 def test_a_floor_spends_the_workers_on_the_queries_that_have_it():
-    arrivals = np.arange(1, 41) * 0.95 / 40  # the last deadline is at 1 s: 0.95 s and the SLO of 50 ms
-    floored = Trace(arrivals, 50.0, np.where(np.arange(40) % 4, 0.0, 0.8))
-    bound = bounds.fluid_of_trace(TWO, floored, workers=1)
-    assert (bound.attainment, bound.accuracy) == (pytest.approx(1.0), pytest.approx(0.75))
+    assert fluid_of_40(50.0, floors=np.where(np.arange(40) % 4, 0.0, 0.8)) == pytest.approx((1.0, 0.75))
     # If all 40 queries have the floor, 25 can be served.
-    assert bounds.fluid_of_trace(TWO, Trace(arrivals, 50.0, 0.8), workers=1).attainment == pytest.approx(25 / 40)
-
-
-def test_a_trace_of_steady_traffic_has_the_bound_of_its_rate():
-    trace = traces.gamma(rate_qps=7050.0, cv2=0)
-    of_trace = bounds.fluid_of_trace(PAPER.scaled(1.9), trace)
-    of_rate = bounds.fluid(PAPER.scaled(1.9), 7050.0 * 60 / 60.036)  # answers may take until 36 ms after the end
-    assert of_trace.accuracy == pytest.approx(of_rate.accuracy, abs=1e-6)
-
-
-def test_windows_tighten_the_bound_of_traffic_that_changes():
-    trace = traces.steps(rates_qps=(1000.0, 8000.0), step_s=5.0)
-    loose = bounds.fluid_of_trace(PAPER.scaled(1.9), trace)
-    tight = bounds.fluid_of_trace(PAPER.scaled(1.9), trace, window_s=1.0)
-    assert tight.accuracy < loose.accuracy - 0.001
+    assert fluid_of_40(50.0, floors=0.8) == pytest.approx((25 / 40, 0.8))
 
 
 @pytest.mark.parametrize("arrivals_ms", [[0.0], [1.0], [0.0, 0.0], [0.0, 1.0]])
@@ -65,7 +52,7 @@ def test_the_bound_lets_the_last_queries_finish_after_the_last_arrival(arrivals_
     trace = Trace(np.array(arrivals_ms) / 1e3)
     result = simulator.simulate(PAPER, "fixed:largest", trace, cluster=Cluster(workers=1))
     assert (result.attainment, result.mean_accuracy) == (1.0, pytest.approx(PAPER.rows[-1].accuracy))
-    bound = bounds.fluid_of_trace(PAPER, trace, workers=1)
+    bound = bounds.fluid(PAPER, trace, workers=1)
     assert bound.attainment == pytest.approx(1.0)
     assert bound.accuracy >= result.mean_accuracy - 1e-9
 
@@ -74,14 +61,13 @@ def test_the_bound_lets_the_last_queries_finish_after_the_last_arrival(arrivals_
 @given(
     policy=st.sampled_from(["slackfit", "slackfit-paper", "max-batch", "fixed:2"]),
     burst_qps=st.floats(500.0, 6000.0),
-    window_s=st.sampled_from([None, 0.5]),
     seed=st.integers(0, 9),
 )
-def test_no_policy_beats_the_bound(policy, burst_qps, window_s, seed):
+def test_no_policy_beats_the_bound(policy, burst_qps, seed):
     profile = PAPER.scaled(1.9)
     trace = traces.bursty(burst_qps=burst_qps, cv2=2.0, duration_s=2.0, seed=seed)
     result = simulator.simulate(profile, policy, trace)
-    bound = bounds.fluid_of_trace(profile, trace, window_s=window_s)
+    bound = bounds.fluid(profile, trace)
     assert result.attainment <= bound.attainment + 1e-9
     # Compared as the sum over all queries, since a policy may buy accuracy with attainment.
     if bound.attainment > 1 - 1e-6:
@@ -90,24 +76,13 @@ def test_no_policy_beats_the_bound(policy, burst_qps, window_s, seed):
         assert gained <= bound.accuracy - least + 1e-6
 
 
-TRACE = traces.gamma(rate_qps=100.0, duration_s=1.0)
-
-
-@pytest.mark.parametrize(
-    ("bound", "name"),
-    [
-        *((lambda rate=rate: bounds.fluid(PAPER, rate), "rate_qps") for rate in (0.0, -1.0, math.nan)),
-        *((lambda s=s: bounds.fluid_of_trace(PAPER, TRACE, window_s=s), "window_s") for s in (-1.0, 0.0)),
-        (lambda: bounds.fluid_of_trace(PAPER, TRACE, workers=0), "workers"),
-    ],
-)
-def test_rates_windows_and_workers_must_be_positive(bound, name):
-    with pytest.raises(errors.ConfigError, match=name):
-        bound()
+def test_the_number_of_workers_must_be_positive():
+    with pytest.raises(errors.ConfigError, match="workers"):
+        bounds.fluid(PAPER, Trace(np.zeros(1)), workers=0)
 
 
 def test_a_trace_without_queries_has_no_accuracy_to_bound():
-    bound = bounds.fluid_of_trace(PAPER, Trace(np.zeros(0)))
+    bound = bounds.fluid(PAPER, Trace(np.zeros(0)))
     assert (bound.attainment, math.isnan(bound.accuracy)) == (1.0, True)
 
 
