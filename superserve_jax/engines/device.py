@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.engines import base, executables, slices
+from superserve_jax.engines import base, executables
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.cache import Device
-from superserve_jax.engines.slices import LeastRecentlyUsed, SubnetBucket
+from superserve_jax.engines.executables import LeastRecentlyUsed, SubnetBucket
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import SequenceConfig
@@ -83,13 +83,13 @@ class DeviceEngine:
             slice_bytes = max(int(_SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
         self.slices = LeastRecentlyUsed(slice_bytes)
         self.slicing = slicing
-        program_of = slices.bucket_programs(config, subnet_list, envelopes or {})
+        program_of = executables.bucket_programs(config, subnet_list, envelopes or {})
         made, slicers = executables.build(
             dict.fromkeys(program_of.values()),
             batch_sizes,
             device,
             lengths=self.lengths,
-            kept=lambda p: slicing == "kept" and slices.fit(config, p.envelope, slice_bytes),
+            kept=lambda p: slicing == "kept" and executables.fit(config, p.envelope, slice_bytes),
         )
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         weights = {name: jax.device_put(model.params[name], device) for name in sorted(set().union(*leaves.values()))}

@@ -11,7 +11,7 @@ from tiny import TINY, live_bytes, random_images
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
-from superserve_jax.engines import executables, prepare, slices, subnet_buckets
+from superserve_jax.engines import executables, prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Served
 from superserve_jax.supernets import programs, reads
@@ -70,7 +70,7 @@ def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
 def test_weights_exist_once_however_many_executables_share_them(model, slicing):
     device, envelopes = jax.devices()[0], subnet_buckets.choose(model.subnets, TINY.flops, 2)
-    program_list = set(slices.bucket_programs(TINY, model.subnets, envelopes).values())
+    program_list = set(executables.bucket_programs(TINY, model.subnets, envelopes).values())
     read = sum(
         4 * int(np.prod(shape)) if slicing == "kept" else model.params[name].nbytes
         for program in program_list
