@@ -100,14 +100,12 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         return DeviceEngine(model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes)
 
     engine = make_engine(model.subnets, envelopes)
-    accuracies = {s.subnet: s.accuracy for s in model.served}
-    calls = {"repeats": options.repeats, "background": server.background_traffic if options.load else None}
-    measured = profiling.measure(engine, accuracies, options.batch_sizes, device=kind, **calls)
-    measured = dataclasses.replace(measured.with_envelopes(envelopes), slicing=slicing)
+    load = server.background_traffic if options.load else None
+    measured = prepare.measure(model, engine, repeats=options.repeats, background=load)
     if measured.envelopes:
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
-    profile = (measured.pareto() if options.keep_all else prepare.worth_serving(measured)).monotone()
+    profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
     path = exports.profile_path(options.export, kind)
     profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")

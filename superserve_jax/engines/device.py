@@ -12,7 +12,6 @@ An engine holds compiled objects only. So nothing can compile while serving.
 """
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.engines import base, executables
+from superserve_jax.engines import base, executables, profiling
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.cache import Device
 from superserve_jax.engines.executables import LeastRecentlyUsed, SubnetBucket
@@ -77,13 +76,13 @@ class DeviceEngine:
         self.name = f"{device.platform}:{device.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
-        self.device, self.model = device, model
+        self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
 
         if slice_bytes is None:
             slice_bytes = max(int(_SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
         self.slices = LeastRecentlyUsed(slice_bytes)
         self.slicing = slicing
-        program_of = executables.bucket_programs(config, subnet_list, envelopes or {})
+        program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
         made, slicers = executables.build(
             dict.fromkeys(program_of.values()),
             batch_sizes,
@@ -188,16 +187,11 @@ class DeviceEngine:
             for batch, length in sorted(self.staging):
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
-                call = subnet, batch, [self.staging[batch, length][0][0]]
-                if self._time_s(*call) <= _SLOW_CALL_S:
+                call = self, subnet, batch, [self.staging[batch, length][0][0]]
+                if profiling.time_s(*call) <= _SLOW_CALL_S:
                     slow.discard((batch, length))
-                elif (batch, length) not in slow and self._time_s(*call) > _SLOW_CALL_S:
+                elif (batch, length) not in slow and profiling.time_s(*call) > _SLOW_CALL_S:
                     slow.add((batch, length))
-
-    def _time_s(self, subnet: Subnet, batch: int, inputs: list[np.ndarray]) -> float:
-        start_s = time.perf_counter()
-        self.run(subnet, batch, inputs)
-        return time.perf_counter() - start_s
 
 
 def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:

@@ -4,8 +4,7 @@ import dataclasses
 import itertools
 import logging
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from superserve_jax.engines.profiling import Background
 from superserve_jax.exports import Model
 from superserve_jax.lengths import check_length_buckets, default_lengths
 from superserve_jax.profile import Profile, check_batch_sizes
-from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -71,29 +69,22 @@ def prepare(
 
     kinds = [device_kind(device) for device in devices]
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths) for kind in dict.fromkeys(kinds)}
-    envelopes: Mapping[Subnet, Subnet] = {}
-    if None in stored.values():
-        envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
-
-    def open_engine(device: Device, profile: Profile | None) -> DeviceEngine:
-        if profile is not None:
-            return make_engine(model, device, profile, slicing=slicing, slice_bytes=slice_bytes)
-        return DeviceEngine(
-            *(model, device),
-            subnet_list=model.subnets,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            envelopes=envelopes,
-            slicing=slicing or "kept",
-            slice_bytes=slice_bytes,
-        )
-
-    engines = [open_engine(device, stored[kind]) for device, kind in zip(devices, kinds, strict=True)]
     profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
-    for kind, engine in zip(kinds, engines, strict=True):
-        if kind not in profiles:
-            _warn_unmeasured(model, kind, batch_sizes, lengths)
-            profiles[kind] = measure(model, engine, batch_sizes, kind, envelopes=envelopes, background=background)
+    envelopes = None
+    if len(profiles) < len(stored):
+        envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
+    engines = []
+    for device, kind in zip(devices, kinds, strict=True):
+        if kind in profiles:
+            engines.append(make_engine(model, device, profiles[kind], slicing=slicing, slice_bytes=slice_bytes))
+            continue
+        measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
+        message = "%s has no latency profile for %s, %s: measuring one; run `python serve/measure.py %s` to save one"
+        _log.warning(message, model.path, kind, measured, model.path)
+        shapes = {"batch_sizes": batch_sizes, "lengths": lengths, "envelopes": envelopes}
+        way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes}
+        engines.append(DeviceEngine(model, device, subnet_list=model.subnets, **shapes, **way))
+        profiles[kind] = worth_serving(measure(model, engines[-1], background=background))
     return model, engines, [profiles[kind] for kind in kinds]
 
 
@@ -121,12 +112,6 @@ def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
             f"devices must be a list of at least one jax device, got {devices!r}; give one, or None for all"
         )
     return devices
-
-
-def _warn_unmeasured(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
-    measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
-    message = "%s has no latency profile for %s, %s: measuring one; run `python serve/measure.py %s` to save one"
-    _log.warning(message, model.path, kind, measured, model.path)
 
 
 def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
@@ -224,36 +209,27 @@ def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths:
     return profile.at(batch_sizes, lengths)
 
 
-def measure(
-    model: Model,
-    engine: DeviceEngine,
-    batch_sizes: Sequence[int],
-    device: str,
-    *,
-    envelopes: Mapping[Subnet, Subnet] | None = None,
-    repeats: int = 30,
-    background: Background | None = None,
-) -> Profile:
-    """Measures the latency profile of an engine, makes it monotone, and keeps only the subnets that are worth serving.
+def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background: Background | None = None) -> Profile:
+    """Measures the latency profile of an engine with all served subnets of an export. Noise is not repaired.
 
     Args:
-      model: the model that the engine runs.
+      model: the export that the engine runs.
       engine: the engine to measure.
-      batch_sizes: the batch sizes to measure, ascending.
-      device: the kind of device, written into the profile.
-      envelopes: the envelope of each subnet that shares a subnet bucket in this engine.
       repeats: the number of measurements of each latency.
       background: see `profiling.measure`.
     """
-    accuracies = {s.subnet: s.accuracy for s in model.served}
-    measured = profiling.measure(engine, accuracies, batch_sizes, device=device, repeats=repeats, background=background)
-    measured = dataclasses.replace(measured.with_envelopes(envelopes or {}), slicing=engine.slicing)
-    return worth_serving(measured).monotone()
+    accuracies, kind = {s.subnet: s.accuracy for s in model.served}, device_kind(engine.device)
+    calls = {"repeats": repeats, "background": background}
+    measured = profiling.measure(engine, accuracies, engine.batch_sizes, device=kind, **calls)
+    return dataclasses.replace(measured.with_envelopes(engine.envelopes), slicing=engine.slicing)
 
 
-def worth_serving(profile: Profile) -> Profile:
-    """The rows worth serving: no other row is both faster and more accurate, and neighbours differ enough to matter."""
-    return profile.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO)
+def worth_serving(measured: Profile) -> Profile:
+    """The monotone profile of the subnets worth serving.
+
+    No other subnet is both faster and more accurate, and neighbours differ enough to matter.
+    """
+    return measured.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO).monotone()
 
 
 def faster_slicing(
@@ -277,15 +253,9 @@ def faster_slicing(
     engines = [
         DeviceEngine(model, device, subnet_list=chosen, batch_sizes=sizes, lengths=lengths, slicing=way) for way in ways
     ]
-    example = np.zeros(engines[0].input_shape, engines[0].input_dtype)
-
-    def time_s(engine: DeviceEngine, batch: int, subnet: Subnet) -> float:
-        start_s = time.perf_counter()
-        engine.run(subnet, batch, [example])
-        return time.perf_counter() - start_s
-
-    cases = list(itertools.product(sizes, chosen))
-    seconds = np.array([[[time_s(e, *case) for e in engines] for case in cases] for _ in range(repeats)])
+    inputs = [np.zeros(engines[0].input_shape, engines[0].input_dtype)]
+    cases = list(itertools.product(chosen, sizes))
+    seconds = np.array([[[profiling.time_s(e, *c, inputs) for e in engines] for c in cases] for _ in range(repeats)])
     ratio = float(np.exp(np.median(np.log(seconds[..., 1] / seconds[..., 0]), axis=0).mean()))
     return "kept" if ratio > _MIN_GAIN else "in_call", ratio
 

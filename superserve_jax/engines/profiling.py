@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,35 +46,30 @@ def measure(
         raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
     batch_sizes = check_batch_sizes(batch_sizes)
     examples = _examples(engine, batch_sizes[-1])
-    keys = list(itertools.product(accuracies, batch_sizes, examples))
-    fastest_qps = 0.0
-    for subnet, batch, length in keys:
-        for _ in range(_WARM_UPS):
-            start = time.perf_counter()
-            engine.run(subnet, batch, examples[length][:batch])
-            fastest_qps = max(fastest_qps, batch / (time.perf_counter() - start))
-    times_ms: dict[tuple[Subnet, int, int], list[float]] = {key: [] for key in keys}
+    calls = [(s, b, inputs[:b]) for s in accuracies for b in batch_sizes for inputs in examples.values()]
+    fastest_qps = max(call[1] / time_s(engine, *call) for call in calls for _ in range(_WARM_UPS))
     gc.collect()
     with background(_LOAD * fastest_qps) if background else contextlib.nullcontext():
-        for _ in progress.track(range(repeats), f"latencies of {engine.name}"):
-            for subnet, batch, length in keys:
-                inputs = examples[length][:batch]
-                start = time.perf_counter()
-                engine.run(subnet, batch, inputs)
-                times_ms[subnet, batch, length].append(1e3 * (time.perf_counter() - start))
+        rounds = progress.track(range(repeats), f"latencies of {engine.name}")
+        times_ms = 1e3 * np.array([[time_s(engine, *call) for call in calls] for _ in rounds])
+    shape = len(accuracies), len(batch_sizes), len(examples)
+    # both [length buckets][subnets][batch sizes]
+    medians, p99s = (ms.reshape(shape).transpose(2, 0, 1).tolist() for ms in np.percentile(times_ms, [50, 99], axis=0))
     rows_at = {
         length: tuple(
-            Row(
-                subnet,
-                accuracy,
-                tuple(float(np.median(times_ms[subnet, b, length])) for b in batch_sizes),
-                tuple(float(np.percentile(times_ms[subnet, b, length], 99)) for b in batch_sizes),
-            )
-            for subnet, accuracy in accuracies.items()
+            Row(subnet, accuracy, tuple(median), tuple(p99))
+            for (subnet, accuracy), median, p99 in zip(accuracies.items(), *latencies, strict=True)
         )
-        for length in examples
+        for length, *latencies in zip(examples, medians, p99s, strict=True)
     }
     return Profile(batch_sizes, rows_at.pop(0, ()), device, rows_at)
+
+
+def time_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
+    """Seconds that an engine takes for a batch."""
+    start_s = time.perf_counter()
+    engine.run(subnet, batch_size, inputs)
+    return time.perf_counter() - start_s
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:
@@ -105,7 +99,7 @@ class Property(NamedTuple):
     worst: float
 
 
-def properties(profile: Profile) -> tuple[Property, Property, Property]:
+def properties(profile: Profile) -> list[Property]:
     """Checks the three properties of a profile that SlackFit assumes.
 
     P1: latency rises with the batch size.
@@ -119,8 +113,8 @@ def properties(profile: Profile) -> tuple[Property, Property, Property]:
     """
     sizes, ms = np.array(profile.batch_sizes), np.array([row.latency_ms for row in profile.rows])
     reached = [max(sizes[ms[0] <= budget_ms], default=0) / size for size, budget_ms in zip(sizes[:-1], ms[-1], strict=False)]
-    return _property("P1", ms[:, 1:] / ms[:, :-1]), _property("P2", ms[1:] / ms[:-1]), _property("P3", np.array(reached))
-
-
-def _property(name: str, ratios: np.ndarray) -> Property:
-    return Property(name, int((ratios > 1).sum()), ratios.size, float(ratios.min()) if ratios.size else math.nan)
+    ratios_of = {"P1": ms[:, 1:] / ms[:, :-1], "P2": ms[1:] / ms[:-1], "P3": np.array(reached)}
+    return [
+        Property(name, int((ratios > 1).sum()), ratios.size, float(ratios.min()) if ratios.size else math.nan)
+        for name, ratios in ratios_of.items()
+    ]

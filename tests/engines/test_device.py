@@ -158,7 +158,7 @@ def test_the_profile_says_how_weights_are_sliced_and_executables_shared(model, t
     assert way == ("kept" if ratio > 1.03 else "in_call")
     envelopes = subnet_buckets.choose(subnet_list, TINY.flops, 3)
     engine = DeviceEngine(loaded, device, subnet_list=subnet_list, batch_sizes=(2,), envelopes=envelopes)
-    profile = prepare.measure(loaded, engine, (2,), prepare.device_kind(device), envelopes=envelopes, repeats=1)
+    profile = prepare.measure(loaded, engine, repeats=1)
     assert set(profile.envelopes.values()) <= set(envelopes.values())
     profile.save(exports.profile_path(loaded.path, prepare.device_kind(device)))
     _, [again], stored = prepare.prepare(loaded, batch_sizes=(2,))

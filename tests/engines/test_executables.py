@@ -123,7 +123,7 @@ def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
     device = jax.devices()[0]
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
     kind = prepare.device_kind(device)
-    measured = prepare.measure(model, engine, BATCHES, kind, repeats=2)
+    measured = prepare.measure(model, engine, repeats=2)
     path = exports.profile_path(model.path, kind)
     measured.save(path)
     assert prepare.prepare(model, batch_sizes=BATCHES)[2] == [measured]

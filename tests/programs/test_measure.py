@@ -23,8 +23,13 @@ def measure(run_program, monkeypatch, tmp_path):
         config=types.SimpleNamespace(flops=lambda subnet: 1), subnets=[r.subnet for r in PROFILE.rows], served=served
     )
     engines = []
+
+    def make_engine(_, device, **options):
+        engines.append(types.SimpleNamespace(device=device, **options))
+        return engines[-1]
+
     monkeypatch.setattr(ss, "load", lambda path: model)
-    monkeypatch.setattr(device, "DeviceEngine", lambda *args, **options: engines.append(options))
+    monkeypatch.setattr(device, "DeviceEngine", make_engine)
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
     monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
 

@@ -144,7 +144,7 @@ def test_a_stored_profile_serves_some_of_its_lengths_and_no_others(tmp_path):
     device = jax.devices()[0]
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
     kind = prepare.device_kind(device)
-    measured = prepare.measure(model, engine, (1,), kind, repeats=2)
+    measured = prepare.measure(model, engine, repeats=2)
     measured.save(exports.profile_path(model.path, kind))
     assert prepare.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == [measured]
     assert prepare.stored_profile(model, kind, (1,), (7,)) == measured.at((1,), (7,)) == measured.each_length[-1]
