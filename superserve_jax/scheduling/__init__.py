@@ -8,8 +8,8 @@ speeds in `speeds`. `admission` refuses queries on arrival. Server and simulator
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
+from superserve_jax.scheduling.length_queue import Queue
 from superserve_jax.scheduling.policies import Decision, Policy, State
-from superserve_jax.scheduling.queue import Queue
 from superserve_jax.scheduling.speeds import Fleet
 
 __all__ = ["Admission", "ArrivalMeter", "Decision", "Fleet", "Policy", "Queue", "State", "Turn"]

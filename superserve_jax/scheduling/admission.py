@@ -9,7 +9,7 @@ import itertools
 import math
 
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling.queue import Queue
+from superserve_jax.scheduling.length_queue import Queue
 from superserve_jax.scheduling.speeds import Fleet
 
 _USABLE = 0.9  # share of the slack that may be planned; the rest is for jitter, like SlackFit's reserve

@@ -2,7 +2,7 @@
 
 Server and simulator pass a `Turn`, which holds everything that the decision needs. `next_batch` answers three questions:
 
-    which head      `Queue.choose_head`: usually the earliest deadline. The head determines the batch's length bucket.
+    which head      `choose_head` of the queue: usually the earliest deadline. The head determines the batch's length bucket.
     which decision  `_decide`: the policy's answer for this head, checked.
     which batch     `take`: the queries that run, and the profile's row of the subnet that runs them.
 """
@@ -15,8 +15,8 @@ from typing import Any
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.arrivals import ArrivalMeter
+from superserve_jax.scheduling.length_queue import Queue
 from superserve_jax.scheduling.policies import Policy, State
-from superserve_jax.scheduling.queue import Queue
 from superserve_jax.scheduling.speeds import EVEN_PACE, Pace
 from superserve_jax.subnet import Subnet
 

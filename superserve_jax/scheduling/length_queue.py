@@ -9,7 +9,7 @@ deadlines nearly every large batch of a mix contains a long query. So `LengthQue
     the engine     runs the program of the head's length bucket
 """
 
-# ruff: noqa: D102 - the docstring of `Queue` describes its methods in one table
+# ruff: noqa: D102 - the docstring of `queue` describes the methods of every queue in one table
 
 import bisect
 import math
@@ -18,16 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling.queue import DeadlineQueue, Queue
-
-
-def make_queue(profile: Profile) -> Queue:
-    """An empty queue for this profile: a `LengthQueue` if it has several length buckets, else a `DeadlineQueue`."""
-    return LengthQueue(profile) if len(profile.lengths) > 1 else DeadlineQueue()
+from superserve_jax.scheduling.queue import DeadlineQueue
 
 
 class LengthQueue:
-    """One `DeadlineQueue` for each length bucket, seen as one `Queue`.
+    """One `DeadlineQueue` for each length bucket, seen as one queue.
 
     **Head.** The earliest deadline of all; of equal deadlines, the longest length. It determines the batch's length bucket.
 
@@ -64,7 +59,7 @@ class LengthQueue:
         self.retime(profile)
 
     def retime(self, profile: Profile) -> None:
-        """See `Queue.retime`. The profile has the same length buckets."""
+        """The profile has the same length buckets."""
         self._profile, self._head = profile, None
         self._work_ms = tuple(1e3 / t.throughput_qps(t.rows[0].subnet) for t in profile.each_length)
         alone_ms = [t.fastest().latency_ms[0] for t in profile.each_length]
@@ -79,7 +74,7 @@ class LengthQueue:
         return waiting + sum(self._lengths[bisect.bisect_left(self._lengths, length)] for length in more)
 
     def choose_head(self, now_s: float) -> int:
-        """See `Queue.choose_head`. The size of a batch of deferred items depends on `now_s`."""
+        """The size of a batch of deferred items depends on `now_s`."""
         self._now_s = now_s
         if any(q.late for q in self._queues):
             self._head = None
@@ -156,13 +151,13 @@ class LengthQueue:
         return floors if any(floors) else ()
 
     def defer(self, before_s: float) -> int:
-        """See `Queue.defer`. Length buckets shorter than the head's do not take part: their batches take less time."""
+        """Length buckets shorter than the head's do not take part: their batches take less time."""
         moved = sum(q.defer(before_s) for q in self._queues[self._head_bucket() :])
         self._head = None
         return moved
 
     def set_aside(self, before_s: float) -> Any:
-        """See `Queue.set_aside`. It uses the same length buckets as `defer`."""
+        """It uses the same length buckets as `defer`."""
         aside = [(q, q.set_aside(before_s)) for q in self._queues[self._head_bucket() :]]
         self._head = None
         return aside
@@ -199,7 +194,7 @@ class LengthQueue:
         return [item for q in self._queues for item in q.pop_above(accuracy)]
 
     def due_by(self, time_s: float) -> float:
-        """See `Queue.due_by`. A query counts as its work / the work of the head."""
+        """A query counts as its work / the work of the head."""
         return sum(q.due_by(time_s) * ms for q, ms in zip(self._queues, self._work_ms, strict=True)) / self.head_work
 
     def items(self) -> list[Any]:
@@ -257,3 +252,12 @@ class LengthQueue:
             if n > 0 and q.late:
                 yield q, len(q) - q.late, q.late
                 n -= q.late
+
+
+Queue = DeadlineQueue | LengthQueue
+"""The docstring of `queue` describes what both can do."""
+
+
+def make_queue(profile: Profile) -> Queue:
+    """An empty queue for this profile: a `LengthQueue` if it has several length buckets, else a `DeadlineQueue`."""
+    return LengthQueue(profile) if len(profile.lengths) > 1 else DeadlineQueue()

@@ -1,6 +1,36 @@
-"""Queues in the order of deadlines: the `Queue` protocol, and `DeadlineQueue` for inputs of one shape. No jax.
+"""Queues in the order of deadlines: what every queue does, and `DeadlineQueue` for inputs of one shape. No jax.
 
-`length_queue.LengthQueue` is the other implementation, for several length buckets. Server and simulator use both.
+`length_queue.LengthQueue` is the other queue, for several length buckets. The type `length_queue.Queue` means either of them.
+Server and simulator use both. The caller holds a lock.
+
+An item is any object: a query in the server, a number in the simulator. `push` takes an item with its deadline, its floor
+(the lowest accepted accuracy, 0 accepts any) and its length in tokens (0 if unknown).
+
+The **head** is the first item of the next batch. An item is **eligible** if it could be in the head's batch. **Work** is
+measured in queries if inputs have one shape, else in milliseconds of a worker.
+
+    pushed            work of all items since the beginning
+    dispersion        variance / mean of the work that arrives per second, if arrivals are independent
+    head_work         work of one item like the head
+    head_length       length bucket of the head, 0 if inputs have one shape; undefined if the queue is empty
+    head_deadline_s   deadline of the head; infinite if the queue is empty
+    eligible, late    number of eligible items, and how many of them are deferred
+
+    choose_head       choose the head of a batch that starts at `now_s`, and return `head_length`
+    push, push_all    add one item; add items that share a deadline and a floor
+    pop               take up to `n` eligible items, the head first; stop at a floor above `accuracy`
+    defer             move items with deadlines before `before_s` behind all others, for good; return their number
+    set_aside         take out the items that `defer` would move, and return them for `put_back`
+    put_back          put the result of `set_aside` back. No item may be added between the two calls
+    drop_late         drop items that are `done` (cancelled or answered) from the front of the deferred items
+    sweep             drop all items that are `done`, in O(n)
+    pop_before        take every item with a deadline before `before_s`, deferred or not
+    pop_above         take every item whose floor exceeds `accuracy`
+    due_by            work of the items with deadlines up to `time_s`, without deferred ones / work of the head
+    head              the head, left in place; None if the queue is empty
+    head_floors       floors of the first `n` items in the order of `pop`; `()` if no item has a floor
+    items, drain      all items: `items` leaves them in the queue, `drain` takes them
+    retime            measure work by another profile from now on, also for items pushed before
 
 With one SLO, arrivals come in the order of their deadlines, and `DeadlineQueue` is a plain FIFO. An item that
 is due before the last item of the FIFO goes to a second, sorted list. `pop` merges the two. A heap would be a little faster.
@@ -10,7 +40,7 @@ Items whose deadlines cannot be met any more may be deferred: they go behind all
 makes every query a little too late. With deferral the workers meet as many deadlines as their throughput allows.
 """
 
-# ruff: noqa: D102 - the docstring of `Queue` describes its methods in one table
+# ruff: noqa: D102 - the docstring above describes the methods of every queue in one table
 
 import bisect
 import collections
@@ -19,7 +49,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from superserve_jax.profile import Profile
 
@@ -30,73 +60,6 @@ _deadline_s = operator.itemgetter(0)
 
 def _latest_first(entry: Entry) -> tuple[float, int]:
     return -entry[0], -entry[1]
-
-
-class Queue(Protocol):
-    """A queue of items with deadlines, as server, simulator and `dispatch` use it. The caller holds a lock.
-
-    An item is any object: a query in the server, a number in the simulator. `push` takes an item with its deadline, its floor
-    (the lowest accepted accuracy, 0 accepts any) and its length in tokens (0 if unknown).
-
-    The **head** is the first item of the next batch. An item is **eligible** if it could be in the head's batch. **Work** is
-    measured in queries if inputs have one shape, else in milliseconds of a worker.
-
-        pushed            work of all items since the beginning
-        dispersion        variance / mean of the work that arrives per second, if arrivals are independent
-        head_work         work of one item like the head
-        head_length       length bucket of the head, 0 if inputs have one shape; undefined if the queue is empty
-        head_deadline_s   deadline of the head; infinite if the queue is empty
-        eligible, late    number of eligible items, and how many of them are deferred
-
-        choose_head       choose the head of a batch that starts at `now_s`, and return `head_length`
-        push, push_all    add one item; add items that share a deadline and a floor
-        pop               take up to `n` eligible items, the head first; stop at a floor above `accuracy`
-        defer             move items with deadlines before `before_s` behind all others, for good; return their number
-        set_aside         take out the items that `defer` would move, and return them for `put_back`
-        put_back          put the result of `set_aside` back. No item may be added between the two calls
-        drop_late         drop items that are `done` (cancelled or answered) from the front of the deferred items
-        sweep             drop all items that are `done`, in O(n)
-        pop_before        take every item with a deadline before `before_s`, deferred or not
-        pop_above         take every item whose floor exceeds `accuracy`
-        due_by            work of the items with deadlines up to `time_s`, without deferred ones / work of the head
-        head              the head, left in place; None if the queue is empty
-        head_floors       floors of the first `n` items in the order of `pop`; `()` if no item has a floor
-        items, drain      all items: `items` leaves them in the queue, `drain` takes them
-        retime            measure work by another profile from now on, also for items pushed before
-    """
-
-    @property
-    def pushed(self) -> float: ...
-    @property
-    def dispersion(self) -> float: ...
-    @property
-    def head_work(self) -> float: ...
-    @property
-    def head_length(self) -> int: ...
-    @property
-    def head_deadline_s(self) -> float: ...
-    @property
-    def eligible(self) -> int: ...
-    @property
-    def late(self) -> int: ...
-    def __len__(self) -> int: ...
-    def choose_head(self, now_s: float) -> int: ...
-    def push(self, deadline_s: float, item: Any, floor: float = 0.0, length: int = 0) -> None: ...
-    def push_all(self, deadline_s: float, items: Sequence[Any], floor: float = 0.0, lengths: Sequence[int] = ()) -> None: ...
-    def pop(self, n: int, accuracy: float = math.inf) -> list[Any]: ...
-    def defer(self, before_s: float) -> int: ...
-    def set_aside(self, before_s: float) -> Any: ...
-    def put_back(self, aside: Any) -> None: ...
-    def drop_late(self, done: Callable[[Any], bool]) -> None: ...
-    def sweep(self, done: Callable[[Any], bool]) -> None: ...
-    def pop_before(self, before_s: float) -> list[Any]: ...
-    def pop_above(self, accuracy: float) -> list[Any]: ...
-    def due_by(self, time_s: float) -> float: ...
-    def head(self) -> Any: ...
-    def head_floors(self, n: int) -> tuple[float, ...]: ...
-    def items(self) -> list[Any]: ...
-    def drain(self) -> list[Any]: ...
-    def retime(self, profile: Profile) -> None: ...
 
 
 class DeadlineQueue:
@@ -133,10 +96,7 @@ class DeadlineQueue:
     def choose_head(self, now_s: float) -> int:
         return 0
 
-    @property
-    def eligible(self) -> int:
-        """Number of all items, since every item could be in the next batch."""
-        return len(self._fifo) + len(self._early) + len(self._deferred)
+    eligible = property(__len__, doc="Number of all items, since every item could be in the next batch.")
 
     @property
     def late(self) -> int:
@@ -205,12 +165,7 @@ class DeadlineQueue:
             self._floored -= self._deferred.popleft()[2] > 0
 
     def sweep(self, done: Callable[[Any], bool]) -> None:
-        for entries in (self._fifo, self._early, self._deferred):
-            kept = [entry for entry in entries if not done(entry[3])]
-            entries.clear()
-            entries.extend(kept)
-        if self._floored:
-            self._floored = sum(e[2] > 0 for e in itertools.chain(self._fifo, self._early, self._deferred))
+        self._remove(lambda entry: done(entry[3]))
 
     def pop_before(self, before_s: float) -> list[Any]:
         self.defer(before_s)
@@ -221,27 +176,19 @@ class DeadlineQueue:
         return [entry[3] for entry in taken]
 
     def pop_above(self, accuracy: float) -> list[Any]:
-        if not self._floored:
-            return []
-        taken = [e for entries in (self._fifo, self._early, self._deferred) for e in entries if e[2] > accuracy]
-        if taken:
-            self._fifo = collections.deque(e for e in self._fifo if e[2] <= accuracy)
-            self._early = [e for e in self._early if e[2] <= accuracy]
-            self._deferred = collections.deque(e for e in self._deferred if e[2] <= accuracy)
-            self._floored -= len(taken)
-        return [e[3] for e in taken]
+        return self._remove(lambda entry: entry[2] > accuracy) if self._floored else []
 
     def retime(self, profile: Profile) -> None:
-        """See `Queue.retime`. Work is a number of items here, whatever the profile."""
+        """Work is a number of items here, whatever the profile."""
 
     def due_by(self, time_s: float) -> int:
-        """See `Queue.due_by`. O(log n)."""
+        """O(log n)."""
         fifo, early = self._fifo, self._early
         count = len(fifo) if fifo and fifo[-1][0] <= time_s else bisect.bisect_right(fifo, time_s, key=_deadline_s)
         return count + len(early) - bisect.bisect_left(early, (-time_s,), key=_latest_first) if early else count
 
     def head(self) -> Any:
-        """See `Queue.head`: the earliest deadline, deferred items last."""
+        """The earliest deadline, deferred items last."""
         entry = self._head()
         return None if entry is None else entry[3]
 
@@ -273,3 +220,15 @@ class DeadlineQueue:
             self._early.pop()
         else:
             (self._fifo or self._deferred).popleft()
+
+    def _remove(self, wanted: Callable[[Entry], bool]) -> list[Any]:
+        """Take every item whose entry is wanted. O(n)."""
+        taken: list[Entry] = []
+        for entries in (self._fifo, self._early, self._deferred):
+            kept = []
+            for entry in entries:
+                (taken if wanted(entry) else kept).append(entry)
+            entries.clear()
+            entries.extend(kept)
+        self._floored -= sum(entry[2] > 0 for entry in taken)
+        return [entry[3] for entry in taken]

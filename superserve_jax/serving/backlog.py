@@ -8,8 +8,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.arrivals import ArrivalMeter
-from superserve_jax.scheduling.length_queue import LengthQueue
-from superserve_jax.scheduling.queue import Queue
+from superserve_jax.scheduling.length_queue import LengthQueue, Queue
 from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.serving.flight import Failure, Flight, inference_error
 from superserve_jax.serving.futures import Query

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
-from superserve_jax.scheduling.queue import Queue
+from superserve_jax.scheduling.length_queue import Queue
 from superserve_jax.serving.futures import Query
 
 
