@@ -35,8 +35,8 @@ def tokens(seed=0):
 
 
 def sandwich_of(config, **options):
-    sampler = Sampler(config, buckets=2, random_subnets=1, seed=0)
-    return SandwichStep(optax.sgd(1.0), **options), sampler.step(0)
+    sampler = Sampler(config, buckets=2, random_subnets=2, seed=0)
+    return SandwichStep(optax.sgd(1.0), **options), sampler.step(3)
 
 
 def copied(params):
@@ -124,24 +124,38 @@ def saved_teacher(tmp_path, config, seed=3):
     return exports.export(tmp_path / "teacher", model, served, measured="random weights")
 
 
-def test_an_outside_teacher_teaches_every_subnet(tmp_path):
-    path = saved_teacher(tmp_path, MLP)
-    params, images = random_params(MLP), random_images(MLP, 4)
-    recipe = Recipe(teacher_weight=0.5)
-    outside = teacher.load(path, MLP)
-    sandwich, choices = sandwich_of(MLP, recipe=recipe)
-    lesson = outside(recipe, images)
-    state, _ = sandwich(sandwich.init(copied(params)), images, LABELS, choices, lesson=lesson)
+@pytest.mark.parametrize(
+    ("config", "recipe", "taught"),
+    [(MLP, Recipe(smoothing=0.1), False), (MLP, Recipe(teacher_weight=0.5), True), (BERT, Recipe(hidden_weight=2.0), False)],
+    ids=["the largest subnet teaches", "an outside teacher", "hidden states"],
+)
+def test_a_step_sums_the_gradients_of_the_sandwich(tmp_path, config, recipe, taught):
+    """Compares the step with the gradient of the same losses written as one function."""
+    sandwich, choices = sandwich_of(config, recipe=recipe)
+    params, inputs = random_params(config), tokens() if config is BERT else random_images(config, 4)
+    lesson = teacher.load(saved_teacher(tmp_path, config), config)(recipe, inputs) if taught else None
+    state, scalars = sandwich(sandwich.init(copied(params)), inputs, LABELS, choices, lesson=lesson)
 
     def total(params):
-        logits = [c.program.train(params, images, c.program.active(c.subnet))[0] for c in choices]
-        first = losses.cross_entropy(logits[0], LABELS) + 0.5 * losses.distillation(logits[0], lesson.logits)
-        return first + sum(losses.distillation(other, lesson.logits) for other in logits[1:])
+        train = "train_hidden" if recipe.hidden_weight else "train"
+        answers = [getattr(c.program, train)(params, inputs, c.program.active(c.subnet)) for c in choices]
+        (own, states), *others = answers
+        first = losses.cross_entropy(own, LABELS, smoothing=recipe.smoothing)
+        if lesson:
+            first += recipe.teacher_weight * losses.distillation(own, lesson.logits)
+        result = first + sum(losses.distillation(logits, lesson.logits if lesson else own) for logits, _ in others)
+        if recipe.hidden_weight:
+            for choice, (_, hidden) in zip(choices[1:], others, strict=True):
+                kept = [i for i, gate in enumerate(choice.subnet.gates) if gate]
+                distances = [jnp.mean((hidden[i][1] - jax.lax.stop_gradient(states[i][1])) ** 2) for i in kept]
+                result += recipe.hidden_weight * sum(distances) / len(kept)
+        return result, first
 
-    grads = jax.jit(jax.grad(total))(params)
+    grads, first = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert scalars["loss"] == pytest.approx(float(first), rel=1e-5)
     largest = max(float(np.abs(g).max()) for g in grads.values())
     for name, g in grads.items():
-        np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=1e-4 * largest, err_msg=name)
+        np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=2e-4 * largest, err_msg=name)
 
 
 def test_a_lesson_is_what_the_teachers_largest_subnet_answers(tmp_path):
@@ -151,28 +165,6 @@ def test_a_lesson_is_what_the_teachers_largest_subnet_answers(tmp_path):
     np.testing.assert_allclose(
         lesson.logits, model(images, model.space.largest()), rtol=0, atol=1e-5 * np.abs(lesson.logits).max()
     )
-
-
-def test_hidden_states_of_kept_layers_are_drawn_to_the_largest_subnets():
-    recipe = Recipe(hidden_weight=2.0)
-    sandwich, choices = sandwich_of(BERT, recipe=recipe)
-    params, inputs = random_params(BERT), tokens()
-    state, _ = sandwich(sandwich.init(copied(params)), inputs, LABELS, choices)
-
-    def total(params):
-        answers = [c.program.train_hidden(params, inputs, c.program.active(c.subnet)) for c in choices]
-        result = losses.cross_entropy(answers[0][0], LABELS)
-        states = [jax.lax.stop_gradient(x) for _, x in answers[0][1]]
-        for choice, (logits, hidden) in zip(choices[1:], answers[1:], strict=True):
-            result += losses.distillation(logits, answers[0][0])
-            kept = [i for i, gate in enumerate(choice.subnet.gates) if gate]
-            result += 2.0 * sum(jnp.mean((hidden[i][1] - states[i]) ** 2) for i in kept) / len(kept)
-        return result
-
-    grads = jax.jit(jax.grad(total))(params)
-    largest = max(float(np.abs(g).max()) for g in grads.values())
-    for name, g in grads.items():
-        np.testing.assert_allclose(params[name] - state.params[name], g, rtol=0, atol=2e-4 * largest, err_msg=name)
 
 
 def test_hidden_states_of_a_family_without_or_of_another_shape_are_refused(tmp_path):
@@ -233,12 +225,3 @@ def test_half_precision_multiplies_in_bfloat16(config):
     products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
     assert len(products) > 5
     assert not [line for line in products if re.search(r"\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", line)]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("ema", 1.0, "ema"), ("compute_dtype", "float16", "did you mean"), ("eval_every", -1, "eval_every")],
-)
-def test_a_recipe_that_cannot_work_is_refused_by_name(field, value, message):
-    with pytest.raises(errors.SuperServeError, match=message):
-        dataclasses.replace(CONFIG, **{field: value})
