@@ -1,4 +1,6 @@
-"""A dataset of noise, and a program that trains on it. Tests kill the program, fill its disk or give it 8 devices.
+"""A dataset of noise, a short run on it, and a program that trains on it.
+
+Tests kill the program, fill its disk or give it 8 devices:
 
     python tests/helpers/noise.py WORKDIR SPEC.json
 
@@ -6,16 +8,29 @@ SPEC holds changes to the config and two more keys. "pause_s" is the time to wai
 one line per step: the step, a hash of its batch, and its subnets.
 """
 
+import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import sys
 import time
 
+import jax
 import numpy as np
+from mlp_family import MLPConfig
 from tiny import batches_of
 
-DEBUG = pathlib.Path(__file__).parents[2] / "configs" / "debug.py"
+from superserve_jax import errors
+from superserve_jax.supernets import programs
+from superserve_jax.training import loop
+from superserve_jax.training.config import config_from_json, config_to_json, load_config
+from superserve_jax.training.step import SandwichStep
+
+DEBUG = load_config(pathlib.Path(__file__).parents[2] / "configs" / "debug.py")
+RESNET = dataclasses.replace(DEBUG, epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
+MODEL = MLPConfig(image_size=32, depths=(0, 1, 2, 3), widths=(4, 8, 12, 16))
+CONFIG = dataclasses.replace(RESNET, model=MODEL)  # an MLP compiles in less time
 
 
 class Noise:
@@ -49,14 +64,29 @@ class Noise:
         yield from batches_of(images, labels, batch_size)()
 
 
+def state_of(run):
+    """Parameters, optimiser state and average of the last checkpoint, by path."""
+    sandwich = SandwichStep(run.config.optim.create(1), ema=run.config.ema)
+    specs = jax.eval_shape(sandwich.init, programs.param_spec(run.config.model))
+    with run.checkpoints() as saved:
+        found = saved.restore(saved.latest(), **specs._asdict())
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def metrics_of(run):
+    """The training metrics, without times."""
+    return [{name: value for name, value in line.items() if name != "examples_per_s"} for line in run.metrics()]
+
+
+def assert_same_state(a, b):
+    """Checks that the last checkpoints of two runs are equal, bit by bit. Each is a run, or what `state_of` returned."""
+    a, b = (each if isinstance(each, dict) else state_of(each) for each in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
 def main() -> None:
-    import logging
-
-    from superserve_jax import errors
-    from superserve_jax.training import loop
-    from superserve_jax.training.config import config_from_json, config_to_json, load_config
-    from superserve_jax.training.step import SandwichStep
-
     workdir, spec = sys.argv[1], json.loads(pathlib.Path(sys.argv[2]).read_text())
     log, pause_s = spec.pop("log", None), spec.pop("pause_s", 0.0)
     real = SandwichStep.__call__
@@ -73,8 +103,7 @@ def main() -> None:
         SandwichStep.__call__ = logged
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        old = config_to_json(load_config(DEBUG))
-        loop.train(config_from_json({**old, **spec}), workdir, dataset=Noise())
+        loop.train(config_from_json({**config_to_json(DEBUG), **spec}), workdir, dataset=Noise())
     except errors.SuperServeError as e:
         sys.exit(f"error: {e}")
 

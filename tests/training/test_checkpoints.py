@@ -7,34 +7,28 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import resource
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 
+import jax
+import noise
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from mlp_family import MLPConfig
-from noise import DEBUG, Noise
+from noise import DEBUG, RESNET, assert_same_state
+from tensorboardX.proto import event_pb2
 
 from superserve_jax import errors
 from superserve_jax.training import loop, rewiring, stages
-from superserve_jax.training.config import Phase, load_config
+from superserve_jax.training.config import Phase
 from superserve_jax.training.runs import Run
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "helpers" / "noise.py"
-
-
-@pytest.fixture
-def resnet():
-    return dataclasses.replace(load_config(DEBUG), epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
-
-
-@pytest.fixture
-def config(resnet):
-    return dataclasses.replace(resnet, model=MLPConfig(image_size=32))  # an MLP compiles in less time
+pytestmark = pytest.mark.usefixtures("on_noise")
 
 
 def start(folder, name, *, devices=1, limit_bytes=None, **spec):
@@ -51,7 +45,7 @@ def start(folder, name, *, devices=1, limit_bytes=None, **spec):
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder / name), str(path)],
+        [sys.executable, noise.__file__, str(folder / name), str(path)],
         env={**os.environ, **compiled, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -70,26 +64,6 @@ def steps(folder, name):
     """The log entry of each step of a process; of the last run, if the step ran several times."""
     lines = [json.loads(line) for line in (folder / f"{name}.log").read_text().splitlines()]
     return {line["step"]: (line["batch"], line["subnets"]) for line in lines}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def everything(run):
-    """Parameters, optimiser state and average of the last checkpoint, by path."""
-    import jax
-
-    from superserve_jax.supernets import programs
-    from superserve_jax.training.step import SandwichStep
-
-    sandwich = SandwichStep(run.config.optim.create(1), ema=run.config.ema)
-    specs = jax.eval_shape(sandwich.init, programs.param_spec(run.config.model))
-    with run.checkpoints() as saved:
-        found = saved.restore(saved.latest(), **specs._asdict())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
 # -- killed ----------------------------------------------------------------------------------------------------------------
@@ -116,18 +90,14 @@ def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
     assert deaths >= 3
     assert steps(tmp_path, "killed") == steps(tmp_path, "undisturbed")
     killed, undisturbed = (Run.open(tmp_path / name) for name in ("killed", "undisturbed"))
-    assert_same(everything(killed), everything(undisturbed))
-    drop = {"examples_per_s"}
-    courses = ([{k: v for k, v in m.items() if k not in drop} for m in run.metrics()] for run in (killed, undisturbed))
-    assert next(courses) == next(courses)
+    assert_same_state(killed, undisturbed)
+    assert noise.metrics_of(killed) == noise.metrics_of(undisturbed)
 
 
 # -- damaged ---------------------------------------------------------------------------------------------------------------
 
 
-def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and_says_so(config, tmp_path, caplog):
-    undisturbed = loop.train(config, tmp_path / "a", dataset=Noise())
-    run = loop.train(config, tmp_path / "b", dataset=Noise())
+def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and_says_so(config, finished, run, caplog):
     files = [p for p in sorted((run.workdir / "checkpoints" / "12").rglob("*")) if p.is_file() and p.stat().st_size]
     victim = max(files, key=lambda p: p.stat().st_size)
     content = bytearray(victim.read_bytes())
@@ -137,48 +107,45 @@ def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and
         assert saved.latest() == 8
     assert "checkpoint of step 12" in caplog.text
     assert victim.name in caplog.text
-    again = loop.train(config, tmp_path / "b", dataset=Noise())
-    assert_same(everything(again), everything(undisturbed))
+    assert_same_state(loop.train(config, run.workdir), finished)
 
 
-def test_a_run_that_resumes_at_the_start_of_a_phase_is_rewired_as_before(resnet, tmp_path, monkeypatch):
+def test_a_run_that_resumes_at_the_start_of_a_phase_is_rewired_as_before(tmp_path, monkeypatch):
     frozen, elastic = Phase(elastic=()), Phase(rewire=True)
-    config = dataclasses.replace(resnet, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
+    config = dataclasses.replace(RESNET, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
     calls, real = [], rewiring.reorder
     monkeypatch.setattr(rewiring, "reorder", lambda *a: calls.append(a) or real(*a))
-    run = loop.train(config, tmp_path / "run", dataset=Noise())
+    run = loop.train(config, tmp_path / "run")
     assert len(calls) == 1
     assert any((order != np.arange(len(order))).any() for order in calls[0][2])
     assert "loss_smallest" not in run.metrics()[0]
-    expected = everything(run)
+    expected = noise.state_of(run)
     [victim, *_] = [p for p in (run.workdir / "checkpoints" / "8").rglob("*") if p.is_file()]
     victim.write_bytes(b"torn")
-    again = loop.train(config, tmp_path / "run", dataset=Noise())
+    again = loop.train(config, tmp_path / "run")
     assert len(calls) == 2
-    assert_same(everything(again), expected)
+    assert_same_state(again, expected)
 
 
-def test_a_bit_flipped_in_any_file_is_noticed(config, tmp_path):
-    run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
-    folder, saved = run.workdir / "checkpoints" / "4", run.checkpoints()
+def test_a_bit_flipped_in_any_file_is_noticed(run):
+    folder, saved = run.workdir / "checkpoints" / "12", run.checkpoints()
     files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
     assert len(files) > 5
     for path in files:
         good = path.read_bytes()
         path.write_bytes(bytes([good[0] ^ 4]) + good[1:])
-        assert saved.damage(4) == f"file {path.relative_to(folder)}"
+        assert saved.damage(12) == f"file {path.relative_to(folder)}"
         path.write_bytes(good)
-    assert saved.damage(4) is None
+    assert saved.damage(12) is None
     (folder / "more").write_text("x")
-    assert saved.damage(4) == "file more"
+    assert saved.damage(12) == "file more"
     (folder / "more").unlink()
     files[0].unlink()
-    assert saved.damage(4) == f"file {files[0].relative_to(folder)}"
+    assert saved.damage(12) == f"file {files[0].relative_to(folder)}"
     saved.__exit__()
 
 
-def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_and_costs_no_other(config, tmp_path, caplog):
-    run = loop.train(config, tmp_path / "run", dataset=Noise())
+def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_and_costs_no_other(run, caplog):
     assert sorted(p.name for p in (run.workdir / "checksums").iterdir()) == ["12.json", "8.json"]
     path = run.workdir / "checksums" / "12.json"
     good = path.read_bytes()
@@ -193,18 +160,17 @@ def test_a_checkpoint_whose_sums_were_not_written_or_are_damaged_does_not_count_
         assert saved.latest() == 12  # who only reads has removed nothing
 
 
-def test_a_run_without_an_undamaged_checkpoint_has_no_model_and_logs_why(config, tmp_path, caplog):
-    run = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "run", dataset=Noise())
-    (run.workdir / "checksums" / "4.json").unlink()
+def test_a_run_without_an_undamaged_checkpoint_has_no_model_and_logs_why(run, caplog):
+    shutil.rmtree(run.workdir / "checksums")
     with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
         run.model()
     assert "there is none before it" in caplog.text
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(resnet, tmp_path):
+def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(tmp_path):
     settings = {"epochs": 1.2, "checkpoint_every": 4, "log_every": 2, "ema": 0.5}
-    run = loop.train(resnet, tmp_path / "a", dataset=Noise())
+    run = loop.train(RESNET, tmp_path / "a")
     largest = max(p.stat().st_size for p in (run.workdir / "checkpoints").rglob("*") if p.is_file())
     process = start(tmp_path, "full", limit_bytes=largest // 2, **settings)
     _, stderr = process.communicate(timeout=300)
@@ -214,12 +180,10 @@ def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(resnet, tmp_
     assert stderr.rstrip().splitlines()[-1].startswith("error: the checkpoint of step 12 could not be written")
     assert stderr.rstrip().endswith("make room on the disk and run the same command to go on from step 0 of 12")
     finish(start(tmp_path, "full", **settings))
-    assert_same(everything(Run.open(tmp_path / "full")), everything(run))
+    assert_same_state(Run.open(tmp_path / "full"), run)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
-
     run = Run.create(config, tmp_path / "run")
     with run.checkpoints() as saved:
         saved.save(1, params={"a": np.arange(3.0)})
@@ -251,7 +215,7 @@ def test_one_and_eight_devices_have_the_same_losses(tmp_path):
         "eval_every": 10,
     }
     settings["phases"] = [{"share": 1, "elastic": []}, {"share": 3, "rewire": True}]
-    teacher = loop.train(dataclasses.replace(load_config(DEBUG), epochs=0.2), tmp_path / "teacher", dataset=Noise())
+    teacher = loop.train(dataclasses.replace(DEBUG, epochs=0.2), tmp_path / "teacher")
     stages.calibrate(teacher, [teacher.config.model.space().largest()])
     settings["distill"] = {"teacher": str(teacher.workdir), "weight": 0.5}
     for name, devices in (("one", 1), ("eight", 8)):
@@ -267,25 +231,20 @@ def test_one_and_eight_devices_have_the_same_losses(tmp_path):
 
 
 def test_a_batch_that_the_devices_cannot_divide_is_refused(config, monkeypatch, tmp_path):
-    import jax
-
     monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
     with pytest.raises(errors.ConfigError, match="batch_size must be a multiple of the number of devices, which is 3; got 64"):
-        loop.train(config, tmp_path / "run", dataset=Noise())
+        loop.train(config, tmp_path / "run")
 
 
 # -- the course ------------------------------------------------------------------------------------------------------------
 
 
-def test_validation_during_training_is_written_as_lines_and_for_tensorboard(config, tmp_path):
-    run = loop.train(dataclasses.replace(config, eval_every=6), tmp_path / "run", dataset=Noise())
+def test_validation_is_written_as_lines_and_for_tensorboard_and_does_not_change_training(config, finished, tmp_path):
+    run = loop.train(dataclasses.replace(config, eval_every=6), tmp_path / "run")
+    assert_same_state(run, finished)
     lines = [json.loads(line) for line in (run.workdir / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [6, 12]
     assert all(0 <= line[name] <= 1 for line in lines for name in ("smallest", "middle", "largest"))
-    import struct
-
-    from tensorboardX.proto import event_pb2
-
     [path] = (run.workdir / "tensorboard").iterdir()
     content, tags, place = path.read_bytes(), {}, 0
     while place < len(content):  # TFRecord: length, its checksum, the event, its checksum
@@ -296,9 +255,3 @@ def test_validation_during_training_is_written_as_lines_and_for_tensorboard(conf
         place += 16 + length
     assert tags["validation/largest", 12] == pytest.approx(lines[-1]["largest"])
     assert tags["train/loss", 2] == pytest.approx(run.metrics()[0]["loss"])
-
-
-def test_validation_does_not_change_training(config, tmp_path):
-    plain = loop.train(dataclasses.replace(config, epochs=0.4), tmp_path / "a", dataset=Noise())
-    watched = loop.train(dataclasses.replace(config, epochs=0.4, eval_every=2), tmp_path / "b", dataset=Noise())
-    assert_same(everything(plain), everything(watched))

@@ -35,7 +35,7 @@ def tokens(seed=0):
 
 
 def sandwich_of(config, **options):
-    sampler = Sampler(config, buckets=2, random_subnets=2, seed=0)
+    sampler = Sampler(config, buckets=2, random_subnets=1, seed=0)
     return SandwichStep(optax.sgd(1.0), **options), sampler.step(3)
 
 
