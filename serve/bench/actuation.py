@@ -42,7 +42,7 @@ from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
-from superserve_jax.supernets import programs, reads
+from superserve_jax.supernets import programs
 from superserve_jax.training import random_export
 
 CANDIDATES = 500  # subnets in the export of a config file; some of them are measured
@@ -228,7 +228,7 @@ def time_ms(call: Callable[[], Any]) -> float:
 def slices_of(model: Model, subnet: Subnet, device: Device) -> Callable[[], Any]:
     """A function that makes a subnet's slices, as the engine does if they are not kept."""
     program = programs.sliced(model.config, subnet)
-    slicer = executables.compile_slicer(program, tuple(reads.used_leaves(program).items()), device)
+    slicer = executables.compile_slicer(program, tuple(programs.used_leaves(program).items()), device)
     values = tuple(model.params[name] for name, _ in slicer.leaves)
     return lambda: jax.block_until_ready(slicer.call(values))
 

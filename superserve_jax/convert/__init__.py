@@ -10,8 +10,34 @@
 A state dict is a mapping of arrays, or the path of a .npz, .safetensors, .pth, .pt or .bin file.
 """
 
-from superserve_jax.convert.families import weights
+from typing import Any
+
+from superserve_jax import errors
+from superserve_jax.convert import hugging_face, once_for_all, state_dict
 from superserve_jax.convert.hugging_face import bert
 from superserve_jax.convert.once_for_all import ofa_arch, ofa_resnet, ofa_subnet
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.supernets.family import FamilyConfig
+from superserve_jax.supernets.supernet import SuperNet
 
 __all__ = ["bert", "ofa_arch", "ofa_resnet", "ofa_subnet", "weights"]
+
+_FILL = {OFAResNetConfig.family: once_for_all.fill, DynaBERTConfig.family: hugging_face.fill}
+
+
+def weights(state: Any, config: FamilyConfig) -> SuperNet:
+    """The SuperNet of `config` with the weights of a state dict from once-for-all or Hugging Face.
+
+    Args:
+      state: a mapping of arrays, or a file, see `state_dict.read`.
+      config: an `OFAResNetConfig` or a `DynaBERTConfig`.
+
+    Raises:
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConfigError: the other project has no network with this config.
+      UnknownNameError: weights of other projects cannot be converted to this family.
+    """
+    if config.family not in _FILL:
+        raise errors.unknown_name("family with weights of other projects", config.family, _FILL)
+    return _FILL[config.family](config, state_dict.read(state))

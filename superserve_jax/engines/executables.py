@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from superserve_jax import progress
 from superserve_jax.engines.cache import Device, Executable, ExecutableCache, Leaves
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs, reads
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Program
 
@@ -85,7 +85,7 @@ def build(
 def compile_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Executable:
     """Traces, lowers and compiles a program. `length` is 0 if all inputs have one shape. `kept`: it takes kept slices."""
     full = programs.param_spec(program.config)
-    leaves = tuple((name, shape if kept else full[name].shape) for name, shape in reads.used_leaves(program).items())
+    leaves = tuple((name, shape if kept else full[name].shape) for name, shape in programs.used_leaves(program).items())
     names = tuple(name for name, _ in leaves)
 
     def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
@@ -230,6 +230,6 @@ def fit(config: FamilyConfig, envelope: Subnet, slice_bytes: int) -> bool:
     smallest = config.space().smallest()
     if read_bytes - 4 * config.num_params(smallest) > slice_bytes:
         return False
-    full, read = programs.param_spec(config), reads.used_leaves(programs.sliced(config, smallest))
+    full, read = programs.param_spec(config), programs.used_leaves(programs.sliced(config, smallest))
     whole_bytes = 4 * sum(math.prod(shape) for name, shape in read.items() if shape == full[name].shape)
     return read_bytes - whole_bytes <= slice_bytes

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from superserve_jax import errors, layers, ops
 from superserve_jax.space import Axis, SearchSpace, check_depths
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.units import Units
+from superserve_jax.supernets.family import Units
 
 _PROJECTIONS = ("query", "key", "value")
 

@@ -4,9 +4,8 @@ Read `family.py` first, then `programs.py`. Call `check` to verify a family that
 """
 
 from superserve_jax.supernets.checking import check
-from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig
+from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig, Units
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
-from superserve_jax.supernets.units import Units
 
 __all__ = ["FamilyConfig", "Program", "RewirableConfig", "SequenceConfig", "SuperNet", "Units", "check"]

@@ -16,7 +16,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs, reads
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig
 
 _SIZED, _TRACED = 16, 3  # numbers of subnets whose sizes are checked, and that are traced
@@ -92,7 +92,7 @@ def _check_counts(config: FamilyConfig, subnet: Subnet) -> None:
     flops, params = config.flops(subnet), config.num_params(subnet)
     counted = multiply_adds(jaxpr)
     _demand(config, flops == counted, "flops", flops, f"the multiply-adds of its program, {counted}", subnet)
-    counted = sum(math.prod(s) for s in reads.read_shapes(jaxpr, sorted(programs.param_spec(config))).values())
+    counted = sum(math.prod(s) for s in programs.read_shapes(jaxpr, sorted(programs.param_spec(config))).values())
     _demand(config, params == counted, "num_params", params, f"the weights that its program reads, {counted}", subnet)
 
 

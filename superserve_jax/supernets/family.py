@@ -5,6 +5,7 @@ family offers. The other two Protocols are optional parts. Test for a part with 
 `supernets.check` verifies a new family; `families/ofa_resnet.py` is the example to follow.
 """
 
+import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -13,7 +14,6 @@ from flax import nnx
 
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.units import Units
 
 
 @runtime_checkable
@@ -60,6 +60,24 @@ class FamilyConfig(Protocol):
     def num_params(self, subnet: Subnet, /) -> int:
         """Number of weights that the subnet needs on its own, without statistics."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Units of one layer: what its elastic width counts, such as heads, neurons or channels. A subnet runs the first units.
+
+    If all their parameters move with them, reordering them does not change the whole network's output.
+
+    Args:
+      count: number of units.
+      writers: (dotted path, axis) of each parameter that produces the units. The axis holds the units one after another,
+        each with length / count consecutive entries.
+      reader: (dotted path, axis) of the weight that their output is multiplied with next.
+    """
+
+    count: int
+    writers: tuple[tuple[str, int], ...]
+    reader: tuple[str, int]
 
 
 @runtime_checkable

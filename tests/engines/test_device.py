@@ -15,7 +15,7 @@ from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
-from superserve_jax.supernets import programs, reads
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 BERT = DynaBERTConfig(vocab_size=20, num_classes=2, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8, 16))
@@ -63,7 +63,7 @@ def test_outputs_do_not_depend_on_subnet_buckets_and_slicing(model, make, slicin
 )
 def test_slices_hold_only_the_weights_of_the_subnet(config, subnet_list):
     for subnet in subnet_list:
-        leaves = reads.used_leaves(programs.sliced(config, subnet))
+        leaves = programs.used_leaves(programs.sliced(config, subnet))
         assert sum(int(np.prod(shape)) for shape in leaves.values()) == config.num_params(subnet)
 
 

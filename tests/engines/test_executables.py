@@ -14,7 +14,7 @@ from superserve_jax import errors, exports
 from superserve_jax.engines import executables, prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Served
-from superserve_jax.supernets import programs, reads
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 BATCHES = (1, 4)
@@ -74,7 +74,7 @@ def test_weights_exist_once_however_many_executables_share_them(model, slicing):
     read = sum(
         4 * int(np.prod(shape)) if slicing == "kept" else model.params[name].nbytes
         for program in program_list
-        for name, shape in reads.used_leaves(program).items()
+        for name, shape in programs.used_leaves(program).items()
     )
     grown = []
     for batch_sizes in ((1,), BATCHES):
@@ -165,7 +165,7 @@ class TestCache:
         first = self.answer(model)
         [entry] = self.root.glob("*.bin")
         assert self.root.stat().st_mode & 0o077 == 0
-        reads.used_leaves.cache_clear()
+        programs.used_leaves.cache_clear()
         before = [e for e in compilations() if "backend_compile" in e or "trace" in e]
         np.testing.assert_array_equal(self.answer(model), first)
         assert [e for e in compilations() if "backend_compile" in e or "trace" in e] == before

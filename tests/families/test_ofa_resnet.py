@@ -11,7 +11,7 @@ from tiny import CONFIGS, TINY
 from superserve_jax import errors
 from superserve_jax.families import ofa_resnet
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
-from superserve_jax.supernets import checking, programs, reads
+from superserve_jax.supernets import checking, programs
 
 PUBLISHED = OFAResNetConfig()
 
@@ -56,7 +56,7 @@ def test_parameters_count_the_weights_that_the_subnet_needs_on_its_own(name):
     largest = sum(int(np.prod(s.shape)) for s in programs.param_spec(config).values())
     assert config.num_params(config.space().largest()) == largest
     for subnet in list(config.space().enumerate())[::11]:
-        leaves = reads.used_leaves(programs.sliced(config, subnet))
+        leaves = programs.used_leaves(programs.sliced(config, subnet))
         assert config.num_params(subnet) == sum(math.prod(shape) for shape in leaves.values())
 
 

@@ -14,7 +14,7 @@ from superserve_jax import errors, supernets
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.families.subset import SingleSubnetConfig
-from superserve_jax.supernets.units import Units
+from superserve_jax.supernets.family import Units
 from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig
 
