@@ -76,7 +76,7 @@ class Traffic:
                     "github.com/Azure/AzurePublicDataset and name its file invocations_per_function_md.anon.d01.csv, or a "
                     "sample of it, with --maf-trace"
                 )
-            options["paths"] = maf_trace
+            options["path"] = maf_trace
         return dataclasses.replace(_PROCESSES[self.process](**options), name=self.name)
 
 
