@@ -11,7 +11,6 @@ import dataclasses
 import math
 
 import numpy as np
-from numpy import typing as npt
 
 from superserve_jax import errors
 
@@ -73,78 +72,66 @@ def mean_accuracy(deadline_s: np.ndarray, finish_s: np.ndarray, accuracy: np.nda
     return float(accuracy[met].mean()) if met.any() else math.nan
 
 
-def summary(
-    arrival_s: npt.ArrayLike, deadline_s: npt.ArrayLike, finish_s: npt.ArrayLike, accuracy: npt.ArrayLike
-) -> ReplaySummary:
-    """The metrics of a run. Raises DataError if the arrays differ in length or hold no query.
+def summary(arrival_s: np.ndarray, deadline_s: np.ndarray, finish_s: np.ndarray, accuracy: np.ndarray) -> ReplaySummary:
+    """The metrics of a run. Raises DataError if there are no queries.
 
-    >>> s = summary([0.0, 1.0], [0.5, 1.5], [0.25, 2.0], [0.7, 0.8])
+    >>> s = summary(*map(np.array, ([0.0, 1.0], [0.5, 1.5], [0.25, 2.0], [0.7, 0.8])))
     >>> s.attainment, s.accuracy, s.throughput_qps, s.goodput_qps
     (0.5, 0.7, 1.0, 0.5)
     """
-    arrival, deadline, finish, accuracies = _arrays(
-        arrival_s=arrival_s, deadline_s=deadline_s, finish_s=finish_s, accuracy=accuracy
-    )
-    met, answered = finish <= deadline, np.isfinite(finish)
-    latency_ms = 1e3 * (finish - arrival)[answered]
+    _check_queries(arrival_s)
+    met, answered = finish_s <= deadline_s, np.isfinite(finish_s)
+    latency_ms = 1e3 * (finish_s - arrival_s)[answered]
     p50, p99 = np.percentile(latency_ms, [50, 99]) if answered.any() else (math.nan, math.nan)
-    span_s = finish[answered].max() - arrival.min() if answered.any() else math.nan
+    span_s = finish_s[answered].max() - arrival_s.min() if answered.any() else math.inf
     return ReplaySummary(
-        queries=len(arrival),
-        attainment=attainment(deadline, finish),
-        accuracy=mean_accuracy(deadline, finish, accuracies),
+        queries=len(arrival_s),
+        attainment=attainment(deadline_s, finish_s),
+        accuracy=mean_accuracy(deadline_s, finish_s, accuracy),
         p50_ms=float(p50),
         p99_ms=float(p99),
-        throughput_qps=float(answered.sum() / span_s) if answered.any() else 0.0,
-        goodput_qps=float(met.sum() / span_s) if answered.any() else 0.0,
+        throughput_qps=float(answered.sum() / span_s),
+        goodput_qps=float(met.sum() / span_s),
     )
 
 
 def series(
-    arrival_s: npt.ArrayLike,
-    deadline_s: npt.ArrayLike,
-    finish_s: npt.ArrayLike,
-    accuracy: npt.ArrayLike,
-    batch: npt.ArrayLike,
+    arrival_s: np.ndarray,
+    deadline_s: np.ndarray,
+    finish_s: np.ndarray,
+    accuracy: np.ndarray,
+    batch: np.ndarray,
     *,
-    window_s: float = 0.1,
+    window_s: float,
 ) -> Series:
     """The metrics over time, in windows of `window_s` seconds from the first arrival. Raises DataError like `summary`.
 
-    >>> s = series([0.0, 0.5, 1.5], [1.0, 1.0, 2.0], [0.5, 3.0, 1.75], [0.7, 0.8, 0.9], [1, 1, 4], window_s=1.0)
+    >>> run = [0.0, 0.5, 1.5], [1.0, 1.0, 2.0], [0.5, 3.0, 1.75], [0.7, 0.8, 0.9], [1, 1, 4]
+    >>> s = series(*map(np.array, run), window_s=1.0)
     >>> s.rate_qps.tolist(), s.attainment.tolist(), s.accuracy.tolist(), s.batch.tolist()
     ([2.0, 1.0], [0.5, 1.0], [0.7, 0.9], [1.0, 4.0])
     """
-    if not 0 < window_s < math.inf:
-        raise errors.ConfigError(f"window_s must be a positive number of seconds, got {window_s}")
-    arrival, deadline, finish, accuracies, batches = _arrays(
-        arrival_s=arrival_s, deadline_s=deadline_s, finish_s=finish_s, accuracy=accuracy, batch=batch
-    )
-    met, answered = finish <= deadline, np.isfinite(finish)
-    start_s = arrival.min()
-    window = ((arrival - start_s) // window_s).astype(int)
+    _check_queries(arrival_s)
+    met, answered = finish_s <= deadline_s, np.isfinite(finish_s)
+    start_s = arrival_s.min()
+    window = ((arrival_s - start_s) // window_s).astype(int)
     windows = int(window.max()) + 1
 
-    def total(which: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
+    def total(which: np.ndarray | slice, values: np.ndarray | None = None) -> np.ndarray:
         weights = None if values is None else values[which]
         return np.bincount(window[which], weights, minlength=windows)
 
-    arrived = total(np.ones(len(arrival), bool))
+    arrived = total(slice(None))
     with np.errstate(invalid="ignore"):  # an empty window gives 0 / 0 = NaN
         return Series(
             time_s=start_s + window_s * (np.arange(windows) + 0.5),
             rate_qps=arrived / window_s,
             attainment=total(met) / arrived,
-            accuracy=total(met, accuracies) / total(met),
-            batch=total(answered, batches) / total(answered),
+            accuracy=total(met, accuracy) / total(met),
+            batch=total(answered, batch) / total(answered),
         )
 
 
-def _arrays(**columns: npt.ArrayLike) -> list[np.ndarray]:
-    arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
-    shapes = {name: a.shape for name, a in arrays.items()}
-    if len(set(shapes.values())) != 1 or next(iter(arrays.values())).ndim != 1:
-        raise errors.DataError(f"one element per query is needed in every array, got shapes {shapes}")
-    if not len(next(iter(arrays.values()))):
+def _check_queries(arrival_s: np.ndarray) -> None:
+    if not len(arrival_s):
         raise errors.DataError("no queries to summarise; submit at least one")
-    return list(arrays.values())
