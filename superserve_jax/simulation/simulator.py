@@ -138,10 +138,6 @@ class SimulationResult:
     worker: np.ndarray
     outcome: np.ndarray
 
-    def count(self, outcome: int) -> int:
-        """Number of queries with an outcome."""
-        return int((self.outcome == outcome).sum())
-
     @property
     def attainment(self) -> float:
         """See `metrics.attainment`."""

@@ -99,20 +99,6 @@ class Trace:
                 changes[what] = rng.choice(np.array(list(mix), np.float64), len(self), p=shares / shares.sum())
         return dataclasses.replace(self, **changes)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write CSV with the columns arrival_s, slo_ms, floor, and length if there are lengths.
-
-        `load` reads the same values, bit for bit.
-        """
-        names, values = ["arrival_s", "slo_ms", "floor"], [self.arrivals_s, self.slo_ms, self.floors]
-        if np.any(self.lengths):
-            names, values = [*names, "length"], [*values, np.asarray(self.lengths)]
-        columns = np.broadcast_arrays(*values)
-        with pathlib.Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            writer.writerows(zip(*(c.tolist() for c in columns), strict=True))
-
 
 def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
     """Read recorded arrivals: CSV with a column arrival_s and optional columns slo_ms, floor and length.
