@@ -13,7 +13,7 @@ from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.serving.flight import Failure, Flight, inference_error
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.options import Options
-from superserve_jax.serving.retries import Retries, Retry
+from superserve_jax.serving.retries import Retries
 from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import Outbox
 
@@ -31,27 +31,34 @@ class QueueLimits:
     """Limits of the queue. Cancelled queries take no room.
 
     Args:
-      lengths: the length buckets; `()` if all inputs have one shape. Then the limit in bytes becomes a number of queries.
-      max_queue, max_queue_bytes: see `options.ServerOptions`.
+      profile: has the length buckets. With one shape for all inputs, the limit in bytes becomes a number of queries.
+      options: have `max_queue` and `max_queue_bytes`.
       input_bytes: size of one input of the longest length.
     """
 
-    def __init__(self, lengths: Sequence[int], *, max_queue: int, max_queue_bytes: int, input_bytes: int):
-        self._max_queue, self._limit = max_queue, f"max_queue={max_queue}"
-        self._max_tokens, self._token_limit = math.inf, f"max_queue_bytes={max_queue_bytes}"
-        if max_queue * input_bytes <= max_queue_bytes:
-            pass  # even a full queue has fewer bytes
-        elif lengths:
-            self._max_tokens = max_queue_bytes * lengths[-1] // input_bytes
-        else:
-            self._max_queue, self._limit = max_queue_bytes // input_bytes, f"{self._token_limit} ({input_bytes} each)"
+    def __init__(self, profile: Profile, options: Options, *, input_bytes: int):
+        self._max_queue, self._limit = options.max_queue, f"max_queue={options.max_queue}"
+        self._max_tokens, self._token_limit = math.inf, f"max_queue_bytes={options.max_queue_bytes}"
+        if (most := options.max_queue_bytes // input_bytes) < options.max_queue:  # else even a full queue has fewer bytes
+            if len(profile.lengths) > 1:
+                self._max_tokens = options.max_queue_bytes * profile.lengths[-1] // input_bytes
+            else:
+                self._max_queue, self._limit = most, f"{self._token_limit} ({input_bytes} each)"
         self._until_sweep = 0  # refusals
 
-    def check(self, waiting: Queue, count: int, lengths: Sequence[int], discard: Callable[[Query], bool]) -> None:
-        """Raises QueueFullError if the queue has no room for `count` more queries.
+    def exceeded(self, waiting: Queue, count: int, lengths: Sequence[int]) -> str | None:
+        """The limit that `count` new queries would exceed, with these lengths if inputs have one. None if there is room."""
+        if len(waiting) + count > self._max_queue:
+            return self._limit
+        if self._max_tokens < math.inf and isinstance(waiting, LengthQueue) and waiting.tokens(lengths) > self._max_tokens:
+            return self._token_limit
+        return None
 
-        A full queue is first searched for cancelled queries, which takes 0.1 us per waiting query. If n queries are left, the
-        next search comes after n more refusals. So a refusal takes constant time on average.
+    def make_room(self, waiting: Queue, count: int, lengths: Sequence[int], discard: Callable[[Query], bool]) -> None:
+        """Searches a full queue for cancelled queries. Raises QueueFullError if it still has no room for the new queries.
+
+        A search takes 0.1 us per waiting query. If n queries are left, the next search comes after n more refusals. So a
+        refusal takes constant time on average.
 
         Args:
           waiting: the queue.
@@ -59,26 +66,15 @@ class QueueLimits:
           lengths: lengths of the new queries, if inputs have a length.
           discard: returns whether a query can be removed.
         """
-        if (limit := self._exceeded(waiting, count, lengths)) is None:
-            return
         self._until_sweep -= count
         if self._until_sweep <= 0:
             waiting.sweep(discard)
             self._until_sweep = len(waiting)
-            if (limit := self._exceeded(waiting, count, lengths)) is None:
-                return
-        raise errors.QueueFullError(
-            f"{len(waiting)} queries wait and {count} more would exceed {limit}; "
-            f"submit more slowly, add devices, or raise {limit.partition('=')[0]}"
-        )
-
-    def _exceeded(self, waiting: Queue, count: int, lengths: Sequence[int]) -> str | None:
-        """The limit that the new queries would exceed; None if there is room."""
-        if len(waiting) + count > self._max_queue:
-            return self._limit
-        if self._max_tokens < math.inf and isinstance(waiting, LengthQueue) and waiting.tokens(lengths) > self._max_tokens:
-            return self._token_limit
-        return None
+        if limit := self.exceeded(waiting, count, lengths):
+            raise errors.QueueFullError(
+                f"{len(waiting)} queries wait and {count} more would exceed {limit}; "
+                f"submit more slowly, add devices, or raise {limit.partition('=')[0]}"
+            )
 
 
 class Backlog:
@@ -104,22 +100,20 @@ class Backlog:
         self.best = self.fastest_s = math.inf
         self.retries = Retries(profile, max_tries=options.max_tries)
         self._has_lengths = len(profile.lengths) > 1
-        self._limits = QueueLimits(
-            profile.lengths if self._has_lengths else (),
-            max_queue=options.max_queue,
-            max_queue_bytes=options.max_queue_bytes,
-            input_bytes=input_bytes,
-        )
+        self._limits = QueueLimits(profile, options, input_bytes=input_bytes)
         self._admission = Admission(profile) if options.admission else None
         self._expire = options.expire
         self._outbox, self._counters = outbox, counters
 
     def __len__(self) -> int:
-        return len(self.queue) + self.retries.waiting()
+        return sum(map(len, self._queues()))
 
     def items(self) -> list[Query]:
         """Every query, left in place, in no order."""
-        return self.queue.items() + self.retries.items()
+        return [query for queue in self._queues() for query in queue.items()]
+
+    def _queues(self) -> list[Queue]:
+        return [self.queue, *(group.waiting for group in self.retries.groups)]
 
     # -- in ---------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +127,8 @@ class Backlog:
         if first.floor > self.best:  # `best` has fallen since `check_floor`
             raise self._floor_error(first)
         lengths = [query.length for query in queries] if self._has_lengths else ()
-        self._limits.check(self.queue, len(queries), lengths, self._discard)
+        if self._limits.exceeded(self.queue, len(queries), lengths):
+            self._limits.make_room(self.queue, len(queries), lengths, self._discard)
         self.meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
         if self._admission is not None and not self._admission.admits(
             self.queue,
@@ -184,10 +179,6 @@ class Backlog:
 
     # -- out --------------------------------------------------------------------------------------------------------------
 
-    def taken(self, retry: Retry) -> None:
-        """A batch has been taken from `retry`."""
-        self.retries.taken(retry)
-
     def prune(self, now_s: float) -> None:
         """Removes cancelled queries from the front of the queue. With `expire`, also drops queries that will be too late.
 
@@ -204,7 +195,7 @@ class Backlog:
 
     def fail_all(self, reason: Callable[[], errors.SuperServeError]) -> None:
         """Fails all waiting queries."""
-        for query in (*self.queue.drain(), *self.retries.drain()):
+        for query in [query for queue in self._queues() for query in queue.drain()]:
             if not self._discard(query):
                 self._counters.failed += 1
                 self._outbox.fail(query, reason())
@@ -218,7 +209,7 @@ class Backlog:
 
     def _refuse_above_best(self) -> None:
         """Fails queries whose floor exceeds `best`, which falls when a worker joins or the export is swapped."""
-        for query in self.queue.pop_above(self.best) + self.retries.pop_above(self.best):
+        for query in [query for queue in self._queues() for query in queue.pop_above(self.best)]:
             if not self._discard(query):
                 self._counters.failed += 1
                 self._outbox.fail(query, self._floor_error(query))
@@ -234,11 +225,11 @@ class Backlog:
         """Measures the waiting work by `profile` from now on."""
         if self._admission is not None:
             self._admission = Admission(profile)
-        pushed = self.queue.pushed
-        self.queue.retime(profile)
+        self.retries.profile, pushed = profile, self.queue.pushed
+        for queue in self._queues():
+            queue.retime(profile)
         if pushed:
             self.meter.rescale(self.queue.pushed / pushed)
-        self.retries.retime(profile)
 
     def _floor_error(self, query: Query) -> errors.SuperServeError:
         return errors.AccuracyFloorError(

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import length_queue
-from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.length_queue import Queue
 from superserve_jax.serving.futures import Query
 
@@ -29,14 +28,12 @@ class Retry:
 
     Args:
       waiting: the queries, in a queue like the server's, because a policy decides about queues.
-      meter: an empty arrival meter. Nothing arrives in a group.
       failures: number of batches that have failed with all of them.
       avoid: index of the worker on which the last batch failed.
       alone_on: indices of the workers on which a single query has failed alone.
     """
 
     waiting: Queue
-    meter: ArrivalMeter
     failures: int
     avoid: int
     alone_on: frozenset[int] = frozenset()
@@ -48,19 +45,14 @@ class Retries:
     Args:
       profile: the profile of the first worker. It measures the work of the groups.
       max_tries: how many batches with a query must fail before the query is given up.
+
+    Attributes:
+      groups: the groups. An empty one stays until the next `find`.
     """
 
     def __init__(self, profile: Profile, *, max_tries: int):
         self.groups: list[Retry] = []
-        self._profile, self._max_tries = profile, max_tries
-
-    def waiting(self) -> int:
-        """Number of waiting queries in all groups."""
-        return sum(len(group.waiting) for group in self.groups)
-
-    def items(self) -> list[Query]:
-        """Every query, left in place."""
-        return [query for group in self.groups for query in group.waiting.items()]
+        self.profile, self._max_tries = profile, max_tries
 
     def find(self, worker: int, *, workers: int) -> Retry | None:
         """The first group that `worker` may run: any that did not just fail on it, or any at all if it is the only worker.
@@ -69,46 +61,18 @@ class Retries:
           worker: index of the worker.
           workers: how many workers are alive.
         """
-        for group in self.groups:
-            if group.avoid != worker or workers == 1:
-                return group
-        return None
-
-    def taken(self, group: Retry) -> None:
-        """A batch has been taken from `group`. An empty group is removed."""
-        if not len(group.waiting):
-            self.groups.remove(group)
-
-    def drain(self) -> list[Query]:
-        """Takes every query."""
-        taken = [query for group in self.groups for query in group.waiting.drain()]
-        self.groups.clear()
-        return taken
-
-    def pop_above(self, accuracy: float) -> list[Query]:
-        """Takes every query whose floor exceeds `accuracy`."""
-        taken = [query for group in self.groups for query in group.waiting.pop_above(accuracy)]
         self.groups = [group for group in self.groups if len(group.waiting)]
-        return taken
+        return next((group for group in self.groups if group.avoid != worker or workers == 1), None)
 
-    def retime(self, profile: Profile) -> None:
-        """Measures work by `profile` from now on."""
-        self._profile = profile
-        for group in self.groups:
-            group.waiting.retime(profile)
-            group.meter = ArrivalMeter()  # the old one has counted in the old unit
-
-    def give_back(self, batch: Sequence[Query], before: Retry | None, worker: int) -> None:
-        """Makes a group of a batch that does not count as failed.
+    def give_back(self, batch: Sequence[Query], before: Retry, worker: int) -> None:
+        """Makes a group of a batch that was taken from the group `before` and does not count as failed.
 
         Args:
           batch: the queries of the batch.
-          before: the group that the batch was taken from; None for the queue.
+          before: the group that the batch was taken from.
           worker: index of the worker that should not run it next.
         """
-        if live := [query for query in batch if not query.done()]:
-            failures, alone_on = (before.failures, before.alone_on) if before else (0, frozenset())
-            self._add(live, failures, worker, alone_on)
+        self._add([query for query in batch if not query.done()], before.failures, worker, before.alone_on)
 
     def failed(
         self, batch: Sequence[Query], before: Retry | None, worker: int, *, now_s: float, workers: int, hung: bool = False
@@ -140,12 +104,11 @@ class Retries:
         whole = hung or (before is None and workers > 1)
         middle = len(live) if whole else -(-len(live) // 2)
         for part in (live[:middle], live[middle:]):
-            if part:
-                self._add(part, failures, worker, alone_on)
+            self._add(part, failures, worker, alone_on)
         return hopeless
 
     def _add(self, queries: Sequence[Query], failures: int, worker: int, alone_on: frozenset[int]) -> None:
-        waiting = length_queue.make_queue(self._profile)
+        waiting = length_queue.make_queue(self.profile)
         for query in queries:
             waiting.push(query.deadline_s, query, query.floor, query.length)
-        self.groups.append(Retry(waiting, ArrivalMeter(), failures, worker, alone_on))
+        self.groups.append(Retry(waiting, failures, worker, alone_on))

@@ -16,6 +16,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import dispatch
+from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import futures
@@ -165,7 +166,8 @@ class Worker:
         pool, backlog, flight = self._pool, self._pool.backlog, None
         retry = pool.locked_find_retry(self)
         backlog.prune(now_s)
-        waiting, meter = (backlog.queue, backlog.meter) if retry is None else (retry.waiting, retry.meter)
+        # Nothing arrives in a group of retries, so its meter is empty.
+        waiting, meter = (backlog.queue, backlog.meter) if retry is None else (retry.waiting, ArrivalMeter())
         if len(waiting):
             try:
                 pace = pool.members.fleet.pace(self.index)
@@ -182,8 +184,6 @@ class Worker:
                     if not self.flights:
                         self._watched_s = now_s
                     self.flights.append(flight)
-            if retry is not None:
-                backlog.taken(retry)
         pool.locked_wake_one()
         return flight
 

@@ -89,7 +89,6 @@ def test_a_group_whose_batch_is_given_back_keeps_its_number_of_failures():
     retry = backlog.retries.find(1, workers=2)
     assert retry is not None
     again = Flight(PROFILE.rows[0], retry.waiting.drain(), 0, retry, "", 0.0)
-    backlog.taken(retry)
     backlog.give_back(again, 1)
     given_back = backlog.retries.find(0, workers=2)
     assert given_back is not None

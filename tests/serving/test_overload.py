@@ -17,6 +17,7 @@ from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.serving.backlog import QueueLimits
 from superserve_jax.serving.futures import Query
+from superserve_jax.serving.options import Options
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import paper_profile, simulator, traces
 from superserve_jax.simulation.simulator import Cluster
@@ -55,12 +56,12 @@ def test_the_waiting_bytes_are_limited_and_a_refusal_names_the_limit():
 @given(st.integers(1, 200), st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=5), max_size=20))
 def test_waiting_texts_never_exceed_the_limit_in_bytes(most, submits):
     waiting = length_queue.make_queue(BY_LENGTH)
-    bounds = QueueLimits(BY_LENGTH.lengths, max_queue=1000, max_queue_bytes=4 * most, input_bytes=4 * 8)
+    bounds = QueueLimits(BY_LENGTH, Options(max_queue=1000, max_queue_bytes=4 * most), input_bytes=4 * 8)
     held = 0
     for lengths in submits:
         tokens = sum(4 if n <= 4 else 8 for n in lengths)
         try:
-            bounds.check(waiting, len(lengths), lengths, Query.done)
+            bounds.make_room(waiting, len(lengths), lengths, Query.done)
         except errors.QueueFullError:
             assert held + tokens > most
             continue
@@ -91,12 +92,13 @@ def test_cancelled_queries_take_no_room_in_a_full_queue():
 def test_a_full_queue_is_not_searched_at_every_refusal():
     looked = []
     done = lambda item: looked.append(item) or False  # noqa: E731
-    waiting, bounds = DeadlineQueue(), QueueLimits((), max_queue=100, max_queue_bytes=1000, input_bytes=4)
+    waiting, options = DeadlineQueue(), Options(max_queue=100, max_queue_bytes=1000)
+    bounds = QueueLimits(PROFILE, options, input_bytes=4)
     for i in range(100):
         waiting.push(float(i), i)
     for _ in range(1000):
         with pytest.raises(errors.QueueFullError):
-            bounds.check(waiting, 1, (), done)
+            bounds.make_room(waiting, 1, (), done)
     assert 100 <= len(looked) <= 1000
 
 
