@@ -18,11 +18,10 @@ from superserve_jax.serving import threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.members import Members
+from superserve_jax.serving.members import Members, Successor, try_policy
 from superserve_jax.serving.options import Options
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.runtime import ProcessTies
-from superserve_jax.serving.swap import Successor, try_policy
 from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker

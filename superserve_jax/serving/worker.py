@@ -22,11 +22,11 @@ from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import futures
 from superserve_jax.serving.flight import Failure, Flight, OverlapPace, overslept, refill
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.swap import Successor
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.subnet import Subnet
 
 if TYPE_CHECKING:
+    from superserve_jax.serving.members import Successor
     from superserve_jax.serving.pool import Pool
 
 _log = logging.getLogger(__name__)
@@ -314,13 +314,13 @@ class Worker:
 
     # -- calls of the pool -------------------------------------------------------------------------------------------
 
-    def locked_succeed(self, successor: Successor | None) -> None:
+    def locked_succeed(self, successor: "Successor | None") -> None:
         """The worker takes up `successor` before its next batch."""
         if self.successor is not None:
             self._pool.outbox.drop(self.successor)
         self.successor = successor
 
-    def _locked_take_up(self, successor: Successor) -> None:
+    def _locked_take_up(self, successor: "Successor") -> None:
         pool = self._pool
         pool.outbox.drop((self.engine, self.policy))
         self.engine, self.profile, self.policy = successor
