@@ -106,15 +106,15 @@ class Fleet:
 
     def join(self, worker: int, profile: Profile) -> None:
         """Add a worker."""
-        qps = profile.throughput_qps(profile.rows[0].subnet)
-        self._first_qps = self._first_qps or qps
-        self._estimates[worker], self._profiled[worker] = SlowdownEstimate(), qps / self._first_qps
-        self._set(worker, self._profiled[worker])
+        self._estimates[worker] = SlowdownEstimate()
+        self.resize(worker, profile)
 
     def resize(self, worker: int, profile: Profile) -> None:
         """Give a worker another profile, for example with smaller batches. The estimate of its slowdown stays."""
-        self._profiled[worker] = profile.throughput_qps(profile.rows[0].subnet) / self._first_qps
-        self._set(worker, self._profiled[worker] / self._estimates[worker].slowdown)
+        qps = profile.throughput_qps(profile.rows[0].subnet)
+        self._first_qps = self._first_qps or qps
+        self._profiled[worker] = qps / self._first_qps
+        self.come_back(worker)
 
     def observe(self, worker: int, profiled_ms: float, took_ms: float) -> None:
         """See `SlowdownEstimate.observe`. The worker itself calls it, without the lock."""

@@ -75,7 +75,8 @@ class Planner:
         subnets to spare workers, because these take queries too.
         """
         table = self._table
-        qps = np.array([_throughput_qps(table.sizes, row, slo_ms / 2) for row in table.rows])
+        latency_ms = np.array(table.rows)
+        qps = np.where(latency_ms <= slo_ms / 2, 1e3 * np.array(table.sizes) / latency_ms, 0.0).max(axis=1)
         if not qps.any():
             return (table.subnets[0],) * workers
         n, share = len(qps), qps / (rate_qps * (1 + self.headroom))
@@ -91,7 +92,3 @@ class Planner:
         )
         counts = np.rint(solution.x[n:]).astype(int)
         return tuple(subnet for subnet, count in zip(table.subnets, counts, strict=True) for _ in range(count))
-
-
-def _throughput_qps(sizes: tuple[int, ...], latency_ms: tuple[float, ...], limit_ms: float) -> float:
-    return max((1e3 * b / ms for b, ms in zip(sizes, latency_ms, strict=True) if ms <= limit_ms), default=0.0)
