@@ -38,7 +38,6 @@ class _Experiment:
     def __init__(self, summaries: list[Summary]):
         self.all = summaries
         self._by_key = {(s.trace, s.policy): s for s in summaries}
-        self._traces = list(dict.fromkeys(s.trace for s in summaries))
 
     def get(self, trace: str, policy: str) -> Summary | None:
         """A policy's summary on a trace; None if it was not run."""
@@ -46,7 +45,7 @@ class _Experiment:
 
     def of(self, policy: str = DEFAULT) -> list[Summary]:
         """A policy's summaries, one for each trace."""
-        return [s for trace in self._traces if (s := self.get(trace, policy)) is not None]
+        return [s for s in self.all if s.policy == policy]
 
     def above_least(self, key: str) -> list[float]:
         """On each trace, a value of the default policy minus the same value of the least accurate model."""

@@ -151,10 +151,9 @@ class Cell:
         return ", ".join([self.traffic.name, *happens])
 
 
-def killed(every_s: float = 12.0, survivors: int = WORKERS // 2) -> Cluster:
-    """The paper's fault-tolerance experiment: every `every_s` seconds a worker is killed, until `survivors` are left."""
-    outages = tuple(Outage(i, every_s * (i + 1)) for i in range(WORKERS - survivors))
-    return Cluster(workers=WORKERS, outages=outages)
+def killed(every_s: float = 12.0) -> Cluster:
+    """The paper's fault-tolerance experiment: every `every_s` seconds a worker is killed, until half of them are left."""
+    return Cluster(workers=WORKERS, outages=tuple(Outage(i, every_s * (i + 1)) for i in range(WORKERS // 2)))
 
 
 def _stalled(stall_ms: float) -> Cluster:

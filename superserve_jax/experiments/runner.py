@@ -32,7 +32,7 @@ from superserve_jax.experiments import presets
 from superserve_jax.experiments.presets import Cell
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
-from superserve_jax.scheduling.policies import Decision, Policy, State
+from superserve_jax.scheduling.policies import Decision, State
 from superserve_jax.simulation import bounds, metrics, simulator
 from superserve_jax.simulation.bounds import Bound
 from superserve_jax.simulation.metrics import Series
@@ -73,11 +73,9 @@ def evaluate(cells: Sequence[Cell], profile: Profile, *, jobs: int = 1, maf_trac
     # Dense cells time their decisions, so they run last, when no other process is busy.
     order = sorted(range(len(cells)), key=lambda i: cells[i].dense)
     together, alone = ([cells[i] for i in order if cells[i].dense == dense] for dense in (False, True))
-    results: dict[int, list[CellResult]] = {}
     with contextlib.closing(_mapped(run, together, jobs)) as parallel:
         everything = itertools.chain(parallel, map(run, alone))
-        for i, found in zip(order, progress.track(everything, "simulating", total=len(cells)), strict=True):
-            results[i] = found
+        results = dict(zip(order, progress.track(everything, "simulating", total=len(cells)), strict=True))
     return [result for i in range(len(cells)) for result in results[i]]
 
 
@@ -125,19 +123,15 @@ def _scaled(cell: Cell, profile: Profile) -> Profile:
 
 def _simulate(cell: Cell, name: str, profile: Profile, trace: Trace) -> _Run:
     policy, decisions_ns = policies.create(name, profile), []
-    if cell.dense:
-        policy = _timed(policy, decisions_ns)
-    return _Run(trace, simulator.simulate(profile, policy, trace, cluster=cell.cluster, seed=cell.seed), decisions_ns)
 
-
-def _timed(policy: Policy, times_ns: list[int]) -> Policy:
-    def decide(profile: Profile, state: State) -> Decision:
+    def timed(profile: Profile, state: State) -> Decision:
         start_ns = time.perf_counter_ns()
         decision = policy(profile, state)
-        times_ns.append(time.perf_counter_ns() - start_ns)
+        decisions_ns.append(time.perf_counter_ns() - start_ns)
         return decision
 
-    return decide
+    result = simulator.simulate(profile, timed if cell.dense else policy, trace, cluster=cell.cluster, seed=cell.seed)
+    return _Run(trace, result, decisions_ns)
 
 
 def _sustained(cell: Cell, name: str, profile: Profile) -> _Run:

@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from superserve_jax import errors
 from superserve_jax.experiments.runner import CellResult
 
@@ -59,11 +61,12 @@ def gain(policy: Point, fixed: Iterable[Point]) -> Gain:
     attainment = min(policy.attainment, max(m.attainment for m in models))
     accuracy = min(policy.accuracy, models[-1].accuracy)
     on_lines = max(_accuracy_on_line(a, b, attainment) for a, b in itertools.pairwise([models[0], *models]))
+    accuracies, attainments = zip(*models, strict=True)
     strictly = max(m.accuracy for m in models if m.attainment >= attainment)
     return Gain(
         points_line=policy.accuracy - on_lines,
         points=policy.accuracy - strictly,
-        times_line=_ratio(policy.attainment, _attainment_on_lines(models, accuracy)),
+        times_line=_ratio(policy.attainment, float(np.interp(accuracy, accuracies, attainments))),
         times=_ratio(policy.attainment, max(m.attainment for m in models if m.accuracy >= accuracy)),
     )
 
@@ -75,13 +78,6 @@ def _accuracy_on_line(a: Point, b: Point, attainment: float) -> float:
     if a.attainment < attainment:
         return -math.inf
     return a.accuracy + (b.accuracy - a.accuracy) * (a.attainment - attainment) / (a.attainment - b.attainment)
-
-
-def _attainment_on_lines(models: Sequence[Point], accuracy: float) -> float:
-    for a, b in itertools.pairwise(models):
-        if a.accuracy < accuracy <= b.accuracy:
-            return a.attainment + (b.attainment - a.attainment) * (accuracy - a.accuracy) / (b.accuracy - a.accuracy)
-    return models[0].attainment
 
 
 def _ratio(ours: float, theirs: float) -> float:

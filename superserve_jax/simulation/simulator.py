@@ -225,7 +225,7 @@ class _Simulation:
 
         # Sentinels: the last arrival and the last event have time infinity.
         self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self.stall, None)]
-        self.number = 0
+        self.numbers = itertools.count(1)
         for outage in cluster.outages:
             self.at(outage.from_s, self.leave, outage.worker)
             if outage.until_s < math.inf:
@@ -255,8 +255,7 @@ class _Simulation:
         self.refused += range(self.arrived, len(arrivals) - 1)
 
     def at(self, time_s: float, happens: Callable[[float, Any], None], argument: Any) -> None:
-        self.number += 1
-        heapq.heappush(self.events, (time_s, self.number, happens, argument))
+        heapq.heappush(self.events, (time_s, next(self.numbers), happens, argument))
 
     def admit(self, now_s: float) -> None:
         """Put the queries that have arrived by now into the queue, or refuse them."""
