@@ -21,8 +21,14 @@ from superserve_jax.training import calibration, evaluation, latency, phases
 from superserve_jax.training.config import config_to_json
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
-from superserve_jax.training.search import Candidate, choose_served, evolutionary_search, pareto_front, standard_error
-from superserve_jax.training.search_log import SearchLog
+from superserve_jax.training.search import (
+    Candidate,
+    SearchLog,
+    choose_served,
+    evolutionary_search,
+    pareto_front,
+    standard_error,
+)
 
 _EVAL_BATCH = 250
 _TIMED = 40  # subnets that are timed if latency is the cost

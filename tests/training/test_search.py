@@ -13,13 +13,13 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation
 from superserve_jax.training.search import (
     Candidate,
+    SearchLog,
     choose_served,
     crossover,
     evolutionary_search,
     pareto_front,
     survivors,
 )
-from superserve_jax.training.search_log import SearchLog
 
 SETTINGS = {"weights": "abc", "examples": 32}
 
