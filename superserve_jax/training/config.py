@@ -16,7 +16,7 @@ from superserve_jax import errors, families
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
-from superserve_jax.training.fields import AboveZero, AtLeastTwo, Count, Finite, Fraction, Positive
+from superserve_jax.training.fields import AboveZero, AtLeastTwo, Count, Finite, Fraction, Positive, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ class TrainConfig:
     eval_every: Count = 0
     calibration_examples: Positive = 4096
     search: SearchConfig = SearchConfig()
-    seed: Count = 0
+    seed: Seed = 0
     checkpoint_every: Positive = 500
     log_every: Positive = 50
 

@@ -18,6 +18,7 @@ import msgspec
 from superserve_jax import errors
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 AtLeastTwo = Annotated[int, msgspec.Meta(ge=2)]
 # The upper limit refuses infinity, too. NaN fails every comparison.

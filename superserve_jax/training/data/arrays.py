@@ -8,7 +8,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.training import fields
 from superserve_jax.training.data import images, streams
-from superserve_jax.training.data.streams import Arrays, Dataset
+from superserve_jax.training.data.streams import Arrays, Dataset, Records
 from superserve_jax.training.fields import Count
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -59,16 +59,17 @@ def from_arrays(
     if (shift or flip) and inputs.ndim != 4:
         raise errors.ConfigError(f"shift and flip are for images (N, H, W, C), got inputs of shape {inputs.shape}")
     order = streams.fixed_order(len(labels))
-    splits = {"train": Arrays(inputs, labels, order=order), "test": Arrays(*arrays["test"])}
-    if not isinstance(validation, int):
-        x, y = arrays["validation"]
-        splits["validation"] = Arrays(x, y, order=streams.fixed_order(len(y)))
-    else:
+    splits: dict[str, Arrays | Records] = {"test": Arrays(*arrays["test"])}
+    if isinstance(validation, int):
         fields.check_value("validation", validation, Count)
         kept = streams.num_kept(len(labels), validation)
-        splits["train"] = Arrays(inputs, labels, order=order[:kept])
+        order, held_out = order[:kept], order[kept:]
         if validation:
-            splits["validation"] = Arrays(inputs, labels, order=order[kept:])
+            splits["validation"] = Arrays(inputs, labels, order=held_out)
+    else:
+        x, y = arrays["validation"]
+        splits["validation"] = Arrays(x, y, order=streams.fixed_order(len(y)))
+    splits["train"] = Arrays(inputs, labels, order=order)
     return Dataset(name, splits, class_names=names, augment=images.augmentation(shift=shift, flip=flip))
 
 

@@ -77,21 +77,6 @@ class DataConfig(ImageConfig):
         prepared.check_name(self.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """The encoded images of a split.
-
-    Args:
-      count: number of images.
-      read: returns the file (PNG, JPEG, ...) and the label at a position.
-      where: returns a description of the image at a position, for error messages.
-    """
-
-    count: int
-    read: Callable[[int], tuple[bytes, int]]
-    where: Callable[[int], str]
-
-
 def open(config: DataConfig) -> Dataset:
     """The TFDS dataset of `config`. A dataset of our own is made first if it is not there yet.
 
@@ -118,7 +103,7 @@ def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Datas
 
     data_source: Any = builder.as_data_source
 
-    def encoded(split: str) -> Encoded:
+    def records(split: str) -> Records:
         # Decoded by us: TFDS would leave grey JPEGs grey, and decode differently where OpenCV happens to be installed.
         raw: Any = {image: tfds.decode.SkipDecoding()}
         source = data_source(split, decoders=raw)
@@ -127,21 +112,15 @@ def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Datas
             record = source[i]
             return record[image], record[label]
 
-        return Encoded(len(source), read, lambda i: f"image {i} of '{config.name}', {split}")
+        return _records(config, len(source), read, lambda i: f"image {i} of '{config.name}', {split}")
 
-    splits = {ours: encoded(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
-    return dataset(config, config.name, splits, class_names=features[label].names)
+    splits = {ours: records(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
+    return _dataset(config, config.name, splits, features[label].names)
 
 
-def dataset(config: ImageConfig, name: str, splits: Mapping[str, Encoded], *, class_names: Sequence[str]) -> Dataset:
-    """A dataset of uint8 images (H, W, C) from encoded images."""
-    return Dataset(
-        name,
-        {split: _records(config, encoded) for split, encoded in splits.items()},
-        class_names=class_names,
-        cache=config.cache,
-        augment=augmentation(shift=config.shift, flip=config.flip),
-    )
+def _dataset(config: ImageConfig, name: str, splits: Mapping[str, Records], class_names: Sequence[str]) -> Dataset:
+    change = augmentation(shift=config.shift, flip=config.flip)
+    return Dataset(name, {**splits}, class_names=tuple(class_names), cache=config.cache, augment=change)
 
 
 def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Generator], Batch] | None:
@@ -158,26 +137,31 @@ def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Genera
     return change if shift or flip else None
 
 
-def _records(config: ImageConfig, encoded: Encoded) -> Records:
+def _records(
+    config: ImageConfig, count: int, read_file: Callable[[int], tuple[bytes, int]], where: Callable[[int], str]
+) -> Records:
+    """A split of uint8 images (H, W, C).
+
+    Args:
+      config: how to change the images.
+      count: number of images.
+      read_file: returns the file (PNG, JPEG, ...) and the label at a position.
+      where: returns a description of the image at a position, for error messages.
+    """
     share = augment.EVAL_SHARE if config.random_crop else 1.0
 
-    def pixels(i: int) -> tuple[np.ndarray, int]:
-        file, label = encoded.read(i)
+    def read(i: int, rng: np.random.Generator | None = None) -> Example:
+        file, label = read_file(i)
         try:
-            return _decode(file, config.channels), label
+            image = _decode(file, config.channels)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG
-            raise errors.DataError(f"{encoded.where(i)} cannot be decoded: {e}; replace or remove it") from e
-
-    def read(i: int) -> Example:
-        image, label = pixels(i)
-        return augment.centre_crop(image, config.image_size, share=share), label
-
-    def read_random(i: int, rng: np.random.Generator) -> Example:
-        image, label = pixels(i)
+            raise errors.DataError(f"{where(i)} cannot be decoded: {e}; replace or remove it") from e
+        if rng is None:
+            return augment.centre_crop(image, config.image_size, share=share), label
         return augment.random_resized_crop(image, config.image_size, rng), label
 
     shape = (config.image_size, config.image_size, config.channels)
-    return Records(encoded.count, read, (shape, np.uint8), read_random if config.random_crop else None)
+    return Records(count, read, (shape, np.uint8), config.random_crop)
 
 
 def _decode(file: bytes, channels: int) -> np.ndarray:
@@ -225,11 +209,13 @@ def open_folder(config: FolderConfig) -> Dataset:
     files = _files(train, class_names)
     order = streams.fixed_order(len(files))
     kept = streams.num_kept(len(files), config.validation)
-    splits = {"train": [files[i] for i in order[:kept]], "test": _files(test, class_names)}
-    if config.validation:
-        splits["validation"] = [files[i] for i in order[kept:]]
-    encoded = {split: _encoded(listed) for split, listed in splits.items()}
-    return dataset(config, config.path, encoded, class_names=class_names)
+    splits = {
+        "train": [files[i] for i in order[:kept]],
+        "validation": [files[i] for i in order[kept:]],
+        "test": _files(test, class_names),
+    }
+    records = {split: _listed(config, found) for split, found in splits.items() if found}
+    return _dataset(config, config.path, records, class_names)
 
 
 def _classes(folder: pathlib.Path) -> list[str]:
@@ -256,7 +242,7 @@ def _files(folder: pathlib.Path, class_names: list[str]) -> list[tuple[pathlib.P
     return found
 
 
-def _encoded(files: list[tuple[pathlib.Path, int]]) -> Encoded:
+def _listed(config: FolderConfig, files: list[tuple[pathlib.Path, int]]) -> Records:
     def read(i: int) -> tuple[bytes, int]:
         path, label = files[i]
         try:
@@ -264,4 +250,4 @@ def _encoded(files: list[tuple[pathlib.Path, int]]) -> Encoded:
         except OSError as e:
             raise errors.DataError(f"{path} cannot be read: {e.strerror}; replace or remove it") from e
 
-    return Encoded(len(files), read, lambda i: str(files[i][0]))
+    return _records(config, len(files), read, lambda i: str(files[i][0]))

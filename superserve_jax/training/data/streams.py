@@ -6,7 +6,7 @@ The examples of a split are in memory (`Arrays`), or each one is read when it is
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import grain
@@ -14,7 +14,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.training import fields
-from superserve_jax.training.fields import Count, Positive
+from superserve_jax.training.fields import Count, Positive, Seed
 from superserve_jax.vocabulary import Vocabulary
 
 Split = Literal["train", "validation", "test"]
@@ -36,7 +36,7 @@ class Arrays:
       order: positions of this split's examples, in order. None: all examples in their own order.
     """
 
-    threads = 1  # Gathering a batch takes a fraction of a millisecond. One thread keeps ahead and leaves the cores to XLA.
+    num_threads = 1  # Gathering a batch takes a fraction of a millisecond. One thread keeps ahead, and leaves cores to XLA.
 
     def __init__(self, inputs: np.ndarray, labels: np.ndarray, *, order: np.ndarray | None = None):
         self._inputs, self._labels, self._order = inputs.view(), labels.astype(np.int32), order
@@ -65,20 +65,17 @@ class Records:
 
     Args:
       count: number of examples.
-      read: reads the example at a position.
+      read: reads the example at a position. With a random generator as second argument, it changes the example at random.
       spec: shape and dtype of one input.
-      read_random: reads an example for training with a random change, such as a crop. None: training uses `read`.
+      random: whether training reads with a random change, such as a crop.
     """
 
     count: int
-    read: Callable[[int], Example]
+    read: Callable[..., Example]
     spec: tuple[tuple[int, ...], Any]
-    read_random: Callable[[int, np.random.Generator], Example] | None = None
+    random: bool = False
 
-    @property
-    def threads(self) -> int:
-        """How many threads read."""
-        return min(16, os.cpu_count() or 1)
+    num_threads = min(16, os.cpu_count() or 1)
 
     def __len__(self) -> int:
         return self.count
@@ -100,9 +97,9 @@ class Records:
 
     def batches(self, order: grain.MapDataset, batch_size: int, *, seed: int | None = None) -> grain.MapDataset:
         """Batches of the examples at the positions in `order`. A seed means training, with random changes."""
-        if seed is not None and self.read_random is not None:
-            return order.random_map(self.read_random, seed=seed).batch(batch_size, batch_fn=_stack)
-        return order.map(self.read).batch(batch_size, batch_fn=_stack)
+        changed = self.random and seed is not None
+        examples = order.random_map(self.read, seed=seed) if changed else order.map(self.read)
+        return examples.batch(batch_size, batch_fn=_stack)
 
 
 @runtime_checkable
@@ -135,6 +132,7 @@ class DatasetLike(Protocol):
         ...
 
 
+@dataclasses.dataclass(eq=False)
 class Dataset:
     """Batches of inputs and labels; made by `data.open` and `data.from_arrays`.
 
@@ -145,27 +143,15 @@ class Dataset:
       cache: whether to read a split once and keep it in memory.
       augment: returns a randomly changed training batch; None changes nothing.
       vocabulary: the vocabulary of a dataset of texts.
-
-    Attributes:
-      name, class_names, vocabulary: as given; class_names is a tuple.
     """
 
-    def __init__(
-        self,
-        name: str,
-        splits: Mapping[str, Arrays | Records],
-        *,
-        class_names: Sequence[str],
-        cache: bool = True,
-        augment: Callable[[Batch, np.random.Generator], Batch] | None = None,
-        vocabulary: Vocabulary | None = None,
-    ):
-        self.name = name
-        self.class_names = tuple(class_names)
-        self.vocabulary = vocabulary
-        self._splits = dict(splits)
-        self._cache = cache
-        self._augment = augment
+    name: str
+    splits: dict[str, Arrays | Records]
+    _: dataclasses.KW_ONLY
+    class_names: tuple[str, ...]
+    cache: bool = True
+    augment: Callable[[Batch, np.random.Generator], Batch] | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def num_classes(self) -> int:
@@ -189,15 +175,13 @@ class Dataset:
         """
         fields.check_value("batch_size", batch_size, Positive)
         fields.check_value("start_step", start_step, Count)
-        fields.check_value("seed", seed, Count)
-        if seed >= 2**32:
-            raise errors.ConfigError(f"seed must be less than 2**32, got {seed}")
+        fields.check_value("seed", seed, Seed)
         shuffle_seed, read_seed, augment_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
         examples = self._examples("train")
         order = grain.MapDataset.range(len(examples)).shuffle(shuffle_seed).repeat(_EPOCHS)
         batches = examples.batches(order, batch_size, seed=read_seed)
-        if self._augment:
-            batches = batches.random_map(self._augment, seed=augment_seed)
+        if self.augment:
+            batches = batches.random_map(self.augment, seed=augment_seed)
         return iter(batches[start_step:].to_iter_dataset(_read_options(examples)))
 
     def eval(self, split: Split, batch_size: int) -> Iterator[Batch]:
@@ -223,17 +207,17 @@ class Dataset:
     def _examples(self, split: str) -> Arrays | Records:
         """The split, loaded into memory if the dataset caches."""
         examples = self._find(split)
-        if self._cache and isinstance(examples, Records):
-            examples = self._splits[split] = Arrays(*examples.load())
+        if self.cache and isinstance(examples, Records):
+            examples = self.splits[split] = Arrays(*examples.load())
         return examples
 
     def _find(self, split: str) -> Arrays | Records:
         if split not in SPLITS:
             raise errors.unknown_name("split", split, SPLITS)
-        if split not in self._splits:
+        if split not in self.splits:
             remedy = "set validation above 0" if split == "validation" else "choose another dataset"
             raise errors.DataError(f"dataset '{self.name}' has no {split} split here; {remedy}")
-        return self._splits[split]
+        return self.splits[split]
 
 
 def num_kept(total: int, validation: int) -> int:
@@ -257,7 +241,7 @@ def fixed_order(total: int) -> np.ndarray:
 
 
 def _read_options(examples: Arrays | Records) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=examples.threads, prefetch_buffer_size=max(2, examples.threads))
+    return grain.ReadOptions(num_threads=examples.num_threads, prefetch_buffer_size=max(2, examples.num_threads))
 
 
 def _stack(examples: Sequence[Example]) -> Batch:

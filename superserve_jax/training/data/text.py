@@ -103,4 +103,4 @@ def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: V
         return Records(len(source), read, (shape, np.int32))
 
     splits = {ours: records(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
-    return Dataset(config.name, splits, class_names=features["label"].names, vocabulary=words)
+    return Dataset(config.name, {**splits}, class_names=tuple(features["label"].names), vocabulary=words)
