@@ -111,40 +111,28 @@ def _proposals(
     yield from list(dict.fromkeys(first))[:total]
     while len(tried) < total:
         parents = survivors(tried.values(), _POPULATION)
-        generation: list[Subnet] = []
-        taken = set(tried)
+        generation: dict[Subnet, None] = {}
         for _ in range(min(_POPULATION, total - len(tried))):
-            if (child := _new_child(space, parents, taken, rng, tied)) is not None:
-                generation.append(child)
-                taken.add(child)
+            children = _children(space, parents, rng, tied)
+            if (child := next((c for c in children if c not in tried and c not in generation), None)) is not None:
+                generation[child] = None
         if not generation:
             return
         yield from generation
 
 
-def _new_child(
-    space: SearchSpace,
-    parents: Sequence[Candidate],
-    taken: set[Subnet],
-    rng: np.random.Generator,
-    tied: bool,
-) -> Subnet | None:
-    """A child of two tournament winners that is not in `taken`, or else a random subnet.
+def _children(space: SearchSpace, parents: Sequence[Candidate], rng: np.random.Generator, tied: bool) -> Iterator[Subnet]:
+    """Children of two tournament winners, then random subnets.
 
-    None if a tied space seems to be exhausted. Its size is not known, so the function gives up after many tries.
+    They end after many if `tied`: the size of a tied space is not known, so it may be exhausted.
     """
-    for _ in range(_TRIES):
-        mother, father = (parents[rng.integers(len(parents), size=2).min()].subnet for _ in range(2))
-        child = mutate(space, crossover(space, mother, father, rng), rng)
-        child = space.tied(child) if tied else child
-        if child not in taken:
-            return child
-    for _ in itertools.repeat(None) if not tied else range(100 * _TRIES):
-        child = space.vary(child, lambda choices, _: choices[int(rng.integers(len(choices)))])
-        child = space.tied(child) if tied else child
-        if child not in taken:
-            return child
-    return None
+    for i in range(101 * _TRIES) if tied else itertools.count():
+        if i < _TRIES:
+            mother, father = (parents[rng.integers(len(parents), size=2).min()].subnet for _ in range(2))
+            child = mutate(space, crossover(space, mother, father, rng), rng)
+        else:
+            child = space.vary(space.largest(), lambda choices, _: choices[int(rng.integers(len(choices)))])
+        yield space.tied(child) if tied else child
 
 
 def crossover(space: SearchSpace, mother: Subnet, father: Subnet, rng: np.random.Generator) -> Subnet:
@@ -255,7 +243,7 @@ def standard_error(accuracy: float, examples: int) -> float:
 
 
 class SearchLog:
-    """The file of the candidates that a search tried. Use it as a context manager.
+    """search.jsonl: the candidates of a search, one JSON line each, so that an interrupted search can go on.
 
     The first line holds the settings and the measured latencies, on which all other lines depend. If the file has other
     settings, it is started again from empty. An incomplete last line is dropped.
@@ -285,19 +273,13 @@ class SearchLog:
         files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in (head, *lines)).encode())
         self.latencies = {Subnet.from_json(s): value for s, value in head["latencies"]}
         self.known = {c.subnet: c for c in map(Candidate.from_json, lines)}
-        self._file = path.open("a")
-
-    def __enter__(self) -> "SearchLog":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        self._path = path
 
     def add(self, candidate: Candidate) -> None:
         """Appends a candidate that is not known yet."""
         if candidate.subnet not in self.known:
-            self._file.write(json.dumps(candidate.to_json()) + "\n")
-            self._file.flush()
+            with self._path.open("a") as file:
+                file.write(json.dumps(candidate.to_json()) + "\n")
 
 
 def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -53,27 +53,27 @@ def search(run: Run) -> list[Candidate]:
     if timed:
         depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
     space = phases.final_space(run.config)
-    with SearchLog(
+    log = SearchLog(
         run.workdir / "search.jsonl",
         depends_on,
         measure=lambda: latency.measure(model, timed, batch=settings.latency_batch) if timed else {},
-    ) as log:
-        predictor = Predictor(model.config, log.latencies) if timed else None
-        tried = []
-        candidates = evolutionary_search(
-            model,
-            images,
-            batches,
-            candidates=settings.candidates,
-            seed=run.config.seed,
-            cost=predictor,
-            space=space,
-            tied=phases.tied(run.config),
-            known=log.known,
-        )
-        for candidate in progress.track(candidates, "search", total=min(settings.candidates, space.size)):
-            log.add(candidate)
-            tried.append(candidate)
+    )
+    predictor = Predictor(model.config, log.latencies) if timed else None
+    candidates = evolutionary_search(
+        model,
+        images,
+        batches,
+        candidates=settings.candidates,
+        seed=run.config.seed,
+        cost=predictor,
+        space=space,
+        tied=phases.tied(run.config),
+        known=log.known,
+    )
+    tried = []
+    for candidate in progress.track(candidates, "search", total=min(settings.candidates, space.size)):
+        log.add(candidate)
+        tried.append(candidate)
     error = standard_error(max(c.accuracy for c in tried), min(settings.examples, dataset.num_examples("validation")))
     chosen = choose_served(
         tried,

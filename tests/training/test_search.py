@@ -135,35 +135,31 @@ def test_a_family_without_batch_statistics_is_searched_too():
 def test_an_interrupted_search_goes_on_to_the_result_of_an_undisturbed_one(judged, tmp_path, kept):
     model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
     undisturbed = run(model, 130)
-    with SearchLog(path, SETTINGS) as log:
-        run(model, 130, log=log, stop_after=kept)
+    run(model, 130, log=SearchLog(path, SETTINGS), stop_after=kept)
     del judged[:]
-    with SearchLog(path, SETTINGS) as log:
-        assert len(log.known) == kept
-        assert run(model, 130, log=log) == undisturbed
+    log = SearchLog(path, SETTINGS)
+    assert len(log.known) == kept
+    assert run(model, 130, log=log) == undisturbed
     assert len(judged) == 130 - kept
-    with SearchLog(path, SETTINGS) as log:
-        assert list(log.known.values()) == undisturbed
+    assert list(SearchLog(path, SETTINGS).known.values()) == undisturbed
 
 
 def test_a_torn_last_line_is_dropped_and_judged_again(judged, tmp_path):
     model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
-    with SearchLog(path, SETTINGS) as log:
-        undisturbed = run(model, 20, log=log)
+    undisturbed = run(model, 20, log=SearchLog(path, SETTINGS))
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    with SearchLog(path, SETTINGS) as log:
-        assert len(log.known) == 19
-        assert run(model, 20, log=log) == undisturbed
+    log = SearchLog(path, SETTINGS)
+    assert len(log.known) == 19
+    assert run(model, 20, log=log) == undisturbed
     assert path.read_bytes() == whole
 
 
 def test_other_settings_or_weights_begin_the_log_anew_and_say_so(judged, tmp_path, caplog):
     path = tmp_path / "search.jsonl"
-    with SearchLog(path, SETTINGS) as log:
-        run(SuperNet(WIDE, {}), 10, log=log)
-    with caplog.at_level(logging.INFO), SearchLog(path, {**SETTINGS, "weights": "def"}) as log:
-        assert log.known == {}
+    run(SuperNet(WIDE, {}), 10, log=SearchLog(path, SETTINGS))
+    with caplog.at_level(logging.INFO):
+        assert SearchLog(path, {**SETTINGS, "weights": "def"}).known == {}
     assert "search.jsonl was written with other weights; searching anew" in caplog.text
     assert len(path.read_text().splitlines()) == 1
 
@@ -177,10 +173,8 @@ def test_a_log_damaged_in_its_middle_is_refused(tmp_path):
 
 def test_latencies_are_measured_once(tmp_path):
     path, smallest = tmp_path / "search.jsonl", TINY.space().smallest()
-    with SearchLog(path, SETTINGS, measure=lambda: {smallest: 1.25}) as log:
-        assert log.latencies == {smallest: 1.25}
-    with SearchLog(path, SETTINGS, measure=lambda: pytest.fail("measured again")) as log:
-        assert log.latencies == {smallest: 1.25}
+    for measure in (lambda: {smallest: 1.25}, lambda: pytest.fail("measured again")):
+        assert SearchLog(path, SETTINGS, measure=measure).latencies == {smallest: 1.25}
 
 
 def test_a_child_has_every_position_of_one_of_its_parents():
