@@ -31,7 +31,10 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
-        self._files = {kind: _reopen(workdir / name, start) for kind, name in _FILES.items()}
+        for kind, name in _FILES.items():
+            kept = (json.dumps(line) + "\n" for line in read(workdir, kind) if line["step"] <= start)
+            files.write_bytes(workdir / name, "".join(kept).encode())
+        self._workdir = workdir
         # With `purge_step`, TensorBoard hides the values that an interrupted process wrote for later steps.
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
         self._pending: list[Mapping[str, Any]] = []
@@ -42,8 +45,6 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for file in self._files.values():
-            file.close()
         self._board.close()
 
     def add(self, scalars: Mapping[str, Any]) -> None:
@@ -67,8 +68,8 @@ class MetricsLog:
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         try:
-            self._files[kind].write(json.dumps({"step": step, **values}) + "\n")
-            self._files[kind].flush()
+            with (self._workdir / _FILES[kind]).open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as e:
@@ -79,10 +80,3 @@ def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
     """The lines of a kind, "train" or "validation", as dicts. A last line that a kill left incomplete is skipped."""
     path = workdir / _FILES[kind]
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
-
-def _reopen(path: pathlib.Path, start: int):
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    files.write_bytes(path, "".join(line + "\n" for line in kept).encode())
-    return path.open("a")
