@@ -43,17 +43,13 @@ def importances(config: RewirableConfig, params: Params, batches: Iterable[Mappi
         unit's benefit and harm cancel within a batch.
 
     Raises:
-      ConfigError: `batches` is empty, or an importance is not finite.
+      ConfigError: an importance is not finite.
     """
     program = programs.sliced(config, config.space().largest())
     totals = [np.zeros(units.count) for units in config.units()]
-    count = 0
     for batch in batches:
         for total, change in zip(totals, _changes(program, params, batch["inputs"], batch["label"]), strict=True):
             total += np.abs(np.asarray(change, np.float64))
-        count += 1
-    if not count:
-        raise errors.ConfigError("importances need at least one batch of training data, got none")
     if not all(np.isfinite(total).all() for total in totals):
         raise errors.ConfigError("importances are not finite: the parameters or inputs hold NaN; train again with a lower lr")
     return totals
