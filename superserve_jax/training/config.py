@@ -2,10 +2,10 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import os
 import pathlib
+import runpy
 import traceback
 from typing import Any, Literal
 
@@ -214,15 +214,13 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; the examples are in configs/"
         raise errors.ConfigError(f"no config file {path}{hint}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise errors.ConfigError(f"{path} is no Python file; a config's name ends in .py, as in configs/")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "get_config", None)):
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if not callable(get_config):
             raise errors.ConfigError(f"{path} has no function get_config(); it must return a TrainConfig")
-        config = module.get_config()
+        config = get_config()
     except errors.SuperServeError:
         raise
     except Exception as e:  # any exception: the file is the user's code

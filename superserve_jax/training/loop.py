@@ -109,8 +109,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
                     record.flush(done, examples=config.batch_size)
                 if done % config.checkpoint_every == 0 or done == num_steps or stopped():
                     # It must be on disk before the next step, which donates these buffers.
-                    unsaved = _save(saved, done, state)
-                    last = last if unsaved else done
+                    try:
+                        saved.save(done, **state._asdict())
+                        last, unsaved = done, None
+                    except errors.DataError as e:  # for example, the disk is full
+                        _log.warning("%s. Training goes on", e)
+                        unsaved = e
                 if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
                     record.validation(done, _validate(config, state, dataset))
                 if stopped():
@@ -148,16 +152,6 @@ def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int,
     return latest, TrainState(**saved.restore(latest, **specs._asdict()))
 
 
-def _save(saved: Checkpoints, done: int, state: TrainState) -> errors.DataError | None:
-    """Saves a checkpoint. If that fails, for example on a full disk, returns the error, and training goes on."""
-    try:
-        saved.save(done, **state._asdict())
-    except errors.DataError as e:
-        _log.warning("%s. Training goes on", e)
-        return e
-    return None
-
-
 def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> TrainState:
     """The state with its units in order of importance. It depends on the state alone, so a resumed run repeats it."""
     assert isinstance(config.model, RewirableConfig)  # a config whose phases rewire checks it
@@ -170,19 +164,15 @@ def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> Tra
 
 def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> dict[str, float]:
     """Validation accuracies of the smallest, a middle and the largest subnet, each with its own statistics."""
-    (middle,) = sampling.envelopes(
-        config.model, 1, seed=config.seed, space=phases.final_space(config), tied=phases.tied(config)
-    )
+    space, tied = phases.final(config)
+    (middle,) = sampling.envelopes(config.model, 1, seed=config.seed, space=space, tied=tied)
     smallest, largest = phases.ends(config)
     subnets = {"smallest": smallest, "middle": config.model.space().validate(middle), "largest": largest}
-    chosen = list(dict.fromkeys(subnets.values()))
-    params = jax.device_put(state.ema or state.params, jax.devices()[0])
     inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)
-    model = SuperNet(config.model, params)
-    model.statistics = calibration.calibrate(model, chosen, inputs)
-    found = evaluation.accuracy(model, chosen, lambda: dataset.eval("validation", 250))
-    accuracies = dict(zip(chosen, found, strict=True))
-    return {name: accuracies[s] for name, s in subnets.items()}
+    model = SuperNet(config.model, jax.device_put(state.ema or state.params, jax.devices()[0]))
+    model.statistics = calibration.calibrate(model, set(subnets.values()), inputs)
+    accuracies = evaluation.accuracy(model, subnets.values(), lambda: dataset.eval("validation", 250))
+    return dict(zip(subnets, accuracies, strict=True))
 
 
 @contextlib.contextmanager

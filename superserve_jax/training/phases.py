@@ -37,20 +37,16 @@ def plan(config: TrainConfig, num_steps: int) -> list[Part]:
     return parts
 
 
-def final_space(config: TrainConfig) -> SearchSpace:
-    """The search space of the last phase. Search, validation and export take their subnets from it."""
-    return _space(config, _phases(config)[-1])
-
-
-def tied(config: TrainConfig) -> bool:
-    """Whether the last phase is tied."""
-    return _phases(config)[-1].tied
+def final(config: TrainConfig) -> tuple[SearchSpace, bool]:
+    """The search space of the last phase, and whether it is tied. Search and validation take their subnets from it."""
+    phase = _phases(config)[-1]
+    return _space(config, phase), phase.tied
 
 
 def ends(config: TrainConfig) -> tuple[Subnet, Subnet]:
     """The smallest and the largest subnet of the last phase."""
     whole = config.model.space()
-    return whole.validate(final_space(config).smallest()), whole.largest()
+    return whole.validate(final(config)[0].smallest()), whole.largest()
 
 
 def at(parts: list[Part], step: int) -> Part:

@@ -67,17 +67,14 @@ class Run:
     def create(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> "Run":
         """The run of `config` in `workdir`, new or existing. Raises ConfigError if another config made the folder."""
         workdir = pathlib.Path(workdir)
-        path = workdir / "config.json"
-        if path.exists():
-            # An older version may not have written every field, so compare the config that its values give.
-            changed = config_differences(config_to_json(config_from_json(_read(path))), config_to_json(config))
-            if changed:
-                raise errors.ConfigError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
-                    f"remove that folder"
-                )
-        else:
-            files.write_json(path, config_to_json(config))
+        if not (workdir / "config.json").exists():
+            files.write_json(workdir / "config.json", config_to_json(config))
+        # An older version may not have written every field, so compare the config that its values give.
+        elif changed := config_differences(config_to_json(Run.open(workdir).config), config_to_json(config)):
+            raise errors.ConfigError(
+                f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
+                f"remove that folder"
+            )
         return Run(workdir, config, dataset)
 
     @staticmethod

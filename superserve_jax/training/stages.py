@@ -52,7 +52,7 @@ def search(run: Run) -> list[Candidate]:
     }
     if timed:
         depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
-    space = phases.final_space(run.config)
+    space, tied = phases.final(run.config)
     log = SearchLog(
         run.workdir / "search.jsonl",
         depends_on,
@@ -67,7 +67,7 @@ def search(run: Run) -> list[Candidate]:
         seed=run.config.seed,
         cost=predictor,
         space=space,
-        tied=phases.tied(run.config),
+        tied=tied,
         known=log.known,
     )
     tried = []
