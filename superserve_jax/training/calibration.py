@@ -18,11 +18,7 @@ from superserve_jax.supernets.supernet import SuperNet
 
 
 def calibrate(
-    model: SuperNet,
-    subnet_list: Iterable[Subnet],
-    images: np.ndarray | jax.Array,
-    *,
-    batch_size: int = 256,
+    model: SuperNet, subnet_list: Iterable[Subnet], images: np.ndarray | jax.Array, *, batch_size: int = 256
 ) -> dict[Subnet, np.ndarray]:
     """Statistics of each subnet over training images.
 

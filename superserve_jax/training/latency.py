@@ -33,13 +33,7 @@ def spread(config: FamilyConfig, count: int, *, seed: int) -> list[Subnet]:
     return list(dict.fromkeys([space.smallest(), space.largest(), *sampling.envelopes(config, half, seed=seed), *random]))
 
 
-def measure(
-    model: SuperNet,
-    subnet_list: Iterable[Subnet],
-    *,
-    batch: int,
-    repeats: int = 50,
-) -> dict[Subnet, float]:
+def measure(model: SuperNet, subnet_list: Iterable[Subnet], *, batch: int, repeats: int = 50) -> dict[Subnet, float]:
     """Latency of one batch by each subnet's sliced program, in milliseconds, on the first device.
 
     The result is the shortest time of several rounds, because other work on the machine can only make a call slower.

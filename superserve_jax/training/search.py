@@ -97,12 +97,7 @@ def evolutionary_search(
 
 
 def _proposals(
-    config: FamilyConfig,
-    space: SearchSpace,
-    tried: Mapping[Subnet, Candidate],
-    total: int,
-    seed: int,
-    tied: bool,
+    config: FamilyConfig, space: SearchSpace, tried: Mapping[Subnet, Candidate], total: int, seed: int, tied: bool
 ) -> Iterator[Subnet]:
     """At most `total` subnets, generation by generation. The caller adds each one to `tried` before it asks for the next."""
     rng = np.random.default_rng([seed, 1])

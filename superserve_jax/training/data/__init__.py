@@ -33,10 +33,6 @@ __all__ = [
     "DatasetLike",
     "FolderConfig",
     "TextConfig",
-    "check_fit",
-    "check_kind",
-    "data_from_json",
-    "data_to_json",
     "from_arrays",
     "open",
 ]

@@ -70,11 +70,10 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
     if validation:
         found["validation"] = f"train[{kept}:]"
     config = builder.builder_config
-    by_name = _TEST_SPLITS.get(name, "test")
-    for test in (_TEST_SPLITS.get(f"{name}/{config.name}", by_name) if config else by_name, "validation"):
-        if test in stored:
-            return {**found, "test": test}
-    return found
+    full_name = f"{name}/{config.name}" if config else name
+    named = _TEST_SPLITS.get(full_name, _TEST_SPLITS.get(name, "test"))
+    test = next((split for split in (named, "validation") if split in stored), None)
+    return {**found, "test": test} if test else found
 
 
 def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
