@@ -3,7 +3,7 @@
 Start with `base.py`, the protocol that the server relies on. `device.py` implements it with jax, and `fake.py` without a
 model. `prepare.py` makes the engines and latency profiles for an export. It uses `executables.py` and `cache.py` to compile,
 `subnet_buckets.py` to choose the subnets that share an executable, and `profiling.py` to measure latencies.
-Importing the package does not import jax. The first use of `DeviceEngine` or `ExecutableCache` does.
+Importing the package does not import jax. The first use of `DeviceEngine` does.
 """
 
 import importlib
@@ -13,13 +13,11 @@ from superserve_jax.engines.base import Engine, Launched, Overlapping, Wrapper, 
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
 
 if TYPE_CHECKING:
-    from superserve_jax.engines.cache import ExecutableCache
     from superserve_jax.engines.device import DeviceEngine
 
 __all__ = [
     "DeviceEngine",
     "Engine",
-    "ExecutableCache",
     "FakeDevice",
     "FakeEngine",
     "Launched",
@@ -28,10 +26,8 @@ __all__ = [
     "check_outputs",
 ]
 
-_NEEDS_JAX = {"DeviceEngine": "device", "ExecutableCache": "cache"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_JAX:
-        return getattr(importlib.import_module(f"{__name__}.{_NEEDS_JAX[name]}"), name)
+    if name == "DeviceEngine":
+        return importlib.import_module(f"{__name__}.device").DeviceEngine
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

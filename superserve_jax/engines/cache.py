@@ -59,13 +59,11 @@ class Executable:
     leaves: Leaves
 
 
-def directory() -> pathlib.Path:
-    """The cache's directory: $SUPERSERVE_CACHE (empty turns the cache off), or superserve_jax in the user's cache folder."""
-    return pathlib.Path(os.environ.get("SUPERSERVE_CACHE", platformdirs.user_cache_path("superserve_jax")))
-
-
 class ExecutableCache:
     """The entries of one SuperNet config on one device.
+
+    The cache's directory is $SUPERSERVE_CACHE, or superserve_jax in the user's cache folder. If $SUPERSERVE_CACHE is empty,
+    there is no cache.
 
     Args:
       config: the family's config.
@@ -74,8 +72,10 @@ class ExecutableCache:
 
     def __init__(self, config: FamilyConfig, device: Device):
         self._device = device
-        source = _source_digest(type(config)) if os.environ.get("SUPERSERVE_CACHE") != "" else None
-        self._root = _private(directory()) if source is not None else None
+        folder = os.environ.get("SUPERSERVE_CACHE", platformdirs.user_cache_path("superserve_jax"))
+        source = _source_digest(type(config)) if folder else None
+        self._root = _private(pathlib.Path(folder)) if source is not None else None
+        features = cpu_info("flags") or cpu_info("Features") if device.platform == "cpu" else ""  # "Features" on ARM
         self._about = {
             "format": _FORMAT,
             "config": families.config_to_json(config),
@@ -84,7 +84,7 @@ class ExecutableCache:
             "runtime": device.client.platform_version,
             "flags": os.environ.get("XLA_FLAGS", ""),
             "settings": [str(jax.config.values["jax_default_matmul_precision"]), bool(jax.config.values["jax_enable_x64"])],
-            "features": " ".join(sorted(_cpu_features().split())) if device.platform == "cpu" else "",
+            "features": " ".join(sorted(features.split())),
             "source": source,
         }
 
@@ -162,10 +162,6 @@ def _source_digest(config_class: type) -> str | None:
     except (OSError, TypeError) as e:
         _log.warning("no cache of executables for %s: %s", config_class.__name__, e)
         return None
-
-
-def _cpu_features() -> str:
-    return cpu_info("flags") or cpu_info("Features")  # "Features" on ARM
 
 
 @functools.cache

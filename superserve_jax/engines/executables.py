@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from superserve_jax import progress
 from superserve_jax.engines.cache import Device, Executable, ExecutableCache, Leaves
@@ -52,11 +53,9 @@ def build(
       The executables by program, batch size and length, and the slicers of the programs with kept slices.
     """
     program_list = list(program_list)
-    keys = list(itertools.product(program_list, batch_sizes, lengths or (0,)))
     store = ExecutableCache(program_list[0].config, device)
 
-    def program_executable(key: Key) -> Executable:
-        program, batch, length = key
+    def program_executable(program: Program, batch: int, length: int) -> Executable:
         about = {**_about(program), "batch": batch, "length": length, "kept": kept(program)}
         about["options"] = programs.compiler_options(device.platform)
         return store.get(about, lambda: compile_program(program, batch, device, length=length, kept=kept(program)))
@@ -68,18 +67,20 @@ def build(
     full = programs.param_spec(program_list[0].config)
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
-            jobs = [pool.submit(program_executable, key) for key in keys]
-            made = [job.result() for job in progress.track(jobs, f"executables for {device.platform}:{device.id}")]
+            keys = itertools.product(program_list, batch_sizes, lengths or (0,))
+            jobs = {key: pool.submit(program_executable, *key) for key in keys}
+            done = progress.track(jobs.items(), f"executables for {device.platform}:{device.id}")
+            made = {key: job.result() for key, job in done}
             leaves = {
                 program: e.leaves
-                for (program, _, _), e in zip(keys, made, strict=True)
+                for (program, _, _), e in made.items()
                 if any(shape != full[name].shape for name, shape in e.leaves)
             }
-            slicers = list(pool.map(slicer, leaves))
+            slicers = dict(zip(leaves, pool.map(slicer, leaves), strict=True))
         except BaseException:  # after Ctrl-C or an error, the other executables are not needed
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return dict(zip(keys, made, strict=True)), dict(zip(leaves, slicers, strict=True))
+    return made, slicers
 
 
 def compile_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Executable:
@@ -91,10 +92,11 @@ def compile_program(program: Program, batch: int, device: Device, *, length: int
     def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
         return program.infer(dict(zip(names, values, strict=True)), inputs, statistics, active)
 
-    on_device = _placed(device)
-    values = tuple(on_device(jax.ShapeDtypeStruct(shape, full[name].dtype)) for name, shape in leaves)
-    inputs, statistics, active = map(on_device, _arguments(program, batch, length))
-    lowered = jax.jit(infer).lower(values, inputs, statistics, active)
+    values = tuple(jax.ShapeDtypeStruct(shape, full[name].dtype) for name, shape in leaves)
+    inputs = input_spec(program.config, batch, length)
+    statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
+    active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
+    lowered = jax.jit(infer, in_shardings=SingleDeviceSharding(device)).lower(values, inputs, statistics, active)
     return Executable(lowered.compile(compiler_options=programs.compiler_options(device.platform)), leaves)
 
 
@@ -106,17 +108,12 @@ def compile_slicer(program: Program, leaves: Leaves, device: Device) -> Executab
     def slices(values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(jax.lax.slice(v, (0,) * v.ndim, shape) for v, (_, shape) in zip(values, cut, strict=True))
 
-    values = tuple(_placed(device)(full[name]) for name, _ in cut)
-    return Executable(jax.jit(slices).lower(values).compile(), cut)
+    lowered = jax.jit(slices, in_shardings=SingleDeviceSharding(device)).lower(tuple(full[name] for name, _ in cut))
+    return Executable(lowered.compile(), cut)
 
 
 def _about(program: Program) -> dict[str, Any]:
     return {"envelope": program.envelope.to_json(), "traced": list(program.traced)}
-
-
-def _placed(device: Device) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    return lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
 
 def input_spec(config: FamilyConfig, batch: int, length: int = 0) -> jax.ShapeDtypeStruct:
@@ -124,12 +121,6 @@ def input_spec(config: FamilyConfig, batch: int, length: int = 0) -> jax.ShapeDt
     if length and isinstance(config, SequenceConfig):
         return config.input_spec(batch, length=length)
     return config.input_spec(batch)
-
-
-def _arguments(program: Program, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
-    active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
-    return input_spec(program.config, batch, length), statistics, active
 
 
 class LeastRecentlyUsed:
