@@ -40,8 +40,7 @@ class _Open:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Decision:
-    keys: tuple[int, ...] = ()
-    settled: bool = False  # whether `keys` is known
+    keys: tuple[int, ...] | None = None  # the queries of the batch; None until they are known
 
 
 @dataclasses.dataclass
@@ -133,14 +132,14 @@ class Checker:
     def _settle(self, thread: int, keys: tuple[int, ...] = ()) -> None:
         """Notes that the last decision of a thread took these queries."""
         if (decision := self._undecided.pop(thread, None)) is not None:
-            decision.keys, decision.settled = keys, True
+            decision.keys = keys
 
     def _process(self) -> None:
         """Processes the notes in order, up to the first decision whose batch is still unknown."""
         unread = self._unread
         while unread:
             kind, *values = unread[0]
-            if kind == "decided" and not values[0].settled and len(unread) < self._patience:
+            if kind == "decided" and values[0].keys is None and len(unread) < self._patience:
                 return
             unread.popleft()
             getattr(self, f"_on_{kind}")(*values)
@@ -186,18 +185,17 @@ class Checker:
             query.cancelling = True
 
     def _on_decided(self, decision: _Decision) -> None:
-        queries = list(self._open_ones(decision.keys))
-        fresh = not any(query.taken for query in queries)  # a batch of retries runs ahead of its turn
-        for key in decision.keys:
-            query = self._open.get(key)
-            if query is not None and query.passed_over and not query.taken:
+        keys = decision.keys or ()
+        queries = {key: self._open[key] for key in keys if key in self._open}
+        fresh = not any(query.taken for query in queries.values())  # a batch of retries runs ahead of its turn
+        for key, query in queries.items():
+            if query.passed_over and not query.taken:
                 self._violation(f"query {key} waited and was passed over: {query.passed_over}")
-        for query in queries:
             query.taken = True
-        deadlines_s = [query.deadline_s for query in queries if query.deadline_s is not None]
+        deadlines_s = [query.deadline_s for query in queries.values() if query.deadline_s is not None]
         if fresh and deadlines_s and self._strict_order:
             self.result.compared += 1
-            self._pass_over(max(deadlines_s), decision.keys)
+            self._pass_over(max(deadlines_s), keys)
 
     def _pass_over(self, before_s: float, keys: tuple[int, ...]) -> None:
         """Marks all waiting queries with an earlier deadline. It is a violation if one of them is taken later."""

@@ -47,7 +47,7 @@ class Recorder:
     >>> profile = paper_profile()
     >>> recorder = Recorder()
     >>> engine = recorder.engine(FakeEngine(profile, input_dtype=np.int64))
-    >>> policy = recorder.policy(lambda profile: SlackFit(profile, defer=False))
+    >>> policy = recorder.policy(SlackFit(profile, defer=False))
     >>> with Server.from_engines([engine], profile, policy=policy) as server:
     ...     _ = recorder.submit(server, 1, slo_ms=1000.0)
     >>> [note[0] for note in recorder.notes if note[0] != "decided"][-2:]
@@ -81,15 +81,12 @@ class Recorder:
         self.notes.append(("cancelling", key))
         query.cancel()
 
-    def policy(self, make: Callable[[Profile], Policy]) -> Policy:
-        """A policy that notes each decision. It asks `make(profile)`, which is called once for each set of batch sizes."""
-        made: dict[tuple[int, ...], Policy] = {}
+    def policy(self, inner: Policy) -> Policy:
+        """A policy that decides as `inner` does, and notes each decision."""
 
         def decide(profile: Profile, state: State) -> Decision:
             self.notes.append(("decided", threading.get_ident()))
-            if profile.batch_sizes not in made:
-                made[profile.batch_sizes] = make(profile)
-            return made[profile.batch_sizes](profile, state)
+            return inner(profile, state)
 
         return decide
 

@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -27,7 +28,7 @@ from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.loadtest.checker import Checker, CheckResult
 from superserve_jax.loadtest.recorder import Recorder
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling.policies import SlackFit
+from superserve_jax.scheduling.policies import ByProfile, SlackFit
 from superserve_jax.serving.futures import Future
 from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
@@ -138,8 +139,7 @@ class _StormRun:
         self._closed = threading.Event()  # ends the hanging batches
         self._numbers = itertools.count()  # of engines
         self._replaced = 0
-        self._failures: collections.Counter[str] = collections.Counter()
-        self._lock = threading.Lock()  # guards `_failures`
+        self._failures: list[str] = []  # the kind of each failure, from all threads
         self._errors: list[BaseException] = []  # of the threads below
 
     def run(self, on_progress: Callable[[int], object]) -> StormResult:
@@ -152,7 +152,7 @@ class _StormRun:
             target = Server.from_engines(
                 [self._engine() for _ in range(storm.workers)],
                 PROFILE,
-                policy=self._recorder.policy(lambda profile: SlackFit(profile, defer=not storm.strict)),
+                policy=self._recorder.policy(ByProfile(functools.partial(SlackFit, defer=not storm.strict), PROFILE)),
                 slo_ms=min(storm.slos_ms),  # a worker pauses so long after a failure; clients always give their own SLO
                 max_queue=storm.max_queue,
                 stall_s=storm.stall_s,
@@ -176,7 +176,8 @@ class _StormRun:
             raise self._errors[0]
         states = collections.Counter(f"{worker['state']} at the end" for worker in target.health()["per_worker"])
         seconds = time.monotonic() - start_s
-        return StormResult(checker.finish(), seconds, {"replaced": self._replaced, **states}, dict(self._failures))
+        failures = dict(collections.Counter(self._failures))
+        return StormResult(checker.finish(), seconds, {"replaced": self._replaced, **states}, failures)
 
     # -- clients ------------------------------------------------------------------------------------------------------------
 
@@ -226,12 +227,12 @@ class _StormRun:
 
         def on_run(subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray]) -> None:
             if storm.poisoned and any(x and not x % storm.poisoned for x in inputs):
-                self._count("poisoned")
+                self._failures.append("poisoned")
                 raise ValueError("no batch with this input can run")
             [kind] = ("broken",) if broken else rng.choices(kinds, shares)
             if kind is None:
                 return
-            self._count(kind)
+            self._failures.append(kind)
             if kind == "slow":
                 time.sleep(rng.uniform(1e-3, 5e-3))
             elif kind == "hanging":
@@ -243,10 +244,6 @@ class _StormRun:
 
         return on_run
 
-    def _count(self, kind: str) -> None:
-        with self._lock:
-            self._failures[kind] += 1
-
     def _keep(self, target: Server) -> None:
         """Replaces lost workers, and every `changed_every_s` seconds a working one."""
         storm, rng = self._storm, random.Random(f"{self._storm.seed} keeper")
@@ -256,9 +253,7 @@ class _StormRun:
             alive = sorted(name for name, state in states.items() if state not in _GONE)
             if time.monotonic() > change_s and alive:
                 change_s = time.monotonic() + storm.changed_every_s
-                with contextlib.suppress(
-                    errors.UnknownNameError, errors.ConfigError
-                ):  # the worker has left, or is the last one
+                with contextlib.suppress(errors.UnknownNameError, errors.ConfigError):  # it has left, or is the last one
                     target.remove_worker(rng.choice(alive))
             with contextlib.suppress(errors.ServerClosedError):
                 for _ in range(storm.workers - len(alive)):

@@ -4,6 +4,7 @@ The engines are fake and take the profiled time. The server is real: it notices 
 the queries of that batch to the queue, and goes on with the other workers. The simulator repeats the same traffic and kills.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -61,23 +62,18 @@ def run(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms
         for i, event in enumerate(killed)
     ]
     kills: list[tuple[int, float]] = []  # worker, time.monotonic
-    over = threading.Event()
 
-    def kill() -> None:
-        start_s = time.monotonic()
-        for outage in sorted(cluster.outages, key=lambda o: o.from_s):
-            if over.wait(max(start_s + outage.from_s - time.monotonic(), 0.0)):
-                return
-            killed[outage.worker].set()
-            kills.append((outage.worker, time.monotonic()))
+    def kill(worker: int) -> None:
+        killed[worker].set()
+        kills.append((worker, time.monotonic()))
 
-    killer = threading.Thread(target=kill, name="superserve-killer", daemon=True)
+    timers = [threading.Timer(outage.from_s, kill, (outage.worker,)) for outage in cluster.outages]
     options = {"policy": policy, "slo_ms": slo_ms, "max_queue": len(trace) + 1, "max_failures": 1}
-    with Server.from_engines(engines, profile, **options) as target:
-        killer.start()
+    with Server.from_engines(engines, profile, **options) as target, contextlib.ExitStack() as stack:
+        for timer in timers:
+            timer.start()
+            stack.callback(timer.cancel)
         real = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
-        over.set()
-        killer.join()
         health = target.health()
         target.close(drain=False)
     outages = tuple(Outage(worker, max(at_s - real.start_s, 1e-3)) for worker, at_s in kills)

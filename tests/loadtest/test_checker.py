@@ -181,7 +181,7 @@ def recorder():
 def recorded(recorder, on_run=None, **options):
     """A server whose engine and policy are recorded."""
     engine = recorder.engine(FakeEngine(PROFILE, speed=math.inf, input_dtype=np.int64, on_run=on_run))
-    return serve(engine, policy=recorder.policy(lambda _: always(1)), **options)
+    return serve(engine, policy=recorder.policy(always(1)), **options)
 
 
 def test_the_recorder_notes_each_step_of_a_query(recorder):
