@@ -6,7 +6,7 @@
 Eight fake engines have the paper's latencies, and 3,500 queries/s arrive. Every --every seconds one worker is killed, until
 four are left. Queries of a killed worker run again on other workers. Accuracy falls so that attainment does not. The
 simulator repeats the same traffic and kills. The program prints the figures of both.
-Library: loadtest.worker_kills, serving.server, experiments.presets, simulation.paper_profile, plots.
+Library: loadtest.sim_vs_real, serving.server, experiments.presets, simulation.paper_profile, plots.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import tyro
 
 from superserve_jax import cli, files, plots
 from superserve_jax.experiments import presets
-from superserve_jax.loadtest import loadgen, worker_kills
-from superserve_jax.loadtest.worker_kills import Interval
+from superserve_jax.loadtest import loadgen, sim_vs_real
+from superserve_jax.loadtest.sim_vs_real import Interval
 from superserve_jax.serving import server
 from superserve_jax.simulation import paper_profile
 
@@ -73,8 +73,8 @@ def main() -> None:
     logging.getLogger("superserve_jax.serving").setLevel(logging.ERROR)  # failed batches are expected
     results, shown, marks_s = [], {}, []
     for name in options.policies:
-        run = worker_kills.run(trace, profile, name, cluster=cluster, slo_ms=options.slo_ms)
-        intervals, health = worker_kills.intervals(run), run.health
+        run = sim_vs_real.run_with_kills(trace, profile, name, cluster=cluster, slo_ms=options.slo_ms)
+        intervals, health = sim_vs_real.intervals(run), run.health
         print(f"\n{name}: real server / simulator; {health['alive']} of {health['workers']} workers were left")
         cli.print_columns(COLUMNS, intervals)
         results.append({"name": name, "intervals": [dataclasses.asdict(i) for i in intervals], "health": health})

@@ -1,16 +1,22 @@
-"""Repeats a replay of the real server in the simulator, under the conditions measured on the machine. No jax.
+"""Repeats a replay of the real server in the simulator: as the machine was, or with workers that are killed. No jax.
 
-The simulator knows the profile. A machine under load is slower than its profile and sometimes stops, and its load generator is
-late. To make both comparable, `simulate_again` gives the simulator exactly these measurements:
+**The same conditions.** The simulator knows the profile. A machine under load is slower than its profile and sometimes stops,
+and its load generator is late. To make both comparable, `simulate_again` gives the simulator exactly these measurements:
 - when each query was really submitted, and the time from then to its deadline;
 - from a `Stopwatch`: by how much batches exceeded their profiled latency (mean and spread), and the time between two batches
   of a busy worker;
 - the intervals in which the process stopped, from `heartbeat`.
 The remaining difference is due to the server: its queue, its decisions, its threads.
+
+**Killed workers.** `run_with_kills` is the paper's fault-tolerance experiment: workers are killed one by one while traffic
+runs. The engines are fake and take the profiled time. The server is real: it notices a killed worker by its failed batch,
+returns the queries of that batch to the queue, and goes on with the other workers.
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +26,16 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine, Wrapper
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.lengths import length_bucket
+from superserve_jax.loadtest import loadgen
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving.server import Server
 from superserve_jax.simulation import simulator
-from superserve_jax.simulation.simulator import Cluster, SimulationResult, Stall
+from superserve_jax.simulation.metrics import ReplaySummary
+from superserve_jax.simulation.simulator import Cluster, Outage, SimulationResult, Stall
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
@@ -178,3 +188,81 @@ def simulate_again(
 def _submitted_s(done: Replay) -> np.ndarray:
     """When each query was submitted. A refused query counts as submitted at its deadline, so it misses the deadline."""
     return np.minimum(done.arrival_s + done.lateness_s, done.deadline_s)
+
+
+# -- workers are killed -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KillRun:
+    """The outcome of the experiment.
+
+    Args:
+      real: every query on the real server.
+      simulated: every query in the simulator, on `cluster`.
+      cluster: the workers, with the times at which they were really killed.
+      health: the server's health at the end.
+    """
+
+    real: Replay
+    simulated: SimulationResult
+    cluster: Cluster
+    health: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The queries that arrived between two kills, while `workers` were alive: real and simulated metrics."""
+
+    from_s: float
+    until_s: float
+    workers: int
+    real: ReplaySummary
+    simulated: ReplaySummary
+
+
+def run_with_kills(trace: Trace, profile: Profile, policy: str, *, cluster: Cluster, slo_ms: float) -> KillRun:
+    """Replays a trace on a server with one fake engine per worker of `cluster`. Kills each worker when its outage begins."""
+    killed = [threading.Event() for _ in range(cluster.workers)]
+    engines = [
+        FakeEngine(profile, name=f"fake:{i}", speed=np.inf, on_run=functools.partial(_takes_time, profile, event))
+        for i, event in enumerate(killed)
+    ]
+    kills: list[tuple[int, float]] = []  # worker, time.monotonic
+
+    def kill(worker: int) -> None:
+        killed[worker].set()
+        kills.append((worker, time.monotonic()))
+
+    timers = [threading.Timer(outage.from_s, kill, (outage.worker,)) for outage in cluster.outages]
+    options = {"policy": policy, "slo_ms": slo_ms, "max_queue": len(trace) + 1, "max_failures": 1}
+    with Server.from_engines(engines, profile, **options) as target, contextlib.ExitStack() as stack:
+        for timer in timers:
+            timer.start()
+            stack.callback(timer.cancel)
+        real = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
+        health = target.health()
+        target.close(drain=False)
+    outages = tuple(Outage(worker, max(at_s - real.start_s, 1e-3)) for worker, at_s in kills)
+    cluster = dataclasses.replace(cluster, outages=outages)
+    return KillRun(real, simulator.simulate(profile, policy, trace, cluster=cluster), cluster, health)
+
+
+def _takes_time(profile: Profile, killed: threading.Event, subnet: Subnet, batch_size: int, _: Any) -> None:
+    """A hook of an engine: sleeps for the profiled time of a batch, and raises as soon as the worker is killed."""
+    if killed.wait(1e-3 * profile.latency_ms(subnet, batch_size)):
+        raise RuntimeError("killed")
+
+
+def intervals(run: KillRun) -> list[Interval]:
+    """Metrics of the run between the kills, and last of the whole run. Intervals without arrivals are left out."""
+    arrival_s = run.real.arrival_s
+    edges = [0.0, *sorted(o.from_s for o in run.cluster.outages), float(np.nextafter(arrival_s[-1], np.inf))]
+    spans = [(a, b, run.cluster.workers - i) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+    found = []
+    for from_s, until_s, workers in [*spans, (0.0, edges[-1], spans[-1][2])]:
+        which = (arrival_s >= from_s) & (arrival_s < until_s)
+        if which.any():
+            real, simulated = (loadgen.summarize(r, which) for r in (run.real, run.simulated))
+            found.append(Interval(from_s, until_s, workers, real, simulated))
+    return found

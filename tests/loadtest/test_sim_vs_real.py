@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.experiments import presets
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Machine, Stopwatch
@@ -79,6 +80,23 @@ def test_a_machine_on_which_nothing_ran_has_no_overhead():
 
 
 # -- in real time -------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_leave_the_server_and_the_others_answer():
+    trace = presets.PRESETS["worker_kills"][0].traffics[0].create(0, duration_s=1.0)
+    run = sim_vs_real.run_with_kills(
+        trace, paper_profile.paper_profile(), "slackfit", cluster=presets.killed(0.2), slo_ms=36.0
+    )
+    assert [w["state"] == "left" for w in run.health["per_worker"]] == [True] * 4 + [False] * 4
+    assert all("killed" in w["last_error"] for w in run.health["per_worker"][:4])
+    assert [o.worker for o in run.cluster.outages] == [0, 1, 2, 3]
+    assert np.isfinite(run.real.finish_s).any()
+    *parts, whole = sim_vs_real.intervals(run)
+    assert [i.workers for i in (*parts, whole)] == [8, 7, 6, 5, 4, 4]
+    assert sum(i.real.queries for i in parts) == whole.real.queries == whole.simulated.queries == len(trace)
+    assert whole.simulated.attainment > 0.9  # 1 on a quiet machine, where workers are killed on time
+    assert parts[-1].simulated.accuracy < parts[0].simulated.accuracy
+
 
 SLOWER = 4.0  # latencies, gaps and the SLO: the same queueing, in which what threads and sleeps cost weighs less
 WORKERS = 8
