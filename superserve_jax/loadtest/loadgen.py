@@ -143,23 +143,30 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
     """
     if not len(trace):
         raise errors.DataError(f"trace '{trace.name}' has no queries; replay another trace, or a longer part of it")
-    submitted = np.full(len(trace), np.inf)
-    futures: list[Future | None] = [None] * len(trace)
-    start = 0.0
     collects = gc.isenabled()
     gc.disable()
     try:
-        for sent in submit_when_due(target, trace, inputs):
-            start = sent.start_s
-            if sent.answers is not None:
-                submitted[sent.places] = sent.now_s
-                for i, future in zip(sent.places, sent.answers, strict=True):
-                    futures[i] = future
-        time.sleep(max(0.0, start + float(trace.deadlines_s.max()) - time.monotonic()))
+        submissions = list(submit_when_due(target, trace, inputs))
+        start_s = submissions[0].start_s
+        time.sleep(max(0.0, start_s + float(trace.deadlines_s.max()) - time.monotonic()))
     finally:
         if collects:
             gc.enable()
-    return _collect(trace, submitted, futures, start)
+    n = len(trace)
+    finish, accuracy, batch, label = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1)
+    lateness = np.full(n, np.inf)
+    for sent in submissions:
+        if sent.answers is None:
+            continue
+        lateness[sent.places] = sent.now_s - trace.arrivals_s[sent.places]
+        for i, future in zip(sent.places, sent.answers, strict=True):
+            # A failed query counts as unanswered. The server's health names the errors.
+            if future.done() and not future.cancelled() and future.exception(0) is None:
+                reply = future.result(0)
+                finish[i] = sent.now_s + 1e-3 * reply.latency_ms
+                accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
+    answers = (finish, accuracy, batch, label)
+    return Replay(trace.arrivals_s, trace.deadlines_s, *answers, lateness, start_s, trace.lengths, trace.floors)
 
 
 def summarize(run: Replay | SimulationResult, which: Any = slice(None)) -> ReplaySummary:
@@ -175,17 +182,3 @@ def summarize(run: Replay | SimulationResult, which: Any = slice(None)) -> Repla
 def series(run: Replay | SimulationResult, *, window_s: float) -> Series:
     """A real or a simulated run over time, in windows of `window_s` seconds."""
     return metrics.series(run.arrival_s, run.deadline_s, run.finish_s, run.accuracy, run.batch, window_s=window_s)
-
-
-def _collect(trace: Trace, submitted: np.ndarray, futures: Sequence[Future | None], start_s: float) -> Replay:
-    n = len(trace)
-    finish, accuracy, batch, label = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan), np.full(n, -1)
-    for i, future in enumerate(futures):
-        # A failed query counts as unanswered. The server's health names the errors.
-        if future is not None and future.done() and not future.cancelled() and future.exception(0) is None:
-            reply = future.result(0)
-            finish[i] = submitted[i] + 1e-3 * reply.latency_ms
-            accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
-    lateness = submitted - trace.arrivals_s
-    answers = (finish, accuracy, batch, label)
-    return Replay(trace.arrivals_s, trace.deadlines_s, *answers, lateness, start_s, trace.lengths, trace.floors)
