@@ -114,7 +114,6 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     if options.json:
         files.write_json(options.json, profile.to_json())
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         values = [[ms for t in profile.each_length for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
         shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
         plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)

@@ -151,7 +151,6 @@ def main() -> None:
         files.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
         print(f"results: {options.json}")
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         one_fixed = next((name for name in names if name in fixed), None)
         shown = {n: done for n, done in replays.items() if n not in fixed or n == one_fixed}
         plots.replay({n: loadgen.series(done, window_s=0.1) for n, done in shown.items()}, options.plot)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str =
     if title:
         fig.suptitle(title)
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns))
-    fig.savefig(path, dpi=110)
+    _save(fig, path, dpi=110)
 
 
 def _scale_x(axes: Any, panel: Panel) -> None:
@@ -190,7 +191,7 @@ def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()
     batch.set_ylim(bottom=0)
     attainment.set_xlabel("time (s)")
     fig.legend(loc="outside upper center", ncols=len(runs))
-    fig.savefig(path, dpi=110)
+    _save(fig, path, dpi=110)
 
 
 def latencies(
@@ -222,4 +223,10 @@ def latencies(
     axes.set(xlabel=label_x, ylabel="subnet, by its accuracy (%)", title=title)
     bar = fig.colorbar(image, label="latency of a batch (ms)", ticks=ticker.LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    fig.savefig(path, dpi=120)
+    _save(fig, path, dpi=120)
+
+
+def _save(fig: figure.Figure, path: Path, *, dpi: int) -> None:
+    """Writes a PNG file, and creates its folder."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=dpi)

@@ -4,7 +4,6 @@ One file because all ways to change a subnet take turns in one loop and end in o
 
     python serve/bench/actuation.py configs/ofa_resnet50.py --batch-sizes 1 8 --plot loading.png
 
-It is one file, since all figures come from the same rounds.
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and random
 statistics. Some subnets, evenly spaced in FLOPs, run in turn. Every batch runs twice in succession: first after a batch of
 another subnet, then after a batch of the same subnet. It compares:
@@ -308,7 +307,6 @@ def main() -> None:
     if options.json:
         files.write_json(options.json, found)
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         first = [subnet["batches"][0] for subnet in found["subnets"]]
         plots.loading(
             [subnet["weights_bytes"] / 1e6 for subnet in found["subnets"]],

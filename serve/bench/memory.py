@@ -4,7 +4,6 @@ One file because every variant is measured by the same function, each in a fresh
 
     python serve/bench/memory.py configs/ofa_resnet50.py --json memory.json
 
-It is one file, since the processes that it starts import it.
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and random
 statistics for many subnets. Each line of the table is measured in a fresh process:
 

@@ -30,7 +30,7 @@ from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.loadtest import loadgen
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.server import Server
-from superserve_jax.simulation import metrics, paper_profile, traces
+from superserve_jax.simulation import paper_profile, traces
 
 BATCH, SLO_MS = 16, 36.0  # as with the paper's profile
 LOAD, CV2 = 0.35, 2.0  # of the bursty traffic; the load is its mean rate / the throughput of the fastest subnet
@@ -100,7 +100,7 @@ def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
         qps = throughput(open_server(fastest, overlap), example, options.queries)
         with open_server(table, overlap) as target:
             done = loadgen.replay(target, trace, [example] * len(trace))
-        seen = metrics.summary(done.arrival_s, done.deadline_s, done.finish_s, done.accuracy)
+        seen = loadgen.summarize(done)
         bursty = {"attainment": seen.attainment, "accuracy": seen.accuracy, "p99_ms": seen.p99_ms}
         return {"qps": qps, "busy": qps / limit_qps, **bursty}
 

@@ -194,7 +194,6 @@ def print_minutes(seconds: Sequence[Second]) -> None:
 
 def draw(seconds: Sequence[Second], path: pathlib.Path) -> None:
     """Draws memory and latencies over time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     minutes = [second.time_s / 60 for second in seconds]
     memory = {"resident memory": Line(minutes, [s.memory_mb for s in seconds], style="-")}
     latency = {name: Line(minutes, [getattr(s, f"{name}_ms") for s in seconds], style="-") for name in ("p50", "p99")}

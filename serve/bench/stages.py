@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files
+from superserve_jax import cli, files
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling import dispatch
 from superserve_jax.serving import server
@@ -62,8 +62,7 @@ class Options:
     json: pathlib.Path | None = None
 
     def __post_init__(self):
-        if self.rounds < 1:
-            raise errors.ConfigError(f"rounds must be at least 1, got {self.rounds}")
+        cli.check_above_zero(self, "rounds")
 
 
 class Stamps:

@@ -86,7 +86,6 @@ def main() -> None:
         files.write_json(options.json, {**about, "policies": results})
         print(f"results: {options.json}")
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         plots.replay(shown, options.plot, marks_s=marks_s)
         print(f"plot: {options.plot}")
 

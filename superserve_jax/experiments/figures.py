@@ -26,7 +26,6 @@ _AGAINST_ACCURACY = ("maf", "bursty", "acceleration", "policies")
 
 def draw(results: Iterable[CellResult], folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Draws the figures of every preset in `results`, and yields the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     for preset, summaries in grouped(summarize(results), lambda s: s.preset).items():
         scales = grouped(summaries, lambda s: s.scale)
         if preset in _AGAINST_ACCURACY:
@@ -49,7 +48,6 @@ def draw_over_time(
 
     Each file shows the last trace with the first seed, and at most three policies.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for (preset, scale), group in grouped(cells, lambda c: (c.preset, c.scale)).items():
         if preset not in _OVER_TIME:
             continue
