@@ -1,13 +1,12 @@
 """DynaBERT: sliced == bucketed == masked == the plain network over the whole space, also for subnets that name their gates."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
-from scipy import special
 from tiny import TINY_BERT, random_params, random_tokens
 
 from superserve_jax import errors, exports, families
@@ -20,51 +19,8 @@ from superserve_jax.training.sampling import Sampler
 NO_STATISTICS = np.zeros((2, 0), np.float32)  # LayerNorm needs no statistics
 
 
-def whole_space(config):
-    """Every subnet with any allowed set of kept layers. The every-other rule offers only some of these sets."""
-    space = config.space()
-    for gates in itertools.product((0, 1), repeat=config.num_layers):
-        if sum(gates) in config.depths:
-            options = [itertools.product(config.heads, config.ffn) if g else [(config.heads[0], config.ffn[0])] for g in gates]
-            for choice in itertools.product(*options):
-                heads, ffn = zip(*choice, strict=True)
-                yield space.subnet(gates=gates, heads=heads, ffn=ffn)
-
-
 def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(np.asarray(expected)).max())
-
-
-def plain_network(config, params, subnet, inputs):
-    """The subnet as plain BERT with small weights, without this library's operators. One sequence and head at a time."""
-    logits = []
-    for ids, types in np.moveaxis(inputs, -1, 1):
-        real = ids != config.pad_id
-        x = params["embeddings.words"][ids] + params["embeddings.positions"][: len(ids)] + params["embeddings.types"][types]
-        x = plain_norm(x, params, "embeddings.norm", config.eps)
-        for i in np.flatnonzero(subnet.gates):
-            layer, neurons = f"layers.{i}", int(subnet["ffn"][i])
-            y = params[f"{layer}.attention_out.bias"]
-            for head in range(int(subnet["heads"][i])):
-                part = slice(head * config.head_size, (head + 1) * config.head_size)
-                q, k, v = (
-                    x @ params[f"{layer}.{n}.kernel"][:, part] + params[f"{layer}.{n}.bias"][part]
-                    for n in ("query", "key", "value")
-                )
-                scores = np.exp(q @ k.T / np.sqrt(config.head_size)) * real
-                y = y + scores / scores.sum(-1, keepdims=True) @ v @ params[f"{layer}.attention_out.kernel"][part]
-            x = plain_norm(x + y, params, f"{layer}.attention_norm", config.eps)
-            y = x @ params[f"{layer}.ffn_in.kernel"][:, :neurons] + params[f"{layer}.ffn_in.bias"][:neurons]
-            y = y * (1 + special.erf(y / np.sqrt(2))) / 2 @ params[f"{layer}.ffn_out.kernel"][:neurons]
-            x = plain_norm(x + y + params[f"{layer}.ffn_out.bias"], params, f"{layer}.ffn_norm", config.eps)
-        pooled = np.tanh(x[0] @ params["pooler.kernel"] + params["pooler.bias"])
-        logits.append(pooled @ params["classifier.kernel"] + params["classifier.bias"])
-    return np.stack(logits)
-
-
-def plain_norm(x, params, name, eps):
-    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
-    return y * params[f"{name}.scale"] + params[f"{name}.bias"]
 
 
 def test_the_plain_network_with_small_weights_agrees_over_the_whole_space():
@@ -72,8 +28,8 @@ def test_the_plain_network_with_small_weights_agrees_over_the_whole_space():
     masked = programs.masked(config)
     run = jax.jit(masked.infer)
     count = 0
-    for subnet in whole_space(config):
-        expected = plain_network(config, params, subnet, inputs)
+    for subnet in plain.whole_space(config):
+        expected = plain.dynabert(config, params, subnet, inputs)
         sliced = programs.sliced(config, subnet)
         assert_close(run(params, inputs, NO_STATISTICS, masked.active(subnet)), expected)
         assert_close(sliced.infer(params, inputs, NO_STATISTICS, sliced.active(subnet)), expected)
@@ -83,14 +39,14 @@ def test_the_plain_network_with_small_weights_agrees_over_the_whole_space():
 
 def test_a_subnet_bucket_runs_each_of_its_members_as_the_plain_network():
     config, params, inputs = TINY_BERT, random_params(TINY_BERT), random_tokens(TINY_BERT)
-    everything = list(whole_space(config))
+    everything = list(plain.whole_space(config))
     for k in range(4):
         members = everything[7 * k :: 31]
         program = programs.bucketed(config, members)
         run = jax.jit(program.infer)
         for subnet in members:
             assert_close(
-                run(params, inputs, NO_STATISTICS, program.active(subnet)), plain_network(config, params, subnet, inputs)
+                run(params, inputs, NO_STATISTICS, program.active(subnet)), plain.dynabert(config, params, subnet, inputs)
             )
 
 
@@ -132,7 +88,7 @@ def test_the_masked_program_is_traced_once_for_all_subnets():
         return masked.infer(*arguments)
 
     run, params, inputs = jax.jit(counted), random_params(TINY_BERT), random_tokens(TINY_BERT)
-    for subnet in list(whole_space(TINY_BERT))[::5]:
+    for subnet in list(plain.whole_space(TINY_BERT))[::5]:
         run(params, inputs, NO_STATISTICS, masked.active(subnet))
     assert len(traces) == 1
 
@@ -190,7 +146,7 @@ def test_a_network_of_one_token_type_takes_ids_alone():
     assert inputs.shape == config.input_spec(3).shape == (3, 6)
     both = np.stack([inputs, np.zeros_like(inputs)], axis=-1)
     subnet = config.space().smallest()
-    assert_close(SuperNet(config, params)(inputs, subnet), plain_network(config, params, subnet, both))
+    assert_close(SuperNet(config, params)(inputs, subnet), plain.dynabert(config, params, subnet, both))
 
 
 # -- packing ------------------------------------------------------------------------------------------------------------
@@ -230,7 +186,7 @@ def test_impossible_arguments_of_pack_are_refused(arguments, message):
 
 
 def test_flops_count_every_product_of_the_traced_program():
-    for subnet in list(whole_space(TINY_BERT))[::9]:
+    for subnet in list(plain.whole_space(TINY_BERT))[::9]:
         program = programs.sliced(TINY_BERT, subnet)
         jaxpr = jax.make_jaxpr(program.infer)(
             programs.param_spec(TINY_BERT), TINY_BERT.input_spec(1), NO_STATISTICS, jnp.zeros(0, int)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 from tiny import CONFIGS, TINY, random_images, random_params, random_statistics
 
@@ -17,82 +18,13 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(np.asarray(expected)).max())
 
 
-def plain_network(config, params, subnet, images, statistics):
-    """The subnet as a plain network with small weights, without this library's operators. Its kernels contain the norms."""
-    sizes = config.sizes(subnet)
-    position = 0
-
-    def conv_norm(x, path, stride, channels, relu=True):
-        nonlocal position
-        kernel = np.array(params[f"{path}.conv.kernel"])[:, :, : x.shape[-1], :channels]
-        mean, var = statistics[:, position : position + channels]
-        position += channels
-        gain = np.array(params[f"{path}.norm.scale"])[:channels] / np.sqrt(var + 1e-5)
-        bias = np.array(params[f"{path}.norm.bias"])[:channels] - mean * gain
-        y = plain_convolution(x, kernel * gain, stride) + bias
-        return np.maximum(y, 0) if relu else y
-
-    x = (images / 255.0 - np.array(config.mean)) / np.array(config.std)
-    x = conv_norm(x, "stem.0", config.stem_stride, sizes["stem.mid"])
-    if sizes["stem.gate"]:
-        x = x + conv_norm(x, "stem.1", 1, sizes["stem.mid"])
-    x = conv_norm(x, "stem.2", 1, sizes["stem.out"])
-    if config.stem_pool:
-        x = plain_max_pool(x)
-    b = 0
-    for m, depths in enumerate(config.depths):
-        out = sizes[f"stage{m}.out"]
-        for i in range(depths[-1]):
-            if sizes[f"block{b}.gate"]:
-                inner, stride, path = sizes[f"block{b}.mid"], config.strides[m] if i == 0 else 1, f"blocks.{b}"
-                if config.block == "bottleneck":
-                    y = conv_norm(x, f"{path}.convs.0", 1, inner)
-                    y = conv_norm(y, f"{path}.convs.1", stride, inner)
-                    y = conv_norm(y, f"{path}.convs.2", 1, out, relu=False)
-                else:
-                    y = conv_norm(x, f"{path}.convs.0", stride, inner)
-                    y = conv_norm(y, f"{path}.convs.1", 1, out, relu=False)
-                if f"{path}.shortcut.conv.kernel" in params:
-                    x = conv_norm(plain_average_pool(x, stride), f"{path}.shortcut", 1, out, relu=False)
-                x = np.maximum(x + y, 0)
-            b += 1
-    assert position == statistics.shape[1]
-    return x.mean((1, 2)) @ np.array(params["classifier.kernel"])[: x.shape[-1]] + np.array(params["classifier.bias"])
-
-
-def plain_convolution(x, kernel, stride):
-    k = kernel.shape[0]
-    p = k // 2
-    x = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-    h, w = ((n - k) // stride + 1 for n in x.shape[1:3])
-    y = 0
-    for i in range(k):
-        for j in range(k):
-            y = y + x[:, i : i + stride * h : stride, j : j + stride * w : stride] @ kernel[i, j]
-    return y
-
-
-def plain_max_pool(x):
-    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    h, w = ((n - 3) // 2 + 1 for n in x.shape[1:3])
-    return np.max([x[:, i : i + 2 * h : 2, j : j + 2 * w : 2] for i in range(3) for j in range(3)], 0)
-
-
-def plain_average_pool(x, window):
-    h, w = (-(-n // window) for n in x.shape[1:3])
-    cells = [
-        [x[:, i * window : (i + 1) * window, j * window : (j + 1) * window].mean((1, 2)) for j in range(w)] for i in range(h)
-    ]
-    return np.stack([np.stack(line, 1) for line in cells], 1)
-
-
 def test_the_plain_network_with_small_weights_agrees_over_the_whole_space(config):
     params, images = random_params(config), random_images(config, 3)
     masked = programs.masked(config)
     run = jax.jit(masked.infer)
     for subnet in config.space().enumerate():
         statistics = random_statistics(config, subnet)
-        expected = plain_network(config, params, subnet, images, statistics)
+        expected = plain.ofa_resnet(config, params, subnet, images, statistics)
         sliced = programs.sliced(config, subnet)
         assert_close(sliced.infer(params, images, statistics, sliced.active(subnet)), expected)
         assert_close(run(params, images, masked.pad_statistics(statistics, subnet), masked.active(subnet)), expected)
