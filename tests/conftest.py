@@ -9,10 +9,9 @@ import jax
 import program
 import pytest
 from hypothesis import settings
-from tiny import CONFIGS, TINY, random_params, random_statistics
+from tiny import TINY, random_params, random_statistics, write_export
 
 from superserve_jax import exports
-from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
 
 collect_ignore = ["helpers", "data"]
@@ -35,14 +34,9 @@ def run_program():
 
 @pytest.fixture
 def no_test_hangs():
-    """Ends a test after a minute. With many more examples than usual, after an hour."""
-    with bad.within(60 if settings().max_examples <= 100 else 3600):
+    """Ends a test after two minutes. With many more examples than usual, after an hour."""
+    with bad.within(120 if settings().max_examples <= 100 else 3600):
         yield
-
-
-@pytest.fixture(params=sorted(CONFIGS))
-def config(request):
-    return CONFIGS[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +63,7 @@ def tiny():
 @pytest.fixture
 def export(tiny, tmp_path):
     """An export with one served subnet."""
-    served = [Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in tiny.calibrated[:1]]
-    exports.export(tmp_path / "export", tiny, served, measured="made up")
-    return exports.load(tmp_path / "export")
+    return exports.load(write_export(tmp_path / "export", tiny, tiny.calibrated[:1]))
 
 
 @pytest.fixture

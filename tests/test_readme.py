@@ -5,10 +5,7 @@ import re
 import shlex
 
 import pytest
-from tiny import TINY
-
-from superserve_jax import exports
-from superserve_jax.exports import Served
+from tiny import write_export
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,8 +22,7 @@ def test_the_readme_shows_python_and_commands():
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_python_in_the_readme_is_short_and_runs(code, tiny, tmp_path, monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    served = [Served(s, 0.7 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)]
-    exports.export(tmp_path / "runs" / "demo" / "export", tiny, served, measured="made up", class_names=("a", "b", "c"))
+    write_export(tmp_path / "runs" / "demo" / "export", tiny, accuracy=0.7, class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     exec(compile(code.replace("16, 32, 32, 1", "16, 9, 9, 1"), "README.md", "exec"), {})

@@ -4,18 +4,18 @@ Every test runs on the CPU, and also on a GPU if there is one.
 """
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, random_images, random_params, random_statistics
+from tiny import TINY, random_images, random_params, random_statistics, write_export
 
 from superserve_jax import errors, exports
 from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
-from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
-from superserve_jax.supernets import programs
+from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
 
 BERT = DynaBERTConfig(vocab_size=20, num_classes=2, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8, 16))
@@ -56,15 +56,7 @@ def test_outputs_do_not_depend_on_subnet_buckets_and_slicing(model, make, slicin
     assert len(engine.executables) <= min(buckets, len(CHOSEN))
     for subnet in (*CHOSEN, *reversed(CHOSEN)):
         check_outputs(engine.run(subnet, 2, list(IMAGES)), model, subnet)
-
-
-@pytest.mark.parametrize(
-    ("config", "subnet_list"), [(TINY, CHOSEN), (BERT, [BERT.space().smallest(), BERT.space().largest()])]
-)
-def test_slices_hold_only_the_weights_of_the_subnet(config, subnet_list):
-    for subnet in subnet_list:
-        leaves = programs.used_leaves(programs.sliced(config, subnet))
-        assert sum(int(np.prod(shape)) for shape in leaves.values()) == config.num_params(subnet)
+        check_outputs(engine.run(subnet, 2, list(IMAGES[:1])), model, subnet, IMAGES[:1])
 
 
 def test_kept_slices_stay_within_their_budget_and_are_made_again(make):
@@ -87,6 +79,16 @@ def test_a_subnet_bucket_too_large_for_the_budget_is_sliced_in_the_call(model, m
     for subnet in CHOSEN:
         check_outputs(engine.run(subnet, 2, list(IMAGES)), model, subnet)
         assert engine.slices.nbytes <= engine.slices.budget_bytes
+
+
+def test_outputs_survive_later_calls_and_do_not_keep_their_batch_in_memory(make):
+    engine = make()
+    first = engine.run(CHOSEN[0], 2, list(IMAGES))
+    kept = [o.copy() for o in first]
+    for seed in range(5):
+        engine.run(CHOSEN[0], 2, list(random_images(TINY, 2, seed=seed)))
+    np.testing.assert_array_equal(first, kept)
+    assert all(o.base is None for o in first)
 
 
 def test_dropped_slices_give_their_memory_back(make, device):
@@ -149,21 +151,28 @@ def test_unknown_slicing_is_refused_before_anything_is_compiled(make, options, m
     assert len(compilations()) == before
 
 
-def test_the_profile_says_how_weights_are_sliced_and_executables_shared(model, tmp_path):
-    device, subnet_list = jax.devices()[0], sorted(CHOSEN, key=TINY.flops)
-    served = [Served(s, 0.5 + 0.02 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(subnet_list)]
-    exports.export(tmp_path / "export", model, served, measured="made up")
-    loaded = exports.load(tmp_path / "export")
+def test_a_stored_profile_says_how_to_make_the_engine_and_a_foreign_one_is_ignored(model, tmp_path, caplog):
+    device, kind = jax.devices()[0], prepare.device_kind(jax.devices()[0])
+    loaded = exports.load(write_export(tmp_path / "export", model, sorted(CHOSEN, key=TINY.flops), step=0.02))
     way, ratio = prepare.faster_slicing(loaded, device, (2,), repeats=1)
     assert way == ("kept" if ratio > 1.03 else "in_call")
-    envelopes = subnet_buckets.choose(subnet_list, TINY.flops, 3)
-    engine = DeviceEngine(loaded, device, subnet_list=subnet_list, batch_sizes=(2,), envelopes=envelopes)
+    envelopes = subnet_buckets.choose(loaded.subnets, TINY.flops, 3)
+    engine = DeviceEngine(loaded, device, subnet_list=loaded.subnets, batch_sizes=(1, 2), envelopes=envelopes)
+    assert engine.name == f"{device.platform}:0"
     profile = prepare.measure(loaded, engine, repeats=1)
     assert set(profile.envelopes.values()) <= set(envelopes.values())
-    profile.save(exports.profile_path(loaded.path, prepare.device_kind(device)))
+    assert prepare.stored_profile(loaded, kind, (1, 2)) is None
+    profile.save(exports.profile_path(loaded.path, kind))
     _, [again], stored = prepare.prepare(loaded, batch_sizes=(2,))
-    assert stored == [profile]
+    assert stored == [profile.at((2,))]
     assert len(again.executables) == len(set(envelopes[r.subnet] for r in profile.rows)) <= 3
+    assert prepare.stored_profile(loaded, kind, (1, 64)) is None
+    changed = profile.to_json()
+    changed["rows"][0]["accuracy"] = 0.123
+    Profile.from_json(changed).save(exports.profile_path(loaded.path, kind))
+    with caplog.at_level(logging.WARNING):
+        assert prepare.stored_profile(loaded, kind, (2,)) is None
+    assert "another export" in caplog.text
 
 
 def test_weights_that_no_subnet_slices_do_not_count_against_the_budget(make):

@@ -1,19 +1,17 @@
 """Executables and their cache, and servers of an export that use them."""
 
 import dataclasses
-import logging
 import time
 
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, live_bytes, random_images
+from tiny import TINY, live_bytes, random_images, write_export
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
-from superserve_jax.engines import executables, prepare, subnet_buckets
+from superserve_jax.engines import executables, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
-from superserve_jax.exports import Served
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -22,49 +20,7 @@ BATCHES = (1, 4)
 
 @pytest.fixture
 def model(tiny, tmp_path):
-    served = [Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)]
-    exports.export(tmp_path / "export", tiny, served, measured="made up")
-    return exports.load(tmp_path / "export")
-
-
-@pytest.fixture
-def engine(model):
-    return DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES)
-
-
-def test_an_engine_gives_each_input_the_output_of_the_masked_program(model, engine):
-    images = random_images(TINY, 4)
-    for subnet in model.subnets:
-        for n, batch in ((1, 1), (1, 4), (3, 4), (4, 4)):
-            outputs = engine.run(subnet, batch, list(images[:n]))
-            expected = np.asarray(model(images[:n], subnet))
-            assert len(outputs) == n
-            np.testing.assert_allclose(outputs, expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_outputs_survive_later_calls_and_do_not_keep_their_batch_in_memory(model, engine):
-    subnet = model.subnets[0]
-    first = engine.run(subnet, 4, list(random_images(TINY, 4, seed=1)))
-    kept = [o.copy() for o in first]
-    for seed in range(5):
-        engine.run(subnet, 4, list(random_images(TINY, 4, seed=seed)))
-    np.testing.assert_array_equal(first, kept)
-    assert all(o.base is None for o in first)
-
-
-@pytest.mark.parametrize("slicing", ["kept", "in_call"])
-def test_weights_are_arguments_and_exist_once_on_the_device(model, slicing):
-    before = live_bytes()
-    engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, slicing=slicing)
-    assert live_bytes() - before <= engine.statistics.nbytes + engine.slices.nbytes  # the weights were there before
-    assert (engine.slices.nbytes > 0) == (slicing == "kept")
-    weights = sum(v.nbytes for v in model.params.values())
-    largest = executables.compile_program(programs.sliced(TINY, model.space.largest()), 4, jax.devices()[0])
-    assert largest.call.memory_analysis().argument_size_in_bytes >= weights
-    assert {name for name, _ in largest.leaves} == set(model.params)
-    smallest = executables.compile_program(programs.sliced(TINY, model.space.smallest()), 4, jax.devices()[0])
-    assert not any(name.startswith(("stem.1.", "blocks.0.", "blocks.2.")) for name, _ in smallest.leaves)
-    assert engine.name == "cpu:0"
+    return exports.load(write_export(tmp_path / "export", tiny))
 
 
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
@@ -88,6 +44,7 @@ def test_weights_exist_once_however_many_executables_share_them(model, slicing):
         arguments = sum(call.memory_analysis().argument_size_in_bytes for call in engine.executables)
         assert arguments >= len(batch_sizes) * read
         assert grown[-1] <= engine.statistics.nbytes + engine.slices.nbytes + 128  # the traced sizes
+        assert (engine.slices.nbytes > 0) == (slicing == "kept")
         del engine
     assert grown[0] == grown[1]
 
@@ -109,32 +66,6 @@ def test_the_counter_of_compilations_can_count(compilations):
     before = len(compilations())
     jax.jit(lambda x: x * 2.5 + before)(np.float32(1))
     assert len(compilations()) > before
-
-
-def test_a_server_opens_from_a_path_and_answers_like_the_model(model):
-    with ss.Server(model.path, policy="fixed:largest", slo_ms=1000, batch_sizes=BATCHES) as server:
-        x = random_images(TINY, 1)[0]
-        reply = server.submit(x).result(timeout=10)
-        np.testing.assert_allclose(reply.output, model(x[None], reply.subnet)[0], rtol=1e-4, atol=1e-5)
-        assert reply.accuracy == server.profile.rows[-1].accuracy
-
-
-def test_a_stored_profile_is_used_and_a_foreign_one_is_not(model, caplog):
-    device = jax.devices()[0]
-    engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=BATCHES)
-    kind = prepare.device_kind(device)
-    measured = prepare.measure(model, engine, repeats=2)
-    path = exports.profile_path(model.path, kind)
-    measured.save(path)
-    assert prepare.prepare(model, batch_sizes=BATCHES)[2] == [measured]
-    assert prepare.stored_profile(model, kind, (1,)) == measured.at((1,))
-    assert prepare.stored_profile(model, kind, (1, 64)) is None
-    changed = measured.to_json()
-    changed["rows"][0]["accuracy"] = 0.123
-    ss.Profile.from_json(changed).save(path)
-    with caplog.at_level(logging.WARNING):
-        assert prepare.stored_profile(model, kind, BATCHES) is None
-    assert "another export" in caplog.text
 
 
 def test_a_server_needs_an_export_batch_sizes_and_devices(model):

@@ -15,57 +15,55 @@ from small_exports import IMAGES, TEXTS, WORDS, payload_of, write
 from tiny import TINY
 
 import superserve_jax as ss
-from superserve_jax import errors, exports, files
+from superserve_jax import errors, exports, families, files
 from superserve_jax.exports import statistics
 from superserve_jax.manifest import MANIFEST_NAME
 
 pytestmark = pytest.mark.usefixtures("no_test_hangs")
 
 
-@pytest.fixture(scope="module", params=["images", pytest.param("texts", marks=pytest.mark.slow)])
-def exported(request, tmp_path_factory):
-    config, words = {"images": (IMAGES, None), "texts": (TEXTS, WORDS)}[request.param]
-    return write(tmp_path_factory.mktemp("bad") / request.param, config, words)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("images") / "export", IMAGES)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return exports.load(write(tmp_path_factory.mktemp("model") / "export", IMAGES))
+def texts(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("texts") / "export", TEXTS, WORDS)
 
 
 @pytest.fixture(scope="module")
-def load_changed(exported):
-    """Loads the export with another manifest: any JSON value or text. Its digest fits, as an attacker would make it."""
-    file = exported / MANIFEST_NAME
+def model(images):
+    return exports.load(images)
+
+
+def manifest_of(path):
+    return json.loads((path / MANIFEST_NAME).read_text())
+
+
+def load_forged(path, manifest):
+    """Loads an export with another manifest. Its digest fits, as an attacker would make it."""
+    file = path / MANIFEST_NAME
     good = file.read_text()
-
-    def load(manifest):
-        if isinstance(manifest, dict):
-            manifest["sha256"] = files.digest(manifest)
-        file.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
-        try:
-            return exports.load(exported)
-        finally:
-            file.write_text(good)
-
-    return load
-
-
-@pytest.fixture
-def manifest(exported):
-    return json.loads((exported / MANIFEST_NAME).read_text())
+    if isinstance(manifest, dict):
+        manifest["sha256"] = files.digest(manifest)
+    file.write_text(json.dumps(manifest))
+    try:
+        return exports.load(path)
+    finally:
+        file.write_text(good)
 
 
 @bad.fuzzed
 @given(choose=st.data())
-def test_a_forged_manifest_is_refused_or_loads_as_it_describes(exported, load_changed, choose):
-    whole = json.loads((exported / MANIFEST_NAME).read_text())
+def test_a_forged_manifest_is_refused_or_loads_as_it_describes(exported, choose):
+    whole = manifest_of(exported)
     part = choose.draw(st.sampled_from(["config", "served", "files", None]))
     if part is None:
         whole = choose.draw(bad.damaged(whole))
     else:
         whole[part] = choose.draw(bad.damaged(whole[part]))
-    loaded = bad.attempt(lambda: load_changed(whole), errors.ExportError)
+    loaded = bad.attempt(lambda: load_forged(exported, whole), errors.ExportError)
     if isinstance(loaded, errors.ExportError):
         assert str(exported) in str(loaded)
         assert "\n" not in str(loaded)
@@ -75,47 +73,107 @@ def test_a_forged_manifest_is_refused_or_loads_as_it_describes(exported, load_ch
         assert loaded.config.num_classes == whole["config"]["num_classes"]
 
 
+def serve_again_in_another_form(manifest):
+    smallest = manifest["served"][0]
+    assert smallest["subnet"]["expand"] == [0.5]
+    again = {**smallest["subnet"], "expand": [1.0]}  # its only block is dropped, so this choice does not matter
+    manifest["served"].append({**smallest, "subnet": again})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema=99), "upgrade superserve-jax"),
+        (lambda m: m.update(payload=7), "damaged"),
+        (lambda m: m.pop("files"), "damaged"),
+        (lambda m: m["files"].update(a={"bytes": 1 << 60, "sha256": ""}), "damaged"),
+        (lambda m: m.update(files={k: None for k in m["files"]}), "damaged"),
+        (lambda m: m.update(class_names=None), "damaged"),
+        (lambda m: m["config"].update(family="other"), "unknown family 'other'.*import the module that registers it"),
+        (lambda m: m["config"].update(num_classes=5), "does not fit the config"),
+        (lambda m: m["config"].update(image_size="x"), "image_size must be a whole number"),
+        (lambda m: m["served"][0].update(subnet={"gates": [1]}), "gates must be 2 values"),
+        (lambda m: m["served"].append(3), "not a served subnet"),
+        (serve_again_in_another_form, "none of them twice"),
+        (lambda m: [file.update(bytes=0) for file in m["files"].values()] and None, "but its files have"),
+        (lambda m: [file.update(bytes=1 << 30) for file in m["files"].values()] and None, "but its files have"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused_even_with_a_fitting_digest(images, change, message):
+    manifest = manifest_of(images)
+    change(manifest)
+    with pytest.raises(errors.ExportError, match=message):
+        load_forged(images, manifest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocabulary": {"scheme": "nonsense", "lowercase": True}},
+        {"vocabulary": {"scheme": ["wordpiece"], "lowercase": True}},
+        {"vocabulary": {"scheme": "wordpiece", "lowercase": 7}},
+        {"vocabulary": {"surplus": 1}},
+        {"vocabulary": [1]},
+        {"config": {**families.config_to_json(TEXTS), "pad_id": 2}},
+    ],
+)
+def test_a_manifest_that_lies_about_the_vocabulary_is_refused(texts, change):
+    with pytest.raises(errors.ExportError, match="vocabulary"):
+        load_forged(texts, manifest_of(texts) | change)
+
+
+def test_an_older_export_without_a_vocabulary_still_loads(images):
+    manifest = manifest_of(images)
+    del manifest["vocabulary"]
+    assert load_forged(images, manifest).vocabulary == ()
+
+
 HUGE = {
-    "blocks": lambda m: m["config"].update(depths=[[0, 10**9]]),
-    "layers": lambda m: m["config"].update(depths=[10**9]),
-    "classes": lambda m: m["config"].update(num_classes=10**12),
-    "more classes than an array can have": lambda m: m["config"].update(num_classes=1 << 70),
-    "channels": lambda m: m["config"].update(stem_width=10**9, stage_widths=[10**9]),
-    "channels by a ratio": lambda m: m["config"].update(width_mults=[1e300], expand_ratios=[1e300]),
-    "tokens": lambda m: m["config"].update(vocab_size=10**12),
-    "nested lists": lambda m: m.update(training={"x": [[[[]]]] * 1000}, config={"a": m["config"]}),
+    "blocks": {"depths": [[0, 10**9]]},
+    "layers": {"depths": [10**9]},
+    "classes": {"num_classes": 10**12},
+    "more classes than an array can have": {"num_classes": 1 << 70},
+    "channels": {"stem_width": 10**9, "stage_widths": [10**9]},
+    "channels by a ratio": {"width_mults": [1e300], "expand_ratios": [1e300]},
+    "tokens": {"vocab_size": 10**12},
+    "nested lists": {"family": [[[[]]]] * 1000},
 }
 
 
 @pytest.mark.parametrize("change", HUGE.values(), ids=HUGE)
-def test_huge_sizes_are_refused_before_memory_is_allocated(load_changed, manifest, change):
+def test_huge_sizes_are_refused_before_memory_is_allocated(exported, change):
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    change(manifest)
+    manifest = manifest_of(exported)
+    manifest["config"].update(change)
     with pytest.raises(errors.ExportError, match="does not describe a SuperNet that this version can build"):
-        load_changed(manifest)
+        load_forged(exported, manifest)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 300_000
 
 
 @pytest.mark.parametrize(
     "payload", ["../outside", "/etc", "payload-../../../etc", "payload-0123456789abcde/", "payload-0123456789abcdeg", "", "."]
 )
-def test_a_payload_outside_the_export_is_refused(load_changed, manifest, payload):
+def test_a_payload_outside_the_export_is_refused(images, payload):
     with pytest.raises(errors.ExportError, match="impossible payload folder"):
-        load_changed({**manifest, "payload": payload})
+        load_forged(images, manifest_of(images) | {"payload": payload})
 
 
 @pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", "weights/../../x", "", ".", "a\nb", "\0", "a" * 5000])
-def test_a_file_outside_the_payload_is_refused(load_changed, manifest, name):
+def test_a_file_outside_the_payload_is_refused(images, name):
+    manifest = manifest_of(images)
     manifest["files"][name] = {"bytes": 0, "sha256": ""}
     with pytest.raises(errors.ExportError, match=r"missing|impossible names"):
-        load_changed(manifest)
+        load_forged(images, manifest)
 
 
-@pytest.mark.parametrize("depth", [100, 980, 5000])
-def test_a_deeply_nested_manifest_is_refused(exported, load_changed, depth):
-    nested = f'"nested": {"[" * depth + "]" * depth}, "measured"'
+NESTED = ['{"nested": ' + "[" * depth + "]" * depth + "}" for depth in (100, 980, 5000)]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', *NESTED])
+def test_a_foreign_manifest_is_refused(tmp_path, content):
+    (tmp_path / MANIFEST_NAME).write_text(content)
     with pytest.raises(errors.ExportError):
-        load_changed((exported / MANIFEST_NAME).read_text().replace('"measured"', nested))
+        exports.load(tmp_path)
 
 
 def npz(**entries):

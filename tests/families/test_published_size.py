@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_images
+from tiny import random_images, write_export
 
 import superserve_jax as ss
-from superserve_jax import exports
-from superserve_jax.exports import Served
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training.config import load_config
@@ -31,8 +29,7 @@ def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
         train = jax.jit(lambda params, x, program=program: program.train(params, x, jnp.zeros((0,), jnp.int32)))
         logits[subnet], statistics = map(np.asarray, train(model.params, image))
         model.statistics[subnet] = statistics
-    served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
-    exports.export(tmp_path / "export", model, served, measured="not measured: fresh weights")
+    write_export(tmp_path / "export", model)
     del model
 
     loaded = ss.load(tmp_path / "export")

@@ -1,9 +1,8 @@
 """The smallest possible exports, one of images and one of texts. Tests damage every bit of them."""
 
-from tiny import random_params, random_statistics
+from tiny import random_params, random_statistics, write_export
 
 from superserve_jax import exports
-from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.manifest import read_manifest
@@ -22,7 +21,7 @@ IMAGES = OFAResNetConfig(
     stage_widths=(4,),
     strides=(1,),
     depths=((0, 1),),
-    expand_ratios=(1.0,),
+    expand_ratios=(0.5, 1.0),
     width_mults=(1.0,),
     divisor=4,
     mean=(0.4,),
@@ -38,9 +37,8 @@ def write(folder, config, words=None):
     space = config.space()
     chosen = [space.smallest(), space.largest()]
     model = SuperNet(config, random_params(config), {s: random_statistics(config, s) for s in chosen})
-    served = [Served(s, 0.5 + 1e-7 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
-    path = exports.export(folder, model, served, measured="made up", training={"lr": 1e-5}, vocabulary=words)
-    rows = tuple(Row(s.subnet, s.accuracy, (0.1 + i, 1e-5 + 2 + i)) for i, s in enumerate(served))
+    path = write_export(folder, model, step=1e-7, training={"lr": 1e-5}, vocabulary=words)
+    rows = tuple(Row(s, 0.5 + 1e-7 * i, (0.1 + i, 1e-5 + 2 + i)) for i, s in enumerate(chosen))
     Profile((1, 2), rows, "cpu").save(exports.profile_path(path, "cpu"))
     return path
 
