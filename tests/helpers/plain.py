@@ -7,14 +7,21 @@ from scipy import special
 
 
 def whole_space(config):
-    """Every subnet with any allowed set of kept layers. The every-other rule offers only some of these sets."""
+    """Every subnet. If a subnet may name its kept blocks, with any allowed set of them."""
     space = config.space()
-    for gates in itertools.product((0, 1), repeat=config.num_layers):
-        if sum(gates) in config.depths:
-            options = [itertools.product(config.heads, config.ffn) if g else [(config.heads[0], config.ffn[0])] for g in gates]
-            for choice in itertools.product(*options):
-                heads, ffn = zip(*choice, strict=True)
-                yield space.subnet(gates=gates, heads=heads, ffn=ffn)
+    if space.rule == "first":
+        return list(space.enumerate())
+    every = itertools.product((0, 1), repeat=space.num_blocks)
+    choices = [itertools.product(*axis.choices) for axis in space.axes]
+    named = itertools.product([g for g in every if sum(g) in config.depths], *map(list, choices))
+    return list(dict.fromkeys(space.subnet(gates=gates, heads=heads, ffn=ffn) for gates, heads, ffn in named))
+
+
+def network(config, params, subnet, inputs, statistics):
+    """Logits of a subnet of any built-in family."""
+    if config.family == "dynabert":  # its norms need no statistics
+        return dynabert(config, params, subnet, inputs)
+    return ofa_resnet(config, params, subnet, inputs, statistics)
 
 
 def ofa_resnet(config, params, subnet, images, statistics):
@@ -29,7 +36,7 @@ def ofa_resnet(config, params, subnet, images, statistics):
         position += channels
         gain = np.array(params[f"{path}.norm.scale"])[:channels] / np.sqrt(var + 1e-5)
         bias = np.array(params[f"{path}.norm.bias"])[:channels] - mean * gain
-        y = plain_convolution(x, kernel * gain, stride) + bias
+        y = np.einsum("bhwcij,ijcd->bhwd", windows(x, len(kernel), stride), kernel * gain, optimize=True) + bias
         return np.maximum(y, 0) if relu else y
 
     x = (images / 255.0 - np.array(config.mean)) / np.array(config.std)
@@ -38,7 +45,7 @@ def ofa_resnet(config, params, subnet, images, statistics):
         x = x + conv_norm(x, "stem.1", 1, sizes["stem.mid"])
     x = conv_norm(x, "stem.2", 1, sizes["stem.out"])
     if config.stem_pool:
-        x = plain_max_pool(x)
+        x = windows(x, 3, 2, constant_values=-np.inf).max((-2, -1))
     b = 0
     for m, depths in enumerate(config.depths):
         out = sizes[f"stage{m}.out"]
@@ -53,37 +60,24 @@ def ofa_resnet(config, params, subnet, images, statistics):
                     y = conv_norm(x, f"{path}.convs.0", stride, inner)
                     y = conv_norm(y, f"{path}.convs.1", 1, out, relu=False)
                 if f"{path}.shortcut.conv.kernel" in params:
-                    x = conv_norm(plain_average_pool(x, stride), f"{path}.shortcut", 1, out, relu=False)
+                    x = conv_norm(average_pool(x, stride), f"{path}.shortcut", 1, out, relu=False)
                 x = np.maximum(x + y, 0)
             b += 1
     assert position == statistics.shape[1]
     return x.mean((1, 2)) @ np.array(params["classifier.kernel"])[: x.shape[-1]] + np.array(params["classifier.bias"])
 
 
-def plain_convolution(x, kernel, stride):
-    k = kernel.shape[0]
-    p = k // 2
-    x = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
-    h, w = ((n - k) // stride + 1 for n in x.shape[1:3])
-    y = 0
-    for i in range(k):
-        for j in range(k):
-            y = y + x[:, i : i + stride * h : stride, j : j + stride * w : stride] @ kernel[i, j]
-    return y
+def windows(x, size, stride, **padding):
+    """All windows of padded images: (B, h, w, C, size, size)."""
+    x = np.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)), **padding)
+    return np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))[:, ::stride, ::stride]
 
 
-def plain_max_pool(x):
-    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    h, w = ((n - 3) // 2 + 1 for n in x.shape[1:3])
-    return np.max([x[:, i : i + 2 * h : 2, j : j + 2 * w : 2] for i in range(3) for j in range(3)], 0)
-
-
-def plain_average_pool(x, window):
-    h, w = (-(-n // window) for n in x.shape[1:3])
-    cells = [
-        [x[:, i * window : (i + 1) * window, j * window : (j + 1) * window].mean((1, 2)) for j in range(w)] for i in range(h)
-    ]
-    return np.stack([np.stack(line, 1) for line in cells], 1)
+def average_pool(x, window):
+    """Cells at the lower and the right edge average only the pixels inside the image."""
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, -x.shape[2] % window), (0, 0)), constant_values=np.nan)
+    b, h, w, c = x.shape
+    return np.nanmean(x.reshape(b, h // window, window, w // window, window, c), axis=(2, 4))
 
 
 def dynabert(config, params, subnet, inputs):
@@ -92,7 +86,7 @@ def dynabert(config, params, subnet, inputs):
     for ids, types in np.moveaxis(inputs, -1, 1):
         real = ids != config.pad_id
         x = params["embeddings.words"][ids] + params["embeddings.positions"][: len(ids)] + params["embeddings.types"][types]
-        x = plain_norm(x, params, "embeddings.norm", config.eps)
+        x = layer_norm(x, params, "embeddings.norm", config.eps)
         for i in np.flatnonzero(subnet.gates):
             layer, neurons = f"layers.{i}", int(subnet["ffn"][i])
             y = params[f"{layer}.attention_out.bias"]
@@ -104,15 +98,15 @@ def dynabert(config, params, subnet, inputs):
                 )
                 scores = np.exp(q @ k.T / np.sqrt(config.head_size)) * real
                 y = y + scores / scores.sum(-1, keepdims=True) @ v @ params[f"{layer}.attention_out.kernel"][part]
-            x = plain_norm(x + y, params, f"{layer}.attention_norm", config.eps)
+            x = layer_norm(x + y, params, f"{layer}.attention_norm", config.eps)
             y = x @ params[f"{layer}.ffn_in.kernel"][:, :neurons] + params[f"{layer}.ffn_in.bias"][:neurons]
             y = y * (1 + special.erf(y / np.sqrt(2))) / 2 @ params[f"{layer}.ffn_out.kernel"][:neurons]
-            x = plain_norm(x + y + params[f"{layer}.ffn_out.bias"], params, f"{layer}.ffn_norm", config.eps)
+            x = layer_norm(x + y + params[f"{layer}.ffn_out.bias"], params, f"{layer}.ffn_norm", config.eps)
         pooled = np.tanh(x[0] @ params["pooler.kernel"] + params["pooler.bias"])
         logits.append(pooled @ params["classifier.kernel"] + params["classifier.bias"])
     return np.stack(logits)
 
 
-def plain_norm(x, params, name, eps):
+def layer_norm(x, params, name, eps):
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
     return y * params[f"{name}.scale"] + params[f"{name}.bias"]

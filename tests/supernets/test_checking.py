@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from mlp_family import MLP, Layer, MLPConfig
 from tiny import CONFIGS, TINY, TINY_BERT
 
@@ -14,6 +15,7 @@ from superserve_jax import errors, supernets
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.families.subset import SingleSubnetConfig
+from superserve_jax.supernets import checking
 from superserve_jax.supernets.family import Units
 from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig
@@ -116,3 +118,13 @@ def test_training_refuses_a_broken_family_before_the_first_step(tmp_path):
     with pytest.raises(errors.ConfigError, match="flops of the subnet"):
         ss.train(TrainConfig(name="broken", model=broken), tmp_path / "run", dataset=dataset)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_xla_counts_the_same_flops_of_a_convolution(kernel_size, stride):
+    def conv(x, kernel):  # without padding, because XLA does not count products with it
+        return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    arguments = jnp.zeros((1, 9, 9, 4)), jnp.zeros((kernel_size, kernel_size, 4, 6))
+    counted = checking.multiply_adds(jax.make_jaxpr(conv)(*arguments))
+    assert jax.jit(conv).lower(*arguments).compile().cost_analysis()["flops"] == 2 * counted

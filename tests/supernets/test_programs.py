@@ -1,89 +1,101 @@
 """The project's main invariant: sliced == bucketed == masked == the plain network with its own small weights."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from tiny import CONFIGS, TINY, random_images, random_params, random_statistics
+from plain import whole_space
+from tiny import CONFIGS, TINY_BERT, random_images, random_params, random_statistics, random_tokens
 
-from superserve_jax.subnet import envelope_of
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import checking, programs
 from superserve_jax.training.sampling import Sampler
 
-TOLERANCE = 1e-5  # relative to the largest output
+
+@pytest.fixture(params=[*CONFIGS, "transformer"])
+def config(request):
+    return {**CONFIGS, "transformer": TINY_BERT}[request.param]
 
 
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(np.asarray(expected)).max())
+@pytest.fixture
+def params(config):
+    return random_params(config)
 
 
-def test_the_plain_network_with_small_weights_agrees_over_the_whole_space(config):
-    params, images = random_params(config), random_images(config, 3)
-    masked = programs.masked(config)
-    run = jax.jit(masked.infer)
-    for subnet in config.space().enumerate():
+@pytest.fixture
+def inputs(config):
+    return random_tokens(config) if config == TINY_BERT else random_images(config, 3)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Checks that two arrays agree. The tolerance is relative to the largest value."""
+    largest = np.abs(np.asarray(expected)).max(initial=0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * largest)
+
+
+def test_the_plain_network_with_small_weights_agrees_over_the_whole_space_in_one_trace(config, params, inputs):
+    masked, traces = programs.masked(config), []
+
+    @jax.jit
+    def run(*arguments):
+        traces.append(1)
+        return masked.infer(*arguments)
+
+    for subnet in whole_space(config):
         statistics = random_statistics(config, subnet)
-        expected = plain.ofa_resnet(config, params, subnet, images, statistics)
+        expected = plain.network(config, params, subnet, inputs, statistics)
         sliced = programs.sliced(config, subnet)
-        assert_close(sliced.infer(params, images, statistics, sliced.active(subnet)), expected)
-        assert_close(run(params, images, masked.pad_statistics(statistics, subnet), masked.active(subnet)), expected)
+        assert_close(sliced.infer(params, inputs, statistics, sliced.active(subnet)), expected)
+        assert_close(run(params, inputs, masked.pad_statistics(statistics, subnet), masked.active(subnet)), expected)
+    assert len(traces) == 1
 
 
-def test_training_outputs_and_statistics_agree_over_the_whole_space(config):
-    params, images = random_params(config), random_images(config, 4)
+def test_training_outputs_and_statistics_agree_over_the_whole_space(config, params, inputs):
     masked = programs.masked(config)
     run = jax.jit(masked.train)
-    for i, subnet in enumerate(config.space().enumerate()):
-        if i % 5:
-            continue
+    for subnet in whole_space(config)[::5]:
         sliced = programs.sliced(config, subnet)
-        logits, statistics = sliced.train(params, images, sliced.active(subnet))
-        masked_logits, masked_statistics = run(params, images, masked.active(subnet))
+        logits, statistics = sliced.train(params, inputs, sliced.active(subnet))
+        masked_logits, masked_statistics = run(params, inputs, masked.active(subnet))
         assert_close(masked_logits, logits)
         assert_close(masked.cut_statistics(np.asarray(masked_statistics), subnet), statistics)
 
 
-def test_a_subnet_bucket_runs_each_of_its_members_as_the_masked_program_does(config):
-    params, images = random_params(config), random_images(config, 3)
-    space = config.space()
-    masked = programs.masked(config)
-    run_masked = jax.jit(masked.infer)
-    members = [space.sample(0, k) for k in range(40)]
-    for k in range(3):
-        program = programs.bucketed(config, members[8 * k : 8 * k + 8])
+def test_a_subnet_bucket_runs_each_of_its_members_as_the_plain_network(config, params, inputs):
+    for k in range(4):
+        members = whole_space(config)[7 * k :: 31]
+        program = programs.bucketed(config, members)
         run = jax.jit(program.infer)
-        for subnet in members[8 * k : 8 * k + 8]:
+        for subnet in members:
             statistics = random_statistics(config, subnet)
-            expected = run_masked(params, images, masked.pad_statistics(statistics, subnet), masked.active(subnet))
-            assert_close(run(params, images, program.pad_statistics(statistics, subnet), program.active(subnet)), expected)
+            expected = plain.network(config, params, subnet, inputs, statistics)
+            assert_close(run(params, inputs, program.pad_statistics(statistics, subnet), program.active(subnet)), expected)
 
 
-def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(config):
-    params, images = random_params(config), random_images(config, 3)
+def test_the_sampler_s_buckets_train_each_member_as_the_sliced_program_does(config, params, inputs):
     sampler = Sampler(config, buckets=3, random_subnets=1, seed=0)
     runs = {p: jax.jit(p.train) for p in sampler.buckets}
-    for k in range(30):
+    for k in range(20):
         choice = sampler.step(k)[2]
-        logits, statistics = runs[choice.program](params, images, choice.program.active(choice.subnet))
+        logits, statistics = runs[choice.program](params, inputs, choice.program.active(choice.subnet))
         sliced = programs.sliced(config, choice.subnet)
-        expected, expected_statistics = sliced.train(params, images, sliced.active(choice.subnet))
+        expected, expected_statistics = sliced.train(params, inputs, sliced.active(choice.subnet))
         assert_close(logits, expected)
         assert_close(choice.program.cut_statistics(np.asarray(statistics), choice.subnet), expected_statistics)
 
 
-def test_gradients_of_the_masked_program_equal_the_gradients_of_the_sliced_one(config):
-    params, images = random_params(config), random_images(config, 4)
+def test_gradients_of_the_masked_program_equal_the_gradients_of_the_sliced_one(config, params, inputs):
     masked = programs.masked(config)
 
     def loss(program, params, active):
-        return jnp.sum(jnp.square(program.train(params, images, active)[0]))
+        return jnp.sum(jnp.square(program.train(params, inputs, active)[0]))
 
     run = jax.jit(jax.grad(lambda p, a: loss(masked, p, a)))
-    for k in range(4):
-        subnet = config.space().sample(5, k)
+    for subnet in whole_space(config)[:: len(whole_space(config)) // 3]:
         sliced = programs.sliced(config, subnet)
-        expected = jax.grad(lambda p, s=sliced: loss(s, p, s.active(s.envelope)))(params)
+        expected = jax.jit(jax.grad(lambda p, s=sliced: loss(s, p, s.active(s.envelope))))(params)
         actual = run(params, masked.active(subnet))
         largest = max(np.abs(g).max() for g in expected.values())
         for name, gradient in expected.items():
@@ -95,44 +107,13 @@ def test_a_bucket_of_one_subnet_masks_nothing(config):
     assert programs.bucketed(config, [subnet]) == programs.sliced(config, subnet)
 
 
-def test_statistics_survive_padding_and_cutting(config):
-    masked = programs.masked(config)
-    for subnet in list(config.space().enumerate())[::7]:
-        statistics = random_statistics(config, subnet)
-        np.testing.assert_array_equal(masked.cut_statistics(masked.pad_statistics(statistics, subnet), subnet), statistics)
-
-
-def test_the_masked_program_is_traced_once_for_all_subnets():
-    masked = programs.masked(TINY)
-    traces = []
-
-    def counted(params, images, statistics, active):
-        traces.append(1)
-        return masked.infer(params, images, statistics, active)
-
-    run, params, images = jax.jit(counted), random_params(TINY), random_images(TINY, 2)
-    for subnet in TINY.space().enumerate():
-        run(params, images, masked.pad_statistics(random_statistics(TINY, subnet), subnet), masked.active(subnet))
-    assert len(traces) == 1
-
-
-def test_a_program_reads_only_the_parameters_of_blocks_it_keeps():
-    space = TINY.space()
-    small = programs.sliced(TINY, space.smallest())
-    params = {k: v for k, v in random_params(TINY).items() if not k.startswith(("blocks.0.", "blocks.2.", "stem.1."))}
-    statistics = random_statistics(TINY, space.smallest())
-    assert small.infer(params, random_images(TINY, 1), statistics, jnp.zeros((0,), jnp.int32)).shape == (1, 3)
-
-
-def test_limits_of_an_envelope_hold_every_member(config):
-    space = config.space()
-    members = [space.sample(1, k) for k in range(50)]
-    limits = config.sizes(envelope_of(members))
-    assert all(size <= limits[name] for m in members for name, size in config.sizes(m).items())
-
-
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_parameters_have_the_shapes_of_the_spec(name):
-    config = CONFIGS[name]
-    made, spec = programs.initial_params(config, 0), programs.param_spec(config)
-    assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (v.shape, v.dtype) for k, v in spec.items()}
+def test_flops_and_parameters_count_what_the_traced_program_of_a_subnet_needs(config):
+    """The counts of the traced program do not depend on the family's own formulas."""
+    spec = programs.param_spec(config)
+    assert config.num_params(config.space().largest()) == sum(math.prod(s.shape) for s in spec.values())
+    for subnet in whole_space(config)[::11]:
+        program = programs.sliced(config, subnet)
+        statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
+        jaxpr = jax.make_jaxpr(program.infer)(spec, config.input_spec(1), statistics, jnp.zeros(0, int))
+        assert config.flops(subnet) == checking.multiply_adds(jaxpr.jaxpr)
+        assert config.num_params(subnet) == sum(math.prod(shape) for shape in programs.used_leaves(program).values())
