@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from superserve_jax import layers, ops
+from superserve_jax import ops
 
 RNG = np.random.default_rng(0)
 
@@ -55,40 +55,3 @@ def test_batch_statistics_agree_with_numpy():
     mean, var = ops.batch_statistics(x)
     np.testing.assert_allclose(mean, np.mean(x, (0, 1, 2)), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(var, np.var(x, (0, 1, 2)), rtol=1e-5)
-
-
-def test_the_norm_masks_after_its_bias():
-    x = jnp.zeros((2, 4))
-    y = ops.subnet_norm(x, jnp.ones(4), jnp.ones(4), jnp.ones(4), 5 * jnp.ones(4), pair(4, 2))
-    assert (y[:, :2] != 0).all()
-    assert not y[:, 2:].any()
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_an_elastic_convolution_is_the_same_sliced_and_masked(kernel_size, stride):
-    from flax import nnx
-
-    conv = layers.Conv(8, 6, kernel_size, stride=stride, rngs=nnx.Rngs(0))
-    norm = layers.SubnetNorm(6, name="n")
-    x = normal(2, 7, 7, 8)
-    for c_in, c_out in ((3, 2), (8, 6), (5, 6)):
-        stats = layers.BatchStats()
-        sliced = norm(conv(x[..., :c_in], c_out), c_out, stats)
-        masked_stats = layers.BatchStats()
-        masked = norm(conv(ops.mask(x, pair(8, c_in)), pair(6, c_out)), pair(6, c_out), masked_stats)
-        np.testing.assert_allclose(masked[..., :c_out], sliced, atol=1e-5)
-        assert not masked[..., c_out:].any()
-        for a, b in zip(stats.recorded["n"], masked_stats.recorded["n"], strict=True):
-            np.testing.assert_allclose(b[:c_out], a, atol=1e-5)
-
-
-def test_an_elastic_dense_layer_is_the_same_sliced_and_masked():
-    from flax import nnx
-
-    dense = layers.Linear(8, 4, rngs=nnx.Rngs(0))
-    x = normal(3, 8)
-    np.testing.assert_allclose(dense(ops.mask(x, pair(8, 5)), 4), dense(x[:, :5], 4), atol=1e-6)
-    masked = dense(x, pair(4, 3))
-    np.testing.assert_allclose(masked[:, :3], dense(x, 3), atol=1e-6)
-    assert not masked[:, 3:].any()

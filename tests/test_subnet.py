@@ -10,29 +10,17 @@ from superserve_jax import errors
 from superserve_jax.space import Axis, SearchSpace
 from superserve_jax.subnet import Subnet, envelope_of
 
-
-def make_space(rule="first"):
-    return SearchSpace(
-        depths=((0, 1), (1, 2, 3)),
-        axes=(
-            Axis("expand", ((0.5, 1.0),) * 4, blocks=(0, 1, 2, 3)),
-            Axis("width", ((0.25, 0.5, 1.0),) * 2),
-        ),
-        rule=rule,
-    )
-
-
-SPACE = make_space()
+SPACE = SearchSpace(
+    ((0, 1), (1, 2, 3)),
+    (Axis("expand", ((0.5, 1.0),) * 4, blocks=(0, 1, 2, 3)), Axis("width", ((0.25, 0.5, 1.0),) * 2)),
+)
 members = st.integers(0, 10_000).map(lambda step: SPACE.sample(0, step))
 
 
 def test_enumeration_lists_every_subnet_once_and_agrees_with_size():
     found = list(SPACE.enumerate())
     assert len(found) == len(set(found)) == SPACE.size == (1 + 2) * (2 + 4 + 8) * 9
-
-
-def test_every_enumerated_subnet_is_valid_and_canonical():
-    assert all(SPACE.validate(s) == s for s in SPACE.enumerate())
+    assert [SPACE.validate(s) for s in found] == found
 
 
 def test_enumerating_too_large_a_space_is_refused_with_its_size():
@@ -130,12 +118,6 @@ def test_a_mistyped_axis_gets_the_nearest_name_suggested():
         SPACE.subnet(widht=1.0)
     with pytest.raises(errors.UnknownNameError, match="did you mean 'expand'"):
         SPACE.largest()["expandd"]
-
-
-def test_a_subnet_of_another_space_is_refused():
-    other = SearchSpace(((1, 2),)).largest()
-    with pytest.raises(errors.SubnetError):
-        SPACE.validate(other)
 
 
 @pytest.mark.parametrize("data", [{}, {"gates": [2]}, {"gates": "x"}, {"gates": [1], "width": [None]}, {"gates": [True]}, []])

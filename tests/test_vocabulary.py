@@ -40,12 +40,8 @@ def test_inputs_equal_the_ones_that_the_model_packs():
         ("the cat sat the cat", None, 5, "[CLS] the cat sat [SEP]"),
         ("the cat sat the cat", "sat", 7, "[CLS] the cat sat [SEP] sat [SEP]"),
         ("sat", "the cat sat the cat", 7, "[CLS] sat [SEP] the cat sat [SEP]"),
-        (
-            "the cat sat",
-            "the cat sat",
-            8,
-            "[CLS] the cat sat [SEP] the cat [SEP]",
-        ),  # with equal lengths, the second is cut first
+        # With equal lengths, the second is cut first.
+        ("the cat sat", "the cat sat", 8, "[CLS] the cat sat [SEP] the cat [SEP]"),
         ("the cat", None, 2, "[CLS] [SEP]"),
     ],
 )
