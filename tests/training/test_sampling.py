@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 from tiny import TINY
@@ -21,22 +23,15 @@ def test_the_subnets_of_a_step_are_a_pure_function_of_seed_and_step(sampler):
 
 
 def test_a_step_trains_the_largest_the_smallest_and_random_ones(sampler):
-    choices = sampler.step(0)
-    space = TINY.space()
-    assert [c.subnet for c in choices[:2]] == [space.largest(), space.smallest()]
-    assert len(choices) == 4
-
-
-def test_random_subnets_need_no_more_programs_than_there_are_buckets(sampler):
-    used = {c.program for k in range(100) for c in sampler.step(k)}
-    assert len(used) == 4 + 2
-
-
-def test_members_are_covered_by_their_envelope_and_differ(sampler):
-    drawn = [c for k in range(100) for c in sampler.step(k)[2:]]
+    space, steps = TINY.space(), [sampler.step(k) for k in range(100)]
+    for choices in steps:
+        assert [c.subnet for c in choices[:2]] == [space.largest(), space.smallest()]
+        assert len(choices) == 4
+    drawn = [c for choices in steps for c in choices[2:]]
     assert all(c.program.envelope.covers(c.subnet) for c in drawn)
-    assert all(TINY.space().validate(c.subnet) == c.subnet for c in drawn)
+    assert all(space.validate(c.subnet) == c.subnet for c in drawn)
     assert len({c.subnet for c in drawn}) > 10
+    assert len({c.program for c in drawn}) == 4  # one for each subnet bucket
 
 
 def test_envelopes_are_spread_over_the_logarithm_of_flops():
@@ -49,16 +44,8 @@ def test_envelopes_are_spread_over_the_logarithm_of_flops():
 
 
 def test_more_buckets_than_subnets_give_what_there_is():
-    space = SearchSpace(((1, 2),))
-
-    class Config:
-        def space(self):
-            return space
-
-        def flops(self, s):
-            return 1 + sum(s.gates)
-
-    assert len(sampling.envelopes(Config(), 8, seed=0)) == 2
+    config = types.SimpleNamespace(space=lambda: SearchSpace(((1, 2),)), flops=lambda s: 1 + sum(s.gates))
+    assert len(sampling.envelopes(config, 8, seed=0)) == 2
 
 
 def test_every_other_spaces_draw_members_below_their_envelope():

@@ -74,10 +74,14 @@ def judged(monkeypatch):
     return seen
 
 
-def test_a_space_smaller_than_the_candidates_is_tried_whole(model, judged):
-    tried = run(model, 10**6)
-    assert {c.subnet for c in tried} == set(TINY.space().enumerate())
-    assert len(tried) == TINY.space().size
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_space_smaller_than_the_candidates_is_tried_whole_and_after_a_tied_phase_only_its_tied_subnets(model, judged, tied):
+    space = TINY.space()
+    expected = {space.tied(s) if tied else s for s in space.enumerate()}
+    tried = run(model, 10**6, tied=tied)
+    assert {c.subnet for c in tried} == expected
+    assert len(tried) == len(expected)
+    assert (len(expected) < space.size) == tied
 
 
 WIDE = dataclasses.replace(
@@ -100,15 +104,9 @@ def test_evolution_finds_a_better_front_than_as_many_random_subnets(judged):
     evolved = run(model, 400)
     drawn = list(dict.fromkeys([space.smallest(), space.largest(), *(space.sample(5, k) for k in range(600))]))[:400]
     random = [Candidate(s, cost(s), a) for s, a in zip(drawn, evaluation.accuracy(model, drawn, None), strict=True)]
-    worst = cost(space.largest())
-    assert dominated_area(evolved, worst) > 1.02 * dominated_area(random, worst)
-    first = evolved[:50]
-    assert dominated_area(evolved, worst) > 1.02 * dominated_area(first, worst)
-
-
-def test_a_search_for_more_candidates_begins_with_those_of_a_search_for_fewer(judged):
-    model = SuperNet(WIDE, {})
-    assert run(model, 230)[:130] == run(model, 130)
+    for others in (random, evolved[:50]):
+        assert dominated_area(evolved, cost(space.largest())) > 1.02 * dominated_area(others, cost(space.largest()))
+    assert run(model, 130) == evolved[:130]  # a search for fewer candidates is the beginning of this one
 
 
 def test_one_compilation_of_each_program_judges_every_candidate(monkeypatch):
@@ -131,28 +129,20 @@ def test_a_family_without_batch_statistics_is_searched_too():
     assert all(c.cost == config.flops(c.subnet) for c in tried)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 70])
-def test_an_interrupted_search_goes_on_to_the_result_of_an_undisturbed_one(judged, tmp_path, kept):
+@pytest.mark.parametrize(("written", "torn"), [(0, False), (1, False), (70, False), (70, True)])
+def test_an_interrupted_search_goes_on_to_the_result_of_an_undisturbed_one(judged, tmp_path, written, torn):
     model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
     undisturbed = run(model, 130)
-    run(model, 130, log=SearchLog(path, SETTINGS), stop_after=kept)
+    run(model, 130, log=SearchLog(path, SETTINGS), stop_after=written)
+    if torn:
+        path.write_bytes(path.read_bytes()[:-30])
+    kept = written - torn
     del judged[:]
     log = SearchLog(path, SETTINGS)
     assert len(log.known) == kept
     assert run(model, 130, log=log) == undisturbed
     assert len(judged) == 130 - kept
     assert list(SearchLog(path, SETTINGS).known.values()) == undisturbed
-
-
-def test_a_torn_last_line_is_dropped_and_judged_again(judged, tmp_path):
-    model, path = SuperNet(WIDE, {}), tmp_path / "search.jsonl"
-    undisturbed = run(model, 20, log=SearchLog(path, SETTINGS))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-30])
-    log = SearchLog(path, SETTINGS)
-    assert len(log.known) == 19
-    assert run(model, 20, log=log) == undisturbed
-    assert path.read_bytes() == whole
 
 
 def test_other_settings_or_weights_begin_the_log_anew_and_say_so(judged, tmp_path, caplog):
@@ -189,19 +179,19 @@ def test_a_child_has_every_position_of_one_of_its_parents():
     assert len({crossover(space, mother, father, rng) for _ in range(50)}) > 10
 
 
-def candidate(step, cost, accuracy):
-    return Candidate(TINY.space().sample(9, step), cost, accuracy)
+def candidates(points):
+    """Candidates with the given costs and accuracies, and different subnets."""
+    subnets = dict.fromkeys(TINY.space().sample(9, k) for k in range(60))
+    return [Candidate(s, cost, accuracy) for s, (cost, accuracy) in zip(subnets, points, strict=False)]
 
 
 def test_the_front_ascends_in_cost_and_accuracy():
-    cloud = [candidate(0, 1, 0.5), candidate(1, 2, 0.4), candidate(2, 2, 0.6), candidate(3, 3, 0.6), candidate(4, 4, 0.9)]
-    assert [(c.cost, c.accuracy) for c in pareto_front(cloud)] == [(1, 0.5), (2, 0.6), (4, 0.9)]
+    cloud = candidates([(1, 0.5), (2, 0.4), (2, 0.6), (3, 0.6), (4, 0.9)])
+    assert pareto_front(cloud) == [cloud[0], cloud[2], cloud[4]]
 
 
 def test_choosing_takes_the_best_of_each_band_and_keeps_what_must_be_kept():
-    steps = {TINY.space().sample(9, k): k for k in range(40)}
-    cloud = [candidate(k, 2**i, 0.5 + 0.05 * i + 0.001 * (k % 3)) for i, k in enumerate(list(steps.values())[:8])]
-    bad = candidate(list(steps.values())[8], 300, 0.2)
+    *cloud, bad = candidates([*((2**i, 0.5 + 0.05 * i) for i in range(8)), (300, 0.2)])
     chosen = choose_served([*cloud, bad], 5, keep=(cloud[0].subnet,))
     assert cloud[0] in chosen
     assert bad not in chosen
@@ -212,14 +202,14 @@ def test_choosing_takes_the_best_of_each_band_and_keeps_what_must_be_kept():
 
 def test_choosing_divides_the_costs_among_the_subnets_that_need_not_be_kept():
     course = ((1.0, 0.1), (1.2, 0.3), (1.5, 0.35), (1.9, 0.4), (3.0, 0.5), (6.0, 0.6), (12.0, 0.7), (16.0, 0.8))
-    front = [candidate(k, cost, accuracy) for k, (cost, accuracy) in enumerate(course)]
+    front = candidates(course)
     chosen = choose_served(front, 4, keep=(front[0].subnet, front[-1].subnet))  # bands from 1 to 4 and from 4 to 16
     assert [c.cost for c in chosen] == [1.0, 1.2, 3.0, 16.0]
 
 
 def test_survivors_are_the_first_front_before_the_second_and_lonely_ones_before_crowded_ones():
-    first = [candidate(k, cost, accuracy) for k, (cost, accuracy) in enumerate([(1, 0.1), (2, 0.5), (2.1, 0.51), (8, 0.9)])]
-    second = [candidate(k + 4, cost, accuracy) for k, (cost, accuracy) in enumerate([(1.5, 0.05), (9, 0.85)])]
+    cloud = candidates([(1, 0.1), (2, 0.5), (2.1, 0.51), (8, 0.9), (1.5, 0.05), (9, 0.85)])
+    first, second = cloud[:4], cloud[4:]
     found = survivors([*second, *first], 5)
     assert set(found[:2]) == {first[0], first[3]}
     assert found[2:4] == [first[2], first[1]]
@@ -227,8 +217,7 @@ def test_survivors_are_the_first_front_before_the_second_and_lonely_ones_before_
 
 
 def test_a_tolerance_lets_as_many_be_served_as_are_asked_for():
-    steps = list({TINY.space().sample(9, k): k for k in range(60)}.values())[:24]
-    cloud = [candidate(k, 10 + i, 0.8 if i % 3 else 0.81) for i, k in enumerate(steps)]
+    cloud = candidates((10 + i, 0.8 if i % 3 else 0.81) for i in range(24))
     ends = (cloud[0].subnet, cloud[-1].subnet)
     assert len(choose_served(cloud, 20, keep=ends, tolerance=0.02)) == 20
     assert len(choose_served(cloud, 100, keep=ends, tolerance=0.02)) == 24
@@ -236,19 +225,10 @@ def test_a_tolerance_lets_as_many_be_served_as_are_asked_for():
     assert choose_served(cloud, 2, keep=ends, tolerance=0.02) == [cloud[0], cloud[-1]]
 
 
-def test_a_search_after_a_tied_phase_tries_tied_subnets_only_and_ends_with_the_last(model, judged):
-    space = TINY.space()
-    tied = {space.tied(s) for s in space.enumerate()}
-    assert {c.subnet for c in run(model, 10**6, tied=True)} == tied
-    assert len(tied) < space.size
-
-
 def test_of_subnets_that_are_the_same_network_only_one_is_chosen():
-    space = TINY.space()
-    middle = list(space.enumerate())[3:9]
-    candidates = [Candidate(s, 5.0, 0.7) for s in middle]
-    ends = [Candidate(space.smallest(), 1.0, 0.5), Candidate(space.largest(), 9.0, 0.9)]
-    options = {"keep": (space.smallest(), space.largest()), "tolerance": 0.1}
-    assert len(choose_served([*ends, *candidates], 8, **options)) == 8
-    alike = choose_served([*ends, *candidates], 8, **options, network=lambda s: middle.index(s) // 2 if s in middle else s)
+    smallest, *middle, largest = candidates([(1.0, 0.5), *[(5.0, 0.7)] * 6, (9.0, 0.9)])
+    options = {"keep": (smallest.subnet, largest.subnet), "tolerance": 0.1}
+    networks = {c.subnet: i // 2 for i, c in enumerate(middle)}
+    assert len(choose_served([smallest, *middle, largest], 8, **options)) == 8
+    alike = choose_served([smallest, *middle, largest], 8, **options, network=lambda s: networks.get(s, s))
     assert len(alike) == 5
