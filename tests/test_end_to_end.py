@@ -109,29 +109,3 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_resumes(run_program, tmp_pat
     [step] = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert step >= 5
     assert "epochs: 40.0 -> 41.0" in run_program(*command, "--epochs", "41", status=2).stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train/supernet.py", "configs/debgu.py"], "did you mean configs/debug.py"),
-        (["train/supernet.py", "configs/debug.py", "--optim.lr", "nan"], "optim.lr must be float"),
-        (["train/supernet.py", "configs/debug.py", "--data.name", "cifr10"], "did you mean 'cifar10'"),
-        (["train/supernet.py", "configs/debug.py", "--model.image-size", "0"], "image_size must be"),
-        (["train/evaluate.py", "nowhere"], "is not the folder of a run"),
-        (["serve/measure.py", "nowhere"], "is not an export"),
-        (["serve/measure.py", "nowhere", "--batch-sizes", "4", "1"], "batch_sizes must be ascending"),
-        (["serve/replay.py", "nowhere"], "is not an export"),
-    ],
-)
-def test_bad_input_ends_a_program_with_a_clear_message(run_program, arguments, message, tmp_path):
-    extra = ["--workdir", tmp_path / "run"] if "supernet" in arguments[0] and "debgu" not in arguments[1] else []
-    assert message in run_program(*arguments, *extra, status=2).stderr
-
-
-FILES = [path for folder in ("train", "serve") for path in sorted((ROOT / folder).rglob("*.py"))]
-
-
-@pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in FILES if "__main__" in path.read_text()])
-def test_every_program_explains_itself(run_program, name):
-    assert len(run_program(name, "--help").stdout) > 200

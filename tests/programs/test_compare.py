@@ -5,8 +5,6 @@ import subprocess
 import sys
 import types
 
-import pytest
-
 from superserve_jax.experiments import presets
 from superserve_jax.simulation import paper_profile
 
@@ -30,25 +28,6 @@ def test_without_the_azure_file_all_presets_but_that_one_run(run_program):
     printed = run_program("serve/compare.py", "--preset", "all", patches={"runner": runner}).stdout
     assert {cell.preset for cell in cells} == set(presets.PRESETS) - {"maf"}
     assert "--maf-trace" in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--preset", "burtsy"), "did you mean 'bursty'"),
-        (("--policies", "slakfit"), "did you mean 'slackfit'"),
-        (("--preset", "maf"), "--maf-trace"),
-        (("--preset", "maf", "--maf-trace", "missing.csv"), "missing.csv"),
-        (("--profile", "missing.json"), "missing.json"),
-        (("--scale", "0"), "--scale"),
-        (("--seeds", "0"), "--seeds"),
-    ],
-)
-def test_a_bad_option_ends_the_program_with_one_line_before_anything_runs(run_program, arguments, message):
-    error = run_program("serve/compare.py", *arguments, status=2).stderr
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_neither_the_program_nor_its_processes_need_jax():

@@ -131,18 +131,6 @@ def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, 
     assert all(what in printed for what in held)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["runs/export", "--minutes", "1"], r"--minutes 1 leave less than 30 s after the 60 s of --warm-up-s"),
-        ([], "give either an export's directory, or --storm"),
-        (["runs/export", "--storm"], "give either an export's directory, or --storm"),
-    ],
-)
-def test_options_that_do_not_fit_together_are_refused(program, options, message):
-    assert message in program(*options, status=2)[1]
-
-
 @pytest.mark.parametrize("options", [(), ("--expire",)])
 def test_a_storm_ends_with_status_0_and_its_results(program, options):
     written, _ = program("--storm", "--queries", 3_000, *options)
