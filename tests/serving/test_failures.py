@@ -1,10 +1,8 @@
-"""Failing engines in the real server: engines without a model and, at the end, real executables.
-
-One file because the tests share their failing engines.
-"""
+"""Failing engines in the real server: engines without a model and, at the end, real executables."""
 
 import itertools
 import math
+import re
 import sys
 import threading
 import time
@@ -13,9 +11,9 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from fakes import LONG_MS, WAIT_S, Gate, fail, x
+from fakes import LONG_MS, WAIT_S, Faulty, Gate, fail, held, outcomes, worker, x
 from hypothesis import strategies
-from one_subnet import OUT_OF_MEMORY, PROFILE, ROW, fake, largest, outcomes, serve, state
+from one_subnet import OUT_OF_MEMORY, PROFILE, ROW, fake, largest, serve, several
 from tiny import TINY, random_images
 
 from superserve_jax import errors
@@ -28,53 +26,39 @@ from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retries
 from superserve_jax.serving.server import Server
 
-
-class Faulty:
-    """An `on_run` hook that raises for some inputs, and remembers the batches."""
-
-    def __init__(self, *poison):
-        self.poison, self.batches = set(poison), []
-
-    def __call__(self, subnet, batch_size, inputs):
-        self.batches.append([float(i) for i in inputs])
-        if self.poison & set(self.batches[-1]):
-            raise RuntimeError("bad luck")
-
-
 # -- poisoned inputs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("position", [1, 7, 16])
 def test_a_poisoned_input_is_named_and_the_rest_of_its_batch_is_answered(workers, position):
-    faulty = Faulty(position)
-    with serve(*(fake(faulty, name=f"fake:{i}") for i in range(workers))) as s:
-        queries = s.submit_many([x(i) for i in range(1, 17)])
-        *others, error = sorted(outcomes(queries), key=lambda o: (isinstance(o, Exception), o))
-        assert others == [i for i in range(1, 17) if i != position]
-        assert queries[position - 1].exception() is error
-        named = (
-            rf"input of shape \(\), dtype float32, values from {position} to {position}: . batches with it .*alone.*bad luck"
-        )
-        with pytest.raises(errors.InferenceError, match=named):
-            queries[position - 1].result(0)
+    with serve(*several(workers, Faulty(position))) as s:
+        answers = outcomes(s.submit_many(x(range(1, 17))))
+        error = answers.pop(position - 1)
+        assert answers == [i for i in range(1, 17) if i != position]
+        assert isinstance(error, errors.InferenceError)
+        assert isinstance(error.__cause__, RuntimeError)
+        named = rf"fake:. failed on the input of shape \(\), dtype float32, values from {position} to {position}"
+        assert re.search(named + r": \d batches with it .*alone.*bad luck.*server's log", str(error))
         assert s.health()["alive"] == workers
 
 
 def test_finding_a_poisoned_input_costs_a_logarithm_of_its_batch():
     faulty = Faulty(5)
     with serve(fake(faulty)) as s:
-        outcomes(s.submit_many([x(i) for i in range(1, 17)]))
+        outcomes(s.submit_many(x(range(1, 17))))
     assert [len(b) for b in faulty.batches if any(b)] == [16, 8, 8, 4, 4, 2, 2, 1, 1]
     assert len(faulty.batches) == 9 + 5  # each failure is followed by one batch of blank inputs
+    queries = s.snapshot()["queries"]
+    assert (queries["met"], queries["failed"]) == (15, 1)
+    assert queries["requeued"] == 16 + 8 + 4 + 2  # whole, then each failed half; not the query that failed alone
 
 
 @hypothesis.given(poison=strategies.sets(strategies.integers(1, 40)), workers=strategies.integers(1, 3))
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_whatever_is_poisoned_gets_an_error_and_nothing_else_does(poison, workers):
-    faulty = Faulty(*poison)
-    with serve(*(fake(faulty, name=f"fake:{i}") for i in range(workers))) as s:
-        answers = outcomes(s.submit_many([x(i) for i in range(1, 41)]))
+    with serve(*several(workers, Faulty(*poison))) as s:
+        answers = outcomes(s.submit_many(x(range(1, 41))))
         assert s.health()["alive"] == workers
     assert {i for i, o in enumerate(answers, 1) if isinstance(o, errors.InferenceError)} == poison
     assert all(o == i for i, o in enumerate(answers, 1) if i not in poison)
@@ -84,24 +68,14 @@ def test_a_worker_that_gets_only_poisoned_inputs_stays():
     with serve(fake(Faulty(*range(1, 50))), max_failures=1) as s:
         for i in range(1, 50):
             assert isinstance(s.submit(x(i)).exception(WAIT_S), errors.InferenceError)
-        assert (state(s)["state"], state(s)["failures"], state(s)["batches"]) == ("idle", 49 * 3, 0)
+        assert (worker(s)["state"], worker(s)["failures"], worker(s)["batches"]) == ("idle", 49 * 3, 0)
 
 
 def test_beside_a_broken_worker_only_poisoned_inputs_fail():
-    broken, sound = fake(fail, name="broken"), fake(Faulty(3), name="sound")
-    with serve(broken, sound, slo_ms=1, max_failures=50) as s:
+    with serve(fake(fail, name="broken"), fake(Faulty(3), name="sound"), slo_ms=1, max_failures=50) as s:
         for _ in range(5):
-            answers = outcomes(s.submit_many([x(i) for i in range(1, 9)], slo_ms=LONG_MS))
+            answers = outcomes(s.submit_many(x(range(1, 9)), slo_ms=LONG_MS))
             assert [isinstance(o, Exception) for o in answers] == [i == 3 for i in range(1, 9)]
-
-
-def test_a_worker_that_fails_on_batches_that_others_answer_leaves():
-    with serve(fake(fail, name="broken"), fake(name="sound"), slo_ms=1, max_failures=2) as s:
-        while s.health()["alive"] == 2:
-            assert outcomes(s.submit_many([x(i) for i in range(8)], slo_ms=LONG_MS)) == list(range(8))
-        assert (state(s, "broken")["state"], state(s, "broken")["failures"]) == ("left", 2)
-        assert "the device burns" in state(s, "broken")["last_error"]
-        assert state(s, "sound")["last_error"] is None
 
 
 def test_a_failed_batch_runs_on_another_worker_first():
@@ -115,8 +89,7 @@ def test_a_failed_batch_runs_on_another_worker_first():
 
         return on_run
 
-    names = ["fake:0", "fake:1"]
-    with serve(*(fake(choke(name), name=name) for name in names)) as s:
+    with serve(*(fake(choke(name), name=name) for name in ("fake:0", "fake:1"))) as s:
         s.submit(x(9)).exception(WAIT_S)
     assert [a != b for a, b in itertools.pairwise(ran)] == [True, True]
 
@@ -164,20 +137,28 @@ class WrongShape(Logits):
 
 def test_an_input_whose_output_is_nan_fails_alone():
     with serve(fake(make=Logits)) as s:
-        answers = s.submit_many([x(v) for v in (1, 2, math.nan, 4, math.inf)])
+        answers = outcomes(s.submit_many(x([1, 2, math.nan, 4, math.inf])))
         with pytest.raises(errors.InferenceError, match=r"values from nan to nan.*outputs \[0\] of 1 have NaN"):
-            answers[2].result(WAIT_S)
-        assert [f.result(WAIT_S).output[0] for i, f in enumerate(answers) if i != 2] == [1, 2, 4, math.inf]
+            raise answers.pop(2)
+        assert answers == [1, 2, 4, math.inf]
         assert s.health()["alive"] == 1
 
 
-@pytest.mark.parametrize(("make", "message"), [(AllNan, "have NaN"), (WrongShape, "outputs of shape")])
-def test_a_worker_whose_every_output_is_wrong_leaves(make, message):
-    with serve(fake(make=make, name="bad"), fake(make=Logits, name="good"), slo_ms=1, max_failures=2) as s:
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (fake(fail, name="bad"), "the device burns"),
+        (fake(make=AllNan, name="bad"), "have NaN"),
+        (fake(make=WrongShape, name="bad"), "outputs of shape"),
+    ],
+)
+def test_a_worker_that_fails_on_batches_that_others_answer_leaves(bad, message):
+    with serve(bad, fake(make=Logits, name="good"), slo_ms=1, max_failures=2) as s:
         while s.health()["alive"] == 2:
-            assert [f.result(WAIT_S).output[0] for f in s.submit_many([x(1), x(2)], slo_ms=LONG_MS)] == [1, 2]
-        assert state(s, "bad")["state"] == "left"
-        assert message in state(s, "bad")["last_error"]
+            assert outcomes(s.submit_many(x([1, 2]), slo_ms=LONG_MS)) == [1, 2]
+        assert (worker(s, "bad")["state"], worker(s, "bad")["failures"]) == ("left", 2)
+        assert message in worker(s, "bad")["last_error"]
+        assert worker(s, "good")["last_error"] is None
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 10), (16, 5, 4)])
@@ -195,61 +176,39 @@ def test_outputs_pass_unless_one_of_them_is_nan(shape):
 
 
 def test_a_batch_may_take_twenty_times_its_profiled_p99():
-    now_s, gate = [0.0], Gate()
-    slow = Profile((1,), (Row(ROW.subnet, 0.7, (50.0,), (100.0,)),))
-    engines = [FakeEngine(slow, speed=math.inf, on_run=gate, name=f"fake:{i}") for i in range(2)]
-    options = {"policy": largest, "slo_ms": LONG_MS, "tune_runtime": False}
-    with Server.from_engines(engines, slow, stall_s=1.0, clock=lambda: now_s[0], **options) as s:
-        first = s.submit(x(0))
-        assert gate.entered.wait(WAIT_S)
+    now_s, slow = [0.0], Profile((1,), (Row(ROW.subnet, 0.7, (50.0,), (100.0,)),))
+    with held(2, profile=slow, policy=largest, stall_s=1.0, clock=lambda: now_s[0]) as (s, _, first):
         now_s[0] = 1.99
         time.sleep(0.6)  # some rounds of the watchdog
         assert (s.health()["abandoned"], s.health()["running"]) == (0, 1)
         now_s[0] = 20.0  # on a busy machine the watchdog itself is late, and allows for that
-        assert first.result(WAIT_S).output == (0.0, 0)
+        assert outcomes([first]) == [0]
         assert sorted(w["state"] for w in s.health()["per_worker"]) == ["abandoned", "idle"]
-        gate.opened.set()
 
 
 def test_an_input_that_hangs_its_worker_costs_no_more_workers_than_it_has_tries():
     opened = threading.Event()
-
-    def on_run(subnet, batch_size, inputs):
-        if 13 in inputs:
-            opened.wait(WAIT_S)
-
-    with serve(*(fake(on_run, name=f"fake:{i}") for i in range(4)), stall_s=0.02, max_tries=2) as s:
+    with serve(*several(4, lambda *batch: 13 in batch[2] and opened.wait(WAIT_S)), stall_s=0.02, max_tries=2) as s:
         with pytest.raises(errors.InferenceError, match=r"2 batches.*has not returned for"):
             s.submit(x(13)).result(WAIT_S)
         assert (s.health()["alive"], s.health()["abandoned"]) == (2, 2)
-        assert s.submit(x(1)).result(WAIT_S).output == (1.0, 0)
+        assert outcomes([s.submit(x(1))]) == [1]
         opened.set()
 
 
 def test_a_batch_that_hangs_is_not_halved():
-    opened, batches = threading.Event(), []
-
-    def on_run(subnet, batch_size, inputs):
-        batches.append(len(inputs))
-        if len(batches) == 1:
-            opened.wait(WAIT_S)
-
-    with serve(*(fake(on_run, name=f"fake:{i}") for i in range(2)), stall_s=0.02) as s:
-        assert outcomes(s.submit_many([x(i) for i in range(16)])) == list(range(16))
-        opened.set()
-    assert batches == [16, 16]
+    gate = Gate()
+    with serve(*several(2, gate), stall_s=0.02) as s:
+        futures = s.submit_many(x(range(16)))
+        with gate.holding():
+            assert outcomes(futures) == list(range(16))
+    assert [len(batch) for batch in gate.batches] == [16, 16]
 
 
 def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
     opened = threading.Event()
-
-    def on_run(subnet, batch_size, inputs):
-        if 13 in inputs:
-            fail()
-        opened.wait(WAIT_S)
-
-    with serve(fake(on_run, name="bad"), stall_s=0.02) as s:
-        with pytest.raises(errors.WorkersLostError, match="bad has not returned for"):
+    with serve(fake(lambda *batch: fail() if 13 in batch[2] else opened.wait(WAIT_S)), stall_s=0.02) as s:
+        with pytest.raises(errors.WorkersLostError, match="fake:0 has not returned for"):
             s.submit(x(13)).result(WAIT_S)
         opened.set()
 
@@ -257,40 +216,30 @@ def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
 # -- real executables ---------------------------------------------------------------------------------------------------------
 
 
-class Injecting(Wrapper):
-    """A device's engine with a hook that can raise or change the inputs."""
-
-    def __init__(self, real, hook):
-        super().__init__(real)
-        self._hook = hook
-
-    def run(self, subnet, batch_size, inputs):
-        self._hook(batch_size, inputs)
-        return super().run(subnet, batch_size, inputs)
-
-
 def test_real_executables_answer_as_the_model_does_whatever_happens_around_them(export):
     [subnet] = export.subnets
-    real = DeviceEngine(export, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4))
-    images = random_images(TINY, 16)
-    calls = itertools.count()
+    engine = Wrapper(DeviceEngine(export, jax.devices()[0], subnet_list=[subnet], batch_sizes=(1, 2, 4)))
+    images, calls = random_images(TINY, 16), itertools.count()
 
-    def hook(batch_size, inputs):
+    def run(subnet, batch_size, inputs, real=engine.run):
         if batch_size > 2:
             raise RuntimeError(OUT_OF_MEMORY)
         if any(np.array_equal(i, images[5]) for i in inputs) or next(calls) % 7 == 3:
             raise RuntimeError("bad luck")
+        return real(subnet, batch_size, inputs)
 
+    engine.run = run
     profile = Profile((1, 2, 4), (Row(subnet, 0.5, (1.0, 1.0, 1.0)),))
-    with Server.from_engines([Injecting(real, hook)], profile, policy="max-batch", slo_ms=LONG_MS) as s:
-        answers = s.submit_many(list(images))
+    with Server.from_engines([engine], profile, policy="max-batch", slo_ms=LONG_MS) as s:
+        answers = s.submit_many(images)
         with pytest.raises(errors.InferenceError, match=r"shape \(9, 9, 1\), dtype uint8"):
-            answers[5].result(WAIT_S)
-        assert (state(s, real.name)["max_batch"], s.health()["alive"]) == (2, 1)
-    expected = np.asarray(export(images, subnet))
-    for i, f in enumerate(answers):
-        if i != 5:
-            np.testing.assert_allclose(f.result(0).output, expected[i], atol=1e-5 * np.abs(expected).max())
+            answers.pop(5).result(WAIT_S)
+        assert (worker(s, engine.name)["max_batch"], s.health()["alive"]) == (2, 1)
+    expected = np.delete(np.asarray(export(images, subnet)), 5, axis=0)
+    np.testing.assert_allclose([f.result(0).output for f in answers], expected, atol=1e-5 * np.abs(expected).max())
+
+
+# -- other errors -------------------------------------------------------------------------------------------------------------
 
 
 def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
@@ -305,5 +254,5 @@ def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
 def test_a_server_that_cannot_be_opened_leaves_the_process_as_it_was():
     before, threads = sys.getswitchinterval(), threading.active_count()
     with pytest.raises(errors.UnknownNameError):
-        Server.from_engines([fake()], PROFILE, policy="nope", tune_runtime=True)
+        serve(policy="nope", tune_runtime=True)
     assert (sys.getswitchinterval(), threading.active_count()) == (before, threads)
