@@ -3,69 +3,55 @@
 import gc
 import sys
 import threading
-import time
 
 import pytest
-from fakes import WAIT_S, Gate, fake, held, serve, x
+from fakes import WAIT_S, Gate, fake, held, outcomes, serve, threads, wait_until, x
 
 from superserve_jax import errors
+from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.serving import runtime
+
+
+def own_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("superserve")]
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left_behind():
     yield
-    end_s = time.monotonic() + WAIT_S
-    while names := [t.name for t in threading.enumerate() if t.name.startswith("superserve")]:
-        assert time.monotonic() < end_s, names
-        time.sleep(0.001)
+    wait_until(lambda: not own_threads())
 
 
 def test_closing_answers_the_waiting_queries():
     with held() as (s, gate, _):
-        futures = s.submit_many([x(i) for i in range(20)])
-        threading.Timer(0.02, gate.opened.set).start()
-        s.close()
-        assert all(f.done() for f in futures)
-        assert [f.result().output[0] for f in futures] == list(range(20))
+        futures = s.submit_many(x(range(20)))
+        with threads(s.close):
+            wait_until(lambda: s.health()["closed"])
+            gate.opened.set()
+        assert [f.result(0).output[0] for f in futures] == list(range(20))
 
 
-def test_closing_without_draining_fails_waiting_queries_and_answers_running_ones():
-    with held() as (s, gate, first):
-        waiting = s.submit(x(1))
-        threading.Timer(0.02, gate.opened.set).start()
-        s.close(drain=False)
-        assert first.result(0).output == (0.0, 0)
+@pytest.mark.parametrize("error", [None, KeyError], ids=["closed", "left by an error"])
+@pytest.mark.parametrize(("make", "running"), [(FakeEngine, 4), (FakeDevice, 8)])
+def test_without_draining_running_batches_are_answered_and_waiting_queries_fail(make, running, error):
+    gate = Gate()
+    s = serve(fake(gate, make=make))
+    futures = s.submit_many(x(range(12)))
+    with gate.holding():
+        futures[-1].add_done_callback(lambda _: gate.opened.set())
+        s.close(drain=False) if error is None else s.__exit__(error, error())
+    assert [f.result(0).output[0] for f in futures[:running]] == list(range(running))
+    for f in futures[running:]:
         with pytest.raises(errors.ServerClosedError, match="closed without draining"):
-            waiting.result(0)
-
-
-def test_leaving_the_context_on_an_exception_fails_the_waiting_queries():
-    gate, waiting = Gate(), []
-
-    def interrupted():
-        with serve(fake(gate)) as s:
-            s.submit(x(0))
-            assert gate.entered.wait(WAIT_S)
-            waiting.append(s.submit(x(1)))
-            threading.Timer(0.02, gate.opened.set).start()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        interrupted()
-    with pytest.raises(errors.ServerClosedError):
-        waiting[0].result(0)
+            f.result(0)
+    queries = s.snapshot()["queries"]
+    assert (queries["met"], queries["failed"]) == (running, 12 - running)
 
 
 def test_a_closed_server_refuses_and_closes_again():
     s = serve()
-    threads = [threading.Thread(target=s.close) for _ in range(3)]
-    for t in threads:
-        t.start()
-    s.close()
-    for t in threads:
-        t.join(WAIT_S)
-        assert not t.is_alive()
+    with threads(*[s.close] * 3):
+        s.close()
     with pytest.raises(errors.ServerClosedError, match="takes no queries; open a new one"):
         s.submit(x(1))
     assert s.health()["closed"]
@@ -73,10 +59,11 @@ def test_a_closed_server_refuses_and_closes_again():
 
 def test_closing_with_a_timeout_abandons_stuck_workers_and_fails_every_query_left():
     with held() as (s, _, first):
-        waiting = s.submit(x(1))
+        waiting = s.submit_many(x(range(20)))
         s.close(timeout_s=0.01)
         assert s.health()["abandoned"] == 1
-        for f in (first, waiting):
+        assert own_threads() == ["superserve-fake:0"]
+        for f in (first, *waiting):
             with pytest.raises(errors.ServerClosedError, match=r"after 0\.01 s"):
                 f.result(0)
 
@@ -86,7 +73,7 @@ def test_a_callback_may_close_its_own_server():
         first.add_done_callback(lambda f: s.close())
         waiting = s.submit(x(1))
         gate.opened.set()
-        assert waiting.result(WAIT_S).output == (1.0, 0)
+        assert outcomes([waiting]) == [1]
 
 
 def test_a_server_without_references_ends_its_threads_and_fails_the_waiting_queries():
@@ -100,7 +87,7 @@ def test_a_server_without_references_ends_its_threads_and_fails_the_waiting_quer
     with pytest.raises(errors.ServerClosedError):
         waiting.result(WAIT_S)
     gate.opened.set()
-    assert running.result(WAIT_S).output == (0.0, 0)
+    assert outcomes([running]) == [0]
 
 
 def test_the_runtime_is_tuned_while_any_of_several_servers_is_open():

@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
-from fakes import LONG_MS, WAIT_S, fake, held, serve, x
+from fakes import fake, held, outcomes, serve, threads, wait_until, x
 
 from superserve_jax import errors
 
@@ -39,13 +38,9 @@ s = serve()
 
 def run(code, *, returncode=0):
     """Runs a program that opens a server `s`. It must end by itself and print nothing on stderr. Returns its output."""
-    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (returncode, "")
     return done.stdout.split()
-
-
-def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("superserve")]
 
 
 # -- closing ------------------------------------------------------------------------------------------------------------------
@@ -53,47 +48,26 @@ def threads():
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_a_server_closed_by_another_thread_while_all_submit_loses_no_query(drain):
-    answers, refused, before = [], [], threads()
-    s = serve(fake(lambda *_: time.sleep(0.0005)), fake(name="fake:1"), max_queue=10_000)
+    answers, refused = [], []
+    s = serve(fake(lambda *_: time.sleep(0.0005)), fake(name="fake:1"), max_queue=1_000_000)
 
     def submit():
         try:
             while True:
-                answers.extend(s.submit_many([x(i) for i in range(10)]))
+                answers.extend(s.submit_many(x(range(10))))
                 time.sleep(0.0005)
         except errors.ServerClosedError as error:
             refused.append(error)
 
-    clients = [threading.Thread(target=submit) for _ in range(3)]
-    for t in clients:
-        t.start()
-    time.sleep(0.03)
-    closer = threading.Thread(target=s.close, kwargs={"drain": drain})
-    closer.start()
-    s.close(drain=drain)
-    for t in (*clients, closer):
-        t.join(WAIT_S)
+    with threads(*[submit] * 3):
+        wait_until(lambda: len(answers) > 500)
+        with threads(lambda: s.close(drain=drain)):
+            s.close(drain=drain)
     assert len(refused) == 3
-    assert answers
     assert all(f.done() for f in answers)
-    failed = [f for f in answers if f.exception() is not None]
-    assert all(isinstance(f.exception(), errors.ServerClosedError) for f in failed)
+    failed = [f.exception() for f in answers if f.exception() is not None]
+    assert all(isinstance(error, errors.ServerClosedError) for error in failed)
     assert not (drain and failed)
-    assert threads() == before
-
-
-def test_draining_ends_after_its_time_and_leaves_no_thread_but_the_abandoned_one():
-    before = threads()
-    with held(slo_ms=LONG_MS) as (s, gate, _):
-        waiting = s.submit_many([x(i) for i in range(20)])
-        s.close(timeout_s=0.02)
-        assert threads() == [*before, "superserve-fake:0"]
-        assert {type(f.exception(0)) for f in waiting} == {errors.ServerClosedError}
-        gate.opened.set()
-    end_s = time.monotonic() + WAIT_S
-    while threads() != before:
-        assert time.monotonic() < end_s
-        time.sleep(0.001)
 
 
 def test_while_a_server_closes_a_worker_reruns_batches_that_failed_on_itself():
@@ -103,17 +77,14 @@ def test_while_a_server_closes_a_worker_reruns_batches_that_failed_on_itself():
             raise RuntimeError
 
     failed = []
-    with held(1) as (s, gate, first):
+    with held() as (s, gate, first):
         s.add_worker(fake(fail_once, name="other"))
         second = s.submit(x(1))  # on the other, which would leave it to the one that is held
-        while not failed:
-            time.sleep(0.001)
-        closer = threading.Thread(target=s.close)
-        closer.start()
-        assert second.result(WAIT_S).output == (1.0, 0)
-        assert not first.done()
-        gate.opened.set()
-        closer.join()
+        wait_until(lambda: failed)
+        with threads(s.close):
+            assert outcomes([second]) == [1]
+            assert not first.done()
+            gate.opened.set()
         assert first.result(0).output == (0.0, 0)
 
 
@@ -150,9 +121,7 @@ threading.Thread(target=traffic, args=(hung,), daemon=True).start()
 while not hung.health()["running"]:
     time.sleep(0.001)
 """
-    start_s = time.monotonic()
     run(code)
-    assert time.monotonic() - start_s < 20
 
 
 def test_the_interpreter_exits_amid_traffic_on_real_executables(export):
