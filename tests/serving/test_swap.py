@@ -3,25 +3,22 @@
 One file because the tests share the two exports and the checks after a swap.
 """
 
-import contextlib
+import functools
 import gc
-import math
 import threading
 import time
 import weakref
 from typing import Any
 
 import fakes
-import numpy as np
 import pytest
-from fakes import BUCKETED, FASTER, LONG_MS, PROFILE, SUBNETS, WAIT_S, Gate, fake, held, tokens, x
+from fakes import BUCKETED, FASTER, PROFILE, SUBNETS, WAIT_S, Cramped, Gate, fail, fake, outcomes, threads, tokens, x
 
 from superserve_jax import errors
-from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 OTHER = Profile((1, 2, 4), tuple(Row(Subnet((10 + i,)), 0.6 + 0.1 * i, (1.0, 2.0, 3.0)) for i in range(2)))
@@ -32,25 +29,28 @@ def best(profile, state):
     return Decision(profile.rows[-1].subnet, 4)
 
 
-def other(on_run=None, *, name="other"):
-    return FakeEngine(OTHER, speed=math.inf, on_run=on_run, name=name)
+serve = functools.partial(fakes.serve, policy=best)
+held = functools.partial(fakes.held, policy=best)
+other = functools.partial(fake, name="other", profile=OTHER)
 
 
-def serve(*engines, policy=best, **options):
-    return fakes.serve(*engines, policy=policy, **options)
+def start_swap(s, make=other, profile=OTHER):
+    """Swaps the engines of all workers. Does not wait until they have changed over."""
+    members = s.pool.swappable()
+    s.pool.swap(members, [make() for _ in members], [profile] * len(members))
 
 
 def swap(s, make=other, profile=OTHER):
-    """Swaps the engines of all workers."""
-    members = s.pool.swappable()
-    s.pool.swap(members, [make() for _ in members], [profile] * len(members))
+    start_swap(s, make, profile)
+    s.pool.wait_for_swap()
 
 
 def workers_of(s) -> Any:
     return s.pool.members.workers
 
 
-def whose(reply):
+def whose(future):
+    reply = future.result(WAIT_S)
     return reply.output[1], reply.subnet, reply.accuracy
 
 
@@ -58,53 +58,44 @@ def whose(reply):
 
 
 def test_under_traffic_no_query_is_lost_and_every_reply_comes_from_one_export():
-    stop, futures = threading.Event(), []
-
-    def submit():
-        while not stop.is_set():
-            futures.extend(s.submit_many([x(i) for i in range(5)]))
-            time.sleep(0.0002)
-
-    with serve(*(fake(lambda *_: time.sleep(0.0003), name=f"fake:{i}") for i in range(3))) as s:
-        clients = [threading.Thread(target=submit) for _ in range(3)]
-        for t in clients:
-            t.start()
-        for make, profile, expected in [(other, OTHER, NEW), (fake, PROFILE, OLD)] * 5:
-            swap(s, make, profile)
-            assert whose(s.submit(x(1)).result(WAIT_S)) == expected  # from now on, not only once all have changed over
-            s.pool.wait_for_swap()
-        stop.set()
-        for t in clients:
-            t.join(WAIT_S)
-        seen = {whose(f.result(WAIT_S)) for f in futures}
-        assert seen == {OLD, NEW}
-        health = s.health()
-        assert whose(s.submit(x(1), min_accuracy=0.8).result(WAIT_S)) == OLD
+    futures = []
+    with serve(*fakes.several(3, lambda *_: time.sleep(0.0003))) as s:
+        with fakes.traffic(lambda: futures.extend(s.submit_many(x(range(5)))), clients=3):
+            for make, profile, expected in [(other, OTHER, NEW), (fake, PROFILE, OLD)] * 5:
+                start_swap(s, make, profile)
+                assert whose(s.submit(x(1))) == expected  # from now on, not only once all have changed over
+                s.pool.wait_for_swap()
+        assert {whose(f) for f in futures} == {OLD, NEW}
+        assert whose(s.submit(x(1), min_accuracy=0.8)) == OLD
         assert s.pool.backlog.fastest_s == 0.001
-    assert (health["failures"], health["alive"]) == (0, 3)
+        assert (s.health()["failures"], s.health()["alive"]) == (0, 3)
 
 
-def test_a_batch_that_runs_ends_on_the_old_engine_while_the_others_have_changed_over():
-    with held(2, policy=best) as (s, gate, first):
-        swap(s)
-        waiter = threading.Thread(target=s.pool.wait_for_swap)
-        waiter.start()
-        assert [whose(s.submit(x(i)).result(WAIT_S)) for i in range(5)] == [NEW] * 5
-        waiter.join(0.01)
-        assert waiter.is_alive()
-        gate.opened.set()
-        waiter.join(WAIT_S)
-        assert not waiter.is_alive()
-        assert whose(first.result(WAIT_S)) == OLD
+@pytest.mark.parametrize(("make", "running"), [(FakeEngine, 4), (FakeDevice, 8)])
+def test_batches_that_run_end_on_the_old_engine_while_the_others_have_changed_over(make, running):
+    gate = Gate()
+    with serve(fake(gate, make=make)) as s:
+        futures = s.submit_many(x(range(12)))
+        with gate.holding():
+            s.add_worker(fake(name="fake:1"))
+            assert [whose(f) for f in futures[running:]] == [OLD] * (12 - running)
+            start_swap(s)
+            with threads(s.pool.wait_for_swap) as [waiter]:
+                assert [whose(s.submit(x(i))) for i in range(5)] == [NEW] * 5
+                waiter.join(0.01)
+                assert waiter.is_alive()
+                gate.opened.set()
+        assert [whose(f) for f in futures[:running]] == [OLD] * running
+        assert not any(worker.overlaps for worker in workers_of(s))
 
 
 def test_a_policy_given_by_name_is_made_for_the_new_profile():
     with serve(policy="fixed:1") as s:
         swap(s)
-        assert whose(s.submit(x(1)).result(WAIT_S)) == NEW
+        assert whose(s.submit(x(1))) == NEW
         with pytest.raises(errors.ConfigError, match="name one of them"):
             swap(s, profile=OTHER.only([OTHER.rows[0].subnet]))
-        assert whose(s.submit(x(1)).result(WAIT_S)) == NEW
+        assert whose(s.submit(x(1))) == NEW
         assert s.pool.make_policy(OTHER) is workers_of(s)[0].policy  # which a worker that joins shares
 
 
@@ -124,63 +115,49 @@ def test_a_removed_worker_finishes_its_batch_and_gets_no_engine():
 
     with held(2, policy=policy) as (s, gate, first):
         [busy] = [w["name"] for w in s.health()["per_worker"] if w["state"] == "running"]
-        remover = threading.Thread(target=s.remove_worker, args=(busy,))
-        remover.start()
-        while all(w["state"] != "removed" for w in s.health()["per_worker"]):
-            time.sleep(0.001)
-        swap(s, lambda: made.append(1) or other())
-        s.pool.wait_for_swap()  # for none that has been removed
-        s.submit(x(1)).result(WAIT_S)
-        assert counted[-1] == 1.0
-        gate.opened.set()
-        remover.join(WAIT_S)
-        assert (len(made), whose(first.result(0)), whose(s.submit(x(1)).result(WAIT_S))) == (1, OLD, NEW)
+        with threads(lambda: s.remove_worker(busy)):
+            fakes.wait_until(lambda: fakes.worker(s, busy)["state"] == "removed")
+            swap(s, lambda: made.append(1) or other())  # waits for none that has been removed
+            assert whose(s.submit(x(1))) == NEW
+            assert counted[-1] == 1.0
+            gate.opened.set()
+        assert (len(made), whose(first), whose(s.submit(x(1)))) == (1, OLD, NEW)
 
 
 def test_a_stuck_worker_is_abandoned_and_keeps_no_swap_waiting():
-    with held(2, policy=best, stall_s=0.05) as (s, gate, first):
+    with held(2, stall_s=0.05) as (s, _, first):
         swap(s)
-        s.pool.wait_for_swap()
         assert s.health()["abandoned"] == 1
-        assert whose(first.result(WAIT_S)) == NEW  # the other ran it again
+        assert whose(first) == NEW  # the other ran it again
         assert not any(w.successor for w in workers_of(s))
-        gate.opened.set()
 
 
 def test_after_a_swap_a_worker_that_ran_out_of_memory_has_all_batch_sizes_again():
-    def too_large(subnet, batch_size, inputs):
-        if batch_size > 1:
-            raise MemoryError
-
-    with serve(fake(too_large)) as s:
-        [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(4)])]
-        assert s.health()["per_worker"][0]["max_batch"] == 1
+    with serve(fake(Cramped(1))) as s:
+        outcomes(s.submit_many(x(range(4))))
+        assert fakes.worker(s)["max_batch"] == 1
         swap(s)
-        s.pool.wait_for_swap()
-        assert s.health()["per_worker"][0]["max_batch"] == 4
+        assert fakes.worker(s)["max_batch"] == 4
 
 
 def test_after_a_swap_counters_by_outcome_go_on_and_counters_by_subnet_restart():
-    with held(2, policy=best) as (s, gate, first):
-        [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(8)])]
-        swap(s)
+    with held(2) as (s, gate, first):
+        outcomes(s.submit_many(x(range(8))))
+        start_swap(s)
         gate.opened.set()
-        first.result(WAIT_S)
         s.pool.wait_for_swap()
-        [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(8)])]
-        while s.health()["running"]:
-            time.sleep(0.001)
+        outcomes([first, *s.submit_many(x(range(8)))])
+        fakes.wait_until(lambda: not s.health()["running"])
         snapshot = s.snapshot()
     assert (snapshot["queries"]["met"], snapshot["queries"]["cancelled"]) == (17, 0)
     assert {i: (row["accuracy"], row["met"]) for i, row in snapshot["subnets"].items()} == {"1": (0.7, 8)}
 
 
 def test_failures_of_the_old_engine_do_not_count_against_the_new_one():
-    with serve(fake(fakes.fail), max_tries=1, max_failures=2) as s:
+    with serve(fake(fail), max_tries=1, max_failures=2) as s:
         for _ in range(3):
             assert isinstance(s.submit(x(1)).exception(WAIT_S), errors.InferenceError)
-            swap(s, lambda: other(fakes.fail))
-            s.pool.wait_for_swap()
+            swap(s, lambda: other(fail))
         assert s.health()["alive"] == 1
 
 
@@ -191,13 +168,13 @@ def test_after_a_swap_speeds_follow_the_new_profiles():
         seen.append(state.workers)
         return best(profile, state)
 
-    with serve(fake(), fake(name="1"), fake(name="2"), policy=policy) as s:
+    with serve(*fakes.several(3), policy=policy) as s:
         members = s.pool.swappable()
         s.pool.swap(members, [other() for _ in members], [OTHER, OTHER.scaled(2.0), OTHER.scaled(2.0)])
         s.pool.wait_for_swap()
         seen.clear()
         while len(set(seen)) < 2:
-            [f.result(WAIT_S) for f in s.submit_many([x(i) for i in range(12)])]
+            outcomes(s.submit_many(x(range(12))))
     assert set(seen) == {2.0, 4.0}
 
 
@@ -208,17 +185,16 @@ def test_after_a_swap_admission_uses_the_new_profile():
     slow = OTHER.scaled(1000.0)
     with serve(fake(), admission=True) as s:
         assert s.submit(x(1), slo_ms=500.0).result(WAIT_S).met_slo
-        swap(s, lambda: FakeEngine(slow, speed=math.inf), slow)
-        s.pool.wait_for_swap()
+        swap(s, lambda: fake(profile=slow), slow)
         with pytest.raises(errors.AdmissionError):
             s.submit(x(2), slo_ms=500.0)
 
 
 def test_after_a_swap_only_waiting_queries_with_a_floor_above_the_new_best_fail():
-    with held(1, policy=best) as (s, gate, first):
+    with held() as (s, gate, first):
         floors = [0.0, 0.75, 0.7, 0.8, 0.0]
         waiting = [s.submit(x(i), min_accuracy=floor) for i, floor in enumerate(floors)]
-        swap(s)
+        start_swap(s)
         for future, floor in zip(waiting, floors, strict=True):
             if floor > 0.7:
                 with pytest.raises(errors.AccuracyFloorError, match=rf"min_accuracy={floor}.*has 0\.7"):
@@ -228,8 +204,8 @@ def test_after_a_swap_only_waiting_queries_with_a_floor_above_the_new_best_fail(
         with pytest.raises(errors.AccuracyFloorError, match=r"0\.75.*has 0\.7"):  # a query that was checked before the swap
             s.pool.admit([Query(x(1), 0.0, 1e9, 0.75)])
         gate.opened.set()
-        assert whose(first.result(WAIT_S)) == OLD
-        assert [whose(f.result(WAIT_S)) for f, floor in zip(waiting, floors, strict=True) if floor <= 0.7] == [NEW] * 3
+        assert whose(first) == OLD
+        assert [whose(f) for f, floor in zip(waiting, floors, strict=True) if floor <= 0.7] == [NEW] * 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
@@ -248,11 +224,11 @@ def test_queries_that_fail_on_the_old_engine_are_checked_against_the_new_best_ac
                 s.pool.backlog.queue.push(query.deadline_s, query, query.floor)
             s.pool.locked_wake_one()
         assert entered.wait(WAIT_S)
-        swap(s)
+        start_swap(s)
         opened.set()
         with pytest.raises(errors.AccuracyFloorError, match=r"0\.8.*has 0\.7"):
             futures[0].result(WAIT_S)
-        assert whose(futures[1].result(WAIT_S)) == NEW
+        assert whose(futures[1]) == NEW
         assert s.health()["last_error"] == repr(error())
 
 
@@ -270,29 +246,14 @@ def test_a_closed_server_cannot_be_swapped():
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_a_server_that_closes_amid_a_swap_answers_everything_and_lets_the_swap_return(drain):
-    with held(2, policy=best) as (s, gate, first):
-        swap(s)
-        waiter = threading.Thread(target=s.pool.wait_for_swap)
-        waiter.start()
-        waiting = s.submit_many([x(i) for i in range(50)])
-        closer = threading.Thread(target=s.close, kwargs={"drain": drain})
-        closer.start()
-        gate.opened.set()
-        for t in (closer, waiter):
-            t.join(WAIT_S)
-            assert not t.is_alive()
-        assert whose(first.result(0)) == OLD
-        assert {whose(f.result(0)) for f in waiting if not f.exception(0)} <= {NEW}
+    with held(2) as (s, gate, first):
+        start_swap(s)
+        waiting = s.submit_many(x(range(50)))
+        with threads(s.pool.wait_for_swap, lambda: s.close(drain=drain)):
+            gate.opened.set()
+        assert whose(first) == OLD
+        assert {whose(f) for f in waiting if not f.exception(0)} <= {NEW}
         assert not (drain and any(f.exception(0) for f in waiting))
-
-
-def test_a_server_without_workers_says_so():
-    with serve(fake(fakes.fail), max_failures=1) as s:
-        s.submit(x(1)).exception(WAIT_S)
-        while s.health()["alive"]:
-            time.sleep(0.001)
-        with pytest.raises(errors.WorkersLostError, match="add a worker"):
-            s.pool.swappable()
 
 
 def test_a_done_callback_may_not_swap():
@@ -333,7 +294,6 @@ def test_the_old_engine_is_released_even_if_a_client_keeps_the_error_of_a_batch(
         gc.disable()
         try:
             swap(s)
-            s.pool.wait_for_swap()
             assert gone[0]() is None
         finally:
             gc.enable()
@@ -343,25 +303,12 @@ def test_the_old_engine_is_released_even_if_a_client_keeps_the_error_of_a_batch(
 # -- texts --------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def serve_texts(policy, on_run=None, **options):
-    def make(profile, on_run=None):
-        return FakeEngine(profile, speed=math.inf, on_run=on_run, input_shape=(64,), input_dtype=np.int32)
-
-    options = {"policy": policy, "slo_ms": LONG_MS, "tune_runtime": False, **options}
-    with Server.from_engines([make(BUCKETED, on_run)], BUCKETED, **options) as s:
-        yield s, lambda: s.pool.swap(s.pool.swappable(), [make(FASTER)], [FASTER])
-
-
 def test_queries_wait_with_their_length_bucket_through_a_swap():
-    gate = Gate()
-    with serve_texts("slackfit", lambda subnet, size, inputs: gate(subnet, size, [i[0] for i in inputs])) as (s, swap_texts):
-        first = s.submit(tokens(5))
-        assert gate.entered.wait(WAIT_S)
+    with held(profile=BUCKETED, policy="slackfit", query=tokens(5)) as (s, gate, first):
         waiting = s.submit_many([tokens(n) for n in (1, 20, 3, 64)])
-        swap_texts()
+        start_swap(s, lambda: fake(profile=FASTER), FASTER)
         gate.opened.set()
-        assert [f.result(WAIT_S).output[0] for f in (first, *waiting)] == [5, 1, 20, 3, 64]
+        assert outcomes([first, *waiting]) == [5, 1, 20, 3, 64]
 
 
 def test_after_a_swap_the_arrival_rate_does_not_jump_and_long_queries_have_their_new_weight():
@@ -371,19 +318,18 @@ def test_after_a_swap_the_arrival_rate_does_not_jump_and_long_queries_have_their
         states.append(state)
         return Decision(profile.rows[0].subnet, 1)
 
-    with serve_texts(policy, clock=lambda: now_s[0]) as (s, swap_texts):
+    with serve(profile=BUCKETED, policy=policy, clock=lambda: now_s[0]) as s:
         for i in range(20):
             now_s[0] += 0.03
             if i == 10:
-                swap_texts()
+                start_swap(s, lambda: fake(profile=FASTER), FASTER)
                 del states[10:]  # it asks once for each length whether the policy can do with the new profile
             s.submit(tokens(5)).result(WAIT_S)
         assert [state.rate_qps for state in states[5:]] == pytest.approx([1 / 0.03] * 15)
         assert [state.last_subnet is None for state in states] == [i in (0, 10) for i in range(20)]
         states.clear()
         s.pool.admit([text(5), text(50)])
-        while len(states) < 2:
-            time.sleep(0.001)
+        fakes.wait_until(lambda: len(states) == 2)
     assert states[0].near == pytest.approx(1 + 0.5 / 3.0)  # the long one is the head
 
 
@@ -391,6 +337,3 @@ def text(length):
     query = Query(tokens(length), 100.0, 200.0, 0.0)
     query.length = length
     return query
-
-
-# -- exports ------------------------------------------------------------------------------------------------------------------
