@@ -5,14 +5,13 @@ import math
 import bad
 import numpy as np
 import pytest
-from fakes import PROFILE, SUBNETS, WAIT_S
+from fakes import PROFILE, SUBNETS, WAIT_S, fake, outcomes, serve
 from hypothesis import example, given
 from hypothesis import strategies as st
 from small_exports import IMAGES, write
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
-from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Decision
@@ -26,11 +25,6 @@ def model(tmp_path_factory):
     return exports.load(write(tmp_path_factory.mktemp("model") / "export", IMAGES))
 
 
-def open_server(policy="slackfit", profile=PROFILE, **options):
-    options = {"tune_runtime": False, "slo_ms": 1e4, **options}
-    return Server.from_engines([FakeEngine(PROFILE, speed=math.inf)], profile, policy=policy, **options)
-
-
 @bad.fuzzed
 @given(
     name=st.sampled_from(
@@ -42,10 +36,10 @@ def test_a_server_opens_and_answers_or_refuses_its_options(name, value):
     if callable(value):  # a policy or a clock may be any function, so an unsuitable one fails later
         return
     kinds = errors.ConfigError, errors.DeadlineError, errors.UnknownNameError
-    opened = bad.attempt(lambda: open_server(**{name: value}), *kinds)
+    opened = bad.attempt(lambda: serve(**{name: value}), *kinds)
     if isinstance(opened, Server):
         with opened as s:
-            assert s.submit(np.float32(5), slo_ms=1e4).result(WAIT_S).output[0] == 5
+            assert outcomes([s.submit(np.float32(5), slo_ms=1e4)]) == [5]
 
 
 @pytest.mark.parametrize("engines", [None, 5, [], [None], "x", [...]], ids=str)
@@ -53,7 +47,7 @@ def test_a_server_without_engines_or_without_a_profile_is_refused(engines):
     with pytest.raises(errors.ConfigError, match="engines"):
         Server.from_engines(engines, PROFILE)
     with pytest.raises(errors.ConfigError, match="profile"):
-        Server.from_engines([FakeEngine(PROFILE)], engines)
+        Server.from_engines([fake()], engines)
 
 
 @pytest.mark.parametrize("devices", [5, "cpu", [], [None], ["cpu"], [0]], ids=str)
@@ -72,7 +66,7 @@ def test_a_server_with_impossible_batch_sizes_is_refused(model, sizes):
 
 @pytest.fixture(scope="module")
 def opened():
-    with open_server() as s:
+    with serve() as s:
         yield s
 
 
@@ -109,11 +103,11 @@ latencies = st.floats(1e-9, 1e12)
 )
 def test_a_server_answers_every_query_with_any_profile_slo_and_floor(table, slos, floor, policy):
     rows = tuple(Row(s, accuracy, ms) for s, (accuracy, ms) in zip(SUBNETS, table, strict=True))
-    with open_server(policy, Profile((1, 2, 4), rows)) as s:
+    with serve(policy=policy, profile=Profile((1, 2, 4), rows)) as s:
         waiting = [s.submit(np.float32(i), slo_ms=ms) for i, ms in enumerate(slos)]
         asked = bad.attempt(lambda: s.submit(np.float32(9), min_accuracy=floor), errors.AccuracyFloorError)
         waiting += [] if isinstance(asked, errors.AccuracyFloorError) else [asked]
-        assert [f.result(WAIT_S).output[0] for f in waiting] == [*range(len(slos)), 9][: len(waiting)]
+        assert outcomes(waiting) == [*range(len(slos)), 9][: len(waiting)]
 
 
 rubbish = st.builds(Decision, st.sampled_from([*SUBNETS, None, 5, []]), bad.objects, bad.objects) | bad.objects
@@ -124,7 +118,7 @@ rubbish = st.builds(Decision, st.sampled_from([*SUBNETS, None, 5, []]), bad.obje
 @example(decision=Decision(SUBNETS[0], math.nan), floor=0.75, count=3)
 @example(decision=Decision(SUBNETS[0], math.nan, math.nan), floor=0.0, count=3)
 def test_queries_are_answered_or_fail_if_the_policy_decides_rubbish(decision, floor, count):
-    with open_server(lambda profile, state: decision) as s:
+    with serve(policy=lambda profile, state: decision) as s:
         waiting = [s.submit(np.float32(i), min_accuracy=floor) for i in range(count)]
         for future in waiting:
             answered = bad.attempt(lambda: future.result(WAIT_S), errors.InferenceError)  # noqa: B023
@@ -141,16 +135,15 @@ def test_queries_are_answered_or_fail_if_the_policy_decides_rubbish(decision, fl
 )
 def test_an_unknown_policy_is_refused_with_a_short_message(name):
     with pytest.raises((errors.ConfigError, errors.UnknownNameError)) as caught:
-        open_server(name)
+        serve(policy=name)
     assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("output", [None, 5, [], [1, 2, 3, 4, 5], {}, "x"], ids=str)
 def test_queries_fail_if_the_engine_returns_rubbish(output):
-    engine = FakeEngine(PROFILE, speed=math.inf)
+    engine = fake()
     engine.run = lambda *_: output
-    with Server.from_engines([engine], PROFILE, tune_runtime=False, slo_ms=1e4) as s:
-        waiting = [s.submit(np.float32(i)) for i in range(2)]
-        for future in waiting:
-            answered = bad.attempt(lambda: future.result(WAIT_S), errors.InferenceError, errors.WorkersLostError)  # noqa: B023
-            assert isinstance(answered, errors.SuperServeError) or output == "x"
+    with serve(engine) as s:
+        for answered in outcomes(s.submit_many(np.arange(2, dtype=np.float32))):
+            assert isinstance(answered, errors.InferenceError | errors.WorkersLostError) or output == "x"
+            assert output != [] or "0 outputs for" in str(answered)
