@@ -1,6 +1,5 @@
 """One server, several devices: workers with profiles of their own, and real executables on eight virtual devices."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -8,34 +7,19 @@ import threading
 
 import numpy as np
 import pytest
+from fakes import PROFILE, SUBNETS, WAIT_S, fake, outcomes, serve, several, worker, x
 
 from superserve_jax import errors
-from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.engines.base import Wrapper
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.server import Server
-from superserve_jax.subnet import Subnet
 
-WAIT_S = 10.0
-SUBNETS = (Subnet((0,)), Subnet((1,)))
-FAST = Profile((1, 4), tuple(Row(s, a, ms) for s, a, ms in zip(SUBNETS, (0.7, 0.8), ((1.0, 2.0), (3.0, 6.0)), strict=True)))
-SLOW = FAST.scaled(3.0)
+SLOW = PROFILE.scaled(3.0)
 
 
-def x(value):
-    return np.float32(value)
-
-
-def always(profile, state):
-    return Decision(SUBNETS[0], 1)
-
-
-@contextlib.contextmanager
-def serve(*profiles, on_run=None, **options):
-    engines = [FakeEngine(p, name=f"fake:{i}", speed=float("inf"), on_run=on_run) for i, p in enumerate(profiles)]
-    options = {"slo_ms": 60_000.0, "tune_runtime": False, "policy": always, **options}
-    with Server.from_engines(engines, profiles, **options) as s:
-        yield s
+def engines_of(profiles, on_run=None):
+    return [fake(on_run, name=f"fake:{i}", profile=profile) for i, profile in enumerate(profiles)]
 
 
 def test_the_policy_is_asked_with_the_profile_of_the_worker_that_is_free():
@@ -45,43 +29,48 @@ def test_the_policy_is_asked_with_the_profile_of_the_worker_that_is_free():
         asked.add((state.worker, profile.latency_ms(SUBNETS[0], 1), state.workers))
         return Decision(SUBNETS[0], 1)
 
-    with serve(FAST, SLOW, FAST, policy=policy, on_run=lambda *_: together.wait(WAIT_S)) as s:
-        for future in s.submit_many([x(i) for i in range(3)]):
-            future.result(WAIT_S)
-        assert s.profiles == (FAST, SLOW, FAST)
-    assert {(worker, ms) for worker, ms, _ in asked} == {(0, 1.0), (1, 3.0), (2, 1.0)}
-    assert {(worker, round(workers, 6)) for worker, _, workers in asked} == {
-        (0, round(7 / 3, 6)),
-        (1, 7.0),
-        (2, round(7 / 3, 6)),
+    profiles = (PROFILE, SLOW, PROFILE)
+    with serve(*engines_of(profiles, lambda *_: together.wait(WAIT_S)), profile=profiles, policy=policy) as s:
+        outcomes(s.submit_many(x(range(3))))
+        assert s.profiles == profiles
+    assert {(worker, ms, round(workers, 6)) for worker, ms, workers in asked} == {
+        (0, 1.0, round(7 / 3, 6)),
+        (1, 3.0, 7.0),
+        (2, 1.0, round(7 / 3, 6)),
     }
 
 
 @pytest.mark.parametrize(("follow_drift", "slowdown"), [(True, 2.0), (False, 1.0)])
 def test_health_says_how_many_times_slower_than_its_profile_a_worker_is(follow_drift, slowdown):
-    now_s, slow_ms = [100.0], {SUBNETS[0]: 2.0, SUBNETS[1]: 6.0}
+    now_s = [100.0]
 
-    def takes_twice_as_long(subnet, batch_size, inputs):
-        now_s[0] += 1e-3 * slow_ms[subnet]
+    def takes_twice_as_long(*_):
+        now_s[0] += 2e-3
 
-    with serve(FAST, on_run=takes_twice_as_long, clock=lambda: now_s[0], follow_drift=follow_drift) as s:
-        assert [w["slowdown"] for w in s.health()["per_worker"]] == [1.0]
+    with serve(fake(takes_twice_as_long), clock=lambda: now_s[0], follow_drift=follow_drift) as s:
+        assert worker(s)["slowdown"] == 1.0
         for i in range(600):
             s.submit(x(i)).result(WAIT_S)
-        assert [w["slowdown"] for w in s.health()["per_worker"]] == [pytest.approx(slowdown, rel=0.01)]
+        assert worker(s)["slowdown"] == pytest.approx(slowdown, rel=0.01)
 
 
 def test_a_floor_must_be_met_by_every_worker():
-    with serve(FAST, FAST.only(SUBNETS[:1])) as s, pytest.raises(errors.AccuracyFloorError, match=r"has 0\.7"):
+    profiles = PROFILE, PROFILE.only(SUBNETS[:1])
+    with serve(*engines_of(profiles), profile=profiles) as s, pytest.raises(errors.AccuracyFloorError, match=r"has 0\.7"):
         s.submit(x(1), min_accuracy=0.8)
 
 
-def test_profiles_must_be_as_many_as_engines_and_of_the_same_batch_sizes():
-    fakes = [FakeEngine(FAST), FakeEngine(FAST)]
-    with pytest.raises(errors.ConfigError, match="3 profiles for 2 workers"):
-        Server.from_engines(fakes, [FAST] * 3)
-    with pytest.raises(errors.ConfigError, match="same batch sizes"):
-        Server.from_engines(fakes, [FAST, FAST.at((1,))])
+@pytest.mark.parametrize(
+    ("engines", "profiles", "message"),
+    [
+        (several(2), [PROFILE] * 3, "3 profiles for 2 workers"),
+        (several(2), [PROFILE, PROFILE.at((1,))], "same batch sizes"),
+        ([fake(), fake(input_shape=(3,))], PROFILE, "all for the same inputs; got 2 engines"),
+    ],
+)
+def test_engines_and_profiles_that_do_not_fit_together_are_refused(engines, profiles, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        Server.from_engines(engines, profiles)
 
 
 def test_eight_devices_with_executables_of_their_own_answer_as_the_model_does():
@@ -137,18 +126,14 @@ def main():
 
     together, answered = threading.Barrier(len(devices)), set()
 
-    class Together:
+    class Together(Wrapper):
         """An engine that waits in its first batch until every device has one."""
 
-        def __init__(self, held):
-            self.__dict__.update(vars(held))
-            self._held = held
-
-        def run(self, subnet, batch_size, inputs):
+        def run(self, *batch):
             if self.name not in answered:
                 answered.add(self.name)
                 together.wait(WAIT_S)
-            return self._held.run(subnet, batch_size, inputs)
+            return super().run(*batch)
 
     images = random_images(TINY, 100)
     with Server.from_engines([Together(e) for e in engines], profiles, slo_ms=60_000.0) as s:
