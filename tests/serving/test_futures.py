@@ -1,9 +1,13 @@
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
+import itertools
+import sys
 import threading
 
 import pytest
+from fakes import WAIT_S
 
 from superserve_jax.serving.futures import Future
 
@@ -219,3 +223,58 @@ def test_an_event_loop_is_woken_once_for_all_queries_that_resolve_meanwhile():
         return await future
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def short_turns():
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before_s)
+
+
+def test_of_many_threads_that_resolve_a_future_one_succeeds_and_each_callback_runs_once(short_turns):
+    rounds, kinds = 300, 3
+    begin, end = threading.Barrier(2 * kinds + 2), threading.Barrier(2 * kinds + 2)
+    shared, won, called, seen = [None], [], [], []
+    ids = itertools.count()
+
+    def resolver(kind):
+        for _ in range(rounds):
+            begin.wait(WAIT_S)
+            future = shared[0]
+            if kind == 0:
+                done = future.set_result(kind)
+            elif kind == 1:
+                done = future.set_exception(ValueError())
+            else:
+                done = future.cancel() and future.cancelled() and None
+            won.append(done is True or (done is None and "cancelled"))
+            end.wait(WAIT_S)
+
+    def listener():
+        for _ in range(rounds):
+            begin.wait(WAIT_S)
+            future = shared[0]
+            name = next(ids)
+            future.add_done_callback(lambda f, name=name: called.append(name))
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                future.exception(WAIT_S)
+            seen.append(future.done())
+            end.wait(WAIT_S)
+
+    threads = [threading.Thread(target=resolver, args=(i % kinds,)) for i in range(2 * kinds)]
+    threads.append(threading.Thread(target=listener))
+    for thread in threads:
+        thread.start()
+    for turn in range(rounds):
+        shared[0] = Future()
+        begin.wait(WAIT_S)
+        end.wait(WAIT_S)
+        results = won[turn * 2 * kinds :]
+        assert results.count(True) == (0 if shared[0].cancelled() else 1)
+        assert results.count("cancelled") == (2 if shared[0].cancelled() else 0)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert len(called) == len(set(called)) == rounds
+    assert all(seen)
