@@ -1,13 +1,16 @@
+"""Futures: how they resolve, and how threads and event loops wait for them."""
+
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import itertools
 import sys
 import threading
 
 import pytest
-from fakes import WAIT_S
+from fakes import WAIT_S, threads, wait_until
 
 from superserve_jax.serving.futures import Future
 
@@ -45,12 +48,8 @@ def test_the_first_outcome_stays(resolve):
 
 def test_a_result_is_returned_to_every_thread_that_waits():
     future, results = Future(), []
-    threads = [threading.Thread(target=lambda: results.append(future.result(10))) for _ in range(4)]
-    for t in threads:
-        t.start()
-    later(lambda: future.set_result(7))
-    for t in threads:
-        t.join()
+    with threads(*[lambda: results.append(future.result(WAIT_S))] * 4):
+        later(lambda: future.set_result(7))
     assert results == [7] * 4
     assert future.exception() is None
 
@@ -106,40 +105,17 @@ def test_a_callback_that_raises_is_logged_and_the_next_still_runs(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_only_one_of_many_threads_resolves_it():
-    for _ in range(50):
-        future, wins = Future(), []
-        barrier = threading.Barrier(4)
-
-        def resolve(i, future=future, wins=wins, barrier=barrier):
-            barrier.wait()
-            wins.append(future.set_result(i))
-
-        threads = [threading.Thread(target=resolve, args=(i,)) for i in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        assert sorted(wins) == [False, False, False, True]
-
-
-def test_await_returns_what_another_thread_sets():
+def test_await_returns_the_result_or_raises_the_error_that_another_thread_sets():
     async def main():
         pending = [Future() for _ in range(3)]
         for i, f in enumerate(pending):
             later(lambda i=i, f=f: f.set_result(i))
         assert await asyncio.gather(*pending) == [0, 1, 2]
         assert await pending[0] == 0
-
-    asyncio.run(main())
-
-
-def test_await_raises_the_error():
-    async def main():
-        future = Future()
-        later(lambda: future.set_exception(ValueError("no")))
+        failing = Future()
+        later(lambda: failing.set_exception(ValueError("no")))
         with pytest.raises(ValueError, match="no"):
-            await future
+            await failing
 
     asyncio.run(main())
 
@@ -188,13 +164,10 @@ def test_repeated_timeouts_leave_no_callbacks_behind():
 
 def test_a_client_that_waits_is_woken_before_a_slow_callback():
     future, answered, in_time = Future(), threading.Event(), []
-    future.add_done_callback(lambda f: in_time.append(answered.wait(5)))
-    client = threading.Thread(target=lambda: (future.result(10), answered.set()))
-    client.start()
-    while len(callbacks_of(future)) < 2:
-        pass
-    future.set_result(1)
-    client.join()
+    future.add_done_callback(lambda f: in_time.append(answered.wait(WAIT_S)))
+    with threads(lambda: (future.result(WAIT_S), answered.set())):
+        wait_until(lambda: len(callbacks_of(future)) == 2)
+        future.set_result(1)
     assert in_time == [True]
 
 
@@ -213,9 +186,8 @@ def test_an_event_loop_is_woken_once_for_all_queries_that_resolve_meanwhile():
         await asyncio.sleep(0)  # each awaits its future
         wake_ups, wake_up = [], loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *args: (wake_ups.append(1), wake_up(*args))
-        thread = threading.Thread(target=lambda: [f.set_result(i) for i, f in enumerate(pending)])
-        thread.start()
-        thread.join()  # the loop stands still meanwhile
+        with threads(lambda: [f.set_result(i) for i, f in enumerate(pending)]):
+            pass  # the loop stands still meanwhile
         assert await asyncio.gather(*tasks) == list(range(50))
         assert len(wake_ups) == 1
 
@@ -225,56 +197,40 @@ def test_an_event_loop_is_woken_once_for_all_queries_that_resolve_meanwhile():
     asyncio.run(main())
 
 
-@pytest.fixture
-def short_turns():
-    before_s = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before_s)
-
-
-def test_of_many_threads_that_resolve_a_future_one_succeeds_and_each_callback_runs_once(short_turns):
+def test_of_many_threads_that_resolve_a_future_one_succeeds_and_each_callback_runs_once():
     rounds, kinds = 300, 3
     begin, end = threading.Barrier(2 * kinds + 2), threading.Barrier(2 * kinds + 2)
     shared, won, called, seen = [None], [], [], []
     ids = itertools.count()
 
-    def resolver(kind):
+    def in_each_round(act):
         for _ in range(rounds):
             begin.wait(WAIT_S)
-            future = shared[0]
-            if kind == 0:
-                done = future.set_result(kind)
-            elif kind == 1:
-                done = future.set_exception(ValueError())
-            else:
-                done = future.cancel() and future.cancelled() and None
-            won.append(done is True or (done is None and "cancelled"))
+            act(shared[0])
             end.wait(WAIT_S)
 
-    def listener():
-        for _ in range(rounds):
+    def listen(future):
+        name = next(ids)
+        future.add_done_callback(lambda f: called.append(name))
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            future.exception(WAIT_S)
+        seen.append(future.done())
+
+    acts = [
+        lambda future: won.append(future.set_result(1)),
+        lambda future: won.append(future.set_exception(ValueError())),
+        lambda future: won.append(future.cancel() and "cancelled"),
+    ]
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    with threads(*(functools.partial(in_each_round, act) for act in (*acts, *acts, listen))):
+        for turn in range(rounds):
+            shared[0] = Future()
             begin.wait(WAIT_S)
-            future = shared[0]
-            name = next(ids)
-            future.add_done_callback(lambda f, name=name: called.append(name))
-            with contextlib.suppress(concurrent.futures.CancelledError):
-                future.exception(WAIT_S)
-            seen.append(future.done())
             end.wait(WAIT_S)
-
-    threads = [threading.Thread(target=resolver, args=(i % kinds,)) for i in range(2 * kinds)]
-    threads.append(threading.Thread(target=listener))
-    for thread in threads:
-        thread.start()
-    for turn in range(rounds):
-        shared[0] = Future()
-        begin.wait(WAIT_S)
-        end.wait(WAIT_S)
-        results = won[turn * 2 * kinds :]
-        assert results.count(True) == (0 if shared[0].cancelled() else 1)
-        assert results.count("cancelled") == (2 if shared[0].cancelled() else 0)
-    for thread in threads:
-        thread.join(WAIT_S)
+            results = won[turn * 2 * kinds :]
+            assert results.count(True) == (0 if shared[0].cancelled() else 1)
+            assert results.count("cancelled") == (2 if shared[0].cancelled() else 0)
+    sys.setswitchinterval(before_s)
     assert len(called) == len(set(called)) == rounds
     assert all(seen)
