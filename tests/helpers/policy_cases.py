@@ -1,12 +1,15 @@
-"""Profiles and states for tests of policies."""
+"""Profiles, states, a policy and a simulation for tests of scheduling."""
 
 import math
 
+import numpy as np
 from hypothesis import strategies as st
 
 from superserve_jax.profile import Profile, Row
-from superserve_jax.scheduling.policies import State
-from superserve_jax.simulation import paper_profile
+from superserve_jax.scheduling.policies import Decision, State
+from superserve_jax.simulation import paper_profile, simulator
+from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 PAPER = paper_profile.paper_profile()
@@ -50,3 +53,26 @@ def choose(policy, profile, slack_ms, waiting=400, workers=8, floors=(), **more)
 def qps(profile, decision, waiting=math.inf):
     """Throughput of one worker that repeats a decision."""
     return 1e3 * min(decision.batch, waiting) / profile.latency_ms(decision.subnet, decision.batch)
+
+
+class Always:
+    """A policy that makes the same decision each time, and records what it was asked."""
+
+    def __init__(self, rank, batch, *, defer_ms=-math.inf):
+        self.rank, self.batch, self.defer_ms = rank, batch, defer_ms
+        self.profiles, self.states = [], []
+
+    def __call__(self, profile, state):
+        self.profiles.append(profile)
+        self.states.append(state)
+        return Decision(profile.rows[self.rank].subnet, self.batch, self.defer_ms)
+
+
+def simulate(profile, policy, arrivals_ms, slo_ms=50.0, floors=0.0, lengths=0, seed=0, workers=1, **cluster):
+    """Simulates queries that arrive at these times, by default on one worker."""
+    trace = Trace(np.array(arrivals_ms) / 1e3, slo_ms, floors, lengths=np.array(lengths))
+    return simulator.simulate(profile, policy, trace, cluster=Cluster(workers, **cluster), seed=seed)
+
+
+def ms(seconds):
+    return (1e3 * seconds).round(6).tolist()

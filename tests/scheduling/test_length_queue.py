@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_cases import PAPER, Always, ms, simulate
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
@@ -22,7 +23,7 @@ from superserve_jax.scheduling.length_queue import LengthQueue
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.serving.server import Server
-from superserve_jax.simulation import bounds, paper_profile, simulator, traces
+from superserve_jax.simulation import bounds, simulator, traces
 from superserve_jax.simulation.simulator import Cluster, Outage
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
@@ -150,17 +151,13 @@ def test_the_state_counts_work_in_queries_like_the_head():
     # At the fastest subnet's best throughput a query of 32 tokens costs 2.5 ms, and a query of 8 tokens a quarter.
     q, meter = filled([(0.1, 0.0, 5), (0.2, 0.0, 30), (0.3, 0.0, 8)]), ArrivalMeter()
     meter.read(0.0, 0.0)
-    states = []
-
-    def policy(profile, state):
-        states.append((profile.lengths, state))
-        return Decision(SUBNETS[0], 2)
-
+    policy = Always(0, 2)
     assert decide(q, policy, 0.05, meter)[1] == [0, 2]
     assert decide(q, policy, 0.05, meter)[1] == [1]
-    (short, first), (long, second) = states
-    assert (short, first.waiting, first.near) == ((8,), 2, pytest.approx(6.0))
-    assert (long, second.waiting, second.near) == ((32,), 1, pytest.approx(1.0))
+    first, second = policy.states
+    assert [profile.lengths for profile in policy.profiles] == [(8,), (32,)]
+    assert (first.waiting, first.near) == (2, pytest.approx(6.0))
+    assert (second.waiting, second.near) == (1, pytest.approx(1.0))
     assert first.rate_qps == pytest.approx(6 / 0.05)
     assert second.rate_qps == pytest.approx(1.5 / 0.05)
     assert first.variance_qps == pytest.approx(16 * second.variance_qps)
@@ -168,12 +165,12 @@ def test_the_state_counts_work_in_queries_like_the_head():
 
 def test_the_first_reading_assumes_a_compound_poisson_process():
     for tokens, variance_per_mean in ([5] * 8, 1.0), ([32] * 8, 1.0), ([32] * 4 + [5] * 4, (1 + 1 / 16) / (1 + 1 / 4)):
-        q, meter, states = filled([]), ArrivalMeter(), []
+        q, meter, policy = filled([]), ArrivalMeter(), Always(0, 4)
         meter.read(0.0, 0.0)
         for i, n in enumerate(tokens):
             q.push(1.0, i, 0.0, n)
-        decide(q, lambda _, state, seen=states: seen.append(state) or Decision(SUBNETS[0], 4), 0.05, meter)
-        assert states[0].variance_qps == pytest.approx(variance_per_mean * states[0].rate_qps)
+        decide(q, policy, 0.05, meter)
+        assert policy.states[0].variance_qps == pytest.approx(variance_per_mean * policy.states[0].rate_qps)
 
 
 def test_if_the_decision_defers_the_head_the_policy_is_asked_again_for_the_next_head():
@@ -220,15 +217,14 @@ def test_a_batch_of_deferred_queries_is_small_enough_for_on_time_queries_to_meet
         q.defer(0.01)
         q.choose_head(now_s)
         assert (q.head_length, q.eligible) == (length, size), now_s
-        _, batch, _ = decide(q, always(0, 4), now_s)  # a policy that ignores the number of eligible queries
+        _, batch, _ = decide(q, Always(0, 4), now_s)  # a policy that ignores the number of eligible queries
         assert len(batch) == size, now_s
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_lost_long_texts_are_answered_as_soon_as_lost_short_texts_of_equal_work(workers):
-    paper = paper_profile.paper_profile()
-    profile = Profile(paper.batch_sizes, rows_at={8: paper.rows, 32: paper.scaled(4).rows})
-    short = traces.gamma(rate_qps=0.9 * workers * paper.throughput_qps(paper.rows[0].subnet), duration_s=4.0, cv2=0.0)
+    profile = Profile(PAPER.batch_sizes, rows_at={8: PAPER.rows, 32: PAPER.scaled(4).rows})
+    short = traces.gamma(rate_qps=0.9 * workers * PAPER.throughput_qps(PAPER.rows[0].subnet), duration_s=4.0, cv2=0.0)
     done_s, accuracy = {}, {}
     for tokens, count in (8, 160), (32, 40):
         arrivals = np.concatenate([short.arrivals_s, np.full(count, 0.5)])
@@ -256,38 +252,28 @@ def test_a_query_of_unknown_length_belongs_to_the_longest_length_bucket():
     assert q.head_length == 32
 
 
-def always(rank, batch):
-    return lambda profile, state: Decision(SUBNETS[rank], batch)
-
-
-def serve(policy, arrivals_ms, tokens, slo_ms=100.0, **cluster):
-    trace = Trace(np.array(arrivals_ms) / 1e3, slo_ms, lengths=np.array(tokens))
-    return simulator.simulate(PROFILE, policy, trace, cluster=Cluster(**{"workers": 1, **cluster}))
-
-
-def ms(seconds):
-    return (1e3 * seconds).round(6).tolist()
+def serve(policy, arrivals_ms, lengths, **options):
+    return simulate(PROFILE, policy, arrivals_ms, slo_ms=100.0, lengths=lengths, **options)
 
 
 def test_the_simulator_equals_an_example_worked_out_by_hand():
     # The first query runs alone, padded to 8 tokens, for 1 ms. Then the head has 30 tokens. It runs with the other long query:
     # two take 6 ms. Then the two short queries take 1.5 ms. The query of 12 tokens is too long for their batch and takes 2 ms.
-    result = serve(always(0, 2), [0, 0.1, 0.2, 0.3, 0.4, 0.5], [5, 30, 8, 20, 3, 12])
+    result = serve(Always(0, 2), [0, 0.1, 0.2, 0.3, 0.4, 0.5], [5, 30, 8, 20, 3, 12])
     assert ms(result.start_s) == [0, 1, 7, 1, 7, 8.5]
     assert ms(result.finish_s) == [1, 7, 8.5, 7, 8.5, 10.5]
     assert result.batch.tolist() == [1, 2, 2, 2, 2, 1]
 
 
 def test_shorter_queries_fill_the_rest_of_a_batch():
-    result = serve(always(0, 4), [0, 0.1, 0.2, 0.3], [32, 17, 9, 3])
+    result = serve(Always(0, 4), [0, 0.1, 0.2, 0.3], [32, 17, 9, 3])
     assert ms(result.start_s) == [0, 4, 4, 4]
     assert ms(result.finish_s) == [4, 14, 14, 14]
 
 
 def test_a_change_of_length_is_no_change_of_subnet():
-    profile = Profile.from_json(PROFILE.to_json())  # its subnets are equal to the policy's, but other objects
-    trace = Trace(np.array([0.0, 0.01, 0.03]), 100.0, lengths=np.array([5, 30, 5]))
-    result = simulator.simulate(profile, always(0, 1), trace, cluster=Cluster(workers=1, actuation_ms=3.0))
+    equal = Subnet((0,))  # equal to the profile's, but another object
+    result = serve(lambda profile, state: Decision(equal, 1), [0, 10, 30], [5, 30, 5], actuation_ms=3.0)
     assert ms(result.finish_s - result.start_s) == [4, 4, 1]
 
 
@@ -303,7 +289,7 @@ def test_queries_of_unknown_length_are_padded_to_the_longest_length_bucket():
 
 
 def test_a_worker_that_dies_gives_back_queries_with_their_lengths():
-    result = serve(always(0, 1), [0], [5], outages=(Outage(worker=0, from_s=0.0005, until_s=0.002),))
+    result = serve(Always(0, 1), [0], [5], outages=(Outage(worker=0, from_s=0.0005, until_s=0.002),))
     assert ms(result.finish_s) == [3]
 
 
@@ -334,7 +320,7 @@ def ids(*values):
 def open_server(on_run=None, policy=None, **options):
     fake = FakeEngine(PROFILE, speed=math.inf, input_shape=(32,), input_dtype=np.int32, on_run=on_run)
     options = {"slo_ms": 60_000.0, "tune_runtime": False, **options}
-    return Server.from_engines([fake], PROFILE, policy=policy or always(0, 4), **options)
+    return Server.from_engines([fake], PROFILE, policy=policy or Always(0, 4), **options)
 
 
 def test_inputs_of_any_length_are_answered_and_trailing_padding_does_not_count():
