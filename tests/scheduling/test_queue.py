@@ -3,23 +3,19 @@ import math
 
 import numpy as np
 import pytest
+from fakes import PROFILE
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_cases import Always
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
-from superserve_jax.scheduling.policies import Decision
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.simulation import traces
-from superserve_jax.subnet import Subnet
 
-SMALL, MIDDLE, LARGE = (
-    Row(Subnet((i,)), accuracy, tuple(ms * (i + 1) for ms in (1.0, 2.0, 4.0))) for i, accuracy in enumerate((0.7, 0.75, 0.8))
-)
-PROFILE = Profile((1, 2, 4), (SMALL, MIDDLE, LARGE))
+SMALL, MIDDLE, LARGE = PROFILE.rows
 DEADLINES = st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0])
 ENTRIES = st.lists(st.tuples(DEADLINES, st.sampled_from([0.0, 0.0, 0.7, 0.8])))
 
@@ -95,10 +91,21 @@ def test_every_item_comes_out_once_however_pushes_and_pops_interleave(steps):
     assert sorted(popped + q.drain()) == list(range(pushed))
 
 
-def test_no_floors_are_reported_once_the_items_that_had_them_are_gone():
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda q: q.pop(1),
+        lambda q: q.pop_before(1.5),
+        lambda q: q.pop_above(0.75),
+        lambda q: q.sweep(lambda item: item == 0),
+        lambda q: (q.defer(1.5), q.drop_late(lambda item: item == 0)),
+    ],
+    ids=["pop", "pop_before", "pop_above", "sweep", "drop_late"],
+)
+def test_no_floors_are_reported_once_the_items_that_had_them_are_gone(remove):
     q = filled([(1.0, 0.8), (2.0, 0.0)])
-    q.pop(1)
-    assert q.head_floors(2) == ()
+    remove(q)
+    assert (q.items(), q.head_floors(2)) == ([1], ())
 
 
 def test_deferred_items_that_are_done_are_dropped_up_to_the_first_that_is_not():
@@ -106,13 +113,6 @@ def test_deferred_items_that_are_done_are_dropped_up_to_the_first_that_is_not():
     q.defer(5.0)
     q.drop_late(lambda item: item in (0, 1, 3, 4))
     assert (q.late, q.drain(), q.head_floors(9)) == (2, [4, 2, 3], ())
-
-
-def test_no_floors_are_reported_once_deferred_items_with_floors_are_dropped():
-    q = filled([(1.0, 0.8), (2.0, 0.0)])
-    q.defer(1.5)
-    q.drop_late(lambda item: item == 0)
-    assert (len(q), q.head_floors(2)) == (1, ())
 
 
 def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
@@ -192,7 +192,7 @@ def test_due_by_visits_few_items():
 
 def test_a_decision_may_defer_items_before_its_batch_is_taken():
     q = filled([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0)])
-    turn = Turn(q, ArrivalMeter(), lambda profile, state: Decision(SMALL.subnet, 2, defer_ms=2000.0), PROFILE)
+    turn = Turn(q, ArrivalMeter(), Always(0, 2, defer_ms=2000.0), PROFILE)
     assert dispatch.next_batch(turn, 0.0)[1] == [1, 2]
     assert (q.late, q.drain()) == (1, [0])
 
