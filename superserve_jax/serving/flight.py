@@ -17,7 +17,6 @@ from superserve_jax.serving.threads import Outbox
 
 _NEARLY = 0.9  # the next batch is taken after this share of the expected latency
 _WEIGHT = 0.2  # weight of the last batch in `host_s`; squared, its weight in `ratio` if the device got slower
-_AT_ONCE_S = 2e-5  # a shorter wait for the device means that the worker woke up too late
 _CUT = 0.8  # `ratio` shrinks by this factor when the worker woke up too late
 _LEAST_RATIO = 1e-2  # `ratio` grows in proportion to itself, so it must not reach 0
 _LEAST_HOST_S = 1e-4  # one outlier counts as at most 2 * host_s + this time
@@ -197,7 +196,7 @@ class OverlapPace:
         return started_s + _NEARLY * profiled_s * self.ratio - self.host_s
 
     def observe_device(self, ratio: float | None) -> None:
-        """Updates `ratio` with the measured ratio of a batch; None if the worker woke up too late (see `overslept`).
+        """Updates `ratio` with the measured ratio of a batch; None if the worker woke up too late.
 
         The estimate falls quickly when the device gets faster, since answers would be late, and rises slowly.
         """
@@ -211,8 +210,3 @@ class OverlapPace:
     def observe_host(self, took_s: float) -> None:
         """Updates `host_s` with the time that the host took. One outlier has little effect."""
         self.host_s += _WEIGHT * (min(took_s, 2 * self.host_s + _LEAST_HOST_S) - self.host_s)
-
-
-def overslept(waited_s: float) -> bool:
-    """Whether a worker that waited only `waited_s` for its device, after a sleep, woke up too late."""
-    return waited_s < _AT_ONCE_S

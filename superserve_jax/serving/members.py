@@ -24,21 +24,16 @@ class Successor(NamedTuple):
     profile: Profile
     policy: Policy
 
-
-def try_policy(successor: Successor, *, worker: int, now_s: float) -> Exception | None:
-    """Tries a policy object with the profile of a new export: one query of each length. Returns the error, or None.
-
-    The caller holds the pool's lock, as for every call of a policy.
-    """
-    _, profile, policy = successor
-    for length in profile.lengths or (0,):
-        waiting = length_queue.make_queue(profile)
-        waiting.push(now_s + 1.0, None, length=length)
-        try:
-            dispatch.next_batch(Turn(waiting, ArrivalMeter(), policy, profile, worker=worker), now_s)
-        except Exception as error:
-            return error
-    return None
+    def try_policy(self, *, worker: int, now_s: float) -> Exception | None:
+        """Asks the policy about one query of each length. Returns its error, or None. The caller holds the pool's lock."""
+        for length in self.profile.lengths or (0,):
+            waiting = length_queue.make_queue(self.profile)
+            waiting.push(now_s + 1.0, None, length=length)
+            try:
+                dispatch.next_batch(Turn(waiting, ArrivalMeter(), self.policy, self.profile, worker=worker), now_s)
+            except Exception as error:
+                return error
+        return None
 
 
 class Members:
@@ -64,10 +59,6 @@ class Members:
         self.fleet = Fleet(correct=correct)
         self._last_failure: Failure | None = None
         self._outbox, self._correct = outbox, correct
-
-    def living(self) -> tuple[Worker, ...]:
-        """The workers that are alive."""
-        return tuple(worker for worker in self.workers if worker.alive)
 
     def any_present(self) -> bool:
         """Whether a thread is left that may take or answer a batch."""
@@ -145,11 +136,6 @@ class Members:
         accuracy = min(profile.rows[-1].accuracy for profile in profiles)
         return accuracy, min(1e-3 * profile.at_length(0).fastest().latency_ms[0] for profile in profiles)
 
-    def resize(self, worker: Worker) -> None:
-        """Updates the speed of a worker that runs smaller batches from now on."""
-        if worker.alive and worker.successor is None:
-            self.fleet.resize(worker.index, worker.profile)
-
     def health(self, now_s: float) -> dict[str, Any]:
         """The part of `Server.health` about workers."""
         return {
@@ -161,16 +147,3 @@ class Members:
             "running": sum(flight.count for worker in self.workers if worker.present for flight in worker.flights),
             "per_worker": [worker.health(now_s) for worker in self.workers],
         }
-
-    def stuck(self, now_s: float, *, excused_s: float) -> list[Worker]:
-        """The workers whose batches take too long (see `Worker.is_stuck`).
-
-        Args:
-          now_s: the time now.
-          excused_s: time for which the whole process stood still. It does not count.
-        """
-        running = [worker for worker in self.workers if worker.present and worker.flights]
-        if excused_s:
-            for worker in running:
-                worker.locked_excuse(excused_s, now_s)
-        return [worker for worker in running if worker.is_stuck(now_s)]

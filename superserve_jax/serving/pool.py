@@ -18,7 +18,7 @@ from superserve_jax.serving import threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.members import Members, Successor, try_policy
+from superserve_jax.serving.members import Members, Successor
 from superserve_jax.serving.options import Options
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.runtime import ProcessTies
@@ -40,7 +40,11 @@ class Pool:
       make_policy: makes the policy for a profile.
       options: see `options.ServerOptions`.
       input_bytes: size of one input of the longest length.
+
+    Attributes, besides the parts of the pool:
       pause_s: how long a worker pauses after its first failed batch; n times as long after n failed batches in a row.
+      idle: the workers that wait for work.
+      changed: other threads wait for it until workers have left or changed over.
     """
 
     def __init__(
@@ -51,17 +55,15 @@ class Pool:
         options: Options,
         *,
         input_bytes: int,
-        pause_s: float,
     ):
         self.make_policy = functools.cache(make_policy)  # workers with equal profiles share a policy
         for profile in profiles:  # may raise; nothing has been started yet
             self.make_policy(profile)
-        self.clock, self.options, self.pause_s = options.clock, options, pause_s
+        self.clock, self.options, self.pause_s = options.clock, options, min(1e-3 * options.slo_ms, 1.0)
 
         self.lock = threading.RLock()
         self.is_held_here = threads.held_here(self.lock)
-        self._idle = IdleWorkers(self.lock)
-        self._changed = threading.Condition(self.lock)  # other threads wait for workers to leave or to change over
+        self.idle, self.changed = IdleWorkers(self.lock), threading.Condition(self.lock)
         self.outbox = Outbox(self.lock)
 
         self.counters = Counters(profiles[0])
@@ -71,7 +73,7 @@ class Pool:
 
         self._opened_s = self.clock()
         self.process = ProcessTies(self._end, tune_runtime=options.tune_runtime)
-        self._watchdog = Watchdog(self, options.stall_s / 4)
+        self._watchdog = Watchdog(self)
         for engine, profile in zip(engines, profiles, strict=True):
             self.add(engine, profile)
         self._health, self._snapshot = self.health(), self.snapshot()
@@ -89,13 +91,12 @@ class Pool:
         try:
             with self.lock:
                 self.counters.arrived += len(queries)
-                self._check_open("takes no queries")
-                if not self.members.alive:
-                    raise self.members.lost_error()
+                if self.closing or not self.members.alive:  # saves a call if all is well
+                    self._locked_check_serving("takes no queries")
                 if queries:
-                    self.backlog.add(queries, self.members.fleet, idle=self._idle.count > 0)
+                    self.backlog.add(queries, self.members.fleet, idle=self.idle.count > 0)
                     self.counters.admitted += len(queries)
-                    self._idle.wake_one()
+                    self.idle.wake_one()
         finally:
             if self.outbox.entries:
                 self.outbox.empty()
@@ -141,7 +142,7 @@ class Pool:
             self._locked_notify_all()
             if threading.current_thread() in (worker.thread, self._watchdog.thread):
                 return  # in a done-callback: only this thread can end or abandon the worker
-            self._changed.wait_for(lambda: not worker.present)
+            self.changed.wait_for(lambda: not worker.present)
         if worker.gone != "abandoned":
             worker.thread.join()
 
@@ -158,7 +159,7 @@ class Pool:
         if self._is_own_thread():
             return  # in a done-callback: it would wait for the thread that it runs in
         with self.lock:
-            left = self._changed.wait_for(lambda: not self.members.any_present(), timeout_s)
+            left = self.changed.wait_for(lambda: not self.members.any_present(), timeout_s)
         if not left:
             reason = f"the server was closed, and after {timeout_s} s this query had still not been answered"
             self.leave(workers, "abandoned", lambda: errors.ServerClosedError(reason))
@@ -232,8 +233,8 @@ class Pool:
                 raise errors.ConfigError(
                     "a swap in a done-callback would wait for the worker that runs the callback; call it in another thread"
                 )
-            self._locked_check_swappable()
-            return self.members.living()
+            self._locked_check_serving("cannot be swapped")
+            return tuple(worker for worker in self.members.workers if worker.alive)
 
     def swap(self, workers: Sequence[Worker], engines: Sequence[Engine], profiles: Sequence[Profile]) -> list[Engine]:
         """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
@@ -253,16 +254,21 @@ class Pool:
         make_policy = functools.cache(self.make_policy.__wrapped__)  # a new cache, or it would grow with every swap
         new = [Successor(e, p, make_policy(p)) for e, p in zip(engines, profiles, strict=True)]
         with self.lock:
-            self._locked_check_swappable()
+            self._locked_check_serving("cannot be swapped")
             successors = {worker: s for worker, s in zip(workers, new, strict=True) if worker.alive}
             old = [worker.engine for worker in successors]
             # Only a policy object is the same as before. A policy that was given by name is new, and need not be tried.
-            asked = ((s, worker.index) for worker, s in successors.items() if s.policy is worker.policy)
-            failed = next(filter(None, (try_policy(s, worker=i, now_s=self.clock()) for s, i in asked)), None)
+            same = ((worker.index, s) for worker, s in successors.items() if s.policy is worker.policy)
+            failed = next(filter(None, (s.try_policy(worker=i, now_s=self.clock()) for i, s in same)), None)
             if failed is None:
                 self.outbox.drop(self.make_policy)
                 self.make_policy = make_policy
-                self._locked_swap(successors)
+                new_profiles = [successor.profile for successor in successors.values()]
+                self.members.succeed(successors, new_profiles[0])
+                self.counters.swap(new_profiles)
+                self.backlog.retime(new_profiles[0])
+                self._locked_offer()
+                self._locked_notify_all()  # idle workers change over, too
         self.outbox.empty()
         if failed is not None:
             raise errors.ConfigError(
@@ -271,23 +277,10 @@ class Pool:
             ) from failed
         return old
 
-    def _locked_swap(self, successors: dict[Worker, Successor]) -> None:
-        profiles = [successor.profile for successor in successors.values()]
-        self.members.succeed(successors, profiles[0])
-        self.counters.swap(profiles)
-        self.backlog.retime(profiles[0])
-        self._locked_offer()
-        self._locked_notify_all()  # idle workers change over, too
-
     def wait_for_swap(self) -> None:
         """Returns when every worker runs its successor, or is gone."""
         with self.lock:
-            self._changed.wait_for(lambda: not any(worker.successor for worker in self.members.workers))
-
-    def _locked_check_swappable(self) -> None:
-        self._check_open("cannot be swapped")
-        if not self.members.alive:
-            raise self.members.lost_error()
+            self.changed.wait_for(lambda: not any(worker.successor for worker in self.members.workers))
 
     # -- calls of workers -------------------------------------------------------------------------------------------------
 
@@ -296,7 +289,7 @@ class Pool:
         while worker.alive and not self.locked_has_work(worker) and not worker.successor and not self.outbox.entries:
             if self.closing:
                 return False
-            self._idle.wait()
+            self.idle.wait()
         return worker.alive
 
     def locked_has_work(self, worker: Worker) -> bool:
@@ -310,17 +303,8 @@ class Pool:
 
     def locked_wake_one(self) -> None:
         """Wakes one idle worker if there is work."""
-        if self._idle.count and len(self.backlog.queue):
-            self._idle.wake_one()
-
-    def locked_changed_over(self) -> None:
-        """A worker has taken up its successor."""
-        self._changed.notify_all()
-
-    def locked_batch_failed(self) -> None:
-        """Counts a failed batch, and wakes the idle workers: one of them may run its queries again."""
-        self.members.failures += 1
-        self._idle.wake_all()  # not every worker may run a retry
+        if self.idle.count and len(self.backlog.queue):
+            self.idle.wake_one()
 
     def locked_retry(self, worker: Worker, flight: Flight, failure: Failure, *, hung: bool = False) -> None:
         """See `Backlog.retry`."""
@@ -331,7 +315,7 @@ class Pool:
     def pause(self, worker: Worker, seconds: float) -> None:
         """Waits, but no longer than until the pool closes or the worker is removed."""
         with self.lock:
-            self._changed.wait_for(lambda: self.closing or not worker.alive, seconds)
+            self.changed.wait_for(lambda: self.closing or not worker.alive, seconds)
 
     def leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
         """Takes workers out of service for good. If none is alive afterwards, all waiting queries fail with `reason()`."""
@@ -360,22 +344,23 @@ class Pool:
         return threading.current_thread() in (self._watchdog.thread, *(worker.thread for worker in self.members.workers))
 
     def _locked_notify_all(self) -> None:
-        self._idle.wake_all()
-        self._changed.notify_all()
+        self.idle.wake_all()
+        self.changed.notify_all()
 
     # -- calls of the watchdog --------------------------------------------------------------------------------------------
 
     def abandon_stuck(self, *, excused_s: float = 0.0) -> None:
-        """Abandons the workers that are stuck in a batch (see `Members.stuck`)."""
+        """Abandons the workers that are stuck in a batch (see `Worker.locked_is_stuck`)."""
         with self.lock:
-            if stuck := self.members.stuck(self.clock(), excused_s=excused_s):
+            now_s = self.clock()
+            if stuck := [worker for worker in self.members.workers if worker.locked_is_stuck(now_s, excused_s)]:
                 self._locked_leave(stuck, "abandoned", self.members.lost_error)
         self.outbox.empty()
 
     def ended(self) -> bool:
-        """Whether the pool is closed, its last worker has left, and nothing is deferred."""
+        """Whether the pool is closed and its last worker has left."""
         with self.lock:
-            return self.closing and self._watchdog.idle and not self.members.any_present()
+            return self.closing and not self.members.any_present()
 
     def _end(self) -> None:
         """Ends the workers before the interpreter exits. Running batches are answered. Waiting queries stay unanswered.
@@ -385,8 +370,8 @@ class Pool:
         with self.lock:
             for worker in self.members.workers:
                 worker.locked_retire()
-            self._idle.wake_all()
-            self._changed.wait_for(lambda: not self.members.any_present(), _EXIT_S)
+            self.idle.wake_all()
+            self.changed.wait_for(lambda: not self.members.any_present(), _EXIT_S)
         for worker in self.members.workers:
             if worker.thread.is_alive():
                 worker.thread.join(0 if worker.present else _EXIT_S)
@@ -394,3 +379,8 @@ class Pool:
     def _check_open(self, what: str) -> None:
         if self.closing:
             raise errors.ServerClosedError(f"the server is closed and {what}; open a new one")
+
+    def _locked_check_serving(self, what: str) -> None:
+        self._check_open(what)
+        if not self.members.alive:
+            raise self.members.lost_error()

@@ -123,16 +123,15 @@ class Server:
         from superserve_jax.engines import prepare  # here, since it imports jax
 
         checked = check_options(options)  # before anything that takes long
+        self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
         self.model, engines, profiles = prepare.prepare(
             path_or_model,
             batch_sizes=batch_sizes,
             lengths=lengths,
             devices=devices,
-            slicing=slicing,
-            slice_bytes=slice_bytes,
             background=background_traffic,
+            **self._slicing,
         )
-        self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
         self._open(engines, profiles, checked)
 
     @classmethod
@@ -172,7 +171,7 @@ class Server:
         self._changing = threading.RLock()
         self._is_changing_here = threads.held_here(self._changing)
         make = functools.partial(make_policy, options.policy)
-        self.pool = Pool(engines, each, make, options, input_bytes=nbytes, pause_s=min(1e-3 * self._slo_ms, 1.0))
+        self.pool = Pool(engines, each, make, options, input_bytes=nbytes)
         weakref.finalize(self, self.pool.dropped).atexit = False
 
     def __enter__(self) -> "Server":

@@ -136,15 +136,14 @@ class IdleWorkers:
 
 
 class Watchdog:
-    """Sleeps until its bell rings or a period has passed. Then it makes deferred calls and abandons stuck workers.
+    """Sleeps until its bell rings, at most `stall_s` / 4. Then it makes deferred calls and abandons stuck workers.
 
     Args:
       pool: the pool. The watchdog ends when the pool is closed, its last worker has left and no call is deferred.
-      period_s: the longest time between two checks for stuck workers.
     """
 
-    def __init__(self, pool: "Pool", period_s: float):
-        self._pool, self._period_s = pool, period_s
+    def __init__(self, pool: "Pool"):
+        self._pool, self._period_s = pool, pool.options.stall_s / 4
         self._deferred: collections.deque[Callable[[], object]] = collections.deque()
         # A plain lock serves as the bell. Releasing it rings; this takes no lock and runs no Python code.
         self._bell = threading.Lock()
@@ -165,13 +164,8 @@ class Watchdog:
         """Like `defer`, for work that may take long: it runs in a thread of its own."""
         self.defer(threading.Thread(target=_logged, args=(work,), name="superserve-deferred", daemon=True).start)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is deferred."""
-        return not self._deferred
-
     def _watch(self) -> None:
-        while not self._pool.ended():
+        while not self._pool.ended() or self._deferred:
             due_s = time.monotonic() + self._period_s
             self._bell.acquire(timeout=self._period_s)
             while self._deferred:

@@ -20,7 +20,7 @@ from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import futures
-from superserve_jax.serving.flight import Failure, Flight, OverlapPace, overslept, refill
+from superserve_jax.serving.flight import Failure, Flight, OverlapPace, refill
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.subnet import Subnet
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 20  # a batch that takes more than 20 times its profiled p99 counts as stuck, see `is_stuck`
+_PATIENCE = 20  # a batch that takes more than 20 times its profiled p99 counts as stuck, see `locked_is_stuck`
+_AT_ONCE_S = 2e-5  # a shorter wait for the device, after a sleep, means that the worker woke up too late
 
 Gone = Literal["", "left", "abandoned", "removed"]
 
@@ -154,8 +155,6 @@ class Worker:
             if self._answered is not None:
                 self._pool.counters.add(self._answered)
                 self._answered = None
-        if self.successor is not None and not self.flights:
-            self._locked_take_up(self.successor)
 
     def _locked_take(self, now_s: float, begin_s: float) -> Flight | None:
         """Asks the policy for a decision, and takes the batch. None if no query waits any more, or the policy failed.
@@ -230,7 +229,7 @@ class Worker:
         self._strikes = 0
         self._batches += 1
         profiled_ms = row.latency_ms[flight.place]
-        too_late = slept and overslept(flight.waited_s)
+        too_late = slept and flight.waited_s < _AT_ONCE_S
         if self.present and not too_late:  # the index of an absent worker may belong to another one now
             pool.members.fleet.observe(self.index, profiled_ms, 1e3 * (finish_s - start_s))
         if ready_s is not None:
@@ -242,10 +241,7 @@ class Worker:
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
         self._answered = (row.subnet, len(batch), submitted_s, late, start_s, finish_s, slack_s, flight.reason)
-        flight.batch, flight.launched = (
-            (),
-            None,
-        )  # here, where no lock is held: these may be the last references to the queries
+        flight.batch, flight.launched = (), None  # no lock is held here, and these may be the last references to the queries
         return True
 
     # -- failures ---------------------------------------------------------------------------------------------------------
@@ -265,7 +261,8 @@ class Worker:
         with pool.lock:
             self._failed_batches += 1
             self._locked_note(failure)
-            pool.locked_batch_failed()
+            pool.members.failures += 1
+            pool.idle.wake_all()  # not every worker may run a retry
             if flight in self.flights:  # else the worker was abandoned, which gave its batches back
                 self.flights.remove(flight)
                 now_s = pool.clock()
@@ -273,7 +270,8 @@ class Worker:
                 if smaller is not None:
                     pool.outbox.drop(self.policy)
                     self.profile, self.policy = smaller
-                    pool.members.resize(self)
+                    if self.alive and self.successor is None:
+                        pool.members.fleet.resize(self.index, self.profile)
                 if too_large:
                     # Two batches at once, or one of this size, need too much memory.
                     self.overlaps = not flight.shared and self._may_overlap()
@@ -316,8 +314,7 @@ class Worker:
 
     def locked_succeed(self, successor: "Successor | None") -> None:
         """The worker takes up `successor` before its next batch."""
-        if self.successor is not None:
-            self._pool.outbox.drop(self.successor)
+        self._pool.outbox.drop(self.successor)
         self.successor = successor
 
     def _locked_take_up(self, successor: "Successor") -> None:
@@ -327,7 +324,7 @@ class Worker:
         self.successor = self._last_subnet = None
         self.overlaps = self._may_overlap()
         self._strikes = 0
-        pool.locked_changed_over()
+        pool.changed.notify_all()
 
     def locked_retire(self, gone: Gone = "") -> None:
         """The worker takes no more batches. It leaves when its present ones are answered."""
@@ -356,12 +353,15 @@ class Worker:
             else:
                 pool.backlog.give_back(flight, self.index)
 
-    def locked_excuse(self, late_s: float, now_s: float) -> None:
-        """Does not count the `late_s` for which the process stood still. A batch that began later starts at `now_s`."""
-        self._watched_s = min(self._watched_s + late_s, now_s)
+    def locked_is_stuck(self, now_s: float, excused_s: float) -> bool:
+        """Whether the first flight has taken longer than max(stall_s, 20 * its profiled p99).
 
-    def is_stuck(self, now_s: float) -> bool:
-        """Whether the first flight has taken longer than max(stall_s, 20 * its profiled p99)."""
+        The `excused_s` for which the whole process stood still do not count.
+        """
+        if not self.flights:
+            return False
+        if excused_s:
+            self._watched_s = min(self._watched_s + excused_s, now_s)
         flight = self.flights[0]
         patience_s = max(self._pool.options.stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[flight.place])
         return now_s - self._watched_s > patience_s
