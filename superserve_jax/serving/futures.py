@@ -259,7 +259,10 @@ class Query(Future):
     def __init__(
         self, inputs: Any, submitted_s: float, deadline_s: float, floor: float, lock: "threading.RLock | None" = None
     ):
-        Future.__init__(self, lock)  # a fifth faster than with super()
+        # A copy of `Future.__init__`, which saves a call per query.
+        self._lock = threading.RLock() if lock is None else lock
+        self._state = _PENDING
+        self._value = self._callbacks = None
         self.inputs = inputs
         self.length = 0
         self.submitted_s = submitted_s

@@ -111,12 +111,12 @@ def check_options(given: ServerOptions) -> Options:
     superserve_jax.errors.ConfigError: max_queue must be a whole number from 1 up, got 0
     """
     names = [field.name for field in dataclasses.fields(Options)]
-    for name, value in given.items():
+    for name in given:
         if name not in names:
             raise errors.unknown_name("option", name, names)
-        fits, expected = _CHECKS.get(name, (lambda _: True, ""))
-        if not fits(value):
-            raise errors.ConfigError(f"{name} must be {expected}, got {value!r}")
+    for name, (fits, expected) in _CHECKS.items():
+        if name in given and not fits(given[name]):
+            raise errors.ConfigError(f"{name} must be {expected}, got {given[name]!r}")
     return Options(**given)
 
 
@@ -183,7 +183,7 @@ def check_floor(min_accuracy: float, best: float) -> float:
     """Returns `min_accuracy`, at least 0. Raises AccuracyFloorError unless it is at most `best`."""
     try:
         if min_accuracy <= best:
-            return float(max(min_accuracy, 0.0))  # `max` first: float() overflows for a huge negative integer
+            return float(min_accuracy) if min_accuracy > 0 else 0.0  # float() overflows for a huge negative integer
     except (TypeError, ValueError):
         pass
     raise errors.AccuracyFloorError(
