@@ -19,7 +19,7 @@ The server does no work for this until Prometheus scrapes it. Two example querie
 import collections
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import core, registry
@@ -60,27 +60,24 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     0.02
     """
     queries, subnets, workers = snapshot["queries"], snapshot["subnets"], snapshot["workers"]
-    yield core.CounterMetricFamily("superserve_arrivals", "Queries submitted.", queries["arrived"])
-    yield _counter("queries", "Queries by outcome.", "outcome", {o: queries[o] for o in _OUTCOMES})
-    yield core.CounterMetricFamily("superserve_requeues", "Queries put back into the queue.", queries["requeued"])
-    yield core.GaugeMetricFamily("superserve_waiting", "Queries in the queue.", snapshot["waiting"])
-    yield core.GaugeMetricFamily("superserve_running", "Queries in a batch that runs.", snapshot["running"])
-    yield core.GaugeMetricFamily(
-        "superserve_oldest_wait_seconds", "Waiting time of the oldest waiting query.", snapshot["oldest_wait_s"]
-    )
+    counter, gauge = core.CounterMetricFamily, core.GaugeMetricFamily
+    yield counter("superserve_arrivals", "Queries submitted.", queries["arrived"])
+    yield _family(counter, "queries", "Queries by outcome.", "outcome", {o: queries[o] for o in _OUTCOMES})
+    yield counter("superserve_requeues", "Queries put back into the queue.", queries["requeued"])
+    yield gauge("superserve_waiting", "Queries in the queue.", snapshot["waiting"])
+    yield gauge("superserve_running", "Queries in a batch that runs.", snapshot["running"])
+    yield gauge("superserve_oldest_wait_seconds", "Waiting time of the oldest waiting query.", snapshot["oldest_wait_s"])
 
-    answers = core.CounterMetricFamily("superserve_answers", "Queries answered by a subnet.", labels=["subnet", "outcome"])
+    answers = counter("superserve_answers", "Queries answered by a subnet.", labels=["subnet", "outcome"])
     for subnet, counts in subnets.items():
         for outcome in ("met", "late"):
             answers.add_metric([subnet, outcome], counts[outcome])
     yield answers
     busy_s = {subnet: counts["busy_s"] for subnet, counts in subnets.items()}
-    yield _counter("busy_seconds", "Time of a subnet's batches.", "subnet", busy_s)
-    yield _counter("dispatches", "Batches answered, by the policy's reason.", "reason", snapshot["reasons"])
-    accuracies = core.GaugeMetricFamily("superserve_subnet_accuracy", "Profiled accuracy, a fraction of 1.", labels=["subnet"])
-    for subnet, counts in subnets.items():
-        accuracies.add_metric([subnet], counts["accuracy"])
-    yield accuracies
+    yield _family(counter, "busy_seconds", "Time of a subnet's batches.", "subnet", busy_s)
+    yield _family(counter, "dispatches", "Batches answered, by the policy's reason.", "reason", snapshot["reasons"])
+    accuracies = {subnet: counts["accuracy"] for subnet, counts in subnets.items()}
+    yield _family(gauge, "subnet_accuracy", "Profiled accuracy, a fraction of 1.", "subnet", accuracies)
 
     yield _histogram("latency_seconds", "From submit until the answer.", snapshot["latency_s"])
     yield _histogram("wait_seconds", "From submit until the batch started.", snapshot["wait_s"])
@@ -94,18 +91,15 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     )
 
     states = collections.Counter(worker["state"] for worker in workers)
-    gauge = core.GaugeMetricFamily("superserve_workers", "Workers by state.", labels=["state"])
-    for state in _STATES:
-        gauge.add_metric([state], states[state])
-    yield gauge
+    yield _family(gauge, "workers", "Workers by state.", "state", {state: states[state] for state in _STATES})
     batches = {worker["name"]: worker["batches"] for worker in workers}
-    yield _counter("worker_batches", "Batches that a worker answered.", "worker", batches)
+    yield _family(counter, "worker_batches", "Batches that a worker answered.", "worker", batches)
     failures = {worker["name"]: worker["failures"] for worker in workers}
-    yield _counter("worker_failures", "Batches that failed on a worker.", "worker", failures)
+    yield _family(counter, "worker_failures", "Batches that failed on a worker.", "worker", failures)
 
 
-def _counter(name: str, text: str, label: str, values: dict[str, float]) -> core.Metric:
-    family = core.CounterMetricFamily(f"superserve_{name}", text, labels=[label])
+def _family(make: Callable[..., Any], name: str, text: str, label: str, values: dict[str, float]) -> core.Metric:
+    family = make(f"superserve_{name}", text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
     return family
