@@ -68,12 +68,13 @@ def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str =
             hollow = "none" if len(line.x) == 1 else color  # points beneath a single point stay visible
             looks = {"fmt": line.style, "color": color, "markersize": 6, "markerfacecolor": hollow, "linewidth": 1.4}
             handles[label] = axes.errorbar(line.x, line.y, line.spread, line.spread_x, **looks, capsize=2)
-        axes.set(title=panel.title, xlabel=panel.label_x, ylabel=panel.label_y, yscale=panel.scale_y)
-        axes.title.set_fontsize(10)
+        axes.set(xlabel=panel.label_x, ylabel=panel.label_y, yscale=panel.scale_y)
+        axes.set_title(panel.title, fontsize=10)
         axes.grid(alpha=0.3)
         _scale_x(axes, panel)
         if panel.scale_y == "log":
-            _plain_numbers(axes.yaxis)
+            locator, minor = ticker.LogLocator(subs=(1, 2, 5)), ticker.NullFormatter()
+            axes.yaxis.set(major_locator=locator, major_formatter="{x:g}", minor_formatter=minor)
     for axes in grid.flat[len(shown) :]:
         axes.remove()
     if title:
@@ -83,23 +84,16 @@ def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str =
 
 
 def _scale_x(axes: Any, panel: Panel) -> None:
-    if panel.scale_x == "log":
-        axes.set_xscale("log")
-    elif panel.scale_x == "log2":
+    if panel.scale_x == "log2":
         axes.set_xscale("log", base=2)
         ticks = sorted({x for line in panel.lines.values() for x in line.x})
         ticks = [t for t in ticks if math.log2(t).is_integer()] or ticks
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     elif panel.scale_x == "symlog":
         axes.set_xscale("symlog", linthresh=min(x for line in panel.lines.values() for x in line.x if x > 0))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def _plain_numbers(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..."""
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(ticker.NullFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xscale(panel.scale_x)
 
 
 def metrics(lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -146,20 +140,6 @@ def search(
     panels([Panel("", cost, "validation accuracy (%)", lines, "log")], path)
 
 
-def loading(sizes_mb: Sequence[float], ratios: Mapping[str, Sequence[float]], path: Path, *, title: str) -> None:
-    """Plots (time to load a network's weights) / (time of an inference) by size of the weights (the paper's Figure 1a).
-
-    Args:
-      sizes_mb: the size of each network's weights in 10^6 bytes.
-      ratios: loading time / inference time of each network. The keys say where the weights are loaded from.
-      path: the PNG file.
-      title: above the plot.
-    """
-    lines = {label: Line(sizes_mb, values) for label, values in ratios.items()}
-    lines["equal"] = Line([min(sizes_mb), max(sizes_mb)], [1, 1], style=":", color="0.6")
-    panels([Panel(title, "weights of the network (MB)", "loading / inference", lines, scale_y="log")], path)
-
-
 def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()) -> None:
     """Plots traffic over time, with one line per policy: arrival rate, batch size, subnet accuracy, SLO attainment.
 
@@ -176,20 +156,14 @@ def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()
         batch.plot(run.time_s, run.batch, label=name, linewidth=1)
         accuracy.plot(run.time_s, 100 * run.accuracy, linewidth=1)
         attainment.plot(run.time_s, 100 * run.attainment, linewidth=1)
-    labels = {
-        rate: "arrivals (queries/s)",
-        batch: "batch size",
-        accuracy: "subnet accuracy (%)",
-        attainment: "SLO attainment (%)",
-    }
-    for axes, label in labels.items():
-        axes.set_ylabel(label)
+    rate.set(ylabel="arrivals (queries/s)", ylim=(0, None))
+    batch.set(ylabel="batch size", ylim=(0, None))
+    accuracy.set(ylabel="subnet accuracy (%)")
+    attainment.set(ylabel="SLO attainment (%)", xlabel="time (s)")
+    for axes in (rate, batch, accuracy, attainment):
         axes.grid(alpha=0.3)
         for mark in marks_s:
             axes.axvline(mark, color="tab:red", linestyle=":", linewidth=1)
-    rate.set_ylim(bottom=0)
-    batch.set_ylim(bottom=0)
-    attainment.set_xlabel("time (s)")
     fig.legend(loc="outside upper center", ncols=len(runs))
     _save(fig, path, dpi=110)
 
@@ -221,8 +195,7 @@ def latencies(
     axes.set_yticks(labelled, [f"{100 * accuracies[i]:.2f}" for i in labelled])
     label_x = "batch size x tokens" if "x" in shapes[0] else "batch size"
     axes.set(xlabel=label_x, ylabel="subnet, by its accuracy (%)", title=title)
-    bar = fig.colorbar(image, label="latency of a batch (ms)", ticks=ticker.LogLocator(subs=(1, 2, 5)))
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    fig.colorbar(image, label="latency of a batch (ms)", ticks=ticker.LogLocator(subs=(1, 2, 5)), format="{x:g}")
     _save(fig, path, dpi=120)
 
 

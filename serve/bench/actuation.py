@@ -39,6 +39,7 @@ from superserve_jax.engines import executables, prepare
 from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
+from superserve_jax.plots import Line, Panel
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets import programs
@@ -297,6 +298,19 @@ def report(found: dict[str, Any]) -> None:
             print(f"{name}: {np.median(values):.3f} {what} (median), at most {max(values):.3f}")
 
 
+def plot(found: dict[str, Any], path: pathlib.Path) -> None:
+    """Plots (time to load a network's weights) / (time of an inference) by size of the weights (the paper's Figure 1a)."""
+    first = [subnet["batches"][0] for subnet in found["subnets"]]
+    sizes_mb = [subnet["weights_bytes"] / 1e6 for subnet in found["subnets"]]
+    lines = {
+        f"from {name}": Line(sizes_mb, [batch["loading_over_inference"][kind] for batch in first])
+        for kind, name in LOADS.items()
+    }
+    lines["equal"] = Line([min(sizes_mb), max(sizes_mb)], [1, 1], style=":", color="0.6")
+    title = f"batch {first[0]['batch']}, {found['device']}"
+    plots.panels([Panel(title, "weights of the network (MB)", "loading / inference", lines, scale_y="log")], path)
+
+
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
@@ -307,13 +321,7 @@ def main() -> None:
     if options.json:
         files.write_json(options.json, found)
     if options.plot:
-        first = [subnet["batches"][0] for subnet in found["subnets"]]
-        plots.loading(
-            [subnet["weights_bytes"] / 1e6 for subnet in found["subnets"]],
-            {f"from {name}": [batch["loading_over_inference"][kind] for batch in first] for kind, name in LOADS.items()},
-            options.plot,
-            title=f"batch {first[0]['batch']}, {found['device']}",
-        )
+        plot(found, options.plot)
         print(f"plot: {options.plot}")
 
 
