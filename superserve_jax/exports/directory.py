@@ -26,12 +26,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from superserve_jax import errors, families, files
 from superserve_jax.exports import statistics
 from superserve_jax.exports.model import Model, Served
 from superserve_jax.manifest import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_SCHEMA, files_of, read_manifest, verify_files
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
@@ -69,30 +71,33 @@ def export(
       ExportError: the directory holds something else, or cannot be written.
       ConfigError: there is nothing to serve, the vocabulary does not fit the model, or an argument has a wrong type.
     """
-    _check_arguments(model, served, measured, class_names, vocabulary, training)
+    with errors.refusing(
+        errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values"
+    ):
+        if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
+            raise errors.ConfigError(
+                f"export takes a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}"
+            )
+        if not served or len({s.subnet for s in served}) < len(served):
+            raise errors.ConfigError(f"an export must serve at least one subnet, and none of them twice; got {len(served)}")
+        if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
+            raise errors.ConfigError(f"measured and class_names must be strings, got {measured!r} and {class_names!r}")
+        json.dumps(dict(training or {}))
+        for s in served:
+            model.space.validate(s.subnet)
+        if vocabulary is not None:
+            vocabulary.check_fit(model.config)
     kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.statistics))
     calibrated = {subnet: model.statistics_of(subnet) for subnet in sorted(kept, key=model.config.flops)}
     path = _make_folder(path)
-    part = path / f"payload-part.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((part / "weights").absolute(), model.params)
-    statistics.write(part / "statistics.npz", calibrated)
-    if vocabulary is not None:
-        (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
-    contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
-    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
-    payload = path / f"payload-{digest}"
-    if payload.exists():
-        shutil.rmtree(payload)
-    os.rename(part, payload)
-    _sync_directory(path)
+    payload, contents = _write_payload(path, model, calibrated, vocabulary)
+    spec = model.config.input_spec(1)
+    size = math.prod(spec.shape) * spec.dtype.itemsize
     manifest = {
         "format": MANIFEST_FORMAT,
         "schema": MANIFEST_SCHEMA,
         "config": families.config_to_json(model.config),
-        "input": _input_contract(model.config),
+        "input": {"shape": [None, *spec.shape[1:]], "dtype": str(spec.dtype), "bytes": size},  # for people who read it
         "class_names": list(class_names),
         "vocabulary": vocabulary.settings if vocabulary is not None else None,
         "space_size": model.space.size,
@@ -101,7 +106,7 @@ def export(
         "training": dict(training or {}),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint", "numpy")},
-        "payload": payload.name,
+        "payload": payload,
         "files": contents,
     }
     manifest["sha256"] = files.digest(manifest)
@@ -113,7 +118,7 @@ def export(
     os.replace(new, path / MANIFEST_NAME)
     _sync_directory(path)
     for stale in path.glob("payload-*"):
-        if stale != payload:
+        if stale.name != payload:
             shutil.rmtree(stale, ignore_errors=True)
     return path
 
@@ -165,38 +170,37 @@ def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path
     return pathlib.Path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
-@errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values")
-def _check_arguments(
-    model: SuperNet,
-    served: Sequence[Served],
-    measured: str,
-    class_names: Sequence[str],
-    vocabulary: Vocabulary | None,
-    training: Mapping[str, Any] | None,
-) -> None:
-    """Raises the errors of wrong arguments. `export` calls it before it writes anything."""
-    if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
-        raise errors.ConfigError(f"export takes a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}")
-    if not served or len({s.subnet for s in served}) < len(served):
-        raise errors.ConfigError(f"an export must serve at least one subnet, and none of them twice; got {len(served)}")
-    if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
-        raise errors.ConfigError(f"measured and class_names must be strings, got {measured!r} and {class_names!r}")
-    json.dumps(dict(training or {}))
-    for s in served:
-        model.space.validate(s.subnet)
-    if vocabulary is not None:
-        vocabulary.check_fit(model.config)
-
-
 def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         path = pathlib.Path(path)
-        if path.exists() and not (path / MANIFEST_NAME).exists() and not all(map(_is_leftover, path.iterdir())):
+        # An interrupted first export leaves such files.
+        leftover = path.exists() and all(f.name.startswith(("payload-", MANIFEST_NAME)) for f in path.iterdir())
+        if path.exists() and not (path / MANIFEST_NAME).exists() and not leftover:
             raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as e:
         raise errors.ExportError(f"cannot export to {str(path)!r}: {e}; choose another directory") from e
     return path
+
+
+def _write_payload(
+    path: pathlib.Path, model: SuperNet, calibrated: Mapping[Subnet, np.ndarray], vocabulary: Vocabulary | None
+) -> tuple[str, dict[str, Any]]:
+    """Writes the folder of the payload, and returns its name and a description of every file in it."""
+    part = path / f"payload-part.{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((part / "weights").absolute(), model.params)
+    statistics.write(part / "statistics.npz", calibrated)
+    if vocabulary is not None:
+        (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
+    contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
+    payload = f"payload-{hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]}"
+    shutil.rmtree(path / payload, ignore_errors=True)
+    os.rename(part, path / payload)
+    _sync_directory(path)
+    return payload, contents
 
 
 def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> None:
@@ -222,11 +226,6 @@ def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) ->
     return vocabulary
 
 
-def _is_leftover(file: pathlib.Path) -> bool:
-    """Whether an interrupted first export left this file."""
-    return file.name.startswith(("payload-", MANIFEST_NAME))
-
-
 def _describe(file: pathlib.Path) -> dict[str, Any]:
     with file.open("rb") as f:
         os.fsync(f.fileno())
@@ -239,9 +238,3 @@ def _sync_directory(path: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _input_contract(config: FamilyConfig) -> dict[str, Any]:
-    """Shape, dtype and bytes of a raw input, for people who read the manifest."""
-    spec = config.input_spec(1)
-    return {"shape": [None, *spec.shape[1:]], "dtype": str(spec.dtype), "bytes": math.prod(spec.shape) * spec.dtype.itemsize}
