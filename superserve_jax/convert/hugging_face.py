@@ -117,27 +117,18 @@ def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:
     """The source of each parameter. `positions` is the number of positions in the weights. `fill` cuts them later."""
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     shapes["embeddings.positions"] = (positions, config.hidden_size)
-    sources = {}
-
-    def table(ours: str, theirs: str) -> None:
-        sources[ours] = Source((f"{theirs}.weight",), shapes[ours])
-
-    def dense(ours: str, theirs: str) -> None:
-        sources[f"{ours}.kernel"] = Source((f"{theirs}.weight",), shapes[f"{ours}.kernel"], (1, 0))
-        sources[f"{ours}.bias"] = Source((f"{theirs}.bias",), shapes[f"{ours}.bias"])
-
-    def norm(ours: str, theirs: str) -> None:  # gamma and beta are the names in files converted from TensorFlow
-        sources[f"{ours}.scale"] = Source((f"{theirs}.weight", f"{theirs}.gamma"), shapes[f"{ours}.scale"])
-        sources[f"{ours}.bias"] = Source((f"{theirs}.bias", f"{theirs}.beta"), shapes[f"{ours}.bias"])
-
-    for ours, theirs in _TABLES.items():
-        table(f"embeddings.{ours}", f"{_EMBEDDINGS}.{theirs}")
-    norm("embeddings.norm", f"{_EMBEDDINGS}.LayerNorm")
+    dense = {"pooler": "bert.pooler.dense", "classifier": "classifier"}
+    norms = {"embeddings.norm": f"{_EMBEDDINGS}.LayerNorm"}
     for i in range(config.num_layers):
-        for ours, theirs in _DENSE.items():
-            dense(f"layers.{i}.{ours}", f"{_LAYER}.{i}.{theirs}")
-        for ours, theirs in _NORMS.items():
-            norm(f"layers.{i}.{ours}", f"{_LAYER}.{i}.{theirs}")
-    dense("pooler", "bert.pooler.dense")
-    dense("classifier", "classifier")
-    return sources
+        dense |= {f"layers.{i}.{ours}": f"{_LAYER}.{i}.{theirs}" for ours, theirs in _DENSE.items()}
+        norms |= {f"layers.{i}.{ours}": f"{_LAYER}.{i}.{theirs}" for ours, theirs in _NORMS.items()}
+    names: dict[str, tuple[str, ...]] = {}
+    for ours, theirs in _TABLES.items():
+        names[f"embeddings.{ours}"] = (f"{_EMBEDDINGS}.{theirs}.weight",)
+    for ours, theirs in dense.items():
+        names[f"{ours}.kernel"] = (f"{theirs}.weight",)
+        names[f"{ours}.bias"] = (f"{theirs}.bias",)
+    for ours, theirs in norms.items():  # gamma and beta are the names in files converted from TensorFlow
+        names[f"{ours}.scale"] = (f"{theirs}.weight", f"{theirs}.gamma")
+        names[f"{ours}.bias"] = (f"{theirs}.bias", f"{theirs}.beta")
+    return {ours: Source(names[ours], shape, (1, 0) if ours.endswith(".kernel") else None) for ours, shape in shapes.items()}

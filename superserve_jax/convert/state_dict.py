@@ -128,12 +128,10 @@ def _read_torch(path: pathlib.Path) -> StateDict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-_READERS: dict[str, tuple[Callable[[pathlib.Path], StateDict], str]] = {
-    ".npz": (_read_npz, "numpy"),
-    ".safetensors": (_read_safetensors, "safetensors"),
-    ".pth": (_read_torch, "torch"),
-    ".pt": (_read_torch, "torch"),
-    ".bin": (_read_torch, "torch"),
+_READERS: dict[str, Callable[[pathlib.Path], StateDict]] = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    **dict.fromkeys((".pth", ".pt", ".bin"), _read_torch),
 }
 
 
@@ -142,12 +140,11 @@ def _read_file(path: pathlib.Path) -> StateDict:
         raise errors.ConversionError(f"{path} has a format that cannot be read; the formats are {', '.join(_READERS)}")
     if not path.is_file():
         raise errors.ConversionError(f"there is no weight file {path}; check the path")
-    reader, library = _READERS[path.suffix]
     try:
-        state = reader(path)
+        state = _READERS[path.suffix](path)
     except ImportError as e:
         raise errors.ConversionError(
-            f"reading {path} needs the library {library}, which cannot be imported ({e}): install it with "
+            f"reading {path} needs the library {e.name}, which cannot be imported ({e}): install it with "
             f"`pip install 'superserve-jax[convert]'`"
         ) from e
     except Exception as e:  # each library raises its own errors for a damaged file
