@@ -6,7 +6,7 @@ the value, what was expected and the remedy.
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import msgspec
 
@@ -101,6 +101,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return UnknownNameError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or '(none)'}")
+
+
+def check_name(kind: str, name: object, known: Collection[str]) -> None:
+    """Raises the error of `unknown_name` unless `name` is one of the known names."""
+    if name not in known:
+        raise unknown_name(kind, name, known)
 
 
 @contextlib.contextmanager

@@ -86,8 +86,7 @@ class SearchSpace:
 
     @errors.refusing(errors.ConfigError, "a search space needs a tuple of ints per stage as depths, and a tuple of `Axis`")
     def __post_init__(self):
-        if self.rule not in ("first", "every_other"):
-            raise errors.unknown_name("depth rule", self.rule, ["first", "every_other"])
+        errors.check_name("depth rule", self.rule, ["first", "every_other"])
         check_depths(self.depths)
         names = [a.name for a in self.axes]
         if len(set(names)) != len(names) or {"depth", "gates"} & set(names):
@@ -129,8 +128,7 @@ class SearchSpace:
         elif depth is not None:
             raise errors.SubnetError("give depth or gates, not both")
         for name in axes:
-            if name not in (a.name for a in self.axes):
-                raise errors.unknown_name("axis", name, ["depth", "gates", *(a.name for a in self.axes)])
+            errors.check_name("axis", name, ["depth", "gates", *(a.name for a in self.axes)])
         values = tuple((a.name, _positions(a.name, axes.get(a.name), a.choices)) for a in self.axes)
         return self.validate(Subnet(tuple(gates), values))
 
@@ -140,14 +138,16 @@ class SearchSpace:
         depth = _positions("depth", depth, self.depths)
         result: list[int] = []
         for d, choices in zip(depth, self.depths, strict=True):
-            blocks = choices[-1]
-            if self.rule == "first":
-                kept = set(range(int(d)))
-            else:
-                # DynaBERT's every-other rule: kept block i is floor(i * L / d), so exactly L - d are dropped.
-                kept = {i * blocks // int(d) for i in range(int(d))}
-            result += [int(i in kept) for i in range(blocks)]
+            kept = self._kept(int(d), choices[-1])
+            result += [int(i in kept) for i in range(choices[-1])]
         return tuple(result)
+
+    def _kept(self, depth: int, blocks: int) -> set[int]:
+        """Which blocks a depth keeps, of the blocks 0, 1, ... of a stage."""
+        if self.rule == "first":
+            return set(range(depth))
+        # DynaBERT's every-other rule: kept block i is floor(i * L / d), so exactly L - d are dropped.
+        return {i * blocks // depth for i in range(depth)}
 
     @errors.refusing(errors.SubnetError, "not a subnet with gates and (axis, choices) pairs; use SearchSpace.subnet")
     def validate(self, subnet: Subnet) -> Subnet:
@@ -184,8 +184,7 @@ class SearchSpace:
 
     def smallest(self) -> Subnet:
         """The subnet with the smallest choice everywhere."""
-        axes: dict[str, Any] = {a.name: [c[0] for c in a.choices] for a in self.axes}
-        return self.subnet(depth=[d[0] for d in self.depths], **axes)
+        return self.vary(self.largest(), lambda choices, _: choices[0])
 
     def largest(self) -> Subnet:
         """The whole SuperNet."""
@@ -227,8 +226,7 @@ class SearchSpace:
             raise errors.ConfigError(f"choices must be 0, which keeps all, or more, got {choices}")
         known = ["depth", *(a.name for a in self.axes)]
         for name in elastic or ():
-            if name not in known:
-                raise errors.unknown_name("axis", name, known)
+            errors.check_name("axis", name, known)
 
         def left(name: str, values: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
             count = 1 if elastic is not None and name not in elastic else choices
@@ -250,9 +248,8 @@ class SearchSpace:
                 rank.update(dict.fromkeys(stage, place))
         axes = []
         for axis, (name, values) in zip(self.axes, subnet.axes, strict=True):
-            ranks = [rank.get(b) for b in axis.blocks] if axis.blocks is not None else [None] * len(values)
-            places = zip(values, ranks, axis.choices, strict=True)
-            axes.append((name, tuple(v if r is None else c[round(r * (len(c) - 1))] for v, r, c in places)))
+            places = zip(values, axis.blocks or [None] * len(values), axis.choices, strict=True)
+            axes.append((name, tuple(c[round(rank[b] * (len(c) - 1))] if b in rank else v for v, b, c in places)))
         return self.validate(Subnet(subnet.gates, tuple(axes)))
 
     # -- counting and listing -------------------------------------------------------------------------------------------
@@ -261,19 +258,12 @@ class SearchSpace:
     def size(self) -> int:
         """Number of different subnets. Each depth counts once, with the gates that the rule gives it."""
         total = math.prod(len(c) for a in self.axes if a.blocks is None for c in a.choices)
-        start = 0
-        for choices in self.depths:
-            stage = range(start, start + choices[-1])
-            start += choices[-1]
-            total *= sum(self._block_choices(stage, d) for d in choices)
+        for stage, depths in zip(self.stages, self.depths, strict=True):
+            total *= sum(self._block_choices({stage[i] for i in self._kept(d, len(stage))}) for d in depths)
         return total
 
-    def _block_choices(self, stage: range, depth: int) -> int:
-        """Number of choices for the axes of the kept blocks of a stage."""
-        if self.rule == "first":
-            kept = set(stage[:depth])
-        else:
-            kept = {stage[i * len(stage) // depth] for i in range(depth)}
+    def _block_choices(self, kept: set[int]) -> int:
+        """Number of choices for the axes of the kept blocks."""
         return math.prod(
             len(c) for a in self.axes if a.blocks is not None for b, c in zip(a.blocks, a.choices, strict=True) if b in kept
         )

@@ -61,8 +61,7 @@ class Vocabulary:
 
     @errors.refusing(errors.ConfigError, "a vocabulary needs a tuple of tokens and the name of a scheme")
     def __post_init__(self):
-        if self.scheme not in _NEEDED:
-            raise errors.unknown_name("scheme of a vocabulary", self.scheme, _NEEDED)
+        errors.check_name("scheme of a vocabulary", self.scheme, _NEEDED)
         if not isinstance(self.lowercase, bool):
             raise errors.ConfigError(f"lowercase must be True or False, got {self.lowercase!r}")
         if not all(isinstance(token, str) and token and not {"\n", "\r"} & set(token) for token in self.tokens):
@@ -75,17 +74,19 @@ class Vocabulary:
             raise errors.ConfigError(f"a vocabulary for {self.scheme} needs the tokens {', '.join(missing)}; add them")
 
     @staticmethod
-    def from_text(text: str, **settings: Any) -> "Vocabulary":
-        """A vocabulary from the text of a vocabulary file. Line i holds the token of id i."""
-        # Not splitlines(): it also splits at some characters that are tokens of BERT.
-        lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        return Vocabulary(tuple(lines), **settings)
-
-    @staticmethod
     def read(path: str | os.PathLike[str], **settings: Any) -> "Vocabulary":
-        """A vocabulary from a file such as BERT's vocab.txt. Raises DataError if the file is not one."""
+        """A vocabulary from a file such as BERT's vocab.txt: line i holds the token of id i.
+
+        Args:
+          path: the file.
+          **settings: see `settings`.
+
+        Raises DataError if the file is not a vocabulary.
+        """
         try:
-            return Vocabulary.from_text(pathlib.Path(path).expanduser().read_bytes().decode(), **settings)
+            text = pathlib.Path(path).expanduser().read_bytes().decode().replace("\r\n", "\n")
+            # Not splitlines(): it also splits at some characters that are tokens of BERT.
+            return Vocabulary(tuple(text.removesuffix("\n").split("\n")), **settings)
         except (OSError, TypeError, ValueError) as e:
             raise errors.DataError(
                 f"{path} cannot be read as a vocabulary file (UTF-8, one token a line, such as BERT's vocab.txt): {e}"
@@ -97,7 +98,7 @@ class Vocabulary:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that `from_text` needs besides the text, as a dict for `json.dump`."""
+        """What `read` needs besides the file, as a dict for `json.dump`."""
         return {"scheme": self.scheme, "lowercase": self.lowercase}
 
     @property
@@ -154,7 +155,8 @@ class Vocabulary:
         """Token ids and types of one input, not padded."""
         if self.scheme == "words":
             return self._word_sequence(text, second, length)
-        parts = [self._pieces(text)] if second is None else [self._pieces(text), self._pieces(second)]
+        texts = [text] if second is None else [text, second]
+        parts = [self._tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
         while sum(map(len, parts)) > max(length - 1 - len(parts), 0):
             max(reversed(parts), key=len).pop()  # with equal lengths the second one, as in BERT's code
         ids, types = [self._ids[CLS]], [0]
@@ -175,9 +177,6 @@ class Vocabulary:
                 hint = f"did you mean '{near[0]}'?" if near else f"its tokens are {' '.join(self.tokens)[:200]}"
                 raise errors.InputError(f"'{word}' is not a token of this vocabulary (put blanks between tokens); {hint}")
         return [self._ids[CLS], *(self._ids[word] for word in words)], [0] * (len(words) + 1)
-
-    def _pieces(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
     def _ids(self) -> Mapping[str, int]:

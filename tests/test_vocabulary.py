@@ -68,7 +68,8 @@ def test_a_vocabulary_file_may_end_its_lines_in_any_way(tmp_path, newline, end):
     (tmp_path / "vocab.txt").write_bytes((newline.join(odd) + end.replace("\n", newline)).encode())
     found = Vocabulary.read(tmp_path / "vocab.txt", lowercase=False)
     assert found == Vocabulary(odd, lowercase=False)
-    assert Vocabulary.from_text(found.to_text(), **found.settings) == found
+    (tmp_path / "copy.txt").write_bytes(found.to_text().encode())
+    assert Vocabulary.read(tmp_path / "copy.txt", **found.settings) == found
 
 
 def test_words_are_split_at_whitespace_and_follow_cls():

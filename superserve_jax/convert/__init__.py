@@ -38,6 +38,5 @@ def weights(state: Any, config: FamilyConfig) -> SuperNet:
       ConfigError: the other project has no network with this config.
       UnknownNameError: weights of other projects cannot be converted to this family.
     """
-    if config.family not in _FILL:
-        raise errors.unknown_name("family with weights of other projects", config.family, _FILL)
+    errors.check_name("family with weights of other projects", config.family, _FILL)
     return _FILL[config.family](config, state_dict.read(state))

@@ -111,12 +111,11 @@ def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
     (0.65, 1.0, 1.0, 1.0, 1.0, 1.0)
     """
     depth_list, expand, width = _axes(space)
-    if surplus := set(arch) - {"d", "e", "w", *_IGNORED}:
-        raise errors.unknown_name("entry of a subnet dictionary", sorted(surplus)[0], ["d", "e", "w"])
-    d, e, w = (
-        _positions(arch, name, count)
-        for name, count in (("d", len(_BASE_DEPTHS) + 1), ("e", len(expand.choices)), ("w", len(width.choices)))
-    )
+    for name in arch:
+        errors.check_name("entry of a subnet dictionary", name, ["d", "e", "w", *_IGNORED])
+    d = _positions(arch, "d", len(_BASE_DEPTHS) + 1)
+    e = _positions(arch, "e", len(expand.choices))
+    w = _positions(arch, "w", len(width.choices))
     for name, values, known in (("d", d, depth_list), ("w", w, range(len(width.choices[0])))):
         if bad := [v for v in values if v not in known]:
             raise errors.SubnetError(f"'{name}' of a subnet dictionary must be among {list(known)}, got {bad[0]!r}")

@@ -49,8 +49,8 @@ def config_from_json(data: Mapping[str, Any]) -> FamilyConfig:
         raise errors.UnknownNameError(f"{unknown}; import the module that registers it first (families.register)")
     fields = {k: _from_plain(v) for k, v in data.items() if k != "family"}
     known = {f.name for f in dataclasses.fields(_FAMILIES[name])}
-    if surplus := set(fields) - known:
-        raise errors.unknown_name(f"field of {name}'s config", sorted(surplus)[0], known)
+    for field in fields:
+        errors.check_name(f"field of {name}'s config", field, known)
     with errors.refusing(errors.ConfigError, f"the config of family '{name}' does not fit"):
         return _FAMILIES[name](**fields)
 

@@ -27,6 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from superserve_jax import errors, layers, ops
+from superserve_jax.lengths import check_ascending
 from superserve_jax.space import Axis, SearchSpace, check_depths
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import Units
@@ -272,17 +273,12 @@ def _check(config: DynaBERTConfig) -> None:
         if not ok:
             raise errors.ConfigError(f"DynaBERTConfig: {what}")
 
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
     for name in ("num_classes", "vocab_size", "max_length", "token_types", "hidden_size"):
-        demand(whole(getattr(config, name)), f"{name} must be a whole number from 1 up, got {getattr(config, name)!r}")
+        value = getattr(config, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        demand(whole, f"{name} must be a whole number from 1 up, got {value!r}")
     for name in ("depths", "heads", "ffn"):
-        values = getattr(config, name)
-        demand(
-            bool(values) and all(map(whole, values)) and list(values) == sorted(set(values)),
-            f"{name} must be ascending whole numbers from 1 up, got {values!r}",
-        )
+        check_ascending(f"DynaBERTConfig: {name}", getattr(config, name), str(getattr(DynaBERTConfig, name)))
     check_depths((config.depths,))
     demand(
         config.hidden_size % config.heads[-1] == 0,

@@ -14,6 +14,7 @@ stride.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -194,8 +195,7 @@ def _blocks(config: OFAResNetConfig) -> Iterator[tuple[int, int, int, bool]]:
     b = 0
     for m, depths in enumerate(config.depths):
         for i in range(depths[-1]):
-            first = i == 0 and depths[0] > 0
-            yield m, b, config.strides[m] if i == 0 else 1, first
+            yield m, b, config.strides[m] if i == 0 else 1, i == 0 and depths[0] > 0
             b += 1
 
 
@@ -319,10 +319,8 @@ def _check(config: OFAResNetConfig) -> None:
         if not ok:
             raise errors.ConfigError(f"OFAResNetConfig: {what}")
 
-    if config.block not in ("bottleneck", "basic"):
-        raise errors.unknown_name("block", config.block, ["bottleneck", "basic"])
-    if config.input_dtype not in ("uint8", "float32"):
-        raise errors.unknown_name("input_dtype", config.input_dtype, ["uint8", "float32"])
+    errors.check_name("block", config.block, ["bottleneck", "basic"])
+    errors.check_name("input_dtype", config.input_dtype, ["uint8", "float32"])
     for name in ("num_classes", "image_size", "channels", "stem_width", "stem_stride", "divisor"):
         value = getattr(config, name)
         demand(isinstance(value, int) and value >= 1, f"{name} must be a whole number from 1 up, got {value}")
@@ -342,13 +340,11 @@ def _check(config: OFAResNetConfig) -> None:
         f"{len(config.stage_widths)}",
     )
     check_depths(config.depths)
-    before = config.stem_width
-    for m in range(stages):
-        if config.depths[m] and config.depths[m][0] == 0:
-            demand(
-                config.strides[m] == 1 and config.stage_widths[m] == before,
-                f"stage {m} may have depth 0 only if it keeps the shape: stride 1 and width {before}; got stride "
-                f"{config.strides[m]} and width {config.stage_widths[m]}",
-            )
-        before = config.stage_widths[m]
+    widths = (config.stem_width, *config.stage_widths)
+    for m, (before, width) in enumerate(itertools.pairwise(widths)):
+        demand(
+            config.depths[m][0] > 0 or (config.strides[m] == 1 and width == before),
+            f"stage {m} may have depth 0 only if it keeps the shape: stride 1 and width {before}; got stride "
+            f"{config.strides[m]} and width {width}",
+        )
     config.space()

@@ -65,7 +65,8 @@ class Program:
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
         """Where the channels of each norm begin in the statistics of this program."""
-        return _offsets(self.config.norm_sizes(self.limits))
+        norm_sizes = self.config.norm_sizes(self.limits)
+        return dict(zip(norm_sizes, itertools.accumulate(norm_sizes.values(), initial=0), strict=False))
 
     @functools.cached_property
     def statistics_size(self) -> int:
@@ -168,7 +169,7 @@ def masked(config: FamilyConfig) -> Program:
     low = space.smallest()
     if space.rule == "every_other":  # a subnet may name its kept blocks, so any gate may be off
         low = dataclasses.replace(low, gates=(0,) * space.num_blocks)
-    return _program_of(config, [low, space.largest()])
+    return bucketed(config, [low, space.largest()])
 
 
 def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subnet | None = None) -> Program:
@@ -178,19 +179,11 @@ def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subne
       members: the subnets of the bucket.
       envelope: a subnet that covers all members; if left out, the smallest one.
     """
-    return _program_of(config, list(members), envelope)
-
-
-def _program_of(config: FamilyConfig, members: list[Subnet], envelope: Subnet | None = None) -> Program:
+    members = list(members)
     top = envelope or envelope_of(members)
     limits = config.sizes(top)
     sizes = [config.sizes(m) for m in members]
     return Program(config, top, tuple(name for name, limit in limits.items() if any(s[name] != limit for s in sizes)))
-
-
-def _offsets(norm_sizes: Mapping[str, int]) -> dict[str, int]:
-    ends = np.cumsum([0, *norm_sizes.values()])
-    return {name: int(start) for name, start in zip(norm_sizes, ends[:-1], strict=True)}
 
 
 # -- which parameters a program reads -----------------------------------------------------------------------------------

@@ -61,8 +61,7 @@ class SuperNet:
         Raises:
           NotCalibratedError: the model does not have these statistics.
         """
-        if norm not in ("own", "shared"):
-            raise errors.unknown_name("norm", norm, ["own", "shared"])
+        errors.check_name("norm", norm, ["own", "shared"])
         if not self._masked.offsets:  # a family without batch statistics needs none
             return np.zeros((2, 0), np.float32)
         owner = subnet if norm == "own" else self.space.largest()
