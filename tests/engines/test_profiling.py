@@ -4,27 +4,22 @@ import threading
 
 import numpy as np
 import pytest
+from policy_cases import make_profile
 
 from superserve_jax.engines import profiling
 from superserve_jax.engines.fake import FakeEngine
-from superserve_jax.profile import Profile, Row
+from superserve_jax.profile import Profile
 from superserve_jax.serving import server
-from superserve_jax.subnet import Subnet
-
-
-def make(*latencies, sizes=(1, 2, 4)):
-    rows = [Row(Subnet((1,), (("w", (float(i),)),)), 0.7 + 0.05 * i, ms) for i, ms in enumerate(latencies)]
-    return Profile(sizes, tuple(rows))
 
 
 def test_a_good_profile_has_all_three_properties():
-    for p in profiling.properties(make((1.0, 1.5, 2.5), (3.0, 5.0, 8.0))):
+    for p in profiling.properties(make_profile([(1.0, 1.5, 2.5), (3.0, 5.0, 8.0)])):
         assert p.holding == p.of > 0
         assert p.worst > 1
 
 
 def test_breaches_of_a_property_are_counted_with_the_worst_case():
-    p1, p2, p3 = profiling.properties(make((1.0, 0.8, 2.0), (0.9, 1.6, 4.0)))
+    p1, p2, p3 = profiling.properties(make_profile([(1.0, 0.8, 2.0), (0.9, 1.6, 4.0)]))
     assert (p1.holding, p1.of, p1.worst) == (3, 4, pytest.approx(0.8))
     assert (p2.holding, p2.of, p2.worst) == (2, 3, pytest.approx(0.9))
     # In 0.9 ms the fastest subnet computes a batch of 2 (0.8 ms). In 1.6 ms it computes no larger batch.
@@ -32,7 +27,7 @@ def test_breaches_of_a_property_are_counted_with_the_worst_case():
 
 
 def test_latencies_are_measured_for_every_subnet_and_batch_size():
-    table = make((1.0, 2.0), (2.0, 4.0), sizes=(1, 2))
+    table = make_profile([(1.0, 2.0), (2.0, 4.0)], batch_sizes=(1, 2))
     fake = FakeEngine(table)
     measured = profiling.measure(fake, {r.subnet: r.accuracy for r in table.rows}, (1, 2), device="fake", repeats=3)
     for row, true in zip(measured.rows, table.rows, strict=True):
@@ -41,7 +36,9 @@ def test_latencies_are_measured_for_every_subnet_and_batch_size():
 
 
 def test_latencies_are_measured_for_every_length():
-    both = Profile((1, 2), rows_at={n: make((ms, 2 * ms), sizes=(1, 2)).rows for n, ms in ((8, 1.0), (16, 4.0))})
+    both = Profile(
+        (1, 2), rows_at={n: make_profile([(ms, 2 * ms)], batch_sizes=(1, 2)).rows for n, ms in ((8, 1.0), (16, 4.0))}
+    )
     fake = FakeEngine(both, input_shape=(16,), input_dtype=np.int32)
     measured = profiling.measure(fake, {r.subnet: r.accuracy for r in both.rows}, (1, 2), device="fake", repeats=3)
     assert measured.lengths == (8, 16)
@@ -54,7 +51,7 @@ def test_background_traffic_runs_during_the_measurement_only():
     def names():
         return {t.name for t in threading.enumerate() if t.name.startswith("superserve")}
 
-    table, seen = make((1.0, 2.0), sizes=(1, 2)), []
+    table, seen = make_profile([(1.0, 2.0)], batch_sizes=(1, 2)), []
     fake = FakeEngine(table, on_run=lambda *_: seen.append(names()))
     accuracies = {r.subnet: r.accuracy for r in table.rows}
     for load in (False, True):

@@ -1,23 +1,21 @@
+import time
+
 import numpy as np
 import pytest
+from policy_cases import make_profile
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Machine, Stopwatch
-from superserve_jax.profile import Profile, Row
+from superserve_jax.profile import Profile
 from superserve_jax.serving.futures import Future, Reply
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import metrics, traces
 from superserve_jax.simulation.traces import Trace
-from superserve_jax.subnet import Subnet
 
-
-def make_profile():
-    nets = [Subnet((), (("width", (float(i),)),)) for i in range(2)]
-    rows = (Row(nets[0], 0.7, (1.0, 2.0)), Row(nets[1], 0.9, (2.0, 4.0)))
-    return Profile((1, 4), rows)
+PROFILE = make_profile([(1.0, 2.0), (2.0, 4.0)], [0.7, 0.9], batch_sizes=(1, 4))
 
 
 class Classifier(FakeEngine):
@@ -33,9 +31,8 @@ def trace():
 
 
 def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace):
-    profile = make_profile()
     values = np.random.default_rng(0).integers(10, size=len(trace))
-    with Server.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+    with Server.from_engines([Classifier(PROFILE)], PROFILE, slo_ms=200.0) as target:
         done = loadgen.replay(target, trace, [np.float32(v) for v in values])
     np.testing.assert_array_equal(done.label, values)
     assert done.met.mean() > 0.9
@@ -46,7 +43,7 @@ def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace
 
 
 def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_waited_for(trace):
-    profile = make_profile().scaled(200)  # 200 ms a query: five a second of three hundred
+    profile = PROFILE.scaled(200)  # 200 ms a query: five a second of three hundred
     with Server.from_engines([Classifier(profile)], profile, policy="fixed:0", slo_ms=200.0) as target:
         done = loadgen.replay(target, trace, [np.float32(0)] * len(trace))
         target.close(drain=False)
@@ -56,7 +53,7 @@ def test_what_is_unanswered_when_the_last_deadline_has_passed_is_a_miss_and_not_
 
 
 def test_texts_are_replayed_with_the_lengths_that_they_have():
-    profile, seen = Profile((1, 4), rows_at={8: make_profile().scaled(0.1).rows, 16: make_profile().rows}), []
+    profile, seen = Profile((1, 4), rows_at={8: PROFILE.scaled(0.1).rows, 16: PROFILE.rows}), []
     fake = FakeEngine(
         profile, input_shape=(16,), input_dtype=np.int32, on_run=lambda *args: seen.extend(len(x) for x in args[2])
     )
@@ -76,13 +73,10 @@ def test_texts_are_replayed_with_the_lengths_that_they_have():
 def test_a_late_generator_never_makes_a_deadline_later(trace):
     class Slow(Server):
         def submit_many(self, xs, **options):
-            import time
-
             time.sleep(0.02)
             return super().submit_many(xs, **options)
 
-    profile = make_profile()
-    with Slow.from_engines([Classifier(profile)], profile, slo_ms=200.0) as target:
+    with Slow.from_engines([Classifier(PROFILE)], PROFILE, slo_ms=200.0) as target:
         done = loadgen.replay(target, trace, [np.float32(1)] * len(trace))
     assert np.percentile(done.lateness_s, 90) > 0.005
     np.testing.assert_allclose(done.deadline_s - done.arrival_s, 0.2)
@@ -114,7 +108,7 @@ def test_queries_that_are_due_at_once_keep_their_own_slos_and_floors():
     assert [slo_ms > 40 for _, slo_ms, _ in target.groups] == [False, True, False, True]
     assert all(slo_ms <= 90 for _, slo_ms, _ in target.groups)
     np.testing.assert_array_equal(done.label, range(6))
-    again = sim_vs_real.simulate_again(done, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
+    again = sim_vs_real.simulate_again(done, PROFILE, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
     assert again.accuracy.tolist().count(0.9) >= 3  # those with a floor, which the smaller subnet does not reach
 
 
@@ -138,7 +132,7 @@ def test_a_trace_without_queries_is_refused():
         loadgen.replay(Recorder(), Trace(np.zeros(0)), [])
     nothing = Replay(*[np.zeros(0)] * 7)
     with pytest.raises(errors.DataError, match="has no queries"):
-        sim_vs_real.simulate_again(nothing, make_profile(), "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
+        sim_vs_real.simulate_again(nothing, PROFILE, "fixed:0", workers=1, machine=Machine(0.0, 0.0, ()))
 
 
 def test_the_generator_submits_what_is_due_at_most_every_millisecond():

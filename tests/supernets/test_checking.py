@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from mlp_family import MLP, Layer, MLPConfig
+from plain import whole_space
 from tiny import CONFIGS, TINY, TINY_BERT
 
 import superserve_jax as ss
@@ -25,7 +26,7 @@ FAMILIES = {**CONFIGS, "transformer": TINY_BERT, "mlp": MLPConfig()}
 
 @pytest.mark.parametrize(
     "config",
-    [*FAMILIES.values(), *(SingleSubnetConfig(c, c.space().sample(0, 1)) for c in FAMILIES.values())],
+    [*FAMILIES.values(), *(SingleSubnetConfig(c, s) for c in FAMILIES.values() for s in whole_space(c)[5::29])],
     ids=lambda c: type(c).__name__,
 )
 def test_families_pass_without_compiling(config):
