@@ -8,16 +8,15 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
+from noise import state_of
+from tiny import assert_same_arrays
 
 from superserve_jax import exports
 from superserve_jax.profile import Profile
-from superserve_jax.supernets import programs
 from superserve_jax.training import data, loop
 from superserve_jax.training.runs import Run
-from superserve_jax.training.step import SandwichStep
 
 OLD = pathlib.Path(__file__).parent / "data" / "aac2b73"
 MIDDLE, STEPS = 7, 12  # the run was stopped after step 7 of 12
@@ -27,12 +26,6 @@ def expected(prefix):
     """The arrays of expected.npz whose names begin with `prefix/`, by the rest of their names, in the order of the file."""
     with np.load(OLD / "expected.npz") as arrays:
         return {name.removeprefix(f"{prefix}/"): arrays[name] for name in arrays.files if name.startswith(f"{prefix}/")}
-
-
-def assert_same(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
 @pytest.fixture
@@ -51,18 +44,14 @@ def run(tmp_path, dataset):
 
 def state_at(run, step):
     """Leaves of the training state in a checkpoint, by their number."""
-    sandwich = SandwichStep(run.config.optim.create(STEPS), ema=run.config.ema)
-    specs = jax.eval_shape(sandwich.init, programs.param_spec(run.config.model))
-    with run.checkpoints() as saved:
-        state = saved.restore(step, **specs._asdict())
-    return {f"{i:03}": leaf for i, leaf in enumerate(jax.tree.leaves(specs._replace(**state)))}
+    return {f"{i:03}": leaf for i, leaf in enumerate(state_of(run, step).values())}
 
 
 @pytest.mark.parametrize("name", ["images", "texts"])
 def test_an_export_loads_with_equal_weights_and_statistics_and_computes_the_same_logits(name):
     model = exports.load(OLD / name)
-    assert_same(model.params, expected(f"{name}/weights"))
-    assert_same({str(i): model.statistics_of(s) for i, s in enumerate(model.subnets)}, expected(f"{name}/statistics"))
+    assert_same_arrays(model.params, expected(f"{name}/weights"))
+    assert_same_arrays({str(i): model.statistics_of(s) for i, s in enumerate(model.subnets)}, expected(f"{name}/statistics"))
     inputs = expected(name)["inputs"]
     for subnet, logits in zip(model.subnets, expected(f"{name}/logits").values(), strict=True):
         np.testing.assert_allclose(model(inputs, subnet), logits, rtol=1e-5, atol=1e-6)  # XLA differs between CPUs
@@ -86,9 +75,9 @@ def test_a_profile_has_equal_values_and_is_written_byte_for_byte_as_before(name,
 def test_a_half_trained_run_has_the_recorded_state_statistics_and_results(run):
     with run.checkpoints() as saved:
         assert saved.latest(clean=True) == MIDDLE
-    assert_same(state_at(run, MIDDLE), expected("middle"))
+    assert_same_arrays(state_at(run, MIDDLE), expected("middle"))
     statistics = run.statistics()
-    assert_same({str(i): statistics[s] for i, s in enumerate(run.served())}, expected("run"))
+    assert_same_arrays({str(i): statistics[s] for i, s in enumerate(run.served())}, expected("run"))
     assert [line["step"] for line in run.metrics()] == [4]
     served = exports.load(OLD / "images").served
     assert [s.to_json() for s in served] == json.loads((OLD / "run" / "evaluation.json").read_text())
@@ -104,8 +93,8 @@ def test_a_half_trained_run_resumes_to_the_recorded_end(run, dataset, tmp_path):
     end = run.model().params
     whole = loop.train(dataclasses.replace(run.config, checkpoint_every=MIDDLE), tmp_path / "whole", dataset=dataset)
     if all(np.array_equal(leaf, state_at(whole, MIDDLE)[name]) for name, leaf in expected("middle").items()):
-        assert_same(end, expected("end"))
-        assert_same(whole.model().params, expected("end"))
+        assert_same_arrays(end, expected("end"))
+        assert_same_arrays(whole.model().params, expected("end"))
     for params in (end, whole.model().params):
         for name, value in expected("end").items():
             np.testing.assert_allclose(params[name], value, rtol=0, atol=1e-3, err_msg=name)

@@ -9,16 +9,14 @@ import logging
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, random_images, random_params, random_statistics, write_export
+from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, write_export
 
 from superserve_jax import errors, exports
 from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
-from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
 
-BERT = DynaBERTConfig(vocab_size=20, num_classes=2, max_length=6, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8, 16))
 CHOSEN = list(TINY.space().enumerate())[::20]
 IMAGES = random_images(TINY, 2)
 
@@ -44,9 +42,7 @@ def make(model, device):
 
 def check_outputs(outputs, model, subnet, images=IMAGES):
     """Compares outputs of an engine with outputs of the masked program."""
-    expected = np.asarray(model(images, subnet))
-    atol = 1e-5 if jax.default_backend() == "cpu" else 1e-4
-    np.testing.assert_allclose(outputs, expected, atol=atol * np.abs(expected).max())
+    assert_close(outputs, model(images, subnet), 1e-5 if jax.default_backend() == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
@@ -104,15 +100,6 @@ def test_dropped_slices_give_their_memory_back(make, device):
         engine.run(subnet, 2, list(IMAGES))
     spare = 1 << 20 if device.platform == "gpu" else 2  # arrays: the statistics of both
     assert used_bytes() <= before + spare
-
-
-@pytest.mark.gpu
-def test_weights_exist_once_on_the_device(model, make, device):
-    weights = sum(v.nbytes for v in model.params.values())
-    before = device.memory_stats()["bytes_in_use"]
-    engine = make(batch_sizes=(1, 2), slicing="in_call")
-    engine.run(CHOSEN[0], 1, list(IMAGES[:1]))
-    assert device.memory_stats()["bytes_in_use"] - before < 2 * weights + (1 << 20)
 
 
 def test_batches_in_flight_at_once_do_not_mix_and_their_staging_buffers_can_be_used_again(model, make, device):
@@ -176,7 +163,7 @@ def test_a_stored_profile_says_how_to_make_the_engine_and_a_foreign_one_is_ignor
 
 
 def test_weights_that_no_subnet_slices_do_not_count_against_the_budget(make):
-    config = dataclasses.replace(BERT, vocab_size=5000)
+    config = dataclasses.replace(TINY_BERT, vocab_size=5000)
     smallest, budget = config.space().smallest(), 4 * 5000  # the embeddings alone need 8 times as much
     engine = make([smallest], model=SuperNet.create(config, seed=0), lengths=(6,), slice_bytes=budget)
     engine.run(smallest, 2, [np.ones((6, 2), np.int32)])

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import TINY, random_statistics
+from tiny import TINY, assert_same_arrays, random_statistics
 
 from superserve_jax import errors
 from superserve_jax.exports import statistics
@@ -13,9 +13,8 @@ CALIBRATED = {s: random_statistics(TINY, s) for s in SUBNETS}
 
 def assert_equal(read):
     assert list(read) == list(CALIBRATED)
-    for subnet, values in CALIBRATED.items():
-        assert read[subnet].dtype == np.float32
-        np.testing.assert_array_equal(read[subnet], values)
+    assert {values.dtype for values in read.values()} == {np.dtype(np.float32)}
+    assert_same_arrays(read, CALIBRATED)
 
 
 def test_statistics_are_read_as_they_were_written(tmp_path):

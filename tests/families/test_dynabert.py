@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import plain
 import pytest
-from tiny import TINY_BERT, random_params, random_tokens
+from tiny import TINY_BERT, assert_close, random_params, random_tokens
 
 from superserve_jax import errors
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -14,10 +14,6 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 NO_STATISTICS = np.zeros((2, 0), np.float32)  # LayerNorm needs no statistics
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(np.asarray(expected)).max())
 
 
 @pytest.fixture(scope="module")

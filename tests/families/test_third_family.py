@@ -4,20 +4,16 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
-import pytest
 from mlp_family import MLPConfig
-from tiny import random_images
+from tiny import assert_close, random_images
 
 import superserve_jax as ss
-from superserve_jax.training import data, stages
+from superserve_jax.training import stages
 from superserve_jax.training.config import SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, digits_dir):
-    """A trained, searched, calibrated and evaluated run."""
+def test_it_is_trained_searched_exported_and_served(tmp_path, digits_dir):
     config = TrainConfig(
         name="mlp",
         model=MLPConfig(),
@@ -28,41 +24,18 @@ def run(tmp_path_factory, digits_dir):
         calibration_examples=240,
         search=SearchConfig(candidates=6, calibration_examples=240, examples=60, served=3),
     )
-    run = ss.train(config, tmp_path_factory.mktemp("runs") / "mlp")
-    stages.search(run)
-    stages.calibrate(run)
-    stages.evaluate(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def path(run):
-    return stages.export(run)
-
-
-def test_it_trains_and_is_searched(run):
+    run = ss.train(config, tmp_path / "mlp")
     assert run.metrics()[-1]["accuracy"] > 0.3  # guessing gives 0.1
-    space = run.config.model.space()
-    assert {space.smallest(), space.largest()} <= set(run.served())
-    assert ss.load(stages.export(run)).config == run.config.model
-
-
-def test_its_export_has_the_accuracies_that_evaluation_measured(run, path):
-    model = ss.load(path)
-    images, labels = data.open(run.config.data).arrays("test")
-    for served in model.served:
-        hits = np.argmax(np.asarray(model(images, served.subnet)), -1) == labels
-        assert hits.mean() == pytest.approx(served.accuracy)
-
-
-def test_a_server_answers_with_its_subnets(path):
-    model = ss.load(path)
-    images = random_images(MLPConfig(), 8)
+    for stage in (stages.search, stages.calibrate, stages.evaluate):
+        stage(run)
+    path = stages.export(run)
+    model, images = ss.load(path), random_images(config.model, 8)
+    assert model.config == config.model
+    assert {model.space.smallest(), model.space.largest()} <= set(run.served())
     with ss.Server(path, slo_ms=10_000, batch_sizes=(1, 4), devices=jax.devices()[:1]) as server:
         for image, future in zip(images, server.submit_many(list(images)), strict=True):
             reply = future.result(timeout=60)
-            expected = np.asarray(model(image[None], reply.subnet))[0]
-            np.testing.assert_allclose(reply.output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+            assert_close(reply.output, model(image[None], reply.subnet)[0])
             assert reply.accuracy in [row.accuracy for row in server.profile.rows if row.subnet == reply.subnet]
 
 

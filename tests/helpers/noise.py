@@ -19,7 +19,7 @@ import time
 import jax
 import numpy as np
 from mlp_family import MLPConfig
-from tiny import batches_of
+from tiny import assert_same_arrays, batches_of
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
@@ -64,12 +64,12 @@ class Noise:
         yield from batches_of(images, labels, batch_size)()
 
 
-def state_of(run):
-    """Parameters, optimiser state and average of the last checkpoint, by path."""
+def state_of(run, step=None):
+    """Parameters, optimiser state and average of a checkpoint, by default of the last one, by path."""
     sandwich = SandwichStep(run.config.optim.create(1), ema=run.config.ema)
     specs = jax.eval_shape(sandwich.init, programs.param_spec(run.config.model))
     with run.checkpoints() as saved:
-        found = saved.restore(saved.latest(), **specs._asdict())
+        found = specs._replace(**saved.restore(step or saved.latest(), **specs._asdict()))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
@@ -80,10 +80,7 @@ def metrics_of(run):
 
 def assert_same_state(a, b):
     """Checks that the last checkpoints of two runs are equal, bit by bit. Each is a run, or what `state_of` returned."""
-    a, b = (each if isinstance(each, dict) else state_of(each) for each in (a, b))
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert_same_arrays(*(each if isinstance(each, dict) else state_of(each) for each in (a, b)))
 
 
 def main() -> None:

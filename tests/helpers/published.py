@@ -1,7 +1,7 @@
 """Tiny networks with random weights, saved as once-for-all and Hugging Face would save them."""
 
 import numpy as np
-from tiny import random_params, random_statistics
+from tiny import assert_same_arrays, random_params, random_statistics
 
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
@@ -93,9 +93,5 @@ def bert_model():
 def assert_same_model(actual, expected):
     """Checks that the config, all weights and all statistics are equal, bit by bit."""
     assert actual.config == expected.config
-    assert actual.params.keys() == expected.params.keys()
-    for name, value in expected.params.items():
-        np.testing.assert_array_equal(actual.params[name], value, err_msg=name)
-    assert actual.statistics.keys() == expected.statistics.keys()
-    for subnet, statistics in expected.statistics.items():
-        np.testing.assert_array_equal(actual.statistics[subnet], statistics)
+    assert_same_arrays(actual.params, expected.params)
+    assert_same_arrays(actual.statistics, expected.statistics)

@@ -88,6 +88,18 @@ def random_tokens(config, batch=3, seed=0):
     )
 
 
+def assert_close(actual, expected, tolerance=1e-5):
+    """Checks that two arrays agree. The tolerance is relative to the largest value."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(np.asarray(expected)).max(initial=0))
+
+
+def assert_same_arrays(actual, expected):
+    """Checks that two dicts have the same keys, and equal arrays, bit by bit."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=str(name))
+
+
 def batches_of(images, labels, size):
     """A function that yields batches as `Dataset.eval` does: the last one is padded, and the padding has weight 0."""
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from published import assert_same_model, ofa_state
-from tiny import random_params, random_statistics
+from tiny import assert_same_arrays, random_params, random_statistics
 
 from superserve_jax import errors
 from superserve_jax.supernets.supernet import SuperNet
@@ -63,8 +63,7 @@ def test_the_program_makes_a_run_that_training_goes_on_from(run_program, digits_
     with run.checkpoints() as saved:  # where the training loop begins
         assert saved.latest() == 0
         state = fresh._replace(**saved.restore(0, **fresh._asdict()))
-    for name, value in model.params.items():
-        np.testing.assert_array_equal(state.params[name], value)
+    assert_same_arrays(state.params, model.params)
     shutil.rmtree(run.workdir / "checkpoints")
     with pytest.raises(errors.DataError, match="convert them again"):
         loop.train(run.config, run.workdir)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import random_params
+from tiny import assert_close, random_params
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
@@ -62,10 +62,6 @@ def expected(model, subnet, inputs):
 
 def blank(config, count):
     return config.pack(np.zeros((count, 0), np.int32))
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_padded_executables_answer_as_the_model_does_at_every_length(model):
