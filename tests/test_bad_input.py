@@ -53,7 +53,7 @@ def test_a_profile_from_any_json_is_valid_or_refused(values):
 
 
 @bad.fuzzed
-@given(st.binary(max_size=200) | bad.json_values.map(lambda v: bad.dumps(v).encode()))
+@given(st.binary(max_size=200) | bad.json_values.map(lambda v: json.dumps(v).encode()))
 def test_a_profile_file_with_any_bytes_is_refused(file, content):
     file.write_bytes(content)
     assert isinstance(bad.attempt(lambda: Profile.load(file), errors.ProfileError), errors.ProfileError)

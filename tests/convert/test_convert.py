@@ -78,8 +78,6 @@ def test_logits_of_the_fixtures_agree_before_and_after_an_export(read, tmp_path)
 def test_an_ofa_resnet_survives_being_written_as_once_for_all_does(ofa_model, wrapped):
     model = convert.ofa_resnet(ofa_state(ofa_model, wrapped=wrapped), **OFA_LISTS)
     assert_same_model(model, ofa_model)
-    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    np.testing.assert_array_equal(model(images, model.space.largest()), ofa_model(images, model.space.largest()))
 
 
 def test_the_order_of_the_lists_does_not_matter_and_one_may_be_a_number():
@@ -97,11 +95,6 @@ def test_with_mean_and_std_the_supernet_takes_raw_pixels(ofa_model):
     normalised = ((pixels / 255 - mean) / std).astype(np.float32)
     largest = model.space.largest()
     np.testing.assert_allclose(model(pixels, largest), ofa_model(normalised, largest), rtol=1e-4, atol=1e-5)
-
-
-def test_a_bert_survives_being_written_as_hugging_face_does(bert_model):
-    model = convert.bert(bert_state(bert_model), num_heads=3)
-    assert_same_model(model, bert_model)
 
 
 def test_a_bert_s_space_and_length_can_be_narrowed(bert_model):
@@ -124,7 +117,7 @@ def test_layer_norms_may_have_the_names_from_tensorflow(bert_model):
     assert_same_model(convert.bert(state, num_heads=3), bert_model)
 
 
-def test_the_model_does_not_share_memory_with_the_state(bert_model):
+def test_a_bert_survives_being_written_as_hugging_face_does_and_shares_no_memory_with_the_state(bert_model):
     state = {k: v.copy() for k, v in bert_state(bert_model).items()}
     model = convert.bert(state, num_heads=3)
     for value in state.values():

@@ -26,25 +26,18 @@ def test_breaches_of_a_property_are_counted_with_the_worst_case():
     assert (p3.holding, p3.of, p3.worst) == (1, 2, pytest.approx(1.0))
 
 
-def test_latencies_are_measured_for_every_subnet_and_batch_size():
-    table = make_profile([(1.0, 2.0), (2.0, 4.0)], batch_sizes=(1, 2))
-    fake = FakeEngine(table)
-    measured = profiling.measure(fake, {r.subnet: r.accuracy for r in table.rows}, (1, 2), device="fake", repeats=3)
-    for row, true in zip(measured.rows, table.rows, strict=True):
-        assert all(got >= ms for got, ms in zip(row.latency_ms, true.latency_ms, strict=True))
-        assert all(p99 >= ms for p99, ms in zip(row.p99_ms, row.latency_ms, strict=True))
+TWO = make_profile([(1.0, 2.0), (2.0, 4.0)], batch_sizes=(1, 2))
 
 
-def test_latencies_are_measured_for_every_length():
-    both = Profile(
-        (1, 2), rows_at={n: make_profile([(ms, 2 * ms)], batch_sizes=(1, 2)).rows for n, ms in ((8, 1.0), (16, 4.0))}
-    )
-    fake = FakeEngine(both, input_shape=(16,), input_dtype=np.int32)
-    measured = profiling.measure(fake, {r.subnet: r.accuracy for r in both.rows}, (1, 2), device="fake", repeats=3)
-    assert measured.lengths == (8, 16)
-    for table, true in zip(measured.each_length, both.each_length, strict=True):
-        for got, ms in zip(table.rows[0].latency_ms, true.rows[0].latency_ms, strict=True):
-            assert ms <= got < 4 * ms
+@pytest.mark.parametrize("profile", [TWO, Profile((1, 2), rows_at={8: TWO.rows, 16: TWO.scaled(4.0).rows})])
+def test_latencies_are_measured_for_every_subnet_batch_size_and_length(profile):
+    fake = FakeEngine(profile, input_shape=(16,) if profile.lengths else (), input_dtype=np.int32)
+    measured = profiling.measure(fake, {r.subnet: r.accuracy for r in profile.rows}, (1, 2), device="fake", repeats=3)
+    assert measured.lengths == profile.lengths
+    for table, true in zip(measured.each_length, profile.each_length, strict=True):
+        for row, expected in zip(table.rows, true.rows, strict=True):
+            assert all(ms <= got < 4 * ms for got, ms in zip(row.latency_ms, expected.latency_ms, strict=True))
+            assert all(p99 >= ms for p99, ms in zip(row.p99_ms, row.latency_ms, strict=True))
 
 
 def test_background_traffic_runs_during_the_measurement_only():

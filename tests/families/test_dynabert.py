@@ -66,11 +66,7 @@ def test_packing_pads_and_overwrites_what_the_mask_drops():
     assert packed.dtype == np.int32
     assert packed[..., 0].tolist() == [[5, 7, 6, 0], [4, 0, 0, 0]]
     assert packed[..., 1].tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
-
-
-def test_packing_pads_with_the_config_s_id():
-    config = dataclasses.replace(TINY_BERT, pad_id=3)
-    assert config.pack([[5, 3]], length=3)[..., 0].tolist() == [[5, 3, 3]]
+    assert dataclasses.replace(TINY_BERT, pad_id=3).pack([[5, 3]], length=3)[..., 0].tolist() == [[5, 3, 3]]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import signal
 
 from hypothesis import HealthCheck, settings
@@ -102,8 +101,3 @@ def within(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def dumps(value):
-    """JSON text. A value that JSON cannot hold becomes its repr."""
-    return json.dumps(value, default=repr)

@@ -147,12 +147,9 @@ def test_a_query_is_not_passed_over_if_a_race_or_a_retry_explains_it(notes):
     assert check([*notes, *failed(1), *failed(2)]).violations == 0
 
 
-def test_a_policy_that_defers_need_not_keep_the_order_of_deadlines():
+def test_a_policy_that_defers_may_change_the_order_and_a_query_of_an_abandoned_worker_may_run_elsewhere():
     result = check(BROKEN["passed over"], strict_order=False)
     assert (result.violations, result.compared) == (0, 0)
-
-
-def test_a_query_of_an_abandoned_worker_may_run_elsewhere():
     assert check(BROKEN["ran twice at once"], abandons=True).violations == 0
 
 
