@@ -2,21 +2,20 @@
 
 import dataclasses
 
+from policy_cases import MAF_SAMPLE, PAPER
+
 from superserve_jax.experiments import figures, presets, runner
-from superserve_jax.simulation import paper_profile
-
-PAPER = paper_profile.paper_profile()
 
 
-def test_every_preset_with_a_figure_draws_it(tmp_path, day):
+def test_every_preset_with_a_figure_draws_it(tmp_path):
     cells = [
         dataclasses.replace(c, policies=c.policies[:1] + c.policies[-2:])
         for preset in ("bursty", "worker_kills", "actuation", "scale", "slowdown", "capacity", "maf")
         for c in list(presets.cells(preset, duration_s=0.1, scales=(1.9,)))[:6]
         if c.cluster.workers < 16
     ]
-    results = runner.evaluate(cells, PAPER, maf_trace=str(day))
-    drawn = [*figures.draw(results, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(day))]
+    results = runner.evaluate(cells, PAPER, maf_trace=str(MAF_SAMPLE))
+    drawn = [*figures.draw(results, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(MAF_SAMPLE))]
     names = {path.name for path in drawn}
     assert {"bursty_x1.9.png", "maf_x1.9.png", "worker_kills_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

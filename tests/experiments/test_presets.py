@@ -4,14 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from policy_cases import MAF_SAMPLE, PAPER
 
 from superserve_jax import errors
 from superserve_jax.experiments import presets
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import paper_profile
-
-PAPER = paper_profile.paper_profile()
 
 
 def test_presets_are_those_of_the_evaluation_and_pure_data():
@@ -63,8 +61,8 @@ def test_a_dense_profile_lies_on_the_lines_of_the_given_one():
     assert len(presets.dense(PAPER).rows) == 500
 
 
-def test_the_azure_trace_asks_for_its_file_and_says_where_it_is_to_be_had(day):
+def test_the_azure_trace_asks_for_its_file_and_says_where_it_is_to_be_had():
     with pytest.raises(errors.DataError, match=r"AzurePublicDataset.*--maf-trace"):
         presets.MAF.create(0)
-    trace = presets.MAF.create(0, duration_s=2.0, maf_trace=str(day))
+    trace = presets.MAF.create(0, duration_s=2.0, maf_trace=str(MAF_SAMPLE))
     assert (len(trace), trace.name) == (12_800, "MAF 6400")

@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import pathlib
 
 import pytest
+from policy_cases import MAF_SAMPLE, PAPER
 
 from superserve_jax import errors
 from superserve_jax.experiments import paper_table, presets, runner
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import paper_profile, simulator
+from superserve_jax.simulation import simulator
 from superserve_jax.simulation.simulator import Cluster, Outage
 
-SAMPLE = pathlib.Path(__file__).parents[1] / "data" / "maf2019_100fn.csv"
-PAPER = paper_profile.paper_profile()
 KEYS = {"preset", "trace", "scale", "policy", "seed", "attainment", "accuracy", "fluid_accuracy"}
 
 
@@ -103,7 +101,7 @@ def test_a_number_of_latency_buckets_is_part_of_the_name():
 @pytest.mark.slow
 def test_on_the_sample_of_maf_the_gains_over_fixed_models_are_above_the_papers():
     cell = next(iter(presets.cells("maf", scales=(1.0,), policies=("slackfit", "fixed:all"))))
-    results = runner.run_cell(cell, PAPER, str(SAMPLE))
+    results = runner.run_cell(cell, PAPER, str(MAF_SAMPLE))
     found = {f.what: f for f in paper_table.compare(results)}
     assert float(found["accuracy at equal attainment"].ours.split()[0]) > 4.67
     assert float(found["attainment at equal accuracy"].ours.split("x")[0]) > 2.85

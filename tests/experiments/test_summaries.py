@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -17,39 +18,26 @@ def result(policy, attainment, accuracy, *, seed=0, preset="maf", trace="t", sca
     return {"preset": preset, "trace": trace, "scale": scale, "policy": policy, "seed": seed, **figures, **more}
 
 
-def test_gains_equal_an_example_worked_out_by_hand():
-    # At 0.9 the lines are at 72, half way from 1.0 to 0.8; the next better model is the one of 70.
-    # At 76 the lines attain 0.5, half way from 0.8 to 0.2; the next better model is the one of 78, which attains 0.2.
-    g = summaries.gain(Point(76.0, 0.9), FIXED)
-    assert g == pytest.approx((4.0, 6.0, 1.8, 4.5))
-
-
-def test_a_policy_on_the_lines_gains_nothing_on_them():
-    g = summaries.gain(Point(75.0, 0.65), FIXED)
-    assert (g.points_line, g.times_line) == (pytest.approx(0.0), pytest.approx(1.0))
-    assert (g.points, g.times) == (pytest.approx(1.0), pytest.approx(3.25))
-
-
-def test_a_model_compared_with_itself_gains_nothing_either_way():
-    for model in FIXED:
-        assert summaries.gain(model, FIXED) == pytest.approx((0.0, 0.0, 1.0, 1.0))
-
-
-def test_beyond_the_models_the_nearest_one_counts():
-    assert summaries.gain(Point(72.0, 1.0), [Point(70.0, 0.9), Point(78.0, 0.2)]).points == pytest.approx(2.0)
-    assert summaries.gain(Point(79.0, 0.6), FIXED).times_line == pytest.approx(3.0)
-    assert summaries.gain(Point(69.0, 0.5), FIXED).times == pytest.approx(0.5)
-
-
-def test_models_that_attain_nothing_leave_an_infinite_gain():
-    g = summaries.gain(Point(75.0, 0.9), [Point(70.0, 1.0), Point(74.0, 0.0), Point(78.0, 0.0)])
-    assert (g.times_line, g.times) == (math.inf, math.inf)
-
-
-def test_a_more_accurate_model_that_attains_as_much_is_the_one_to_compare_with():
-    # The lines need not fall: at 0.9 the most accurate place on them is on the way down from 76.
-    g = summaries.gain(Point(77.0, 0.9), [Point(70.0, 0.8), Point(76.0, 1.0), Point(78.0, 0.8)])
-    assert (g.points_line, g.points) == (pytest.approx(0.0), pytest.approx(1.0))
+@pytest.mark.parametrize(
+    ("policy", "models", "expected"),
+    [
+        # At 0.9 the lines are at 72, half way from 1.0 to 0.8; the next better model is the one of 70.
+        # At 76 the lines attain 0.5, half way from 0.8 to 0.2; the next better model is the one of 78, which attains 0.2.
+        ((76.0, 0.9), FIXED, (4.0, 6.0, 1.8, 4.5)),
+        ((75.0, 0.65), FIXED, (0.0, 1.0, 1.0, 3.25)),  # on the lines
+        *((model, FIXED, (0.0, 0.0, 1.0, 1.0)) for model in FIXED),
+        # Beyond the models the nearest one counts.
+        ((72.0, 1.0), [(70.0, 0.9), (78.0, 0.2)], (2.0, 2.0, 1.0 / 0.725, 5.0)),
+        ((79.0, 0.6), FIXED, (79 - 74 - 4 / 3, 5.0, 3.0, 3.0)),
+        ((69.0, 0.5), FIXED, (-7.0, -5.0, 0.5, 0.5)),
+        # Models that attain nothing leave an infinite gain.
+        ((75.0, 0.9), [(70.0, 1.0), (74.0, 0.0), (78.0, 0.0)], (4.6, 5.0, math.inf, math.inf)),
+        # The lines need not fall: at 0.9 the most accurate place on them is on the way down from 76.
+        ((77.0, 0.9), [(70.0, 0.8), (76.0, 1.0), (78.0, 0.8)], (0.0, 1.0, 1.0, 1.125)),
+    ],
+)
+def test_gains_equal_examples_worked_out_by_hand(policy, models, expected):
+    assert summaries.gain(Point(*policy), itertools.starmap(Point, models)) == pytest.approx(expected)
 
 
 def test_without_fixed_models_there_is_no_gain():

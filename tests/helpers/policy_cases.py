@@ -1,6 +1,7 @@
 """Profiles, states, a policy and a simulation for tests of scheduling."""
 
 import math
+import pathlib
 
 import numpy as np
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 PAPER = paper_profile.paper_profile()
+MAF_SAMPLE = pathlib.Path(__file__).parents[1] / "data" / "maf2019_100fn.csv"
 SLOWED = PAPER.scaled(1.9)
 
 

@@ -246,12 +246,6 @@ def test_pop_before_allows_longer_queries_more_time():
     assert q.drain() == [1]
 
 
-def test_a_query_of_unknown_length_belongs_to_the_longest_length_bucket():
-    q = LengthQueue(PROFILE)
-    q.push(1.0, "unknown")
-    assert q.head_length == 32
-
-
 def serve(policy, arrivals_ms, lengths, **options):
     return simulate(PROFILE, policy, arrivals_ms, slo_ms=100.0, lengths=lengths, **options)
 

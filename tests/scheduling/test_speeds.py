@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_cases import PAPER, Always
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
-from superserve_jax.scheduling.policies import Decision, SlackFit
+from superserve_jax.scheduling.policies import SlackFit
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Fleet, Pace, SlowdownEstimate
-from superserve_jax.simulation import paper_profile, simulator, traces
+from superserve_jax.simulation import simulator, traces
 from superserve_jax.simulation.simulator import Cluster, Outage, Slowdown, Stall
 
-PAPER = paper_profile.paper_profile()
 TIMES_MS = st.floats(0.5, 50.0)
 
 
@@ -115,13 +115,7 @@ def test_a_slow_device_is_served_like_a_device_with_a_slow_profile(deadlines, no
 
 
 def test_on_a_slow_device_the_state_has_shorter_times_and_higher_rates_and_no_other_change():
-    seen = []
-
-    def policy(profile, state):
-        seen.append(state)
-        return Decision(profile.rows[0].subnet, 1, defer_ms=7.0)
-
-    late = []
+    policy, late = Always(0, 1, defer_ms=7.0), []
     for slowdown in (1.0, 2.0):
         waiting, meter = DeadlineQueue(), ArrivalMeter()
         for t in range(5):
@@ -131,7 +125,7 @@ def test_on_a_slow_device_the_state_has_shorter_times_and_higher_rates_and_no_ot
             waiting.push(0.16 + 1e-3 * i, i)
         dispatch.next_batch(Turn(waiting, meter, policy, PAPER, Pace(3.0, slowdown), None, 1), 0.15)
         late.append(waiting.late)
-    plain, slowed = seen
+    plain, slowed = policy.states
     doubled = {"rate_qps": 2 * plain.rate_qps, "variance_qps": 2 * plain.variance_qps}
     assert slowed == plain._replace(slack_ms=plain.slack_ms / 2, slo_ms=18.0, **doubled)
     assert 0 < plain.rate_qps < plain.variance_qps

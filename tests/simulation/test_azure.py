@@ -1,12 +1,9 @@
-import pathlib
-
 import numpy as np
 import pytest
+from policy_cases import MAF_SAMPLE
 
 from superserve_jax import errors
 from superserve_jax.simulation import azure
-
-SAMPLE = pathlib.Path(__file__).parents[1] / "data" / "maf2019_100fn.csv"
 
 
 def minutes(tmp_path, text):
@@ -80,10 +77,10 @@ def test_an_impossible_scale_is_refused(tmp_path, bad):
 
 
 def test_the_sample_keeps_its_shape_when_a_day_becomes_two_minutes():
-    counts = azure.invocations_per_minute(SAMPLE)
+    counts = azure.invocations_per_minute(MAF_SAMPLE)
     assert (len(counts), counts.sum()) == (1440, 1_157_390)
     assert counts.max() / counts.mean() == pytest.approx(5.33, abs=0.01)
-    trace = azure.trace(SAMPLE, mean_qps=6400.0, duration_s=120.0)
+    trace = azure.trace(MAF_SAMPLE, mean_qps=6400.0, duration_s=120.0)
     assert len(trace) == 768_000
     shrunk = np.histogram(trace.arrivals_s, bins=np.linspace(0, 120, 1441))[0]
     np.testing.assert_allclose(shrunk, counts * 768_000 / counts.sum(), atol=1.01)

@@ -2,7 +2,6 @@ import dataclasses
 import itertools
 import math
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import PAPER, SLOWED, choose, make_profile, profiles, qps, states
@@ -23,20 +22,6 @@ def test_as_slack_shrinks_slackfit_never_serves_a_backlog_more_slowly(data):
     slacks = sorted(data.draw(st.lists(st.floats(-10.0, 50.0), min_size=2, max_size=8)), reverse=True)
     rates = [qps(profile, policy(profile, State(0.0, s, waiting))) for s in slacks]
     assert all(a <= b * (1 + 1e-9) for a, b in itertools.pairwise(rates))
-
-
-@given(data=st.data())
-def test_a_backlog_that_cannot_be_cleared_within_the_heads_slack_is_drained_at_the_highest_throughput(data):
-    profile = data.draw(profiles()).pareto().monotone()
-    policy, state = SlackFit(profile), data.draw(states(profile))
-    decision = policy(profile, state)
-    latency_ms = profile.latency_ms(decision.subnet, decision.batch)
-    best = max(1e3 * min(b, state.waiting) / ms for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
-    if latency_ms > state.slack_ms:
-        assert qps(profile, decision, state.waiting) == pytest.approx(best)
-    elif decision.subnet == profile.rows[0].subnet and qps(profile, decision, state.waiting) < best * (1 - 1e-9):
-        query_ms = min(ms / b for b, ms in zip(profile.batch_sizes, profile.rows[0].latency_ms, strict=True))
-        assert latency_ms + (state.waiting - decision.batch) * query_ms / state.workers <= state.slack_ms * (1 + 1e-9)
 
 
 @given(data=st.data())
@@ -61,12 +46,6 @@ def test_slackfit_is_late_only_if_no_batch_with_its_drain_time_fits_into_the_sla
     assert decision.defer_ms == -math.inf
     if decision.subnet == profile.rows[0].subnet:
         assert decision.batch == min(sizes[in_time[-1]], queries)
-
-
-def test_slackfit_saves_an_urgent_head_with_a_small_batch_only_if_the_others_can_wait():
-    policy = SlackFit(SLOWED)
-    assert choose(policy, SLOWED, 10.0, waiting=20) == (0, 8)  # 16 would take 14 ms
-    assert choose(policy, SLOWED, 10.0, waiting=200) == (0, 16)
 
 
 def test_slackfit_runs_a_smaller_batch_instead_of_much_padding():
