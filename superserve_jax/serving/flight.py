@@ -125,22 +125,25 @@ class Flight:
 
     # Only these two methods call an engine, and they catch whatever it raises.
 
-    def launch(self, engine: Engine, size: int, inputs: list[Any]) -> None:
+    def launch(self, engine: Engine, size: int) -> None:
         """Hands the batch to the device (see `Overlapping.launch`). An error is kept for `compute`."""
+        inputs = [query.inputs for query in self.batch]
         try:
             self.launched = engine.launch(self.row.subnet, size, inputs)  # type: ignore[attr-defined]
         except BaseException as error:
             self.failure = Failure.of(error)
 
-    def compute(self, engine: Engine, size: int, inputs: list[Any], clock: Callable[[], float]) -> list[Any]:
+    def compute(self, engine: Engine, size: int, clock: Callable[[], float], blanks: Sequence[Any] = ()) -> list[Any]:
         """Runs the batch, or waits for it if it was launched. Returns the outputs, one for each query.
 
-        If the engine raises, the error is kept in `failure` and the result is an empty list.
+        If the engine raises, the error is kept in `failure` and the result is an empty list. A flight without queries runs
+        the inputs `blanks`.
         """
         if self.failure is not None:
             return []
         try:
             if self.launched is None:
+                inputs = [query.inputs for query in self.batch] or [*blanks]
                 outputs = list(engine.run(self.row.subnet, size, inputs))
             else:
                 asked_s = clock()

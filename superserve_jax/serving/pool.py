@@ -367,6 +367,8 @@ class Pool:
 
         If they failed, only daemon threads could see the errors, and would print them after the program's last output.
         """
+        if self.process.is_fork():
+            return
         with self.lock:
             for worker in self.members.workers:
                 worker.locked_retire()

@@ -84,7 +84,7 @@ class ProcessTies:
         self._runtime = contextlib.ExitStack()
         if tune_runtime:
             self._runtime.enter_context(low_latency())
-        atexit.register(self._exit)
+        atexit.register(at_exit)
 
     def is_fork(self) -> bool:
         """Whether this process is a fork. A fork has the server's memory but no threads, and its locks may be held forever."""
@@ -101,8 +101,4 @@ class ProcessTies:
     def release(self) -> None:
         """Restores the settings of the process, and unregisters the call at exit."""
         self._runtime.close()
-        atexit.unregister(self._exit)
-
-    def _exit(self) -> None:
-        if not self.is_fork():
-            self._at_exit()
+        atexit.unregister(self._at_exit)

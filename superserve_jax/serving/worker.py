@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
@@ -195,22 +196,21 @@ class Worker:
         with self._pool.lock:
             self._pool.members.note(failure)
             for query in unlucky:
-                self._pool.outbox.fail(
-                    query, failure.cause(errors.InferenceError(f"the policy failed: {failure.text}; fix it"))
-                )
+                reply = errors.InferenceError(f"the policy failed: {failure.text}; fix it")
+                self._pool.outbox.fail(query, failure.cause(reply))
 
     def _launch(self, flight: Flight) -> None:
         """Hands a batch to the device."""
         flight.started_s = self._pool.clock()
         if not flight.shared:
             self._watched_s = flight.started_s
-        flight.launch(self.engine, self._sizes[flight.place], [query.inputs for query in flight.batch])
+        flight.launch(self.engine, self._sizes[flight.place])
 
-    def _compute(self, flight: Flight, inputs: list[Any]) -> list[Any]:
-        """The outputs of a batch; `flight.failure` is set if there are none."""
+    def _compute(self, flight: Flight, blanks: Sequence[Any] = ()) -> list[Any]:
+        """The outputs of a batch, or of blank inputs; `flight.failure` is set if there are none."""
         if flight.launched is None and flight.failure is None:
             flight.started_s = self._watched_s = self._pool.clock()
-        return flight.compute(self.engine, self._sizes[flight.place], inputs, self._pool.clock)
+        return flight.compute(self.engine, self._sizes[flight.place], self._pool.clock, blanks)
 
     # -- answers ----------------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class Worker:
           slept: whether the worker slept before this call. The device may then have been done earlier.
         """
         pool, batch, row = self._pool, flight.batch, flight.row
-        outputs = self._compute(flight, [] if flight.launched is not None else [query.inputs for query in batch])
+        outputs = self._compute(flight)
         if flight.failure is not None:
             return self._failed(flight, flight.failure)
         finish_s, start_s, ready_s = pool.clock(), flight.started_s, flight.ready_s
