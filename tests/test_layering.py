@@ -16,21 +16,13 @@ PACKAGE = ROOT / "superserve_jax"
 
 # Every module may also import errors and files. A name with a dot allows only that module.
 ALLOWED = {
-    "errors": (),
-    "files": (),
-    "subnet": (),
+    **dict.fromkeys(("errors", "files", "subnet", "lengths", "manifest", "cli", "progress", "plots", "ops"), ()),
     "space": ("subnet",),
-    "lengths": (),
-    "manifest": (),
     "vocabulary": ("subnet",),
     "profile": ("subnet", "lengths"),
-    "cli": (),
-    "progress": (),
-    "plots": (),
     "scheduling": ("profile", "subnet", "lengths"),
     "simulation": ("scheduling", "profile", "subnet", "lengths"),
     "experiments": ("simulation", "scheduling", "profile", "subnet", "plots", "progress"),
-    "ops": (),
     "layers": ("ops",),
     "supernets": ("ops", "layers", "subnet", "space"),
     "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),

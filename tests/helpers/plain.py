@@ -52,13 +52,11 @@ def ofa_resnet(config, params, subnet, images, statistics):
         for i in range(depths[-1]):
             if sizes[f"block{b}.gate"]:
                 inner, stride, path = sizes[f"block{b}.mid"], config.strides[m] if i == 0 else 1, f"blocks.{b}"
-                if config.block == "bottleneck":
-                    y = conv_norm(x, f"{path}.convs.0", 1, inner)
-                    y = conv_norm(y, f"{path}.convs.1", stride, inner)
-                    y = conv_norm(y, f"{path}.convs.2", 1, out, relu=False)
-                else:
-                    y = conv_norm(x, f"{path}.convs.0", stride, inner)
-                    y = conv_norm(y, f"{path}.convs.1", 1, out, relu=False)
+                first = [(1, inner), (stride, inner)] if config.block == "bottleneck" else [(stride, inner)]
+                y = x
+                for k, (s, channels) in enumerate(first):
+                    y = conv_norm(y, f"{path}.convs.{k}", s, channels)
+                y = conv_norm(y, f"{path}.convs.{len(first)}", 1, out, relu=False)
                 if f"{path}.shortcut.conv.kernel" in params:
                     x = conv_norm(average_pool(x, stride), f"{path}.shortcut", 1, out, relu=False)
                 x = np.maximum(x + y, 0)
