@@ -225,15 +225,6 @@ def choose_served(
     return sorted(chosen, key=lambda c: c.cost)
 
 
-def standard_error(accuracy: float, examples: int) -> float:
-    """The standard error of an accuracy that was measured on `examples` examples.
-
-    >>> round(standard_error(0.9, 1000), 4)
-    0.0095
-    """
-    return math.sqrt(accuracy * (1 - accuracy) / examples)
-
-
 # -- the file of the candidates -------------------------------------------------------------------------------------------
 
 
@@ -256,7 +247,9 @@ class SearchLog:
     def __init__(
         self, path: pathlib.Path, settings: Mapping[str, Any], *, measure: Callable[[], Mapping[Subnet, float]] = dict
     ):
-        head, *lines = _whole_lines(path) or [{}]
+        *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # a kill may leave the last line incomplete
+        with errors.refusing(errors.ConfigError, f"{path} is damaged; remove it to search anew"):
+            head, *lines = [json.loads(line) for line in whole] or [{}]
         if head.get("settings") != settings:
             if head:
                 other = [name for name in settings if head.get("settings", {}).get(name) != settings[name]]
@@ -275,14 +268,3 @@ class SearchLog:
         if candidate.subnet not in self.known:
             with self._path.open("a") as file:
                 file.write(json.dumps(candidate.to_json()) + "\n")
-
-
-def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete lines of a file. A kill may leave the last line incomplete."""
-    if not path.exists():
-        return []
-    *whole, _ = path.read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as e:
-        raise errors.ConfigError(f"{path} is damaged: {e}; remove it to search anew") from e

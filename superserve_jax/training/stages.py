@@ -5,6 +5,7 @@ A stage leaves its result in the run's folder and can be repeated on its own. Pr
 
 import hashlib
 import itertools
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -21,14 +22,7 @@ from superserve_jax.training import calibration, evaluation, latency, phases
 from superserve_jax.training.config import config_to_json
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
-from superserve_jax.training.search import (
-    Candidate,
-    SearchLog,
-    choose_served,
-    evolutionary_search,
-    pareto_front,
-    standard_error,
-)
+from superserve_jax.training.search import Candidate, SearchLog, choose_served, evolutionary_search, pareto_front
 
 _EVAL_BATCH = 250
 _TIMED = 40  # subnets that are timed if latency is the cost
@@ -74,7 +68,8 @@ def search(run: Run) -> list[Candidate]:
     for candidate in progress.track(candidates, "search", total=min(settings.candidates, space.size)):
         log.add(candidate)
         tried.append(candidate)
-    error = standard_error(max(c.accuracy for c in tried), min(settings.examples, dataset.num_examples("validation")))
+    best, examples = max(c.accuracy for c in tried), min(settings.examples, dataset.num_examples("validation"))
+    error = math.sqrt(best * (1 - best) / examples)  # the standard error of the best accuracy
     chosen = choose_served(
         tried,
         settings.served,

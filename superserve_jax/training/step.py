@@ -130,7 +130,7 @@ def lesson(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, 
     """
     active = jnp.zeros((0,), jnp.int32)
     if recipe.hidden_weight:
-        return Lesson(*_forward(program, recipe, params, inputs, active))
+        return _forward(program, recipe, params, inputs, active)
     return Lesson(program.infer(params, inputs, statistics, active))
 
 

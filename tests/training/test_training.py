@@ -130,6 +130,8 @@ def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(con
     found = json.loads((run.workdir / "search.json").read_text())
     assert found["cost"] == "latency"
     assert 0 < found["latency_error"] < 10
+    best = max(c["accuracy"] for c in found["candidates"])
+    assert found["standard_error"] == pytest.approx((best * (1 - best) / run.config.search.examples) ** 0.5)
     assert 0 < chosen[0].cost <= chosen[-1].cost
     monkeypatch.setattr(latency, "measure", lambda *_, **__: pytest.fail("timed again"))
     assert stages.search(run) == chosen

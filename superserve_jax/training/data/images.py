@@ -83,11 +83,7 @@ def open(config: DataConfig) -> Dataset:
     Raises:
       UnknownNameError: TFDS knows no such dataset. DataError: it is not prepared, or does not hold images with labels.
     """
-    return from_builder(config, prepared.load(config.name, config.data_dir))
-
-
-def from_builder(config: DataConfig, builder: tfds.core.DatasetBuilder) -> Dataset:
-    """The dataset of a TFDS builder. Raises DataError if it does not hold images with class labels."""
+    builder = prepared.load(config.name, config.data_dir)
     features, supervised = prepared.features(builder), builder.info.supervised_keys
     match supervised:
         case (str(image), str(label)):

@@ -74,11 +74,7 @@ def open(config: TextConfig) -> Dataset:
     else:
         words = Vocabulary.read(config.vocabulary, lowercase=config.lowercase)
         words.encode([""], length=3)  # raises now if the package tokenizers is missing
-    return from_builder(config, prepared.load(config.name, config.data_dir), words)
-
-
-def from_builder(config: TextConfig, builder: tfds.core.DatasetBuilder, words: Vocabulary) -> Dataset:
-    """The dataset of a TFDS builder. Raises DataError if it does not hold texts with class labels."""
+    builder = prepared.load(config.name, config.data_dir)
     features = prepared.features(builder)
     texts = {key for key, feature in features.items() if isinstance(feature, tfds.features.Text)}
     keys = next((keys for keys in _TEXTS if texts.issuperset(keys)), None)

@@ -8,12 +8,10 @@ The mocks are the real TFDS builders, with the features they have upstream, that
 import io
 import shutil
 import sys
-import types
 
 import numpy as np
 import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 from small_datasets import assert_resumes, assert_same_batches, prepare_mock, sizes, take
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 from tensorflow_datasets.image_classification import cifar
@@ -21,7 +19,6 @@ from tensorflow_datasets.image_classification import cifar
 from superserve_jax import errors
 from superserve_jax.training import data
 from superserve_jax.training.data import DataConfig, TextConfig, streams
-from superserve_jax.training.data.images import from_builder
 
 
 def small(folder, **changes):
@@ -237,13 +234,6 @@ def test_a_dataset_stored_for_sequential_reading_is_a_data_error(digits_dir, tmp
     info.write_text(info.read_text().replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'))
     with pytest.raises(errors.DataError, match="is stored as tfrecord"):
         data.open(DataConfig(data_dir=str(tmp_path)))
-
-
-def test_a_dataset_without_images_and_labels_is_a_data_error():
-    features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
-    builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features, supervised_keys=None))
-    with pytest.raises(errors.DataError, match=r"holds \['text'\]"):
-        from_builder(DataConfig("ag_news_subset"), builder)
 
 
 def test_images_that_do_not_fit_into_memory_are_refused(digits, monkeypatch):

@@ -3,8 +3,6 @@
 The mocks are the real TFDS builders, with the features they have upstream, that yield a few sentences instead of downloads.
 """
 
-import types
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -13,7 +11,7 @@ from tensorflow_datasets.text import glue
 
 from superserve_jax import errors
 from superserve_jax.training import data, evaluation
-from superserve_jax.training.data import TextConfig, text
+from superserve_jax.training.data import DataConfig, TextConfig
 from superserve_jax.vocabulary import Vocabulary
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "good", "bad", "film", "not", "##s", "."]
@@ -107,9 +105,8 @@ def test_baselines_count_tokens_and_not_their_order():
     assert baselines(more)["majority class"] == max(np.mean(more), 1 - np.mean(more))
 
 
-def test_a_dataset_without_texts_and_labels_is_a_data_error(vocab_file):
-    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)})
-    builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
-    config = TextConfig("cifar10", vocabulary=vocab_file)
+def test_a_dataset_of_another_kind_is_a_data_error(digits_dir, folder, vocab_file):
     with pytest.raises(errors.DataError, match=r"holds \['image', 'label'\].*premise\+hypothesis"):
-        text.from_builder(config, builder, Vocabulary.read(vocab_file))
+        data.open(TextConfig("cluttered_digits", digits_dir, vocabulary=vocab_file))
+    with pytest.raises(errors.DataError, match=r"holds \['idx', 'label', 'sentence'\]; choose one with an Image"):
+        data.open(DataConfig("glue/sst2", folder))
