@@ -13,6 +13,7 @@ import jax
 import optax
 
 from superserve_jax import errors, families
+from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
@@ -87,6 +88,10 @@ class Phase:
 
     def __post_init__(self):
         fields.check(self, "phases.")
+
+    def space(self, model: FamilyConfig) -> SearchSpace:
+        """The part of a model's search space that the phase trains. Raises UnknownNameError for an unknown axis."""
+        return model.space().narrowed(self.elastic, choices=self.choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +200,16 @@ class TrainConfig:
         if self.data is not None:
             check_kind(self.data)
         for phase in self.phases:
-            self.model.space().narrowed(phase.elastic, choices=phase.choices)  # raises for an unknown axis
+            phase.space(self.model)  # raises for an unknown axis
             if phase.rewire and not isinstance(self.model, RewirableConfig):
                 raise errors.ConfigError(
                     f"phases.rewire: family '{self.model.family}' has no units to sort (its config has no method units)"
                 )
+
+    @property
+    def last_phase(self) -> Phase:
+        """The phase that ends training. Search, validation and export take their subnets from its space."""
+        return self.phases[-1] if self.phases else Phase()
 
 
 # tyro offers the options of a field's own config, such as --model.image-size, only if the field may be anything.

@@ -164,10 +164,9 @@ def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> Tra
 
 def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> dict[str, float]:
     """Validation accuracies of the smallest, a middle and the largest subnet, each with its own statistics."""
-    space, tied = phases.final(config)
-    (middle,) = sampling.envelopes(config.model, 1, seed=config.seed, space=space, tied=tied)
-    smallest, largest = phases.ends(config)
-    subnets = {"smallest": smallest, "middle": config.model.space().validate(middle), "largest": largest}
+    space, validate = config.last_phase.space(config.model), config.model.space().validate
+    (middle,) = sampling.envelopes(config.model, 1, seed=config.seed, space=space, tied=config.last_phase.tied)
+    subnets = {"smallest": validate(space.smallest()), "middle": validate(middle), "largest": space.largest()}
     inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)
     model = SuperNet(config.model, jax.device_put(state.ema or state.params, jax.devices()[0]))
     model.statistics = calibration.calibrate(model, set(subnets.values()), inputs)

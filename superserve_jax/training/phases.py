@@ -3,8 +3,6 @@
 import itertools
 from typing import NamedTuple
 
-from superserve_jax.space import SearchSpace
-from superserve_jax.subnet import Subnet
 from superserve_jax.training.config import Phase, TrainConfig
 from superserve_jax.training.sampling import Sampler
 
@@ -19,7 +17,7 @@ class Part(NamedTuple):
 
 def plan(config: TrainConfig, num_steps: int) -> list[Part]:
     """The phases of a run of `num_steps` steps, in order. A phase without a step is left out."""
-    phases = _phases(config)
+    phases = config.phases or (Phase(),)
     total = sum(p.share for p in phases)
     ends = [round(num_steps * share / total) for share in itertools.accumulate(p.share for p in phases)]
     parts = []
@@ -30,33 +28,13 @@ def plan(config: TrainConfig, num_steps: int) -> list[Part]:
                 buckets=config.buckets,
                 random_subnets=config.random_subnets,
                 seed=config.seed,
-                space=_space(config, phase),
+                space=phase.space(config.model),
                 tied=phase.tied,
             )
             parts.append(Part(first, phase, sampler))
     return parts
 
 
-def final(config: TrainConfig) -> tuple[SearchSpace, bool]:
-    """The search space of the last phase, and whether it is tied. Search and validation take their subnets from it."""
-    phase = _phases(config)[-1]
-    return _space(config, phase), phase.tied
-
-
-def ends(config: TrainConfig) -> tuple[Subnet, Subnet]:
-    """The smallest and the largest subnet of the last phase."""
-    whole = config.model.space()
-    return whole.validate(final(config)[0].smallest()), whole.largest()
-
-
 def at(parts: list[Part], step: int) -> Part:
     """The part that contains a step."""
     return next(part for part in reversed(parts) if part.first <= step)
-
-
-def _phases(config: TrainConfig) -> tuple[Phase, ...]:
-    return config.phases or (Phase(),)
-
-
-def _space(config: TrainConfig, phase: Phase) -> SearchSpace:
-    return config.model.space().narrowed(phase.elastic, choices=phase.choices)

@@ -18,7 +18,7 @@ from superserve_jax import exports, plots, progress
 from superserve_jax.exports import Served
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.supernet import Norm
-from superserve_jax.training import calibration, evaluation, latency, phases
+from superserve_jax.training import calibration, evaluation, latency
 from superserve_jax.training.config import config_to_json
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
@@ -46,7 +46,7 @@ def search(run: Run) -> list[Candidate]:
     }
     if timed:
         depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
-    space, tied = phases.final(run.config)
+    space = run.config.last_phase.space(model.config)
     log = SearchLog(
         run.workdir / "search.jsonl",
         depends_on,
@@ -61,7 +61,7 @@ def search(run: Run) -> list[Candidate]:
         seed=run.config.seed,
         cost=predictor,
         space=space,
-        tied=tied,
+        tied=run.config.last_phase.tied,
         known=log.known,
     )
     tried = []
@@ -73,7 +73,7 @@ def search(run: Run) -> list[Candidate]:
     chosen = choose_served(
         tried,
         settings.served,
-        keep=phases.ends(run.config),
+        keep=(model.space.validate(space.smallest()), space.largest()),
         tolerance=error if settings.tolerance is None else settings.tolerance,
         network=lambda s: tuple(model.config.sizes(s).values()),
     )
