@@ -20,7 +20,7 @@ from superserve_jax import errors, plots, progress, supernets
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.supernets.supernet import SuperNet
-from superserve_jax.training import calibration, data, evaluation, metrics_log, phases, rewiring, runs, sampling, teacher
+from superserve_jax.training import calibration, data, evaluation, metrics_log, rewiring, runs, sampling, teacher
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig
 from superserve_jax.training.data import DatasetLike
@@ -73,7 +73,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
 
     run = Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
-    parts = phases.plan(config, num_steps)
+    parts = sampling.plan(config, num_steps)
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
     with run.checkpoints() as saved, _stop_signal() as stopped:
@@ -90,7 +90,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
             steps = range(start, num_steps)
             for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
                 # Which subnets: depends on (seed, k) alone.
-                part = phases.at(parts, k)
+                part = sampling.at(parts, k)
                 if part.phase.rewire and k == part.first:
                     state = jax.device_put(_rewire(config, state, dataset), replicated)
                 choices = part.sampler.step(k)

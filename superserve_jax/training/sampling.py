@@ -6,9 +6,10 @@ program costs little more than the member itself.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.programs import Program
+from superserve_jax.training.config import Phase, TrainConfig
 
 _CANDIDATES = 256  # random subnets from which the envelopes are picked
 
@@ -78,6 +80,39 @@ class Sampler:
         lowest = lowest_member(self.space, envelope)
         # A depth that is one smaller can tie a block to a choice that is several smaller.
         return dataclasses.replace(lowest, axes=self.space.smallest().axes) if self._tied else lowest
+
+
+class Part(NamedTuple):
+    """A phase of a run: its first step, its settings and the sampler of its subnets."""
+
+    first: int
+    phase: Phase
+    sampler: Sampler
+
+
+def plan(config: TrainConfig, num_steps: int) -> list[Part]:
+    """The phases of a run of `num_steps` steps, in order. A phase without a step is left out."""
+    phases = config.phases or (Phase(),)
+    total = sum(p.share for p in phases)
+    ends = [round(num_steps * share / total) for share in itertools.accumulate(p.share for p in phases)]
+    parts = []
+    for phase, first, end in zip(phases, [0, *ends], ends, strict=False):
+        if first < end:
+            sampler = Sampler(
+                config.model,
+                buckets=config.buckets,
+                random_subnets=config.random_subnets,
+                seed=config.seed,
+                space=phase.space(config.model),
+                tied=phase.tied,
+            )
+            parts.append(Part(first, phase, sampler))
+    return parts
+
+
+def at(parts: list[Part], step: int) -> Part:
+    """The part that contains a step."""
+    return next(part for part in reversed(parts) if part.first <= step)
 
 
 def envelopes(

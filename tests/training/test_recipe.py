@@ -16,7 +16,7 @@ from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
-from superserve_jax.training import losses, phases, step, teacher
+from superserve_jax.training import losses, sampling, step, teacher
 from superserve_jax.training.config import Phase, TrainConfig
 from superserve_jax.training.data import DataConfig
 from superserve_jax.training.sampling import Sampler
@@ -50,15 +50,15 @@ def test_phases_share_the_steps_of_a_run():
     config = dataclasses.replace(
         CONFIG, phases=(Phase(share=1, elastic=()), Phase(share=2, elastic=("depth",)), Phase(share=1))
     )
-    parts = phases.plan(config, 40)
+    parts = sampling.plan(config, 40)
     assert [p.first for p in parts] == [0, 10, 30]
-    assert [phases.at(parts, k).first for k in (0, 9, 10, 29, 30, 39)] == [0, 0, 10, 10, 30, 30]
+    assert [sampling.at(parts, k).first for k in (0, 9, 10, 29, 30, 39)] == [0, 0, 10, 10, 30, 30]
 
 
 def test_progressive_shrinking_opens_one_axis_after_another():
     config = dataclasses.replace(CONFIG, random_subnets=2, phases=(Phase(elastic=()), Phase(elastic=("depth",)), Phase()))
     space = TINY.space()
-    frozen, depth, everything = phases.plan(config, 30)
+    frozen, depth, everything = sampling.plan(config, 30)
     assert frozen.sampler.step(0) == (frozen.sampler.largest,)
     assert frozen.sampler.largest.subnet == space.largest()
     drawn = {c.subnet for k in range(40) for c in depth.sampler.step(k)}
@@ -78,7 +78,7 @@ def test_the_number_of_open_choices_counts_from_the_largest():
 
 def test_tied_phases_draw_only_subnets_whose_blocks_follow_their_stages_depth():
     config = dataclasses.replace(CONFIG, random_subnets=3, phases=(Phase(tied=True),))
-    (part,) = phases.plan(config, 10)
+    (part,) = sampling.plan(config, 10)
     space = TINY.space()
     drawn = {c.subnet for k in range(40) for c in part.sampler.step(k)}
     assert len(drawn) > 4
