@@ -5,7 +5,7 @@
 
 A standalone subnet has the run's initial weights, data order, optimiser, schedule, number of steps, calibration and test data.
 It learns from labels only. Ctrl-C keeps the work in RUN/alone; the same command goes on from there.
-Library: training.standalone.train (training.loop, training.stages).
+Library: training.stages.standalone (training.loop).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import tyro
 
 from superserve_jax import cli, errors, files
 from superserve_jax.exports import Served
-from superserve_jax.training import standalone
+from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     chosen = {name: find(evaluated, name) for name in options.subnets}  # refuses a wrong name before any training
     results = []
     for name, shared in chosen.items():
-        trained = standalone.train(run, shared.subnet, name)
+        trained = stages.standalone(run, shared.subnet, name)
         results.append({"name": name, **shared.to_json(), "accuracy_alone": trained.accuracy})
     columns = {
         "subnet": lambda r: r["name"],

@@ -13,7 +13,7 @@
 | statistics.npz | SubnetNorm statistics of the calibrated subnets |
 | evaluation.json | test accuracies of the served subnets |
 | export/ | the export |
-| alone/ | the runs of standalone subnets, see `standalone.py` |
+| alone/ | the runs of standalone subnets, see `stages.standalone` |
 """
 
 import dataclasses

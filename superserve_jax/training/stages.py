@@ -1,8 +1,9 @@
-"""The stages after training, each on an existing run: search, calibrate, evaluate, export.
+"""The stages after training, each on an existing run: search, calibrate, evaluate, export, and standalone subnets to compare.
 
 A stage leaves its result in the run's folder and can be repeated on its own. Programs of the same names are in train/.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -14,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import exports, plots, progress
+from superserve_jax import errors, exports, plots, progress
 from superserve_jax.exports import Served
+from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.supernet import Norm
-from superserve_jax.training import calibration, evaluation, latency
-from superserve_jax.training.config import config_to_json
+from superserve_jax.training import calibration, evaluation, latency, loop
+from superserve_jax.training.config import DistillConfig, TrainConfig, config_to_json
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
 from superserve_jax.training.search import Candidate, SearchLog, choose_served, evolutionary_search, pareto_front
@@ -164,6 +166,41 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
         vocabulary=dataset.vocabulary,
         training=config_to_json(run.config),
     )
+
+
+def standalone_config(shared: TrainConfig, subnet: Subnet) -> TrainConfig:
+    """The SuperNet's config for a single subnet that learns from labels only.
+
+    Initial weights, data, optimiser and number of steps stay the same.
+    """
+    model = SingleSubnetConfig(shared.model, subnet)
+    return dataclasses.replace(
+        shared, model=model, phases=(), distill=DistillConfig(), random_subnets=0, buckets=1, eval_every=0
+    )
+
+
+def standalone(run: Run, subnet: Subnet, name: str) -> Served:
+    """Trains, calibrates and evaluates one subnet of a run as a standalone network.
+
+    This makes another run, in the folder alone/NAME of the given run. An interrupted one goes on; a finished one is only read.
+
+    Raises:
+      KeyboardInterrupt, ConfigError, DataError: as in `loop.train`.
+    """
+    if run.converted:
+        raise errors.ConfigError(
+            f"{run.workdir} began with converted weights. Standalone subnets begin with random weights, so the comparison "
+            f"would say nothing about sharing; choose a run that was trained from random weights"
+        )
+    alone = loop.train(standalone_config(run.config, subnet), run.workdir / "alone" / name, dataset=run.given)
+    if not (alone.workdir / "evaluation.json").is_file():
+        # A space of one subnet needs no search.
+        only = alone.config.model.space().largest()
+        alone.write("search.json", {"candidates": [], "served": [only.to_json()]})
+        calibrate(alone)
+        evaluate(alone)
+    [measured] = alone.read("evaluation.json", made_by="train/evaluate.py")
+    return Served.from_json(measured)
 
 
 def table(served: list[Served]) -> list[tuple[str, ...]]:

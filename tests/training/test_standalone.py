@@ -18,7 +18,7 @@ from superserve_jax import errors, families
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
-from superserve_jax.training import data, loop, losses, stages, standalone
+from superserve_jax.training import data, loop, losses, stages
 from superserve_jax.training.config import OptimConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 from superserve_jax.training.runs import Run
@@ -76,7 +76,7 @@ def test_a_subnet_of_another_space_is_refused():
 def test_standalone_training_changes_only_the_weights_of_the_subnet_and_is_not_repeated(run, monkeypatch):
     config = run.config.model
     smallest = config.space().smallest()
-    measured = standalone.train(run, smallest, "smallest")
+    measured = stages.standalone(run, smallest, "smallest")
     assert (measured.flops, measured.params) == (config.flops(smallest), config.num_params(smallest))
     own = Run.open(run.workdir / "alone" / "smallest")
     assert own.read("evaluation.json", made_by="")[0]["accuracy"] == measured.accuracy
@@ -91,15 +91,15 @@ def test_standalone_training_changes_only_the_weights_of_the_subnet_and_is_not_r
     assert (np.asarray(params["first.linear.bias"] != fresh["first.linear.bias"]) == (np.arange(16) < width)).all()
     assert (params["blocks.0.linear.bias"] == fresh["blocks.0.linear.bias"]).all()
     monkeypatch.setattr(stages, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    assert standalone.train(run, smallest, "smallest") == measured
+    assert stages.standalone(run, smallest, "smallest") == measured
     with pytest.raises(errors.ConfigError, match="another config"):
-        standalone.train(run, config.space().largest(), "smallest")
+        stages.standalone(run, config.space().largest(), "smallest")
 
 
 def test_a_standalone_subnet_learns_from_labels_only(run, tmp_path):
     """One step equals a gradient step of the labels' loss, here without momentum or decay."""
     sgd = OptimConfig(name="sgd", lr=0.5, schedule="constant", warmup=0, weight_decay=0, momentum=0)
-    config = standalone.config(run.config, MLPConfig().space().subnet(depth=1, width=8))
+    config = stages.standalone_config(run.config, MLPConfig().space().subnet(depth=1, width=8))
     config = dataclasses.replace(config, optim=sgd, epochs=1e-6, label_smoothing=0.1)
     after = loop.train(config, tmp_path / "run").model().params
     batch = next(data.open(config.data).train(config.batch_size, seed=config.seed))
