@@ -16,10 +16,10 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.programs import Params, Program
 from superserve_jax.supernets.supernet import SuperNet
 
+_BATCH_SIZE = 256
 
-def calibrate(
-    model: SuperNet, subnet_list: Iterable[Subnet], images: np.ndarray | jax.Array, *, batch_size: int = 256
-) -> dict[Subnet, np.ndarray]:
+
+def calibrate(model: SuperNet, subnet_list: Iterable[Subnet], images: np.ndarray | jax.Array) -> dict[Subnet, np.ndarray]:
     """Statistics of each subnet over training images.
 
     Every layer normalises by the statistics of its batch. The batches are then pooled exactly:
@@ -29,7 +29,6 @@ def calibrate(
       model: the SuperNet; it is not changed.
       subnet_list: the subnets to calibrate.
       images: raw training inputs (N, ...). A partial last batch is left out unless it is the only one.
-      batch_size: number of images per pass, at least 2.
 
     Returns:
       {subnet: float32 (2, n) of means and variances}, as in `SuperNet.statistics`.
@@ -37,11 +36,9 @@ def calibrate(
     Raises:
       ConfigError: there are fewer than two images, or the statistics are not finite.
     """
-    if len(images) < 2 or batch_size < 2:
-        raise errors.ConfigError(
-            f"calibration needs batches of 2 or more, got {len(images)} images in batches of {batch_size}"
-        )
-    batch_size = min(batch_size, len(images))
+    if len(images) < 2:
+        raise errors.ConfigError(f"calibration needs 2 or more training examples, got {len(images)}")
+    batch_size = min(_BATCH_SIZE, len(images))
     program = programs.masked(model.config)
     if not program.offsets:  # a family without batch statistics
         return {subnet: np.zeros((2, 0), np.float32) for subnet in subnet_list}

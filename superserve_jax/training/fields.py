@@ -89,6 +89,4 @@ def _kinds(config_class: type) -> dict[str, Any]:
 def _type_name(kind: Any) -> str:
     """A type as a user would write it, such as "tuple[Phase, ...]"."""
     kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
-    return (
-        kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else re.sub(r"\b(\w+\.)+(?=\w)", "", str(kind))
-    )
+    return kind.__name__ if isinstance(kind, type) else re.sub(r"\b(\w+\.)+(?=\w)", "", str(kind))

@@ -22,11 +22,12 @@ def test_statistics_of_one_batch_are_what_the_sliced_program_sees(model):
     np.testing.assert_allclose(rows[subnet], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_of_several_batches_are_pooled_exactly_in_the_first_layer(model):
+def test_statistics_of_several_batches_are_pooled_exactly_in_the_first_layer(model, monkeypatch):
     # Only the first norm's input does not depend on how the images are batched.
     images, subnet = random_images(TINY, 40), TINY.space().largest()
-    whole = calibration.calibrate(model, [subnet], images, batch_size=40)[subnet]
-    parts = calibration.calibrate(model, [subnet], images, batch_size=10)[subnet]
+    whole = calibration.calibrate(model, [subnet], images)[subnet]
+    monkeypatch.setattr(calibration, "_BATCH_SIZE", 10)
+    parts = calibration.calibrate(model, [subnet], images)[subnet]
     first = TINY.sizes(subnet)["stem.mid"]
     np.testing.assert_allclose(parts[:, :first], whole[:, :first], rtol=1e-4, atol=1e-5)
 
