@@ -3,31 +3,10 @@
 Start with `base.py`, the protocol that the server relies on. `device.py` implements it with jax, and `fake.py` without a
 model. `prepare.py` makes the engines and latency profiles for an export. It uses `executables.py` and `cache.py` to compile,
 `subnet_buckets.py` to choose the subnets that share an executable, and `profiling.py` to measure latencies.
-Importing the package does not import jax. The first use of `DeviceEngine` does.
+The public names are listed in `__init__.pyi`. Each one is imported at its first use. So importing the package does not import
+jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-from superserve_jax.engines.base import Engine, Launched, Overlapping, Wrapper, check_outputs
-from superserve_jax.engines.fake import FakeDevice, FakeEngine
-
-if TYPE_CHECKING:
-    from superserve_jax.engines.device import DeviceEngine
-
-__all__ = [
-    "DeviceEngine",
-    "Engine",
-    "FakeDevice",
-    "FakeEngine",
-    "Launched",
-    "Overlapping",
-    "Wrapper",
-    "check_outputs",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "DeviceEngine":
-        return importlib.import_module(f"{__name__}.device").DeviceEngine
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
