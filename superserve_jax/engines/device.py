@@ -206,7 +206,6 @@ def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.
 
 def check_slicing(slicing: str, slice_bytes: int | None) -> None:
     """Raises UnknownNameError or ConfigError for values of `slicing` and `slice_bytes` that are not allowed."""
-    if slicing not in ("kept", "in_call"):
-        raise errors.unknown_name("slicing", slicing, ["kept", "in_call"])
+    errors.check_name("slicing", slicing, ["kept", "in_call"])
     if slice_bytes is not None and not slice_bytes > 0:
         raise errors.ConfigError(f"slice_bytes must be a positive number of bytes, got {slice_bytes}")

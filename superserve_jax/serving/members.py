@@ -82,8 +82,7 @@ class Members:
     def removable(self, name: str) -> Worker:
         """The live worker with that name. Raises UnknownNameError if there is none, and ConfigError if it is the last one."""
         found = {worker.name: worker for worker in self.workers if worker.alive}
-        if name not in found:
-            raise errors.unknown_name("worker", name, found)
+        errors.check_name("worker", name, found)
         if len(found) == 1:
             raise errors.ConfigError(f"{name} is the last worker; add another one before you remove it, or close the server")
         return found[name]

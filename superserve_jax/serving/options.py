@@ -112,8 +112,7 @@ def check_options(given: ServerOptions) -> Options:
     """
     names = [field.name for field in dataclasses.fields(Options)]
     for name in given:
-        if name not in names:
-            raise errors.unknown_name("option", name, names)
+        errors.check_name("option", name, names)
     for name, (fits, expected) in _CHECKS.items():
         if name in given and not fits(given[name]):
             raise errors.ConfigError(f"{name} must be {expected}, got {given[name]!r}")

@@ -65,8 +65,7 @@ def data_to_json(config: AnyDataConfig) -> dict[str, Any]:
 def data_from_json(values: Mapping[str, Any]) -> AnyDataConfig:
     """The inverse of `data_to_json`. Raises UnknownNameError for an unknown kind or field."""
     kind = values.get("kind", "images")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise errors.unknown_name("kind of dataset", kind, _KINDS)
+    errors.check_name("kind of dataset", kind, list(_KINDS))
     return fields.read(_KINDS[kind][0], {key: value for key, value in values.items() if key != "kind"})
 
 

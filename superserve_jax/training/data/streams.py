@@ -212,8 +212,7 @@ class Dataset:
         return examples
 
     def _find(self, split: str) -> Arrays | Records:
-        if split not in SPLITS:
-            raise errors.unknown_name("split", split, SPLITS)
+        errors.check_name("split", split, SPLITS)
         if split not in self.splits:
             remedy = "set validation above 0" if split == "validation" else "choose another dataset"
             raise errors.DataError(f"dataset '{self.name}' has no {split} split here; {remedy}")
