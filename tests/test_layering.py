@@ -24,7 +24,7 @@ ALLOWED = {
     "simulation": ("scheduling", "profile", "subnet", "lengths"),
     "experiments": ("simulation", "scheduling", "profile", "subnet", "plots", "progress"),
     "layers": ("ops",),
-    "supernets": ("ops", "layers", "subnet", "space"),
+    "supernets": ("ops", "layers", "subnet", "space", "vocabulary"),
     "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),
     "exports": ("families", "supernets", "subnet", "space", "vocabulary", "manifest"),
     "convert": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest"),

@@ -14,6 +14,7 @@ from flax import nnx
 
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
+from superserve_jax.vocabulary import TokenConfig
 
 
 @runtime_checkable
@@ -90,13 +91,8 @@ class RewirableConfig(FamilyConfig, Protocol):
 
 
 @runtime_checkable
-class SequenceConfig(FamilyConfig, Protocol):
+class SequenceConfig(FamilyConfig, TokenConfig, Protocol):
     """A family whose inputs are sequences of token ids of any length up to a maximum. It is served in length buckets."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        ...
 
     @property
     def max_length(self) -> int:
@@ -106,11 +102,6 @@ class SequenceConfig(FamilyConfig, Protocol):
     @property
     def token_types(self) -> int:
         """Number of token types. With 1, an input holds token ids alone."""
-        ...
-
-    @property
-    def pad_id(self) -> int:
-        """The token id of padding."""
         ...
 
     def input_spec(self, batch: int, *, length: int | None = None) -> jax.ShapeDtypeStruct:
