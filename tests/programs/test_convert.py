@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = """
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
-from superserve_jax.training.config import SearchConfig, TrainConfig
+from superserve_jax.training.config import TrainConfig
 from superserve_jax.training.data import DataConfig
 
 
@@ -35,11 +35,6 @@ def get_config():
             width_mults=(0.06, 0.1),
         ),
         data=DataConfig(name="cluttered_digits", channels=3, data_dir={data_dir!r}, validation=20),
-        calibration_examples=64,
-        epochs=0.002,
-        batch_size=4,
-        buckets=1,
-        search=SearchConfig(candidates=2, calibration_examples=32, examples=250, served=2),
     )
 """
 

@@ -1,6 +1,7 @@
-"""A short run on noise, which is trained once for each file of tests."""
+"""A short run on noise, which is trained once for each file of tests; a way to count and to interrupt calls."""
 
 import shutil
+import signal
 
 import noise
 import pytest
@@ -34,3 +35,25 @@ def run(finished, tmp_path):
     """A copy of the run, which a test may change."""
     shutil.copytree(finished.workdir, tmp_path / "run")
     return Run.open(tmp_path / "run")
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """Returns a function that replaces `owner.name` by one that also lists its calls.
+
+    Ctrl-C is pressed in call `interrupt_at`, where the first call is 1.
+    """
+
+    def count(owner, name, *, interrupt_at=None):
+        calls, real = [], getattr(owner, name)
+
+        def counted(*arguments, **options):
+            calls.append(arguments)
+            if len(calls) == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return count

@@ -110,11 +110,10 @@ def test_one_flipped_bit_in_the_last_checkpoint_falls_back_to_the_one_before_and
     assert_same_state(loop.train(config, run.workdir), finished)
 
 
-def test_a_run_that_resumes_at_the_start_of_a_phase_is_rewired_as_before(tmp_path, monkeypatch):
+def test_a_run_that_resumes_at_the_start_of_a_phase_is_rewired_as_before(tmp_path, count_calls):
     frozen, elastic = Phase(elastic=()), Phase(rewire=True)
     config = dataclasses.replace(RESNET, epochs=0.8, phases=(frozen, elastic))  # 8 steps, the second phase begins at 4
-    calls, real = [], rewiring.reorder
-    monkeypatch.setattr(rewiring, "reorder", lambda *a: calls.append(a) or real(*a))
+    calls = count_calls(rewiring, "reorder")
     run = loop.train(config, tmp_path / "run")
     assert len(calls) == 1
     assert any((order != np.arange(len(order))).any() for order in calls[0][2])
