@@ -66,30 +66,31 @@ def test_a_meter_reads_the_same_in_other_units(arrivals, change, factor):
         assert reading == pytest.approx((plain[0] * unit, plain[1] * unit**2), abs=1e-9)
 
 
+def backlog_after_a_failure(profile, query):
+    """The waiting queries of two workers, after the query has failed on the first worker."""
+    counters, outbox = Counters(profile), Outbox(threading.RLock())
+    backlog = Backlog(profile, check_options({}), input_bytes=4, outbox=outbox, counters=counters)
+    flight = Flight(profile.rows[0], [query], 0, None, "", 0.0)
+    backlog.retry(flight, Failure.of(ValueError()), worker=0, name="fake:0", workers=2, now_s=0.0)
+    return backlog
+
+
 def test_failed_queries_run_again_by_the_new_profile():
-    outbox = Outbox(threading.RLock())
-    backlog = Backlog(BUCKETED, check_options({}), input_bytes=4, outbox=outbox, counters=Counters(BUCKETED))
     query = Query(tokens(5), 0.0, 1.0, 0.0)
     query.length = 5
-    flight = Flight(BUCKETED.rows[0], [query], 0, None, "", 0.0)
-    backlog.retry(flight, Failure.of(ValueError()), worker=0, name="fake:0", workers=2, now_s=0.0)
+    backlog = backlog_after_a_failure(BUCKETED, query)
     backlog.retime(FASTER)
+    assert backlog.retries.find(0, workers=2) is None
     retry = backlog.retries.find(1, workers=2)
     assert retry is not None
-    assert backlog.retries.find(0, workers=2) is None
     assert retry.waiting.head_work == filled(FASTER, [(1.0, 0.0, 5)]).head_work
 
 
 def test_a_group_whose_batch_is_given_back_keeps_its_number_of_failures():
-    outbox = Outbox(threading.RLock())
-    backlog = Backlog(PROFILE, check_options({}), input_bytes=4, outbox=outbox, counters=Counters(PROFILE))
     query = Query(x(5), 0.0, 1.0, 0.0)
-    flight = Flight(PROFILE.rows[0], [query], 0, None, "", 0.0)
-    backlog.retry(flight, Failure.of(ValueError()), worker=0, name="fake:0", workers=2, now_s=0.0)
+    backlog = backlog_after_a_failure(PROFILE, query)
     retry = backlog.retries.find(1, workers=2)
-    assert retry is not None
     again = Flight(PROFILE.rows[0], retry.waiting.drain(), 0, retry, "", 0.0)
     backlog.give_back(again, 1)
     given_back = backlog.retries.find(0, workers=2)
-    assert given_back is not None
     assert (given_back.failures, given_back.waiting.drain()) == (1, [query])
