@@ -1,8 +1,10 @@
 """One server, several devices: workers with profiles of their own, and real executables on eight virtual devices."""
 
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
@@ -84,30 +86,23 @@ def test_eight_devices_with_executables_of_their_own_answer_as_the_model_does():
 
 def main():
     """The program of the last test, for a process with eight devices. Prints the names of the devices that answered."""
-    import pathlib
-    import tempfile
-
     import jax
-    from tiny import TINY, live_bytes, random_images, random_params, random_statistics
+    from small_exports import IMAGES, write
+    from tiny import live_bytes, random_images, random_statistics
 
     from superserve_jax import exports
     from superserve_jax.engines import prepare
-    from superserve_jax.exports import Served
-    from superserve_jax.supernets.supernet import SuperNet
 
     devices, batch, kinds = jax.devices(), 4, ("left", "right")
     kind_of = {device: kinds[device.id % 2] for device in devices}
     prepare.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
-    chosen = [TINY.space().smallest(), TINY.space().largest()]
     with tempfile.TemporaryDirectory() as folder:
-        tiny = SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in chosen})
-        served = [Served(s, a, None, TINY.flops(s), TINY.num_params(s)) for s, a in zip(chosen, (0.5, 0.9), strict=True)]
-        exports.export(pathlib.Path(folder) / "export", tiny, served, measured="random weights")
-        model = exports.load(pathlib.Path(folder) / "export")
+        model = exports.load(write(pathlib.Path(folder) / "export", IMAGES))
     # One kind has a profile with one subnet, the other with another: each holds only the executables that it needs.
-    for kind, subnet in zip(kinds, chosen, strict=True):
-        accuracy = next(s.accuracy for s in model.served if s.subnet == subnet)
-        stored[kind] = Profile((batch,), (Row(subnet, accuracy, (1.0,)),), kind)
+    stored = {
+        kind: Profile((batch,), (Row(served.subnet, served.accuracy, (1.0,)),), kind)
+        for kind, served in zip(kinds, model.served, strict=True)
+    }
     prepare.stored_profile = lambda model, kind, batch_sizes, lengths: stored[kind]
     _, engines, profiles = prepare.prepare(model, batch_sizes=(batch,), devices=devices, slicing="in_call")
     assert [p.device for p in profiles] == [kind_of[d] for d in devices]
@@ -122,7 +117,7 @@ def main():
         # Each device holds the weights that its subnet reads, once. The model itself is on the first device.
         [(_, bucket)] = held.calls.values()
         weights = model.params if device == devices[0] else bucket.weights
-        assert live_bytes(device) == sum(a.nbytes for a in weights.values()) + random_statistics(TINY, subnet).nbytes
+        assert live_bytes(device) == sum(a.nbytes for a in weights.values()) + random_statistics(IMAGES, subnet).nbytes
 
     together, answered = threading.Barrier(len(devices)), set()
 
@@ -135,18 +130,16 @@ def main():
                 together.wait(WAIT_S)
             return super().run(*batch)
 
-    images = random_images(TINY, 100)
+    images = random_images(IMAGES, 100)
     with Server.from_engines([Together(e) for e in engines], profiles, slo_ms=60_000.0) as s:
         replies = [future.result(WAIT_S) for future in s.submit_many(images)]
-    for subnet in chosen:
+    for subnet in model.subnets:
         places = [i for i, reply in enumerate(replies) if reply.subnet == subnet]
         assert places
         expected = np.asarray(model(images[places], subnet))
         np.testing.assert_allclose([replies[i].output for i in places], expected, atol=1e-5 * np.abs(expected).max())
     print(*sorted(answered))
 
-
-stored = {}
 
 if __name__ == "__main__":
     main()

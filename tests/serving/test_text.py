@@ -55,13 +55,14 @@ def texts(config, *lengths, seed=0):
     return made
 
 
+def padded(config, inputs):
+    """The inputs with padding up to the longest length."""
+    blanks = config.pack(np.zeros((len(inputs), 0), np.int32))
+    return [np.concatenate([x, blank[len(x) :]]) for x, blank in zip(inputs, blanks, strict=True)]
+
+
 def expected(model, subnet, inputs):
-    whole = [np.concatenate([x, padded[len(x) :]]) for x, padded in zip(inputs, blank(model.config, len(inputs)), strict=True)]
-    return np.asarray(model(np.stack(whole), subnet))
-
-
-def blank(config, count):
-    return config.pack(np.zeros((count, 0), np.int32))
+    return np.asarray(model(np.stack(padded(model.config, inputs)), subnet))
 
 
 def test_padded_executables_answer_as_the_model_does_at_every_length(model):
@@ -96,28 +97,19 @@ def test_a_batch_runs_the_program_of_its_own_length_bucket(model):
     assert ran == [(3, (4, 3)), (3, (4, 3)), (7, (4, 7)), (7, (4, 7))]
 
 
-def test_a_server_answers_texts_of_all_lengths_as_the_model_does(model, caplog):
+def test_a_server_answers_texts_of_all_lengths_as_the_model_does_and_compiles_nothing(model, caplog, compilations):
     with ss.Server(model.path, slo_ms=2000, batch_sizes=BATCHES, lengths=LENGTHS) as server:
         assert "lengths [3, 7]" in caplog.text
         assert server.profile.lengths == LENGTHS
-        lengths = np.random.default_rng(0).integers(1, 8, 60)
-        inputs = texts(model.config, *lengths)
-        whole = [np.concatenate([x, rest[len(x) :]]) for x, rest in zip(inputs, blank(model.config, 60), strict=True)]
-        futures = server.submit_many(inputs) + server.submit_many(whole)
-        replies = [f.result(timeout=30) for f in futures]
-        for x, reply in zip(inputs + inputs, replies, strict=True):
-            assert_close(reply.output[None], expected(model, reply.subnet, [x]))
+        inputs = texts(model.config, *np.random.default_rng(0).integers(1, 8, 60))
+        inputs += padded(model.config, inputs)
+        before = compilations()
         best = server.submit(inputs[0], min_accuracy=0.8).result(timeout=30)
-        assert best.subnet == model.subnets[-1]
-
-
-def test_serving_texts_compiles_nothing_after_the_start(model):
-    events = []
-    with ss.Server(model, policy="fixed:0", slo_ms=2000, batch_sizes=BATCHES, lengths=LENGTHS) as server:
-        jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
-        for n in range(1, 8):
-            server.submit(texts(model.config, n)[0]).result(timeout=30)
-        assert [e for e in events if "compile" in e or "trace" in e] == []
+        replies = [f.result(timeout=30) for f in server.submit_many(inputs)]
+        assert compilations() == before
+    assert best.subnet == model.subnets[-1]
+    for x, reply in zip(inputs, replies, strict=True):
+        assert_close(reply.output[None], expected(model, reply.subnet, [x]))
 
 
 def test_lengths_default_to_powers_of_two_and_are_checked_against_the_family(model):
