@@ -1,11 +1,9 @@
 """Swaps of real exports while serving: the answers, the memory, and the exports that are refused."""
 
-import contextlib
 import dataclasses
 import gc
 import shutil
 import threading
-import time
 import types
 import weakref
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from fakes import LONG_MS, WAIT_S
+from fakes import LONG_MS, WAIT_S, threads, traffic, wait_until
 from tiny import TINY, live_bytes, random_images, random_params, random_statistics
 
 import superserve_jax as ss
@@ -32,9 +30,8 @@ def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
     subnet = getattr(config.space(), which)()
     model = SuperNet(config, random_params(config, seed), {subnet: random_statistics(config, subnet, seed)})
     export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="random weights")
-    place = profile_path(folder, prepare.device_kind(jax.devices()[0]))
-    place.parent.mkdir(exist_ok=True)
-    Profile((1,), (Row(subnet, accuracy, (1.0,)),), prepare.device_kind(jax.devices()[0])).save(place)
+    kind = prepare.device_kind(jax.devices()[0])
+    Profile((1,), (Row(subnet, accuracy, (1.0,)),), kind).save(profile_path(folder, kind))
     return folder
 
 
@@ -46,10 +43,8 @@ def exports(tmp_path_factory):
         yield write(folder / "old", 1, accuracy=0.5), write(folder / "new", 2, accuracy=0.6, which="largest")
 
 
-@contextlib.contextmanager
-def opened(path, **options):
-    with Server(path, batch_sizes=(1,), slo_ms=LONG_MS, **options) as s:
-        yield s
+def opened(path):
+    return Server(path, batch_sizes=(1,), slo_ms=LONG_MS)
 
 
 IMAGES = random_images(TINY, 6)
@@ -70,13 +65,7 @@ def test_after_a_swap_answers_are_the_new_models_and_nothing_of_the_old_one_is_l
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled_in.append(threading.current_thread().name) if "compile" in name else None
     )
-    stop, futures = threading.Event(), []
-
-    def submit():
-        while not stop.is_set():
-            futures.extend(s.submit_many(IMAGES))
-            time.sleep(0.002)
-
+    futures = []
     old, new = map(expected, exports)
     assert np.abs(old - new).max() > 0.1
     gc.collect()
@@ -84,13 +73,10 @@ def test_after_a_swap_answers_are_the_new_models_and_nothing_of_the_old_one_is_l
         np.testing.assert_allclose(answers(s)[0], old, atol=1e-4)
         taken, gone = live_bytes(), [weakref.ref(s.model), weakref.ref(s.pool.members.workers[0].engine)]
         gone += [weakref.ref(e) for e in gone[1]().executables]
-        client = threading.Thread(target=submit)
-        client.start()
-        compiled_in.clear()
-        s.swap(exports[1])
-        after = len(futures)
-        stop.set()
-        client.join(WAIT_S)
+        with traffic(lambda: futures.extend(s.submit_many(IMAGES))):
+            compiled_in.clear()
+            s.swap(exports[1])
+            after = len(futures)
         # Without a collection, since those skip what the open server has frozen.
         assert [ref() for ref in gone] == [None] * len(gone)
         assert live_bytes() <= taken
@@ -156,14 +142,11 @@ def test_a_swap_returns_when_the_running_batches_have_been_answered(exports, mon
         monkeypatch.setattr(old, "run", run_slowly)
         running = s.submit(IMAGES[0])
         assert entered.wait(WAIT_S)
-        swapping = threading.Thread(target=s.swap, args=(exports[1],))
-        swapping.start()
-        while s.model.path != exports[1]:
-            time.sleep(0.001)
-        swapping.join(0.01)
-        assert swapping.is_alive()
-        go_on.set()
-        swapping.join(WAIT_S)
+        with threads(lambda: s.swap(exports[1])) as [swapping]:
+            wait_until(lambda: s.model.path == exports[1])
+            swapping.join(0.01)
+            assert swapping.is_alive()
+            go_on.set()
         assert running.result(0).accuracy == 0.5
 
 
@@ -177,24 +160,18 @@ def test_swaps_and_a_worker_that_joins_come_one_after_the_other(exports, monkeyp
     with opened(exports[0]) as s:
         device = s.pool.members.workers[0].engine.device
         monkeypatch.setattr(prepare, "load", load_slowly)
-        changes = [threading.Thread(target=s.swap, args=(path,)) for path in (exports[1], exports[0], exports[1])]
-        changes[0].start()
-        assert loading.wait(WAIT_S)
-        changes += [threading.Thread(target=s.add_worker, args=(device,))]
-        for t in changes[1:]:
-            t.start()
-        assert answers(s)[1] == {0.5}
-        changes[-1].join(0.2)
-        assert all(t.is_alive() for t in changes)
-        assert s.health()["alive"] == 1
-        go_on.set()
-        for t in changes:
-            t.join(WAIT_S)
+        with threads(lambda: s.swap(exports[1])) as changes:
+            assert loading.wait(WAIT_S)
+            with threads(lambda: s.swap(exports[0]), lambda: s.swap(exports[1]), lambda: s.add_worker(device)) as others:
+                assert answers(s)[1] == {0.5}
+                others[-1].join(0.2)
+                assert all(t.is_alive() for t in (*changes, *others))
+                assert s.health()["alive"] == 1
+                go_on.set()
         health = s.health()
         assert (health["alive"], health["failures"]) == (2, 0)
         assert {w.engine.model for w in s.pool.members.workers} == {s.model}
-        accuracy = s.profile.rows[0].accuracy
-        assert answers(s)[1] == {accuracy}
+        assert answers(s)[1] == {s.profile.rows[0].accuracy}
 
 
 def test_a_swap_refuses_a_worker_that_was_added_as_an_engine(exports):
