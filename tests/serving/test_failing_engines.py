@@ -1,7 +1,8 @@
 """What a server does when an engine or the policy raises, or hangs."""
 
+import fakes
 import pytest
-from fakes import SUBNETS, WAIT_S, Gate, fail, fake, held, outcomes, serve, x
+from fakes import SUBNETS, WAIT_S, Gate, fail, held, outcomes, x
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
@@ -11,7 +12,7 @@ from superserve_jax.subnet import Subnet
 
 def test_a_batch_that_failed_is_tried_again():
     failures = iter([fail, lambda *_: None, fail])  # in between it is asked whether it can do anything
-    with serve(fake(lambda *a: next(failures, lambda *_: None)(*a))) as s:
+    with fakes.serve(fakes.fake(lambda *a: next(failures, lambda *_: None)(*a))) as s:
         assert s.submit(x(3)).result(WAIT_S).output == (3.0, 0)
         assert (s.health()["failures"], s.health()["alive"]) == (2, 1)
         assert "the device burns" in s.health()["last_error"]
@@ -24,7 +25,7 @@ def test_a_failed_query_without_slack_is_not_tried_again():
         now_s[0] += 1.0
         fail()
 
-    with serve(fake(slow_failure), clock=lambda: now_s[0]) as s:
+    with fakes.serve(fakes.fake(slow_failure), clock=lambda: now_s[0]) as s:
         with pytest.raises(errors.InferenceError, match="no slack was left"):
             s.submit(x(1), slo_ms=500).result(WAIT_S)
         assert s.health()["failures"] == 1
@@ -41,7 +42,7 @@ def test_when_the_last_worker_leaves_everything_fails_with_the_cause_until_anoth
             with pytest.raises(errors.WorkersLostError, match=r"the device burns.*add a worker or open a new server"):
                 ask()
         assert s.health()["alive"] == 0
-        assert s.add_worker(fake()) == "fake:0"
+        assert s.add_worker(fakes.fake()) == "fake:0"
         assert outcomes([s.submit(x(1))]) == [1]
 
 
@@ -56,7 +57,7 @@ def test_when_the_last_worker_leaves_everything_fails_with_the_cause_until_anoth
     ids=["raises", "unknown subnet", "empty batch", "no decision"],
 )
 def test_a_policy_that_fails_fails_its_queries_and_no_worker(policy, message):
-    with serve(policy=policy) as s:
+    with fakes.serve(policy=policy) as s:
         for _ in range(3):
             with pytest.raises(errors.InferenceError, match=f"the policy failed.*{message}.*fix it"):
                 s.submit(x(1)).result(WAIT_S)
@@ -66,11 +67,11 @@ def test_a_policy_that_fails_fails_its_queries_and_no_worker(policy, message):
 @pytest.mark.parametrize(("make", "running"), [(FakeEngine, 4), (FakeDevice, 8)])
 def test_the_batches_of_a_stuck_worker_are_answered_by_another_and_its_late_answers_dropped(make, running):
     gate, answers = Gate(), []
-    with serve(fake(gate, make=make), stall_s=0.1) as s:
+    with fakes.serve(fakes.fake(gate, make=make), stall_s=0.1) as s:
         futures = s.submit_many(x(range(12)))
         futures[0].add_done_callback(answers.append)
         with gate.holding():
-            s.add_worker(fake(name="fake:1"))
+            s.add_worker(fakes.fake(name="fake:1"))
             assert outcomes(futures) == list(range(12))
             assert (s.health()["alive"], s.health()["abandoned"]) == (1, 1)
         assert outcomes([s.submit(x(1))]) == [1]
@@ -83,7 +84,7 @@ def test_the_batches_of_a_stuck_worker_are_answered_by_another_and_its_late_answ
 @pytest.mark.parametrize("make", [FakeEngine, FakeDevice])
 def test_when_the_only_worker_is_stuck_its_queries_fail(make):
     gate = Gate()
-    with serve(fake(gate, make=make), stall_s=0.05) as s:
+    with fakes.serve(fakes.fake(gate, make=make), stall_s=0.05) as s:
         futures = s.submit_many(x(range(12)))
         with gate.holding():
             for f in futures:
