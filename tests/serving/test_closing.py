@@ -1,8 +1,15 @@
-"""How a server is closed, and how it leaves the process."""
+"""How a server ends: closed, also by many threads, at the interpreter's exit, in a fork, after the process stood still.
+
+One file because after each test no thread of a server may be left.
+"""
 
 import gc
+import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from fakes import WAIT_S, Gate, fake, held, outcomes, serve, threads, wait_until, x
@@ -124,3 +131,191 @@ def test_collections_are_rarer_while_a_server_is_open_unless_they_were_off_or_ra
         assert gc.get_threshold() == found
     finally:
         gc.set_threshold(*before)
+
+
+# -- closing under traffic ----------------------------------------------------------------------------------------------------
+
+
+OPEN = """
+import math, os, signal, sys, threading, time
+import numpy as np
+from superserve_jax import errors, profile, subnet
+from superserve_jax.engines import fake
+from superserve_jax.scheduling import policies
+from superserve_jax.serving import server
+
+row = profile.Row(subnet.Subnet((0,)), 0.7, (1.0, 2.0))
+table = profile.Profile((1, 16), (row,))
+policy = lambda profile, state: policies.Decision(row.subnet, 16)
+
+def serve(on_run=None, **options):
+    engines = [fake.FakeEngine(table, on_run=on_run, name=f"fake:{i}") for i in range(2)]
+    return server.Server.from_engines(engines, table, policy=policy, slo_ms=60_000.0, **options)
+
+def traffic(s):
+    while True:
+        for future in s.submit_many([np.float32(i) for i in range(20)]):
+            future.result()
+
+s = serve()
+"""
+
+
+def run(code, *, returncode=0):
+    """Runs a program that opens a server `s`. It must end by itself and print nothing on stderr. Returns its output."""
+    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (returncode, "")
+    return done.stdout.split()
+
+
+# -- closing ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_server_closed_by_another_thread_while_all_submit_loses_no_query(drain):
+    answers, refused = [], []
+    s = serve(fake(lambda *_: time.sleep(0.0005)), fake(name="fake:1"), max_queue=1_000_000)
+
+    def submit():
+        try:
+            while True:
+                answers.extend(s.submit_many(x(range(10))))
+                time.sleep(0.0005)
+        except errors.ServerClosedError as error:
+            refused.append(error)
+
+    with threads(*[submit] * 3):
+        wait_until(lambda: len(answers) > 500)
+        with threads(lambda: s.close(drain=drain)):
+            s.close(drain=drain)
+    assert len(refused) == 3
+    assert all(f.done() for f in answers)
+    failed = [f.exception() for f in answers if f.exception() is not None]
+    assert all(isinstance(error, errors.ServerClosedError) for error in failed)
+    assert not (drain and failed)
+
+
+def test_while_a_server_closes_a_worker_reruns_batches_that_failed_on_itself():
+    def fail_once(*_):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError
+
+    failed = []
+    with held() as (s, gate, first):
+        s.add_worker(fake(fail_once, name="other"))
+        second = s.submit(x(1))  # on the other, which would leave it to the one that is held
+        wait_until(lambda: failed)
+        with threads(s.close):
+            assert outcomes([second]) == [1]
+            assert not first.done()
+            gate.opened.set()
+        assert first.result(0).output == (0.0, 0)
+
+
+# -- the end of the interpreter -----------------------------------------------------------------------------------------------
+
+
+def test_the_interpreter_exits_amid_traffic():
+    code = """
+for _ in range(4):
+    threading.Thread(target=traffic, args=(s,), daemon=True).start()
+time.sleep(0.05)
+print(len(s.submit(np.float32(1)).result().output))
+"""
+    assert run(code) == ["2"]
+
+
+def test_a_thread_that_outlives_the_main_one_is_still_answered():
+    code = """
+def client():
+    threading.main_thread().join()
+    print(sum(f.result().output[0] for f in s.submit_many([np.float32(i) for i in range(50)])))
+
+threading.Thread(target=client).start()
+sys.exit(3)
+"""
+    assert run(code, returncode=3) == ["1225.0"]
+
+
+def test_a_worker_that_hangs_does_not_keep_the_interpreter():
+    code = """
+hung = serve(lambda *_: time.sleep(1e6))
+future = hung.submit(np.float32(1))
+threading.Thread(target=traffic, args=(hung,), daemon=True).start()
+while not hung.health()["running"]:
+    time.sleep(0.001)
+"""
+    run(code)
+
+
+def test_the_interpreter_exits_amid_traffic_on_real_executables(export):
+    code = f"""
+import superserve_jax as ss
+real = ss.Server({str(export.path)!r}, batch_sizes=(1, 16))
+images = np.zeros((32, 9, 9, 1), np.uint8)
+
+def classify():
+    while True:
+        for future in real.submit_many(list(images)):
+            future.result()
+
+for _ in range(4):
+    threading.Thread(target=classify, daemon=True).start()
+time.sleep(0.3)
+"""
+    # A thread that XLA finds taken down under it calls std::terminate, which aborts the process.
+    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "terminate" in done.stderr, "Traceback" in done.stderr) == (0, False, False)
+
+
+# -- forks and stops ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_refuses_and_exits_while_the_parent_serves_on():
+    code = """
+import warnings
+warnings.simplefilter("ignore")  # Python 3.12 warns of forking with threads
+threading.Thread(target=traffic, args=(s,), daemon=True).start()
+time.sleep(0.05)
+children = []
+for how in range(3):
+    pid = os.fork()
+    if not pid:
+        for ask in (lambda: s.submit(np.float32(1)), s.health, lambda: s.remove_worker("fake:0")):
+            try:
+                ask()
+            except errors.ServerClosedError as error:
+                assert f"the server belongs to process {os.getppid()}, this is its fork {os.getpid()}" in str(error)
+            else:
+                os._exit(9)
+        if how == 1:
+            s.close()
+        if how == 2:
+            with serve() as mine:  # one of its own works
+                assert mine.submit(np.float32(2)).result().output == (2.0, 0)
+        sys.exit(40 + how)
+    children.append(pid)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children), s.submit(np.float32(3)).result().output[0])
+"""
+    assert run(code) == ["40", "41", "42", "3.0"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_process_that_stood_still_abandons_no_worker():
+    code = """
+slow = serve(lambda *_: time.sleep(0.1), stall_s=0.4)
+futures = [slow.submit(np.float32(i)) for i in range(8)]
+print("serving", flush=True)
+for f in futures:
+    f.result()
+print(slow.health()["abandoned"])
+"""
+    with subprocess.Popen([sys.executable, "-c", OPEN + code], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "serving\n"
+        program.send_signal(signal.SIGSTOP)
+        time.sleep(1.0)
+        program.send_signal(signal.SIGCONT)
+        assert program.communicate(timeout=30)[0] == "0\n"

@@ -3,6 +3,7 @@
 import math
 import sys
 import threading
+import time
 import typing
 
 import numpy as np
@@ -11,7 +12,9 @@ from fakes import LONG_MS, SUBNETS, WAIT_S, always, fake, held, outcomes, serve,
 
 from superserve_jax import errors
 from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving import server
 from superserve_jax.serving.options import Options, ServerOptions, check_options
+from superserve_jax.serving.server import Server
 
 # -- answers ------------------------------------------------------------------------------------------------------------------
 
@@ -216,3 +219,17 @@ def test_a_cancelled_query_that_was_deferred_does_not_count_as_late():
         submitted.set()
         assert outcomes(others) == [2, 3]
     assert late[2:] == [0]  # when the last is taken, after the cancellation
+
+
+# -- the background load of profiling -----------------------------------------------------------------------------------------
+
+
+def test_the_load_submits_queries_and_no_more_than_are_due(monkeypatch):
+    counted = []
+    submit_many = Server.submit_many
+    monkeypatch.setattr(Server, "submit_many", lambda self, xs: counted.append(len(xs)) or submit_many(self, xs))
+    before_s = time.monotonic()
+    with server.background_traffic(5000.0):
+        time.sleep(0.2)
+    lasted_s = time.monotonic() - before_s
+    assert 0 < sum(counted) <= 5000.0 * lasted_s
