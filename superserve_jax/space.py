@@ -136,11 +136,8 @@ class SearchSpace:
     def gates(self, depth: Any = None) -> tuple[int, ...]:
         """The gates of a depth, which is one int, or one per stage."""
         depth = _positions("depth", depth, self.depths)
-        result: list[int] = []
-        for d, choices in zip(depth, self.depths, strict=True):
-            kept = self._kept(int(d), choices[-1])
-            result += [int(i in kept) for i in range(choices[-1])]
-        return tuple(result)
+        stages = [(choices[-1], self._kept(int(d), choices[-1])) for d, choices in zip(depth, self.depths, strict=True)]
+        return tuple(int(i in kept) for blocks, kept in stages for i in range(blocks))
 
     def _kept(self, depth: int, blocks: int) -> set[int]:
         """Which blocks a depth keeps, of the blocks 0, 1, ... of a stage."""

@@ -75,9 +75,7 @@ def export(
         errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values"
     ):
         if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
-            raise errors.ConfigError(
-                f"export takes a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}"
-            )
+            raise errors.ConfigError(f"expected a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}")
         if not served or len({s.subnet for s in served}) < len(served):
             raise errors.ConfigError(f"an export must serve at least one subnet, and none of them twice; got {len(served)}")
         if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):

@@ -106,13 +106,9 @@ class OFAResNetConfig:
         """The search space. Block 0 is the stem's residual layer. The blocks of the stages follow."""
         blocks = tuple(range(1, 1 + sum(d[-1] for d in self.depths)))
         width_positions = 2 + sum(not self._tied(m) for m in range(len(self.depths)))
-        return SearchSpace(
-            depths=(self.stem_depths, *self.depths),
-            axes=(
-                Axis("expand", (self.expand_ratios,) * len(blocks), blocks),
-                Axis("width", (self.width_mults,) * width_positions),
-            ),
-        )
+        expand = Axis("expand", (self.expand_ratios,) * len(blocks), blocks)
+        width = Axis("width", (self.width_mults,) * width_positions)
+        return SearchSpace((self.stem_depths, *self.depths), (expand, width))
 
     def _tied(self, stage: int) -> bool:
         """Whether a stage has the width of the stage before it."""
@@ -254,13 +250,10 @@ class OFAResNet(nnx.Module):
         self.config = config
         largest = config.sizes(config.space().largest())
         mid, c = largest["stem.mid"], largest["stem.out"]
-        self.stem = nnx.List(
-            [
-                ConvNorm(config.channels, mid, 3, stride=config.stem_stride, name="stem0", rngs=rngs),
-                ConvNorm(mid, mid, 3, name="stem1", rngs=rngs),
-                ConvNorm(mid, c, 3, name="stem2", rngs=rngs),
-            ]
-        )
+        first = ConvNorm(config.channels, mid, 3, stride=config.stem_stride, name="stem0", rngs=rngs)
+        second = ConvNorm(mid, mid, 3, name="stem1", rngs=rngs)
+        third = ConvNorm(mid, c, 3, name="stem2", rngs=rngs)
+        self.stem = nnx.List([first, second, third])
         blocks = []
         for m, b, stride, has_shortcut in _blocks(config):
             inner, out = largest[f"block{b}.mid"], largest[f"stage{m}.out"]
