@@ -36,8 +36,7 @@ from superserve_jax import families, files, layers, ops, supernets
 from superserve_jax.supernets.family import FamilyConfig
 
 Device = Any  # a jax.Device; type checkers do not accept it as a type
-Shape = tuple[int, ...]
-Leaves = tuple[tuple[str, Shape], ...]
+Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of parameters, in the order of an executable's arguments."""
 
 _log = logging.getLogger(__name__)

@@ -142,12 +142,7 @@ def _inputs(config: FamilyConfig, lengths: Sequence[int]) -> str:
 
 
 def make_engine(
-    model: SuperNet,
-    device: Device,
-    profile: Profile,
-    *,
-    slicing: Slicing | None = None,
-    slice_bytes: int | None = None,
+    model: SuperNet, device: Device, profile: Profile, *, slicing: Slicing | None = None, slice_bytes: int | None = None
 ) -> DeviceEngine:
     """An engine for the subnets, batch sizes and length buckets of a profile.
 
@@ -233,12 +228,7 @@ def worth_serving(measured: Profile) -> Profile:
 
 
 def faster_slicing(
-    model: Model,
-    device: Device,
-    batch_sizes: Sequence[int],
-    *,
-    lengths: Sequence[int] = (),
-    repeats: int = 10,
+    model: Model, device: Device, batch_sizes: Sequence[int], *, lengths: Sequence[int] = (), repeats: int = 10
 ) -> tuple[Slicing, float]:
     """The way of slicing to serve with on a device, and the ratio (time with slicing in the call) / (time with kept slices).
 

@@ -69,14 +69,12 @@ class Submission(NamedTuple):
     """Queries that were due and were submitted in one call.
 
     Args:
-      start_s: the trace's zero on the clock `time.monotonic`.
-      now_s: the time of the call, from that zero.
+      now_s: the time of the call, from the trace's zero.
       places: the indices of the queries in the trace, ascending.
       answers: their futures; None if the server refused them.
       error: why the server refused them: its queue is full, or all its workers are lost.
     """
 
-    start_s: float
     now_s: float
     places: Sequence[int]
     answers: list[Future] | None
@@ -123,7 +121,7 @@ def submit_when_due(
                 answers = target.submit_many([inputs[i] for i in group], slo_ms=left_ms, min_accuracy=float(floor))
             except (errors.QueueFullError, errors.WorkersLostError) as refusal:
                 error = refusal.with_traceback(None)  # a traceback would keep the inputs in memory
-            yield Submission(start, now, group, answers, error)
+            yield Submission(now, group, answers, error)
         done = due
 
 
@@ -146,8 +144,8 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
     collects = gc.isenabled()
     gc.disable()
     try:
-        submissions = list(submit_when_due(target, trace, inputs))
-        start_s = submissions[0].start_s
+        start_s = time.monotonic() + _LEAD_S
+        submissions = list(submit_when_due(target, trace, inputs, start_s=start_s))
         time.sleep(max(0.0, start_s + float(trace.deadlines_s.max()) - time.monotonic()))
     finally:
         if collects:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 
@@ -140,7 +141,6 @@ class _StormRun:
         self._numbers = itertools.count()  # of engines
         self._replaced = 0
         self._failures: list[str] = []  # the kind of each failure, from all threads
-        self._errors: list[BaseException] = []  # of the threads below
 
     def run(self, on_progress: Callable[[int], object]) -> StormResult:
         """See `run_storm`."""
@@ -159,21 +159,22 @@ class _StormRun:
                 expire=storm.expire,
                 tune_runtime=False,
             )
-            clients = [self._thread(self._client, target, i) for i in range(storm.clients)]
-            keeper = self._thread(self._keep, target)
-            while any(thread.is_alive() for thread in clients):
+            threads = stack.enter_context(ThreadPool(storm.clients + 1))
+            clients = [threads.apply_async(self._client, (target, i)) for i in range(storm.clients)]
+            keeper = threads.apply_async(self._keep, (target,))
+            while not all(client.ready() for client in clients):
                 time.sleep(0.02)
                 checker.read(notes)
                 on_progress(checker.result.offered)
                 if checker.result.offered >= storm.closed_after:
                     target.close(drain=False)
             self._traffic_ended.set()
-            keeper.join()
+            keeper.wait()
             target.close(timeout_s=storm.patience_s)
             self._closed.set()
             checker.read(notes)
-        if self._errors:
-            raise self._errors[0]
+        for thread in (*clients, keeper):
+            thread.get()  # raises the error that ended it
         states = collections.Counter(f"{worker['state']} at the end" for worker in target.health()["per_worker"])
         seconds = time.monotonic() - start_s
         failures = dict(collections.Counter(self._failures))
@@ -259,14 +260,3 @@ class _StormRun:
                 for _ in range(storm.workers - len(alive)):
                     target.add_worker(self._engine())
                     self._replaced += 1
-
-    def _thread(self, work: Callable[..., None], *args: object) -> threading.Thread:
-        def guarded() -> None:
-            try:
-                work(*args)
-            except BaseException as error:
-                self._errors.append(error)
-
-        thread = threading.Thread(target=guarded, name=f"storm-{work.__name__}", daemon=True)
-        thread.start()
-        return thread
