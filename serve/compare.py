@@ -21,7 +21,7 @@ from collections.abc import Callable
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files
+from superserve_jax import cli
 from superserve_jax.experiments import figures, paper_table, presets, runner, summaries
 from superserve_jax.experiments.presets import Cell
 from superserve_jax.experiments.summaries import Summary
@@ -96,9 +96,7 @@ def main() -> None:
         print("\nthe paper's numbers and ours")
         comparisons = ((c.preset, f"x{c.scale:g}", c.what, c.paper, c.ours) for c in paper_table.compare(results))
         cli.print_table([paper_table.Comparison._fields, *comparisons], left=5)
-    if options.json:
-        files.write_json(options.json, results)
-        print(f"\nresults: {options.json}")
+    cli.write_results(options.json, results)
     if options.plots:
         for path in figures.draw(results, options.plots):
             print(f"plot: {path}")

@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, exports, files, plots
+from superserve_jax import cli, exports, plots
 from superserve_jax.engines import prepare, profiling, subnet_buckets
 from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine, Slicing
@@ -111,8 +111,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
         report(at_length, as_measured, {s.subnet: s.flops for s in model.served})
-    if options.json:
-        files.write_json(options.json, profile.to_json())
+    cli.write_results(options.json, profile.to_json())
     if options.plot:
         values = [[ms for t in profile.each_length for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
         shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]

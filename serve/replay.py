@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files, plots
+from superserve_jax import cli, plots
 from superserve_jax.engines import prepare
 from superserve_jax.engines.base import Engine, Wrapper
 from superserve_jax.exports import Model
@@ -146,10 +146,8 @@ def main() -> None:
         print()
     late = [max(result[f"lateness_{p}_ms"] for result in results) for p in ("p50", "p99")]
     print(f"lateness of the load generator, worst policy: p50 {late[0]:.2f} ms, p99 {late[1]:.1f} ms")
-    if options.json:
-        about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
-        files.write_json(options.json, {**about, "profile": profile.to_json(), "policies": results})
-        print(f"results: {options.json}")
+    about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
+    cli.write_results(options.json, {**about, "profile": profile.to_json(), "policies": results})
     if options.plot:
         one_fixed = next((name for name in names if name in fixed), None)
         shown = {n: done for n, done in replays.items() if n not in fixed or n == one_fixed}

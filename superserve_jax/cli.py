@@ -1,6 +1,7 @@
 """Helpers of the programs in train/ and serve/: logging, errors in one line, checks of options, tables."""
 
 import logging
+import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 
 _NO_WRAP = 10_000  # characters in a line
 
@@ -65,6 +66,13 @@ def options_after_path(defaults: Callable[[str], T], explanation: str | None, *,
     return path, tyro.cli(
         type(options), default=options, args=arguments, prog=f"{sys.argv[0]} {path}", description=explanation
     )
+
+
+def write_results(path: pathlib.Path | None, value: Any) -> None:
+    """Writes results as JSON and prints where they are; `path` is the option --json, None if it was not given."""
+    if path is not None:
+        files.write_json(path, value)
+        print(f"results: {path}")
 
 
 def print_columns(columns: Mapping[str, Callable[[Any], str]], items: Iterable[Any], *, left: int = 1) -> None:

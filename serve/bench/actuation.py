@@ -34,7 +34,7 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, exports, files, plots, progress
+from superserve_jax import cli, errors, exports, plots, progress
 from superserve_jax.engines import executables, prepare
 from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine
@@ -318,8 +318,7 @@ def main() -> None:
     with random_export.export_of(options.path, subnets=CANDIDATES) as path, tempfile.TemporaryDirectory() as folder:
         found = measure(exports.load(path), options, pathlib.Path(folder))
     report(found)
-    if options.json:
-        files.write_json(options.json, found)
+    cli.write_results(options.json, found)
     if options.plot:
         plot(found, options.plot)
         print(f"plot: {options.plot}")

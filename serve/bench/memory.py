@@ -43,7 +43,7 @@ import jax
 import psutil
 import tyro
 
-from superserve_jax import cli, exports, files
+from superserve_jax import cli, exports
 from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine, Slicing
@@ -332,8 +332,7 @@ def main() -> None:
         "ratios": {variant["name"]: ratios(reference, variant) for variant in in_place},
     }
     report(found)
-    if options.json:
-        files.write_json(options.json, found)
+    cli.write_results(options.json, found)
 
 
 if __name__ == "__main__":

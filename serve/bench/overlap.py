@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files
+from superserve_jax import cli, errors
 from superserve_jax.engines import prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
@@ -153,8 +153,7 @@ def main() -> None:
         for way in ("off", "on")
     ]
     cli.print_columns(columns, measured)
-    if options.json:
-        files.write_json(options.json, found)
+    cli.write_results(options.json, found)
 
 
 if __name__ == "__main__":

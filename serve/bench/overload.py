@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files
+from superserve_jax import cli, errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import endurance, loadgen
 from superserve_jax.loadtest.loadgen import Submission
@@ -236,9 +236,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     found = measure(options)
     report(options, found)
-    if options.json:
-        files.write_json(options.json, found)
-        print(f"results: {options.json}")
+    cli.write_results(options.json, found)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from unittest import mock
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files
+from superserve_jax import cli, errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import loadgen
 from superserve_jax.loadtest.loadgen import Submission
@@ -369,8 +369,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
     found = measure(options)
     report(options, found)
-    if options.json:
-        files.write_json(options.json, found)
+    cli.write_results(options.json, found)
 
 
 if __name__ == "__main__":

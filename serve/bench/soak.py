@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files, plots, progress
+from superserve_jax import cli, plots, progress
 from superserve_jax.engines import prepare
 from superserve_jax.loadtest import endurance
 from superserve_jax.loadtest.endurance import Counting, EnduranceTraffic, Second
@@ -100,9 +100,7 @@ def main() -> None:
     print()
     for guarantee in guarantees:
         print(f"{'holds' if guarantee.holds else 'BROKEN'}: {guarantee.what}: {guarantee.observed}")
-    if options.json:
-        files.write_json(options.json, {**figures, "guarantees": [dataclasses.asdict(g) for g in guarantees]})
-        print(f"results: {options.json}")
+    cli.write_results(options.json, {**figures, "guarantees": [dataclasses.asdict(g) for g in guarantees]})
     sys.exit(0 if all(g.holds for g in guarantees) else 1)
 
 

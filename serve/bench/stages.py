@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import tyro
 
-from superserve_jax import cli, files
+from superserve_jax import cli
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling import dispatch
 from superserve_jax.serving import server
@@ -127,8 +127,7 @@ def main() -> None:
             *((name, f"{one[name]:.1f}", f"{full[name]:.1f}", f"{full[name] / largest:.2f}") for name in one),
         ]
     )
-    if options.json:
-        files.write_json(options.json, {"batch": largest, "one": one, "full": full})
+    cli.write_results(options.json, {"batch": largest, "one": one, "full": full})
 
 
 if __name__ == "__main__":

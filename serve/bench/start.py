@@ -26,7 +26,7 @@ import jax
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, exports, files
+from superserve_jax import cli, exports
 from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
@@ -95,9 +95,8 @@ def main() -> None:
         ]
     )
     print(f"{count} executables, {cached / 1e6:.0f} MB in the cache, on {prepare.device_kind(jax.devices()[0])}")
-    if options.json:
-        figures = {"executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
-        files.write_json(options.json, figures)
+    figures = {"executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
+    cli.write_results(options.json, figures)
 
 
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:

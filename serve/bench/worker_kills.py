@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import tyro
 
-from superserve_jax import cli, files, plots
+from superserve_jax import cli, plots
 from superserve_jax.experiments import presets
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.sim_vs_real import Interval
@@ -81,10 +81,8 @@ def main() -> None:
         runs = {name: run.real, f"{name}, simulated": run.simulated}
         shown |= {label: loadgen.series(each, window_s=0.25) for label, each in runs.items()}
         marks_s = [outage.from_s for outage in run.cluster.outages]
-    if options.json:
-        about = {"slo_ms": options.slo_ms, "trace": trace.name, "queries": len(trace)}
-        files.write_json(options.json, {**about, "policies": results})
-        print(f"results: {options.json}")
+    about = {"slo_ms": options.slo_ms, "trace": trace.name, "queries": len(trace)}
+    cli.write_results(options.json, {**about, "policies": results})
     if options.plot:
         plots.replay(shown, options.plot, marks_s=marks_s)
         print(f"plot: {options.plot}")
