@@ -130,9 +130,9 @@ def soak(options: Options, export: pathlib.Path) -> tuple[dict[str, Any], list[G
         start_s = time.monotonic() + 0.1
         seconds = [traffic.second(i, start_s) for i in progress.track(range(round(60 * options.minutes)), "serving")]
         traffic.wait(timeout_s=60.0)
+        subnets = len(target.snapshot()["subnets"])
     now = live_executables()
     print_minutes(seconds)
-    subnets = len({subnet for engine in engines for subnet in engine.subnets})
     print(f"{subnets} subnets answered; the generator was late by at most {max(s.lag_ms for s in seconds):.0f} ms")
     if options.plot:
         draw(seconds, options.plot)

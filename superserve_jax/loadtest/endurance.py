@@ -65,20 +65,17 @@ class Counting(Wrapper):
     Attributes:
       batches: the number of batches.
       changes: the number of batches with another subnet than the previous batch.
-      subnets: all subnets that ran.
     """
 
     def __init__(self, inner: Engine):
         super().__init__(inner)
         self.batches = self.changes = 0
-        self.subnets: set[Subnet] = set()
         self._last: Subnet | None = None
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
         """See `engines.base.Engine.run`."""
         self.batches += 1
         self.changes += subnet is not self._last
-        self.subnets.add(subnet)
         self._last = subnet
         return super().run(subnet, batch_size, inputs)
 
