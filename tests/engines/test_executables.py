@@ -53,6 +53,7 @@ def test_serving_traces_and_compiles_nothing_after_the_start(model, compilations
     with ss.Server(model, slo_ms=1000, batch_sizes=BATCHES) as server:
         profile = server.profile
         before = len(compilations())
+        assert before > 0  # so the counter can count
         for i in range(20):
             futures = server.submit_many(list(random_images(TINY, 1 + i % 7, seed=i)))
             assert all(f.result(timeout=10).output.shape == (3,) for f in futures)
@@ -60,12 +61,6 @@ def test_serving_traces_and_compiles_nothing_after_the_start(model, compilations
             reply = server.submit(random_images(TINY, 1)[0], min_accuracy=row.accuracy).result(timeout=10)
             assert reply.accuracy >= row.accuracy
         assert len(compilations()) == before
-
-
-def test_the_counter_of_compilations_can_count(compilations):
-    before = len(compilations())
-    jax.jit(lambda x: x * 2.5 + before)(np.float32(1))
-    assert len(compilations()) > before
 
 
 def test_a_server_needs_an_export_batch_sizes_and_devices(model):
