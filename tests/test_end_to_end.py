@@ -30,6 +30,15 @@ def trained(run_program, data_dir, tmp_path_factory):
     return workdir
 
 
+def start(command, file, lines):
+    """Starts a program, and returns it when a file that it writes has so many lines."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.005)
+    return process
+
+
 def test_one_command_leads_from_a_config_to_an_export(trained):
     model = ss.load(trained / "export")
     assert len(model.subnets) >= 2
@@ -48,15 +57,14 @@ def test_a_search_that_was_killed_resumes_to_the_result_of_an_undisturbed_one(ru
     for name in ("killed", "undisturbed"):
         shutil.copytree(trained, tmp_path / name)
         (tmp_path / name / "search.jsonl").unlink()
-    options = ["--candidates", "48", "--examples", "1000"]
-    process = subprocess.Popen([sys.executable, "train/search.py", str(tmp_path / "killed"), *options], cwd=ROOT)
-    lines, deadline = tmp_path / "killed" / "search.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and not (lines.exists() and lines.read_bytes().count(b"\n") > 5):
-        time.sleep(0.005)
+    options = ("--candidates", 48, "--examples", 1000)
+    killed, undisturbed = (["train/search.py", tmp_path / name, *options] for name in ("killed", "undisturbed"))
+    process = start(killed, tmp_path / "killed" / "search.jsonl", 6)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert "candidates already; going on from there" in run_program("train/search.py", tmp_path / "killed", *options).stderr
-    run_program("train/search.py", tmp_path / "undisturbed", *options)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert "candidates already; going on from there" in run_program(*killed).stderr
+    run_program(*undisturbed)
     results = [(tmp_path / name / "search.json").read_bytes() for name in ("killed", "undisturbed")]
     assert results[0] == results[1]
 
@@ -94,13 +102,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
 def test_ctrl_c_keeps_the_work_and_the_same_command_resumes(run_program, tmp_path, data_dir, trained):
     command = ["train/supernet.py", "configs/debug.py", "--workdir", tmp_path / "run", "--data.data-dir", data_dir]
     command += ["--epochs", "40", "--checkpoint-every", "1000000", "--train-only"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.1)
+    process = start(command, tmp_path / "run" / "metrics.jsonl", 1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr

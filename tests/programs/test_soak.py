@@ -104,23 +104,17 @@ def test_random_inputs_fit_the_engine(lengths):
 # -- the whole program --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def export(monkeypatch, tmp_path):
-    """An export that is served by a fake engine; in windows of a second."""
-    fake = FakeEngine(PROFILE, input_shape=(2,))
-    model = types.SimpleNamespace(path=tmp_path)
-    monkeypatch.setattr(ss, "load", lambda path: model)
-    monkeypatch.setattr(prepare, "prepare", lambda *args, **options: (model, [fake], [PROFILE]))
-    monkeypatch.setattr(endurance, "PERIOD_S", 1)
-    return tmp_path
-
-
 @pytest.mark.slow
-def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, export, tmp_path):
+def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, monkeypatch, tmp_path):
+    model = types.SimpleNamespace(path=tmp_path)
+    served = model, [FakeEngine(PROFILE, input_shape=(2,))], [PROFILE]
+    monkeypatch.setattr(ss, "load", lambda path: model)
+    monkeypatch.setattr(prepare, "prepare", lambda *args, **options: served)
+    monkeypatch.setattr(endurance, "PERIOD_S", 1)
     plot = tmp_path / "plots" / "soak.png"
     gc.collect()  # else executables of other tests may go meanwhile
     options = ("--minutes", 0.1, "--warm-up-s", 1, "--load", 1.5, "--plot", plot)
-    written, printed = program(export, *options, MEMORY=1.0, GROWTH=1e9)  # six seconds say nothing about growth
+    written, printed = program(tmp_path, *options, MEMORY=1.0, GROWTH=1e9)  # six seconds say nothing about growth
     assert written["submitted"] == written["resolved"] > 500
     assert written["subnets"] == 3
     assert len(written["seconds"]) == 6

@@ -1,13 +1,21 @@
-"""A short run on noise, which is trained once for each file of tests; a way to count and to interrupt calls."""
+"""A SuperNet; a short run on noise, which is trained once for each file of tests; a way to count and to interrupt calls."""
 
 import shutil
 import signal
 
 import noise
 import pytest
+from tiny import TINY, random_params
 
+from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import data, loop
 from superserve_jax.training.runs import Run
+
+
+@pytest.fixture
+def model():
+    """A SuperNet of basic blocks, without statistics."""
+    return SuperNet(TINY, random_params(TINY))
 
 
 @pytest.fixture(scope="module")

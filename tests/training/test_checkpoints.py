@@ -57,7 +57,6 @@ def start(folder, name, *, devices=1, limit_bytes=None, **spec):
 def finish(process):
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    return stderr
 
 
 def steps(folder, name):

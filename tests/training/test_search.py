@@ -24,11 +24,6 @@ from superserve_jax.training.search import (
 SETTINGS = {"weights": "abc", "examples": 32}
 
 
-@pytest.fixture
-def model():
-    return SuperNet(TINY, random_params(TINY))
-
-
 def run(model, candidates, *, log=None, stop_after=None, **options):
     """The candidates of a search, which are added to the log, too."""
     images = random_images(TINY, 32)
