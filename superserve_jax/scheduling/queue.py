@@ -165,7 +165,12 @@ class DeadlineQueue:
             self._floored -= self._deferred.popleft()[2] > 0
 
     def sweep(self, done: Callable[[Any], bool]) -> None:
-        self._remove(lambda entry: done(entry[3]))
+        for entries in (self._fifo, self._early, self._deferred):
+            kept = [entry for entry in entries if not done(entry[3])]
+            entries.clear()
+            entries.extend(kept)
+        if self._floored:
+            self._floored = sum(e[2] > 0 for e in itertools.chain(self._fifo, self._early, self._deferred))
 
     def pop_before(self, before_s: float) -> list[Any]:
         self.defer(before_s)
@@ -176,7 +181,14 @@ class DeadlineQueue:
         return [entry[3] for entry in taken]
 
     def pop_above(self, accuracy: float) -> list[Any]:
-        return self._remove(lambda entry: entry[2] > accuracy) if self._floored else []
+        taken: list[Entry] = []
+        for entries in (self._fifo, self._early, self._deferred) if self._floored else ():
+            taken += [entry for entry in entries if entry[2] > accuracy]
+            kept = [entry for entry in entries if entry[2] <= accuracy]
+            entries.clear()
+            entries.extend(kept)
+        self._floored -= len(taken)
+        return [entry[3] for entry in taken]
 
     def retime(self, profile: Profile) -> None:
         """Work is a number of items here, whatever the profile."""
@@ -220,15 +232,3 @@ class DeadlineQueue:
             self._early.pop()
         else:
             (self._fifo or self._deferred).popleft()
-
-    def _remove(self, wanted: Callable[[Entry], bool]) -> list[Any]:
-        """Take every item whose entry is wanted. O(n)."""
-        taken: list[Entry] = []
-        for entries in (self._fifo, self._early, self._deferred):
-            kept = []
-            for entry in entries:
-                (taken if wanted(entry) else kept).append(entry)
-            entries.clear()
-            entries.extend(kept)
-        self._floored -= sum(entry[2] > 0 for entry in taken)
-        return [entry[3] for entry in taken]
