@@ -1,7 +1,7 @@
 """Workers that run out of memory with a batch."""
 
 import pytest
-from fakes import WAIT_S, Cramped, outcomes, worker, x
+from fakes import WAIT_S, Cramped, fail, outcomes, worker, x
 from one_subnet import OUT_OF_MEMORY, ROW, SIZES, fake, serve
 
 from superserve_jax import errors
@@ -19,7 +19,7 @@ def test_a_worker_without_the_memory_for_a_batch_runs_smaller_ones_from_then_on(
         asked.append(profile.max_batch)
         return Decision(ROW.subnet, 16)  # whatever profile it is shown
 
-    with serve(fake(cramped), policy=policy, max_tries=1) as s:  # being out of memory uses up no try
+    with serve(fake(cramped), policy=policy) as s:
         for _ in range(2):
             assert outcomes(s.submit_many(x(range(16)))) == list(range(16))
         assert (worker(s)["max_batch"], worker(s)["failures"], s.health()["alive"]) == (4, 2, 1)
@@ -51,6 +51,17 @@ def test_without_memory_for_a_single_query_a_worker_fails_as_with_any_error():
             with pytest.raises(errors.WorkersLostError, match="RESOURCE_EXHAUSTED"):
                 f.result(WAIT_S)
         assert (worker(s)["state"], worker(s)["max_batch"]) == ("left", 1)
+
+
+def test_being_out_of_memory_uses_up_no_try():
+    cramped, failures = Cramped(1), iter([fail])
+
+    def on_run(*batch):
+        cramped(*batch)
+        next(failures, lambda: None)()
+
+    with serve(fake(on_run), max_tries=2) as s:
+        assert outcomes(s.submit_many(x([1, 2]))) == [1, 2]
 
 
 def test_a_worker_with_less_memory_counts_with_its_remaining_throughput():
