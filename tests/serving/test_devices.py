@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 from fakes import BUCKETED, PROFILE, SUBNETS, WAIT_S, fake, outcomes, serve, several, worker, x
-from tiny import TINY, random_images
+from small_exports import IMAGES, write
+from tiny import TINY, live_bytes, random_images, random_statistics
 
-from superserve_jax import errors
+from superserve_jax import errors, exports
+from superserve_jax.engines import prepare
 from superserve_jax.engines.base import Wrapper
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
@@ -134,13 +136,6 @@ def test_eight_devices_with_executables_of_their_own_answer_as_the_model_does():
 
 def main():
     """The program of the last test, for a process with eight devices. Prints the names of the devices that answered."""
-    import jax
-    from small_exports import IMAGES, write
-    from tiny import live_bytes, random_images, random_statistics
-
-    from superserve_jax import exports
-    from superserve_jax.engines import prepare
-
     devices, batch, kinds = jax.devices(), 4, ("left", "right")
     kind_of = {device: kinds[device.id % 2] for device in devices}
     prepare.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart

@@ -3,6 +3,7 @@
 One file because the tests share their failing engines.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -87,15 +88,12 @@ def test_beside_a_broken_worker_only_poisoned_inputs_fail():
 def test_a_failed_batch_runs_on_another_worker_first():
     ran = []
 
-    def choke(name):
-        def on_run(subnet, batch_size, inputs):
-            if 9 in inputs:
-                ran.append(name)
-                raise RuntimeError("bad luck")
+    def choke(name, subnet, batch_size, inputs):
+        if 9 in inputs:
+            ran.append(name)
+            fail()
 
-        return on_run
-
-    with serve(*(fake(choke(name), name=name) for name in ("fake:0", "fake:1"))) as s:
+    with serve(*(fake(functools.partial(choke, name), name=name) for name in ("a", "b"))) as s:
         s.submit(x(9)).exception(WAIT_S)
     assert [a != b for a, b in itertools.pairwise(ran)] == [True, True]
 
@@ -119,26 +117,17 @@ def test_a_batch_goes_whole_to_another_worker_before_it_is_halved():
 
 
 class Logits(FakeEngine):
-    """Logits (x, 1) for input x, checked with `check_outputs` as the `Engine` protocol demands."""
+    """Logits (x, 1) for input x, changed by `spoil` and checked with `check_outputs`, as the `Engine` protocol demands."""
+
+    def __init__(self, *args, spoil=lambda logits: logits, **options):
+        super().__init__(*args, **options)
+        self.spoil = spoil
 
     def run(self, subnet, batch_size, inputs):
         super().run(subnet, batch_size, inputs)
         logits = self.spoil(np.array([[float(v), 1.0] for v in inputs], np.float32))
         base.check_outputs(logits, len(inputs))
         return [row.copy() for row in logits]
-
-    def spoil(self, logits):
-        return logits
-
-
-class AllNan(Logits):
-    def spoil(self, logits):
-        return np.full_like(logits, np.nan)
-
-
-class WrongShape(Logits):
-    def spoil(self, logits):
-        return logits[:, :, None].T
 
 
 def test_an_input_whose_output_is_nan_fails_alone():
@@ -151,15 +140,17 @@ def test_an_input_whose_output_is_nan_fails_alone():
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("spoil", "message"),
     [
-        (fake(fail, name="bad"), "the device burns"),
-        (fake(make=AllNan, name="bad"), "have NaN"),
-        (fake(make=WrongShape, name="bad"), "outputs of shape"),
+        (fail, "the device burns"),
+        (lambda logits: np.full_like(logits, np.nan), "have NaN"),
+        (lambda logits: logits[:, :, None].T, "outputs of shape"),
     ],
+    ids=["raises", "NaN", "wrong shape"],
 )
-def test_a_worker_that_fails_on_batches_that_others_answer_leaves(bad, message):
-    with serve(bad, fake(make=Logits, name="good"), slo_ms=1, max_failures=2) as s:
+def test_a_worker_that_fails_on_batches_that_others_answer_leaves(spoil, message):
+    bad, good = fake(make=Logits, name="bad", spoil=spoil), fake(make=Logits, name="good")
+    with serve(bad, good, slo_ms=1, max_failures=2) as s:
         while s.health()["alive"] == 2:
             assert outcomes(s.submit_many(x([1, 2]), slo_ms=LONG_MS)) == [1, 2]
         assert (worker(s, "bad")["state"], worker(s, "bad")["failures"]) == ("left", 2)

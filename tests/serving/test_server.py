@@ -169,6 +169,7 @@ def test_with_expire_a_hopeless_query_is_dropped_uncomputed():
             hopeless.result(WAIT_S)
         assert feasible.result(WAIT_S).output == (2.0, 0)
     assert gate.batches == [[0], [2]]
+    assert [s.snapshot()["queries"][name] for name in ("arrived", "met", "expired")] == [3, 2, 1]
 
 
 # -- cancelling and callbacks -------------------------------------------------------------------------------------------------
