@@ -1,4 +1,4 @@
-"""How a server ends: closed, also by many threads, at the interpreter's exit, in a fork, after the process stood still.
+"""How a server ends: by one or many calls of close, at the interpreter's exit, and in a fork.
 
 One file because after each test no thread of a server may be left.
 """
