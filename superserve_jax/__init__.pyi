@@ -1,5 +1,6 @@
 """The public names of superserve_jax, for type checkers and for `__init__.py`."""
 
+from . import errors as errors
 from .engines.base import Engine as Engine
 from .errors import (
     AccuracyFloorError as AccuracyFloorError,

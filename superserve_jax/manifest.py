@@ -66,7 +66,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise errors.ExportError(f"{file} is damaged or was edited: its SHA-256 does not match; export again")
     try:
         msgspec.convert(manifest, _Manifest)
-    except msgspec.ValidationError as e:
+    except (msgspec.ValidationError, UnicodeError) as e:  # JSON may hold half of a surrogate pair
         raise errors.ExportError(f"{file} is damaged: {e}; export again") from e
     if not re.fullmatch(r"payload-[0-9a-f]{16}", manifest["payload"]):
         raise errors.ExportError(f"{file} names an impossible payload folder {manifest['payload']!r}; export again")

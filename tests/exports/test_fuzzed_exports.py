@@ -88,6 +88,7 @@ def serve_again_in_another_form(manifest):
         (lambda m: m.pop("files"), "damaged"),
         (lambda m: m["files"].update(a={"bytes": 1 << 60, "sha256": ""}), "damaged"),
         (lambda m: m.update(files={k: None for k in m["files"]}), "damaged"),
+        (lambda m: m.update(files={k: "\ud800" for k in m["files"]}), "damaged"),
         (lambda m: m.update(class_names=None), "damaged"),
         (lambda m: m["config"].update(family="other"), "unknown family 'other'.*import the module that registers it"),
         (lambda m: m["config"].update(num_classes=5), "does not fit the config"),
