@@ -1,6 +1,6 @@
 """Files that commit aac2b73 wrote still load with equal bits, and a training run that it began can be resumed.
 
-tests/data/make_aac2b73.py made the files. It describes the contents of expected.npz.
+tests/data/README.md tells how the files were made, and describes the contents of expected.npz.
 """
 
 import dataclasses
