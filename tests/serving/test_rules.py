@@ -227,7 +227,7 @@ def test_errors_of_a_deferred_change_are_logged(caplog):
 
 def interrupted(work, at, handler):
     """Runs `work`, and calls `handler` before the bytecode number `at` of this library. Returns whether `at` was reached."""
-    left = [at]
+    left, before = [at], sys.gettrace()
 
     def trace(frame, event, arg):
         if "superserve_jax" not in frame.f_code.co_filename:
@@ -244,7 +244,7 @@ def interrupted(work, at, handler):
     try:
         work()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)  # a debugger or a measurement of coverage
     return left[0] <= 0
 
 
@@ -299,7 +299,7 @@ def test_a_signal_handler_may_close_the_server_at_any_bytecode_of_a_submit(at):
 
 
 def test_finalizers_may_submit_at_any_moment_of_a_worker():
-    answers, count, opened = [], itertools.count(), []
+    answers, count, opened, before = [], itertools.count(), [], threading.gettrace()
 
     def trace(frame, event, arg):
         if not opened or "superserve_jax" not in frame.f_code.co_filename:
@@ -319,7 +319,7 @@ def test_finalizers_may_submit_at_any_moment_of_a_worker():
             assert set(outcomes(answers)) == {7}
             assert len(answers) > 20
     finally:
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(before)  # type: ignore[arg-type]
 
 
 def test_a_signal_handler_may_close_while_the_main_thread_submits():
