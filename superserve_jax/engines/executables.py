@@ -129,14 +129,14 @@ class LeastRecentlyUsed:
     A value that is larger than the whole budget is kept alone. We do not use `cachetools.LRUCache`, because it makes a value
     before it drops others, so that all of them take memory for a moment.
 
-    >>> kept = LeastRecentlyUsed(10)
-    >>> [kept.get(key, 6, lambda: print("makes", key) or key.upper()) for key in ("a", "a", "b", "a")]
+    >>> kept = LeastRecentlyUsed(15)
+    >>> [kept.get(key, 6, lambda: print("makes", key) or key.upper()) for key in ("a", "b", "a", "c", "a")]
     makes a
     makes b
-    makes a
-    ['A', 'A', 'B', 'A']
+    makes c
+    ['A', 'B', 'A', 'C', 'A']
     >>> kept.nbytes, kept.makes
-    (6, 3)
+    (12, 3)
 
     Attributes:
       budget_bytes: the byte budget.

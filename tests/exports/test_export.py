@@ -22,7 +22,8 @@ from superserve_jax.vocabulary import Vocabulary
 
 @pytest.fixture
 def exported(tiny, tmp_path):
-    return write_export(tmp_path / "export", tiny, class_names=("a", "b", "c"), training={"lr": 0.1})
+    descending = tiny.calibrated[::-1]
+    return write_export(tmp_path / "export", tiny, descending, class_names=("a", "b", "c"), training={"lr": 0.1})
 
 
 def test_a_loaded_export_gives_the_same_logits_and_lists_its_served_subnets(tiny, exported):
@@ -32,7 +33,7 @@ def test_a_loaded_export_gives_the_same_logits_and_lists_its_served_subnets(tiny
         np.testing.assert_array_equal(model(images, subnet), tiny(images, subnet))
     assert model.config == TINY
     assert model.served == tuple(
-        Served(s, 0.5 + 0.1 * i, None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)
+        Served(s, 0.5 + 0.1 * (2 - i), None, TINY.flops(s), TINY.num_params(s)) for i, s in enumerate(tiny.calibrated)
     )
     assert model.class_names == ("a", "b", "c")
     assert model.manifest["training"] == {"lr": 0.1}

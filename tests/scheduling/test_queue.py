@@ -120,12 +120,10 @@ def test_a_batch_is_cut_before_the_first_floor_that_the_subnet_misses():
     assert dispatch.take(q, PROFILE, SMALL, 4, slack_ms=100.0) == (SMALL, [0, 1])
 
 
-@pytest.mark.parametrize(
-    ("slack_ms", "batch"), [(100.0, 4), (5.0, 2), (3.0, 1), (1.0, 4)], ids=["all", "cut", "one", "hopeless"]
-)
-def test_a_head_whose_floor_exceeds_the_decided_subnet_runs_on_the_fastest_that_reaches_it(slack_ms, batch):
+@pytest.mark.parametrize(("slack_ms", "most", "batch"), [(100.0, 4, 4), (100.0, 2, 2), (5.0, 4, 2), (3.0, 4, 1), (1.0, 4, 4)])
+def test_a_head_whose_floor_exceeds_the_decided_subnet_runs_on_the_fastest_that_reaches_it(slack_ms, most, batch):
     q = filled([(1.0, 0.75)] * 4)
-    assert dispatch.take(q, PROFILE, SMALL, 4, slack_ms=slack_ms) == (MIDDLE, list(range(batch)))
+    assert dispatch.take(q, PROFILE, SMALL, most, slack_ms=slack_ms) == (MIDDLE, list(range(batch)))
 
 
 def test_the_error_for_a_floor_that_no_subnet_reaches_names_the_best_accuracy():
@@ -221,6 +219,7 @@ def test_the_meter_forgets_in_a_pause_as_if_it_had_been_read_all_the_time():
 def test_the_meter_remembers_the_shortest_slo_for_one_to_two_seconds():
     meter = ArrivalMeter()
     assert meter.slo_ms == math.inf
+    meter.shorten(-0.5, 36.0)  # so that the shortest one does not come at the beginning of a period
     meter.shorten(0.0, 18.0)
     seen = []
     for k in range(1, 26):

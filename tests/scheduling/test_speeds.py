@@ -80,16 +80,17 @@ def test_a_worker_that_left_counts_for_nothing_until_it_comes_back():
     assert fleet.pace(1) == (2.0, 1.0, 1.0)
 
 
-def test_equally_slow_workers_count_as_equal_workers():
+def test_equally_slow_workers_count_as_equal_workers_also_after_one_was_away():
     fleet = Fleet([PAPER] * 3)
     for worker in range(3):
         for _ in range(200):
             fleet.observe(worker, 10.0, 20.0)
     paces = [fleet.pace(worker) for worker in range(3)]  # a worker's speed is updated when it asks
-    assert paces[2].workers == pytest.approx(3.0)
-    assert paces[2].slowdown == pytest.approx(2.0, rel=0.01)
-    assert paces[2].lead == pytest.approx(1.0)
+    assert paces[2] == pytest.approx((3.0, 2.0, 1.0), rel=0.01)
     assert [fleet.slowdown(i) for i in range(len(paces))] == [pace.slowdown for pace in paces]
+    fleet.leave(1)
+    fleet.come_back(1)
+    assert fleet.pace(2) == paces[2]
     assert Fleet([PAPER], correct=False).pace(0) == Pace()
 
 

@@ -39,16 +39,16 @@ def test_workers_come_and_go_while_traffic_runs():
 
 @pytest.mark.parametrize(("make", "running"), [(FakeEngine, 4), (FakeDevice, 8)])
 def test_a_removed_worker_finishes_its_batches_and_its_thread_ends(make, running):
-    gate = Gate()
+    gate, busy = Gate(), Gate()
     with fakes.serve(fakes.fake(gate, make=make)) as s:
-        futures = s.submit_many(x(range(12)))
+        futures = s.submit_many(x(range(16)))
         with gate.holding():
-            s.add_worker(fakes.fake(name="fake:1"))
-            assert outcomes(futures[running:]) == list(range(running, 12))
-            with threads(lambda: s.remove_worker("fake:0")):
+            s.add_worker(fakes.fake(busy, name="fake:1"))
+            with busy.holding(), threads(lambda: s.remove_worker("fake:0")):
+                wait_until(lambda: worker(s)["state"] == "removed")
                 gate.opened.set()
-        assert outcomes(futures[:running]) == list(range(running))
-        assert worker(s)["state"] == "removed"
+        assert outcomes(futures) == list(range(16))
+        assert [i for batch in gate.batches for i in batch] == list(range(running))  # the others waited for the busy worker
         assert not [t for t in threading.enumerate() if t.name == "superserve-fake:0"]
         assert outcomes([s.submit(x(1))]) == [1]
         assert s.snapshot()["queries"]["requeued"] == 0

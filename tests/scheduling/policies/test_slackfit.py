@@ -120,6 +120,7 @@ def test_slackfit_runs_no_batch_longer_than_the_shortest_slo():
     long, short = (choose(policy, PAPER, 150.0, waiting=16, slo_ms=slo_ms) for slo_ms in (200.0, 18.0))
     assert (long, short) == ((5, 16), (1, 16))
     assert PAPER.latency_ms(PAPER.rows[short[0]].subnet, 16) <= 0.9 * 18
+    assert choose(SlackFit(spread(PAPER, 1.7)), PAPER, 150.0, waiting=16, slo_ms=18.0) == (0, 16)
 
 
 def test_slackfit_defers_queries_of_a_lost_backlog_that_a_full_batch_does_not_save():
