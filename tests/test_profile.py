@@ -144,7 +144,7 @@ def test_a_profile_survives_its_file(profile, tmp_path):
         (lambda d: d.update(schema=99), "schema 99 is not 1"),
         (lambda d: d.update(rows=[]), "at least one row"),
         (lambda d: d.update(batch_sizes=[]), "ascending"),
-        (lambda d: d.update(batch_sizes=[4, 1]), "ascending"),
+        (lambda d: d.update(slicing="other"), "slicing must be 'kept' or 'in_call'"),
         (lambda d: d.update(lengths=[128, 32]), "ascending"),
         (lambda d: d.update(lengths=[32, 32]), "ascending"),
         (lambda d: d.update(shorter=[]), "not a latency profile"),
@@ -153,6 +153,7 @@ def test_a_profile_survives_its_file(profile, tmp_path):
         (lambda d: d["rows"][0].update(latency_ms=[1, -2]), "positive and finite"),
         (lambda d: d["rows"][0].update(accuracy=75), "fraction from 0 to 1"),
         (lambda d: d["rows"][0].update(subnet=None), "not a subnet"),
+        (lambda d: d["rows"][1].update(envelope=d["rows"][0]["subnet"]), "does not cover"),
         (lambda d: d["rows"].append(d["rows"][0]), "two rows of the same subnet"),
     ],
 )

@@ -15,14 +15,15 @@ PROFILE = Profile((1, 2), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enume
 
 def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, monkeypatch, tmp_path):
     served = [types.SimpleNamespace(subnet=r.subnet, accuracy=r.accuracy, flops=1) for r in PROFILE.rows]
-    model = types.SimpleNamespace(
-        config=types.SimpleNamespace(flops=lambda subnet: 1), subnets=[r.subnet for r in PROFILE.rows], served=served
-    )
+    config = types.SimpleNamespace(flops=lambda subnet: 1)
+    model = types.SimpleNamespace(config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
     monkeypatch.setattr(ss, "load", lambda path: model)
     monkeypatch.setattr(device, "DeviceEngine", lambda _, device, **options: types.SimpleNamespace(device=device, **options))
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
     monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
-    printed = run_program("serve/measure.py", tmp_path, "--batch-sizes", 1, 2, "--slicing", "kept").stdout
+    options = ("--batch-sizes", 1, 2, "--slicing", "kept", "--plot", tmp_path / "plot.png")
+    printed = run_program("serve/measure.py", tmp_path, *options).stdout
+    assert f"plot: {tmp_path}/plot.png" in printed
     assert "3 of 4 subnets worth serving" in printed
     assert "P1: a larger batch takes longer: 3 of 4 times" in printed
     assert "P2: a more accurate subnet takes longer: 4 of 6 times" in printed
