@@ -29,8 +29,8 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import cli, exports, plots
 from superserve_jax.engines import prepare, profiling, subnet_buckets
-from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine, Slicing
+from superserve_jax.engines.keys import Device
 from superserve_jax.engines.subnet_buckets import Flops
 from superserve_jax.exports import Model
 from superserve_jax.profile import check_batch_sizes

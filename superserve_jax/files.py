@@ -4,17 +4,30 @@ import hashlib
 import json
 import os
 import pathlib
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
+IMPORTED_NS = time.time_ns()
+"""When this process imported the library, in ns since the epoch. A source file that is newer may not be the loaded code."""
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file atomically, and creates its folder. After an error the old file is unchanged."""
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o666) -> None:
+    """Writes a file atomically, and creates its folder. After an error the old file is unchanged.
+
+    Args:
+      path: the file.
+      content: its new content.
+      mode: the permissions of the file, before the umask.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        part.write_bytes(content)
+        part.unlink(missing_ok=True)  # a killed process with the same number may have left it
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(content)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

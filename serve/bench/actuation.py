@@ -36,8 +36,8 @@ import tyro
 
 from superserve_jax import cli, errors, exports, plots, progress
 from superserve_jax.engines import executables, prepare
-from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
 from superserve_jax.plots import Line, Panel
 from superserve_jax.profile import check_batch_sizes
@@ -228,7 +228,7 @@ def time_ms(call: Callable[[], Any]) -> float:
 def slices_of(model: Model, subnet: Subnet, device: Device) -> Callable[[], Any]:
     """A function that makes a subnet's slices, as the engine does if they are not kept."""
     program = programs.sliced(model.config, subnet)
-    slicer = executables.compile_slicer(program, tuple(programs.used_leaves(program).items()), device)
+    slicer = executables.trace_slicer(program, tuple(programs.used_leaves(program).items()), device).compile()
     values = tuple(model.params[name] for name, _ in slicer.leaves)
     return lambda: jax.block_until_ready(slicer.call(values))
 

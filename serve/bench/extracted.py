@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from superserve_jax.engines import executables, prepare
-from superserve_jax.engines.cache import Device, Executable
+from superserve_jax.engines.cache import Executable
+from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs

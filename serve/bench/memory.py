@@ -45,8 +45,8 @@ import tyro
 
 from superserve_jax import cli, exports
 from superserve_jax.engines import prepare, subnet_buckets
-from superserve_jax.engines.cache import Device
 from superserve_jax.engines.device import DeviceEngine, Slicing
+from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
 from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.training import random_export

@@ -1,30 +1,24 @@
 """A private cache of this user that keeps compiled executables between processes.
 
 **Why this cache is our own.** jax's persistent compilation cache looks a program up by its lowered form. So every start would
-still trace and lower each program, which takes 0.1 to 0.3 s each. This cache looks a program up by its key (below), and
-traces nothing.
+still trace and lower each program, which takes 0.1 to 0.3 s each. This cache looks a program up by its key (`keys.py`). For
+the families of this library, it traces nothing.
 
-**The key** contains all that a compiled program depends on, such as the config, the batch size, the device, the versions of
-jax and jaxlib, the processor's features, and the source code of the operators. Weights are not part of the key, since
-executables take them as arguments. So exports with the same config share their entries.
+**Safety.** Loading an entry unpickles it and runs the machine code in it. So the cache reads only files that belong to this
+user and that nobody else can write to, in a directory of which the same is true. It follows no links, and never reads an
+export. A stale or damaged entry is compiled again. Deleting the directory is always safe.
 
-**Safety.** Loading an entry runs the machine code in it. So the cache reads only a directory that belongs to this user and
-that nobody else can write to, and never an export. A stale or damaged entry is compiled again. Deleting the directory is
-always safe.
+**Size.** The entries take at most `limit_bytes` together. The least recently used ones are deleted first.
 """
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
-import inspect
 import json
 import logging
 import os
 import pathlib
 import pickle
 import stat
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,16 +26,18 @@ import jax
 import platformdirs
 from jax.experimental import serialize_executable
 
-from superserve_jax import families, files, layers, ops, supernets
+from superserve_jax import errors, files
+from superserve_jax.engines import keys
+from superserve_jax.engines.keys import Device
 from superserve_jax.supernets.family import FamilyConfig
 
-Device = Any  # a jax.Device; type checkers do not accept it as a type
 Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of parameters, in the order of an executable's arguments."""
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
-_FORMAT = 3  # version of the entries, and of the executables' arguments and results
+_LIMIT_MB = 4_000
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +54,48 @@ class Executable:
     leaves: Leaves
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced program or slicer, which `compile` makes an executable of.
+
+    Args:
+      traced: the traced function.
+      leaves: see `Executable`.
+      options: the options of the compiler.
+    """
+
+    traced: jax.stages.Traced
+    leaves: Leaves
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def compile(self) -> Executable:
+        """Lowers and compiles the program."""
+        return Executable(self.traced.lower().compile(compiler_options=dict(self.options)), self.leaves)
+
+
+def directory() -> pathlib.Path | None:
+    """The cache's directory: $SUPERSERVE_CACHE, or else superserve_jax in the user's cache folder.
+
+    None if $SUPERSERVE_CACHE is empty, which turns the cache off, or if there is no home directory.
+    """
+    chosen = os.environ.get("SUPERSERVE_CACHE")
+    if chosen is not None:
+        return pathlib.Path(chosen) if chosen else None
+    try:
+        return platformdirs.user_cache_path("superserve_jax")
+    except RuntimeError as e:
+        _log.warning("no cache of executables: %s; set SUPERSERVE_CACHE to a directory", e)
+        return None
+
+
+def limit_bytes() -> int:
+    """The bytes that the entries may take together: $SUPERSERVE_CACHE_MB, or else 4000 MB (1 MB is 10^6 bytes)."""
+    given = os.environ.get("SUPERSERVE_CACHE_MB", str(_LIMIT_MB))
+    if not given.isdecimal():
+        raise errors.ConfigError(f"SUPERSERVE_CACHE_MB must be a whole number of megabytes, got {given!r}")
+    return 10**6 * int(given)
+
+
 class ExecutableCache:
     """The entries of one SuperNet config on one device.
 
@@ -70,44 +108,40 @@ class ExecutableCache:
     """
 
     def __init__(self, config: FamilyConfig, device: Device):
-        self._device = device
-        folder = os.environ.get("SUPERSERVE_CACHE", platformdirs.user_cache_path("superserve_jax"))
-        source = _source_digest(type(config)) if folder else None
-        self._root = _private(pathlib.Path(folder)) if source is not None else None
-        features = cpu_info("flags") or cpu_info("Features") if device.platform == "cpu" else ""  # "Features" on ARM
-        self._about = {
-            "format": _FORMAT,
-            "config": families.config_to_json(config),
-            "device": [device.platform, device.device_kind, device.id],
-            "jax": [importlib.metadata.version(name) for name in ("jax", "jaxlib")],
-            "runtime": device.client.platform_version,
-            "flags": os.environ.get("XLA_FLAGS", ""),
-            "settings": [str(jax.config.values["jax_default_matmul_precision"]), bool(jax.config.values["jax_enable_x64"])],
-            "features": " ".join(sorted(features.split())),
-            "source": source,
-        }
+        self._device, self._is_foreign, self._limit_bytes = device, keys.is_foreign(config), limit_bytes()
+        root = directory()
+        self._common = keys.common_key(config, device) if root is not None else None
+        self._root = _private(root) if root is not None and self._common is not None else None
 
-    def get(self, about: Mapping[str, Any], make: Callable[[], Executable]) -> Executable:
+    def get(self, about: Mapping[str, Any], trace: Callable[[], Traced]) -> Executable:
         """Loads the executable that `about` describes from the cache, or else compiles and stores it.
 
         Args:
           about: a JSON object that identifies this executable among those with the same config and device.
-          make: compiles the executable.
+          trace: traces the program. For a family of this library it is called only if there is no entry.
         """
         if self._root is None:
-            return make()
-        key = json.dumps({**self._about, **about}, sort_keys=True)
+            return trace().compile()
+        program, digest = None, None
+        if self._is_foreign:
+            program = trace()
+            digest = keys.program_digest(program.traced.jaxpr)
+            if digest is None:
+                _log.warning("an executable is not kept: its program contains a Python function, whose code has no digest")
+                return program.compile()
+        key = json.dumps({**self._common, **about, "program": digest}, sort_keys=True)
         path = self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
         found = self._load(path)
         if found is None:
-            found = make()
+            found = (program or trace()).compile()
             _save(path, found)
+            shrink(self._root, self._limit_bytes)
         return found
 
     def _load(self, path: pathlib.Path) -> Executable | None:
         """The entry in a file, or None if there is no file. An entry that cannot be used gives a warning and None."""
         try:
-            content = path.read_bytes()
+            content = _read_own(path)
             digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
             if hashlib.sha256(body).digest() != digest:
                 raise ValueError("it is damaged")
@@ -123,11 +157,46 @@ class ExecutableCache:
             return None
 
 
+def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
+    """The files of a cache, the least recently used first. Files of other kinds of names are not the cache's."""
+    found = []
+    for path in root.glob("*"):
+        try:
+            info = path.lstat()
+        except FileNotFoundError:
+            continue  # another process has deleted it
+        if path.suffix in (".bin", ".part") and stat.S_ISREG(info.st_mode):
+            found.append((path, info))
+    return sorted(found, key=lambda entry: entry[1].st_mtime_ns)
+
+
+def shrink(root: pathlib.Path, limit: int) -> None:
+    """Deletes the least recently used entries until all take at most `limit` bytes. 0 deletes all."""
+    found = entries(root)
+    excess = sum(info.st_size for _, info in found) - limit
+    for path, info in found:
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= info.st_size
+
+
+def _read_own(path: pathlib.Path) -> bytes:
+    """The content of a regular file that belongs to this user and that nobody else can write to. Marks it as used."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
+            raise ValueError("it is not a regular file of this user that only this user can write to")
+        os.utime(descriptor)
+        return file.read()
+
+
 def _save(path: pathlib.Path, executable: Executable) -> None:
     """Writes an entry. If the disk is full or read-only, only the next start takes longer."""
     try:
         body = pickle.dumps((executable.leaves, serialize_executable.serialize(executable.call)))  # type: ignore[arg-type]
-        files.write_bytes(path, hashlib.sha256(body).digest() + body)
+        files.write_bytes(path, hashlib.sha256(body).digest() + body, mode=0o600)
     except (OSError, ValueError, RuntimeError, pickle.PicklingError) as e:  # some backends cannot serialise
         _log.warning("cannot store an executable in %s: %s; the next start will compile it again", path.parent, e)
 
@@ -140,35 +209,7 @@ def _private(root: pathlib.Path) -> pathlib.Path | None:
     except OSError as e:
         _log.warning("no cache of executables: %s", e)
         return None
-    if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
         _log.warning("no cache of executables: %s belongs to another user or is writable by others; chmod 700 it", root)
         return None
     return root
-
-
-@functools.cache
-def _source_digest(config_class: type) -> str | None:
-    """Digest of the source code that programs are traced from. So an edit of an operator invalidates all executables.
-
-    If the source cannot be read, gives a warning and None. An example is a family that was typed into a notebook.
-    """
-    # All families count, since one may build on another. The config's own module may be outside of this library.
-    packages = tuple(f"{package.__name__}." for package in (families, supernets))
-    traced = [sys.modules[name] for name in sorted(sys.modules) if name.startswith(packages)]
-    modules = [ops, layers, *traced, inspect.getmodule(config_class)]
-    try:
-        return hashlib.sha256("".join(inspect.getsource(m) for m in modules if m is not None).encode()).hexdigest()
-    except (OSError, TypeError) as e:
-        _log.warning("no cache of executables for %s: %s", config_class.__name__, e)
-        return None
-
-
-@functools.cache
-def cpu_info(field: str) -> str:
-    """A field of the first processor in Linux's /proc/cpuinfo, such as "model name" or "flags"; "" if there is none.
-
-    Machine code depends on the flags, and psutil gives neither these nor the model name.
-    """
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

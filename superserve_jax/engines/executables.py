@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from superserve_jax import progress
-from superserve_jax.engines.cache import Device, Executable, ExecutableCache, Leaves
+from superserve_jax.engines.cache import Executable, ExecutableCache, Leaves, Traced
+from superserve_jax.engines.keys import Device
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
@@ -58,11 +59,11 @@ def build(
     def program_executable(program: Program, batch: int, length: int) -> Executable:
         about = {**_about(program), "batch": batch, "length": length, "kept": kept(program)}
         about["options"] = programs.compiler_options(device.platform)
-        return store.get(about, lambda: compile_program(program, batch, device, length=length, kept=kept(program)))
+        return store.get(about, lambda: trace_program(program, batch, device, length=length, kept=kept(program)))
 
     def slicer(program: Program) -> Executable:
         about = {**_about(program), "slicer": True}
-        return store.get(about, lambda: compile_slicer(program, leaves[program], device))
+        return store.get(about, lambda: trace_slicer(program, leaves[program], device))
 
     full = programs.param_spec(program_list[0].config)
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -83,8 +84,8 @@ def build(
     return made, slicers
 
 
-def compile_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Executable:
-    """Traces, lowers and compiles a program. `length` is 0 if all inputs have one shape. `kept`: it takes kept slices."""
+def trace_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Traced:
+    """Traces a program. `length` is 0 if all inputs have one shape. `kept`: it takes kept slices."""
     full = programs.param_spec(program.config)
     leaves = tuple((name, shape if kept else full[name].shape) for name, shape in programs.used_leaves(program).items())
     names = tuple(name for name, _ in leaves)
@@ -96,20 +97,20 @@ def compile_program(program: Program, batch: int, device: Device, *, length: int
     inputs = input_spec(program.config, batch, length)
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
-    lowered = jax.jit(infer, in_shardings=SingleDeviceSharding(device)).lower(values, inputs, statistics, active)
-    return Executable(lowered.compile(compiler_options=programs.compiler_options(device.platform)), leaves)
+    traced = jax.jit(infer, in_shardings=SingleDeviceSharding(device)).trace(values, inputs, statistics, active)
+    return Traced(traced, leaves, programs.compiler_options(device.platform))
 
 
-def compile_slicer(program: Program, leaves: Leaves, device: Device) -> Executable:
-    """Compiles the function that makes a program's slices. Its arguments are the parameters that are larger than `leaves`."""
+def trace_slicer(program: Program, leaves: Leaves, device: Device) -> Traced:
+    """Traces the function that makes a program's slices. Its arguments are the parameters that are larger than `leaves`."""
     full = programs.param_spec(program.config)
     cut = tuple((name, shape) for name, shape in leaves if shape != full[name].shape)
 
     def slices(values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(jax.lax.slice(v, (0,) * v.ndim, shape) for v, (_, shape) in zip(values, cut, strict=True))
 
-    lowered = jax.jit(slices, in_shardings=SingleDeviceSharding(device)).lower(tuple(full[name] for name, _ in cut))
-    return Executable(lowered.compile(), cut)
+    traced = jax.jit(slices, in_shardings=SingleDeviceSharding(device)).trace(tuple(full[name] for name, _ in cut))
+    return Traced(traced, cut)
 
 
 def _about(program: Program) -> dict[str, Any]:

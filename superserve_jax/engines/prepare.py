@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, exports
-from superserve_jax.engines import cache, executables, profiling, subnet_buckets
-from superserve_jax.engines.cache import Device
+from superserve_jax.engines import executables, keys, profiling, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
+from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
 from superserve_jax.exports import Model
 from superserve_jax.lengths import check_length_buckets, default_lengths
@@ -254,4 +254,4 @@ def device_kind(device: Device) -> str:
     """The kind of a device, which names its latency profile: a card's name, or a CPU's model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind
-    return f"cpu {cache.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"
+    return f"cpu {keys.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"

@@ -74,72 +74,15 @@ def test_a_server_needs_an_export_batch_sizes_and_devices(model):
         ss.Server(model, policy="slakfit", batch_sizes=(1,))
 
 
-class TestCache:
-    @pytest.fixture(autouse=True)
-    def private(self, monkeypatch, tmp_path):
-        self.root = tmp_path / "cache"
-        monkeypatch.setenv("SUPERSERVE_CACHE", str(self.root))
-
-    def answer(self, model):
-        made, _ = executables.build([programs.sliced(TINY, model.space.smallest())], (1,), jax.devices()[0])
-        [executable] = made.values()
-        leaves = tuple(model.params[name] for name, _ in executable.leaves)
-        statistics, active = model.statistics[model.space.smallest()], np.zeros(0, np.int32)
-        return np.asarray(executable.call(leaves, random_images(TINY, 1), statistics, active))
-
-    def test_a_second_start_loads_what_the_first_compiled_without_compiling(self, model, compilations):
-        first = self.answer(model)
-        [entry] = self.root.glob("*.bin")
-        assert self.root.stat().st_mode & 0o077 == 0
-        programs.used_leaves.cache_clear()
-        before = [e for e in compilations() if "backend_compile" in e or "trace" in e]
-        np.testing.assert_array_equal(self.answer(model), first)
-        assert [e for e in compilations() if "backend_compile" in e or "trace" in e] == before
-        assert list(self.root.glob("*")) == [entry]
-
-    @pytest.mark.parametrize("damage", [lambda c: c[:100], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
-    def test_a_damaged_entry_is_compiled_again(self, model, damage, caplog):
-        first = self.answer(model)
-        [entry] = self.root.glob("*.bin")
-        content = entry.read_bytes()
-        entry.write_bytes(damage(content))
-        np.testing.assert_array_equal(self.answer(model), first)
-        assert "is damaged" in caplog.text
-        caplog.clear()
-        self.answer(model)
-        assert "is damaged" not in caplog.text
-
-    def test_a_directory_that_others_may_write_to_is_not_trusted(self, model, caplog):
-        self.root.mkdir(mode=0o777)
-        self.root.chmod(0o777)
-        self.answer(model)
-        assert "chmod 700" in caplog.text
-        assert not list(self.root.glob("*"))
-
-    def test_another_config_or_batch_has_an_entry_of_its_own(self):
-        for entries, (num_classes, batch) in enumerate([(3, 1), (3, 2), (7, 1)], 1):
-            config = dataclasses.replace(TINY, num_classes=num_classes)
-            executables.build([programs.sliced(config, config.space().smallest())], (batch,), jax.devices()[0])
-            assert len(list(self.root.glob("*.bin"))) == entries
-
-    def test_a_family_whose_source_cannot_be_read_is_compiled_without_a_cache(self, caplog):
-        notebook = type("Notebook", (type(TINY),), {"__module__": "builtins"})  # which has no source in Python
-        config = notebook(**dataclasses.asdict(TINY))
-        made, _ = executables.build([programs.sliced(config, config.space().smallest())], (1,), jax.devices()[0])
-        assert len(made) == 1
-        assert "no cache of executables for Notebook" in caplog.text
-        assert not self.root.exists()
-
-
 def test_a_failed_compilation_cancels_the_others(model, monkeypatch):
     begun = []
 
-    def compile_program(program, batch, device, **_):
+    def trace_program(program, batch, device, **_):
         begun.append(batch)
         time.sleep(0.01)
         raise RuntimeError("cannot be compiled")
 
-    monkeypatch.setattr(executables, "compile_program", compile_program)
+    monkeypatch.setattr(executables, "trace_program", trace_program)
     with pytest.raises(RuntimeError, match="cannot be compiled"):
         executables.build([programs.sliced(TINY, model.space.smallest())], range(1, 500), jax.devices()[0])
     assert len(begun) < 499

@@ -1,0 +1,162 @@
+"""The keys of the executable cache. A key contains everything that a compiled program depends on.
+
+A wrong key would return wrong answers without a warning. So there are two kinds of key:
+
+- **A family of this package.** The key contains a digest of every source file from which a program can be traced. A start
+  that finds all executables traces nothing.
+- **Any other family.** Its source may be in several files, in a notebook, or nowhere. So the key contains a digest of the
+  traced program as well: the text of its jaxpr and all constants in it. Every start traces the programs, but compiles nothing.
+
+There is no key, and so no caching, if a source file changed after this process imported the library, or if a jaxpr contains a
+Python function. In both cases the loaded code is unknown.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from superserve_jax import families, files
+from superserve_jax.families import dynabert, ofa_resnet, subset
+from superserve_jax.supernets.family import FamilyConfig
+
+_log = logging.getLogger(__name__)
+
+Device = Any  # a jax.Device; type checkers do not accept it as a type
+
+_FORMAT = 4  # version of the entries, and of the executables' arguments and results
+PACKAGE = pathlib.Path(files.__file__).parent
+UNTRACED = {"convert", "experiments", "exports", "loadtest", "scheduling", "serving", "simulation", "training"}
+"""The packages from which no program can be traced. Edits there keep all executables."""
+
+# Other files in the folder of families come from users, and may import code from anywhere.
+_OWN = {dynabert.__name__, ofa_resnet.__name__, subset.__name__}
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_KERNELS = ("jax-cuda", "jax-rocm", "libtpu", "nvidia-")  # how the names of packages with kernels begin
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_explicit_x64_dtypes",
+    "jax_numpy_dtype_promotion",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_partitionable",
+)
+
+
+def sources(package: pathlib.Path = PACKAGE) -> list[pathlib.Path]:
+    """The source files of this library from which a program can be traced."""
+    found = (path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in UNTRACED)
+    return sorted(found)
+
+
+def source_digest(package: pathlib.Path = PACKAGE) -> str:
+    """The SHA-256 of the names and contents of `sources`."""
+    digest = hashlib.sha256()
+    for path in sources(package):
+        digest.update(f"{path.relative_to(package).as_posix()} {files.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _loaded_digest() -> str | None:
+    """The digest of the sources that this process imported. If it cannot be known, gives a warning and None."""
+    try:
+        changed = [path for path in sources() if path.stat().st_mtime_ns > files.IMPORTED_NS]
+        if not changed:
+            return source_digest()
+        _log.warning("no cache of executables: %s changed after it was imported; start Python again", changed[0])
+    except OSError as e:
+        _log.warning("no cache of executables: cannot read the source of superserve_jax: %s", e)
+    return None
+
+
+def is_foreign(config: FamilyConfig) -> bool:
+    """Whether a program of `config` may run code from outside of this library."""
+    inner = [value for value in vars(config).values() if isinstance(value, FamilyConfig)]  # of a family that wraps another
+    return type(config).__module__ not in _OWN or any(map(is_foreign, inner))
+
+
+def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
+    """The part of the key that all executables of a config on a device have in common, as a JSON object; None: do not cache.
+
+    Weights are not part of the key, since executables take them as arguments. So exports with one config share their entries.
+    """
+    sources_digest = _loaded_digest()
+    if sources_digest is None:
+        return None
+    return {
+        "format": _FORMAT,
+        "config": families.config_to_json(config),
+        "sources": sources_digest,
+        "device": [device.platform, device.device_kind, device.id],
+        "packages": _versions(gpu=device.platform != "cpu"),
+        "runtime": device.client.platform_version,
+        "flags": os.environ.get("XLA_FLAGS", ""),
+        "settings": {name: repr(jax.config.values.get(name)) for name in _SETTINGS},
+        "features": " ".join(sorted(_cpu_features().split())) if device.platform == "cpu" else "",
+    }
+
+
+def _versions(*, gpu: bool) -> dict[str, str]:
+    """The versions of the packages that trace and compile programs, or that hold the kernels which programs call."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    if gpu:
+        every = ((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
+        found |= {name: version for name, version in every if name.startswith(_KERNELS)}
+    return found
+
+
+def program_digest(program: ClosedJaxpr) -> str | None:
+    """The SHA-256 of a traced program and its constants. If the program contains a Python function, None.
+
+    >>> import jax.numpy as jnp
+    >>> def digest(table):
+    ...     return program_digest(jax.make_jaxpr(lambda x: x + jnp.asarray(table))(np.zeros(2)))
+    >>> digest(np.ones(2)) == digest(np.ones(2)), digest(np.ones(2)) == digest(np.zeros(2))
+    (True, False)
+    """
+    text = str(program)
+    if " at 0x" in text:  # the text shows a function by its address, which says nothing about its code
+        return None
+    digest = hashlib.sha256(text.encode())
+    for constant in _constants(program):  # the text shows only their shapes
+        value = np.asarray(constant)
+        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+    return digest.hexdigest()
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """All constants of a jaxpr and of the jaxprs inside it."""
+    if isinstance(program, ClosedJaxpr):
+        yield from program.consts
+        program = program.jaxpr
+    for equation in program.eqns:
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: isinstance(v, ClosedJaxpr | Jaxpr))
+        for value in inner:
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                yield from _constants(value)
+
+
+def _cpu_features() -> str:
+    return cpu_info("flags") or cpu_info("Features")  # "Features" on ARM
+
+
+@functools.cache
+def cpu_info(field: str) -> str:
+    """A field of the first processor in Linux's /proc/cpuinfo, such as "model name" or "flags"; "" if there is none.
+
+    Machine code depends on the flags, and psutil gives neither these nor the model name.
+    """
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

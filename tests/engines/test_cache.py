@@ -1,0 +1,131 @@
+"""The cache of executables: its safety, its size and its place."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from cached import answer
+from tiny import TINY
+
+from superserve_jax import errors
+from superserve_jax.engines import cache
+
+# -- safety -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:100], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
+def test_a_damaged_entry_is_compiled_again(root, damage, caplog):
+    first = answer()
+    [entry] = root.glob("*.bin")
+    entry.write_bytes(damage(entry.read_bytes()))
+    np.testing.assert_array_equal(answer(), first)
+    assert "is damaged" in caplog.text
+    caplog.clear()
+    answer()
+    assert "is damaged" not in caplog.text
+
+
+def writable_by_others(entry):
+    entry.chmod(0o666)
+
+
+def a_link(entry):
+    entry.rename(entry.with_name("elsewhere"))
+    entry.symlink_to(entry.with_name("elsewhere"))
+
+
+def a_pipe(entry):
+    entry.unlink()
+    os.mkfifo(entry)
+
+
+def of_another_user(entry):
+    os.chown(entry, 12345, -1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        writable_by_others,
+        a_link,
+        a_pipe,
+        pytest.param(of_another_user, marks=pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")),
+    ],
+)
+@pytest.mark.usefixtures("no_test_hangs")
+def test_an_entry_that_others_may_have_written_is_not_unpickled(root, change, caplog, monkeypatch):
+    first = answer()
+    [entry] = root.glob("*.bin")
+    change(entry)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.pickle, "loads", lambda _: pytest.fail("the entry was unpickled"))
+        np.testing.assert_array_equal(answer(), first)
+    assert "compiling again" in caplog.text
+    assert not entry.is_symlink()
+    assert entry.stat().st_mode & 0o177 == 0
+    caplog.clear()
+    answer()
+    assert not caplog.records
+
+
+def test_a_directory_that_others_may_write_to_is_not_trusted(root, caplog):
+    root.mkdir()
+    root.chmod(0o777)
+    answer()
+    assert "chmod 700" in caplog.text
+    assert not list(root.glob("*"))
+
+
+# -- size and place -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_entries_are_deleted_first(root, monkeypatch):
+    configs = [dataclasses.replace(TINY, num_classes=n) for n in (3, 4, 5)]
+    paths = []
+    for age, config in enumerate(configs):
+        answer(config)
+        [path] = set(root.glob("*.bin")) - set(paths)
+        os.utime(path, (1e9 + age, 1e9 + age))
+        paths.append(path)
+    answer(configs[0])  # a use, so the second entry is now the oldest
+    monkeypatch.setenv("SUPERSERVE_CACHE_MB", "1")
+    monkeypatch.setattr(
+        cache, "limit_bytes", lambda: sum(path.stat().st_size for path in paths) + paths[0].stat().st_size // 2
+    )
+    answer(dataclasses.replace(TINY, num_classes=6))
+    assert [path.exists() for path in paths] == [True, False, True]
+    cache.shrink(root, 0)
+    assert not list(root.glob("*"))
+
+
+def test_other_files_in_the_directory_stay(root):
+    root.mkdir(mode=0o700)
+    (root / "notes.txt").write_text("mine")
+    cache.shrink(root, 0)
+    assert (root / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "1 GB"])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch, value):
+    monkeypatch.setenv("SUPERSERVE_CACHE_MB", value)
+    with pytest.raises(errors.ConfigError, match="SUPERSERVE_CACHE_MB must be a whole number of megabytes"):
+        answer()
+
+
+def test_without_a_home_directory_only_the_variable_gives_a_cache(root, monkeypatch, caplog):
+    def no_home(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache.platformdirs, "user_cache_path", no_home)
+    answer()
+    assert len(list(root.glob("*.bin"))) == 1
+    monkeypatch.delenv("SUPERSERVE_CACHE")
+    answer()
+    assert "set SUPERSERVE_CACHE" in caplog.text
+
+
+def test_an_empty_variable_turns_the_cache_off(root, monkeypatch):
+    monkeypatch.setenv("SUPERSERVE_CACHE", "")
+    answer()
+    assert not root.exists()
