@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import stat
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +38,7 @@ Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 _LIMIT_MB = 4_000
+_NAME = re.compile(r"[0-9a-f]{32}\.bin(\.[0-9.]+\.part)?")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -158,15 +160,16 @@ class ExecutableCache:
 
 
 def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
-    """The files of a cache, the least recently used first. Files of other kinds of names are not the cache's."""
+    """The files that caches wrote into a directory, the least recently used first. Nobody else's files have such names."""
     found = []
     for path in root.glob("*"):
+        if not _NAME.fullmatch(path.name):
+            continue
         try:
             info = path.lstat()
         except FileNotFoundError:
             continue  # another process has deleted it
-        if path.suffix in (".bin", ".part") and stat.S_ISREG(info.st_mode):
-            found.append((path, info))
+        found.append((path, info))
     return sorted(found, key=lambda entry: entry[1].st_mtime_ns)
 
 

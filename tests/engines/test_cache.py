@@ -99,11 +99,21 @@ def test_the_least_recently_used_entries_are_deleted_first(root, monkeypatch):
     assert not list(root.glob("*"))
 
 
-def test_other_files_in_the_directory_stay(root):
-    root.mkdir(mode=0o700)
-    (root / "notes.txt").write_text("mine")
-    cache.shrink(root, 0)
-    assert (root / "notes.txt").exists()
+def test_a_program_shows_and_clears_the_cache_and_leaves_other_files(root, run_program):
+    answer()
+    [entry] = root.glob("*.bin")
+    unfinished, other = entry.with_name(f"{entry.name}.12.34.part"), root / "weights.bin"
+    unfinished.touch()
+    other.write_text("mine")
+    assert f"{root}" in run_program("serve/cache.py").stdout
+    assert entry.exists()
+    assert "deleted 2 files" in run_program("serve/cache.py", "--clear").stdout
+    assert list(root.glob("*")) == [other]
+
+
+def test_the_program_says_that_the_cache_is_off(monkeypatch, run_program):
+    monkeypatch.setenv("SUPERSERVE_CACHE", "")
+    assert "the cache is off" in run_program("serve/cache.py").stdout
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1.5", "1 GB"])
