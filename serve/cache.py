@@ -45,8 +45,7 @@ def main() -> None:
         ]
     )
     if options.clear:
-        cache.shrink(root, 0)
-        print(f"deleted {len(found)} files")
+        print(f"deleted {cache.clear(root)} files")
 
 
 if __name__ == "__main__":

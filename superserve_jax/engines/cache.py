@@ -174,7 +174,7 @@ def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
 
 
 def shrink(root: pathlib.Path, limit: int) -> None:
-    """Deletes the least recently used entries until all take at most `limit` bytes. 0 deletes all."""
+    """Deletes the least recently used entries until the others take at most `limit` bytes."""
     found = entries(root)
     excess = sum(info.st_size for _, info in found) - limit
     for path, info in found:
@@ -182,6 +182,14 @@ def shrink(root: pathlib.Path, limit: int) -> None:
             return
         path.unlink(missing_ok=True)
         excess -= info.st_size
+
+
+def clear(root: pathlib.Path) -> int:
+    """Deletes all entries. Returns their number."""
+    found = entries(root)
+    for path, _ in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 def _read_own(path: pathlib.Path) -> bytes:
