@@ -1,16 +1,30 @@
-"""Writes files atomically, and computes the SHA-256 of files and JSON objects."""
+"""Writes files atomically, locks folders, and computes the SHA-256 of files and JSON objects."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import stat
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 IMPORTED_NS = time.time_ns()
 """When this process imported the library, in ns since the epoch. A source file that is newer may not be the loaded code."""
+
+
+def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises OSError for anything else, and never waits for a pipe."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(f"{path} is not a regular file")
+        if info.st_size > most:
+            raise OSError(f"{path} has {info.st_size:,} bytes, more than the {most:,} that such a file may have")
+        return file.read()
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o666) -> None:
@@ -49,3 +63,17 @@ def digest(values: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON object without its key `sha256`. Order of keys and white space do not matter."""
     content = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of a folder. Raises BlockingIOError at once if another process or thread holds it.
+
+    The system releases the lock when the process ends, also after a kill. The lock leaves no file.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -8,6 +8,7 @@ import numpy as np
 
 from superserve_jax import errors
 
+_MOST = 1 << 20  # of a batch size or a length; tables have an entry for every number up to it
 _SHORTEST = 16  # the shortest default length bucket; shorter inputs hardly run faster
 
 
@@ -44,14 +45,16 @@ def length_bucket(lengths: Sequence[int], inputs: Sequence[np.ndarray]) -> int:
 
 
 def check_length_buckets(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Length buckets as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
+    """Length buckets as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 to 2^20."""
     return check_ascending("lengths", lengths, "(32, 64, 128)")
 
 
 def check_ascending(name: str, values: Sequence[int], example: str) -> tuple[int, ...]:
-    """`values` as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 up."""
+    """`values` as a tuple. Raises ConfigError unless they are ascending whole numbers from 1 to 2^20."""
     found = tuple(values) if isinstance(values, Iterable) else ()
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in found)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= _MOST for v in found)
     if not (found and whole and list(found) == sorted(set(found))):
-        raise errors.ConfigError(f"{name} must be ascending whole numbers from 1 up, such as {example}, got {values!r}")
+        raise errors.ConfigError(
+            f"{name} must be ascending whole numbers from 1 to {_MOST:,}, such as {example}, got {values!r}"
+        )
     return found

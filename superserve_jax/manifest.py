@@ -75,6 +75,15 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+def is_manifest(file: pathlib.Path) -> bool:
+    """Whether a file is the manifest of an export, of any version."""
+    try:
+        found = _parse(file)
+    except (errors.ExportError, OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == MANIFEST_FORMAT
+
+
 def verify_files(payload: pathlib.Path, contents: Mapping[str, Any]) -> None:
     """Raises ExportError unless the payload holds exactly the files in `contents`, with their sizes and digests, and no links.
 
@@ -115,6 +124,4 @@ def _parse(file: pathlib.Path) -> Any:
         path = file.parent
         what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
         raise errors.ExportError(f"{path} is not an export: it {what}; make one with train/export.py")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise errors.ExportError(f"{file} is larger than a manifest may be, {_MAX_MANIFEST_BYTES >> 20} MiB; export again")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(files.read_bytes(file, most=_MAX_MANIFEST_BYTES).decode())

@@ -16,7 +16,6 @@ import itertools
 import json
 import operator
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from superserve_jax.lengths import check_ascending, check_length_buckets
 from superserve_jax.subnet import Subnet
 
 SCHEMA = 1
+_MOST_BYTES = 64 << 20  # of a profile's file
 
 _LEAST_MS, _MOST_MS = 1e-9, 1e12  # range of plausible latencies; outside of it the arithmetic of a policy could overflow
 
@@ -314,7 +314,7 @@ class Profile:
     def load(path: str | os.PathLike[str]) -> "Profile":
         """Read a file written by `save`. Its SHA-256 may be missing. Raises ProfileError for a missing or malformed file."""
         try:
-            data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            data = json.loads(files.read_bytes(path, most=_MOST_BYTES).decode())
             if isinstance(data, dict) and "sha256" in data and data["sha256"] != files.digest(data):
                 raise errors.ProfileError("the file is damaged or was edited: measure again, or remove its sha256")
             return Profile.from_json(data)

@@ -10,6 +10,8 @@
 It holds only data: nothing in it is executed or unpickled. Replacing manifest.json commits the export. So a process that is
 killed at any moment leaves the old export or the new one. `load` checks every file against its digest before it reads the
 file. We compute digests ourselves because Orbax does not notice a flipped bit (see `manifest.py`).
+
+One file, because the writer and the reader share the layout and its checks.
 """
 
 import dataclasses
@@ -32,7 +34,15 @@ import orbax.checkpoint as ocp
 from superserve_jax import errors, families, files
 from superserve_jax.exports import statistics
 from superserve_jax.exports.model import Model, Served
-from superserve_jax.manifest import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_SCHEMA, files_of, read_manifest, verify_files
+from superserve_jax.manifest import (
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    MANIFEST_SCHEMA,
+    files_of,
+    is_manifest,
+    read_manifest,
+    verify_files,
+)
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig
@@ -40,6 +50,7 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
 
 _VOCABULARY = "vocabulary.txt"
+_PAYLOAD = re.compile(r"payload-([0-9a-f]{16}|part\.[0-9]+)")
 # Limits on the files of an export: by which factor they may be smaller than the weights (Orbax compresses), how many bytes
 # they may hold besides weights and statistics, and how many bytes the description of one subnet may take.
 _MAX_RATIO, _MAX_OTHER_BYTES, _MAX_SUBNET_BYTES = 10_000, 64 << 20, 64 << 10
@@ -71,24 +82,11 @@ def export(
       ExportError: the directory holds something else, or cannot be written.
       ConfigError: there is nothing to serve, the vocabulary does not fit the model, or an argument has a wrong type.
     """
-    with errors.refusing(
-        errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values"
-    ):
-        if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
-            raise errors.ConfigError(f"expected a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}")
-        if not served or len({s.subnet for s in served}) < len(served):
-            raise errors.ConfigError(f"an export must serve at least one subnet, and none of them twice; got {len(served)}")
-        if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
-            raise errors.ConfigError(f"measured and class_names must be strings, got {measured!r} and {class_names!r}")
-        json.dumps(dict(training or {}))
-        for s in served:
-            model.space.validate(s.subnet)
-        if vocabulary is not None:
-            vocabulary.check_fit(model.config)
+    _check_arguments(model, served, measured, class_names, vocabulary, training)
     kept = {s.subnet for s in served} | ({model.space.largest()} & set(model.statistics))
     calibrated = {subnet: model.statistics_of(subnet) for subnet in sorted(kept, key=model.config.flops)}
+    _check_finite(model.params, calibrated, "the model")
     path = _make_folder(path)
-    payload, contents = _write_payload(path, model, calibrated, vocabulary)
     spec = model.config.input_spec(1)
     size = math.prod(spec.shape) * spec.dtype.itemsize
     manifest = {
@@ -104,21 +102,68 @@ def export(
         "training": dict(training or {}),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint", "numpy")},
-        "payload": payload,
-        "files": contents,
     }
-    manifest["sha256"] = files.digest(manifest)
-    new = path / f"{MANIFEST_NAME}.part"
-    with new.open("w") as f:
-        json.dump(manifest, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path / MANIFEST_NAME)
-    _sync_directory(path)
-    for stale in path.glob("payload-*"):
-        if stale.name != payload:
-            shutil.rmtree(stale, ignore_errors=True)
+    try:
+        with files.locked(path):
+            _check_ours(path)
+            payload, contents = _write_payload(path, model, calibrated, vocabulary)
+            manifest |= {"payload": payload.name, "files": contents}
+            _commit(path, {**manifest, "sha256": files.digest(manifest)})
+            for stale in path.iterdir():
+                if stale != payload and _is_payload(stale):
+                    shutil.rmtree(stale, ignore_errors=True)
+    except BlockingIOError as e:
+        raise errors.ExportError(f"another process exports to {path} now; wait for it, or choose another path") from e
+    except OSError as e:
+        raise errors.ExportError(f"cannot export to {path}: {e}; an export that was there before is still intact") from e
     return path
+
+
+def _write_payload(
+    path: pathlib.Path, model: SuperNet, calibrated: Mapping[Subnet, np.ndarray], vocabulary: Vocabulary | None
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Writes the payload. Returns its folder, and the size and digest of every file in it.
+
+    After an error, no partial payload is left.
+    """
+    part = path / f"payload-part.{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((part / "weights").absolute(), model.params)
+        except Exception as e:  # Orbax passes on whatever its storage layer raises
+            raise errors.ExportError(f"the weights could not be written to {path}: {e}; make room on the disk") from e
+        statistics.write(part / "statistics.npz", calibrated)
+        if vocabulary is not None:
+            (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
+        contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
+        for folder in (part, *(f for f in part.rglob("*") if f.is_dir())):
+            _sync_directory(folder)
+        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+        payload = path / f"payload-{digest}"
+        os.rename(part, payload)
+    except (Exception, KeyboardInterrupt):
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync_directory(path)
+    return payload, contents
+
+
+def _commit(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Replaces the manifest. This commits the export."""
+    new = path / f"{MANIFEST_NAME}.part"
+    try:
+        with new.open("w") as f:
+            json.dump(manifest, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path / MANIFEST_NAME)
+    except (Exception, KeyboardInterrupt):
+        new.unlink(missing_ok=True)
+        raise
+    _sync_directory(path)
 
 
 def load(path: str | os.PathLike[str]) -> Model:
@@ -128,8 +173,17 @@ def load(path: str | os.PathLike[str]) -> Model:
       ExportError: the directory is missing, is not an export, is from a newer version, or was damaged or edited. The message
         names the file and the reason.
     """
-    manifest = read_manifest(path)
-    path = pathlib.Path(path)
+    while True:
+        manifest = read_manifest(path)
+        try:
+            return _load(pathlib.Path(path), manifest)
+        except errors.ExportError:
+            if read_manifest(path)["sha256"] == manifest["sha256"]:
+                raise
+            # Another process has replaced the export meanwhile, and removed the files of the old one.
+
+
+def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
     payload = path / manifest["payload"]
     file = path / MANIFEST_NAME
     try:
@@ -156,6 +210,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             params = checkpointer.restore((payload / "weights").absolute(), target)
     except Exception as e:  # Orbax raises many kinds of errors. The digests fit, so the weights are of another config.
         raise errors.ExportError(f"{payload / 'weights'} does not fit the config in the manifest: {e}; export again") from e
+    _check_finite(params, calibrated, str(path))
     return Model(path, manifest, served, vocabulary, config, params, calibrated)
 
 
@@ -168,37 +223,52 @@ def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path
     return pathlib.Path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
+@errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values")
+def _check_arguments(
+    model: SuperNet,
+    served: Sequence[Served],
+    measured: str,
+    class_names: Sequence[str],
+    vocabulary: Vocabulary | None,
+    training: Mapping[str, Any] | None,
+) -> None:
+    """Raises the errors of wrong arguments. `export` calls it before it writes anything."""
+    if not isinstance(model, SuperNet) or not all(isinstance(s, Served) for s in served):
+        raise errors.ConfigError(f"export takes a SuperNet and a list of `Served`, got {type(model).__name__} and {served!r}")
+    if not served or len({s.subnet for s in served}) < len(served):
+        raise errors.ConfigError(f"an export must serve at least one subnet, and none of them twice; got {len(served)}")
+    if not isinstance(measured, str) or not all(isinstance(name, str) for name in class_names):
+        raise errors.ConfigError(f"measured and class_names must be strings, got {measured!r} and {class_names!r}")
+    json.dumps(dict(training or {}))
+    for s in served:
+        model.space.validate(s.subnet)
+    if vocabulary is not None:
+        vocabulary.check_fit(model.config)
+
+
+def _check_finite(params: Mapping[str, Any], calibrated: Mapping[Subnet, np.ndarray], where: str) -> None:
+    """Raises ExportError if weights or statistics are NaN or infinite, or a variance is negative."""
+    for name, value in params.items():
+        if not np.isfinite(np.asarray(value)).all():
+            raise errors.ExportError(
+                f"the weights {name!r} of {where} are NaN or infinite; train again from an earlier checkpoint"
+            )
+    for subnet, value in calibrated.items():
+        if not np.isfinite(value).all() or (value[1] < 0).any():
+            raise errors.ExportError(
+                f"the statistics of {where} for {subnet.to_json()} are NaN, infinite or negative variances; calibrate again"
+            )
+
+
 def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         path = pathlib.Path(path)
-        # An interrupted first export leaves such files.
-        leftover = path.exists() and all(f.name.startswith(("payload-", MANIFEST_NAME)) for f in path.iterdir())
-        if path.exists() and not (path / MANIFEST_NAME).exists() and not leftover:
-            raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
+        if path.exists():
+            _check_ours(path)
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as e:
         raise errors.ExportError(f"cannot export to {str(path)!r}: {e}; choose another directory") from e
     return path
-
-
-def _write_payload(
-    path: pathlib.Path, model: SuperNet, calibrated: Mapping[Subnet, np.ndarray], vocabulary: Vocabulary | None
-) -> tuple[str, dict[str, Any]]:
-    """Writes the folder of the payload, and returns its name and a description of every file in it."""
-    part = path / f"payload-part.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((part / "weights").absolute(), model.params)
-    statistics.write(part / "statistics.npz", calibrated)
-    if vocabulary is not None:
-        (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
-    contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
-    payload = f"payload-{hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]}"
-    shutil.rmtree(path / payload, ignore_errors=True)
-    os.rename(part, path / payload)
-    _sync_directory(path)
-    return payload, contents
 
 
 def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> None:
@@ -222,6 +292,26 @@ def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) ->
     except (errors.SuperServeError, TypeError) as e:
         raise errors.ExportError(f"{file} is not the vocabulary that the manifest describes: {e}; export again") from e
     return vocabulary
+
+
+def _check_ours(path: pathlib.Path) -> None:
+    """Raises ExportError unless a folder holds an export, or nothing but what an interrupted export left."""
+    file = path / MANIFEST_NAME
+    if file.exists() and not is_manifest(file):
+        raise errors.ExportError(f"{file} is damaged or belongs to another program; remove it, or choose another directory")
+    if not file.exists() and not all(_is_payload(f) or f.name == f"{MANIFEST_NAME}.part" for f in path.iterdir()):
+        raise errors.ExportError(f"{path} is not empty and holds no export; choose another directory")
+
+
+def _is_payload(folder: pathlib.Path) -> bool:
+    """Whether `export` made this folder: its name and the names of all files in it are those of a payload."""
+    known = {"weights", "statistics.npz", _VOCABULARY}
+    return (
+        _PAYLOAD.fullmatch(folder.name) is not None
+        and folder.is_dir()
+        and not folder.is_symlink()
+        and all(f.name in known or f.name.startswith(("weights.", "statistics.npz.")) for f in folder.iterdir())
+    )
 
 
 def _describe(file: pathlib.Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Executables and their cache, and servers of an export that use them."""
 
-import dataclasses
 import time
 
 import jax
