@@ -1,5 +1,7 @@
 """Writes and loads an export, the only thing that training hands to serving: a directory that describes itself.
 
+One file, because the writer and the reader share this layout:
+
     manifest.json            config, size of the search space, served subnets, how they were measured, SHA-256 of every file
     payload-<digest>/        the digest is computed from its files
         weights/             written by Orbax
@@ -10,8 +12,6 @@
 It holds only data: nothing in it is executed or unpickled. Replacing manifest.json commits the export. So a process that is
 killed at any moment leaves the old export or the new one. `load` checks every file against its digest before it reads the
 file. We compute digests ourselves because Orbax does not notice a flipped bit (see `manifest.py`).
-
-One file, because the writer and the reader share the layout and its checks.
 """
 
 import dataclasses
