@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import stat
 import threading
 import time
@@ -66,14 +67,24 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the lock of a folder. Raises BlockingIOError at once if another process or thread holds it.
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of a file or folder. Raises BlockingIOError at once if another process or thread holds it.
 
-    The system releases the lock when the process ends, also after a kill. The lock leaves no file.
+    A file is created if it does not exist, and then names the process that held its lock last. The system releases the lock
+    when the process ends, also after a kill. The message of the error has the content of the file.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    is_folder = os.path.isdir(path)
+    flags = os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = "" if is_folder else os.read(descriptor, 1000).decode(errors="replace")
+            raise BlockingIOError(f"locked by {holder or 'another process'}") from None
+        if not is_folder:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -12,6 +12,8 @@ import logging
 import os
 import pathlib
 import shutil
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,18 +48,20 @@ class Checkpoints:
         """The last step with an undamaged checkpoint, or None. Logs a warning for each damaged checkpoint after it.
 
         Args:
-          clean: whether to remove the damaged checkpoints, so that their steps can be saved again. Only for the training
-            process.
+          clean: whether to move the damaged checkpoints, and those without checksums, into the folder `set_aside` of the run.
+            Their steps can then be saved again, and Orbax cannot delete them. Only for the training process.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             problem = self.damage(step)
             if problem is None:
+                if clean:
+                    self._set_aside([other for other in steps[i + 1 :] if not self._sums_path(other).exists()])
                 return step
             what_now = "the one before it is used" if i + 1 < len(steps) else "there is none before it"
             _log.warning("the checkpoint of step %d in %s is damaged (%s); %s", step, self._folder, problem, what_now)
             if clean:
-                self._remove(step)
+                self._set_aside([step])
         return None
 
     def damage(self, step: int) -> str | None:
@@ -76,6 +80,8 @@ class Checkpoints:
         Raises:
           DataError: the pytrees cannot be written. Earlier checkpoints are not changed.
         """
+        if (self._folder / str(step)).exists():
+            raise errors.DataError(f"{self._folder / str(step)} exists already; another program writes checkpoints there")
         args = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
@@ -106,8 +112,23 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT))
 
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Moves checkpoints out of Orbax' reach. They may be somebody else's, or a user may want to look at them."""
+        if not steps:
+            return
+        self._manager.close()
+        aside = self._folder.with_name("set_aside")
+        for step in steps:
+            for path in (self._folder / str(step), self._sums_path(step)):
+                if path.exists():
+                    target = aside / f"{path.name}.{time.time_ns()}"
+                    target.parent.mkdir(exist_ok=True)
+                    path.rename(target)
+                    _log.warning("%s is now %s", path, target)
+        self._manager = self._open()
+
     def _remove(self, step: int) -> None:
-        """Removes everything of a step, finished or not."""
+        """Removes what `save` wrote of a step, finished or not."""
         with contextlib.suppress(Exception):  # closing raises the error of the failed write once more
             self._manager.close()
         for path in self._folder.glob(f"{step}*"):

@@ -76,7 +76,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     parts = sampling.plan(config, num_steps)
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
-    with run.checkpoints() as saved, _stop_signal() as stopped:
+    with run.training_lock(), run.checkpoints() as saved, _stop_signal() as stopped:
         start, state = _restore(saved, run, sandwich)
         if start >= num_steps:
             return run

@@ -5,6 +5,8 @@
 | config.json | the resolved config |
 | checkpoints/ | step, parameters, optimiser state and average, written by Orbax |
 | checksums/ | the SHA-256 of every file of a checkpoint |
+| set_aside/ | damaged checkpoints, and checkpoints without checksums |
+| training.lock | the process that trains now, or trained last |
 | converted.json | exists if the first checkpoint holds converted weights |
 | metrics.jsonl, metrics.png | the training metrics |
 | validation.jsonl, tensorboard/ | validation accuracies, and all metrics for TensorBoard |
@@ -16,11 +18,12 @@
 | alone/ | the runs of standalone subnets, see `stages.standalone` |
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -122,6 +125,18 @@ class Run:
                 f"Run.open({str(self.workdir)!r}, dataset=...)"
             )
         return data.open(self.config.data)
+
+    @contextlib.contextmanager
+    def training_lock(self) -> Iterator[None]:
+        """Held by the process that trains. Raises ConfigError if another process trains in the same folder."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(files.locked(self.workdir / "training.lock"))
+            except BlockingIOError as e:
+                raise errors.ConfigError(
+                    f"{self.workdir} is {e}, which trains there now; wait for it, stop it, or choose another --workdir"
+                ) from e
+            yield
 
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints; close them after use."""
