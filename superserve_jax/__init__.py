@@ -14,8 +14,11 @@ The public names are listed in `__init__.pyi`. Each one is imported at its first
 not load jax.
 """
 
+import time
+
 import lazy_loader
 
 __version__ = "0.1.0"
+IMPORTED_NS = time.time_ns()  # a source file that is newer may not be the loaded code (see engines.keys)
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

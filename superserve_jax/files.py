@@ -9,12 +9,8 @@ import pathlib
 import platform
 import stat
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-IMPORTED_NS = time.time_ns()
-"""When this process imported the library, in ns since the epoch. A source file that is newer may not be the loaded code."""
 
 
 def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:

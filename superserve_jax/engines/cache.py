@@ -122,7 +122,7 @@ class ExecutableCache:
           about: a JSON object that identifies this executable among those with the same config and device.
           trace: traces the program. For a family of this library it is called only if there is no entry.
         """
-        if self._root is None:
+        if self._root is None or self._common is None:
             return trace().compile()
         program, digest = None, None
         if self._is_foreign:

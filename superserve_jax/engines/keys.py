@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+import superserve_jax
 from superserve_jax import families, files
 from superserve_jax.families import dynabert, ofa_resnet, subset
 from superserve_jax.supernets.family import FamilyConfig
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 Device = Any  # a jax.Device; type checkers do not accept it as a type
 
 _FORMAT = 4  # version of the entries, and of the executables' arguments and results
-PACKAGE = pathlib.Path(files.__file__).parent
+PACKAGE = pathlib.Path(superserve_jax.__file__).parent
 UNTRACED = {"convert", "experiments", "exports", "loadtest", "scheduling", "serving", "simulation", "training"}
 """The packages from which no program can be traced. Edits there keep all executables."""
 
@@ -71,7 +72,7 @@ def source_digest(package: pathlib.Path = PACKAGE) -> str:
 def _loaded_digest() -> str | None:
     """The digest of the sources that this process imported. If it cannot be known, gives a warning and None."""
     try:
-        changed = [path for path in sources() if path.stat().st_mtime_ns > files.IMPORTED_NS]
+        changed = [path for path in sources() if path.stat().st_mtime_ns > superserve_jax.IMPORTED_NS]
         if not changed:
             return source_digest()
         _log.warning("no cache of executables: %s changed after it was imported; start Python again", changed[0])
