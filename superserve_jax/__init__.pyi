@@ -40,3 +40,6 @@ from .training.runs import Run as Run
 from .vocabulary import Vocabulary as Vocabulary
 
 __version__: str
+
+IMPORTED_NS: int
+__version__: str

@@ -7,6 +7,7 @@ Server and simulator pass a `Turn`, which holds everything that the decision nee
     which batch     `take`: the queries that run, and the profile's row of the subnet that runs them.
 """
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -113,7 +114,8 @@ def _decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, f
             raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
         return row, size, decision.defer_ms, decision.reason
     except Exception as error:
-        error.add_note(f"the policy was called with {state!r}")
+        with contextlib.suppress(Exception):  # the class of the error may forbid new attributes
+            error.add_note(f"the policy was called with {state!r}")
         raise
 
 

@@ -10,7 +10,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine, Launched
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.length_queue import Queue
-from superserve_jax.serving import futures
+from superserve_jax.serving import foreign, futures
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.threads import Outbox
@@ -37,10 +37,7 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         """Makes the failure of an error, even if its `repr` raises."""
-        try:
-            return cls(error, repr(error))
-        except Exception:
-            return cls(error, f"{type(error).__name__} (its repr fails)")
+        return cls(error, foreign.text_of(error))
 
     @property
     def out_of_memory(self) -> bool:
@@ -53,17 +50,6 @@ class Failure(NamedTuple):
         return isinstance(self.error, MemoryError) or (
             isinstance(self.error, RuntimeError) and "RESOURCE_EXHAUSTED" in self.text
         )
-
-    def forget_frames(self) -> None:
-        """Drops the tracebacks of the error and of its causes.
-
-        Otherwise a client that keeps the error keeps their frames, and with them the engine and its device's memory.
-        """
-        error, seen = self.error, set[int]()  # an error may be its own cause
-        while error is not None and id(error) not in seen:
-            seen.add(id(error))
-            error.__traceback__ = None
-            error = error.__cause__ or error.__context__
 
     def cause(self, error: errors.SuperServeError) -> errors.SuperServeError:
         """Returns `error` with this failure's error as its `__cause__`."""
@@ -151,8 +137,8 @@ class Flight:
                 self.ready_s = clock()
                 self.waited_s = self.ready_s - asked_s
                 outputs = list(self.launched.outputs())
-            if self.count and len(outputs) != self.count:
-                raise errors.InferenceError(f"{len(outputs)} outputs for {self.count} inputs; an engine returns one for each")
+            if len(outputs) != (expected := self.count or len(blanks)):
+                raise errors.InferenceError(f"{len(outputs)} outputs for {expected} inputs; an engine returns one for each")
             return outputs
         except BaseException as error:
             self.failure = Failure.of(error)
@@ -176,6 +162,12 @@ def refill(waiting: Queue, profile: Profile, row: Row, batch: list[Query], outbo
         outbox.drop(more)
         live += [query for query in more if not query.done()]
     return live
+
+
+def may_overlap(engine: Engine, wanted: bool | None) -> bool:
+    """Whether a worker prepares its next batch while the device computes. `wanted` is the server's option `overlap`."""
+    gains = getattr(engine, "overlap", None)  # None: the engine cannot overlap
+    return gains is not None and (gains if wanted is None else wanted)
 
 
 class OverlapPace:

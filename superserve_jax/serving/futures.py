@@ -1,5 +1,6 @@
 """Futures: `Future` and `Query`, which a client holds while its query waits, and `Reply`, the answer. No jax.
 
+One file because a query is its own future.
 Our own futures, since a future of the standard library costs three times as much: each one makes a condition. Here the queries
 of one submit share a lock, and the list of callbacks is only made with the first callback.
 """
@@ -7,16 +8,32 @@ of one submit share a lock, and the list of callbacks is only made with the firs
 import asyncio
 import concurrent.futures
 import logging
+import numbers
 import operator
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+from superserve_jax import errors
+from superserve_jax.serving import foreign
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)
 
 _PENDING, _RESULT, _ERROR, _CANCELLED = range(4)
+
+
+def check_timeout(name: str, seconds: Any) -> float | None:
+    """A time limit that locks accept, or None for no limit. Raises ConfigError unless it is None or a number of seconds.
+
+    >>> check_timeout("timeout", 2), check_timeout("timeout", -1), check_timeout("timeout", float("inf"))
+    (2.0, 0.0, None)
+    """
+    if seconds is None:
+        return None
+    if not isinstance(seconds, numbers.Real) or seconds != seconds:
+        raise errors.ConfigError(f"{name} must be a number of seconds, or None for no limit; got {seconds!r}")
+    return max(float(seconds), 0.0) if seconds < threading.TIMEOUT_MAX else None
 
 
 class Reply(NamedTuple):
@@ -166,8 +183,14 @@ class Future:
     def _call_all(self) -> None:
         # Nobody registers any more, so the list can be read without the lock.
         callbacks, self._callbacks = self._callbacks or (), None
+        interrupt = None
         for fn in callbacks:
-            self._call(fn)
+            try:
+                self._call(fn)
+            except KeyboardInterrupt as error:  # the callbacks behind it must be called, too
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _wait(self, timeout: float | None) -> None:
         gate = threading.Lock()  # locked until the query is answered; an Event would cost 3 us more
@@ -176,11 +199,12 @@ class Future:
         def wake(_: Any) -> None:
             gate.release()
 
+        limit_s = check_timeout("timeout", timeout)
         with self._lock:
             if self._state != _PENDING:
                 return
             self._callbacks = [wake, *(self._callbacks or ())]  # first, since the others may be slow
-        if not gate.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+        if not gate.acquire(timeout=-1 if limit_s is None else limit_s):
             with self._lock:
                 if self._state == _PENDING and self._callbacks is not None:
                     self._callbacks.remove(wake)  # or repeated timeouts would fill the list
@@ -189,10 +213,10 @@ class Future:
     def _call(self, fn: Callable[[Any], object]) -> None:
         try:
             fn(self)
-        except KeyboardInterrupt:  # only the main thread gets it, and must see it
-            raise
-        except BaseException:
-            _log.exception("a done-callback of %r raised", self)
+        except BaseException as error:
+            if foreign.is_interrupt(error):
+                raise
+            foreign.log(_log, logging.ERROR, "a done-callback of %r raised", self, error=error)
 
 
 resolved = operator.attrgetter("_state")

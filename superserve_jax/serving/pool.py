@@ -7,6 +7,7 @@ named `locked_...` expect the caller to hold the lock.
 import copy
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
@@ -26,6 +27,7 @@ from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker
 
+_LAST_S = 0.05  # the least time to wait for each thread that is about to end
 _EXIT_S = 1.0  # at the interpreter's exit: the longest wait for running batches
 
 
@@ -154,22 +156,27 @@ class Pool:
             self.closing = True
             self._watchdog.defer_to_a_thread(functools.partial(self.close, drain=drain, timeout_s=timeout_s))
             return
-        self.stop(drain=drain)
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+        def left_s() -> float | None:
+            return None if end_s is None else max(end_s - time.monotonic(), _LAST_S)
+
+        self.stop(drain=drain, timeout_s=timeout_s)
         workers = self.members.workers
         if self._is_own_thread():
             return  # in a done-callback: it would wait for the thread that it runs in
         with self.lock:
-            left = self.changed.wait_for(lambda: not self.members.any_present(), timeout_s)
-        if not left:
-            reason = f"the server was closed, and after {timeout_s} s this query had still not been answered"
-            self.leave(workers, "abandoned", lambda: errors.ServerClosedError(reason))
+            if not self.changed.wait_for(lambda: not self.members.any_present(), left_s()):
+                reason = f"the server was closed, and after {timeout_s} s this query had still not been answered"
+                self._locked_leave(workers, "abandoned", lambda: errors.ServerClosedError(reason))
+        self.outbox.empty_within(left_s())
         for worker in workers:
             if worker.gone != "abandoned":
-                worker.thread.join()
+                worker.thread.join(left_s())
         self._watchdog.ring()
-        self._watchdog.thread.join()
+        self._watchdog.thread.join(left_s())
 
-    def stop(self, *, drain: bool) -> None:
+    def stop(self, *, drain: bool, timeout_s: float | None = None) -> None:
         """Admits nothing from now on. Workers leave when nothing waits; without `drain`, everything that waits fails now."""
         reason = "the server was closed without draining before this query ran"
         with self.lock:
@@ -177,7 +184,7 @@ class Pool:
             if not drain:
                 self.backlog.fail_all(lambda: errors.ServerClosedError(reason))
             self._locked_notify_all()
-        self.outbox.empty()
+        self.outbox.empty_within(timeout_s)
 
     def dropped(self) -> None:
         """Stops a pool whose server was collected. Runs in a finalizer, so the watchdog does it."""

@@ -57,7 +57,7 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import background, threads
+from superserve_jax.serving import background, futures, threads
 from superserve_jax.serving.futures import Future, Query
 from superserve_jax.serving.options import InputSpec, Options, ServerOptions, check_floor, check_options, check_slo
 from superserve_jax.serving.pool import Pool
@@ -230,7 +230,7 @@ class Server:
 
         In a done-callback, which runs on a worker, it does not wait.
         """
-        self.pool.close(drain=drain, timeout_s=timeout_s)
+        self.pool.close(drain=drain, timeout_s=futures.check_timeout("timeout_s", timeout_s))
 
     def add_worker(self, engine_or_device: Any, *, profile: Profile | None = None) -> str:
         """Adds a worker while serving. A server that has lost all its workers serves again afterwards.

@@ -30,6 +30,7 @@ Batch = tuple[Subnet, int, list[float], int, float, float, float, str]
 All times are in seconds.
 """
 
+MAX_REASONS, _MAX_REASON = 100, 100  # different reasons that are counted, and characters of one
 _PENDING = 32  # number of batches that are counted together, in 40 us
 
 
@@ -135,6 +136,8 @@ class Counters:
             counts[2] += late
             counts[3] += finish_s - start_s
             by_size[size] += 1
+            if type(reason) is not str or reason not in by_reason:
+                reason = self._new_reason(reason)
             by_reason[reason] = by_reason.get(reason, 0) + 1
             slack(slack_s if slack_s > 0 else 0.0)
             if submitted_s:
@@ -143,6 +146,12 @@ class Counters:
                 wait(submitted_s, start_s, sum_s)
                 latency(submitted_s, finish_s, sum_s)
         self._pending.clear()
+
+    def _new_reason(self, reason: object) -> str:
+        """The key under which a new reason counts. "other" for one that is no text, and when a policy gives too many."""
+        if isinstance(reason, str) and len(self._by_reason) < MAX_REASONS:
+            return "".join(reason[:_MAX_REASON])  # a str, also for a subclass
+        return "other"
 
     def snapshot(self, *, unanswered: int) -> dict[str, Any]:
         """The counted part of `Server.snapshot`.

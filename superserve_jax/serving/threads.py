@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from superserve_jax.serving import foreign
 from superserve_jax.serving.futures import Query
 
 if TYPE_CHECKING:
@@ -69,6 +70,19 @@ class Outbox:
     def call(self, fn: Callable[[Any], object], argument: object) -> None:
         """Calls `fn(argument)` later. The caller holds the lock."""
         self.entries.append((fn, argument))
+
+    def never_here(self) -> None:
+        """In this thread, `empty` does nothing from now on, since a call could block the thread."""
+        self._thread.is_emptying = True
+
+    def empty_within(self, timeout_s: float | None) -> None:
+        """Like `empty`, but returns after `timeout_s` even if a call blocks. Another thread then goes on with the calls."""
+        if timeout_s is None:
+            self.empty()
+        elif self.entries:
+            helper = threading.Thread(target=self.empty, name="superserve-callbacks", daemon=True)
+            helper.start()
+            helper.join(timeout_s)
 
     def empty(self) -> None:
         """Makes all calls, and drops all objects. The caller does not hold the lock.
@@ -165,6 +179,7 @@ class Watchdog:
         self.defer(threading.Thread(target=_logged, args=(work,), name="superserve-deferred", daemon=True).start)
 
     def _watch(self) -> None:
+        self._pool.outbox.never_here()
         while not self._pool.ended() or self._deferred:
             due_s = time.monotonic() + self._period_s
             self._bell.acquire(timeout=self._period_s)
@@ -173,6 +188,7 @@ class Watchdog:
             # A wake-up that is more than a period late: the whole process stood still, for example because it was suspended.
             late_s = time.monotonic() - due_s
             self._pool.abandon_stuck(excused_s=late_s if late_s > self._period_s else 0.0)
+            self._pool.outbox.empty_within(0.0)
         self._pool.process.release()
 
 
@@ -180,5 +196,5 @@ def _logged(work: Callable[[], object]) -> None:
     """Calls `work`, and logs its error, since no caller is left to raise it to."""
     try:
         work()
-    except Exception:
-        _log.exception("a call that was deferred to another thread failed")
+    except BaseException as error:
+        foreign.log(_log, logging.ERROR, "a call that was deferred to another thread failed", error=error)

@@ -20,8 +20,8 @@ from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import futures
-from superserve_jax.serving.flight import Failure, Flight, OverlapPace, refill
+from superserve_jax.serving import foreign, futures
+from superserve_jax.serving.flight import Failure, Flight, OverlapPace, may_overlap, refill
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.subnet import Subnet
@@ -67,10 +67,11 @@ class Worker:
         self.gone: Gone = ""
         self._pool, self._sizes = pool, profile.batch_sizes
         self._places = [profile.batch_index(count) for count in range(profile.max_batch + 1)]
-        self.overlaps = self._may_overlap()
+        self.overlaps = may_overlap(engine, pool.options.overlap)
         self.overlap_pace = OverlapPace()
         self._last_subnet: Subnet | None = None
-        self._landed = False  # the first flight has been answered, but is still among the flights
+        self._landed = False  # the first flight has its outputs, but is still among the flights
+        self._in_callbacks = False  # done-callbacks of other queries run in this thread
         self._answered: Batch | None = None  # an answered batch that the counters do not know yet
         self._watched_s = 0.0  # since when the first flight may be stuck
         self._free_s = 0.0  # when the device was done with the last batch
@@ -86,9 +87,9 @@ class Worker:
             while self._turn():
                 pass
         except BaseException as error:  # a bug here: errors of engines, policies and callbacks are caught where they arise
-            _log.exception("worker %s ends", self.name)
+            foreign.log(_log, logging.ERROR, "worker %s ends", self.name, error=error)
             failure = Failure.of(error)
-            failure.forget_frames()
+            foreign.forget_frames(error)
             with pool.lock:
                 self._locked_note(failure)
         finally:
@@ -109,8 +110,7 @@ class Worker:
                     self._locked_take_up(self.successor)
                 now_s = pool.clock()
                 flight = self._locked_take(now_s, now_s)
-        if pool.outbox.entries:
-            pool.outbox.empty()
+        self._make_calls()
         if first is not None:
             return self._turn_ahead(first)
         if flight is None:
@@ -135,13 +135,21 @@ class Worker:
             if self.alive and self.overlaps and self.successor is None and not self._strikes and pool.locked_has_work(self):
                 now_s = pool.clock()
                 flight = self._locked_take(now_s, max(now_s, first.started_s + profiled_s * self.overlap_pace.ratio))
-        if pool.outbox.entries:
-            pool.outbox.empty()
+        self._make_calls()
         if flight is not None:
             first.shared = flight.shared = True
             self._launch(flight)
             self.overlap_pace.observe_host(pool.clock() - max(wake_s, asked_s))
         return self._land(first, slept=slept)
+
+    def _make_calls(self) -> None:
+        """Empties the outbox. Slow done-callbacks are not the engine's fault, so their time does not count."""
+        outbox, clock = self._pool.outbox, self._pool.clock
+        if outbox.entries:
+            self._in_callbacks, since_s = True, clock()
+            outbox.empty()
+            self._watched_s += clock() - since_s
+            self._in_callbacks = False
 
     # -- decisions --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class Worker:
                 pace = pool.members.fleet.pace(self.index)
                 turn = Turn(waiting, meter, self.policy, self.profile, pace, self._last_subnet, self.index)
                 row, batch, reason = dispatch.next_batch(turn, begin_s)
-            except Exception as error:
+            except BaseException as error:  # this is not the main thread, so it cannot be Ctrl-C
                 unlucky = waiting.pop(self._sizes[-1])
                 pool.counters.failed += sum(not query.done() for query in unlucky)
                 pool.outbox.call(self._policy_failed, (error, unlucky))
@@ -187,12 +195,12 @@ class Worker:
         pool.locked_wake_one()
         return flight
 
-    def _policy_failed(self, failed: tuple[Exception, list[Query]]) -> None:
+    def _policy_failed(self, failed: tuple[BaseException, list[Query]]) -> None:
         """Fails the queries that the policy was asked about."""
         error, unlucky = failed
-        _log.error("the policy failed", exc_info=error)
+        foreign.log(_log, logging.ERROR, "the policy failed", error=error)
         failure = Failure.of(error)
-        failure.forget_frames()
+        foreign.forget_frames(error)
         with self._pool.lock:
             self._pool.members.note(failure)
             for query in unlucky:
@@ -249,9 +257,9 @@ class Worker:
     def _failed(self, flight: Flight, failure: Failure) -> bool:
         """Gives a failed batch back. False when the worker must leave."""
         pool, size = self._pool, self._sizes[flight.place]
-        traceback = failure.error if flight.retry is None else None
-        _log.warning("%s failed on a batch of %d: %s", self.name, flight.count, failure.text, exc_info=traceback)
-        failure.forget_frames()
+        shown, text = failure.error if flight.retry is None else None, f"{self.name} failed on a batch of {flight.count}"
+        foreign.log(_log, logging.WARNING, "%s: %s", text, failure.text, error=shown)
+        foreign.forget_frames(failure.error)
         flight.launched = None
         too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)
         smaller = None
@@ -274,11 +282,11 @@ class Worker:
                         pool.members.fleet.resize(self.index, self.profile)
                 if too_large:
                     # Two batches at once, or one of this size, need too much memory.
-                    self.overlaps = not flight.shared and self._may_overlap()
+                    self.overlaps = not flight.shared and may_overlap(self.engine, pool.options.overlap)
                     pool.backlog.give_back(flight, self.index)
                 else:
                     pool.locked_retry(self, flight, failure)
-        pool.outbox.empty()
+        self._make_calls()
         if too_large or not self.alive or self._works_on_blanks(flight):
             return self.alive or bool(self.flights)
         self._strikes += 1
@@ -301,7 +309,7 @@ class Worker:
             self._watched_s = blank.started_s
         self._compute(blank, blanks)
         if blank.failure is not None:
-            _log.warning("%s fails on blank inputs, too: %s", self.name, blank.failure.text)
+            foreign.log(_log, logging.WARNING, "%s fails on blank inputs, too: %s", self.name, blank.failure.text)
         with pool.lock:
             if blank in self.flights:
                 self.flights.remove(blank)
@@ -322,7 +330,7 @@ class Worker:
         pool.outbox.drop((self.engine, self.policy))
         self.engine, self.profile, self.policy = successor
         self.successor = self._last_subnet = None
-        self.overlaps = self._may_overlap()
+        self.overlaps = may_overlap(self.engine, pool.options.overlap)
         self._strikes = 0
         pool.changed.notify_all()
 
@@ -358,7 +366,7 @@ class Worker:
 
         The `excused_s` for which the whole process stood still do not count.
         """
-        if not self.flights:
+        if not self.flights or self._landed or self._in_callbacks:  # the thread is in done-callbacks, not in the engine
             return False
         if excused_s:
             self._watched_s = min(self._watched_s + excused_s, now_s)
@@ -370,7 +378,8 @@ class Worker:
         """See `Server.health`."""
         return {
             "name": self.name,
-            "state": self.gone or ("running" if self.flights else "idle"),
+            "state": self.gone
+            or ("answering" if self._landed or self._in_callbacks else "running" if self.flights else "idle"),
             "batches": self._batches,
             "failures": self._failed_batches,
             "max_batch": self.profile.max_batch,
@@ -389,9 +398,3 @@ class Worker:
         self._watched_s = now_s
         for flight in self.flights:
             flight.started_s = max(flight.started_s, since_s)
-
-    def _may_overlap(self) -> bool:
-        """Whether the worker prepares its next batch while the device computes."""
-        gains = getattr(self.engine, "overlap", None)  # None: the engine cannot overlap
-        wanted = self._pool.options.overlap
-        return gains is not None and (gains if wanted is None else wanted)

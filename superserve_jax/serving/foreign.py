@@ -1,0 +1,51 @@
+"""Calls of users' code that may fail in any way: log handlers, `repr` of errors, tracebacks. No jax."""
+
+import contextlib
+import logging
+import threading
+import traceback
+
+_MAX_TEXT = 1_000  # characters of an error's repr; `health()` keeps it
+
+
+def log(logger: logging.Logger, level: int, message: str, *values: object, error: BaseException | None = None) -> None:
+    """Logs a message. If a log handler raises, prints its error, so that no worker ends because of it."""
+    try:
+        logger.log(level, message, *values, exc_info=error)
+    except BaseException as raised:
+        if is_interrupt(raised):
+            raise
+        with contextlib.suppress(Exception):  # nothing is left that could tell the user
+            traceback.print_exc()
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C. Python delivers it only to the main thread; elsewhere a callback must have raised it."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+def text_of(error: BaseException) -> str:
+    """The `repr` of an error, cut to 1,000 characters, even if its `repr` raises.
+
+    >>> text_of(ValueError("no"))
+    "ValueError('no')"
+    """
+    try:
+        return "".join(repr(error)[:_MAX_TEXT])  # a str, even if `repr` returns a subclass
+    except BaseException as raised:
+        if is_interrupt(raised):
+            raise
+        return f"{type(error).__name__} (its repr fails)"
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drops the tracebacks of an error and of its causes.
+
+    Otherwise a client that keeps the error keeps their frames, and with them the engine and its device's memory.
+    """
+    cause, context = (getattr(BaseException, name).__get__ for name in ("__cause__", "__context__"))
+    seen, found = set[int](), error  # an error may be its own cause
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        BaseException.with_traceback(found, None)  # works even if the class forbids to set attributes
+        found = cause(found) or context(found)
