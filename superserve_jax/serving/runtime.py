@@ -22,8 +22,9 @@ from superserve_jax import errors
 SWITCH_INTERVAL_S = 1e-4
 GC_THRESHOLDS = 20_000, 20, 100  # see `gc.set_threshold`
 
-# Module variables, since the settings belong to the process.
-_lock = threading.Lock()
+# Module variables, since the settings belong to the process. An RLock, since a thread that holds it may run a finalizer which
+# opens or closes a server. That nested block then finds another user, and changes no setting.
+_lock = threading.RLock()
 _users = 0
 _unfreeze = False
 _switch_interval_s = 0.0
@@ -48,26 +49,26 @@ def low_latency() -> Iterator[None]:
     """
     global _users, _unfreeze, _switch_interval_s, _gc_thresholds
     with _lock:
-        if _users == 0:
+        _users += 1
+        if _users == 1:
             _unfreeze = gc.get_freeze_count() == 0
             _switch_interval_s = sys.getswitchinterval()
             _gc_thresholds = gc.get_threshold()
             if _gc_thresholds[0]:  # 0 turns collections off
                 gc.set_threshold(*map(max, _gc_thresholds, GC_THRESHOLDS))
-        _users += 1
-        gc.collect()
-        gc.freeze()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
+        gc.collect()  # without the lock: it runs finalizers, and another thread may wait for the lock in one
+        gc.freeze()
         yield
     finally:
         with _lock:
-            _users -= 1
-            if _users == 0:
+            if _users == 1:
                 sys.setswitchinterval(_switch_interval_s)
                 gc.set_threshold(*_gc_thresholds)
                 if _unfreeze:
                     gc.unfreeze()
+            _users -= 1
 
 
 class ProcessTies:

@@ -6,9 +6,11 @@ One file because every test asks the same: all queries end, and the next query i
 import asyncio
 import concurrent.futures
 import dataclasses
+import gc
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 
@@ -18,7 +20,7 @@ from fakes import SUBNETS, WAIT_S, fake, held, serve, wait_until, x
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling.policies import Decision
-from superserve_jax.serving import telemetry
+from superserve_jax.serving import runtime, telemetry
 
 
 class BadRepr(Exception):
@@ -290,3 +292,24 @@ def test_an_engine_whose_outputs_are_always_too_few_leaves():
         with pytest.raises(errors.SuperServeError):
             s.submit(x(0)).result(WAIT_S)
         wait_until(lambda: s.health()["alive"] == 0)
+
+
+@pytest.mark.usefixtures("no_test_hangs")
+def test_a_finalizer_may_open_and_close_a_server_while_another_one_opens():
+    answers = []
+
+    class Garbage:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            with serve(tune_runtime=True) as s:
+                answers.append(s.submit(x(1)).result(WAIT_S).output[0])
+
+    before = sys.getswitchinterval(), gc.get_threshold()
+    Garbage()
+    with serve(tune_runtime=True) as s:
+        assert s.submit(x(2)).result(WAIT_S).output[0] == 2
+        assert sys.getswitchinterval() == pytest.approx(runtime.SWITCH_INTERVAL_S)
+    assert answers == [1]
+    assert (sys.getswitchinterval(), gc.get_threshold()) == before
