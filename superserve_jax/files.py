@@ -10,17 +10,28 @@ import platform
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
+    """Opens a regular file to read. Raises OSError for anything else, and never waits for a pipe.
+
+    Args:
+      path: the file.
+      flags: more flags for `os.open`, such as `os.O_NOFOLLOW`.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is not a regular file")
+    return file
 
 
 def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises OSError for anything else, and never waits for a pipe."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(f"{path} is not a regular file")
-        if info.st_size > most:
-            raise OSError(f"{path} has {info.st_size:,} bytes, more than the {most:,} that such a file may have")
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have")
         return file.read()
 
 

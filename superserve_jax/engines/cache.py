@@ -101,9 +101,6 @@ def limit_bytes() -> int:
 class ExecutableCache:
     """The entries of one SuperNet config on one device.
 
-    The cache's directory is $SUPERSERVE_CACHE, or superserve_jax in the user's cache folder. If $SUPERSERVE_CACHE is empty,
-    there is no cache.
-
     Args:
       config: the family's config.
       device: the device that runs the executables.
@@ -112,8 +109,9 @@ class ExecutableCache:
     def __init__(self, config: FamilyConfig, device: Device):
         self._device, self._is_foreign, self._limit_bytes = device, keys.is_foreign(config), limit_bytes()
         root = directory()
-        self._common = keys.common_key(config, device) if root is not None else None
-        self._root = _private(root) if root is not None and self._common is not None else None
+        common = keys.common_key(config, device) if root is not None else None
+        self._root = _private(root) if root is not None and common is not None else None
+        self._common = common or {}
 
     def get(self, about: Mapping[str, Any], trace: Callable[[], Traced]) -> Executable:
         """Loads the executable that `about` describes from the cache, or else compiles and stores it.
@@ -122,7 +120,7 @@ class ExecutableCache:
           about: a JSON object that identifies this executable among those with the same config and device.
           trace: traces the program. For a family of this library it is called only if there is no entry.
         """
-        if self._root is None or self._common is None:
+        if self._root is None:
             return trace().compile()
         program, digest = None, None
         if self._is_foreign:
@@ -137,8 +135,17 @@ class ExecutableCache:
         if found is None:
             found = (program or trace()).compile()
             _save(path, found)
-            shrink(self._root, self._limit_bytes)
         return found
+
+    def shrink(self) -> None:
+        """Deletes the least recently used entries until the others take at most `limit_bytes`. Call it after `get`."""
+        found = entries(self._root) if self._root is not None else []
+        excess = sum(info.st_size for _, info in found) - self._limit_bytes
+        for path, info in found:
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= info.st_size
 
     def _load(self, path: pathlib.Path) -> Executable | None:
         """The entry in a file, or None if there is no file. An entry that cannot be used gives a warning and None."""
@@ -173,17 +180,6 @@ def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
     return sorted(found, key=lambda entry: entry[1].st_mtime_ns)
 
 
-def shrink(root: pathlib.Path, limit: int) -> None:
-    """Deletes the least recently used entries until the others take at most `limit` bytes."""
-    found = entries(root)
-    excess = sum(info.st_size for _, info in found) - limit
-    for path, info in found:
-        if excess <= 0:
-            return
-        path.unlink(missing_ok=True)
-        excess -= info.st_size
-
-
 def clear(root: pathlib.Path) -> int:
     """Deletes all entries. Returns their number."""
     found = entries(root)
@@ -194,12 +190,11 @@ def clear(root: pathlib.Path) -> int:
 
 def _read_own(path: pathlib.Path) -> bytes:
     """The content of a regular file that belongs to this user and that nobody else can write to. Marks it as used."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
-            raise ValueError("it is not a regular file of this user that only this user can write to")
-        os.utime(descriptor)
+    with files.open_regular(path, os.O_NOFOLLOW) as file:
+        info = os.fstat(file.fileno())
+        if info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
+            raise ValueError("another user owns it or can write to it")
+        os.utime(file.fileno())
         return file.read()
 
 

@@ -81,6 +81,7 @@ def build(
         except BaseException:  # after Ctrl-C or an error, the other executables are not needed
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    store.shrink()
     return made, slicers
 
 

@@ -95,6 +95,7 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
     sources_digest = _loaded_digest()
     if sources_digest is None:
         return None
+    features = cpu_info("flags") or cpu_info("Features") if device.platform == "cpu" else ""  # "Features" on ARM
     return {
         "format": _FORMAT,
         "config": families.config_to_json(config),
@@ -104,7 +105,7 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
         "runtime": device.client.platform_version,
         "flags": os.environ.get("XLA_FLAGS", ""),
         "settings": {name: repr(jax.config.values.get(name)) for name in _SETTINGS},
-        "features": " ".join(sorted(_cpu_features().split())) if device.platform == "cpu" else "",
+        "features": " ".join(sorted(features.split())),
     }
 
 
@@ -146,10 +147,6 @@ def _constants(program: Any) -> Iterator[Any]:
         for value in inner:
             if isinstance(value, ClosedJaxpr | Jaxpr):
                 yield from _constants(value)
-
-
-def _cpu_features() -> str:
-    return cpu_info("flags") or cpu_info("Features")  # "Features" on ARM
 
 
 @functools.cache

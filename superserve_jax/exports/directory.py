@@ -263,8 +263,6 @@ def _check_finite(params: Mapping[str, Any], calibrated: Mapping[Subnet, np.ndar
 def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         path = pathlib.Path(path)
-        if path.exists():
-            _check_ours(path)
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as e:
         raise errors.ExportError(f"cannot export to {str(path)!r}: {e}; choose another directory") from e

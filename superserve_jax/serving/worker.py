@@ -257,8 +257,8 @@ class Worker:
     def _failed(self, flight: Flight, failure: Failure) -> bool:
         """Gives a failed batch back. False when the worker must leave."""
         pool, size = self._pool, self._sizes[flight.place]
-        shown, text = failure.error if flight.retry is None else None, f"{self.name} failed on a batch of {flight.count}"
-        foreign.log(_log, logging.WARNING, "%s: %s", text, failure.text, error=shown)
+        message = f"{self.name} failed on a batch of {flight.count}: {failure.text}"
+        foreign.log(_log, logging.WARNING, "%s", message, error=failure.error if flight.retry is None else None)
         foreign.forget_frames(failure.error)
         flight.launched = None
         too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)

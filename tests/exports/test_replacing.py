@@ -3,23 +3,17 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
-from tiny import TINY
+from lock_holder import locked_elsewhere
+from tiny import TINY, write_export
 
 from superserve_jax import errors, exports, files
-from superserve_jax.exports import Served, directory
+from superserve_jax.exports import directory
 from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
-
-
-def write(path, model, measured="test"):
-    served = [Served(s, 0.5, None, TINY.flops(s), TINY.num_params(s)) for s in model.calibrated]
-    return exports.export(path, model, served, measured=measured)
 
 
 def names(path):
@@ -31,48 +25,43 @@ def test_a_manifest_of_another_program_is_not_replaced(tiny, tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     (tmp_path / "payload-data").mkdir()
     with pytest.raises(errors.ExportError, match="belongs to another program; remove it, or choose another directory"):
-        write(tmp_path, tiny)
+        write_export(tmp_path, tiny)
     assert (tmp_path / "manifest.json").read_text() == content
     assert names(tmp_path) == {"manifest.json", "payload-data"}
 
 
 def test_only_payloads_of_exports_are_deleted(tiny, tmp_path):
     others = {"payload-data", "payload-0123456789abcdef", "profiles", "notes"}
-    write(tmp_path, tiny)
+    write_export(tmp_path, tiny)
     for name in others:
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious.txt").write_text("mine")
     changed = SuperNet(TINY, {**tiny.params, "classifier.bias": tiny.params["classifier.bias"] + 1}, tiny.statistics)
-    write(tmp_path, changed)
+    write_export(tmp_path, changed)
     payload = exports.load(tmp_path).manifest["payload"]
     assert names(tmp_path) == {*others, "manifest.json", payload}
     assert all((tmp_path / name / "precious.txt").exists() for name in others)
 
 
 def test_of_two_exports_to_one_path_the_second_gets_an_error(tiny, tmp_path):
-    write(tmp_path, tiny, measured="first")
-    code = "import sys; from superserve_jax import files\nwith files.locked(sys.argv[1]): print('locked', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "locked\n"
+    write_export(tmp_path, tiny, measured="first")
+    with locked_elsewhere(tmp_path):
         with pytest.raises(errors.ExportError, match="another process exports to"):
-            write(tmp_path, tiny, measured="second")
+            write_export(tmp_path, tiny, measured="second")
         assert exports.load(tmp_path).manifest["measured"] == "first"
-        other.kill()
-    write(tmp_path, tiny, measured="third")  # the system has released the lock
+    write_export(tmp_path, tiny, measured="third")  # the system has released the lock
     with files.locked(tmp_path), pytest.raises(errors.ExportError, match="another process exports"):
-        write(tmp_path, tiny)
+        write_export(tmp_path, tiny)
 
 
 def test_loading_succeeds_while_the_export_is_replaced(tiny, tmp_path):
     versions = [SuperNet(TINY, {**tiny.params, "classifier.bias": np.full(3, i, np.float32)}, tiny.statistics) for i in (0, 1)]
-    write(tmp_path, versions[0], measured="0")
+    write_export(tmp_path, versions[0], measured="0")
     done = threading.Event()
 
     def replace():
         for i in range(1, 30):
-            write(tmp_path, versions[i % 2], measured=str(i % 2))
+            write_export(tmp_path, versions[i % 2], measured=str(i % 2))
         done.set()
 
     thread = threading.Thread(target=replace)
@@ -89,14 +78,14 @@ def test_loading_succeeds_while_the_export_is_replaced(tiny, tmp_path):
 
 
 def test_a_reader_that_meets_a_deleted_payload_takes_the_new_one(tiny, tmp_path, monkeypatch):
-    write(tmp_path, tiny, measured="old")
+    write_export(tmp_path, tiny, measured="old")
     changed = SuperNet(TINY, {**tiny.params, "classifier.bias": tiny.params["classifier.bias"] + 1}, tiny.statistics)
     read = directory.read_manifest
 
     def read_then_replace(path):
         found = read(path)
         monkeypatch.setattr(directory, "read_manifest", read)
-        write(tmp_path, changed, measured="new")
+        write_export(tmp_path, changed, measured="new")
         return found
 
     monkeypatch.setattr(directory, "read_manifest", read_then_replace)
@@ -112,11 +101,11 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, monkeypatch, va
     bias[1] = value
     bad = SuperNet(TINY, {**tiny.params, "classifier.bias": bias}, tiny.statistics)
     with pytest.raises(errors.ExportError, match=r"weights 'classifier.bias' of the model are NaN or infinite"):
-        write(tmp_path / "e", bad)
+        write_export(tmp_path / "e", bad)
     assert not (tmp_path / "e").exists()
     with monkeypatch.context() as patch:
         patch.setattr(directory, "_check_finite", lambda *_: None)
-        write(tmp_path / "e", bad)
+        write_export(tmp_path / "e", bad)
     with pytest.raises(errors.ExportError, match=r"weights 'classifier.bias' of \S+e are NaN or infinite"):
         exports.load(tmp_path / "e")
 
@@ -128,23 +117,23 @@ def test_statistics_that_are_not_finite_or_negative_variances_are_refused(tiny, 
     statistics[subnet][row, 0] = value
     bad = SuperNet(TINY, tiny.params, statistics)
     with pytest.raises(errors.ExportError, match=r"the statistics of the model for .* calibrate again"):
-        write(tmp_path / "e", bad)
+        write_export(tmp_path / "e", bad)
     with monkeypatch.context() as patch:
         patch.setattr(directory, "_check_finite", lambda *_: None)
-        write(tmp_path / "e", bad)
+        write_export(tmp_path / "e", bad)
     with pytest.raises(errors.ExportError, match=r"the statistics of \S+e for"):
         exports.load(tmp_path / "e")
 
 
 @pytest.mark.parametrize("limit", [0, 100, 20_000])
 def test_a_full_disk_leaves_the_old_export_and_no_partial_files(tiny, tmp_path, limit):
-    write(tmp_path, tiny, measured="old")
+    write_export(tmp_path, tiny, measured="old")
     changed = SuperNet(TINY, {**tiny.params, "classifier.bias": tiny.params["classifier.bias"] + 1}, tiny.statistics)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(errors.ExportError, match=r"make room on the disk|still intact"):
-            write(tmp_path, changed, measured="new")
+            write_export(tmp_path, changed, measured="new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert exports.load(tmp_path).manifest["measured"] == "old"
@@ -152,7 +141,7 @@ def test_a_full_disk_leaves_the_old_export_and_no_partial_files(tiny, tmp_path, 
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_export(tiny, tmp_path, monkeypatch):
-    write(tmp_path, tiny, measured="old")
+    write_export(tmp_path, tiny, measured="old")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -162,7 +151,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_export(tiny, tmp_path,
         with pytest.raises(
             errors.ExportError, match=r"No space left on device; an export that was there before is still intact"
         ):
-            write(tmp_path, tiny, measured="new")
+            write_export(tmp_path, tiny, measured="new")
     assert exports.load(tmp_path).manifest["measured"] == "old"
     assert not list(tmp_path.glob("*.part"))
 

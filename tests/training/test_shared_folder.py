@@ -2,11 +2,10 @@
 
 import logging
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from lock_holder import locked_elsewhere
 from noise import RESNET
 
 from superserve_jax import errors, files
@@ -19,14 +18,9 @@ pytestmark = pytest.mark.usefixtures("on_noise")
 
 def test_a_second_training_is_refused_and_names_the_first(tmp_path):
     run = Run.create(RESNET, tmp_path / "run")
-    code = "import sys; from superserve_jax import files\nwith files.locked(sys.argv[1]): print('locked', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, run.workdir / "training.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
-        assert first.stdout.readline() == "locked\n"
-        with pytest.raises(errors.ConfigError, match=rf"locked by process {first.pid} on \S+, which trains there now; wait"):
-            loop.train(RESNET, run.workdir)
-        first.kill()
+    message = r"locked by process {} on \S+, which trains there now; wait"
+    with locked_elsewhere(run.workdir / "training.lock") as pid, pytest.raises(errors.ConfigError, match=message.format(pid)):
+        loop.train(RESNET, run.workdir)
     loop.train(RESNET, run.workdir)  # the system has released the lock of the killed process
 
 
