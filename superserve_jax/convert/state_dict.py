@@ -1,9 +1,12 @@
 """Reads state dicts of PyTorch programs from files, and takes the weights of a network from them."""
 
 import dataclasses
+import math
 import os
 import pathlib
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +18,8 @@ StateDict = Mapping[str, Any]
 
 _WRAPPERS = ("state_dict", "model")  # the key of the state dict in a file that also holds, say, an epoch or an optimiser
 _BUFFERS = r"num_batches_tracked|position_ids|token_type_ids"  # PyTorch's buffers, which are not weights
+_REAL = "biufV"  # the kinds of dtypes that hold real numbers; "V" is bfloat16 and its like
+_SAFE_TORCH = 2, 6  # before this version, `weights_only=True` could be tricked into running code (CVE-2025-32434)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +54,14 @@ def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
         (needs the library safetensors), and .pth, .pt or .bin (needs torch, which is called with `weights_only=True`).
 
     Raises:
-      ConversionError: the file is missing, damaged or of another format, it holds no weights, or a library is missing.
+      ConversionError: the file is missing, damaged or of another format. Or it holds no weights, or Python objects, which are
+        never unpickled. Or a weight is not a dense array of real numbers. Or a library is missing.
     """
-    content = state if isinstance(state, Mapping) else _read_file(pathlib.Path(state))
+    content, most_bytes = state, math.inf
+    if not isinstance(content, Mapping):
+        with errors.refusing(errors.ConversionError, f"expected a mapping of arrays or the path of a file, got {state!r}"):
+            path = pathlib.Path(state)  # type: ignore[arg-type]
+        content, most_bytes = _read_file(path)
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -60,7 +70,11 @@ def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise errors.ConversionError(f"{'the state dict' if isinstance(state, Mapping) else state} holds no weights")
     if all(name.startswith("module.") for name in weights):  # torch.nn.DataParallel
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return {name: _array(name, value) for name, value in weights.items()}
+    arrays = {}
+    for name, value in weights.items():
+        arrays[name] = _array(name, value, most_bytes=most_bytes)
+        most_bytes -= arrays[name].nbytes
+    return arrays
 
 
 def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, what: str, hint: str) -> dict[str, np.ndarray]:
@@ -96,22 +110,36 @@ def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, wh
     return found
 
 
-def _array(name: str, value: Any) -> np.ndarray:
-    if callable(getattr(value, "detach", None)):  # a torch tensor; NumPy cannot read bfloat16 or memory of another device
-        value = value.detach().cpu().float().numpy()
-    array = np.asarray(value)
+def _array(name: str, value: Any, *, most_bytes: float) -> np.ndarray:
+    array, dtype, reason = value, getattr(value, "dtype", ""), "not an array of real numbers"
     try:
-        return array if array.dtype == np.float32 else array.astype(np.float32)
-    except (TypeError, ValueError) as e:
-        raise errors.ConversionError(
-            f"'{name}' must be an array of numbers, got {type(value).__name__}; give only the weights"
-        ) from e
+        if "complex" not in str(dtype):
+            # A torch tensor may repeat one number without end.
+            _check_size(f"'{name}'", 4 * math.prod(getattr(value, "shape", ())), most_bytes)
+            if callable(getattr(value, "detach", None)):
+                # A torch tensor. NumPy cannot read bfloat16 or the memory of another device.
+                array = value.detach().cpu().float().numpy()
+            array = np.asarray(array)
+            if array.dtype.kind in _REAL and array.dtype.itemsize and not isinstance(value, np.ma.MaskedArray):
+                with np.errstate(over="ignore"):  # infinity; `take` refuses it with the name of the weight
+                    return array if array.dtype == np.float32 else array.astype(np.float32)
+    except errors.ConversionError:
+        raise
+    except Exception as e:  # torch raises its own errors for sparse, quantised, nested and meta tensors
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+    about = " ".join(str(v) for v in (type(value).__name__, dtype) if v)
+    raise errors.ConversionError(
+        f"'{name}' must be a dense array of real numbers, got {about} ({reason}); convert it where it was written, and give "
+        "only the weights"
+    )
 
 
 # -- files --------------------------------------------------------------------------------------------------------------
 
 
 def _read_npz(path: pathlib.Path) -> StateDict:
+    if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle, and say how to read that
+        raise zipfile.BadZipFile("it is not a zip archive")
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -125,6 +153,8 @@ def _read_safetensors(path: pathlib.Path) -> StateDict:
 def _read_torch(path: pathlib.Path) -> StateDict:
     import torch  # pyright: ignore[reportMissingImports]
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
+        raise ImportError(f"torch {torch.__version__} is too old to read files of others safely", name="torch")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -135,20 +165,43 @@ _READERS: dict[str, Callable[[pathlib.Path], StateDict]] = {
 }
 
 
-def _read_file(path: pathlib.Path) -> StateDict:
+def _read_file(path: pathlib.Path) -> tuple[StateDict, float]:
+    """The content of a file, and how many bytes its weights may take as float32."""
     if path.suffix not in _READERS:
         raise errors.ConversionError(f"{path} has a format that cannot be read; the formats are {', '.join(_READERS)}")
     if not path.is_file():
         raise errors.ConversionError(f"there is no weight file {path}; check the path")
+    most_bytes = 64 * path.stat().st_size + 2**30  # a file that holds more is made to exhaust the memory
     try:
+        if zipfile.is_zipfile(path):  # also what torch writes
+            with zipfile.ZipFile(path) as archive:
+                _check_size(str(path), sum(entry.file_size for entry in archive.infolist()), most_bytes)
         state = _READERS[path.suffix](path)
+    except errors.ConversionError:
+        raise
     except ImportError as e:
         raise errors.ConversionError(
             f"reading {path} needs the library {e.name}, which cannot be imported ({e}): install it with "
             f"`pip install 'superserve-jax[convert]'`"
         ) from e
     except Exception as e:  # each library raises its own errors for a damaged file
+        if isinstance(e, pickle.UnpicklingError) or re.search("allow_pickle|weights_only", str(e)):
+            # Without the library's own message, which says how to run the code.
+            found = re.search(r"GLOBAL ([\w.]+)", str(e))
+            raise errors.ConversionError(
+                f"{path} is damaged, or holds Python objects{f' ({found[1]})' if found else ''} besides weights. They could "
+                "run code, so they are not read; have the weights saved alone, by torch.save(model.state_dict(), path) or "
+                "as .safetensors"
+            ) from None
         raise errors.ConversionError(f"{path} is damaged, or is not a {path.suffix} file of weights: {e}") from e
     if not isinstance(state, Mapping):
         raise errors.ConversionError(f"{path} holds a {type(state).__name__} instead of a state dict")
-    return state
+    return state, most_bytes
+
+
+def _check_size(what: str, found_bytes: int, most_bytes: float) -> None:
+    if found_bytes > most_bytes:
+        raise errors.ConversionError(
+            f"{what} claims to hold {found_bytes:,} bytes, far more than a weight file of its size can; it is damaged, or "
+            "made to exhaust the memory"
+        )

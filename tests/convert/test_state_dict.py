@@ -53,7 +53,7 @@ def test_a_torch_file_is_read_with_weights_only(bert_model, tmp_path, monkeypatc
         calls.append((arguments, options))
         return {"state_dict": {k: FakeTensor(v) for k, v in bert_state(bert_model).items()}}
 
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load, __version__="2.6.0+cpu"))
     assert_same_model(convert.bert(path, num_heads=3), bert_model)
     assert calls == [((path,), {"map_location": "cpu", "weights_only": True})]
 
@@ -83,12 +83,6 @@ def test_a_file_that_is_missing_damaged_or_of_another_kind_is_refused(bert_model
         convert.bert(tmp_path / "array.npz", num_heads=1)
 
 
-def test_objects_in_an_npz_are_not_unpickled(tmp_path):
-    np.savez(tmp_path / "evil.npz", weight=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(errors.ConversionError, match=r"evil\.npz is damaged"):
-        convert.bert(tmp_path / "evil.npz", num_heads=1)
-
-
 def test_wrappers_and_other_dtypes_are_tolerated(bert_model):
     state = {f"module.{k}": v.astype(np.float64) for k, v in bert_state(bert_model).items()}
     assert_same_model(convert.bert({"epoch": 3, "state_dict": state}, num_heads=3), bert_model)
@@ -97,5 +91,5 @@ def test_wrappers_and_other_dtypes_are_tolerated(bert_model):
 def test_a_mapping_that_is_no_state_dict_is_refused(tmp_path):
     with pytest.raises(errors.ConversionError, match="the state dict holds no weights"):
         convert.bert({}, num_heads=1)
-    with pytest.raises(errors.ConversionError, match="'epoch' must be an array of numbers, got str"):
+    with pytest.raises(errors.ConversionError, match="'epoch' must be a dense array of real numbers, got str"):
         convert.bert({"epoch": "three"}, num_heads=1)
