@@ -16,9 +16,9 @@ from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.threads import Outbox
 
 _NEARLY = 0.9  # the next batch is taken after this share of the expected latency
-_WEIGHT = 0.2  # weight of the last batch in `host_s`; squared, its weight in `ratio` if the device got slower
-_CUT = 0.8  # `ratio` shrinks by this factor when the worker woke up too late
-_LEAST_RATIO = 1e-2  # `ratio` grows in proportion to itself, so it must not reach 0
+_WEIGHT = 0.2  # weight of the last batch in `host_s`; squared, its weight in `device_s` if the device got slower
+_CUT = 0.8  # an estimate in `device_s` shrinks by this factor when the worker woke up too late
+_LEAST_S = 1e-5  # an estimate in `device_s` grows in proportion to itself, so it must not reach 0
 _LEAST_HOST_S = 1e-4  # one outlier counts as at most 2 * host_s + this time
 
 
@@ -171,36 +171,44 @@ def may_overlap(engine: Engine, wanted: bool | None) -> bool:
 
 
 class OverlapPace:
-    """Estimates how long batches take, so that the device gets the next batch just before it has finished the last one.
+    """Estimates when the device is done, so that it gets the next batch just before it has finished the last one.
 
     Too early is bad: queries that arrive later cannot join the batch. Too late is worse: the device idles, and the answers of
-    the last batch wait until the worker wakes up.
+    the last batch wait until the worker wakes up. So only measured latencies count, since a profile may be far too long.
 
     Attributes:
-      ratio: latency of a batch / its profiled latency.
+      device_s: for each profiled latency, the estimated latency of batches that have it.
       host_s: how long the host takes to decide about a batch and hand it over.
     """
 
-    __slots__ = ("host_s", "ratio")
+    __slots__ = ("device_s", "host_s")
 
     def __init__(self):
-        self.ratio, self.host_s = 1.0, 0.0
+        self.device_s: dict[float, float] = {}
+        self.host_s = 0.0
 
     def wake_s(self, started_s: float, profiled_s: float) -> float:
-        """When to take the next batch, given when the device began with the last one."""
-        return started_s + _NEARLY * profiled_s * self.ratio - self.host_s
+        """When to take the next batch, given when the device began with the last one. At once if none like it was measured."""
+        return started_s + _NEARLY * self.device_s.get(profiled_s, 0.0) - self.host_s
 
-    def observe_device(self, ratio: float | None) -> None:
-        """Updates `ratio` with the measured ratio of a batch; None if the worker woke up too late.
+    def done_s(self, started_s: float, profiled_s: float) -> float:
+        """When the device will be done with a batch. If none like it was measured, this follows the profile."""
+        return started_s + self.device_s.get(profiled_s, profiled_s)
+
+    def observe_device(self, profiled_s: float, took_s: float | None) -> None:
+        """Updates `device_s` with the measured latency of a batch; None if the worker woke up too late.
 
         The estimate falls quickly when the device gets faster, since answers would be late, and rises slowly.
         """
-        if ratio is None:
-            self.ratio *= _CUT
+        before_s = self.device_s.get(profiled_s)
+        if before_s is None:
+            estimate_s = profiled_s if took_s is None else min(took_s, profiled_s)
+        elif took_s is None:
+            estimate_s = before_s * _CUT
         else:
-            more = ratio - self.ratio
-            self.ratio += more / 2 if more < 0 else _WEIGHT**2 * min(more, self.ratio)
-        self.ratio = max(self.ratio, _LEAST_RATIO)
+            more_s = took_s - before_s
+            estimate_s = before_s + (more_s / 2 if more_s < 0 else _WEIGHT**2 * min(more_s, before_s))
+        self.device_s[profiled_s] = max(estimate_s, _LEAST_S)
 
     def observe_host(self, took_s: float) -> None:
         """Updates `host_s` with the time that the host took. One outlier has little effect."""

@@ -134,7 +134,7 @@ class Worker:
             # A worker that must leave or change over, or whose last batch failed, answers its batch first.
             if self.alive and self.overlaps and self.successor is None and not self._strikes and pool.locked_has_work(self):
                 now_s = pool.clock()
-                flight = self._locked_take(now_s, max(now_s, first.started_s + profiled_s * self.overlap_pace.ratio))
+                flight = self._locked_take(now_s, max(now_s, self.overlap_pace.done_s(first.started_s, profiled_s)))
         self._make_calls()
         if flight is not None:
             first.shared = flight.shared = True
@@ -241,7 +241,7 @@ class Worker:
         if self.present and not too_late:  # the index of an absent worker may belong to another one now
             pool.members.fleet.observe(self.index, profiled_ms, 1e3 * (finish_s - start_s))
         if ready_s is not None:
-            self.overlap_pace.observe_device(None if too_late else 1e3 * (ready_s - start_s) / profiled_ms)
+            self.overlap_pace.observe_device(1e-3 * profiled_ms, None if too_late else ready_s - start_s)
         # Do as much as possible before the first answer: after it, its client competes for the interpreter.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
         # `turned_away`: queries that another worker has answered, or that were cancelled.
@@ -331,7 +331,7 @@ class Worker:
         self.engine, self.profile, self.policy = successor
         self.successor = self._last_subnet = None
         self.overlaps = may_overlap(self.engine, pool.options.overlap)
-        self._strikes = 0
+        self._strikes, self.overlap_pace = 0, OverlapPace()
         pool.changed.notify_all()
 
     def locked_retire(self, gone: Gone = "") -> None:

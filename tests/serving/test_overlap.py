@@ -4,7 +4,9 @@ One file because the tests share an engine that computes on its own.
 """
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import time
 
 import fakes
@@ -13,6 +15,7 @@ from fakes import SUBNETS, WAIT_S, Cramped, Faulty, Gate, outcomes, wait_until, 
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeDevice
+from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.flight import OverlapPace
 
@@ -77,7 +80,7 @@ def test_the_next_batch_is_taken_late_and_decided_for_the_time_at_which_it_will_
         return Decision(SUBNETS[0], 4)
 
     with serve(device(speed=0.04), policy=noting, slo_ms=1000.0) as s:  # 100 ms a batch
-        s.pool.members.workers[0].overlap_pace.ratio = 25.0  # as it would have learned
+        s.pool.members.workers[0].overlap_pace.device_s[1e-3 * 4.0] = 0.1  # as it would have learned
         outcomes(s.submit_many(x(range(8))))
     (first_s, first_ms), (then_s, then_ms) = asked
     assert then_s - first_s > 0.089  # nine tenths of the first
@@ -94,25 +97,41 @@ def test_the_pace_soon_follows_a_fast_device_and_ignores_an_outlier():
     with serve(device(on_run)) as s:
         outcomes(s.submit_many(x(range(200))))
         [worker] = s.pool.members.workers
-        assert worker.overlap_pace.ratio < 0.3
-        worker.overlap_pace.ratio = 0.5
+        pace = worker.overlap_pace.device_s
+        assert pace[1e-3 * 4.0] < 0.3 * 4e-3
+        pace[1e-3 * 4.0] = 0.5 * 4e-3
         slow.append(0.5)  # over a hundred times what the profile says
         outcomes(s.submit_many(x(range(4))))
-        assert worker.overlap_pace.ratio < 0.53
+        assert pace[1e-3 * 4.0] < 0.53 * 4e-3
 
 
 @pytest.mark.parametrize("took", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("overslept", [0.0, 0.15])
 def test_the_pace_soon_follows_a_device_that_has_become_faster(took, overslept):
     pace, paces = OverlapPace(), []
-    pace.ratio = 2.5
+    pace.device_s[1.0] = 2.5
     for _ in range(100):
         woke = pace.wake_s(0.0, 1.0) + overslept
-        pace.observe_device(took if woke < took else None)
-        paces.append(pace.ratio)
+        pace.observe_device(1.0, took if woke < took else None)
+        paces.append(pace.device_s[1.0])
     assert paces[11] < 1.12 * took
     assert min(paces) > 0.6 * (took - overslept)
     assert max(paces[50:]) < 1.12 * took
+
+
+@pytest.mark.parametrize("wrong", [(0, 1, 2), (1,)], ids=["every row", "one row"])
+def test_a_profile_that_is_far_too_pessimistic_delays_no_answer(wrong):
+    rows = [
+        dataclasses.replace(row, latency_ms=(2e3, 3e3, 4e3), p99_ms=()) if i in wrong else row
+        for i, row in enumerate(fakes.PROFILE.rows)
+    ]
+    decided = itertools.count()
+    profile = Profile((1, 2, 4), tuple(rows))
+    with serve(device(speed=1.0), profile=profile, policy=lambda *_: Decision(SUBNETS[next(decided) % 2], 4)) as s:
+        alone = [s.submit(x(i)).result(WAIT_S).latency_ms for i in range(6)]
+        crowded = [future.result(WAIT_S).latency_ms for future in s.submit_many(x(range(40)))]
+    assert max(alone) < 1e3  # the device takes 1 to 8 ms
+    assert max(crowded) < 1e3
 
 
 def test_time_for_reading_outputs_does_not_count_as_device_time():
@@ -124,7 +143,7 @@ def test_time_for_reading_outputs_does_not_count_as_device_time():
     with serve(device(lambda *_: passes(1), make=Hooked, on_outputs=lambda *_: passes(2)), clock=lambda: now_s[0]) as s:
         for i in range(20):
             assert outcomes([s.submit(x(i))]) == [i]
-        assert s.pool.members.workers[0].overlap_pace.ratio == pytest.approx(1.0)
+        assert [*s.pool.members.workers[0].overlap_pace.device_s.values()] == [pytest.approx(1e-3)]
 
 
 def test_a_process_that_stood_still_changes_no_measurement():
@@ -136,7 +155,7 @@ def test_a_process_that_stood_still_changes_no_measurement():
         replies = [future.result(WAIT_S) for future in futures]
         assert min(min(reply.compute_ms, reply.queue_ms) for reply in replies) >= 0
         assert max(reply.latency_ms for reply in replies) < 1e6
-        assert worker.overlap_pace.ratio > 0
+        assert min(worker.overlap_pace.device_s.values()) > 0
 
 
 def test_the_compute_time_of_a_batch_begins_when_the_device_is_done_with_the_batch_before():
@@ -246,7 +265,10 @@ def test_one_batch_that_runs_out_of_memory_makes_batches_smaller_but_keeps_the_o
 def test_only_queries_that_are_late_now_expire():
     with serve(expire=True) as s:
         pace = s.pool.members.workers[0].overlap_pace
-        pace.ratio, pace.host_s = 1e6, 1e9  # the worker expects that the device will be busy for an hour, and does not sleep
+        pace.device_s, pace.host_s = (
+            {1e-3 * 4.0: 1e4},
+            1e9,
+        )  # the worker expects that the device will be busy for an hour, and does not sleep
         assert outcomes(s.submit_many(x(range(12)))) == list(range(12))
 
 
