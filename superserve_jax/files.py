@@ -20,11 +20,11 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
       path: the file.
       flags: more flags for `os.open`, such as `os.O_NOFOLLOW`.
     """
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
-    return file
+    return open(descriptor, "rb")
 
 
 def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 
 PAD, UNKNOWN, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _NEEDED = {"wordpiece": (PAD, UNKNOWN, CLS, SEP), "words": (PAD, CLS)}
@@ -84,7 +84,8 @@ class Vocabulary:
         Raises DataError if the file is not a vocabulary.
         """
         try:
-            text = pathlib.Path(path).expanduser().read_bytes().decode().replace("\r\n", "\n")
+            with files.open_regular(pathlib.Path(path).expanduser()) as file:
+                text = file.read().decode().replace("\r\n", "\n")
             # Not splitlines(): it also splits at some characters that are tokens of BERT.
             return Vocabulary(tuple(text.removesuffix("\n").split("\n")), **settings)
         except (OSError, TypeError, ValueError) as e:

@@ -6,15 +6,15 @@ shrinks a day to 120 s, with the same shape and a mean of 6400 queries/s.
 """
 
 import csv
+import io
 import itertools
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 from superserve_jax.simulation import traces
 from superserve_jax.simulation.traces import Trace
 
@@ -35,7 +35,7 @@ def invocations_per_minute(path: str | os.PathLike[str]) -> np.ndarray:
     """
     total = None
     try:
-        with pathlib.Path(path).open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(files.open_regular(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             header = next(rows, [])
             columns = _minute_columns(header, f"{path}, line 1")

@@ -8,6 +8,7 @@ stretched, which keeps its `cv2`.
 
 import csv
 import dataclasses
+import io
 import math
 import numbers
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 
 _STEP_S = 1e-3  # resolution of rates that change continuously
 _MAX_QUERIES = 50_000_000  # limit on the queries of a trace, since the whole trace is in memory
@@ -113,7 +114,7 @@ def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
     rows: list[tuple[float, ...]] = []  # line number, arrival, SLO, floor, length
     try:
         path = pathlib.Path(path)
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(files.open_regular(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if "arrival_s" not in (reader.fieldnames or ()):
                 raise errors.DataError(f"{path}: the header needs a column 'arrival_s', got {reader.fieldnames}")

@@ -17,7 +17,7 @@ from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
-from superserve_jax.training.fields import AboveZero, AtLeastTwo, Count, Finite, Fraction, Positive, Seed
+from superserve_jax.training.fields import AboveZero, AtLeastTwo, BatchSize, Count, Finite, Fraction, Positive, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class SearchConfig:
     calibration_examples: Positive = 512
     examples: Positive = 1000
     cost: Literal["flops", "latency"] = "flops"
-    latency_batch: Positive = 1
+    latency_batch: BatchSize = 1
     served: AtLeastTwo = 12
     tolerance: Fraction | None = None
 
@@ -177,7 +177,7 @@ class TrainConfig:
     phases: tuple[Phase, ...] = ()
     distill: DistillConfig = DistillConfig()
     epochs: AboveZero = 7.0
-    batch_size: Positive = 64
+    batch_size: BatchSize = 64
     buckets: Positive = 8
     random_subnets: Count = 1
     label_smoothing: Fraction = 0.0

@@ -1,6 +1,6 @@
 """The user's own arrays as a dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from superserve_jax.training.data.streams import Arrays, Dataset, Records
 from superserve_jax.training.fields import Count
 
 Pair = tuple[np.ndarray, np.ndarray]
+
+_MAX_EXAMPLES = 2**28  # of a split; order and labels then take 6 GB
+_MAX_CLASSES = 100_000  # larger labels are most likely ids
 
 
 def from_arrays(
@@ -48,7 +51,7 @@ def from_arrays(
     pairs = {"train": train, "test": test, **({} if isinstance(validation, int) else {"validation": validation})}
     arrays = {split: _checked(split, pair) for split, pair in pairs.items()}
     inputs, labels = arrays["train"]
-    names = tuple(map(str, range(int(labels.max()) + 1))) if class_names is None else tuple(class_names)
+    names = _numbered(labels) if class_names is None else tuple(class_names)
     for split, (x, y) in arrays.items():
         if x.shape[1:] != inputs.shape[1:] or x.dtype != inputs.dtype:
             raise errors.DataError(f"inputs of {split} must be like inputs of train, {_like(inputs)}; got {_like(x)}")
@@ -73,18 +76,44 @@ def from_arrays(
     return Dataset(name, splits, class_names=names, augment=images.augmentation(shift=shift, flip=flip))
 
 
+def _numbered(labels: np.ndarray) -> tuple[str, ...]:
+    """The names "0", "1", ... of the classes that `labels` have."""
+    if labels.min() < 0 or labels.max() >= _MAX_CLASSES:
+        bad = int(labels.min() if labels.min() < 0 else labels.max())
+        raise errors.DataError(
+            f"labels must number the classes from 0 up, below {_MAX_CLASSES:,}; train has {bad}. If they are ids, "
+            f"np.unique(labels, return_inverse=True) numbers them"
+        )
+    return tuple(map(str, range(int(labels.max()) + 1)))
+
+
 def _checked(split: str, pair: Any) -> Pair:
-    """Inputs and labels of a split, if they are arrays of the same length."""
+    """Inputs and labels of a split, if they are arrays of the same length. Takes no memory for arrays."""
     if not isinstance(pair, Sequence) or len(pair) != 2:
         raise errors.DataError(f"{split} must be a pair (inputs, labels) of arrays, got {type(pair).__name__}")
-    inputs, labels = (np.asarray(part) for part in pair)
+    inputs, labels = (_as_array(split, part) for part in pair)
     if inputs.ndim == 0 or inputs.dtype.kind not in "buif":
         raise errors.DataError(f"inputs of {split} must be an array of numbers, got {inputs.dtype} of shape {inputs.shape}")
+    if not all(inputs.shape[1:]):
+        raise errors.DataError(f"every input of {split} must have values, got {inputs.dtype} of shape {inputs.shape}")
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
         raise errors.DataError(f"labels of {split} must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
     if len(inputs) != len(labels) or not len(labels):
         raise errors.DataError(f"{split} needs as many labels as inputs, got {len(labels)} for {len(inputs)}")
     return inputs, labels
+
+
+def _as_array(split: str, values: Any) -> np.ndarray:
+    if isinstance(values, np.ma.MaskedArray):
+        raise errors.DataError(f"{split} has a masked array; fill or drop its masked values, for example by .filled(0)")
+    try:
+        if isinstance(values, Sized) and len(values) > _MAX_EXAMPLES:
+            raise errors.DataError(f"{split} has {len(values):,} examples, more than the {_MAX_EXAMPLES:,} that are possible")
+        return np.asarray(values)
+    except errors.DataError:
+        raise
+    except Exception as e:  # any exception: the conversion may be the user's code
+        raise errors.DataError(f"{split} has a {type(values).__name__} that NumPy cannot make an array of: {e!r}") from e
 
 
 def _like(inputs: np.ndarray) -> str:

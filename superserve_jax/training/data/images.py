@@ -8,17 +8,18 @@ import io
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 from superserve_jax.training import fields
 from superserve_jax.training.data import augment, streams
 from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
+from superserve_jax.training.datasets.prepared import Stored
 from superserve_jax.training.fields import Count, Positive
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -97,12 +98,9 @@ def open(config: DataConfig) -> Dataset:
             f"choose one with an Image and a ClassLabel, such as cifar10"
         )
 
-    data_source: Any = builder.as_data_source
-
     def records(split: str) -> Records:
         # Decoded by us: TFDS would leave grey JPEGs grey, and decode differently where OpenCV happens to be installed.
-        raw: Any = {image: tfds.decode.SkipDecoding()}
-        source = data_source(split, decoders=raw)
+        source = Stored(builder, split, label=label, decoders={image: tfds.decode.SkipDecoding()})
 
         def read(i: int) -> tuple[bytes, int]:
             record = source[i]
@@ -202,12 +200,12 @@ def open_folder(config: FolderConfig) -> Dataset:
     class_names = _classes(train)
     if surplus := sorted(set(_classes(test)) - set(class_names)):
         raise errors.DataError(f"{test / surplus[0]} is a class that {train} does not have; its classes: {class_names}")
-    files = _files(train, class_names)
-    order = streams.fixed_order(len(files))
-    kept = streams.num_kept(len(files), config.validation)
+    listed = _files(train, class_names)
+    order = streams.fixed_order(len(listed))
+    kept = streams.num_kept(len(listed), config.validation)
     splits = {
-        "train": [files[i] for i in order[:kept]],
-        "validation": [files[i] for i in order[kept:]],
+        "train": [listed[i] for i in order[:kept]],
+        "validation": [listed[i] for i in order[kept:]],
         "test": _files(test, class_names),
     }
     records = {split: _listed(config, found) for split, found in splits.items() if found}
@@ -227,23 +225,26 @@ def _files(folder: pathlib.Path, class_names: list[str]) -> list[tuple[pathlib.P
     """Path and label of every image."""
     found, others = [], 0
     for label, name in enumerate(class_names):
-        files = sorted(f for f in (folder / name).glob("*") if f.is_file() and f.name[0] != ".")
-        readable = [(f, label) for f in files if f.suffix.lower() in SUFFIXES]
+        present = sorted(f for f in (folder / name).glob("*") if f.name[0] != "." and not f.is_dir())
+        readable = [(f, label) for f in present if f.suffix.lower() in SUFFIXES]
+        if odd := next((f for f, _ in readable if not f.is_file()), None):
+            raise errors.DataError(f"{odd} is a pipe, a broken link or the like, not an image; replace or remove it")
         if not readable and (folder / name).is_dir():
             raise errors.DataError(f"{folder / name} has no images; known suffixes: {', '.join(SUFFIXES)}")
         found += readable
-        others += len(files) - len(readable)
+        others += len(present) - len(readable)
     if others:
         _log.warning("%s holds %d files without a suffix of %s; they are ignored", folder, others, ", ".join(SUFFIXES))
     return found
 
 
-def _listed(config: FolderConfig, files: list[tuple[pathlib.Path, int]]) -> Records:
+def _listed(config: FolderConfig, listed: list[tuple[pathlib.Path, int]]) -> Records:
     def read(i: int) -> tuple[bytes, int]:
-        path, label = files[i]
+        path, label = listed[i]
         try:
-            return path.read_bytes(), label
+            with files.open_regular(path) as file:
+                return file.read(), label
         except OSError as e:
-            raise errors.DataError(f"{path} cannot be read: {e.strerror}; replace or remove it") from e
+            raise errors.DataError(f"{path} cannot be read: {e.strerror or e}; replace or remove it") from e
 
-    return _records(config, len(files), read, lambda i: str(files[i][0]))
+    return _records(config, len(listed), read, lambda i: str(listed[i][0]))

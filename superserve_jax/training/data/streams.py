@@ -5,6 +5,7 @@ The examples of a split are in memory (`Arrays`), or each one is read when it is
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.training import fields
-from superserve_jax.training.fields import Count, Positive, Seed
+from superserve_jax.training.fields import BatchSize, Count, Positive, Seed
 from superserve_jax.vocabulary import Vocabulary
 
 Split = Literal["train", "validation", "test"]
@@ -84,7 +85,7 @@ class Records:
         """Inputs and labels of the first `limit` examples, or of all. Raises DataError if they would fill the memory."""
         count = self.count if limit is None else min(limit, self.count)
         shape, dtype = self.spec
-        needed = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        needed = count * math.prod(shape) * np.dtype(dtype).itemsize
         if needed > _MAX_MEMORY:
             raise errors.DataError(
                 f"{count:,} examples take {needed / 2**30:.0f} GiB in memory, more than {_MAX_MEMORY / 2**30:.0f}; "
@@ -173,7 +174,7 @@ class Dataset:
         Yields:
           {"inputs": (B, ...), "label": int32 (B,)}
         """
-        fields.check_value("batch_size", batch_size, Positive)
+        fields.check_value("batch_size", batch_size, BatchSize)
         fields.check_value("start_step", start_step, Count)
         fields.check_value("seed", seed, Seed)
         shuffle_seed, read_seed, augment_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
@@ -190,7 +191,7 @@ class Dataset:
         Yields:
           {"inputs": (B, ...), "label": int32 (B,), "weight": float32 (B,)}; weight is 0 for padding, otherwise 1.
         """
-        fields.check_value("batch_size", batch_size, Positive)
+        fields.check_value("batch_size", batch_size, BatchSize)
         examples = self._examples(split)
         batches = examples.batches(grain.MapDataset.range(len(examples)), batch_size)
         return iter(batches.map(lambda batch: _pad(batch, batch_size)).to_iter_dataset(_read_options(examples)))

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -15,6 +15,7 @@ from superserve_jax.training import fields
 from superserve_jax.training.data.streams import Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
+from superserve_jax.training.datasets.prepared import Stored
 from superserve_jax.training.fields import Count
 from superserve_jax.vocabulary import Vocabulary
 
@@ -84,10 +85,8 @@ def open(config: TextConfig) -> Dataset:
             f"ClassLabel named label, and with Text features named {' or '.join('+'.join(keys) for keys in _TEXTS)}"
         )
 
-    data_source: Any = builder.as_data_source
-
     def records(split: str) -> Records:
-        source = data_source(split)
+        source = Stored(builder, split, label="label")
 
         def read(i: int) -> Example:
             record = source[i]

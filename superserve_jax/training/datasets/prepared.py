@@ -4,10 +4,15 @@
 needs TensorFlow and a download. The error for a dataset that is not prepared gives the commands.
 """
 
+import bisect
 import difflib
+import itertools
+import os
 import pathlib
+import re
 from typing import Any
 
+import grain
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors
@@ -17,6 +22,8 @@ from superserve_jax.training.datasets.listops.listops_dataset_builder import Lis
 
 _OWN = (ClutteredDigits.name, Listops.name)
 _WELL_KNOWN = (*_OWN, "cifar10", "imagenet2012", "glue")
+_NAME = re.compile(r"\w+(/[\w.+-]*\w)?")
+_MAX_CLASSES = 100_000
 
 # The split to test on, for datasets whose split "test" has no labels or does not exist.
 _TEST_SPLITS = {"imagenet2012": "validation", "glue": "validation", "glue/mnli": "validation_matched"}
@@ -42,6 +49,8 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     if not builder.info.splits and builder.name in _OWN:
         _make(builder)
         builder = _find(name, data_dir)  # a builder reads the disk only when it is constructed
+    if not builder.info.splits and pathlib.Path(builder.data_dir).exists():
+        raise _damaged(builder, f"{builder.data_dir} has no dataset_info.json")
     if not builder.info.splits:
         raise errors.DataError(_how_to_prepare(name, builder, data_dir))
     formats = builder.info.available_file_formats()
@@ -52,6 +61,75 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
             f"array_record. Remove that folder or choose another data_dir, then: {_command(name, data_dir)}"
         )
     return builder
+
+
+class Stored:
+    """The records of a split. Every error names the shard, which is one of the files that hold a split.
+
+    Args:
+      builder: a builder that `load` returned.
+      split: a TFDS expression, such as "train[:100]".
+      label: the name of the feature that holds the class.
+      decoders: as in `as_data_source`.
+
+    Attributes:
+      starts: the position of the first record of each shard.
+
+    Raises DataError for a shard that is missing, or that does not hold as many records as the description of the dataset says.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, *, label: str, decoders: Any = None):
+        self._builder, self._label, self._num_classes = builder, label, num_classes(builder, label)
+        try:
+            self._shards: Any = builder.info.splits[split].file_instructions
+            self.starts = [0, *itertools.accumulate(s.take for s in self._shards)][:-1]
+            as_data_source: Any = builder.as_data_source
+            self._source = as_data_source(split, decoders=decoders)
+        except Exception as e:  # TFDS raises many kinds of errors for a damaged description
+            raise _damaged(builder, f"split {split} of '{builder.name}' cannot be opened: {_first_line(e)}") from e
+        for shard in self._shards:
+            self._check(shard)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            record = self._source[i]
+            label = int(record[self._label])
+        except Exception as e:  # array_record raises RuntimeError, and TFDS many kinds for a record of another dataset
+            raise _damaged(self._builder, f"{self._shard(i)} is damaged at record {i}: {_first_line(e)}") from e
+        if not 0 <= label < self._num_classes:
+            raise errors.DataError(
+                f"record {i} of {self._shard(i)} has the label {label}, but '{self._builder.name}' has {self._num_classes} "
+                f"classes; choose a dataset whose examples are all labelled"
+            )
+        return record
+
+    def _check(self, shard: Any) -> None:
+        path = pathlib.Path(shard.filename)
+        if not path.is_file():
+            raise _damaged(self._builder, f"{path} is {'not a regular file' if path.exists() else 'missing'}")
+        reader: Any = grain.sources.ArrayRecordDataSource
+        try:
+            found = len(reader(str(path)))
+        except (RuntimeError, ValueError) as e:
+            raise _damaged(self._builder, f"{path} is damaged: {_first_line(e)}") from e
+        if found != shard.examples_in_shard:
+            raise _damaged(self._builder, f"{path} is another file: {found} records instead of {shard.examples_in_shard}")
+
+    def _shard(self, i: int) -> str:
+        return self._shards[bisect.bisect_right(self.starts, i) - 1].filename
+
+
+def num_classes(builder: tfds.core.DatasetBuilder, label: str) -> int:
+    """Number of classes of a feature. Raises DataError if it is too large, because every class has a name."""
+    feature = features(builder)[label]
+    if not 0 < feature.num_classes <= _MAX_CLASSES:
+        raise errors.DataError(
+            f"'{builder.name}' has {feature.num_classes:,} classes, expected 1 to {_MAX_CLASSES:,}; choose another dataset"
+        )
+    return feature.num_classes
 
 
 def features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
@@ -78,6 +156,10 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
 
 def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     expanded = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
+    folder = pathlib.Path(expanded or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / name
+    if _NAME.fullmatch(name):
+        for odd in (f for f in folder.rglob("*") if not f.is_file() and not f.is_dir()):  # TFDS would wait for a pipe
+            raise errors.DataError(f"{odd} is not a regular file; remove {folder}, and prepare the dataset again")
     try:
         return tfds.builder(name, data_dir=expanded, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
@@ -89,9 +171,11 @@ def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         raise errors.DataError(
             f"dataset '{name}' cannot even be described without the package '{e.name}': pip install '{e.name}'"
         ) from e
-    except (ValueError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise errors.DataError(f"TFDS cannot open dataset '{name}': {reason}. Check its config and version") from e
+    except Exception as e:  # TFDS raises many kinds of errors for a damaged description
+        raise errors.DataError(
+            f"TFDS cannot open dataset '{name}': {_first_line(e)}. Check its config and version; if {folder} is damaged, "
+            f"remove it and prepare the dataset again"
+        ) from e
 
 
 def _make(builder: tfds.core.DatasetBuilder) -> None:
@@ -112,6 +196,16 @@ def _make(builder: tfds.core.DatasetBuilder) -> None:
             ) from e
     finally:
         tfds.enable_progress_bar()
+
+
+def _damaged(builder: tfds.core.DatasetBuilder, problem: str) -> errors.DataError:
+    return errors.DataError(
+        f"{problem}; restore it, or remove {builder.data_dir} and start again, which makes the dataset or says how to make it"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder, data_dir: str | None) -> str:

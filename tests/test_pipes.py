@@ -1,0 +1,94 @@
+"""A pipe, socket, device or folder in place of a file that a user gives is refused at once. A pipe would block for ever."""
+
+import os
+import pathlib
+import socket
+import stat
+
+import numpy as np
+import PIL.Image
+import pytest
+from tiny import TINY
+
+from superserve_jax import convert, errors, files
+from superserve_jax.profile import Profile
+from superserve_jax.simulation import azure, traces
+from superserve_jax.training import data
+from superserve_jax.training.config import load_config
+from superserve_jax.training.data import FolderConfig
+from superserve_jax.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.usefixtures("no_test_hangs")
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def make_device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero, which never ends
+    except PermissionError:
+        pytest.skip("only root makes device files")
+
+
+ODD = {"pipe": os.mkfifo, "socket": make_socket, "device": make_device, "folder": os.mkdir, "link to nothing": None}
+
+
+@pytest.fixture(params=ODD)
+def place(request, tmp_path, monkeypatch):
+    """A function that puts something that is not a file at a path. The path of a socket must be short."""
+    monkeypatch.chdir(tmp_path)
+
+    def put(path):
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        (ODD[request.param] or (lambda link: os.symlink("nowhere", link)))(path)
+        return path
+
+    put.kind = request.param
+    return put
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "kind"),
+    [
+        (traces.load, "arrivals.csv", errors.DataError),
+        (azure.invocations_per_minute, "day.csv", errors.DataError),
+        (Vocabulary.read, "vocab.txt", errors.DataError),
+        (Profile.load, "profile.json", errors.ProfileError),
+        (load_config, "config.py", errors.ConfigError),
+        *((lambda path: convert.weights(path, TINY), f"w.{kind}", errors.ConversionError) for kind in ("npz", "safetensors")),
+    ],
+)
+def test_something_else_than_a_file_is_refused(place, read, name, kind):
+    with pytest.raises(kind, match=r"\S"):
+        read(place(name))
+
+
+def test_something_else_than_an_image_in_a_folder_of_images_is_refused(place):
+    for i, split in enumerate(("train", "train", "train", "test")):
+        file = pathlib.Path("pets", split, "cat", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
+    config = FolderConfig("pets", image_size=8, validation=1)
+    dataset = data.open(config)
+    place("pets/train/cat/1.png")
+    with pytest.raises(errors.DataError, match=r"pets/train/cat/1\.png cannot be read: .*; replace or remove it"):
+        [dataset.arrays(split) for split in ("train", "validation")]
+    if place.kind == "folder":  # folders in a class are no images
+        assert data.open(config).num_examples("train") == 1
+    else:
+        with pytest.raises(errors.DataError, match=r"pets/train/cat/1\.png is a pipe, .*, not an image; replace or remove it"):
+            data.open(config)
+
+
+def test_a_refused_file_is_closed(place):
+    path = place("x")
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(OSError):
+            files.open_regular(path)
+    assert set(os.listdir("/proc/self/fd")) == before
