@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from superserve_jax import errors
-from superserve_jax.serving import foreign
+from superserve_jax.serving import foreign, runtime
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)
@@ -78,9 +78,10 @@ class Future:
     3
     """
 
-    __slots__ = ("_callbacks", "_lock", "_state", "_value")
+    __slots__ = ("_callbacks", "_lock", "_process_id", "_state", "_value")
 
     def __init__(self, lock: "threading.RLock | None" = None):
+        self._process_id = runtime.process_id
         self._lock = threading.RLock() if lock is None else lock
         self._state = _PENDING
         self._value: Any = None
@@ -105,6 +106,7 @@ class Future:
 
         Raises:
           TimeoutError: the future has not resolved in time; it may still. concurrent.futures.CancelledError: it was cancelled.
+          ServerClosedError: among others, the future had not resolved when this process was forked.
         """
         error = self.exception(timeout)
         if error is None:
@@ -132,6 +134,8 @@ class Future:
         Usually that is a worker's thread, and a slow callback keeps its device waiting. It may also be the watchdog's thread,
         or a thread that cancels, submits, closes or swaps. An error that `fn` raises is logged.
         """
+        if self._state == _PENDING:
+            self._refuse_fork()
         with self._lock:
             if self._state == _PENDING:
                 if self._callbacks is None:
@@ -192,7 +196,16 @@ class Future:
         if interrupt is not None:
             raise interrupt
 
+    def _refuse_fork(self) -> None:
+        """Raises ServerClosedError if the future belongs to another process. Its lock may be held forever in this one."""
+        if self._process_id != runtime.process_id:
+            raise errors.ServerClosedError(
+                f"the query was submitted by process {self._process_id}, and only that process gets the answer, "
+                f"not its fork {runtime.process_id}; submit in the process that waits, to a server that it has opened"
+            )
+
     def _wait(self, timeout: float | None) -> None:
+        self._refuse_fork()
         gate = threading.Lock()  # locked until the query is answered; an Event would cost 3 us more
         gate.acquire()
 
@@ -284,6 +297,7 @@ class Query(Future):
         self, inputs: Any, submitted_s: float, deadline_s: float, floor: float, lock: "threading.RLock | None" = None
     ):
         # A copy of `Future.__init__`, which saves a call per query.
+        self._process_id = runtime.process_id
         self._lock = threading.RLock() if lock is None else lock
         self._state = _PENDING
         self._value = self._callbacks = None

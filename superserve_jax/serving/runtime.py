@@ -22,6 +22,9 @@ from superserve_jax import errors
 SWITCH_INTERVAL_S = 1e-4
 GC_THRESHOLDS = 20_000, 20, 100  # see `gc.set_threshold`
 
+process_id = os.getpid()
+"""The id of this process, also in a fork. A variable, since `os.getpid` is a system call."""
+
 # Module variables, since the settings belong to the process. An RLock, since a thread that holds it may run a finalizer which
 # opens or closes a server. That nested block then finds another user, and changes no setting.
 _lock = threading.RLock()
@@ -48,6 +51,7 @@ def low_latency() -> Iterator[None]:
     True
     """
     global _users, _unfreeze, _switch_interval_s, _gc_thresholds
+    entered_in = process_id
     with _lock:
         _users += 1
         if _users == 1:
@@ -63,12 +67,30 @@ def low_latency() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            if _users == 1:
-                sys.setswitchinterval(_switch_interval_s)
-                gc.set_threshold(*_gc_thresholds)
-                if _unfreeze:
-                    gc.unfreeze()
-            _users -= 1
+            if process_id == entered_in:  # a fork has restored the settings already
+                if _users == 1:
+                    _restore()
+                _users -= 1
+
+
+def _restore() -> None:
+    sys.setswitchinterval(_switch_interval_s)
+    gc.set_threshold(*_gc_thresholds)
+    if _unfreeze:
+        gc.unfreeze()
+
+
+def _begin_fork() -> None:
+    """A fork has no open server yet, and no thread that would release a lock."""
+    global process_id, _lock, _users
+    process_id, _lock = os.getpid(), threading.RLock()
+    if _users:
+        _users = 0
+        _restore()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_begin_fork)
 
 
 class ProcessTies:
@@ -81,7 +103,7 @@ class ProcessTies:
     """
 
     def __init__(self, at_exit: Callable[[], object], *, tune_runtime: bool):
-        self._pid, self._at_exit = os.getpid(), at_exit
+        self._process_id, self._at_exit = process_id, at_exit
         self._runtime = contextlib.ExitStack()
         if tune_runtime:
             self._runtime.enter_context(low_latency())
@@ -89,14 +111,14 @@ class ProcessTies:
 
     def is_fork(self) -> bool:
         """Whether this process is a fork. A fork has the server's memory but no threads, and its locks may be held forever."""
-        return os.getpid() != self._pid
+        return process_id != self._process_id
 
     def refuse_fork(self) -> None:
         """Raises ServerClosedError in a fork."""
-        if os.getpid() != self._pid:
+        if process_id != self._process_id:
             raise errors.ServerClosedError(
-                f"the server belongs to process {self._pid}, this is its fork {os.getpid()}, which has none of its threads; "
-                "open the server after forking, or submit in the process that opened it"
+                f"the server belongs to process {self._process_id}, this is its fork {process_id}, which has none of its "
+                "threads; open the server after forking, or submit in the process that opened it"
             )
 
     def release(self) -> None:

@@ -42,7 +42,8 @@ Failures: a failed batch runs again on another worker, and then in smaller parts
 `max_failures` such batches in a row. If the device ran out of memory, the worker's batches become smaller.
 
 All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
-server's memory but none of its threads: it refuses every call, and `close` does nothing.
+server's memory but none of its threads: it refuses every call at once, and `close` does nothing. A future of before the fork
+raises there, too.
 """
 
 import contextlib
@@ -310,12 +311,12 @@ class Server:
           was opened with engines; a worker was added as an engine; or the caller is a done-callback. NotCalibratedError,
           ProfileError, ServerClosedError, WorkersLostError.
         """
-        from superserve_jax.engines import prepare  # here, since it imports jax
-
         if self._interrupts():
             return self.pool.defer(functools.partial(self.swap, path_or_model))
         if self.model is None:
             raise errors.ConfigError("a server opened with engines has no model to replace; add and remove workers instead")
+        from superserve_jax.engines import prepare  # here, since it imports jax
+
         with self._changing:
             workers = self.pool.swappable()
             devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in workers]
@@ -340,7 +341,8 @@ class Server:
         return None
 
     def _interrupts(self) -> bool:
-        """Whether the calling thread already holds a lock of this server (see rule 2)."""
+        """Whether the calling thread already holds a lock of this server (see rule 2). Raises ServerClosedError in a fork."""
+        self.pool.process.refuse_fork()
         return self.pool.is_held_here() or self._is_changing_here()
 
     def health(self) -> dict[str, Any]:

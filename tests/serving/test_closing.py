@@ -275,26 +275,57 @@ time.sleep(0.3)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_refuses_and_exits_while_the_parent_serves_on():
     code = """
-import warnings
+import asyncio, gc, warnings
 warnings.simplefilter("ignore")  # Python 3.12 warns of forking with threads
+hung = serve(lambda *_: time.sleep(1e6))
+waiting, told = hung.submit(np.float32(1)), []
+waiting.add_done_callback(told.append)
 threading.Thread(target=traffic, args=(s,), daemon=True).start()
+
+class Slow(fake.FakeEngine):
+    @property
+    def input_shape(self):
+        entered.set()
+        time.sleep(1e6)
+
+entered = threading.Event()
+threading.Thread(target=s.add_worker, args=(Slow.__new__(Slow),), daemon=True).start()  # in the fork it never goes on
+entered.wait()
 time.sleep(0.05)
+
+async def wait():
+    await waiting
+
+def refused(ask):
+    start_s = time.monotonic()
+    try:
+        ask()
+    except errors.ServerClosedError as error:
+        assert str(os.getppid()) in str(error) and str(os.getpid()) in str(error), error
+    else:
+        os._exit(9)
+    assert time.monotonic() - start_s < 1
+
 children = []
 for how in range(3):
     pid = os.fork()
     if not pid:
-        for ask in (lambda: s.submit(np.float32(1)), s.health, lambda: s.remove_worker("fake:0")):
-            try:
-                ask()
-            except errors.ServerClosedError as error:
-                assert f"the server belongs to process {os.getppid()}, this is its fork {os.getpid()}" in str(error)
-            else:
-                os._exit(9)
+        assert sys.getswitchinterval() > 0.001 and gc.get_freeze_count() == 0
+        for ask in (
+            lambda: s.submit(np.float32(1)), lambda: s.submit_many([]), s.health, s.snapshot,
+            lambda: s.remove_worker("fake:0"), lambda: s.add_worker(fake.FakeEngine(table)), lambda: s.swap("nowhere"),
+            waiting.result, lambda: waiting.exception(60), lambda: asyncio.run(wait()),
+            lambda: waiting.add_done_callback(print),
+        ):
+            refused(ask)
+        assert not told
         if how == 1:
             s.close()
+            hung.close(timeout_s=60)
         if how == 2:
             with serve() as mine:  # one of its own works
                 assert mine.submit(np.float32(2)).result().output == (2.0, 0)
+            assert sys.getswitchinterval() > 0.001 and gc.get_freeze_count() == 0
         sys.exit(40 + how)
     children.append(pid)
 print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children), s.submit(np.float32(3)).result().output[0])
