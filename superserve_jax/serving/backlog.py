@@ -34,21 +34,24 @@ class QueueLimits:
       profile: has the length buckets. With one shape for all inputs, the limit in bytes becomes a number of queries.
       options: have `max_queue` and `max_queue_bytes`.
       input_bytes: size of one input of the longest length.
+
+    Attributes:
+      most: how many queries may wait.
     """
 
     def __init__(self, profile: Profile, options: Options, *, input_bytes: int):
-        self._max_queue, self._limit = options.max_queue, f"max_queue={options.max_queue}"
+        self.most, self._limit = options.max_queue, f"max_queue={options.max_queue}"
         self._max_tokens, self._token_limit = math.inf, f"max_queue_bytes={options.max_queue_bytes}"
         if (most := options.max_queue_bytes // input_bytes) < options.max_queue:  # else even a full queue has fewer bytes
             if len(profile.lengths) > 1:
                 self._max_tokens = options.max_queue_bytes * profile.lengths[-1] // input_bytes
             else:
-                self._max_queue, self._limit = most, f"{self._token_limit} ({input_bytes} each)"
+                self.most, self._limit = most, f"{self._token_limit} ({input_bytes} each)"
         self._until_sweep = 0  # refusals
 
     def exceeded(self, waiting: Queue, count: int, lengths: Sequence[int]) -> str | None:
         """The limit that `count` new queries would exceed, with these lengths if inputs have one. None if there is room."""
-        if len(waiting) + count > self._max_queue:
+        if len(waiting) + count > self.most:
             return self._limit
         if self._max_tokens < math.inf and isinstance(waiting, LengthQueue) and waiting.tokens(lengths) > self._max_tokens:
             return self._token_limit
@@ -93,6 +96,7 @@ class Backlog:
       retries: the queries whose batches have failed, in groups. They go before the queue, since they have waited longer.
       best: the highest accuracy that every worker offers.
       fastest_s: the lowest latency of any worker and subnet, for one query.
+      most: how many queries may wait in the queue.
     """
 
     def __init__(self, profile: Profile, options: Options, *, input_bytes: int, outbox: Outbox, counters: Counters):
@@ -101,6 +105,7 @@ class Backlog:
         self.retries = Retries(profile, max_tries=options.max_tries)
         self._has_lengths = len(profile.lengths) > 1
         self._limits = QueueLimits(profile, options, input_bytes=input_bytes)
+        self.most = self._limits.most
         self._admission = Admission(profile) if options.admission else None
         self._expire = options.expire
         self._outbox, self._counters = outbox, counters

@@ -24,18 +24,18 @@ def is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
-def text_of(error: BaseException) -> str:
-    """The `repr` of an error, cut to 1,000 characters, even if its `repr` raises.
+def text_of(value: object) -> str:
+    """The `repr` of an error or another value, cut to 1,000 characters, even if its `repr` raises.
 
     >>> text_of(ValueError("no"))
     "ValueError('no')"
     """
     try:
-        return "".join(repr(error)[:_MAX_TEXT])  # a str, even if `repr` returns a subclass
+        return "".join(repr(value)[:_MAX_TEXT])  # a str, even if `repr` returns a subclass
     except BaseException as raised:
         if is_interrupt(raised):
             raise
-        return f"{type(error).__name__} (its repr fails)"
+        return f"{type(value).__name__} (its repr fails)"
 
 
 def forget_frames(error: BaseException) -> None:

@@ -32,7 +32,7 @@ def check_timeout(name: str, seconds: Any) -> float | None:
     if seconds is None:
         return None
     if not isinstance(seconds, numbers.Real) or seconds != seconds:
-        raise errors.ConfigError(f"{name} must be a number of seconds, or None for no limit; got {seconds!r}")
+        raise errors.ConfigError(f"{name} must be a number of seconds, or None for no limit; got {foreign.text_of(seconds)}")
     return max(float(seconds), 0.0) if seconds < threading.TIMEOUT_MAX else None
 
 

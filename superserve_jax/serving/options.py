@@ -13,6 +13,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.lengths import trim_padding
 from superserve_jax.scheduling.policies import Policy
+from superserve_jax.serving import foreign
 
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
@@ -115,7 +116,7 @@ def check_options(given: ServerOptions) -> Options:
         errors.check_name("option", name, names)
     for name, (fits, expected) in _CHECKS.items():
         if name in given and not fits(given[name]):
-            raise errors.ConfigError(f"{name} must be {expected}, got {given[name]!r}")
+            raise errors.ConfigError(f"{name} must be {expected}, got {foreign.text_of(given[name])}")
     return Options(**given)
 
 
@@ -164,8 +165,14 @@ class InputSpec:
 
 
 def _as_array(x: Any) -> np.ndarray:
-    with errors.refusing(errors.InputError, "an input is one array, and this cannot be made one"):
+    if isinstance(x, np.ma.MaskedArray):  # NumPy would take the numbers under the mask
+        raise errors.InputError("an input is a masked array, and the server has no masks; fill it before: x.filled(0)")
+    try:
         return np.asarray(x)
+    except Exception as e:  # any exception: the class of x may convert itself
+        raise errors.InputError(
+            f"an input is one array, and {type(x).__name__} cannot be made one ({foreign.text_of(e)})"
+        ) from e
 
 
 def check_slo(slo_ms: float) -> float:
@@ -173,9 +180,11 @@ def check_slo(slo_ms: float) -> float:
     try:
         if 0 < slo_ms < _MAX_SLO_MS:
             return float(slo_ms)
-    except (TypeError, ValueError):
+    except Exception:  # any exception: the class of the value may compare itself, such as Decimal("NaN")
         pass
-    raise errors.DeadlineError(f"slo_ms must be a positive, finite number of milliseconds, got {slo_ms!r}; 36 is the default")
+    raise errors.DeadlineError(
+        f"slo_ms must be a positive, finite number of milliseconds, got {foreign.text_of(slo_ms)}; 36 is the default"
+    )
 
 
 def check_floor(min_accuracy: float, best: float) -> float:
@@ -183,8 +192,9 @@ def check_floor(min_accuracy: float, best: float) -> float:
     try:
         if min_accuracy <= best:
             return float(min_accuracy) if min_accuracy > 0 else 0.0  # float() overflows for a huge negative integer
-    except (TypeError, ValueError):
+    except Exception:  # as in `check_slo`
         pass
+    got = foreign.text_of(min_accuracy)
     raise errors.AccuracyFloorError(
-        f"min_accuracy={min_accuracy!r}, a fraction of 1, but the best served subnet has {best}; ask for no more"
+        f"min_accuracy={got}, a fraction of 1, but the best served subnet has {best}; ask for no more"
     )

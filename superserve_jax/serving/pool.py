@@ -15,7 +15,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import threads
+from superserve_jax.serving import foreign, threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
@@ -279,8 +279,8 @@ class Pool:
         self.outbox.empty()
         if failed is not None:
             raise errors.ConfigError(
-                f"the server's policy fails with the profile of the new export: {failed!r}; give the policy by name, or use "
-                "one that makes new tables for every profile (see policies.ByProfile)"
+                f"the server's policy fails with the profile of the new export: {foreign.text_of(failed)}; give the policy by "
+                "name, or use one that makes new tables for every profile (see policies.ByProfile)"
             ) from failed
         return old
 

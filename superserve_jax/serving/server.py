@@ -48,6 +48,7 @@ raises there, too.
 
 import contextlib
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,7 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import background, futures, threads
+from superserve_jax.serving import background, foreign, futures, threads
 from superserve_jax.serving.futures import Future, Query
 from superserve_jax.serving.options import InputSpec, Options, ServerOptions, check_floor, check_options, check_slo
 from superserve_jax.serving.pool import Pool
@@ -156,9 +157,7 @@ class Server:
             engines = list(engines)
             specs = {InputSpec.of(e) for e in engines}
         if len(specs) != 1:
-            raise errors.ConfigError(
-                f"a server needs engines, all for the same inputs; got {len(engines)} engines for {[*specs]}"
-            )
+            raise errors.ConfigError(f"a server needs engines for the same inputs; got {len(engines)} engines for {[*specs]}")
         [self._inputs] = specs
         each = profiles_of_workers(profile, len(engines))
         if self._inputs.lengths != each[0].lengths:
@@ -195,17 +194,20 @@ class Server:
           A future whose result is a `futures.Reply`.
 
         Raises:
-          InputError, DeadlineError, AccuracyFloorError: an argument is wrong, so a retry would fail, too. QueueFullError,
+          InputError, DeadlineError, AccuracyFloorError: an argument is wrong, or its own code raises. QueueFullError,
           AdmissionError, ServerClosedError, WorkersLostError: the server cannot serve the query now.
         """
         return self._admit((x,), slo_ms, min_accuracy)[0]
 
     def submit_many(self, xs: Iterable[Any], *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> list[Future]:
-        """Like `submit` for each of `xs`, but wakes a worker only once. If it raises, no query has been submitted."""
+        """Like `submit` for each of `xs`, but wakes a worker only once. If it raises, no query has been submitted.
+
+        It reads at most `max_queue` + 1 inputs, so a generator without an end gives QueueFullError.
+        """
         try:
-            each = iter(xs)
-        except TypeError as e:
-            raise errors.InputError(f"submit_many takes inputs, got {type(xs).__name__} ({e}); submit takes one") from e
+            each = itertools.islice(xs, self.pool.backlog.most + 1)
+        except Exception as e:  # any exception: the class of xs may make its own iterator
+            raise errors.InputError(f"expected several inputs, got {type(xs).__name__} ({foreign.text_of(e)})") from e
         return self._admit(each, slo_ms, min_accuracy)
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
@@ -255,7 +257,7 @@ class Server:
             if not hasattr(new, "run"):
                 if self.model is None:
                     raise errors.ConfigError(
-                        f"expected an engine, got {new!r}; this server was opened with engines, so it has no model to make one"
+                        f"expected an engine, got {foreign.text_of(new)}; a server opened with engines cannot make one"
                     )
                 from superserve_jax.engines import prepare  # here, since it imports jax
 
@@ -338,7 +340,6 @@ class Server:
             self.model, self.profiles, self.profile = model, tuple(each), each[0]
         self.pool.wait_for_swap()
         del old  # here, since to free a device's memory may take long
-        return None
 
     def _interrupts(self) -> bool:
         """Whether the calling thread already holds a lock of this server (see rule 2). Raises ServerClosedError in a fork."""
@@ -395,5 +396,6 @@ def background_traffic(rate_qps: float) -> contextlib.AbstractContextManager[Non
 def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
     """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
     if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
-        raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {str(policy)[:_MAX_NAME]!r}")
+        got = foreign.text_of(policy)[:_MAX_NAME]
+        raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {got}")
     return policies.create(policy, *profiles)

@@ -102,6 +102,8 @@ def check_inputs(config: FamilyConfig, inputs: Any) -> None:
     """Raises InputError unless `inputs` has the shape and dtype of `config.input_spec`."""
     shape, dtype = tuple(np.shape(inputs)), getattr(inputs, "dtype", None)
     spec = config.input_spec(shape[0] if shape else 1)
+    if isinstance(inputs, np.ma.MaskedArray):
+        raise errors.InputError("inputs are a masked array, and the network has no masks; fill it before: inputs.filled(0)")
     if shape != spec.shape or dtype != spec.dtype:
         raise errors.InputError(
             f"expected inputs of shape (batch, {', '.join(map(str, spec.shape[1:]))}) and dtype {spec.dtype}, got shape "
