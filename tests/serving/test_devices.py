@@ -74,7 +74,7 @@ def test_a_floor_must_be_met_by_every_worker():
     [
         (several(2), [PROFILE] * 3, "3 profiles for 2 workers"),
         (several(2), [PROFILE, PROFILE.at((1,))], "same batch sizes"),
-        ([fake(), fake(input_shape=(3,))], PROFILE, "all for the same inputs; got 2 engines"),
+        ([fake(), fake(input_shape=(3,))], PROFILE, "for the same inputs; got 2 engines"),
     ],
 )
 def test_engines_and_profiles_that_do_not_fit_together_are_refused(engines, profiles, message):
