@@ -3,7 +3,7 @@
 Server and simulator pass a `Turn`, which holds everything that the decision needs. `next_batch` answers three questions:
 
     which head      `choose_head` of the queue: usually the earliest deadline. The head determines the batch's length bucket.
-    which decision  `_decide`: the policy's answer for this head, checked.
+    which decision  `decide`: the policy's answer for this head, checked.
     which batch     `take`: the queries that run, and the profile's row of the subnet that runs them.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from superserve_jax import errors
@@ -20,6 +21,20 @@ from superserve_jax.scheduling.length_queue import Queue
 from superserve_jax.scheduling.policies import Policy, State
 from superserve_jax.scheduling.speeds import EVEN_PACE, Pace
 from superserve_jax.subnet import Subnet
+
+
+def decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, float, str]:
+    """The policy's decision, checked: row, batch size, `defer_ms`, reason. No other code here runs code of the policy."""
+    try:
+        decision = policy(profile, state)
+        row, size = profile.row(decision.subnet), operator.index(decision.batch)  # index: `NaN < 1` is False
+        if size < 1:
+            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
+        return row, size, float(decision.defer_ms), decision.reason
+    except Exception as error:
+        with contextlib.suppress(Exception):  # the class of the error may forbid new attributes
+            error.add_note(f"the policy was called with {state!r}")
+        raise
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +49,7 @@ class Turn:
       pace: the speed of the asking worker, compared with its profile and with the other workers.
       last_subnet: the subnet that the asking worker ran last, None at first.
       worker: number of the asking worker, from 0.
+      decide: `decide`, or a function that calls it. Meanwhile other threads may add items to the queue, or take items out.
     """
 
     queue: Queue
@@ -43,10 +59,13 @@ class Turn:
     pace: Pace = EVEN_PACE
     last_subnet: Subnet | None = None
     worker: int = 0
+    decide: Callable[[Policy, Profile, State], tuple[Row, int, float, str]] = decide
 
 
-def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[Row, list[Any], str]:
+def next_batch(turn: Turn, now_s: float) -> tuple[Row, list[Any], str]:
     """Decide about one batch, and take it from the queue. Return the row to run, the items, and the reason.
+
+    There are no items if other threads emptied the queue during the decision.
 
     The row is from the profile at the batch's length bucket. The reason is one of `policies.REASONS` or the policy's own word.
 
@@ -57,7 +76,6 @@ def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[R
     Args:
       turn: what the decision needs.
       now_s: the time at which the batch will start.
-      save_others: whether to leave the queries that only faster workers can save to these.
 
     Raises:
       ConfigError: the decision's batch is below 1.
@@ -65,27 +83,47 @@ def next_batch(turn: Turn, now_s: float, *, save_others: bool = True) -> tuple[R
       Exception: whatever the policy raises. In all these cases no item has been taken.
     """
     queue = turn.queue
+    left_s = -math.inf  # queries that are due before are left to faster workers
     while True:
-        length = queue.choose_head(now_s)
-        profile = turn.profile.at_length(length) if length else turn.profile
-        state = _state(turn, profile, now_s)
-        row, size, lost_ms, reason = _decide(turn.policy, profile, state)
-        if lost_ms > -math.inf:
-            _, slowdown, lead = turn.pace
-            lost_s = 1e-3 * lost_ms * slowdown
-            queue.defer(now_s + lost_s / lead)  # not even the fastest worker can save these
-            if save_others and lead > 1:
-                aside = queue.set_aside(now_s + lost_s)
-                try:
-                    if len(queue):
-                        return next_batch(turn, now_s, save_others=False)
-                finally:
-                    queue.put_back(aside)
+        aside = queue.set_aside(left_s) if left_s > -math.inf else None
+        try:
+            length = queue.choose_head(now_s)
+            profile = turn.profile.at_length(length) if length else turn.profile
+            state = _state(turn, profile, now_s)
+        finally:
+            if aside is not None:
+                queue.put_back(aside)
+        row, size, lost_ms, reason = turn.decide(turn.policy, profile, state)  # the queue is complete meanwhile
+        if not len(queue):
+            return row, [], reason
+        aside = queue.set_aside(left_s) if left_s > -math.inf else None
+        try:
+            if not len(queue):
+                left_s = -math.inf
+                continue
+            if lost_ms > -math.inf:
+                _, slowdown, lead = turn.pace
+                lost_s = 1e-3 * lost_ms * slowdown
+                queue.defer(now_s + lost_s / lead)  # not even the fastest worker can save these
+                if lead > 1 and aside is None and _any_besides(queue, now_s + lost_s):
+                    left_s = now_s + lost_s
+                    continue
             if queue.head_length != length:
-                continue  # the head was deferred, and the new head needs another length bucket
-        size = min(size, profile.batch_sizes[-1], state.waiting)
-        taken_row, items = take(queue, profile, row, size, slack_ms=state.slack_ms)
-        return taken_row, items, reason if taken_row is row else "floor"
+                continue  # the head was deferred, or an earlier query came; the new head needs another length bucket
+            size = min(size, profile.batch_sizes[-1], state.waiting)
+            taken_row, items = take(queue, profile, row, size, slack_ms=state.slack_ms)
+            return taken_row, items, reason if taken_row is row else "floor"
+        finally:
+            if aside is not None:
+                queue.put_back(aside)
+
+
+def _any_besides(queue: Queue, before_s: float) -> bool:
+    """Whether the queue has items that `set_aside` would leave."""
+    aside = queue.set_aside(before_s)
+    found = len(queue) > 0
+    queue.put_back(aside)
+    return found
 
 
 def take(queue: Queue, profile: Profile, row: Row, size: int, *, slack_ms: float) -> tuple[Row, list[Any]]:
@@ -103,20 +141,6 @@ def take(queue: Queue, profile: Profile, row: Row, size: int, *, slack_ms: float
     row = profile.fastest(queue.head_floors(1)[0])
     fitting = [n for n, ms in zip(profile.batch_sizes, row.latency_ms, strict=True) if n <= size and ms <= slack_ms]
     return row, queue.pop(max(fitting, default=size), row.accuracy)
-
-
-def _decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, float, str]:
-    """The policy's decision, checked: row, batch size, `defer_ms`, reason."""
-    try:
-        decision = policy(profile, state)
-        row, size = profile.row(decision.subnet), operator.index(decision.batch)  # index: `NaN < 1` is False
-        if size < 1:
-            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        return row, size, decision.defer_ms, decision.reason
-    except Exception as error:
-        with contextlib.suppress(Exception):  # the class of the error may forbid new attributes
-            error.add_note(f"the policy was called with {state!r}")
-        raise
 
 
 def _state(turn: Turn, profile: Profile, now_s: float) -> State:

@@ -15,6 +15,7 @@ from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.threads import Outbox
 
+_PATIENCE = 20  # see `Flight.patience_s`
 _NEARLY = 0.9  # the next batch is taken after this share of the expected latency
 _WEIGHT = 0.2  # weight of the last batch in `host_s`; squared, its weight in `device_s` if the device got slower
 _CUT = 0.8  # an estimate in `device_s` shrinks by this factor when the worker woke up too late
@@ -108,6 +109,10 @@ class Flight:
 
     def __post_init__(self):
         self.count = len(self.batch)
+
+    def patience_s(self, stall_s: float) -> float:
+        """After this time the batch counts as stuck: `stall_s`, but at least 20 times its profiled p99."""
+        return max(stall_s, 1e-3 * _PATIENCE * self.row.p99_ms[self.place])
 
     # Only these two methods call an engine, and they catch whatever it raises.
 

@@ -1,39 +1,16 @@
-"""The workers of a pool: names, who is alive, what they offer together, how they failed, and their successors. No jax."""
+"""The workers of a pool: names, who is alive, what they offer together, and how they failed. No jax."""
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from superserve_jax import errors
-from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
-from superserve_jax.scheduling import dispatch, length_queue
-from superserve_jax.scheduling.arrivals import ArrivalMeter
-from superserve_jax.scheduling.dispatch import Turn
-from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.serving.flight import Failure
+from superserve_jax.serving.swaps import Successor
 from superserve_jax.serving.threads import Outbox
 from superserve_jax.serving.worker import Gone, Worker
-
-
-class Successor(NamedTuple):
-    """The engine, profile and policy that a worker uses after a swap. It changes to them between two batches."""
-
-    engine: Engine
-    profile: Profile
-    policy: Policy
-
-    def try_policy(self, *, worker: int, now_s: float) -> Exception | None:
-        """Asks the policy about one query of each length. Returns its error, or None. The caller holds the pool's lock."""
-        for length in self.profile.lengths or (0,):
-            waiting = length_queue.make_queue(self.profile)
-            waiting.push(now_s + 1.0, None, length=length)
-            try:
-                dispatch.next_batch(Turn(waiting, ArrivalMeter(), self.policy, self.profile, worker=worker), now_s)
-            except Exception as error:
-                return error
-        return None
 
 
 class Members:

@@ -19,10 +19,12 @@ from superserve_jax.serving import foreign, threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
-from superserve_jax.serving.members import Members, Successor
+from superserve_jax.serving.members import Members
 from superserve_jax.serving.options import Options
+from superserve_jax.serving.policy_call import PolicyCall
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.runtime import ProcessTies
+from superserve_jax.serving.swaps import Swaps
 from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker
@@ -46,7 +48,7 @@ class Pool:
     Attributes, besides the parts of the pool:
       pause_s: how long a worker pauses after its first failed batch; n times as long after n failed batches in a row.
       idle: the workers that wait for work.
-      changed: other threads wait for it until workers have left or changed over.
+      changed: other threads wait for it until workers have left or changed over, or a user's policy has returned.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Pool:
 
         self.lock = threading.RLock()
         self.is_held_here = threads.held_here(self.lock)
+        self.policy_call, self.swaps = PolicyCall(self), Swaps(self)
         self.idle, self.changed = IdleWorkers(self.lock), threading.Condition(self.lock)
         self.outbox = Outbox(self.lock)
 
@@ -81,12 +84,16 @@ class Pool:
         self._health, self._snapshot = self.health(), self.snapshot()
         self._watchdog.thread.start()
 
+    def is_inside(self) -> bool:
+        """Whether the calling thread holds the lock or is in the policy (see rule 2 in `server.py`)."""
+        return self.is_held_here() or self.policy_call.is_here()
+
     # -- calls of clients -------------------------------------------------------------------------------------------------
 
     def admit(self, queries: Sequence[Query]) -> None:
         """Queues all of `queries`, which share deadline and floor, or raises and queues none."""
         self.process.refuse_fork()
-        if self.is_held_here():
+        if self.is_inside():
             self._check_open("takes no queries")
             self._watchdog.defer(functools.partial(self._admit_late, queries))
             return
@@ -94,7 +101,7 @@ class Pool:
             with self.lock:
                 self.counters.arrived += len(queries)
                 if self.closing or not self.members.alive:  # saves a call if all is well
-                    self._locked_check_serving("takes no queries")
+                    self.locked_check_serving("takes no queries")
                 if queries:
                     self.backlog.add(queries, self.members.fleet, idle=self.idle.count > 0)
                     self.counters.admitted += len(queries)
@@ -123,7 +130,7 @@ class Pool:
             name, index = self.members.free_place(engine.name)
             worker = Worker(self, engine, profile, policy, name=name, index=index)
             self.members.join(worker)
-            self._locked_offer()
+            self.locked_offer()
             self.counters.know(profile)
         del before
         self.outbox.empty()
@@ -140,8 +147,8 @@ class Pool:
         with self.lock:
             worker = self.members.removable(name)
             self.members.retire(worker, "removed")
-            self._locked_offer()
-            self._locked_notify_all()
+            self.locked_offer()
+            self.locked_notify_all()
             if threading.current_thread() in (worker.thread, self._watchdog.thread):
                 return  # in a done-callback: only this thread can end or abandon the worker
             self.changed.wait_for(lambda: not worker.present)
@@ -152,7 +159,7 @@ class Pool:
         """See `Server.close`."""
         if self.process.is_fork():
             return
-        if self.is_held_here():
+        if self.is_inside():
             self.closing = True
             self._watchdog.defer_to_a_thread(functools.partial(self.close, drain=drain, timeout_s=timeout_s))
             return
@@ -163,7 +170,7 @@ class Pool:
 
         self.stop(drain=drain, timeout_s=timeout_s)
         workers = self.members.workers
-        if self._is_own_thread():
+        if self.is_own_thread():
             return  # in a done-callback: it would wait for the thread that it runs in
         with self.lock:
             if not self.changed.wait_for(lambda: not self.members.any_present(), left_s()):
@@ -183,7 +190,7 @@ class Pool:
             self.closing = True
             if not drain:
                 self.backlog.fail_all(lambda: errors.ServerClosedError(reason))
-            self._locked_notify_all()
+            self.locked_notify_all()
         self.outbox.empty_within(timeout_s)
 
     def dropped(self) -> None:
@@ -199,7 +206,7 @@ class Pool:
     def health(self) -> dict[str, Any]:
         """See `Server.health`."""
         self.process.refuse_fork()
-        if not self.is_held_here():
+        if not self.is_inside():
             with self.lock:
                 self._health = self._locked_health(self.clock())
         return copy.deepcopy(self._health)
@@ -207,7 +214,7 @@ class Pool:
     def snapshot(self) -> dict[str, Any]:
         """See `Server.snapshot`."""
         self.process.refuse_fork()
-        if self.is_held_here():
+        if self.is_inside():
             return copy.deepcopy(self._snapshot)
         with self.lock:
             now_s = self.clock()
@@ -227,80 +234,20 @@ class Pool:
     def _locked_health(self, now_s: float) -> dict[str, Any]:
         return {**self.members.health(now_s), "waiting": len(self.backlog), "closed": self.closing}
 
-    # -- swaps ------------------------------------------------------------------------------------------------------------
-
-    def swappable(self) -> tuple[Worker, ...]:
-        """The workers to swap: all that are alive.
-
-        Raises ServerClosedError, WorkersLostError; ConfigError in a thread of this pool.
-        """
-        self.process.refuse_fork()
-        with self.lock:
-            if self._is_own_thread():
-                raise errors.ConfigError(
-                    "a swap in a done-callback would wait for the worker that runs the callback; call it in another thread"
-                )
-            self._locked_check_serving("cannot be swapped")
-            return tuple(worker for worker in self.members.workers if worker.alive)
-
-    def swap(self, workers: Sequence[Worker], engines: Sequence[Engine], profiles: Sequence[Profile]) -> list[Engine]:
-        """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
-
-        All decisions from now on are for the new engines. A running batch ends on its old engine.
-
-        Args:
-          workers: the result of `swappable`. No worker has joined since.
-          engines, profiles: one for each worker, with the same inputs, batch sizes and length buckets as before.
-
-        Returns:
-          The old engines. They are in use until `wait_for_swap` returns.
-
-        Raises:
-          ConfigError: the policy fails with a profile. ServerClosedError, WorkersLostError.
-        """
-        make_policy = functools.cache(self.make_policy.__wrapped__)  # a new cache, or it would grow with every swap
-        new = [Successor(e, p, make_policy(p)) for e, p in zip(engines, profiles, strict=True)]
-        with self.lock:
-            self._locked_check_serving("cannot be swapped")
-            successors = {worker: s for worker, s in zip(workers, new, strict=True) if worker.alive}
-            old = [worker.engine for worker in successors]
-            # Only a policy object is the same as before. A policy that was given by name is new, and need not be tried.
-            same = ((worker.index, s) for worker, s in successors.items() if s.policy is worker.policy)
-            failed = next(filter(None, (s.try_policy(worker=i, now_s=self.clock()) for i, s in same)), None)
-            if failed is None:
-                self.outbox.drop(self.make_policy)
-                self.make_policy = make_policy
-                new_profiles = [successor.profile for successor in successors.values()]
-                self.members.succeed(successors, new_profiles[0])
-                self.counters.swap(new_profiles)
-                self.backlog.retime(new_profiles[0])
-                self._locked_offer()
-                self._locked_notify_all()  # idle workers change over, too
-        self.outbox.empty()
-        if failed is not None:
-            raise errors.ConfigError(
-                f"the server's policy fails with the profile of the new export: {foreign.text_of(failed)}; give the policy by "
-                "name, or use one that makes new tables for every profile (see policies.ByProfile)"
-            ) from failed
-        return old
-
-    def wait_for_swap(self) -> None:
-        """Returns when every worker runs its successor, or is gone."""
-        with self.lock:
-            self.changed.wait_for(lambda: not any(worker.successor for worker in self.members.workers))
-
     # -- calls of workers -------------------------------------------------------------------------------------------------
 
     def locked_wait_for_work(self, worker: Worker) -> bool:
         """Waits until there is something to do for `worker`. False when it is to leave."""
         while worker.alive and not self.locked_has_work(worker) and not worker.successor and not self.outbox.entries:
-            if self.closing:
+            if self.closing and self.policy_call.thread is None:
                 return False
             self.idle.wait()
         return worker.alive
 
     def locked_has_work(self, worker: Worker) -> bool:
-        """Whether a batch waits that `worker` may run."""
+        """Whether a batch waits that `worker` may run, and no other worker decides about one."""
+        if self.policy_call.thread is not None:
+            return False
         return len(self.backlog.queue) > 0 or self.locked_find_retry(worker) is not None
 
     def locked_find_retry(self, worker: Worker) -> Retry | None:
@@ -334,23 +281,25 @@ class Pool:
         for worker in workers:
             if worker.present:
                 self.members.retire(worker, gone)
-                self._locked_offer()
+                self.locked_offer()
                 worker.locked_leave(hung=gone == "abandoned")
         if not self.members.alive:
             self.backlog.fail_all(reason)
-        self._locked_notify_all()
+        self.locked_notify_all()
         if self.closing:
             self._watchdog.ring()  # the last worker may have left
 
-    def _locked_offer(self) -> None:
+    def locked_offer(self) -> None:
         """Updates what the live workers offer (see `Members.offer`). Nothing changes if none is alive."""
         if (offer := self.members.offer()) is not None:
             self.backlog.offer(*offer)
 
-    def _is_own_thread(self) -> bool:
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread belongs to this pool."""
         return threading.current_thread() in (self._watchdog.thread, *(worker.thread for worker in self.members.workers))
 
-    def _locked_notify_all(self) -> None:
+    def locked_notify_all(self) -> None:
+        """Wakes every thread that waits for a change of the pool."""
         self.idle.wake_all()
         self.changed.notify_all()
 
@@ -360,8 +309,11 @@ class Pool:
         """Abandons the workers that are stuck in a batch (see `Worker.locked_is_stuck`)."""
         with self.lock:
             now_s = self.clock()
+            self.policy_call.locked_excuse(excused_s)
             if stuck := [worker for worker in self.members.workers if worker.locked_is_stuck(now_s, excused_s)]:
                 self._locked_leave(stuck, "abandoned", self.members.lost_error)
+            if self.policy_call.is_overdue(now_s):
+                self.policy_call.locked_forget()  # not a worker's call, but a swap's
         self.outbox.empty()
 
     def ended(self) -> bool:
@@ -389,7 +341,8 @@ class Pool:
         if self.closing:
             raise errors.ServerClosedError(f"the server is closed and {what}; open a new one")
 
-    def _locked_check_serving(self, what: str) -> None:
+    def locked_check_serving(self, what: str) -> None:
+        """Raises ServerClosedError or WorkersLostError if no worker will take a batch."""
         self._check_open(what)
         if not self.members.alive:
             raise self.members.lost_error()

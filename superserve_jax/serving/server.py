@@ -10,8 +10,8 @@ Threads
 - **One worker thread per engine** (`Worker`): waits while the queue is empty. Else it asks the policy, takes the batch, runs
   the engine, answers the futures and runs their done-callbacks. There is no router thread. If the device computes on its own
   (`engines.base.Overlapping`), the worker hands over the next batch shortly before the last one is done.
-- **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine, since Python cannot end a thread. It also runs
-  the deferred calls (rule 2).
+- **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine or a policy object, since Python cannot end a
+  thread. It also runs the deferred calls (rule 2).
 - **A thread that closes the server or removes a worker**: waits until the workers have left, and joins their threads.
 - **A thread that swaps**: makes the new engines while the workers run, gives each worker a `Successor` under the lock, and
   waits until all workers use theirs.
@@ -24,14 +24,15 @@ Locks
   instructions. No thread takes the pool's lock while it holds one of them.
 
 Rules
-1. The server calls no foreign code while it holds a lock, except the policy (and `clock`, if that option is given). Under the
-   lock it does not log, take the `repr` of an error, or resolve a future. It also drops no last reference to a query, an
-   input, an engine or an error. All this waits in the `Outbox`, which every thread empties after it has released the lock.
-2. Signal handlers, finalizers and the policy may call the server while their own thread holds a lock. A public method that
-   finds this does not block or read half-changed state. It defers the work to the watchdog, which waits for the lock.
-   `submit` returns futures, which fail if the queries are refused later. `close` refuses new queries at once. `add_worker`,
-   `remove_worker` and `swap` return at once, too, and their errors are logged. `health` and `snapshot` return the result of
-   their previous call.
+1. The server calls no foreign code while it holds a lock, except `clock`, if that option is given. A policy object is called
+   without the lock (`policy_call.py`). Under the lock the server does not log, take the `repr` of an error, or resolve a
+   future. It also drops no last reference to a query, an input, an engine or an error. All this waits in the `Outbox`, which
+   every thread empties after it has released the lock.
+2. Signal handlers and finalizers may call the server while their own thread holds a lock, and a policy while its worker
+   decides. A public method that finds this does not block or read half-changed state. It defers the work to the watchdog,
+   which waits for the lock. `submit` returns futures, which fail if the queries are refused later. `close` refuses new queries
+   at once. `add_worker`, `remove_worker` and `swap` return at once, too, and their errors are logged. `health` and `snapshot`
+   return the result of their previous call.
 3. Only `dispatch` calls the policy, for the worker, and only `Flight` calls the engine. Futures resolve to a reply in
    `futures.answer` and to an error in the `Outbox`. Only these places handle errors of foreign code.
 4. A query is answered exactly once: a future ignores every answer after the first. Until then the query is always in one of
@@ -320,7 +321,7 @@ class Server:
         from superserve_jax.engines import prepare  # here, since it imports jax
 
         with self._changing:
-            workers = self.pool.swappable()
+            workers = self.pool.swaps.swappable()
             devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in workers]
             if None in devices:
                 name = workers[devices.index(None)].name
@@ -336,15 +337,15 @@ class Server:
                 **self._slicing,
             )
             each = profiles_of_workers(profiles, len(engines))
-            old = self.pool.swap(workers, engines, each)
+            old = self.pool.swaps.swap(workers, engines, each)
             self.model, self.profiles, self.profile = model, tuple(each), each[0]
-        self.pool.wait_for_swap()
+        self.pool.swaps.wait()
         del old  # here, since to free a device's memory may take long
 
     def _interrupts(self) -> bool:
         """Whether the calling thread already holds a lock of this server (see rule 2). Raises ServerClosedError in a fork."""
         self.pool.process.refuse_fork()
-        return self.pool.is_held_here() or self._is_changing_here()
+        return self.pool.is_inside() or self._is_changing_here()
 
     def health(self) -> dict[str, Any]:
         """The state of the server now, as plain values.
@@ -352,7 +353,8 @@ class Server:
         - `workers`: number of workers, present and gone. `alive`, `abandoned`: how many are alive and were abandoned so far.
         - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
-        - `per_worker`: a list of dicts. `name`. `state`: "idle" or "running"; "left" (it failed too often, or the server was
+        - `per_worker`: a list of dicts. `name`. `state`: "idle", "deciding" (in a policy object), "running" or "answering" (in
+          done-callbacks); "left" (it failed too often, or the server was
           closed), "abandoned" (it was stuck) or "removed". `batches`: how many it answered; `failures`: how many failed on it.
           `max_batch`: its largest batch size, smaller than the profile's after it ran out of memory. `slowdown`: how many
           times slower than its profile it is (see `scheduling.speeds`). `last_error`. `running_s`: how long its present batch

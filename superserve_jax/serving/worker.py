@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 
-from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import dispatch
@@ -22,17 +21,16 @@ from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import foreign, futures
 from superserve_jax.serving.flight import Failure, Flight, OverlapPace, may_overlap, refill
-from superserve_jax.serving.futures import Query
+from superserve_jax.serving.policy_call import OutdatedError
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.subnet import Subnet
 
 if TYPE_CHECKING:
-    from superserve_jax.serving.members import Successor
     from superserve_jax.serving.pool import Pool
+    from superserve_jax.serving.swaps import Successor
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 20  # a batch that takes more than 20 times its profiled p99 counts as stuck, see `locked_is_stuck`
 _AT_ONCE_S = 2e-5  # a shorter wait for the device, after a sleep, means that the worker woke up too late
 
 Gone = Literal["", "left", "abandoned", "removed"]
@@ -172,6 +170,8 @@ class Worker:
           begin_s: when the device can begin with the batch.
         """
         pool, backlog, flight = self._pool, self._pool.backlog, None
+        if pool.policy_call.thread is not None:
+            return None  # something else than work woke the worker
         retry = pool.locked_find_retry(self)
         backlog.prune(now_s)
         # Nothing arrives in a group of retries, so its meter is empty.
@@ -179,12 +179,15 @@ class Worker:
         if len(waiting):
             try:
                 pace = pool.members.fleet.pace(self.index)
-                turn = Turn(waiting, meter, self.policy, self.profile, pace, self._last_subnet, self.index)
+                decide = pool.policy_call.locked_asker(self)
+                turn = Turn(waiting, meter, self.policy, self.profile, pace, self._last_subnet, self.index, decide)
                 row, batch, reason = dispatch.next_batch(turn, begin_s)
+            except OutdatedError:
+                return None
             except BaseException as error:  # this is not the main thread, so it cannot be Ctrl-C
                 unlucky = waiting.pop(self._sizes[-1])
                 pool.counters.failed += sum(not query.done() for query in unlucky)
-                pool.outbox.call(self._policy_failed, (error, unlucky))
+                pool.outbox.call(pool.policy_call.failed, (error, unlucky))
             else:
                 self._last_subnet = row.subnet
                 if batch := refill(waiting, self.profile, row, batch, pool.outbox):
@@ -194,18 +197,6 @@ class Worker:
                     self.flights.append(flight)
         pool.locked_wake_one()
         return flight
-
-    def _policy_failed(self, failed: tuple[BaseException, list[Query]]) -> None:
-        """Fails the queries that the policy was asked about."""
-        error, unlucky = failed
-        foreign.log(_log, logging.ERROR, "the policy failed", error=error)
-        failure = Failure.of(error)
-        foreign.forget_frames(error)
-        with self._pool.lock:
-            self._pool.members.note(failure)
-            for query in unlucky:
-                reply = errors.InferenceError(f"the policy failed: {failure.text}; fix it")
-                self._pool.outbox.fail(query, failure.cause(reply))
 
     def _launch(self, flight: Flight) -> None:
         """Hands a batch to the device."""
@@ -345,15 +336,19 @@ class Worker:
         Only the batch that the worker was handing over, waiting for or answering counts as failed. A batch behind it never
         started, and goes back to where it came from.
         """
-        pool = self._pool
+        pool, now_s = self._pool, self._pool.clock()
         self.present = False
         self.locked_succeed(None)
+        in_policy = pool.policy_call.thread is self.thread
         if hung:
-            ran_s = pool.clock() - self._watched_s if self.flights else 0.0
-            self._locked_note(Failure.of(TimeoutError(f"{self.name} has not returned for {ran_s:.3g} s")))
+            ran_s = pool.policy_call.ran_s(now_s) if in_policy else now_s - self._watched_s if self.flights else 0.0
+            what = f"the policy, called by {self.name}," if in_policy else self.name
+            self._locked_note(Failure.of(TimeoutError(f"{what} has not returned for {ran_s:.3g} s")))
+        if in_policy:
+            pool.policy_call.locked_forget()
         flights, self.flights = self.flights, []
         busy = next((flight for flight in flights if flight.launched is flight.failure is None), None)
-        if busy is None and flights and (hung or self._landed):
+        if busy is None and flights and ((hung and not in_policy) or self._landed):
             busy = flights[0]
         for flight in flights:
             if flight is busy and self._last_failure is not None:
@@ -361,25 +356,25 @@ class Worker:
             else:
                 pool.backlog.give_back(flight, self.index)
 
-    def locked_is_stuck(self, now_s: float, excused_s: float) -> bool:
-        """Whether the first flight has taken longer than max(stall_s, 20 * its profiled p99).
+    def locked_excuse(self, seconds: float) -> None:
+        """Does not count a time against the engine."""
+        self._watched_s += seconds
 
-        The `excused_s` for which the whole process stood still do not count.
-        """
+    def locked_is_stuck(self, now_s: float, excused_s: float) -> bool:
+        """Whether the first flight or a user's policy takes too long. The process stood still for `excused_s`, not counted."""
+        if (call := self._pool.policy_call).thread is self.thread:
+            return call.is_overdue(now_s)
         if not self.flights or self._landed or self._in_callbacks:  # the thread is in done-callbacks, not in the engine
             return False
         if excused_s:
             self._watched_s = min(self._watched_s + excused_s, now_s)
-        flight = self.flights[0]
-        patience_s = max(self._pool.options.stall_s, 1e-3 * _PATIENCE * flight.row.p99_ms[flight.place])
-        return now_s - self._watched_s > patience_s
+        return now_s - self._watched_s > self.flights[0].patience_s(self._pool.options.stall_s)
 
     def health(self, now_s: float) -> dict[str, Any]:
         """See `Server.health`."""
         return {
             "name": self.name,
-            "state": self.gone
-            or ("answering" if self._landed or self._in_callbacks else "running" if self.flights else "idle"),
+            "state": self.gone or self._doing(),
             "batches": self._batches,
             "failures": self._failed_batches,
             "max_batch": self.profile.max_batch,
@@ -387,6 +382,11 @@ class Worker:
             "last_error": None if self._last_failure is None else self._last_failure.text,
             "running_s": now_s - self._watched_s if self.flights else 0.0,
         }
+
+    def _doing(self) -> str:
+        if self._landed or self._in_callbacks:
+            return "answering"
+        return "deciding" if self._pool.policy_call.thread is self.thread else "running" if self.flights else "idle"
 
     def _locked_note(self, failure: Failure) -> None:
         self._pool.outbox.drop(self._last_failure)

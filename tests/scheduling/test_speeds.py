@@ -196,3 +196,39 @@ def test_a_slow_worker_takes_queries_that_nobody_can_save():
 def test_an_impossible_slowdown_is_refused(slow):
     with pytest.raises(errors.ConfigError, match="Slowdown"):
         Cluster(slowdowns=(Slowdown(*slow),))
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("happens", ["emptied", "others_taken", "earlier", "later"])
+def test_the_queue_may_change_while_a_slow_worker_decides(call, happens):
+    """The first call decides about all queries, the second only about those that the fast worker cannot save."""
+    fast, slow = PAPER, PAPER.scaled(10.0)
+    urgent_s = 1e-3 * fast.rows[0].latency_ms[-1] * 2
+    waiting, gone, calls = DeadlineQueue(), [], []
+    deadlines_s = {i: urgent_s if i < 5 else 1.0 for i in range(10)}
+    for i, deadline_s in deadlines_s.items():
+        waiting.push(deadline_s, i)
+
+    def decide(policy, profile, state):
+        calls.append(state.waiting)
+        decided = dispatch.decide(policy, profile, state)
+        if len(calls) == call:
+            if happens == "emptied":
+                gone.extend(waiting.drain())
+            elif happens == "others_taken":
+                for i in waiting.drain():
+                    if i < 5:
+                        waiting.push(urgent_s, i)
+                    else:
+                        gone.append(i)
+            else:
+                deadlines_s[10] = urgent_s / 2 if happens == "earlier" else 2.0
+                waiting.push(deadlines_s[10], 10)
+        return decided
+
+    turn = Turn(waiting, ArrivalMeter(), SlackFit(slow), slow, Fleet([fast, slow]).pace(1), None, 1, decide)
+    _, items, _ = dispatch.next_batch(turn, 0.0)
+    assert len(calls) >= call
+    left = waiting.drain()
+    assert sorted([*gone, *items, *left]) == sorted(deadlines_s)  # none lost, none twice
+    assert left == sorted(left, key=lambda i: (deadlines_s[i], i))

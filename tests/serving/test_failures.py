@@ -286,7 +286,7 @@ def test_when_the_last_worker_leaves_everything_fails_with_the_cause_until_anoth
         for f in futures:
             with pytest.raises(errors.WorkersLostError, match=r"last of 1 workers.*the device burns"):
                 f.result(WAIT_S)
-        for ask in (lambda: s.submit(x(1)), s.pool.swappable):
+        for ask in (lambda: s.submit(x(1)), s.pool.swaps.swappable):
             with pytest.raises(errors.WorkersLostError, match=r"the device burns.*add a worker or open a new server"):
                 ask()
         assert s.health()["alive"] == 0

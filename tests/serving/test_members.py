@@ -163,8 +163,8 @@ def test_a_worker_with_the_index_of_a_gone_worker_keeps_its_speed_through_a_swap
     with serve(fake(name="a"), fake(name="b")) as s:
         s.remove_worker("a")
         s.add_worker(fake(name="c"))
-        s.pool.swap(s.pool.swappable(), [fake(name="d"), fake(name="e")], [PROFILE, PROFILE])
-        s.pool.wait_for_swap()
+        s.pool.swaps.swap(s.pool.swaps.swappable(), [fake(name="d"), fake(name="e")], [PROFILE, PROFILE])
+        s.pool.swaps.wait()
         assert s.pool.members.fleet.strength() == (2.0, 2)
 
 

@@ -291,9 +291,9 @@ def test_blank_inputs_do_not_count_as_running_queries():
 
 def test_after_a_swap_both_running_batches_end_on_the_old_engine_and_the_next_runs_on_the_new_one():
     with held() as (s, gate, futures):
-        s.pool.swap(s.pool.swappable(), [fakes.fake(name="new")], [fakes.PROFILE])
+        s.pool.swaps.swap(s.pool.swaps.swappable(), [fakes.fake(name="new")], [fakes.PROFILE])
         gate.opened.set()
         assert outcomes(futures) == list(range(12))
-        s.pool.wait_for_swap()
+        s.pool.swaps.wait()
         assert gate.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
         assert [worker.overlaps for worker in s.pool.members.workers] == [False]

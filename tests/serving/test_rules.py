@@ -127,10 +127,10 @@ def everything_goes_wrong(witness, kind):
                 s.add_worker(make())
                 s.health(), s.snapshot()
             if i % 50 == 49:
-                workers = s.pool.swappable()
+                workers = s.pool.swaps.swappable()
                 with contextlib.suppress(errors.ConfigError):  # the policy fails when it is tried
-                    s.pool.swap(workers, [make() for _ in workers], [PROFILE] * len(workers))
-                s.pool.wait_for_swap()
+                    s.pool.swaps.swap(workers, [make() for _ in workers], [PROFILE] * len(workers))
+                s.pool.swaps.wait()
             if i % 60 == 59:
                 alive = [w["name"] for w in s.health()["per_worker"] if w["state"] in ("idle", "running")]
                 if len(alive) > 1:
@@ -164,7 +164,7 @@ def test_a_policy_may_call_every_method_of_its_server():
 
     def policy(profile, state):
         if not made:
-            assert s.pool.is_held_here()
+            assert s.pool.is_inside()
             made.extend((s.submit(x(1)), *s.submit_many([x(2), x(3)])))
             seen.extend((s.health()["alive"], s.snapshot()["queries"]["arrived"]))
             s.add_worker(fake(name="new"))

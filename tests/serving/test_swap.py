@@ -35,13 +35,13 @@ other = functools.partial(fake, name="other", profile=OTHER)
 
 def start_swap(s, make=other, profile=OTHER):
     """Swaps the engines of all workers. Does not wait until they have changed over."""
-    members = s.pool.swappable()
-    s.pool.swap(members, [make() for _ in members], [profile] * len(members))
+    members = s.pool.swaps.swappable()
+    s.pool.swaps.swap(members, [make() for _ in members], [profile] * len(members))
 
 
 def swap(s, make=other, profile=OTHER):
     start_swap(s, make, profile)
-    s.pool.wait_for_swap()
+    s.pool.swaps.wait()
 
 
 def workers_of(s) -> Any:
@@ -64,7 +64,7 @@ def test_under_traffic_no_query_is_lost_and_every_reply_comes_from_one_export():
             for make, profile, expected in [(other, OTHER, NEW), (fake, PROFILE, OLD)] * 5:
                 start_swap(s, make, profile)
                 assert whose(s.submit(x(1))) == expected  # from now on, not only once all have changed over
-                s.pool.wait_for_swap()
+                s.pool.swaps.wait()
         assert {whose(f) for f in futures} <= {OLD, NEW}
         assert whose(s.submit(x(1), min_accuracy=0.8)) == OLD
         assert s.pool.backlog.fastest_s == 0.001
@@ -74,7 +74,7 @@ def test_under_traffic_no_query_is_lost_and_every_reply_comes_from_one_export():
 def test_a_batch_that_runs_ends_on_the_old_engine_while_the_others_have_changed_over():
     with held(2) as (s, gate, first):
         start_swap(s)
-        with threads(s.pool.wait_for_swap) as [waiter]:
+        with threads(s.pool.swaps.wait) as [waiter]:
             assert [whose(s.submit(x(i))) for i in range(5)] == [NEW] * 5
             waiter.join(0.01)
             assert waiter.is_alive()
@@ -138,7 +138,7 @@ def test_after_a_swap_counters_by_outcome_go_on_and_counters_by_subnet_restart()
         outcomes(s.submit_many(x(range(8))))
         start_swap(s)
         gate.opened.set()
-        s.pool.wait_for_swap()
+        s.pool.swaps.wait()
         outcomes([first, *s.submit_many(x(range(8)))])
         fakes.wait_until(lambda: not s.health()["running"])
         snapshot = s.snapshot()
@@ -162,9 +162,9 @@ def test_after_a_swap_speeds_follow_the_new_profiles():
         return best(profile, state)
 
     with serve(*fakes.several(3), policy=policy) as s:
-        members = s.pool.swappable()
-        s.pool.swap(members, [other() for _ in members], [OTHER, OTHER.scaled(2.0), OTHER.scaled(2.0)])
-        s.pool.wait_for_swap()
+        members = s.pool.swaps.swappable()
+        s.pool.swaps.swap(members, [other() for _ in members], [OTHER, OTHER.scaled(2.0), OTHER.scaled(2.0)])
+        s.pool.swaps.wait()
         seen.clear()
         while len(set(seen)) < 2:
             outcomes(s.submit_many(x(range(12))))
@@ -230,9 +230,9 @@ def test_queries_that_fail_on_the_old_engine_are_checked_against_the_new_best_ac
 
 def test_a_closed_server_cannot_be_swapped():
     s = serve()
-    members = s.pool.swappable()
+    members = s.pool.swaps.swappable()
     s.close()
-    for ask in (s.pool.swappable, lambda: s.pool.swap(members, [other()], [OTHER])):
+    for ask in (s.pool.swaps.swappable, lambda: s.pool.swaps.swap(members, [other()], [OTHER])):
         with pytest.raises(errors.ServerClosedError, match="cannot be swapped"):
             ask()
 
@@ -242,7 +242,7 @@ def test_a_server_that_closes_amid_a_swap_answers_everything_and_lets_the_swap_r
     with held(2) as (s, gate, first):
         start_swap(s)
         waiting = s.submit_many(x(range(50)))
-        with threads(s.pool.wait_for_swap, lambda: s.close(drain=drain)):
+        with threads(s.pool.swaps.wait, lambda: s.close(drain=drain)):
             gate.opened.set()
         assert whose(first) == OLD
         assert {whose(f) for f in waiting if not f.exception(0)} <= {NEW}
@@ -254,7 +254,7 @@ def test_a_done_callback_may_not_swap():
 
     def callback(_):
         try:
-            s.pool.swappable()
+            s.pool.swaps.swappable()
         except errors.ConfigError as error:
             caught.append(error)
 

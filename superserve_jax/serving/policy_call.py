@@ -1,0 +1,120 @@
+"""Calls of a user's policy, which may be slow or hang. No jax.
+
+A policy of this package, given by name, is called under the pool's lock. That is fast, and it always returns. A policy object
+is called without the lock. So clients and the watchdog can take the lock meanwhile.
+"""
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from superserve_jax import errors
+from superserve_jax.scheduling import dispatch
+from superserve_jax.serving import foreign
+from superserve_jax.serving.flight import Failure
+from superserve_jax.serving.futures import Query
+
+if TYPE_CHECKING:
+    from superserve_jax.serving.pool import Pool
+    from superserve_jax.serving.worker import Worker
+
+_log = logging.getLogger(__name__)
+
+
+class OutdatedError(Exception):
+    """The worker may take no batch with the decision that it asked for."""
+
+
+class PolicyCall:
+    """The call of a user's policy that is under way. There is one at a time, and other workers find no work until it ends.
+
+    Methods named `locked_...` expect the caller to hold the pool's lock.
+
+    Attributes:
+      thread: the thread that is in the policy; None if there is none. An abandoned thread no longer counts.
+    """
+
+    def __init__(self, pool: "Pool"):
+        self._pool, self._trusted = pool, isinstance(pool.options.policy, str)
+        self.thread: threading.Thread | None = None
+        self._since_s = 0.0
+
+    def is_here(self) -> bool:
+        """Whether the calling thread is in the policy."""
+        return self.thread is not None and self.thread is threading.current_thread()
+
+    def ran_s(self, now_s: float) -> float:
+        """How long the call has taken so far."""
+        return now_s - self._since_s
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Whether the call has taken longer than `stall_s`."""
+        return self.thread is not None and self.ran_s(now_s) > self._pool.options.stall_s
+
+    def locked_asker(self, worker: "Worker") -> Callable[..., Any]:
+        """A function like `dispatch.decide`, for one decision of a worker."""
+        return dispatch.decide if self._trusted else functools.partial(self._locked_ask, worker)
+
+    def _locked_ask(self, worker: "Worker", *question: Any) -> Any:
+        """Like `dispatch.decide`, but without the lock.
+
+        Raises OutdatedError, even if the policy raises, if the worker was abandoned, removed or swapped meanwhile.
+        """
+        self._locked_begin()
+        self._pool.lock.release()
+        try:
+            return dispatch.decide(*question)
+        finally:
+            self._pool.lock.acquire()
+            worker.locked_excuse(self.ran_s(self._pool.clock()))
+            self._locked_end()
+            if not worker.alive or worker.successor is not None:
+                raise OutdatedError
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no thread is in the policy, and lets this thread call it."""
+        with self._pool.lock:
+            self._pool.changed.wait_for(lambda: self.thread is None)
+            self._locked_begin()
+        try:
+            yield
+        finally:
+            with self._pool.lock:
+                self._locked_end()
+
+    def failed(self, failed: tuple[BaseException, list[Query]]) -> None:
+        """Fails the queries that the policy was asked about, with its error."""
+        error, unlucky = failed
+        foreign.log(_log, logging.ERROR, "the policy failed", error=error)
+        failure = Failure.of(error)
+        foreign.forget_frames(error)
+        with self._pool.lock:
+            self._pool.members.note(failure)
+            for query in unlucky:
+                reply = errors.InferenceError(f"the policy failed: {failure.text}; fix it")
+                self._pool.outbox.fail(query, failure.cause(reply))
+
+    def locked_excuse(self, seconds: float) -> None:
+        """Does not count a time in which the whole process stood still."""
+        self._since_s += seconds
+
+    def locked_forget(self) -> None:
+        """Gives up the call, which is overdue. Other threads may call the policy now."""
+        self.thread = None
+        self._pool.locked_notify_all()
+
+    def _locked_begin(self) -> None:
+        self.thread, self._since_s = threading.current_thread(), self._pool.clock()
+
+    def _locked_end(self) -> None:
+        if not self.is_here():
+            return  # forgotten
+        self.thread = None
+        if self._pool.closing or self._pool.backlog.retries.groups:  # workers may leave, or one of them may run a retry
+            self._pool.idle.wake_all()
+        self._pool.locked_wake_one()
+        self._pool.changed.notify_all()
