@@ -36,6 +36,7 @@ from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Stopwatch
 from superserve_jax.serving import server
+from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import traces
 from superserve_jax.simulation.traces import Trace
@@ -128,7 +129,7 @@ def main() -> None:
     labels = {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}
     names = options.policies or tuple(labels)
     for name in names:
-        server.make_policy(name, *work.profiles)  # reports a mistyped name before the first replay
+        make_policy(name, *work.profiles)  # reports a mistyped name before the first replay
     results: list[Result] = []
     replays: dict[str, Replay] = {}
     for name in names:

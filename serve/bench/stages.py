@@ -25,8 +25,8 @@ import tyro
 from superserve_jax import cli
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.scheduling import dispatch
-from superserve_jax.serving import server
 from superserve_jax.serving.futures import Query
+from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.pool import Pool
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import paper_profile
@@ -94,7 +94,7 @@ def measure(options: Options, size: int) -> dict[str, float]:
     """Median microseconds of each stage, and of all, for `size` queries submitted in one call to an idle worker."""
     profile, stamps, rounds = paper_profile.paper_profile(), Stamps(), []
     device = FakeEngine(profile, speed=float("inf"))
-    policy = stamps.around(server.make_policy(options.policy, profile), "policy", "decided")
+    policy = stamps.around(make_policy(options.policy, profile), "policy", "decided")
 
     def ask(target: Server) -> None:
         target.submit_many([X] * size)[-1].exception()

@@ -20,7 +20,7 @@ from superserve_jax import cli, plots
 from superserve_jax.experiments import presets
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.sim_vs_real import Interval
-from superserve_jax.serving import server
+from superserve_jax.serving.options import make_policy
 from superserve_jax.simulation import paper_profile
 
 COLUMNS: dict[str, Callable[[Interval], str]] = {
@@ -65,7 +65,7 @@ def main() -> None:
     trace = grid.traffics[0].create(options.seed, duration_s=5 * options.every)
     trace = dataclasses.replace(trace, slo_ms=options.slo_ms)
     for name in options.policies:
-        server.make_policy(name, profile)  # reports a mistyped name before the first run
+        make_policy(name, profile)  # reports a mistyped name before the first run
     print(
         f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {options.slo_ms:.0f} ms, "
         f"{cluster.workers} workers with the latencies of {profile.device}"

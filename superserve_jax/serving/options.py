@@ -12,9 +12,12 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.lengths import trim_padding
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import foreign
 
+_MAX_NAME = 100  # characters of a policy's name, also the most that an error message shows
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
 
@@ -118,6 +121,14 @@ def check_options(given: ServerOptions) -> Options:
         if name in given and not fits(given[name]):
             raise errors.ConfigError(f"{name} must be {expected}, got {foreign.text_of(given[name])}")
     return Options(**given)
+
+
+def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
+    """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
+    if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
+        got = foreign.text_of(policy)[:_MAX_NAME]
+        raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {got}")
+    return policies.create(policy, *profiles)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

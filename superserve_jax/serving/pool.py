@@ -15,7 +15,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import foreign, threads
+from superserve_jax.serving import threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query

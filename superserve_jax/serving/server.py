@@ -58,14 +58,18 @@ from typing import Any, Literal, Unpack
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
-from superserve_jax.scheduling import policies
-from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import background, foreign, futures, threads
 from superserve_jax.serving.futures import Future, Query
-from superserve_jax.serving.options import InputSpec, Options, ServerOptions, check_floor, check_options, check_slo
+from superserve_jax.serving.options import (
+    InputSpec,
+    Options,
+    ServerOptions,
+    check_floor,
+    check_options,
+    check_slo,
+    make_policy,
+)
 from superserve_jax.serving.pool import Pool
-
-_MAX_NAME = 100  # characters of a policy's name, also the most that an error message shows
 
 
 class Server:
@@ -393,11 +397,3 @@ def background_traffic(rate_qps: float) -> contextlib.AbstractContextManager[Non
     ...     pass
     """
     return background.traffic(Server.from_engines, rate_qps)
-
-
-def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
-    """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
-    if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
-        got = foreign.text_of(policy)[:_MAX_NAME]
-        raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {got}")
-    return policies.create(policy, *profiles)

@@ -7,7 +7,7 @@ from one_subnet import OUT_OF_MEMORY, ROW, SIZES, fake, serve
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision, State
-from superserve_jax.serving import server
+from superserve_jax.serving.options import make_policy
 from superserve_jax.subnet import Subnet
 
 
@@ -30,7 +30,7 @@ def test_a_worker_without_the_memory_for_a_batch_runs_smaller_ones_from_then_on(
 
 def test_a_named_policy_plans_with_the_batches_that_are_left():
     table = Profile(SIZES, (ROW, Row(Subnet((1,)), 0.8, (10.0, 10.0, 10.0, 10.0, 100.0))))
-    made = server.make_policy("max-batch", table.at(SIZES[:4]))
+    made = make_policy("max-batch", table.at(SIZES[:4]))
     cramped, ran = Cramped(8), []
 
     def on_run(subnet, batch_size, inputs):
