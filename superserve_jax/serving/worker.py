@@ -182,8 +182,8 @@ class Worker:
                 decide = pool.policy_call.locked_asker(self)
                 turn = Turn(waiting, meter, self.policy, self.profile, pace, self._last_subnet, self.index, decide)
                 row, batch, reason = dispatch.next_batch(turn, begin_s)
-            except OutdatedError:
-                return None
+            except OutdatedError as outdated:
+                pool.outbox.drop(outdated)  # with the error of the policy
             except BaseException as error:  # this is not the main thread, so it cannot be Ctrl-C
                 unlucky = waiting.pop(self._sizes[-1])
                 pool.counters.failed += sum(not query.done() for query in unlucky)

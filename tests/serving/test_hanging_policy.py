@@ -134,6 +134,33 @@ def test_a_worker_that_is_removed_while_its_policy_decides_takes_no_batch(hangin
         assert worker(s, name)["batches"] == 0
 
 
+def test_an_error_that_comes_too_late_is_dropped_without_the_lock(hanging):
+    held = []
+
+    class LateError(Exception):
+        def __del__(self):
+            held.append(s.pool.is_held_here())
+
+    def then(profile, state):
+        if policy.count == 1:
+            raise LateError
+        return Decision(SUBNETS[0], 4)
+
+    policy = hanging(1, then=then)
+    with within(20), serve(*several(2), policy=policy, stall_s=60.0) as s:
+        future = s.submit(x(5))
+        assert policy.entered.wait(WAIT_S)
+        name = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "deciding")
+        remover = threading.Thread(target=s.remove_worker, args=(name,))
+        remover.start()
+        wait_until(lambda: worker(s, name)["state"] == "removed")
+        policy.release.set()
+        assert outcomes([future]) == [5]
+        remover.join(WAIT_S)
+        wait_until(lambda: held)
+    assert held == [False]
+
+
 @pytest.mark.parametrize("ends", ["returns", "raises"])
 def test_a_decision_for_the_old_engine_is_dropped_after_a_swap(hanging, ends):
     def then(profile, state):
