@@ -182,7 +182,7 @@ def test_something_else_than_the_path_of_a_csv_or_config_file_is_refused(path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.py", "def get_config(:", r"a\.py, line 1"),
+        ("a.py", "def get_config(:", r"a\.py:1"),
         ("a.py", "import nowhere_at_all", r"a\.py:1"),
         ("a.py", "def get_config():\n    return 1 / 0", r"a\.py:2"),
         ("a.py", "def get_config(x):\n    return x", r"a\.py"),

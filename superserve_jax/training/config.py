@@ -5,8 +5,6 @@ import difflib
 import json
 import os
 import pathlib
-import runpy
-import traceback
 from typing import Any, Literal
 
 import jax
@@ -15,9 +13,11 @@ import optax
 from superserve_jax import errors, families
 from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
-from superserve_jax.training import fields
+from superserve_jax.training import fields, user_code
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
 from superserve_jax.training.fields import AboveZero, AtLeastTwo, BatchSize, Count, Finite, Fraction, Positive, Seed
+
+_MAX_NAME = 60  # characters of an experiment's name; the name of a folder has at most 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +193,11 @@ class TrainConfig:
     @errors.refusing(errors.ConfigError, "TrainConfig: a field has another type than its default")
     def __post_init__(self):
         fields.check(self, skip=("model", "data"))
-        if not self.name or pathlib.Path(self.name).name != self.name:
-            raise errors.ConfigError(f"name must be usable as a folder's name, got '{self.name}'")
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name) > _MAX_NAME:
+            raise errors.ConfigError(
+                f"name must be usable as a folder's name: 1 to {_MAX_NAME} printable characters without '/', not '..'; got "
+                f"{self.name[: 2 * _MAX_NAME]!r}"
+            )
         if not isinstance(self.model, FamilyConfig):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
         if self.data is not None:
@@ -227,15 +230,14 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     if path.suffix != ".py":
         raise errors.ConfigError(f"{path} is no Python file; a config's name ends in .py, as in configs/")
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
+        get_config = getattr(user_code.execute(path), "get_config", None)
         if not callable(get_config):
             raise errors.ConfigError(f"{path} has no function get_config(); it must return a TrainConfig")
         config = get_config()
     except errors.SuperServeError:
         raise
-    except Exception as e:  # any exception: the file is the user's code
-        line = traceback.extract_tb(e.__traceback__)[-1]
-        raise errors.ConfigError(f"{path} fails, see {line.filename}:{line.lineno}: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:  # any exception: the file is the user's code
+        raise errors.ConfigError(f"{path} fails{user_code.place(e)}: {type(e).__name__}: {getattr(e, 'msg', e)}") from e
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"get_config() of {path} must return a TrainConfig, got {type(config).__name__}")
     return config

@@ -31,8 +31,10 @@ _TEST_SPLITS = {"imagenet2012": "validation", "glue": "validation", "glue/mnli":
 
 def check_name(name: str) -> None:
     """Raises ConfigError unless `name` can be the name of a TFDS dataset."""
-    if not name or ":" in name:
-        raise errors.ConfigError(f"name must be a TFDS dataset such as 'cifar10', without a namespace; got {name!r}")
+    if not _NAME.fullmatch(name):
+        raise errors.ConfigError(
+            f"name must be a TFDS dataset such as 'cifar10' or 'glue/mnli', without a namespace; got {name!r}"
+        )
 
 
 def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
