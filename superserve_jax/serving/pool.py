@@ -149,8 +149,8 @@ class Pool:
             self.members.retire(worker, "removed")
             self.locked_offer()
             self.locked_notify_all()
-            if threading.current_thread() in (worker.thread, self._watchdog.thread):
-                return  # in a done-callback: only this thread can end or abandon the worker
+            if self.is_own_thread():
+                return  # in a done-callback: the worker may wait for this thread, which runs it, removes it or abandons it
             self.changed.wait_for(lambda: not worker.present)
         if worker.gone != "abandoned":
             worker.thread.join()

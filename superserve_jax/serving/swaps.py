@@ -28,14 +28,16 @@ class Successor(NamedTuple):
     profile: Profile
     policy: Policy
 
-    def try_policy(self, *, worker: int, now_s: float) -> Exception | None:
+    def try_policy(self, *, worker: int, now_s: float) -> BaseException | None:
         """Asks the policy about one query of each length. Returns its error, or None."""
         for length in self.profile.lengths or (0,):
             waiting = length_queue.make_queue(self.profile)
             waiting.push(now_s + 1.0, None, length=length)
             try:
                 dispatch.next_batch(Turn(waiting, ArrivalMeter(), self.policy, self.profile, worker=worker), now_s)
-            except Exception as error:
+            except BaseException as error:
+                if foreign.is_interrupt(error):
+                    raise
                 return error
         return None
 
@@ -109,7 +111,7 @@ class Swaps:
         with pool.lock:
             pool.changed.wait_for(lambda: not any(worker.successor for worker in pool.members.workers))
 
-    def _try_policies(self, workers: "Sequence[Worker]", successors: Sequence[Successor]) -> Exception | None:
+    def _try_policies(self, workers: "Sequence[Worker]", successors: Sequence[Successor]) -> BaseException | None:
         """Asks the policy about each new profile. Returns its first error, or None.
 
         Only a policy object is the same as before. A policy that was given by name is new, and need not be tried.

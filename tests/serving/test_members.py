@@ -97,6 +97,29 @@ def test_a_callback_may_remove_its_own_worker():
     assert s.health()["abandoned"] == 0
 
 
+def test_callbacks_on_two_workers_may_remove_each_others_worker():
+    batches, callbacks, names, removed = threading.Barrier(2), threading.Barrier(2), set(), []
+
+    def remove_the_other(_):
+        mine = threading.current_thread().name.removeprefix("superserve-")
+        names.add(mine)
+        callbacks.wait(WAIT_S)
+        [other] = names - {mine}
+        s.remove_worker(other)
+        removed.append(other)
+
+    def run_together(subnet, batch_size, inputs):
+        if inputs[0]:
+            batches.wait(WAIT_S)
+
+    with fakes.serve(*fakes.several(3, run_together), policy=fakes.always(0, batch=1)) as s:
+        for i in (1, 2):
+            s.submit(x(i)).add_done_callback(remove_the_other)
+        wait_until(lambda: len(removed) == 2)
+        assert s.health()["alive"] == 1
+        assert outcomes([s.submit(x(0))]) == [0]
+
+
 def test_neither_the_last_worker_nor_an_unknown_one_can_be_removed():
     with serve(fake(), fake(name="gpu:1")) as s:
         with pytest.raises(errors.UnknownNameError, match="unknown worker 'gpu:0': did you mean 'gpu:1'"):

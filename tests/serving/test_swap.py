@@ -24,6 +24,11 @@ OTHER = Profile((1, 2, 4), tuple(Row(Subnet((10 + i,)), 0.6 + 0.1 * i, (1.0, 2.0
 OLD, NEW = (2, SUBNETS[2], 0.8), (1, Subnet((11,)), 0.7)  # what the best subnets of both reply
 
 
+class BadRepr(Exception):
+    def __repr__(self):
+        raise SystemExit(3)
+
+
 def best(profile, state):
     return Decision(profile.rows[-1].subnet, 4)
 
@@ -97,6 +102,27 @@ def test_a_policy_that_fails_with_the_new_profile_leaves_the_old_engines_serving
         with pytest.raises(errors.ConfigError, match=r"policy fails with the profile.*policies\.ByProfile"):
             swap(s)
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 1)
+
+
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, KeyboardInterrupt, BadRepr])
+def test_whatever_a_policy_raises_when_a_swap_tries_it_the_swap_fails_with_a_documented_error(error):
+    caught = []
+
+    def policy(profile, state):
+        if profile is OTHER:
+            raise error()
+        return best(profile, state)
+
+    def swap_and_catch():
+        with pytest.raises(errors.ConfigError, match="policy fails with the profile"):
+            swap(s)
+        caught.append(1)
+
+    with serve(policy=policy) as s:
+        with threads(swap_and_catch):  # not in the main thread, where KeyboardInterrupt is Ctrl-C
+            pass
+        assert caught
+        assert whose(s.submit(x(1))) == OLD
 
 
 def test_a_removed_worker_finishes_its_batch_and_gets_no_engine():
