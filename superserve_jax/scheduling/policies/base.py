@@ -78,6 +78,7 @@ REASONS = {
     "guard": "the fastest subnet: there is no time for a slower one",
     "short": "the fastest subnet and fewer queries: otherwise the first query would be late",
     "lost": "no choice saves the first query",
+    "unplanned": "the fastest subnet, because the planner's solver found no plan (see `Planner`)",
     "floor": "the first query asks for more accuracy than the policy's choice has",
 }
 """The reasons that the policies of this package give, explained. `dispatch` gives the reason "floor"."""

@@ -11,6 +11,8 @@ from superserve_jax.scheduling.policies.base import Decision, State, Table
 from superserve_jax.scheduling.policies.paper import Fixed
 from superserve_jax.subnet import Subnet
 
+_TIME_LIMIT_S = 1.0  # a plan takes milliseconds, and no other decision is made meanwhile
+
 
 class Planner:
     """A policy that assigns a subnet to each worker, so that the workers carry the forecast traffic at the highest accuracy.
@@ -24,11 +26,17 @@ class Planner:
     plan, which takes milliseconds. Unlike the other policies, a `Planner` has a memory: make one for each server or
     simulation.
 
+    If the solver finds no plan, fails, or takes longer than a second, all workers run the fastest subnet until the next plan.
+    These decisions have the reason "unplanned", and `failure` says why.
+
     Args:
       profile: the profile of the workers.
       period_s: time between two plans.
       headroom: share added to the forecast. On the paper's profile, 0.1 is enough to meet the deadlines of traffic with CV^2 2
         at low load, and 0.3 is enough for CV^2 4 at high load.
+
+    Attributes:
+      failure: why the last plan is not the solver's; "" if it is.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -46,7 +54,7 @@ class Planner:
         self._optimize = importlib.import_module("scipy.optimize")
         if not (period_s > 0 and headroom >= 0):
             raise errors.ConfigError(f"period_s must be positive and headroom 0 or more, got {period_s} and {headroom}")
-        self.period_s, self.headroom = period_s, headroom
+        self.period_s, self.headroom, self.failure = period_s, headroom, ""
         self._table = table = Table(profile)
         self._fixed = {subnet: Fixed(profile, subnet) for subnet in table.subnets}
         self._plan = (table.subnets[0],)
@@ -61,10 +69,11 @@ class Planner:
             # The first plan is made from the first moments of the traffic only, so it lasts at most 1 s.
             lasts_s = self.period_s if self._workers else min(self.period_s, 1.0)
             self._from_s, self._until_s, self._workers = state.now_s, state.now_s + lasts_s, workers
-        return self._fixed[self._plan[state.worker % len(self._plan)]](profile, state)
+        decision = self._fixed[self._plan[state.worker % len(self._plan)]](profile, state)
+        return decision._replace(reason="unplanned") if self.failure else decision
 
     def plan(self, rate_qps: float, *, workers: int, slo_ms: float) -> tuple[Subnet, ...]:
-        """The subnet of each worker, in ascending order of accuracy.
+        """The subnet of each worker, in ascending order of accuracy. Sets `failure`.
 
         For each subnet s, n_s workers run it and carry the share x_s of the forecast F = rate * (1 + headroom):
 
@@ -74,6 +83,14 @@ class Planner:
         The term 100 makes one more carried query worth more than any gain in accuracy. A tiny weight on n_s gives the best
         subnets to spare workers, because these take queries too.
         """
+        self.failure = ""
+        try:
+            return self._solve(rate_qps, workers=workers, slo_ms=slo_ms)
+        except Exception as error:  # any exception: the solver is another project's
+            self.failure = f"{type(error).__name__}: {error}"
+            return (self._table.subnets[0],) * workers
+
+    def _solve(self, rate_qps: float, *, workers: int, slo_ms: float) -> tuple[Subnet, ...]:
         table = self._table
         latency_ms = np.array(table.rows)
         qps = np.where(latency_ms <= slo_ms / 2, 1e3 * np.array(table.sizes) / latency_ms, 0.0).max(axis=1)
@@ -88,7 +105,9 @@ class Planner:
             -np.concatenate([worth, 1e-6 * worth * (qps > 0)]),
             integrality=np.repeat([0, 1], n),
             constraints=[carried, forecast, all_workers],
-            options={"mip_rel_gap": 1e-6},
+            options={"mip_rel_gap": 1e-6, "time_limit": _TIME_LIMIT_S},
         )
-        counts = np.rint(solution.x[n:]).astype(int)
-        return tuple(subnet for subnet, count in zip(table.subnets, counts, strict=True) for _ in range(count))
+        counts = np.rint(np.zeros(n) if solution.x is None else solution.x[n:])
+        if not (counts >= 0).all() or counts.sum() != workers:  # also if one is NaN
+            raise RuntimeError(f"no plan for {workers} workers and {rate_qps:g} queries/s: {solution.message}")
+        return tuple(subnet for subnet, count in zip(table.subnets, counts.astype(int), strict=True) for _ in range(count))

@@ -1,8 +1,12 @@
 """Policies in general, the paper's policies, and the planner. test_slackfit.py is about the default policy."""
 
 import dataclasses
+import math
+import types
 
+import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import PAPER, SLOWED, choose, make_profile, profiles, states
@@ -168,3 +172,49 @@ def test_a_planner_rounds_a_fractional_number_of_workers():
     options = {"rate_qps": 2000.0, "slo_ms": 36.0}
     whole, parts = (State(0.0, 30.0, 9, (), workers, **options) for workers in (3, 2.7))
     assert planner(PAPER, whole) == Planner(PAPER)(PAPER, parts)
+
+
+def found(x, message="nothing"):
+    return types.SimpleNamespace(x=None if x is None else np.array(x, float), message=message)
+
+
+NOTHING = {
+    "infeasible": lambda *a, **k: found(None, "The problem is infeasible."),
+    "raises": lambda *a, **k: 1 / 0,
+    "not a number": lambda c, **k: found(np.full(len(c), math.nan)),
+    "infinite": lambda c, **k: found(np.full(len(c), math.inf)),
+    "too few workers": lambda c, **k: found(np.zeros(len(c))),
+    "negative": lambda c, **k: found([*np.zeros(len(c) - 2), -1.0, 4.0]),
+    "another shape": lambda c, **k: found([[1.0]]),
+    "out of time": lambda c, options, **k: scipy.optimize.OptimizeResult(
+        x=None, message=f"Time limit of {options['time_limit']:g} s reached."
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_without_a_plan_of_the_solver_all_workers_run_the_fastest_subnet_and_the_reason_says_so(monkeypatch, name):
+    fast = PAPER.rows[0].subnet
+    policy, state = Planner(PAPER), State(0.0, 36.0, 16, workers=3, rate_qps=10.0, slo_ms=36.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(scipy.optimize, "milp", NOTHING[name])
+        assert policy.plan(10.0, workers=3, slo_ms=36.0) == (fast,) * 3
+        decisions = [policy(PAPER, state._replace(worker=i, now_s=0.1 * i)) for i in range(3)]
+    assert {(d.subnet, d.reason) for d in decisions} == {(fast, "unplanned")}
+    assert "unplanned" in policies.REASONS
+    assert policy.failure
+    later = policy(PAPER, state._replace(now_s=20.0))  # the next plan
+    assert (later.reason, policy.failure) == ("slack", "")
+    assert PAPER.row(later.subnet).accuracy > PAPER.rows[0].accuracy
+
+
+@pytest.mark.parametrize("rate_qps", [math.nan, math.inf, -1.0])
+def test_a_rate_that_cannot_be_still_gives_a_plan(rate_qps):
+    assert len(Planner(PAPER).plan(rate_qps, workers=2, slo_ms=36.0)) == 2
+
+
+def test_the_solver_has_a_time_limit(monkeypatch):
+    limits = []
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *a, options, **k: limits.append(options["time_limit"]))
+    Planner(PAPER).plan(10.0, workers=2, slo_ms=36.0)
+    assert limits == [1.0]
