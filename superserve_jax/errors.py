@@ -6,6 +6,7 @@ the value, what was expected and the remedy.
 
 import contextlib
 import difflib
+import threading
 from collections.abc import Collection, Iterable, Iterator
 
 import msgspec
@@ -81,6 +82,10 @@ class WorkersLostError(SuperServeError, RuntimeError):
     """No worker is left, so no query can be answered."""
 
 
+class ThreadStartError(SuperServeError, RuntimeError):
+    """The system could not start a thread."""
+
+
 class InferenceError(SuperServeError, RuntimeError):
     """The engine failed on this query's batch."""
 
@@ -107,6 +112,20 @@ def check_name(kind: str, name: object, known: Collection[str]) -> None:
     """Raises the error of `unknown_name` unless `name` is one of the known names."""
     if name not in known:
         raise unknown_name(kind, name, known)
+
+
+@contextlib.contextmanager
+def starting_threads() -> Iterator[None]:
+    """Turns Python's error for a thread that cannot be started into a ThreadStartError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not str(e).startswith("can't start new thread"):
+            raise
+        raise ThreadStartError(
+            f"the system started no further thread beside the {threading.active_count()} of this process; end some threads, "
+            "or raise the limit of the user or container (ulimit -u, pids.max)"
+        ) from e
 
 
 @contextlib.contextmanager

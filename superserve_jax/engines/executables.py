@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from superserve_jax import progress
+from superserve_jax import errors, progress
 from superserve_jax.engines.cache import Executable, ExecutableCache, Leaves, Traced
 from superserve_jax.engines.keys import Device
 from superserve_jax.subnet import Subnet
@@ -66,7 +66,7 @@ def build(
         return store.get(about, lambda: trace_slicer(program, leaves[program], device))
 
     full = programs.param_spec(program_list[0].config)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with errors.starting_threads(), concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
             keys = itertools.product(program_list, batch_sizes, lengths or (0,))
             jobs = {key: pool.submit(program_executable, *key) for key in keys}

@@ -206,8 +206,10 @@ def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in programs.param_spec(config).items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with errors.starting_threads(), ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((payload / "weights").absolute(), target)
+    except errors.ThreadStartError:
+        raise
     except Exception as e:  # Orbax raises many kinds of errors. The digests fit, so the weights are of another config.
         raise errors.ExportError(f"{payload / 'weights'} does not fit the config in the manifest: {e}; export again") from e
     _check_finite(params, calibrated, str(path))

@@ -11,6 +11,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile, Row
+from superserve_jax.serving import threads
 from superserve_jax.subnet import Subnet
 
 _MAX_RATE_QPS = 50_000.0
@@ -44,8 +45,7 @@ def traffic(open_server: Callable[..., Any], rate_qps: float) -> Iterator[None]:
             due %= 1
 
     with open_server([FakeEngine(table)], table) as server:
-        thread = threading.Thread(target=generate, name="superserve-traffic", daemon=True)
-        thread.start()
+        thread = threads.start(generate, "superserve-traffic")
         try:
             yield
         finally:

@@ -54,6 +54,7 @@ class Members:
         """Adds a worker. It replaces a worker of the same name that has gone."""
         self.fleet.join(worker.index, worker.profile)
         self.workers = (*(w for w in self.workers if w.name != worker.name), worker)
+        worker.alive = worker.present = True
         self.alive += 1
 
     def removable(self, name: str) -> Worker:

@@ -4,6 +4,7 @@ One class, because its parts change together, under one lock. `server.py` opens 
 named `locked_...` expect the caller to hold the lock.
 """
 
+import contextlib
 import copy
 import functools
 import threading
@@ -29,7 +30,7 @@ from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker
 
-_LAST_S = 0.05  # the least time to wait for each thread that is about to end
+_LAST_S = 0.1  # after the time limit of `close`: the longest wait for callbacks, and again for threads that are about to end
 _EXIT_S = 1.0  # at the interpreter's exit: the longest wait for running batches
 
 
@@ -78,11 +79,15 @@ class Pool:
 
         self._opened_s = self.clock()
         self.process = ProcessTies(self._end, tune_runtime=options.tune_runtime)
-        self._watchdog = Watchdog(self)
-        for engine, profile in zip(engines, profiles, strict=True):
-            self.add(engine, profile)
-        self._health, self._snapshot = self.health(), self.snapshot()
-        self._watchdog.thread.start()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.process.release)
+            self._watchdog = Watchdog(self)  # after `close` it calls `release`
+            undo.pop_all()
+            undo.callback(self.close, drain=False, timeout_s=None)
+            for engine, profile in zip(engines, profiles, strict=True):
+                self.add(engine, profile)
+            self._health, self._snapshot = self.health(), self.snapshot()
+            undo.pop_all()
 
     def is_inside(self) -> bool:
         """Whether the calling thread holds the lock or is in the policy (see rule 2 in `server.py`)."""
@@ -126,19 +131,25 @@ class Pool:
         policy = self.make_policy(profile)
         with self.lock:
             self._check_open("takes no workers")
-            before = self.members.workers  # keeps a worker that is replaced until the lock is free
             name, index = self.members.free_place(engine.name)
-            worker = Worker(self, engine, profile, policy, name=name, index=index)
-            self.members.join(worker)
-            self.locked_offer()
-            self.counters.know(profile)
-        del before
-        self.outbox.empty()
+        worker = Worker(self, engine, profile, policy, name=name, index=index)
         try:
-            worker.thread.start()  # not under the lock: it waits for the thread, which may run a finalizer that submits
+            with errors.starting_threads():  # not under the lock: a thread that starts may run a finalizer that submits
+                worker.thread.start()
+            with self.lock:
+                self._check_open("takes no workers")
+                self.outbox.drop(self.members.workers)  # it keeps a worker that is replaced
+                self.members.join(worker)
+                self.locked_offer()
+                self.counters.know(profile)
+                self.locked_notify_all()
         except BaseException:
-            self.leave([worker], "left", self.members.lost_error)
+            with self.lock:
+                worker.locked_retire("left")
+                self.locked_notify_all()
+            del worker.thread  # it refers to the worker, and so to the engine
             raise
+        self.outbox.empty()
         return name
 
     def remove(self, name: str) -> None:
@@ -165,8 +176,8 @@ class Pool:
             return
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
 
-        def left_s() -> float | None:
-            return None if end_s is None else max(end_s - time.monotonic(), _LAST_S)
+        def left_s(more_s: float = 0.0) -> float | None:
+            return None if end_s is None else max(end_s + more_s - time.monotonic(), 0.0)
 
         self.stop(drain=drain, timeout_s=timeout_s)
         workers = self.members.workers
@@ -176,12 +187,10 @@ class Pool:
             if not self.changed.wait_for(lambda: not self.members.any_present(), left_s()):
                 reason = f"the server was closed, and after {timeout_s} s this query had still not been answered"
                 self._locked_leave(workers, "abandoned", lambda: errors.ServerClosedError(reason))
-        self.outbox.empty_within(left_s())
-        for worker in workers:
-            if worker.gone != "abandoned":
-                worker.thread.join(left_s())
         self._watchdog.ring()
-        self._watchdog.thread.join(left_s())
+        self.outbox.empty_within(left_s(_LAST_S))
+        for thread in (*(worker.thread for worker in workers if worker.gone != "abandoned"), self._watchdog.thread):
+            thread.join(left_s(2 * _LAST_S))
 
     def stop(self, *, drain: bool, timeout_s: float | None = None) -> None:
         """Admits nothing from now on. Workers leave when nothing waits; without `drain`, everything that waits fails now."""
@@ -334,8 +343,7 @@ class Pool:
             self.idle.wake_all()
             self.changed.wait_for(lambda: not self.members.any_present(), _EXIT_S)
         for worker in self.members.workers:
-            if worker.thread.is_alive():
-                worker.thread.join(0 if worker.present else _EXIT_S)
+            worker.thread.join(0 if worker.present else _EXIT_S)
 
     def _check_open(self, what: str) -> None:
         if self.closing:

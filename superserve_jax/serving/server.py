@@ -252,7 +252,8 @@ class Server:
           The worker's name: the engine's name, with a number if another worker has that name.
 
         Raises:
-          ConfigError: the engine takes other inputs, or there is no model. ServerClosedError.
+          ConfigError: the engine takes other inputs, or there is no model. ThreadStartError: the system starts no thread.
+          ServerClosedError.
         """
         if self._interrupts():
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))

@@ -5,12 +5,14 @@
 
 import collections
 import contextlib
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from superserve_jax import errors
 from superserve_jax.serving import foreign
 from superserve_jax.serving.futures import Query
 
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
     from superserve_jax.serving.pool import Pool
 
 _log = logging.getLogger(__name__)
+
+
+def start(target: Callable[[], object], name: str) -> threading.Thread:
+    """Starts a daemon thread. Raises ThreadStartError if the system cannot."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    with errors.starting_threads():
+        thread.start()
+    return thread
 
 
 def held_here(lock: Any) -> Callable[[], bool]:
@@ -80,9 +90,8 @@ class Outbox:
         if timeout_s is None:
             self.empty()
         elif self.entries:
-            helper = threading.Thread(target=self.empty, name="superserve-callbacks", daemon=True)
-            helper.start()
-            helper.join(timeout_s)
+            with contextlib.suppress(errors.ThreadStartError):  # the watchdog tries again until nothing is left
+                start(self.empty, "superserve-callbacks").join(timeout_s)
 
     def empty(self) -> None:
         """Makes all calls, and drops all objects. The caller does not hold the lock.
@@ -153,7 +162,7 @@ class Watchdog:
     """Sleeps until its bell rings, at most `stall_s` / 4. Then it makes deferred calls and abandons stuck workers.
 
     Args:
-      pool: the pool. The watchdog ends when the pool is closed, its last worker has left and no call is deferred.
+      pool: the pool. The watchdog ends when the pool is closed, its last worker has left, and no call is left to be made.
     """
 
     def __init__(self, pool: "Pool"):
@@ -162,7 +171,7 @@ class Watchdog:
         # A plain lock serves as the bell. Releasing it rings; this takes no lock and runs no Python code.
         self._bell = threading.Lock()
         self._bell.acquire()
-        self.thread = threading.Thread(target=self._watch, name="superserve-watchdog", daemon=True)
+        self.thread = start(self._watch, "superserve-watchdog")
 
     def ring(self) -> None:
         """Wakes the watchdog. Any thread may call this at any moment."""
@@ -175,15 +184,22 @@ class Watchdog:
         self.ring()
 
     def defer_to_a_thread(self, work: Callable[[], object]) -> None:
-        """Like `defer`, for work that may take long: it runs in a thread of its own."""
-        self.defer(threading.Thread(target=_logged, args=(work,), name="superserve-deferred", daemon=True).start)
+        """Like `defer`, for work that may take long: it runs in a thread of its own, as soon as one can be started."""
+
+        def begin() -> None:
+            try:
+                start(functools.partial(_logged, work), "superserve-deferred")
+            except errors.ThreadStartError:
+                self._deferred.append(begin)  # for the next round
+
+        self.defer(begin)
 
     def _watch(self) -> None:
         self._pool.outbox.never_here()
-        while not self._pool.ended() or self._deferred:
+        while not self._pool.ended() or self._deferred or self._pool.outbox.entries:
             due_s = time.monotonic() + self._period_s
             self._bell.acquire(timeout=self._period_s)
-            while self._deferred:
+            for _ in range(len(self._deferred)):
                 _logged(self._deferred.popleft())
             # A wake-up that is more than a period late: the whole process stood still, for example because it was suspended.
             late_s = time.monotonic() - due_s

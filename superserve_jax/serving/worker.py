@@ -61,7 +61,7 @@ class Worker:
         self.thread = threading.Thread(target=self._run, name=f"superserve-{name}", daemon=True)
         self.flights: list[Flight] = []
         self.successor: Successor | None = None
-        self.alive = self.present = True
+        self.alive = self.present = False  # until it joins
         self.gone: Gone = ""
         self._pool, self._sizes = pool, profile.batch_sizes
         self._places = [profile.batch_index(count) for count in range(profile.max_batch + 1)]
@@ -82,6 +82,8 @@ class Worker:
     def _run(self) -> None:
         pool = self._pool
         try:
+            with pool.lock:
+                pool.changed.wait_for(lambda: self.alive or self.gone)
             while self._turn():
                 pass
         except BaseException as error:  # a bug here: errors of engines, policies and callbacks are caught where they arise
@@ -92,8 +94,7 @@ class Worker:
                 self._locked_note(failure)
         finally:
             pool.leave([self], "left", pool.members.lost_error)
-            # The health of a worker that has left can still be read, but its device's memory is free.
-            del self.engine, self.policy
+            del self.engine, self.policy  # their memory is free now, while the health can still be read
 
     def _turn(self) -> bool:
         """Takes at most one batch, and answers at most one. False when the worker must leave."""
@@ -155,8 +156,7 @@ class Worker:
         """Removes the flight that the last turn answered, and counts it. Done only now, since a turn begins with the lock."""
         if self._landed:
             self._landed = False
-            if self.flights:  # else the worker has been abandoned meanwhile
-                del self.flights[0]
+            del self.flights[:1]  # there is none if the worker has been abandoned meanwhile
             if self.flights:
                 self._locked_next_begins(self._free_s, self._pool.clock())
             if self._answered is not None:

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import signal
+import threading
+from unittest import mock
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -85,6 +87,22 @@ def attempt(call, *kinds):
 
 class Hang(BaseException):
     """Raised in a test that hangs. A BaseException, so neither the library nor hypothesis catches it."""
+
+
+@contextlib.contextmanager
+def no_new_threads(*, after=0):
+    """In the block the system starts no thread, except for the first ones."""
+    name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+    start, left = getattr(threading, name), [after]
+
+    def start_few(*arguments, **options):
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        return start(*arguments, **options)
+
+    with mock.patch.object(threading, name, start_few):
+        yield
 
 
 @contextlib.contextmanager

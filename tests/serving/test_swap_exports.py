@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from bad import no_new_threads
 from fakes import LONG_MS, WAIT_S, threads, traffic, wait_until
 from tiny import TINY, live_bytes, random_images, random_params, random_statistics
 
@@ -183,3 +184,19 @@ def test_a_swap_refuses_a_worker_that_was_added_as_an_engine(exports):
         s.remove_worker("mine")
         s.swap(exports[1])
         assert answers(s)[1] == {0.6}
+
+
+def test_a_swap_or_a_new_worker_without_a_thread_to_compile_in_changes_nothing(exports):
+    with opened(exports[0]) as s:
+        before, old = s.health(), answers(s)
+        for change in (lambda: s.swap(exports[1]), lambda: s.add_worker(jax.devices()[0])):
+            with no_new_threads(), pytest.raises(errors.ThreadStartError):
+                change()
+        after = s.health()
+        assert (after["workers"], after["alive"], after["failures"]) == (1, 1, 0)
+        assert {**before["per_worker"][0], "batches": 0} == {**after["per_worker"][0], "batches": 0}
+        np.testing.assert_array_equal(answers(s)[0], old[0])
+        s.swap(exports[1])
+        assert answers(s)[1] == {0.6}
+    with no_new_threads(), pytest.raises(errors.ThreadStartError):
+        opened(exports[0])
