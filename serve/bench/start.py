@@ -2,11 +2,15 @@
 
     python serve/bench/start.py runs/digits_resnet/export
     python serve/bench/start.py configs/ofa_resnet50.py --subnets 6
+    python serve/bench/start.py configs/ofa_resnet50.py --foreign
 
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights. Six subnets of the
 published OFA-ResNet50 have 30 executables. Every start is timed from the launch of a new Python process to the first answer.
 The cold start has an empty cache in a temporary folder. Warm starts use the executables that the cold start left there. An
 export without a latency profile gets an estimated one, since measuring it would take most of the time of a start.
+
+With --foreign, the same network counts as a family of another package. Its code may be anywhere, so a warm start traces every
+program to make the keys of the cache (see `engines.keys`). The difference to a run without --foreign is the price of that.
 """
 
 import dataclasses
@@ -44,6 +48,7 @@ import numpy as np
 import superserve_jax as ss
 
 ends = [time.time()]
+FOREIGN
 model = ss.load(sys.argv[1])
 ends.append(time.time())
 with ss.Server(model, batch_sizes=tuple(map(int, sys.argv[2:]))) as server:
@@ -52,6 +57,17 @@ with ss.Server(model, batch_sizes=tuple(map(int, sys.argv[2:]))) as server:
     server.submit(np.zeros(spec.shape[1:], spec.dtype), slo_ms=60_000).result(timeout=60)
     ends.append(time.time())
 print(json.dumps(ends))
+"""
+
+FOREIGN = """
+from superserve_jax import families
+from superserve_jax.engines import keys
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+
+for built_in in OFAResNetConfig, DynaBERTConfig:
+    families.register(type(built_in.__name__, (built_in,), {"__module__": __name__}))
+assert keys.is_foreign(families.config_from_json({"family": built_in.family}))
 """
 
 
@@ -64,6 +80,7 @@ class Options:
       subnets: the number of served subnets, for a config file.
       batch_sizes: the batch sizes to serve with.
       warm: the number of warm starts.
+      foreign: whether the network counts as a family of another package.
       json: write the figures to this file.
     """
 
@@ -71,6 +88,7 @@ class Options:
     subnets: int = 6
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     warm: int = 3
+    foreign: bool = False
     json: pathlib.Path | None = None
 
     def __post_init__(self):
@@ -85,7 +103,7 @@ def main() -> None:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
         shutil.copytree(source, export)  # a copy, because it may get an estimated profile
         count = ensure_profile(export, batch_sizes)
-        starts = [start(export, batch_sizes, cache) for _ in range(1 + options.warm)]
+        starts = [start(export, batch_sizes, cache, foreign=options.foreign) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
     cold, warm = starts[0], {stage: statistics.median(s[stage] for s in starts[1:]) for stage in starts[0]}
     cli.print_table(
@@ -94,8 +112,9 @@ def main() -> None:
             *((name, f"{cold[key]:.2f}", f"{warm[key]:.2f}") for key, name in {**STAGES, "ready": "total"}.items()),
         ]
     )
-    print(f"{count} executables, {cached / 1e6:.0f} MB in the cache, on {prepare.device_kind(jax.devices()[0])}")
-    figures = {"executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
+    family = "a foreign family" if options.foreign else "a family of this package"
+    print(f"{count} executables of {family}, {cached / 1e6:.0f} MB in the cache, on {prepare.device_kind(jax.devices()[0])}")
+    figures = {"foreign": options.foreign, "executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
     cli.write_results(options.json, figures)
 
 
@@ -114,10 +133,11 @@ def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     return len(buckets) * len(batch_sizes) * max(1, len(lengths))
 
 
-def start(export: pathlib.Path, batch_sizes: tuple[int, ...], cache: str) -> dict[str, float]:
+def start(export: pathlib.Path, batch_sizes: tuple[int, ...], cache: str, *, foreign: bool) -> dict[str, float]:
     """Seconds of each stage of a start in a process of its own."""
     environment = {**os.environ, "SUPERSERVE_CACHE": cache}
-    command = [sys.executable, "-c", START, str(export), *map(str, batch_sizes)]
+    program = START.replace("FOREIGN", FOREIGN if foreign else "")
+    command = [sys.executable, "-c", program, str(export), *map(str, batch_sizes)]
     began_s = time.time()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
