@@ -39,7 +39,7 @@ def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
     run = Run.open(options.run)
-    evaluated = [Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
+    evaluated = run.evaluated()
     chosen = {name: find(evaluated, name) for name in options.subnets}  # refuses a wrong name before any training
     results = []
     for name, shared in chosen.items():

@@ -45,8 +45,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
 
     Raises:
       KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved. Call again to go on.
-      ConfigError: the folder holds a run of another config. DataError: the dataset is missing, or the last checkpoint could
-        not be written, for example because the disk is full.
+      ConfigError: the folder holds a run of another config. DataError: the dataset is missing or has changed since the run
+        began, or the last checkpoint could not be written, for example because the disk is full.
     """
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `load_config` returns, got {config!r}")
@@ -76,8 +76,11 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     parts = sampling.plan(config, num_steps)
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
+    inputs = {"data": data.fingerprint(dataset), "teacher": outside and teacher.fingerprint(outside)}
     with run.training_lock(), run.checkpoints() as saved, _stop_signal() as stopped:
+        run.check_inputs(inputs)
         start, state = _restore(saved, run, sandwich)
+        run.write_inputs(inputs, start)
         if start >= num_steps:
             return run
         run.forget_stages()

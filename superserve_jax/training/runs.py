@@ -3,6 +3,7 @@
 | file | content |
 |---|---|
 | config.json | the resolved config |
+| inputs.json | fingerprints of the dataset and of an outside teacher, see `data/fingerprints.py` |
 | checkpoints/ | step, parameters, optimiser state and average, written by Orbax |
 | checksums/ | the SHA-256 of every file of a checkpoint |
 | set_aside/ | damaged checkpoints, and checkpoints without checksums |
@@ -21,25 +22,34 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
 from superserve_jax import errors, files
-from superserve_jax.exports import statistics
+from superserve_jax.exports import Served, statistics
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import data, metrics_log
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig, config_differences, config_from_json, config_to_json
-from superserve_jax.training.data import DatasetLike
+from superserve_jax.training.data import DatasetLike, fingerprints
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _CONVERTED = "converted.json"
 _STATISTICS = "statistics.npz"
+_INPUTS = "inputs.json"
+_MOST_BYTES = 1 << 30  # of a JSON file
+# Fields with paths. They may change, because inputs.json tells whether the same data is there.
+_PATHS = ("data.path", "data.data_dir", "data.vocabulary", "distill.teacher")
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -73,7 +83,7 @@ class Run:
         if not (workdir / "config.json").exists():
             files.write_json(workdir / "config.json", config_to_json(config))
         # An older version may not have written every field, so compare the config that its values give.
-        elif changed := config_differences(config_to_json(Run.open(workdir).config), config_to_json(config)):
+        elif changed := _changes(Run.open(workdir), config):
             raise errors.ConfigError(
                 f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
                 f"remove that folder"
@@ -84,12 +94,13 @@ class Run:
     def open(workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> "Run":
         """An existing run. Raises ConfigError if the folder holds none."""
         workdir = pathlib.Path(workdir)
-        if not (workdir / "config.json").is_file():
+        if not (workdir / "config.json").exists():
             raise errors.ConfigError(
                 f"{workdir} is not the folder of a run: it has no config.json; train one first, "
                 f"for example with `python train/supernet.py configs/digits_resnet.py`"
             )
-        return Run(workdir, config_from_json(_read(workdir / "config.json")), dataset)
+        remedy = "restore it, or train in another folder"
+        return Run(workdir, _read(workdir / "config.json", remedy, config_from_json), dataset)
 
     @staticmethod
     def convert(config: TrainConfig, workdir: str | os.PathLike[str], model: SuperNet) -> "Run":
@@ -116,15 +127,54 @@ class Run:
         return run
 
     def dataset(self) -> DatasetLike:
-        """The dataset that the run trains on. Raises as `data.open` does, and ConfigError if the config does not name it."""
+        """The dataset that the run trains on.
+
+        Raises as `data.open` does; ConfigError if the config does not name it; DataError if it has changed since the training.
+        """
         if self.given is not None:
-            return self.given
-        if self.config.data is None:
+            dataset = self.given
+        elif self.config.data is not None:
+            dataset = data.open(self.config.data)
+        else:
             raise errors.ConfigError(
                 f"the run in {self.workdir} was trained on a dataset that its config does not name: pass it again, as "
                 f"Run.open({str(self.workdir)!r}, dataset=...)"
             )
-        return data.open(self.config.data)
+        if (self.workdir / _INPUTS).exists():
+            self.check_inputs({"data": data.fingerprint(dataset)})
+        return dataset
+
+    def check_inputs(self, found: Mapping[str, Any]) -> None:
+        """Raises DataError if fingerprints differ from those that the run began with. A run without any passes.
+
+        Args:
+          found: the fingerprints of "data" and, if an outside teacher is used, of "teacher".
+        """
+        path = self.workdir / _INPUTS
+        if not path.exists():
+            return
+        remedy = "remove it to go on without knowing whether the data has changed"
+        known = _read(path, remedy, lambda value: {name: value[name] for name in found})
+        if changed := fingerprints.differences(known, found):
+            only_times = all(change.endswith(": times") for change in changed)
+            hint = " Only times of files differ; copy the files together with their times." if only_times else ""
+            raise errors.DataError(
+                f"the inputs of the run in {self.workdir} have changed since its training began ({'; '.join(changed[:5])})."
+                f"{hint} Restore them, or choose another --workdir. If you know that they are the same, remove {path}"
+            )
+
+    def write_inputs(self, found: Mapping[str, Any], step: int) -> None:
+        """Writes the fingerprints at the first start, with a warning if a training without any goes on from `step`."""
+        if not (self.workdir / _INPUTS).exists():
+            if step:
+                _log.warning(
+                    "%s has no %s, as after an older version: whether its data is still the same is not known; from now on a "
+                    "change is noticed",
+                    *(self.workdir, _INPUTS),
+                )
+            self.write(_INPUTS, dict(found))
+        if Run.open(self.workdir).config != self.config:  # paths have changed
+            self.write("config.json", config_to_json(self.config))
 
     @contextlib.contextmanager
     def training_lock(self) -> Iterator[None]:
@@ -178,11 +228,18 @@ class Run:
         """The training metrics, one dict per line of metrics.jsonl."""
         return metrics_log.read(self.workdir)
 
-    def read(self, name: str, *, made_by: str) -> Any:
-        """A JSON file of the run. If it is missing, raises ConfigError with the program that makes it."""
-        if not (self.workdir / name).is_file():
-            raise errors.ConfigError(f"{self.workdir} has no {name} yet; make it with `python {made_by} {self.workdir}`")
-        return _read(self.workdir / name)
+    def read(self, name: str, *, made_by: str, parse: Callable[[Any], T] = lambda value: value) -> T:
+        """A JSON file of the run. If it is missing or damaged, raises ConfigError with the program that makes it.
+
+        Args:
+          name: the file's name.
+          made_by: the program.
+          parse: makes the result from the JSON value.
+        """
+        path, remedy = self.workdir / name, f"`python {made_by} {self.workdir}`"
+        if not path.exists():
+            raise errors.ConfigError(f"{self.workdir} has no {name} yet; make it with {remedy}")
+        return _read(path, f"make it again with {remedy}", parse)
 
     def write(self, name: str, value: Any) -> None:
         """Writes a JSON file of the run."""
@@ -190,11 +247,28 @@ class Run:
 
     def served(self) -> list[Subnet]:
         """The subnets that the search chose, in ascending order of FLOPs."""
-        return [Subnet.from_json(s) for s in self.read("search.json", made_by="train/search.py")["served"]]
+        return self.read(
+            "search.json", made_by="train/search.py", parse=lambda found: [Subnet.from_json(s) for s in found["served"]]
+        )
+
+    def evaluated(self) -> list[Served]:
+        """The test accuracies of the served subnets."""
+        return self.read(
+            "evaluation.json", made_by="train/evaluate.py", parse=lambda found: [Served.from_json(s) for s in found]
+        )
 
 
-def _read(path: pathlib.Path) -> Any:
+def _changes(run: Run, config: TrainConfig) -> list[str]:
+    """What differs in the config of a run, without the paths of data if the run can tell whether the data is the same."""
+    changed = config_differences(config_to_json(run.config), config_to_json(config))
+    if not (run.workdir / _INPUTS).exists():
+        return changed
+    return [change for change in changed if change.split(":")[0] not in _PATHS]
+
+
+def _read(path: pathlib.Path, remedy: str, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of a JSON file. If the file is damaged, raises ConfigError with the remedy."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise errors.ConfigError(f"cannot read {path}: {e}") from e
+        return parse(json.loads(files.read_bytes(path, most=_MOST_BYTES)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise errors.ConfigError(f"{path} is damaged or cannot be read: {type(e).__name__}: {e}; {remedy}") from e

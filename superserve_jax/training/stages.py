@@ -4,7 +4,6 @@ A stage leaves its result in the run's folder and can be repeated on its own. Pr
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
@@ -22,6 +21,7 @@ from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.supernet import Norm
 from superserve_jax.training import calibration, evaluation, latency, loop
 from superserve_jax.training.config import DistillConfig, TrainConfig, config_to_json
+from superserve_jax.training.data import fingerprints
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
 from superserve_jax.training.search import Candidate, SearchLog, choose_served, evolutionary_search, pareto_front
@@ -98,11 +98,7 @@ def search(run: Run) -> list[Candidate]:
 
 def _digest(*groups: Mapping[str, Any]) -> str:
     """SHA-256 of groups of arrays, each in order of the names."""
-    digest = hashlib.sha256()
-    for arrays in groups:
-        for name in sorted(arrays):
-            digest.update(np.asarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    return fingerprints.sha256(np.asarray(arrays[name]) for arrays in groups for name in sorted(arrays))
 
 
 def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
@@ -150,9 +146,8 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
     The export offers the largest subnet, and each subnet that is more accurate on test data than all cheaper ones. If the
     search was given a tolerance, the export offers all evaluated subnets.
     """
-    evaluated = [Served.from_json(s) for s in run.read("evaluation.json", made_by="train/evaluate.py")]
-    evaluated.sort(key=lambda s: s.flops)
-    if run.read("search.json", made_by="train/search.py").get("tolerance") is None:
+    evaluated = sorted(run.evaluated(), key=lambda s: s.flops)
+    if run.read("search.json", made_by="train/search.py", parse=lambda found: found.get("tolerance")) is None:
         best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
         evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
     dataset = run.dataset()
@@ -192,6 +187,7 @@ def standalone(run: Run, subnet: Subnet, name: str) -> Served:
             f"{run.workdir} began with converted weights. Standalone subnets begin with random weights, so the comparison "
             f"would say nothing about sharing; choose a run that was trained from random weights"
         )
+    run.dataset()  # raises if the data has changed, so that both networks learn from the same examples
     alone = loop.train(standalone_config(run.config, subnet), run.workdir / "alone" / name, dataset=run.given)
     if not (alone.workdir / "evaluation.json").is_file():
         # A space of one subnet needs no search.
@@ -199,8 +195,8 @@ def standalone(run: Run, subnet: Subnet, name: str) -> Served:
         alone.write("search.json", {"candidates": [], "served": [only.to_json()]})
         calibrate(alone)
         evaluate(alone)
-    [measured] = alone.read("evaluation.json", made_by="train/evaluate.py")
-    return Served.from_json(measured)
+    [measured] = alone.evaluated()
+    return measured
 
 
 def table(served: list[Served]) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Params, Program
 from superserve_jax.training import step
+from superserve_jax.training.data import fingerprints
 from superserve_jax.training.runs import Run
 from superserve_jax.training.step import Lesson, Recipe
 
@@ -27,6 +28,12 @@ class Teacher(NamedTuple):
     def __call__(self, recipe: Recipe, inputs: jax.Array) -> Lesson:
         """The teacher's output for a batch."""
         return step.lesson(self.program, recipe, dict(self.params), inputs, jnp.asarray(self.statistics))
+
+
+def fingerprint(teacher: Teacher) -> str:
+    """The SHA-256 of a teacher's parameters and statistics."""
+    params = (np.asarray(teacher.params[name]) for name in sorted(teacher.params))
+    return fingerprints.sha256([*params, teacher.statistics])
 
 
 def load(path: str | os.PathLike[str], student: FamilyConfig) -> Teacher:

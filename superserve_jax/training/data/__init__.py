@@ -13,6 +13,7 @@ JSON, and checks that a dataset fits a model.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.training import fields
 from superserve_jax.training.data import images, text
 from superserve_jax.training.data.arrays import from_arrays
+from superserve_jax.training.data.fingerprints import Fingerprinted
 from superserve_jax.training.data.images import DataConfig, FolderConfig
 from superserve_jax.training.data.streams import Dataset, DatasetLike
 from superserve_jax.training.data.text import TextConfig
@@ -53,6 +55,13 @@ def open(config: AnyDataConfig) -> Dataset:
       UnknownNameError: TFDS knows no such dataset. DataError: the dataset is missing, or does not hold what was asked.
     """
     return _KINDS[check_kind(config)][1](config)
+
+
+def fingerprint(dataset: DatasetLike) -> dict[str, Any]:
+    """A JSON object that changes if a dataset changes, as far as the dataset can tell. See `fingerprints.py`."""
+    own = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else {}
+    with errors.refusing(errors.ConfigError, f"fingerprint() of {dataset.name} must return a JSON object"):
+        return json.loads(json.dumps({"training examples": dataset.num_examples("train"), **own}))
 
 
 def data_to_json(config: AnyDataConfig) -> dict[str, Any]:

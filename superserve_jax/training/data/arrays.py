@@ -7,7 +7,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.training import fields
-from superserve_jax.training.data import images, streams
+from superserve_jax.training.data import fingerprints, images, streams
 from superserve_jax.training.data.streams import Arrays, Dataset, Records
 from superserve_jax.training.fields import Count
 
@@ -73,7 +73,13 @@ def from_arrays(
         x, y = arrays["validation"]
         splits["validation"] = Arrays(x, y, order=streams.fixed_order(len(y)))
     splits["train"] = Arrays(inputs, labels, order=order)
-    return Dataset(name, splits, class_names=names, augment=images.augmentation(shift=shift, flip=flip))
+
+    def identity() -> dict[str, Any]:
+        parts = {s: {"inputs": fingerprints.of_array(x), "labels": fingerprints.of_array(y)} for s, (x, y) in arrays.items()}
+        return {**parts, "held out": len(labels) - len(order), "shift": shift, "flip": flip}
+
+    augment = images.augmentation(shift=shift, flip=flip)
+    return Dataset(name, splits, class_names=names, augment=augment, identity=identity)
 
 
 def _numbered(labels: np.ndarray) -> tuple[str, ...]:

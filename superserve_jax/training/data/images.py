@@ -8,7 +8,7 @@ import io
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from superserve_jax import errors, files
 from superserve_jax.training import fields
-from superserve_jax.training.data import augment, streams
+from superserve_jax.training.data import augment, fingerprints, streams
 from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.prepared import Stored
@@ -98,23 +98,33 @@ def open(config: DataConfig) -> Dataset:
             f"choose one with an Image and a ClassLabel, such as cifar10"
         )
 
-    def records(split: str) -> Records:
-        # Decoded by us: TFDS would leave grey JPEGs grey, and decode differently where OpenCV happens to be installed.
-        source = Stored(builder, split, label=label, decoders={image: tfds.decode.SkipDecoding()})
+    # Decoded by us: TFDS would leave grey JPEGs grey, and decode differently where OpenCV happens to be installed.
+    raw = {image: tfds.decode.SkipDecoding()}
+    stored = {
+        ours: Stored(builder, theirs, label=label, decoders=raw)
+        for ours, theirs in prepared.splits(builder, config.validation).items()
+    }
 
+    def records(source: Stored) -> Records:
         def read(i: int) -> tuple[bytes, int]:
             record = source[i]
             return record[image], record[label]
 
-        return _records(config, len(source), read, lambda i: f"image {i} of '{config.name}', {split}")
+        return _records(config, len(source), read, lambda i: f"image {i} of '{config.name}', {source.split}")
 
-    splits = {ours: records(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
-    return _dataset(config, config.name, splits, features[label].names)
+    splits = {split: records(source) for split, source in stored.items()}
+    return _dataset(config, config.name, splits, features[label].names, lambda: prepared.identity(builder, stored, splits))
 
 
-def _dataset(config: ImageConfig, name: str, splits: Mapping[str, Records], class_names: Sequence[str]) -> Dataset:
+def _dataset(
+    config: ImageConfig,
+    name: str,
+    splits: Mapping[str, Records],
+    class_names: Sequence[str],
+    identity: Callable[[], Mapping[str, Any]],
+) -> Dataset:
     change = augmentation(shift=config.shift, flip=config.flip)
-    return Dataset(name, {**splits}, class_names=tuple(class_names), cache=config.cache, augment=change)
+    return Dataset(name, {**splits}, class_names=tuple(class_names), cache=config.cache, augment=change, identity=identity)
 
 
 def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Generator], Batch] | None:
@@ -209,7 +219,8 @@ def open_folder(config: FolderConfig) -> Dataset:
         "test": _files(test, class_names),
     }
     records = {split: _listed(config, found) for split, found in splits.items() if found}
-    return _dataset(config, config.path, records, class_names)
+    paths = {"train": [path for path, _ in listed], "test": [path for path, _ in splits["test"]]}
+    return _dataset(config, config.path, records, class_names, lambda: fingerprints.of_files(paths))
 
 
 def _classes(folder: pathlib.Path) -> list[str]:

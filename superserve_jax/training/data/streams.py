@@ -7,7 +7,7 @@ The examples of a split are in memory (`Arrays`), or each one is read when it is
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import grain
@@ -105,7 +105,10 @@ class Records:
 
 @runtime_checkable
 class DatasetLike(Protocol):
-    """The interface of a dataset for training and the later stages. `Dataset` implements it; so can a class of your own."""
+    """The interface of a dataset for training and the later stages. `Dataset` implements it; so can a class of your own.
+
+    If it also has a method `fingerprint`, a run refuses to go on with changed data, see `fingerprints.py`.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -144,6 +147,7 @@ class Dataset:
       cache: whether to read a split once and keep it in memory.
       augment: returns a randomly changed training batch; None changes nothing.
       vocabulary: the vocabulary of a dataset of texts.
+      identity: returns the dataset's fingerprint, see `fingerprints.py`.
     """
 
     name: str
@@ -153,11 +157,16 @@ class Dataset:
     cache: bool = True
     augment: Callable[[Batch, np.random.Generator], Batch] | None = None
     vocabulary: Vocabulary | None = None
+    identity: Callable[[], Mapping[str, Any]] = dict
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """A JSON object that changes if the examples change, see `fingerprints.py`."""
+        return self.identity()
 
     def num_examples(self, split: Split) -> int:
         """Number of examples of a split."""

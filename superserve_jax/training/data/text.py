@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from typing import Annotated, Literal
+import hashlib
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -85,9 +86,11 @@ def open(config: TextConfig) -> Dataset:
             f"ClassLabel named label, and with Text features named {' or '.join('+'.join(keys) for keys in _TEXTS)}"
         )
 
-    def records(split: str) -> Records:
-        source = Stored(builder, split, label="label")
+    stored = {
+        ours: Stored(builder, theirs, label="label") for ours, theirs in prepared.splits(builder, config.validation).items()
+    }
 
+    def records(source: Stored) -> Records:
         def read(i: int) -> Example:
             record = source[i]
             parts = [[record[key].decode()] for key in keys]
@@ -97,5 +100,11 @@ def open(config: TextConfig) -> Dataset:
         shape = (config.max_length,) if config.token_types == 1 else (config.max_length, 2)
         return Records(len(source), read, (shape, np.int32))
 
-    splits = {ours: records(theirs) for ours, theirs in prepared.splits(builder, config.validation).items()}
-    return Dataset(config.name, {**splits}, class_names=tuple(features["label"].names), vocabulary=words)
+    splits = {split: records(source) for split, source in stored.items()}
+
+    def identity() -> dict[str, Any]:
+        vocabulary = hashlib.sha256(words.to_text().encode()).hexdigest()
+        return {**prepared.identity(builder, stored, splits), "vocabulary": vocabulary}
+
+    class_names = tuple(features["label"].names)
+    return Dataset(config.name, {**splits}, class_names=class_names, vocabulary=words, identity=identity)

@@ -10,13 +10,15 @@ import itertools
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 import tensorflow_datasets as tfds
 
-from superserve_jax import errors
-from superserve_jax.training.data import streams
+from superserve_jax import errors, files
+from superserve_jax.training.data import fingerprints, streams
+from superserve_jax.training.data.streams import Records
 from superserve_jax.training.datasets.cluttered_digits.cluttered_digits_dataset_builder import ClutteredDigits
 from superserve_jax.training.datasets.listops.listops_dataset_builder import Listops
 
@@ -75,12 +77,14 @@ class Stored:
       decoders: as in `as_data_source`.
 
     Attributes:
+      split: the TFDS expression.
       starts: the position of the first record of each shard.
 
     Raises DataError for a shard that is missing, or that does not hold as many records as the description of the dataset says.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, *, label: str, decoders: Any = None):
+        self.split = split
         self._builder, self._label, self._num_classes = builder, label, num_classes(builder, label)
         try:
             self._shards: Any = builder.info.splits[split].file_instructions
@@ -122,6 +126,18 @@ class Stored:
 
     def _shard(self, i: int) -> str:
         return self._shards[bisect.bisect_right(self.starts, i) - 1].filename
+
+
+def identity(builder: tfds.core.DatasetBuilder, stored: Mapping[str, Stored], splits: Mapping[str, Records]) -> dict[str, Any]:
+    """The fingerprint of a prepared dataset: its name and version, checksums of its downloads, a sample of each split."""
+    infos = builder.url_infos or {}
+    return {
+        "name": builder.info.full_name,
+        "checksums": files.digest({url: info.checksum for url, info in infos.items()}) if infos else "none",
+        **{
+            name: fingerprints.of_examples(records.read, len(records), stored[name].starts) for name, records in splits.items()
+        },
+    }
 
 
 def num_classes(builder: tfds.core.DatasetBuilder, label: str) -> int:
