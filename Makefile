@@ -1,35 +1,40 @@
-# make demo   train, export, measure and serve: six to ten minutes on 2 cores, no GPU needed
-# make test   the whole test suite
-# make lint   formatting, lint and types
-#
-# Each sets up its own virtual environment first. PYTHON=python3.13 uses another Python, with the newest packages that
-# pyproject.toml admits; the pins of constraints.txt are those of Python 3.11.
+# Every target sets up its own virtual environment first. PYTHON=python3.13 uses another Python, with the newest packages that
+# pyproject.toml admits; the pins of constraints.txt are for Python 3.11.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c constraints.txt)
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint setup
+.PHONY: help demo test lint docs setup
 
-demo: setup
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "PYTHON=python3.13 uses another Python. This one is $(or $(PYTHON),missing)$(if $(VERSION), ($(VERSION)))."
+
+demo: setup  ## train, export, measure and serve: six to ten minutes on 2 cores, no GPU needed
 	$(BIN)/python train/supernet.py configs/digits_resnet.py --workdir $(RUN)
 	$(BIN)/python serve/measure.py $(RUN)/export
 	$(BIN)/python serve/replay.py $(RUN)/export --json $(RUN)/results.json --plot $(RUN)/replay.png
 
-test: setup
+test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: setup  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-setup: $(VENV)/.ready
+docs: setup  ## build docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+setup: $(VENV)/.ready  ## make the virtual environment
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "superserve-jax needs Python 3.11 or newer, and '$(PYTHON)' is $(or $(VERSION),missing); try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'

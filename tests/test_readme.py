@@ -1,4 +1,4 @@
-"""Python in the README runs. Its commands name programs and files that exist."""
+"""Python in the README and in docs/ runs. Their commands name programs and files that exist."""
 
 import pathlib
 import re
@@ -9,8 +9,9 @@ from tiny import write_export
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+TEXT = "".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 
 
 def test_the_readme_shows_python_and_commands():
@@ -20,7 +21,7 @@ def test_the_readme_shows_python_and_commands():
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_in_the_readme_is_short_and_runs(code, tiny, tmp_path, monkeypatch, capsys):
+def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     write_export(tmp_path / "runs" / "demo" / "export", tiny, accuracy=0.7, class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)
@@ -30,7 +31,7 @@ def test_python_in_the_readme_is_short_and_runs(code, tiny, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("python ")])
-def test_commands_in_the_readme_name_files_that_exist(line):
+def test_commands_in_the_texts_name_files_that_exist(line):
     words = shlex.split(line.split("#")[0])
     assert (ROOT / words[1]).is_file()
     for word in words[2:]:
