@@ -12,6 +12,8 @@ from superserve_jax.serving.swaps import Successor
 from superserve_jax.serving.threads import Outbox
 from superserve_jax.serving.worker import Gone, Worker
 
+_MAX_GONE = 16  # when a worker joins, so many workers that have gone stay in `health`
+
 
 class Members:
     """The workers of a pool, present and gone. The caller holds the pool's lock.
@@ -24,15 +26,16 @@ class Members:
       correct: whether to follow slowdowns of workers (see `Fleet`).
 
     Attributes:
-      workers: all workers, present and gone. A gone worker stays until a new one takes its name.
-      alive, abandoned: how many workers are alive, and how many were abandoned.
+      workers: the present workers, and about 16 that have gone. Each join forgets the others, removed workers first, then the
+        oldest. It also forgets a worker that has gone and had the same name.
+      joined, alive, abandoned: how many workers have joined so far, are alive, and were abandoned.
       failures: how many batches have failed.
       fleet: the workers' speeds.
     """
 
     def __init__(self, outbox: Outbox, *, correct: bool):
         self.workers: tuple[Worker, ...] = ()
-        self.alive = self.abandoned = self.failures = 0
+        self.joined = self.alive = self.abandoned = self.failures = 0
         self.fleet = Fleet(correct=correct)
         self._last_failure: Failure | None = None
         self._outbox, self._correct = outbox, correct
@@ -51,10 +54,14 @@ class Members:
         )
 
     def join(self, worker: Worker) -> None:
-        """Adds a worker. It replaces a worker of the same name that has gone."""
+        """Adds a worker. It replaces a worker of the same name that has gone, and perhaps one that went long ago."""
         self.fleet.join(worker.index, worker.profile)
-        self.workers = (*(w for w in self.workers if w.name != worker.name), worker)
+        others = [other for other in self.workers if other.name != worker.name]
+        gone = [other for other in others if not other.present]
+        forgotten = sorted(gone, key=lambda other: other.gone != "removed")[:-_MAX_GONE]
+        self.workers = (*(other for other in others if other not in forgotten), worker)
         worker.alive = worker.present = True
+        self.joined += 1
         self.alive += 1
 
     def removable(self, name: str) -> Worker:
@@ -97,7 +104,7 @@ class Members:
         """The error that queries get when no worker is left."""
         failure = self._last_failure
         error = errors.WorkersLostError(
-            f"the last of {len(self.workers)} workers has left; its last error was {failure and failure.text}. "
+            f"the last of {self.joined} workers has left; its last error was {failure and failure.text}. "
             "Fix the cause of that error, and add a worker or open a new server"
         )
         return error if failure is None else failure.cause(error)
@@ -117,6 +124,7 @@ class Members:
         """The part of `Server.health` about workers."""
         return {
             "workers": len(self.workers),
+            "joined": self.joined,
             "alive": self.alive,
             "abandoned": self.abandoned,
             "failures": self.failures,

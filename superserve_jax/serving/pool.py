@@ -61,7 +61,7 @@ class Pool:
         *,
         input_bytes: int,
     ):
-        self.make_policy = functools.cache(make_policy)  # workers with equal profiles share a policy
+        self.make_policy = functools.lru_cache(make_policy)  # workers with equal profiles share a policy
         for profile in profiles:  # may raise; nothing has been started yet
             self.make_policy(profile)
         self.clock, self.options, self.pause_s = options.clock, options, min(1e-3 * options.slo_ms, 1.0)

@@ -27,7 +27,7 @@ from prometheus_client import core, registry
 from superserve_jax.serving.server import Server
 
 _OUTCOMES = ("met", "late", "expired", "failed", "cancelled", "refused")
-_STATES = ("idle", "running", "left", "abandoned", "removed")
+_STATES = ("idle", "deciding", "running", "answering", "left", "abandoned", "removed")
 
 
 class Collector(registry.Collector):

@@ -355,15 +355,15 @@ class Server:
     def health(self) -> dict[str, Any]:
         """The state of the server now, as plain values.
 
-        - `workers`: number of workers, present and gone. `alive`, `abandoned`: how many are alive and were abandoned so far.
+        - `workers`: length of `per_worker`. `joined`, `abandoned`: how many have joined and were abandoned so far. `alive`.
         - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
-        - `per_worker`: a list of dicts. `name`. `state`: "idle", "deciding" (in a policy object), "running" or "answering" (in
-          done-callbacks); "left" (it failed too often, or the server was
-          closed), "abandoned" (it was stuck) or "removed". `batches`: how many it answered; `failures`: how many failed on it.
-          `max_batch`: its largest batch size, smaller than the profile's after it ran out of memory. `slowdown`: how many
-          times slower than its profile it is (see `scheduling.speeds`). `last_error`. `running_s`: how long its present batch
-          has run, without the time in which the whole process stood still.
+        - `per_worker`: a dict for each present worker, and for about 16 that have gone, those that failed rather than removed
+          ones. `name`. `state`: "idle", "deciding" (in a policy object), "running" or "answering" (in done-callbacks); "left"
+          (it failed too often, or the server was closed), "abandoned" (it was stuck) or "removed". `batches`: how many it
+          answered; `failures`: how many failed on it. `max_batch`: its largest batch size, smaller than the profile's after it
+          ran out of memory. `slowdown`: how many times slower than its profile it is (see `scheduling.speeds`). `last_error`.
+          `running_s`: how long its present batch has run, without the time in which the whole process stood still.
         """
         return self.pool.health()
 

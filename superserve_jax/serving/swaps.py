@@ -83,7 +83,7 @@ class Swaps:
           ConfigError: the policy fails with a profile. ServerClosedError, WorkersLostError.
         """
         pool = self._pool
-        make_policy = functools.cache(pool.make_policy.__wrapped__)  # a new cache, or it would grow with every swap
+        make_policy = functools.lru_cache(pool.make_policy.__wrapped__)  # a new cache, or it would grow with every swap
         new = [Successor(e, p, make_policy(p)) for e, p in zip(engines, profiles, strict=True)]
         if (failed := self._try_policies(workers, new)) is not None:
             raise errors.ConfigError(

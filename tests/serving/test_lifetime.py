@@ -5,6 +5,7 @@ One file because each test compares the process before with the process after.
 
 import functools
 import gc
+import itertools
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from fakes import (
     several,
     threads,
     wait_until,
+    worker,
     x,
 )
 
@@ -244,3 +246,41 @@ def test_close_returns_in_time_although_a_finalizer_blocks():
             assert first.done()
     finally:
         release.set()
+
+
+# -- workers that come and go -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one name", "many names"])
+def test_a_thousand_workers_that_came_and_went_leave_nothing(same):
+    def objects():
+        gc.collect()
+        return len(gc.get_objects())
+
+    def come_and_go(count):
+        for _ in range(count):
+            profile = PROFILE.scaled(1.0 + next(number) / 1000)  # each has its own policy
+            s.remove_worker(s.add_worker(fake(name="extra" if same else f"extra:{next(number)}"), profile=profile))
+
+    number = itertools.count(1)
+    with serve(policy="slackfit") as s:
+        come_and_go(300)  # more than are remembered
+        before = objects()
+        come_and_go(700)
+        assert objects() < before + 350
+        health = s.health()
+        assert (health["alive"], health["joined"], health["workers"]) == (1, 1001, 2 if same else 18)
+        assert len(health["per_worker"]) == health["workers"]
+        assert outcomes([s.submit(x(1))]) == [1]
+
+
+def test_a_worker_that_failed_is_remembered_longer_than_removed_ones():
+    with serve(max_failures=1) as s:
+        s.add_worker(fake(fail, name="broken"))
+        while worker(s, "broken")["state"] != "left":
+            outcomes(s.submit_many(x(range(20))))
+        for i in range(40):
+            s.remove_worker(s.add_worker(fake(name=f"extra:{i}")))
+        names = [w["name"] for w in s.health()["per_worker"]]
+        assert names == ["fake:0", "broken", *(f"extra:{i}" for i in range(24, 40))]
+        assert "the device burns" in worker(s, "broken")["last_error"]
