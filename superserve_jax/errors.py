@@ -12,10 +12,15 @@ from collections.abc import Collection, Iterable, Iterator
 import msgspec
 
 _SHOWN = 100  # characters of a name that a message shows; a name in a file may be very long
+_START, _END = 1_000, 500  # characters of a longer message that are shown; the remedy is at the end
 
 
 class SuperServeError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose. A message with a very long value is cut in the middle."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _START + _END else f"{text[:_START]} ... {text[-_END:]}"
 
 
 class ConfigError(SuperServeError, ValueError):
@@ -145,5 +150,10 @@ def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
     except SuperServeError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, msgspec.ValidationError) as e:
-        reason = " ".join(str(e).split())
-        raise error(f"{about} ({type(e).__name__}: {reason[:300]})") from e
+        raise error(f"{about} ({type(e).__name__}: {one_line(e)[:300]})") from e
+
+
+def one_line(message: object) -> str:
+    """A message in one line, without control characters. A file may hold some that change what a terminal shows."""
+    line = " ".join(str(message).split())
+    return line if line.isprintable() else ascii(line)[1:-1]

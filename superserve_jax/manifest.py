@@ -54,7 +54,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     except errors.ExportError:  # it is a ValueError, too; its message is complete
         raise
     except (OSError, ValueError, RecursionError) as e:
-        raise errors.ExportError(f"{file} is damaged or cannot be read: {e}; export again") from e
+        raise errors.ExportError(f"{file} is damaged or cannot be read: {errors.one_line(e)}; export again") from e
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise errors.ExportError(f"{file} is not the manifest of a {MANIFEST_FORMAT}; export again with train/export.py")
     schema = manifest.get("schema")
@@ -67,7 +67,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         msgspec.convert(manifest, _Manifest)
     except (msgspec.ValidationError, UnicodeError) as e:  # JSON may hold half of a surrogate pair
-        raise errors.ExportError(f"{file} is damaged: {e}; export again") from e
+        raise errors.ExportError(f"{file} is damaged: {errors.one_line(e)}; export again") from e
     if not re.fullmatch(r"payload-[0-9a-f]{16}", manifest["payload"]):
         raise errors.ExportError(f"{file} names an impossible payload folder {manifest['payload']!r}; export again")
     if not "".join(manifest["files"]).isprintable():

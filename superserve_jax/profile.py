@@ -92,6 +92,8 @@ class Profile:
     @errors.refusing(errors.ProfileError, "a profile needs a tuple of batch sizes and a tuple of `Row`")
     def __post_init__(self):
         check_batch_sizes(self.batch_sizes)
+        if not isinstance(self.device, str):
+            raise errors.ProfileError(f"device must be a name, got {self.device!r}")
         if self.slicing not in ("kept", "in_call"):
             raise errors.ProfileError(f"slicing must be 'kept' or 'in_call', got {self.slicing!r}")
         rows_at = {n: self._checked(rows) for n, rows in self.rows_at.items()}
@@ -296,12 +298,12 @@ class Profile:
         try:
             with errors.refusing(errors.ProfileError, "not a latency profile; measure it again"):
                 if data["schema"] != SCHEMA:
-                    raise errors.ProfileError(f"profile schema {data['schema']} is not {SCHEMA}; measure the profile again")
+                    raise errors.ProfileError(f"profile schema {data['schema']!r} is not {SCHEMA}; measure the profile again")
                 lengths = check_length_buckets(data["lengths"]) if data.get("lengths") else (0,)
                 tables = map(_rows_from_json, (*data.get("shorter", ()), data["rows"]))
                 rows_at = dict(zip(lengths, tables, strict=True))
                 rows, sizes, slicing = rows_at.pop(0, ()), tuple(data["batch_sizes"]), data.get("slicing", "kept")
-                return Profile(sizes, rows, str(data["device"]), rows_at, slicing)
+                return Profile(sizes, rows, data["device"], rows_at, slicing)
         except (errors.ConfigError, errors.SubnetError, errors.UnknownNameError) as e:
             raise errors.ProfileError(f"not a latency profile; measure it again ({e})") from e
 
@@ -319,7 +321,7 @@ class Profile:
                 raise errors.ProfileError("the file is damaged or was edited: measure again, or remove its sha256")
             return Profile.from_json(data)
         except (OSError, RecursionError, TypeError, ValueError) as e:
-            raise errors.ProfileError(f"cannot read a profile from {path}: {e}") from e
+            raise errors.ProfileError(f"cannot read a profile from {path}: {errors.one_line(e)}") from e
 
 
 def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> list[Profile]:
