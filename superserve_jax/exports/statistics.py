@@ -47,24 +47,26 @@ def read(file: str | os.PathLike[str], config: FamilyConfig) -> dict[Subnet, np.
     """
     path = pathlib.Path(file)
     try:
-        with errors.refusing(errors.ExportError, f"{path} does not hold SubnetNorm statistics; calibrate or export again"):
-            return _read(path, config)
-    # Damaged archives raise many kinds of errors.
-    except (errors.SubnetError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as e:
-        raise errors.ExportError(f"{path} does not hold SubnetNorm statistics: {e}; calibrate or export again") from e
+        return _read(path, config)
+    except errors.ExportError:
+        raise
+    except Exception as e:  # zipfile and NumPy raise many kinds of errors for damaged archives
+        raise errors.ExportError(
+            f"{path} does not hold SubnetNorm statistics: {errors.one_line(e)}; calibrate or export again"
+        ) from e
 
 
 def _read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            _check_size(archive, entry, file.stat().st_size)
-    with np.load(file, allow_pickle=False) as arrays:
+        names = archive.namelist()
+        if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+            raise ValueError("its arrays claim to be larger than the file")
         space = config.space()
-        subnets = [space.validate(Subnet.from_json(s)) for s in json.loads(str(arrays["subnets"]))]
-        if "rows" in arrays:
-            widths, statistics = arrays["widths"].tolist(), arrays["rows"]
+        subnets = [space.validate(Subnet.from_json(s)) for s in json.loads(str(_array(archive, "subnets")))]
+        if "rows.npy" in names:
+            widths, statistics = _array(archive, "widths").tolist(), _array(archive, "rows")
         else:
-            each = [np.zeros((2, 0), np.float32), *(arrays[f"row{i}"] for i in range(len(subnets)))]
+            each = [np.zeros((2, 0), np.float32), *(_array(archive, f"row{i}") for i in range(len(subnets)))]
             widths, statistics = [a.shape[1] for a in each[1:]], np.concatenate(each, axis=1)
     expected = [sum(config.norm_sizes(config.sizes(s)).values()) for s in subnets]
     if widths != expected or statistics.shape != (2, sum(expected)) or statistics.dtype != np.float32:
@@ -76,10 +78,19 @@ def _read(file: pathlib.Path, config: FamilyConfig) -> dict[Subnet, np.ndarray]:
     return {s: statistics[:, end - n : end].copy() for s, n, end in zip(subnets, expected, ends, strict=True)}
 
 
-def _check_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_bytes: int) -> None:
-    """Raises ValueError if an array claims to be larger than its file. NumPy would first allocate memory for the claim."""
-    with archive.open(entry) as f:
-        np.lib.format.read_magic(f)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-    if not math.prod(shape) * dtype.itemsize <= entry.file_size <= file_bytes:
-        raise ValueError(f"{entry.filename} claims the shape {shape} in a file of {file_bytes} bytes")
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of an archive. Raises ValueError if it claims to be larger than its file.
+
+    `np.load` would first allocate memory for the claim. It also takes memory for zeros that are packed into few bytes.
+    """
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{entry.filename} is compressed")
+    with archive.open(entry) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{entry.filename} has an unknown version of NumPy's format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if not 0 <= math.prod(shape) * max(dtype.itemsize, 1) <= entry.file_size:
+            raise ValueError(f"{entry.filename} claims the shape {shape} in {entry.file_size} bytes")
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
