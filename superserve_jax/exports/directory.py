@@ -54,6 +54,7 @@ _PAYLOAD = re.compile(r"payload-([0-9a-f]{16}|part\.[0-9]+)")
 # Limits on the files of an export: by which factor they may be smaller than the weights (Orbax compresses), how many bytes
 # they may hold besides weights and statistics, and how many bytes the description of one subnet may take.
 _MAX_RATIO, _MAX_OTHER_BYTES, _MAX_SUBNET_BYTES = 10_000, 64 << 20, 64 << 10
+_MAX_INPUT_BYTES = 1 << 30  # of one input; no weight depends on the size of an image
 
 
 def export(
@@ -195,7 +196,10 @@ def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
                 raise errors.ExportError("it must serve at least one subnet, and none of them twice")
             _check_sizes(config, len(served), sum(f["bytes"] for f in manifest["files"].values()))
     except errors.SuperServeError as e:
-        raise errors.ExportError(f"{file} does not describe a SuperNet that this version can build: {e}; export again") from e
+        reason = errors.one_line(e)
+        raise errors.ExportError(
+            f"{file} does not describe a SuperNet that this version can build: {reason}; export again"
+        ) from e
     verify_files(payload, manifest["files"])
     calibrated = statistics.read(payload / "statistics.npz", config)
     if missing := [s.subnet for s in served if s.subnet not in calibrated]:
@@ -203,15 +207,7 @@ def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
             f"{payload / 'statistics.npz'} lacks the statistics of the served {missing[0].to_json()}; export again"
         )
     vocabulary = _read_vocabulary(payload / _VOCABULARY, manifest.get("vocabulary"), config)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in programs.param_spec(config).items()}
-    try:
-        with errors.starting_threads(), ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((payload / "weights").absolute(), target)
-    except errors.ThreadStartError:
-        raise
-    except Exception as e:  # Orbax raises many kinds of errors. The digests fit, so the weights are of another config.
-        raise errors.ExportError(f"{payload / 'weights'} does not fit the config in the manifest: {e}; export again") from e
+    params = _read_weights((payload / "weights").absolute(), config)
     _check_finite(params, calibrated, str(path))
     return Model(path, manifest, served, vocabulary, config, params, calibrated)
 
@@ -272,12 +268,45 @@ def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> None:
-    """Raises ExportError if files of this size cannot hold a network of this config. Runs before memory is allocated."""
+    """Raises ExportError if files of this size cannot hold a network of this config, or if its inputs are too large.
+
+    Runs before memory is allocated.
+    """
     weights = sum(math.prod(s.shape) * s.dtype.itemsize for s in programs.param_spec(config).values())
     of_subnet = 8 * sum(config.norm_sizes(config.sizes(config.space().largest())).values())
     most = 2 * weights + (num_served + 1) * (of_subnet + _MAX_SUBNET_BYTES) + _MAX_OTHER_BYTES
     if not weights / _MAX_RATIO <= payload_bytes <= most:
         raise errors.ExportError(f"its config has weights of {weights:,} bytes, but its files have {payload_bytes:,} bytes")
+    spec = config.input_spec(1)
+    if (size := math.prod(spec.shape) * spec.dtype.itemsize) > _MAX_INPUT_BYTES:
+        raise errors.ExportError(f"its config has inputs of {size:,} bytes, more than {_MAX_INPUT_BYTES:,}")
+
+
+def _read_weights(folder: pathlib.Path, config: FamilyConfig) -> dict[str, jax.Array]:
+    """The parameters in Orbax's folder. Raises ExportError, before memory is taken, for parameters of another config."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in programs.param_spec(config).items()}
+    try:
+        with errors.starting_threads(), ocp.StandardCheckpointer() as checkpointer:
+            stored: Any = checkpointer.metadata(folder).item_metadata
+            if stored is None:
+                raise ValueError("its metadata are damaged")
+            if odd := sorted(set(stored) ^ set(target)):
+                raise ValueError(f"the parameters {odd} are missing or unknown")
+            for name, wanted in target.items():
+                found = stored[name]
+                if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+                    raise ValueError(f"{name} has {found.shape} values of {found.dtype}, not {wanted.shape} of {wanted.dtype}")
+                # Orbax reads whole chunks. A few bytes can hold a chunk of many equal values.
+                if any(chunk > max(size, 1) for chunk, size in zip(found.storage.chunk_shape, wanted.shape, strict=True)):
+                    raise ValueError(f"{name} has chunks larger than itself")
+            return checkpointer.restore(folder, target)
+    except errors.ThreadStartError:
+        raise
+    except Exception as e:  # Orbax raises many kinds of errors. The digests fit, so the weights are of another config.
+        raise errors.ExportError(
+            f"{folder} does not fit the config in the manifest: {errors.one_line(e)}; export again"
+        ) from e
 
 
 def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) -> Vocabulary | None:
@@ -290,7 +319,9 @@ def _read_vocabulary(file: pathlib.Path, settings: Any, config: FamilyConfig) ->
         vocabulary = Vocabulary.read(file, **settings)
         vocabulary.check_fit(config)
     except (errors.SuperServeError, TypeError) as e:
-        raise errors.ExportError(f"{file} is not the vocabulary that the manifest describes: {e}; export again") from e
+        raise errors.ExportError(
+            f"{file} is not the vocabulary that the manifest describes: {errors.one_line(e)}; export again"
+        ) from e
     return vocabulary
 
 
