@@ -169,6 +169,15 @@ class SearchSpace:
             axes.append((axis.name, tuple(self._choice(axis, i, v, subnet.gates) for i, v in enumerate(values))))
         return Subnet(tuple(int(g) for g in subnet.gates), tuple(axes))
 
+    def check_envelope(self, envelope: Subnet) -> None:
+        """Raises SubnetError unless the envelope has blocks and choices of this space. It may have a depth of no subnet."""
+        names = [name for name, _ in envelope.axes]
+        if names != [a.name for a in self.axes] or not self.largest().covers(envelope):
+            raise errors.SubnetError(f"{envelope.to_json()} is larger than the network")
+        for axis, (name, values) in zip(self.axes, envelope.axes, strict=True):
+            if odd := [value for value, choices in zip(values, axis.choices, strict=True) if value not in choices]:
+                raise errors.SubnetError(f"axis '{name}' has no choice {odd[0]}")
+
     @staticmethod
     def _choice(axis: Axis, position: int, value: float, gates: tuple[int, ...]) -> float:
         choices = axis.choices[position]

@@ -152,7 +152,10 @@ def make_engine(
       profile: the latency profile. Subnets share executables as when it was measured.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
+
+    Raises ProfileError if the profile is not one of this network. Nothing is compiled then.
     """
+    _check_fit(profile, model, "the profile")
     return DeviceEngine(
         *(model, device),
         subnet_list=[r.subnet for r in profile.rows],
@@ -186,7 +189,7 @@ def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths:
     """The profile in the export's directory, cut to these batch sizes and lengths.
 
     None if there is no profile for this kind of device, these batch sizes and these lengths, or if it belongs to another
-    export.
+    export. Raises ProfileError if it is malformed, or has subnet buckets or lengths that this network does not have.
     """
     path = exports.profile_path(model.path, kind)
     if not path.exists():
@@ -196,12 +199,27 @@ def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths:
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
     if profile.device != kind:
-        _log.warning("%s was measured on '%s', not on '%s'; ignoring it", path, profile.device, kind)
+        _log.warning("%s was measured on %.100r, not on %r; ignoring it", path, profile.device, kind)
         return None
     if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
         _log.warning("%s was measured on another export; ignoring it", path)
         return None
-    return profile.at(batch_sizes, lengths)
+    profile = profile.at(batch_sizes, lengths)
+    _check_fit(profile, model, str(path))
+    return profile
+
+
+def _check_fit(profile: Profile, model: SuperNet, name: str) -> None:
+    """Raises ProfileError if a profile has subnets, subnet buckets or lengths that the network does not have."""
+    try:
+        for row in profile.rows:
+            model.space.validate(row.subnet)
+        for envelope in set(profile.envelopes.values()):
+            model.space.check_envelope(envelope)
+        if profile.lengths:
+            check_lengths(model.config, profile.lengths)
+    except (errors.SubnetError, errors.ConfigError) as e:
+        raise errors.ProfileError(f"{name} does not fit the network: {e}; measure it again with serve/measure.py") from e
 
 
 def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background: Background | None = None) -> Profile:

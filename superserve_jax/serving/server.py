@@ -252,14 +252,15 @@ class Server:
           The worker's name: the engine's name, with a number if another worker has that name.
 
         Raises:
-          ConfigError: the engine takes other inputs, or there is no model. ThreadStartError: the system starts no thread.
-          ServerClosedError.
+          ConfigError or ProfileError: the engine or the profile does not fit, or there is no model. ServerClosedError.
+          ThreadStartError: the system starts no thread.
         """
         if self._interrupts():
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
             return getattr(engine_or_device, "name", "")
         with self._changing:
             new, profile = engine_or_device, profile or self.profile
+            profiles_of_workers([self.profile, profile], 2)
             if not hasattr(new, "run"):
                 if self.model is None:
                     raise errors.ConfigError(
@@ -272,7 +273,6 @@ class Server:
                 raise errors.ConfigError(
                     f"{new.name} takes {spec}, the workers of this server take {self._inputs}; they must agree"
                 )
-            profiles_of_workers([self.profile, profile], 2)
             return self.pool.add(new, profile)
 
     def remove_worker(self, name: str) -> None:
