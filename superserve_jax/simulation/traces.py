@@ -31,8 +31,8 @@ class Trace:
     """Queries in the order of arrival.
 
     Args:
-      arrivals_s: times of arrival in seconds, float64, ascending, from 0 up.
-      slo_ms: allowed latency in milliseconds, one for all queries or one per query.
+      arrivals_s: times of arrival in seconds, float64, ascending, from 0 to 1e12.
+      slo_ms: allowed latency in milliseconds, up to 1e12, one for all queries or one per query.
       floors: lowest accepted accuracy, one for all queries or one per query. 0 accepts any.
       name: the name in tables and plots.
       lengths: number of tokens, one for all queries or one per query. 0 if inputs have one shape, or are padded to the longest
@@ -261,8 +261,11 @@ def _values(
 ) -> Iterator[tuple[type[Exception], str, np.ndarray, Any]]:
     """For each column: the error class, what is expected, the values, and which of the values are right."""
     slos, floors, lengths = (np.asarray(v, np.float64) for v in (slo_ms, floors, lengths))
-    yield errors.ConfigError, "arrivals must be finite seconds from 0", arrivals_s, (arrivals_s >= 0) & (arrivals_s < np.inf)
-    yield errors.DeadlineError, "SLOs must be positive, finite milliseconds", slos, (slos > 0) & (slos < np.inf)
+    most = _MAX_NUMBER  # beyond it the arithmetic of the simulator could overflow
+    right = (arrivals_s >= 0) & (arrivals_s <= most)
+    yield errors.ConfigError, f"arrivals must be finite seconds from 0 to {most:g}", arrivals_s, right
+    right = (slos > 0) & (slos <= most)
+    yield errors.DeadlineError, f"SLOs must be positive, finite milliseconds up to {most:g}", slos, right
     yield errors.ConfigError, "accuracy floors must be fractions from 0 to 1", floors, (floors >= 0) & (floors <= 1)
     whole = (lengths >= 0) & (lengths <= _MAX_LENGTH) & (lengths == np.rint(lengths))
     yield errors.ConfigError, "lengths must be whole numbers of tokens, 0 if unknown", lengths, whole
