@@ -22,6 +22,7 @@ from .errors import (
     SuperServeError as SuperServeError,
     UnknownNameError as UnknownNameError,
     WorkersLostError as WorkersLostError,
+    WriteError as WriteError,
 )
 from .exports.directory import export as export, load as load
 from .exports.model import Model as Model, Served as Served

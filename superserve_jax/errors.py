@@ -51,6 +51,10 @@ class ExportError(SuperServeError, ValueError):
     """An export directory is missing or damaged, is not an export, or was written by a newer version."""
 
 
+class WriteError(SuperServeError, OSError):
+    """A file cannot be written: the disk is full, or the folder is read-only."""
+
+
 class ConversionError(SuperServeError, ValueError):
     """A weight file cannot be read, or its weights do not fit the network."""
 

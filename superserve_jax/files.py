@@ -7,10 +7,13 @@ import json
 import os
 import pathlib
 import platform
+import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
+
+from superserve_jax import errors
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
@@ -36,24 +39,99 @@ def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o666) -> None:
-    """Writes a file atomically, and creates its folder. After an error the old file is unchanged.
+    """Writes a file atomically, and creates its folder.
+
+    After an error or a kill the old file is unchanged. The next write of the same file removes what a kill left.
 
     Args:
       path: the file.
       content: its new content.
       mode: the permissions of the file, before the umask.
+
+    Raises:
+      WriteError: the disk is full, or the folder cannot be written.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        part.unlink(missing_ok=True)  # a killed process with the same number may have left it
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
-            file.write(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        _write_and_rename(path, content, mode)
+    except OSError as e:
+        raise cannot_write(path, e) from e
+
+
+def append(path: str | os.PathLike[str], content: bytes) -> None:
+    """Appends to a file, which is created if necessary. After an error the file is unchanged. Raises WriteError."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, content)
+            except BaseException:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+    except OSError as e:
+        raise cannot_write(path, e) from e
+
+
+def cannot_write(path: str | os.PathLike[str], e: OSError) -> errors.WriteError:
+    """The error to raise after the system refused to write a file or folder."""
+    return errors.WriteError(
+        f"{path} cannot be written: {e.strerror or e}; free space there, or choose a folder that can be written"
+    )
+
+
+def _write_and_rename(path: pathlib.Path, content: bytes, mode: int) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    descriptor = _create_locked(part, mode)
+    try:
+        _write_all(descriptor, content)
+        os.fsync(descriptor)  # some file systems notice only now that the disk is full
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _create_locked(part: pathlib.Path, mode: int) -> int:
+    """Creates a file and locks it, so that no other process takes it for abandoned. Returns its descriptor."""
+    while True:
+        part.unlink(missing_ok=True)  # a killed process with the same number may have left it
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody removes abandoned files there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # another process has removed the file before it was locked
+
+
+def _remove_abandoned(path: pathlib.Path) -> None:
+    """Removes the unfinished files that killed writers of `path` left. A file that is being written is locked."""
+    unfinished = re.compile(re.escape(path.name) + r"\.\d+\.\d+\.part")
+    for name in filter(unfinished.fullmatch, os.listdir(path.parent)):
+        part = path.with_name(name)
+        try:
+            descriptor = os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue  # another process has removed it, or owns it
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink(missing_ok=True)
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

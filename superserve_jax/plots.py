@@ -1,13 +1,15 @@
 """Plots of results, as PNG files. They use matplotlib's object interface: no global figure, no display."""
 
 import dataclasses
+import io
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from matplotlib import figure, ticker
+
+from superserve_jax import files
 
 Path = str | os.PathLike[str]
 
@@ -200,6 +202,7 @@ def latencies(
 
 
 def _save(fig: figure.Figure, path: Path, *, dpi: int) -> None:
-    """Writes a PNG file, and creates its folder."""
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=dpi)
+    """Writes a PNG file atomically, and creates its folder."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=dpi, format="png")
+    files.write_bytes(path, buffer.getvalue())

@@ -180,12 +180,15 @@ class Run:
     def training_lock(self) -> Iterator[None]:
         """Held by the process that trains. Raises ConfigError if another process trains in the same folder."""
         with contextlib.ExitStack() as held:
+            lock = self.workdir / "training.lock"
             try:
-                held.enter_context(files.locked(self.workdir / "training.lock"))
+                held.enter_context(files.locked(lock))
             except BlockingIOError as e:
                 raise errors.ConfigError(
                     f"{self.workdir} is {e}, which trains there now; wait for it, stop it, or choose another --workdir"
                 ) from e
+            except OSError as e:
+                raise files.cannot_write(lock, e) from e
             yield
 
     def checkpoints(self) -> Checkpoints:

@@ -266,5 +266,4 @@ class SearchLog:
     def add(self, candidate: Candidate) -> None:
         """Appends a candidate that is not known yet."""
         if candidate.subnet not in self.known:
-            with self._path.open("a") as file:
-                file.write(json.dumps(candidate.to_json()) + "\n")
+            files.append(self._path, (json.dumps(candidate.to_json()) + "\n").encode())

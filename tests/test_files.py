@@ -1,0 +1,61 @@
+"""Files that are written as a whole or not at all: full disks, kills, and several writers of one file."""
+
+import fcntl
+import os
+import threading
+
+import pytest
+from full_disk import disk_full_after
+
+from superserve_jax import errors, files
+
+
+@pytest.mark.parametrize("write", [files.write_bytes, files.append])
+def test_a_full_disk_leaves_the_old_content_and_a_later_attempt_works(tmp_path, write):
+    path = tmp_path / "file"
+    files.write_bytes(path, b"old")
+    with disk_full_after(10), pytest.raises(errors.WriteError, match=r"file cannot be written: File too large; free space"):
+        write(path, b"x" * 20)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    write(path, b"new")
+    assert path.read_bytes() == (b"new" if write is files.write_bytes else b"oldnew")
+
+
+@pytest.mark.parametrize("write", [files.write_bytes, files.append])
+def test_a_folder_that_cannot_be_made_is_a_write_error(tmp_path, write):
+    (tmp_path / "a").touch()
+    with pytest.raises(errors.WriteError, match=r"a/b cannot be written: .*; free space there, or choose a folder"):
+        write(tmp_path / "a" / "b", b"x")
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_write_of_the_same_file(tmp_path):
+    path = tmp_path / "a[1].json"
+    others = ["a[1].json.x.1.part", "a1.json.1.2.part", "b.json.1.2.part", "a[1].json.1.2.part2"]
+    for name in ("a[1].json.1.2.part", "a[1].json.99999999.3.part", *others):
+        (tmp_path / name).write_bytes(b"unfinished")
+    os.mkfifo(tmp_path / "a[1].json.3.4.part")
+    with open(tmp_path / "a[1].json.5.6.part", "wb") as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_EX)
+        files.write_bytes(path, b"{}")
+    assert sorted(os.listdir(tmp_path)) == sorted([path.name, *others, "a[1].json.3.4.part", "a[1].json.5.6.part"])
+
+
+def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path, failed = tmp_path / "file", []
+
+    def write(i):
+        try:
+            for _ in range(50):
+                files.write_bytes(path, b"%d" % i * 1000)
+                assert len(set(path.read_bytes())) == 1
+        except Exception as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert os.listdir(tmp_path) == ["file"]
