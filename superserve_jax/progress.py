@@ -1,5 +1,6 @@
 """Shows the progress of long work on stderr: a bar on a terminal, else a plain line every 10 seconds."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
@@ -63,4 +64,5 @@ def track(
 
 
 def _print(console: Console, line: str) -> None:
-    print(line.rstrip(), file=console.file, flush=True)
+    with contextlib.suppress(OSError):  # the output may be a file on a full disk, which is no reason to stop the work
+        print(line.rstrip(), file=console.file, flush=True)

@@ -24,6 +24,7 @@ from superserve_jax import errors, files
 _log = logging.getLogger(__name__)
 
 _KEPT = 2
+_CLEAN_UP_S = 10.0  # the longest time to wait until nobody writes to a failed checkpoint
 
 
 class Checkpoints:
@@ -95,8 +96,8 @@ class Checkpoints:
             problem = repr(e)
         # The exception keeps Orbax' unfinished writes alive, and these would log errors when the interpreter ends. So clean up
         # only after the handler has dropped it.
-        self._remove(step)
         gc.collect()
+        self._remove(step)
         raise errors.DataError(
             f"the checkpoint of step {step} could not be written to {self._folder}: {problem}; make room on the disk"
         )
@@ -131,9 +132,14 @@ class Checkpoints:
         """Removes what `save` wrote of a step, finished or not."""
         with contextlib.suppress(Exception):  # closing raises the error of the failed write once more
             self._manager.close()
-        for path in self._folder.glob(f"{step}*"):
-            if path.name.split(".")[0] == str(step):
+        # Orbax raises the first error while its other threads still write, and these create their folders again.
+        deadline_s, quiet = time.monotonic() + _CLEAN_UP_S, 0
+        while quiet < 3 and time.monotonic() < deadline_s:
+            left = [path for path in self._folder.glob(f"{step}*") if path.name.split(".")[0] == str(step)]
+            for path in left:
                 shutil.rmtree(path, ignore_errors=True)
+            quiet = 0 if left else quiet + 1
+            time.sleep(0.05)
         self._sums_path(step).unlink(missing_ok=True)
         self._manager = self._open()
 

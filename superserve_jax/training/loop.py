@@ -31,6 +31,7 @@ from superserve_jax.training.step import Recipe, SandwichStep, TrainState
 _log = logging.getLogger(__name__)
 
 _REWIRING_EXAMPLES, _REWIRING_BATCH = 256, 32
+_PLOT = "metrics.png"
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> Run:
@@ -47,6 +48,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
       KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved. Call again to go on.
       ConfigError: the folder holds a run of another config. DataError: the dataset is missing or has changed since the run
         began, or the last checkpoint could not be written, for example because the disk is full.
+        WriteError: another file of the run cannot be written.
     """
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `load_config` returns, got {config!r}")
@@ -82,49 +84,52 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
         start, state = _restore(saved, run, sandwich)
         run.write_inputs(inputs, start)
         if start >= num_steps:
+            if not (run.workdir / _PLOT).exists():  # a kill came between the last checkpoint and the plot
+                _plot(run)
             return run
         run.forget_stages()
+        (run.workdir / _PLOT).unlink(missing_ok=True)
         if start:
             _log.info("going on from step %d of %d", start, num_steps)
         state = jax.device_put(state, replicated)
         last, unsaved = start, None
-        with MetricsLog(run.workdir, start) as record:
-            batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
-            steps = range(start, num_steps)
-            for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
-                # Which subnets: depends on (seed, k) alone.
-                part = sampling.at(parts, k)
-                if part.phase.rewire and k == part.first:
-                    state = jax.device_put(_rewire(config, state, dataset), replicated)
-                choices = part.sampler.step(k)
+        record = MetricsLog(run.workdir, start)
+        batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
+        steps = range(start, num_steps)
+        for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
+            # Which subnets: depends on (seed, k) alone.
+            part = sampling.at(parts, k)
+            if part.phase.rewire and k == part.first:
+                state = jax.device_put(_rewire(config, state, dataset), replicated)
+            choices = part.sampler.step(k)
 
-                # Which examples, and an outside teacher's output for them.
-                batch = jax.device_put(next(batches), split)
-                lesson = None if outside is None else outside(recipe, batch["inputs"])
+            # Which examples, and an outside teacher's output for them.
+            batch = jax.device_put(next(batches), split)
+            lesson = None if outside is None else outside(recipe, batch["inputs"])
 
-                # The gradients of every subnet, and one update.
-                state, scalars = sandwich(state, batch["inputs"], batch["label"], choices, step=k, lesson=lesson)
-                done = k + 1
+            # The gradients of every subnet, and one update.
+            state, scalars = sandwich(state, batch["inputs"], batch["label"], choices, step=k, lesson=lesson)
+            done = k + 1
 
-                # Metrics, checkpoint, validation.
-                record.add(scalars)
-                if done % config.log_every == 0 or done == num_steps:
-                    record.flush(done, examples=config.batch_size)
-                if done % config.checkpoint_every == 0 or done == num_steps or stopped():
-                    # It must be on disk before the next step, which donates these buffers.
-                    try:
-                        saved.save(done, **state._asdict())
-                        last, unsaved = done, None
-                    except errors.DataError as e:  # for example, the disk is full
-                        _log.warning("%s. Training goes on", e)
-                        unsaved = e
-                if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
-                    record.validation(done, _validate(config, state, dataset))
-                if stopped():
-                    break
+            # Metrics, validation, checkpoint. The checkpoint is last: a run that goes on from it repeats none of them.
+            record.add(scalars)
+            if done % config.log_every == 0 or done == num_steps:
+                record.flush(done, examples=config.batch_size)
+            if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
+                record.validation(done, _validate(config, state, dataset))
+            if done % config.checkpoint_every == 0 or done == num_steps or stopped():
+                # It must be on disk before the next step, which donates these buffers.
+                try:
+                    saved.save(done, **state._asdict())
+                    last, unsaved = done, None
+                except errors.DataError as e:  # for example, the disk is full
+                    _log.warning("%s. Training goes on", e)
+                    unsaved = e
+            if stopped():
+                break
     if unsaved is not None:
         raise errors.DataError(f"{unsaved} and run the same command to go on from step {last} of {num_steps}") from unsaved
-    plots.metrics(run.metrics(), run.workdir / "metrics.png", validation=metrics_log.read(run.workdir, "validation"))
+    _plot(run)
     if last < num_steps:
         raise KeyboardInterrupt(f"stopped after step {last} of {num_steps}; run the same command to go on from there")
     return run
@@ -175,6 +180,10 @@ def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> d
     model.statistics = calibration.calibrate(model, set(subnets.values()), inputs)
     accuracies = evaluation.accuracy(model, subnets.values(), lambda: dataset.eval("validation", 250))
     return dict(zip(subnets, accuracies, strict=True))
+
+
+def _plot(run: Run) -> None:
+    plots.metrics(run.metrics(), run.workdir / _PLOT, validation=metrics_log.read(run.workdir, "validation"))
 
 
 @contextlib.contextmanager

@@ -2,13 +2,18 @@
 
 import json
 import logging
+import os
 import pathlib
+import platform
+import struct
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from superserve_jax import files
 
@@ -20,7 +25,7 @@ _FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
 class MetricsLog:
     """Appends to metrics.jsonl (means since the last line), validation.jsonl and tensorboard/ in a run's folder.
 
-    It first drops the lines of steps after `start`, because training repeats these steps. Use it as a context manager.
+    It first drops the lines of steps after `start`, because training repeats these steps. No file stays open.
 
     Args:
       workdir: the run's folder.
@@ -35,17 +40,13 @@ class MetricsLog:
             kept = (json.dumps(line) + "\n" for line in read(workdir, kind) if line["step"] <= start)
             files.write_bytes(workdir / name, "".join(kept).encode())
         self._workdir = workdir
-        # With `purge_step`, TensorBoard hides the values that an interrupted process wrote for later steps.
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._board = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        self._first_events = (Event(file_version="brain.Event:2"),)
+        if start:  # TensorBoard hides the values that an interrupted process wrote for later steps
+            self._first_events += (Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)),)
         self._pending: list[Mapping[str, Any]] = []
         self._since_s = time.monotonic()
         self.note = ""
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._board.close()
 
     def add(self, scalars: Mapping[str, Any]) -> None:
         """Adds the scalars of a step. It does not wait for arrays that are still being computed."""
@@ -67,13 +68,25 @@ class MetricsLog:
         self._since_s = time.monotonic()
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        events = [Event(step=step, summary=summary.scalar(f"{kind}/{name}", value)) for name, value in values.items()]
         try:
-            with (self._workdir / _FILES[kind]).open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            files.append(self._workdir / _FILES[kind], (json.dumps({"step": step, **values}) + "\n").encode())
+            self._board.parent.mkdir(exist_ok=True)
+            files.append(self._board, b"".join(map(_record, (*self._first_events, *events))))
+            self._first_events = ()
         except OSError as e:
             _log.warning("the metrics of step %d could not be written: %s. Training goes on", step, e)
+
+
+def _record(event: Event) -> bytes:
+    """An event as a record of TensorBoard's files (TFRecord): length, its checksum, the event, its checksum.
+
+    We do not use tensorboardX's SummaryWriter. Its thread ends at the first error, and later calls then wait for ever.
+    """
+    event.wall_time = time.time()
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content))))
 
 
 def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:

@@ -24,7 +24,8 @@ from noise import DEBUG, RESNET, assert_same_state
 from tensorboardX.proto import event_pb2
 
 from superserve_jax import errors
-from superserve_jax.training import loop, rewiring, stages
+from superserve_jax.training import loop, metrics_log, rewiring, stages
+from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import Phase
 from superserve_jax.training.runs import Run
 
@@ -91,6 +92,29 @@ def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
     killed, undisturbed = (Run.open(tmp_path / name) for name in ("killed", "undisturbed"))
     assert_same_state(killed, undisturbed)
     assert noise.metrics_of(killed) == noise.metrics_of(undisturbed)
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_kill_right_after_a_checkpoint_loses_no_metrics_and_no_plot(config, tmp_path, monkeypatch, step):
+    class Killed(BaseException):
+        pass
+
+    real = Checkpoints.save
+
+    def save_and_die(self, done, **items):
+        real(self, done, **items)
+        if done == step:
+            raise Killed
+
+    validated = dataclasses.replace(config, eval_every=4)
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        loop.train(validated, tmp_path / "run")
+    monkeypatch.undo()
+    run = loop.train(validated, tmp_path / "run")
+    assert [line["step"] for line in metrics_log.read(run.workdir, "validation")] == [4, 8, 12]
+    assert [line["step"] for line in run.metrics()] == [2, 4, 6, 8, 10, 12]
+    assert (run.workdir / "metrics.png").exists()
 
 
 # -- damaged ---------------------------------------------------------------------------------------------------------------
