@@ -5,12 +5,15 @@ needs TensorFlow and a download. The error for a dataset that is not prepared gi
 """
 
 import bisect
+import contextlib
 import difflib
 import itertools
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -21,6 +24,8 @@ from superserve_jax.training.data import fingerprints, streams
 from superserve_jax.training.data.streams import Records
 from superserve_jax.training.datasets.cluttered_digits.cluttered_digits_dataset_builder import ClutteredDigits
 from superserve_jax.training.datasets.listops.listops_dataset_builder import Listops
+
+_log = logging.getLogger(__name__)
 
 _OWN = (ClutteredDigits.name, Listops.name)
 _WELL_KNOWN = (*_OWN, "cifar10", "imagenet2012", "glue")
@@ -201,16 +206,18 @@ def _make(builder: tfds.core.DatasetBuilder) -> None:
 
     TFDS writes into a temporary folder and renames it at the end, so a killed process leaves nothing that looks complete. If
     two processes prepare at once, the second cannot rename its folder to one that exists. It then uses the first one's.
+    The process that holds the lock of the dataset's folder removes what killed processes left.
     """
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()  # our builders show their progress in one line, TFDS in twenty
     try:
-        builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
-    except OSError as e:
+        with _cleaned(builder.data_path):
+            builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
+    except (OSError, RuntimeError) as e:  # the native writer of array_record raises RuntimeError
         if not (builder.data_path / "dataset_info.json").exists():
             raise errors.DataError(
                 f"dataset '{builder.name}' could not be written to {builder.data_dir}: {e}. "
-                f"Check that the folder can be written, or choose another data_dir"
+                f"Free space there, check that the folder can be written, or choose another data_dir"
             ) from e
     finally:
         tfds.enable_progress_bar()
@@ -224,6 +231,25 @@ def _damaged(builder: tfds.core.DatasetBuilder, problem: str) -> errors.DataErro
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _cleaned(target: pathlib.Path) -> Iterator[None]:
+    """Locks the folder above `target`, and removes the unfinished copies of `target` in it.
+
+    Without the lock, another process is writing such a copy now, and nothing is removed.
+    """
+    folder = pathlib.Path(target).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.locked(folder))
+        except BlockingIOError:
+            _log.info("another process is making %s, too", target)
+        else:
+            for unfinished in folder.glob(f"incomplete.??????_{target.name}"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        yield
 
 
 def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder, data_dir: str | None) -> str:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from full_disk import disk_full_after
 
 from superserve_jax import errors
 from superserve_jax.training.datasets import prepared
@@ -59,11 +60,21 @@ def test_two_that_prepare_at_once_both_get_the_dataset(tmp_path, monkeypatch):
     assert [builder.info.splits["train"].num_examples for builder in builders] == [5, 5]
 
 
-def test_the_remains_of_a_killed_preparation_do_no_harm(tmp_path, monkeypatch):
+def test_the_remains_of_a_killed_preparation_are_removed(tmp_path, monkeypatch):
     remains = tmp_path / "cluttered_digits" / "incomplete.ABCDEF_1.0.0"
     remains.mkdir(parents=True)
     (remains / "cluttered_digits-train.array_record-00000-of-00001").write_bytes(b"half")
     monkeypatch.setattr(render, "NUM_IMAGES", {"train": 5, "test": 2})
+    assert prepared.load("cluttered_digits", str(tmp_path)).info.splits["train"].num_examples == 5
+    assert [path.name for path in (tmp_path / "cluttered_digits").iterdir()] == ["1.0.0"]
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+def test_a_full_disk_is_a_data_error_and_leaves_no_partial_files(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(render, "NUM_IMAGES", {"train": 5, "test": 2})
+    with disk_full_after(limit), pytest.raises(errors.DataError, match=r"could not be written to .*; .*Free space there"):
+        prepared.load("cluttered_digits", str(tmp_path))
+    assert not list((tmp_path / "cluttered_digits").iterdir())
     assert prepared.load("cluttered_digits", str(tmp_path)).info.splits["train"].num_examples == 5
 
 
