@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from superserve_jax import files
+
+# The module makes its classes when it is imported, so type checkers do not see them.
+Event: Any = getattr(event_pb2, "Event")  # noqa: B009
+SessionLog: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class MetricsLog:
             _log.warning("the metrics of step %d could not be written: %s. Training goes on", step, e)
 
 
-def _record(event: Event) -> bytes:
+def _record(event: Any) -> bytes:
     """An event as a record of TensorBoard's files (TFRecord): length, its checksum, the event, its checksum.
 
     We do not use tensorboardX's SummaryWriter. Its thread ends at the first error, and later calls then wait for ever.

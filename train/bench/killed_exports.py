@@ -29,7 +29,9 @@ def kill(folder: pathlib.Path, kills: int, rng: random.Random) -> dict[str, Any]
 
     def prepare() -> Any:
         config = load_config(CONFIG).model
-        made = {f"{seed}/{k}": np.asarray(v) for seed in range(3) for k, v in programs.initial_params(config, seed).items()}
+        made: dict[str, Any] = {
+            f"{seed}/{k}": np.asarray(v) for seed in range(3) for k, v in programs.initial_params(config, seed).items()
+        }
         np.savez(models, **made)
         _export(models, 0)
 

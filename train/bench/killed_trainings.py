@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import pathlib
 import random
 import re
@@ -99,13 +98,12 @@ def _train(folder: pathlib.Path, moment: Moment | None) -> Any:
 def _note_steps(watch: Watch) -> None:
     real = SandwichStep.__call__
 
-    @functools.wraps(real)
-    def noted(*args: Any, step: int, **kwargs: Any) -> Any:
+    def noted(*args: Any, step: int = 0, **kwargs: Any) -> Any:
         watch.step = step
         watch.enter("step")
         return real(*args, step=step, **kwargs)
 
-    SandwichStep.__call__ = noted
+    setattr(SandwichStep, "__call__", noted)  # noqa: B010
 
 
 def _outcome(workdir: pathlib.Path) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def _make(builder: tfds.core.DatasetBuilder) -> None:
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.disable_progress_bar()  # our builders show their progress in one line, TFDS in twenty
     try:
-        with _cleaned(builder.data_path):
+        with _cleaned(pathlib.Path(builder.data_path)):
             builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
     except (OSError, RuntimeError) as e:  # the native writer of array_record raises RuntimeError
         if not (builder.data_path / "dataset_info.json").exists():
@@ -239,7 +239,7 @@ def _cleaned(target: pathlib.Path) -> Iterator[None]:
 
     Without the lock, another process is writing such a copy now, and nothing is removed.
     """
-    folder = pathlib.Path(target).parent
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
