@@ -1,38 +1,33 @@
 """Serves for a long time and checks guarantees. The exit status is 1 if one is broken.
 
     python serve/bench/soak.py runs/digits_resnet/export --minutes 10 --plot runs/soak.png
-    python serve/bench/soak.py --storm --queries 1000000 --json runs/storm.json
 
-With an export: it serves the real executables. The load rises and falls around 80 % of what this machine carries if all
+It serves the real executables. The load rises and falls around 80 % of what this machine carries if all
 subnets serve equally many queries. There are three SLOs and some floors, so the policy changes the subnet all the time. Memory
 and latencies are measured every second. The guarantees are:
 - Resident memory stays within 2 % after the first minute.
 - p50 and p99 latency do not grow by more than 10 %.
 - Every future resolves.
 - Nothing is compiled after the start.
-With --storm: a real server of fake engines that take no time, under random failures (see loadtest.storm). The guarantees are
-in loadtest.checker. For example, every query resolves exactly once, with its own answer, and in the order of deadlines.
-Library: loadtest.endurance, loadtest.storm, loadtest.checker, engines.prepare, serving.server, plots.
+Library: loadtest.endurance, engines.prepare, serving.server, plots.
 """
 
 import dataclasses
-import logging
 import pathlib
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
+from guarantees import Guarantee, end, in_words
 
 import superserve_jax as ss
 from superserve_jax import cli, plots, progress
 from superserve_jax.engines import prepare
 from superserve_jax.loadtest import endurance
 from superserve_jax.loadtest.endurance import Counting, EnduranceTraffic, Second
-from superserve_jax.loadtest.storm import Storm, run_storm
 from superserve_jax.plots import Line, Panel
 from superserve_jax.serving import server
 from superserve_jax.serving.server import Server
@@ -48,7 +43,7 @@ class Options:
     """Options.
 
     Args:
-      export: the export's directory; leave it out with --storm.
+      export: the export's directory.
       minutes: length of the traffic.
       warm_up_s: seconds at the start whose memory and latency do not count.
       load: mean load, as a fraction of what the machine carries if all subnets serve equally many queries.
@@ -56,55 +51,29 @@ class Options:
       slo_ms: the shortest SLO; the others are 2 and 4 times as long. By default it is 36, or four batches of the most accurate
         subnet if that is longer.
       batch_sizes: batch sizes to serve with.
-      storm: whether to run random failures on fake engines instead of an export.
-      queries: the number of queries of a storm.
-      workers: the number of workers of a storm.
-      expire: whether the server of a storm drops queries that can no longer meet their deadline.
       seed: the seed of all random choices.
       json: write the results to this file.
-      plot: write a plot of memory and latency over time to this file; not with --storm.
+      plot: write a plot of memory and latency over time to this file.
     """
 
-    export: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
+    export: Annotated[pathlib.Path, tyro.conf.Positional]
     minutes: float = 10.0
     warm_up_s: float = 60.0
     load: float = 0.8
     policy: str = "slackfit"
     slo_ms: float | None = None
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    storm: bool = False
-    queries: int = 1_000_000
-    workers: int = 4
-    expire: bool = False
     seed: int = 0
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Guarantee:
-    """What is guaranteed, what was observed, and whether the guarantee holds."""
-
-    what: str
-    observed: str
-    holds: bool
-
-
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
-    if options.storm == (options.export is not None):
-        raise ss.ConfigError("give either an export's directory, or --storm, which needs none")
-    cli.check_above_zero(options, "minutes", "load", "queries", "workers")
-    figures, guarantees = storm(options) if options.export is None else soak(options, options.export)
-    print()
-    for guarantee in guarantees:
-        print(f"{'holds' if guarantee.holds else 'BROKEN'}: {guarantee.what}: {guarantee.observed}")
-    cli.write_results(options.json, {**figures, "guarantees": [dataclasses.asdict(g) for g in guarantees]})
-    sys.exit(0 if all(g.holds for g in guarantees) else 1)
-
-
-# -- an export under load -----------------------------------------------------------------------------------------------------
+    cli.check_above_zero(options, "minutes", "load")
+    figures, guarantees = soak(options, options.export)
+    end(guarantees, figures, options.json)
 
 
 def soak(options: Options, export: pathlib.Path) -> tuple[dict[str, Any], list[Guarantee]]:
@@ -201,52 +170,6 @@ def draw(seconds: Sequence[Second], path: pathlib.Path) -> None:
 def live_executables() -> int:
     """The number of executables on all devices."""
     return sum(len(client.live_executables()) for client in {device.client for device in jax.devices()})
-
-
-# -- random failures ----------------------------------------------------------------------------------------------------------
-
-
-def storm(options: Options) -> tuple[dict[str, Any], list[Guarantee]]:
-    """The results and the guarantees of a server under random failures."""
-    logging.getLogger("superserve_jax.serving").setLevel(logging.CRITICAL)  # failed batches are expected
-    plan = Storm(queries=options.queries, workers=options.workers, expire=options.expire, seed=options.seed)
-    print(f"{plan.queries:,} queries of {plan.clients} clients, {plan.workers} workers, seed {plan.seed}")
-    line_s = time.monotonic()
-
-    def on_progress(offered: int) -> None:
-        nonlocal line_s
-        if time.monotonic() > line_s + 10:
-            line_s = time.monotonic()
-            print(f"{offered:,} offered", file=sys.stderr, flush=True)
-
-    result = run_storm(plan, on_progress=on_progress)
-    check = result.check
-    outcomes = sorted(check.outcomes.items(), key=lambda item: -item[1])
-    cli.print_table([("outcome", "queries"), *((outcome, f"{count:,}") for outcome, count in outcomes)])
-    print(f"failures: {in_words(result.failures)}\nworkers: {in_words(result.workers)}")
-    print(
-        f"{result.seconds:.0f} s, {check.offered / result.seconds:,.0f} queries/s including the check, "
-        f"{check.batches:,} batches, {endurance.resident_mb():.0f} MB resident"
-    )
-    for example in check.examples:
-        print(f"violation: {example}")
-    resolved = sum(check.outcomes.values())
-    guarantees = [
-        Guarantee("every query resolves", f"{check.offered:,} offered, {resolved:,} resolved", check.offered == resolved),
-        Guarantee("no query is lost", f"{check.lost:,} lost", not check.lost),
-        Guarantee("no query resolves twice", f"{check.twice:,} did", not check.twice),
-        Guarantee(
-            "right answers, floors and deadlines in order",
-            f"{check.violations:,} violations in all, {check.compared:,} batches compared with all waiting queries",
-            not check.violations,
-        ),
-    ]
-    return {"storm": dataclasses.asdict(plan), **dataclasses.asdict(result)}, guarantees
-
-
-def in_words(counts: Mapping[str, int]) -> str:
-    """Counts by name, in one line."""
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 if __name__ == "__main__":

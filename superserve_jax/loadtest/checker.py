@@ -1,7 +1,7 @@
 """Checks from the notes of a `recorder.Recorder` whether a server kept its guarantees. No jax.
 
 The guarantees are:
-- Every query resolves exactly once.
+- Every query resolves exactly once: to an answer, or to a documented error. Its callbacks and `result` see the same outcome.
 - An answer belongs to its own query. It comes from a batch that held the query and has finished, and from a subnet that
   reaches the query's floor. It says truthfully whether the deadline was met.
 - No query runs in two batches at once, or after it was answered, refused or dropped.
@@ -12,14 +12,24 @@ The guarantees are:
 import collections
 import dataclasses
 import heapq
+import time
 from collections.abc import Iterable, Iterator
 
+from superserve_jax import errors
 from superserve_jax.loadtest import recorder
 from superserve_jax.loadtest.recorder import Note
 from superserve_jax.profile import Profile
 from superserve_jax.serving.futures import Reply
 
-_NEVER_RUNS = ("", recorder.ANSWERED, recorder.REFUSED, recorder.EXPIRED)  # a query that ended so must not run afterwards
+_NEVER_RUNS = (recorder.ANSWERED, recorder.REFUSED, recorder.EXPIRED)  # a query that ended so must not run afterwards
+# The errors that a future or `submit` may give a correct query; and the error of a client's own generator.
+_DOCUMENTED = frozenset(
+    error.__name__
+    for error in (
+        *(errors.QueueFullError, errors.AdmissionError, errors.ServerClosedError, errors.WorkersLostError),
+        *(errors.InferenceError, errors.AccuracyFloorError, errors.DeadlineExpiredError, recorder.Deliberate),
+    )
+)
 _SHOWN = 20  # violations that are described; further ones are only counted
 
 
@@ -36,10 +46,12 @@ class _Open:
     finished_s: float | None = None  # when the first engine call with it returned
     cancelling: bool = False  # whether its client tried to cancel it
     passed_over: str = ""  # if it waited and was passed over: its deadline and the later batch, in words
+    read: str = ""  # the outcome that `result` gave before the callback
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Decision:
+    read_s: float
     keys: tuple[int, ...] | None = None  # the queries of the batch; None until they are known
 
 
@@ -76,8 +88,8 @@ class Checker:
       profile: the profile of the engines.
       strict_order: whether the policy takes queries strictly in the order of deadlines. A policy that defers queries does not.
       abandons: whether the server abandons stuck workers. Then a query may run again while the stuck call still holds it.
-      patience: how many later notes to wait for the engine call of a decision. After them, the decision counts as one
-        without a batch. There is no call if all queries of the batch were cancelled and the thread has ended.
+      patience_s: how long to wait for the engine call of a decision. Then the decision counts as one without a batch. There
+        is no call if all queries of the batch were cancelled, or the policy hung, and the thread has ended.
 
     Attributes:
       result: the counts so far.
@@ -90,14 +102,15 @@ class Checker:
     (1, 1, ['query 1 was lost: it never resolved'])
     """
 
-    def __init__(self, profile: Profile, *, strict_order: bool, abandons: bool = False, patience: int = 50_000):
+    def __init__(self, profile: Profile, *, strict_order: bool, abandons: bool = False, patience_s: float = 5.0):
         self.result = CheckResult()
         self._rows, self._fastest_s = profile.rows, 1e-3 * profile.fastest().latency_ms[0]
-        self._strict_order, self._abandons, self._patience = strict_order, abandons, patience
+        self._strict_order, self._abandons, self._patience_s = strict_order, abandons, patience_s
         self._unread: collections.deque[Note] = collections.deque()
         self._undecided: dict[int, _Decision] = {}  # by thread
         self._open: dict[int, _Open] = {}  # by key
-        self._ended = bytearray(1)  # by key: an index of `_NEVER_RUNS`. This byte is all that is kept of a resolved query.
+        self._ended = bytearray(1)  # by key: an index of `_outcomes`. This byte is all that is kept of a resolved query.
+        self._outcomes = [""]  # every outcome so far; "" for a query that is open
         # A heap of (deadline_s, key). It may hold queries that wait no longer. Queries that were passed over are removed.
         self._waiting: list[tuple[float, int]] = []
 
@@ -112,7 +125,7 @@ class Checker:
             note = notes.popleft()
             if note[0] == "decided":
                 self._settle(note[1])
-                decision = self._undecided[note[1]] = _Decision()
+                decision = self._undecided[note[1]] = _Decision(time.monotonic())
                 note = ("decided", decision)
             elif note[0] == "started":
                 self._settle(note[1], note[2])
@@ -139,7 +152,7 @@ class Checker:
         unread = self._unread
         while unread:
             kind, *values = unread[0]
-            if kind == "decided" and values[0].keys is None and len(unread) < self._patience:
+            if kind == "decided" and values[0].keys is None and time.monotonic() < values[0].read_s + self._patience_s:
                 return
             unread.popleft()
             getattr(self, f"_on_{kind}")(*values)
@@ -159,7 +172,7 @@ class Checker:
         self._ended.extend(bytes(max(keys[-1] + 1 - len(self._ended), 0)))
         self._open.update((key, _Open(now_s, slo_ms, floor)) for key in keys)
 
-    def _on_submitted(self, keys: tuple[int, ...], now_s: float, deadline_s: float) -> None:
+    def _on_submitted(self, keys: tuple[int, ...], now_s: float, deadline_s: float, ordered: bool = True) -> None:
         for key in keys:
             query = self._open[key]  # the recorder listens for its resolution only after this note
             query.deadline_s = deadline_s
@@ -168,7 +181,7 @@ class Checker:
                 self._violation(
                     f"query {key} got the deadline {deadline_s}, but was offered at {query.offered_s} with {query.slo_ms} ms"
                 )
-            if self._strict_order and not query.taken:
+            if self._strict_order and ordered and not query.taken:
                 heapq.heappush(self._waiting, (deadline_s, key))
         if len(self._waiting) > 1_000 + 2 * len(self._open):
             self._waiting = [(due_s, key) for due_s, key in self._waiting if key in self._open]
@@ -176,7 +189,7 @@ class Checker:
 
     def _on_refused(self, keys: tuple[int, ...], error: str) -> None:
         for key in keys:
-            query = self._end(key, recorder.REFUSED, f"{recorder.REFUSED}: {error}")
+            query = self._end(key, f"{recorder.REFUSED}: {error}")
             if query is not None and query.taken:
                 self._violation(f"query {key} was refused, but it ran")
 
@@ -214,8 +227,8 @@ class Checker:
                 query.running += 1
                 if query.running > 1 and not self._abandons:
                     self._violation(f"query {key} ran twice at once")
-            elif not self._abandons and self._ended[key]:
-                self._violation(f"query {key} ran after it had ended: {_NEVER_RUNS[self._ended[key]]}")
+            elif not self._abandons and (outcome := self._outcome(key)).startswith(_NEVER_RUNS):
+                self._violation(f"query {key} ran after it had ended: {outcome}")
 
     def _on_raised(self, keys: tuple[int, ...]) -> None:
         for query in self._open_ones(keys):
@@ -227,9 +240,11 @@ class Checker:
             query.finished_s = now_s if query.finished_s is None else query.finished_s
 
     def _on_resolved(self, key: int, now_s: float, outcome: str, reply: Reply | None) -> None:
-        query = self._end(key, outcome, outcome)
+        query = self._end(key, outcome)
         if query is None:
             return
+        if query.read and query.read != outcome:
+            self._violation(f"query {key} was {outcome} for its callback, but result() had said: {query.read}")
         if outcome == recorder.CANCELLED and not query.cancelling:
             self._violation(f"query {key} was cancelled, but no client asked for it")
         if outcome == recorder.EXPIRED and query.deadline_s is not None and query.deadline_s > now_s + self._fastest_s:
@@ -247,13 +262,28 @@ class Checker:
         if reply.accuracy < query.floor:
             self._violation(f"query {key} asked for an accuracy of {query.floor} and got {reply.accuracy}")
 
-    def _end(self, key: int, end: str, outcome: str) -> _Open | None:
+    def _on_read(self, key: int, outcome: str) -> None:
+        if key in self._open:
+            self._open[key].read = outcome
+        elif (ended := self._outcome(key)) != outcome:
+            self._violation(f"query {key} was {ended} for its callback, but result() says: {outcome}")
+
+    def _end(self, key: int, outcome: str) -> _Open | None:
         """Counts a query's outcome and forgets it. Returns None if it was not open."""
         query = self._open.pop(key, None)
         if query is None:
             self.result.twice += 1
             self._violation(f"query {key} resolved again, or was never offered: {outcome}")
             return None
-        self._ended[key] = _NEVER_RUNS.index(end) if end in _NEVER_RUNS else 0
+        if outcome not in self._outcomes:
+            self._outcomes.append(outcome)
+        self._ended[key] = self._outcomes.index(outcome)
         self.result.outcomes[outcome] = self.result.outcomes.get(outcome, 0) + 1
+        name = outcome.removeprefix(f"{recorder.REFUSED}: ").partition(" ")[0]
+        if name not in (recorder.ANSWERED, recorder.CANCELLED) and name not in _DOCUMENTED:
+            self._violation(f"query {key} got an undocumented error: {outcome}")
         return query
+
+    def _outcome(self, key: int) -> str:
+        """The outcome of a query that has resolved."""
+        return self._outcomes[self._ended[key]]

@@ -14,10 +14,12 @@ deadline is earlier than one in A's batch, the server passed it over. No race ex
 """
 
 import collections
+import concurrent.futures
 import functools
+import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +35,10 @@ from superserve_jax.subnet import Subnet
 Note = tuple[Any, ...]
 
 ANSWERED, CANCELLED, REFUSED, EXPIRED = "answered", "cancelled", "refused", errors.DeadlineExpiredError.__name__
+
+
+class Deliberate(Exception):
+    """Raised on purpose by the code around a server, where the server must pass it on."""
 
 
 class Recorder:
@@ -56,25 +62,49 @@ class Recorder:
 
     def __init__(self):
         self.notes: collections.deque[Note] = collections.deque()
-        self._lock = threading.Lock()
-        self._offered = 0
+        self._keys = itertools.count(1)  # without a lock: a signal handler or a finalizer may interrupt a submit and submit
 
-    def submit(self, target: Server, count: int, *, slo_ms: float, min_accuracy: float = 0.0) -> list[tuple[int, Future]]:
-        """Submits `count` queries in one call. Returns their keys and futures, or an empty list if the server refuses them."""
-        with self._lock:
-            keys = tuple(range(self._offered + 1, self._offered + count + 1))
-            self._offered += count
+    def submit(
+        self,
+        target: Server,
+        count: int,
+        *,
+        slo_ms: float,
+        min_accuracy: float = 0.0,
+        ordered: bool = True,
+        through: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = list,
+    ) -> list[tuple[int, Future]]:
+        """Submits `count` queries in one call. Returns their keys and futures, or an empty list if the server refuses them.
+
+        Args:
+          target: the server.
+          count: number of queries.
+          slo_ms, min_accuracy: see `Server.submit`.
+          ordered: False for calls that the server may defer, such as those of signal handlers, and for a second server. Such a
+            query may be passed over.
+          through: makes the argument of `submit_many` from the inputs. It may raise, or return a generator that does.
+        """
+        keys = tuple(itertools.islice(self._keys, count))
         self.notes.append(("offered", keys, time.monotonic(), slo_ms, min_accuracy))
         try:
-            made = target.submit_many([np.array(key) for key in keys], slo_ms=slo_ms, min_accuracy=min_accuracy)
-        except errors.SuperServeError as error:
+            made = target.submit_many(through(np.array(key) for key in keys), slo_ms=slo_ms, min_accuracy=min_accuracy)
+        except Exception as error:
             self.notes.append((REFUSED, keys, type(error).__name__))
             return []
         queries = cast(list[Query], made)
-        self.notes.append(("submitted", keys, time.monotonic(), queries[0].deadline_s))
+        self.notes.append(("submitted", keys, time.monotonic(), queries[0].deadline_s, ordered))
         for key, query in zip(keys, queries, strict=True):
             query.add_done_callback(functools.partial(self._on_resolved, key))
         return list(zip(keys, queries, strict=True))
+
+    def read(self, key: int, query: Future, timeout_s: float) -> None:
+        """Waits for a query, and notes what `result` says. Notes nothing if the query has not resolved in time."""
+        try:
+            query.exception(timeout_s)
+        except (TimeoutError, concurrent.futures.CancelledError):
+            if not query.done():
+                return
+        self.notes.append(("read", key, _outcome(query)))
 
     def cancel(self, key: int, query: Future) -> None:
         """Tries to cancel a query."""
@@ -85,7 +115,8 @@ class Recorder:
         """A policy that decides as `inner` does, and notes each decision."""
 
         def decide(profile: Profile, state: State) -> Decision:
-            self.notes.append(("decided", threading.get_ident()))
+            if threading.current_thread().name.startswith("superserve-"):  # a swap tries a policy in its own thread
+                self.notes.append(("decided", threading.get_ident()))
             return inner(profile, state)
 
         return decide
@@ -95,14 +126,21 @@ class Recorder:
         return _Recorded(inner, self.notes)
 
     def _on_resolved(self, key: int, query: Future) -> None:
-        now_s, reply = time.monotonic(), None
-        if query.cancelled():
-            outcome = CANCELLED
-        elif (error := query.exception(timeout=0)) is None:
-            outcome, reply = ANSWERED, query.result(timeout=0)
-        else:
-            outcome = type(error).__name__ + (f" of {type(error.__cause__).__name__}" if error.__cause__ else "")
+        now_s, outcome = time.monotonic(), _outcome(query)
+        reply = query.result(timeout=0) if outcome == ANSWERED else None
         self.notes.append(("resolved", key, now_s, outcome, reply))
+
+
+def _outcome(query: Future) -> str:
+    """The outcome of a query that has resolved, in words (see `checker.CheckResult`)."""
+    try:
+        query.result(timeout=0)
+    except concurrent.futures.CancelledError:
+        return CANCELLED
+    except BaseException as error:
+        cause = error.__cause__
+        return type(error).__name__ + ("" if cause is None else f" of {type(cause).__name__}")
+    return ANSWERED
 
 
 class _Recorded(Wrapper):

@@ -1,16 +1,20 @@
 """A storm: many clients and random failures against a real server of fake engines, checked by `checker.Checker`. No jax.
 
+One file, because clients, keeper and checker share the state of one run. A third of it is options and results.
+
 - Clients ask for different SLOs and accuracy floors. They submit in bursts, wait, and cancel.
 - Batches fail, are slow, hang, or need too much memory. Some inputs fail in every batch.
 - Some workers are broken from the start. Others are removed and added while the traffic runs.
+- With `agents`, the code around the server misbehaves, too (see `agents.Agents`).
+- With `seconds`, the server is closed with a time limit at the end, while all engines hang and queries wait.
 
-Failures are drawn from a seed. The order in which threads run is not.
+Everything random is drawn from a seed. The order in which threads run is not.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import itertools
 import math
@@ -19,14 +23,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
+from superserve_jax.loadtest import agents, endurance, parts
+from superserve_jax.loadtest.acts import ReplacedExport, Scene
+from superserve_jax.loadtest.agents import Agents
 from superserve_jax.loadtest.checker import Checker, CheckResult
+from superserve_jax.loadtest.leftovers import ProcessState
+from superserve_jax.loadtest.parts import OddEngine
 from superserve_jax.loadtest.recorder import Recorder
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import ByProfile, SlackFit
@@ -49,6 +58,9 @@ _BURST = 32  # the largest number of queries that a client submits in one call
 _CANCELLED = 0.05  # the share of bursts with one cancelled query
 _SWITCH_INTERVAL_S = 1e-5  # for `sys.setswitchinterval`: short, so that races become likely
 _MOST_NOTES = 100_000  # with more unread notes, clients wait for the checker
+_ODD = 0.1  # the share of bursts with a done-callback that misbehaves
+_LIMIT_S = 0.5  # the time limit of the close while queries wait
+LATE_S = 10.0  # such a close may return so much later, since signal handlers interrupt it
 _GONE = ("left", "abandoned", "removed")  # states of workers in `Server.health`
 
 
@@ -57,7 +69,9 @@ class Storm:
     """The traffic and the failures.
 
     Args:
-      queries: the number of queries to submit.
+      queries: the number of queries to submit, if the time suffices.
+      seconds: the longest time in which to submit them.
+      rate_qps: the mean number of queries that the clients submit in a second, if the server answers so many.
       workers: the number of workers. A lost worker is replaced.
       clients: the number of client threads.
       slos_ms: the SLOs. Each burst gets a random one.
@@ -76,11 +90,17 @@ class Storm:
       overlap: whether the engines let a worker take its next batch while the device computes.
       strict: whether the policy takes queries strictly in the order of deadlines, which is then checked. If not, the default
         policy serves, which may defer queries.
+      agents: names from `agents.ALL`. With any, the caller must be the main thread.
+      export: an export for the agents that replace it and swap to it; None for none.
       patience_s: the longest wait for a future, and for the server to close. A future that takes longer counts as lost.
+      sample_s: the seconds between two measurements of memory.
+      hung_s: if no query resolves for so long, the stacks of all threads are printed and the process ends with status 1.
       seed: determines all random choices.
     """
 
     queries: int = 20_000
+    seconds: float = math.inf
+    rate_qps: float = math.inf
     workers: int = 4
     clients: int = 8
     slos_ms: Sequence[float] = (5.0, 20.0, 100.0, 30_000.0)
@@ -98,8 +118,16 @@ class Storm:
     expire: bool = False
     overlap: bool = False
     strict: bool = True
+    agents: Sequence[str] = ()
+    export: ReplacedExport | None = None
     patience_s: float = 30.0
+    sample_s: float = 1.0
+    hung_s: float = math.inf
     seed: int = 0
+
+    def __post_init__(self):
+        for name in self.agents:
+            errors.check_name("agent", name, agents.ALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,23 +138,37 @@ class StormResult:
       check: what the checker counted and found.
       seconds: how long the storm took.
       workers: the number of workers by fate: "replaced", or "STATE at the end" for each state.
-      failures: the number of failures that were injected, by kind.
+      failures: the number of failures that were injected, by kind. Threads count without a lock, so some may be missing.
+      acts: how often the agents did what, counted in the same way.
+      slowest_s: the longest time that each act took.
+      undocumented: errors that no server may raise, with their stacks.
+      left: what the server left behind in the process.
+      memory_mb, blocks: resident memory, and the number of memory blocks of Python, every `sample_s` seconds.
     """
 
     check: CheckResult
     seconds: float
     workers: dict[str, int]
     failures: dict[str, int]
+    acts: dict[str, int]
+    slowest_s: dict[str, float]
+    undocumented: list[str]
+    left: list[str]
+    memory_mb: list[float]
+    blocks: list[int]
 
 
 def run_storm(storm: Storm, *, on_progress: Callable[[int], object] = lambda offered: None) -> StormResult:
-    """Runs a storm. Clients are threads of their own; the calling thread checks the notes.
+    """Runs a storm. Clients and agents are threads of their own; the calling thread checks the notes.
 
     Args:
       storm: the traffic and the failures.
       on_progress: called as `on_progress(queries offered so far)` several times a second.
     """
-    return _StormRun(storm).run(on_progress)
+    before, start_s = ProcessState.now(), time.monotonic()
+    result = _StormRun(storm).run(on_progress)
+    left = before.wait_for_leftovers(storm.patience_s)
+    return dataclasses.replace(result, left=left, seconds=time.monotonic() - start_s)
 
 
 class _StormRun:
@@ -135,50 +177,103 @@ class _StormRun:
     def __init__(self, storm: Storm):
         self._storm = storm
         self._recorder = Recorder()
-        self._checker = Checker(PROFILE, strict_order=storm.strict, abandons=storm.hanging > 0)
+        self._checker = Checker(PROFILE, strict_order=storm.strict, abandons=storm.hanging > 0 or bool(storm.agents))
+        self._scene = Scene(self._recorder, PROFILE, self._engine, stall_s=storm.stall_s, export=storm.export)
+        self._over = threading.Event()  # clients stop
         self._traffic_ended = threading.Event()
+        self._holding = False  # every batch hangs from now on
         self._closed = threading.Event()  # ends the hanging batches
         self._numbers = itertools.count()  # of engines
         self._replaced = 0
-        self._failures: list[str] = []  # the kind of each failure, from all threads
+        self._failures = collections.Counter[str]()
+        self._memory_mb: list[float] = []
+        self._blocks: list[int] = []
 
     def run(self, on_progress: Callable[[int], object]) -> StormResult:
         """See `run_storm`."""
-        storm, notes, checker = self._storm, self._recorder.notes, self._checker
-        start_s = time.monotonic()
+        storm, scene, notes, checker = self._storm, self._scene, self._recorder.notes, self._checker
         with contextlib.ExitStack() as stack:
+            stack.callback(faulthandler.cancel_dump_traceback_later)
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
-            target = Server.from_engines(
-                [self._engine() for _ in range(storm.workers)],
-                PROFILE,
-                policy=self._recorder.policy(ByProfile(functools.partial(SlackFit, defer=not storm.strict), PROFILE)),
-                slo_ms=min(storm.slos_ms),  # a worker pauses so long after a failure; clients always give their own SLO
-                max_queue=storm.max_queue,
-                stall_s=storm.stall_s,
-                expire=storm.expire,
-                tune_runtime=False,
-            )
-            threads = stack.enter_context(ThreadPool(storm.clients + 1))
-            clients = [threads.apply_async(self._client, (target, i)) for i in range(storm.clients)]
-            keeper = threads.apply_async(self._keep, (target,))
-            while not all(client.ready() for client in clients):
-                time.sleep(0.02)
-                checker.read(notes)
-                on_progress(checker.result.offered)
-                if checker.result.offered >= storm.closed_after:
-                    target.close(drain=False)
+            target = scene.target = self._open()
+            threads = stack.enter_context(ThreadPoolExecutor(storm.clients + 1))
+            with Agents(scene, storm.agents, seed=storm.seed) as around:
+                clients = [threads.submit(self._client, target, i) for i in range(storm.clients)]
+                keeper = threads.submit(self._keep, target)
+                end_s, on_turn = time.monotonic() + storm.seconds, self._every_turn(on_progress)
+                while not all(client.done() for client in clients):
+                    around.turn()
+                    checker.read(notes)
+                    on_turn()
+                    if checker.result.offered >= storm.closed_after:
+                        target.close(drain=False)
+                    if time.monotonic() > end_s and not self._over.is_set():
+                        self._close_while_queries_wait(target)
             self._traffic_ended.set()
-            keeper.wait()
+            keeper.result()
             target.close(timeout_s=storm.patience_s)
             self._closed.set()
             checker.read(notes)
-        for thread in (*clients, keeper):
-            thread.get()  # raises the error that ended it
+        for client in clients:
+            client.result()  # raises the error that ended it
         states = collections.Counter(f"{worker['state']} at the end" for worker in target.health()["per_worker"])
-        seconds = time.monotonic() - start_s
-        failures = dict(collections.Counter(self._failures))
-        return StormResult(checker.finish(), seconds, {"replaced": self._replaced, **states}, failures)
+        return StormResult(
+            checker.finish(),
+            seconds=math.nan,
+            workers={"replaced": self._replaced, **states},
+            failures=dict(self._failures),
+            acts=dict(scene.acts),
+            slowest_s=scene.slowest_s,
+            undocumented=scene.undocumented,
+            left=[],
+            memory_mb=self._memory_mb,
+            blocks=self._blocks,
+        )
+
+    def _open(self) -> Server:
+        storm = self._storm
+        policy = ByProfile(functools.partial(SlackFit, defer=not storm.strict), PROFILE)
+        if "policy" in storm.agents:
+            policy = parts.policy(self._scene, random.Random(f"{storm.seed} policy"), policy)
+        return Server.from_engines(
+            [self._engine() for _ in range(storm.workers)],
+            PROFILE,
+            policy=self._recorder.policy(policy),
+            slo_ms=min(storm.slos_ms),  # a worker pauses so long after a failure; clients always give their own SLO
+            max_queue=storm.max_queue,
+            stall_s=storm.stall_s,
+            expire=storm.expire,
+            tune_runtime=False,
+        )
+
+    def _every_turn(self, on_progress: Callable[[int], object]) -> Callable[[], None]:
+        """A function that reports progress, measures memory, and restarts the clock of `hung_s` after progress."""
+        resolved, sample_s = -1, time.monotonic()
+
+        def on_turn() -> None:
+            nonlocal resolved, sample_s
+            on_progress(self._checker.result.offered)
+            count = sum(self._checker.result.outcomes.values())
+            if count > resolved and self._storm.hung_s < math.inf:
+                resolved = count
+                faulthandler.dump_traceback_later(self._storm.hung_s, exit=True, file=sys.__stderr__ or sys.stderr)
+            if time.monotonic() > sample_s:
+                sample_s += self._storm.sample_s
+                self._memory_mb.append(endurance.resident_mb())
+                self._blocks.append(sys.getallocatedblocks())  # `gc.get_blocks` can break code of other threads
+
+        return on_turn
+
+    def _close_while_queries_wait(self, target: Server) -> None:
+        self._holding = True
+        time.sleep(_LIMIT_S)
+        start_s = time.monotonic()
+        target.close(timeout_s=_LIMIT_S)
+        if (took_s := time.monotonic() - start_s) > _LIMIT_S + LATE_S:
+            self._scene.note(f"close(timeout_s={_LIMIT_S}) took {took_s:.1f} s")
+        self._over.set()
+        self._closed.set()
 
     # -- clients ------------------------------------------------------------------------------------------------------------
 
@@ -186,8 +281,10 @@ class _StormRun:
         storm, recorder = self._storm, self._recorder
         rng = random.Random(f"{storm.seed} client {number}")
         share = len(range(number, storm.queries, storm.clients))  # queries that this client has left
-        bursts: collections.deque[Future] = collections.deque()  # the last query of each unanswered burst
-        while share > 0:
+        bursts: collections.deque[list[tuple[int, Future]]] = collections.deque()  # whose results were not read
+        pause_s = storm.clients * _BURST / 2 / storm.rate_qps
+        while share > 0 and not self._over.is_set():
+            time.sleep(rng.expovariate(1) * pause_s)
             while len(recorder.notes) > _MOST_NOTES:
                 time.sleep(1e-3)
             count = min(rng.randint(1, _BURST), share)
@@ -196,28 +293,33 @@ class _StormRun:
             if not queries:
                 time.sleep(1e-3)
                 continue
-            bursts.append(queries[-1][1])
+            bursts.append(queries)
+            if "callbacks" in storm.agents and rng.random() < _ODD:
+                rng.choice(queries)[1].add_done_callback(parts.callback(self._scene, random.Random(rng.random())))
             if rng.random() < _CANCELLED:
                 recorder.cancel(*rng.choice(queries))
             if len(bursts) >= storm.window and not self._resolves(bursts.popleft()):
                 return
         all(map(self._resolves, bursts))
 
-    def _resolves(self, query: Future) -> bool:
-        """Waits for a query. Returns False if the query is lost. The client then gives up."""
-        with contextlib.suppress(concurrent.futures.CancelledError, TimeoutError):
-            query.exception(timeout=self._storm.patience_s)
-        return query.done()
+    def _resolves(self, queries: list[tuple[int, Future]]) -> bool:
+        """Reads the results of a burst. Returns False if a query is lost. The client then gives up."""
+        for key, query in queries:
+            self._recorder.read(key, query, self._storm.patience_s)
+            if not query.done():
+                return False
+        return True
 
     # -- workers ------------------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Engine:
         number = next(self._numbers)
         rng = random.Random(f"{self._storm.seed} engine {number}")
-        kind = FakeDevice if self._storm.overlap else FakeEngine
+        odd = "engines" in self._storm.agents
+        kind = FakeDevice if self._storm.overlap or (odd and rng.random() < 0.5) else FakeEngine
         hook = self._failure_hook(rng, broken=rng.random() < self._storm.broken)
         fake = kind(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
-        return self._recorder.engine(fake)
+        return self._recorder.engine(OddEngine(rng, fake) if odd else fake)
 
     def _failure_hook(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:
         """Makes a hook for an engine to call before each batch. The hook injects the failures."""
@@ -227,13 +329,15 @@ class _StormRun:
         shares.append(max(1 - sum(shares), 0.0))
 
         def on_run(subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray]) -> None:
+            if self._holding:
+                self._closed.wait(storm.patience_s)
             if storm.poisoned and any(x and not x % storm.poisoned for x in inputs):
-                self._failures.append("poisoned")
+                self._failures["poisoned"] += 1
                 raise ValueError("no batch with this input can run")
             [kind] = ("broken",) if broken else rng.choices(kinds, shares)
             if kind is None:
                 return
-            self._failures.append(kind)
+            self._failures[kind] += 1
             if kind == "slow":
                 time.sleep(rng.uniform(1e-3, 5e-3))
             elif kind == "hanging":
@@ -246,13 +350,13 @@ class _StormRun:
         return on_run
 
     def _keep(self, target: Server) -> None:
-        """Replaces lost workers, and every `changed_every_s` seconds a working one."""
+        """Replaces lost workers, and every `changed_every_s` seconds a working one. Removes superfluous ones."""
         storm, rng = self._storm, random.Random(f"{self._storm.seed} keeper")
         change_s = time.monotonic() + storm.changed_every_s
         while not self._traffic_ended.wait(0.01):
             states = {worker["name"]: worker["state"] for worker in target.health()["per_worker"]}
             alive = sorted(name for name, state in states.items() if state not in _GONE)
-            if time.monotonic() > change_s and alive:
+            if alive and (time.monotonic() > change_s or len(alive) > storm.workers):
                 change_s = time.monotonic() + storm.changed_every_s
                 with contextlib.suppress(errors.UnknownNameError, errors.ConfigError):  # it has left, or is the last one
                     target.remove_worker(rng.choice(alive))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest.checker import Checker
-from superserve_jax.loadtest.recorder import Recorder
+from superserve_jax.loadtest.recorder import Deliberate, Recorder
 from superserve_jax.serving.futures import Reply
 
 A, B = 101, 102  # threads
@@ -21,8 +21,8 @@ def offered(*keys, floor=0.0):
     return ("offered", keys, 0.0, 1000.0, floor)
 
 
-def submitted(*keys, deadline_s=1.5, now_s=1.0):
-    return ("submitted", keys, now_s, deadline_s)
+def submitted(*keys, deadline_s=1.5, now_s=1.0, ordered=True):
+    return ("submitted", keys, now_s, deadline_s, ordered)
 
 
 def given_in(*keys, deadline_s=1.5, floor=0.0):
@@ -79,6 +79,8 @@ CORRECT = [
     *answered(1, now_s=1.7, met_slo=False),
     offered(5),
     ("refused", (5,), "QueueFullError"),
+    ("read", 1, "answered"),
+    ("read", 2, "cancelled"),
 ]
 
 
@@ -118,6 +120,10 @@ BROKEN = {
     "in time for its deadline": [*given_in(1), *failed(1, "DeadlineExpiredError")],
     "ran twice at once": [*given_in(1), *begun(A, 1), *begun(B, 1), *ended(1), *answered(1)],
     "got the deadline 2.5": [*given_in(1, deadline_s=2.5), *run(A, 1)],
+    "but result() says: cancelled": [*given_in(1), *run(A, 1), ("read", 1, "cancelled")],
+    "but result() had said: cancelled": [*given_in(1), ("read", 1, "cancelled"), *run(A, 1)],
+    "undocumented error: TypeError": [*given_in(1), *failed(1, "TypeError")],
+    "undocumented error: refused: KeyError": [offered(1), ("refused", (1,), "KeyError")],
     "passed over": [*given_in(1, deadline_s=1.2), *given_in(2), *run(A, 2), *run(A, 1)],
 }
 
@@ -140,6 +146,7 @@ def test_a_batch_is_compared_with_all_waiting_queries_even_if_its_start_is_noted
     [
         [offered(1), *given_in(2), *begun(A, 2), submitted(1, deadline_s=1.2), *begun(B, 1)],  # may have come after
         [*given_in(1, deadline_s=1.2), *given_in(2), *begun(A, 2)],  # never taken: cancelled in the queue, or dropped
+        [offered(1), submitted(1, deadline_s=1.2, ordered=False), *given_in(2), *begun(A, 2), *begun(B, 1)],  # was deferred
         [*given_in(1), *begun(A, 1), ("raised", (1,)), *given_in(2, deadline_s=1.2), *begun(A, 1), *begun(B, 2)],  # a retry
     ],
 )
@@ -154,7 +161,7 @@ def test_a_policy_that_defers_may_change_the_order_and_a_query_of_an_abandoned_w
 
 
 def test_a_decision_without_a_batch_does_not_hold_up_the_reading():
-    checker = Checker(PROFILE, strict_order=True, patience=10)
+    checker = Checker(PROFILE, strict_order=True, patience_s=0)
     checker.read(collections.deque([("decided", A), *(note for key in range(1, 11) for note in given_in(key))]))
     assert checker.result.offered == 10
 
@@ -197,8 +204,20 @@ def test_the_recorder_notes_refusals_failures_and_cancellations(recorder):
         s.close()
         assert recorder.submit(s, 2, slo_ms=10_000.0) == []
         recorder.cancel(1, query)
+        recorder.read(1, query, 10)
     notes = list(recorder.notes)
     assert [note[1:] for note in notes if note[0] == "refused"] == [((2, 3), "ServerClosedError")]
     assert [note[3] for note in notes if note[0] == "resolved"] == ["InferenceError of RuntimeError"]
-    assert notes[-1] == ("cancelling", 1)
+    assert notes[-2:] == [("cancelling", 1), ("read", 1, "InferenceError of RuntimeError")]
     assert ("raised", (1,)) in notes
+
+
+def test_the_recorder_passes_on_what_a_generator_raises(recorder):
+    def through(inputs):
+        yield next(iter(inputs))
+        raise Deliberate
+
+    with recorded(recorder) as s:
+        assert recorder.submit(s, 3, slo_ms=10_000.0, through=through) == []
+        assert s.snapshot()["queries"]["arrived"] == 0
+    assert recorder.notes[-1] == ("refused", (1, 2, 3), "Deliberate")

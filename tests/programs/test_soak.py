@@ -1,6 +1,5 @@
 """serve/bench/soak.py on fake engines: what it judges, and that a broken guarantee ends it with status 1."""
 
-import functools
 import gc
 import mmap
 import pathlib
@@ -16,8 +15,6 @@ from superserve_jax.engines import prepare
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import endurance
 from superserve_jax.loadtest.endurance import Second
-from superserve_jax.loadtest.storm import Storm
-from superserve_jax.serving.futures import Future
 
 PROGRAM = str(pathlib.Path(__file__).parents[2] / "serve" / "bench" / "soak.py")
 
@@ -123,24 +120,3 @@ def test_heavy_traffic_on_an_export_is_answered_by_all_subnets(program, monkeypa
     assert held["nothing is compiled after the start"]
     assert plot.stat().st_size > 0
     assert all(what in printed for what in held)
-
-
-@pytest.mark.parametrize("options", [(), ("--expire",)])
-def test_a_storm_ends_with_status_0_and_its_results(program, options):
-    written, _ = program("--storm", "--queries", 3_000, *options)
-    assert written["storm"]["expire"] == bool(options)
-    assert written["check"]["offered"] == sum(written["check"]["outcomes"].values()) == 3_000
-    assert all(guarantee["holds"] for guarantee in written["guarantees"])
-
-
-def test_a_storm_that_loses_a_query_ends_with_status_1(program, monkeypatch):
-    set_result = Future.set_result
-
-    def forget(self, value):
-        return self.inputs != 7 and set_result(self, value)
-
-    monkeypatch.setattr(Future, "set_result", forget)
-    impatient = functools.partial(Storm, patience_s=0.2)
-    written, _ = program("--storm", "--queries", 100, status=1, Storm=impatient)
-    assert written["check"]["lost"] == 1
-    assert written["check"]["examples"] == ["query 7 was lost: it never resolved"]

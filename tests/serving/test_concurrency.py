@@ -1,4 +1,4 @@
-"""Server and queue under random failures, with thread switches every 10 us. serve/bench/soak.py --storm runs this longer.
+"""Server and queue under random failures, with thread switches every 10 us. serve/bench/storm.py runs this longer.
 
 The check uses what clients and engines saw, not what the server counts. The last tests break the server on purpose, and the
 check must notice.
