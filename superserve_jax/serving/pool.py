@@ -16,7 +16,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import threads
+from superserve_jax.serving import runtime, threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
@@ -344,6 +344,7 @@ class Pool:
             self.changed.wait_for(lambda: not self.members.any_present(), _EXIT_S)
         for worker in self.members.workers:
             worker.thread.join(0 if worker.present else _EXIT_S)
+        runtime.wait_for_collection(_EXIT_S)
 
     def _check_open(self, what: str) -> None:
         if self.closing:

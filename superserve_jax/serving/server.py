@@ -43,8 +43,7 @@ Failures: a failed batch runs again on another worker, and then in smaller parts
 `max_failures` such batches in a row. If the device ran out of memory, the worker's batches become smaller.
 
 All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
-server's memory but none of its threads: it refuses every call at once, and `close` does nothing. A future of before the fork
-raises there, too.
+server's memory but none of its threads. Every call raises there at once, also `result` of older futures; `close` does nothing.
 """
 
 import contextlib
@@ -99,7 +98,8 @@ class Server:
     (see `tests/serving/test_overload.py`). A full queue refuses all queries alike. Admission control prefers long SLOs in the
     first 0.2 s of an overload, and after that treats all SLOs alike (see `scheduling.admission`).
 
-    Use the server as a context manager. A normal exit answers the waiting queries; an exit by an exception fails them.
+    Use the server as a context manager. A normal exit answers the waiting queries; an exit by an exception fails them. A
+    server that is dropped without `close` ends when Python collects it; in a reference cycle, when the process is idle.
 
     >>> import numpy as np
     >>> from superserve_jax.engines.fake import FakeEngine

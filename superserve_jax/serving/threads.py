@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from superserve_jax import errors
-from superserve_jax.serving import foreign
+from superserve_jax.serving import foreign, runtime
 from superserve_jax.serving.futures import Query
 
 if TYPE_CHECKING:
@@ -161,12 +161,15 @@ class IdleWorkers:
 class Watchdog:
     """Sleeps until its bell rings, at most `stall_s` / 4. Then it makes deferred calls and abandons stuck workers.
 
+    While no server of the process is used, it also has frozen garbage collected (see `runtime`).
+
     Args:
       pool: the pool. The watchdog ends when the pool is closed, its last worker has left, and no call is left to be made.
     """
 
     def __init__(self, pool: "Pool"):
-        self._pool, self._period_s = pool, pool.options.stall_s / 4
+        self._pool, self._period_s = pool, min(pool.options.stall_s, runtime.IDLE_S) / 4
+        self._arrived = 0  # queries until the last round
         self._deferred: collections.deque[Callable[[], object]] = collections.deque()
         # A plain lock serves as the bell. Releasing it rings; this takes no lock and runs no Python code.
         self._bell = threading.Lock()
@@ -205,6 +208,10 @@ class Watchdog:
             late_s = time.monotonic() - due_s
             self._pool.abandon_stuck(excused_s=late_s if late_s > self._period_s else 0.0)
             self._pool.outbox.empty_within(0.0)
+            arrived, self._arrived = self._arrived, self._pool.counters.arrived
+            used = arrived != self._arrived or self._pool.idle.count < self._pool.members.alive
+            if runtime.collection_is_due(used=used):
+                self.defer_to_a_thread(runtime.collect_frozen)
         self._pool.process.release()
 
 
