@@ -174,6 +174,14 @@ class Pool:
             self.closing = True
             self._watchdog.defer_to_a_thread(functools.partial(self.close, drain=drain, timeout_s=timeout_s))
             return
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-C may interrupt the main thread at any moment, and no other one. So another thread closes, to the end.
+            with contextlib.suppress(errors.ThreadStartError):
+                threads.start(functools.partial(self._close, drain, timeout_s), "superserve-close").join()
+                return
+        self._close(drain, timeout_s)
+
+    def _close(self, drain: bool, timeout_s: float | None) -> None:
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
 
         def left_s(more_s: float = 0.0) -> float | None:

@@ -4,6 +4,7 @@ One file because the tests share the tracking lock.
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -296,6 +297,25 @@ def test_a_signal_handler_may_close_the_server_at_any_bytecode_of_a_submit(at):
         assert outcome is None or isinstance(outcome, errors.ServerClosedError)
         with pytest.raises(errors.ServerClosedError):
             s.submit(x(2))
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_ctrl_c_at_any_bytecode_of_close_loses_no_query(drain):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    at, reached = 1, True
+    while reached:
+        with held() as (s, gate, first):
+            futures = s.submit_many(x(range(4)))
+            threading.Timer(0.01, gate.opened.set).start()
+            try:
+                reached = interrupted(functools.partial(s.close, drain=drain), at, interrupt)
+            except KeyboardInterrupt:
+                s.close(drain=drain)
+            assert all(f.done() for f in (first, *futures))
+        at += 1 + at // 40
+    assert at > 50
 
 
 def test_finalizers_may_submit_at_any_moment_of_a_worker():
