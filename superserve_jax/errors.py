@@ -99,6 +99,10 @@ class InferenceError(SuperServeError, RuntimeError):
     """The engine failed on this query's batch."""
 
 
+class NotFiniteError(InferenceError):
+    """The engine's outputs are NaN or infinite. A server then finds out whether input, subnet or device is at fault."""
+
+
 class DeadlineExpiredError(SuperServeError, TimeoutError):
     """The query could no longer meet its deadline, so the server dropped it (option `expire`)."""
 

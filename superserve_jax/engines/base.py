@@ -48,7 +48,7 @@ class Engine(Protocol):
         Any exception counts as a failure of the batch. The server then retries the batch in smaller parts, on another worker
         if there is one. It also calls this engine once more with inputs of zeros. If this call raises too, the engine itself
         counts as failed. MemoryError and jax's RESOURCE_EXHAUSTED mean that the batch is too large for the device's memory;
-        the server then makes smaller ones.
+        the server then makes smaller ones. After NotFiniteError, the server also tries other subnets (see `serving.blame`).
         """
         ...
 
@@ -91,23 +91,25 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
       count: the number of inputs.
 
     Raises:
-      InferenceError: the number of outputs is wrong, or one of them contains NaN. Infinities pass.
+      InferenceError: the number of outputs is wrong. NotFiniteError: the largest number of an output is NaN or infinite.
+        Other numbers of an output may be -inf, with which a network rules out classes.
 
     >>> check_outputs(np.zeros((2, 10), np.float32), 2)
     >>> check_outputs(np.array([[1.0, 2.0], [np.nan, 1.0]]), 2)
     Traceback (most recent call last):
       ...
-    superserve_jax.errors.InferenceError: outputs [1] of 2 have NaN in them; look at the inputs, then at the weights
+    superserve_jax.errors.NotFiniteError: outputs [1] of 2 are NaN or infinite; look at the inputs, then at the weights
     """
     if len(logits) != count:
         raise errors.InferenceError(
             f"outputs of shape {logits.shape} for {count} inputs; an engine must return one output for each input"
         )
-    if math.isnan(np.vdot(logits, logits)):  # the sum of squares is NaN only if one of them is
-        bad = np.flatnonzero(np.isnan(logits.reshape(count, -1)).any(axis=1))
-        raise errors.InferenceError(
-            f"outputs {bad.tolist()} of {count} have NaN in them; look at the inputs, then at the weights"
-        )
+    if not math.isfinite(np.vdot(logits, logits)):  # the sum of squares is finite only if all of them are
+        bad = np.flatnonzero(~np.isfinite(logits.reshape(count, -1).max(axis=1)))
+        if len(bad):  # else the sum was too large, or some numbers are -inf
+            raise errors.NotFiniteError(
+                f"outputs {bad.tolist()} of {count} are NaN or infinite; look at the inputs, then at the weights"
+            )
 
 
 class Wrapper:

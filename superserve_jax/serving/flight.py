@@ -52,6 +52,11 @@ class Failure(NamedTuple):
             isinstance(self.error, RuntimeError) and "RESOURCE_EXHAUSTED" in self.text
         )
 
+    @property
+    def not_finite(self) -> bool:
+        """Whether the outputs were NaN or infinite."""
+        return isinstance(self.error, errors.NotFiniteError)
+
     def cause(self, error: errors.SuperServeError) -> errors.SuperServeError:
         """Returns `error` with this failure's error as its `__cause__`."""
         error.__cause__ = self.error

@@ -56,7 +56,8 @@ class PolicyCall:
 
     def locked_asker(self, worker: "Worker") -> Callable[..., Any]:
         """A function like `dispatch.decide`, for one decision of a worker."""
-        return dispatch.decide if self._trusted else functools.partial(self._locked_ask, worker)
+        decide = dispatch.decide if self._trusted else functools.partial(self._locked_ask, worker)
+        return worker.blame.asker(decide) if worker.blame.out else decide
 
     def _locked_ask(self, worker: "Worker", *question: Any) -> Any:
         """Like `dispatch.decide`, but without the lock.

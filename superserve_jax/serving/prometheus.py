@@ -96,6 +96,8 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     yield _family(counter, "worker_batches", "Batches that a worker answered.", "worker", batches)
     failures = {worker["name"]: worker["failures"] for worker in workers}
     yield _family(counter, "worker_failures", "Batches that failed on a worker.", "worker", failures)
+    out = {worker["name"]: len(worker["out_of_service"]) for worker in workers}
+    yield _family(gauge, "worker_subnets_out_of_service", "Subnets whose outputs are not finite.", "worker", out)
 
 
 def _family(make: Callable[..., Any], name: str, text: str, label: str, values: dict[str, float]) -> core.Metric:

@@ -40,8 +40,8 @@ Rules
    four places: the queue, a group of retries, a flight of a present worker, or the outbox.
 
 Failures: a failed batch runs again on another worker, and then in smaller parts, until the bad input has failed alone
-(`retries.py`). After a failure the worker runs blank inputs. If they fail too, the worker is at fault. It leaves after
-`max_failures` such batches in a row. If the device ran out of memory, the worker's batches become smaller.
+(`retries.py`). After a failure the worker runs blank inputs. If they fail too, the worker or the subnet is at fault
+(`blame.py`). The worker leaves after `max_failures` such batches in a row. Out of memory, its batches become smaller.
 
 All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
 server's memory but none of its threads. Every call raises there at once, also `result` of older futures; `close` does nothing.
@@ -363,8 +363,8 @@ class Server:
           ones. `name`. `state`: "idle", "deciding" (in a policy object), "running" or "answering" (in done-callbacks); "left"
           (it failed too often, or the server was closed), "abandoned" (it was stuck) or "removed". `batches`: how many it
           answered; `failures`: how many failed on it. `max_batch`: its largest batch size, smaller than the profile's after it
-          ran out of memory. `slowdown`: how many times slower than its profile it is (see `scheduling.speeds`). `last_error`.
-          `running_s`: how long its present batch has run, without the time in which the whole process stood still.
+          ran out of memory. `out_of_service`: subnets with outputs that are not finite (see `blame`). `slowdown`: how many
+          times slower than its profile (see `scheduling.speeds`). `last_error`. `running_s`: how long its batch has run so far.
         """
         return self.pool.health()
 

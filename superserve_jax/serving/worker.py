@@ -11,15 +11,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
-import numpy as np
-
 from superserve_jax.engines.base import Engine
-from superserve_jax.profile import Profile
+from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import foreign, futures
+from superserve_jax.serving.blame import Blame
 from superserve_jax.serving.flight import Failure, Flight, OverlapPace, may_overlap, refill
 from superserve_jax.serving.policy_call import OutdatedError
 from superserve_jax.serving.telemetry import Batch
@@ -75,6 +74,7 @@ class Worker:
         self._free_s = 0.0  # when the device was done with the last batch
         self._batches = self._failed_batches = 0
         self._strikes = 0  # failed batches in a row that were this worker's fault
+        self.blame = Blame(pool)
         self._last_failure: Failure | None = None
 
     # -- the thread -------------------------------------------------------------------------------------------------------
@@ -164,11 +164,7 @@ class Worker:
                 self._answered = None
 
     def _locked_take(self, now_s: float, begin_s: float) -> Flight | None:
-        """Asks the policy for a decision, and takes the batch. None if no query waits any more, or the policy failed.
-
-        Args:
-          begin_s: when the device can begin with the batch.
-        """
+        """Takes a batch that the device can begin with at `begin_s`. None if no query waits any more, or the policy failed."""
         pool, backlog, flight = self._pool, self._pool.backlog, None
         if pool.policy_call.thread is not None:
             return None  # something else than work woke the worker
@@ -253,6 +249,7 @@ class Worker:
         foreign.forget_frames(failure.error)
         flight.launched = None
         too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)
+        verdict = self.blame.verdict(self, flight, failure) if failure.not_finite else None  # else it comes after the retry
         smaller = None
         if too_large and not flight.shared:
             profile = self.profile.at([b for b in self._sizes if b <= size // 2] or self._sizes[:1])
@@ -267,19 +264,19 @@ class Worker:
                 now_s = pool.clock()
                 self._locked_next_begins(now_s, now_s)
                 if smaller is not None:
-                    pool.outbox.drop(self.policy)
-                    self.profile, self.policy = smaller
-                    if self.alive and self.successor is None:
-                        pool.members.fleet.resize(self.index, self.profile)
-                if too_large:
-                    # Two batches at once, or one of this size, need too much memory.
+                    self.locked_change(*smaller)
+                if too_large:  # two batches at once, or one of this size, need too much memory
                     self.overlaps = not flight.shared and may_overlap(self.engine, pool.options.overlap)
+                if too_large or verdict == "give back":
                     pool.backlog.give_back(flight, self.index)
                 else:
                     pool.locked_retry(self, flight, failure)
         self._make_calls()
-        if too_large or not self.alive or self._works_on_blanks(flight):
+        if too_large or not self.alive:
             return self.alive or bool(self.flights)
+        if (verdict or self.blame.verdict(self, flight, failure)) != "strike":
+            self._strikes = 0
+            return True
         self._strikes += 1
         if self._strikes >= pool.options.max_failures:
             return False
@@ -288,26 +285,21 @@ class Worker:
             pool.pause(self, pool.pause_s * self._strikes)
         return True
 
-    def _works_on_blanks(self, failed: Flight) -> bool:
-        """Whether the engine can run inputs of zeros. If so, the batch failed because of its inputs, not of the device."""
+    def run_blanks(self, row: Row, place: int, blanks: Sequence[Any]) -> Failure | None:
+        """Runs inputs of zeros, and returns the failure. None also if the worker is to leave."""
         pool = self._pool
-        blanks = [np.zeros_like(query.inputs) for query in failed.batch]
-        blank = Flight(failed.row, (), failed.place, None, "", pool.clock())  # the watchdog must see it, since it may hang
+        blank = Flight(row, (), place, None, "", pool.clock())  # the watchdog must see it, since it may hang
         with pool.lock:
             if not self.alive:
-                return True
+                return None
             self.flights.insert(0, blank)
             self._watched_s = blank.started_s
         self._compute(blank, blanks)
-        if blank.failure is not None:
-            foreign.log(_log, logging.WARNING, "%s fails on blank inputs, too: %s", self.name, blank.failure.text)
         with pool.lock:
             if blank in self.flights:
                 self.flights.remove(blank)
             self._locked_next_begins(-math.inf, pool.clock())  # -inf: the next flight began before the blank inputs
-        if blank.failure is None:
-            self._strikes = 0
-        return blank.failure is None
+        return blank.failure
 
     # -- calls of the pool -------------------------------------------------------------------------------------------
 
@@ -322,8 +314,15 @@ class Worker:
         self.engine, self.profile, self.policy = successor
         self.successor = self._last_subnet = None
         self.overlaps = may_overlap(self.engine, pool.options.overlap)
-        self._strikes, self.overlap_pace = 0, OverlapPace()
+        self._strikes, self.overlap_pace, self.blame.out = 0, OverlapPace(), {}
         pool.changed.notify_all()
+
+    def locked_change(self, profile: Profile, policy: Policy) -> None:
+        """Uses another profile of the same engine, with fewer batch sizes or subnets, and the policy for it."""
+        self._pool.outbox.drop(self.policy)
+        self.profile, self.policy = profile, policy
+        if self.alive and self.successor is None:
+            self._pool.members.fleet.resize(self.index, profile)
 
     def locked_retire(self, gone: Gone = "") -> None:
         """The worker takes no more batches. It leaves when its present ones are answered."""
@@ -378,6 +377,7 @@ class Worker:
             "batches": self._batches,
             "failures": self._failed_batches,
             "max_batch": self.profile.max_batch,
+            "out_of_service": self.blame.health(),
             "slowdown": self._pool.members.fleet.slowdown(self.index) if self.present else 1.0,
             "last_error": None if self._last_failure is None else self._last_failure.text,
             "running_s": now_s - self._watched_s if self.flights else 0.0,

@@ -130,12 +130,14 @@ class Logits(FakeEngine):
         return [row.copy() for row in logits]
 
 
-def test_an_input_whose_output_is_nan_fails_alone():
+def test_an_input_whose_output_is_nan_or_infinite_fails_alone():
     with serve(fake(make=Logits)) as s:
         answers = outcomes(s.submit_many(x([1, 2, math.nan, 4, math.inf])))
-        with pytest.raises(errors.InferenceError, match=r"values from nan to nan.*outputs \[0\] of 1 have NaN"):
-            raise answers.pop(2)
-        assert answers == [1, 2, 4, math.inf]
+        for value in ("inf", "nan"):
+            message = rf"values from {value} to {value}.*outputs \[0\] of 1 are NaN or infinite"
+            with pytest.raises(errors.InferenceError, match=message):
+                raise answers.pop(4 if value == "inf" else 2)
+        assert answers == [1, 2, 4]
         assert s.health()["alive"] == 1
 
 
@@ -143,7 +145,7 @@ def test_an_input_whose_output_is_nan_fails_alone():
     ("spoil", "message"),
     [
         (fail, "the device burns"),
-        (lambda logits: np.full_like(logits, np.nan), "have NaN"),
+        (lambda logits: np.full_like(logits, np.nan), "are NaN"),
         (lambda logits: logits[:, :, None].T, "outputs of shape"),
     ],
     ids=["raises", "NaN", "wrong shape"],
@@ -159,14 +161,16 @@ def test_a_worker_that_fails_on_batches_that_others_answer_leaves(spoil, message
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 10), (16, 5, 4)])
-def test_outputs_pass_unless_one_of_them_is_nan(shape):
-    for value in (0.0, -math.inf, 1e30, math.inf):
+def test_outputs_pass_unless_the_largest_number_of_one_is_not_finite(shape):
+    for value in (0.0, -math.inf, 1e30, -1e30):
         logits = np.full(shape, 2.0, np.float32)
-        logits[0, 0], logits[-1, -1] = value, -value
+        logits[-1, :1] = value
         base.check_outputs(logits, shape[0])
-    logits[-1, -1] = math.nan
-    with pytest.raises(errors.InferenceError, match=rf"\[{shape[0] - 1}\] of {shape[0]} have NaN"):
-        base.check_outputs(logits, shape[0])
+    for place, value in ((0, math.nan), (0, math.inf), (slice(None), -math.inf)):
+        logits = np.full(shape, 2.0, np.float32)
+        logits[-1, place] = value
+        with pytest.raises(errors.NotFiniteError, match=rf"\[{shape[0] - 1}\] of {shape[0]} are NaN or infinite"):
+            base.check_outputs(logits, shape[0])
 
 
 # -- hanging ------------------------------------------------------------------------------------------------------------------
