@@ -364,7 +364,7 @@ class Server:
           (it failed too often, or the server was closed), "abandoned" (it was stuck) or "removed". `batches`: how many it
           answered; `failures`: how many failed on it. `max_batch`: its largest batch size, smaller than the profile's after it
           ran out of memory. `out_of_service`: subnets with outputs that are not finite (see `blame`). `slowdown`: how many
-          times slower than its profile (see `scheduling.speeds`). `last_error`. `running_s`: how long its batch has run so far.
+          times slower than its profile (see `scheduling.speeds`). `last_error`. `running_s`: how long its batch has run.
         """
         return self.pool.health()
 
