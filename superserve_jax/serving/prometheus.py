@@ -19,7 +19,7 @@ The server does no work for this until Prometheus scrapes it. Two example querie
 import collections
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import core, registry
@@ -100,7 +100,7 @@ def metrics(snapshot: dict[str, Any]) -> Iterator[core.Metric]:
     yield _family(gauge, "worker_subnets_out_of_service", "Subnets whose outputs are not finite.", "worker", out)
 
 
-def _family(make: Callable[..., Any], name: str, text: str, label: str, values: dict[str, float]) -> core.Metric:
+def _family(make: Callable[..., Any], name: str, text: str, label: str, values: Mapping[str, float]) -> core.Metric:
     family = make(f"superserve_{name}", text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
