@@ -12,8 +12,7 @@ Threads
   (`engines.base.Overlapping`), the worker hands over the next batch shortly before the last one is done.
 - **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine or a policy object, since Python cannot end a
   thread. It also runs the deferred calls (rule 2).
-- **A thread that closes the server or removes a worker**: waits until the workers have left, and joins their threads. If the
-  main thread closes, another thread does the work, since Ctrl-C interrupts only the main thread.
+- **A thread that closes the server or removes a worker**: waits until the workers have left, and joins their threads.
 - **A thread that swaps**: makes the new engines while the workers run, gives each worker a `Successor` under the lock, and
   waits until all workers use theirs.
 
