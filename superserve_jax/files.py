@@ -4,16 +4,20 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import platform
 import re
 import stat
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from superserve_jax import errors
+
+_log = logging.getLogger(__name__)
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
@@ -151,6 +155,17 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def set_aside(path: pathlib.Path, folder: pathlib.Path) -> None:
+    """Moves a file or folder into another folder, under a new name. Logs a warning with that name. Raises WriteError."""
+    target = folder / f"{path.name}.{time.time_ns()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        path.rename(target)
+    except OSError as e:
+        raise cannot_write(target, e) from e
+    _log.warning("%s is now %s", path, target)
+
+
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the lock of a file or folder. Raises BlockingIOError at once if another process or thread holds it.
@@ -162,6 +177,8 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     flags = os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
+        if not is_folder and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

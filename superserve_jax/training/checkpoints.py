@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 _KEPT = 2
 _CLEAN_UP_S = 10.0  # the longest time to wait until nobody writes to a failed checkpoint
+_MOST_BYTES = 1 << 28  # of a file of checksums
 
 
 class Checkpoints:
@@ -37,6 +38,9 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike[str]):
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._sums = self._folder.with_name("checksums")
+        for path in (self._folder, self._sums):
+            if path.exists() and not path.is_dir():
+                raise errors.DataError(f"{path} is not a folder, so it cannot hold checkpoints; remove it")
         self._manager = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -68,11 +72,12 @@ class Checkpoints:
     def damage(self, step: int) -> str | None:
         """What is wrong with the checkpoint of a step, such as "file ema/manifest.ocdbt"; None if its checksums match."""
         try:
-            expected, found = json.loads(self._sums_path(step).read_text()), self._sums_of(step)
+            expected = json.loads(files.read_bytes(self._sums_path(step), most=_MOST_BYTES))
+            found = self._sums_of(step)
             return next(
                 (f"file {name}" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None
             )
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
             return f"its checksums cannot be read: {e}"
 
     def save(self, step: int, **items: Any) -> None:
@@ -103,12 +108,37 @@ class Checkpoints:
         )
 
     def restore(self, step: int, **specs: Any) -> Any:
-        """The named pytrees of a checkpoint, on the first device. A spec has the shapes and dtypes of a pytree."""
+        """The named pytrees of a checkpoint, on the first device. A spec has the shapes and dtypes of a pytree.
+
+        Raises:
+          DataError: the checkpoint is of another network or optimiser.
+        """
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         targets = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
         items = {name: ocp.args.StandardRestore(target) for name, target in targets.items() if jax.tree.leaves(target)}
+        if differences := self._differences(step, specs):
+            more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise errors.DataError(
+                f"the checkpoint of step {step} in {self._folder} is of another network or optimiser: "
+                f"{'; '.join(differences[:3])}{more}. Restore the run's own folders checkpoints and checksums, or remove both "
+                f"to train anew"
+            )
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {name: restored[name] if name in items else spec for name, spec in specs.items()}
+
+    def _differences(self, step: int, specs: Mapping[str, Any]) -> list[str]:
+        """Where the arrays of a checkpoint differ from the expected ones."""
+        read_metadata: Any = ocp.StandardCheckpointHandler().metadata
+        result = []
+        for name, spec in specs.items():
+            folder, expected = self._folder / str(step) / name, _shapes(spec)
+            found = _shapes(read_metadata(folder)) if folder.is_dir() else {}
+            for key, shape in {**found, **expected}.items():
+                if key not in expected or key not in found:
+                    result.append(f"{name}/{key} of shape {shape} is {'missing' if key in expected else 'not expected'}")
+                elif found[key] != shape:
+                    result.append(f"{name}/{key} has shape {found[key]} instead of {shape}")
+        return result
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT))
@@ -118,14 +148,10 @@ class Checkpoints:
         if not steps:
             return
         self._manager.close()
-        aside = self._folder.with_name("set_aside")
         for step in steps:
             for path in (self._folder / str(step), self._sums_path(step)):
                 if path.exists():
-                    target = aside / f"{path.name}.{time.time_ns()}"
-                    target.parent.mkdir(exist_ok=True)
-                    path.rename(target)
-                    _log.warning("%s is now %s", path, target)
+                    files.set_aside(path, self._folder.with_name("set_aside"))
         self._manager = self._open()
 
     def _remove(self, step: int) -> None:
@@ -150,3 +176,9 @@ class Checkpoints:
         """The SHA-256 of every file of a step, by its path in the checkpoint."""
         folder = self._folder / str(step)
         return {str(p.relative_to(folder)): files.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf, by a path such as "1/0/mu/classifier.bias"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

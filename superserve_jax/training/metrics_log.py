@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
@@ -40,8 +41,12 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
-        for kind, name in _FILES.items():
-            kept = (json.dumps(line) + "\n" for line in read(workdir, kind) if line["step"] <= start)
+        for name in _FILES.values():
+            lines, damaged = _parse(workdir / name)
+            if damaged:
+                _log.warning("%s is damaged (%s)", workdir / name, damaged)
+                files.set_aside(workdir / name, workdir / "set_aside")
+            kept = (json.dumps(line) + "\n" for line in lines if line["step"] <= start)
             files.write_bytes(workdir / name, "".join(kept).encode())
         self._workdir = workdir
         self._board = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
@@ -94,6 +99,30 @@ def _record(event: Any) -> bytes:
 
 
 def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
-    """The lines of a kind, "train" or "validation", as dicts. A last line that a kill left incomplete is skipped."""
-    path = workdir / _FILES[kind]
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    """The lines of a kind, "train" or "validation", as dicts. Damaged lines are left out, with a warning.
+
+    A last line that a kill left incomplete is skipped.
+    """
+    lines, damaged = _parse(workdir / _FILES[kind])
+    if damaged:
+        _log.warning("%s is damaged (%s); the lines that can be read are used", workdir / _FILES[kind], damaged)
+    return lines
+
+
+def _parse(path: pathlib.Path) -> tuple[list[dict[str, float]], str]:
+    """The lines of a file that are metrics, and what is wrong with the file, "" if nothing is."""
+    try:
+        with files.open_regular(path) as file:
+            *whole, last = file.read().split(b"\n")
+    except FileNotFoundError:
+        return [], ""
+    except OSError as e:
+        return [], str(e)
+    lines, damaged = [], ""
+    for i, line in enumerate([*whole, last] if last.endswith(b"}") else whole):
+        try:
+            values = msgspec.convert(json.loads(line), dict[str, float])
+            lines.append({**values, "step": int(values["step"])})
+        except (LookupError, ArithmeticError, ValueError, RecursionError, msgspec.ValidationError) as e:
+            damaged = damaged or f"line {i + 1}: {type(e).__name__}: {e}"
+    return lines, damaged

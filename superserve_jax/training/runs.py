@@ -6,7 +6,7 @@
 | inputs.json | fingerprints of the dataset and of an outside teacher, see `data/fingerprints.py` |
 | checkpoints/ | step, parameters, optimiser state and average, written by Orbax |
 | checksums/ | the SHA-256 of every file of a checkpoint |
-| set_aside/ | damaged checkpoints, and checkpoints without checksums |
+| set_aside/ | damaged checkpoints and metrics, and checkpoints without checksums |
 | training.lock | the process that trains now, or trained last |
 | converted.json | exists if the first checkpoint holds converted weights |
 | metrics.jsonl, metrics.png | the training metrics |
@@ -221,6 +221,8 @@ class Run:
     def statistics(self) -> dict[Subnet, np.ndarray]:
         """The calibrated statistics; empty before calibration."""
         path = self.workdir / _STATISTICS
+        if path.exists() and not path.is_file():
+            raise errors.ConfigError(f"{path} is not a regular file; remove it and calibrate again")
         return statistics.read(path, self.config.model) if path.exists() else {}
 
     def save_statistics(self, calibrated: Mapping[Subnet, np.ndarray]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from superserve_jax import errors, files
@@ -49,7 +50,8 @@ class Candidate:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Candidate":
         """The inverse of `to_json`."""
-        return Candidate(Subnet.from_json(data["subnet"]), data["cost"], data["accuracy"])
+        cost, accuracy = msgspec.convert([data["cost"], data["accuracy"]], list[int | float])
+        return Candidate(Subnet.from_json(data["subnet"]), cost, accuracy)
 
 
 def evolutionary_search(
@@ -247,23 +249,37 @@ class SearchLog:
     def __init__(
         self, path: pathlib.Path, settings: Mapping[str, Any], *, measure: Callable[[], Mapping[Subnet, float]] = dict
     ):
-        *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # a kill may leave the last line incomplete
-        with errors.refusing(errors.ConfigError, f"{path} is damaged; remove it to search anew"):
-            head, *lines = [json.loads(line) for line in whole] or [{}]
-        if head.get("settings") != settings:
-            if head:
-                other = [name for name in settings if head.get("settings", {}).get(name) != settings[name]]
+        try:
+            found, latencies, known = _parse(path)
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, msgspec.ValidationError) as e:
+            raise errors.ConfigError(f"{path} is damaged ({type(e).__name__}: {e}); remove it to search anew") from e
+        if found != settings:
+            if found:
+                other = [name for name in settings if found.get(name) != settings[name]]
                 _log.info("%s was written with other %s; searching anew", path, ", ".join(other) or "settings")
-            head = {"settings": settings, "latencies": [[s.to_json(), value] for s, value in measure().items()]}
-            lines = []
-        elif lines:
-            _log.info("%s has %d candidates already; going on from there", path, len(lines))
-        files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in (head, *lines)).encode())
-        self.latencies = {Subnet.from_json(s): value for s, value in head["latencies"]}
-        self.known = {c.subnet: c for c in map(Candidate.from_json, lines)}
-        self._path = path
+            latencies, known = dict(measure()), []
+        elif known:
+            _log.info("%s has %d candidates already; going on from there", path, len(known))
+        head = {"settings": settings, "latencies": [[s.to_json(), value] for s, value in latencies.items()]}
+        lines = (head, *(candidate.to_json() for candidate in known))
+        files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.latencies, self.known, self._path = latencies, {c.subnet: c for c in known}, path
 
     def add(self, candidate: Candidate) -> None:
         """Appends a candidate that is not known yet."""
         if candidate.subnet not in self.known:
             files.append(self._path, (json.dumps(candidate.to_json()) + "\n").encode())
+
+
+def _parse(path: pathlib.Path) -> tuple[dict[str, Any], dict[Subnet, float], list[Candidate]]:
+    """Settings, latencies and candidates in search.jsonl. A last line that a kill left incomplete is skipped."""
+    try:
+        with files.open_regular(path) as file:
+            *whole, _ = file.read().split(b"\n")
+    except FileNotFoundError:
+        whole = []
+    if not whole:
+        return {}, {}, []
+    head, *lines = map(json.loads, whole)
+    latencies = {Subnet.from_json(s): float(value) for s, value in head["latencies"]}
+    return dict(head["settings"]), latencies, [Candidate.from_json(line) for line in lines]
