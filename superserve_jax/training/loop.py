@@ -73,12 +73,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     if outside is not None:
         outside = outside._replace(params=jax.device_put(outside.params, replicated))
 
+    inputs = {"data": data.fingerprint(dataset), "teacher": outside and teacher.fingerprint(outside)}
     run = Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
     parts = sampling.plan(config, num_steps)
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
-    inputs = {"data": data.fingerprint(dataset), "teacher": outside and teacher.fingerprint(outside)}
     with run.training_lock(), run.checkpoints() as saved, _stop_signal() as stopped:
         run.check_inputs(inputs)
         start, state = _restore(saved, run, sandwich)

@@ -1,5 +1,6 @@
 """Prepared datasets with damaged, missing or exchanged files: an error that names the file, and what to do."""
 
+import dataclasses
 import os
 import random
 import re
@@ -9,10 +10,11 @@ import bad
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from noise import CONFIG
 from small_datasets import take
 
 from superserve_jax import errors
-from superserve_jax.training import data
+from superserve_jax.training import data, loop
 from superserve_jax.training.data import DataConfig
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.cluttered_digits import render
@@ -93,6 +95,16 @@ def test_a_training_stream_that_meets_a_damaged_record_raises_the_error(digits):
     dataset = data.open(DataConfig(data_dir=str(digits.parents[1]), validation=6, cache=False))
     with pytest.raises(errors.DataError, match=rf"{path} is damaged at record \d+: .*; {REMEDY}"):
         take(dataset.train(8, seed=0), 7)
+
+
+def test_training_on_a_damaged_dataset_leaves_no_folder(digits, tmp_path):
+    path = shard(digits, number=0)
+    good = path.read_bytes()
+    path.write_bytes(good[:100] + b"spoiled" + good[107:])  # the first record
+    config = dataclasses.replace(CONFIG, data=DataConfig(data_dir=str(digits.parents[1]), validation=6, cache=False))
+    with pytest.raises(errors.DataError, match=rf"{path} is damaged at record 0: .*; {REMEDY}"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"{}", b"[]", b"\xff\xfe", "half", "pipe", "folder"])
