@@ -93,7 +93,7 @@ class Profile:
     def __post_init__(self):
         check_batch_sizes(self.batch_sizes)
         if not isinstance(self.device, str):
-            raise errors.ProfileError(f"device must be a name, got {self.device!r}")
+            raise errors.ProfileError(f"device must be a name, got {self.device!r}; measure it again")
         if self.slicing not in ("kept", "in_call"):
             raise errors.ProfileError(f"slicing must be 'kept' or 'in_call', got {self.slicing!r}")
         rows_at = {n: self._checked(rows) for n, rows in self.rows_at.items()}

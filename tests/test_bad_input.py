@@ -102,6 +102,20 @@ def test_json_that_cannot_be_read_is_refused(tmp_path, text):
             load()
 
 
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, "\x1b[2J", "a\nb", "\u202e", "\ud800", [[0] * 10**5]], ids=lambda value: ascii(value)[:9]
+)
+def test_a_value_in_a_file_neither_floods_nor_changes_a_terminal(tmp_path, value):
+    about = {"schema": 1, "device": "cpu", "batch_sizes": [1], "rows": []}
+    for key in about:
+        (tmp_path / "profile.json").write_text(json.dumps({**about, key: value}))
+        with pytest.raises(errors.ProfileError) as caught:
+            Profile.load(tmp_path / "profile.json")
+        assert len(str(caught.value)) < 2_000
+        assert str(caught.value).isprintable()
+        assert "measure" in str(caught.value)
+
+
 # -- CSV files: recorded arrivals, and invocations as Azure publishes them ----------------------------------------------------
 
 

@@ -4,6 +4,7 @@ Each function returns content that is wrong in one to four ways. By chance, some
 """
 
 import ast
+import contextlib
 import copy
 import io
 import json
@@ -11,7 +12,6 @@ import random
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
 from typing import Any
 
 _CHANGES = (1, 1, 1, 2, 3, 4)  # how many changes one file gets
@@ -77,7 +77,7 @@ def json_value(rng: random.Random, value: Any) -> Any:
     """A copy of a JSON value in which parts are replaced, removed, doubled, moved or added."""
     whole = [copy.deepcopy(value)]  # in a list, so that the whole value can be replaced, too
     for _ in range(rng.choice(_CHANGES)):
-        places = list(_places(whole))
+        places = _places(whole)
         if len(places) > _MOST_PLACES:
             break
         inside, key = rng.choice(places[1:] if len(places) > 1 and rng.random() < 0.99 else places)
@@ -86,7 +86,8 @@ def json_value(rng: random.Random, value: Any) -> Any:
                 inside[key] = _other(rng, inside[key])
             case 3:
                 other, place = rng.choice(places)
-                inside[key] = copy.deepcopy(other[place])
+                with contextlib.suppress(RecursionError):  # it is nested too deep
+                    inside[key] = copy.deepcopy(other[place])
             case 4:
                 inside[key] = [inside[key]] * rng.choice((1, 2, 2, 50))
             case 5 if inside is not whole:
@@ -131,11 +132,9 @@ def _other(rng: random.Random, value: Any) -> Any:
         case bool():
             return int(value)
         case int() | float():
-            return rng.choice((-value, value + 1, value - 1, value / 2, str(value), [value], value * 1.0))
+            return rng.choice((-value, value + 1, value - 1, value * 2, str(value), [value]))
         case str():
-            return rng.choice(
-                (value + "x", value[:-1], value.upper(), value * 2, value.encode().hex(), [value], list(value)[:9])
-            )
+            return rng.choice((value + "x", value[:-1], value.upper(), value * 2, value[::-1], [value], list(value)[:9]))
         case list():
             return rng.choice((value[:-1], value[::-1], value * 2, dict.fromkeys(map(str, value)), {"0": value}))
         case dict():
@@ -151,12 +150,16 @@ def _nested(depth: int, lists: bool) -> Any:
     return value
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def _places(value: Any) -> list[tuple[Any, Any]]:
     """The container and the key of every part of a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield value, key
-        yield from _places(inner)
+    found, containers = [], [value]
+    while containers:
+        inside = containers.pop()
+        for key, inner in inside.items() if isinstance(inside, dict) else enumerate(inside):
+            found.append((inside, key))
+            if isinstance(inner, dict | list):
+                containers.append(inner)
+    return found
 
 
 # -- CSV ----------------------------------------------------------------------------------------------------------------------

@@ -169,10 +169,16 @@ def test_the_engine_of_a_worker_that_has_gone_is_released(how, caplog):
         assert worker(s, "other")["max_batch"] == 16
 
 
-def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(export):
+def test_a_device_is_added_to_a_server_of_an_export_and_relieves_the_first(export, compilations):
     images = random_images(TINY, 2)
     with Server(export, batch_sizes=(2,), devices=jax.devices()[:1], slo_ms=LONG_MS) as s:
         [first] = s.health()["per_worker"]
+        before = len(compilations())
+        with pytest.raises(errors.ConfigError, match="the same batch sizes"):
+            s.add_worker(jax.devices()[0], profile=Profile((4,), (Row(export.subnets[0], 0.5, (1.0,)),)))
+        with pytest.raises(errors.ProfileError, match="does not fit the network"):
+            s.add_worker(jax.devices()[0], profile=Profile((2,), (Row(Subnet((1,)), 0.5, (1.0,)),)))
+        assert len(compilations()) == before
         added = s.add_worker(jax.devices()[0])
         assert added == f"{first['name']} (2)"
         s.remove_worker(first["name"])
