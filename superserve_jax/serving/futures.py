@@ -136,11 +136,15 @@ class Future:
         """
         if self._state == _PENDING:
             self._refuse_fork()
+        callbacks = [fn]
+        # No call and no new object under the lock. Either could run a signal handler or a finalizer that closes the server,
+        # and then waits for a worker that waits for this lock.
         with self._lock:
             if self._state == _PENDING:
                 if self._callbacks is None:
-                    self._callbacks = []
-                self._callbacks.append(fn)
+                    self._callbacks = callbacks
+                else:
+                    self._callbacks += callbacks
                 return
         self._call(fn)
 
@@ -213,10 +217,12 @@ class Future:
             gate.release()
 
         limit_s = check_timeout("timeout", timeout)
-        with self._lock:
+        callbacks: list[Callable[[Any], object]] = [wake]
+        with self._lock:  # see `add_done_callback`
             if self._state != _PENDING:
                 return
-            self._callbacks = [wake, *(self._callbacks or ())]  # first, since the others may be slow
+            callbacks += self._callbacks or ()  # `wake` is the first, since the others may be slow
+            self._callbacks = callbacks
         if not gate.acquire(timeout=-1 if limit_s is None else limit_s):
             with self._lock:
                 if self._state == _PENDING and self._callbacks is not None:
@@ -250,9 +256,10 @@ class _Mailbox:
 
     def put(self, resolved: "asyncio.Future[None]") -> None:
         """Has the loop resolve one of its own futures. Any thread may call it."""
-        with self._lock:
+        new = [resolved]
+        with self._lock:  # see `Future.add_done_callback`
             first = not self._resolved
-            self._resolved.append(resolved)
+            self._resolved += new
         if first:
             try:
                 self.loop.call_soon_threadsafe(self._deliver)
@@ -260,8 +267,9 @@ class _Mailbox:
                 _log.debug("a query was answered after the event loop that awaited it had closed")
 
     def _deliver(self) -> None:
+        none: list[asyncio.Future[None]] = []
         with self._lock:
-            delivered, self._resolved = self._resolved, []
+            delivered, self._resolved = self._resolved, none
         for resolved in delivered:
             if not resolved.done():
                 resolved.set_result(None)

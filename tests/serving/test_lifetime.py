@@ -3,6 +3,9 @@
 One file because each test compares the process before with the process after.
 """
 
+import concurrent.futures
+import contextlib
+import dis
 import functools
 import gc
 import itertools
@@ -33,6 +36,7 @@ from fakes import (
 
 from superserve_jax import errors
 from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving import futures
 
 
 def settings():
@@ -169,6 +173,44 @@ def test_a_server_closed_in_a_done_callback_leaves_nothing(where, how):
     assert s.health()["closed"]
 
 
+@pytest.mark.parametrize("name", ["add_done_callback", "second callback", "result", "cancel"])
+def test_a_signal_handler_may_close_the_server_while_its_thread_is_in_a_future(name):
+    """Python runs signal handlers after these instructions only."""
+    places = ("CALL", "RESUME", "JUMP_BACKWARD")
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != futures.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if before.get(frame, "").startswith(places):
+                left[0] -= 1
+                if left[0] == 0:
+                    sys.settrace(None)
+                    gate.opened.set()
+                    s.close()
+            before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        return trace
+
+    tried, outer = 0, sys.gettrace()
+    left = [0]
+    while left[0] <= 0:
+        tried += 1
+        before, left = {}, [tried]
+        with held() as (s, gate, first):
+            if name == "second callback":
+                first.add_done_callback(print)
+            act = {"cancel": first.cancel, "result": first.exception}
+            threading.Timer(0.1, gate.opened.set).start()
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                sys.settrace(trace)
+                try:
+                    act.get(name, lambda: first.add_done_callback(lambda _: None))()
+                finally:
+                    sys.settrace(outer)
+    assert tried >= 3
+
+
 # -- close in time ------------------------------------------------------------------------------------------------------------
 
 
@@ -204,11 +246,11 @@ def test_close_returns_in_time_wherever_done_callbacks_block(where, drain):
     stall_s = 0.2 if where is in_the_watchdog else WAIT_S
     s = serve(*engines, policy=always(0, 1), max_failures=1, max_tries=1, stall_s=stall_s)
     try:
-        futures = [s.submit(x(i)) for i in range(6)]
+        queries = [s.submit(x(i)) for i in range(6)]
         for gate in gates:
             assert gate.entered.wait(WAIT_S)
-        futures += s.submit_many(x(range(6, 30)))
-        for future in futures:
+        queries += s.submit_many(x(range(6, 30)))
+        for future in queries:
             future.add_done_callback(lambda _: release.wait(WAIT_S))
         where(s, gates, release)
         start_s = time.monotonic()
@@ -220,7 +262,7 @@ def test_close_returns_in_time_wherever_done_callbacks_block(where, drain):
         release.set()
         for gate in gates:
             gate.opened.set()
-    wait_until(lambda: all(future.done() for future in futures))
+    wait_until(lambda: all(future.done() for future in queries))
 
 
 class Blocking:
