@@ -67,7 +67,7 @@ class Blame:
         self.out: dict[Subnet, Cause] = {}
 
     def verdict(self, worker: "Worker", flight: Flight, failure: Failure) -> Verdict:
-        """What follows from a failed batch. The worker calls it without the lock, while the batch is among its flights."""
+        """What follows from a failed batch. The worker calls it without the lock."""
         subnet = flight.row.subnet
         if subnet not in self.out:
             blanks = [np.zeros_like(query.inputs) for query in flight.batch]
