@@ -66,9 +66,12 @@ def measure(
 
 
 def time_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
-    """Seconds that an engine takes for a batch."""
+    """Seconds that an engine takes for a batch. Raises NotFiniteError with the name of the subnet."""
     start_s = time.perf_counter()
-    engine.run(subnet, batch_size, inputs)
+    try:
+        engine.run(subnet, batch_size, inputs)
+    except errors.NotFiniteError as e:
+        raise errors.NotFiniteError(f"subnet {subnet.to_json()} of {engine.name}: {e}; calibrate and export it again") from e
     return time.perf_counter() - start_s
 
 

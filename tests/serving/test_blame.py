@@ -3,16 +3,22 @@
 import functools
 import logging
 import math
+import time
 
 import fakes
+import jax
 import numpy as np
 import pytest
+import small_exports
 from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, always, by_slack, outcomes, serve, wait_until, worker, x
 
+import superserve_jax as ss
 from superserve_jax import errors
-from superserve_jax.engines import base
+from superserve_jax.engines import base, prepare
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
-from superserve_jax.scheduling.policies import ByProfile, Fixed, SlackFit
+from superserve_jax.exports import profile_path
+from superserve_jax.profile import Profile, Row
+from superserve_jax.scheduling.policies import ByProfile, Decision, Fixed, SlackFit
 
 pytestmark = pytest.mark.usefixtures("no_test_hangs")
 
@@ -93,7 +99,7 @@ def test_waiting_queries_that_only_the_bad_subnet_could_answer_are_refused():
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_worker_finds_it_for_itself_and_no_query_is_lost(count):
-    engines = [spoilt(name=f"fake:{i}") for i in range(count)]
+    engines = [spoilt(lambda *_: time.sleep(2e-3), name=f"fake:{i}") for i in range(count)]
     with serve(*engines, policy=always(2), max_failures=1) as s:
         wait_until(lambda: outcomes(s.submit_many(x(range(1, 30)))) == list(range(1, 30)) and all(e.ran for e in engines))
         assert s.health()["alive"] == count
@@ -199,3 +205,51 @@ def test_a_floor_that_only_the_bad_subnet_meets_fails_under_a_fixed_policy():
                 s.submit(x(1), min_accuracy=0.8).result(WAIT_S)
         assert outcomes([s.submit(x(2))]) == [2]
         assert s.health()["alive"] == 1
+
+
+# -- real executables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_bucket(tmp_path_factory):
+    """An export whose two subnets share a subnet bucket, and the subnets."""
+    path = small_exports.write(tmp_path_factory.mktemp("blame") / "export", small_exports.IMAGES)
+    served = ss.load(path).served
+    small, large = sorted((s.subnet for s in served), key=lambda s: sum(s.gates))
+    rows = tuple(Row(s.subnet, s.accuracy, (1.0, 1.5)) for s in served)
+    kind = prepare.device_kind(jax.devices()[0])
+    Profile((1, 2), rows, kind).with_envelopes({small: large, large: large}).save(profile_path(path, kind))
+    return path, small, large
+
+
+def spoil(path, subnet):
+    model = ss.load(path)
+    model.statistics[subnet] = np.full_like(model.statistics[subnet], math.nan)
+    return model
+
+
+IMAGE = np.zeros((4, 4, 1), np.uint8)
+
+
+def test_one_bad_subnet_of_a_shared_subnet_bucket_goes_and_a_swap_starts_afresh(shared_bucket):
+    path, small, large = shared_bucket
+    options = {
+        "batch_sizes": (1, 2),
+        "slo_ms": LONG_MS,
+        "devices": jax.devices()[:1],
+        "max_failures": 1,
+        "tune_runtime": False,
+    }
+    with ss.Server(spoil(path, small), policy=lambda profile, state: Decision(small, 2), **options) as s:
+        [name] = [w["name"] for w in s.health()["per_worker"]]
+        assert {f.result(WAIT_S).subnet for f in s.submit_many([IMAGE] * 5)} == {large}
+        assert [subnet for subnet, _ in out_of_service(s, name)] == [small.to_json()]
+        s.swap(path)
+        assert s.submit(IMAGE).result(WAIT_S).subnet == small
+        assert (s.health()["alive"], out_of_service(s, name)) == (1, [])
+
+
+def test_a_server_does_not_open_with_a_subnet_that_fails_in_its_warm_up_and_names_it(shared_bucket):
+    path, _, large = shared_bucket
+    with pytest.raises(errors.NotFiniteError, match=r"subnet .*gates.*NaN or infinite.*calibrate and export it again"):
+        ss.Server(spoil(path, large), batch_sizes=(1, 2), devices=jax.devices()[:1])
