@@ -2,10 +2,9 @@
 
 import os
 import pathlib
-import socket
-import stat
 
 import numpy as np
+import odd_files
 import PIL.Image
 import pytest
 from tiny import TINY
@@ -21,32 +20,13 @@ from superserve_jax.vocabulary import Vocabulary
 pytestmark = pytest.mark.usefixtures("no_test_hangs")
 
 
-def make_socket(path):
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-
-
-def make_device(path):
-    try:
-        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero, which never ends
-    except PermissionError:
-        pytest.skip("only root makes device files")
-
-
-ODD = {"pipe": os.mkfifo, "socket": make_socket, "device": make_device, "folder": os.mkdir, "link to nothing": None}
-
-
-@pytest.fixture(params=ODD)
+@pytest.fixture(params=odd_files.ODD)
 def place(request, tmp_path, monkeypatch):
-    """A function that puts something that is not a file at a path. The path of a socket must be short."""
+    """A function that puts something that is not a file at a path in the current folder."""
     monkeypatch.chdir(tmp_path)
 
     def put(path):
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        (ODD[request.param] or (lambda link: os.symlink("nowhere", link)))(path)
-        return path
+        return odd_files.put(request.param, path)
 
     put.kind = request.param
     return put
