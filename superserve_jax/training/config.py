@@ -17,7 +17,7 @@ from superserve_jax.training import fields, user_code
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
 from superserve_jax.training.fields import AboveZero, AtLeastTwo, BatchSize, Count, Finite, Fraction, Positive, Seed
 
-_MAX_NAME = 60  # characters of an experiment's name; the name of a folder has at most 255 bytes
+_MAX_NAME = 255  # bytes of a folder's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +193,15 @@ class TrainConfig:
     @errors.refusing(errors.ConfigError, "TrainConfig: a field has another type than its default")
     def __post_init__(self):
         fields.check(self, skip=("model", "data"))
-        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name) > _MAX_NAME:
+        if (
+            self.name in ("", ".", "..")
+            or "/" in self.name
+            or not self.name.isprintable()
+            or len(self.name.encode()) > _MAX_NAME
+        ):
             raise errors.ConfigError(
-                f"name must be usable as a folder's name: 1 to {_MAX_NAME} printable characters without '/', not '..'; got "
-                f"{self.name[: 2 * _MAX_NAME]!r}"
+                f"name must be usable as a folder's name: at most {_MAX_NAME} bytes of printable characters without '/', and not "
+                f"'..'; got {self.name[:_MAX_NAME]!r}"
             )
         if not isinstance(self.model, FamilyConfig):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
