@@ -193,15 +193,11 @@ class TrainConfig:
     @errors.refusing(errors.ConfigError, "TrainConfig: a field has another type than its default")
     def __post_init__(self):
         fields.check(self, skip=("model", "data"))
-        if (
-            self.name in ("", ".", "..")
-            or "/" in self.name
-            or not self.name.isprintable()
-            or len(self.name.encode()) > _MAX_NAME
-        ):
+        name = self.name
+        if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > _MAX_NAME:
             raise errors.ConfigError(
-                f"name must be usable as a folder's name: at most {_MAX_NAME} bytes of printable characters without '/', and not "
-                f"'..'; got {self.name[:_MAX_NAME]!r}"
+                f"name must be usable as a folder's name: at most {_MAX_NAME} bytes of printable characters without '/', and "
+                f"not '..'; got {name[:_MAX_NAME]!r}"
             )
         if not isinstance(self.model, FamilyConfig):
             raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
