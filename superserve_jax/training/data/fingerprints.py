@@ -55,7 +55,7 @@ def of_files(paths: Mapping[str, Sequence[pathlib.Path]]) -> dict[str, Any]:
     """The fingerprint of files PATH/SPLIT/CLASS/NAME: one entry for each SPLIT/CLASS.
 
     Args:
-      paths: the files of each split, those of a class one after another.
+      paths: the files of each split, ordered by class.
     """
     result = {}
     for split, files in paths.items():
