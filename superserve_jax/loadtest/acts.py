@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,7 @@ class ReplacedExport:
       replace: `replace(i)` writes version i, which is 0 or 1, to `path`.
       inputs: some inputs.
       outputs: for each version, the right outputs for `inputs`.
+      leaked_blocks: how many memory blocks of Python other libraries leak in each act with this name.
     """
 
     open: Callable[[], Server]
@@ -116,6 +117,7 @@ class ReplacedExport:
     replace: Callable[[int], object]
     inputs: Sequence[np.ndarray]
     outputs: Sequence[np.ndarray]
+    leaked_blocks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Scene:
@@ -277,8 +279,9 @@ def leave_garbage(scene: Scene, rng: random.Random) -> None:
 
 def other_server(scene: Scene, rng: random.Random) -> None:
     """Opens another server, uses it, and closes it in some way."""
-    other, queries = open_another(scene, rng)
-    ending = rng.choice(("drained", "failed", "closed twice", "in a callback", "dropped"))
+    ending = rng.choice(("drained", "failed", "closed twice", "in a callback", "dropped", "in a cycle"))
+    # While a server with `tune_runtime` is open, one in a reference cycle is collected only when the process is idle.
+    other, queries = open_another(scene, rng, tune_runtime=ending != "in a cycle" and rng.random() < 0.1)
     if ending == "in a callback" and queries:
         queries[0][1].add_done_callback(lambda _: other.close(drain=False))
     elif ending == "in a cycle":
@@ -288,13 +291,13 @@ def other_server(scene: Scene, rng: random.Random) -> None:
             other.close(drain=ending == "drained", timeout_s=rng.choice((0.0, scene.stall_s)))
 
 
-def open_another(scene: Scene, rng: random.Random) -> tuple[Server, list[tuple[int, Future]]]:
+def open_another(scene: Scene, rng: random.Random, *, tune_runtime: bool) -> tuple[Server, list[tuple[int, Future]]]:
     """A small server, and the queries that wait in it."""
     other = Server.from_engines(
         [scene.make_engine() for _ in range(rng.randint(1, 2))],
         scene.profile,
         stall_s=scene.stall_s,
-        tune_runtime=rng.random() < 0.5,
+        tune_runtime=tune_runtime,
         max_queue=20,
     )
     return other, _submit(scene, rng, other, rng.randint(1, 30))
@@ -303,6 +306,19 @@ def open_another(scene: Scene, rng: random.Random) -> tuple[Server, list[tuple[i
 def send_signal(scene: Scene, rng: random.Random) -> None:
     """Interrupts the main thread by the signal of `parts.Signals`."""
     signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+
+
+def swap_while_replaced(scene: Scene, rng: random.Random) -> None:
+    """Swaps to the export while two threads replace it. One of them may get an error, and the swap takes some version."""
+    if scene.export is None or scene.export_server is None:
+        return
+    writers = [threading.Thread(target=scene.act, args=(replace_export, random.Random(rng.random()))) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    time.sleep(rng.random() * scene.stall_s)
+    scene.act(swap_export, rng)
+    for writer in writers:
+        writer.join()
 
 
 def replace_export(scene: Scene, rng: random.Random) -> None:

@@ -13,6 +13,7 @@ import logging
 import random
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -30,8 +31,7 @@ AGENTS: dict[str, tuple[Act, float]] = {
     "finalizers": (acts.leave_garbage, 0.1),
     "engine swaps": (acts.swap_engines, 0.3),
     "collections": (acts.collect, 0.5),
-    "replacing": (acts.replace_export, 0.5),
-    "swaps": (acts.swap_export, 0.5),
+    "swaps": (acts.swap_while_replaced, 8.0),
     "queries to the export": (acts.ask_export, 0.02),
 }
 """What each agent does, and the mean number of seconds between two of its acts."""
@@ -40,8 +40,8 @@ PARTS = ("callbacks", "policy", "engines", "log handler", "signals")
 ALL = (*AGENTS, *PARTS)
 
 _SIGNAL_S = 0.1  # the mean time between two signals
-_TURN_S = 0.02  # how long the main thread waits for one query
-_CLOSES = 0.02  # the share of turns of the main thread in which it closes a server
+_TURN_S = 0.02  # how long the main thread sleeps in a turn, and waits for each of its queries
+_CLOSES = 0.05  # the share of turns of the main thread in which it closes a server
 
 
 class _Nowhere(io.TextIOBase):
@@ -128,10 +128,10 @@ class Agents:
             setattr(module, name, on_error)
 
     def turn(self) -> None:
-        """Uses the server in the main thread, where signals arrive. Takes some milliseconds."""
+        """Uses the server in the main thread, where signals arrive."""
         scene, rng = self._scene, self._rng
+        time.sleep(_TURN_S)
         if self._signals is None:
-            self._over.wait(_TURN_S)
             return
         if rng.random() < _CLOSES:
             self._interrupt_close(self._signals)
@@ -149,7 +149,7 @@ class Agents:
 
     def _interrupt_close(self, signals: Signals) -> None:
         """Closes a server, perhaps with a Ctrl-C in the middle."""
-        other, _ = acts.open_another(self._scene, self._rng)
+        other, _ = acts.open_another(self._scene, self._rng, tune_runtime=False)
         close = functools.partial(other.close, drain=self._rng.random() < 0.5)
         signals.interruptible(close)
         close()

@@ -120,8 +120,8 @@ class Checker:
         return len(self._open) + len(self._unread) + len(self._waiting)
 
     def read(self, notes: collections.deque[Note]) -> None:
-        """Takes all notes from `notes`. Other threads may append to it meanwhile."""
-        while notes:
+        """Takes the present notes from `notes`. Other threads may append to it meanwhile."""
+        for _ in range(len(notes)):
             note = notes.popleft()
             if note[0] == "decided":
                 self._settle(note[1])
