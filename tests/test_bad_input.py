@@ -31,7 +31,6 @@ from superserve_jax.vocabulary import Vocabulary
 pytestmark = pytest.mark.usefixtures("no_test_hangs")
 
 PROFILE = fakes.PROFILE.only(SUBNETS[:2])  # the third subnet has no valid JSON
-PROFILES = (PROFILE.to_json(), Profile(PROFILE.batch_sizes, rows_at=dict.fromkeys((4, 8), PROFILE.rows)).to_json())
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,16 @@
     python serve/bench/fuzz.py --jobs 2 --json runs/fuzz.json
     python serve/bench/fuzz.py --case profiles 1234
 
-Five kinds of files are damaged: `manifests`, `profiles`, `statistics`, `traces` (recorded arrivals and Azure's counts), and
-whole `exports`, with damage in any one file. Many manifests get a digest that fits, as an attacker would make it. The files
-come from two tiny exports. Every case has a number, and `--case KIND NUMBER` repeats it.
-
-A finding is any other error, a warning, a message without the file's name or with many lines, a value that cannot be used, a
-crash, more than --limit-s seconds, or more than --limit-mb MB of memory for one file. The exit status is 1 if there is one.
-The files are read in processes of their own, so that a crash ends only one of them. Ctrl-C prints the counts so far.
+There are five kinds of files: `manifests`, `profiles`, `statistics`, `traces` (recorded arrivals and Azure's counts), and
+whole `exports` with damage in any one file. They come from two tiny exports. Many manifests get a digest that fits, as an
+attacker would make it. A manifest is read without its payload, so it is always refused. Every case has a number, and
+`--case KIND NUMBER` repeats it. A finding is:
+- any other error, a warning or a crash,
+- a message that does not name the file, or is not one printable line,
+- a value that cannot be used: an export is checked, a profile and a trace go through the simulator,
+- more than --limit-s seconds, or more than --limit-mb MB of memory, for one file.
+The exit status is 1 if there is one. The files are read in processes of their own, so that a crash ends only one of them.
+Ctrl-C prints the counts so far.
 Library: superserve_jax.load, profile, exports.statistics, simulation.traces, simulation.azure, engines.prepare.
 """
 
