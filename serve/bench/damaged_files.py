@@ -73,6 +73,8 @@ Read = Callable[[], None]
 class DamagedFiles:
     """Valid files in a folder, and one damaged file at a time. The same kind and number give the same damage.
 
+    The times and the random names of files in an export differ from run to run, so digests and a few results do, too.
+
     Args:
       folder: an empty folder.
     """
