@@ -325,7 +325,7 @@ class _StormRun:
         kind = FakeDevice if self._storm.overlap or (odd and rng.random() < 0.5) else FakeEngine
         hook = self._failure_hook(rng, broken=rng.random() < self._storm.broken)
         fake = kind(PROFILE, name=f"fake:{number}", input_dtype=np.int64, speed=math.inf, on_run=hook)
-        return self._recorder.engine(OddEngine(rng, fake) if odd else fake)
+        return self._recorder.engine(OddEngine(rng, fake, PROFILE) if odd else fake)
 
     def _failure_hook(self, rng: random.Random, *, broken: bool) -> Callable[[Subnet, int, Sequence[np.ndarray]], None]:
         """Makes a hook for an engine to call before each batch. The hook injects the failures."""
