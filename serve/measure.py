@@ -107,7 +107,6 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
     path = exports.profile_path(options.export, kind)
-    profile.save(path)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
         report(at_length, as_measured, {s.subnet: s.flops for s in model.served})
@@ -117,6 +116,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
         plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
         print(f"plot: {options.plot}")
+    profile.save(path)  # last, so that a read-only export loses nothing of what was measured
     print(f"profile: {path}")
 
 

@@ -9,15 +9,17 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from superserve_jax import errors
 
 _log = logging.getLogger(__name__)
+_CLEAN_UP_S = 10.0
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
@@ -79,6 +81,21 @@ def append(path: str | os.PathLike[str], content: bytes) -> None:
             os.close(descriptor)
     except OSError as e:
         raise cannot_write(path, e) from e
+
+
+def remove_trees(find: Callable[[], Iterable[pathlib.Path]]) -> None:
+    """Removes folders that native threads may still write to, and thereby create again.
+
+    Args:
+      find: returns the folders that are there now. It is called until it has found none for 0.1 s, but for at most 10 s.
+    """
+    deadline_s, quiet = time.monotonic() + _CLEAN_UP_S, 0
+    while quiet < 3 and time.monotonic() < deadline_s:
+        left = [path for path in find() if path.exists()]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        quiet = 0 if left else quiet + 1
+        time.sleep(0.05)
 
 
 def cannot_write(path: str | os.PathLike[str], e: OSError) -> errors.WriteError:

@@ -11,6 +11,7 @@ export. A stale or damaged entry is compiled again. Deleting the directory is al
 **Size.** The entries take at most `limit_bytes` together. The least recently used ones are deleted first.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -144,7 +145,11 @@ class ExecutableCache:
         for path, info in found:
             if excess <= 0:
                 return
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as e:
+                _log.warning("the cache in %s stays larger than its limit: %s", self._root, e)
+                return
             excess -= info.st_size
 
     def _load(self, path: pathlib.Path) -> Executable | None:
@@ -181,10 +186,13 @@ def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
 
 
 def clear(root: pathlib.Path) -> int:
-    """Deletes all entries. Returns their number."""
+    """Deletes all entries. Returns their number. Raises WriteError if the directory is read-only."""
     found = entries(root)
-    for path, _ in found:
-        path.unlink(missing_ok=True)
+    try:
+        for path, _ in found:
+            path.unlink(missing_ok=True)
+    except OSError as e:
+        raise errors.WriteError(f"entries of {root} cannot be deleted: {e}; get permission to write there") from e
     return len(found)
 
 
@@ -194,7 +202,8 @@ def _read_own(path: pathlib.Path) -> bytes:
         info = os.fstat(file.fileno())
         if info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
             raise ValueError("another user owns it or can write to it")
-        os.utime(file.fileno())
+        with contextlib.suppress(OSError):  # a read-only file system; then nothing can be deleted there either
+            os.utime(file.fileno())
         return file.read()
 
 

@@ -116,7 +116,10 @@ def export(
     except BlockingIOError as e:
         raise errors.ExportError(f"another process exports to {path} now; wait for it, or choose another path") from e
     except OSError as e:
-        raise errors.ExportError(f"cannot export to {path}: {e}; an export that was there before is still intact") from e
+        raise errors.ExportError(
+            f"cannot export to {path}: {e}; an export that was there before is still intact; free space there, or choose "
+            f"another directory"
+        ) from e
     return path
 
 
@@ -135,7 +138,8 @@ def _write_payload(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((part / "weights").absolute(), model.params)
         except Exception as e:  # Orbax passes on whatever its storage layer raises
-            raise errors.ExportError(f"the weights could not be written to {path}: {e}; make room on the disk") from e
+            problem = " ".join(str(e).split())[:300]
+            raise errors.ExportError(f"the weights could not be written to {path}: {problem}; make room on the disk") from e
         statistics.write(part / "statistics.npz", calibrated)
         if vocabulary is not None:
             (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
@@ -146,7 +150,7 @@ def _write_payload(
         payload = path / f"payload-{digest}"
         os.rename(part, payload)
     except (Exception, KeyboardInterrupt):
-        shutil.rmtree(part, ignore_errors=True)
+        files.remove_trees(lambda: [part])  # Orbax raises the first error while its other threads still write
         raise
     _sync_directory(path)
     return payload, contents

@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +22,6 @@ from superserve_jax import errors, files
 _log = logging.getLogger(__name__)
 
 _KEPT = 2
-_CLEAN_UP_S = 10.0  # the longest time to wait until nobody writes to a failed checkpoint
 _MOST_BYTES = 1 << 28  # of a file of checksums
 
 
@@ -158,14 +155,8 @@ class Checkpoints:
         """Removes what `save` wrote of a step, finished or not."""
         with contextlib.suppress(Exception):  # closing raises the error of the failed write once more
             self._manager.close()
-        # Orbax raises the first error while its other threads still write, and these create their folders again.
-        deadline_s, quiet = time.monotonic() + _CLEAN_UP_S, 0
-        while quiet < 3 and time.monotonic() < deadline_s:
-            left = [path for path in self._folder.glob(f"{step}*") if path.name.split(".")[0] == str(step)]
-            for path in left:
-                shutil.rmtree(path, ignore_errors=True)
-            quiet = 0 if left else quiet + 1
-            time.sleep(0.05)
+        # Orbax raises the first error while its other threads still write.
+        files.remove_trees(lambda: [path for path in self._folder.glob(f"{step}*") if path.name.split(".")[0] == str(step)])
         self._sums_path(step).unlink(missing_ok=True)
         self._manager = self._open()
 

@@ -46,6 +46,15 @@ def test_a_bad_option_ends_a_program_before_anything_runs(run_program, tmp_path,
     assert "Value error" in error or (error.startswith("error: ") and error.count("\n") == 1)
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_results_that_cannot_be_written_end_a_program_with_one_line(run_program, tmp_path, option):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "result"
+    error = run_program("serve/bench/worker_kills.py", "--every", "0.02", option, path, status=2).stderr
+    assert error.splitlines()[-1].startswith(f"error: {path} cannot be written: ")
+    assert error.endswith("free space there, or choose a folder that can be written\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in PROGRAMS if "__main__" in path.read_text()])
 def test_every_program_explains_itself(run_program, name):
