@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -95,6 +96,23 @@ def test_the_least_recently_used_entries_are_deleted_first(root, monkeypatch):
     )
     answer(dataclasses.replace(TINY, num_classes=6))
     assert [path.exists() for path in paths] == [True, False, True]
+
+
+def test_a_cache_that_cannot_be_emptied_is_used_and_says_so(root, monkeypatch, caplog, run_program):
+    first = answer()
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "limit_bytes", lambda: 0)
+        patch.setattr(pathlib.Path, "unlink", refuse)
+        patch.setattr(os, "utime", refuse)
+        np.testing.assert_array_equal(answer(), first)
+        assert "stays larger than its limit" in caplog.text
+        assert "compiling again" not in caplog.text
+        assert "cannot be deleted: [Errno 30]" in run_program("serve/cache.py", "--clear", status=2).stderr
+    assert len(list(root.glob("*.bin"))) == 1
 
 
 def test_a_program_shows_and_clears_the_cache_and_leaves_other_files(root, run_program):

@@ -28,8 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "debug.py"
 NUM_IMAGES = {"train": 300, "test": 90}
 OPTIONS = (
-    "--workdir run --data.data-dir data --data.validation 60 --batch-size 32 --epochs 1.6 --checkpoint-every 4 --log-every 2 "
-    "--eval-every 6 --ema 0.5 --calibration-examples 64 --search.calibration-examples 32 --search.examples 60"
+    "--workdir run --data.data-dir data --data.validation 60 --batch-size 32 --buckets 1 --epochs 1.6 --checkpoint-every 4 "
+    "--log-every 2 --eval-every 6 --ema 0.5 --calibration-examples 64 --search.calibration-examples 32 --search.examples 60"
 )
 _AGAIN = 0.5  # the probability that a training that goes on is killed once more
 
@@ -54,9 +54,10 @@ def kill(folder: pathlib.Path, kills: int, rng: random.Random) -> dict[str, Any]
                     next(bar, None)
                     at.append(killing.last_line(folder / f"{name}.log"))
                     moments.append({"training": name, **at[-1]})
+                    moment = phases.next() if rng.random() < _AGAIN and len(moments) < kills else None
                 elif moment is not None:
                     counts["moments that did not come"] += 1
-                moment = phases.next() if rng.random() < _AGAIN and len(moments) < kills else None
+                    phases.put_back(moment)
         except killing.ChildError as e:
             problems.append(f"{name}, killed at {at}: {e}")
             continue

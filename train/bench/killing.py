@@ -219,6 +219,10 @@ class Phases:
             self._left = self._rng.sample(sorted(self._seen), len(self._seen))
         return _choose(self._seen, self._rng, self._left.pop())
 
+    def put_back(self, moment: Moment) -> None:
+        """Chooses this moment's phase next, since the process ended before the moment came."""
+        self._left.append(moment.phase)
+
 
 def digests(tree: Any) -> dict[str, str]:
     """The SHA-256 of every array in a pytree, with its shape and dtype, by its path."""
