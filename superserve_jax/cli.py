@@ -22,7 +22,9 @@ def run(main: Callable[[], None]) -> None:
     """Runs a program. An error of this library ends it with one line and status 2, Ctrl-C with status 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("superserve_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file
+    for name in ("absl", "asyncio"):  # Orbax reports every file, and every thread that fails; our error says what matters
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     try:
         main()
     except errors.SuperServeError as e:
@@ -31,6 +33,15 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as e:
         print(e or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Reports an error that nobody can catch, but not those of Orbax' native threads after a write has failed.
+
+    These threads call an event loop that is closed, hundreds of times on a full disk.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def check_above_zero(options: Any, *names: str) -> None:

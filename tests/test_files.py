@@ -3,6 +3,7 @@
 import fcntl
 import os
 import threading
+import time
 
 import pytest
 from full_disk import disk_full_after
@@ -39,6 +40,23 @@ def test_what_killed_writers_left_is_removed_by_the_next_write_of_the_same_file(
         fcntl.flock(in_use, fcntl.LOCK_EX)
         files.write_bytes(path, b"{}")
     assert sorted(os.listdir(tmp_path)) == sorted([path.name, *others, "a[1].json.3.4.part", "a[1].json.5.6.part"])
+
+
+def test_folders_that_are_created_again_are_removed_for_good(tmp_path):
+    done = threading.Event()
+
+    def create_again():
+        for _ in range(10):
+            (tmp_path / "a" / "b").mkdir(parents=True, exist_ok=True)
+            time.sleep(0.02)
+        done.set()
+
+    thread = threading.Thread(target=create_again)
+    thread.start()
+    files.remove_trees(lambda: [tmp_path / "a"])
+    assert done.is_set()
+    thread.join()
+    assert not (tmp_path / "a").exists()
 
 
 def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):

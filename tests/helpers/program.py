@@ -1,6 +1,7 @@
 """Runs the programs of train/ and serve/, in this process or in a new one."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -55,6 +56,8 @@ def _in_this_process(command, patches):
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a program replaces it
+        gc.collect()  # what earlier tests left may report errors, which are not the program's
         patch.syspath_prepend(ROOT / pathlib.Path(command[0]).parent)  # the program may import a module beside it
         patch.chdir(ROOT)
         spec = importlib.util.spec_from_file_location(command[0].replace("/", ".").removesuffix(".py"), command[0])
