@@ -4,9 +4,9 @@
     python serve/bench/storm.py --queries 1000000
 
 The server is real, and its engines are fake. Batches fail and hang, and some subnets give NaN. Done-callbacks raise, block and
-close servers. The policy raises, hangs, or decides nonsense. Signal handlers, finalizers and log handlers call it, even
-while it holds its lock. Workers come and go. Beside it, a second server swaps to an export with random weights while other
-threads replace it.
+close servers. The policy raises, hangs, or decides nonsense. Signal handlers, finalizers and log handlers call the server,
+even while it holds its lock. Workers come and go. Beside it, a second server swaps to an export with random weights while
+other threads replace it.
 
 What clients and engines saw decides, not what the server counts (see loadtest.recorder). The guarantees are:
 - Every query has exactly one outcome, and it is the right answer or a documented error (see loadtest.checker).

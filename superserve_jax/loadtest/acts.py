@@ -30,6 +30,7 @@ from superserve_jax.serving.server import Server
 
 SIGNAL = signal.SIGUSR1
 _SLOS_MS = 5.0, 100.0, 30_000.0
+_LATE_S = 10.0  # health and snapshot may take so much longer than `stall_s`, since signal handlers interrupt them
 _SHOWN = 20  # undocumented errors that are kept
 
 # -- errors -------------------------------------------------------------------------------------------------------------------
@@ -170,7 +171,10 @@ class Scene:
                 raise  # Ctrl-C
             self.note(f"{name} raised\n{''.join(traceback.format_exception(error))}")
         finally:
-            self.slowest_s[name] = max(self.slowest_s.get(name, 0.0), time.monotonic() - start_s)
+            took_s = time.monotonic() - start_s
+            self.slowest_s[name] = max(self.slowest_s.get(name, 0.0), took_s)
+            if act is ask and took_s > self.stall_s + _LATE_S:
+                self.note(f"health and snapshot took {took_s:.1f} s")
 
     def any_act(self, rng: random.Random) -> None:
         """Does a random act."""
