@@ -98,8 +98,8 @@ class Checkpoints:
             problem = repr(e)
         # The exception keeps Orbax' unfinished writes alive, and these would log errors when the interpreter ends. So clean up
         # only after the handler has dropped it.
-        gc.collect()
         self._remove(step)
+        gc.collect()
         raise errors.DataError(
             f"the checkpoint of step {step} could not be written to {self._folder}: {problem}; make room on the disk"
         )
