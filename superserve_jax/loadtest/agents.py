@@ -134,22 +134,24 @@ class Agents:
         if self._signals is None:
             return
         if rng.random() < _CLOSES:
-            self._interrupt_close(self._signals)
+            scene.act(self._interrupt_close, rng)
         queries = scene.recorder.submit(scene.target, rng.randint(1, 4), slo_ms=1_000.0)
         for _, query in queries:
             with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
                 self._signals.interruptible(functools.partial(query.exception, _TURN_S))
         scene.made.extend(queries)
-        for _ in range(len(scene.made)):
-            key, query = scene.made.popleft()
-            if query.done():
-                scene.recorder.read(key, query, 0.0)
-            else:
-                scene.made.append((key, query))
+        with contextlib.suppress(IndexError):  # acts of other threads take queries out, too
+            for _ in range(len(scene.made)):
+                key, query = scene.made.popleft()
+                if query.done():
+                    scene.recorder.read(key, query, 0.0)
+                else:
+                    scene.made.append((key, query))
 
-    def _interrupt_close(self, signals: Signals) -> None:
+    def _interrupt_close(self, scene: Scene, rng: random.Random) -> None:
         """Closes a server, perhaps with a Ctrl-C in the middle."""
-        other, _ = acts.open_another(self._scene, self._rng, tune_runtime=False)
-        close = functools.partial(other.close, drain=self._rng.random() < 0.5)
-        signals.interruptible(close)
+        other, _ = acts.open_another(scene, rng, tune_runtime=False)
+        close = functools.partial(other.close, drain=rng.random() < 0.5)
+        if self._signals is not None:
+            self._signals.interruptible(close)
         close()

@@ -199,6 +199,8 @@ class _StormRun:
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
             target = scene.target = self._open()
             threads = stack.enter_context(ThreadPoolExecutor(storm.clients + 1))
+            for event in (self._over, self._traffic_ended, self._closed):
+                stack.callback(event.set)  # or the threads would go on after an error
             with Agents(scene, storm.agents, seed=storm.seed) as around:
                 clients = [threads.submit(self._client, target, i) for i in range(storm.clients)]
                 keeper = threads.submit(self._keep, target)
