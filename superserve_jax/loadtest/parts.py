@@ -158,6 +158,7 @@ class Signals:
     def __init__(self, scene: Scene, rng: random.Random):
         self._scene, self._rng = scene, rng
         self._before: Any = None
+        scene.acts["interrupts"] = 0  # the first look-up of a new key would run code that a signal may interrupt
 
     def __enter__(self) -> "Signals":
         self._before = signal.signal(acts.SIGNAL, self._on_signal)
