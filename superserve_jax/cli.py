@@ -36,9 +36,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Reports an error that nobody can catch, but not those of Orbax' native threads after a write has failed.
+    """Reports an error that nobody can catch, but no error of Orbax' native threads.
 
-    These threads call an event loop that is closed, hundreds of times on a full disk.
+    After a failed write, these threads call a closed event loop, hundreds of times on a full disk.
     """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

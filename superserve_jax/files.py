@@ -84,10 +84,10 @@ def append(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def remove_trees(find: Callable[[], Iterable[pathlib.Path]]) -> None:
-    """Removes folders that native threads may still write to, and thereby create again.
+    """Removes folders again and again, since native threads may still write to them and so create them again.
 
     Args:
-      find: returns the folders that are there now. It is called until it has found none for 0.1 s, but for at most 10 s.
+      find: returns the folders that are there now. It is called until it finds none for 0.1 s, or for 10 s.
     """
     deadline_s, quiet = time.monotonic() + _CLEAN_UP_S, 0
     while quiet < 3 and time.monotonic() < deadline_s:

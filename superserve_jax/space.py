@@ -170,7 +170,7 @@ class SearchSpace:
         return Subnet(tuple(int(g) for g in subnet.gates), tuple(axes))
 
     def check_envelope(self, envelope: Subnet) -> None:
-        """Raises SubnetError unless the envelope has blocks and choices of this space. It may have a depth of no subnet."""
+        """Raises SubnetError unless the envelope has blocks and choices of this space. Its depths may be of no subnet."""
         names = [name for name, _ in envelope.axes]
         if names != [a.name for a in self.axes] or not self.largest().covers(envelope):
             raise errors.SubnetError(f"{envelope.to_json()} is larger than the network")

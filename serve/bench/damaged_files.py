@@ -1,4 +1,4 @@
-"""The damaged files of serve/bench/fuzz.py: makes valid ones, damages one, reads it, and checks the value that was read."""
+"""The files of serve/bench/fuzz.py: makes valid ones, damages one, reads it, and checks the result."""
 
 import json
 import pathlib

@@ -54,8 +54,8 @@ def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
         (needs the library safetensors), and .pth, .pt or .bin (needs torch, which is called with `weights_only=True`).
 
     Raises:
-      ConversionError: the file is missing, damaged or of another format. Or it holds no weights, or Python objects, which are
-        never unpickled. Or a weight is not a dense array of real numbers. Or a library is missing.
+      ConversionError: the file is missing, damaged or of another format, or its library is missing. Or it holds no weights, or
+        one that is not a dense array of real numbers. Or it holds Python objects. They are never unpickled.
     """
     content, most_bytes = state, math.inf
     if not isinstance(content, Mapping):
@@ -126,7 +126,7 @@ def _array(name: str, value: Any, *, most_bytes: float) -> np.ndarray:
     except errors.ConversionError:
         raise
     except Exception as e:  # torch raises its own errors for sparse, quantised, nested and meta tensors
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        reason = f"{type(e).__name__}: {errors.one_line(e)[:300]}"
     about = " ".join(str(v) for v in (type(value).__name__, dtype) if v)
     raise errors.ConversionError(
         f"'{name}' must be a dense array of real numbers, got {about} ({reason}); convert it where it was written, and give "

@@ -5,7 +5,7 @@ still trace and lower each program, which takes 0.1 to 0.3 s each. This cache lo
 the families of this library, it traces nothing.
 
 **Safety.** Loading an entry unpickles it and runs the machine code in it. So the cache reads only files that belong to this
-user and that nobody else can write to, in a directory of which the same is true. It follows no links, and never reads an
+user and that nobody else can write to. The same must hold for their directory. It follows no links, and never reads an
 export. A stale or damaged entry is compiled again. Deleting the directory is always safe.
 
 **Size.** The entries take at most `limit_bytes` together. The least recently used ones are deleted first.
@@ -202,7 +202,9 @@ def _read_own(path: pathlib.Path) -> bytes:
         info = os.fstat(file.fileno())
         if info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
             raise ValueError("another user owns it or can write to it")
-        with contextlib.suppress(OSError):  # a read-only file system; then nothing can be deleted there either
+        with contextlib.suppress(
+            OSError
+        ):  # a read-only file system, where no entry is deleted, so the time of use does not matter
             os.utime(file.fileno())
         return file.read()
 

@@ -117,8 +117,8 @@ def export(
         raise errors.ExportError(f"another process exports to {path} now; wait for it, or choose another path") from e
     except OSError as e:
         raise errors.ExportError(
-            f"cannot export to {path}: {e}; an export that was there before is still intact; free space there, or choose "
-            f"another directory"
+            f"cannot export to {path}: {e}. An export that was there before is still intact. Free space there, or choose "
+            "another directory"
         ) from e
     return path
 
@@ -138,7 +138,7 @@ def _write_payload(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((part / "weights").absolute(), model.params)
         except Exception as e:  # Orbax passes on whatever its storage layer raises
-            problem = " ".join(str(e).split())[:300]
+            problem = errors.one_line(e)[:300]
             raise errors.ExportError(f"the weights could not be written to {path}: {problem}; make room on the disk") from e
         statistics.write(part / "statistics.npz", calibrated)
         if vocabulary is not None:
@@ -339,7 +339,7 @@ def _check_ours(path: pathlib.Path) -> None:
 
 
 def _is_payload(folder: pathlib.Path) -> bool:
-    """Whether `export` made this folder: its name and the names of all files in it are those of a payload."""
+    """Whether `export` made this folder: it has the name of a payload, and so have all files in it."""
     known = {"weights", "statistics.npz", _VOCABULARY}
     return (
         _PAYLOAD.fullmatch(folder.name) is not None

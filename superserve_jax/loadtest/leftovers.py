@@ -23,7 +23,7 @@ class ProcessState:
 
     Args:
       threads: the live threads that Python code started.
-      native_threads: how many threads the system counts, also those of other libraries.
+      native_threads: how many threads the system counts. Some belong to other libraries.
       descriptors: what each file descriptor is open for.
       settings: settings of the interpreter, by name.
     """

@@ -80,8 +80,8 @@ class Recorder:
           target: the server.
           count: number of queries.
           slo_ms, min_accuracy: see `Server.submit`.
-          ordered: False for calls that the server may defer, such as those of signal handlers, and for a second server. Such a
-            query may be passed over.
+          ordered: False if the queries may be passed over: the server may defer the call, as in a signal handler, or this is a
+            second server.
           through: makes the argument of `submit_many` from the inputs. It may raise, or return a generator that does.
         """
         keys = tuple(itertools.islice(self._keys, count))

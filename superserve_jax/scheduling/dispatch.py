@@ -83,7 +83,7 @@ def next_batch(turn: Turn, now_s: float) -> tuple[Row, list[Any], str]:
       Exception: whatever the policy raises. In all these cases no item has been taken.
     """
     queue = turn.queue
-    left_s = -math.inf  # queries that are due before are left to faster workers
+    left_s = -math.inf  # queries due before this time are left to faster workers
     while True:
         aside = queue.set_aside(left_s) if left_s > -math.inf else None
         try:
@@ -93,7 +93,7 @@ def next_batch(turn: Turn, now_s: float) -> tuple[Row, list[Any], str]:
         finally:
             if aside is not None:
                 queue.put_back(aside)
-        row, size, lost_ms, reason = turn.decide(turn.policy, profile, state)  # the queue is complete meanwhile
+        row, size, lost_ms, reason = turn.decide(turn.policy, profile, state)  # during it, the queue is complete
         if not len(queue):
             return row, [], reason
         aside = queue.set_aside(left_s) if left_s > -math.inf else None

@@ -12,7 +12,7 @@ from superserve_jax.serving.swaps import Successor
 from superserve_jax.serving.threads import Outbox
 from superserve_jax.serving.worker import Gone, Worker
 
-_MAX_GONE = 16  # when a worker joins, so many workers that have gone stay in `health`
+_MAX_GONE = 16  # how many gone workers stay in `health` when a worker joins
 
 
 class Members:
@@ -26,8 +26,8 @@ class Members:
       correct: whether to follow slowdowns of workers (see `Fleet`).
 
     Attributes:
-      workers: the present workers, and about 16 that have gone. Each join forgets the others, removed workers first, then the
-        oldest. It also forgets a worker that has gone and had the same name.
+      workers: the present workers, and about 16 that have gone. Each join forgets the others: first removed workers, then the
+        oldest.
       joined, alive, abandoned: how many workers have joined so far, are alive, and were abandoned.
       failures: how many batches have failed.
       fleet: the workers' speeds.
@@ -54,7 +54,7 @@ class Members:
         )
 
     def join(self, worker: Worker) -> None:
-        """Adds a worker. It replaces a worker of the same name that has gone, and perhaps one that went long ago."""
+        """Adds a worker. Forgets gone workers: one of the same name, and those beyond `_MAX_GONE`."""
         self.fleet.join(worker.index, worker.profile)
         others = [other for other in self.workers if other.name != worker.name]
         gone = [other for other in others if not other.present]

@@ -37,8 +37,8 @@ class ServerOptions(TypedDict, total=False):
       max_tries: how many batches with a query must fail before the query gets the error. In the last one it is alone (see
         `retries` for the details). Default 3.
       max_failures: a worker leaves after so many failed batches in a row, if it also fails on blank inputs. Default 5.
-      stall_s: a worker is stuck, and is abandoned, when its batch takes longer than this and longer than 20 times the
-        profiled 99th percentile, or when a policy object takes longer than this for a decision. Default 5.
+      stall_s: a worker is abandoned if a policy object takes longer than this for a decision. The limit for a batch is the
+        same, but at least 20 times its profiled 99th percentile. Default 5.
       overlap: whether a worker prepares its next batch while the device computes the last one (see
         `engines.base.Overlapping`). Default None: on every device except a CPU, where host and device share the cores. A
         worker that runs out of memory with two batches runs one at a time from then on.

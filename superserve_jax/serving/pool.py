@@ -30,7 +30,7 @@ from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker
 
-_LAST_S = 0.1  # after the time limit of `close`: the longest wait for callbacks, and again for threads that are about to end
+_LAST_S = 0.1  # so much longer than its time limit `close` waits for callbacks, and again for threads that are about to end
 _EXIT_S = 1.0  # at the interpreter's exit: the longest wait for running batches
 
 
@@ -161,7 +161,7 @@ class Pool:
             self.locked_offer()
             self.locked_notify_all()
             if self.is_own_thread():
-                return  # in a done-callback: the worker may wait for this thread, which runs it, removes it or abandons it
+                return  # in a done-callback: the worker may be this thread, or wait for it
             self.changed.wait_for(lambda: not worker.present)
         if worker.gone != "abandoned":
             worker.thread.join()

@@ -26,7 +26,7 @@ from superserve_jax import errors
 SWITCH_INTERVAL_S = 1e-4
 GC_THRESHOLDS = 20_000, 20, 100  # see `gc.set_threshold`
 IDLE_S = 60.0  # frozen objects are collected when no server has been used for so long
-COLLECTING_SHARE = 1e-3  # the largest share of time for that, so that hardly any query comes during a collection
+COLLECTING_SHARE = 1e-3  # collections take at most this share of the time, so hardly any query comes during one
 
 process_id = os.getpid()
 """The id of this process, also in a fork. A variable, since `os.getpid` is a system call."""

@@ -13,8 +13,8 @@ Threads
 - **One watchdog** (`Watchdog`): abandons workers that are stuck in an engine or a policy object, since Python cannot end a
   thread. It also runs the deferred calls (rule 2).
 - **A thread that closes the server or removes a worker**: waits until the workers have left, and joins their threads.
-- **A thread that swaps**: makes the new engines while the workers run, gives each worker a `Successor` under the lock, and
-  waits until all workers use theirs.
+- **A thread that swaps**: makes the new engines while the workers run. Then it gives each worker a `Successor` under the lock,
+  and waits until all workers use theirs.
 
 Locks
 - **The pool's lock** guards the queue and the workers' state. It is held for one submit or one decision of the policy (10 us).
@@ -315,9 +315,9 @@ class Server:
             vocabulary. Classes may differ.
 
         Raises:
-          ExportError: the export is missing or damaged. ConfigError: its inputs differ; the policy fails with it; this server
-          was opened with engines; a worker was added as an engine; or the caller is a done-callback. NotCalibratedError,
-          ProfileError, ServerClosedError, WorkersLostError.
+          ExportError: the export is missing or damaged. ConfigError: its inputs differ, or the policy fails with it. Or this
+          server was opened with engines, or a worker was added as one. Or the caller is a done-callback.
+          NotCalibratedError, ProfileError, ServerClosedError, WorkersLostError.
         """
         if self._interrupts():
             return self.pool.defer(functools.partial(self.swap, path_or_model))
@@ -355,15 +355,18 @@ class Server:
     def health(self) -> dict[str, Any]:
         """The state of the server now, as plain values.
 
-        - `workers`: length of `per_worker`. `joined`, `abandoned`: how many have joined and were abandoned so far. `alive`.
+        - `alive`: how many workers are alive. `joined`, `abandoned`: how many have joined and were abandoned so far.
         - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
-        - `per_worker`: a dict for each present worker, and for about 16 that have gone, those that failed rather than removed
-          ones. `name`. `state`: "idle", "deciding" (in a policy object), "running" or "answering" (in done-callbacks); "left"
-          (it failed too often, or the server was closed), "abandoned" (it was stuck) or "removed". `batches`: how many it
-          answered; `failures`: how many failed on it. `max_batch`: its largest batch size, smaller than the profile's after it
-          ran out of memory. `out_of_service`: subnets with outputs that are not finite (see `blame`). `slowdown`: how many
-          times slower than its profile (see `scheduling.speeds`). `last_error`. `running_s`: how long its batch has run.
+        - `workers`: length of `per_worker`, which has a dict for each present worker and about 16 that have gone. Removed ones
+          are forgotten first. Each dict has:
+        - `name`, `last_error`, and `state`. A present worker is "idle", "deciding" (in a policy object), "running" or
+          "answering" (in done-callbacks). One that has gone is "left" (it failed too often, or the server was closed),
+          "abandoned" (it was stuck) or "removed".
+        - `batches`: how many it answered; `failures`: how many failed on it; `running_s`: how long its batch has run.
+        - `max_batch`: its largest batch size, smaller than the profile's after it ran out of memory. `slowdown`: how many
+          times slower than its profile it is (see `scheduling.speeds`).
+        - `out_of_service`: subnets whose outputs are not finite (see `blame`).
         """
         return self.pool.health()
 
@@ -384,8 +387,8 @@ class Server:
         - `batch_sizes`, `reasons`: numbers of batches by number of queries, and by the policy's reason (see
           `policies.REASONS`).
         - `latency_s`: from submit to the answer. `wait_s`: from submit until the batch started. `slack_s`: time left to the
-          deadline of a batch's first query when the batch started, 0 if it was late. Each is a histogram: `edges`, the upper
-          edges of its buckets; `counts`, with one more entry for longer times; and `sum`.
+          deadline of a batch's first query when the batch started, 0 if it was late. Each is a histogram. It has `edges` (the
+          upper edges of its buckets), `counts` (with one more entry for longer times) and `sum`.
         - `workers`: `health()["per_worker"]`.
         """
         return self.pool.snapshot()

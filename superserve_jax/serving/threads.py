@@ -161,7 +161,7 @@ class IdleWorkers:
 class Watchdog:
     """Sleeps until its bell rings, at most `stall_s` / 4. Then it makes deferred calls and abandons stuck workers.
 
-    While no server of the process is used, it also has frozen garbage collected (see `runtime`).
+    It also collects frozen garbage while no server of the process is used (see `runtime`).
 
     Args:
       pool: the pool. The watchdog ends when the pool is closed, its last worker has left, and no call is left to be made.
@@ -187,7 +187,7 @@ class Watchdog:
         self.ring()
 
     def defer_to_a_thread(self, work: Callable[[], object]) -> None:
-        """Like `defer`, for work that may take long: it runs in a thread of its own, as soon as one can be started."""
+        """Like `defer`, but the work runs in a thread of its own, as soon as one can be started. It may take long."""
 
         def begin() -> None:
             try:

@@ -167,7 +167,7 @@ class Worker:
         """Takes a batch that the device can begin with at `begin_s`. None if no query waits any more, or the policy failed."""
         pool, backlog, flight = self._pool, self._pool.backlog, None
         if pool.policy_call.thread is not None:
-            return None  # something else than work woke the worker
+            return None  # the worker woke up for another reason than work
         retry = pool.locked_find_retry(self)
         backlog.prune(now_s)
         # Nothing arrives in a group of retries, so its meter is empty.
@@ -249,7 +249,7 @@ class Worker:
         foreign.forget_frames(failure.error)
         flight.launched = None
         too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)
-        verdict = self.blame.verdict(self, flight, failure) if failure.not_finite else None  # else it comes after the retry
+        verdict = self.blame.verdict(self, flight, failure) if failure.not_finite else None  # else after the retry
         smaller = None
         if too_large and not flight.shared:
             profile = self.profile.at([b for b in self._sizes if b <= size // 2] or self._sizes[:1])
@@ -360,7 +360,7 @@ class Worker:
         self._watched_s += seconds
 
     def locked_is_stuck(self, now_s: float, excused_s: float) -> bool:
-        """Whether the first flight or a user's policy takes too long. The process stood still for `excused_s`, not counted."""
+        """Whether the first flight or the policy takes too long. `excused_s` does not count: the process stood still."""
         if (call := self._pool.policy_call).thread is self.thread:
             return call.is_overdue(now_s)
         if not self.flights or self._landed or self._in_callbacks:  # the thread is in done-callbacks, not in the engine

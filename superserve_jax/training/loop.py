@@ -46,9 +46,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
 
     Raises:
       KeyboardInterrupt: on Ctrl-C, after a checkpoint was saved. Call again to go on.
-      ConfigError: the folder holds a run of another config. DataError: the dataset is missing or has changed since the run
-        began, or the last checkpoint could not be written, for example because the disk is full.
-        WriteError: another file of the run cannot be written.
+      ConfigError: the folder holds a run of another config.
+      DataError: the dataset is missing, or has changed since the run began. Or the last checkpoint could not be written, for
+        example because the disk is full.
+      WriteError: another file of the run cannot be written.
     """
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"expected a TrainConfig, such as `load_config` returns, got {config!r}")

@@ -145,7 +145,7 @@ class Run:
         return dataset
 
     def check_inputs(self, found: Mapping[str, Any]) -> None:
-        """Raises DataError if fingerprints differ from those that the run began with. A run without any passes.
+        """Raises DataError if fingerprints are not the same as when the run began. A run without any passes.
 
         Args:
           found: the fingerprints of "data" and, if an outside teacher is used, of "teacher".
@@ -168,8 +168,7 @@ class Run:
         if not (self.workdir / _INPUTS).exists():
             if step:
                 _log.warning(
-                    "%s has no %s, as after an older version: whether its data is still the same is not known; from now on a "
-                    "change is noticed",
+                    "%s has no %s, as after an older version. Its data may have changed; from now on a change is noticed",
                     *(self.workdir, _INPUTS),
                 )
             self.write(_INPUTS, dict(found))

@@ -8,9 +8,9 @@ import types
 
 
 def execute(path: pathlib.Path) -> types.ModuleType:
-    """Executes a Python file as a module that `sys.modules` has afterwards.
+    """Executes a Python file as a module, and keeps the module in `sys.modules`.
 
-    Dataclasses find the types of postponed annotations there. Python's own loader would write bytecode beside the file.
+    There, dataclasses find the types of postponed annotations. Python's own loader would write bytecode beside the file.
     """
     code = compile(path.read_bytes(), str(path), "exec")
     module = types.ModuleType(re.sub(r"\W", "_", str(path.absolute())))

@@ -1,4 +1,4 @@
-"""A limit on the size of files, which makes writes fail as on a full disk: also those of native code."""
+"""A limit on the size of files. It makes writes fail as on a full disk, also in native code."""
 
 import contextlib
 import resource

@@ -1,4 +1,4 @@
-"""Things that are not files, to put in place of one: a pipe, a socket, a device, a folder, a broken link."""
+"""Puts something else in place of a file: a pipe, a socket, a device, a folder, a broken link."""
 
 import os
 import pathlib

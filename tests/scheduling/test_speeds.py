@@ -201,7 +201,7 @@ def test_an_impossible_slowdown_is_refused(slow):
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("happens", ["emptied", "others_taken", "earlier", "later"])
 def test_the_queue_may_change_while_a_slow_worker_decides(call, happens):
-    """The first call decides about all queries, the second only about those that the fast worker cannot save."""
+    """The first call decides about all queries. The second leaves out the ones that the fast worker can save."""
     fast, slow = PAPER, PAPER.scaled(10.0)
     urgent_s = 1e-3 * fast.rows[0].latency_ms[-1] * 2
     waiting, gone, calls = DeadlineQueue(), [], []

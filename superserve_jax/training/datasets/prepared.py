@@ -237,7 +237,7 @@ def _first_line(error: Exception) -> str:
 def _cleaned(target: pathlib.Path) -> Iterator[None]:
     """Locks the folder above `target`, and removes the unfinished copies of `target` in it.
 
-    Without the lock, another process is writing such a copy now, and nothing is removed.
+    If another process holds the lock, it is writing such a copy now. Then nothing is removed.
     """
     folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
