@@ -355,18 +355,15 @@ class Server:
     def health(self) -> dict[str, Any]:
         """The state of the server now, as plain values.
 
-        - `alive`: how many workers are alive. `joined`, `abandoned`: how many have joined and were abandoned so far.
+        - `alive`: number of live workers. `joined`, `abandoned`: how many have joined and were abandoned so far.
         - `failures`: number of failed batches; `last_error`: the text of the last error, or None.
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
-        - `workers`: length of `per_worker`, which has a dict for each present worker and about 16 that have gone. Removed ones
-          are forgotten first. Each dict has:
-        - `name`, `last_error`, and `state`. A present worker is "idle", "deciding" (in a policy object), "running" or
-          "answering" (in done-callbacks). One that has gone is "left" (it failed too often, or the server was closed),
-          "abandoned" (it was stuck) or "removed".
-        - `batches`: how many it answered; `failures`: how many failed on it; `running_s`: how long its batch has run.
-        - `max_batch`: its largest batch size, smaller than the profile's after it ran out of memory. `slowdown`: how many
-          times slower than its profile it is (see `scheduling.speeds`).
-        - `out_of_service`: subnets whose outputs are not finite (see `blame`).
+        - `per_worker`: a dict for each present worker and about 16 that have gone; `workers`: its length. A present worker's
+          `state` is "idle", "deciding" (in a policy object), "running" or "answering" (in done-callbacks). Then it is "left"
+          (it failed too often, or the server was closed), "abandoned" (it was stuck) or "removed". `name`, `last_error`.
+          `batches`: how many it answered; `failures`: how many failed on it; `running_s`: how long its batch has run.
+          `max_batch`: its largest batch size, smaller after it ran out of memory. `slowdown`: how many times slower than its
+          profile it is (see `scheduling.speeds`). `out_of_service`: subnets whose outputs are not finite (see `blame`).
         """
         return self.pool.health()
 
