@@ -129,7 +129,8 @@ def main() -> None:
         result = run_storm(plan, on_progress=every_10_s())
     show(result)
     figures = {"storm": {**dataclasses.asdict(dataclasses.replace(plan, export=None))}, **dataclasses.asdict(result)}
-    end([*of_queries(result), *of_process(result), *of_memory(result, options.growth)], figures, options.json)
+    memory = of_memory(result, options.growth) if options.queries is None else []  # as fast as possible, many notes wait
+    end([*of_queries(result), *of_process(result), *memory], figures, options.json)
 
 
 def every_10_s() -> Any:

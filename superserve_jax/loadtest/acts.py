@@ -176,9 +176,10 @@ class Scene:
             if act is ask and took_s > self.stall_s + _LATE_S:
                 self.note(f"health and snapshot took {took_s:.1f} s")
 
-    def any_act(self, rng: random.Random) -> None:
-        """Does a random act."""
-        self.act(rng.choices([*ANYWHERE], [*ANYWHERE.values()])[0], rng)
+    def any_act(self, rng: random.Random, *, in_finalizer: bool = False) -> None:
+        """Does a random act. A finalizer may interrupt a thread for which `add_worker` or `remove_worker` would wait."""
+        act = rng.choices([*ANYWHERE], [*ANYWHERE.values()])[0]
+        self.act(ask if in_finalizer and act in (add_worker, remove_worker) else act, rng)
 
     def note(self, text: str) -> None:
         """Notes a broken guarantee."""
@@ -199,7 +200,7 @@ class Garbage:
         self._scene.acts["finalizers"] += 1
         if self._rng.random() < 0.1:
             raise Deliberate
-        self._scene.any_act(self._rng)
+        self._scene.any_act(self._rng, in_finalizer=True)
 
 
 # -- acts ---------------------------------------------------------------------------------------------------------------------
