@@ -40,6 +40,7 @@ class PolicyCall:
     def __init__(self, pool: "Pool"):
         self._pool, self._trusted = pool, isinstance(pool.options.policy, str)
         self.thread: threading.Thread | None = None
+        self._next: threading.Thread | None = None  # it gets the policy after this call, before any worker
         self._since_s = 0.0
 
     def is_here(self) -> bool:
@@ -64,7 +65,7 @@ class PolicyCall:
 
         Raises OutdatedError, even if the policy raises, if the worker was abandoned, removed or swapped meanwhile.
         """
-        self._locked_begin()
+        self._locked_begin(threading.current_thread())
         self._pool.lock.release()
         try:
             return dispatch.decide(*question)
@@ -77,14 +78,21 @@ class PolicyCall:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Waits until no thread is in the policy, and lets this thread call it."""
-        with self._pool.lock:
-            self._pool.changed.wait_for(lambda: self.thread is None)
-            self._locked_begin()
+        """Waits until no thread is in the policy, and lets this thread call it. Only one thread at a time uses this.
+
+        The call under way hands over to this thread. Otherwise, if the policy is slow, a worker would always be faster.
+        """
         try:
+            with self._pool.lock:
+                if self.thread is None:
+                    self._locked_begin(threading.current_thread())
+                else:
+                    self._next = threading.current_thread()
+                    self._pool.changed.wait_for(lambda: self._next is None)
             yield
         finally:
             with self._pool.lock:
+                self._next = None
                 self._locked_end()
 
     def failed(self, failed: tuple[BaseException, list[Query]]) -> None:
@@ -105,16 +113,22 @@ class PolicyCall:
 
     def locked_forget(self) -> None:
         """Gives up the call, which is overdue. Other threads may call the policy now."""
-        self.thread = None
+        self._locked_pass_on()
         self._pool.locked_notify_all()
 
-    def _locked_begin(self) -> None:
-        self.thread, self._since_s = threading.current_thread(), self._pool.clock()
+    def _locked_begin(self, thread: threading.Thread) -> None:
+        self.thread, self._since_s = thread, self._pool.clock()
+
+    def _locked_pass_on(self) -> None:
+        self.thread = None
+        if self._next is not None:
+            self._locked_begin(self._next)
+            self._next = None
 
     def _locked_end(self) -> None:
         if not self.is_here():
             return  # forgotten
-        self.thread = None
+        self._locked_pass_on()
         if self._pool.closing or self._pool.backlog.retries.groups:  # workers may leave, or one of them may run a retry
             self._pool.idle.wake_all()
         self._pool.locked_wake_one()

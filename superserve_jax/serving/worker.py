@@ -173,6 +173,8 @@ class Worker:
         # Nothing arrives in a group of retries, so its meter is empty.
         waiting, meter = (backlog.queue, backlog.meter) if retry is None else (retry.waiting, ArrivalMeter())
         if len(waiting):
+            if not self.flights:
+                self._watched_s = now_s  # `locked_excuse` adds the time that the policy takes
             try:
                 pace = pool.members.fleet.pace(self.index)
                 decide = pool.policy_call.locked_asker(self)
@@ -188,8 +190,6 @@ class Worker:
                 self._last_subnet = row.subnet
                 if batch := refill(waiting, self.profile, row, batch, pool.outbox):
                     flight = Flight(row, batch, self._places[len(batch)], retry, reason, now_s)
-                    if not self.flights:
-                        self._watched_s = now_s
                     self.flights.append(flight)
         pool.locked_wake_one()
         return flight

@@ -16,6 +16,7 @@ from fakes import (
     outcomes,
     serve,
     several,
+    threads,
     tokens,
     wait_until,
     worker,
@@ -196,6 +197,38 @@ def test_a_swap_whose_policy_hangs_blocks_nobody_else(hanging):
         policy.release.set()
         swapper.join(WAIT_S)
         assert not swapper.is_alive()
+
+
+def test_a_swap_gets_its_turn_although_workers_ask_a_slow_policy_all_the_time(hanging):
+    policy = hanging(then=lambda profile, state: time.sleep(2e-3) or Decision(SUBNETS[0], 1))
+    with within(20), serve(*several(3), policy=policy) as s:
+        futures = s.submit_many(x(range(1000)))
+        wait_until(lambda: policy.count > 20)
+        members = s.pool.swaps.swappable()
+        s.pool.swaps.swap(members, several(3), [PROFILE] * 3)
+        assert sum(f.done() for f in futures) < 500
+        assert outcomes(futures) == list(range(1000))
+
+
+def test_the_time_in_the_policy_does_not_count_against_the_engine():
+    now_s = [0.0]
+    looked = []
+
+    def clock():
+        if not looked and now_s[0] and not s.pool.is_held_here():  # the worker is about to call the engine
+            looked.append(True)
+            with threads(s.pool.abandon_stuck):
+                pass
+        return now_s[0]
+
+    def policy(profile, state):
+        now_s[0] = 0.11 + STALL_S  # the watchdog does not notice, since it looks at the server now and then
+        return Decision(SUBNETS[0], 4)
+
+    with within(20), serve(policy=policy, stall_s=STALL_S, clock=clock) as s:
+        assert outcomes([s.submit(x(1))]) == [1]
+        assert looked
+        assert worker(s)["state"] == "idle"
 
 
 def test_one_worker_at_a_time_calls_the_policy(hanging):
