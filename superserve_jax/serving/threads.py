@@ -109,16 +109,19 @@ class Outbox:
             self._thread.is_emptying = False
 
     def _empty_once(self) -> None:
-        # Taken under the lock, so that no thread which holds the lock still has a reference to an entry.
-        with self._lock:
-            entries, self.entries = self.entries, collections.deque()
+        # An entry leaves the deque only after its call. If Ctrl-C or a signal handler raises in between, the next `empty`, in
+        # any thread, makes the call again.
+        entries: collections.deque[Any] = collections.deque()
         try:
+            with self._lock:  # so no thread that holds the lock still has a reference to an entry
+                entries, self.entries = self.entries, entries
             while entries:
-                call, argument = entries.popleft()
+                call, argument = entries[0]
                 if call is not None:
                     call(argument)
+                entries.popleft()
         finally:
-            if entries:  # a KeyboardInterrupt came; the next `empty`, in any thread, makes the other calls
+            if entries:
                 with self._lock:
                     self.entries.extendleft(reversed(entries))
 

@@ -22,6 +22,7 @@ from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, fake, held, outcomes, serve
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.scheduling.policies import Decision
+from superserve_jax.serving.futures import Query
 from superserve_jax.serving.threads import Outbox
 
 # -- no foreign code under a lock ---------------------------------------------------------------------------------------------
@@ -316,6 +317,23 @@ def test_ctrl_c_at_any_bytecode_of_close_loses_no_query(drain):
             assert all(f.done() for f in (first, *futures))
         at += 1 + at // 40
     assert at > 50
+
+
+def test_ctrl_c_in_a_log_handler_loses_no_query_that_is_about_to_fail():
+    class Handler(logging.Handler):
+        def emit(self, record):
+            logger.removeHandler(self)
+            raise KeyboardInterrupt
+
+    logger, query = logging.getLogger("superserve_jax"), Query(None, 0.0, 1.0, 0.0)
+    with within(20), serve() as s:
+        with s.pool.lock:
+            s.pool.outbox.call(s.pool.policy_call.failed, (ValueError("bad"), [query]))
+            logger.addHandler(Handler())
+        with pytest.raises(KeyboardInterrupt):
+            s.pool.outbox.empty()
+        assert outcomes([s.submit(x(1))]) == [1]
+        assert "bad" in str(query.exception(WAIT_S))
 
 
 def test_finalizers_may_submit_at_any_moment_of_a_worker():
