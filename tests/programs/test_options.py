@@ -56,6 +56,6 @@ def test_results_that_cannot_be_written_end_a_program_with_one_line(run_program,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in PROGRAMS if "__main__" in path.read_text()])
+@pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in PROGRAMS if "\nif __name__ ==" in path.read_text()])
 def test_every_program_explains_itself(run_program, name):
     assert len(run_program(name, "--help").stdout) > 200

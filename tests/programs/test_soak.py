@@ -16,12 +16,14 @@ from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.loadtest import endurance
 from superserve_jax.loadtest.endurance import Second
 
-PROGRAM = str(pathlib.Path(__file__).parents[2] / "serve" / "bench" / "soak.py")
+BENCH = pathlib.Path(__file__).parents[2] / "serve" / "bench"
 
 
 @pytest.fixture(scope="module")
 def soak():
-    return runpy.run_path(PROGRAM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        return runpy.run_path(str(BENCH / "soak.py"))
 
 
 @pytest.fixture
