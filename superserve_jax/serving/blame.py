@@ -11,7 +11,8 @@ A subnet stays out of service on a worker until the next swap. The worker's prof
 given by name is made again for this profile. If a policy object still chooses the subnet, the next less accurate one runs.
 
 A policy that is fixed to one subnet cannot do without it, and keeps it. If another live worker may still run the subnet, the
-device is at fault. If none may, queries fail at once. Their error names subnet and cause.
+device is at fault. If none may, queries fail at once. Their error names subnet and cause. A subnet that ran instead, because
+of a query's floor, is taken out of service as usual.
 """
 
 import functools
@@ -68,7 +69,7 @@ class Blame:
 
     def verdict(self, worker: "Worker", flight: Flight, failure: Failure) -> Verdict:
         """What follows from a failed batch. The worker calls it without the lock."""
-        subnet = flight.row.subnet
+        subnet, kept = flight.row.subnet, self._fixed and flight.reason != "floor"
         if subnet not in self.out:
             blanks = [np.zeros_like(query.inputs) for query in flight.batch]
             again = worker.run_blanks(flight.row, flight.place, blanks)
@@ -77,8 +78,8 @@ class Blame:
             foreign.log(_log, logging.WARNING, "%s fails on blank inputs, too: %s", worker.name, again.text)
             if not (failure.not_finite and again.not_finite and self._any_other_works(worker, subnet, blanks[:1])):
                 return "strike"
-            self._take_out(worker, Cause(flight.row, failure.text))
-        if not self._fixed:
+            self._take_out(worker, Cause(flight.row, failure.text), kept=kept)
+        if not kept:
             return "give back"
         return "strike" if self._some_worker_may_run(subnet) else "retry"
 
@@ -89,12 +90,12 @@ class Blame:
                 return True
         return False
 
-    def _take_out(self, worker: "Worker", cause: Cause) -> None:
+    def _take_out(self, worker: "Worker", cause: Cause, *, kept: bool) -> None:
         """Takes a subnet out of service, unless the worker has left or changes to another export."""
         pool, out = self._pool, {**self.out, cause.row.subnet: cause}
         changed = None
-        if not self._fixed:
-            profile = worker.profile.only(row.subnet for row in worker.profile.rows if row.subnet not in out)
+        if not kept:  # for a fixed policy, the subnet has a higher accuracy, so the name "fixed:<i>" still fits
+            profile = worker.profile.only(row.subnet for row in worker.profile.rows if row.subnet != cause.row.subnet)
             changed = profile, pool.make_policy(profile)
         with pool.lock:
             if not worker.alive or worker.successor is not None:

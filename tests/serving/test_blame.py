@@ -198,11 +198,26 @@ def test_a_policy_fixed_to_another_subnet_is_not_affected():
         assert out_of_service(s) == []
 
 
-def test_a_floor_that_only_the_bad_subnet_meets_fails_under_a_fixed_policy():
-    with serve(spoilt(), policy="fixed:0") as s:
+@pytest.mark.parametrize("count", [1, 2])
+def test_under_a_fixed_policy_a_subnet_that_runs_because_of_a_floor_goes_as_usual(count):
+    engines = [spoilt(name=f"fake:{i}", bad=SUBNETS[1:2]) for i in range(count)]
+    with serve(*engines, policy="fixed:0", max_tries=1, max_failures=1) as s:
         for _ in range(3):
-            with pytest.raises(errors.InferenceError, match="NaN or infinite"):
+            futures = s.submit_many(x(range(1, 9)), min_accuracy=0.75)
+            assert outcomes(futures) == list(range(1, 9))
+            assert {f.result().subnet for f in futures} == {SUBNETS[2]}
+        assert {f.result().subnet for f in s.submit_many(x([1, 2])) if f.exception(WAIT_S) is None} == {SUBNETS[0]}
+        assert sum(engine.ran.count(SUBNETS[1]) for engine in engines) <= count
+        assert s.health()["alive"] == count
+
+
+def test_a_floor_that_only_the_bad_subnet_meets_is_refused_under_a_fixed_policy():
+    engine = spoilt()
+    with serve(engine, policy="fixed:0") as s:
+        for _ in range(3):
+            with pytest.raises(errors.AccuracyFloorError):
                 s.submit(x(1), min_accuracy=0.8).result(WAIT_S)
+        assert engine.ran == [BAD]
         assert outcomes([s.submit(x(2))]) == [2]
         assert s.health()["alive"] == 1
 
