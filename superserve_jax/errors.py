@@ -141,6 +141,10 @@ def starting_threads() -> Iterator[None]:
         ) from e
 
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, msgspec.ValidationError)
+"""What Python and msgspec raise for a malformed value."""
+
+
 @contextlib.contextmanager
 def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
     """Turns an exception caused by a malformed value into an `error` with a message of one line.
@@ -157,7 +161,7 @@ def refusing(error: type[SuperServeError], about: str) -> Iterator[None]:
         yield
     except SuperServeError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, msgspec.ValidationError) as e:
+    except MALFORMED as e:
         raise error(f"{about} ({type(e).__name__}: {one_line(e)[:300]})") from e
 
 

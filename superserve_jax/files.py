@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -36,7 +37,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_bytes(path: str | os.PathLike[str], *, most: int) -> bytes:
+def read_bytes(path: str | os.PathLike[str], *, most: float = math.inf) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises OSError for anything else, and never waits for a pipe."""
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:

@@ -84,8 +84,7 @@ class Vocabulary:
         Raises DataError if the file is not a vocabulary.
         """
         try:
-            with files.open_regular(pathlib.Path(path).expanduser()) as file:
-                text = file.read().decode().replace("\r\n", "\n")
+            text = files.read_bytes(pathlib.Path(path).expanduser()).decode().replace("\r\n", "\n")
             # Not splitlines(): it also splits at some characters that are tokens of BERT.
             return Vocabulary(tuple(text.removesuffix("\n").split("\n")), **settings)
         except (OSError, TypeError, ValueError) as e:

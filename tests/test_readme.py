@@ -20,11 +20,18 @@ def test_the_readme_shows_python_and_commands():
     assert any(line.startswith("make test") for line in COMMANDS)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for executables, so that only the first snippet with a server compiles."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, monkeypatch, capsys):
+def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, cache, monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     write_export(tmp_path / "runs" / "demo" / "export", tiny, accuracy=0.7, class_names=("a", "b", "c"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SUPERSERVE_CACHE", str(cache))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     exec(compile(code.replace("16, 32, 32, 1", "16, 9, 9, 1"), "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()

@@ -74,7 +74,7 @@ class Checkpoints:
             return next(
                 (f"file {name}" for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None
             )
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        except (OSError, *errors.MALFORMED) as e:
             return f"its checksums cannot be read: {e}"
 
     def save(self, step: int, **items: Any) -> None:

@@ -16,7 +16,7 @@ from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from superserve_jax import files
+from superserve_jax import errors, files
 
 # The module makes its classes when it is imported, so type checkers do not see them.
 Event: Any = getattr(event_pb2, "Event")  # noqa: B009
@@ -112,8 +112,7 @@ def read(workdir: pathlib.Path, kind: str = "train") -> list[dict[str, float]]:
 def _parse(path: pathlib.Path) -> tuple[list[dict[str, float]], str]:
     """The lines of a file that are metrics, and what is wrong with the file, "" if nothing is."""
     try:
-        with files.open_regular(path) as file:
-            *whole, last = file.read().split(b"\n")
+        *whole, last = files.read_bytes(path).split(b"\n")
     except FileNotFoundError:
         return [], ""
     except OSError as e:
@@ -123,6 +122,6 @@ def _parse(path: pathlib.Path) -> tuple[list[dict[str, float]], str]:
         try:
             values = msgspec.convert(json.loads(line), dict[str, float])
             lines.append({**values, "step": int(values["step"])})
-        except (LookupError, ArithmeticError, ValueError, RecursionError, msgspec.ValidationError) as e:
+        except errors.MALFORMED as e:
             damaged = damaged or f"line {i + 1}: {type(e).__name__}: {e}"
     return lines, damaged

@@ -274,5 +274,5 @@ def _read(path: pathlib.Path, remedy: str, parse: Callable[[Any], T]) -> T:
     """What `parse` makes of a JSON file. If the file is damaged, raises ConfigError with the remedy."""
     try:
         return parse(json.loads(files.read_bytes(path, most=_MOST_BYTES)))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, *errors.MALFORMED) as e:
         raise errors.ConfigError(f"{path} is damaged or cannot be read: {type(e).__name__}: {e}; {remedy}") from e

@@ -251,7 +251,7 @@ class SearchLog:
     ):
         try:
             found, latencies, known = _parse(path)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError, msgspec.ValidationError) as e:
+        except (OSError, *errors.MALFORMED) as e:
             raise errors.ConfigError(f"{path} is damaged ({type(e).__name__}: {e}); remove it to search anew") from e
         if found != settings:
             if found:
@@ -274,8 +274,7 @@ class SearchLog:
 def _parse(path: pathlib.Path) -> tuple[dict[str, Any], dict[Subnet, float], list[Candidate]]:
     """Settings, latencies and candidates in search.jsonl. A last line that a kill left incomplete is skipped."""
     try:
-        with files.open_regular(path) as file:
-            *whole, _ = file.read().split(b"\n")
+        *whole, _ = files.read_bytes(path).split(b"\n")
     except FileNotFoundError:
         whole = []
     if not whole:

@@ -119,18 +119,22 @@ def test_all_workers_help_to_drain_although_one_decides_slowly(hanging):
         assert outcomes(futures) == list(range(30))
 
 
-def test_a_worker_that_is_removed_while_its_policy_decides_takes_no_batch(hanging):
-    policy = hanging(1)
-    with within(20), serve(*several(2), policy=policy, stall_s=60.0) as s:
-        future = s.submit(x(5))
-        assert policy.entered.wait(WAIT_S)
-        name = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "deciding")
-        remover = threading.Thread(target=s.remove_worker, args=(name,))
-        remover.start()
+def submit_and_remove(s, policy):
+    """Submits a query, and removes the worker that decides about it. Returns the query and the worker's name."""
+    future = s.submit(x(5))
+    assert policy.entered.wait(WAIT_S)
+    name = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "deciding")
+    with threads(lambda: s.remove_worker(name)):
         wait_until(lambda: worker(s, name)["state"] == "removed")
         assert not future.done()
         policy.release.set()
-        remover.join(WAIT_S)
+    return future, name
+
+
+def test_a_worker_that_is_removed_while_its_policy_decides_takes_no_batch(hanging):
+    policy = hanging(1)
+    with within(20), serve(*several(2), policy=policy, stall_s=60.0) as s:
+        future, name = submit_and_remove(s, policy)
         assert outcomes([future]) == [5]
         assert worker(s, name)["batches"] == 0
 
@@ -149,15 +153,8 @@ def test_an_error_that_comes_too_late_is_dropped_without_the_lock(hanging):
 
     policy = hanging(1, then=then)
     with within(20), serve(*several(2), policy=policy, stall_s=60.0) as s:
-        future = s.submit(x(5))
-        assert policy.entered.wait(WAIT_S)
-        name = next(w["name"] for w in s.health()["per_worker"] if w["state"] == "deciding")
-        remover = threading.Thread(target=s.remove_worker, args=(name,))
-        remover.start()
-        wait_until(lambda: worker(s, name)["state"] == "removed")
-        policy.release.set()
+        future, _ = submit_and_remove(s, policy)
         assert outcomes([future]) == [5]
-        remover.join(WAIT_S)
         wait_until(lambda: held)
     assert held == [False]
 

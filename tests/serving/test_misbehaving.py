@@ -3,9 +3,6 @@
 One file because every test asks the same: all queries end, and the next query is answered.
 """
 
-import asyncio
-import concurrent.futures
-import dataclasses
 import gc
 import logging
 import math
@@ -19,40 +16,9 @@ from fakes import SUBNETS, WAIT_S, fake, held, serve, wait_until, x
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.loadtest.acts import ERRORS, BadReprBase, Frozen
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving import runtime, telemetry
-
-
-class BadRepr(Exception):
-    def __repr__(self):
-        raise RuntimeError("no repr")
-
-    __str__ = __repr__
-
-
-class BadReprBase(Exception):
-    def __repr__(self):
-        raise SystemExit(3)
-
-    __str__ = __repr__
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen(Exception):
-    """Its `__traceback__` cannot be set, and no note can be added."""
-
-    code: int = 1
-
-
-class LongRepr(Exception):
-    def __repr__(self):
-        return "x" * 10**7
-
-
-ERRORS = [
-    *(BadRepr, BadReprBase, Frozen, LongRepr, concurrent.futures.CancelledError, asyncio.CancelledError),
-    *(SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, MemoryError),
-]
 
 
 class Once:
@@ -232,23 +198,6 @@ def test_a_log_handler_may_ask_the_server_and_raise(error, capsys):
         logger.removeHandler(handler)
     assert len(handler.answers) >= 2
     assert error.__name__ in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("drain", [True, False])
-def test_close_with_a_time_limit_returns_in_time_though_a_callback_blocks(drain):
-    release = threading.Event()
-    with held() as (s, gate, first):
-        waiting = s.submit(x(1))
-        for f in (first, waiting):
-            f.add_done_callback(lambda _: release.wait(WAIT_S))
-        if drain:
-            gate.opened.set()
-        start_s = time.monotonic()
-        s.close(drain=drain, timeout_s=0.3)
-        assert time.monotonic() - start_s < 2
-        assert waiting.done() or drain
-        release.set()
-    wait_until(lambda: waiting.done() and first.done())
 
 
 def test_a_callback_that_blocks_does_not_stop_the_watchdog():

@@ -15,6 +15,7 @@ import pytest
 from fakes import BUCKETED, FASTER, PROFILE, SUBNETS, WAIT_S, Cramped, fail, fake, outcomes, threads, tokens, wait_until, x
 
 from superserve_jax import errors
+from superserve_jax.loadtest.acts import BadReprBase
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision
 from superserve_jax.serving.futures import Query
@@ -22,11 +23,6 @@ from superserve_jax.subnet import Subnet
 
 OTHER = Profile((1, 2, 4), tuple(Row(Subnet((10 + i,)), 0.6 + 0.1 * i, (1.0, 2.0, 3.0)) for i in range(2)))
 OLD, NEW = (2, SUBNETS[2], 0.8), (1, Subnet((11,)), 0.7)  # what the best subnets of both reply
-
-
-class BadRepr(Exception):
-    def __repr__(self):
-        raise SystemExit(3)
 
 
 def best(profile, state):
@@ -104,7 +100,7 @@ def test_a_policy_that_fails_with_the_new_profile_leaves_the_old_engines_serving
         assert s.submit(x(1)).result(WAIT_S).output == (1.0, 1)
 
 
-@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, KeyboardInterrupt, BadRepr])
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, KeyboardInterrupt, BadReprBase])
 def test_whatever_a_policy_raises_when_a_swap_tries_it_the_swap_fails_with_a_documented_error(error):
     caught = []
 

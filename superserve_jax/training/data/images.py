@@ -253,8 +253,7 @@ def _listed(config: FolderConfig, listed: list[tuple[pathlib.Path, int]]) -> Rec
     def read(i: int) -> tuple[bytes, int]:
         path, label = listed[i]
         try:
-            with files.open_regular(path) as file:
-                return file.read(), label
+            return files.read_bytes(path), label
         except OSError as e:
             raise errors.DataError(f"{path} cannot be read: {e.strerror or e}; replace or remove it") from e
 
