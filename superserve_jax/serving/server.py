@@ -24,15 +24,15 @@ Locks
   instructions. No thread takes the pool's lock while it holds one of them.
 
 Rules
-1. The server calls no foreign code while it holds a lock, except `clock`, if that option is given. A policy object is called
-   without the lock (`policy_call.py`). Under the lock the server does not log, take the `repr` of an error, or resolve a
-   future. It also drops no last reference to a query, an input, an engine or an error. All this waits in the `Outbox`, which
-   every thread empties after it has released the lock.
+1. The server calls no foreign code while it holds the pool's lock, except `clock`, if that option is given. A policy object is
+   called without it (`policy_call.py`). Under the lock the server does not log, take the `repr` of an error, resolve a future,
+   or drop the last reference to a query, an input, an engine or an error. All this waits in the `Outbox`, which every thread
+   empties after it has released the lock.
 2. Signal handlers and finalizers may call the server while their own thread holds a lock, and a policy while its worker
-   decides. A public method that finds this does not block or read half-changed state. It defers the work to the watchdog,
-   which waits for the lock. `submit` returns futures, which fail if the queries are refused later. `close` refuses new queries
-   at once. `add_worker`, `remove_worker` and `swap` return at once, too, and their errors are logged. `health` and `snapshot`
-   return the result of their previous call.
+   decides. A public method that finds this does not block or read half-changed state: the watchdog does the work later.
+   `submit` returns futures, which fail if the queries are refused later. `close` refuses new queries at once. `add_worker`,
+   `remove_worker` and `swap` return at once, and their errors are logged. `health` and `snapshot` return their previous
+   result. In another thread, these three methods wait for each other, so a finalizer should not call them.
 3. Only `dispatch` calls the policy, for the worker, and only `Flight` calls the engine. Futures resolve to a reply in
    `futures.answer` and to an error in the `Outbox`. Only these places handle errors of foreign code.
 4. A query is answered exactly once: a future ignores every answer after the first. Until then the query is always in one of
