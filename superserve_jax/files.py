@@ -1,6 +1,7 @@
 """Writes files atomically, locks folders, and computes the SHA-256 of files and JSON objects."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ from superserve_jax import errors
 
 _log = logging.getLogger(__name__)
 _CLEAN_UP_S = 10.0
+_NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP  # what a file system without locks answers, such as Lustre without its option flock
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
@@ -188,6 +190,8 @@ def set_aside(path: pathlib.Path, folder: pathlib.Path) -> None:
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the lock of a file or folder. Raises BlockingIOError at once if another process or thread holds it.
 
+    A file system without locks gives a warning instead, since nothing protects the folder there.
+
     A file is created if it does not exist, and then names the process that held its lock last. The system releases the lock
     when the process ends, also after a kill. The message of the error has the content of the file.
     """
@@ -202,6 +206,10 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         except BlockingIOError:
             holder = "" if is_folder else os.read(descriptor, 1000).decode(errors="replace")
             raise BlockingIOError(f"locked by {holder or 'another process'}") from None
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s cannot be locked (%s); let no other process write to its folder", path, e.strerror)
         if not is_folder:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)

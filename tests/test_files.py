@@ -1,5 +1,6 @@
 """Files that are written as a whole or not at all: full disks, kills, and several writers of one file."""
 
+import errno
 import fcntl
 import os
 import threading
@@ -77,3 +78,16 @@ def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
         thread.join()
     assert not failed
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.locked(tmp_path / "lock"), files.locked(tmp_path):
+        files.write_bytes(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "lock"]
+    assert caplog.text.count("let no other process write to its folder") == 2
