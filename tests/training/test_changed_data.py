@@ -4,6 +4,7 @@ One file because every kind of data goes through the same check.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import pathlib
 import shutil
 import time
 
+import jax.numpy as jnp
 import noise
 import numpy as np
 import PIL.Image
@@ -98,6 +100,13 @@ def test_a_fingerprint_is_of_the_values_and_not_of_the_memory():
         assert data.fingerprint(arrays(train=(other, Y))) == data.fingerprint(arrays())
     repeated = np.broadcast_to(X[:1], X.shape)
     assert fingerprints.of_array(repeated) == fingerprints.of_array(repeated.copy())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, ">i4", bool])
+def test_a_fingerprint_is_of_the_bytes_of_any_dtype(dtype):
+    values = np.arange(24).reshape(4, 3, 2).astype(dtype)
+    for array in (values, values[:, ::-1], values[:0], values[0, 0, 0]):
+        assert fingerprints.sha256([array]) == hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def test_a_fingerprint_copies_no_array_and_is_quick():

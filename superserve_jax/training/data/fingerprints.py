@@ -38,12 +38,17 @@ def sha256(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         if array.flags.c_contiguous:
-            digest.update(array.data if array.size else b"")
+            digest.update(_bytes(array))
         else:
             step = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
             for start in range(0, len(array), step):
-                digest.update(np.ascontiguousarray(array[start : start + step]).data)
+                digest.update(_bytes(np.ascontiguousarray(array[start : start + step])))
     return digest.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, without a copy. Python's buffers do not know bfloat16, so `array.data` would fail."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def of_array(array: np.ndarray) -> dict[str, Any]:
