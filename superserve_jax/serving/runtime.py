@@ -106,7 +106,10 @@ def collect_frozen() -> None:
         return
     try:
         start_s = time.monotonic()
-        gc.unfreeze()
+        with _lock:
+            if not (_users and _unfreeze):
+                return  # the last server was closed meanwhile, so whatever is frozen now is not ours
+            gc.unfreeze()
         gc.collect()  # without `_lock`, as above
         with _lock:
             if _users:
