@@ -149,7 +149,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_export(tiny, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(json, "dump", full)
         with pytest.raises(
-            errors.ExportError, match=r"No space left on device; an export that was there before is still intact"
+            errors.ExportError, match=r"No space left on device\. An export that was there before is still intact"
         ):
             write_export(tmp_path, tiny, measured="new")
     assert exports.load(tmp_path).manifest["measured"] == "old"
