@@ -146,7 +146,7 @@ def test_ctrl_c_while_closing_fails_every_query_and_calls_every_callback():
 
     def interrupt(future):
         called.append(future)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     with held() as (s, gate, _):
         futures = s.submit_many([x(i) for i in range(10)])
