@@ -26,13 +26,13 @@ from tensorboardX.proto import event_pb2
 from superserve_jax import errors
 from superserve_jax.training import loop, metrics_log, rewiring, stages
 from superserve_jax.training.checkpoints import Checkpoints
-from superserve_jax.training.config import Phase
+from superserve_jax.training.config import Phase, config_to_json
 from superserve_jax.training.runs import Run
 
 pytestmark = pytest.mark.usefixtures("on_noise")
 
 
-def start(folder, name, *, devices=1, limit_bytes=None, **spec):
+def start(folder, name, /, *, devices=1, limit_bytes=None, **spec):
     """Starts a training process in folder/name that logs its steps in a file beside that folder."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"log": str(folder / f"{name}.log"), **spec}))
@@ -190,11 +190,10 @@ def test_a_run_without_an_undamaged_checkpoint_has_no_model_and_logs_why(run, ca
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(tmp_path):
-    settings = {"epochs": 1.2, "checkpoint_every": 4, "log_every": 2, "ema": 0.5}
-    run = loop.train(RESNET, tmp_path / "a")
+def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(config, finished, tmp_path):
+    settings = config_to_json(config)
     # Orbax may split arrays into many small files, but it writes this one as a whole.
-    limit_bytes = (run.workdir / "checkpoints" / "12" / "opt_state" / "_METADATA").stat().st_size - 1
+    limit_bytes = (finished.workdir / "checkpoints" / "12" / "opt_state" / "_METADATA").stat().st_size - 1
     process = start(tmp_path, "full", limit_bytes=limit_bytes, **settings)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -203,7 +202,7 @@ def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(tmp_path):
     assert stderr.rstrip().splitlines()[-1].startswith("error: the checkpoint of step 12 could not be written")
     assert stderr.rstrip().endswith("make room on the disk and run the same command to go on from step 0 of 12")
     finish(start(tmp_path, "full", **settings))
-    assert_same_state(Run.open(tmp_path / "full"), run)
+    assert_same_state(Run.open(tmp_path / "full"), finished)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_path, monkeypatch):
