@@ -81,6 +81,8 @@ class PolicyCall:
         """Waits until no thread is in the policy, and lets this thread call it. Only one thread at a time uses this.
 
         The call under way hands over to this thread. Otherwise, if the policy is slow, a worker would always be faster.
+
+        Raises ServerClosedError or WorkersLostError if the server takes no more queries meanwhile.
         """
         try:
             with self._pool.lock:
@@ -88,7 +90,8 @@ class PolicyCall:
                     self._locked_begin(threading.current_thread())
                 else:
                     self._next = threading.current_thread()
-                    self._pool.changed.wait_for(lambda: self._next is None)
+                    self._pool.changed.wait_for(lambda: self._next is None or self._pool.closing)
+                    self._pool.locked_check_serving("cannot be swapped")
             yield
         finally:
             with self._pool.lock:
@@ -121,7 +124,7 @@ class PolicyCall:
 
     def _locked_pass_on(self) -> None:
         self.thread = None
-        if self._next is not None:
+        if self._next is not None and not self._pool.closing:
             self._locked_begin(self._next)
             self._next = None
 

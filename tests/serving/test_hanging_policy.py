@@ -207,6 +207,24 @@ def test_a_swap_gets_its_turn_although_workers_ask_a_slow_policy_all_the_time(ha
         assert outcomes(futures) == list(range(1000))
 
 
+def test_a_swap_that_waits_for_the_policy_ends_when_the_server_is_closed(hanging):
+    def swap():
+        with pytest.raises(errors.ServerClosedError):
+            s.pool.swaps.swap(members, [fake(name="new")], [PROFILE])
+        ended.append(policy.inside)
+
+    policy, ended = hanging(1), []
+    with within(20), serve(policy=policy, stall_s=60.0) as s:
+        future, members = s.submit(x(5)), s.pool.swaps.swappable()
+        assert policy.entered.wait(WAIT_S)
+        with threads(swap):
+            time.sleep(0.05)
+            s.pool.stop(drain=True)
+        assert ended == [1]  # it did not wait for the policy
+        policy.release.set()
+        assert outcomes([future]) == [5]
+
+
 def test_the_time_in_the_policy_does_not_count_against_the_engine():
     now_s = [0.0]
     looked = []
