@@ -22,7 +22,8 @@ from superserve_jax import errors
 
 _log = logging.getLogger(__name__)
 _CLEAN_UP_S = 10.0
-_NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP  # what a file system without locks answers, such as Lustre without its option flock
+# What a file system without locks answers, such as Lustre without its option flock, or NFS without its lock daemon.
+_NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:

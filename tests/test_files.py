@@ -80,7 +80,7 @@ def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, code):
     def flock(*_):
         raise OSError(code, os.strerror(code))
