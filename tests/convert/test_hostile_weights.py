@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import re
 import struct
@@ -12,21 +11,12 @@ import zipfile
 
 import numpy as np
 import pytest
+from bad import Trap
 
 from superserve_jax import convert, errors
 from superserve_jax.convert import state_dict
 
 NOT_READ = "holds Python objects.*They could run code, so they are not read; have the weights saved alone"
-
-
-class Touch:
-    """Its pickle makes a file when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
@@ -45,12 +35,12 @@ def torch():
 
 
 def test_a_pickle_runs_and_the_fixture_sees_it(tmp_path):
-    pickle.loads(pickle.dumps(Touch(tmp_path / "made")))
+    pickle.loads(pickle.dumps(Trap(tmp_path / "made")))
     assert (tmp_path / "made").exists()
 
 
 def test_objects_in_an_npz_are_not_unpickled(ran, tmp_path):
-    np.savez(tmp_path / "evil.npz", weight=np.array([Touch(ran)], dtype=object))
+    np.savez(tmp_path / "evil.npz", weight=np.array([Trap(ran)], dtype=object))
     with pytest.raises(errors.ConversionError, match=rf"evil\.npz.*{NOT_READ}"):
         convert.bert(tmp_path / "evil.npz", num_heads=1)
 
@@ -58,11 +48,11 @@ def test_objects_in_an_npz_are_not_unpickled(ran, tmp_path):
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_a_pickle_or_an_npy_of_objects_by_another_name_is_not_unpickled(ran, tmp_path, suffix):
     path = tmp_path / f"evil{suffix}"
-    path.write_bytes(pickle.dumps({"weight": Touch(ran)}))
+    path.write_bytes(pickle.dumps({"weight": Trap(ran)}))
     with pytest.raises(errors.ConversionError, match=rf"evil\{suffix} is damaged, or is not a"):
         convert.bert(path, num_heads=1)
     with path.open("wb") as file:
-        np.save(file, np.array([Touch(ran)], dtype=object))
+        np.save(file, np.array([Trap(ran)], dtype=object))
     with pytest.raises(errors.ConversionError, match=rf"evil\{suffix} is damaged, or is not a"):
         convert.bert(path, num_heads=1)
 
@@ -70,7 +60,7 @@ def test_a_pickle_or_an_npy_of_objects_by_another_name_is_not_unpickled(ran, tmp
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
 def test_objects_in_a_torch_file_are_not_unpickled(ran, tmp_path, torch, suffix, form):
-    path, state = tmp_path / f"evil{suffix}", {"weight": Touch(ran)}
+    path, state = tmp_path / f"evil{suffix}", {"weight": Trap(ran)}
     if form == "plain pickle":
         path.write_bytes(pickle.dumps(state, protocol=2))
     else:

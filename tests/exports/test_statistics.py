@@ -1,12 +1,12 @@
 import io
 import json
-import pathlib
 import struct
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+from bad import Trap
 from small_exports import IMAGES, payload_of, write
 from tiny import TINY, assert_same_arrays, random_statistics
 
@@ -69,16 +69,6 @@ def npy(array, **header):
     return buffer.getvalue()
 
 
-class Pickled:
-    """Unpickling this object makes a file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.file,)
-
-
 def test_statistics_that_do_not_fit_are_refused_and_nothing_is_unpickled(tmp_path, model):
     good = (payload_of(model.path)[0] / "statistics.npz").read_bytes()
     file, trap = tmp_path / "statistics.npz", tmp_path / "trap"
@@ -90,7 +80,7 @@ def test_statistics_that_do_not_fit_are_refused_and_nothing_is_unpickled(tmp_pat
     fitting = {"subnets": npy(listed), "widths": npy(widths), "rows": npy(whole)}
     file.write_bytes(npz(**fitting))
     assert statistics.read(file, IMAGES).keys() == model.statistics.keys()
-    pickled = npy(np.array([Pickled(trap)], object))
+    pickled = npy(np.array([Trap(trap)], object))
     for content in (
         *(b"", b"PK", b"\x80\x04.", good[:-30], npz(), npz(**{**fitting, "rows": b""}), pickled),
         *(npz(**{**fitting, name: pickled}) for name in fitting),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import signal
 import threading
 from unittest import mock
@@ -83,6 +84,16 @@ def attempt(call, *kinds):
     assert type(error) in vars(errors).values(), type(error)
     assert str(error)
     return error
+
+
+class Trap:
+    """Reading its pickle makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 class Hang(BaseException):

@@ -104,7 +104,7 @@ def run(tmp_path, *options):
 
 @pytest.mark.slow
 def test_the_program_finds_errors_crashes_hangs_and_memory_and_goes_on_behind_them(tmp_path):
-    process = run(tmp_path, "--files", "11", "--limit-s", "3", "--jobs", "2")
+    process = run(tmp_path, "--files", "11", "--limit-s", "2", "--jobs", "2")
     stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     found = json.loads((tmp_path / "found.json").read_text())
