@@ -136,8 +136,8 @@ def starting_threads() -> Iterator[None]:
         if not str(e).startswith("can't start new thread"):
             raise
         raise ThreadStartError(
-            f"the system started no further thread beside the {threading.active_count()} of this process; end some threads, "
-            "or raise the limit of the user or container (ulimit -u, pids.max)"
+            f"the system cannot start another thread, and this process has {threading.active_count()}; end some of them, or "
+            "raise the limit of the user or container (ulimit -u, pids.max)"
         ) from e
 
 

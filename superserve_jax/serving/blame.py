@@ -106,7 +106,7 @@ class Blame:
                 pool.locked_offer()
         pool.outbox.empty()
         where, subnet = worker.name, cause.row.subnet.to_json()
-        message = "subnet %s is out of service on %s, where others work: %s; calibrate and export it again, and swap"
+        message = "subnet %s is out of service on %s, where other subnets work: %s; calibrate and export it again, and swap"
         foreign.log(_log, logging.ERROR, message, subnet, where, cause.text)
 
     def _some_worker_may_run(self, subnet: Subnet) -> bool:

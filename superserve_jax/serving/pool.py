@@ -30,7 +30,7 @@ from superserve_jax.serving.telemetry import Counters
 from superserve_jax.serving.threads import IdleWorkers, Outbox, Watchdog
 from superserve_jax.serving.worker import Gone, Worker
 
-_LAST_S = 0.1  # so much longer than its time limit `close` waits for callbacks, and again for threads that are about to end
+_LAST_S = 0.1  # `close` may exceed its time limit by this for callbacks, and once more for threads that are about to end
 _EXIT_S = 1.0  # at the interpreter's exit: the longest wait for running batches
 
 
