@@ -127,18 +127,18 @@ def check_name(kind: str, name: object, known: Collection[str]) -> None:
         raise unknown_name(kind, name, known)
 
 
-@contextlib.contextmanager
-def starting_threads() -> Iterator[None]:
-    """Turns Python's error for a thread that cannot be started into a ThreadStartError."""
-    try:
-        yield
-    except RuntimeError as e:
-        if not str(e).startswith("can't start new thread"):
-            raise
-        raise ThreadStartError(
-            f"the system cannot start another thread, and this process has {threading.active_count()}; end some of them, or "
-            "raise the limit of the user or container (ulimit -u, pids.max)"
-        ) from e
+class StartingThreads(contextlib.AbstractContextManager[None]):
+    """Turns Python's error for a thread that cannot be started into a ThreadStartError.
+
+    A class, because `contextlib.contextmanager` would keep the error, and so the engine of the thread, in a reference cycle.
+    """
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RuntimeError) and str(error).startswith("can't start new thread"):
+            raise ThreadStartError(
+                f"the system cannot start another thread, and this process has {threading.active_count()}; end some of them, "
+                "or raise the limit of the user or container (ulimit -u, pids.max)"
+            ) from error
 
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, msgspec.ValidationError)

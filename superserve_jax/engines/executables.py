@@ -66,7 +66,7 @@ def build(
         return store.get(about, lambda: trace_slicer(program, leaves[program], device))
 
     full = programs.param_spec(program_list[0].config)
-    with errors.starting_threads(), concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with errors.StartingThreads(), concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
             keys = itertools.product(program_list, batch_sizes, lengths or (0,))
             jobs = {key: pool.submit(program_executable, *key) for key in keys}

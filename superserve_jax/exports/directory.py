@@ -291,7 +291,7 @@ def _read_weights(folder: pathlib.Path, config: FamilyConfig) -> dict[str, jax.A
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in programs.param_spec(config).items()}
     try:
-        with errors.starting_threads(), ocp.StandardCheckpointer() as checkpointer:
+        with errors.StartingThreads(), ocp.StandardCheckpointer() as checkpointer:
             stored: Any = checkpointer.metadata(folder).item_metadata
             if stored is None:
                 raise ValueError("its metadata are damaged")

@@ -56,9 +56,10 @@ class ProcessState:
         >>> before.left_by(before)
         []
         >>> thread = threading.Timer(60, print)
+        >>> thread.name = "mine"
         >>> thread.start()
         >>> [text[:15] for text in before.left_by(ProcessState.now())]
-        ['thread Thread-1', '1 more threads ']
+        ['thread mine', '1 more threads ']
         >>> thread.cancel()
         """
         left = [f"thread {thread.name}" for thread in after.threads - self.threads]

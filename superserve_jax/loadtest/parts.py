@@ -121,16 +121,17 @@ def _fail(rng: random.Random, _: Any) -> None:
 class AskingHandler(logging.Handler):
     """A log handler that asks the server and submits, and sometimes raises.
 
-    It has no lock of its own. Otherwise a callback that closes a server inside of it would wait for a worker that logs.
+    It does not use its lock. Otherwise a callback that closes a server inside of it would wait for a worker that logs.
     """
 
     def __init__(self, scene: Scene, rng: random.Random):
         super().__init__()
         self._scene, self._rng = scene, rng
 
-    def createLock(self) -> None:
+    def handle(self, record: logging.LogRecord) -> bool:
         """See `logging.Handler`."""
-        self.lock = None
+        self.emit(record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""

@@ -134,7 +134,7 @@ class Pool:
             name, index = self.members.free_place(engine.name)
         worker = Worker(self, engine, profile, policy, name=name, index=index)
         try:
-            with errors.starting_threads():  # not under the lock: a thread that starts may run a finalizer that submits
+            with errors.StartingThreads():  # not under the lock: a thread that starts may run a finalizer that submits
                 worker.thread.start()
             with self.lock:
                 self._check_open("takes no workers")

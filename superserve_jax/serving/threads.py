@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 def start(target: Callable[[], object], name: str) -> threading.Thread:
     """Starts a daemon thread. Raises ThreadStartError if the system cannot."""
     thread = threading.Thread(target=target, name=name, daemon=True)
-    with errors.starting_threads():
+    with errors.StartingThreads():
         thread.start()
     return thread
 
