@@ -4,11 +4,13 @@ The longer storm is in tests/programs/test_storm.py. tests/serving/test_concurre
 """
 
 import os
+import random
 import threading
 
+import numpy as np
 import pytest
 
-from superserve_jax.loadtest import agents, endurance, storm
+from superserve_jax.loadtest import acts, agents, endurance, parts, storm
 from superserve_jax.loadtest.storm import Storm
 from superserve_jax.serving import foreign
 from superserve_jax.serving.futures import Future
@@ -49,7 +51,8 @@ def test_a_log_handler_whose_error_ends_a_thread_is_noticed(monkeypatch):
         logger.log(level, message, *values)
 
     monkeypatch.setattr(foreign, "log", log)
-    result = run("log handler", failing=0.9, seconds=1.0)
+    monkeypatch.setattr(parts.AskingHandler, "emit", lambda self, record: acts.raise_one(random.Random(0)))
+    result = run("log handler", failing=0.9)
     assert any("an error ended" in text for text in result.undocumented)
 
 
@@ -90,13 +93,13 @@ def test_a_server_that_keeps_every_answer_is_noticed(monkeypatch):
     kept, set_result = [], Future.set_result
 
     def keep(self, value):
-        kept.append(bytearray(100_000))
+        kept.append(b"x" * 100_000)
         return set_result(self, value)
 
     monkeypatch.setattr(Future, "set_result", keep)
     result = run(sample_s=0.05)
     growth, chance = endurance.growth(result.memory_mb)
-    assert growth > 0.05
+    assert growth * np.median(result.memory_mb) > 8  # in MB, since the process of all tests is large already
     assert chance < 0.01
 
 
