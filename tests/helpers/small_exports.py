@@ -1,36 +1,14 @@
-"""The smallest possible exports, one of images and one of texts. Tests damage every bit of them."""
+"""The smallest possible exports, one of images and one of texts. Their configs are those that serve/bench/fuzz.py damages."""
 
+from damaged_files import IMAGES, TEXTS, WORDS
 from tiny import random_params, random_statistics, write_export
 
 from superserve_jax import exports
-from superserve_jax.families.dynabert import DynaBERTConfig
-from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.manifest import read_manifest
 from superserve_jax.profile import Profile, Row
 from superserve_jax.supernets.supernet import SuperNet
-from superserve_jax.vocabulary import Vocabulary
 
-IMAGES = OFAResNetConfig(
-    num_classes=2,
-    image_size=4,
-    channels=1,
-    block="basic",
-    stem_width=4,
-    stem_pool=False,
-    stem_depths=(1,),
-    stage_widths=(4,),
-    strides=(1,),
-    depths=((0, 1),),
-    expand_ratios=(0.5, 1.0),
-    width_mults=(1.0,),
-    divisor=4,
-    mean=(0.4,),
-    std=(0.3,),
-)
-TEXTS = DynaBERTConfig(
-    num_classes=2, vocab_size=9, max_length=4, token_types=1, hidden_size=4, depths=(1,), heads=(1,), ffn=(2, 4)
-)
-WORDS = Vocabulary(("[PAD]", "[CLS]", "a", "b", "é"), scheme="words")
+__all__ = ["IMAGES", "TEXTS", "WORDS", "payload_of", "write"]
 
 
 def write(folder, config, words=None):
