@@ -11,9 +11,9 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -110,8 +110,7 @@ def cannot_write(path: str | os.PathLike[str], e: OSError) -> errors.WriteError:
 
 
 def _write_and_rename(path: pathlib.Path, content: bytes, mode: int) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    descriptor = _create_locked(part, mode)
+    descriptor, part = _create_locked(path, mode)
     try:
         _write_all(descriptor, content)
         os.fsync(descriptor)  # some file systems notice only now that the disk is full
@@ -129,21 +128,28 @@ def _write_all(descriptor: int, content: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _create_locked(part: pathlib.Path, mode: int) -> int:
-    """Creates a file and locks it, so that no other process takes it for abandoned. Returns its descriptor."""
+def _create_locked(path: pathlib.Path, mode: int) -> tuple[int, pathlib.Path]:
+    """Creates an unfinished file next to `path` and locks it, so that no other writer takes it for abandoned.
+
+    No name is used twice. Otherwise a writer that removes an abandoned file could remove a new one with its name.
+
+    Returns:
+      descriptor: of the new file.
+      part: its path.
+    """
     while True:
-        part.unlink(missing_ok=True)  # a killed process with the same number may have left it
+        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with contextlib.suppress(OSError):  # a file system without locks: then nobody removes abandoned files there
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
-            return descriptor
-        os.close(descriptor)  # another process has removed the file before it was locked
+            return descriptor, part
+        os.close(descriptor)  # another writer has removed the file before it was locked
 
 
 def _remove_abandoned(path: pathlib.Path) -> None:
     """Removes the unfinished files that killed writers of `path` left. A file that is being written is locked."""
-    unfinished = re.compile(re.escape(path.name) + r"\.\d+\.\d+\.part")
+    unfinished = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.part")
     for name in filter(unfinished.fullmatch, os.listdir(path.parent)):
         part = path.with_name(name)
         try:

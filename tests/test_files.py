@@ -33,14 +33,15 @@ def test_a_folder_that_cannot_be_made_is_a_write_error(tmp_path, write):
 
 def test_what_killed_writers_left_is_removed_by_the_next_write_of_the_same_file(tmp_path):
     path = tmp_path / "a[1].json"
-    others = ["a[1].json.x.1.part", "a1.json.1.2.part", "b.json.1.2.part", "a[1].json.1.2.part2"]
-    for name in ("a[1].json.1.2.part", "a[1].json.99999999.3.part", *others):
+    killed, pipe, in_use = (f"a[1].json.{digit * 16}.part" for digit in "0af")
+    others = ["a[1].json.x.part", f"a1.json.{'0' * 16}.part", f"b.json.{'0' * 16}.part", f"{killed}2"]
+    for name in (killed, *others):
         (tmp_path / name).write_bytes(b"unfinished")
-    os.mkfifo(tmp_path / "a[1].json.3.4.part")
-    with open(tmp_path / "a[1].json.5.6.part", "wb") as in_use:
-        fcntl.flock(in_use, fcntl.LOCK_EX)
+    os.mkfifo(tmp_path / pipe)
+    with open(tmp_path / in_use, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         files.write_bytes(path, b"{}")
-    assert sorted(os.listdir(tmp_path)) == sorted([path.name, *others, "a[1].json.3.4.part", "a[1].json.5.6.part"])
+    assert sorted(os.listdir(tmp_path)) == sorted([path.name, *others, pipe, in_use])
 
 
 def test_folders_that_are_created_again_are_removed_for_good(tmp_path):
@@ -58,6 +59,14 @@ def test_folders_that_are_created_again_are_removed_for_good(tmp_path):
     assert done.is_set()
     thread.join()
     assert not (tmp_path / "a").exists()
+
+
+def test_a_writer_that_removes_an_abandoned_file_cannot_remove_a_new_one(tmp_path, monkeypatch):
+    unfinished, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda part, path: (unfinished.append(part), replace(part, path)))
+    for _ in range(3):
+        files.write_bytes(tmp_path / "file", b"x")
+    assert len(set(unfinished)) == 3  # no name is used twice
 
 
 def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):

@@ -39,7 +39,7 @@ Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 _LIMIT_MB = 4_000
-_NAME = re.compile(r"[0-9a-f]{32}\.bin(\.[0-9.]+\.part)?")
+_NAME = re.compile(r"[0-9a-f]{32}\.bin(\.[0-9a-f]{16}\.part)?")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_be_emptied_is_used_and_says_so(root, monkeypatch, c
 def test_a_program_shows_and_clears_the_cache_and_leaves_other_files(root, run_program):
     answer()
     [entry] = root.glob("*.bin")
-    unfinished, other = entry.with_name(f"{entry.name}.12.34.part"), root / "weights.bin"
+    unfinished, other = entry.with_name(f"{entry.name}.0123456789abcdef.part"), root / "weights.bin"
     unfinished.touch()
     other.write_text("mine")
     assert f"{root}" in run_program("serve/cache.py").stdout

@@ -76,12 +76,15 @@ def _in_this_process(command, patches):
 
 @contextlib.contextmanager
 def _logging_put_back():
-    """Undoes what a program changes in the set-up of logging."""
-    loggers = [logging.root, *(v for v in logging.root.manager.loggerDict.values() if isinstance(v, logging.Logger))]
-    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    """Undoes what a program changes in the set-up of logging, also for loggers that the program creates."""
+    before = {logger: (logger.level, list(logger.handlers)) for logger in _loggers()}
     try:
         yield
     finally:
-        for logger, level, handlers in before:
+        for logger in _loggers():
+            level, logger.handlers[:] = before.get(logger, (logging.NOTSET, []))
             logger.setLevel(level)
-            logger.handlers[:] = handlers
+
+
+def _loggers():
+    return [logging.root, *(v for v in logging.root.manager.loggerDict.values() if isinstance(v, logging.Logger))]

@@ -93,7 +93,7 @@ def test_a_server_that_keeps_every_answer_is_noticed(monkeypatch):
     kept, set_result = [], Future.set_result
 
     def keep(self, value):
-        kept.append(b"x" * 100_000)
+        kept.append(b"x" * 400_000)
         return set_result(self, value)
 
     monkeypatch.setattr(Future, "set_result", keep)
