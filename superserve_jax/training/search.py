@@ -192,38 +192,35 @@ def choose_served(
     count: int,
     *,
     keep: Sequence[Subnet] = (),
-    tolerance: float = 0.0,
-    network: Callable[[Subnet], Any] = lambda subnet: subnet,
+    tolerance: float | None = None,
 ) -> list[Candidate]:
     """At most `count` candidates on or near the front, in ascending order of cost.
 
-    A candidate is near the front if no cheaper one is more accurate by more than `tolerance`. The range of costs is cut into
-    `count - len(keep)` bands of equal ratio. The subnets of `keep` are chosen first, then the most accurate candidate near the
-    front in each band, then the ones nearest to the front.
+    The range of costs is cut into `count - len(keep)` bands of equal ratio. The subnets of `keep` are chosen first, then the
+    most accurate candidate in each band, then the others, the nearest to the front first. No two candidates with equal cost
+    and equal accuracy are chosen: they are the same network, or serving both has no use.
 
     Args:
       candidates: all candidates that were tried.
       count: the largest number to choose, at least 2.
       keep: subnets to choose in any case, such as the smallest and the largest.
-      tolerance: a difference of accuracies, as a fraction. Measured accuracies have a standard error, which blurs the front.
-      network: returns equal values for two subnets that are the same network, because their choices round to the same sizes.
-        Only one of them is chosen.
+      tolerance: None chooses from the Pareto front only. A fraction also allows a candidate if no other one of at most its
+        cost is more accurate by more than this. Measured accuracies have a standard error, which blurs the front.
     """
-    ordered = sorted(candidates, key=lambda c: c.cost)
-    costs = [c.cost for c in ordered]
-    best = np.maximum.accumulate([0.0, *(c.accuracy for c in ordered)])
-    lacks = dict(zip(ordered, best[np.searchsorted(costs, costs)] - [c.accuracy for c in ordered], strict=True))
-    near = [c for c in ordered if lacks[c] <= tolerance]
-    chosen = {c: None for c in ordered if c.subnet in keep}
+    ordered = sorted(candidates, key=lambda c: (c.cost, -c.accuracy))
+    best = np.maximum.accumulate([c.accuracy for c in ordered])
+    lacks = dict(zip(ordered, best - [c.accuracy for c in ordered], strict=True))
+    near = pareto_front(ordered) if tolerance is None else [c for c in ordered if lacks[c] <= tolerance]
+    chosen = [c for c in ordered if c.subnet in keep]
+    taken = {(c.cost, c.accuracy) for c in chosen}
     bands = count - len(chosen)
-    low, high = math.log(costs[0]), math.log(costs[-1])
+    low, high = math.log(ordered[0].cost), math.log(ordered[-1].cost)
     of_band = {c: min(int(bands * (math.log(c.cost) - low) / max(high - low, 1e-9)), bands - 1) for c in near}
     first = {of_band[c]: c for c in sorted(near, key=lambda c: c.accuracy)}
-    taken = {network(c.subnet) for c in chosen}
     for c in (*first.values(), *sorted(near, key=lambda c: lacks[c])):
-        if len(chosen) < count and network(c.subnet) not in taken:
-            chosen[c] = None
-            taken.add(network(c.subnet))
+        if len(chosen) < count and (c.cost, c.accuracy) not in taken:
+            chosen.append(c)
+            taken.add((c.cost, c.accuracy))
     return sorted(chosen, key=lambda c: c.cost)
 
 

@@ -76,8 +76,7 @@ def search(run: Run) -> list[Candidate]:
         tried,
         settings.served,
         keep=(model.space.validate(space.smallest()), space.largest()),
-        tolerance=error if settings.tolerance is None else settings.tolerance,
-        network=lambda s: tuple(model.config.sizes(s).values()),
+        tolerance=settings.tolerance,
     )
     run.write(
         "search.json",

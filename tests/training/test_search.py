@@ -5,9 +5,11 @@ import logging
 import numpy as np
 import published
 import pytest
+from mlp_family import MLPConfig
 from tiny import TINY, batches_of, random_images, random_params
 
 from superserve_jax import errors
+from superserve_jax.space import Axis, SearchSpace
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import calibration, evaluation
@@ -217,10 +219,37 @@ def test_a_tolerance_lets_as_many_be_served_as_are_asked_for():
     assert choose_served(cloud, 2, keep=ends, tolerance=0.02) == [cloud[0], cloud[-1]]
 
 
-def test_of_subnets_that_are_the_same_network_only_one_is_chosen():
-    smallest, *middle, largest = candidates([(1.0, 0.5), *[(5.0, 0.7)] * 6, (9.0, 0.9)])
-    options = {"keep": (smallest.subnet, largest.subnet), "tolerance": 0.1}
-    networks = {c.subnet: i // 2 for i, c in enumerate(middle)}
-    assert len(choose_served([smallest, *middle, largest], 8, **options)) == 8
-    alike = choose_served([smallest, *middle, largest], 8, **options, network=lambda s: networks.get(s, s))
-    assert len(alike) == 5
+def test_no_dominated_subnet_is_chosen_without_a_tolerance():
+    smallest, *middle, largest = cloud = candidates(
+        [(1.0, 0.5), (2.0, 0.5), (3.0, 0.7), (3.0, 0.69), (4.0, 0.7), (5.0, 0.69), (6.0, 0.8), (9.0, 0.75)]
+    )
+    keep = (smallest.subnet, largest.subnet)
+    chosen = choose_served(cloud, 8, keep=keep)
+    assert chosen == [smallest, middle[1], middle[5], largest]
+    assert choose_served(cloud, 8) == pareto_front(cloud)
+    assert len(choose_served(cloud, 8, keep=keep, tolerance=0.02)) == 8  # in any case, also the largest
+
+
+def test_of_subnets_with_equal_cost_and_accuracy_only_one_is_chosen():
+    smallest, *middle, largest = candidates([(1.0, 0.5), *[(5.0, 0.7)] * 6, (5.0, 0.69), (9.0, 0.9)])
+    chosen = choose_served([smallest, *middle, largest], 9, keep=(smallest.subnet, largest.subnet), tolerance=0.1)
+    assert [(c.cost, c.accuracy) for c in chosen] == [(1.0, 0.5), (5.0, 0.7), (5.0, 0.69), (9.0, 0.9)]
+    alike = candidates([(1.0, 0.5)] * 2)
+    assert len(choose_served(alike, 2, keep=[c.subnet for c in alike])) == 2  # these are chosen in any case
+
+
+class UnusedAxisConfig(MLPConfig):
+    """An MLP whose space has an axis that the network does not use."""
+
+    def space(self):
+        return SearchSpace((self.depths,), (Axis("width", (self.widths,)), Axis("unused", ((1, 2, 3),))))
+
+
+def test_subnets_that_differ_only_in_an_unused_axis_are_chosen_once():
+    config = UnusedAxisConfig()
+    images = random_images(config, 20)
+    batches = list(batches_of(images, np.arange(20, dtype=np.int32) % 10, 20)())
+    tried = list(evolutionary_search(SuperNet(config, random_params(config)), images, batches, candidates=18, seed=0))
+    chosen = choose_served(tried, 18, tolerance=0.9)
+    assert len({config.flops(c.subnet) for c in tried}) == len(chosen) == 6
+    assert len(tried) == 18
