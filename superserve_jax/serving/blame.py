@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision, Fixed, Policy, State
-from superserve_jax.serving import foreign
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.subnet import Subnet
 

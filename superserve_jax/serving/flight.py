@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.engines.base import Engine, Launched
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.length_queue import Queue
-from superserve_jax.serving import foreign, futures
+from superserve_jax.serving import futures
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.threads import Outbox

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
-from superserve_jax import errors
-from superserve_jax.serving import foreign, runtime
+from superserve_jax import errors, foreign
+from superserve_jax.serving import runtime
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)

@@ -9,13 +9,12 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.engines.base import Engine
 from superserve_jax.lengths import trim_padding
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import foreign
 
 _MAX_NAME = 100  # characters of a policy's name, also the most that an error message shows
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer

@@ -11,9 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.scheduling import dispatch
-from superserve_jax.serving import foreign
 from superserve_jax.serving.flight import Failure
 from superserve_jax.serving.futures import Query
 

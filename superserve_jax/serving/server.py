@@ -54,10 +54,10 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
-from superserve_jax.serving import background, foreign, futures, threads
+from superserve_jax.serving import background, futures, threads
 from superserve_jax.serving.futures import Future, Query
 from superserve_jax.serving.options import (
     InputSpec,

@@ -7,14 +7,13 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling import dispatch, length_queue
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import foreign
 
 if TYPE_CHECKING:
     from superserve_jax.serving.pool import Pool

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from superserve_jax import errors
-from superserve_jax.serving import foreign, runtime
+from superserve_jax import errors, foreign
+from superserve_jax.serving import runtime
 from superserve_jax.serving.futures import Query
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """One worker of a server: its engine, its thread, its batches and its failures. No jax.
 
-One class, because one thread takes, runs and answers the batches, and handles their failures. `server.py` opens with the map
-of threads and locks. Methods named `locked_...` expect the caller to hold the pool's lock.
+One class, because one thread does it all. `server.py` lists threads and locks. Methods `locked_...` need the pool's lock.
 """
 
 import logging
@@ -11,13 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
+from superserve_jax import foreign
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import dispatch
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
-from superserve_jax.serving import foreign, futures
+from superserve_jax.serving import futures
 from superserve_jax.serving.blame import Blame
 from superserve_jax.serving.flight import Failure, Flight, OverlapPace, may_overlap, refill
 from superserve_jax.serving.policy_call import OutdatedError

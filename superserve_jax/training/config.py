@@ -10,10 +10,10 @@ from typing import Any, Literal
 import jax
 import optax
 
-from superserve_jax import errors, families
+from superserve_jax import errors, families, foreign
 from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
-from superserve_jax.training import fields, user_code
+from superserve_jax.training import fields
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
 from superserve_jax.training.fields import AboveZero, AtLeastTwo, BatchSize, Count, Finite, Fraction, Positive, Seed
 
@@ -232,14 +232,14 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     if path.suffix != ".py":
         raise errors.ConfigError(f"{path} is no Python file; a config's name ends in .py, as in configs/")
     try:
-        get_config = getattr(user_code.execute(path), "get_config", None)
+        get_config = getattr(foreign.execute(path), "get_config", None)
         if not callable(get_config):
             raise errors.ConfigError(f"{path} has no function get_config(); it must return a TrainConfig")
         config = get_config()
     except errors.SuperServeError:
         raise
     except (Exception, SystemExit) as e:  # any exception: the file is the user's code
-        raise errors.ConfigError(f"{path} fails{user_code.place(e)}: {type(e).__name__}: {getattr(e, 'msg', e)}") from e
+        raise errors.ConfigError(f"{path} fails{foreign.place(e)}: {type(e).__name__}: {getattr(e, 'msg', e)}") from e
     if not isinstance(config, TrainConfig):
         raise errors.ConfigError(f"get_config() of {path} must return a TrainConfig, got {type(config).__name__}")
     return config

@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
+from superserve_jax import foreign
 from superserve_jax.loadtest import acts, agents, endurance, parts, storm
 from superserve_jax.loadtest.storm import Storm
-from superserve_jax.serving import foreign
 from superserve_jax.serving.futures import Future
 from superserve_jax.serving.pool import Pool
 from superserve_jax.serving.runtime import ProcessTies

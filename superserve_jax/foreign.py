@@ -1,11 +1,54 @@
-"""Calls of users' code that may fail in any way: log handlers, `repr` of errors, tracebacks. No jax."""
+"""Users' code that may fail in any way: Python files, log handlers, `repr` of errors, tracebacks. No jax."""
 
 import contextlib
 import logging
+import pathlib
+import re
+import sys
 import threading
 import traceback
+import types
 
 _MAX_TEXT = 1_000  # characters of an error's repr; `health()` keeps it
+_PACKAGE = str(pathlib.Path(__file__).parent)
+
+
+def execute(path: pathlib.Path) -> types.ModuleType:
+    """Executes a Python file as a module, and keeps the module in `sys.modules`.
+
+    There, dataclasses find the types of postponed annotations. Python's own loader would write bytecode beside the file.
+    """
+    code = compile(path.read_bytes(), str(path), "exec")
+    module = types.ModuleType(re.sub(r"\W", "_", str(path.absolute())))
+    module.__file__ = str(path)
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module
+    try:
+        exec(code, vars(module))
+    except BaseException:
+        if before is None:
+            del sys.modules[module.__name__]
+        else:
+            sys.modules[module.__name__] = before
+        raise
+    return module
+
+
+def place(error: BaseException) -> str:
+    """Where an error in a user's file arose, such as ", see configs/mine.py:7, `return TrainConfig(`".
+
+    It names the innermost line outside of this package. "" if there is none.
+    """
+    if isinstance(error, SyntaxError):
+        file, line, text = error.filename, error.lineno, error.text
+    else:
+        frames = (f for f in reversed(traceback.extract_tb(error.__traceback__)) if not f.filename.startswith(_PACKAGE))
+        if (frame := next(frames, None)) is None:
+            return ""
+        file, line, text = frame.filename, frame.lineno, frame.line
+    if file is None:  # for example a file with a null byte, in which there is no place
+        return ""
+    return f", see {file}:{line}" + (f", `{text.strip()}`" if text else "")
 
 
 def log(logger: logging.Logger, level: int, message: str, *values: object, error: BaseException | None = None) -> None:
