@@ -34,7 +34,7 @@ def weights(state: Any, config: FamilyConfig) -> SuperNet:
       config: an `OFAResNetConfig` or a `DynaBERTConfig`.
 
     Raises:
-      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message names them.
       ConfigError: the other project has no network with this config.
       UnknownNameError: weights of other projects cannot be converted to this family.
     """

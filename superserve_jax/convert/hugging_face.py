@@ -17,7 +17,6 @@ from superserve_jax.supernets.supernet import SuperNet
 
 _EMBEDDINGS = "bert.embeddings"
 _LAYER = "bert.encoder.layer"
-_POSITIONS = rf"{_EMBEDDINGS}\.position_embeddings\.weight"
 _TABLES = {"words": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
 _DENSE = {
     "query": "attention.self.query",
@@ -56,22 +55,22 @@ def bert(
       A SuperNet whose inputs `config.pack(ids, types, mask=mask)` makes.
 
     Raises:
-      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message names them.
       ConfigError: an argument is impossible, or does not fit the weights.
     """
     if not isinstance(num_heads, int) or num_heads < 1:
         raise errors.ConfigError(f"num_heads must be a whole number from 1 up, got {num_heads!r}")
     weights = state_dict.read(state)
-    positions = _size(weights, _POSITIONS)
-    neurons = _size(weights, rf"{_LAYER}\.\d+\.intermediate\.dense\.bias")
+    sizes = {name: found or 1 for name, found in _sizes(weights).items()}
+    positions, neurons = sizes["positions"], sizes["ffn"]
     shares = {(k, n) for n in (num_heads, 4) for k in range(1, n + 1)}
     config = DynaBERTConfig(
-        num_classes=_size(weights, r"classifier\.(weight|bias)"),
-        vocab_size=_size(weights, rf"{_EMBEDDINGS}\.word_embeddings\.weight"),
+        num_classes=sizes["num_classes"],
+        vocab_size=sizes["vocab_size"],
         max_length=positions if max_length is None else max_length,
-        token_types=_size(weights, rf"{_EMBEDDINGS}\.token_type_embeddings\.weight"),
-        hidden_size=_size(weights, r"bert\..*\.LayerNorm\.(weight|gamma|bias|beta)", default=num_heads),
-        depths=_choices("depths", depths, range(1, _num_layers(weights) + 1)),
+        token_types=sizes["token_types"],
+        hidden_size=_sizes(weights)["hidden_size"] or num_heads,
+        depths=_choices("depths", depths, range(1, sizes["depths"] + 1)),
         heads=_choices("heads", heads, range(1, num_heads + 1)),
         ffn=_choices("ffn", ffn, sorted({max(1, neurons * k // n) for k, n in shares})),
     )
@@ -82,7 +81,8 @@ def bert(
 
 def fill(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
     """The SuperNet of `config` with weights from `state_dict.read`. Raises the errors of `bert`."""
-    positions = max(config.max_length, _size(weights, _POSITIONS))
+    _check_sizes(config, weights)
+    positions = max(config.max_length, _sizes(weights)["positions"] or 0)
     found = state_dict.take(
         weights,
         _sources(config, positions),
@@ -102,15 +102,37 @@ def _choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> 
     return choices
 
 
-def _size(weights: Mapping[str, np.ndarray], pattern: str, *, default: int = 1) -> int:
-    """The most common length of the first axis of the weights whose names match. A later error names any that differs."""
-    lengths = [v.shape[0] for name, v in weights.items() if re.fullmatch(pattern, name) and v.ndim and v.shape[0]]
-    return collections.Counter(lengths).most_common(1)[0][0] if lengths else default
+def _sizes(weights: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+    """The sizes that the weights show; None for a size that no weight shows. A later error names a weight that differs."""
+
+    def rows(pattern: str) -> int | None:
+        """The most common length of the first axis of the weights whose names match."""
+        lengths = [v.shape[0] for name, v in weights.items() if re.fullmatch(pattern, name) and v.ndim and v.shape[0]]
+        return collections.Counter(lengths).most_common(1)[0][0] if lengths else None
+
+    layers = [int(m[1]) for m in (re.match(rf"{_LAYER}\.(\d+)\.", name) for name in weights) if m]
+    return {
+        "num_classes": rows(r"classifier\.(weight|bias)"),
+        "vocab_size": rows(rf"{_EMBEDDINGS}\.word_embeddings\.weight"),
+        "positions": rows(rf"{_EMBEDDINGS}\.position_embeddings\.weight"),
+        "token_types": rows(rf"{_EMBEDDINGS}\.token_type_embeddings\.weight"),
+        "hidden_size": rows(r"bert\..*\.LayerNorm\.(weight|gamma|bias|beta)"),
+        "depths": 1 + max(layers) if layers else None,
+        "ffn": rows(rf"{_LAYER}\.\d+\.intermediate\.dense\.bias"),
+    }
 
 
-def _num_layers(weights: Mapping[str, np.ndarray]) -> int:
-    found = (re.match(rf"{_LAYER}\.(\d+)\.", name) for name in weights)
-    return 1 + max((int(m[1]) for m in found if m), default=0)
+def _check_sizes(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> None:
+    """Raises ConversionError if the weights are of a BERT with other sizes than the config."""
+    sizes = _sizes(weights)
+    positions, largest = sizes.pop("positions"), {"depths": config.num_layers, "ffn": config.ffn[-1]}
+    pairs: dict[str, tuple[int | str | None, int]] = {}
+    for name, found in sizes.items():
+        field = f"the largest of model.{name}" if name in largest else f"model.{name}"
+        pairs[field] = (found, largest.get(name, getattr(config, name)))
+    if positions is not None and positions < config.max_length:
+        pairs["model.max_length"] = (f"at most {positions}", config.max_length)
+    state_dict.check_sizes("a BERT classifier", pairs)
 
 
 def _sources(config: DynaBERTConfig, positions: int) -> dict[str, Source]:

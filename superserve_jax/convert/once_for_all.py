@@ -5,7 +5,9 @@ indices of width multipliers. d[0] is for the stem: it keeps its residual layer 
 Each other depth is added to the base depth of a stage.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +54,7 @@ def ofa_resnet(
       A SuperNet that takes images (B, H, W, 3).
 
     Raises:
-      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message names them.
       ConfigError: an argument is impossible.
     """
     if (mean is None) != (std is None):
@@ -81,6 +83,7 @@ def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet
     for name, value in (("stem_stride", 2), ("stem_pool", True), ("strides", (1, 2, 2, 2)), ("block", "bottleneck")):
         if getattr(config, name) != value:  # the shapes of the weights would not reveal the difference
             raise errors.ConfigError(f"once-for-all's OFA-ResNet has {name}={value!r}, got {getattr(config, name)!r}")
+    _check_sizes(config, weights)
     depth_list = sorted({d - base for depths, base in zip(config.depths, _BASE_DEPTHS, strict=False) for d in depths})
     found = state_dict.take(
         weights,
@@ -171,6 +174,34 @@ def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
     """The number of outputs of the classifier. If there is no classifier, a later error says so."""
     shapes = [weights[n].shape for p in _CLASSIFIER for n in (f"{p}.bias", f"{p}.weight") if n in weights]
     return next((shape[0] for shape in shapes if shape and shape[0]), 1000)
+
+
+def _check_sizes(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> None:
+    """Raises ConversionError if the weights are of an OFA-ResNet with other sizes than the config.
+
+    The last block shows the largest width and expand ratio. They are compared as channels, because channels are rounded.
+    """
+    numbers = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if m}
+    blocks = next(i for i in itertools.count() if str(i) not in numbers)
+    sizes, last = config.sizes(config.space().largest()), sum(depths[-1] for depths in config.depths) - 1
+
+    def channels(conv: str) -> int | None:
+        """Output channels of a convolution in the last block of the weights."""
+        names = (f"blocks.{blocks - 1}.{conv}.{layer}.weight" for layer in ("conv.conv", "conv"))
+        return next((len(weights[name]) for name in names if name in weights and weights[name].ndim), None)
+
+    inner, outer = channels("conv1"), channels("conv3")
+    if outer != sizes["stage3.out"]:
+        inner = None  # it depends on the width
+    state_dict.check_sizes(
+        "an OFA-ResNet50",
+        {
+            "model.num_classes": (_num_classes(weights), config.num_classes),
+            "the number of blocks (the sum of the largest of model.depths)": (blocks or None, last + 1),
+            f"{config.stage_widths[-1]} x the largest of model.width_mults": (outer, sizes["stage3.out"]),
+            f"{outer} x the largest of model.expand_ratios": (inner, sizes[f"block{last}.mid"]),
+        },
+    )
 
 
 def _sources(config: OFAResNetConfig) -> dict[str, Source]:

@@ -7,7 +7,7 @@ import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ StateDict = Mapping[str, Any]
 
 _WRAPPERS = ("state_dict", "model")  # the key of the state dict in a file that also holds, say, an epoch or an optimiser
 _BUFFERS = r"num_batches_tracked|position_ids|token_type_ids"  # PyTorch's buffers, which are not weights
+_SHOWN = 2  # the names of weights that a message shows of each kind of problem
 _REAL = "biufV"  # the kinds of dtypes that hold real numbers; "V" is bfloat16 and its like
 _SAFE_TORCH = 2, 6  # before this version, `weights_only=True` could be tricked into running code (CVE-2025-32434)
 
@@ -87,27 +88,48 @@ def take(weights: Mapping[str, np.ndarray], sources: Mapping[str, Source], *, wh
       hint: what the user should check, for the error message.
 
     Raises:
-      ConversionError: weights are missing, surplus, not finite or of another shape. The message lists all of them.
+      ConversionError: weights are missing, surplus, not finite or of another shape. The message counts them, and names some of
+        each kind.
     """
-    left, found, problems = dict(weights), {}, []
+    left, found = dict(weights), {}
+    problems: dict[str, list[str]] = {"missing": [], "of another shape": [], "not finite": [], "surplus": []}
     for ours, source in sources.items():
         name = next((n for n in source.names if n in left), None)
         if name is None:
-            problems.append(f"missing: {' or '.join(source.names)} of shape {source.shape_there}")
+            problems["missing"].append(f"{' or '.join(source.names)} {source.shape_there}")
             continue
         value = left.pop(name)
         if value.shape != source.shape_there:
-            problems.append(f"misshapen: {name} has shape {value.shape} instead of {source.shape_there}")
+            problems["of another shape"].append(f"{name} {value.shape} instead of {source.shape_there}")
         elif not np.isfinite(value).all():
-            problems.append(f"not finite: {name}")
+            problems["not finite"].append(name)
         else:
             found[ours] = np.array(value if source.axes is None else value.transpose(source.axes), np.float32, order="C")
-    problems += [f"surplus: {name} of shape {value.shape}" for name, value in left.items()]
-    if problems:
-        raise errors.ConversionError(
-            f"{len(problems)} of the weights do not fit {what}; {hint}\n" + "\n".join(f"  {p}" for p in sorted(problems))
-        )
+    problems["surplus"] = [f"{name} {value.shape}" for name, value in left.items()]
+    if count := sum(map(len, problems.values())):
+        kinds = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names)
+        raise errors.ConversionError(f"{count} of the weights do not fit {what}: {kinds}; {hint}")
     return found
+
+
+def check_sizes(what: str, sizes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises ConversionError, in one line, if the weights belong to a network of other sizes than the config.
+
+    Args:
+      what: a description of the weights, such as "a BERT classifier".
+      sizes: for each field of the config, its size in the weights and in the config. None in the weights if they do not tell.
+    """
+    pairs = ((field, there, ours) for field, (there, ours) in sizes.items() if there not in (None, ours))
+    if wrong := ", ".join(f"{field} must be {there}, got {ours}" for field, there, ours in pairs):
+        raise errors.ConversionError(
+            f"the weights are of {what} with other sizes than the config: {wrong}; change the config, or give other weights"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _array(name: str, value: Any, *, most_bytes: float) -> np.ndarray:
