@@ -18,6 +18,7 @@ from superserve_jax.supernets.supernet import SuperNet
 _EMBEDDINGS = "bert.embeddings"
 _LAYER = "bert.encoder.layer"
 _TABLES = {"words": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
+_NUMBERS = ("num_classes", "vocab_size", "token_types", "hidden_size")  # sizes that the config states as one number
 _DENSE = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -125,11 +126,11 @@ def _sizes(weights: Mapping[str, np.ndarray]) -> dict[str, int | None]:
 def _check_sizes(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Raises ConversionError if the weights are of a BERT with other sizes than the config."""
     sizes = _sizes(weights)
-    positions, largest = sizes.pop("positions"), {"depths": config.num_layers, "ffn": config.ffn[-1]}
-    pairs: dict[str, tuple[int | str | None, int]] = {}
-    for name, found in sizes.items():
-        field = f"the largest of model.{name}" if name in largest else f"model.{name}"
-        pairs[field] = (found, largest.get(name, getattr(config, name)))
+    pairs: dict[str, tuple[Any, int]] = {
+        **{f"model.{name}": (sizes[name], getattr(config, name)) for name in _NUMBERS},
+        **{f"the largest of model.{name}": (sizes[name], getattr(config, name)[-1]) for name in ("depths", "ffn")},
+    }
+    positions = sizes["positions"]
     if positions is not None and positions < config.max_length:
         pairs["model.max_length"] = (f"at most {positions}", config.max_length)
     state_dict.check_sizes("a BERT classifier", pairs)
