@@ -3,50 +3,11 @@
     python serve/cache.py
     python serve/cache.py --clear
 
-Clearing is always safe: the next start of a server compiles again. $SUPERSERVE_CACHE chooses another directory, and
-$SUPERSERVE_CACHE_MB another bound; the least recently used executables are deleted first.
-Library: engines.cache.
+The same as `superserve cache`. superserve_jax/commands/cache.py holds the workflow, and explains it.
 """
 
-import dataclasses
-import time
-
-import tyro
-
 from superserve_jax import cli
-from superserve_jax.engines import cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options.
-
-    Args:
-      clear: delete all executables.
-    """
-
-    clear: bool = False
-
-
-def main() -> None:
-    """The program."""
-    options = tyro.cli(Options, description=__doc__)
-    root, limit_mb = cache.directory(), 1e-6 * cache.limit_bytes()
-    if root is None:
-        print("the cache is off (SUPERSERVE_CACHE is empty, or there is no home directory)")
-        return
-    found = cache.entries(root)
-    used_mb = 1e-6 * sum(info.st_size for _, info in found)
-    oldest = max((f"{(time.time() - info.st_mtime) / 86400:.1f} days ago" for _, info in found[:1]), default="-")
-    cli.print_table(
-        [
-            ("directory", "executables", "MB", "at most", "oldest use"),
-            (str(root), str(len(found)), f"{used_mb:.0f}", f"{limit_mb:.0f}", oldest),
-        ]
-    )
-    if options.clear:
-        print(f"deleted {cache.clear(root)} files")
-
+from superserve_jax.commands.cache import main
 
 if __name__ == "__main__":
     cli.run(main)

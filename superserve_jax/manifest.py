@@ -56,7 +56,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise errors.ExportError(f"{file} is damaged or cannot be read: {errors.one_line(e)}; export again") from e
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise errors.ExportError(f"{file} is not the manifest of a {MANIFEST_FORMAT}; export again with train/export.py")
+        raise errors.ExportError(f"{file} is not the manifest of a {MANIFEST_FORMAT}; export again with `superserve export`")
     schema = manifest.get("schema")
     if schema != MANIFEST_SCHEMA:
         newer = isinstance(schema, int) and schema > MANIFEST_SCHEMA
@@ -123,5 +123,5 @@ def _parse(file: pathlib.Path) -> Any:
     if not file.is_file():
         path = file.parent
         what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
-        raise errors.ExportError(f"{path} is not an export: it {what}; make one with train/export.py")
+        raise errors.ExportError(f"{path} is not an export: it {what}; make one with `superserve export`")
     return json.loads(files.read_bytes(file, most=_MAX_MANIFEST_BYTES).decode())

@@ -1,6 +1,6 @@
 """Profiles: the accuracy and the latencies of each served subnet on one kind of device. No jax.
 
-A policy knows nothing else about the SuperNet. `serve/measure.py` measures a profile. Policies and simulator read it.
+A policy knows nothing else about the SuperNet. `superserve measure` measures a profile. Policies and simulator read it.
 
 A text server pads each input to one of a few lengths, the **length buckets**. Its profile holds rows for each length bucket.
 `Profile.at_length` returns the profile of one length bucket. A policy uses it like a profile without length buckets.

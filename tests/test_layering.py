@@ -38,6 +38,22 @@ ALLOWED = {
         *("serving", "simulation", "scheduling", "engines.base", "engines.fake"),
         *("profile", "subnet", "lengths"),
     ),
+    "commands": (
+        *(
+            "cli",
+            "convert",
+            "engines",
+            "experiments",
+            "exports",
+            "families",
+            "lengths",
+            "loadtest",
+            "plots",
+            "profile",
+            "progress",
+        ),
+        *("scheduling", "serving", "simulation", "subnet", "training"),
+    ),
 }
 # These packages and modules work in a process that has no jax.
 NO_JAX = (

@@ -2,61 +2,11 @@
 
     python train/export.py runs/digits_resnet --out exports/digits
 
-An older export in the same place is replaced atomically. Go on with serve/measure.py.
-Library: training.stages.export (exports.export, exports.load).
+The same as `superserve export`. superserve_jax/commands/export.py holds the workflow, and explains it.
 """
 
-import dataclasses
-import pathlib
-from typing import Annotated
-
-import tyro
-
-import superserve_jax as ss
-from superserve_jax import cli, files
-from superserve_jax.training import stages
-from superserve_jax.training.runs import Run
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options.
-
-    Args:
-      run: the run's folder.
-      out: the export's directory; export/ in the run's folder if left out.
-      json: write a description to this file.
-    """
-
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    out: pathlib.Path | None = None
-    json: pathlib.Path | None = None
-
-
-def main() -> None:
-    """The program."""
-    options = tyro.cli(Options, description=__doc__)
-    path = stages.export(Run.open(options.run), options.out)
-    model = ss.load(path)  # checks that the export can be read
-    size = sum(f["bytes"] for f in model.manifest["files"].values())
-    weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.statistics))
-    cli.print_table(stages.table(list(model.served)))
-    if options.json:
-        files.write_json(
-            options.json,
-            {
-                "path": str(path),
-                "bytes": size,
-                "weights_bytes": weights,
-                "statistics_bytes": statistics,
-                "served": [s.to_json() for s in model.served],
-            },
-        )
-    print(
-        f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; {statistics:,} bytes of statistics, "
-        f"{weights:,} of weights; go on with `python serve/measure.py {path}`"
-    )
-
+from superserve_jax import cli
+from superserve_jax.commands.export import main
 
 if __name__ == "__main__":
     cli.run(main)

@@ -3,60 +3,11 @@
     python train/supernet.py configs/digits_resnet.py
     python train/supernet.py configs/digits_resnet.py --optim.lr 0.01 --epochs 3 --workdir runs/mine
 
-Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with metrics,
-plots, checkpoints and export/. Library: training.loop.train, then search, calibrate, evaluate and export in training.stages.
+The same as `superserve train`. superserve_jax/commands/train.py holds the workflow, and explains it.
 """
 
-import dataclasses
-import pathlib
-from typing import Annotated
-
-import tyro
-
-import superserve_jax as ss
-from superserve_jax import cli, files
-from superserve_jax.training import stages
-from superserve_jax.training.config import TrainConfig, load_config
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options.
-
-    Args:
-      config: the experiment; an option can override every field of the config file.
-      workdir: the run's folder; runs/NAME if left out.
-      train_only: stop after training.
-      json: write the served subnets' accuracies to this file.
-    """
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    workdir: pathlib.Path | None = None
-    train_only: bool = False
-    json: pathlib.Path | None = None
-
-
-def main() -> None:
-    """The program."""
-    _, options = cli.options_after_path(lambda path: Options(load_config(path)), __doc__)
-    run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
-    if options.train_only:
-        print(f"trained: {run.workdir}; go on with `python train/search.py {run.workdir}`")
-        return
-    stages.search(run)
-    stages.calibrate(run)
-    served = stages.evaluate(run)
-    path = stages.export(run)
-    cli.print_table(stages.table(served))
-    for name, accuracy in stages.baselines(run).items():
-        print(f"to compare: {name}, {100 * accuracy:.2f} %")
-    if options.json:
-        files.write_json(options.json, [s.to_json() for s in served])
-    print(
-        f"metrics and plots: {run.workdir}\nexport: {path}; serve it with `python serve/measure.py {path}`, then "
-        f"`python serve/replay.py {path}`"
-    )
-
+from superserve_jax import cli
+from superserve_jax.commands.train import main
 
 if __name__ == "__main__":
     cli.run(main)

@@ -79,7 +79,7 @@ def prepare(
             engines.append(make_engine(model, device, profiles[kind], slicing=slicing, slice_bytes=slice_bytes))
             continue
         measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
-        message = "%s has no latency profile for %s, %s: measuring one; run `python serve/measure.py %s` to save one"
+        message = "%s has no latency profile for %s, %s: measuring one; run `superserve measure %s` to save one"
         _log.warning(message, model.path, kind, measured, model.path)
         shapes = {"batch_sizes": batch_sizes, "lengths": lengths, "envelopes": envelopes}
         way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes}
@@ -219,7 +219,7 @@ def _check_fit(profile: Profile, model: SuperNet, name: str) -> None:
         if profile.lengths:
             check_lengths(model.config, profile.lengths)
     except (errors.SubnetError, errors.ConfigError) as e:
-        raise errors.ProfileError(f"{name} does not fit the network: {e}; measure it again with serve/measure.py") from e
+        raise errors.ProfileError(f"{name} does not fit the network: {e}; measure it again with `superserve measure`") from e
 
 
 def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background: Background | None = None) -> Profile:

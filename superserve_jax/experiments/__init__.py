@@ -1,7 +1,7 @@
 """The paper's evaluation in the simulator: the experiments, their results, and a comparison with the paper's numbers.
 
 `presets` lists the experiments, and `runner` runs them. `summaries` averages the results over seeds, `paper_table` compares
-them with the paper, and `figures` draws them. serve/compare.py is the program. Read `presets` first. No jax.
+them with the paper, and `figures` draws them. `superserve compare` is the program. Read `presets` first. No jax.
 """
 
 from superserve_jax.experiments.presets import PRESETS, Cell, Grid, Traffic

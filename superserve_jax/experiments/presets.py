@@ -1,4 +1,4 @@
-"""The evaluation as data: which traffic, policies and clusters make up each preset of serve/compare.py. No jax.
+"""The evaluation as data: which traffic, policies and clusters make up each preset of `superserve compare`. No jax.
 
 The settings come from the paper's Section 6 (Figures 1, 5c, 8 to 11 and 13). If the paper does not give a setting, a
 docstring states our choice.
@@ -209,7 +209,7 @@ PRESETS: Mapping[str, tuple[Grid, ...]] = {
     ),
     "decisions": (Grid((HARDEST,), _ALL_POLICIES, duration_s=10.0, dense=True),),
 }
-"""The presets; `serve/compare.py --preset all` runs all of them."""
+"""The presets; `superserve compare --preset all` runs all of them."""
 
 
 def cells(

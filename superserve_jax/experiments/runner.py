@@ -1,6 +1,6 @@
 """Runs the cells of `presets` in the simulator. Each cell and policy gives one result, a dict of plain values. No jax.
 
-serve/compare.py --json writes the results. They have these keys:
+`superserve compare --json FILE` writes the results. They have these keys:
 - `preset`, `trace`, `scale`, `policy` and `seed` name the run.
 - `attainment` is the SLO attainment, a FRACTION from 0 to 1.
 - `accuracy` is the mean serving accuracy in PERCENT, as in the paper's tables; None if no query met its deadline.

@@ -296,7 +296,7 @@ class Server:
 
         1. The calling thread loads, compiles and warms the new export while the old one serves. Devices, batch sizes, length
            buckets and options stay. If the export has no latency profile, one is measured beside the traffic, which makes the
-           latencies too long. So measure it before, with `serve/measure.py`. If anything is wrong with the new export, an
+           latencies too long. So measure it before, with `superserve measure`. If anything is wrong with the new export, an
            error is raised, and the old one goes on.
         2. All decisions from now on are for the new export. Running batches end on the old one.
         3. `swap` returns when these batches are back and the old export is dropped. Its memory is free then, unless somebody

@@ -68,7 +68,7 @@ class SuperNet:
         if owner not in self.statistics:
             raise errors.NotCalibratedError(
                 f"{'this' if norm == 'own' else 'the largest'} subnet has no SubnetNorm statistics of its own (calibrated: "
-                f"{len(self.statistics)} subnets): run train/calibrate.py on it, or choose one of model.calibrated; "
+                f"{len(self.statistics)} subnets): run `superserve calibrate` on it, or choose one of model.calibrated; "
                 f"the subnet: {owner.to_json()}"
             )
         if norm == "own":

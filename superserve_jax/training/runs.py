@@ -97,7 +97,7 @@ class Run:
         if not (workdir / "config.json").exists():
             raise errors.ConfigError(
                 f"{workdir} is not the folder of a run: it has no config.json; train one first, "
-                f"for example with `python train/supernet.py configs/digits_resnet.py`"
+                f"for example with `superserve train configs/digits_resnet.py`"
             )
         remedy = "restore it, or train in another folder"
         return Run(workdir, _read(workdir / "config.json", remedy, config_from_json), dataset)
@@ -237,10 +237,10 @@ class Run:
 
         Args:
           name: the file's name.
-          made_by: the program.
+          made_by: the command that writes it, such as "superserve search".
           parse: makes the result from the JSON value.
         """
-        path, remedy = self.workdir / name, f"`python {made_by} {self.workdir}`"
+        path, remedy = self.workdir / name, f"`{made_by} {self.workdir}`"
         if not path.exists():
             raise errors.ConfigError(f"{self.workdir} has no {name} yet; make it with {remedy}")
         return _read(path, f"make it again with {remedy}", parse)
@@ -252,13 +252,13 @@ class Run:
     def served(self) -> list[Subnet]:
         """The subnets that the search chose, in ascending order of FLOPs."""
         return self.read(
-            "search.json", made_by="train/search.py", parse=lambda found: [Subnet.from_json(s) for s in found["served"]]
+            "search.json", made_by="superserve search", parse=lambda found: [Subnet.from_json(s) for s in found["served"]]
         )
 
     def evaluated(self) -> list[Served]:
         """The test accuracies of the served subnets."""
         return self.read(
-            "evaluation.json", made_by="train/evaluate.py", parse=lambda found: [Served.from_json(s) for s in found]
+            "evaluation.json", made_by="superserve evaluate", parse=lambda found: [Served.from_json(s) for s in found]
         )
 
 

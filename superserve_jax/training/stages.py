@@ -146,7 +146,7 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
     search was given a tolerance, the export offers all evaluated subnets.
     """
     evaluated = sorted(run.evaluated(), key=lambda s: s.flops)
-    if run.read("search.json", made_by="train/search.py", parse=lambda found: found.get("tolerance")) is None:
+    if run.read("search.json", made_by="superserve search", parse=lambda found: found.get("tolerance")) is None:
         best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
         evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
     dataset = run.dataset()

@@ -36,7 +36,7 @@ def run_program(name, *arguments, status=0, json_file=False, fresh=False, patche
       status: the expected exit status.
       json_file: add `--json FILE`, and return what the file holds.
       fresh: run it in a new process. Otherwise it runs in this one, where it compiles less and sees what a test has patched.
-      patches: {name: value}, new values for globals of a program that runs in this process.
+      patches: {name: value}, new values for globals of the module with the program's `main`, which runs in this process.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "out.json"
@@ -65,7 +65,7 @@ def _in_this_process(command, patches):
         patch.setitem(sys.modules, spec.name, module)  # tyro reads the source of its options
         spec.loader.exec_module(module)
         for name, value in patches.items():
-            patch.setattr(module, name, value)
+            patch.setattr(sys.modules[module.main.__module__], name, value)
         with _logging_put_back():
             try:
                 cli.run(module.main)

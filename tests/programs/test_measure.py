@@ -4,7 +4,7 @@ import types
 
 import superserve_jax as ss
 from superserve_jax import exports
-from superserve_jax.engines import device, profiling
+from superserve_jax.engines import profiling
 from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
@@ -18,11 +18,11 @@ def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, mo
     config = types.SimpleNamespace(flops=lambda subnet: 1)
     model = types.SimpleNamespace(config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
     monkeypatch.setattr(ss, "load", lambda path: model)
-    monkeypatch.setattr(device, "DeviceEngine", lambda _, device, **options: types.SimpleNamespace(device=device, **options))
+    engine = {"DeviceEngine": lambda _, device, **options: types.SimpleNamespace(device=device, **options)}
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
     monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
     options = ("--batch-sizes", 1, 2, "--slicing", "kept", "--plot", tmp_path / "plot.png")
-    printed = run_program("serve/measure.py", tmp_path, *options).stdout
+    printed = run_program("serve/measure.py", tmp_path, *options, patches=engine).stdout
     assert f"plot: {tmp_path}/plot.png" in printed
     assert "3 of 4 subnets worth serving" in printed
     assert "P1: a larger batch takes longer: 3 of 4 times" in printed

@@ -135,7 +135,7 @@ def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(con
 
 @pytest.mark.parametrize(
     ("stage", "made_by"),
-    [(stages.calibrate, "train/search.py"), (stages.evaluate, "train/search.py"), (stages.export, "train/evaluate.py")],
+    [(stages.calibrate, "superserve search"), (stages.evaluate, "superserve search"), (stages.export, "superserve evaluate")],
 )
 def test_a_stage_without_the_one_before_says_which_program_to_run(finished, stage, made_by):
     with pytest.raises(errors.ConfigError, match=made_by):
@@ -143,7 +143,7 @@ def test_a_stage_without_the_one_before_says_which_program_to_run(finished, stag
 
 
 def test_a_folder_without_a_run_or_without_a_checkpoint_is_refused(config, tmp_path):
-    with pytest.raises(errors.ConfigError, match=r"not the folder of a run.*train/supernet\.py"):
+    with pytest.raises(errors.ConfigError, match=r"not the folder of a run.*superserve train"):
         Run.open(tmp_path)
     with pytest.raises(errors.ConfigError, match="no checkpoint yet"):
         Run.create(config, tmp_path / "run").model()

@@ -1,0 +1,139 @@
+"""Compares policies on traces in the simulator: the paper's evaluation as tables, JSON and plots.
+
+    superserve compare --preset all --paper --maf-trace invocations_per_function_md.anon.d01.csv
+    superserve compare --preset bursty --scale 1.9 --policies slackfit max-batch fixed:all --plots runs/compare
+    superserve compare --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 0.1
+
+Presets: maf, bursty, acceleration, policies, worker_kills, scale, actuation, capacity, slowdown, decisions, all. Each line of
+a table shows means over the seeds and standard deviations (sd). Accuracy is in percent, attainment is a fraction. The traffic
+is the paper's for every profile; --scale makes the device slower or faster. The default profile is the paper's, reconstructed.
+`maf` needs a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all` leaves maf out.
+Library: experiments.presets (the presets), experiments.runner (their results and keys), experiments.summaries,
+experiments.paper_table, experiments.figures.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable
+
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli
+from superserve_jax.experiments import figures, paper_table, presets, runner, summaries
+from superserve_jax.experiments.presets import Cell
+from superserve_jax.experiments.summaries import Summary
+from superserve_jax.scheduling.policies import create
+from superserve_jax.simulation import paper_profile
+
+COLUMNS: dict[str, Callable[[Summary], str]] = {
+    "trace": lambda s: s.trace,
+    "scale": lambda s: f"x{s.scale:g}",
+    "policy": lambda s: s.policy,
+    "attainment": lambda s: f"{s.attainment:.5f}",
+    "attainment sd": lambda s: f"{s.sd('attainment'):.5f}",
+    "accuracy %": lambda s: f"{s.accuracy:.2f}",
+    "accuracy sd": lambda s: f"{s.sd('accuracy'):.2f}",
+    "fluid bound %": lambda s: f"{s.mean('fluid_accuracy'):.2f}",
+    "queries/s": lambda s: f"{s.mean('rate_qps'):,.0f}",
+    "p99 ms": lambda s: f"{s.mean('p99_ms'):.1f}",
+    "last miss s": lambda s: f"{s.mean('last_miss_s'):.2f}",
+    "decision p50 us": lambda s: f"{s.mean('decision_p50_us'):.2f}",
+    "decision p99 us": lambda s: f"{s.mean('decision_p99_us'):.2f}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      preset: the presets to run; all runs every preset.
+      seeds: the number of seeds; they count from 0.
+      policies: replaces the presets' policies: slackfit, slackfit-paper, slackfit-paper:<buckets>,
+        slackfit-cumulative:<buckets>, max-batch, max-acc, proteus, least-accurate, fixed:<i>, or fixed:all for every subnet
+        of the profile.
+      profile: a measured latency profile (JSON, see `superserve measure`); by default the paper's, reconstructed.
+      scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
+      seconds: length of the traffic, for a quick look; by default 60 (maf: 120).
+      maf_trace: invocations per minute of Azure Functions 2019 (CSV).
+      paper: also print a table of the paper's numbers, or this project's goals, and ours.
+      jobs: the number of processes; by default one per core.
+      json: write the results to this file.
+      plots: draw figures into this folder.
+    """
+
+    preset: tuple[str, ...] = ("bursty",)
+    seeds: int = 5
+    policies: tuple[str, ...] = ()
+    profile: pathlib.Path | None = None
+    scale: tuple[float, ...] = ()
+    seconds: float | None = None
+    maf_trace: pathlib.Path | None = None
+    paper: bool = False
+    jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    json: pathlib.Path | None = None
+    plots: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=__doc__)
+    profile = paper_profile.paper_profile() if options.profile is None else ss.Profile.load(options.profile)
+    cells = chosen_cells(options, profile)
+    maf_trace = None if options.maf_trace is None else str(options.maf_trace)
+    start = time.monotonic()
+    results = runner.evaluate(cells, profile, jobs=options.jobs, maf_trace=maf_trace)
+    print(f"{len(results)} runs on {profile.device} in {time.monotonic() - start:.0f} s; SLO {presets.SLO_MS:g} ms")
+
+    for preset, group in summaries.grouped(summaries.summarize(results), lambda s: s.preset).items():
+        print(f"\n{preset}")
+        filled = {name: cell for name, cell in COLUMNS.items() if any(cell(s) != "nan" for s in group)}
+        cli.print_columns(filled, group, left=3)
+    if options.paper:
+        print("\nthe paper's numbers and ours")
+        comparisons = ((c.preset, f"x{c.scale:g}", c.what, c.paper, c.ours) for c in paper_table.compare(results))
+        cli.print_table([paper_table.Comparison._fields, *comparisons], left=5)
+    cli.write_results(options.json, results)
+    if options.plots:
+        for path in figures.draw(results, options.plots):
+            print(f"plot: {path}")
+        for path in figures.draw_over_time(cells, profile, options.plots, maf_trace=maf_trace):
+            print(f"plot: {path}")
+
+
+def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
+    """The cells that the options select. Raises an error for unknown names and wrong values before anything runs."""
+    if options.seeds < 1:
+        raise ss.ConfigError(f"--seeds must be 1 or more, got {options.seeds}")
+    if bad := [s for s in options.scale if not 0 < s < float("inf")]:
+        raise ss.ConfigError(f"--scale must be positive and finite, got {bad[0]}")
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
+        raise ss.ConfigError(f"--seconds must be positive and finite, got {options.seconds}")
+    names = list(options.preset)
+    if "all" in names:
+        names = [name for name in presets.PRESETS if name != "maf" or options.maf_trace is not None]
+        if "maf" not in names:
+            print("maf is left out: it needs a file of Azure Functions 2019, see --maf-trace")
+    scales = options.scale or (None if options.profile is None else (1.0,))
+    cells = [
+        cell
+        for name in names
+        for cell in presets.cells(
+            name,
+            seeds=range(options.seeds),
+            scales=scales,
+            policies=options.policies or None,
+            duration_s=options.seconds,
+            subnets=len(profile.rows),
+        )
+    ]
+    for name in dict.fromkeys(name for cell in cells for name in cell.policies):
+        create(name, profile)
+    if options.maf_trace is None or not options.maf_trace.is_file():
+        for cell in cells:
+            if cell.traffic.process == "azure":
+                presets.MAF.create(0, maf_trace=None if options.maf_trace is None else str(options.maf_trace))
+    return cells

@@ -1,0 +1,45 @@
+"""Measures test accuracies of a run's served subnets, with their own statistics and with the largest subnet's.
+
+    superserve evaluate runs/digits_resnet
+
+The column "with the largest's statistics" shows why the paper needs SubnetNorm: with one set of statistics for all subnets,
+accuracy falls, in some subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic
+regression on token counts. A model that does not beat them has learnt nothing about word order. Writes evaluation.json into
+the run's folder. Go on with `superserve export`. Library: training.stages.evaluate (training.evaluation).
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import tyro
+
+from superserve_jax import cli, files
+from superserve_jax.training import stages
+from superserve_jax.training.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      run: the run's folder.
+      json: write the accuracies to this file.
+    """
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    json: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=__doc__)
+    run = Run.open(options.run)
+    served = stages.evaluate(run)
+    cli.print_table(stages.table(served))
+    for name, accuracy in stages.baselines(run).items():
+        print(f"to compare: {name}, {100 * accuracy:.2f} %")
+    if options.json:
+        files.write_json(options.json, [s.to_json() for s in served])
+    print(f"go on with `superserve export {run.workdir}`")

@@ -1,0 +1,172 @@
+"""Measures the latency profile of an export on this machine, and saves it in the export's directory.
+
+    superserve measure runs/digits_resnet/export --plot latency.png
+
+The server and `superserve replay` find the profile there. For a model of sequences, the profile has latencies for each length
+bucket (such as `--lengths 32 64 128`). Devices of several kinds are measured one after the other and get a profile each. The
+steps:
+
+1. Find the faster way of slicing weights (--slicing decides it).
+2. Choose subnet buckets, if there are more subnets than --executables. Also measure some subnets with executables of their
+   own, and print how much slower the shared executables are.
+3. Measure latencies beside a server and a load generator, as when serving (--no-load leaves them out).
+4. Check SlackFit's assumptions (the paper's P1 to P3) on all subnets, before noise is repaired.
+5. Keep the subnets worth serving: no other subnet is both faster and more accurate. Neighbours differ by at least 0.3 points
+   of accuracy and 10 % of latency (--keep-all skips this limit).
+
+It prints latency and throughput of the subnets worth serving, the results of the checks, and the profile's path.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli, exports, plots
+from superserve_jax.engines import prepare, profiling, subnet_buckets
+from superserve_jax.engines.device import DeviceEngine, Slicing
+from superserve_jax.engines.keys import Device
+from superserve_jax.engines.subnet_buckets import Flops
+from superserve_jax.exports import Model
+from superserve_jax.profile import check_batch_sizes
+from superserve_jax.serving import server
+
+STATEMENTS = {
+    "P1": "a larger batch takes longer",
+    "P2": "a more accurate subnet takes longer",
+    "P3": "in the time of the most accurate subnet, the fastest subnet computes a larger batch",
+}
+EXACT = 24  # subnets that are also measured with executables of their own, to compare with shared ones
+UNITS = {"P1": "latencies", "P2": "latencies", "P3": "batch sizes"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      export: the export's directory.
+      batch_sizes: the batch sizes to make executables for.
+      lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
+      slicing: how weights are sliced; if left out, the faster way.
+      executables: the largest number of subnet buckets, which is also the number of executables of each shape.
+      keep_all: keep every subnet that no other subnet beats, even if its neighbours are nearly equal.
+      repeats: the number of calls of each subnet at each batch size and length bucket.
+      load: measure beside a server under load.
+      json: also write the profile to this file. With several kinds of devices, it is the profile of the first kind.
+      plot: draw the latencies by subnet and batch size into this file (PNG), also for the first kind.
+    """
+
+    export: Annotated[pathlib.Path, tyro.conf.Positional]
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    lengths: tuple[int, ...] | None = None
+    slicing: Slicing | None = None
+    executables: int = prepare.MAX_SUBNET_BUCKETS
+    keep_all: bool = False
+    repeats: int = 50
+    load: bool = True
+    json: pathlib.Path | None = None
+    plot: pathlib.Path | None = None
+
+    def __post_init__(self):
+        cli.check_above_zero(self, "executables", "repeats")
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=__doc__)
+    check_batch_sizes(options.batch_sizes)  # before minutes of compiling
+    model = ss.load(options.export)
+    lengths = prepare.check_lengths(model.config, options.lengths)
+    kinds = {
+        prepare.device_kind(device): device for device in jax.devices()[::-1]
+    }  # reversed, so that the first device of a kind remains
+    for kind, device in kinds.items():
+        measure(options, model, device, kind, lengths)
+
+
+def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
+    """Measures one kind of device, saves the profile and prints it."""
+    slicing = options.slicing or choose_slicing(model, device, options, lengths)
+    envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
+
+    def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> DeviceEngine:
+        shapes = {"batch_sizes": options.batch_sizes, "lengths": lengths}
+        return DeviceEngine(model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes)
+
+    engine = make_engine(model.subnets, envelopes)
+    load = server.background_traffic if options.load else None
+    measured = prepare.measure(model, engine, repeats=options.repeats, background=load)
+    if measured.envelopes:
+        exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
+        report_sharing(measured, engine, exact, model.config.flops, options.repeats)
+    profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
+    path = exports.profile_path(options.export, kind)
+    print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
+    for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
+        report(at_length, as_measured, {s.subnet: s.flops for s in model.served})
+    cli.write_results(options.json, profile.to_json())
+    if options.plot:
+        values = [[ms for t in profile.each_length for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
+        shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
+        plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
+        print(f"plot: {options.plot}")
+    profile.save(path)  # last, so that a read-only export loses nothing of what was measured
+    print(f"profile: {path}")
+
+
+def choose_slicing(model: Model, device: Device, options: Options, lengths: Sequence[int]) -> Slicing:
+    """Returns the faster way of slicing, and prints how much faster it is."""
+    slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
+    print(f"slicing: '{slicing}'; if every call changes the subnet, 'in_call' takes {ratio:.2f} times as long as 'kept'")
+    return slicing
+
+
+def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngine, flops: Flops, repeats: int) -> None:
+    """Prints the cost of sharing executables: in FLOPs for all subnets, and in latency for the subnets of `exact`."""
+    bucket_of = {r.subnet: r.envelope or r.subnet for r in measured.rows}
+    extra = subnet_buckets.extra(bucket_of, flops)
+    buckets = len(set(bucket_of.values()))
+    print(f"{len(bucket_of)} subnets in {buckets} subnet buckets: {100 * extra:.1f} % more FLOPs than with own executables")
+    accuracies = {s: measured.row(s).accuracy for s in exact.subnets}
+
+    def latencies(engine: DeviceEngine) -> np.ndarray:
+        again = profiling.measure(engine, accuracies, measured.batch_sizes, device=measured.device, repeats=repeats)
+        return np.array([again.row(s).latency_ms for s in accuracies])
+
+    ratio = latencies(shared) / latencies(exact)
+    print(
+        f"latency with a shared executable / with an own one, mean of {len(accuracies)} subnets: "
+        + ", ".join(f"{np.mean(column):.2f} at batch {b}" for b, column in zip(measured.batch_sizes, ratio.T, strict=True))
+        + f"; largest {ratio.max():.2f}"
+    )
+
+
+def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, int]) -> None:
+    """Prints the latencies at one length, and how far SlackFit's assumptions hold.
+
+    Args:
+      profile: the profile of the subnets worth serving.
+      measured: the profile of all subnets, before noise was repaired.
+      cost: FLOPs of each subnet.
+    """
+    if profile.lengths:
+        print(f"\n{profile.lengths[0]} tokens")
+    lines: list[tuple[str, ...]] = [("MFLOPs", "accuracy", *(f"batch {b}" for b in profile.batch_sizes), "queries/s")]
+    for r in profile.rows:
+        latencies = (f"{ms:.2f}" for ms in r.latency_ms)
+        qps = f"{profile.throughput_qps(r.subnet):,.0f}"
+        lines.append((f"{cost[r.subnet] / 1e6:.2f}", f"{100 * r.accuracy:.2f} %", *latencies, qps))
+    cli.print_table(lines)
+    spread = statistics.median(p99 / ms for r in profile.rows for ms, p99 in zip(r.latency_ms, r.p99_ms, strict=True))
+    print(f"p99 latency / median latency: {spread:.2f} (median over all subnets and batch sizes)")
+    slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
+    print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
+    for p in profiling.properties(measured):
+        print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; lowest ratio {p.worst:.2f} (of {UNITS[p.name]})")

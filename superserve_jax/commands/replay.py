@@ -1,0 +1,283 @@
+"""Replays bursty traffic on the real server, once per policy, and prints one table.
+
+    superserve replay runs/digits_resnet/export
+    superserve replay runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
+    superserve replay runs/digits_resnet/export --policies slackfit --simulate
+    superserve replay runs/digits_resnet/export --policies slackfit --slow-factor 1.5
+
+All policies get the same arrivals, inputs and SLO. The inputs are the test examples of the dataset; texts keep their lengths.
+Answers are compared with the labels. Calm and bursts alternate. Their rates are computed from the latencies of this machine:
+a burst overloads the most accurate subnet, but not the fastest one.
+- `--trace FILE.csv` replays recorded arrivals instead. The file has a column arrival_s, see simulation.traces.load.
+- `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
+- `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
+  online correction (see scheduling.speeds) and without it.
+Library: loadtest.loadgen, loadtest.sim_vs_real, serving.server, simulation.traces, simulation.metrics, plots.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli, plots
+from superserve_jax.engines import prepare
+from superserve_jax.engines.base import Engine, Wrapper
+from superserve_jax.exports import Model
+from superserve_jax.lengths import trim_padding
+from superserve_jax.loadtest import loadgen, sim_vs_real
+from superserve_jax.loadtest.loadgen import Replay
+from superserve_jax.loadtest.sim_vs_real import Stopwatch
+from superserve_jax.serving import server
+from superserve_jax.serving.options import make_policy
+from superserve_jax.serving.server import Server
+from superserve_jax.simulation import traces
+from superserve_jax.simulation.traces import Trace
+from superserve_jax.training import data
+from superserve_jax.training.config import config_from_json
+
+Result = dict[str, Any]  # one policy's numbers, as --json writes them
+PERIOD = (0, 0, 0, 1, 0, 0)  # half seconds of calm (0) and burst (1)
+
+USUAL: dict[str, Callable[[Result], str]] = {
+    "policy": lambda r: r["name"],
+    "SLO attainment": lambda r: f"{100 * r['attainment']:.2f} %",
+    "accuracy, profiled": lambda r: f"{r['accuracy_profiled']:.2f} %",
+    "measured": lambda r: f"{r['accuracy_measured']:.2f} %",
+    "p50 ms": lambda r: f"{r['p50_ms']:.1f}",
+    "p99 ms": lambda r: f"{r['p99_ms']:.1f}",
+}
+SLOWED: dict[str, Callable[[Result], str]] = {
+    "policy": lambda r: r["name"],
+    "correction": lambda r: "on" if r["corrected"] else "off",
+    "SLO attainment before": lambda r: f"{100 * r['attainment_before']:.2f} %",
+    "after": lambda r: f"{100 * r['attainment_after']:.2f} %",
+    "accuracy before": lambda r: f"{r['accuracy_before']:.2f} %",
+    "accuracy after": lambda r: f"{r['accuracy_after']:.2f} %",
+}
+SIMULATED: dict[str, Callable[[Result], str]] = {
+    "policy": lambda r: r["name"],
+    "SLO attainment": lambda r: f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %",
+    "attainment difference": lambda r: f"{100 * (r['simulated_attainment'] - r['attainment']):+.2f}",
+    "accuracy, profiled": lambda r: f"{r['accuracy_profiled']:.2f} / {r['simulated_accuracy']:.2f} %",
+    "accuracy difference": lambda r: f"{r['simulated_accuracy'] - r['accuracy_profiled']:+.2f}",
+    "overhead": lambda r: f"{r['overhead_ms']:.2f} ms",
+    "stalled": lambda r: f"{r['stalled_s']:.2f} s",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      export: the export's directory.
+      policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest. By default both SlackFits and every
+        subnet fixed.
+      seconds: length of the traffic.
+      slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
+      calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
+      burst: (arrival rate in a burst) / (throughput of all workers with the fastest subnet).
+      cv2: squared coefficient of variation of the gaps between arrivals.
+      trace: a file of recorded arrivals to replay instead.
+      batch_sizes: batch sizes to serve with.
+      lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
+      simulate: repeat each replay in the simulator, and print both.
+      slow_factor: every batch takes this many times as long from --slow-after on.
+      slow_after: when --slow-factor takes effect, as a fraction of the traffic.
+      seed: the seed of arrivals and inputs.
+      json: write the results to this file.
+      plot: write a plot over time to this file.
+    """
+
+    export: tyro.conf.Positional[pathlib.Path]
+    policies: tuple[str, ...] = ()
+    seconds: float = 9.0
+    slo_ms: float | None = None
+    calm: float = 0.3
+    burst: float = 0.45
+    cv2: float = 4.0
+    trace: pathlib.Path | None = None
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    lengths: tuple[int, ...] | None = None
+    simulate: bool = False
+    slow_factor: float = 1.0
+    slow_after: float = 0.5
+    seed: int = 0
+    json: pathlib.Path | None = None
+    plot: pathlib.Path | None = None
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=__doc__)
+    cli.check_above_zero(options, "seconds")
+    if not 0 < options.slow_after < 1:
+        raise ss.ConfigError(f"--slow-after is a fraction of the traffic between 0 and 1, got {options.slow_after:g}")
+    if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
+        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and leave out --simulate if it is above 1")
+    work = prepare_work(options)
+    profile = work.profiles[0]
+    fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
+    labels = {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}
+    names = options.policies or tuple(labels)
+    for name in names:
+        make_policy(name, *work.profiles)  # reports a mistyped name before the first replay
+    results: list[Result] = []
+    replays: dict[str, Replay] = {}
+    for name in names:
+        for corrected in (True, False) if options.slow_factor > 1 else (True,):
+            done, result = replay_policy(options, work, name, corrected=corrected)
+            replays.setdefault(name, done)
+            results.append({"name": name, **result})
+            print(f"{name}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
+    print()
+    labelled = ({**result, "name": labels.get(result["name"], result["name"])} for result in results)
+    cli.print_columns(SLOWED if options.slow_factor > 1 else USUAL, labelled)
+    if options.simulate:
+        print("\nthe same traffic in the simulator: real / simulated")
+        cli.print_columns(SIMULATED, results)
+        print()
+    late = [max(result[f"lateness_{p}_ms"] for result in results) for p in ("p50", "p99")]
+    print(f"lateness of the load generator, worst policy: p50 {late[0]:.2f} ms, p99 {late[1]:.1f} ms")
+    about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
+    cli.write_results(options.json, {**about, "profile": profile.to_json(), "policies": results})
+    if options.plot:
+        one_fixed = next((name for name in names if name in fixed), None)
+        shown = {n: done for n, done in replays.items() if n not in fixed or n == one_fixed}
+        plots.replay({n: loadgen.series(done, window_s=0.1) for n, done in shown.items()}, options.plot)
+        print(f"plot: {options.plot}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What all policies share: engines with their profiles, and queries with their inputs and labels."""
+
+    engines: Sequence[Engine]
+    profiles: Sequence[ss.Profile]
+    trace: Trace
+    inputs: Sequence[np.ndarray]
+    labels: np.ndarray
+    slo_ms: float
+
+
+def prepare_work(options: Options) -> Work:
+    """Loads an export onto the devices, and makes the traffic for it."""
+    model = ss.load(options.export)
+    inputs, labels = test_examples(model)
+    _, engines, profiles = prepare.prepare(
+        model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
+    )
+    buckets = profiles[0].lengths
+    # The server measures the length of each input itself. The arrival rates and the simulator need the lengths earlier.
+    lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if buckets else np.zeros(len(inputs), int)
+    slowest_ms = max(p.rows[-1].latency_ms[-1] for p in profiles)
+    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest_ms)
+    if options.trace is not None:
+        trace = traces.load(options.trace, slo_ms=slo_ms)
+    else:
+        trace = bursts(options, profiles, slo_ms, lengths.tolist() if buckets else [])
+    if not len(trace):
+        raise ss.DataError(f"no queries in the trace ({trace.name}): record at least one, or give more --seconds")
+    # Random order without replacement, then again: no example is used twice before all others were used once.
+    rng = np.random.default_rng(options.seed)
+    chosen = np.concatenate([rng.permutation(len(inputs)) for _ in range(-(-len(trace) // len(inputs)))])[: len(trace)]
+    print(
+        f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
+        f"{len(engines)} worker(s) on {', '.join(dict.fromkeys(p.device for p in profiles))}"
+    )
+    if buckets:
+        trace = dataclasses.replace(trace, lengths=lengths[chosen])
+        p50, p90 = np.percentile(lengths, [50, 90])
+        print(f"half of the texts have up to {p50:.0f} tokens, 90 % up to {p90:.0f}; length buckets: {list(buckets)}")
+    return Work(engines, profiles, trace, [inputs[i] for i in chosen], labels[chosen], slo_ms)
+
+
+def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of the test split that an export was trained for. Raises ConfigError if its config names no data."""
+    config = config_from_json(model.manifest["training"])
+    if config.data is None:
+        raise ss.ConfigError(
+            "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
+            "inputs of your own with superserve_jax.loadtest.loadgen.replay"
+        )
+    return data.open(config.data).arrays("test")
+
+
+def bursts(options: Options, profiles: Sequence[ss.Profile], slo_ms: float, tokens: Sequence[int]) -> Trace:
+    """Alternating calm and bursts, at rates for this machine. `tokens` are the lengths of texts."""
+    calm = options.calm * sum(p.throughput_qps(p.rows[-1].subnet, tokens) for p in profiles)
+    burst = options.burst * sum(p.throughput_qps(p.rows[0].subnet, tokens) for p in profiles)
+    rates = [(calm, burst)[PERIOD[i % len(PERIOD)]] for i in range(max(1, round(2 * options.seconds)))]
+    trace = traces.steps(rates_qps=rates, step_s=0.5, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
+    return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
+
+
+def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -> tuple[Replay, Result]:
+    """Serves the traffic with one policy. Returns the outcome of each query, and the numbers for the tables."""
+    slow_s = options.slow_after * float(work.trace.arrivals_s[-1])
+    watches = [Stopwatch(*each) for each in zip(work.engines, work.profiles, strict=True)]
+    slowed = [Slowed(engine, options.slow_factor) for engine in work.engines]
+    used = watches if options.simulate else slowed if options.slow_factor > 1 else work.engines
+    settings = {"slo_ms": work.slo_ms, "max_queue": len(work.trace) + 1, "follow_drift": corrected}
+    with (
+        sim_vs_real.heartbeat() if options.simulate else contextlib.nullcontext([]) as stalls_s,
+        Server.from_engines(used, work.profiles, policy=name, **settings) as target,
+    ):
+        for engine in slowed:
+            engine.from_s = time.monotonic() + slow_s
+        done = loadgen.replay(target, work.trace, work.inputs)
+        target.close(drain=False)
+    result = numbers(done, work.labels)
+    if options.simulate:
+        machine = sim_vs_real.measured_machine(done, watches, stalls_s)
+        again = sim_vs_real.simulate_again(done, work.profiles, name, workers=len(work.profiles), machine=machine)
+        result |= {"simulated_attainment": again.attainment, "simulated_accuracy": 100 * again.mean_accuracy}
+        result |= {"overhead_ms": machine.overhead_ms, "stalled_s": machine.stalled_s}
+    if options.slow_factor > 1:
+        result["corrected"] = corrected
+        for when, which in ("before", done.arrival_s < slow_s), ("after", done.arrival_s >= slow_s):
+            part = loadgen.summarize(done, which)
+            result |= {f"attainment_{when}": part.attainment, f"accuracy_{when}": 100 * part.accuracy}
+    return done, result
+
+
+def numbers(done: Replay, labels: np.ndarray) -> Result:
+    """One policy's numbers, for the table and for --json."""
+    s, met = loadgen.summarize(done), done.met
+    submitted = np.isfinite(done.lateness_s)
+    lateness_ms = 1e3 * np.percentile(done.lateness_s[submitted], [50, 99]) if submitted.any() else (math.nan, math.nan)
+    return {
+        "attainment": s.attainment,
+        "accuracy_profiled": 100 * s.accuracy,
+        "accuracy_measured": 100 * float((done.label == labels)[met].mean()) if met.any() else math.nan,
+        "p50_ms": s.p50_ms,
+        "p99_ms": s.p99_ms,
+        "goodput_qps": s.goodput_qps,
+        "lateness_p50_ms": float(lateness_ms[0]),
+        "lateness_p99_ms": float(lateness_ms[1]),
+    }
+
+
+class Slowed(Wrapper):
+    """An engine whose batches take `factor` times as long from `from_s` on, on the clock `time.monotonic`."""
+
+    def __init__(self, inner: Engine, factor: float):
+        super().__init__(inner)
+        self.from_s = math.inf
+        self._factor = factor
+
+    def run(self, subnet: ss.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Any:
+        """See `engines.base.Engine.run`."""
+        start_s = time.monotonic()
+        outputs = super().run(subnet, batch_size, inputs)
+        if start_s >= self.from_s:
+            time.sleep((self._factor - 1) * (time.monotonic() - start_s))
+        return outputs
