@@ -46,6 +46,7 @@ class Panel:
       lines: lines by label.
       scale_x: the scale of the x axis; "symlog" is logarithmic but also shows 0.
       scale_y: the scale of the y axis.
+      most_y: the largest possible y, such as 100 for percent; the y axis does not go beyond it.
     """
 
     title: str
@@ -54,10 +55,11 @@ class Panel:
     lines: Mapping[str, Line]
     scale_x: Literal["linear", "log", "log2", "symlog"] = "linear"
     scale_y: Literal["linear", "log"] = "linear"
+    most_y: float | None = None
 
 
-def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str = "") -> None:
-    """Draws panels in `columns` columns, with one legend for all."""
+def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str = "", own_legends: bool = False) -> None:
+    """Draws panels in `columns` columns, with one legend for all or with `own_legends`."""
     columns = min(columns, len(shown))
     count = math.ceil(len(shown) / columns)
     fig = figure.Figure(figsize=(max(4.2 * columns, 6), 3.2 * count + 0.8), layout="constrained")
@@ -73,15 +75,19 @@ def panels(shown: Sequence[Panel], path: Path, *, columns: int = 3, title: str =
         axes.set(xlabel=panel.label_x, ylabel=panel.label_y, yscale=panel.scale_y)
         axes.set_title(panel.title, fontsize=10)
         axes.grid(alpha=0.3)
+        if own_legends:
+            axes.legend([handles[label] for label in panel.lines], panel.lines.keys(), fontsize=9)
         _scale_x(axes, panel)
         if panel.scale_y == "log":
-            locator, minor = ticker.LogLocator(subs=(1, 2, 5)), ticker.NullFormatter()
-            axes.yaxis.set(major_locator=locator, major_formatter="{x:g}", minor_formatter=minor)
+            _plain_numbers(axes.yaxis)
+        if panel.most_y is not None and axes.get_ylim()[1] > panel.most_y:
+            axes.set_ylim(top=panel.most_y + 0.01 * (panel.most_y - axes.get_ylim()[0]))  # so that a line at the end is whole
     for axes in grid.flat[len(shown) :]:
         axes.remove()
     if title:
         fig.suptitle(title)
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns))
+    if not own_legends:
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns))
     _save(fig, path, dpi=110)
 
 
@@ -96,25 +102,45 @@ def _scale_x(axes: Any, panel: Panel) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xscale(panel.scale_x)
+        if panel.scale_x == "log":
+            _plain_numbers(axes.xaxis)
 
 
-def metrics(lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = ()) -> None:
+def _plain_numbers(axis: Any) -> None:
+    """Labels a logarithmic axis with 1, 2, 5, 10, 20 instead of powers of ten."""
+    locator, minor = ticker.LogLocator(subs=(1, 2, 5)), ticker.NullFormatter()
+    axis.set(major_locator=locator, major_formatter="{x:g}", minor_formatter=minor)
+
+
+def metrics(
+    lines: Sequence[Mapping[str, Any]], path: Path, *, validation: Sequence[Mapping[str, Any]] = (), title: str = ""
+) -> None:
     """Plots losses and accuracies over the steps of a training run.
 
     Args:
       lines: the run's metrics, with "step", "loss", "accuracy" and, if other subnets are trained, "loss_smallest".
       path: the PNG file.
       validation: validation accuracies, with "step" and one value per name of a subnet.
+      title: above the plot.
     """
+    colors = {"largest": "C0", "middle": "C2", "smallest": "C1"}
     steps = [m["step"] for m in lines]
-    losses = {"largest, loss against labels": Line(steps, [m["loss"] for m in lines], style="-")}
+    losses = {
+        "largest subnet, against the labels": Line(steps, [m["loss"] for m in lines], style="-", color=colors["largest"])
+    }
     if any("loss_smallest" in m for m in lines):
         smallest = [m.get("loss_smallest", math.nan) for m in lines]
-        losses["smallest, distillation loss"] = Line(steps, smallest, style="-")
-    accuracies = {"largest, training": Line(steps, [100 * m["accuracy"] for m in lines], style="-")}
-    for name in [name for name in (validation[0] if validation else ()) if name != "step"]:
-        accuracies[f"{name}, validation"] = Line([v["step"] for v in validation], [100 * v[name] for v in validation])
-    panels([Panel("", "step", "loss", losses), Panel("", "step", "accuracy (%)", accuracies)], path, columns=2)
+        losses["smallest subnet, against its teacher"] = Line(steps, smallest, style="-", color=colors["smallest"])
+    training = [100 * m["accuracy"] for m in lines]
+    accuracies = {"largest subnet, training batches": Line(steps, training, style=":", color=colors["largest"])}
+    for name in [name for name in ("largest", "middle", "smallest") if validation and name in validation[0]]:
+        at, measured = zip(*((v["step"], 100 * v[name]) for v in validation if name in v), strict=True)
+        accuracies[f"{name} subnet, validation"] = Line(at, measured, color=colors[name])
+    shown = (
+        Panel("loss on training batches", "training step", "loss", losses),
+        Panel("accuracy", "training step", "accuracy (%)", accuracies, most_y=100.0),
+    )
+    panels(shown, path, columns=2, title=title, own_legends=True)
 
 
 def search(
@@ -124,6 +150,8 @@ def search(
     path: Path,
     *,
     cost: str,
+    error: float = 0.0,
+    title: str = "",
 ) -> None:
     """Plots the candidates of a search, its Pareto front, and the chosen subnets.
 
@@ -133,13 +161,25 @@ def search(
       served: the same for the chosen subnets.
       path: the PNG file.
       cost: the name of the cost, with its unit.
+      error: the standard error of an accuracy, as a fraction.
+      title: above the plot.
     """
-    styles = {"candidates": (cloud, ".", "0.6"), "Pareto front": (front, "-", "C0"), "served": (served, "o", "C1")}
+    styles = {
+        f"candidates ({len(cloud)})": (cloud, ".", "0.6"),
+        "Pareto front": (front, "-", "C0"),
+        f"chosen to serve ({len(served)})" + ", with standard error" * (error > 0): (served, "o", "C1"),
+    }
     lines = {
-        label: Line([c for c, _ in sorted(points)], [100 * a for _, a in sorted(points)], style=style, color=color)
+        label: Line(
+            [c for c, _ in sorted(points)],
+            [100 * a for _, a in sorted(points)],
+            spread=[100 * error] * len(points) if points is served and error else None,
+            style=style,
+            color=color,
+        )
         for label, (points, style, color) in styles.items()
     }
-    panels([Panel("", cost, "validation accuracy (%)", lines, "log")], path)
+    panels([Panel("", cost, "validation accuracy (%)", lines, "log", most_y=100.0)], path, title=title)
 
 
 def replay(runs: Mapping[str, Any], path: Path, *, marks_s: Sequence[float] = ()) -> None:

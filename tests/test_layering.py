@@ -73,7 +73,7 @@ LATE = {
     "convert": ("safetensors", "torch"),
     "scheduling": ("scipy",),
     "simulation": ("scipy",),
-    "training": ("sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources"),
+    "training": ("sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
     "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
 }
 

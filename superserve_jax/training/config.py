@@ -163,12 +163,14 @@ class TrainConfig:
       label_smoothing: label smoothing in the largest subnet's loss.
       ema: decay per step of an exponential moving average of the parameters. If kept, the average is the result; 0 keeps none.
       compute_dtype: dtype of activations and products. Parameters, losses and statistics are always float32.
-      eval_every: validate the smallest, a middle and the largest subnet every so many steps; 0 never does.
+      eval_every: validate the smallest, a middle and the largest subnet every so many steps. None validates about ten times in
+        a run, 0 never.
       calibration_examples: number of training examples for the statistics of a served subnet.
       search: the settings of the search for the subnets to serve.
       seed: seed of weights, data order and subnet sampling.
       checkpoint_every: steps between two checkpoints.
       log_every: steps between two lines of metrics.
+      wandb: a project of Weights & Biases that also gets the metrics (`pip install 'superserve-jax[wandb]'`).
     """
 
     name: str
@@ -184,12 +186,13 @@ class TrainConfig:
     label_smoothing: Fraction = 0.0
     ema: Fraction = 0.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    eval_every: Count = 0
+    eval_every: Count | None = None
     calibration_examples: Positive = 4096
     search: SearchConfig = SearchConfig()
     seed: Seed = 0
     checkpoint_every: Positive = 500
     log_every: Positive = 50
+    wandb: str | None = None
 
     @errors.refusing(errors.ConfigError, "TrainConfig: a field has another type than its default")
     def __post_init__(self):

@@ -19,14 +19,14 @@ import numpy as np
 from superserve_jax import errors, plots, progress, supernets
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import RewirableConfig
-from superserve_jax.supernets.supernet import SuperNet
-from superserve_jax.training import calibration, data, evaluation, metrics_log, rewiring, runs, sampling, teacher
+from superserve_jax.training import data, metrics_log, rewiring, runs, sampling, teacher, validation, wandb_log
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig
 from superserve_jax.training.data import DatasetLike
 from superserve_jax.training.metrics_log import MetricsLog
 from superserve_jax.training.runs import Run
 from superserve_jax.training.step import Recipe, SandwichStep, TrainState
+from superserve_jax.training.validation import Validation
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
         raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
     data.check_fit(dataset, config.model)
     supernets.check(config.model, run=False)
-    if config.eval_every:
-        dataset.num_examples("validation")  # raises if there are none
+    validated = _can_validate(config, dataset)
+    wandb_log.check(config.wandb)
     recipe = Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
     teacher.check_hidden(recipe, config.model, outside)
@@ -78,9 +78,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     run = Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
     parts = sampling.plan(config, num_steps)
+    eval_every = validation.interval(config, num_steps) if validated else 0
     sandwich = SandwichStep(config.optim.create(num_steps), recipe=recipe, ema=config.ema)
 
-    with run.training_lock(), run.checkpoints() as saved, _stop_signal() as stopped:
+    with run.training_lock(), run.checkpoints() as saved, _stop_signal() as stopped, contextlib.ExitStack() as stack:
         run.check_inputs(inputs)
         start, state = _restore(saved, run, sandwich)
         run.write_inputs(inputs, start)
@@ -94,7 +95,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
             _log.info("going on from step %d of %d", start, num_steps)
         state = jax.device_put(state, replicated)
         last, unsaved = start, None
-        record = MetricsLog(run.workdir, start)
+        record = MetricsLog(run.workdir, start, send=stack.enter_context(wandb_log.sending(config, run.workdir)))
+        validate = Validation(config, dataset) if eval_every else None
         batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
         steps = range(start, num_steps)
         for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
@@ -116,8 +118,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
             record.add(scalars)
             if done % config.log_every == 0 or done == num_steps:
                 record.flush(done, examples=config.batch_size)
-            if config.eval_every and (done % config.eval_every == 0 or done == num_steps):
-                record.validation(done, _validate(config, state, dataset))
+            if validate and (done % eval_every == 0 or done == num_steps):
+                record.validation(done, validate(state))
             if done % config.checkpoint_every == 0 or done == num_steps or stopped():
                 # It must be on disk before the next step, which donates these buffers.
                 try:
@@ -148,6 +150,20 @@ def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sha
     return jax.sharding.NamedSharding(mesh, whole), jax.sharding.NamedSharding(mesh, split)
 
 
+def _can_validate(config: TrainConfig, dataset: DatasetLike) -> bool:
+    """Whether to validate. Raises DataError if the config asks for it, but there are no validation examples."""
+    if config.eval_every == 0:
+        return False
+    try:
+        dataset.num_examples("validation")
+    except errors.DataError as e:
+        if config.eval_every is not None:
+            raise
+        _log.warning("no validation curves: %s", e)
+        return False
+    return True
+
+
 def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int, TrainState]:
     """(steps done, state) from the last checkpoint, or a fresh state."""
     latest, config = saved.latest(clean=True), run.config
@@ -171,20 +187,10 @@ def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> Tra
     return rewiring.reorder(config.model, state, rewiring.orders(config.model, params, few))
 
 
-def _validate(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> dict[str, float]:
-    """Validation accuracies of the smallest, a middle and the largest subnet, each with its own statistics."""
-    space, validate = config.last_phase.space(config.model), config.model.space().validate
-    (middle,) = sampling.envelopes(config.model, 1, seed=config.seed, space=space, tied=config.last_phase.tied)
-    subnets = {"smallest": validate(space.smallest()), "middle": validate(middle), "largest": space.largest()}
-    inputs, _ = dataset.arrays("train", limit=config.search.calibration_examples)
-    model = SuperNet(config.model, jax.device_put(state.ema or state.params, jax.devices()[0]))
-    model.statistics = calibration.calibrate(model, set(subnets.values()), inputs)
-    accuracies = evaluation.accuracy(model, subnets.values(), lambda: dataset.eval("validation", 250))
-    return dict(zip(subnets, accuracies, strict=True))
-
-
 def _plot(run: Run) -> None:
-    plots.metrics(run.metrics(), run.workdir / _PLOT, validation=metrics_log.read(run.workdir, "validation"))
+    lines, validated = run.metrics(), metrics_log.read(run.workdir, "validation")
+    steps = f", {lines[-1]['step']:,} steps" if lines else ""
+    plots.metrics(lines, run.workdir / _PLOT, validation=validated, title=f"Training of {run.config.name}{steps}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pathlib
 import platform
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -24,6 +24,8 @@ SessionLog: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
 
 _log = logging.getLogger(__name__)
 
+Send = Callable[[str, int, Mapping[str, float]], None]
+
 _FILES = {"train": "metrics.jsonl", "validation": "validation.jsonl"}
 
 
@@ -35,12 +37,13 @@ class MetricsLog:
     Args:
       workdir: the run's folder.
       start: number of steps done.
+      send: gets the same values, as (kind, step, values by name).
 
     Attributes:
       note: the last loss and accuracy as a short text.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int):
+    def __init__(self, workdir: pathlib.Path, start: int, *, send: Send = lambda kind, step, values: None):
         for name in _FILES.values():
             lines, damaged = _parse(workdir / name)
             if damaged:
@@ -49,6 +52,7 @@ class MetricsLog:
             kept = (json.dumps(line) + "\n" for line in lines if line["step"] <= start)
             files.write_bytes(workdir / name, "".join(kept).encode())
         self._workdir = workdir
+        self._send = send
         self._board = workdir / "tensorboard" / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
         self._first_events = (Event(file_version="brain.Event:2"),)
         if start:  # TensorBoard hides the values that an interrupted process wrote for later steps
@@ -77,6 +81,7 @@ class MetricsLog:
         self._since_s = time.monotonic()
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._send(kind, step, values)
         events = [Event(step=step, summary=summary.scalar(f"{kind}/{name}", value)) for name, value in values.items()]
         try:
             files.append(self._workdir / _FILES[kind], (json.dumps({"step": step, **values}) + "\n").encode())

@@ -11,6 +11,7 @@
 | converted.json | exists if the first checkpoint holds converted weights |
 | metrics.jsonl, metrics.png | the training metrics |
 | validation.jsonl, tensorboard/ | validation accuracies, and all metrics for TensorBoard |
+| wandb.json, wandb/ | the id and the local files of a Weights & Biases run |
 | search.json, search.png | the candidates, and the subnets to serve |
 | search.jsonl | the candidates one by one, so that an interrupted search can go on |
 | statistics.npz | SubnetNorm statistics of the calibrated subnets |
@@ -50,6 +51,8 @@ _INPUTS = "inputs.json"
 _MOST_BYTES = 1 << 30  # of a JSON file
 # Fields with paths. They may change, because inputs.json tells whether the same data is there.
 _PATHS = ("data.path", "data.data_dir", "data.vocabulary", "distill.teacher")
+# Fields that may change because the weights do not depend on them.
+_RECORDS = ("checkpoint_every", "eval_every", "log_every", "wandb")
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -263,11 +266,10 @@ class Run:
 
 
 def _changes(run: Run, config: TrainConfig) -> list[str]:
-    """What differs in the config of a run, without the paths of data if the run can tell whether the data is the same."""
+    """What differs in the config of a run and may not change. Paths may, if the run can tell whether the data is the same."""
+    free = (*_RECORDS, *_PATHS) if (run.workdir / _INPUTS).exists() else _RECORDS
     changed = config_differences(config_to_json(run.config), config_to_json(config))
-    if not (run.workdir / _INPUTS).exists():
-        return changed
-    return [change for change in changed if change.split(":")[0] not in _PATHS]
+    return [change for change in changed if change.split(":")[0] not in free]
 
 
 def _read(path: pathlib.Path, remedy: str, parse: Callable[[Any], T]) -> T:

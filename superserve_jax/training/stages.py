@@ -19,14 +19,13 @@ from superserve_jax.exports import Served
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.supernet import Norm
-from superserve_jax.training import calibration, evaluation, latency, loop
+from superserve_jax.training import calibration, evaluation, latency, loop, validation
 from superserve_jax.training.config import DistillConfig, TrainConfig, config_to_json
 from superserve_jax.training.data import fingerprints
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
 from superserve_jax.training.search import Candidate, SearchLog, choose_served, evolutionary_search, pareto_front
 
-_EVAL_BATCH = 250
 _TIMED = 40  # subnets that are timed if latency is the cost
 
 
@@ -38,7 +37,7 @@ def search(run: Run) -> list[Candidate]:
     """
     settings, model, dataset = run.config.search, run.model(), run.dataset()
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
-    batches = list(itertools.islice(dataset.eval("validation", _EVAL_BATCH), -(-settings.examples // _EVAL_BATCH)))
+    batches = validation.batches(dataset, settings)
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
     depends_on = {
         "model": config_to_json(run.config)["model"],
@@ -89,9 +88,12 @@ def search(run: Run) -> list[Candidate]:
             "served": [s.to_json() for s in sorted((c.subnet for c in chosen), key=model.config.flops)],
         },
     )
-    cloud, front, served = ([(c.cost, c.accuracy) for c in group] for group in (tried, pareto_front(tried), chosen))
-    label = f"latency of a batch of {settings.latency_batch} (ms), predicted" if timed else "multiply-adds per input"
-    plots.search(cloud, front, served, run.workdir / "search.png", cost=label)
+    label, unit = "MFLOPs per input (million multiply-adds)", 1e6
+    if timed:
+        label, unit = f"latency of a batch of {settings.latency_batch} (ms), predicted", 1.0
+    cloud, front, served = ([(c.cost / unit, c.accuracy) for c in group] for group in (tried, pareto_front(tried), chosen))
+    title = f"Search of {run.config.name}"
+    plots.search(cloud, front, served, run.workdir / "search.png", cost=label, error=error, title=title)
     return chosen
 
 
@@ -121,7 +123,7 @@ def evaluate(run: Run) -> list[Served]:
 
     def accuracies(norm: Norm) -> list[float]:
         subnets = progress.track(served, f"test examples, {norm} statistics")
-        return evaluation.accuracy(model, subnets, lambda: dataset.eval("test", _EVAL_BATCH), norm=norm)
+        return evaluation.accuracy(model, subnets, lambda: dataset.eval("test", validation.EVAL_BATCH), norm=norm)
 
     own = accuracies("own")
     shared = accuracies("shared") if model.statistics_of(model.space.largest()).size else [None] * len(own)
@@ -169,7 +171,7 @@ def standalone_config(shared: TrainConfig, subnet: Subnet) -> TrainConfig:
     """
     model = SingleSubnetConfig(shared.model, subnet)
     return dataclasses.replace(
-        shared, model=model, phases=(), distill=DistillConfig(), random_subnets=0, buckets=1, eval_every=0
+        shared, model=model, phases=(), distill=DistillConfig(), random_subnets=0, buckets=1, eval_every=0, wandb=None
     )
 
 

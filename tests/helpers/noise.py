@@ -28,7 +28,7 @@ from superserve_jax.training.config import config_from_json, config_to_json, loa
 from superserve_jax.training.step import SandwichStep
 
 DEBUG = load_config(pathlib.Path(__file__).parents[2] / "configs" / "debug.py")
-RESNET = dataclasses.replace(DEBUG, epochs=1.2, checkpoint_every=4, log_every=2, ema=0.5)  # 12 steps
+RESNET = dataclasses.replace(DEBUG, epochs=1.2, checkpoint_every=4, log_every=2, eval_every=0, ema=0.5)  # 12 steps
 MODEL = MLPConfig(image_size=32, depths=(0, 1, 2, 3), widths=(4, 8, 12, 16))
 CONFIG = dataclasses.replace(RESNET, model=MODEL)  # an MLP compiles in less time
 
