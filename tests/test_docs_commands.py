@@ -1,5 +1,6 @@
-"""Commands in README and docs/ parse: program, options and values exist. Files that the texts name are there."""
+"""Commands in README, docs/ and docstrings of programs parse: program, options and values exist. Files that are named exist."""
 
+import ast
 import importlib
 import importlib.util
 import pathlib
@@ -33,7 +34,17 @@ def commands(page):
     return [words for words in (*lines, *spans) if words]
 
 
-COMMANDS_OF_PAGES = sorted({(page.name, *words) for page in PAGES for words in commands(page)})
+def commands_of_docstring(path):
+    """Every command in the docstring of a program or config: its indented lines."""
+    lines = re.findall(r"^ {4}(\S.*)", ast.get_docstring(ast.parse(path.read_text())) or "", re.MULTILINE)
+    return [shlex.split(re.split(r" {2,}", line)[0], comments=True) for line in lines if PROGRAM.match(line)]
+
+
+DOCSTRINGS = [p for folder in ("configs", "serve", "train", "superserve_jax/commands") for p in (ROOT / folder).rglob("*.py")]
+FOUND = sorted(
+    {(page.name, *words) for page in PAGES for words in commands(page)}
+    | {(str(path.relative_to(ROOT)), *words) for path in DOCSTRINGS for words in commands_of_docstring(path)}
+)
 
 
 class Parsed(Exception):
@@ -74,7 +85,7 @@ def program(name):
     return sys.modules[key]
 
 
-@pytest.mark.parametrize("command", COMMANDS_OF_PAGES, ids=lambda command: " ".join(command)[:90])
+@pytest.mark.parametrize("command", FOUND, ids=lambda command: " ".join(command)[:90])
 def test_a_command_in_the_texts_parses(command, parse, capsys):
     _, name, *words = command
     if name == "make":
@@ -103,10 +114,17 @@ def _is_whole(words):
     return bool(words) and "--help" not in words and "-h" not in words
 
 
+def test_an_unknown_option_or_value_is_noticed(parse, capsys):
+    module = importlib.import_module("superserve_jax.commands.search")
+    for wrong in (["--candidats", "3"], ["--candidates", "many"]):
+        with pytest.raises(SystemExit):
+            parse(module, "superserve search", "runs/demo", *wrong)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_text_names_exist(page):
     named = [span for span in page.spans if re.fullmatch(r"[\w./-]+", span) and span.startswith(tuple(f"{f}/" for f in FOLDERS))]
-    words = [word for _, *command in COMMANDS_OF_PAGES for word in command if re.match(r"configs/\w+\.py$", word)]
+    words = [word for _, *command in FOUND for word in command if re.match(r"configs/\w+\.py$", word)]
     assert not [name for name in (*named, *words) if "_build" not in name and not (ROOT / name).exists()]
 
 
