@@ -1,4 +1,4 @@
-"""Commands in README, docs/ and docstrings of programs parse: program, options and values exist. Files that are named exist."""
+"""Commands in README, docs/ and docstrings of programs parse: program, options and values exist. Named files exist, too."""
 
 import ast
 import importlib
@@ -123,7 +123,9 @@ def test_an_unknown_option_or_value_is_noticed(parse, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_text_names_exist(page):
-    named = [span for span in page.spans if re.fullmatch(r"[\w./-]+", span) and span.startswith(tuple(f"{f}/" for f in FOLDERS))]
+    named = [
+        span for span in page.spans if re.fullmatch(r"[\w./-]+", span) and span.startswith(tuple(f"{f}/" for f in FOLDERS))
+    ]
     words = [word for _, *command in FOUND for word in command if re.match(r"configs/\w+\.py$", word)]
     assert not [name for name in (*named, *words) if "_build" not in name and not (ROOT / name).exists()]
 

@@ -30,7 +30,9 @@ def test_the_table_of_contents_lists_every_page():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_sentences_are_short(page):
-    words = {sentence: len(re.findall(r"[A-Za-z][\w'-]*", re.sub(r"`[^`]*`", "code", sentence))) for sentence in page.sentences}
+    words = {
+        sentence: len(re.findall(r"[A-Za-z][\w'-]*", re.sub(r"`[^`]*`", "code", sentence))) for sentence in page.sentences
+    }
     assert not {sentence: count for sentence, count in words.items() if count > MOST_WORDS}
 
 

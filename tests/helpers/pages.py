@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^( *)(```|~~~|:::)\{?([\w-]*).*?\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 
 
 class Block(NamedTuple):
@@ -32,7 +32,7 @@ class Page:
         self.blocks = [Block(language, text) for _, _, language, text in BLOCK.findall(self.text)]
         self.outside = BLOCK.sub("", self.text)  # everything but code blocks
         self.spans = [" ".join(span.split()) for span in SPAN.findall(self.outside)]
-        self.links = LINK.findall(self.outside)
+        self.links = [link or image for link, image in LINK.findall(self.outside)]
 
     @property
     def anchors(self) -> set[str]:
