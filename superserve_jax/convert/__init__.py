@@ -5,6 +5,7 @@
     model = convert.ofa_resnet("ofa_resnet50.pth", depth_list=[0, 1, 2], expand_ratio_list=[0.2, 0.25, 0.35],
                                width_mult_list=[0.65, 0.8, 1.0], image_size=224)
     model = convert.bert("model.safetensors", num_heads=12)
+    found = convert.from_pretrained("my-classifier")    # a directory of save_pretrained: found.model, found.class_names
     model = convert.weights("ofa_resnet50.pth", config)    # for a known config
 
 A state dict is a mapping of arrays, or the path of a .npz, .safetensors, .pth, .pt or .bin file.
@@ -16,12 +17,13 @@ from superserve_jax import errors
 from superserve_jax.convert import hugging_face, once_for_all, state_dict
 from superserve_jax.convert.hugging_face import bert
 from superserve_jax.convert.once_for_all import ofa_arch, ofa_resnet, ofa_subnet
+from superserve_jax.convert.pretrained import Pretrained, from_pretrained
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 
-__all__ = ["bert", "ofa_arch", "ofa_resnet", "ofa_subnet", "weights"]
+__all__ = ["Pretrained", "bert", "from_pretrained", "ofa_arch", "ofa_resnet", "ofa_subnet", "weights"]
 
 _FILL = {OFAResNetConfig.family: once_for_all.fill, DynaBERTConfig.family: hugging_face.fill}
 
