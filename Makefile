@@ -8,7 +8,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c constraints.txt)
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: help demo test lint docs setup
+.PHONY: help demo test lint docs setup shipped
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ lint: setup  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+shipped: setup  ## train and export again what ss.load("digits") loads
+	$(BIN)/superserve train digits_resnet --workdir runs/digits
+	$(BIN)/superserve export runs/digits --out superserve_jax/shipped/digits
 
 docs: setup  ## build docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

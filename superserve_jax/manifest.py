@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from superserve_jax import errors, files
+from superserve_jax import errors, files, shipped
 
 MANIFEST_FORMAT = "superserve_jax export"
 MANIFEST_SCHEMA = 1
@@ -38,16 +38,26 @@ class _Manifest(msgspec.Struct):
     payload: str
 
 
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory of an export. If `path` does not exist, it may be the name of an export that comes with the package.
+
+    >>> find("digits").name
+    'digits'
+    """
+    try:
+        path = pathlib.Path(path)
+    except TypeError as e:
+        raise errors.ExportError(f"expected the path of an export's directory, got {path!r}") from e
+    return path if os.path.lexists(path) else shipped.exports().get(str(path), path)
+
+
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the manifest of an export's directory.
 
     Raises:
       ExportError: the directory is missing, is not an export or is from a newer version, or the manifest is damaged or edited.
     """
-    try:
-        file = pathlib.Path(path) / MANIFEST_NAME
-    except TypeError as e:
-        raise errors.ExportError(f"expected the path of an export's directory, got {path!r}") from e
+    file = find(path) / MANIFEST_NAME
     try:
         manifest = _parse(file)
         intact = isinstance(manifest, dict) and manifest.get("sha256") == files.digest(manifest)
@@ -123,5 +133,9 @@ def _parse(file: pathlib.Path) -> Any:
     if not file.is_file():
         path = file.parent
         what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
-        raise errors.ExportError(f"{path} is not an export: it {what}; make one with `superserve export`")
+        names = ", ".join(shipped.exports())
+        raise errors.ExportError(
+            f"{path} is not an export: it {what}; make one with `superserve export`, or take one that comes with the package: "
+            f"{names}"
+        )
     return json.loads(files.read_bytes(file, most=_MAX_MANIFEST_BYTES).decode())

@@ -16,7 +16,9 @@ PACKAGE = ROOT / "superserve_jax"
 
 # Every module may also import errors, files and foreign. A name with a dot allows only that module.
 ALLOWED = {
-    **dict.fromkeys(("errors", "files", "foreign", "subnet", "lengths", "manifest", "cli", "progress", "plots", "ops"), ()),
+    **dict.fromkeys(("errors", "files", "foreign", "shipped", "subnet", "lengths"), ()),
+    **dict.fromkeys(("cli", "progress", "plots", "ops"), ()),
+    "manifest": ("shipped",),
     "space": ("subnet",),
     "vocabulary": ("subnet",),
     "profile": ("subnet", "lengths"),
@@ -28,7 +30,18 @@ ALLOWED = {
     "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),
     "exports": ("families", "supernets", "subnet", "space", "vocabulary", "manifest"),
     "convert": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest"),
-    "training": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest", "plots", "progress"),
+    "training": (
+        "exports",
+        "families",
+        "supernets",
+        "subnet",
+        "space",
+        "vocabulary",
+        "manifest",
+        "plots",
+        "progress",
+        "shipped",
+    ),
     "engines": (
         *("exports", "families", "supernets", "ops", "layers"),
         *("profile", "subnet", "lengths", "manifest", "progress"),
@@ -39,25 +52,13 @@ ALLOWED = {
         *("profile", "subnet", "lengths"),
     ),
     "commands": (
-        *(
-            "cli",
-            "convert",
-            "engines",
-            "experiments",
-            "exports",
-            "families",
-            "lengths",
-            "loadtest",
-            "plots",
-            "profile",
-            "progress",
-        ),
-        *("scheduling", "serving", "simulation", "subnet", "training"),
+        *("cli", "convert", "engines", "experiments", "exports", "families", "lengths", "loadtest", "plots", "profile"),
+        *("progress", "scheduling", "serving", "simulation", "subnet", "training"),
     ),
 }
 # These packages and modules work in a process that has no jax.
 NO_JAX = (
-    *("errors", "files", "foreign", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
+    *("errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
     *("cli", "progress", "plots"),
     *("scheduling", "simulation", "experiments", "serving", "loadtest"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),

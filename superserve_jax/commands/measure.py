@@ -107,7 +107,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
-    path = exports.profile_path(options.export, kind)
+    path = exports.profile_path(model.path, kind)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
         report(at_length, as_measured, {s.subnet: s.flops for s in model.served})

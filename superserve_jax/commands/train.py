@@ -1,8 +1,10 @@
 """Trains a SuperNet from a config, then searches, calibrates, evaluates and exports it.
 
-    superserve train configs/digits_resnet.py
-    superserve train configs/digits_resnet.py --optim.lr 0.01 --epochs 3 --workdir runs/mine
+    superserve train digits_resnet
+    superserve train digits_resnet --optim.lr 0.01 --epochs 3 --workdir runs/mine
+    superserve train my_config.py
 
+A config is a Python file, or the name of one that comes with the package (configs/ in the repository).
 Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with metrics,
 plots, checkpoints and export/. Library: training.loop.train, then search, calibrate, evaluate and export in training.stages.
 """

@@ -39,6 +39,7 @@ from superserve_jax.manifest import (
     MANIFEST_NAME,
     MANIFEST_SCHEMA,
     files_of,
+    find,
     is_manifest,
     read_manifest,
     verify_files,
@@ -174,6 +175,13 @@ def _commit(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def load(path: str | os.PathLike[str]) -> Model:
     """Loads an export. It needs nothing but the directory.
 
+    >>> model = load("digits")
+    >>> model(np.zeros((1, 32, 32, 1), np.uint8), model.subnets[0]).shape
+    (1, 10)
+
+    Args:
+      path: the export's directory. If it does not exist, the name of an export that comes with the package, such as "digits".
+
     Raises:
       ExportError: the directory is missing, is not an export, is from a newer version, or was damaged or edited. The message
         names the file and the reason.
@@ -181,7 +189,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     while True:
         manifest = read_manifest(path)
         try:
-            return _load(pathlib.Path(path), manifest)
+            return _load(find(path), manifest)
         except errors.ExportError:
             if read_manifest(path)["sha256"] == manifest["sha256"]:
                 raise

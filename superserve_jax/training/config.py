@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from superserve_jax import errors, families, foreign
+from superserve_jax import errors, families, foreign, shipped
 from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
@@ -225,13 +225,21 @@ TrainConfig.__annotations__.update(model=Any, data=Any)
 
 
 def load_config(path: str | os.PathLike[str]) -> TrainConfig:
-    """The config that a Python file's `get_config()` returns. Raises ConfigError if the file cannot give one."""
+    """The config that a Python file's `get_config()` returns. Raises ConfigError if the file cannot give one.
+
+    >>> load_config("debug").name
+    'debug'
+
+    Args:
+      path: the file. If it does not exist, the name of a config that comes with the package, such as "debug".
+    """
     with errors.refusing(errors.ConfigError, f"expected the path of a config file, got {path!r}"):
         path = pathlib.Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; the examples are in configs/"
-        raise errors.ConfigError(f"no config file {path}{hint}")
+    named = shipped.configs()
+    if not path.is_file() and not (path := named.get(str(path), path)).is_file():
+        near = difflib.get_close_matches(path.name, [*named, *(p.name for p in path.parent.glob("*.py"))], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise errors.ConfigError(f"no config file {path}{hint}; configs that come with the package: {', '.join(named)}")
     if path.suffix != ".py":
         raise errors.ConfigError(f"{path} is no Python file; a config's name ends in .py, as in configs/")
     try:
