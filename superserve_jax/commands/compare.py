@@ -4,10 +4,11 @@
     superserve compare --preset bursty --scale 1.9 --policies slackfit max-batch fixed:all --plots runs/compare
     superserve compare --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 0.1
 
-Presets: maf, bursty, acceleration, policies, worker_kills, scale, actuation, capacity, slowdown, decisions, all. Each line of
-a table shows means over the seeds and standard deviations (sd). Accuracy is in percent, attainment is a fraction. The traffic
-is the paper's for every profile; --scale makes the device slower or faster. The default profile is the paper's, reconstructed.
-`maf` needs a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all` leaves maf out.
+Presets: maf, bursty, acceleration, policies, worker_kills, dynamics, scale, scale_batches, actuation, actuation_maf, capacity,
+slowdown, decisions, all. Each line of a table shows means over the seeds and standard deviations (sd). Accuracy is in percent,
+attainment is a fraction. The settings of the traffic are from the paper's text. The default profile is a stand-in for the
+paper's: from memory, unverified, about twice the paper's throughput. --scale makes the device slower or faster. `maf` and
+`actuation_maf` need a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all` leaves them out.
 Library: experiments.presets (the presets), experiments.runner (their results and keys), experiments.summaries,
 experiments.paper_table, experiments.figures.
 """
@@ -55,9 +56,9 @@ class Options:
       policies: replaces the presets' policies: slackfit, slackfit-paper, slackfit-paper:<buckets>,
         slackfit-cumulative:<buckets>, max-batch, max-acc, proteus, least-accurate, fixed:<i>, or fixed:all for every subnet
         of the profile.
-      profile: a measured latency profile (JSON, see `superserve measure`); by default the paper's, reconstructed.
+      profile: a measured latency profile (JSON, see `superserve measure`); by default the stand-in for the paper's.
       scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
-      seconds: length of the traffic, for a quick look; by default 60 (maf: 120).
+      seconds: length of the traffic, for a quick look; by default 60 (maf, actuation_maf: 120).
       maf_trace: invocations per minute of Azure Functions 2019 (CSV).
       paper: also print a table of the paper's numbers, or this project's goals, and ours.
       jobs: the number of processes; by default one per core.
@@ -93,12 +94,14 @@ def main() -> None:
         filled = {name: cell for name, cell in COLUMNS.items() if any(cell(s) != "nan" for s in group)}
         cli.print_columns(filled, group, left=3)
     if options.paper:
-        print("\nthe paper's numbers and ours")
+        print(f"\nthe paper's numbers and ours; settings from the paper's text, latencies of {profile.device}")
         comparisons = ((c.preset, f"x{c.scale:g}", c.what, c.paper, c.ours) for c in paper_table.compare(results))
         cli.print_table([paper_table.Comparison._fields, *comparisons], left=5)
     cli.write_results(options.json, results)
     if options.plots:
-        for path in figures.draw(results, options.plots):
+        for path in figures.draw_profile(profile, options.plots):
+            print(f"plot: {path}")
+        for path in figures.draw(results, options.plots, profile):
             print(f"plot: {path}")
         for path in figures.draw_over_time(cells, profile, options.plots, maf_trace=maf_trace):
             print(f"plot: {path}")
@@ -114,9 +117,9 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
         raise ss.ConfigError(f"--seconds must be positive and finite, got {options.seconds}")
     names = list(options.preset)
     if "all" in names:
-        names = [name for name in presets.PRESETS if name != "maf" or options.maf_trace is not None]
-        if "maf" not in names:
-            print("maf is left out: it needs a file of Azure Functions 2019, see --maf-trace")
+        names = [name for name in presets.PRESETS if name not in presets.AZURE or options.maf_trace is not None]
+        if options.maf_trace is None:
+            print("maf and actuation_maf are left out: they need a file of Azure Functions 2019, see --maf-trace")
     scales = options.scale or (None if options.profile is None else (1.0,))
     cells = [
         cell

@@ -121,6 +121,12 @@ def _worker_kills(e: _Experiment) -> _Lines:
         yield "accuracy over the first and the last fifth", "falls as workers die", ours
 
 
+def _dynamics(e: _Experiment) -> _Lines:
+    for s in e.of():
+        yield f"{s.trace}: attainment", "-", f"{s.attainment:.4f}"
+        yield f"{s.trace}: points below the fluid bound", "-", f"{s.below_bound:.2f}"
+
+
 def _scale(e: _Experiment) -> _Lines:
     rates = {s.mean("workers"): s.mean("rate_qps") for s in e.of()}
     if rates:
@@ -191,8 +197,11 @@ _READERS: Mapping[str, Callable[[_Experiment], _Lines]] = {
     "acceleration": _acceleration,
     "policies": _policies,
     "worker_kills": _worker_kills,
+    "dynamics": _dynamics,
     "scale": _scale,
+    "scale_batches": _scale,
     "actuation": _actuation,
+    "actuation_maf": _actuation,
     "capacity": _capacity,
     "slowdown": _slowdown,
     "decisions": _decisions,

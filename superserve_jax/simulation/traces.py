@@ -100,6 +100,19 @@ class Trace:
                 changes[what] = rng.choice(np.array(list(mix), np.float64), len(self), p=shares / shares.sum())
         return dataclasses.replace(self, **changes)
 
+    def in_groups(self, size: int) -> "Trace":
+        """The same queries from clients that send `size` queries at once. A group arrives with its last query.
+
+        A group that is not full at the end of the trace arrives with the last query.
+
+        >>> gamma(rate_qps=10.0, cv2=0, duration_s=0.5).in_groups(2).arrivals_s.tolist()
+        [0.2, 0.2, 0.4, 0.4, 0.5]
+        """
+        if not (isinstance(size, int) and size >= 1):
+            raise errors.ConfigError(f"a group must have a whole number of queries from 1 up, got {size!r}")
+        last = np.minimum(np.arange(len(self)) // size * size + size - 1, len(self) - 1)
+        return dataclasses.replace(self, arrivals_s=self.arrivals_s[last])
+
 
 def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
     """Read recorded arrivals: CSV with a column arrival_s and optional columns slo_ms, floor and length.

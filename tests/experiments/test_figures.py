@@ -15,7 +15,10 @@ def test_every_preset_with_a_figure_draws_it(tmp_path):
         if c.cluster.workers < 16
     ]
     results = runner.evaluate(cells, PAPER, maf_trace=str(MAF_SAMPLE))
-    drawn = [*figures.draw(results, tmp_path), *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(MAF_SAMPLE))]
+    drawn = [
+        *figures.draw(results, tmp_path, PAPER),
+        *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(MAF_SAMPLE)),
+    ]
     names = {path.name for path in drawn}
     assert {"bursty_x1.9.png", "maf_x1.9.png", "worker_kills_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
@@ -27,5 +30,5 @@ def test_every_policy_has_a_line_over_the_number_of_workers(tmp_path, monkeypatc
     figures_of = {"attainment": 1.0, "accuracy": 78.0, "fluid_accuracy": 79.0}
     drawn = []
     monkeypatch.setattr(figures.plots, "panels", lambda panels, path, **options: drawn.extend(panels))
-    list(figures.draw([{**about, **figures_of, "policy": name} for name in names], tmp_path))
-    assert [list(panel.lines) for panel in drawn] == [names]
+    list(figures.draw([{**about, **figures_of, "policy": name} for name in names], tmp_path, PAPER))
+    assert [list(panel.lines) for panel in drawn] == [[*names, "fluid bound"]]

@@ -13,8 +13,8 @@ from superserve_jax.scheduling import policies
 
 
 def test_presets_are_those_of_the_evaluation_and_pure_data():
-    known = "maf bursty acceleration policies worker_kills scale actuation capacity slowdown decisions"
-    assert list(presets.PRESETS) == known.split()
+    known = "maf bursty acceleration policies worker_kills dynamics scale scale_batches actuation actuation_maf"
+    assert list(presets.PRESETS) == [*known.split(), "capacity", "slowdown", "decisions"]
     for grids in presets.PRESETS.values():
         assert json.dumps([dataclasses.asdict(grid) for grid in grids])
         assert hash(grids) == hash(tuple(dataclasses.replace(grid) for grid in grids))
@@ -38,6 +38,26 @@ def test_the_papers_grids_are_complete():
     [cluster] = {c.cluster for c in presets.cells("worker_kills")}
     assert [(o.worker, o.from_s) for o in cluster.outages] == [(0, 12.0), (1, 24.0), (2, 36.0), (3, 48.0)]
     assert {c.scale for c in presets.cells("bursty")} == {1.0, 1.9}
+
+
+def test_clients_of_the_batch_preset_send_eight_queries_at_once():
+    cell = next(presets.cells("scale_batches", duration_s=0.5))
+    traffic = dataclasses.replace(cell.traffic, load=0.5)
+    arrivals = traffic.create(0, capacity_qps=3200.0, duration_s=0.5).arrivals_s
+    assert (len(arrivals), len(set(arrivals)), arrivals[-1]) == (800, 100, 0.5)
+    assert {(c.cluster.workers, c.sustained) for c in presets.cells("scale_batches")} == {(2**i, True) for i in range(6)}
+
+
+def test_figure_13_has_two_bursty_and_two_accelerating_traces():
+    traces = list(dict.fromkeys(c.trace for c in presets.cells("dynamics")))
+    assert traces == ["1500+5550 cv2=2", "1500+5550 cv2=8", "2500-7800 at 250", "2500-7800 at 5000"]
+
+
+def test_actuation_delays_are_also_simulated_on_the_azure_trace():
+    assert sorted(presets.AZURE) == ["actuation_maf", "maf"]
+    cells = list(presets.cells("actuation_maf", scales=(1.0,)))
+    assert [c.cluster.actuation_ms for c in cells] == [0.0, 1.0, 10.0, 100.0]
+    assert {c.traffic for c in cells} == {presets.MAF}
 
 
 def test_seeds_scales_and_policies_can_be_replaced():

@@ -25,6 +25,17 @@ def test_a_trace_is_a_pure_function_of_its_arguments_and_the_seed(make):
     assert any(different)
 
 
+def test_clients_that_send_groups_keep_the_number_of_queries_and_their_slos():
+    trace = traces.gamma(rate_qps=100.0, duration_s=1.0, seed=3).mixed(slo_ms={20: 1, 50: 1})
+    grouped = trace.in_groups(8)
+    whole = len(trace) // 8 * 8
+    np.testing.assert_array_equal(grouped.arrivals_s[:whole], np.repeat(trace.arrivals_s[7::8], 8))
+    np.testing.assert_array_equal(grouped.arrivals_s[whole:], trace.arrivals_s[-1])
+    np.testing.assert_array_equal(grouped.slo_ms, trace.slo_ms)
+    with pytest.raises(errors.ConfigError, match="whole number of queries from 1 up, got 0"):
+        trace.in_groups(0)
+
+
 @settings(deadline=None)
 @given(rate=st.floats(50.0, 5000.0), cv2=st.floats(0.0, 10.0), seed=st.integers(0, 99))
 def test_arrivals_are_ascending_and_within_the_duration(rate, cv2, seed):

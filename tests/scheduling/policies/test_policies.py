@@ -66,6 +66,15 @@ def test_each_latency_bucket_keeps_the_largest_batch_then_the_most_accurate_subn
     assert [choose(policy, profile, ms) for ms in (10, 9.9, 4, 3.9)] == [(2, 4), (0, 4), (0, 4), (0, 4)]
 
 
+@pytest.mark.parametrize(("buckets", "trades"), [(4, False), (6, False), (8, False), (10, True), (32, True)])
+def test_with_8_latency_buckets_the_papers_rule_never_trades_batch_size_for_accuracy_on_its_profile(buckets, trades):
+    # The paper's property P3: in the time in which a small subnet runs a large batch, a large subnet runs a small batch.
+    # A rule trades one for the other if some slack gives a more accurate subnet with a smaller batch than another slack.
+    policy = PaperSlackFit(PAPER, buckets=buckets)
+    chosen = {choose(policy, PAPER, float(ms)) for ms in np.arange(1, 36, 0.05)}
+    assert trades == any(rank > other and batch < size for rank, batch in chosen for other, size in chosen)
+
+
 def test_the_two_readings_differ_if_a_latency_bucket_has_only_small_batches():
     # The third of four latency buckets, 6.5 to 9.25 ms, holds (1, 1) and (1, 2). With "cumulative" it also holds (0, 4).
     profile = make_profile([(1, 2, 4), (7, 9, 12)], batch_sizes=(1, 2, 4))

@@ -1,0 +1,63 @@
+"""Plots: what is drawn."""
+
+import numpy as np
+import pytest
+from matplotlib import figure
+
+from superserve_jax import plots
+from superserve_jax.plots import Line, Panel, Timeline
+from superserve_jax.simulation.metrics import Series
+
+
+@pytest.fixture
+def saved(monkeypatch, tmp_path):
+    """The figures that were saved. The files are empty."""
+    figures = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda fig, file, **options: figures.append(fig))
+    monkeypatch.chdir(tmp_path)
+    return figures
+
+
+def run(rates, attainment=1.0):
+    rates = np.array(rates, float)
+    same = np.ones_like(rates)
+    return Series(np.arange(len(rates)) + 0.5, rates, attainment * same, 0.75 * same, 4 * same)
+
+
+def test_a_timeline_has_a_title_shaded_bursts_and_attainment_up_to_100(saved):
+    rates = [1000, 1000, 5000, 5000, 1000]
+    columns = [
+        Timeline({"slackfit": run(rates), "max-acc": run(rates, 0.5)}, "a trace", marks_s=[3.0]),
+        Timeline({"x": run([1])}),
+    ]
+    plots.timelines(columns, "unused.png", title="Figure", note="ours")
+    [fig] = saved
+    rate, _, _, attainment = (fig.axes[2 * row] for row in range(4))
+    assert fig.get_suptitle() == "Figure"
+    assert rate.get_title() == "a trace"
+    assert attainment.get_ylim()[1] == 100
+    [burst] = rate.patches
+    assert (burst.get_x(), burst.get_width()) == (2.0, 2.0)
+    [legend] = fig.legends
+    assert legend.get_title().get_text() == "ours"
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["slackfit", "max-acc"]
+
+
+def test_a_panel_ends_where_it_should_and_shows_its_level(saved):
+    line = Line([1, 2], [99.0, 100.0])
+    plots.panels([Panel("t", "x", "y", {"a": line}, most_y=100, level=(99.9, "the goal"))], "unused.png", title="T", note="n")
+    [axes] = saved[0].axes
+    assert axes.get_ylim()[1] == 100
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["a", "the goal"]
+
+
+def test_latencies_above_the_slo_are_crossed_out(saved):
+    plots.latencies([[1.0, 2.0], [3.0, 50.0]], ["1", "2"], [0.7, 0.8], "unused.png", title="T", slo_ms=36)
+    heat, scale = saved[0].axes
+    [crossed] = heat.lines
+    assert crossed.get_xdata().tolist() == [0.5, 1.5]
+    assert "SLO of 36 ms" in scale.get_title()
+
+
+def test_steady_traffic_has_no_bursts():
+    assert plots.bursts([0.5, 1.5], [7.0, 7.0]) == []
