@@ -8,6 +8,9 @@ import zipfile
 
 import pytest
 
+import superserve_jax as ss
+from superserve_jax import shipped
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -28,24 +31,55 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for name in ("cluttered_digits", "listops"):
         assert f"superserve_jax/training/datasets/{name}/{name}_dataset_builder.py" in names
+    configs = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert {n.split("/")[-1] for n in names if n.startswith("superserve_jax/shipped/configs/")} == configs
+    assert not [n for n in names if "/profiles/" in n]  # they belong to a machine
+
+
+def test_the_shipped_export_is_small():
+    assert sum(f.stat().st_size for f in (shipped.exports()["digits"]).rglob("*") if f.is_file()) < 2 * 2**20
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """The folder of programs of an environment that holds only the wheel. The dependencies come from this environment."""
+    folder = tmp_path_factory.mktemp("env")
+    venv.create(folder, with_pip=True)
+    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    [site] = folder.glob("lib/python*/site-packages")
+    own = next(p for p in sys.path if p.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(own + "\n")
+    return folder / "bin"
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_works_without_the_clone(wheel, tmp_path):
-    # The dependencies come from this environment. The package itself comes only from the wheel.
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True)
-    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
-    own = next(p for p in sys.path if p.endswith("site-packages"))
-    (site / "dependencies.pth").write_text(own + "\n")
+def test_the_installed_wheel_serves_a_first_query_without_the_clone(environment, tmp_path):
     code = (
-        "import superserve_jax as ss, sys\n"
-        f"assert ss.__file__.startswith({str(site)!r}), ss.__file__\n"
-        "ss.load, ss.Server, ss.train\n"
-        "from superserve_jax.families.ofa_resnet import OFAResNetConfig\n"
-        "print(OFAResNetConfig().space().size)\n"
+        "import numpy as np\n"
+        "import superserve_jax as ss\n"
+        f"assert ss.__file__.startswith({str(environment.parent)!r}), ss.__file__\n"
+        "model = ss.load('digits')\n"
+        "with ss.Server(model, batch_sizes=(1,), slo_ms=1000) as server:\n"
+        "    print(server.submit(np.zeros((32, 32, 1), np.uint8)).result().output.shape)\n"
     )
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
+    done = subprocess.run([environment / "python", "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 10**12
+    assert done.stdout == "(10,)\n"
+
+
+@pytest.mark.slow
+def test_the_installed_command_trains_a_config_by_its_name(environment, tmp_path):
+    command = [environment / "superserve", "train", "debug", "--workdir", "run", "--data.data-dir", "data"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ss.load(tmp_path / "run" / "export").subnets
+
+
+@pytest.mark.slow
+def test_an_unknown_name_is_refused_with_those_that_the_wheel_has(environment, tmp_path):
+    command = [environment / "superserve", "train", "debgu"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no config file debgu; did you mean debug?" in done.stderr
+    assert "ofa_resnet50" in done.stderr
