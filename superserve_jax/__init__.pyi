@@ -15,6 +15,7 @@ from .errors import (
     InputError as InputError,
     NotCalibratedError as NotCalibratedError,
     NotFiniteError as NotFiniteError,
+    PolicyError as PolicyError,
     ProfileError as ProfileError,
     QueueFullError as QueueFullError,
     ServerClosedError as ServerClosedError,

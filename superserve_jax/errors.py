@@ -103,6 +103,10 @@ class NotFiniteError(InferenceError):
     """The engine's outputs are NaN or infinite. A server then finds out whether input, subnet or device is at fault."""
 
 
+class PolicyError(InferenceError):
+    """A policy raised, hung, or returned something that is no decision for the profile."""
+
+
 class DeadlineExpiredError(SuperServeError, TimeoutError):
     """The query could no longer meet its deadline, so the server dropped it (option `expire`)."""
 

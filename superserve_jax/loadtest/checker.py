@@ -27,7 +27,8 @@ _DOCUMENTED = frozenset(
     error.__name__
     for error in (
         *(errors.QueueFullError, errors.AdmissionError, errors.ServerClosedError, errors.WorkersLostError),
-        *(errors.InferenceError, errors.AccuracyFloorError, errors.DeadlineExpiredError, recorder.Deliberate),
+        *(errors.InferenceError, errors.PolicyError, errors.AccuracyFloorError, errors.DeadlineExpiredError),
+        recorder.Deliberate,
     )
 )
 _SHOWN = 20  # violations that are described; further ones are only counted

@@ -7,14 +7,13 @@ Server and simulator pass a `Turn`, which holds everything that the decision nee
     which batch     `take`: the queries that run, and the profile's row of the subnet that runs them.
 """
 
-import contextlib
 import dataclasses
 import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.length_queue import Queue
@@ -22,19 +21,52 @@ from superserve_jax.scheduling.policies import Policy, State
 from superserve_jax.scheduling.speeds import EVEN_PACE, Pace
 from superserve_jax.subnet import Subnet
 
+_NONE_YET = object()
+
+Decide = Callable[[Policy, Profile, State], tuple[Row, int, float, str]]
+"""`decide`, or a function that calls it."""
+
 
 def decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, float, str]:
-    """The policy's decision, checked: row, batch size, `defer_ms`, reason. No other code here runs code of the policy."""
+    """The policy's decision, checked: row, batch size, `defer_ms`, reason. No other code here runs code of the policy.
+
+    Raises PolicyError if the policy raises or decides something else than a `Decision` for this profile. Only a
+    KeyboardInterrupt passes unchanged.
+    """
+    decision: Any = _NONE_YET
     try:
         decision = policy(profile, state)
         row, size = profile.row(decision.subnet), operator.index(decision.batch)  # index: `NaN < 1` is False
-        if size < 1:
-            raise errors.ConfigError(f"a decision needs a batch of at least 1, got {size}")
-        return row, size, float(decision.defer_ms), decision.reason
-    except Exception as error:
-        with contextlib.suppress(Exception):  # the class of the error may forbid new attributes
-            error.add_note(f"the policy was called with {state!r}")
+        if size >= 1:
+            return row, size, float(decision.defer_ms), decision.reason
+        raise ValueError(f"a batch of {size}")
+    except KeyboardInterrupt:
         raise
+    except BaseException as error:
+        raised = decision is _NONE_YET
+        why = f"{foreign.text_of(error)}{foreign.place(error)}" if raised else _mistake(decision, profile, error)
+        asked = f"slack_ms={state.slack_ms:.1f}, waiting={state.waiting}"
+        refusal = errors.PolicyError(f"the policy failed: {why}; fix it (it was asked with {asked})")
+        refusal.add_note(f"the policy was called with {state!r}")
+        raise refusal from error
+
+
+def _mistake(decision: Any, profile: Profile, error: BaseException) -> str:
+    """What is wrong with a decision, in words. `error` is the error that it led to."""
+    try:
+        subnet, batch, defer_ms = decision.subnet, decision.batch, decision.defer_ms
+    except Exception:  # any exception: the attributes are the user's
+        return f"it returned {foreign.text_of(decision)}; a policy returns Decision(subnet, batch)"
+    if not isinstance(subnet, Subnet) or subnet not in [row.subnet for row in profile.rows]:
+        served = f"which is not in the profile of {len(profile.rows)} subnets; take `row.subnet` of one of `profile.rows`"
+        return f"it chose the subnet {foreign.text_of(subnet)}, {served}"
+    try:
+        whole = operator.index(batch) >= 1
+    except Exception:  # as above
+        whole = False
+    if not whole:
+        return f"the batch of a decision is a whole number from 1 up, got {foreign.text_of(batch)}"
+    return f"defer_ms is a number of milliseconds, got {foreign.text_of(defer_ms)} ({foreign.text_of(error)})"
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,7 +91,7 @@ class Turn:
     pace: Pace = EVEN_PACE
     last_subnet: Subnet | None = None
     worker: int = 0
-    decide: Callable[[Policy, Profile, State], tuple[Row, int, float, str]] = decide
+    decide: Decide = decide
 
 
 def next_batch(turn: Turn, now_s: float) -> tuple[Row, list[Any], str]:
@@ -78,9 +110,7 @@ def next_batch(turn: Turn, now_s: float) -> tuple[Row, list[Any], str]:
       now_s: the time at which the batch will start.
 
     Raises:
-      ConfigError: the decision's batch is below 1.
-      ProfileError: the profile does not have the decision's subnet.
-      Exception: whatever the policy raises. In all these cases no item has been taken.
+      PolicyError: see `decide`. ProfileError: see `take`. In both cases no item has been taken.
     """
     queue = turn.queue
     left_s = -math.inf  # queries due before this time are left to faster workers

@@ -1,10 +1,11 @@
 """The options of a server, and the arguments of `submit`: names, types, defaults and checks. No jax."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -16,7 +17,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
 
-_MAX_NAME = 100  # characters of a policy's name, also the most that an error message shows
+_MAX_NAME = 100  # characters of a built-in policy's name, also the most that an error message shows
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
 
@@ -25,7 +26,8 @@ class ServerOptions(TypedDict, total=False):
     """Keyword arguments of `Server` and `Server.from_engines`.
 
     Args:
-      policy: the name of a policy, such as "slackfit", or a policy (see `scheduling.policies`). Default "slackfit".
+      policy: the name of a policy, such as "slackfit" or "my_file.py:my_policy", or a policy (see `scheduling.policies`).
+        Default "slackfit".
       slo_ms: the latency objective of queries that are submitted without one. Default 36.
       max_queue: how many queries may wait. More are refused with QueueFullError. Default 10,000.
       expire: whether a query that can no longer meet its deadline is dropped with DeadlineExpiredError. Otherwise it is
@@ -124,10 +126,21 @@ def check_options(given: ServerOptions) -> Options:
 
 def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
     """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
-    if not callable(policy) and not (isinstance(policy, str) and len(policy) <= _MAX_NAME):
+    is_name = isinstance(policy, str) and (len(policy) <= _MAX_NAME or policies.is_custom(policy))
+    if not callable(policy) and not is_name:
         got = foreign.text_of(policy)[:_MAX_NAME]
         raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {got}")
     return policies.create(policy, *profiles)
+
+
+def load_policy(options: Options, profiles: Sequence[Profile]) -> tuple[Options, Callable[[Profile], Policy]]:
+    """The options, and a function that makes the policy for a profile.
+
+    A name such as "my_file.py:my_policy" becomes a policy object, so that the server never runs a user's code under its lock.
+    """
+    if policies.is_custom(options.policy):
+        options = dataclasses.replace(options, policy=make_policy(options.policy, *profiles))
+    return options, functools.partial(make_policy, options.policy)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -100,14 +100,15 @@ class PolicyCall:
     def failed(self, failed: tuple[BaseException, list[Query]]) -> None:
         """Fails the queries that the policy was asked about, with its error."""
         error, unlucky = failed
-        foreign.log(_log, logging.ERROR, "the policy failed", error=error)
-        failure = Failure.of(error)
+        is_decision = isinstance(error, errors.PolicyError)  # else e.g. a KeyboardInterrupt of the policy
+        failure = Failure.of((error.__cause__ if is_decision else None) or error)
+        text = str(error) if is_decision else f"the policy failed: {failure.text}; fix it"
+        foreign.log(_log, logging.ERROR, "%s", text, error=failure.error)
         foreign.forget_frames(error)
         with self._pool.lock:
             self._pool.members.note(failure)
             for query in unlucky:
-                reply = errors.InferenceError(f"the policy failed: {failure.text}; fix it")
-                self._pool.outbox.fail(query, failure.cause(reply))
+                self._pool.outbox.fail(query, failure.cause(errors.PolicyError(text)))
 
     def locked_excuse(self, seconds: float) -> None:
         """Does not count a time in which the whole process stood still."""

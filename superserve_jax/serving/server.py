@@ -66,7 +66,7 @@ from superserve_jax.serving.options import (
     check_floor,
     check_options,
     check_slo,
-    make_policy,
+    load_policy,
 )
 from superserve_jax.serving.pool import Pool
 
@@ -175,7 +175,7 @@ class Server:
         self._slo_ms, self._clock = check_slo(options.slo_ms), options.clock
         self._changing = threading.RLock()
         self._is_changing_here = threads.held_here(self._changing)
-        make = functools.partial(make_policy, options.policy)
+        options, make = load_policy(options, each)
         self.pool = Pool(engines, each, make, options, input_bytes=nbytes)
         weakref.finalize(self, self.pool.dropped).atexit = False
 

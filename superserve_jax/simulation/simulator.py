@@ -26,13 +26,13 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, profiles_of_workers
-from superserve_jax.scheduling import length_queue, policies
+from superserve_jax.scheduling import dispatch, length_queue, policies
 from superserve_jax.scheduling.admission import Admission
 from superserve_jax.scheduling.arrivals import ArrivalMeter
-from superserve_jax.scheduling.dispatch import Turn, next_batch
+from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
-from superserve_jax.simulation import metrics
+from superserve_jax.simulation import metrics, patience
 from superserve_jax.simulation.traces import Trace
 
 MET, LATE, EXPIRED, REFUSED = range(4)
@@ -150,7 +150,13 @@ class SimulationResult:
 
 
 def simulate(
-    profile: Profile | Sequence[Profile], policy: str | Policy, trace: Trace, *, cluster: Cluster | None = None, seed: int = 0
+    profile: Profile | Sequence[Profile],
+    policy: str | Policy,
+    trace: Trace,
+    *,
+    cluster: Cluster | None = None,
+    seed: int = 0,
+    stall_s: float = 5.0,
 ) -> SimulationResult:
     """Simulate a server that serves a trace, until every query has an outcome.
 
@@ -160,6 +166,9 @@ def simulate(
       trace: the traffic.
       cluster: the workers, options and failures. By default eight workers and no failures.
       seed: seed of the latency noise.
+      stall_s: how long, in real time, your own policy may take for one decision (see `patience`).
+
+    Raises PolicyError if the policy fails. The message is the same as in a server.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> from superserve_jax.simulation import traces
@@ -170,7 +179,9 @@ def simulate(
     """
     cluster = cluster or Cluster()
     profiles = profiles_of_workers(profile, cluster.workers)
-    return _Simulation(profiles, policies.create(policy, *profiles), trace, cluster, seed).result()
+    made, own = policies.create(policy, *profiles), callable(policy) or policies.is_custom(policy)
+    with patience.Patience(stall_s if own else math.inf) as watch:
+        return _Simulation(profiles, made, trace, cluster, seed, watch.decide if own else dispatch.decide).result()
 
 
 class _Batch(NamedTuple):
@@ -187,8 +198,10 @@ class _Batch(NamedTuple):
 class _Simulation:
     """The state of one run. An event is a heap entry (time, number, method, argument). Unique numbers break ties."""
 
-    def __init__(self, profiles: list[Profile], policy: Policy, trace: Trace, cluster: Cluster, seed: int):
-        self.profiles, self.policy, self.trace, self.cluster = profiles, policy, trace, cluster
+    def __init__(
+        self, profiles: list[Profile], policy: Policy, trace: Trace, cluster: Cluster, seed: int, decide: dispatch.Decide
+    ):
+        self.profiles, self.policy, self.trace, self.cluster, self.decide = profiles, policy, trace, cluster, decide
         profile = profiles[0]  # all profiles have the same batch sizes and lengths
         self.fleet = Fleet(profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
@@ -296,8 +309,8 @@ class _Simulation:
                 return
         worker = self.idle.popleft()
         last, pace = self.last_subnet[worker], self.fleet.pace(worker)
-        turn = Turn(waiting, self.meter, self.policy, self.profiles[worker], pace, last, worker)
-        row, queries, _ = next_batch(turn, now_s)
+        turn = Turn(waiting, self.meter, self.policy, self.profiles[worker], pace, last, worker, self.decide)
+        row, queries, _ = dispatch.next_batch(turn, now_s)
         profiled_ms = row.latency_ms[self.padded[len(queries)]]
         latency_ms = profiled_ms * next(self.factors) * self.slowdown(worker, now_s) + self.cluster.overhead_ms
         actuation_ms = 0.0

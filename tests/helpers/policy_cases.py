@@ -70,10 +70,10 @@ class Always:
         return Decision(profile.rows[self.rank].subnet, self.batch, self.defer_ms)
 
 
-def simulate(profile, policy, arrivals_ms, slo_ms=50.0, floors=0.0, lengths=0, seed=0, workers=1, **cluster):
+def simulate(profile, policy, arrivals_ms, slo_ms=50.0, floors=0.0, lengths=0, seed=0, workers=1, stall_s=5.0, **cluster):
     """Simulates queries that arrive at these times, by default on one worker."""
     trace = Trace(np.array(arrivals_ms) / 1e3, slo_ms, floors, lengths=np.array(lengths))
-    return simulator.simulate(profile, policy, trace, cluster=Cluster(workers, **cluster), seed=seed)
+    return simulator.simulate(profile, policy, trace, cluster=Cluster(workers, **cluster), seed=seed, stall_s=stall_s)
 
 
 def ms(seconds):

@@ -303,8 +303,8 @@ def test_when_the_last_worker_leaves_everything_fails_with_the_cause_until_anoth
     [
         (fail, "the device burns"),
         (lambda *_: Decision(Subnet((9,)), 1), "not in the profile"),
-        (lambda *_: Decision(SUBNETS[0], 0), "batch of at least 1, got 0"),
-        (lambda *_: None, "AttributeError"),
+        (lambda *_: Decision(SUBNETS[0], 0), "whole number from 1 up, got 0"),
+        (lambda *_: None, "it returned None"),
     ],
     ids=["raises", "unknown subnet", "empty batch", "no decision"],
 )

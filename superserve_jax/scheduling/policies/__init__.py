@@ -1,15 +1,19 @@
 """Policies: which subnet and how many queries a free worker takes. No jax.
 
 A policy is any callable `policy(profile, state) -> Decision`. Read `base` first, then `slackfit`, the default. `create` makes
-the policies of this package by name.
+policies by name. docs/policies.md shows how to write one.
 """
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile
+from superserve_jax.scheduling.policies import custom
 from superserve_jax.scheduling.policies.base import REASONS, Decision, Policy, State
+from superserve_jax.scheduling.policies.by_profile import ByProfile
 from superserve_jax.scheduling.policies.paper import Fixed, MaxAcc, MaxBatch, PaperSlackFit
 from superserve_jax.scheduling.policies.planner import Planner
 from superserve_jax.scheduling.policies.slackfit import SlackFit
@@ -28,6 +32,8 @@ __all__ = [
     "SlackFit",
     "State",
     "create",
+    "is_custom",
+    "labels",
 ]
 
 _WITH_BUCKETS: dict[str, Callable[..., Policy]] = {
@@ -47,17 +53,35 @@ _FACTORIES: dict[str, Callable[[Profile], Policy]] = {
 }
 NAMES = tuple(_FACTORIES)
 """All policy names without a number. Three other names have a number after a colon. `fixed:<i>` is the i-th subnet of the
-profile, from 0, in ascending order of accuracy. `slackfit-paper:<n>` and `slackfit-cumulative:<n>` have n latency buckets."""
+profile, from 0, in ascending order of accuracy. `slackfit-paper:<n>` and `slackfit-cumulative:<n>` have n latency buckets.
+Your own policies have names such as `my_file.py:my_policy` (see `custom`)."""
+_KINDS = tuple({name.partition(":")[0] for name in NAMES})
+
+
+def is_custom(policy: object) -> TypeGuard[str]:
+    """Whether this is the name of a policy outside of this package, such as "my_file.py:my_policy"."""
+    return isinstance(policy, str) and policy.partition(":")[0] not in _KINDS and custom.has_form(policy)
+
+
+def labels(policies: Sequence[str]) -> dict[str, str]:
+    """Names for tables and plots: the part after the colon of your own policies, unless two would be called the same.
+
+    >>> labels(["fixed:largest", "a.py:mine", "a.py:other", "b.py:other"])
+    {'fixed:largest': 'fixed:largest', 'a.py:mine': 'mine', 'a.py:other': 'a.py:other', 'b.py:other': 'b.py:other'}
+    """
+    short = {name: name.rpartition(":")[2] if is_custom(name) else name for name in policies}
+    count = collections.Counter(short.values())
+    return {name: label if count[label] == 1 else name for name, label in short.items()}
 
 
 def create(policy: str | Policy, *profiles: Profile) -> Policy:
     """Make a policy by name. A callable is returned as it is.
 
     Args:
-      policy: a name, or a policy.
+      policy: a name of this package, a name such as "my_file.py:my_policy" (see `custom`), or a policy.
       profiles: the profiles of the workers. If they differ, or have several length buckets, the result is a `ByProfile`.
 
-    Raises UnknownNameError for an unknown name, ConfigError for a number out of range.
+    Raises UnknownNameError for an unknown name. ConfigError: a number is out of range, or a policy of yours cannot be made.
 
     >>> from superserve_jax.simulation.paper_profile import paper_profile
     >>> profile = paper_profile()
@@ -66,6 +90,8 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
     """
     if callable(policy):
         return policy
+    if is_custom(policy):
+        return custom.load(policy, *profiles)
     profile = profiles[0]
     if len(profile.lengths) > 1 or any(other is not profile for other in profiles):
         return ByProfile(functools.partial(create, policy), *profiles)
@@ -75,40 +101,9 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
     if kind in _WITH_BUCKETS and number.isdecimal():
         return _WITH_BUCKETS[kind](profile, buckets=int(number))
     if kind != "fixed" or not number.isdecimal():
-        numbered = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>")
-        raise errors.unknown_name("policy", policy, [*NAMES, *numbered])
+        others = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>", "my_file.py:my_policy")
+        raise errors.unknown_name("policy", policy, [*NAMES, *others])
     if int(number) >= len(profile.rows):
         last = len(profile.rows) - 1
         raise errors.ConfigError(f"policy '{policy}': the profile has the subnets 0 to {last}; name one of them")
     return Fixed(profile, profile.rows[int(number)].subnet)
-
-
-class ByProfile:
-    """One policy for each profile and length bucket. The argument `profile` of a call selects the policy that decides.
-
-    The policies know nothing of each other. For example, a `Planner` plans as if all queries were in its length bucket, and as
-    if all workers had its profile. A longer query counts as several.
-
-    Args:
-      make: a function that makes a policy from a profile of one length bucket, for example `functools.partial(SlackFit,
-        defer=False)`.
-      profiles: the profiles of the workers. For any other profile, a policy is made at its first use.
-    """
-
-    def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile):
-        self._make = make
-        # Keyed by id, because comparing two profiles takes longer than a decision. The kept profile keeps its id unique.
-        self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.each_length}
-        names = dict.fromkeys(str(getattr(policy, "name", policy)) for _, policy in self._policies.values())
-        self.name = " / ".join(names)
-
-    def __call__(self, profile: Profile, state: State) -> Decision:
-        """See `base.Policy`."""
-        found = self._policies.get(id(profile))
-        return (found[1] if found else self._equal(profile))(profile, state)
-
-    def _equal(self, profile: Profile) -> Policy:
-        """The policy of an equal profile, else a new policy, for example for a worker whose batches have become smaller."""
-        found = next((policy for table, policy in self._policies.values() if table == profile), None) or self._make(profile)
-        self._policies[id(profile)] = profile, found
-        return found
