@@ -45,10 +45,14 @@ def decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, fl
     except BaseException as error:
         raised = decision is _NONE_YET
         why = f"{foreign.text_of(error)}{foreign.place(error)}" if raised else _mistake(decision, profile, error)
-        asked = f"slack_ms={state.slack_ms:.1f}, waiting={state.waiting}"
-        refusal = errors.PolicyError(f"the policy failed: {why}; fix it (it was asked with {asked})")
-        refusal.add_note(f"the policy was called with {state!r}")
-        raise refusal from error
+        raise _refusal(why, state) from error  # a local variable for it would make a reference cycle
+
+
+def _refusal(why: str, state: State) -> errors.PolicyError:
+    asked = f"slack_ms={state.slack_ms:.1f}, waiting={state.waiting}"
+    refusal = errors.PolicyError(f"the policy failed: {why}; fix it (it was asked with {asked})")
+    refusal.add_note(f"the policy was called with {state!r}")
+    return refusal
 
 
 def _mistake(decision: Any, profile: Profile, error: BaseException) -> str:

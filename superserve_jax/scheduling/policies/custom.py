@@ -19,7 +19,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from superserve_jax import errors, foreign
 from superserve_jax.profile import Profile
@@ -47,8 +47,8 @@ def load(name: str, *profiles: Profile) -> Policy:
     """
     where, _, attribute = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
     module = _execute(name, pathlib.Path(where).expanduser()) if where.endswith(".py") else _import(name, where)
-    found = vars(module).get(attribute)
-    if found is None or not callable(found):
+    found, is_there = vars(module).get(attribute), callable(vars(module).get(attribute))
+    if not is_there:
         own = [n for n, value in vars(module).items() if callable(value) and _is_of(module.__name__, value)]
         if attribute:
             raise errors.unknown_name(f"policy in {where}:", attribute, own)
@@ -126,8 +126,8 @@ def _takes(function: Any, count: int) -> bool:
 def _construct(name: str, make: Callable[[Profile], Any], profile: Profile) -> Policy:
     with _reporting(f"policy '{name}' cannot be made for a profile of {len(profile.rows)} subnets"):
         policy = make(profile)
-    if not callable(policy):
-        raise errors.ConfigError(
-            f"policy '{name}' makes {foreign.text_of(policy)}, which cannot be called; it needs __call__(self, profile, state)"
-        )
-    return policy
+    if callable(policy):
+        return cast(Policy, policy)
+    raise errors.ConfigError(
+        f"policy '{name}' makes {foreign.text_of(policy)}, which cannot be called; it needs __call__(self, profile, state)"
+    )
