@@ -1,6 +1,7 @@
 """Helpers of the programs in train/ and serve/: logging, errors in one line, checks of options, tables."""
 
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,8 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from superserve_jax import errors, files
+from superserve_jax import errors, files, foreign
 
+_IMPORT = """Every program also takes `--import MODULE`, a module's name or the path of a .py file, with a family of your own
+(see docs/families.md).
+"""
 _NO_WRAP = 10_000  # characters in a line
 
 T = TypeVar("T")
@@ -26,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
     try:
+        sys.argv[1:] = map(_expanded, _import_modules(sys.argv[1:]))
         main()
     except errors.SuperServeError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -33,6 +38,52 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as e:
         print(e or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _import_modules(arguments: Sequence[str]) -> list[str]:
+    """Imports the modules of every `--import`, here and in the processes that this one starts. Returns the other arguments."""
+    left, names, each = [], [], iter(arguments)
+    for argument in each:
+        flag, is_one, name = argument.partition("=")
+        if flag != "--import":
+            left.append(argument)
+            continue
+        name = name if is_one else next(each, "")
+        if not name or name.startswith("-"):
+            raise errors.ConfigError("--import needs the name of a module, such as my_module, or the path of a .py file")
+        names.append(os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else name)
+    for name in names:
+        foreign.import_module(name)
+    if names:
+        before = os.environ.get(foreign.IMPORT)
+        os.environ[foreign.IMPORT] = os.pathsep.join([*([before] if before else []), *names])
+    return left
+
+
+def _expanded(argument: str) -> str:
+    """An argument with `~` replaced. A shell does not replace it in `--json=~/a.json`.
+
+    >>> _expanded("--json=~/a.json") == f"--json={os.path.expanduser('~')}/a.json"
+    True
+    """
+    flag, is_option, value = argument.partition("=")
+    if is_option and flag.startswith("--"):
+        return f"{flag}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument)
+
+
+def parse(options: type[T], explanation: str | None) -> T:
+    """Parses the command line, and returns the options.
+
+    Args:
+      options: the class of the options, a dataclass.
+      explanation: the program's docstring, which --help shows.
+    """
+    return tyro.cli(options, description=_described(explanation))
+
+
+def _described(explanation: str | None) -> str:
+    return f"{explanation}\n{_IMPORT}"
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -71,11 +122,11 @@ def options_after_path(defaults: Callable[[str], T], explanation: str | None, *,
     if arguments and not arguments[0].startswith("-"):
         path, *arguments = arguments
     elif path is None:
-        print(explanation)
+        print(_described(explanation))
         sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
     options = defaults(path)
     return path, tyro.cli(
-        type(options), default=options, args=arguments, prog=f"{sys.argv[0]} {path}", description=explanation
+        type(options), default=options, args=arguments, prog=f"{sys.argv[0]} {path}", description=_described(explanation)
     )
 
 

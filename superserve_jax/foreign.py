@@ -1,13 +1,21 @@
 """Users' code that may fail in any way: Python files, log handlers, `repr` of errors, tracebacks. No jax."""
 
 import contextlib
+import importlib
+import importlib.util
 import logging
+import os
 import pathlib
 import re
 import sys
 import threading
 import traceback
 import types
+
+from superserve_jax import errors
+
+IMPORT = "SUPERSERVE_IMPORT"
+"""The environment variable with modules of users, separated like the folders in PATH, to find families that are not known."""
 
 _MAX_TEXT = 1_000  # characters of an error's repr; `health()` keeps it
 _PACKAGE = str(pathlib.Path(__file__).parent)
@@ -32,6 +40,46 @@ def execute(path: pathlib.Path) -> types.ModuleType:
             sys.modules[module.__name__] = before
         raise
     return module
+
+
+def import_module(name: str) -> types.ModuleType:
+    """Imports a module of a user.
+
+    Args:
+      name: a module's name, as in an import statement, or the path of a .py file. The working folder, or the folder of the
+        file, becomes the first of `sys.path`. So the module may import its neighbours, and a config may import the module.
+
+    Raises:
+      ConfigError: there is no such module or file, or its code raises.
+    """
+    is_path = name.endswith(".py") or os.sep in name
+    path = pathlib.Path(os.path.expanduser(name))
+    if is_path and not (path.suffix == ".py" and path.is_file()):
+        raise errors.ConfigError(f"no module file {name}; give the path of a .py file, or a module's name such as my_module")
+    folder, module = (str(path.absolute().parent), path.stem) if is_path else (os.getcwd(), name)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        if is_path and not _is_file(module, path):  # another module has this name, such as one of the standard library
+            return execute(path)
+        return importlib.import_module(module)
+    except errors.SuperServeError:
+        raise
+    except (Exception, SystemExit) as e:  # any exception: it is the user's code
+        if isinstance(e, ModuleNotFoundError) and name.startswith(str(e.name)):
+            raise errors.ConfigError(
+                f"no module named {name}: install its package, call the program from the folder that holds it, or give the "
+                "path of a .py file"
+            ) from e
+        raise errors.ConfigError(f"{name} fails{place(e)}: {type(e).__name__}: {errors.one_line(e)}") from e
+
+
+def _is_file(module: str, path: pathlib.Path) -> bool:
+    """Whether an import of `module` would run the file `path`, or has run it."""
+    found = sys.modules.get(module)
+    origin = getattr(found, "__file__", None) if found else getattr(importlib.util.find_spec(module), "origin", None)
+    return origin is not None and os.path.exists(origin) and os.path.samefile(origin, path)
 
 
 def place(error: BaseException) -> str:

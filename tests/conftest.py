@@ -42,6 +42,7 @@ def no_test_hangs():
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A TFDS folder with a small cluttered_digits in it: 300 training images, 90 test images."""
+    from superserve_jax.training import data  # noqa: F401 - `prepared` cannot be imported before it
     from superserve_jax.training.datasets import prepared
     from superserve_jax.training.datasets.cluttered_digits import render
 

@@ -313,7 +313,7 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     with random_export.export_of(options.path, subnets=CANDIDATES) as path, tempfile.TemporaryDirectory() as folder:
         found = measure(exports.load(path), options, pathlib.Path(folder))

@@ -36,7 +36,6 @@ from multiprocessing.connection import Connection, wait
 
 import damaged_files
 import psutil
-import tyro
 from damaged_files import DamagedFiles
 
 from superserve_jax import cli, errors, progress
@@ -97,7 +96,7 @@ class Outcome:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     if options.case is not None:
         with tempfile.TemporaryDirectory() as folder:
             kind, case = options.case

@@ -313,7 +313,7 @@ def ratios(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     with random_export.export_of(options.path, subnets=options.subnets) as path:
         model = exports.load(path)
         to_measure = variants(model, options)

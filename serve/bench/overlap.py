@@ -128,7 +128,7 @@ def exported(options: Options) -> dict[str, Any]:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     columns = {
         "ms per batch": "{0[batch_ms]:.1f}".format,
         "overlap": "{0[overlap]}".format,

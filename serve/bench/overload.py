@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tyro
 
 from superserve_jax import cli, errors
 from superserve_jax.engines.fake import FakeEngine
@@ -233,7 +232,7 @@ def report(options: Options, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     found = measure(options)
     report(options, found)
     cli.write_results(options.json, found)

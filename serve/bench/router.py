@@ -36,7 +36,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
-import tyro
 
 from superserve_jax import cli, errors
 from superserve_jax.engines.fake import FakeEngine
@@ -360,7 +359,7 @@ def _shown(values: dict[str, float]) -> str:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     if options.cpus is not None:
         if not hasattr(os, "sched_setaffinity") or not 0 < options.cpus <= len(os.sched_getaffinity(0)):
             raise errors.ConfigError(

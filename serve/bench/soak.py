@@ -70,7 +70,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     cli.check_above_zero(options, "minutes", "load")
     figures, guarantees = soak(options, options.export)
     end(guarantees, figures, options.json)

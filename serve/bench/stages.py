@@ -20,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import tyro
 
 from superserve_jax import cli
 from superserve_jax.engines.fake import FakeEngine
@@ -117,7 +116,7 @@ def measure(options: Options, size: int) -> dict[str, float]:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     largest = paper_profile.paper_profile().max_batch
     one, full = measure(options, 1), measure(options, largest)
     print(f"us from submit to result, medians of {options.rounds} rounds; noting the time adds about 0.1 us to each stage")

@@ -97,7 +97,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     batch_sizes = check_batch_sizes(options.batch_sizes)
     with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")

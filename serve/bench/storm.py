@@ -34,7 +34,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from guarantees import Guarantee, end, in_words
 
 from superserve_jax import cli, exports
@@ -102,7 +101,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     cli.check_above_zero(options, "minutes", "rate", "workers", "hung_s", *["queries"][: options.queries is not None])
     chosen = {name: getattr(options, name) for name in ("workers", "agents", "expire", "hung_s", "seed")}
     plan = Storm(**chosen)

@@ -14,8 +14,6 @@ import logging
 import pathlib
 from collections.abc import Callable
 
-import tyro
-
 from superserve_jax import cli, plots
 from superserve_jax.experiments import presets
 from superserve_jax.loadtest import loadgen, sim_vs_real
@@ -59,7 +57,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     [grid] = presets.PRESETS["worker_kills"]
     profile, cluster = paper_profile.paper_profile(), presets.killed(options.every)
     trace = grid.traffics[0].create(options.seed, duration_s=5 * options.every)

@@ -11,8 +11,6 @@ Library: engines.cache.
 import dataclasses
 import time
 
-import tyro
-
 from superserve_jax import cli
 from superserve_jax.engines import cache
 
@@ -30,7 +28,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     root, limit_mb = cache.directory(), 1e-6 * cache.limit_bytes()
     if root is None:
         print("the cache is off (SUPERSERVE_CACHE is empty, or there is no home directory)")

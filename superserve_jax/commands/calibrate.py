@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import files
+from superserve_jax import cli, files
 from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
 
@@ -32,7 +32,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     run = Run.open(options.run)
     stages.calibrate(run)
     model = run.model()

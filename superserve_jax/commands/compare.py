@@ -19,8 +19,6 @@ import pathlib
 import time
 from collections.abc import Callable
 
-import tyro
-
 import superserve_jax as ss
 from superserve_jax import cli
 from superserve_jax.experiments import figures, paper_table, presets, runner, summaries
@@ -81,7 +79,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     profile = paper_profile.paper_profile() if options.profile is None else ss.Profile.load(options.profile)
     cells = chosen_cells(options, profile)
     maf_trace = None if options.maf_trace is None else str(options.maf_trace)

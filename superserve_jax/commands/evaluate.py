@@ -34,7 +34,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     run = Run.open(options.run)
     served = stages.evaluate(run)
     cli.print_table(stages.table(served))

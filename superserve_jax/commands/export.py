@@ -35,7 +35,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     path = stages.export(Run.open(options.run), options.out)
     model = ss.load(path)  # checks that the export can be read
     size = sum(f["bytes"] for f in model.manifest["files"].values())

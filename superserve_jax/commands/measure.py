@@ -80,7 +80,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
     lengths = prepare.check_lengths(model.config, options.lengths)

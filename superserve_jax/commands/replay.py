@@ -117,7 +117,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     cli.check_above_zero(options, "seconds")
     if not 0 < options.slow_after < 1:
         raise ss.ConfigError(f"--slow-after is a fraction of the traffic between 0 and 1, got {options.slow_after:g}")

@@ -37,7 +37,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     run = Run.open(options.run)
     evaluated = run.evaluated()
     chosen = {name: find(evaluated, name) for name in options.subnets}  # refuses a wrong name before any training

@@ -3,68 +3,20 @@
 To add a family:
 
 1. Write a frozen dataclass with the members of `supernets.FamilyConfig`, and a network of elastic layers (`layers.py`).
-2. Put the file into this folder: every file here is imported. If the file is elsewhere, decorate the dataclass with
-   `families.register`, and import the file before you load its runs or exports.
-3. Verify the family: `supernets.check(config)`.
+   Decorate the dataclass with `families.register`.
+2. Verify the family: `supernets.check(config)`.
+3. Give every program `--import my_module`, or name the family as an entry point (see `supernets/registry.py`). A family in a
+   file of this folder needs neither, since every file here is imported.
 
-`ofa_resnet.py` is the example to follow. tests/helpers/mlp_family.py is a small example.
+docs/families.md explains each step, with an example. `ofa_resnet.py` is the full example.
 """
 
-import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import Any
 
-from superserve_jax import errors
-from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import FamilyConfig
+from superserve_jax.supernets.registry import config_from_json, config_to_json, register
 
-_FAMILIES: dict[str, type] = {}
-
-
-def register(config_class: type) -> type:
-    """A class decorator that registers a family under its name, so that its runs and exports can be read."""
-    _FAMILIES[config_class.family] = config_class
-    return config_class
-
-
-def config_to_json(config: FamilyConfig) -> dict[str, Any]:
-    """A family's config as a dict for `json.dump`."""
-    return {"family": config.family, **{f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}}
-
-
-@errors.refusing(errors.ConfigError, "not the config of a family as config_to_json writes it")
-def config_from_json(data: Mapping[str, Any]) -> FamilyConfig:
-    """The inverse of `config_to_json`.
-
-    Raises:
-      UnknownNameError: the family or a field is unknown.
-      ConfigError: the values of the fields do not fit.
-    """
-    name = data.get("family")
-    if name not in _FAMILIES:
-        # A file never says which code to import. So a family is known only if its module was imported.
-        unknown = errors.unknown_name("family", name, _FAMILIES)
-        raise errors.UnknownNameError(f"{unknown}; import the module that registers it first (families.register)")
-    fields = {k: _from_plain(v) for k, v in data.items() if k != "family"}
-    known = {f.name for f in dataclasses.fields(_FAMILIES[name])}
-    for field in fields:
-        errors.check_name(f"field of {name}'s config", field, known)
-    with errors.refusing(errors.ConfigError, f"the config of family '{name}' does not fit"):
-        return _FAMILIES[name](**fields)
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Subnet):
-        return value.to_json()
-    return config_to_json(value) if isinstance(value, FamilyConfig) else value
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return config_from_json(value) if "family" in value else Subnet.from_json(value)
-    return tuple(_from_plain(v) for v in value) if isinstance(value, list) else value
+__all__ = ["config_from_json", "config_to_json", "register"]
 
 
 def _register_files() -> None:

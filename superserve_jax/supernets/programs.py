@@ -101,7 +101,7 @@ class Program:
 
     def infer(self, params: Params, inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
         """Logits (B, num_classes), normalised with statistics (2, N)."""
-        return self._module(params)(inputs, self._sizes(active), layers.StoredStats(statistics, self.offsets))
+        return module(self.config, params)(inputs, self._sizes(active), layers.StoredStats(statistics, self.offsets))
 
     def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits (B, num_classes), normalised with the statistics of the batch, and these statistics (2, N)."""
@@ -119,17 +119,18 @@ class Program:
     def observe(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, layers.BatchStats]:
         """Logits as from `train`, and the `BatchStats` with everything that the network recorded."""
         stats = layers.BatchStats()
-        return self._module(params)(inputs, self._sizes(active), stats), stats
+        return module(self.config, params)(inputs, self._sizes(active), stats), stats
 
     def _sizes(self, active: jax.Array) -> dict[str, ops.Size]:
         place = {name: i for i, name in enumerate(self.traced)}
         return {name: (size, active[place[name]]) if name in place else size for name, size in self.limits.items()}
 
-    def _module(self, params: Params) -> nnx.Module:
-        graphdef, paths, specs = _structure(self.config)
-        # A caller may leave out parameters that the program does not read. Their specs are used instead.
-        values = [(path, nnx.Param(params.get(name, specs[name]))) for name, path in paths.items()]
-        return nnx.merge(graphdef, nnx.from_flat_state(values))
+
+def module(config: FamilyConfig, params: Params) -> nnx.Module:
+    """The network with these parameters. A caller may leave out some that the network does not read."""
+    graphdef, paths, specs = _structure(config)
+    values = [(path, nnx.Param(params.get(name, specs[name]))) for name, path in paths.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 @functools.lru_cache(maxsize=16)

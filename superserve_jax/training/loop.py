@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, plots, progress, supernets
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import programs, registry
 from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.training import data, metrics_log, rewiring, runs, sampling, teacher, validation, wandb_log
 from superserve_jax.training.checkpoints import Checkpoints
@@ -63,10 +63,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
         dataset = data.open(config.data)  # before the folder is made: if there is no data, no folder is left behind
     else:
         raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
-    data.check_fit(dataset, config.model)
     supernets.check(config.model, run=False)
+    data.check_fit(dataset, config.model)
     validated = _can_validate(config, dataset)
     wandb_log.check(config.wandb)
+    if not registry.is_built_in(type(config.model)) and not (workdir / "config.json").exists():
+        supernets.check(config.model)  # slower than the other checks
     recipe = Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
     teacher.check_hidden(recipe, config.model, outside)

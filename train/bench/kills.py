@@ -27,7 +27,6 @@ from typing import Any
 import jax
 import killed_exports
 import killed_trainings
-import tyro
 
 from superserve_jax import cli
 
@@ -53,7 +52,7 @@ class Options:
 
 def main() -> None:
     """The program."""
-    options = tyro.cli(Options, description=__doc__)
+    options = cli.parse(Options, __doc__)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or pathlib.Path(temporary)).absolute()

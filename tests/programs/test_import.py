@@ -1,0 +1,134 @@
+"""`--import` makes every program work with a family that lives in a module of the user."""
+
+import os
+import pathlib
+import re
+import sys
+
+import pytest
+from program import ROOT, run_program
+
+from superserve_jax import cli, families
+
+HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
+PROGRAMS = [path for folder in ("train", "serve") for path in sorted((ROOT / folder).rglob("*.py"))]
+CONFIG = """
+from {module} import MLPConfig
+from superserve_jax.training.config import SearchConfig, TrainConfig
+from superserve_jax.training.data import DataConfig
+
+
+def get_config():
+    return TrainConfig(
+        name="mine",
+        model=MLPConfig(),
+        data=DataConfig(name="cluttered_digits", data_dir={data!r}, image_size=8, validation=60),
+        epochs=1,
+        batch_size=60,
+        buckets=1,
+        calibration_examples=60,
+        search=SearchConfig(candidates=3, calibration_examples=60, examples=60, served=2),
+    )
+"""
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Runs a program that prints its arguments, and returns (status, the arguments that it saw)."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("SUPERSERVE_IMPORT", "")
+
+    def call(*arguments):
+        seen, status = [], 0
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        try:
+            cli.run(lambda: seen.extend(sys.argv[1:]))
+        except SystemExit as end:
+            status = end.code
+        return status, seen
+
+    return call
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """Writes a module with a family of a name, and works in its folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name):
+        (tmp_path / f"{name}.py").write_text((HELPERS / "mlp_family.py").read_text().replace('"mlp"', f'"{name}"'))
+
+    return write
+
+
+def test_a_module_is_imported_by_its_name_or_its_path(family, call):
+    for name in ("by_name", "by_path", "by_equals"):
+        family(name)
+    assert call("run", "--import", "by_name", "--json", "a", "--import", "./by_path.py", "--import=by_equals") == (
+        *(0, ["run", "--json", "a"]),
+    )
+    for name in ("by_name", "by_path", "by_equals"):
+        assert families.config_from_json({"family": name}).family == name
+        assert name in sys.modules  # so a config may import it, too, without a second class
+    inherited = os.environ["SUPERSERVE_IMPORT"].split(os.pathsep)
+    assert inherited == ["by_name", str(pathlib.Path("by_path.py").absolute()), "by_equals"]
+
+
+def test_a_file_with_the_name_of_another_module_is_executed_as_itself(family, call):
+    family("json")
+    assert call("--import", "json.py") == (0, [])
+    assert families.config_from_json({"family": "json"}).family == "json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--import"], "--import needs the name of a module, such as my_module, or the path of a .py file"),
+        (["--import", "--json"], "--import needs the name of a module"),
+        (["--import", "no_such_module"], "no module named no_such_module: install its package, call the program from"),
+        (["--import", "none/no_such.py"], r"no module file .*none/no_such.py; give the path of a .py file"),
+        (["--import", "folder/module"], "no module file folder/module; give the path of a .py file, or a module's name"),
+        (["--import", "wrong.py"], r"wrong.py fails, see .*wrong.py:2, `1 / 0`: ZeroDivisionError: division by zero"),
+        (
+            ["--import", "needs.py"],
+            r"needs.py fails, see .*needs.py:1, .*: ModuleNotFoundError: No module named 'not_installed'",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, call, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.py").write_text("x = 1\n1 / 0\n")
+    (tmp_path / "needs.py").write_text("import not_installed\n")
+    assert call(*arguments)[0] == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_home_folder_is_replaced_in_every_argument(call, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert call("~/runs/demo", "--json=~/a.json", "--lr=0.1", "--x", "~/b", "a~b") == (
+        *(0, ["/home/me/runs/demo", "--json=/home/me/a.json", "--lr=0.1", "--x", "/home/me/b", "a~b"]),
+    )
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_goes_through_the_function_that_imports(path):
+    text = path.read_text()
+    assert ("\nif __name__ ==" in text) == ("\n    cli.run(main)\n" in text)
+
+
+@pytest.mark.slow
+def test_a_family_of_a_file_goes_from_training_to_a_replay(family, digits_dir, tmp_path):
+    """The first and the last program run in processes of their own, in which the family is not known before."""
+    family("whole_way")
+    module, config = tmp_path / "whole_way.py", tmp_path / "config.py"
+    config.write_text(CONFIG.format(module="whole_way", data=str(digits_dir)))
+    workdir = tmp_path / "run"
+    run_program("train/supernet.py", config, "--workdir", workdir, "--import", module, fresh=True)
+    error = run_program("serve/measure.py", workdir / "export", status=2, fresh=True).stderr
+    assert "unknown family 'whole_way'" in error
+    assert "--import my_file.py" in error
+    run_program("serve/measure.py", workdir / "export", "--repeats", 2, "--no-load", "--import", module, fresh=True)
