@@ -24,7 +24,8 @@ measure their latencies. The columns:
 - executables: on a CPU, the growth of resident by loading executables, without arrays. XLA keeps far more than their code.
 - code: the code of the executables, loaded or serialised as the line below the table says.
 
-The last line, all subnets extracted, is not measured but computed from their numbers of parameters.
+Two lines are not measured but computed from numbers of parameters: all subnets extracted and, for a network with the 1,000
+classes of ImageNet, four published ResNets (the paper's Figure 5a; `experiments.hand_tuned` gives the source).
 """
 
 import concurrent.futures
@@ -47,10 +48,12 @@ from superserve_jax import cli, exports
 from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
+from superserve_jax.experiments import hand_tuned
 from superserve_jax.exports import Model
 from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.training import random_export
 
+IMAGENET_CLASSES = 1000
 SHOWN = 3  # subnets whose latencies are measured
 PROCESS = pathlib.Path("/proc/self")
 COLUMNS = {
@@ -288,6 +291,15 @@ def all_extracted(model: Model) -> dict[str, Any]:
     return {"name": f"{len(model.subnets)} extracted (computed)", "subnets": len(model.subnets), "live_bytes": live}
 
 
+def hand_tuned_resnets(model: Model) -> list[dict[str, Any]]:
+    """The live bytes of four published ResNets, for a network with the classes of ImageNet. They are computed."""
+    if model.config.num_classes != IMAGENET_CLASSES:
+        return []
+    names = ", ".join(network.name.removeprefix("ResNet-") for network in hand_tuned.RESNETS)
+    live = sum(network.weights_bytes for network in hand_tuned.RESNETS)
+    return [{"name": f"ResNet-{names} (computed)", "subnets": len(hand_tuned.RESNETS), "live_bytes": live}]
+
+
 def report(found: dict[str, Any]) -> None:
     """Prints the figures."""
     print(f"{found['device']}; accuracies: {found['measured']}; sizes are real. MB, and median ms at {found['shape']}:")
@@ -304,6 +316,11 @@ def report(found: dict[str, Any]) -> None:
     for name, ratios in found["ratios"].items():
         lines.append((name, *(f"{value:.2f}" for value in ratios.values())))
     cli.print_table(lines)
+    for resnets in found["variants"][len(found["ratios"]) + 2 :]:
+        live = (
+            f"{resnets['live_bytes'] / v['live_bytes']:.2f} of {v['name']}" for v in found["variants"][: len(found["ratios"])]
+        )
+        print(f"memory of {resnets['name']} / live memory: {'; '.join(live)}")
 
 
 def ratios(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, float]:
@@ -327,7 +344,7 @@ def main() -> None:
         "measured": model.manifest["measured"],
         "shape": f"batch {batch_size}" + (f", length {length}" if length else ""),
         "shown_flops": [model.config.flops(s) for s in to_measure[0].shown],
-        "variants": [*measured, all_extracted(model)],
+        "variants": [*measured, all_extracted(model), *hand_tuned_resnets(model)],
         "reference": reference["name"],
         "ratios": {variant["name"]: ratios(reference, variant) for variant in in_place},
     }

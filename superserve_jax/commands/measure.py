@@ -61,6 +61,7 @@ class Options:
       load: measure beside a server under load.
       json: also write the profile to this file. With several kinds of devices, it is the profile of the first kind.
       plot: draw the latencies by subnet and batch size into this file (PNG), also for the first kind.
+      plot_flops: draw the FLOPs by subnet and batch size into this file (PNG).
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
@@ -73,6 +74,7 @@ class Options:
     load: bool = True
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
+    plot_flops: pathlib.Path | None = None
 
     def __post_init__(self):
         cli.check_above_zero(self, "executables", "repeats")
@@ -117,6 +119,13 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
         plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
         print(f"plot: {options.plot}")
+    if options.plot_flops:
+        cost = {s.subnet: s.flops / 1e6 for s in model.served}
+        values = [[size * cost[r.subnet] for size in profile.batch_sizes] for r in profile.rows]
+        title = "Multiply-adds of a batch (as the paper's Figure 12)" + ", at the longest length" * bool(profile.lengths)
+        sizes, accuracies = list(map(str, profile.batch_sizes)), [r.accuracy for r in profile.rows]
+        plots.flops(values, sizes, accuracies, options.plot_flops, title=title, unit="MFLOPs")
+        print(f"plot: {options.plot_flops}")
     profile.save(path)  # last, so that a read-only export loses nothing of what was measured
     print(f"profile: {path}")
 

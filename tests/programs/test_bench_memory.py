@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import runpy
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from tiny import TINY
 
 from superserve_jax import exports
+from superserve_jax.experiments import hand_tuned
 from superserve_jax.subnet import evenly_spaced
 from superserve_jax.training import random_export
 
@@ -90,6 +92,33 @@ def test_loading_copies_the_weights(export, tmp_path, monkeypatch):
             np.testing.assert_array_equal(loaded[name], value)
             assert loaded[name].unsafe_buffer_pointer() != value.ctypes.data
     assert weights.drop_pages() == hasattr(os, "posix_fadvise")
+
+
+def test_published_resnets_have_the_sizes_of_their_architecture():
+    def params(bottleneck, blocks):
+        total, width_in = 3 * 64 * 49 + 2 * 64, 64
+        for count, width in zip(blocks, (64, 128, 256, 512), strict=True):
+            width_out = 4 * width if bottleneck else width
+            for _ in range(count):
+                convs = [(1, width_in, width), (3, width, width), (1, width, width_out)]
+                convs = convs if bottleneck else [(3, width_in, width), (3, width, width)]
+                convs += [(1, width_in, width_out)] * (width_in != width_out)
+                total += sum(k * k * c_in * c_out + 2 * c_out for k, c_in, c_out in convs)
+                width_in = width_out
+        return total + (width_in + 1) * 1000
+
+    sizes = [(False, (2, 2, 2, 2)), (False, (3, 4, 6, 3)), (True, (3, 4, 6, 3)), (True, (3, 4, 23, 3))]
+    assert [network.params for network in hand_tuned.RESNETS] == [params(*size) for size in sizes]
+
+
+def test_published_resnets_stand_beside_a_network_with_imagenets_classes(monkeypatch):
+    monkeypatch.syspath_prepend(ACTUATION.parent)
+    program = runpy.run_path(str(ACTUATION.parent / "memory.py"))
+    of = [
+        program["hand_tuned_resnets"](types.SimpleNamespace(config=types.SimpleNamespace(num_classes=n))) for n in (10, 1000)
+    ]
+    name = "ResNet-18, 34, 50, 101 (computed)"
+    assert of == [[], [{"name": name, "subnets": 4, "live_bytes": 4 * 103_593_376}]]
 
 
 def test_memory_of_all_variants_adds_up(run, export):

@@ -16,14 +16,16 @@ PROFILE = Profile((1, 2), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enume
 def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, monkeypatch, tmp_path):
     served = [types.SimpleNamespace(subnet=r.subnet, accuracy=r.accuracy, flops=1) for r in PROFILE.rows]
     config = types.SimpleNamespace(flops=lambda subnet: 1)
-    model = types.SimpleNamespace(config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
+    model = types.SimpleNamespace(path=tmp_path, config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
     monkeypatch.setattr(ss, "load", lambda path: model)
     engine = {"DeviceEngine": lambda _, device, **options: types.SimpleNamespace(device=device, **options)}
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
     monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
-    options = ("--batch-sizes", 1, 2, "--slicing", "kept", "--plot", tmp_path / "plot.png")
-    printed = run_program("serve/measure.py", tmp_path, *options, patches=engine).stdout
+    options = ("--batch-sizes", 1, 2, "--slicing", "kept")
+    files = ("--plot", tmp_path / "plot.png", "--plot-flops", tmp_path / "flops.png")
+    printed = run_program("serve/measure.py", tmp_path, *options, *files, patches=engine).stdout
     assert f"plot: {tmp_path}/plot.png" in printed
+    assert (tmp_path / "flops.png").read_bytes().startswith(b"\x89PNG")
     assert "3 of 4 subnets worth serving" in printed
     assert "P1: a larger batch takes longer: 3 of 4 times" in printed
     assert "P2: a more accurate subnet takes longer: 4 of 6 times" in printed
