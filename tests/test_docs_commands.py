@@ -87,13 +87,13 @@ def program(name):
 
 @pytest.mark.parametrize("command", FOUND, ids=lambda command: " ".join(command)[:90])
 def test_a_command_in_the_texts_parses(command, parse, capsys):
-    _, name, *words = command
+    _, name, *words = (re.sub(r"^my_config\.py$", "configs/debug.py", word) for word in command)
     if name == "make":
         assert {word for word in words if "=" not in word} <= MAKE_TARGETS
     elif name == "pip":
         assert set(re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", " ".join(words))))) <= set(EXTRAS)
     elif name == "superserve":
-        assert words[0] in COMMANDS or words[0].startswith("-")
+        assert not words or words[0] in COMMANDS or words[0].startswith("-")
         if _is_whole(words[1:]):
             parse(importlib.import_module(f"superserve_jax.commands.{words[0]}"), f"superserve {words[0]}", *words[1:])
     elif name == "python" and words[0] == "-m":
