@@ -1,6 +1,7 @@
 """Shows the progress of long work on stderr: a bar on a terminal, else a plain line every 10 seconds."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
@@ -63,6 +64,38 @@ def track(
         _print(console, f"{description}: {done} done in {took_s:.0f} s {note()}")
 
 
-def _print(console: Console, line: str) -> None:
+@contextlib.contextmanager
+def clock(seconds: float, description: str) -> Iterator[None]:
+    """While open, shows how much of a known time has passed: on a terminal every second, else every 10 seconds.
+
+    A thread prints short plain lines. A bar would keep the interpreter busy for milliseconds, which shows in measurements.
+
+    Args:
+      seconds: how long the work takes.
+      description: a few words.
+
+    >>> with clock(0.1, "waiting"):
+    ...     time.sleep(0.1)
+    """
+    console, over, start_s = Console(stderr=True), threading.Event(), time.monotonic()
+    every_s = 1.0 if console.is_terminal else _LINE_EVERY_S
+
+    def show() -> None:
+        while not over.wait(every_s):
+            line = f"{description}: {min(time.monotonic() - start_s, seconds):.0f} of {seconds:.0f} s"
+            _print(console, line, end="\r" if console.is_terminal else "\n")
+
+    thread = threading.Thread(target=show, name="superserve-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if console.is_terminal:
+            _print(console, "\x1b[K", end="")  # erases the line
+
+
+def _print(console: Console, line: str, *, end: str = "\n") -> None:
     with contextlib.suppress(OSError):  # the output may be a file on a full disk, which is no reason to stop the work
-        print(line.rstrip(), file=console.file, flush=True)
+        print(line.rstrip(), file=console.file, flush=True, end=end)

@@ -22,7 +22,7 @@ import superserve_jax as ss
 from superserve_jax import errors, exports
 from superserve_jax.manifest import MANIFEST_NAME
 from superserve_jax.profile import Profile, Row
-from superserve_jax.simulation import azure, traces
+from superserve_jax.simulation import azure, recorded
 from superserve_jax.subnet import Subnet
 from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig, config_from_json, config_to_json, load_config
@@ -129,7 +129,7 @@ def test_something_else_than_the_path_of_a_csv_or_config_file_is_refused(path):
     with pytest.raises((errors.ConfigError, errors.DataError)):
         azure.invocations_per_minute(path)
     with pytest.raises(errors.DataError):
-        traces.load(path)
+        recorded.trace(path)
     with pytest.raises(errors.ConfigError):
         load_config(path)
 

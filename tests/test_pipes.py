@@ -11,7 +11,7 @@ from tiny import TINY
 
 from superserve_jax import convert, errors, files
 from superserve_jax.profile import Profile
-from superserve_jax.simulation import azure, traces
+from superserve_jax.simulation import azure, recorded
 from superserve_jax.training import data
 from superserve_jax.training.config import load_config
 from superserve_jax.training.data import FolderConfig
@@ -35,7 +35,7 @@ def place(request, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("read", "name", "kind"),
     [
-        (traces.load, "arrivals.csv", errors.DataError),
+        (recorded.trace, "arrivals.csv", errors.DataError),
         (azure.invocations_per_minute, "day.csv", errors.DataError),
         (Vocabulary.read, "vocab.txt", errors.DataError),
         (Profile.load, "profile.json", errors.ProfileError),

@@ -19,7 +19,7 @@ from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.manifest import MANIFEST_NAME
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
-from superserve_jax.simulation import azure, simulator, traces
+from superserve_jax.simulation import azure, recorded, simulator
 from superserve_jax.simulation.paper_profile import paper_profile
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.supernets import programs
@@ -233,7 +233,7 @@ def _simulate(profile: Profile, policy: str, trace: Trace) -> None:
 
 
 def _check_arrivals(path: pathlib.Path) -> None:
-    trace = traces.load(path)
+    trace = recorded.trace(path, quiet=True)
     assert np.isfinite(trace.deadlines_s).all()
     assert (np.diff(trace.arrivals_s) >= 0).all()
     assert (np.asarray(trace.lengths) >= 0).all()

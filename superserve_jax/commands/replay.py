@@ -8,7 +8,7 @@
 All policies get the same arrivals, inputs and SLO. The inputs are the test examples of the dataset; texts keep their lengths.
 Answers are compared with the labels. Calm and bursts alternate. Their rates are computed from the latencies of this machine:
 a burst overloads the most accurate subnet, but not the fastest one.
-- `--trace FILE.csv` replays recorded arrivals instead. The file has a column arrival_s, see simulation.traces.load.
+- `--trace FILE.csv` replays recorded arrivals instead. See docs/traces.md.
 - `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
 - `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
   online correction (see scheduling.speeds) and without it.
@@ -38,7 +38,7 @@ from superserve_jax.loadtest.sim_vs_real import Stopwatch
 from superserve_jax.serving import server
 from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.server import Server
-from superserve_jax.simulation import traces
+from superserve_jax.simulation import recorded, traces
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.training import data
 from superserve_jax.training.config import config_from_json
@@ -86,7 +86,9 @@ class Options:
       calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
       burst: (arrival rate in a burst) / (throughput of all workers with the fastest subnet).
       cv2: squared coefficient of variation of the gaps between arrivals.
-      trace: a file of recorded arrivals to replay instead.
+      trace: a CSV file of recorded arrivals to replay instead, see docs/traces.md.
+      trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
+      speed: how many times as fast the recorded arrivals come.
       batch_sizes: batch sizes to serve with.
       lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
       simulate: repeat each replay in the simulator, and print both.
@@ -105,6 +107,8 @@ class Options:
     burst: float = 0.45
     cv2: float = 4.0
     trace: pathlib.Path | None = None
+    trace_column: str | None = None
+    speed: float = 1.0
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     lengths: tuple[int, ...] | None = None
     simulate: bool = False
@@ -181,7 +185,7 @@ def prepare_work(options: Options) -> Work:
     slowest_ms = max(p.rows[-1].latency_ms[-1] for p in profiles)
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest_ms)
     if options.trace is not None:
-        trace = traces.load(options.trace, slo_ms=slo_ms)
+        trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed, slo_ms=slo_ms)
     else:
         trace = bursts(options, profiles, slo_ms, lengths.tolist() if buckets else [])
     if not len(trace):

@@ -1,8 +1,8 @@
 """Simulation: traffic, a server on a virtual clock, metrics, and upper bounds for comparison. No jax.
 
-Read `simulator` first: it runs the code of `scheduling` with latencies from a profile. `traces` makes traffic and `azure`
-reads recorded traffic. `metrics` computes SLO attainment and the other metrics of a run, real or simulated. `bounds` computes
-upper bounds on any policy. `paper_profile` is the profile of the paper's GPU.
+Read `simulator` first: it runs the code of `scheduling` with latencies from a profile. `traces` makes traffic. `recorded` and
+`azure` read recorded traffic. `metrics` computes SLO attainment and the other metrics of a run, real or simulated. `bounds`
+computes upper bounds on any policy. `paper_profile` is a profile of the paper's GPU.
 """
 
 from superserve_jax.simulation.metrics import ReplaySummary, Series

@@ -6,19 +6,15 @@ spaced, c = 1 is Poisson, and a larger c is burstier. For a changing rate, the t
 stretched, which keeps its `cv2`.
 """
 
-import csv
 import dataclasses
-import io
 import math
 import numbers
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from superserve_jax import errors, files
+from superserve_jax import errors
 
 _STEP_S = 1e-3  # resolution of rates that change continuously
 _MAX_QUERIES = 50_000_000  # limit on the queries of a trace, since the whole trace is in memory
@@ -57,7 +53,7 @@ class Trace:
                 raise errors.ConfigError(
                     f"{what} must be one number or one per query, got {np.shape(values)} for {arrivals.shape}"
                 )
-        for error, expected, values, right in _values(arrivals, self.slo_ms, self.floors, self.lengths):
+        for error, expected, values, right in expectations(arrivals, self.slo_ms, self.floors, self.lengths):
             if not right.all():
                 raise error(f"{expected}, got {values[~right].flat[0]:g}")
         object.__setattr__(self, "lengths", np.asarray(self.lengths, np.int64) if np.ndim(self.lengths) else int(self.lengths))
@@ -112,42 +108,6 @@ class Trace:
             raise errors.ConfigError(f"a group must have a whole number of queries from 1 up, got {size!r}")
         last = np.minimum(np.arange(len(self)) // size * size + size - 1, len(self) - 1)
         return dataclasses.replace(self, arrivals_s=self.arrivals_s[last])
-
-
-def load(path: str | os.PathLike[str], *, slo_ms: float = 36.0) -> Trace:
-    """Read recorded arrivals: CSV with a column arrival_s and optional columns slo_ms, floor and length.
-
-    The rows need not be sorted. Raises DataError for a missing file or a bad row. The message names the line of the row.
-
-    Args:
-      path: the CSV file.
-      slo_ms: the SLO of all queries, if the file has no column slo_ms.
-    """
-    check(slo_ms=slo_ms)
-    rows: list[tuple[float, ...]] = []  # line number, arrival, SLO, floor, length
-    try:
-        path = pathlib.Path(path)
-        with io.TextIOWrapper(files.open_regular(path), encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if "arrival_s" not in (reader.fieldnames or ()):
-                raise errors.DataError(f"{path}: the header needs a column 'arrival_s', got {reader.fieldnames}")
-            for row in reader:
-                try:
-                    asked = (float(row.get(name, usual)) for name, usual in (("slo_ms", slo_ms), ("floor", 0), ("length", 0)))
-                    rows.append((reader.line_num, float(row["arrival_s"]), *asked))
-                except (TypeError, ValueError):
-                    raise errors.DataError(f"{path}, line {reader.line_num}: not numbers: {list(row.values())}") from None
-    except errors.DataError:
-        raise
-    except (OSError, TypeError, ValueError, csv.Error) as e:
-        raise errors.DataError(f"cannot read arrivals from {path}: {e}") from e
-    lines, *columns = np.array(rows, np.float64).reshape(-1, 5).T
-    for _, expected, values, right in _values(*columns):
-        if not right.all():
-            i = np.argmin(right)
-            raise errors.DataError(f"{path}, line {lines[i]:g}: {expected}, got {values[i]:g}; mend or remove the row")
-    arrivals, slos, floors, lengths = (column[np.argsort(columns[0], kind="stable")] for column in columns)
-    return Trace(arrivals, slos, floors, path.stem, lengths if lengths.any() else 0)
 
 
 def bursty(
@@ -269,7 +229,7 @@ def generator(seed: int) -> np.random.Generator:
         return np.random.default_rng(seed)
 
 
-def _values(
+def expectations(
     arrivals_s: np.ndarray, slo_ms: Any, floors: Any, lengths: Any
 ) -> Iterator[tuple[type[Exception], str, np.ndarray, Any]]:
     """For each column: the error class, what is expected, the values, and which of the values are right."""

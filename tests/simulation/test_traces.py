@@ -87,46 +87,6 @@ def test_a_mix_draws_values_in_their_shares():
     np.testing.assert_allclose(trace.deadlines_s, trace.arrivals_s + trace.slo_ms / 1e3)
 
 
-def test_a_recording_needs_only_the_column_of_arrivals_and_may_be_unsorted(tmp_path):
-    (tmp_path / "a.csv").write_text("host,arrival_s\nx,2.5\ny,1.5\n")
-    trace = traces.load(tmp_path / "a.csv", slo_ms=50.0)
-    assert trace.arrivals_s.tolist() == [1.5, 2.5]
-    assert trace.deadlines_s.tolist() == [1.55, 2.55]
-    assert (trace.name, trace.floors.tolist(), trace.lengths) == ("a", [0, 0], 0)
-    (tmp_path / "b.csv").write_text("arrival_s,slo_ms,floor,length\n2.5,20,0.79,100\n1.5,36.5,0,20\n")
-    trace = traces.load(tmp_path / "b.csv")
-    assert (trace.slo_ms.tolist(), trace.floors.tolist(), trace.lengths.tolist()) == ([36.5, 20], [0, 0.79], [20, 100])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("time\n1\n", "column 'arrival_s'"),
-        ("", "column 'arrival_s'"),
-        ("arrival_s\n1\nsoon\n", "line 3"),
-        ("arrival_s,slo_ms\n1,36\n2\n", "line 3"),
-        ("arrival_s\n1\n-2\n", "line 3: .*from 0 to .*, got -2"),
-        ("arrival_s\nnan\n", "line 2: .*from 0 to .*, got nan"),
-        ("arrival_s\n1e300\n", "line 2: .*to 1e\\+12, got 1e\\+300"),
-        ("arrival_s,slo_ms\n1,1e300\n", "line 2: .*up to 1e\\+12"),
-        ("arrival_s,slo_ms\n1,0\n", "line 2: .*positive"),
-        ("arrival_s,slo_ms\n1,inf\n", "line 2: .*finite"),
-        ("arrival_s,floor\n1,0.5\n1,2\n", "line 3: .*from 0 to 1, got 2"),
-        ("arrival_s,length\n1,2.5\n", "line 2: .*whole numbers of tokens"),
-        ("arrival_s,length\n1,nan\n", "line 2: .*whole numbers of tokens"),
-    ],
-)
-def test_a_malformed_recording_is_refused_with_the_reason(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(errors.DataError, match=message):
-        traces.load(tmp_path / "a.csv")
-
-
-def test_a_missing_recording_is_a_data_error(tmp_path):
-    with pytest.raises(errors.DataError, match="nowhere"):
-        traces.load(tmp_path / "nowhere.csv")
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
