@@ -25,14 +25,14 @@ class Timeline:
     marks_s: Sequence[float] = ()
 
 
-_BURST = "burst: more than halfway from the median to the maximum rate"
+_ABOVE_MEDIAN = 1.5
+_BURST = f"burst: more than {_ABOVE_MEDIAN} times the median rate"
 
 
 def timelines(columns: Sequence[Timeline], path: Path, *, title: str = "", note: str = "") -> None:
     """Plots traffic over time, one column per trace, with one line per policy.
 
-    The rows are arrival rate, batch size, subnet accuracy and SLO attainment. Bursts are shaded: the times at which the rate
-    is more than halfway from its median to its maximum.
+    The rows are arrival rate, batch size, subnet accuracy and SLO attainment. Bursts are shaded (see `bursts`).
 
     Args:
       columns: the columns.
@@ -71,7 +71,7 @@ def timelines(columns: Sequence[Timeline], path: Path, *, title: str = "", note:
 
 
 def bursts(time_s: Sequence[float], rate_qps: Sequence[float]) -> list[tuple[float, float]]:
-    """Start and end of the bursts: the rate is more than halfway from its median to its maximum.
+    """Start and end of the bursts: the windows in which the rate is more than 1.5 times its median.
 
     Args:
       time_s: [windows] the middle of each window, at equal distances.
@@ -83,7 +83,7 @@ def bursts(time_s: Sequence[float], rate_qps: Sequence[float]) -> list[tuple[flo
     if len(time_s) < 2:
         return []
     half_s = (time_s[1] - time_s[0]) / 2
-    level = (statistics.median(rate_qps) + max(rate_qps)) / 2
+    level = _ABOVE_MEDIAN * statistics.median(rate_qps)
     found: list[tuple[float, float]] = []
     for t, rate in zip(time_s, rate_qps, strict=True):
         if rate > level:

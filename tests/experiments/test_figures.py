@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from policy_cases import MAF_SAMPLE, PAPER
 
 from superserve_jax.experiments import figures, presets, runner
@@ -10,18 +11,34 @@ from superserve_jax.experiments import figures, presets, runner
 def test_every_preset_with_a_figure_draws_it(tmp_path):
     cells = [
         dataclasses.replace(c, policies=c.policies[:1] + c.policies[-2:])
-        for preset in ("bursty", "worker_kills", "actuation", "scale", "slowdown", "capacity", "maf")
-        for c in list(presets.cells(preset, duration_s=0.1, scales=(1.9,)))[:6]
+        for preset in ("bursty", "worker_kills", "dynamics", "actuation", "scale", "slowdown", "capacity", "maf")
+        for c in list(presets.cells(preset, duration_s=0.1, scales=(1.9,)))[: 4 if preset == "dynamics" else 2]
         if c.cluster.workers < 16
     ]
     results = runner.evaluate(cells, PAPER, maf_trace=str(MAF_SAMPLE))
-    drawn = [
-        *figures.draw(results, tmp_path, PAPER),
-        *figures.draw_over_time(cells, PAPER, tmp_path, maf_trace=str(MAF_SAMPLE)),
-    ]
+    over_time = [c for c in cells if c.preset in ("dynamics", "worker_kills")]
+    drawn = [*figures.draw(results, tmp_path, PAPER), *figures.draw_over_time(over_time, PAPER, tmp_path)]
     names = {path.name for path in drawn}
-    assert {"bursty_x1.9.png", "maf_x1.9.png", "worker_kills_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
+    assert {"bursty_x1.9.png", "maf_x1.9.png", "dynamics_over_time_x1.9.png", "actuation.png", "capacity.png"} <= names
+    assert {path.name for path in figures.draw_profile(PAPER, tmp_path)} == {"latency.png", "flops.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_figure_says_what_it_shows_and_where_its_latencies_come_from(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.plots, "panels", lambda panels, path, **options: drawn.append((panels, options)))
+    cell = next(presets.cells("scale_batches", duration_s=0.1, scales=(1.9,), policies=("slackfit",)))
+    list(figures.draw(runner.run_cell(cell, PAPER), tmp_path, PAPER))
+    [([panel], options)] = drawn
+    assert "Figure 11" in options["title"]
+    assert options["note"].startswith("ours, settings from the paper's text")
+    assert "from memory, unverified, about twice the paper's throughput" in options["note"]
+    assert set(panel.lines) == {"slackfit", "fluid bound"}
+
+
+@pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name != "decisions"])
+def test_every_plot_has_a_title(preset):
+    assert figures.TITLES[preset]
 
 
 def test_every_policy_has_a_line_over_the_number_of_workers(tmp_path, monkeypatch):
