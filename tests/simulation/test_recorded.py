@@ -72,7 +72,7 @@ def test_a_trace_may_run_faster_than_it_was_recorded(write):
         ("time,host\n1,a\n", "tiem", r"no column 'tiem', only \['time', 'host'\]; choose one of them"),
         (",".join(f"c{i}" for i in range(99)) + "\n", None, "'c19'] and 79 more"),
         ("", None, r"no column 'arrival_s', only \[\]"),
-        ("1.5\n2.5\n", None, "the first line must name the columns"),
+        ("1.5\n2.5\n", None, "the first line names the columns"),
         ("arrival_s\n", None, "has no arrivals"),
         ("arrival_s\n1\nsoon\n", None, "line 3: .*'arrival_s' must be a finite number.*'soon'"),
         ("arrival_s\nsoon\n1\n", None, "line 2: .* a date such as .*'soon'"),
