@@ -2,7 +2,7 @@
 
 It takes about a minute from training to export on 2 cores without a GPU.
 
-    python train/supernet.py configs/debug.py
+    superserve train debug
 """
 
 from superserve_jax.families.ofa_resnet import OFAResNetConfig

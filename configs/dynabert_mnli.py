@@ -9,8 +9,8 @@ sets another one), and texts are not augmented.
 Expected: 82.2 to 85.2 % on the matched development set, from SuperServe's paper. Not run here, because it takes GPUs. Convert
 your fine-tuned weights, then train them further:
 
-    python train/convert.py configs/dynabert_mnli.py model.safetensors
-    python train/supernet.py configs/dynabert_mnli.py
+    superserve convert dynabert_mnli model.safetensors
+    superserve train dynabert_mnli
 """
 
 from superserve_jax.families.dynabert import DynaBERTConfig

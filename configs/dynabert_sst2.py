@@ -6,8 +6,8 @@ Expected: BERT-base itself reaches 93.5 % on GLUE's test set (Devlin et al., NAA
 public, so the test split here is the development set. Not run here, because it takes GPUs. Convert your fine-tuned weights,
 then train them further:
 
-    python train/convert.py configs/dynabert_sst2.py model.safetensors
-    python train/supernet.py configs/dynabert_sst2.py
+    superserve convert dynabert_sst2 model.safetensors
+    superserve train dynabert_sst2
 """
 
 from superserve_jax.families.dynabert import DynaBERTConfig

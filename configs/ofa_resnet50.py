@@ -5,11 +5,11 @@ Network: 48 M parameters; depth {0, 1, 2} blocks above the smallest, expand rati
 Expected: 73 to 80 % top-1, from SuperServe's paper. Training it takes many GPUs. Convert the published weights instead, then
 search, calibrate, evaluate and export:
 
-    python train/convert.py configs/ofa_resnet50.py ofa_resnet50.pth
-    python train/search.py runs/ofa_resnet50
-    python train/calibrate.py runs/ofa_resnet50
-    python train/evaluate.py runs/ofa_resnet50
-    python train/export.py runs/ofa_resnet50
+    superserve convert ofa_resnet50 ofa_resnet50.pth
+    superserve search runs/ofa_resnet50
+    superserve calibrate runs/ofa_resnet50
+    superserve evaluate runs/ofa_resnet50
+    superserve export runs/ofa_resnet50
 """
 
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
