@@ -1,5 +1,6 @@
 """A pipe, socket, device or folder in place of a file that a user gives is refused at once. A pipe would block for ever."""
 
+import itertools
 import os
 import pathlib
 
@@ -49,19 +50,19 @@ def test_something_else_than_a_file_is_refused(place, read, name, kind):
 
 
 def test_something_else_than_an_image_in_a_folder_of_images_is_refused(place):
-    for i, split in enumerate(("train", "train", "train", "test")):
-        file = pathlib.Path("pets", split, "cat", f"{i}.png")
+    for i, (split, name) in enumerate(itertools.product(("train", "train", "train", "test"), ("cat", "dog"))):
+        file = pathlib.Path("pets", split, name, f"{i}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
     config = FolderConfig("pets", image_size=8, validation=1)
     dataset = data.open(config)
-    place("pets/train/cat/1.png")
-    with pytest.raises(errors.DataError, match=r"pets/train/cat/1\.png cannot be read: .*; replace or remove it"):
+    place("pets/train/cat/2.png")
+    with pytest.raises(errors.DataError, match=r"pets/train/cat/2\.png cannot be read: .*; replace or remove it"):
         [dataset.arrays(split) for split in ("train", "validation")]
     if place.kind == "folder":  # folders in a class are no images
-        assert data.open(config).num_examples("train") == 1
+        assert data.open(config).num_examples("train") == 4
     else:
-        with pytest.raises(errors.DataError, match=r"pets/train/cat/1\.png is a pipe, .*, not an image; replace or remove it"):
+        with pytest.raises(errors.DataError, match=r"pets: train/cat/2\.png is a pipe, .*, not an image; replace"):
             data.open(config)
 
 

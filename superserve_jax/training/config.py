@@ -16,6 +16,7 @@ from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
 from superserve_jax.training.data import AnyDataConfig, check_kind, data_from_json, data_to_json
 from superserve_jax.training.fields import AboveZero, AtLeastTwo, BatchSize, Count, Finite, Fraction, Positive, Seed
+from superserve_jax.training.template import ModelTemplate
 
 _MAX_NAME = 255  # bytes of a folder's name
 
@@ -150,7 +151,7 @@ class TrainConfig:
 
     Args:
       name: the experiment's name; the run's folder is runs/NAME.
-      model: a family's config, such as OFAResNetConfig.
+      model: a family's config, such as OFAResNetConfig. `template.from_data` leaves out what the data tells.
       data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig. None if the dataset is an argument of
         `loop.train`.
       optim: optimiser and learning-rate schedule.
@@ -203,15 +204,16 @@ class TrainConfig:
                 f"name must be usable as a folder's name: at most {_MAX_NAME} bytes of printable characters without '/', and "
                 f"not '..'; got {name[:_MAX_NAME]!r}"
             )
-        if not isinstance(self.model, FamilyConfig):
-            raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {self.model!r}")
+        model = self.model.fill({}) if isinstance(self.model, ModelTemplate) else self.model
+        if not isinstance(model, FamilyConfig):
+            raise errors.ConfigError(f"model must be a family's config such as OFAResNetConfig, got {model!r}")
         if self.data is not None:
             check_kind(self.data)
         for phase in self.phases:
-            phase.space(self.model)  # raises for an unknown axis
-            if phase.rewire and not isinstance(self.model, RewirableConfig):
+            phase.space(model)  # raises for an unknown axis
+            if phase.rewire and not isinstance(model, RewirableConfig):
                 raise errors.ConfigError(
-                    f"phases.rewire: family '{self.model.family}' has no units to sort (its config has no method units)"
+                    f"phases.rewire: family '{model.family}' has no units to sort (its config has no method units)"
                 )
 
     @property

@@ -9,9 +9,11 @@ import dataclasses
 import itertools
 import logging
 import os
+import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.training import data, metrics_log, rewiring, runs, sampling, teacher, validation, wandb_log
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig
-from superserve_jax.training.data import DatasetLike
+from superserve_jax.training.data import DatasetLike, fit
 from superserve_jax.training.metrics_log import MetricsLog
 from superserve_jax.training.runs import Run
 from superserve_jax.training.step import Recipe, SandwichStep, TrainState
@@ -60,11 +62,14 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     if dataset is not None:
         config = dataclasses.replace(config, data=None)  # so that no later stage takes another dataset
     elif config.data is not None:
-        dataset = data.open(config.data)  # before the folder is made: if there is no data, no folder is left behind
+        # Before the folder is made: if there is no data, no folder is left behind.
+        dataset = data.open(config.data, config.model)
     else:
         raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
+    config, derived = _complete(config, dataset, workdir)
+    _log.info("data: %s%s", data.describe(dataset), "".join(f"; {name} {value}" for name, value in derived.items()))
     supernets.check(config.model, run=False)
-    data.check_fit(dataset, config.model)
+    fit.check(dataset, config.model)
     validated = _can_validate(config, dataset)
     wandb_log.check(config.wandb)
     if not registry.is_built_in(type(config.model)) and not (workdir / "config.json").exists():
@@ -138,6 +143,13 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     if last < num_steps:
         raise KeyboardInterrupt(f"stopped after step {last} of {num_steps}; run the same command to go on from there")
     return run
+
+
+def _complete(config: TrainConfig, dataset: DatasetLike, workdir: pathlib.Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The config with the values of its model that the data tells, and these values by name."""
+    known = Run.open(workdir).config.model if (workdir / "config.json").exists() else None
+    model, names = fit.complete(config.model, dataset, known=known)
+    return dataclasses.replace(config, model=model), {name: getattr(model, name) for name in names}
 
 
 def _shardings(batch_size: int) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:

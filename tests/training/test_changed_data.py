@@ -223,7 +223,7 @@ FILES = {
     "an image is removed": (lambda p: (p / "3.bmp").unlink(), r"train/cat: bytes 5710 -> 4568, files 5 -> 4"),
     "an image is renamed": (lambda p: (p / "3.bmp").rename(p / "31.bmp"), r"\(data: train/cat: names\)"),
     "an image grows": (
-        lambda p: (p / "3.bmp").write_bytes(bytes(1143)),
+        lambda p: (p / "3.bmp").write_bytes((p / "3.bmp").read_bytes() + b"\0"),
         r"train/cat: bytes 5710 -> 5711, sizes",
     ),
     "an image is moved": (

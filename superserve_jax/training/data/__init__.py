@@ -8,23 +8,24 @@ Every dataset has the same three splits, whatever their source calls them. Model
 `validation`, which is held out of the training examples. `test` gives the reported accuracies.
 
 `streams.py` has the class `Dataset`: shuffled batches that a resumed run repeats exactly. The sources of examples are
-`images.py` (TFDS and folders), `text.py` (TFDS) and `arrays.py`. This file opens a dataset by its config, writes the config as
-JSON, and checks that a dataset fits a model.
+`images.py` and `text.py` (TFDS), `folder.py` (a folder of images) and `arrays.py`. `fit.py` checks that data and model fit.
+This file opens a dataset by its config, and writes the config as JSON.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax.supernets import supernet
-from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.training import fields
-from superserve_jax.training.data import images, text
+from superserve_jax.training.data import folder, images, text
 from superserve_jax.training.data.arrays import from_arrays
 from superserve_jax.training.data.fingerprints import Fingerprinted
-from superserve_jax.training.data.images import DataConfig, FolderConfig
+from superserve_jax.training.data.fit import AnyModel
+from superserve_jax.training.data.folder import FolderConfig
+from superserve_jax.training.data.images import DataConfig, read_image
 from superserve_jax.training.data.streams import Dataset, DatasetLike
 from superserve_jax.training.data.text import TextConfig
 
@@ -35,26 +36,51 @@ __all__ = [
     "DatasetLike",
     "FolderConfig",
     "TextConfig",
+    "describe",
     "from_arrays",
     "open",
+    "read_image",
 ]
 
 AnyDataConfig = DataConfig | FolderConfig | TextConfig
 
 _KINDS: dict[str, tuple[type, Any]] = {
     "images": (DataConfig, images.open),
-    "folder": (FolderConfig, images.open_folder),
+    "folder": (FolderConfig, folder.open),
     "text": (TextConfig, text.open),
 }
+_OWN_FILES = ("folder",)  # kinds that collect problems
 
 
-def open(config: AnyDataConfig) -> Dataset:
+def open(config: AnyDataConfig, model: AnyModel | None = None) -> Dataset:
     """The dataset of a config. A dataset of our own is made first if it is not there yet.
+
+    Args:
+      config: the config.
+      model: the model to train on it. For the user's own files, what does not fit is in the message with other problems.
 
     Raises:
       UnknownNameError: TFDS knows no such dataset. DataError: the dataset is missing, or does not hold what was asked.
     """
-    return _KINDS[check_kind(config)][1](config)
+    kind = check_kind(config)
+    open_kind = _KINDS[kind][1]
+    return open_kind(config, model) if kind in _OWN_FILES else open_kind(config)
+
+
+def describe(dataset: DatasetLike) -> str:
+    """A dataset in one line: its name, its classes, and the number of examples in each split.
+
+    >>> import numpy as np
+    >>> x, y = np.zeros((10, 8, 8, 1), np.uint8), np.arange(10) % 2
+    >>> describe(from_arrays(train=(x, y), test=(x, y), validation=4))
+    'arrays: 2 classes; 6 examples for training, 4 for validation, 10 for testing'
+    """
+    counts = []
+    for split, purpose in (("train", "examples for training"), ("validation", "for validation"), ("test", "for testing")):
+        with contextlib.suppress(errors.DataError):  # the dataset has no such split
+            counts.append(f"{dataset.num_examples(split):,} {purpose}")
+    note = dataset.note if isinstance(dataset, Dataset) else ""
+    return f"{dataset.name}: {dataset.num_classes} classes; {note or ', '.join(counts)}"
 
 
 def fingerprint(dataset: DatasetLike) -> dict[str, Any]:
@@ -85,17 +111,3 @@ def check_kind(config: object) -> str:
             return kind
     known = ", ".join(config_class.__name__ for config_class, _ in _KINDS.values())
     raise errors.ConfigError(f"a dataset's config must be one of {known}, got {config!r}")
-
-
-def check_fit(dataset: DatasetLike, model: FamilyConfig) -> None:
-    """Raises ConfigError unless a dataset's examples are valid inputs and labels of the network of a family's config."""
-    if dataset.num_classes != model.num_classes:
-        raise errors.ConfigError(
-            f"model.num_classes is {model.num_classes}, but {dataset.name} has {dataset.num_classes} classes"
-        )
-    try:
-        supernet.check_inputs(model, dataset.arrays("train", limit=1)[0])
-    except errors.InputError as e:
-        raise errors.ConfigError(f"the model does not take the inputs of {dataset.name}: {e}") from e
-    if dataset.vocabulary is not None:
-        dataset.vocabulary.check_fit(model)

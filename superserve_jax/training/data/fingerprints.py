@@ -56,17 +56,17 @@ def of_array(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256([array])}
 
 
-def of_files(paths: Mapping[str, Sequence[pathlib.Path]]) -> dict[str, Any]:
+def of_files(paths: Mapping[str, Sequence[tuple[str, str, pathlib.Path]]]) -> dict[str, Any]:
     """The fingerprint of files PATH/SPLIT/CLASS/NAME: one entry for each SPLIT/CLASS.
 
     Args:
-      paths: the files of each split, ordered by class.
+      paths: (class, name, path) of each file of a split, ordered by class.
     """
     result = {}
     for split, files in paths.items():
-        for folder, group in itertools.groupby(files, key=lambda path: path.parent.name):
+        for folder, group in itertools.groupby(files, key=lambda file: file[0]):
             try:
-                names, stats = zip(*((path.name, path.stat()) for path in group), strict=True)
+                names, stats = zip(*((name, path.stat()) for _, name, path in group), strict=True)
             except OSError as e:
                 raise errors.DataError(f"{e.filename} cannot be read: {e.strerror}; restore it, and start again") from e
             result[f"{split}/{folder}"] = {

@@ -1,30 +1,26 @@
-"""Image datasets, by TFDS name or from a folder; decoding, cropping and augmentation.
+"""Image datasets by TFDS name; decoding, cropping and augmentation of any images.
 
 Pixels stay uint8. The model normalises them, so that serving cannot differ from training.
 """
 
 import dataclasses
 import io
-import logging
-import pathlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import tensorflow_datasets as tfds
 
 from superserve_jax import errors, files
 from superserve_jax.training import fields
-from superserve_jax.training.data import augment, fingerprints, streams
+from superserve_jax.training.data import augment
 from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.prepared import Stored
 from superserve_jax.training.fields import Count, Positive
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +28,6 @@ class ImageConfig:
     """What happens to images before the model sees them.
 
     Args:
-      validation: number of training examples that are held out as the validation split.
       image_size: height and width in pixels. Images of another size are cropped at the centre and resized.
       channels: 1 for grey, 3 for RGB; images are converted.
       shift: training images are moved by up to this number of pixels; the gap is black.
@@ -42,7 +37,6 @@ class ImageConfig:
       cache: whether to decode a split once and keep it in memory as uint8. For small datasets.
     """
 
-    validation: Count = 1000
     image_size: Positive = 32
     channels: Literal[1, 3] = 1
     shift: Count = 0
@@ -65,6 +59,7 @@ class DataConfig(ImageConfig):
     Args:
       name: a TFDS name. `cluttered_digits` is made at first use; other datasets must have been prepared.
       data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
+      validation: number of training examples, the last ones, that are held out as the validation split.
 
     >>> DataConfig("cifar10", channels=3, shift=4, flip=True).image_size
     32
@@ -72,6 +67,7 @@ class DataConfig(ImageConfig):
 
     name: str = "cluttered_digits"
     data_dir: str | None = None
+    validation: Count = dataclasses.field(default=1000, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,21 +106,25 @@ def open(config: DataConfig) -> Dataset:
             record = source[i]
             return record[image], record[label]
 
-        return _records(config, len(source), read, lambda i: f"image {i} of '{config.name}', {source.split}")
+        return records_of(config, len(source), read, lambda i: f"image {i} of '{config.name}', {source.split}")
 
     splits = {split: records(source) for split, source in stored.items()}
-    return _dataset(config, config.name, splits, features[label].names, lambda: prepared.identity(builder, stored, splits))
+    return dataset_of(config, config.name, splits, features[label].names, lambda: prepared.identity(builder, stored, splits))
 
 
-def _dataset(
+def dataset_of(
     config: ImageConfig,
     name: str,
     splits: Mapping[str, Records],
     class_names: Sequence[str],
     identity: Callable[[], Mapping[str, Any]],
+    *,
+    note: str = "",
 ) -> Dataset:
+    """A dataset of images with the augmentation of `config`. See `Dataset` for the arguments."""
     change = augmentation(shift=config.shift, flip=config.flip)
-    return Dataset(name, {**splits}, class_names=tuple(class_names), cache=config.cache, augment=change, identity=identity)
+    names = tuple(class_names)
+    return Dataset(name, {**splits}, class_names=names, cache=config.cache, augment=change, identity=identity, note=note)
 
 
 def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Generator], Batch] | None:
@@ -141,7 +141,7 @@ def augmentation(*, shift: int, flip: bool) -> Callable[[Batch, np.random.Genera
     return change if shift or flip else None
 
 
-def _records(
+def records_of(
     config: ImageConfig, count: int, read_file: Callable[[int], tuple[bytes, int]], where: Callable[[int], str]
 ) -> Records:
     """A split of uint8 images (H, W, C).
@@ -157,9 +157,9 @@ def _records(
     def read(i: int, rng: np.random.Generator | None = None) -> Example:
         file, label = read_file(i)
         try:
-            image = _decode(file, config.channels)
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG
-            raise errors.DataError(f"{where(i)} cannot be decoded: {e}; replace or remove it") from e
+            image = decode(file, config.channels)
+        except Exception as e:  # any exception: Pillow raises many kinds for damaged files
+            raise errors.DataError(f"{where(i)} cannot be decoded: {errors.one_line(e)}; replace or remove it") from e
         if rng is None:
             return augment.centre_crop(image, config.image_size, share=share), label
         return augment.random_resized_crop(image, config.image_size, rng), label
@@ -168,93 +168,46 @@ def _records(
     return Records(count, read, (shape, np.uint8), config.random_crop)
 
 
-def _decode(file: bytes, channels: int) -> np.ndarray:
-    """A PNG or JPEG as uint8 (H, W, C). The file may have other channels."""
-    with PIL.Image.open(io.BytesIO(file)) as image:
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-# -- a folder of images ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderConfig(ImageConfig):
-    """A folder PATH of images, PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg. A class is named by its folder.
-
-    The validation split is a fixed random choice of the training images. The config also has the fields of `ImageConfig`.
+def read_image(
+    path: str | os.PathLike[str], *, image_size: int, channels: Literal[1, 3] = 3, share: float = 1.0
+) -> np.ndarray:
+    """An image file as an input of a model: cropped and scaled exactly as in evaluation.
 
     Args:
-      path: the folder; `~` is the user's home.
+      path: the file.
+      image_size: height and width in pixels, as in training.
+      channels: 1 for grey, 3 for RGB, as in training.
+      share: side of the crop, as part of the shorter side. It is 0.875 for a model that was trained with `random_crop`.
 
-    >>> FolderConfig("~/pets", channels=3, image_size=64, validation=200, flip=True).path
-    '~/pets'
+    Returns:
+      uint8 (image_size, image_size, channels).
+
+    Raises DataError if the file cannot be read or is not an image.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
+    ...     PIL.Image.new("RGB", (40, 30)).save(file.name)
+    ...     read_image(file.name, image_size=16).shape
+    (16, 16, 3)
     """
-
-    path: str = ""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.path:
-            raise errors.ConfigError("path must be a folder that has train/ and test/, got ''")
+    try:
+        image = decode(files.read_bytes(path), channels)
+    except Exception as e:  # any exception: Pillow raises many kinds for damaged files
+        raise errors.DataError(f"{path} cannot be read as an image: {errors.one_line(e)}; expected a PNG, JPEG, ...") from e
+    return augment.centre_crop(image, image_size, share=share)
 
 
-def open_folder(config: FolderConfig) -> Dataset:
-    """The dataset of `config`.
+def decode(file: bytes, channels: int) -> np.ndarray:
+    """A PNG, JPEG or other image file as uint8 (H, W, C). The file may have other channels.
 
-    Raises:
-      DataError: folders or images are missing. For a file that cannot be decoded, it is raised when the file is read.
+    The image is turned as its EXIF data says. Transparent pixels become white. 16-bit grey values keep their upper 8 bits.
     """
-    root = pathlib.Path(config.path).expanduser()
-    train, test = root / "train", root / "test"
-    class_names = _classes(train)
-    if surplus := sorted(set(_classes(test)) - set(class_names)):
-        raise errors.DataError(f"{test / surplus[0]} is a class that {train} does not have; its classes: {class_names}")
-    listed = _files(train, class_names)
-    order = streams.fixed_order(len(listed))
-    kept = streams.num_kept(len(listed), config.validation)
-    splits = {
-        "train": [listed[i] for i in order[:kept]],
-        "validation": [listed[i] for i in order[kept:]],
-        "test": _files(test, class_names),
-    }
-    records = {split: _listed(config, found) for split, found in splits.items() if found}
-    paths = {"train": [path for path, _ in listed], "test": [path for path, _ in splits["test"]]}
-    return _dataset(config, config.path, records, class_names, lambda: fingerprints.of_files(paths))
-
-
-def _classes(folder: pathlib.Path) -> list[str]:
-    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
-    if not names:
-        raise errors.DataError(
-            f"{folder} has no folders of classes; put images into {folder / 'CLASS'}, one folder for each class"
-        )
-    return names
-
-
-def _files(folder: pathlib.Path, class_names: list[str]) -> list[tuple[pathlib.Path, int]]:
-    """Path and label of every image."""
-    found, others = [], 0
-    for label, name in enumerate(class_names):
-        present = sorted(f for f in (folder / name).glob("*") if f.name[0] != "." and not f.is_dir())
-        readable = [(f, label) for f in present if f.suffix.lower() in SUFFIXES]
-        if odd := next((f for f, _ in readable if not f.is_file()), None):
-            raise errors.DataError(f"{odd} is a pipe, a broken link or the like, not an image; replace or remove it")
-        if not readable and (folder / name).is_dir():
-            raise errors.DataError(f"{folder / name} has no images; known suffixes: {', '.join(SUFFIXES)}")
-        found += readable
-        others += len(present) - len(readable)
-    if others:
-        _log.warning("%s holds %d files without a suffix of %s; they are ignored", folder, others, ", ".join(SUFFIXES))
-    return found
-
-
-def _listed(config: FolderConfig, listed: list[tuple[pathlib.Path, int]]) -> Records:
-    def read(i: int) -> tuple[bytes, int]:
-        path, label = listed[i]
-        try:
-            return files.read_bytes(path), label
-        except OSError as e:
-            raise errors.DataError(f"{path} cannot be read: {e.strerror or e}; replace or remove it") from e
-
-    return _records(config, len(listed), read, lambda i: str(listed[i][0]))
+    with PIL.Image.open(io.BytesIO(file)) as opened:
+        image = PIL.ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)

@@ -148,6 +148,7 @@ class Dataset:
       augment: returns a randomly changed training batch; None changes nothing.
       vocabulary: the vocabulary of a dataset of texts.
       identity: returns the dataset's fingerprint, see `fingerprints.py`.
+      note: how the splits were made, for the line at the start of training.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Dataset:
     augment: Callable[[Batch, np.random.Generator], Batch] | None = None
     vocabulary: Vocabulary | None = None
     identity: Callable[[], Mapping[str, Any]] = dict
+    note: str = ""
 
     @property
     def num_classes(self) -> int:

@@ -1,0 +1,40 @@
+"""One message for all problems of a dataset, so that the user can repair them together."""
+
+import logging
+from collections.abc import Sequence
+
+from superserve_jax import errors
+
+_log = logging.getLogger(__name__)
+
+_SHOWN = 10  # problems in a message; the log has the others
+
+
+def refuse(
+    where: str, problems: Sequence[str], *, remedy: str = "", kind: type[errors.SuperServeError] = errors.DataError
+) -> None:
+    """Raises `kind` with all problems in one message. Does nothing if there are none.
+
+    Args:
+      where: what has the problems, such as a path.
+      problems: one sentence for each.
+      remedy: what helps against several of them.
+      kind: the error's class.
+
+    >>> refuse("pets", ["test/emu is empty", "train/1.png is damaged"])
+    Traceback (most recent call last):
+    superserve_jax.errors.DataError: pets has 2 problems:
+      - test/emu is empty
+      - train/1.png is damaged
+    """
+    if not problems:
+        return
+    if len(problems) == 1 and not remedy:
+        raise kind(f"{where}: {problems[0]}")
+    for problem in problems[_SHOWN:]:
+        _log.warning("%s: %s", where, problem)
+    shown = [f"  - {problem}" for problem in problems[:_SHOWN]]
+    if more := problems[_SHOWN:]:
+        shown.append(f"  - {len(more)} more, which are listed above")
+    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise kind("\n".join([f"{where} has {count}:", *shown, *([remedy] if remedy else [])]))
