@@ -1,12 +1,12 @@
 """A folder of your own images: a template for image classifiers that train on a CPU.
 
-    python train/supernet.py configs/image_folder.py --data.path ~/pets --workdir runs/pets
+    superserve train configs/image_folder.py --data.path ~/pets --workdir runs/pets
 
 Images: PATH/train/CLASS/*.jpg, and if you have them PATH/val/CLASS and PATH/test/CLASS; or only PATH/CLASS/*.jpg.
-Network: basic blocks of 16, 32 and 64 channels, as in digits_resnet.py. It takes the number of classes, the image size, mean and
-standard deviation from the data. The first line of the training reports them.
+Network: basic blocks of 16, 32 and 64 channels, as in digits_resnet.py. The number of classes, the image size, mean and
+standard deviation come from the data. Training reports them in its first line.
 What to change first: `--epochs` (more for fewer images), `--data.image-size 96`, `--data.channels 1` for grey images,
-`--data.flip False` if left and right matter, as in digits or signs.
+`--data.no-flip` if left and right matter, as in digits or signs.
 """
 
 from superserve_jax.families.ofa_resnet import OFAResNetConfig

@@ -28,6 +28,16 @@ class ModelTemplate:
     __dataclass_fields__: ClassVar[dict[str, Any]]
     example: ClassVar[FamilyConfig]
 
+    def __getattr__(self, name: str) -> Any:
+        """Refuses what only a complete config has, such as `create`."""
+        if not hasattr(type(self).example, name):
+            raise AttributeError(name)
+        missing = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
+        raise errors.ConfigError(
+            f"the model has no {', '.join(missing)}, because training takes them from the data; give values here, such as "
+            f"--model.{missing[0].replace('_', '-')} ..."
+        )
+
     @property
     def given(self) -> dict[str, Any]:
         """The values that do not come from the data, by name."""

@@ -15,6 +15,7 @@ from superserve_jax import errors
 from superserve_jax.training.config import OptimConfig, TrainConfig, config_from_json, config_to_json, load_config
 from superserve_jax.training.data import DataConfig
 from superserve_jax.training.data.text import TextConfig
+from superserve_jax.training.template import ModelTemplate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -23,6 +24,8 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 def test_every_config_loads_and_survives_json(path):
     config = load_config(path)
     assert config.name == path.stem
+    if isinstance(config.model, ModelTemplate):
+        config = dataclasses.replace(config, model=config.model.fill({}))
     assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
 
 

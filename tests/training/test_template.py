@@ -11,6 +11,7 @@ from tiny import TINY
 
 from superserve_jax import errors
 from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.supernets import supernet
 from superserve_jax.training import data, loop
 from superserve_jax.training.data import fit
 from superserve_jax.training.template import from_data
@@ -82,12 +83,21 @@ def test_only_values_that_data_can_tell_may_be_left_out(name):
         from_data(MLPConfig(), name)
 
 
+def test_a_program_that_needs_the_whole_model_says_what_is_missing():
+    template = from_data(TINY, "mean", "std")
+    with pytest.raises(errors.ConfigError, match=r"has no mean, std, .* from the data; give values here, such as --model\.mean"):
+        supernet.SuperNet.create(template, seed=0)
+    assert not hasattr(template, "nothing")
+
+
 def test_training_reports_what_it_derived_and_a_resumed_run_takes_it_from_its_config(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "superserve_jax")
-    config = dataclasses.replace(CONFIG, epochs=0.5, model=from_data(CONFIG.model, "num_classes"), data=None)
-    run = loop.train(config, tmp_path / "run", dataset=dataset(channels=1, size=32))
-    assert run.config.model == dataclasses.replace(CONFIG.model, num_classes=4)
+    small = MLPConfig(num_classes=9, image_size=8, depths=(0, 1), widths=(2, 4))
+    model = from_data(small, "num_classes")
+    config = dataclasses.replace(CONFIG, epochs=0.5, batch_size=8, buckets=1, random_subnets=0, eval_every=0, model=model)
+    run = loop.train(config, tmp_path / "run", dataset=dataset(channels=1, size=8))
+    assert run.config.model == dataclasses.replace(small, num_classes=4)
     line = "data: arrays: 4 classes; 32 examples for training, 8 for validation, 40 for testing; num_classes 4"
     assert [r.message for r in caplog.records].count(line) == 1
     monkeypatch.setattr(fit, "facts_of", lambda dataset: {})
-    assert loop.train(config, tmp_path / "run", dataset=dataset(channels=1, size=32)).config == run.config
+    assert loop.train(config, tmp_path / "run", dataset=dataset(channels=1, size=8)).config == run.config

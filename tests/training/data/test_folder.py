@@ -1,5 +1,6 @@
 """A folder of the user's own images: its layouts, odd files, damaged images, and the one message about all problems."""
 
+import itertools
 import logging
 import os
 import pathlib
@@ -62,7 +63,7 @@ def test_held_out_images_are_in_one_split_only_and_always_the_same(tmp_path):
     for i, path in enumerate(sorted(tmp_path.rglob("*.png"))):
         PIL.Image.new("L", (8, 8), i).save(path)
     seen = [opened(tmp_path).arrays(split)[0][:, 0, 0, 0].tolist() for split in ("train", "validation", "test")]
-    assert sorted(sum(seen, [])) == list(range(40))
+    assert sorted(itertools.chain(*seen)) == list(range(40))
     assert seen == [opened(tmp_path).arrays(split)[0][:, 0, 0, 0].tolist() for split in ("train", "validation", "test")]
 
 
