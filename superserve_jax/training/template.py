@@ -1,4 +1,4 @@
-"""A family's config whose class count, image size and the like are taken from the data.
+"""A family's config without values that the data tells, such as the number of classes.
 
     TrainConfig(
         name="image_folder",

@@ -85,11 +85,12 @@ def test_only_values_that_data_can_tell_may_be_left_out(name):
 
 def test_a_program_that_needs_the_whole_model_says_what_is_missing():
     template = from_data(TINY, "mean", "std")
-    with pytest.raises(errors.ConfigError, match=r"has no mean, std, .* from the data; give values here, such as --model\.mean"):
+    with pytest.raises(errors.ConfigError, match=r"has no mean, std, .* from the data; give values here, .*--model\.mean"):
         supernet.SuperNet.create(template, seed=0)
     assert not hasattr(template, "nothing")
 
 
+@pytest.mark.slow
 def test_training_reports_what_it_derived_and_a_resumed_run_takes_it_from_its_config(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "superserve_jax")
     small = MLPConfig(num_classes=9, image_size=8, depths=(0, 1), widths=(2, 4))

@@ -19,7 +19,7 @@ _DIGITS = 4
 
 
 def mismatches(model: AnyModel | None, facts: Mapping[str, Any], name: str) -> list[str]:
-    """Where the values of a model are not those of its data.
+    """The differences between the values of a model and those that its data needs.
 
     Args:
       model: the model, or None, which fits any data. A value that a template does not give fits, too.

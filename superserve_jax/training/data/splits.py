@@ -43,7 +43,7 @@ def find(names: Iterable[str]) -> tuple[dict[Split, str], list[str]]:
       names: the names of folders, or of files without their suffixes. Capital letters do not matter.
 
     Returns:
-      The name of each split, and a list of problems: a split that two names stand for.
+      The name of each split, and a list of problems: two names for the same split.
 
     >>> find(["Train", "val", "images"])
     ({'train': 'Train', 'validation': 'val'}, [])
