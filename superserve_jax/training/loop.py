@@ -67,7 +67,6 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     else:
         raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
     config, derived = _complete(config, dataset, workdir)
-    _log.info("data: %s%s", data.describe(dataset), "".join(f"; {name} {value}" for name, value in derived.items()))
     supernets.check(config.model, run=False)
     fit.check(dataset, config.model)
     validated = _can_validate(config, dataset)
@@ -96,6 +95,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
             if not (run.workdir / _PLOT).exists():  # a kill came between the last checkpoint and the plot
                 _plot(run)
             return run
+        _log.info("data: %s%s", data.describe(dataset), "".join(f"; {name} {value}" for name, value in derived.items()))
         run.forget_stages()
         (run.workdir / _PLOT).unlink(missing_ok=True)
         if start:
