@@ -20,7 +20,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.training import fields
-from superserve_jax.training.data import folder, images, text
+from superserve_jax.training.data import folder, images, streams, text
 from superserve_jax.training.data.arrays import from_arrays
 from superserve_jax.training.data.fingerprints import Fingerprinted
 from superserve_jax.training.data.fit import AnyModel
@@ -75,8 +75,13 @@ def describe(dataset: DatasetLike) -> str:
     >>> describe(from_arrays(train=(x, y), test=(x, y), validation=4))
     'arrays: 2 classes; 6 examples for training, 4 for validation, 10 for testing'
     """
+    purposes: dict[streams.Split, str] = {
+        "train": "examples for training",
+        "validation": "for validation",
+        "test": "for testing",
+    }
     counts = []
-    for split, purpose in (("train", "examples for training"), ("validation", "for validation"), ("test", "for testing")):
+    for split, purpose in purposes.items():
         with contextlib.suppress(errors.DataError):  # the dataset has no such split
             counts.append(f"{dataset.num_examples(split):,} {purpose}")
     note = dataset.note if isinstance(dataset, Dataset) else ""

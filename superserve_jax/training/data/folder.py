@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import PIL.Image
@@ -21,7 +21,7 @@ import PIL.Image
 from superserve_jax import errors, files, progress
 from superserve_jax.training.data import fingerprints, fit, images, problems, splits
 from superserve_jax.training.data.images import ImageConfig
-from superserve_jax.training.data.streams import Dataset, Records, Split
+from superserve_jax.training.data.streams import Dataset, Records
 from superserve_jax.training.fields import Count
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -84,7 +84,7 @@ def open(config: FolderConfig, model: fit.AnyModel | None = None) -> Dataset:
     folders, class_names, found = _layout(root)
     if config.validation is not None:
         folders.pop("validation", None)
-    listed: dict[Split, list[File]] = {}
+    listed: dict[str, list[File]] = {}
     for split, folder in folders.items():
         listed[split], more = _files(root, folder, class_names)
         found += more
@@ -114,7 +114,7 @@ def open(config: FolderConfig, model: fit.AnyModel | None = None) -> Dataset:
     return images.dataset_of(config, config.path, records, class_names, identity, note=divided.note)
 
 
-def _layout(root: pathlib.Path) -> tuple[dict[Split, pathlib.Path], list[str], list[str]]:
+def _layout(root: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str], list[str]]:
     """The folder of each split, the names of the classes, and problems. Raises DataError if there are no classes at all."""
     inside = _folders(root)
     if not inside:
@@ -227,7 +227,7 @@ def _reason(e: Exception) -> str:
     return "it is not an image" if isinstance(e, PIL.UnidentifiedImageError) else errors.one_line(e)
 
 
-def _records(config: FolderConfig, group: list[File]) -> Records:
+def _records(config: FolderConfig, group: Sequence[File]) -> Records:
     def read(i: int) -> tuple[bytes, int]:
         file = group[i]
         try:

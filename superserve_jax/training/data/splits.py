@@ -5,15 +5,14 @@ but always the same for the same files.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from superserve_jax.training.data import streams
-from superserve_jax.training.data.streams import Split
 
 E = TypeVar("E")
 
-NAMES: dict[str, Split] = {
+NAMES: dict[str, str] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -32,11 +31,11 @@ class Divided(Generic[E]):
       note: how the splits were made, for the user.
     """
 
-    splits: dict[Split, Sequence[E]]
+    splits: dict[str, Sequence[E]]
     note: str
 
 
-def find(names: Iterable[str]) -> tuple[dict[Split, str], list[str]]:
+def find(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Which folder or file is which split.
 
     Args:
@@ -58,7 +57,7 @@ def find(names: Iterable[str]) -> tuple[dict[Split, str], list[str]]:
     return found, problems
 
 
-def divide(given: dict[Split, Sequence[E]], *, validation: int | None, names: dict[Split, str]) -> Divided[E]:
+def divide(given: Mapping[str, Sequence[E]], *, validation: int | None, names: Mapping[str, str]) -> Divided[E]:
     """Holds out training examples for the splits that have no files.
 
     Args:
@@ -78,7 +77,7 @@ def divide(given: dict[Split, Sequence[E]], *, validation: int | None, names: di
     held_test = 0 if "test" in given else share
     left = streams.num_kept(len(examples), held + held_test)
     order = streams.fixed_order(len(examples))
-    chosen: dict[Split, Sequence[E]] = {
+    chosen: dict[str, Sequence[E]] = {
         "train": [examples[i] for i in order[:left]],
         "validation": given["validation"] if use_files else [examples[i] for i in order[left : left + held]],
         "test": given["test"] if "test" in given else [examples[i] for i in order[left + held :]],
