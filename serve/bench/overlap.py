@@ -6,8 +6,9 @@
 Both ways, with and without overlap, run in turn, each with a new server. The program prints
 
 - the throughput: how many queries per second a server answers that has more queries waiting than it can serve;
-- with a device that sleeps, also attainment, accuracy and p99 latency of bursty traffic on the paper's profile. The profile
-  is scaled to the speed of the device. This shows what SlackFit loses by deciding before the device is free.
+- with a device that sleeps, also attainment, accuracy and p99 latency of bursty traffic. The profile is
+  `simulation.paper_profile`: from memory, unverified, about twice the paper's throughput. It is scaled to the speed of the
+  device. This shows what SlackFit loses by deciding before the device is free.
 
 Everything but the sleep is real: queue, policy, threads, futures, and the copies of inputs into staging buffers.
 """
@@ -32,7 +33,7 @@ from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import paper_profile, traces
 
-BATCH, SLO_MS = 16, 36.0  # as with the paper's profile
+BATCH, SLO_MS = 16, 36.0  # as with simulation.paper_profile
 LOAD, CV2 = 0.35, 2.0  # of the bursty traffic; the load is its mean rate / the throughput of the fastest subnet
 QUEUE: dict[str, Any] = {"max_queue": 1_000_000, "max_queue_bytes": 1 << 50}
 

@@ -5,7 +5,8 @@
     python serve/bench/overload.py --slo-ms 20 200 --overload 1.5
     python serve/bench/overload.py --seconds 600 --json runs/overload.json    # the long run
 
-The engines only sleep, as long as the paper's GPUs take. So this measures queue, policy, workers and futures, not a model.
+The engines only sleep, as long as `simulation.paper_profile` says. It recalls the paper's GPUs: from memory, unverified, about
+twice the paper's throughput. So this measures queue, policy, workers and futures, not a model.
 Arrivals are Poisson and open loop. It prints:
 - for each phase: the refused queries, and the share of admitted queries that met their deadlines. It prints these shares for
   the server and for the simulator. The simulated overload is generated in the same way, but lasts at most 10 s;
@@ -52,7 +53,7 @@ class Options:
       seconds: the length of the overload.
       calm_s: the length of the calm after the overload.
       workers: the number of workers, with one engine each.
-      speed: how many times faster the engines are than the paper's GPUs.
+      speed: how many times faster the engines are than the recalled GPUs.
       slo_ms: the latency objectives; each gets an equal share of the queries.
       policy: the policy's name.
       max_queue: the number of queries that may wait.

@@ -2,7 +2,7 @@
 
 One file because the four kinds of client share the server, the measurement and the table.
 
-    python serve/bench/router.py                                         33,000 queries/s, 32 workers as fast as the paper's
+    python serve/bench/router.py                                   33,000 queries/s, 32 workers as fast as the recalled GPUs
     python serve/bench/router.py --rate 100000 --speed 4
     python serve/bench/router.py --clients blocking --callers 1000 --speed 16
     python serve/bench/router.py --clients await --callers 1000 --speed 16
@@ -15,6 +15,8 @@ late the answers are. The other clients are closed loops:
 - bulk: one thread that submits --callers inputs in one `submit_many`, and waits for all answers.
 The router's CPU time is the CPU time of the process minus the engines' and the generator's. It includes `submit`, which
 runs in the client's thread. serve/bench/stages.py measures the stages of a query between submit and result.
+The engines sleep as long as `simulation.paper_profile` says. It recalls the paper's GPUs: from memory, unverified, about twice
+the paper's throughput.
 Library: serving.server.Server, engines.fake.FakeEngine, simulation.paper_profile, loadtest.loadgen, simulation.traces,
 serving.runtime.
 """
@@ -58,7 +60,7 @@ class Options:
       rate: the queries per second of the open loop.
       seconds: the length of the traffic.
       workers: the number of workers, with one engine each.
-      speed: how many times faster the engines are than the paper's GPUs; with inf they do not sleep at all.
+      speed: how many times faster the engines are than the recalled GPUs; with inf they do not sleep at all.
       slo_ms: the latency objectives; each gets an equal share of the queries. Closed loops use only the first one.
       policy: the policy's name.
       cv2: squared coefficient of variation of the gaps between arrivals; 1 is Poisson.

@@ -2,7 +2,7 @@
 
 Read `simulator` first: it runs the code of `scheduling` with latencies from a profile. `traces` makes traffic. `recorded` and
 `azure` read recorded traffic. `metrics` computes SLO attainment and the other metrics of a run, real or simulated. `bounds`
-computes upper bounds on any policy. `paper_profile` is a profile of the paper's GPU.
+computes upper bounds on any policy. `paper_profile` is a profile of the paper's GPU, from memory.
 """
 
 from superserve_jax.simulation.metrics import ReplaySummary, Series

@@ -51,8 +51,9 @@ class PaperSlackFit(_BySlack):
     attainment in the hardest traffic.
 
     The number of latency buckets decides whether a backlog ever drains. More slack may select a larger subnet with a smaller
-    batch, and then throughput falls. On the paper's profile, 6 to 10 latency buckets rank the policies as the paper does. The
-    default, 8, is in the middle.
+    batch, and then throughput falls. On the recalled profile, 6 to 10 latency buckets rank the policies as the paper does. The
+    default, 8, is in the middle. With 8, the rule never trades batch size for accuracy on that profile: more slack gives no
+    smaller batch (docs/reproduction.md).
 
     Args:
       profile: the profile of the workers.
