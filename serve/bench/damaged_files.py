@@ -114,7 +114,9 @@ class DamagedFiles:
         served = [Served(s, 0.5 + 0.25 * i, None, config.flops(s), config.num_params(s)) for i, s in enumerate(chosen)]
         model = SuperNet(config, params, ones)
         path = exports.export(self.folder / name, model, served, measured="made up", vocabulary=words, training={"lr": 1e-5})
-        rows = tuple(Row(s.subnet, s.accuracy, (0.1 + i, 2.0 + i, 3.5 + i), envelope=chosen[1]) for i, s in enumerate(served))
+        rows = tuple(
+            Row(s.subnet, s.known_accuracy, (0.1 + i, 2.0 + i, 3.5 + i), envelope=chosen[1]) for i, s in enumerate(served)
+        )
         at = dict.fromkeys(prepare.check_lengths(config, (2, 4)), rows) if words else {}
         profile = Profile(BATCH_SIZES, rows, self.device_kind, at)
         profile.save(exports.profile_path(path, self.device_kind))
@@ -194,7 +196,7 @@ class DamagedFiles:
     def _check_model(self, model: Model) -> None:
         """Checks that a loaded export is complete."""
         assert model.served
-        assert all(0 <= s.accuracy <= 1 for s in model.served)
+        assert all(0 <= s.known_accuracy <= 1 for s in model.served)
         assert [model.space.validate(s) for s in model.subnets] == list(model.subnets)
         assert all(isinstance(name, str) for name in (*model.class_names, *model.vocabulary))
         spec = programs.param_spec(model.config)

@@ -125,7 +125,7 @@ def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     lengths = prepare.check_lengths(model.config, None)
     stored = prepare.stored_profile(model, kind, batch_sizes, lengths)
     if stored is None:
-        rows = tuple(Row(s.subnet, s.accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served)
+        rows = tuple(Row(s.subnet, s.known_accuracy, tuple(1e-8 * s.flops * b for b in batch_sizes)) for s in model.served)
         stored = Profile(batch_sizes, rows, kind, rows_at=dict.fromkeys(lengths, rows))
         stored = stored.with_envelopes(subnet_buckets.choose(model.subnets, model.config.flops, prepare.MAX_SUBNET_BUCKETS))
         stored.save(exports.profile_path(export, kind))

@@ -1,11 +1,18 @@
 """Makes a run from published weights, so that search, calibration, evaluation and export work as after training.
 
+    superserve convert my-classifier --workdir runs/reviews
     superserve convert configs/ofa_resnet50.py ofa_resnet50.pth --workdir runs/ofa_resnet50
 
-The config says which network the weights belong to and on which data it is evaluated. The run has a checkpoint of step 0 with
-the weights and their statistics. Go on with `superserve search`, calibrate, evaluate and export. Or train the weights
-further, with `superserve train` and the same config. A .pth file needs `pip install 'superserve-jax[convert]'`.
-Library: convert.weights, training.runs.Run.convert.
+A **directory** that Hugging Face's `save_pretrained` wrote needs no config. A BERT sequence classifier becomes a DynaBERT: its
+sizes, class names, vocabulary and case come from the directory. The run gets an export at once, which serves the classifier
+as it is. docs/convert.md lists what is supported.
+
+A **config** says which network other weights belong to, and on which data it is evaluated. Go on with `superserve search`,
+calibrate, evaluate and export. Or train the weights further, with `superserve train` and the same config.
+
+The run has a checkpoint of step 0 with the weights and their statistics. Weights of PyTorch (.bin, .pth, .pt) and .safetensors
+need `pip install 'superserve-jax[convert]'`.
+Library: convert.from_pretrained, convert.weights, training.runs.Run.convert.
 """
 
 import dataclasses
@@ -14,14 +21,14 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, convert, files
-from superserve_jax.training.config import TrainConfig, load_config
+from superserve_jax import cli, convert, errors, files
+from superserve_jax.training.config import TrainConfig, config_to_json, load_config
 from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options.
+    """Options for a config.
 
     Args:
       weights: the weight file: .npz, .safetensors, .pth, .pt or .bin.
@@ -36,18 +43,71 @@ class Options:
     json: pathlib.Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class DirectoryOptions:
+    """Options for a directory of Hugging Face.
+
+    Args:
+      workdir: the run's folder; runs/NAME with the directory's name if left out.
+      max_length: the longest text in tokens, longer ones are cut; if left out, as many as model and tokenizer can take.
+      depths: allowed numbers of layers; if left out, from half of them to all.
+      heads: allowed numbers of attention heads of a layer; if left out, quarters of all heads.
+      ffn: allowed numbers of feed-forward neurons of a layer; if left out, quarters of all neurons.
+      json: write a description to this file.
+    """
+
+    workdir: pathlib.Path | None = None
+    max_length: int | None = None
+    depths: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    ffn: tuple[int, ...] | None = None
+    json: pathlib.Path | None = None
+
+
 def main() -> None:
     """The command."""
-    _, options = cli.options_after_path(lambda path: Options(tyro.MISSING, load_config(path)), __doc__)
+    path, options = cli.options_after_path(_defaults, __doc__)
+    if isinstance(options, DirectoryOptions):
+        convert_directory(pathlib.Path(path), options)
+    else:
+        convert_weights(options)
+
+
+def convert_weights(options: Options) -> None:
+    """Makes a run from a config and a weight file."""
     model = convert.weights(options.weights, options.config.model)  # before the run: unfit weights leave no folder behind
     run = Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
-    largest = model.space.largest()
-    flops, params = model.config.flops(largest), model.config.num_params(largest)
-    if options.json:
-        files.write_json(
-            options.json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": model.space.size}
-        )
+    print(f"{report(run, options.json)}; go on with `superserve search {run.workdir}`")
+
+
+def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
+    """Makes a run and an export from a directory that `save_pretrained` wrote."""
+    space = {name: getattr(options, name) for name in ("max_length", "depths", "heads", "ffn")}
+    found = convert.from_pretrained(path, **space)
+    config = TrainConfig(name=path.resolve().name, model=found.model.config)
+    run = Run.convert(config, options.workdir or pathlib.Path("runs") / config.name, found.model)
+    print(report(run, options.json))
+    words = "none, so inputs are token ids" if found.vocabulary is None else f"{len(found.vocabulary.tokens):,} tokens"
+    print(f"classes: {', '.join(found.class_names)}\nvocabulary: {words}; texts of up to {found.config.max_length} tokens")
+    export = found.export(run.workdir / "export", training=config_to_json(config))
     print(
-        f"{run.workdir}: {params / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOPs, {model.space.size:.2g} subnets; go on "
-        f"with `superserve search {run.workdir}`"
+        f"export: {export} serves the classifier as it is. Its accuracy is unknown. Smaller subnets are not served, because "
+        f"nobody can tell how well they answer without labelled texts\ngo on with `superserve measure {export}`"
     )
+
+
+def report(run: Run, json: pathlib.Path | None) -> str:
+    """A description of a converted run in one line. It is also written to a JSON file, if one is given."""
+    model, space = run.config.model, run.config.model.space()
+    flops, params, subnets = model.flops(space.largest()), model.num_params(space.largest()), space.size
+    if json:
+        files.write_json(json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": subnets})
+    return f"{run.workdir}: {params / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOPs, {subnets:.2g} subnets"
+
+
+def _defaults(path: str) -> Options | DirectoryOptions:
+    if pathlib.Path(path).is_dir():
+        return DirectoryOptions()
+    if not pathlib.Path(path).exists() and not path.endswith(".py"):
+        raise errors.ConversionError(f"there is no directory {path}; give one that save_pretrained wrote, or a config file")
+    return Options(tyro.MISSING, load_config(path))

@@ -33,7 +33,7 @@ from superserve_jax.engines import prepare, profiling, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.subnet_buckets import Flops
-from superserve_jax.exports import Model
+from superserve_jax.exports import Model, Served
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.serving import server
 
@@ -112,7 +112,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     path = exports.profile_path(model.path, kind)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
-        report(at_length, as_measured, {s.subnet: s.flops for s in model.served})
+        report(at_length, as_measured, {s.subnet: s for s in model.served})
     cli.write_results(options.json, profile.to_json())
     if options.plot:
         values = [[ms for t in profile.each_length for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
@@ -157,13 +157,13 @@ def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngi
     )
 
 
-def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, int]) -> None:
+def report(profile: ss.Profile, measured: ss.Profile, served: Mapping[ss.Subnet, Served]) -> None:
     """Prints the latencies at one length, and how far SlackFit's assumptions hold.
 
     Args:
       profile: the profile of the subnets worth serving.
       measured: the profile of all subnets, before noise was repaired.
-      cost: FLOPs of each subnet.
+      served: what the export says about each subnet.
     """
     if profile.lengths:
         print(f"\n{profile.lengths[0]} tokens")
@@ -171,7 +171,8 @@ def report(profile: ss.Profile, measured: ss.Profile, cost: Mapping[ss.Subnet, i
     for r in profile.rows:
         latencies = (f"{ms:.2f}" for ms in r.latency_ms)
         qps = f"{profile.throughput_qps(r.subnet):,.0f}"
-        lines.append((f"{cost[r.subnet] / 1e6:.2f}", f"{100 * r.accuracy:.2f} %", *latencies, qps))
+        accuracy = "unknown" if served[r.subnet].accuracy is None else f"{100 * r.accuracy:.2f} %"
+        lines.append((f"{served[r.subnet].flops / 1e6:.2f}", accuracy, *latencies, qps))
     cli.print_table(lines)
     spread = statistics.median(p99 / ms for r in profile.rows for ms, p99 in zip(r.latency_ms, r.p99_ms, strict=True))
     print(f"p99 latency / median latency: {spread:.2f} (median over all subnets and batch sizes)")

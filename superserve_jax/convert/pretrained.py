@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, exports
 from superserve_jax.convert import folder, hugging_face, tokenizer
+from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
@@ -86,6 +88,30 @@ class Pretrained:
     model: SuperNet
     class_names: tuple[str, ...]
     vocabulary: Vocabulary | None
+
+    @property
+    def config(self) -> DynaBERTConfig:
+        """The sizes and the search space."""
+        assert isinstance(self.model.config, DynaBERTConfig)
+        return self.model.config
+
+    def export(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> pathlib.Path:
+        """Exports the original network as the only served subnet, and returns the path.
+
+        Its accuracy is unknown, and so are those of smaller subnets. So none of them is served: without labelled texts, nobody
+        can tell which of them answer well enough. Arguments and errors are those of `exports.export`.
+        """
+        largest, config = self.model.space.largest(), self.config
+        model = SuperNet(config, self.model.params, {largest: np.zeros((2, 0), np.float32)})  # LayerNorm has no statistics
+        return exports.export(
+            path,
+            model,
+            [Served(largest, None, None, config.flops(largest), config.num_params(largest))],
+            measured="not measured: converted weights, without labelled texts",
+            class_names=self.class_names,
+            vocabulary=self.vocabulary,
+            training=training,
+        )
 
 
 def from_pretrained(

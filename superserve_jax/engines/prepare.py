@@ -195,7 +195,7 @@ def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths:
     if not path.exists():
         return None
     profile = Profile.load(path)
-    accuracies = {s.subnet: s.accuracy for s in model.served}
+    accuracies = {s.subnet: s.known_accuracy for s in model.served}
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
     if profile.device != kind:
@@ -231,7 +231,7 @@ def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background
       repeats: the number of measurements of each latency.
       background: see `profiling.measure`.
     """
-    accuracies, kind = {s.subnet: s.accuracy for s in model.served}, device_kind(engine.device)
+    accuracies, kind = {s.subnet: s.known_accuracy for s in model.served}, device_kind(engine.device)
     calls = {"repeats": repeats, "background": background}
     measured = profiling.measure(engine, accuracies, engine.batch_sizes, device=kind, **calls)
     return dataclasses.replace(measured.with_envelopes(engine.envelopes), slicing=engine.slicing)

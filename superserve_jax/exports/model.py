@@ -20,14 +20,15 @@ class Served:
 
     Args:
       subnet: the subnet.
-      accuracy: top-1 accuracy on test data with the subnet's own statistics, from 0 to 1.
+      accuracy: top-1 accuracy on test data with the subnet's own statistics, from 0 to 1. None if it is unknown, as for
+        converted weights without labelled data.
       accuracy_shared: the same with the statistics of the largest subnet, or None if it was not measured.
       flops: multiply-adds per input.
       params: number of weights of the subnet on its own.
     """
 
     subnet: Subnet
-    accuracy: float
+    accuracy: float | None
     accuracy_shared: float | None
     flops: int
     params: int
@@ -35,13 +36,17 @@ class Served:
     def __post_init__(self):
         if not isinstance(self.subnet, Subnet):
             raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
-        shared = () if self.accuracy_shared is None else (self.accuracy_shared,)
-        for value in (self.accuracy, *shared):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
+        for value in (self.accuracy, self.accuracy_shared):
+            if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
                 raise errors.ConfigError(f"the accuracy of a served subnet must be a fraction from 0 to 1, got {value!r}")
         for value in (self.flops, self.params):
             if not isinstance(value, int) or value < 0:
                 raise errors.ConfigError(f"flops and params of a served subnet must be ints from 0 up, got {value!r}")
+
+    @property
+    def known_accuracy(self) -> float:
+        """The accuracy that a server may promise: `accuracy`, or 0 if it is unknown."""
+        return 0.0 if self.accuracy is None else self.accuracy
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`."""

@@ -42,7 +42,7 @@ class Reply(NamedTuple):
     Args:
       output: the engine's output for this input.
       subnet: the subnet that computed the output.
-      accuracy: that subnet's profiled accuracy, a fraction of 1.
+      accuracy: that subnet's profiled accuracy, a fraction of 1. It is 0 if the export does not know it.
       met_slo: whether the output was ready by the deadline.
       latency_ms: time from submit until the output was ready: queue_ms + compute_ms.
       queue_ms: time from submit until the query's batch started.

@@ -1,13 +1,16 @@
 """train/convert.py as a user runs it."""
 
+import dataclasses
 import shutil
 
+import bert_directory
 import jax
 import numpy as np
 import pytest
 from published import assert_same_model, ofa_state
 from tiny import assert_same_arrays, random_params, random_statistics
 
+import superserve_jax as ss
 from superserve_jax import errors
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import loop
@@ -70,3 +73,26 @@ def test_unfit_weights_leave_no_run_behind(run_program, tmp_path):
     done = run_program(*command, status=2)
     assert "once-for-all's OFA-ResNet has stem_stride=2, got 4" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_hugging_face_becomes_a_run_and_a_server_without_a_config(run_program, tmp_path):
+    path, model = bert_directory.write(tmp_path / "reviews")
+    done = run_program("train/convert.py", path, "--workdir", tmp_path / "run", "--max-length", 8, json_file=True)
+    assert "classes: negative, positive" in done.stdout
+    assert "Its accuracy is unknown" in done.stdout
+    assert done.json["params"] == dataclasses.replace(model.config, max_length=8).num_params(model.space.largest())
+    found = ss.load(tmp_path / "run" / "export")
+    assert [s.accuracy for s in found.served] == [None]
+    fast = ("--no-load", "--repeats", 2, "--lengths", 8, "--batch-sizes", 1, "--slicing", "kept")
+    assert "unknown" in run_program("serve/measure.py", found.path, *fast).stdout
+    with ss.Server(found.path, slo_ms=1000, lengths=(8,), batch_sizes=(1,)) as server:
+        reply = server.submit(found.encode("The film was good.")).result(timeout=60)
+    padded = np.pad(found.encode(["The film was good."]), ((0, 0), (0, 8), (0, 0)))
+    np.testing.assert_allclose(reply.output, model(padded, model.space.largest())[0], rtol=1e-4, atol=1e-5)
+    assert reply.accuracy == 0
+    assert "does not name" in run_program("serve/replay.py", found.path, status=2).stderr
+
+
+def test_a_path_that_is_neither_a_directory_nor_a_config_is_named(run_program, tmp_path):
+    done = run_program("train/convert.py", tmp_path / "absent", status=2)
+    assert "there is no directory" in done.stderr
