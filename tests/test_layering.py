@@ -74,7 +74,7 @@ LATE = {
     "convert": ("safetensors", "torch"),
     "scheduling": ("scipy",),
     "simulation": ("scipy",),
-    "training": ("sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
+    "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
     "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
 }
 

@@ -149,8 +149,8 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
     """
     evaluated = sorted(run.evaluated(), key=lambda s: s.flops)
     if run.read("search.json", made_by="superserve search", parse=lambda found: found.get("tolerance")) is None:
-        best = [0.0, *itertools.accumulate((s.accuracy for s in evaluated), max)]
-        evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.accuracy > before or s is evaluated[-1]]
+        best = [0.0, *itertools.accumulate((s.known_accuracy for s in evaluated), max)]
+        evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.known_accuracy > before or s is evaluated[-1]]
     dataset = run.dataset()
     return exports.export(
         path if path is not None else run.workdir / "export",

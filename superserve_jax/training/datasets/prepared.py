@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from superserve_jax import errors, files
 from superserve_jax.training.data import fingerprints, streams
 from superserve_jax.training.data.streams import Records
+from superserve_jax.training.datasets import glue
 from superserve_jax.training.datasets.cluttered_digits.cluttered_digits_dataset_builder import ClutteredDigits
 from superserve_jax.training.datasets.listops.listops_dataset_builder import Listops
 
@@ -186,6 +187,8 @@ def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=expanded, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
+        if glue.task_of(name) is not None:  # without TensorFlow, TFDS may not even know GLUE
+            raise errors.DataError(_how_to_prepare(name, None, data_dir)) from None
         # TFDS would fetch the list of community datasets from the network.
         everything = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name, everything, n=3)
@@ -252,13 +255,17 @@ def _cleaned(target: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder, data_dir: str | None) -> str:
+def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder | None, data_dir: str | None) -> str:
+    """The commands that prepare a dataset. `builder` is None if TFDS cannot describe the dataset."""
+    about = f"dataset '{name}' is not prepared in {data_dir if builder is None else builder.data_dir}."
+    if (task := glue.task_of(name)) is not None:
+        about += f" {glue.how_to_get(task)}"
     lines = [
-        f"dataset '{name}' is not prepared in {builder.data_dir}. Prepare it once, which needs TensorFlow:",
+        f"{about} Prepare it once, which needs TensorFlow:",
         "  pip install 'superserve-jax[prepare]'",
         f"  {_command(name, data_dir)}",
     ]
-    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    if builder is not None and builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         folder = pathlib.Path(builder.data_dir).expanduser().parents[1] / "downloads" / "manual"
         instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         lines.append(f"Before that, put its files into {folder} (TFDS' manual_dir) by hand. {instructions}")
