@@ -83,7 +83,8 @@ def _library(project: str) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise errors.ConfigError(
-            f"wandb={project!r} sends metrics to Weights & Biases, which is not installed: pip install 'superserve-jax[wandb]'"
+            f"wandb={project!r} sends metrics to Weights & Biases, but `import wandb` fails ({e}): "
+            "pip install 'superserve-jax[wandb]'"
         ) from e
     return wandb
 
