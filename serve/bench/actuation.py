@@ -308,7 +308,8 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
     }
     lines["equal"] = Line([min(sizes_mb), max(sizes_mb)], [1, 1], style=":", color="0.6")
     title = f"batch {first[0]['batch']}, {found['device']}"
-    plots.panels([Panel(title, "weights of the network (MB)", "loading / inference", lines, scale_y="log")], path)
+    panel = Panel(title, "weights of the network (MB)", "time to load / time to infer", lines, scale_y="log")
+    plots.panels([panel], path, title="Time to load a network (as the paper's Figure 1a)")
 
 
 def main() -> None:

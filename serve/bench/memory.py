@@ -36,7 +36,7 @@ import multiprocessing
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import extracted
@@ -46,11 +46,12 @@ import tyro
 
 from superserve_jax import cli, exports
 from superserve_jax.engines import prepare, subnet_buckets
-from superserve_jax.engines.device import DeviceEngine, Slicing
+from superserve_jax.engines.device import SLICES_SHARE, DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.experiments import hand_tuned
 from superserve_jax.exports import Model
 from superserve_jax.subnet import Subnet, evenly_spaced
+from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.training import random_export
 
 IMAGENET_CLASSES = 1000
@@ -298,6 +299,23 @@ def hand_tuned_resnets(model: Model) -> list[dict[str, Any]]:
     names = ", ".join(network.name.removeprefix("ResNet-") for network in hand_tuned.RESNETS)
     live = sum(network.weights_bytes for network in hand_tuned.RESNETS)
     return [{"name": f"ResNet-{names} (computed)", "subnets": len(hand_tuned.RESNETS), "live_bytes": live}]
+
+
+def ratio_from_sizes(config: FamilyConfig, subnet_list: Sequence[Subnet], *, extracted: int) -> float:
+    """(live bytes of extracted subnets) / (live bytes of all subnets in place, with kept slices). Nothing is compiled or run.
+
+    In place are the weights, slices of the default budget, and statistics of a subnet of every subnet bucket, as in `measure`.
+    """
+    envelopes = subnet_buckets.choose(subnet_list, config.flops, prepare.MAX_SUBNET_BUCKETS)
+    visited = {envelopes[s]: s for s in subnet_list}.values()
+    chosen = evenly_spaced(subnet_list, config.flops, extracted)
+    in_place = (1 + SLICES_SHARE) * 4 * config.num_params(config.space().largest())
+    weights = sum(4 * config.num_params(s) for s in chosen)
+    return (weights + _statistics_bytes(config, chosen)) / (in_place + _statistics_bytes(config, visited))
+
+
+def _statistics_bytes(config: FamilyConfig, subnet_list: Iterable[Subnet]) -> int:
+    return sum(8 * sum(config.norm_sizes(config.sizes(s)).values()) for s in subnet_list)
 
 
 def report(found: dict[str, Any]) -> None:

@@ -164,7 +164,9 @@ def draw(seconds: Sequence[Second], path: pathlib.Path) -> None:
     minutes = [second.time_s / 60 for second in seconds]
     memory = {"resident memory": Line(minutes, [s.memory_mb for s in seconds], style="-")}
     latency = {name: Line(minutes, [getattr(s, f"{name}_ms") for s in seconds], style="-") for name in ("p50", "p99")}
-    plots.panels([Panel("memory", "minutes", "MB", memory), Panel("latency", "minutes", "ms", latency)], path, columns=2)
+    memory_panel = Panel("memory", "time (minutes)", "memory (MB)", memory)
+    latency_panel = Panel("latency", "time (minutes)", "latency (ms)", latency)
+    plots.panels([memory_panel, latency_panel], path, columns=2, title="A server at constant load")
 
 
 def live_executables() -> int:

@@ -117,7 +117,8 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     if options.plot:
         values = [[ms for t in profile.each_length for ms in t.row(r.subnet).latency_ms] for r in profile.rows]
         shapes = [f"{b} x {t.lengths[0]}" if t.lengths else str(b) for t in profile.each_length for b in profile.batch_sizes]
-        plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=profile.device)
+        title = f"Latency on {profile.device} (as the paper's Figure 6)"
+        plots.latencies(values, shapes, [r.accuracy for r in profile.rows], options.plot, title=title)
         print(f"plot: {options.plot}")
     if options.plot_flops:
         cost = {s.subnet: s.flops / 1e6 for s in model.served}

@@ -33,7 +33,7 @@ Slicing = Literal["kept", "in_call"]
 
 # Kept slices may take a quarter of the weights' bytes. With more, sharing the weights would save little memory. The budget is
 # at least 16 MiB, because a smaller one would cost speed and save little for small networks.
-_SLICES_SHARE = 0.25
+SLICES_SHARE = 0.25
 _MIN_SLICES_BYTES = 16 << 20
 # Statistics of 32 subnets are kept, about as many as are in use at a time, or of more subnets if all fit into 4 MiB.
 _STATISTICS_KEPT = 32
@@ -79,7 +79,7 @@ class DeviceEngine:
         self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
 
         if slice_bytes is None:
-            slice_bytes = max(int(_SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
+            slice_bytes = max(int(SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
         self.slices = LeastRecentlyUsed(slice_bytes)
         self.slicing = slicing
         program_of = executables.bucket_programs(config, subnet_list, self.envelopes)

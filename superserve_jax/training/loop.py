@@ -21,7 +21,7 @@ import numpy as np
 from superserve_jax import errors, plots, progress, supernets
 from superserve_jax.supernets import programs, registry
 from superserve_jax.supernets.family import RewirableConfig
-from superserve_jax.training import data, metrics_log, rewiring, runs, sampling, teacher, validation, wandb_log
+from superserve_jax.training import data, rewiring, runs, sampling, teacher, validation, wandb_log
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig
 from superserve_jax.training.data import DatasetLike, fit
@@ -202,7 +202,7 @@ def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> Tra
 
 
 def _plot(run: Run) -> None:
-    lines, validated = run.metrics(), metrics_log.read(run.workdir, "validation")
+    lines, validated = run.metrics(), run.metrics("validation")
     steps = f", {lines[-1]['step']:,} steps" if lines else ""
     plots.metrics(lines, run.workdir / _PLOT, validation=validated, title=f"Training of {run.config.name}{steps}")
 

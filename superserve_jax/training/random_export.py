@@ -10,6 +10,7 @@ import numpy as np
 
 from superserve_jax import exports
 from superserve_jax.exports import Served
+from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
@@ -44,16 +45,21 @@ def export(config: FamilyConfig, path: str | os.PathLike[str], *, subnets: int) 
     Args:
       config: the family's config.
       path: the export's directory.
-      subnets: number of served subnets: the smallest, the largest and random ones (see `sampling.compound`). A small space
-        has fewer.
+      subnets: number of served subnets, see `subnet_list`.
     """
-    space, rng = config.space(), np.random.default_rng(0)
-    chosen = dict.fromkeys((space.smallest(), space.largest()))
-    for _ in range(_DRAWS * subnets):
-        if len(chosen) >= subnets:
-            break
-        chosen[sampling.compound(space, rng)] = None
+    chosen = subnet_list(config, subnets)
     model = SuperNet.create(config, seed=0)
     model.statistics = {s: np.ones((2, programs.sliced(config, s).statistics_size), np.float32) for s in chosen}
     served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
     return exports.export(path, model, served, measured="not measured: fresh weights")
+
+
+def subnet_list(config: FamilyConfig, count: int) -> list[Subnet]:
+    """The smallest, the largest and random subnets (see `sampling.compound`), `count` in all. A small space has fewer."""
+    space, rng = config.space(), np.random.default_rng(0)
+    chosen = dict.fromkeys((space.smallest(), space.largest()))
+    for _ in range(_DRAWS * count):
+        if len(chosen) >= count:
+            break
+        chosen[sampling.compound(space, rng)] = None
+    return list(chosen)

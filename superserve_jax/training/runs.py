@@ -27,7 +27,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -231,9 +231,9 @@ class Run:
         """Writes statistics.npz."""
         statistics.write(self.workdir / _STATISTICS, calibrated)
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The training metrics, one dict per line of metrics.jsonl."""
-        return metrics_log.read(self.workdir)
+    def metrics(self, kind: Literal["train", "validation"] = "train") -> list[dict[str, float]]:
+        """The metrics of training or validation, one dict per line of metrics.jsonl or validation.jsonl."""
+        return metrics_log.read(self.workdir, kind)
 
     def read(self, name: str, *, made_by: str, parse: Callable[[Any], T] = lambda value: value) -> T:
         """A JSON file of the run. If it is missing or damaged, raises ConfigError with the program that makes it.

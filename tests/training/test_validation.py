@@ -26,7 +26,7 @@ def by_default(config):
 
 
 def validated(run):
-    return [line["step"] for line in metrics_log.read(run.workdir, "validation")]
+    return [line["step"] for line in run.metrics("validation")]
 
 
 @pytest.mark.parametrize(
