@@ -47,6 +47,16 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, row, message):
         minutes(tmp_path, f"f,1,2\nc,1,2\n{row}\n")
 
 
+SUMS = MAF_SAMPLE.with_name("maf2019_762fn_total.csv")
+
+
+def test_the_sums_of_the_whole_sample_have_its_invocations_and_its_peak():
+    counts = azure.invocations_per_minute(SUMS)
+    assert (len(counts), counts.sum()) == (1440, 1_636_279)
+    assert counts.max() / counts.mean() == pytest.approx(4.07, abs=0.005)
+    assert (counts >= azure.invocations_per_minute(MAF_SAMPLE)).all()
+
+
 def test_files_without_minutes_or_without_rows_and_missing_files_are_refused(tmp_path):
     with pytest.raises(errors.DataError, match="no column is a minute"):
         minutes(tmp_path, "HashOwner,Trigger\na,b\n")
