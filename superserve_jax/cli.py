@@ -130,6 +130,18 @@ def options_after_path(defaults: Callable[[str], T], explanation: str | None, *,
     )
 
 
+def duration(seconds: float) -> str:
+    """A time for a person to read.
+
+    >>> [duration(seconds) for seconds in (9.44, 200.0, 9000.0, 1e6)]
+    ['9.4 s', '3.3 minutes', '2.5 hours', '11.6 days']
+    """
+    for unit, length_s in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def write_results(path: pathlib.Path | None, value: Any) -> None:
     """Writes results as JSON and prints where they are; `path` is the option --json, None if it was not given."""
     if path is not None:

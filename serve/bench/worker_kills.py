@@ -19,6 +19,7 @@ from superserve_jax import cli, plots
 from superserve_jax.experiments import presets
 from superserve_jax.loadtest import loadgen, sim_vs_real
 from superserve_jax.loadtest.sim_vs_real import Interval
+from superserve_jax.scheduling import policies
 from superserve_jax.serving.options import make_policy
 from superserve_jax.simulation import paper_profile
 
@@ -37,7 +38,7 @@ class Options:
     """Options.
 
     Args:
-      policies: names of policies, see serve/replay.py.
+      policies: names of policies, also of your own, see docs/policies.md.
       every: seconds between two kills. The traffic is five times as long.
       slo_ms: the latency objective.
       seed: the seed of the arrivals.
@@ -71,8 +72,8 @@ def main() -> None:
     )
     logging.getLogger("superserve_jax.serving").setLevel(logging.ERROR)  # failed batches are expected
     results, shown, marks_s = [], {}, []
-    for name in options.policies:
-        run = sim_vs_real.run_with_kills(trace, profile, name, cluster=cluster, slo_ms=options.slo_ms)
+    for policy, name in policies.labels(options.policies).items():
+        run = sim_vs_real.run_with_kills(trace, profile, policy, cluster=cluster, slo_ms=options.slo_ms)
         intervals, health = sim_vs_real.intervals(run), run.health
         print(f"\n{name}: real server / simulator; {health['alive']} of {health['workers']} workers were left")
         cli.print_columns(COLUMNS, intervals)

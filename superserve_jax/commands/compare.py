@@ -2,6 +2,8 @@
 
     superserve compare --preset all --paper --maf-trace invocations_per_function_md.anon.d01.csv
     superserve compare --preset bursty --scale 1.9 --policies slackfit max-batch fixed:all --plots runs/compare
+    superserve compare --policies my_file.py:my_policy slackfit max-batch fixed:all --seeds 1
+    superserve compare --trace arrivals.csv --trace-column timestamp --speed 10 --workers 2
     superserve compare --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 0.1
 
 Presets: maf, bursty, acceleration, policies, worker_kills, dynamics, scale, scale_batches, actuation, actuation_maf, capacity,
@@ -22,10 +24,10 @@ from collections.abc import Callable
 import superserve_jax as ss
 from superserve_jax import cli
 from superserve_jax.experiments import figures, paper_table, presets, runner, summaries
-from superserve_jax.experiments.presets import Cell
+from superserve_jax.experiments.presets import Cell, Grid
 from superserve_jax.experiments.summaries import Summary
 from superserve_jax.scheduling.policies import create
-from superserve_jax.simulation import paper_profile
+from superserve_jax.simulation import paper_profile, recorded
 
 COLUMNS: dict[str, Callable[[Summary], str]] = {
     "trace": lambda s: s.trace,
@@ -49,28 +51,36 @@ class Options:
     """Options.
 
     Args:
-      preset: the presets to run; all runs every preset.
+      preset: the presets to run; all runs every preset. By default bursty, or none with --trace.
       seeds: the number of seeds; they count from 0.
       policies: replaces the presets' policies: slackfit, slackfit-paper, slackfit-paper:<buckets>,
-        slackfit-cumulative:<buckets>, max-batch, max-acc, proteus, least-accurate, fixed:<i>, or fixed:all for every subnet
-        of the profile.
+        slackfit-cumulative:<buckets>, max-batch, max-acc, proteus, least-accurate, fixed:<i>, fixed:all for every subnet
+        of the profile, or a policy of your own, such as my_file.py:my_policy (see docs/policies.md).
       profile: a measured latency profile (JSON, see `superserve measure`); by default the stand-in for the paper's.
       scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
       seconds: length of the traffic, for a quick look; by default 60 (maf, actuation_maf: 120).
       maf_trace: invocations per minute of Azure Functions 2019 (CSV).
+      trace: a CSV file of recorded arrivals, see docs/traces.md.
+      trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
+      speed: how many times as fast the recorded arrivals come.
+      workers: the number of workers that serve the recorded arrivals.
       paper: also print a table of the paper's numbers, or this project's goals, and ours.
       jobs: the number of processes; by default one per core.
       json: write the results to this file.
       plots: draw figures into this folder.
     """
 
-    preset: tuple[str, ...] = ("bursty",)
+    preset: tuple[str, ...] = ()
     seeds: int = 5
     policies: tuple[str, ...] = ()
     profile: pathlib.Path | None = None
     scale: tuple[float, ...] = ()
     seconds: float | None = None
     maf_trace: pathlib.Path | None = None
+    trace: pathlib.Path | None = None
+    trace_column: str | None = None
+    speed: float = 1.0
+    workers: int = presets.WORKERS
     paper: bool = False
     jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     json: pathlib.Path | None = None
@@ -113,17 +123,26 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
         raise ss.ConfigError(f"--scale must be positive and finite, got {bad[0]}")
     if options.seconds is not None and not 0 < options.seconds < float("inf"):
         raise ss.ConfigError(f"--seconds must be positive and finite, got {options.seconds}")
-    names = list(options.preset)
+    if options.trace is not None and options.seconds is not None and not options.preset:
+        raise ss.ConfigError("--seconds is the length of a preset's traffic; cut the file of --trace, or raise --speed")
+    names = list(options.preset or (("bursty",) if options.trace is None else ()))
     if "all" in names:
         names = [name for name in presets.PRESETS if name not in presets.AZURE or options.maf_trace is not None]
         if options.maf_trace is None:
             print("maf and actuation_maf are left out: they need a file of Azure Functions 2019, see --maf-trace")
     scales = options.scale or (None if options.profile is None else (1.0,))
+    grids: dict[str, tuple[Grid, ...]] = {name: () for name in names}
+    if options.trace is not None:
+        recording = {"path": str(options.trace), "column": options.trace_column, "speed": options.speed}
+        found = recorded.trace(**recording)  # says how it understood the file
+        print(f"{found.name}: {len(found):,} queries in {cli.duration(found.arrivals_s[-1])}")
+        grids["trace"] = (presets.recording(found.name, workers=options.workers, **recording),)
     cells = [
         cell
-        for name in names
+        for name, own in grids.items()
         for cell in presets.cells(
             name,
+            own,
             seeds=range(options.seeds),
             scales=scales,
             policies=options.policies or None,

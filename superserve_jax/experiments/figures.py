@@ -19,6 +19,7 @@ from superserve_jax.experiments.runner import CellResult
 from superserve_jax.experiments.summaries import Summary, grouped, summarize
 from superserve_jax.plots import Line, Panel, Timeline
 from superserve_jax.profile import Profile
+from superserve_jax.scheduling import policies
 
 TITLES: Mapping[str, str] = {
     "maf": "A sample of Azure Functions 2019 (as the paper's Figure 8)",
@@ -33,9 +34,10 @@ TITLES: Mapping[str, str] = {
     "actuation_maf": "A delay for each change of the subnet, Azure sample (as the paper's Figure 1)",
     "capacity": "Throughput and accuracy of 8 workers (as the paper's Figure 5c)",
     "slowdown": "The number of latency buckets (not in the paper)",
+    "trace": "Recorded traffic",
 }
-_OVER_TIME = ("maf", "bursty", "acceleration", "worker_kills", "dynamics")
-_AGAINST_ACCURACY = ("maf", "bursty", "acceleration", "policies")
+_OVER_TIME = ("maf", "bursty", "acceleration", "worker_kills", "dynamics", "trace")
+_AGAINST_ACCURACY = ("maf", "bursty", "acceleration", "policies", "trace")
 _BOUND, _ATTAINMENT, _ACCURACY = "fluid bound", "SLO attainment (%)", "mean serving accuracy (%)"
 
 
@@ -49,8 +51,8 @@ class _Sweep(NamedTuple):
 
 def draw(results: Iterable[CellResult], folder: pathlib.Path, profile: Profile) -> Iterator[pathlib.Path]:
     """Draws the figures of every preset in `results`, and yields the files. `profile` is the profile at scale 1."""
-    note = _note(profile)
     for preset, summaries in grouped(summarize(results), lambda s: s.preset).items():
+        note = _note(profile, preset)
         scales = grouped(summaries, lambda s: s.scale)
         if preset in _AGAINST_ACCURACY:
             for scale, group in scales.items():
@@ -80,7 +82,7 @@ def draw_over_time(
         shown = list(firsts.values())[::-1] if preset == "dynamics" else [firsts[group[-1].trace]]
         columns = [_timeline(cell, profile, maf_trace) for cell in shown]
         path = folder / f"{preset}_over_time_x{scale:g}.png"
-        plots.timelines(columns, path, title=f"{TITLES[preset]}\n{_device(scale)}", note=_note(profile))
+        plots.timelines(columns, path, title=f"{TITLES[preset]}\n{_device(scale)}", note=_note(profile, preset))
         yield path
 
 
@@ -105,14 +107,17 @@ def _device(scale: float) -> str:
     return "the profile's latencies" if scale == 1 else f"the profile's latencies x {scale:g}"
 
 
-def _note(profile: Profile) -> str:
+def _note(profile: Profile, preset: str) -> str:
+    if preset == "trace":
+        return f"latencies: {profile.device}"
     return f"ours, settings from the paper's text, SLO {presets.SLO_MS:g} ms; latencies: {profile.device}"
 
 
 def _timeline(cell: Cell, profile: Profile, maf_trace: str | None) -> Timeline:
     names = [n for n in cell.policies if not n.startswith("fixed:")][:3] or list(cell.policies[:1])
     window_s = 0.5 if cell.preset == "maf" else 0.25
-    runs = {name: runner.timeline(cell, name, profile, maf_trace=maf_trace, window_s=window_s) for name in names}
+    labels = policies.labels(cell.policies)
+    runs = {labels[n]: runner.timeline(cell, n, profile, maf_trace=maf_trace, window_s=window_s) for n in names}
     return Timeline(runs, cell.trace, marks_s=sorted(o.from_s for o in cell.cluster.outages))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
-from superserve_jax.simulation import azure, traces
+from superserve_jax.simulation import azure, recorded, traces
 from superserve_jax.simulation.simulator import Cluster, Outage, Stall
 from superserve_jax.simulation.traces import Trace
 
@@ -36,7 +36,8 @@ class Traffic:
 
     Args:
       name: for tables and plots.
-      process: "bursty", "accelerating" or "gamma" (see `simulation.traces`), or "azure" (see `simulation.azure.trace`).
+      process: "bursty", "accelerating" or "gamma" (see `simulation.traces`), "azure" (see `simulation.azure.trace`), or
+        "recorded" (see `simulation.recorded.trace`).
       options: arguments of that function, as (name, value) pairs.
       load: for "gamma", instead of the option rate_qps: the rate as a fraction of what all workers can serve with the fastest
         subnet.
@@ -45,14 +46,14 @@ class Traffic:
 
     name: str
     process: str
-    options: tuple[tuple[str, float], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
     load: float | None = None
     group: int = 1
 
     @property
     def random(self) -> bool:
         """Whether the trace depends on the seed."""
-        return dict(self.options).get("cv2", 1.0) != 0
+        return self.process != "recorded" and dict(self.options).get("cv2", 1.0) != 0
 
     def create(
         self, seed: int, *, capacity_qps: float = 0.0, duration_s: float = DURATION_S, maf_trace: str | None = None
@@ -67,6 +68,8 @@ class Traffic:
 
         Raises DataError if "azure" has no file.
         """
+        if self.process == "recorded":
+            return dataclasses.replace(recorded.trace(**dict(self.options), slo_ms=SLO_MS, quiet=True), name=self.name)
         options: dict[str, Any] = {"duration_s": duration_s, "slo_ms": SLO_MS, "seed": seed, **dict(self.options)}
         if self.load is not None:
             options["rate_qps"] = self.load * capacity_qps
@@ -221,8 +224,20 @@ AZURE = frozenset(n for n, grids in PRESETS.items() if any(t.process == "azure" 
 """The presets that need a file of Azure Functions 2019."""
 
 
+def recording(name: str, *, workers: int = WORKERS, **options: Any) -> Grid:
+    """Recorded traffic, which is no preset: it comes from a user's file.
+
+    Args:
+      name: for tables and plots.
+      workers: the number of workers.
+      **options: arguments of `simulation.recorded.trace`.
+    """
+    return Grid((Traffic(name, "recorded", tuple(options.items())),), _AGAINST_FIXED, (Cluster(workers=workers),))
+
+
 def cells(
     preset: str,
+    grids: Sequence[Grid] = (),
     *,
     seeds: Sequence[int] = (0,),
     scales: Sequence[float] | None = None,
@@ -234,6 +249,7 @@ def cells(
 
     Args:
       preset: the preset's name.
+      grids: what to run instead of a preset, under this name.
       seeds: the seeds of the traffic.
       scales: replaces the preset's scales.
       policies: replaces the preset's policies.
@@ -245,11 +261,11 @@ def cells(
     >>> [cell.trace for cell in cells("slowdown")][-1]
     'steady, 80 % load, stall of 200 ms'
     """
-    if preset not in PRESETS:
+    if not grids and preset not in PRESETS:
         raise errors.unknown_name("preset", preset, [*PRESETS, "all"])
     fixed = tuple(f"fixed:{i}" for i in range(subnets))
     found: dict[Cell, None] = {}  # drops duplicates: with `policies`, grids may share cells
-    for grid in PRESETS[preset]:
+    for grid in grids or PRESETS[preset]:
         names = tuple(n for name in policies or grid.policies for n in (fixed if name == "fixed:all" else (name,)))
         for traffic, scale, cluster in itertools.product(grid.traffics, scales or grid.scales, grid.clusters):
             for seed in seeds if traffic.random else seeds[:1]:

@@ -1,7 +1,7 @@
 """Runs the cells of `presets` in the simulator. Each cell and policy gives one result, a dict of plain values. No jax.
 
 `superserve compare --json FILE` writes the results. They have these keys:
-- `preset`, `trace`, `scale`, `policy` and `seed` name the run.
+- `preset`, `trace`, `scale`, `policy` and `seed` name the run. For `policy`, see `policies.labels`.
 - `attainment` is the SLO attainment, a FRACTION from 0 to 1.
 - `accuracy` is the mean serving accuracy in PERCENT, as in the paper's tables; None if no query met its deadline.
 - `fluid_attainment` and `fluid_accuracy` are the same two values of the fluid bound, see `simulation.bounds`.
@@ -101,7 +101,9 @@ def run_cell(cell: Cell, profile: Profile, maf_trace: str | None = None) -> list
         trace = make_trace(cell, profile, maf_trace)
         runs = [_simulate(cell, name, profile, trace) for name in cell.policies]
         limits = [_fluid(profile, trace, cell.cluster)] * len(runs)
-    return [_result(cell, *each) for each in zip(cell.policies, runs, limits, strict=True)]
+    labels = policies.labels(cell.policies)
+    names = [labels[name] for name in cell.policies]
+    return [_result(cell, *each) for each in zip(names, runs, limits, strict=True)]
 
 
 def make_trace(cell: Cell, profile: Profile, maf_trace: str | None = None) -> Trace:

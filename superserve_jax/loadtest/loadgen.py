@@ -13,13 +13,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from superserve_jax import errors
+from superserve_jax.profile import Profile
+from superserve_jax.scheduling import policies
 from superserve_jax.serving.futures import Future
-from superserve_jax.simulation import metrics
+from superserve_jax.simulation import metrics, simulator
 from superserve_jax.simulation.metrics import ReplaySummary, Series
-from superserve_jax.simulation.simulator import SimulationResult
+from superserve_jax.simulation.simulator import Cluster, SimulationResult
 from superserve_jax.simulation.traces import Trace
 
 _WAKE_UP_S = 1e-3
+_REHEARSED = 2_000  # queries of a trace with which a user's policy is tried
 _LEAD_S = 0.05  # from the call to the trace's zero
 
 
@@ -138,6 +141,7 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
 
     Raises:
       DataError: the trace has no queries. AccuracyFloorError: no subnet of the server reaches one of the floors.
+      PolicyError: the policy failed.
     """
     if not len(trace):
         raise errors.DataError(f"trace '{trace.name}' has no queries; replay another trace, or a longer part of it")
@@ -158,13 +162,43 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
             continue
         lateness[sent.places] = sent.now_s - trace.arrivals_s[sent.places]
         for i, future in zip(sent.places, sent.answers, strict=True):
-            # A failed query counts as unanswered. The server's health names the errors.
-            if future.done() and not future.cancelled() and future.exception(0) is None:
+            if not future.done() or future.cancelled():
+                continue
+            error = future.exception(0)
+            if isinstance(error, errors.PolicyError):
+                raise error
+            if error is None:  # other failed queries count as unanswered; the server's health names the errors
                 reply = future.result(0)
                 finish[i] = sent.now_s + 1e-3 * reply.latency_ms
                 accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
     answers = (finish, accuracy, batch, label)
     return Replay(trace.arrivals_s, trace.deadlines_s, *answers, lateness, start_s, trace.lengths, trace.floors)
+
+
+def rehearse(policy: str, profiles: Sequence[Profile], trace: Trace) -> None:
+    """Simulates the first 2,000 queries with a user's policy, so that its mistakes show before the replay.
+
+    It does nothing for a built-in policy. Raises PolicyError if the policy fails.
+    """
+    if policies.is_custom(policy):
+        simulator.simulate(profiles, policy, trace.first(_REHEARSED), cluster=Cluster(len(profiles)))
+
+
+def examples_of_length(lengths: np.ndarray, wanted: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """For each wanted length, the index of an example whose length is the nearest longer one; the longest if there is none.
+
+    Examples of equal length are drawn at random.
+
+    >>> examples_of_length(np.array([5, 9, 7]), np.array([6, 1, 7, 100])).tolist()
+    [2, 0, 2, 1]
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(lengths))
+    order = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    ascending = lengths[order]
+    first = np.minimum(np.searchsorted(ascending, wanted), len(order) - 1)
+    alike = np.searchsorted(ascending, ascending[first], side="right") - first
+    return order[first + (rng.random(len(first)) * alike).astype(int)]
 
 
 def summarize(run: Replay | SimulationResult, which: Any = slice(None)) -> ReplaySummary:

@@ -58,7 +58,7 @@ def trace(
     traces.check(slo_ms=slo_ms, speed=speed)
     try:
         path = pathlib.Path(path).expanduser()
-        column, rows = _read(path, column, slo_ms)
+        header, column, rows = _read(path, column, slo_ms)
     except errors.DataError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError, csv.Error) as e:
@@ -79,20 +79,21 @@ def trace(
         disorder = f"; {unsorted:,} rows come before an earlier one and are sorted in" if unsorted else ""
         _log.info("%s: %s arrivals, column '%s' holds %s%s%s", path, f"{len(rows):,}", column, kind, sped, disorder)
     name = path.stem if speed == 1 else f"{path.stem}, {speed:g} times as fast"
-    return Trace(arrivals, slos, floors, name, lengths if lengths.any() else 0)
+    return Trace(arrivals, slos if "slo_ms" in header else slo_ms, floors, name, lengths if lengths.any() else 0)
 
 
-def _read(path: pathlib.Path, column: str | None, slo_ms: float) -> tuple[str, list[_Row]]:
-    """The name of the column of arrivals, and the rows of the file."""
+def _read(path: pathlib.Path, column: str | None, slo_ms: float) -> tuple[list[str], str, list[_Row]]:
+    """The header, the name of the column of arrivals, and the rows of the file."""
     with io.TextIOWrapper(files.open_regular(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
-        column = _column(path, column, list(reader.fieldnames or ()))
-        return column, [_row(path, reader.line_num, cells, column, slo_ms) for cells in reader]
+        header = list(reader.fieldnames or ())
+        column = _column(path, column, header)
+        return header, column, [_row(path, reader.line_num, cells, column, slo_ms) for cells in reader]
 
 
 def _column(path: pathlib.Path, column: str | None, header: Sequence[str]) -> str:
     wanted = column or (header[0] if len(header) == 1 else _USUAL)
-    if any(_is_number(cell) for cell in header):
+    if header and all(_is_number(cell) for cell in header):
         raise errors.DataError(
             f"{path}: the first line names the columns, got {header[:_SHOWN]}; add a line such as '{_USUAL}'"
         )

@@ -71,6 +71,15 @@ class Trace:
         """Arrivals per second, from time 0 to the last arrival."""
         return len(self) / float(self.arrivals_s[-1]) if len(self) and self.arrivals_s[-1] > 0 else 0.0
 
+    def first(self, count: int) -> "Trace":
+        """The first `count` queries, or all if there are fewer.
+
+        >>> len(gamma(rate_qps=100.0, duration_s=1.0, cv2=0).mixed(slo_ms={20.0: 1, 50.0: 1}).first(3).slo_ms)
+        3
+        """
+        values = {name: getattr(self, name) for name in ("arrivals_s", "slo_ms", "floors", "lengths")}
+        return dataclasses.replace(self, **{name: v[:count] if np.ndim(v) else v for name, v in values.items()})
+
     @errors.refusing(errors.ConfigError, "a mix must be a dict from values to shares, and the seed a whole number from 0 up")
     def mixed(
         self,

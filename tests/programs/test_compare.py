@@ -1,6 +1,7 @@
 """serve/compare.py."""
 
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -33,3 +34,43 @@ def test_without_the_azure_file_all_presets_but_that_one_run(run_program):
 def test_neither_the_program_nor_its_processes_need_jax():
     code = "import runpy, sys; runpy.run_path('serve/compare.py'); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
+
+
+MINE = """
+from superserve_jax.scheduling.policies import Decision
+
+def mine(profile, state):
+    return Decision(profile.rows[RANK].subnet, profile.max_batch)
+"""
+
+
+def test_a_policy_of_a_users_file_runs_in_several_processes_and_is_in_table_and_plots(run_program, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.replace("RANK", "0"))
+    options = ("--policies", f"{tmp_path}/mine.py:mine", "least-accurate", "--seeds", 2, "--seconds", 0.2, "--jobs", 2)
+    files = ("--scale", 1, "--preset", "policies", "--plots", tmp_path / "plots")
+    printed, _, results = run_program("serve/compare.py", *options, *files, json_file=True)
+    assert {r["policy"] for r in results} == {"mine", "least-accurate"}
+    assert re.search(r"1500\+5550 cv2=8 +x1 +mine +[01]\.\d{5}", printed)
+    assert (tmp_path / "plots" / "policies_x1.png").exists()
+
+
+def test_a_policy_that_fails_ends_the_program_with_one_line(run_program, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.replace("RANK", "99"))
+    options = ("--policies", f"{tmp_path}/mine.py:mine", "--seconds", 0.1, "--seeds", 1, "--jobs", 1, "--preset", "policies")
+    error = run_program("serve/compare.py", *options, status=2).stderr
+    assert re.search(r"^error: the policy failed: IndexError\(.*\), see .*mine\.py:5, `return Decision\(", error)
+    assert error.count("\n") == 1
+
+
+def test_recorded_arrivals_replace_the_presets(run_program, tmp_path):
+    times = [1_795_800_605_000 + 10 * i for i in range(200)]  # Unix milliseconds
+    (tmp_path / "web.csv").write_text("user,timestamp\n" + "".join(f"u,{t}\n" for t in times))
+    options = ("--trace", tmp_path / "web.csv", "--trace-column", "timestamp", "--speed", 2, "--workers", 1)
+    more = ("--policies", "slackfit", "fixed:all", "--scale", 1, "--plots", tmp_path / "plots")
+    printed, stderr, results = run_program("serve/compare.py", *options, *more, json_file=True)
+    assert "200 arrivals, column 'timestamp' holds Unix timestamps in ms, shifted to the first arrival, 2 times" in stderr
+    assert "web, 2 times as fast: 200 queries in 1.0 s" in printed
+    assert {(r["preset"], r["queries"], r["workers"], r["seed"]) for r in results} == {("trace", 200, 1, 0)}
+    assert {r["policy"] for r in results} == {"slackfit", *(f"fixed:{i}" for i in range(6))}
+    assert (tmp_path / "plots" / "trace_x1.png").exists()
+    assert (tmp_path / "plots" / "trace_over_time_x1.png").exists()

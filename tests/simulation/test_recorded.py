@@ -59,7 +59,7 @@ def test_the_only_column_needs_no_name_and_its_ending_may_be_the_unit(write):
 
 def test_a_trace_may_run_faster_than_it_was_recorded(write):
     trace = recorded.trace(write("arrival_s\n1\n3\n"), speed=4)
-    assert (trace.arrivals_s.tolist(), trace.slo_ms.tolist()) == ([0.25, 0.75], [36, 36])
+    assert (trace.arrivals_s.tolist(), trace.slo_ms) == ([0.25, 0.75], 36)
     assert trace.name == "a, 4 times as fast"
     with pytest.raises(errors.ConfigError, match="speed must be a positive number"):
         recorded.trace(write("arrival_s\n1\n"), speed=0)
