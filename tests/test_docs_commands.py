@@ -22,6 +22,7 @@ SHELL = ("bash", "sh", "console", "shell")
 PROGRAM = re.compile(r"(superserve|python|make|pip install|(serve|train)/\S+\.py) ?\b")
 OTHER_PROGRAMS = ("git", "cd", "source", "tensorboard", "mkdir", "curl", "nvidia-smi")  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
+EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests"}  # files of the reader, and files that stand for them
 MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -87,7 +88,7 @@ def program(name):
 
 @pytest.mark.parametrize("command", FOUND, ids=lambda command: " ".join(command)[:90])
 def test_a_command_in_the_texts_parses(command, parse, capsys):
-    _, name, *words = (re.sub(r"^my_config\.py$", "configs/debug.py", word) for word in command)
+    _, name, *words = (EXAMPLES.get(word, word) for word in command)
     if name == "make":
         assert {word for word in words if "=" not in word} <= MAKE_TARGETS
     elif name == "pip":
