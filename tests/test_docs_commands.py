@@ -53,7 +53,7 @@ class Parsed(Exception):
 
 
 @pytest.fixture
-def parse(monkeypatch):
+def parse(monkeypatch, tmp_path):
     """Runs a program's `main` up to the end of the parsing of its command line."""
     cli, seen = tyro.cli, []
 
@@ -64,7 +64,10 @@ def parse(monkeypatch):
     run = types.SimpleNamespace(config=load_config(str(ROOT / "configs" / "debug.py")))
     monkeypatch.setattr(tyro, "cli", parsed)
     monkeypatch.setattr(Run, "open", lambda path, **_: run)  # the defaults of some options are those of a run
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # what a command writes does not go into the repository
+    for name in FOLDERS:
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my-classifier").mkdir()
 
     def parse(module, *words):
         monkeypatch.setattr(sys, "argv", list(words))

@@ -1,7 +1,7 @@
 """Makes a run from published weights, so that search, calibration, evaluation and export work as after training.
 
     superserve convert my-classifier --workdir runs/reviews
-    superserve convert configs/ofa_resnet50.py ofa_resnet50.pth --workdir runs/ofa_resnet50
+    superserve convert ofa_resnet50 ofa_resnet50.pth --workdir runs/ofa_resnet50
 
 A **directory** that Hugging Face's `save_pretrained` wrote needs no config. A BERT sequence classifier becomes a DynaBERT: its
 sizes, class names, vocabulary and case come from the directory. The run gets an export at once, which serves the classifier
@@ -21,7 +21,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, convert, errors, files
+from superserve_jax import cli, convert, errors, files, shipped
 from superserve_jax.training.config import TrainConfig, config_to_json, load_config
 from superserve_jax.training.runs import Run
 
@@ -108,6 +108,6 @@ def report(run: Run, json: pathlib.Path | None) -> str:
 def _defaults(path: str) -> Options | DirectoryOptions:
     if pathlib.Path(path).is_dir():
         return DirectoryOptions()
-    if not pathlib.Path(path).exists() and not path.endswith(".py"):
+    if not pathlib.Path(path).exists() and not path.endswith(".py") and path not in shipped.configs():
         raise errors.ConversionError(f"there is no directory {path}; give one that save_pretrained wrote, or a config file")
     return Options(tyro.MISSING, load_config(path))
