@@ -26,6 +26,15 @@ _CLEAN_UP_S = 10.0
 _NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK
 
 
+def user_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A path that a user gave, with `~` and `~name` replaced by the home folder. Raises TypeError for anything else.
+
+    >>> user_path("~/runs") == pathlib.Path.home() / "runs"
+    True
+    """
+    return pathlib.Path(os.path.expanduser(path))
+
+
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
     """Opens a regular file to read. Raises OSError for anything else, and never waits for a pipe.
 
@@ -33,7 +42,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
       path: the file.
       flags: more flags for `os.open`, such as `os.O_NOFOLLOW`.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    descriptor = os.open(user_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
@@ -61,7 +70,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, mode: int = 0o6
     Raises:
       WriteError: the disk is full, or the folder cannot be written.
     """
-    path = pathlib.Path(path)
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)

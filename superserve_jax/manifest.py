@@ -3,12 +3,13 @@
 A manifest may be damaged, or forged by an attacker. So every value is checked before it is used.
 """
 
+import difflib
 import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,6 +18,7 @@ from superserve_jax import errors, files, shipped
 MANIFEST_FORMAT = "superserve_jax export"
 MANIFEST_SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
+RUN_CONFIG = "config.json"
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_BYTES = 1 << 40  # of one file; more than any device holds
@@ -38,6 +40,42 @@ class _Manifest(msgspec.Struct):
     payload: str
 
 
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a folder is the folder of a run."""
+    return (path / RUN_CONFIG).is_file()
+
+
+def hint(path: pathlib.Path, kind: Literal["export", "run"]) -> str:
+    """What a user probably meant by a path that is not an export, or not a run, in words; "" if nothing is near."""
+    run = next((p for p in (path, path.parent) if is_run(p)), None)
+    if kind == "export" and run is not None and not (run / "export" / MANIFEST_NAME).is_file():
+        return f"the run in {run} is not exported yet, go on with `superserve {_next_stage(run)} {run}`"
+    name = MANIFEST_NAME if kind == "export" else RUN_CONFIG
+    near = [path / "export", path.parent, path.parent.parent, pathlib.Path("runs") / path.stem]  # the last one for a config
+    for place in _similar(path):
+        near += [place, place / "export"]
+    near += [file.parent for pattern in (f"*/{name}", f"*/export/{name}") for file in sorted(path.glob(pattern))]
+    found = [str(p) for p in dict.fromkeys(near) if (p / name).is_file()]
+    return f"did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def _similar(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Paths that exist up to the first folder of `path` that does not, which has a similar name in them."""
+    missing, rest = path, list[str]()
+    while missing != missing.parent and not missing.parent.is_dir():
+        rest.insert(0, missing.name)
+        missing = missing.parent
+    if not missing.exists():
+        for name in difflib.get_close_matches(missing.name, [p.name for p in missing.parent.glob("*")]):
+            yield missing.parent.joinpath(name, *rest)
+
+
+def _next_stage(run: pathlib.Path) -> str:
+    """The command that makes the first missing file of a run."""
+    made_by = {"search.json": "search", "statistics.npz": "calibrate", "evaluation.json": "evaluate"}
+    return next((command for file, command in made_by.items() if not (run / file).exists()), "export")
+
+
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
     """The directory of an export. If `path` does not exist, it may be the name of an export that comes with the package.
 
@@ -45,7 +83,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     'digits'
     """
     try:
-        path = pathlib.Path(path)
+        path = files.user_path(path)
     except TypeError as e:
         raise errors.ExportError(f"expected the path of an export's directory, got {path!r}") from e
     return path if os.path.lexists(path) else shipped.exports().get(str(path), path)
@@ -134,8 +172,6 @@ def _parse(file: pathlib.Path) -> Any:
         path = file.parent
         what = f"has no {MANIFEST_NAME}" if path.is_dir() else "does not exist" if not path.exists() else "is not a directory"
         names = ", ".join(shipped.exports())
-        raise errors.ExportError(
-            f"{path} is not an export: it {what}; make one with `superserve export`, or take one that comes with the package: "
-            f"{names}"
-        )
+        remedy = f"make one with `superserve export`, or take one that comes with the package: {names}"
+        raise errors.ExportError(f"{path} is not an export: it {what}; {hint(path, 'export') or remedy}")
     return json.loads(files.read_bytes(file, most=_MAX_MANIFEST_BYTES).decode())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, files
 
 StateDict = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def read(state: StateDict | str | os.PathLike[str]) -> dict[str, np.ndarray]:
     content, most_bytes = state, math.inf
     if not isinstance(content, Mapping):
         with errors.refusing(errors.ConversionError, f"expected a mapping of arrays or the path of a file, got {state!r}"):
-            path = pathlib.Path(state)  # type: ignore[arg-type]
+            path = files.user_path(state)  # type: ignore[arg-type]
         content, most_bytes = _read_file(path)
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):

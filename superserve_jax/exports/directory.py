@@ -230,7 +230,7 @@ def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path
     >>> str(profile_path("export", "NVIDIA H100 80GB HBM3"))
     'export/profiles/nvidia-h100-80gb-hbm3.json'
     """
-    return pathlib.Path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
+    return files.user_path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
 @errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values")
@@ -272,7 +272,7 @@ def _check_finite(params: Mapping[str, Any], calibrated: Mapping[Subnet, np.ndar
 
 def _make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     try:
-        path = pathlib.Path(path)
+        path = files.user_path(path)
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as e:
         raise errors.ExportError(f"cannot export to {str(path)!r}: {e}; choose another directory") from e

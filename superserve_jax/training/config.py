@@ -4,13 +4,12 @@ import dataclasses
 import difflib
 import json
 import os
-import pathlib
 from typing import Any, Literal
 
 import jax
 import optax
 
-from superserve_jax import errors, families, foreign, shipped
+from superserve_jax import errors, families, files, foreign, manifest, shipped
 from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
@@ -236,8 +235,12 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
       path: the file. If it does not exist, the name of a config that comes with the package, such as "debug".
     """
     with errors.refusing(errors.ConfigError, f"expected the path of a config file, got {path!r}"):
-        path = pathlib.Path(path)
+        path = files.user_path(path)
     named = shipped.configs()
+    if manifest.is_run(path):
+        raise errors.ConfigError(
+            f"{path} is the folder of a run; give a config file, whose function get_config() makes a config"
+        )
     if not path.is_file() and not (path := named.get(str(path), path)).is_file():
         near = difflib.get_close_matches(path.name, [*named, *(p.name for p in path.parent.glob("*.py"))], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""

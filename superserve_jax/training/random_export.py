@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from superserve_jax import exports
+from superserve_jax import exports, files
 from superserve_jax.exports import Served
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
@@ -28,7 +28,7 @@ def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib
       path: an export's directory or a config file.
       subnets: number of served subnets for a config file, see `export`.
     """
-    path = pathlib.Path(path)
+    path = files.user_path(path)
     if path.suffix != ".py":
         yield path
         return

@@ -31,7 +31,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from superserve_jax import errors, files
+from superserve_jax import errors, files, manifest
 from superserve_jax.exports import Served, statistics
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
@@ -58,7 +58,7 @@ _RECORDS = ("checkpoint_every", "eval_every", "log_every", "wandb")
 def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """`workdir` as a path. Raises ConfigError if no folder can be made there."""
     with errors.refusing(errors.ConfigError, f"workdir must be the path of a folder, got {workdir!r}"):
-        path = pathlib.Path(workdir)
+        path = files.user_path(workdir)
     above = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise errors.ConfigError(f"workdir {path} cannot be made: {above} is not a folder with permission to write")
@@ -82,7 +82,7 @@ class Run:
     @staticmethod
     def create(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> "Run":
         """The run of `config` in `workdir`, new or existing. Raises ConfigError if another config made the folder."""
-        workdir = pathlib.Path(workdir)
+        workdir = files.user_path(workdir)
         if not (workdir / "config.json").exists():
             files.write_json(workdir / "config.json", config_to_json(config))
         # An older version may not have written every field, so compare the config that its values give.
@@ -96,12 +96,10 @@ class Run:
     @staticmethod
     def open(workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> "Run":
         """An existing run. Raises ConfigError if the folder holds none."""
-        workdir = pathlib.Path(workdir)
-        if not (workdir / "config.json").exists():
-            raise errors.ConfigError(
-                f"{workdir} is not the folder of a run: it has no config.json; train one first, "
-                f"for example with `superserve train configs/digits_resnet.py`"
-            )
+        workdir = files.user_path(workdir)
+        if not manifest.is_run(workdir):
+            hint = manifest.hint(workdir, "run") or "train one first, for example with `superserve train digits_resnet`"
+            raise errors.ConfigError(f"{workdir} is not the folder of a run: it has no {manifest.RUN_CONFIG}; {hint}")
         remedy = "restore it, or train in another folder"
         return Run(workdir, _read(workdir / "config.json", remedy, config_from_json), dataset)
 
@@ -113,7 +111,7 @@ class Run:
           ConfigError: the folder has a checkpoint or another config, or the model's network is not the config's.
           DataError: the disk is full.
         """
-        workdir = pathlib.Path(workdir)
+        workdir = files.user_path(workdir)
         if model.config != config.model:
             raise errors.ConfigError(f"{workdir} is a run of {config.model}, not of {model.config}")
         # Written first: without this file, a run that lost its checkpoint would be trained from random weights.

@@ -1,14 +1,13 @@
 """An outside teacher for distillation: the largest subnet of another run or export."""
 
 import os
-import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from superserve_jax import errors, exports
+from superserve_jax import errors, exports, files
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Params, Program
@@ -47,7 +46,7 @@ def load(path: str | os.PathLike[str], student: FamilyConfig) -> Teacher:
       ConfigError: the folder is neither, or its network has other inputs or classes than the student.
       NotCalibratedError: the teacher's largest subnet has no statistics.
     """
-    path = pathlib.Path(path)
+    path = files.user_path(path)
     if not path.is_dir():
         raise errors.ConfigError(f"distill.teacher: there is no folder {path}; give the folder of a run or an export")
     model = Run.open(path).model() if (path / "config.json").is_file() else exports.load(path)

@@ -1,0 +1,94 @@
+"""A wrong path to an export or a run gives a hint, and `~` means the home folder wherever a user gives a path."""
+
+import pathlib
+
+import pytest
+from tiny import TINY
+
+import superserve_jax as ss
+from superserve_jax import errors, exports, files
+from superserve_jax.manifest import read_manifest
+from superserve_jax.profile import Profile, Row
+from superserve_jax.simulation import traces
+from superserve_jax.training.config import TrainConfig, load_config
+from superserve_jax.training.runs import Run
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with the runs demo, which has an export, and half, which has not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("demo", "half"):
+        Run.create(TrainConfig(name=name, model=TINY), f"runs/{name}")
+    pathlib.Path("runs/demo/export").mkdir()
+    pathlib.Path("runs/demo/export/manifest.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("runs/demo", "did you mean runs/demo/export?"),
+        ("runs/dmeo/export", "did you mean runs/demo/export?"),
+        ("runs/dmeo", "did you mean runs/demo/export?"),
+        ("runs/demo/exprot", "did you mean runs/demo/export?"),
+        ("runs/demo/export/payload", "did you mean runs/demo/export?"),
+        ("runs", "did you mean runs/demo/export?"),
+        ("runs/half", "the run in runs/half is not exported yet, go on with `superserve search runs/half`"),
+        ("runs/half/export", "the run in runs/half is not exported yet, go on with `superserve search runs/half`"),
+        ("elsewhere", "make one with `superserve export`, or take one that comes with the package: digits"),
+    ],
+)
+def test_a_wrong_path_of_an_export_says_which_was_meant(place, path, hint):
+    with pytest.raises(errors.ExportError) as caught:
+        ss.load(path)
+    assert str(caught.value).startswith(f"{path} is not an export: it ")
+    assert str(caught.value).endswith(f"; {hint}")
+
+
+@pytest.mark.parametrize(("made", "stage"), [(["search.json"], "calibrate"), (["search.json", "statistics.npz"], "evaluate")])
+def test_an_unfinished_run_names_its_next_stage(place, made, stage):
+    for name in made:
+        (place / "runs/half" / name).touch()
+    with pytest.raises(errors.ExportError, match=f"go on with `superserve {stage} runs/half`$"):
+        ss.load("runs/half/export")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("runs/demo/export", "did you mean runs/demo?"),
+        ("runs", "did you mean runs/demo or runs/half?"),
+        ("runs/hlaf", "did you mean runs/half?"),
+        ("configs/half.py", "did you mean runs/half?"),
+        ("elsewhere", "train one first, for example with `superserve train digits_resnet`"),
+    ],
+)
+def test_a_wrong_path_of_a_run_says_which_was_meant(place, path, hint):
+    with pytest.raises(errors.ConfigError) as caught:
+        Run.open(path)
+    assert str(caught.value) == f"{path} is not the folder of a run: it has no config.json; {hint}"
+
+
+def test_a_run_is_not_taken_for_a_config(place):
+    with pytest.raises(errors.ConfigError, match="runs/half is the folder of a run; give a config file"):
+        load_config("runs/half")
+
+
+def test_the_home_folder_is_found_by_every_function_that_takes_a_path(place, export):
+    (place / "exports").symlink_to(export.path)
+    (place / "config.py").write_text("def get_config(): raise SystemExit")
+    (place / "arrivals.csv").write_text("arrival_s\n0.5\n")
+    assert ss.load("~/exports").path == place / "exports"
+    assert read_manifest("~/exports")["format"]
+    assert exports.profile_path("~/exports", "cpu").parent == place / "exports" / "profiles"
+    assert Run.open("~/runs/half").workdir == Run.create(TrainConfig(name="half", model=TINY), "~/runs/half").workdir
+    assert len(traces.load("~/arrivals.csv")) == 1
+    with pytest.raises(errors.ConfigError, match=r"config.py fails"):
+        load_config("~/config.py")
+    profile = Profile((1,), (Row(TINY.space().largest(), 0.5, (1.0,)),))
+    profile.save("~/profiles/a.json")
+    assert Profile.load("~/profiles/a.json") == profile
+    files.write_json("~/results.json", [])
+    assert (place / "results.json").exists()
