@@ -5,6 +5,7 @@ of each elastic axis, which WeightSlice reads. `space.py` defines the search spa
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,10 +36,24 @@ class Subnet:
         try:
             object.__setattr__(self, "_hash", hash((self.gates, self.axes)))
         except TypeError as e:
-            raise errors.SubnetError(f"gates and axes must be tuples, got {self}; use SearchSpace.subnet ({e})") from e
+            raise errors.SubnetError(
+                f"gates and axes must be tuples, got {self.gates!r} and {self.axes!r}; use SearchSpace.subnet ({e})"
+            ) from e
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        """One line. A choice that repeats is written once, with how often.
+
+        >>> Subnet((1, 0, 1), (("expand", (0.5, 0.5, 1.0)), ("width", (0.75,))))
+        Subnet(gates 101, expand 0.5x2 1.0, width 0.75)
+        """
+        parts = [f"gates {''.join(map(str, self.gates))}"]
+        for name, values in self.axes:
+            runs = ((value, len(list(same))) for value, same in itertools.groupby(values))
+            parts.append(" ".join([name, *(f"{value}x{count}" if count > 1 else f"{value}" for value, count in runs)]))
+        return f"Subnet({', '.join(parts)})"
 
     def __reduce__(self):
         return Subnet, (self.gates, self.axes)  # without the hash, since hashes of strings differ between processes
@@ -53,7 +68,7 @@ class Subnet:
         """The work that a program of `envelope` does for this subnet: the subnet's gates with the envelope's choices.
 
         >>> Subnet((1, 0), (("width", (0.5,)),)).computed_in(Subnet((1, 1), (("width", (1.0,)),)))
-        Subnet(gates=(1, 0), axes=(('width', (1.0,)),))
+        Subnet(gates 10, width 1.0)
         """
         return Subnet(self.gates, envelope.axes)
 
@@ -88,7 +103,7 @@ def envelope_of(subnets: Iterable[Subnet]) -> Subnet:
     The result need not belong to the search space: a union of gates may have a depth that no stage allows.
 
     >>> envelope_of([Subnet((1, 0), (("w", (1.0,)),)), Subnet((0, 1), (("w", (0.5,)),))])
-    Subnet(gates=(1, 1), axes=(('w', (1.0,)),))
+    Subnet(gates 11, w 1.0)
     """
     subnets = list(subnets)
     if not subnets:
@@ -106,7 +121,7 @@ def evenly_spaced(subnets: Iterable[Subnet], cost: Callable[[Subnet], float], co
     Returns all subnets if there are no more than `count`.
 
     >>> evenly_spaced([Subnet((i,)) for i in (0, 1, 4, 9, 10)], lambda s: s.gates[0], 3)
-    [Subnet(gates=(0,), axes=()), Subnet(gates=(4,), axes=()), Subnet(gates=(10,), axes=())]
+    [Subnet(gates 0), Subnet(gates 4), Subnet(gates 10)]
     """
     left = sorted(subnets, key=cost)
     if len(left) <= count:

@@ -24,6 +24,7 @@ class Engine(Protocol):
       lengths: the length buckets in tokens, ascending; `()` if all inputs have `input_shape`. With length buckets, the first
         dimension of an input may have any length up to the longest.
       pad_id: the token id of padding; used with length buckets only.
+      class_names: optional; names of the classes for `Reply.label`.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Wrapper:
     def __init__(self, inner: Engine):
         self.name, self.input_shape, self.input_dtype = inner.name, inner.input_shape, inner.input_dtype
         self.lengths, self.pad_id = inner.lengths, inner.pad_id
+        self.class_names = getattr(inner, "class_names", ())
         self._inner = inner
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:

@@ -76,6 +76,7 @@ class DeviceEngine:
         self.name = f"{device.platform}:{device.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
+        self.class_names: tuple[str, ...] = getattr(model, "class_names", ())
         self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
 
         if slice_bytes is None:

@@ -83,6 +83,18 @@ class Model(SuperNet):
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])  # of the logits; empty if unknown
         self._vocabulary = text_vocabulary
 
+    def __repr__(self) -> str:
+        accuracies = [s.accuracy for s in self.served]
+        return (
+            f"<Model {self.config.family} from {self.path}: {len(self.served)} subnets with accuracies "
+            f"{min(accuracies):.4g} to {max(accuracies):.4g}, {self.config.num_classes} classes>"
+        )
+
+    @property
+    def largest(self) -> Subnet:
+        """The served subnet with the most FLOPs, which a call runs by default."""
+        return self.subnets[-1]
+
     @property
     def subnets(self) -> tuple[Subnet, ...]:
         """The served subnets, in ascending order of FLOPs."""

@@ -14,12 +14,16 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from superserve_jax import errors, foreign
+from superserve_jax.profile import Row
 from superserve_jax.serving import runtime
 from superserve_jax.subnet import Subnet
 
 _log = logging.getLogger(__name__)
 
+_SHOWN = 60  # characters of an output that is no array of logits
 _PENDING, _RESULT, _ERROR, _CANCELLED = range(4)
 
 
@@ -48,6 +52,13 @@ class Reply(NamedTuple):
       queue_ms: time from submit until the query's batch started.
       compute_ms: how long the batch ran.
       batch: number of queries in the batch.
+      class_names: names of the classes, from the export; empty if unknown.
+
+    >>> reply = Reply(np.float32([0.1, 0.9]), Subnet((1,)), 0.7, True, 3.0, 1.0, 2.0, 4, ("cat", "dog"))
+    >>> reply.label, reply._replace(class_names=()).label
+    ('dog', 1)
+    >>> reply
+    Reply(label='dog', accuracy=0.7, met_slo=True, latency_ms=3, queue_ms=1, compute_ms=2, batch=4)
     """
 
     output: Any
@@ -58,6 +69,20 @@ class Reply(NamedTuple):
     queue_ms: float
     compute_ms: float
     batch: int
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str | int:
+        """The class with the largest logit: its name, or its index if the export names no classes."""
+        index = int(np.argmax(self.output))
+        return self.class_names[index] if index < len(self.class_names) else index
+
+    def __repr__(self) -> str:
+        # An engine of a user may return any object, so only logits have a label here.
+        logits = isinstance(self.output, np.ndarray) and self.output.ndim == 1 and self.output.dtype.kind == "f"
+        what = f"label={self.label!r}" if logits else f"output={foreign.text_of(self.output)[:_SHOWN]}"
+        times = ", ".join(f"{name}={getattr(self, name):.3g}" for name in ("latency_ms", "queue_ms", "compute_ms"))
+        return f"Reply({what}, accuracy={self.accuracy:.4g}, met_slo={self.met_slo}, {times}, batch={self.batch})"
 
 
 class Future:
@@ -317,19 +342,27 @@ class Query(Future):
 
 
 def answer(
-    batch: Sequence[Query], outputs: Sequence[Any], subnet: Subnet, accuracy: float, start_s: float, finish_s: float
+    batch: Sequence[Query], outputs: Sequence[Any], row: Row, start_s: float, finish_s: float, names: tuple[str, ...] = ()
 ) -> tuple[int, list[Query]]:
     """Resolves the queries of a batch to their replies.
+
+    Args:
+      batch: the queries.
+      outputs: the output for each query.
+      row: the subnet that computed the outputs.
+      start_s, finish_s: when the batch started, and when its outputs were ready.
+      names: names of the classes.
 
     Returns:
       How many replies were late, and the queries that had already resolved, for example because they were cancelled.
     """
     late, turned_away, count, compute_ms = 0, list[Query](), len(batch), 1e3 * (finish_s - start_s)
+    subnet, accuracy = row.subnet, row.accuracy
     make = Reply._make  # half the cost of the constructor
     for query, output in zip(batch, outputs, strict=True):
         queue_ms = 1e3 * (start_s - query.submitted_s)
         met_slo = finish_s <= query.deadline_s
-        reply = make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count))
+        reply = make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count, names))
         if not query.set_result(reply):
             turned_away.append(query)
         elif not met_slo:

@@ -17,6 +17,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
 
+_OF_A_MODEL = ("batch_sizes", "lengths", "devices", "slicing", "slice_bytes")  # options of `Server`, not of `from_engines`
 _MAX_NAME = 100  # characters of a built-in policy's name, also the most that an error message shows
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
@@ -117,7 +118,8 @@ def check_options(given: ServerOptions) -> Options:
     """
     names = [field.name for field in dataclasses.fields(Options)]
     for name in given:
-        errors.check_name("option", name, names)
+        if name not in names:
+            raise errors.unknown_name("option", name, [*names, *(other for other in _OF_A_MODEL if other != name)])
     for name, (fits, expected) in _CHECKS.items():
         if name in given and not fits(given[name]):
             raise errors.ConfigError(f"{name} must be {expected}, got {foreign.text_of(given[name])}")

@@ -89,6 +89,22 @@ class Pool:
             self._health, self._snapshot = self.health(), self.snapshot()
             undo.pop_all()
 
+    def describe(self, profile: Profile) -> str:
+        """Subnets, workers, state, and counts of queries, in one line. See `Server.__repr__`."""
+        accuracies = [row.accuracy for row in profile.rows]
+        some = f"{len(accuracies)} subnets with accuracies {min(accuracies):.4g} to {max(accuracies):.4g}"
+        try:
+            now = self.snapshot()
+        except errors.ServerClosedError:
+            return f"{some}, in a fork of its process"
+        names = [
+            worker["name"] for worker in now["workers"] if worker["state"] in ("idle", "deciding", "running", "answering")
+        ]
+        counts = {"waiting": now["waiting"], "running": now["running"], **now["queries"]}
+        shown = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        state = "closed" if self.closing else f"open on {', '.join(names) or 'no worker'}"
+        return f"{some}, {state}, {shown or 'no queries yet'}"
+
     def is_inside(self) -> bool:
         """Whether the calling thread holds the lock or is in the policy (see rule 2 in `server.py`)."""
         return self.is_held_here() or self.policy_call.is_here()

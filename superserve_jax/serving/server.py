@@ -179,6 +179,10 @@ class Server:
         self.pool = Pool(engines, each, make, options, input_bytes=nbytes)
         weakref.finalize(self, self.pool.dropped).atexit = False
 
+    def __repr__(self) -> str:
+        family = "engines" if self.model is None else self.model.config.family
+        return f"<Server of {family}: {self.pool.describe(self.profile)}>"
+
     def __enter__(self) -> "Server":
         return self
 
@@ -333,13 +337,9 @@ class Server:
                 raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")
             model = prepare.load(path_or_model)
             prepare.check_same_inputs(self.model, model, self._inputs.lengths)
+            shapes: dict[str, Any] = {"batch_sizes": self.profile.batch_sizes, "lengths": self._inputs.lengths or None}
             _, engines, profiles = prepare.prepare(
-                model,
-                batch_sizes=self.profile.batch_sizes,
-                lengths=self._inputs.lengths or None,
-                devices=devices,
-                background=background_traffic,
-                **self._slicing,
+                model, devices=devices, background=background_traffic, **shapes, **self._slicing
             )
             each = profiles_of_workers(profiles, len(engines))
             old = self.pool.swaps.swap(workers, engines, each)

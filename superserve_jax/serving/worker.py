@@ -232,7 +232,7 @@ class Worker:
         # Do as much as possible before the first answer: after it, its client competes for the interpreter.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
         # `turned_away`: queries that another worker has answered, or that were cancelled.
-        late, turned_away = futures.answer(batch, outputs, row.subnet, row.accuracy, start_s, finish_s)
+        late, turned_away = futures.answer(batch, outputs, row, start_s, finish_s, getattr(self.engine, "class_names", ()))
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
         self._answered = (row.subnet, len(batch), submitted_s, late, start_s, finish_s, slack_s, flight.reason)

@@ -45,6 +45,15 @@ class SuperNet:
         """A SuperNet with fresh weights."""
         return cls(config, programs.initial_params(config, seed))
 
+    def __repr__(self) -> str:
+        params = sum(p.size for p in self.params.values())
+        return f"<SuperNet {self.config.family}: {params:,} parameters, {len(self.statistics)} calibrated subnets>"
+
+    @property
+    def largest(self) -> Subnet:
+        """The largest subnet, which a call runs by default."""
+        return self.space.largest()
+
     @property
     def calibrated(self) -> tuple[Subnet, ...]:
         """The subnets that have statistics of their own."""
@@ -75,12 +84,12 @@ class SuperNet:
             return self.statistics[subnet]
         return self._masked.cut_statistics(self._masked.pad_statistics(self.statistics[owner], owner), subnet)
 
-    def __call__(self, inputs: Any, subnet: Subnet, *, norm: Norm = "own") -> jax.Array:
+    def __call__(self, inputs: Any, subnet: Subnet | None = None, *, norm: Norm = "own") -> jax.Array:
         """Logits of any calibrated subnet. Runs the masked program: one compilation per batch shape serves all subnets.
 
         Args:
           inputs: raw inputs, shape (B, ...) and dtype of `config.input_spec(B)`.
-          subnet: a subnet of `space`.
+          subnet: a subnet of `space`; the largest one if left out.
           norm: which statistics the subnet runs with, as in `statistics_of`.
 
         Returns:
@@ -91,7 +100,7 @@ class SuperNet:
           SubnetError: the subnet is not one of `space`.
           NotCalibratedError: the model does not have the statistics.
         """
-        subnet = self.space.validate(subnet)
+        subnet = self.space.validate(self.largest if subnet is None else subnet)
         check_inputs(self.config, inputs)
         statistics = self._masked.pad_statistics(self.statistics_of(subnet, norm=norm), subnet)
         return _infer(self._masked, self.params, inputs, statistics, self._masked.active(subnet))
