@@ -58,7 +58,8 @@ class Options:
         of the profile, or a policy of your own, such as my_file.py:my_policy (see docs/policies.md).
       profile: a measured latency profile (JSON, see `superserve measure`); by default the stand-in for the paper's.
       scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
-      seconds: length of the traffic, for a quick look; by default 60 (maf, actuation_maf: 120).
+      seconds: length of the traffic, for a quick look; by default 60 (maf: 120). Kills and stalls move with it. Refused if
+        it is too short for accelerating traffic.
       maf_trace: invocations per minute of Azure Functions 2019 (CSV).
       trace: a CSV file of recorded arrivals, see docs/traces.md.
       trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
@@ -150,6 +151,8 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
             subnets=len(profile.rows),
         )
     ]
+    for cell in cells:
+        presets.check_length(cell)
     for name in dict.fromkeys(name for cell in cells for name in cell.policies):
         create(name, profile)
     if options.maf_trace is None or not options.maf_trace.is_file():

@@ -8,6 +8,7 @@ A scale of s makes the device s times slower than in the profile. The stand-in f
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,9 @@ class Traffic:
 def bursty(burst_qps: float, cv2: float) -> Traffic:
     """The paper's bursty traffic: 1500 queries/s plus a gamma process."""
     return Traffic(f"1500+{burst_qps:g} cv2={cv2:g}", "bursty", (("burst_qps", burst_qps), ("cv2", cv2)))
+
+
+_FROM_QPS, _RAMP_AT_S = 2500.0, 10.0  # of `traces.accelerating`
 
 
 def accelerating(to_qps: float, qps_per_s: float) -> Traffic:
@@ -253,7 +257,7 @@ def cells(
       seeds: the seeds of the traffic.
       scales: replaces the preset's scales.
       policies: replaces the preset's policies.
-      duration_s: replaces the preset's lengths of traffic.
+      duration_s: replaces the preset's lengths of traffic. Kills and stalls keep their places relative to this length.
       subnets: the number of subnets in the profile, for "fixed:all".
 
     Raises UnknownNameError for an unknown preset.
@@ -270,8 +274,28 @@ def cells(
         for traffic, scale, cluster in itertools.product(grid.traffics, scales or grid.scales, grid.clusters):
             for seed in seeds if traffic.random else seeds[:1]:
                 length_s = duration_s or grid.duration_s
-                found[Cell(preset, traffic, cluster, scale, seed, names, grid.sustained, length_s, grid.dense)] = None
+                moved = _moved(cluster, length_s / grid.duration_s)
+                found[Cell(preset, traffic, moved, scale, seed, names, grid.sustained, length_s, grid.dense)] = None
     yield from found
+
+
+def check_length(cell: Cell) -> None:
+    """Raises ConfigError if accelerating traffic ends before its rate has stopped rising."""
+    if cell.traffic.process == "accelerating":
+        options = dict(cell.traffic.options)
+        least_s = math.ceil(_RAMP_AT_S + (options["to_qps"] - _FROM_QPS) / options["qps_per_s"])
+        if cell.duration_s < least_s:
+            raise errors.ConfigError(
+                f"preset '{cell.preset}': traffic '{cell.trace}' ends its rise after {least_s} s, so --seconds must be at "
+                f"least {least_s}, got {cell.duration_s:g}"
+            )
+
+
+def _moved(cluster: Cluster, factor: float) -> Cluster:
+    """A cluster whose kills and stalls come `factor` times as late. A stall keeps its length."""
+    outages = tuple(Outage(o.worker, factor * o.from_s, factor * o.until_s) for o in cluster.outages)
+    stalls = tuple(Stall(factor * s.from_s, factor * s.from_s + (s.until_s - s.from_s)) for s in cluster.stalls)
+    return dataclasses.replace(cluster, outages=outages, stalls=stalls)
 
 
 def dense(profile: Profile, subnets: int = DENSE) -> Profile:

@@ -54,7 +54,8 @@ class OFAResNetConfig:
       image_size: height and width of the images, in pixels.
       channels: 1 for grey, 3 for colour.
       block: "bottleneck" (1x1, 3x3, 1x1) or "basic" (3x3, 3x3).
-      stem_width, stage_widths: channels at width 1.0.
+      stem_width: channels of the stem at width 1.0.
+      stage_widths: channels of each stage at width 1.0.
       stem_stride: stride of the first convolution.
       stem_pool: whether a 3x3 max pool of stride 2 follows the stem.
       stem_depths: (0, 1) lets subnets skip the stem's residual layer. (1,) always keeps it.
@@ -63,8 +64,10 @@ class OFAResNetConfig:
       expand_ratios: allowed ratios of a block's inner channels to its output channels.
       width_mults: allowed ratios of the stem's and the stages' channels to their full width.
       divisor: every number of channels is rounded to a multiple of it.
-      input_dtype: "uint8" for raw pixels, which the network normalises with `mean` and `std` (of pixels scaled to 0..1).
-        "float32" for images that the caller has normalised.
+      input_dtype: "uint8" for raw pixels, which the network normalises with `mean` and `std`. "float32" for images that the
+        caller has normalised.
+      mean: mean of each channel of the pixels, scaled to 0..1.
+      std: standard deviation of each channel of the pixels, scaled to 0..1.
 
     >>> OFAResNetConfig().space().size > 1e12
     True

@@ -67,6 +67,23 @@ def test_seeds_scales_and_policies_can_be_replaced():
     assert len({(c.trace, c.seed) for c in cells}) == len(cells) == 4 * 2 + 2  # the stalls' traffic has no chance in it
 
 
+@pytest.mark.parametrize(("seconds", "factor"), [(30.0, 0.5), (60.0, 1.0), (120.0, 2.0)])
+def test_kills_and_stalls_move_with_the_length_of_the_traffic(seconds, factor):
+    kills = next(presets.cells("worker_kills", duration_s=seconds)).cluster.outages
+    assert [o.from_s for o in kills] == [12.0 * factor * (i + 1) for i in range(4)]
+    [*_, cell] = presets.cells("slowdown", duration_s=seconds / 10)
+    [stall] = cell.cluster.stalls
+    assert (stall.from_s, stall.until_s - stall.from_s) == (pytest.approx(2.0 * factor), pytest.approx(0.2))
+
+
+def test_a_length_that_is_too_short_for_the_acceleration_is_refused():
+    slow = next(c for c in presets.cells("acceleration", duration_s=20.0) if c.trace == "2500-7800 at 250")
+    with pytest.raises(errors.ConfigError, match=r"'2500-7800 at 250' ends its rise after 32 s.*at least 32, got 20"):
+        presets.check_length(slow)
+    for cell in (*presets.cells("acceleration"), *presets.cells("acceleration", duration_s=32.0), *presets.cells("bursty")):
+        presets.check_length(cell)
+
+
 def test_an_unknown_preset_suggests_the_nearest():
     with pytest.raises(errors.UnknownNameError, match="did you mean 'bursty'"):
         list(presets.cells("burtsy"))
