@@ -70,7 +70,11 @@ def parse(monkeypatch, tmp_path):
     (tmp_path / "my-classifier").mkdir()
 
     def parse(module, *words):
-        monkeypatch.setattr(sys, "argv", list(words))
+        words = list(words)
+        if "--import" in words:  # `cli.run` takes it and its value before `main`
+            place = words.index("--import")
+            del words[place : place + 2]
+        monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(Parsed):
             module.main()
 

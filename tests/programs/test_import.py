@@ -12,24 +12,7 @@ from superserve_jax import cli, families
 
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 PROGRAMS = [path for folder in ("train", "serve") for path in sorted((ROOT / folder).rglob("*.py"))]
-CONFIG = """
-from {module} import MLPConfig
-from superserve_jax.training.config import SearchConfig, TrainConfig
-from superserve_jax.training.data import DataConfig
-
-
-def get_config():
-    return TrainConfig(
-        name="mine",
-        model=MLPConfig(),
-        data=DataConfig(name="cluttered_digits", data_dir={data!r}, image_size=8, validation=60),
-        epochs=1,
-        batch_size=60,
-        buckets=1,
-        calibration_examples=60,
-        search=SearchConfig(candidates=3, calibration_examples=60, examples=60, served=2),
-    )
-"""
+EXAMPLE = "docs/examples/my_family.py"
 
 
 @pytest.fixture
@@ -121,14 +104,14 @@ def test_every_program_goes_through_the_function_that_imports(path):
 
 
 @pytest.mark.slow
-def test_a_family_of_a_file_goes_from_training_to_a_replay(family, digits_dir, tmp_path):
-    """The first and the last program run in processes of their own, in which the family is not known before."""
-    family("whole_way")
-    module, config = tmp_path / "whole_way.py", tmp_path / "config.py"
-    config.write_text(CONFIG.format(module="whole_way", data=str(digits_dir)))
+def test_the_example_of_the_docs_goes_from_training_to_a_profile(digits_dir, tmp_path):
+    """Each program runs in a process of its own, in which the family is not known before."""
+    data = ("--data.data-dir", digits_dir, "--data.validation", 60, "--epochs", 0.5, "--calibration-examples", 60)
+    search = ("--search.candidates", 3, "--search.examples", 60, "--search.calibration-examples", 60, "--search.served", 2)
     workdir = tmp_path / "run"
-    run_program("train/supernet.py", config, "--workdir", workdir, "--import", module, fresh=True)
+    run_program("train/supernet.py", EXAMPLE, *data, *search, "--workdir", workdir, "--import", EXAMPLE, fresh=True)
     error = run_program("serve/measure.py", workdir / "export", status=2, fresh=True).stderr
-    assert "unknown family 'whole_way'" in error
+    assert "unknown family 'my_mlp'" in error
     assert "--import my_file.py" in error
-    run_program("serve/measure.py", workdir / "export", "--repeats", 2, "--no-load", "--import", module, fresh=True)
+    measure = ("--repeats", 2, "--no-load", "--batch-sizes", 1)
+    run_program("serve/measure.py", workdir / "export", *measure, "--import", EXAMPLE, fresh=True)
