@@ -9,7 +9,7 @@ import superserve_jax as ss
 from superserve_jax import errors, exports, files
 from superserve_jax.manifest import read_manifest
 from superserve_jax.profile import Profile, Row
-from superserve_jax.simulation import traces
+from superserve_jax.simulation import recorded
 from superserve_jax.training.config import TrainConfig, load_config
 from superserve_jax.training.runs import Run
 
@@ -84,7 +84,7 @@ def test_the_home_folder_is_found_by_every_function_that_takes_a_path(place, exp
     assert read_manifest("~/exports")["format"]
     assert exports.profile_path("~/exports", "cpu").parent == place / "exports" / "profiles"
     assert Run.open("~/runs/half").workdir == Run.create(TrainConfig(name="half", model=TINY), "~/runs/half").workdir
-    assert len(traces.load("~/arrivals.csv")) == 1
+    assert len(recorded.trace("~/arrivals.csv")) == 1
     with pytest.raises(errors.ConfigError, match=r"config.py fails"):
         load_config("~/config.py")
     profile = Profile((1,), (Row(TINY.space().largest(), 0.5, (1.0,)),))

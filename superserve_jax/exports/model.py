@@ -84,10 +84,11 @@ class Model(SuperNet):
         self._vocabulary = text_vocabulary
 
     def __repr__(self) -> str:
-        accuracies = [s.accuracy for s in self.served]
+        known = [s.accuracy for s in self.served if s.accuracy is not None]
+        accuracies = f"{min(known):.4g} to {max(known):.4g}" if known else "that were not measured"
         return (
-            f"<Model {self.config.family} from {self.path}: {len(self.served)} subnets with accuracies "
-            f"{min(accuracies):.4g} to {max(accuracies):.4g}, {self.config.num_classes} classes>"
+            f"<Model {self.config.family} from {self.path}: {len(self.served)} subnets with accuracies {accuracies}, "
+            f"{self.config.num_classes} classes>"
         )
 
     @property
