@@ -9,13 +9,14 @@ There are two schemes:
 Axis letters: B batch, T tokens.
 """
 
+import collections
 import dataclasses
 import difflib
 import functools
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -91,6 +92,30 @@ class Vocabulary:
             raise errors.DataError(
                 f"{path} cannot be read as a vocabulary file (UTF-8, one token a line, such as BERT's vocab.txt): {e}"
             ) from e
+
+    @staticmethod
+    def build(texts: Iterable[str], *, size: int = 8000, lowercase: bool = True) -> "Vocabulary":
+        """A wordpiece vocabulary of the most frequent words and punctuation marks of texts. Other words become [UNK].
+
+        Words that occur only once are left out, so that a model learns what an unknown word means.
+
+        Args:
+          texts: the texts, usually the training texts.
+          size: the largest number of tokens, with the four special ones.
+          lowercase: whether to convert texts to lower case and remove accents first.
+
+        Raises DataError if the package tokenizers is missing.
+
+        >>> Vocabulary.build(["A cat, a dog.", "The cat."]).tokens
+        ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '.', 'a', 'cat')
+        """
+        special = Vocabulary(_NEEDED["wordpiece"], lowercase=lowercase)
+        tokenizer, counts = special._tokenizer, collections.Counter[str]()
+        for text in texts:
+            words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+            counts.update(word for word, _ in words)
+        frequent = sorted((word for word, count in counts.items() if count > 1), key=lambda word: (-counts[word], word))
+        return Vocabulary((*special.tokens, *frequent[: size - len(special.tokens)]), lowercase=lowercase)
 
     def to_text(self) -> str:
         """The text of a vocabulary file."""

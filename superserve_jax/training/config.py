@@ -151,8 +151,8 @@ class TrainConfig:
     Args:
       name: the experiment's name; the run's folder is runs/NAME.
       model: a family's config, such as OFAResNetConfig. `template.from_data` leaves out what the data tells.
-      data: the dataset and its augmentation: a DataConfig, FolderConfig or TextConfig. None if the dataset is an argument of
-        `loop.train`.
+      data: the dataset and its augmentation: a DataConfig, FolderConfig, TextConfig or TextFileConfig. None if the dataset is
+        an argument of `loop.train`.
       optim: optimiser and learning-rate schedule.
       phases: the parts of training, in order. Empty: one phase in which everything is elastic.
       distill: the teacher of the subnets, and the weights of its losses.

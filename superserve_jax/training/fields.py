@@ -21,6 +21,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]  # a batch takes memory at once
+MaxLength = Annotated[int, msgspec.Meta(ge=3)]  # tokens; two of them are special
 AtLeastTwo = Annotated[int, msgspec.Meta(ge=2)]
 # The upper limit refuses infinity, too. NaN fails every comparison.
 Finite = Annotated[float, msgspec.Meta(ge=0, lt=1e300)]

@@ -8,8 +8,8 @@ Every dataset has the same three splits, whatever their source calls them. Model
 `validation`, which is held out of the training examples. `test` gives the reported accuracies.
 
 `streams.py` has the class `Dataset`: shuffled batches that a resumed run repeats exactly. The sources of examples are
-`images.py` and `text.py` (TFDS), `folder.py` (a folder of images) and `arrays.py`. `fit.py` checks that data and model fit.
-This file opens a dataset by its config, and writes the config as JSON.
+`images.py` and `text.py` (TFDS), `folder.py` (images), `text_files.py` (CSV, TSV, JSON) and `arrays.py`. `fit.py` checks that
+data and model fit. This file opens a dataset by its config, and writes the config as JSON.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.training import fields
-from superserve_jax.training.data import folder, images, streams, text
+from superserve_jax.training.data import folder, images, streams, text, text_files
 from superserve_jax.training.data.arrays import from_arrays
 from superserve_jax.training.data.fingerprints import Fingerprinted
 from superserve_jax.training.data.fit import AnyModel
@@ -28,6 +28,7 @@ from superserve_jax.training.data.folder import FolderConfig
 from superserve_jax.training.data.images import DataConfig, read_image
 from superserve_jax.training.data.streams import Dataset, DatasetLike
 from superserve_jax.training.data.text import TextConfig
+from superserve_jax.training.data.text_files import TextFileConfig
 
 __all__ = [
     "AnyDataConfig",
@@ -36,20 +37,22 @@ __all__ = [
     "DatasetLike",
     "FolderConfig",
     "TextConfig",
+    "TextFileConfig",
     "describe",
     "from_arrays",
     "open",
     "read_image",
 ]
 
-AnyDataConfig = DataConfig | FolderConfig | TextConfig
+AnyDataConfig = DataConfig | FolderConfig | TextConfig | TextFileConfig
 
 _KINDS: dict[str, tuple[type, Any]] = {
     "images": (DataConfig, images.open),
     "folder": (FolderConfig, folder.open),
     "text": (TextConfig, text.open),
+    "text file": (TextFileConfig, text_files.open),
 }
-_OWN_FILES = ("folder",)  # kinds that collect problems
+_OWN_FILES = ("folder", "text file")  # kinds that collect problems
 
 
 def open(config: AnyDataConfig, model: AnyModel | None = None) -> Dataset:

@@ -1,7 +1,8 @@
 """The user's own arrays as a dataset."""
 
+import hashlib
 from collections.abc import Sequence, Sized
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from superserve_jax import errors
 from superserve_jax.training import fields
 from superserve_jax.training.data import fingerprints, images, streams
 from superserve_jax.training.data.streams import Arrays, Dataset, Records
-from superserve_jax.training.fields import Count
+from superserve_jax.training.fields import Count, MaxLength
+from superserve_jax.vocabulary import Vocabulary
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -26,6 +28,9 @@ def from_arrays(
     shift: int = 0,
     flip: bool = False,
     name: str = "arrays",
+    vocabulary: Vocabulary | None = None,
+    max_length: int = 128,
+    token_types: Literal[1, 2] = 1,
 ) -> Dataset:
     """A dataset of the user's own arrays, which are not copied.
 
@@ -39,6 +44,9 @@ def from_arrays(
       shift: training images are moved by up to this number of pixels.
       flip: whether to mirror half of the training images.
       name: the dataset's name in messages.
+      vocabulary: for texts. Inputs are then texts, pairs of texts, or token ids. The export keeps it, for `model.encode`.
+      max_length: number of tokens of a text. Shorter texts are padded, longer ones cut off.
+      token_types: 2 adds to each token whether it belongs to the first or the second text of a pair; 1 does not.
 
     Raises:
       DataError: the arrays do not fit together. ConfigError: an option that cannot work, such as holding out all examples.
@@ -48,7 +56,10 @@ def from_arrays(
     >>> dataset.num_examples("train"), dataset.arrays("test")[0].shape
     (6, (10, 8, 8, 1))
     """
+    fields.check_value("max_length", max_length, MaxLength)
     pairs = {"train": train, "test": test, **({} if isinstance(validation, int) else {"validation": validation})}
+    if vocabulary is not None:
+        pairs = {split: _encoded(split, pair, vocabulary, max_length, token_types) for split, pair in pairs.items()}
     arrays = {split: _checked(split, pair) for split, pair in pairs.items()}
     inputs, labels = arrays["train"]
     names = _numbered(labels) if class_names is None else tuple(class_names)
@@ -76,10 +87,28 @@ def from_arrays(
 
     def identity() -> dict[str, Any]:
         parts = {s: {"inputs": fingerprints.of_array(x), "labels": fingerprints.of_array(y)} for s, (x, y) in arrays.items()}
-        return {**parts, "held out": len(labels) - len(order), "shift": shift, "flip": flip}
+        words = {} if vocabulary is None else {"vocabulary": hashlib.sha256(vocabulary.to_text().encode()).hexdigest()}
+        return {**parts, **words, "held out": len(labels) - len(order), "shift": shift, "flip": flip}
 
     augment = images.augmentation(shift=shift, flip=flip)
-    return Dataset(name, splits, class_names=names, augment=augment, identity=identity)
+    return Dataset(name, splits, class_names=names, augment=augment, identity=identity, vocabulary=vocabulary)
+
+
+def _encoded(split: str, pair: Any, vocabulary: Vocabulary, max_length: int, token_types: int) -> Any:
+    """A pair whose inputs are token ids, if they were texts or pairs of texts. Anything else is returned as it is."""
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], Sequence | np.ndarray) or not len(pair[0]):
+        return pair
+    inputs, labels = pair
+    if isinstance(inputs[0], str):
+        columns = [list(inputs)]
+    elif len(np.shape(inputs[0])) == 1 and isinstance(inputs[0][0], str):
+        with errors.refusing(errors.DataError, f"inputs of {split} must be texts, or pairs of texts"):
+            first, second = zip(*inputs, strict=True)
+        columns = [list(first), list(second)]
+    else:
+        return pair
+    with errors.refusing(errors.DataError, f"inputs of {split} must be texts, or pairs of texts"):
+        return vocabulary.encode(*columns, length=max_length, token_types=token_types), labels
 
 
 def _numbered(labels: np.ndarray) -> tuple[str, ...]:
@@ -99,7 +128,10 @@ def _checked(split: str, pair: Any) -> Pair:
         raise errors.DataError(f"{split} must be a pair (inputs, labels) of arrays, got {type(pair).__name__}")
     inputs, labels = (_as_array(split, part) for part in pair)
     if inputs.ndim == 0 or inputs.dtype.kind not in "buif":
-        raise errors.DataError(f"inputs of {split} must be an array of numbers, got {inputs.dtype} of shape {inputs.shape}")
+        hint = "; for texts, give a vocabulary" if inputs.dtype.kind == "U" else ""
+        raise errors.DataError(
+            f"inputs of {split} must be an array of numbers, got {inputs.dtype} of shape {inputs.shape}{hint}"
+        )
     if not all(inputs.shape[1:]):
         raise errors.DataError(f"every input of {split} must have values, got {inputs.dtype} of shape {inputs.shape}")
     if labels.ndim != 1 or labels.dtype.kind not in "ui":

@@ -8,9 +8,8 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -22,7 +21,7 @@ from superserve_jax.training.datasets import glue, prepared
 from superserve_jax.training.datasets.glue import Examples
 from superserve_jax.training.datasets.listops import grammar
 from superserve_jax.training.datasets.prepared import Stored
-from superserve_jax.training.fields import Count
+from superserve_jax.training.fields import Count, MaxLength
 from superserve_jax.vocabulary import Vocabulary
 
 # Names of features that hold one text or a pair of texts, as in GLUE (Wang et al., ICLR 2019). The first match counts.
@@ -57,7 +56,7 @@ class TextConfig:
     name: str = "listops"
     data_dir: str | None = None
     validation: Count = 1000
-    max_length: Annotated[int, msgspec.Meta(ge=3)] = 32
+    max_length: MaxLength = 32
     token_types: Literal[1, 2] = 1
     vocabulary: str | None = None
     lowercase: bool = True
