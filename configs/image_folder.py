@@ -1,6 +1,6 @@
 """A folder of your own images: a template for image classifiers that train on a CPU.
 
-    superserve train configs/image_folder.py --data.path ~/pets --workdir runs/pets
+    superserve train image_folder --data.path ~/pets --workdir runs/pets
 
 Images: PATH/train/CLASS/*.jpg, and if you have them PATH/val/CLASS and PATH/test/CLASS; or only PATH/CLASS/*.jpg.
 Network: basic blocks of 16, 32 and 64 channels, as in digits_resnet.py. The number of classes, the image size, mean and

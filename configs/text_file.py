@@ -1,6 +1,6 @@
 """Your own texts with labels: a template for text classifiers that train on a CPU.
 
-    superserve train configs/text_file.py --data.path reviews.csv --data.text review --data.label sentiment
+    superserve train text_file --data.path reviews.csv --data.text review --data.label sentiment
 
 Texts: a CSV, TSV or JSON-lines file, or a folder with train.csv, val.csv and test.csv. The columns are found by their names.
 Network: as in listops_dynabert.py. The number of classes and the vocabulary come from the data. The vocabulary is the most

@@ -249,7 +249,7 @@ def test_an_unknown_kind_or_field_gets_the_nearest_name():
         data.data_from_json({"kind": "folders"})
     with pytest.raises(errors.UnknownNameError, match="did you mean 'max_length'"):
         data.data_from_json({"kind": "text", "max_lenght": 3})
-    with pytest.raises(errors.ConfigError, match="must be one of DataConfig, FolderConfig, TextConfig, got 3"):
+    with pytest.raises(errors.ConfigError, match="must be one of DataConfig, FolderConfig, TextConfig, TextFileConfig, got 3"):
         data.open(3)
 
 
