@@ -67,6 +67,24 @@ def test_the_sustained_rate_of_a_fixed_model_is_its_throughput():
         assert result["attainment"] >= runner.SUSTAINED
 
 
+def test_a_delay_for_each_change_of_the_subnet_costs_deadlines_on_the_azure_trace():
+    cells = short("actuation_maf", seconds=1.0, scales=(1.0,), policies=("slackfit",))
+    results = [result for cell in cells for result in runner.run_cell(cell, PAPER, str(MAF_SAMPLE))]
+    assert [r["actuation_ms"] for r in results] == [0.0, 1.0, 10.0, 100.0]
+    assert results[0]["attainment"] > results[-1]["attainment"] + 0.1
+
+
+def test_figure_13s_traces_and_clients_that_send_batches_are_in_the_papers_table():
+    cells = [
+        *short("dynamics", scales=(1.0,)),
+        *short("scale_batches", seconds=0.5, scales=(1.0,), policies=("slackfit",))[:2],
+    ]
+    found = {line.what: line.ours for line in paper_table.compare(runner.evaluate(cells, PAPER))}
+    assert found["1500+5550 cv2=8: attainment"] == "1.0000"
+    assert found["2500-7800 at 250: attainment"] == "1.0000"
+    assert found["queries/s per worker, relative to 1 worker(s)"].startswith(("0.9", "1.0"))
+
+
 def test_misses_after_a_stall_are_timed_from_its_end():
     cell = short("slowdown", seconds=4.0, policies=("slackfit", "least-accurate"))[-1]
     assert cell.trace == "steady, 80 % load, stall of 200 ms"
