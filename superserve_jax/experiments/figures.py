@@ -38,6 +38,7 @@ TITLES: Mapping[str, str] = {
 }
 _OVER_TIME = ("maf", "bursty", "acceleration", "worker_kills", "dynamics", "trace")
 _AGAINST_ACCURACY = ("maf", "bursty", "acceleration", "policies", "trace")
+_FROM_MEMORY = ("dynamics", "scale_batches", "actuation", "actuation_maf")  # see `presets.PRESETS`
 _BOUND, _ATTAINMENT, _ACCURACY = "fluid bound", "SLO attainment (%)", "mean serving accuracy (%)"
 
 
@@ -110,7 +111,8 @@ def _device(scale: float) -> str:
 def _note(profile: Profile, preset: str) -> str:
     if preset == "trace":
         return f"latencies: {profile.device}"
-    return f"ours, settings from the paper's text, SLO {presets.SLO_MS:g} ms; latencies: {profile.device}"
+    settings = "the paper's text and from memory" if preset in _FROM_MEMORY else "the paper's text"
+    return f"ours, settings from {settings}, SLO {presets.SLO_MS:g} ms; latencies: {profile.device}"
 
 
 def _timeline(cell: Cell, profile: Profile, maf_trace: str | None) -> Timeline:
