@@ -67,7 +67,6 @@ def parse(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # what a command writes does not go into the repository
     for name in FOLDERS:
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my-classifier").mkdir()
 
     def parse(module, *words):
         words = list(words)
