@@ -2,6 +2,9 @@
 
     superserve evaluate runs/digits_resnet
 
+The accuracies come from one half of the test split, chosen by `training.data.halves`. They become the profiled accuracies of
+the export. `superserve replay` sends the other half.
+
 The column "with the largest's statistics" shows why the paper needs SubnetNorm: with one set of statistics for all subnets,
 accuracy falls, in some subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic
 regression on token counts. A model that does not beat them has learnt nothing about word order. Writes evaluation.json into

@@ -25,6 +25,8 @@ class Served:
       accuracy_shared: the same with the statistics of the largest subnet, or None if it was not measured.
       flops: multiply-adds per input.
       params: number of weights of the subnet on its own.
+      profiled_half: whether both accuracies come from the profiling half of the test split. A replay then sends the other
+        half. False in exports of older versions, which measured on the whole split.
     """
 
     subnet: Subnet
@@ -32,6 +34,7 @@ class Served:
     accuracy_shared: float | None
     flops: int
     params: int
+    profiled_half: bool = False
 
     def __post_init__(self):
         if not isinstance(self.subnet, Subnet):
@@ -42,6 +45,8 @@ class Served:
         for value in (self.flops, self.params):
             if not isinstance(value, int) or value < 0:
                 raise errors.ConfigError(f"flops and params of a served subnet must be ints from 0 up, got {value!r}")
+        if not isinstance(self.profiled_half, bool):
+            raise errors.ConfigError(f"profiled_half of a served subnet must be true or false, got {self.profiled_half!r}")
 
     @property
     def known_accuracy(self) -> float:

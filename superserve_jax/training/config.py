@@ -126,10 +126,8 @@ class SearchConfig:
       cost: the second objective besides accuracy: "flops", or "latency", which is measured on this machine.
       latency_batch: the batch size at which latency is measured.
       served: the largest number of subnets to choose. They are spread evenly over the logarithm of the cost.
-      tolerance: how much less accurate than a cheaper subnet a chosen subnet may be, as a fraction such as 0.02. With a
-        number, all chosen subnets are exported. None chooses no subnet if another one is at least as cheap and at least as
-        accurate, except the smallest and the largest. The export then keeps a subnet only if it is more accurate on test
-        data than every cheaper one.
+      tolerance: how much less accurate than a cheaper subnet a chosen subnet may be, as a fraction such as 0.02. None chooses
+        no subnet if another one is at least as cheap and at least as accurate, except the smallest and the largest.
     """
 
     candidates: AtLeastTwo = 60

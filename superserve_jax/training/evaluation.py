@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,18 @@ def accuracy(
     *,
     norm: Norm = "own",
 ) -> list[float]:
-    """Top-1 accuracy of each subnet, as a fraction.
+    """Top-1 accuracy of each subnet, as a fraction. The arguments are those of `correct`."""
+    return [float(hits.mean()) for hits, _ in correct(model, subnet_list, batches, norm=norm)]
+
+
+def correct(
+    model: SuperNet,
+    subnet_list: Iterable[Subnet],
+    batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
+    *,
+    norm: Norm = "own",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields for each subnet whether it classifies each example correctly, bool (N,), and the labels, int32 (N,).
 
     Args:
       model: a SuperNet with statistics for each subnet; with `norm="shared"`, the largest subnet's are enough.
@@ -33,14 +44,15 @@ def accuracy(
       norm: whose statistics to use, see `SuperNet.statistics_of`.
     """
     program = programs.masked(model.config)
-    result = []
     for subnet in subnet_list:
         statistics = program.pad_statistics(model.statistics_of(subnet, norm=norm), subnet)
         active = program.active(subnet)
-        counts = [_hits(program, model.params, b["inputs"], b["label"], b["weight"], statistics, active) for b in batches()]
-        hits, total = np.sum(np.array(counts, np.float64), 0)
-        result.append(float(hits / total))
-    return result
+        found = [
+            (_hits(program, model.params, b["inputs"], b["label"], statistics, active), b["label"], b["weight"])
+            for b in batches()
+        ]
+        hits, labels, weights = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*found, strict=True))
+        yield hits[weights > 0], labels[weights > 0]
 
 
 def text_baselines(dataset: DatasetLike, *, limit: int = 20_000) -> dict[str, float]:
@@ -80,7 +92,6 @@ def _token_counts(dataset: DatasetLike, inputs: np.ndarray) -> scipy.sparse.csr_
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hits(program: Program, params: Params, images, labels, weights, statistics, active) -> tuple[jax.Array, jax.Array]:
-    """(weight of the correctly classified images, weight of all)."""
-    correct = jnp.argmax(program.infer(params, images, statistics, active), -1) == labels
-    return jnp.sum(correct * weights), jnp.sum(weights)
+def _hits(program: Program, params: Params, images, labels, statistics, active) -> jax.Array:
+    """Whether each image is correctly classified, bool (B,)."""
+    return jnp.argmax(program.infer(params, images, statistics, active), -1) == labels

@@ -21,7 +21,7 @@ from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.supernet import Norm
 from superserve_jax.training import calibration, evaluation, latency, loop, validation
 from superserve_jax.training.config import DistillConfig, TrainConfig, config_to_json
-from superserve_jax.training.data import fingerprints
+from superserve_jax.training.data import fingerprints, halves
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
 from superserve_jax.training.search import Candidate, SearchLog, choose_served, evolutionary_search, pareto_front
@@ -115,7 +115,10 @@ def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
 
 
 def evaluate(run: Run) -> list[Served]:
-    """Measures test accuracies of the served subnets, with their own and with the largest subnet's statistics.
+    """Measures accuracies of the served subnets, with their own and with the largest subnet's statistics.
+
+    They come from the profiling half of the test split (see `halves.profiling_half`). A replay sends the other half, so it
+    measures something that the policy does not know.
 
     Writes evaluation.json. For a family without statistics, `accuracy_shared` is None.
     """
@@ -123,12 +126,13 @@ def evaluate(run: Run) -> list[Served]:
 
     def accuracies(norm: Norm) -> list[float]:
         subnets = progress.track(served, f"test examples, {norm} statistics")
-        return evaluation.accuracy(model, subnets, lambda: dataset.eval("test", validation.EVAL_BATCH), norm=norm)
+        found = evaluation.correct(model, subnets, lambda: dataset.eval("test", validation.EVAL_BATCH), norm=norm)
+        return [float(hits[halves.profiling_half(labels)].mean()) for hits, labels in found]
 
     own = accuracies("own")
     shared = accuracies("shared") if model.statistics_of(model.space.largest()).size else [None] * len(own)
     result = [
-        Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s))
+        Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s), profiled_half=True)
         for s, accuracy, other in zip(served, own, shared, strict=True)
     ]
     run.write("evaluation.json", [s.to_json() for s in result])
@@ -144,19 +148,15 @@ def baselines(run: Run) -> dict[str, float]:
 def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Writes the export of an evaluated run, by default into its folder; returns its path.
 
-    The export offers the largest subnet, and each subnet that is more accurate on test data than all cheaper ones. If the
-    search was given a tolerance, the export offers all evaluated subnets.
+    It offers the evaluated subnets, which the search chose by their validation accuracy.
     """
-    evaluated = sorted(run.evaluated(), key=lambda s: s.flops)
-    if run.read("search.json", made_by="superserve search", parse=lambda found: found.get("tolerance")) is None:
-        best = [0.0, *itertools.accumulate((s.known_accuracy for s in evaluated), max)]
-        evaluated = [s for s, before in zip(evaluated, best, strict=False) if s.known_accuracy > before or s is evaluated[-1]]
-    dataset = run.dataset()
+    dataset, evaluated = run.dataset(), run.evaluated()
+    half = "the profiling half of " if all(s.profiled_half for s in evaluated) else ""  # not in a run of an older version
     return exports.export(
         path if path is not None else run.workdir / "export",
         run.model(),
         evaluated,
-        measured=f"top-1 on the {dataset.num_examples('test')} test examples of {dataset.name}, masked program, each "
+        measured=f"top-1 on {half}the {dataset.num_examples('test')} test examples of {dataset.name}, masked program, each "
         f"subnet's own statistics from {run.config.calibration_examples} training examples",
         class_names=dataset.class_names,
         vocabulary=dataset.vocabulary,

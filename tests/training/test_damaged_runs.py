@@ -15,7 +15,7 @@ from tiny import random_statistics
 from superserve_jax import errors
 from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
-from superserve_jax.training import loop, metrics_log, stages
+from superserve_jax.training import loop, metrics_log
 from superserve_jax.training.config import OptimConfig
 from superserve_jax.training.metrics_log import MetricsLog
 from superserve_jax.training.runs import Run
@@ -102,12 +102,6 @@ def test_a_damaged_file_is_refused_by_name_with_a_remedy(folder, name, kind):
     else:
         with pytest.raises(type(found), match=message):
             read(folder)
-
-
-def test_the_export_of_a_run_with_a_damaged_search_says_so(folder):
-    spoil(folder / "search.json", "list")
-    with pytest.raises(errors.ConfigError, match=r"search\.json is damaged"):
-        stages.export(Run.open(folder, dataset=Noise()))
 
 
 @pytest.mark.parametrize("kind", CONTENTS)

@@ -5,7 +5,8 @@
         batch["inputs"], batch["label"]                         # uint8 (B, H, W, C), int32 (B,)
 
 Every dataset has the same three splits, whatever their source calls them. Models learn from `train`. Subnets are chosen on
-`validation`, which is held out of the training examples. `test` gives the reported accuracies.
+`validation`, which is held out of the training examples. `test` gives the reported accuracies: one half of it gives the
+profiled accuracies of an export, a replay sends the other half (`halves.py`).
 
 `streams.py` has the class `Dataset`: shuffled batches that a resumed run repeats exactly. The sources of examples are
 `images.py` and `text.py` (TFDS), `folder.py` (images), `text_files.py` (CSV, TSV, JSON) and `arrays.py`. `fit.py` checks that
