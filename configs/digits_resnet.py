@@ -40,5 +40,5 @@ def get_config() -> TrainConfig:
         epochs=9,
         batch_size=64,
         calibration_examples=2048,
-        search=SearchConfig(candidates=80, served=24),
+        search=SearchConfig(candidates=120, served=32, tolerance=0.004),  # tolerance: the standard error of an accuracy,
     )

@@ -21,7 +21,7 @@ def saved(monkeypatch, tmp_path):
 def run(rates, attainment=1.0):
     rates = np.array(rates, float)
     same = np.ones_like(rates)
-    return Series(np.arange(len(rates)) + 0.5, rates, attainment * same, 0.75 * same, 4 * same)
+    return Series(np.arange(len(rates)) + 0.5, rates, attainment * same, 0.75 * same, 4 * same, 20 * same)
 
 
 def test_a_timeline_has_a_title_shaded_bursts_and_attainment_up_to_100(saved):
@@ -41,6 +41,17 @@ def test_a_timeline_has_a_title_shaded_bursts_and_attainment_up_to_100(saved):
     [legend] = fig.legends
     assert legend.get_title().get_text() == "ours"
     assert [text.get_text() for text in legend.get_texts()][:2] == ["slackfit", "max-acc"]
+
+
+def test_a_replay_shows_latencies_below_a_line_at_the_slo(saved):
+    plots.replay({"slackfit": run([1000, 5000, 1000])}, "unused.png", slo_ms=36.0, title="one server")
+    [fig] = saved
+    _, latency, *_ = fig.axes
+    own, slo = latency.lines
+    assert own.get_ydata().tolist() == [20.0, 20.0, 20.0]
+    assert slo.get_ydata() == [36.0, 36.0]
+    assert (len(fig.axes), latency.get_ylabel(), latency.get_yscale()) == (5, "p99 latency (ms)", "log")
+    assert "SLO, 36 ms" in [text.get_text() for text in fig.legends[0].get_texts()]
 
 
 def test_a_panel_ends_where_it_should_and_shows_its_level(saved):

@@ -11,8 +11,8 @@ steps:
    own, and print how much slower the shared executables are.
 3. Measure latencies beside a server and a load generator, as when serving (--no-load leaves them out).
 4. Check SlackFit's assumptions (the paper's P1 to P3) on all subnets, before noise is repaired.
-5. Keep the subnets worth serving: no other subnet is both faster and more accurate. Neighbours differ by at least 0.3 points
-   of accuracy and 10 % of latency (--keep-all skips this limit).
+5. Keep the subnets worth serving: no other subnet is both faster and more accurate. Neighbours differ by at least 0.1 points
+   of accuracy and 5 % of latency (--keep-all skips this limit).
 
 It prints latency and throughput of the subnets worth serving, the results of the checks, and the profile's path.
 """

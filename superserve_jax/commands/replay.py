@@ -5,22 +5,29 @@
     superserve replay runs/digits_resnet/export --policies slackfit --simulate
     superserve replay runs/digits_resnet/export --policies slackfit --slow-factor 1.5
 
-All policies get the same arrivals, inputs and SLO. The inputs are the test examples of the dataset; texts keep their lengths.
-Answers are compared with the labels. Calm and bursts alternate. Their rates are computed from the latencies of this machine:
-a burst overloads the most accurate subnet, but not the fastest one.
+One file because it is one program: half of it is options and the columns of tables.
+
+All policies get the same arrivals, inputs and SLO. The inputs are the half of the test split that was not profiled (see
+training.data.halves); texts keep their lengths. Answers are compared with the labels. So "profiled" is the accuracy that the
+policy assumes, and "measured" is the accuracy on examples that neither training nor the policy knows. The last line compares
+the default policy with the fixed models (see loadtest.verdict).
+
+Calm and bursts alternate, at rates that follow from the latencies of this machine (see loadtest.bursts): a burst overloads the
+most accurate subnet, but not the fastest one. Latencies are measured again before the first policy. The rates and all policies
+use them. They are checked after each policy. If they have moved by more than 10 %, or if the process stood still for more than
+half of the SLO, the replay says so and repeats this policy (at most --repeats times in all).
 - `--trace FILE.csv` replays recorded arrivals instead. See docs/traces.md.
 - `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
 - `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
   online correction (see scheduling.speeds) and without it.
-Library: loadtest.loadgen, loadtest.sim_vs_real, serving.server, simulation.traces, simulation.metrics, plots.
+Library: loadtest.loadgen, loadtest.verdict, loadtest.sim_vs_real, serving.server, simulation.traces, plots.
 """
 
-import contextlib
 import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +35,15 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, plots
-from superserve_jax.engines import prepare
-from superserve_jax.engines.base import Engine, Wrapper
+from superserve_jax.engines import prepare, profiling
+from superserve_jax.engines.base import Engine
 from superserve_jax.exports import Model
 from superserve_jax.lengths import trim_padding
-from superserve_jax.loadtest import loadgen, sim_vs_real
+from superserve_jax.loadtest import bursts, loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Stopwatch
+from superserve_jax.loadtest.slowed import Slowed
+from superserve_jax.loadtest.verdict import Outcome, compare_with_fixed
 from superserve_jax.serving import server
 from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.server import Server
@@ -42,9 +51,12 @@ from superserve_jax.simulation import recorded, traces
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.training import data
 from superserve_jax.training.config import config_from_json
+from superserve_jax.training.data import halves
 
 Result = dict[str, Any]  # one policy's numbers, as --json writes them
-PERIOD = (0, 0, 0, 1, 0, 0)  # half seconds of calm (0) and burst (1)
+MOVED = 1.1  # latencies that are this many times as long or as short as before the first policy have moved
+TIMING_S, CHECK_S = 5.0, 0.5  # about how long latencies are measured before the first policy, and after each policy
+BEAT_S = 5e-3  # of the heartbeat that notices stalls; rare enough to take no time from the server
 
 USUAL: dict[str, Callable[[Result], str]] = {
     "policy": lambda r: r["name"],
@@ -84,7 +96,7 @@ class Options:
       seconds: length of the traffic.
       slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
       calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
-      burst: (arrival rate in a burst) / (throughput of all workers with the fastest subnet).
+      burst: the arrival rate in a burst: 0 is the throughput of the most accurate subnet, 1 that of the fastest one.
       cv2: squared coefficient of variation of the gaps between arrivals.
       trace: a CSV file of recorded arrivals to replay instead, see docs/traces.md.
       trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
@@ -94,6 +106,7 @@ class Options:
       simulate: repeat each replay in the simulator, and print both.
       slow_factor: every batch takes this many times as long from --slow-after on.
       slow_after: when --slow-factor takes effect, as a fraction of the traffic.
+      repeats: the largest number of repeats, in all, of policies that the machine disturbed.
       seed: the seed of arrivals and inputs.
       json: write the results to this file.
       plot: write a plot over time to this file.
@@ -101,10 +114,10 @@ class Options:
 
     export: tyro.conf.Positional[pathlib.Path]
     policies: tuple[str, ...] = ()
-    seconds: float = 9.0
+    seconds: float = 12.0
     slo_ms: float | None = None
-    calm: float = 0.3
-    burst: float = 0.45
+    calm: float = 0.5
+    burst: float = 0.5
     cv2: float = 4.0
     trace: pathlib.Path | None = None
     trace_column: str | None = None
@@ -114,6 +127,7 @@ class Options:
     simulate: bool = False
     slow_factor: float = 1.0
     slow_after: float = 0.5
+    repeats: int = 3
     seed: int = 0
     json: pathlib.Path | None = None
     plot: pathlib.Path | None = None
@@ -136,12 +150,22 @@ def main() -> None:
         make_policy(name, *work.profiles)  # reports a mistyped name before the first replay
     results: list[Result] = []
     replays: dict[str, Replay] = {}
+    ways = (True, False) if options.slow_factor > 1 else (True,)
+    each_s = float(work.trace.arrivals_s[-1]) + 1e-3 * work.slo_ms + 2 * CHECK_S
+    count, minutes = len(names) * len(ways), len(names) * len(ways) * each_s / 60
+    print(f"{count} replays of {each_s:.0f} s: about {minutes:.1f} minutes, plus up to {options.repeats} repeats", flush=True)
+    repeats = options.repeats
     for name in names:
-        for corrected in (True, False) if options.slow_factor > 1 else (True,):
-            done, result = replay_policy(options, work, name, corrected=corrected)
-            replays.setdefault(name, done)
+        for corrected in ways:
+            while True:
+                done, result = replay_policy(options, work, name, corrected=corrected)
+                print(f"{name}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
+                if not (problem := disturbance(result, work.slo_ms)) or not repeats:
+                    break
+                repeats -= 1
+                print(f"{name}: {problem}; repeating it ({repeats} more repeats left)", flush=True)
+            replays[name] = replays.get(name, done)
             results.append({"name": name, **result})
-            print(f"{name}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
     print()
     labelled = ({**result, "name": labels.get(result["name"], result["name"])} for result in results)
     cli.print_columns(SLOWED if options.slow_factor > 1 else USUAL, labelled)
@@ -151,13 +175,57 @@ def main() -> None:
         print()
     late = [max(result[f"lateness_{p}_ms"] for result in results) for p in ("p50", "p99")]
     print(f"lateness of the load generator, worst policy: p50 {late[0]:.2f} ms, p99 {late[1]:.1f} ms")
+    for result in results:
+        if problem := disturbance(result, work.slo_ms):
+            print(f"{result['name']}: {problem}, so this row may not be comparable; run it again when the machine is quiet")
+    verdict = compare_with_fixed(outcomes(results, labels)) if options.slow_factor == 1 else None
     about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
-    cli.write_results(options.json, {**about, "profile": profile.to_json(), "policies": results})
+    compared = verdict and {**dataclasses.asdict(verdict), "gain": verdict.gain if verdict.best else None}
+    cli.write_results(
+        options.json,
+        {
+            **about,
+            "profile": profile.to_json(),
+            "policies": results,
+            "verdict": compared,
+            "repeats": options.repeats - repeats,
+        },
+    )
     if options.plot:
-        one_fixed = next((name for name in names if name in fixed), None)
-        shown = {n: done for n, done in replays.items() if n not in fixed or n == one_fixed}
-        plots.replay({n: loadgen.series(done, window_s=0.1) for n, done in shown.items()}, options.plot)
+        shown = verdict.names if verdict else [n for n in names if n not in fixed] or names[:3]
+        plots.replay(
+            {labels.get(n, n): loadgen.series(replays[n], window_s=0.1) for n in shown},
+            options.plot,
+            title=f"One server, the same traffic for each policy: {work.trace.name}",
+            note=f"measured on {profile.device}, {len(work.engines)} worker(s)",
+            slo_ms=work.slo_ms,
+        )
         print(f"plot: {options.plot}")
+    if verdict:
+        print(f"\n{verdict}")
+
+
+def outcomes(results: Sequence[Result], labels: Mapping[str, str]) -> list[Outcome]:
+    """The rows of the table, for the verdict. Fixed models keep their short name, since a sentence names several of them."""
+    return [
+        Outcome(
+            r["name"],
+            r["name"] if r["name"].startswith("fixed:") else labels.get(r["name"], r["name"]),
+            r["attainment"],
+            r["accuracy_profiled"],
+            r["accuracy_measured"],
+        )
+        for r in results
+    ]
+
+
+def disturbance(result: Result, slo_ms: float) -> str:
+    """What disturbed the machine during a replay, in words; empty if nothing did."""
+    if abs(math.log(result["slower"])) > math.log(MOVED):
+        return f"latencies are now {result['slower']:.2f} times those before the first policy"
+    if result["longest_stall_ms"] > slo_ms / 2:
+        return f"the process stood still for {result['longest_stall_ms']:.0f} ms"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +239,14 @@ class Work:
     labels: np.ndarray
     slo_ms: float
 
+    def slower(self) -> float:
+        """By which factor batches take longer than before the first policy, on the engine that changed most."""
+        factors = []
+        for engine, profile in zip(self.engines, self.profiles, strict=True):
+            now = profiling.measure_again(engine, profile, seconds=CHECK_S, background=server.background_traffic)
+            factors.append(profiling.slower(now, profile))
+        return max(factors, key=lambda factor: abs(math.log(factor)))
+
 
 def prepare_work(options: Options) -> Work:
     """Loads an export onto the devices, and makes the traffic for it."""
@@ -179,6 +255,8 @@ def prepare_work(options: Options) -> Work:
     _, engines, profiles = prepare.prepare(
         model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
     )
+    calls = {"seconds": TIMING_S, "background": server.background_traffic}
+    profiles = [profiling.measure_again(e, p, **calls) for e, p in zip(engines, profiles, strict=True)]
     buckets = profiles[0].lengths
     # The server measures the length of each input itself. The arrival rates and the simulator need the lengths earlier.
     lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if buckets else np.zeros(len(inputs), int)
@@ -187,7 +265,9 @@ def prepare_work(options: Options) -> Work:
     if options.trace is not None:
         trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed, slo_ms=slo_ms)
     else:
-        trace = bursts(options, profiles, slo_ms, lengths.tolist() if buckets else [])
+        names = ("seconds", "calm", "burst", "cv2", "seed")
+        settings = {name: getattr(options, name) for name in names}
+        trace = bursts.make(profiles, slo_ms=slo_ms, tokens=lengths.tolist() if buckets else (), **settings)
     if not len(trace):
         raise ss.DataError(f"no queries in the trace ({trace.name}): record at least one, or give more --seconds")
     # Random order without replacement, then again: no example is used twice before all others were used once.
@@ -205,41 +285,43 @@ def prepare_work(options: Options) -> Work:
 
 
 def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the test split that an export was trained for. Raises ConfigError if its config names no data."""
+    """Inputs and labels of the half of the test split that the export was not profiled on.
+
+    Raises ConfigError if the export's config names no data.
+    """
     config = config_from_json(model.manifest["training"])
     if config.data is None:
         raise ss.ConfigError(
             "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
             "inputs of your own with superserve_jax.loadtest.loadgen.replay"
         )
-    return data.open(config.data).arrays("test")
-
-
-def bursts(options: Options, profiles: Sequence[ss.Profile], slo_ms: float, tokens: Sequence[int]) -> Trace:
-    """Alternating calm and bursts, at rates for this machine. `tokens` are the lengths of texts."""
-    calm = options.calm * sum(p.throughput_qps(p.rows[-1].subnet, tokens) for p in profiles)
-    burst = options.burst * sum(p.throughput_qps(p.rows[0].subnet, tokens) for p in profiles)
-    rates = [(calm, burst)[PERIOD[i % len(PERIOD)]] for i in range(max(1, round(2 * options.seconds)))]
-    trace = traces.steps(rates_qps=rates, step_s=0.5, cv2=options.cv2, slo_ms=slo_ms, seed=options.seed)
-    return dataclasses.replace(trace, name=f"bursts of {burst:,.0f} queries/s on {calm:,.0f}, CV^2 {options.cv2:g}")
+    inputs, labels = data.open(config.data).arrays("test")
+    if not all(s.profiled_half for s in model.served):
+        return inputs, labels  # an export of an older version, profiled on the whole split
+    chosen = ~halves.profiling_half(labels)
+    return inputs[chosen], labels[chosen]
 
 
 def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -> tuple[Replay, Result]:
-    """Serves the traffic with one policy. Returns the outcome of each query, and the numbers for the tables."""
+    """Serves the traffic with one policy, then times the engines again.
+
+    Returns the outcome of each query, and the numbers for the tables.
+    """
     slow_s = options.slow_after * float(work.trace.arrivals_s[-1])
     watches = [Stopwatch(*each) for each in zip(work.engines, work.profiles, strict=True)]
     slowed = [Slowed(engine, options.slow_factor) for engine in work.engines]
     used = watches if options.simulate else slowed if options.slow_factor > 1 else work.engines
     settings = {"slo_ms": work.slo_ms, "max_queue": len(work.trace) + 1, "follow_drift": corrected}
     with (
-        sim_vs_real.heartbeat() if options.simulate else contextlib.nullcontext([]) as stalls_s,
+        sim_vs_real.heartbeat(1e-3 if options.simulate else BEAT_S) as stalls_s,
         Server.from_engines(used, work.profiles, policy=name, **settings) as target,
     ):
         for engine in slowed:
             engine.from_s = time.monotonic() + slow_s
         done = loadgen.replay(target, work.trace, work.inputs)
         target.close(drain=False)
-    result = numbers(done, work.labels)
+    result = numbers(done, work.labels) | {"slower": work.slower()}
+    result["longest_stall_ms"] = 1e3 * max((until_s - from_s for from_s, until_s in stalls_s), default=0.0)
     if options.simulate:
         machine = sim_vs_real.measured_machine(done, watches, stalls_s)
         again = sim_vs_real.simulate_again(done, work.profiles, name, workers=len(work.profiles), machine=machine)
@@ -268,20 +350,3 @@ def numbers(done: Replay, labels: np.ndarray) -> Result:
         "lateness_p50_ms": float(lateness_ms[0]),
         "lateness_p99_ms": float(lateness_ms[1]),
     }
-
-
-class Slowed(Wrapper):
-    """An engine whose batches take `factor` times as long from `from_s` on, on the clock `time.monotonic`."""
-
-    def __init__(self, inner: Engine, factor: float):
-        super().__init__(inner)
-        self.from_s = math.inf
-        self._factor = factor
-
-    def run(self, subnet: ss.Subnet, batch_size: int, inputs: list[np.ndarray]) -> Any:
-        """See `engines.base.Engine.run`."""
-        start_s = time.monotonic()
-        outputs = super().run(subnet, batch_size, inputs)
-        if start_s >= self.from_s:
-            time.sleep((self._factor - 1) * (time.monotonic() - start_s))
-        return outputs

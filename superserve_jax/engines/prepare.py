@@ -28,7 +28,7 @@ MAX_SUBNET_BUCKETS = 32
 
 _MIN_GAIN = 1.03  # the least (time with slicing in the call) / (time with kept slices) that is worth the memory of slices
 # A subnet is not worth serving if the next faster subnet is nearly as accurate, or nearly as slow.
-_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.003, 1.1
+_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.001, 1.05
 
 
 def prepare(

@@ -1,6 +1,7 @@
 """Measures the latency profile of an engine, and checks SlackFit's assumptions about profiles. No jax."""
 
 import contextlib
+import dataclasses
 import gc
 import math
 import time
@@ -63,6 +64,37 @@ def measure(
         for length, *latencies in zip(examples, medians, p99s, strict=True)
     }
     return Profile(batch_sizes, rows_at.pop(0, ()), device, rows_at)
+
+
+def measure_again(
+    engine: Engine, profile: Profile, *, seconds: float, most: int = 50, background: Background | None = None
+) -> Profile:
+    """Measures the latencies of a profile again, because a machine is not always as fast. Noise is repaired.
+
+    Args:
+      engine: the engine of the profile.
+      profile: the subnets, batch sizes and length buckets to measure.
+      seconds: about how long to measure. It decides the number of rounds, from 3 to `most`.
+      most: the largest number of rounds.
+      background: see `measure`.
+    """
+    round_s = 1e-3 * sum(ms for table in profile.each_length for row in table.rows for ms in row.latency_ms)
+    repeats = max(3, min(most, round(seconds / round_s)))
+    accuracies = {row.subnet: row.accuracy for row in profile.rows}
+    calls = {"device": profile.device, "repeats": repeats, "background": background}
+    measured = measure(engine, accuracies, profile.batch_sizes, **calls).with_envelopes(profile.envelopes)
+    return dataclasses.replace(measured, slicing=profile.slicing).monotone()
+
+
+def slower(now: Profile, before: Profile) -> float:
+    """By which factor the latencies of a profile are longer than those of another one with the same subnets: the median.
+
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> round(slower(paper_profile().scaled(1.5), paper_profile()), 3)
+    1.5
+    """
+    latencies = ([r.latency_ms for table in p.each_length for r in table.rows] for p in (now, before))
+    return float(np.median(np.divide(*map(np.array, latencies))))
 
 
 def time_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:

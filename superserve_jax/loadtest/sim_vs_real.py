@@ -40,7 +40,7 @@ from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 _BEAT_S = 1e-3
-_STALL_S = 3e-3  # a beat later than this is a stall
+_LATE = 3  # a wake-up after more than this many beats is a stall
 
 
 class Stopwatch(Wrapper):
@@ -78,8 +78,10 @@ class Stopwatch(Wrapper):
 
 
 @contextlib.contextmanager
-def heartbeat() -> Iterator[list[tuple[float, float]]]:
-    """While open, a thread wakes up every millisecond. Late wake-ups count as stalls: (start, end) on `time.monotonic`.
+def heartbeat(beat_s: float = _BEAT_S) -> Iterator[list[tuple[float, float]]]:
+    """While open, a thread wakes up every `beat_s`. Late wake-ups count as stalls: (start, end) on `time.monotonic`.
+
+    A wake-up is late if it comes after more than three beats.
 
     >>> with heartbeat() as stalls_s:
     ...     time.sleep(0.01)
@@ -92,10 +94,10 @@ def heartbeat() -> Iterator[list[tuple[float, float]]]:
     def beat() -> None:
         before_s = time.monotonic()
         while not stop.is_set():
-            time.sleep(_BEAT_S)
+            time.sleep(beat_s)
             now_s = time.monotonic()
-            if now_s - before_s > _STALL_S:
-                stalls_s.append((before_s + _BEAT_S, now_s))
+            if now_s - before_s > _LATE * beat_s:
+                stalls_s.append((before_s + beat_s, now_s))
             before_s = now_s
 
     thread = threading.Thread(target=beat, name="superserve-heartbeat", daemon=True)

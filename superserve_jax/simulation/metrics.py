@@ -48,6 +48,7 @@ class Series:
       attainment: [windows] fraction of the queries that met their deadline.
       accuracy: [windows] mean profiled accuracy over the queries that met their deadline.
       batch: [windows] mean of the number of queries in a query's batch, over the answered queries.
+      p99_ms: [windows] 99th percentile of the latency of the answered queries.
     """
 
     time_s: np.ndarray
@@ -55,6 +56,7 @@ class Series:
     attainment: np.ndarray
     accuracy: np.ndarray
     batch: np.ndarray
+    p99_ms: np.ndarray
 
 
 def attainment(deadline_s: np.ndarray, finish_s: np.ndarray) -> float:
@@ -108,8 +110,8 @@ def series(
 
     >>> run = [0.0, 0.5, 1.5], [1.0, 1.0, 2.0], [0.5, 3.0, 1.75], [0.7, 0.8, 0.9], [1, 1, 4]
     >>> s = series(*map(np.array, run), window_s=1.0)
-    >>> s.rate_qps.tolist(), s.attainment.tolist(), s.accuracy.tolist(), s.batch.tolist()
-    ([2.0, 1.0], [0.5, 1.0], [0.7, 0.9], [1.0, 4.0])
+    >>> s.rate_qps.tolist(), s.attainment.tolist(), s.accuracy.tolist(), s.batch.tolist(), s.p99_ms.tolist()
+    ([2.0, 1.0], [0.5, 1.0], [0.7, 0.9], [1.0, 4.0], [2480.0, 250.0])
     """
     _check_queries(arrival_s)
     met, answered = finish_s <= deadline_s, np.isfinite(finish_s)
@@ -121,6 +123,9 @@ def series(
         weights = None if values is None else values[which]
         return np.bincount(window[which], weights, minlength=windows)
 
+    order = np.flatnonzero(answered)[np.argsort(window[answered], kind="stable")]
+    latencies_ms = np.split(1e3 * (finish_s - arrival_s)[order], np.cumsum(total(answered))[:-1])
+    p99_ms = np.array([np.percentile(ms, 99) if len(ms) else math.nan for ms in latencies_ms])
     arrived = total(slice(None))
     with np.errstate(invalid="ignore"):  # an empty window gives 0 / 0 = NaN
         return Series(
@@ -129,6 +134,7 @@ def series(
             attainment=total(met) / arrived,
             accuracy=total(met, accuracy) / total(met),
             batch=total(answered, batch) / total(answered),
+            p99_ms=p99_ms,
         )
 
 

@@ -4,7 +4,6 @@ A stage leaves its result in the run's folder and can be repeated on its own. Pr
 """
 
 import dataclasses
-import itertools
 import math
 import os
 import pathlib

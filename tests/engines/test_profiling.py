@@ -1,5 +1,6 @@
 """Latency profiles of a fake engine, and the three properties that SlackFit builds on."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -38,6 +39,21 @@ def test_latencies_are_measured_for_every_subnet_batch_size_and_length(profile):
         for row, expected in zip(table.rows, true.rows, strict=True):
             assert all(ms <= got < 4 * ms for got, ms in zip(row.latency_ms, expected.latency_ms, strict=True))
             assert all(p99 >= ms for p99, ms in zip(row.p99_ms, row.latency_ms, strict=True))
+
+
+def test_a_profile_is_measured_again_with_its_subnets_and_settings():
+    space = Profile((1, 2), TWO.rows, "fake", slicing="in_call")
+    again = profiling.measure_again(FakeEngine(space, speed=0.5), space, seconds=0.0)
+    assert [r.subnet for r in again.rows] == [r.subnet for r in space.rows]
+    assert (again.device, again.slicing, again.envelopes) == ("fake", "in_call", space.envelopes)
+    assert 1.9 < profiling.slower(again, space) < 4
+
+
+def test_one_disturbed_latency_is_not_a_slower_machine():
+    rows = [dataclasses.replace(r, latency_ms=(r.latency_ms[0], 9 * r.latency_ms[1])) for r in TWO.rows[:1]]
+    assert profiling.slower(Profile((1, 2), (*rows, *TWO.rows[1:])), TWO) == pytest.approx(1.0)
+    by_length = Profile((1, 2), rows_at={8: TWO.rows, 16: TWO.scaled(4.0).rows})
+    assert profiling.slower(by_length.scaled(1.2), by_length) == pytest.approx(1.2)
 
 
 def test_background_traffic_runs_during_the_measurement_only():

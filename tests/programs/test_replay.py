@@ -1,0 +1,67 @@
+"""What a replay makes of its results: disturbed policies, the rows of its verdict, and the table of several runs."""
+
+import pathlib
+import runpy
+import types
+
+import demo_runs
+import numpy as np
+import pytest
+
+from superserve_jax.commands import replay
+from superserve_jax.exports import Served
+from superserve_jax.subnet import Subnet
+from superserve_jax.training import data
+from superserve_jax.training.data import halves
+
+
+@pytest.mark.parametrize(
+    ("slower", "stall_ms", "said"),
+    [
+        (1.0, 0.0, ""),
+        (1.09, 17.0, ""),
+        (1.11, 0.0, "latencies are now 1.11 times those before the first policy"),
+        (0.9, 0.0, "latencies are now 0.90 times"),
+        (1.0, 19.0, "the process stood still for 19 ms"),
+    ],
+)
+def test_a_policy_is_disturbed_if_latencies_move_by_ten_percent_or_the_process_stands_still(slower, stall_ms, said):
+    found = replay.disturbance({"slower": slower, "longest_stall_ms": stall_ms}, 36.0)
+    assert found.startswith(said)
+    assert bool(found) == bool(said)
+
+
+def test_a_replay_sends_the_half_that_was_not_profiled(monkeypatch):
+    inputs, labels = np.arange(40, dtype=np.uint8).reshape(40, 1), np.arange(40) % 4
+    dataset = data.from_arrays(train=(inputs, labels), test=(inputs, labels), validation=4)
+    config = types.SimpleNamespace(data="a dataset")
+    monkeypatch.setattr(replay, "config_from_json", lambda _: config)
+    monkeypatch.setattr(replay.data, "open", lambda _: dataset)
+
+    def sent(half):
+        served = Served(Subnet((1,)), 0.5, None, 1, 1, profiled_half=half)
+        found, _ = replay.test_examples(types.SimpleNamespace(served=(served,), manifest={"training": {}}))
+        return set(found.ravel().tolist())
+
+    assert sent(half=True) == set(inputs[~halves.profiling_half(labels)].ravel().tolist())
+    assert sent(half=False) == set(range(40))  # an export of an older version, profiled on the whole split
+
+
+def test_the_table_of_several_runs_has_a_cell_for_every_column():
+    best = {"name": "fixed:3", "measured": 90.0}
+    run = {"attainment": 0.9999, "accuracy": 92.5, "best": best, "failing": {"attainment": 0.6}, "gain": 2.5}
+    run |= {"repeats": 1, "minutes": 2.25}
+    assert demo_runs.cells(run) == ("99.99 %", "92.50 %", "fixed:3", "90.00 %", "+2.50", "40.0 %", "1", "2.2")
+    none = {**run, "best": None, "failing": None, "gain": None}
+    assert demo_runs.cells(none)[2:6] == ("none", "-", "-", "-")
+
+
+def test_the_subnets_of_the_seeds_table_are_spread_from_the_smallest_to_the_largest():
+    spaced = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "train" / "bench" / "seeds.py"))["spaced"]
+    assert spaced(list(range(24)), 8) == [0, 3, 7, 10, 13, 16, 20, 23]
+    assert spaced([1, 2], 8) == [1, 2]
+
+
+def test_a_spread_needs_two_runs_and_either_a_config_or_runs(run_program):
+    assert "at least two runs, got 1" in run_program("train/bench/seeds.py", "configs/debug.py", "--seeds", 1, status=2).stderr
+    assert "either a config to train or --runs" in run_program("train/bench/seeds.py", status=2).stderr
