@@ -99,7 +99,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
         assert f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %" in done.stdout
 
     (tmp_path / "none.csv").write_text("arrival_s\n")
-    assert "no queries" in run_program(*replay, "--trace", tmp_path / "none.csv", status=2).stderr
+    assert "has no arrivals" in run_program(*replay, "--trace", tmp_path / "none.csv", status=2).stderr
 
 
 def test_ctrl_c_keeps_the_work_and_the_same_command_resumes(run_program, tmp_path, data_dir, trained):

@@ -47,7 +47,7 @@ from superserve_jax.loadtest.verdict import Outcome, compare_with_fixed
 from superserve_jax.serving import server
 from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.server import Server
-from superserve_jax.simulation import recorded, traces
+from superserve_jax.simulation import recorded
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.training import data
 from superserve_jax.training.config import config_from_json
