@@ -15,6 +15,7 @@ html_theme = "furo"
 html_title = f"superserve-jax {release}"
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_fence_as_directive = {"math"}  # GitHub draws such blocks, too
 myst_heading_anchors = 3  # links such as page.md#a-heading work
 
 autodoc_member_order = "bysource"

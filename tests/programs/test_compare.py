@@ -6,6 +6,8 @@ import subprocess
 import sys
 import types
 
+from pages import PAGES
+
 from superserve_jax.experiments import presets
 from superserve_jax.simulation import paper_profile
 
@@ -74,3 +76,15 @@ def test_recorded_arrivals_replace_the_presets(run_program, tmp_path):
     assert {r["policy"] for r in results} == {"slackfit", *(f"fixed:{i}" for i in range(6))}
     assert (tmp_path / "plots" / "trace_x1.png").exists()
     assert (tmp_path / "plots" / "trace_over_time_x1.png").exists()
+
+
+def test_the_policy_in_the_docs_runs(run_program, tmp_path):
+    [page] = [page for page in PAGES if page.name == "docs/policies.md"]
+    [code] = [block.text for block in page.blocks if block.language == "py"]
+    assert len([line for line in code.splitlines() if line]) <= 8
+    (tmp_path / "my_policy.py").write_text(code)
+    options = ("--policies", f"{tmp_path}/my_policy.py:my_policy", "fixed:all", "--seeds", 1, "--jobs", 1)
+    done = run_program("serve/compare.py", *options, "--seconds", 0.3, "--preset", "policies", "--scale", 1, json_file=True)
+    [mine, *_] = [r for r in done.json if r["policy"] == "my_policy"]
+    assert mine["attainment"] > 0.5
+    assert mine["accuracy"] > min(r["accuracy"] for r in done.json)
