@@ -1,5 +1,7 @@
 """The evaluation as data: which traffic, policies and clusters make up each preset of `superserve compare`. No jax.
 
+One file because it is one table, with the types of its entries.
+
 The settings come from the paper's text (Section 6). If the text does not give a setting, a docstring states our choice.
 A scale of s makes the device s times slower than in the profile. The stand-in for the paper's profile
 (`simulation.paper_profile`) has about twice the paper's throughput. At a scale of 1.9, eight workers carry about 2,000 to
