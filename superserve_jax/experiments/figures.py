@@ -120,7 +120,9 @@ def _timeline(cell: Cell, profile: Profile, maf_trace: str | None) -> Timeline:
     window_s = 0.5 if cell.preset == "maf" else 0.25
     labels = policies.labels(cell.policies)
     runs = {labels[n]: runner.timeline(cell, n, profile, maf_trace=maf_trace, window_s=window_s) for n in names}
-    return Timeline(runs, cell.trace, marks_s=sorted(o.from_s for o in cell.cluster.outages))
+    marks_s = sorted(o.from_s for o in cell.cluster.outages)
+    slo_ms = None if cell.preset == "trace" else presets.SLO_MS  # recorded queries may have SLOs of their own
+    return Timeline(runs, cell.trace, marks_s, slo_ms)
 
 
 def _tradeoff(trace: str, group: Sequence[Summary]) -> Panel:
