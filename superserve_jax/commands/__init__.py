@@ -38,6 +38,7 @@ def _main() -> None:
     if name in ("-h", "--help"):
         print("usage: superserve COMMAND [OPTIONS]\n\n" + "\n".join(f"  {n:<12}{about}" for n, about in COMMANDS.items()))
         print("\n`superserve COMMAND --help` explains a command and its options.")
+        print("`--import MODULE` makes a family of your own known to any command.")
     elif name == "--version":
         print(f"superserve-jax {superserve_jax.__version__}")
     else:
