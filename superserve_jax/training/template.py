@@ -52,6 +52,8 @@ class ModelTemplate:
         """
         values = {**facts, **self.given}
         needed = {f.name for f in dataclasses.fields(self.example)}
+        if "channels" in needed and "channels" not in values and (per_channel := values.get("mean", values.get("std"))):
+            values["channels"] = len(per_channel)
         filled = {name: value for name, value in values.items() if name in needed}
         for name in ("mean", "std"):
             if name in needed and name not in filled:

@@ -11,8 +11,10 @@ from tiny import TINY
 
 from superserve_jax import errors
 from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.supernets import supernet
 from superserve_jax.training import data, loop
+from superserve_jax.training.config import TrainConfig
 from superserve_jax.training.data import fit
 from superserve_jax.training.template import from_data
 from superserve_jax.vocabulary import Vocabulary
@@ -56,6 +58,13 @@ def test_a_given_value_stays():
     model, names = fit.complete(template, dataset())
     assert model.mean == (0.5, 0.5, 0.5)
     assert sorted(names) == ["channels", "image_size", "std"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_given_mean_may_be_of_any_number_of_channels(channels):
+    model = dataclasses.replace(from_data(OFAResNetConfig(), *PIXELS), mean=(0.5,) * channels)
+    assert TrainConfig("x", model).model is model
+    assert fit.complete(model, dataset(channels=channels, size=32))[0].channels == channels
 
 
 def test_a_given_value_that_does_not_fit_is_refused():

@@ -80,6 +80,7 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, run, toler
     assert [s.subnet for s in served] == run.served()
     assert served[-1].accuracy == served[-1].accuracy_shared
     model = ss.load(stages.export(run))
+    assert model.class_names == run.dataset().class_names
     images, labels = Noise(config.data).arrays("test")
     profiled = halves.profiling_half(labels)
     for s in model.served:

@@ -49,7 +49,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class FolderConfig(ImageConfig):
-    """A folder PATH of images: PATH/train/CLASS/*.jpg, and if you have them PATH/val/CLASS/*.jpg and PATH/test/CLASS/*.jpg.
+    """A folder PATH of images in PATH/train/CLASS, and if you have them in PATH/val/CLASS and PATH/test/CLASS.
 
     PATH may also hold the folders of the classes itself. A validation or test split without a folder is a tenth of the
     training images, at most 5,000: a random choice that is always the same. The config also has the fields of `ImageConfig`.
@@ -161,6 +161,10 @@ def _folders(folder: pathlib.Path) -> list[str]:
 def _files(root: pathlib.Path, folder: pathlib.Path, class_names: list[str]) -> tuple[list[File], list[str]]:
     """The images of a split, in order of class and name, and problems."""
     found, odd, others = [], [], 0
+    if loose := [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."]:
+        _log.warning(
+            "%s: %d images are not in the folder of a class, such as %s; they are ignored", folder, len(loose), loose[0]
+        )
     for label, name in enumerate(class_names):
         paths = sorted(_walk(folder / name, frozenset()))
         present = [path for path in paths if path.suffix.lower() in SUFFIXES]

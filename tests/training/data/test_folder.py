@@ -107,6 +107,13 @@ def test_suffixes_may_be_in_capitals_and_images_in_subfolders_and_links(tmp_path
     assert (dataset.class_names, dataset.num_examples("train")) == (("a", "b", "c"), 3 + 2 + 2)
 
 
+def test_images_outside_the_folders_of_the_classes_are_ignored_with_a_warning(tmp_path, caplog):
+    write(tmp_path, "train/a train/b test/a", 2)
+    (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "train" / "0.png")
+    assert opened(tmp_path, validation=0).num_examples("train") == 3
+    assert "1 images are in no class and are ignored, such as 0.png" in caplog.text
+
+
 def picture(tmp_path, image, **options):
     image.save(tmp_path / "x.png", **options)
     return data.read_image(tmp_path / "x.png", image_size=4)
