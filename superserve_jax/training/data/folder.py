@@ -162,9 +162,7 @@ def _files(root: pathlib.Path, folder: pathlib.Path, class_names: list[str]) -> 
     """The images of a split, in order of class and name, and problems."""
     found, odd, others = [], [], 0
     if loose := [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."]:
-        _log.warning(
-            "%s: %d images are not in the folder of a class, such as %s; they are ignored", folder, len(loose), loose[0]
-        )
+        _log.warning("%s: %d images are in no class and are ignored, such as %s", folder, len(loose), loose[0].name)
     for label, name in enumerate(class_names):
         paths = sorted(_walk(folder / name, frozenset()))
         present = [path for path in paths if path.suffix.lower() in SUFFIXES]
