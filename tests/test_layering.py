@@ -53,7 +53,7 @@ ALLOWED = {
     ),
     "commands": (
         *("cli", "convert", "engines", "experiments", "exports", "families", "lengths", "loadtest", "plots", "profile"),
-        *("progress", "scheduling", "serving", "simulation", "subnet", "training"),
+        *("progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
     ),
 }
 # These packages and modules work in a process that has no jax.
