@@ -1,4 +1,4 @@
-"""Texts with labels in the user's own files: CSV, TSV or JSON lines.
+"""Texts with labels in the user's own files: CSV, TSV, JSON lines or Parquet.
 
     review,sentiment
     a film that I will see again,good
@@ -24,20 +24,20 @@ import numpy as np
 
 from superserve_jax import errors, files
 from superserve_jax.training import fields
-from superserve_jax.training.data import fit, problems, splits
+from superserve_jax.training.data import fit, parquet, problems, splits
 from superserve_jax.training.data.streams import Dataset, Example, Records
 from superserve_jax.training.fields import Count, MaxLength
 from superserve_jax.vocabulary import Vocabulary
 
 _JSON = (".jsonl", ".ndjson", ".json")
-SUFFIXES = (".csv", ".tsv", *_JSON)
+SUFFIXES = (".csv", ".tsv", *_JSON, ".parquet")
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFileConfig:
-    """Texts in a file, or in a folder with train.csv and, if you have them, val.csv and test.csv (or .tsv, .jsonl).
+    """Texts in a file, or in a folder with train.csv and, if you have them, val.csv and test.csv (or .tsv, .jsonl, .parquet).
 
     CSV and TSV begin with a line of names. A CSV file may also be separated by semicolons or tabs. In a TSV file, quotes have
     no meaning. A JSON file has one object per line, or is a list of objects. All files are UTF-8. A validation or test split
@@ -48,6 +48,8 @@ class TextFileConfig:
       text: the name of the column of texts.
       second: the name of the column of second texts, for pairs; None for single texts.
       label: the name of the column of labels.
+      class_names: the names of the classes, in the order of the model's outputs. A label is then a name or its number from 0
+        up. Empty: the labels of the training texts, sorted.
       validation: number of training texts to hold out as the validation split. None: the validation file, else a tenth.
       max_length: number of tokens of an input. Shorter texts are padded, longer ones cut off.
       token_types: 2 adds to each token whether it belongs to the first or the second text of a pair; 1 does not.
@@ -64,6 +66,7 @@ class TextFileConfig:
     text: str = "text"
     second: str | None = None
     label: str = "label"
+    class_names: tuple[str, ...] = ()
     validation: Count | None = None
     max_length: MaxLength = 128
     token_types: Literal[1, 2] = 1
@@ -109,7 +112,9 @@ def open(config: TextFileConfig, model: fit.AnyModel | None = None) -> Dataset:
         given[split], more_bad, more = _read(path, config)
         bad += more_bad
         found += more
-    class_names = _classes(given["train"])
+    class_names = config.class_names or _classes(given["train"])
+    numbers = {str(i): i for i in range(len(config.class_names))}
+    labels = numbers | {name: i for i, name in enumerate(class_names)}
     if class_names:  # otherwise no training text could be read, which is a problem already
         found += _label_problems(config, given, {split: path.name for split, path in paths.items()})
     vocabulary = _vocabulary(config, given["train"])
@@ -125,7 +130,6 @@ def open(config: TextFileConfig, model: fit.AnyModel | None = None) -> Dataset:
         _log.warning("%s: %d lines cannot be used and are left out; the first: %s", config.path, len(bad), bad[0])
     names = {split: path.name for split, path in paths.items()}
     divided = splits.divide(given, validation=config.validation, names=names)
-    labels = {name: i for i, name in enumerate(class_names)}
 
     def records(lines: Sequence[Line]) -> Records:
         def read(i: int) -> Example:
@@ -153,6 +157,11 @@ def _label_problems(config: TextFileConfig, given: Mapping[str, Sequence[Line]],
       names: the name of each file.
     """
     train, found = Counter(line.label for line in given["train"]), []
+    if known := {*config.class_names, *map(str, range(len(config.class_names)))}:
+        for split in given:
+            for label, count in Counter(line.label for line in given[split] if line.label not in known).items():
+                found.append(f"{names[split]} has the label {label!r} ({count}x), not one of {', '.join(config.class_names)}")
+        return found
     if len(train) < 2:
         found.append(f"{next(iter(train))!r} is the only label in {names['train']}, and at least 2 are needed")
     if len(train) > max(50, train.total() / 2):
@@ -184,11 +193,9 @@ def _find(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str]]:
 def _read(path: pathlib.Path, config: TextFileConfig) -> tuple[list[Line], list[str], list[str]]:
     """The lines of a file, a description of each line that cannot be used, and problems of the whole file."""
     wanted = [config.text, *([config.second] if config.second is not None else []), config.label]
-    is_json = path.suffix.lower() in _JSON
     lines, bad, first = [], [], None
     try:
-        content = files.read_bytes(path).decode("utf-8-sig")
-        for number, row in _json_rows(content) if is_json else _csv_rows(content, wanted, tabs=path.suffix.lower() == ".tsv"):
+        for number, row in _rows(path, wanted):
             first = row if first is None else first
             values = [_plain(row.get(name)) if isinstance(row, Mapping) else "" for name in wanted]
             missing = [name for name, value in zip(wanted, values, strict=True) if not value]
@@ -209,6 +216,15 @@ def _read(path: pathlib.Path, config: TextFileConfig) -> tuple[list[Line], list[
         present = list(first) if isinstance(first, Mapping) else []
         return [], [], [f"{path.name} has no line with {' and '.join(map(repr, wanted))}; {_named(present)}"]
     return lines, bad, []
+
+
+def _rows(path: pathlib.Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Number and values of each line or row of a file."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return enumerate(parquet.rows(path), 1)
+    content = files.read_bytes(path).decode("utf-8-sig")
+    return _json_rows(content) if suffix in _JSON else _csv_rows(content, wanted, tabs=suffix == ".tsv")
 
 
 def _csv_rows(content: str, wanted: Sequence[str], *, tabs: bool) -> Iterator[tuple[int, Mapping[Any, Any]]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from superserve_jax import errors, files
+from superserve_jax.training.data import parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _rows(path: pathlib.Path, header: tuple[str, ...]) -> Iterator[Mapping[str, 
     """The rows of a file, as {column: value}."""
     try:
         if path.suffix == ".parquet":
-            yield from _parquet(path)
+            yield from parquet.rows(path)
         elif path.suffix == ".jsonl":
             yield from (dict(json.loads(line)) for line in files.read_bytes(path).decode().splitlines() if line.strip())
         else:
@@ -152,16 +153,7 @@ def _rows(path: pathlib.Path, header: tuple[str, ...]) -> Iterator[Mapping[str, 
             names = header or tuple(next(rows, ()))
             # QQP has a few broken lines, with fewer columns. Everybody skips them.
             yield from (dict(zip(names, row, strict=False)) for row in rows if len(row) >= len(names))
-    except errors.DataError:
-        raise
+    except errors.DataError as e:
+        raise errors.DataError(f"{path} has {e}") from e
     except (OSError, csv.Error, *errors.MALFORMED) as e:
         raise errors.DataError(f"{path} is damaged or cannot be read: {errors.one_line(e)[:300]}; download it again") from e
-
-
-def _parquet(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise errors.DataError(f"reading {path} needs the package pyarrow: pip install pyarrow") from e
-    with files.open_regular(path) as file:
-        yield from pyarrow.parquet.read_table(file).to_pylist()

@@ -269,3 +269,23 @@ def test_texts_that_cannot_be_used_are_refused():
             from_texts(texts)
     with pytest.raises(errors.ConfigError, match="max_length must be int >= 3"):
         from_texts(["film"] * 12, max_length=2)
+
+
+# -- Parquet, and classes in a given order ------------------------------------------------------------------------------------
+
+
+def test_a_parquet_file_is_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": t, "label": c} for t, c in ROWS]), tmp_path / "a.parquet")
+    assert tokens(opened(tmp_path / "a.parquet")) == EXPECTED
+    assert "a.parquet is damaged" in problem(tmp_path / "a.parquet", b"PAR1 no")
+
+
+def test_given_class_names_decide_the_order_and_a_label_is_a_name_or_its_number(tmp_path):
+    rows = [("good film", "good"), ("bad film", "1")] * 10
+    found = opened(tmp_path / "a.csv", csv_text(rows), class_names=("good", "bad"))
+    assert found.class_names == ("good", "bad")
+    assert tokens(found) == {("good film", "good"), ("bad film", "bad")}
+    message = problem(tmp_path / "a.csv", csv_text(rows), class_names=("yes", "no"))
+    assert "a.csv has the label 'good' (10x), not one of yes, no" in message
