@@ -5,7 +5,12 @@
 
 A **directory** that Hugging Face's `save_pretrained` wrote needs no config. A BERT sequence classifier becomes a DynaBERT: its
 sizes, class names, vocabulary and case come from the directory. The run gets an export at once, which serves the classifier
-as it is. docs/convert.md lists what is supported.
+as it is, with unknown accuracy. With labelled texts it also serves smaller subnets, and their accuracies are measured:
+
+    superserve convert my-classifier --texts reviews.csv --workdir runs/reviews
+
+Heads and neurons are then sorted by importance, and a search chooses the subnets. Nothing is trained. docs/convert.md says how
+to train the run further, and lists what is supported.
 
 A **config** says which network other weights belong to, and on which data it is evaluated. Go on with `superserve search`,
 calibrate, evaluate and export. Or train the weights further, with `superserve train` and the same config.
@@ -17,13 +22,34 @@ Library: convert.from_pretrained, convert.weights, training.runs.Run.convert.
 
 import dataclasses
 import pathlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from superserve_jax import cli, convert, errors, files, shipped
-from superserve_jax.training.config import TrainConfig, config_to_json, load_config
+from superserve_jax import cli, convert, errors, files
+from superserve_jax.convert import Pretrained
+from superserve_jax.training import data, stages
+from superserve_jax.training.config import (
+    DistillConfig,
+    OptimConfig,
+    Phase,
+    SearchConfig,
+    TrainConfig,
+    config_to_json,
+    load_config,
+)
+from superserve_jax.training.data import TextFileConfig
 from superserve_jax.training.runs import Run
+
+# How a converted classifier is trained further: the published recipe of DynaBERT, as in configs/dynabert_sst2.py.
+RECIPE: dict[str, Any] = {
+    "optim": OptimConfig(name="adamw", lr=2e-5, schedule="cosine", warmup=0.1, weight_decay=0.01, clip_norm=1.0),
+    "phases": (Phase(elastic=("heads", "ffn"), rewire=True), Phase()),
+    "distill": DistillConfig(hidden=0.1),
+    "epochs": 6,
+    "batch_size": 32,
+    "random_subnets": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +74,12 @@ class DirectoryOptions:
     """Options for a directory of Hugging Face.
 
     Args:
+      texts: labelled texts: a file (.csv, .tsv, .jsonl, .parquet), or a folder with train.csv and test.csv.
+      text: the name of the column of texts.
+      second: the name of the column of second texts, for pairs.
+      label: the name of the column of labels. A label is the name of a class or its number.
+      candidates: number of subnets that the search tries.
+      examples: number of texts on which the search compares subnets.
       workdir: the run's folder; runs/NAME with the directory's name if left out.
       max_length: the longest text in tokens, longer ones are cut; if left out, as many as model and tokenizer can take.
       depths: allowed numbers of layers; if left out, from half of them to all.
@@ -56,6 +88,12 @@ class DirectoryOptions:
       json: write a description to this file.
     """
 
+    texts: pathlib.Path | None = None
+    text: str = "text"
+    second: str | None = None
+    label: str = "label"
+    candidates: int = 60
+    examples: int = 1000
     workdir: pathlib.Path | None = None
     max_length: int | None = None
     depths: tuple[int, ...] | None = None
@@ -84,15 +122,53 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
     """Makes a run and an export from a directory that `save_pretrained` wrote."""
     space = {name: getattr(options, name) for name in ("max_length", "depths", "heads", "ffn")}
     found = convert.from_pretrained(path, **space)
-    config = TrainConfig(name=path.resolve().name, model=found.model.config)
-    run = Run.convert(config, options.workdir or pathlib.Path("runs") / config.name, found.model)
+    workdir = options.workdir or pathlib.Path("runs") / path.resolve().name
+    config = TrainConfig(
+        name=path.resolve().name,
+        model=found.model.config,
+        data=None if options.texts is None else text_config(found, options, workdir),
+        search=SearchConfig(candidates=options.candidates, examples=options.examples),
+        **RECIPE,
+    )
+    model = found.model
+    if config.data is not None:
+        print("sorting heads and neurons by importance")
+        model = stages.sorted_by_importance(model, data.open(config.data, config.model), seed=config.seed)
+    run = Run.convert(config, workdir, model)
     print(report(run, options.json))
     words = "none, so inputs are token ids" if found.vocabulary is None else f"{len(found.vocabulary.tokens):,} tokens"
     print(f"classes: {', '.join(found.class_names)}\nvocabulary: {words}; texts of up to {found.config.max_length} tokens")
-    export = found.export(run.workdir / "export", training=config_to_json(config))
-    print(
-        f"export: {export} serves the classifier as it is. Its accuracy is unknown. Smaller subnets are not served, because "
-        f"nobody can tell how well they answer without labelled texts\ngo on with `superserve measure {export}`"
+    if config.data is not None:
+        stages.search(run)
+        stages.calibrate(run)
+        cli.print_table(stages.table(stages.evaluate(run)))
+        export = stages.export(run)
+        print(f"export: {export} serves the subnets that are more accurate than all cheaper ones")
+    else:
+        export = found.export(run.workdir / "export", training=config_to_json(config))
+        print(
+            f"export: {export} serves the classifier as it is. Its accuracy is unknown. Smaller subnets are not served, "
+            "because nobody can tell how well they answer without labelled texts (--texts FILE)"
+        )
+    print(f"go on with `superserve measure {export}`")
+
+
+def text_config(found: Pretrained, options: DirectoryOptions, workdir: pathlib.Path) -> TextFileConfig:
+    """The config of the user's labelled texts. Writes the vocabulary into the run's folder, from where the config reads it."""
+    if found.vocabulary is None:
+        raise errors.ConversionError("--texts needs a tokenizer in the directory: tokenizer.json or vocab.txt; save it there")
+    file = workdir.absolute() / "vocabulary.txt"
+    files.write_bytes(file, found.vocabulary.to_text().encode())
+    return TextFileConfig(
+        str((options.texts or pathlib.Path()).expanduser().absolute()),
+        text=options.text,
+        second=options.second,
+        label=options.label,
+        class_names=found.class_names,
+        max_length=found.config.max_length,
+        token_types=2 if found.config.token_types > 1 else 1,
+        vocabulary=str(file),
+        lowercase=found.vocabulary.lowercase,
     )
 
 
@@ -108,6 +184,9 @@ def report(run: Run, json: pathlib.Path | None) -> str:
 def _defaults(path: str) -> Options | DirectoryOptions:
     if pathlib.Path(path).is_dir():
         return DirectoryOptions()
-    if not pathlib.Path(path).exists() and not path.endswith(".py") and path not in shipped.configs():
-        raise errors.ConversionError(f"there is no directory {path}; give one that save_pretrained wrote, or a config file")
-    return Options(tyro.MISSING, load_config(path))
+    try:
+        return Options(tyro.MISSING, load_config(path))
+    except errors.ConfigError as e:
+        if pathlib.Path(path).exists() or path.endswith(".py"):
+            raise
+        raise errors.ConversionError(f"there is no directory {path} of save_pretrained, and no such config: {e}") from e

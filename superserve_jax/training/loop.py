@@ -6,7 +6,6 @@ one: the checkpoint restores parameters, optimiser state and average, and the st
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import os
 import pathlib
@@ -32,7 +31,6 @@ from superserve_jax.training.validation import Validation
 
 _log = logging.getLogger(__name__)
 
-_REWIRING_EXAMPLES, _REWIRING_BATCH = 256, 32
 _PLOT = "metrics.png"
 
 
@@ -194,11 +192,8 @@ def _restore(saved: Checkpoints, run: Run, sandwich: SandwichStep) -> tuple[int,
 def _rewire(config: TrainConfig, state: TrainState, dataset: DatasetLike) -> TrainState:
     """The state with its units in order of importance. It depends on the state alone, so a resumed run repeats it."""
     assert isinstance(config.model, RewirableConfig)  # a config whose phases rewire checks it
-    # Within a batch, a unit's benefit and harm cancel. So take single examples, unless the family needs batch statistics.
-    size = _REWIRING_BATCH if programs.masked(config.model).offsets else 1
-    few = itertools.islice(dataset.train(size, seed=config.seed), _REWIRING_EXAMPLES // size)
     params = jax.device_put(state.params, jax.devices()[0])
-    return rewiring.reorder(config.model, state, rewiring.orders(config.model, params, few))
+    return rewiring.reorder(config.model, state, rewiring.orders_on(config.model, params, dataset, seed=config.seed))
 
 
 def _plot(run: Run) -> None:

@@ -9,6 +9,7 @@ subnet still computes the same function. Statistics must be calibrated again. A 
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,23 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.training import losses
+from superserve_jax.training.data import DatasetLike
 
 Params = Mapping[str, jax.Array]
+
+_EXAMPLES, _BATCH = 256, 32
 
 
 def orders(config: RewirableConfig, params: Params, batches: Iterable[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
     """For each of `config.units()`, its units in descending order of importance, (count,). Arguments as in `importances`."""
     return [np.argsort(-values, kind="stable") for values in importances(config, params, batches)]
+
+
+def orders_on(config: RewirableConfig, params: Params, dataset: DatasetLike, *, seed: int) -> list[np.ndarray]:
+    """`orders` on the first 256 training examples of a seed."""
+    # Within a batch, a unit's benefit and harm cancel. So take single examples, unless the family needs batch statistics.
+    size = _BATCH if programs.masked(config).offsets else 1
+    return orders(config, params, itertools.islice(dataset.train(size, seed=seed), _EXAMPLES // size))
 
 
 def importances(config: RewirableConfig, params: Params, batches: Iterable[Mapping[str, np.ndarray]]) -> list[np.ndarray]:

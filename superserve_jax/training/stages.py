@@ -17,10 +17,11 @@ from superserve_jax import errors, exports, plots, progress
 from superserve_jax.exports import Served
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.supernet import Norm
-from superserve_jax.training import calibration, evaluation, latency, loop, validation
+from superserve_jax.supernets.family import RewirableConfig
+from superserve_jax.supernets.supernet import Norm, SuperNet
+from superserve_jax.training import calibration, evaluation, latency, loop, rewiring, validation
 from superserve_jax.training.config import DistillConfig, TrainConfig, config_to_json
-from superserve_jax.training.data import fingerprints, halves
+from superserve_jax.training.data import DatasetLike, fingerprints, halves
 from superserve_jax.training.latency import Predictor
 from superserve_jax.training.runs import Run
 from superserve_jax.training.search import Candidate, SearchLog, choose_served, evolutionary_search, pareto_front
@@ -94,6 +95,17 @@ def search(run: Run) -> list[Candidate]:
     title = f"Search of {run.config.name}"
     plots.search(cloud, front, served, run.workdir / "search.png", cost=label, error=error, title=title)
     return chosen
+
+
+def sorted_by_importance(model: SuperNet, dataset: DatasetLike, *, seed: int = 0) -> SuperNet:
+    """The same network with heads, neurons or channels in order of importance on training data, see `rewiring.py`.
+
+    Its largest subnet computes the same function. Smaller subnets keep the most important units. There are no statistics.
+    """
+    if not isinstance(model.config, RewirableConfig):
+        raise errors.ConfigError(f"family '{model.config.family}' has no units to sort (its config has no method units)")
+    orders = rewiring.orders_on(model.config, model.params, dataset, seed=seed)
+    return SuperNet(model.config, rewiring.reorder(model.config, dict(model.params), orders))
 
 
 def _digest(*groups: Mapping[str, Any]) -> str:

@@ -126,3 +126,10 @@ def change(path, **fields):
 
 def _write_json(path, values):
     path.write_text(json.dumps(values, indent=2))
+
+
+def write_texts(path, count=60):
+    """Writes a CSV file of labelled texts, of which each names its class, and returns its path."""
+    lines = [f"the film was {('bad', 'good')[i % 2]},{LABELS[i % 2]}" for i in range(count)]
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
+    return path

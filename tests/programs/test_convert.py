@@ -96,3 +96,23 @@ def test_a_directory_of_hugging_face_becomes_a_run_and_a_server_without_a_config
 def test_a_path_that_is_neither_a_directory_nor_a_config_is_named(run_program, tmp_path):
     done = run_program("train/convert.py", tmp_path / "absent", status=2)
     assert "there is no directory" in done.stderr
+
+
+def test_with_texts_smaller_subnets_are_served_with_measured_accuracies(run_program, tmp_path):
+    path, model = bert_directory.write(tmp_path / "reviews")
+    texts = bert_directory.write_texts(tmp_path / "texts.csv")
+    command = ("train/convert.py", path, "--texts", texts, "--candidates", 6, "--workdir", tmp_path / "run")
+    done = run_program(*command)
+    assert "sorting heads and neurons by importance" in done.stdout
+    found = ss.load(tmp_path / "run" / "export")
+    assert all(s.accuracy is not None for s in found.served)
+    assert found.class_names == bert_directory.LABELS
+    run = Run.open(tmp_path / "run")
+    assert run.dataset().class_names == bert_directory.LABELS
+    inputs = found.encode(["the film was good"])
+    largest = model.space.largest()
+    np.testing.assert_allclose(run.model()(inputs, largest), model(inputs, largest), rtol=1e-4, atol=1e-5)
+    texts.write_text("text,label\ngood,excellent\n")
+    stderr = run_program(*command[:-1], tmp_path / "other", status=2).stderr
+    assert "has the label 'excellent' (1x), not one of negative, positive" in stderr
+    assert not (tmp_path / "other" / "config.json").exists()
