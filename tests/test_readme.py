@@ -1,5 +1,6 @@
 """Python in the README and in docs/ runs."""
 
+import bert_directory
 import jax
 import pytest
 from pages import PAGES, ROOT
@@ -25,6 +26,7 @@ def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, cache, monk
     rows = [Row(s.subnet, s.accuracy, (1.0, 1.2, 1.5, 2.0, 3.0)) for s in exports.load(export).served[-1:]]
     kind = prepare.device_kind(jax.devices()[0])
     Profile((1, 2, 4, 8, 16), tuple(rows), kind).save(exports.profile_path(export, kind))  # or a server measures one
+    bert_directory.write(tmp_path / "my-classifier")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SUPERSERVE_CACHE", str(cache))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
