@@ -74,7 +74,7 @@ def divide(given: Mapping[str, Sequence[E]], *, validation: int | None, names: M
     share = min(_MOST, max(1, len(examples) // _SHARE))
     use_files = validation is None and "validation" in given
     held = 0 if use_files else share if validation is None else validation
-    held_test = 0 if "test" in given else share
+    held_test = 0 if "test" in given else max(2, share)  # one half is profiled, the other one replayed
     left = streams.num_kept(len(examples), held + held_test)
     order = streams.fixed_order(len(examples))
     chosen: dict[str, Sequence[E]] = {

@@ -67,6 +67,11 @@ def test_held_out_images_are_in_one_split_only_and_always_the_same(tmp_path):
     assert seen == [opened(tmp_path).arrays(split)[0][:, 0, 0, 0].tolist() for split in ("train", "validation", "test")]
 
 
+def test_at_least_two_images_are_held_out_for_testing_because_one_half_of_them_is_replayed(tmp_path):
+    write(tmp_path, "a b", 5)
+    assert sizes(opened(tmp_path)) == [7, 1, 2]
+
+
 def test_a_number_of_validation_images_wins_over_a_folder(tmp_path):
     write(tmp_path, "train/a train/b val/a test/a")
     assert sizes(opened(tmp_path, validation=7)) == [33, 7, 20]
