@@ -304,10 +304,9 @@ def hand_tuned_resnets(model: Model) -> list[dict[str, Any]]:
 def ratio_from_sizes(config: FamilyConfig, subnet_list: Sequence[Subnet], *, extracted: int) -> float:
     """(live bytes of extracted subnets) / (live bytes of all subnets in place, with kept slices). Nothing is compiled or run.
 
-    In place are the weights, slices of the default budget, and statistics of a subnet of every subnet bucket, as in `measure`.
+    In place are the weights, slices of the default budget, and statistics of as many subnets as there are subnet buckets.
     """
-    envelopes = subnet_buckets.choose(subnet_list, config.flops, prepare.MAX_SUBNET_BUCKETS)
-    visited = {envelopes[s]: s for s in subnet_list}.values()
+    visited = evenly_spaced(subnet_list, config.flops, prepare.MAX_SUBNET_BUCKETS)
     chosen = evenly_spaced(subnet_list, config.flops, extracted)
     in_place = (1 + SLICES_SHARE) * 4 * config.num_params(config.space().largest())
     weights = sum(4 * config.num_params(s) for s in chosen)
