@@ -14,8 +14,8 @@ the default policy with the fixed models (see loadtest.verdict).
 
 Calm and bursts alternate, at rates that follow from the latencies of this machine (see loadtest.bursts): a burst overloads the
 most accurate subnet, but not the fastest one. Latencies are measured again before the first policy. The rates and all policies
-use them. They are checked after each policy. If they have moved by more than 10 %, or if the process stood still for more than
-half of the SLO, the replay says so and repeats this policy (at most --repeats times in all).
+use them. They are checked after each policy. The replay says so and repeats the policy if they have moved by more than 10 %,
+or if the process stood still for more than half of the SLO. --repeats limits the repeats of all policies together.
 - `--trace FILE.csv` replays recorded arrivals instead. See docs/traces.md.
 - `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
 - `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the

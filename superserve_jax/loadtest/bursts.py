@@ -10,8 +10,8 @@ the machine is 20 % faster or slower does not change which of the two keeps up. 
 the throughputs differ by less than a factor of 2.2, then 0.45 * fast is below `best`, and there is nothing to gain.
 
 Bursts of 0.5 s are long compared with the SLO. A subnet that is a little too slow for a burst cannot hide in the queue. One
-burst comes every 6 s. Peaks are rare, and then an adaptive policy gains most: it needs an inaccurate subnet only for the
-queries of a burst, while a fixed model that keeps up is always inaccurate. With a burst every 4 s, the gain in the simulator
+burst comes every 6 s. Rare peaks are the case in which an adaptive policy gains most. It needs an inaccurate subnet only for
+the queries of a burst. A fixed model that keeps up is always inaccurate. With a burst every 4 s, the gain in the simulator
 is about 0.2 points smaller.
 """
 
