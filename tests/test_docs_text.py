@@ -57,3 +57,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header():
 
 def test_the_readme_is_short():
     assert len(PAGES[0].text.splitlines()) <= 150
+
+
+def test_pictures_are_small():
+    assert not [path for path in (ROOT / "docs" / "images").iterdir() if path.stat().st_size > 150_000]
