@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,17 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
         assert r["overhead_ms"] >= 0
         assert r["stalled_s"] >= 0
         assert f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %" in done.stdout
+
+    mine = "def mine(profile, state):\n    return Decision(profile.rows[RANK].subnet, 4)\n"
+    (tmp_path / "mine.py").write_text(f"from superserve_jax import Decision\nRANK = 0\n{mine}")
+    (tmp_path / "bad.py").write_text(f"from superserve_jax import Decision\nRANK = 99\n{mine}")
+    (tmp_path / "web.csv").write_text("at,user\n" + "".join(f"{1_795_800_605_000 + 20 * i},u\n" for i in range(20)))
+    options = ["--trace", tmp_path / "web.csv", "--trace-column", "at", "--speed", "2", "--repeats", "0"]
+    done = run_program(*replay, *options, "--policies", f"{tmp_path}/mine.py:mine", json_file=True)
+    assert [r["name"] for r in done.json["policies"]] == ["mine"]
+    assert done.stdout.startswith("web, 2 times as fast: 20 queries in 0.2 s")
+    error = run_program(*replay, *options, "--policies", f"{tmp_path}/bad.py:mine", status=2).stderr
+    assert re.search(r"^error: the policy failed: IndexError.*bad\.py:4, `return", error, re.MULTILINE)
 
     (tmp_path / "none.csv").write_text("arrival_s\n")
     assert "has no arrivals" in run_program(*replay, "--trace", tmp_path / "none.csv", status=2).stderr

@@ -3,6 +3,8 @@
     superserve replay runs/digits_resnet/export
     superserve replay runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
     superserve replay runs/digits_resnet/export --policies slackfit --simulate
+    superserve replay runs/digits_resnet/export --policies slackfit my_file.py:my_policy fixed:largest
+    superserve replay runs/digits_resnet/export --trace arrivals.csv --trace-column timestamp --speed 10
     superserve replay runs/digits_resnet/export --policies slackfit --slow-factor 1.5
 
 One file because it is one program: half of it is options and the columns of tables.
@@ -34,7 +36,7 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, plots
+from superserve_jax import cli, plots, progress
 from superserve_jax.engines import prepare, profiling
 from superserve_jax.engines.base import Engine
 from superserve_jax.exports import Model
@@ -44,6 +46,7 @@ from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Stopwatch
 from superserve_jax.loadtest.slowed import Slowed
 from superserve_jax.loadtest.verdict import Outcome, compare_with_fixed
+from superserve_jax.scheduling import policies
 from superserve_jax.serving import server
 from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.server import Server
@@ -91,8 +94,8 @@ class Options:
 
     Args:
       export: the export's directory.
-      policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest. By default both SlackFits and every
-        subnet fixed.
+      policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest, or policies of your own, such as
+        my_file.py:my_policy (see docs/policies.md). By default both SlackFits and every subnet fixed.
       seconds: length of the traffic.
       slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
       calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
@@ -146,26 +149,28 @@ def main() -> None:
     fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
     labels = {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}
     names = options.policies or tuple(labels)
-    for name in names:
-        make_policy(name, *work.profiles)  # reports a mistyped name before the first replay
+    short = policies.labels(names)
+    for name in names:  # reports a mistyped name, and a policy that fails, before the first replay
+        make_policy(name, *work.profiles)
+        loadgen.rehearse(name, work.profiles, work.trace)
     results: list[Result] = []
     replays: dict[str, Replay] = {}
     ways = (True, False) if options.slow_factor > 1 else (True,)
-    each_s = float(work.trace.arrivals_s[-1]) + 1e-3 * work.slo_ms + 2 * CHECK_S
-    count, minutes = len(names) * len(ways), len(names) * len(ways) * each_s / 60
-    print(f"{count} replays of {each_s:.0f} s: about {minutes:.1f} minutes, plus up to {options.repeats} repeats", flush=True)
+    each_s, count = float(work.trace.deadlines_s.max()) + 2 * CHECK_S, len(names) * len(ways)
+    takes = f"{count} replays of {cli.duration(each_s)}: about {cli.duration(count * each_s)}"
+    print(f"{takes}, plus up to {options.repeats} repeats", flush=True)
     repeats = options.repeats
     for name in names:
         for corrected in ways:
             while True:
                 done, result = replay_policy(options, work, name, corrected=corrected)
-                print(f"{name}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
+                print(f"{short[name]}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
                 if not (problem := disturbance(result, work.slo_ms)) or not repeats:
                     break
                 repeats -= 1
-                print(f"{name}: {problem}; repeating it ({repeats} more repeats left)", flush=True)
-            replays[name] = replays.get(name, done)
-            results.append({"name": name, **result})
+                print(f"{short[name]}: {problem}; repeating it ({repeats} more repeats left)", flush=True)
+            replays.setdefault(short[name], done)
+            results.append({"name": short[name], **result})
     print()
     labelled = ({**result, "name": labels.get(result["name"], result["name"])} for result in results)
     cli.print_columns(SLOWED if options.slow_factor > 1 else USUAL, labelled)
@@ -192,7 +197,7 @@ def main() -> None:
         },
     )
     if options.plot:
-        shown = verdict.names if verdict else [n for n in names if n not in fixed] or names[:3]
+        shown = verdict.names if verdict else [n for n in replays if n not in fixed] or list(replays)[:3]
         plots.replay(
             {labels.get(n, n): loadgen.series(replays[n], window_s=0.1) for n in shown},
             options.plot,
@@ -251,6 +256,10 @@ class Work:
 def prepare_work(options: Options) -> Work:
     """Loads an export onto the devices, and makes the traffic for it."""
     model = ss.load(options.export)
+    trace = None
+    if options.trace is not None:  # before anything that takes long
+        trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed)
+        print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}", flush=True)
     inputs, labels = test_examples(model)
     _, engines, profiles = prepare.prepare(
         model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
@@ -262,8 +271,8 @@ def prepare_work(options: Options) -> Work:
     lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if buckets else np.zeros(len(inputs), int)
     slowest_ms = max(p.rows[-1].latency_ms[-1] for p in profiles)
     slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest_ms)
-    if options.trace is not None:
-        trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed, slo_ms=slo_ms)
+    if trace is not None:
+        trace = trace if np.ndim(trace.slo_ms) else dataclasses.replace(trace, slo_ms=slo_ms)
     else:
         names = ("seconds", "calm", "burst", "cv2", "seed")
         settings = {name: getattr(options, name) for name in names}
@@ -278,6 +287,8 @@ def prepare_work(options: Options) -> Work:
         f"{len(engines)} worker(s) on {', '.join(dict.fromkeys(p.device for p in profiles))}"
     )
     if buckets:
+        if np.ndim(trace.lengths):
+            chosen = loadgen.examples_of_length(lengths, np.asarray(trace.lengths), seed=options.seed)
         trace = dataclasses.replace(trace, lengths=lengths[chosen])
         p50, p90 = np.percentile(lengths, [50, 90])
         print(f"half of the texts have up to {p50:.0f} tokens, 90 % up to {p90:.0f}; length buckets: {list(buckets)}")
@@ -318,7 +329,8 @@ def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -
     ):
         for engine in slowed:
             engine.from_s = time.monotonic() + slow_s
-        done = loadgen.replay(target, work.trace, work.inputs)
+        with progress.clock(float(work.trace.deadlines_s.max()), f"replaying with {policies.labels([name])[name]}"):
+            done = loadgen.replay(target, work.trace, work.inputs)
         target.close(drain=False)
     result = numbers(done, work.labels) | {"slower": work.slower()}
     result["longest_stall_ms"] = 1e3 * max((until_s - from_s for from_s, until_s in stalls_s), default=0.0)
