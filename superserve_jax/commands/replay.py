@@ -199,11 +199,12 @@ def main() -> None:
     if options.plot:
         shown = verdict.names if verdict else [n for n in replays if n not in fixed] or list(replays)[:3]
         plots.replay(
-            {labels.get(n, n): loadgen.series(replays[n], window_s=0.1) for n in shown},
+            {labels.get(n, n).replace(", subnet of", ","): loadgen.series(replays[n], window_s=0.1) for n in shown},
             options.plot,
             title=f"One server, the same traffic for each policy: {work.trace.name}",
             note=f"measured on {profile.device}, {len(work.engines)} worker(s)",
             slo_ms=work.slo_ms,
+            bursts_s=bursts.intervals(options.seconds) if options.trace is None else None,
         )
         print(f"plot: {options.plot}")
     if verdict:

@@ -26,6 +26,16 @@ STEP_S, PERIOD = 0.5, (*7 * (0,), 1, *4 * (0,))
 """Length of a step, and the steps: 0 is calm, 1 is a burst."""
 
 
+def intervals(seconds: float) -> list[tuple[float, float]]:
+    """Start and end of each burst of `make`, in seconds.
+
+    >>> intervals(12.0)
+    [(3.5, 4.0), (9.5, 10.0)]
+    """
+    steps = range(max(1, round(seconds / STEP_S)))
+    return [(STEP_S * i, STEP_S * (i + 1)) for i in steps if PERIOD[i % len(PERIOD)]]
+
+
 def make(
     profiles: Sequence[Profile],
     *,

@@ -19,12 +19,14 @@ class Timeline:
       title: above the column.
       marks_s: times to mark, such as the loss of a worker.
       slo_ms: the SLO. If it is given, a row shows the latencies and the SLO.
+      bursts_s: start and end of each burst; None finds them with `bursts`.
     """
 
     runs: Mapping[str, Any]
     title: str = ""
     marks_s: Sequence[float] = ()
     slo_ms: float | None = None
+    bursts_s: Sequence[tuple[float, float]] | None = None
 
 
 _ABOVE_MEDIAN = 1.5
@@ -61,13 +63,16 @@ def timelines(columns: Sequence[Timeline], path: Path, *, title: str = "", note:
                 axes_of["latency"].plot(run.time_s, run.p99_ms, **look)
         if column.slo_ms is not None:
             slo = axes_of["latency"].axhline(column.slo_ms, color="black", linestyle="--", linewidth=1.2)
-            handles[f"SLO, {column.slo_ms:g} ms"] = slo
+            handles[f"SLO, {column.slo_ms:.0f} ms"] = slo
         axes_of["rate"].set_title(column.title, fontsize=10)
         axes_of["attainment"].set(xlabel="time (s)")
         for axes in axes_of.values():
             axes.grid(alpha=0.3)
-            for start_s, end_s in bursts(first.time_s, first.rate_qps):
-                handles[_BURST] = axes.axvspan(start_s, end_s, color="tab:orange", alpha=0.2, linewidth=0)
+            found = bursts(first.time_s, first.rate_qps) if column.bursts_s is None else column.bursts_s
+            for start_s, end_s in found:
+                handles[_BURST if column.bursts_s is None else "burst"] = axes.axvspan(
+                    start_s, end_s, color="tab:orange", alpha=0.2, linewidth=0
+                )
             for mark in column.marks_s:
                 handles["worker lost"] = axes.axvline(mark, color="tab:red", linestyle=":", linewidth=1.2)
     left = {name: row[0] for name, row in grid.items()}
@@ -110,8 +115,9 @@ def replay(
     *,
     marks_s: Sequence[float] = (),
     slo_ms: float | None = None,
+    bursts_s: Sequence[tuple[float, float]] | None = None,
     title: str = "",
     note: str = "",
 ) -> None:
     """Plots the runs of some policies on one trace over time; see `Timeline` and `timelines`."""
-    timelines([Timeline(runs, "", marks_s, slo_ms)], path, title=title, note=note)
+    timelines([Timeline(runs, "", marks_s, slo_ms, bursts_s)], path, title=title, note=note)
