@@ -1,13 +1,13 @@
 """Replays bursty traffic on the real server, once per policy, and prints one table.
 
+One file because it is one program: half of it is options and the columns of tables.
+
     superserve replay runs/digits_resnet/export
     superserve replay runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
     superserve replay runs/digits_resnet/export --policies slackfit --simulate
     superserve replay runs/digits_resnet/export --policies slackfit my_file.py:my_policy fixed:largest
     superserve replay runs/digits_resnet/export --trace arrivals.csv --trace-column timestamp --speed 10
     superserve replay runs/digits_resnet/export --policies slackfit --slow-factor 1.5
-
-One file because it is one program: half of it is options and the columns of tables.
 
 All policies get the same arrivals, inputs and SLO. The inputs are the half of the test split that was not profiled (see
 training.data.halves); texts keep their lengths. Answers are compared with the labels. So "profiled" is the accuracy that the
