@@ -1,5 +1,6 @@
 """Helpers of the programs in train/ and serve/: logging, errors in one line, checks of options, tables."""
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -106,6 +107,48 @@ def check_above_zero(options: Any, *names: str) -> None:
     for name in names:
         if not getattr(options, name) > 0:
             raise errors.ConfigError(f"{name} must be above 0, got {getattr(options, name)}")
+
+
+def refuse_with(options: Any, other: str, *names: str) -> None:
+    """Raises ConfigError if the option `other` was given, and one of `names`, which have no effect beside it.
+
+    Args:
+      options: the options, a dataclass. An option that equals its default counts as left out.
+      other: the option that decides.
+      names: options that have no effect beside `other`.
+
+    >>> @dataclasses.dataclass
+    ... class Options:
+    ...     trace: str | None = None
+    ...     cv2: float = 4.0
+    >>> refuse_with(Options("a.csv", cv2=1.0), "trace", "cv2")
+    Traceback (most recent call last):
+    superserve_jax.errors.ConfigError: --cv2 1.0 has no effect with --trace; leave out one of them
+    """
+    _refuse(options, names, _is_given(options, other), f"with {_flag(other)}; leave out one of them")
+
+
+def refuse_without(options: Any, other: str, *names: str) -> None:
+    """Raises ConfigError if the option `other` was left out, and one of `names` was given, which need it.
+
+    See `refuse_with`. The error says, for example, "--speed 2.0 has no effect without --trace; give both or neither".
+    """
+    _refuse(options, names, not _is_given(options, other), f"without {_flag(other)}; give both or neither")
+
+
+def _refuse(options: Any, names: Sequence[str], is_unused: bool, why: str) -> None:
+    for name in names:
+        if is_unused and _is_given(options, name):
+            raise errors.ConfigError(f"{_flag(name)} {getattr(options, name)} has no effect {why}")
+
+
+def _is_given(options: Any, name: str) -> bool:
+    [field] = (f for f in dataclasses.fields(options) if f.name == name)
+    return getattr(options, name) != field.default
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def options_after_path(defaults: Callable[[str], T], explanation: str | None, *, path: str | None = None) -> tuple[str, T]:

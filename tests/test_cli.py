@@ -1,11 +1,30 @@
 """Tables that programs print are plain text, and are never wrapped or cut. Errors of native threads are not shown."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from superserve_jax import cli
+from superserve_jax import cli, errors
+
+
+@dataclasses.dataclass
+class Options:
+    trace: str | None = None
+    seconds: float = 12.0
+    slow_after: float = 0.5
+    slow_factor: float = 1.0
+
+
+def test_options_that_would_have_no_effect_are_refused_and_their_defaults_are_not():
+    for options in Options(), Options(seconds=3.0), Options("a.csv"), Options(slow_after=0.2, slow_factor=2.0):
+        cli.refuse_with(options, "trace", "seconds")
+        cli.refuse_without(options, "slow_factor", "slow_after")
+    with pytest.raises(errors.ConfigError, match=r"--seconds 3.0 has no effect with --trace; leave out one of them"):
+        cli.refuse_with(Options("a.csv", seconds=3.0), "trace", "slow_after", "seconds")
+    with pytest.raises(errors.ConfigError, match=r"--slow-after 0.2 .* without --slow-factor; give both or neither"):
+        cli.refuse_without(Options(slow_after=0.2), "slow_factor", "slow_after")
 
 
 @pytest.mark.parametrize("columns", ["20", "80", "400"])
