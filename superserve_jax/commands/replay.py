@@ -157,7 +157,7 @@ def main() -> None:
     replays: dict[str, Replay] = {}
     ways = (True, False) if options.slow_factor > 1 else (True,)
     each_s, count = float(work.trace.deadlines_s.max()) + 2 * CHECK_S, len(names) * len(ways)
-    takes = f"{count} replays of {cli.duration(each_s)}: about {cli.duration(count * each_s)}"
+    takes = f"{count} replay{'s' if count > 1 else ''} of {cli.duration(each_s)}: about {cli.duration(count * each_s)}"
     print(f"{takes}, plus up to {options.repeats} repeats", flush=True)
     repeats = options.repeats
     for name in names:
