@@ -41,8 +41,8 @@ class _Manifest(msgspec.Struct):
 
 
 def is_run(path: pathlib.Path) -> bool:
-    """Whether a folder is the folder of a run."""
-    return (path / RUN_CONFIG).is_file()
+    """Whether a folder is the folder of a run. Its config may be damaged."""
+    return os.path.lexists(path / RUN_CONFIG)
 
 
 def hint(path: pathlib.Path, kind: Literal["export", "run"]) -> str:

@@ -5,6 +5,7 @@ import types
 import superserve_jax as ss
 from superserve_jax import exports
 from superserve_jax.engines import profiling
+from superserve_jax.exports import Served
 from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
@@ -14,7 +15,7 @@ PROFILE = Profile((1, 2), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enume
 
 
 def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, monkeypatch, tmp_path):
-    served = [types.SimpleNamespace(subnet=r.subnet, accuracy=r.accuracy, flops=1) for r in PROFILE.rows]
+    served = [Served(r.subnet, r.accuracy, None, flops=1, params=1) for r in PROFILE.rows]
     config = types.SimpleNamespace(flops=lambda subnet: 1)
     model = types.SimpleNamespace(path=tmp_path, config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
     monkeypatch.setattr(ss, "load", lambda path: model)

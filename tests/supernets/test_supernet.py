@@ -27,7 +27,7 @@ def test_shared_statistics_need_the_statistics_of_the_largest_subnet(tiny):
 @pytest.mark.parametrize(
     ("subnet", "norm", "error", "message"),
     [
-        (SPACE.subnet(depth=(0, 0, 1), width=0.5, expand=1.0), "own", errors.NotCalibratedError, r"train/calibrate\.py"),
+        (SPACE.subnet(depth=(0, 0, 1), width=0.5, expand=1.0), "own", errors.NotCalibratedError, r"superserve calibrate"),
         (SPACE.largest(), "sharde", errors.UnknownNameError, "did you mean 'shared'"),
         (Subnet((1, 1), ()), "own", errors.SubnetError, "gates"),
     ],

@@ -72,11 +72,11 @@ READERS = {
     "config.json": (Run.open, r"config\.json is damaged .*; restore it, or train in another folder"),
     "search.json": (
         lambda f: Run.open(f).served(),
-        r"search\.json is damaged .*; make it again with `python train/search\.py",
+        r"search\.json is damaged .*; make it again with `superserve search",
     ),
     "evaluation.json": (
         lambda f: Run.open(f).evaluated(),
-        r"evaluation\.json is damaged .*make it again with `python train/eval",
+        r"evaluation\.json is damaged .*make it again with `superserve eval",
     ),
     "search.jsonl": (
         lambda f: SearchLog(f / "search.jsonl", SETTINGS),

@@ -46,7 +46,7 @@ MISBEHAVIOURS = {
     "bad repr": (lambda *_: BadRepr(), r"it returned BadRepr \(its repr fails\); a policy"),
     "unknown subnet": (
         lambda *_: Decision(Subnet((9,)), 1),
-        r"gates=\(9,\).*not in the profile of 3 subnets; take `row.subnet`",
+        r"gates 9\).*not in the profile of 3 subnets; take `row.subnet`",
     ),
     "rank as subnet": (lambda *_: Decision(0, 1), "it chose the subnet 0, which is not in the profile"),
     "list as subnet": (lambda *_: Decision([1], 1), r"it chose the subnet \[1\], which is not in the profile"),
