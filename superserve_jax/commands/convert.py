@@ -7,7 +7,7 @@ A **directory** that Hugging Face's `save_pretrained` wrote needs no config. A B
 sizes, class names, vocabulary and case come from the directory. The run gets an export at once, which serves the classifier
 as it is, with unknown accuracy. With labelled texts it also serves smaller subnets, and their accuracies are measured:
 
-    superserve convert my-classifier --texts reviews.csv --workdir runs/reviews
+    superserve convert my-classifier --texts reviews.csv --workdir runs/reviews-subnets
 
 Heads and neurons are then sorted by importance, and a search chooses the subnets. Nothing is trained. docs/convert.md says how
 to train the run further, and lists what is supported.
@@ -22,13 +22,14 @@ Library: convert.from_pretrained, convert.weights, training.runs.Run.convert.
 
 import dataclasses
 import pathlib
+import tempfile
 from typing import Annotated, Any
 
 import tyro
 
 from superserve_jax import cli, convert, errors, files
 from superserve_jax.convert import Pretrained
-from superserve_jax.training import data, stages
+from superserve_jax.training import data, runs, stages
 from superserve_jax.training.config import (
     DistillConfig,
     OptimConfig,
@@ -38,7 +39,7 @@ from superserve_jax.training.config import (
     config_to_json,
     load_config,
 )
-from superserve_jax.training.data import TextFileConfig
+from superserve_jax.training.data import Dataset, TextFileConfig
 from superserve_jax.training.runs import Run
 
 # How a converted classifier is trained further: the published recipe of DynaBERT, as in configs/dynabert_sst2.py.
@@ -122,28 +123,33 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
     """Makes a run and an export from a directory that `save_pretrained` wrote."""
     space = {name: getattr(options, name) for name in ("max_length", "depths", "heads", "ffn")}
     found = convert.from_pretrained(path, **space)
-    workdir = options.workdir or pathlib.Path("runs") / path.resolve().name
+    workdir = runs.check_workdir(options.workdir or pathlib.Path("runs") / path.resolve().name)
+    texts = None if options.texts is None else text_config(found, options.texts, options, workdir)
     config = TrainConfig(
         name=path.resolve().name,
         model=found.model.config,
-        data=None if options.texts is None else text_config(found, options, workdir),
+        data=texts,
         search=SearchConfig(candidates=options.candidates, examples=options.examples),
         **RECIPE,
     )
+    runs.check_unused(config, workdir)  # before texts are read and units are sorted, which can take minutes
     model = found.model
-    if config.data is not None:
+    if texts is not None and found.vocabulary is not None:
+        tokens = found.vocabulary.to_text().encode()
+        dataset = open_texts(texts, config, tokens)
         print("sorting heads and neurons by importance")
-        model = stages.sorted_by_importance(model, data.open(config.data, config.model), seed=config.seed)
+        model = stages.sorted_by_importance(model, dataset, seed=config.seed)
+        files.write_bytes(workdir / runs.VOCABULARY, tokens)
     run = Run.convert(config, workdir, model)
     print(report(run, options.json))
     words = "none, so inputs are token ids" if found.vocabulary is None else f"{len(found.vocabulary.tokens):,} tokens"
     print(f"classes: {', '.join(found.class_names)}\nvocabulary: {words}; texts of up to {found.config.max_length} tokens")
-    if config.data is not None:
+    if texts is not None:
         stages.search(run)
         stages.calibrate(run)
         cli.print_table(stages.table(stages.evaluate(run)))
         export = stages.export(run)
-        print(f"export: {export} serves the subnets that are more accurate than all cheaper ones")
+        print(f"export: {export} serves these subnets")
     else:
         export = found.export(run.workdir / "export", training=config_to_json(config))
         print(
@@ -153,23 +159,35 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
     print(f"go on with `superserve measure {export}`")
 
 
-def text_config(found: Pretrained, options: DirectoryOptions, workdir: pathlib.Path) -> TextFileConfig:
-    """The config of the user's labelled texts. Writes the vocabulary into the run's folder, from where the config reads it."""
+def text_config(found: Pretrained, texts: pathlib.Path, options: DirectoryOptions, workdir: pathlib.Path) -> TextFileConfig:
+    """The config of the user's labelled texts. It reads the vocabulary from the run's folder, where it is not written yet."""
     if found.vocabulary is None:
         raise errors.ConversionError("--texts needs a tokenizer in the directory: tokenizer.json or vocab.txt; save it there")
-    file = workdir.absolute() / "vocabulary.txt"
-    files.write_bytes(file, found.vocabulary.to_text().encode())
     return TextFileConfig(
-        str((options.texts or pathlib.Path()).expanduser().absolute()),
+        str(files.user_path(texts).absolute()),
         text=options.text,
         second=options.second,
         label=options.label,
         class_names=found.class_names,
         max_length=found.config.max_length,
         token_types=2 if found.config.token_types > 1 else 1,
-        vocabulary=str(file),
+        vocabulary=str(workdir.absolute() / runs.VOCABULARY),
         lowercase=found.vocabulary.lowercase,
     )
+
+
+def open_texts(texts: TextFileConfig, config: TrainConfig, tokens: bytes) -> Dataset:
+    """Opens the texts before the run's folder is made. So texts that cannot be used leave no folder behind.
+
+    Args:
+      texts: the config of the texts.
+      config: the run's config.
+      tokens: the content of the vocabulary file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / runs.VOCABULARY
+        files.write_bytes(file, tokens)
+        return data.open(dataclasses.replace(texts, vocabulary=str(file)), config.model)
 
 
 def report(run: Run, json: pathlib.Path | None) -> str:

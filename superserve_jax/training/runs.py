@@ -9,6 +9,7 @@
 | set_aside/ | damaged checkpoints and metrics, and checkpoints without checksums |
 | training.lock | the process that trains now, or trained last |
 | converted.json | exists if the first checkpoint holds converted weights |
+| vocabulary.txt | the tokens of a converted classifier of texts |
 | metrics.jsonl, metrics.png | the training metrics |
 | validation.jsonl, tensorboard/ | validation accuracies, and all metrics for TensorBoard |
 | wandb.json, wandb/ | the id and the local files of a Weights & Biases run |
@@ -39,12 +40,13 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import data, metrics_log
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.config import TrainConfig, config_differences, config_from_json, config_to_json
-from superserve_jax.training.data import DatasetLike, fingerprints
+from superserve_jax.training.data import DatasetLike, TextFileConfig, fingerprints
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+VOCABULARY = "vocabulary.txt"
 _CONVERTED = "converted.json"
 _STATISTICS = "statistics.npz"
 _INPUTS = "inputs.json"
@@ -63,6 +65,16 @@ def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise errors.ConfigError(f"workdir {path} cannot be made: {above} is not a folder with permission to write")
     return path
+
+
+def check_unused(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Raises ConfigError if a folder has a checkpoint or a run of another config. Writes nothing."""
+    if (workdir / "config.json").exists():
+        _refuse_changes(Run.open(workdir), config)
+    if (workdir / "checkpoints").exists():
+        with Checkpoints(workdir) as saved:
+            if (step := saved.latest()) is not None:
+                raise errors.ConfigError(f"{workdir} already has a checkpoint, of step {step}; choose another --workdir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +97,8 @@ class Run:
         workdir = files.user_path(workdir)
         if not (workdir / "config.json").exists():
             files.write_json(workdir / "config.json", config_to_json(config))
-        # An older version may not have written every field, so compare the config that its values give.
-        elif changed := _changes(Run.open(workdir), config):
-            raise errors.ConfigError(
-                f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
-                f"remove that folder"
-            )
+        else:  # An older version may not have written every field, so compare the config that its values give.
+            _refuse_changes(Run.open(workdir), config)
         return Run(workdir, config, dataset)
 
     @staticmethod
@@ -101,7 +109,8 @@ class Run:
             hint = manifest.hint(workdir, "run") or "train one first, for example with `superserve train digits_resnet`"
             raise errors.ConfigError(f"{workdir} is not the folder of a run: it has no {manifest.RUN_CONFIG}; {hint}")
         remedy = "restore it, or train in another folder"
-        return Run(workdir, _read(workdir / "config.json", remedy, config_from_json), dataset)
+        config = _read(workdir / "config.json", remedy, config_from_json)
+        return Run(workdir, _with_own_vocabulary(config, workdir), dataset)
 
     @staticmethod
     def convert(config: TrainConfig, workdir: str | os.PathLike[str], model: SuperNet) -> "Run":
@@ -114,13 +123,12 @@ class Run:
         workdir = files.user_path(workdir)
         if model.config != config.model:
             raise errors.ConfigError(f"{workdir} is a run of {config.model}, not of {model.config}")
+        check_unused(config, workdir)
         # Written first: without this file, a run that lost its checkpoint would be trained from random weights.
         if not (workdir / "config.json").exists():
             files.write_json(workdir / _CONVERTED, {"parameters": sum(p.size for p in model.params.values())})
         run = Run.create(config, workdir)
         with run.checkpoints() as saved:
-            if (step := saved.latest()) is not None:
-                raise errors.ConfigError(f"{workdir} already has a checkpoint, of step {step}; choose another folder")
             opt_state = config.optim.create(1).init(model.params)  # its initial state does not depend on the number of steps
             saved.save(0, params=model.params, opt_state=opt_state, ema=model.params if config.ema else {})
         if model.statistics:
@@ -263,11 +271,23 @@ class Run:
         )
 
 
-def _changes(run: Run, config: TrainConfig) -> list[str]:
-    """What differs in the config of a run and may not change. Paths may, if the run can tell whether the data is the same."""
+def _with_own_vocabulary(config: TrainConfig, workdir: pathlib.Path) -> TrainConfig:
+    """The config with the path of the vocabulary that conversion wrote into the folder. The folder may have been moved."""
+    own = workdir.absolute() / VOCABULARY
+    if not (workdir / _CONVERTED).exists() or not own.exists() or not isinstance(config.data, TextFileConfig):
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, vocabulary=str(own)))
+
+
+def _refuse_changes(run: Run, config: TrainConfig) -> None:
+    """Raises ConfigError if fields that may not change differ. Paths may, if the run can tell whether the data is the same."""
     free = (*_RECORDS, *_PATHS) if (run.workdir / _INPUTS).exists() else _RECORDS
-    changed = config_differences(config_to_json(run.config), config_to_json(config))
-    return [change for change in changed if change.split(":")[0] not in free]
+    differences = config_differences(config_to_json(run.config), config_to_json(config))
+    if changed := [change for change in differences if change.split(":")[0] not in free]:
+        raise errors.ConfigError(
+            f"{run.workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
+            f"remove that folder"
+        )
 
 
 def _read(path: pathlib.Path, remedy: str, parse: Callable[[Any], T]) -> T:

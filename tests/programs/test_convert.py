@@ -112,7 +112,21 @@ def test_with_texts_smaller_subnets_are_served_with_measured_accuracies(run_prog
     inputs = found.encode(["the film was good"])
     largest = model.space.largest()
     np.testing.assert_allclose(run.model()(inputs, largest), model(inputs, largest), rtol=1e-4, atol=1e-5)
+
+    vocabulary = (run.workdir / "vocabulary.txt").read_bytes()
+    other, _ = bert_directory.write(tmp_path / "others", tokens=(*bert_directory.TOKENS[:-1], "e"))
+    done = run_program("train/convert.py", other, *command[2:], status=2)
+    assert "holds a run of another config (name: reviews -> others)" in done.stderr
+    assert not done.stdout  # refused before texts are read and units are sorted
+    done = run_program(*command, status=2)
+    assert "already has a checkpoint, of step 0; choose another --workdir" in done.stderr
+    assert not done.stdout
+    assert (run.workdir / "vocabulary.txt").read_bytes() == vocabulary
+
+    moved = shutil.move(run.workdir, tmp_path / "moved")
+    assert "test accuracy" in run_program("train/evaluate.py", moved).stdout
+
     texts.write_text("text,label\ngood,excellent\n")
     stderr = run_program(*command[:-1], tmp_path / "other", status=2).stderr
     assert "has the label 'excellent' (1x), not one of negative, positive" in stderr
-    assert not (tmp_path / "other" / "config.json").exists()
+    assert not (tmp_path / "other").exists()
