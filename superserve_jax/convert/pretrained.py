@@ -169,7 +169,7 @@ def _check_supported(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
     kind, names = fields.get("model_type"), fields.get("architectures") or [_SUPPORTED]
     architecture = names[0] if isinstance(names, list) and names else names
     if kind != "bert":
-        reason = f" ({_REASONS[kind]})" if kind in _REASONS else ""
+        reason = f" ({_REASONS[kind]})" if isinstance(kind, str) and kind in _REASONS else ""
         raise errors.ConversionError(
             f"{path}: {architecture if 'architectures' in fields else 'the network'} of model_type {kind!r} is not supported"
             f"{reason}; supported is {_SUPPORTED} of model_type 'bert'"

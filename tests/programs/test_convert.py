@@ -1,6 +1,7 @@
 """train/convert.py as a user runs it."""
 
 import dataclasses
+import json
 import shutil
 
 import bert_directory
@@ -125,6 +126,9 @@ def test_with_texts_smaller_subnets_are_served_with_measured_accuracies(run_prog
 
     moved = shutil.move(run.workdir, tmp_path / "moved")
     assert "test accuracy" in run_program("train/evaluate.py", moved).stdout
+    run_program("train/export.py", moved)
+    manifest = json.loads((moved / "export" / "manifest.json").read_text())
+    assert manifest["training"]["data"]["vocabulary"] == str(moved / "vocabulary.txt")
 
     texts.write_text("text,label\ngood,excellent\n")
     stderr = run_program(*command[:-1], tmp_path / "other", status=2).stderr
