@@ -223,8 +223,12 @@ def _rows(path: pathlib.Path, wanted: Sequence[str]) -> Iterator[tuple[int, Any]
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return enumerate(parquet.rows(path), 1)
-    content = files.read_bytes(path).decode("utf-8-sig")
-    return _json_rows(content) if suffix in _JSON else _csv_rows(content, wanted, tabs=suffix == ".tsv")
+    return json_rows(read_text(path)) if suffix in _JSON else _csv_rows(read_text(path), wanted, tabs=suffix == ".tsv")
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text in a file of UTF-8, without the mark that Excel puts first. Raises OSError, or ValueError for other bytes."""
+    return files.read_bytes(path).decode("utf-8-sig")
 
 
 def _csv_rows(content: str, wanted: Sequence[str], *, tabs: bool) -> Iterator[tuple[int, Mapping[Any, Any]]]:
@@ -241,7 +245,12 @@ def _csv_rows(content: str, wanted: Sequence[str], *, tabs: bool) -> Iterator[tu
         yield reader.line_num, row
 
 
-def _json_rows(content: str) -> Iterator[tuple[int, Any]]:
+def json_rows(content: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line of JSON lines, or of each element of a list. Raises ValueError for other text.
+
+    >>> list(json_rows('{"text": "a"}\\n\\n{"text": "b"}'))
+    [(1, {'text': 'a'}), (3, {'text': 'b'})]
+    """
     if content.lstrip().startswith("["):
         yield from enumerate(json.loads(content), 1)
         return

@@ -5,16 +5,14 @@ gluebenchmark.com (TSV), or are JSON lines with the Hub's columns. The split "te
 development set, of MNLI on the matched one.
 """
 
-import csv
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from superserve_jax import errors, files
-from superserve_jax.training.data import parquet
+from superserve_jax.training.data import parquet, text_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ def find(task: str, data_dir: str | None) -> dict[str, list[pathlib.Path]]:
     """
     if data_dir is None:
         return {}
-    root = pathlib.Path(data_dir).expanduser()
+    root = files.user_path(data_dir)
     for folder in (root / "glue" / task, root / task, root / TASKS[task].folder):
         found = {split: _files(folder, names) for split, names in _SPLITS.items()}
         if missing := [split for split, paths in found.items() if not paths]:
@@ -146,14 +144,14 @@ def _rows(path: pathlib.Path, header: tuple[str, ...]) -> Iterator[Mapping[str, 
         if path.suffix == ".parquet":
             yield from parquet.rows(path)
         elif path.suffix == ".jsonl":
-            yield from (dict(json.loads(line)) for line in files.read_bytes(path).decode().splitlines() if line.strip())
+            yield from (dict(row) for _, row in text_files.json_rows(text_files.read_text(path)))
         else:
-            lines = files.read_bytes(path).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
-            rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotation marks are part of the texts
-            names = header or tuple(next(rows, ()))
+            # No module csv: quotation marks are part of the texts.
+            lines = (line.rstrip("\r").split("\t") for line in text_files.read_text(path).removesuffix("\n").split("\n"))
+            names = header or tuple(next(lines))
             # QQP has a few broken lines, with fewer columns. Everybody skips them.
-            yield from (dict(zip(names, row, strict=False)) for row in rows if len(row) >= len(names))
+            yield from (dict(zip(names, line, strict=False)) for line in lines if len(line) >= len(names))
     except errors.DataError as e:
         raise errors.DataError(f"{path} has {e}") from e
-    except (OSError, csv.Error, *errors.MALFORMED) as e:
+    except (OSError, *errors.MALFORMED) as e:
         raise errors.DataError(f"{path} is damaged or cannot be read: {errors.one_line(e)[:300]}; download it again") from e

@@ -1,6 +1,7 @@
 """GLUE's tasks from local files: Parquet of the Hub, TSV of gluebenchmark.com, JSON lines."""
 
 import json
+import shutil
 
 import bert_directory
 import pytest
@@ -74,6 +75,20 @@ def test_pairs_have_their_two_texts_and_named_labels(tmp_path, words):
     inputs, labels = found.arrays("test")
     assert labels.tolist() == [2]
     assert inputs[0].tolist() == found.vocabulary.encode(["a good film"], ["good"], length=12, token_types=2)[0].tolist()
+
+
+def test_texts_may_hold_what_python_takes_for_the_end_of_a_line_and_be_long(tmp_path, words):
+    rows = [{"sentence": text, "label": 1} for text in ("good\u2028film", "bad\x85film", "film " * 30_000)]
+    (tmp_path / "sst2").mkdir()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for split in ("train", "validation"):
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text(lines)
+        write(tmp_path / "SST-2" / f"{'dev' if split == 'validation' else split}.tsv", rows)
+    found = open_task("glue/sst2", tmp_path, words, validation=0)
+    assert found.num_examples("train") == 3
+    shutil.rmtree(tmp_path / "sst2")
+    tsv = open_task("glue/sst2", tmp_path, words, validation=0)
+    assert tsv.arrays("test")[0].tolist() == found.arrays("test")[0].tolist()
 
 
 def test_files_without_a_header_and_broken_lines_are_read_as_everybody_does(tmp_path, words):
