@@ -28,7 +28,7 @@ lint: setup  ## check format, lint and types
 	$(BIN)/pyright
 
 shipped: setup  ## train and export again what ss.load("digits") loads
-	$(BIN)/superserve train digits_resnet --workdir runs/digits
+	$(BIN)/superserve train digits_resnet --workdir runs/digits --search.served 6 --search.tolerance None
 	$(BIN)/superserve export runs/digits --out superserve_jax/shipped/digits
 
 docs: setup  ## build docs/_build/html; a warning is an error
