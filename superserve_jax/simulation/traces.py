@@ -17,7 +17,7 @@ import numpy as np
 from superserve_jax import errors
 
 _STEP_S = 1e-3  # resolution of rates that change continuously
-_MAX_QUERIES = 50_000_000  # limit on the queries of a trace, since the whole trace is in memory
+MAX_QUERIES = 50_000_000  # limit on the queries of a trace, since the whole trace is in memory
 _MAX_CV2 = 1e6  # above this, hardly anything arrives; a `cv2` below 1 / _MAX_CV2 counts as evenly spaced
 _MAX_LENGTH, _MAX_NUMBER = 1 << 40, 1e12
 
@@ -225,9 +225,9 @@ def check(least: float = math.nextafter(0, 1), most: float = _MAX_NUMBER, **valu
 
 def count(rate: float, duration_s: float) -> int:
     """Number of arrivals at a rate. Raises ConfigError if there are too many, before they take memory."""
-    if not rate * duration_s <= _MAX_QUERIES:
+    if not rate * duration_s <= MAX_QUERIES:
         raise errors.ConfigError(
-            f"a trace may have at most {_MAX_QUERIES:,} queries, got {rate * duration_s:.3g}; lower rate or duration"
+            f"a trace may have at most {MAX_QUERIES:,} queries, got {rate * duration_s:.3g}; lower rate or duration"
         )
     return math.floor(rate * duration_s + 1e-9)
 
