@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 import types
+from typing import TypeGuard
 
 from superserve_jax import errors
 
@@ -67,12 +68,21 @@ def import_module(name: str) -> types.ModuleType:
     except errors.SuperServeError:
         raise
     except (Exception, SystemExit) as e:  # any exception: it is the user's code
-        if isinstance(e, ModuleNotFoundError) and name.startswith(str(e.name)):
+        if is_missing(e, module):
             raise errors.ConfigError(
                 f"no module named {name}: install its package, call the program from the folder that holds it, or give the "
                 "path of a .py file"
             ) from e
         raise errors.ConfigError(f"{name} fails{place(e)}: {type(e).__name__}: {errors.one_line(e)}") from e
+
+
+def is_missing(error: BaseException | None, module: str) -> TypeGuard[ModuleNotFoundError]:
+    """Whether an import failed because there is no module of this name, or no package that would hold it.
+
+    >>> [is_missing(ModuleNotFoundError(name=name), "torch_family.a") for name in ("torch_family", "torch")]
+    [True, False]
+    """
+    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
 
 
 def _is_file(module: str, path: pathlib.Path) -> bool:

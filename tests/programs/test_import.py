@@ -77,12 +77,14 @@ def test_a_file_with_the_name_of_another_module_is_executed_as_itself(family, ca
             ["--import", "needs.py"],
             r"needs.py fails, see .*needs.py:1, .*: ModuleNotFoundError: No module named 'not_installed'",
         ),
+        (["--import", "needs_more"], r"needs_more fails, see .*needs_more.py:1, .*No module named 'needs'"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, call, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.py").write_text("x = 1\n1 / 0\n")
     (tmp_path / "needs.py").write_text("import not_installed\n")
+    (tmp_path / "needs_more.py").write_text("raise ModuleNotFoundError(\"No module named 'needs'\", name='needs')\n")
     assert call(*arguments)[0] == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

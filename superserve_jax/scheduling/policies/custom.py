@@ -75,7 +75,7 @@ def _import(name: str, module: str) -> Any:
             return importlib.import_module(module)
     except errors.ConfigError as e:
         missing = e.__cause__
-        if isinstance(missing, ModuleNotFoundError) and f"{module}.".startswith(f"{missing.name}."):
+        if foreign.is_missing(missing, module):
             raise errors.UnknownNameError(
                 f"unknown policy '{name}': there is no module {missing.name}, and no built-in policy has this name; see "
                 "docs/policies.md for the names"
