@@ -64,14 +64,18 @@ def is_custom(policy: object) -> TypeGuard[str]:
 
 
 def labels(policies: Sequence[str]) -> dict[str, str]:
-    """Names for tables and plots: the part after the colon of your own policies, unless two would be called the same.
+    """Names for tables and plots: the part after the colon of your own policies.
+
+    A policy keeps its whole name if another one would be called the same, or if a built-in policy is.
 
     >>> labels(["fixed:largest", "a.py:mine", "a.py:other", "b.py:other"])
     {'fixed:largest': 'fixed:largest', 'a.py:mine': 'mine', 'a.py:other': 'a.py:other', 'b.py:other': 'b.py:other'}
+    >>> labels(["a.py:slackfit"])
+    {'a.py:slackfit': 'a.py:slackfit'}
     """
     short = {name: name.rpartition(":")[2] if is_custom(name) else name for name in policies}
     count = collections.Counter(short.values())
-    return {name: label if count[label] == 1 else name for name, label in short.items()}
+    return {name: label if count[label] == 1 and label not in _KINDS else name for name, label in short.items()}
 
 
 def create(policy: str | Policy, *profiles: Profile) -> Policy:
