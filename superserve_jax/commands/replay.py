@@ -307,7 +307,7 @@ def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
             "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
             "inputs of your own with superserve_jax.loadtest.loadgen.replay"
         )
-    inputs, labels = data.open(config.data).arrays("test")
+    inputs, labels = data.open(config.data, decode=False).arrays("test")
     if not all(s.profiled_half for s in model.served):
         return inputs, labels  # an export of an older version, profiled on the whole split
     chosen = ~halves.profiling_half(labels)

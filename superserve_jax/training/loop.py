@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -59,12 +58,18 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     given = dataset
     if dataset is not None:
         config = dataclasses.replace(config, data=None)  # so that no later stage takes another dataset
-    elif config.data is not None:
+    before = Run.open(workdir) if (workdir / "config.json").exists() else None
+    if before is not None:
+        before.check_data(config)  # before the data is opened, which may take minutes
+    if dataset is None and config.data is not None:
         # Before the folder is made: if there is no data, no folder is left behind.
         dataset = data.open(config.data, config.model)
-    else:
+    if dataset is None:
         raise errors.ConfigError("the config names no dataset: set its `data`, or pass train(..., dataset=...)")
-    config, derived = _complete(config, dataset, workdir)
+    inputs: dict[str, Any] = {"data": data.fingerprint(dataset)}
+    if before is not None:
+        before.check_inputs(inputs)  # before the values that its data gave are taken as those of this data
+    config, derived = _complete(config, dataset, before)
     supernets.check(config.model, run=False)
     fit.check(dataset, config.model)
     validated = _can_validate(config, dataset)
@@ -78,7 +83,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     if outside is not None:
         outside = outside._replace(params=jax.device_put(outside.params, replicated))
 
-    inputs = {"data": data.fingerprint(dataset), "teacher": outside and teacher.fingerprint(outside)}
+    inputs["teacher"] = outside and teacher.fingerprint(outside)
     run = Run.create(config, workdir, dataset=given)
     num_steps = max(1, int(config.epochs * dataset.num_examples("train") / config.batch_size))
     parts = sampling.plan(config, num_steps)
@@ -143,10 +148,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     return run
 
 
-def _complete(config: TrainConfig, dataset: DatasetLike, workdir: pathlib.Path) -> tuple[TrainConfig, dict[str, Any]]:
+def _complete(config: TrainConfig, dataset: DatasetLike, before: Run | None) -> tuple[TrainConfig, dict[str, Any]]:
     """The config with the values of its model that the data tells, and these values by name."""
-    known = Run.open(workdir).config.model if (workdir / "config.json").exists() else None
-    model, names = fit.complete(config.model, dataset, known=known)
+    model, names = fit.complete(config.model, dataset, known=before and before.config.model)
     return dataclasses.replace(config, model=model), {name: getattr(model, name) for name in names}
 
 

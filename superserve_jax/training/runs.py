@@ -135,6 +135,10 @@ class Run:
             run.save_statistics(model.statistics)
         return run
 
+    def check_data(self, config: TrainConfig) -> None:
+        """Raises ConfigError if another config has another dataset. The dataset is not opened."""
+        _refuse_changes(self, dataclasses.replace(self.config, data=config.data))
+
     def dataset(self) -> DatasetLike:
         """The dataset that the run trains on.
 
@@ -143,7 +147,8 @@ class Run:
         if self.given is not None:
             dataset = self.given
         elif self.config.data is not None:
-            dataset = data.open(self.config.data)
+            # The training decoded all images already, and inputs.json tells whether they are the same.
+            dataset = data.open(self.config.data, decode=not (self.workdir / _INPUTS).exists())
         else:
             raise errors.ConfigError(
                 f"the run in {self.workdir} was trained on a dataset that its config does not name: pass it again, as "

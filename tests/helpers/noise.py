@@ -38,7 +38,7 @@ class Noise:
 
     name, num_classes, class_names, vocabulary = "noise", 10, tuple("0123456789"), None
 
-    def __init__(self, config=None, model=None):
+    def __init__(self, config=None, model=None, *, decode=True):
         self.config = config
 
     def num_examples(self, split):

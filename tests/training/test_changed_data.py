@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from noise import CONFIG
-from tiny import random_statistics
+from tiny import TINY, random_statistics
 
 from superserve_jax import errors
 from superserve_jax.supernets.supernet import SuperNet
@@ -28,6 +28,7 @@ from superserve_jax.training.data import DataConfig, FolderConfig, fingerprints
 from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.cluttered_digits import render
 from superserve_jax.training.runs import Run
+from superserve_jax.training.template import from_data
 
 REMEDY = r"Restore them, or choose another --workdir\. If you know that they are the same, remove \S+inputs\.json"
 SHORT = dataclasses.replace(CONFIG, epochs=0.6)  # of 128 images: one step
@@ -270,6 +271,21 @@ def test_a_run_goes_on_after_its_folder_was_moved_and_remembers_the_new_place(tm
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=3))
     with pytest.raises(errors.ConfigError, match=r"data\.validation: 2 -> 3"):
         Run.create(other, tmp_path / "run")
+
+
+def test_values_that_one_dataset_gave_are_not_taken_for_another(tmp_path, pets, monkeypatch):
+    config = dataclasses.replace(CONFIG, data=FolderConfig(path=str(pets), image_size=8, validation=2))
+    before = Run.create(dataclasses.replace(config, model=dataclasses.replace(TINY, num_classes=2)), tmp_path / "run")
+    start(before, before.dataset())
+    shutil.copytree(pets, tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved/train/cat", tmp_path / "moved/train/emu")
+    other = dataclasses.replace(moved(config, tmp_path), model=from_data(TINY, "num_classes", "image_size"))
+    with pytest.raises(errors.DataError, match=rf"data: train/emu is new.*{REMEDY}"):
+        loop.train(other, tmp_path / "run")
+    monkeypatch.setattr(data, "open", lambda *_: pytest.fail("opened"))
+    other = dataclasses.replace(other, data=dataclasses.replace(other.data, validation=3))
+    with pytest.raises(errors.ConfigError, match=r"run holds a run of another config \(data\.validation: 2 -> 3\)"):
+        loop.train(other, tmp_path / "run")
 
 
 def moved(config, folder):

@@ -56,17 +56,20 @@ _KINDS: dict[str, tuple[type, Any]] = {
 _OWN_FILES = ("folder", "text file")  # kinds that collect problems
 
 
-def open(config: AnyDataConfig, model: AnyModel | None = None) -> Dataset:
+def open(config: AnyDataConfig, model: AnyModel | None = None, *, decode: bool = True) -> Dataset:
     """The dataset of a config. A dataset of our own is made first if it is not there yet.
 
     Args:
       config: the config.
       model: the model to train on it. For the user's own files, what does not fit is in the message with other problems.
+      decode: whether to decode all images of a `FolderConfig` first, so that every damaged one is in one message.
 
     Raises:
       UnknownNameError: TFDS knows no such dataset. DataError: the dataset is missing, or does not hold what was asked.
     """
     kind = check_kind(config)
+    if isinstance(config, FolderConfig):
+        return folder.open(config, model, decode=decode)
     open_kind = _KINDS[kind][1]
     return open_kind(config, model) if kind in _OWN_FILES else open_kind(config)
 

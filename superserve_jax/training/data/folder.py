@@ -2,7 +2,8 @@
 
     pets/train/cat/1.jpg  pets/train/dog/2.jpg  pets/val/cat/3.jpg  pets/test/dog/4.jpg
 
-A class is named by its folder. All images are decoded once before training starts, so that every damaged file is known.
+A class is named by its folder. All images are decoded once before training starts, so that every damaged file is known. Later
+stages decode only the images that they use.
 """
 
 import concurrent.futures
@@ -68,19 +69,21 @@ class FolderConfig(ImageConfig):
     skip_bad: bool = dataclasses.field(default=False, kw_only=True)
 
 
-def open(config: FolderConfig, model: fit.AnyModel | None = None) -> Dataset:
+def open(config: FolderConfig, model: fit.AnyModel | None = None, *, decode: bool = True) -> Dataset:
     """The dataset of `config`.
 
     Args:
       config: the folder, and what happens to its images.
       model: the model to train. What does not fit it is listed with the other problems.
+      decode: whether to decode all images now, to find the damaged ones. With `skip_bad` this always happens, because the
+        splits depend on which images are left out.
 
     Raises:
       DataError: folders or images are missing, damaged, or do not fit the model. One message lists everything.
     """
     if not config.path:
         raise errors.ConfigError("data.path is not given; set it to your folder of images, for example --data.path ~/pets")
-    root = pathlib.Path(config.path).expanduser()
+    root = files.user_path(config.path)
     folders, class_names, found = _layout(root)
     if config.validation is not None:
         folders.pop("validation", None)
@@ -90,7 +93,8 @@ def open(config: FolderConfig, model: fit.AnyModel | None = None) -> Dataset:
         found += more
     facts = {"num_classes": len(class_names), "image_size": config.image_size, "channels": config.channels}
     found += fit.mismatches(model, facts, config.path)
-    bad = _unreadable(tuple(_stamp(file.path) for file in itertools.chain(*listed.values())))
+    checked = itertools.chain(*listed.values()) if decode or config.skip_bad else ()
+    bad = _unreadable(tuple(_stamp(file.path) for file in checked))
     remedy = ""
     if bad and not config.skip_bad:
         found += [f"{_shown(pathlib.Path(path), root)} {reason}; replace or remove it" for path, reason in bad.items()]

@@ -24,8 +24,8 @@ def write(root, layout, count=20):
             PIL.Image.new("RGB", (12, 10), (10 * k,) * 3).save(root / folder / f"{i}.png")
 
 
-def opened(root, *, model=None, **changes):
-    return data.open(FolderConfig(**{"path": str(root), "image_size": 8, "channels": 3, **changes}), model)
+def opened(root, *, model=None, decode=True, **changes):
+    return data.open(FolderConfig(**{"path": str(root), "image_size": 8, "channels": 3, **changes}), model, decode=decode)
 
 
 def problems_of(root, **changes):
@@ -211,6 +211,16 @@ def test_images_are_decoded_once_for_all_stages_of_a_program(damaged, monkeypatc
     opened(damaged, skip_bad=True)
     monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded again"))
     opened(damaged, skip_bad=True)
+
+
+def test_later_stages_decode_no_image_before_they_use_it(damaged, monkeypatch):
+    (damaged / "train" / "b" / "6.png").touch()  # another time than in other tests
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
+        dataset = opened(damaged, decode=False)
+    with pytest.raises(errors.DataError, match=r"test/b/5\.png cannot be decoded"):
+        dataset.arrays("test")
+    assert sizes(opened(damaged, skip_bad=True, decode=False)) == sizes(opened(damaged, skip_bad=True))
 
 
 # -- one message --------------------------------------------------------------------------------------------------------------
