@@ -7,7 +7,8 @@ from superserve_jax import errors
 
 _log = logging.getLogger(__name__)
 
-_SHOWN = 10  # problems in a message; the log has the others
+_SHOWN = 10  # problems in a message
+_LOGGED = 100  # problems in the log after those in the message
 
 
 def refuse(
@@ -31,10 +32,11 @@ def refuse(
         return
     if len(problems) == 1 and not remedy:
         raise kind(f"{where}: {problems[0]}")
-    for problem in problems[_SHOWN:]:
+    for problem in problems[_SHOWN : _SHOWN + _LOGGED]:
         _log.warning("%s: %s", where, problem)
     shown = [f"  - {problem}" for problem in problems[:_SHOWN]]
     if more := problems[_SHOWN:]:
-        shown.append(f"  - {len(more)} more, which are listed above")
-    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        listed = "which are listed above" if len(more) <= _LOGGED else f"of which the first {_LOGGED} are listed above"
+        shown.append(f"  - {len(more):,} more, {listed}")
+    count = "a problem" if len(problems) == 1 else f"{len(problems):,} problems"
     raise kind("\n".join([f"{where} has {count}:", *shown, *([remedy] if remedy else [])]))

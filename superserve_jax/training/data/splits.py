@@ -5,6 +5,7 @@ but always the same for the same files.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -35,11 +36,12 @@ class Divided(Generic[E]):
     note: str
 
 
-def find(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def find(names: Iterable[str], *, suffixes: bool = False) -> tuple[dict[str, str], list[str]]:
     """Which folder or file is which split.
 
     Args:
-      names: the names of folders, or of files without their suffixes. Capital letters do not matter.
+      names: the names of folders or files. Capital letters do not matter.
+      suffixes: whether the names end in suffixes, such as ".csv", which do not matter either.
 
     Returns:
       The name of each split, and a list of problems: two names for the same split.
@@ -49,7 +51,7 @@ def find(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """
     found, problems = {}, []
     for name in sorted(names):
-        split = NAMES.get(name.lower())
+        split = NAMES.get((pathlib.PurePath(name).stem if suffixes else name).lower())
         if split in found:
             problems.append(f"{found[split]} and {name} both stand for the {split} split; remove one of them")
         elif split is not None:

@@ -11,10 +11,10 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import logging
 import pathlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -31,6 +31,9 @@ from superserve_jax.vocabulary import Vocabulary
 
 _JSON = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".csv", ".tsv", *_JSON, ".parquet")
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
+_MAX_VALUE = 1 << 24  # characters of a text; a longer one is a sign of a quotation mark that is never closed
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ def open(config: TextFileConfig, model: fit.AnyModel | None = None) -> Dataset:
     """
     if not config.path:
         raise errors.ConfigError("data.path is not given; set it to your file of texts, for example --data.path reviews.csv")
-    paths, found = _find(pathlib.Path(config.path).expanduser())
+    paths, found = _find(files.user_path(config.path))
     if config.validation is not None:
         paths.pop("validation", None)
     given, bad = {}, []
@@ -182,12 +185,12 @@ def _find(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str]]:
         return {"train": path}, []
     if not path.is_dir():
         raise errors.DataError(f"{path} does not exist or is not a file; expected a file of texts, or a folder with train.csv")
-    inside = {f.stem: f for f in sorted(path.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."}
-    named, found = splits.find(inside)
+    inside = [f.name for f in sorted(path.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."]
+    named, found = splits.find(inside, suffixes=True)
     if "train" not in named:
-        present = ", ".join(f.name for f in inside.values()) or f"no files with a suffix of {', '.join(SUFFIXES)}"
+        present = ", ".join(inside) or f"no files with a suffix of {', '.join(SUFFIXES)}"
         raise errors.DataError(f"{path} has {present}, but no train.csv (or .tsv, .jsonl); rename a file, or give its path")
-    return {split: inside[stem] for split, stem in named.items()}, found
+    return {split: path / name for split, name in named.items()}, found
 
 
 def _read(path: pathlib.Path, config: TextFileConfig) -> tuple[list[Line], list[str], list[str]]:
@@ -235,14 +238,24 @@ def _csv_rows(content: str, wanted: Sequence[str], *, tabs: bool) -> Iterator[tu
     """Number and values of each line. Raises DataError if a column is missing."""
     quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     delimiters = "\t" if tabs else ",;\t"
-    readers = [csv.DictReader(io.StringIO(content, newline=""), delimiter=d, quoting=quoting) for d in delimiters]
-    reader = next((r for r in readers if set(wanted) <= set(r.fieldnames or ())), None)
-    if reader is None:
-        present = max((list(r.fieldnames or ()) for r in readers), key=len)
-        absent = " and no column ".join(repr(name) for name in wanted if name not in present)
-        raise errors.DataError(f"no column {absent}; {_named(present)}")
-    for row in reader:
-        yield reader.line_num, row
+    limit = csv.field_size_limit(_MAX_VALUE)  # the usual limit of the module csv is 131,072
+    try:
+        names = {d: next(csv.reader(_lines(content), delimiter=d, quoting=quoting), []) for d in delimiters}
+        delimiter = next((d for d in delimiters if set(wanted) <= set(names[d])), None)
+        if delimiter is None:
+            present = max(names.values(), key=len)
+            absent = " and no column ".join(repr(name) for name in wanted if name not in present)
+            raise errors.DataError(f"no column {absent}; {_named(present)}")
+        reader = csv.DictReader(_lines(content), delimiter=delimiter, quoting=quoting)
+        for row in reader:
+            yield reader.line_num, row
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(content: str) -> Iterator[str]:
+    """The lines of a text with their ends, one by one. `io.StringIO` would copy the text, with 4 bytes per character."""
+    return (found.group() for found in _LINE.finditer(content))
 
 
 def json_rows(content: str) -> Iterator[tuple[int, Any]]:

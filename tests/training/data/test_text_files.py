@@ -1,7 +1,12 @@
-"""Texts in the user's own files: CSV, TSV, JSON; columns, labels, damaged lines, vocabularies, and changed files."""
+"""Texts in the user's own files: CSV, TSV, JSON; columns, labels, damaged lines, vocabularies, and changed files.
 
+One file because all tests read variants of the same few texts.
+"""
+
+import csv
 import json
 import pathlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -178,7 +183,49 @@ def test_a_path_without_training_texts_says_what_is_there(tmp_path):
 def test_two_files_of_one_split_are_refused(tmp_path):
     for name in ("train.csv", "val.csv", "dev.csv"):
         (tmp_path / name).write_text(csv_text())
-    assert "dev and val both stand for the validation split; remove one of them" in problem(tmp_path)
+    assert "dev.csv and val.csv both stand for the validation split; remove one of them" in problem(tmp_path)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for name in ("train.csv", "train.jsonl"):
+        (tmp_path / name).write_text(csv_text())
+    assert "train.csv and train.jsonl both stand for the train split; remove one of them" in problem(tmp_path)
+
+
+def test_a_long_text_is_read_and_the_limit_of_others_stays(tmp_path):
+    before = csv.field_size_limit()
+    assert sum(sizes(opened(tmp_path / "a.csv", csv_text([("film " * 40_000, "good"), ("bad film", "bad")] * 5)))) == 10
+    assert "a.csv is damaged after 20 lines: field larger than" in problem(
+        tmp_path / "a.csv", csv_text() + '"film,good\n' + "bad film,bad\n" * 1_400_000
+    )
+    assert csv.field_size_limit() == before
+
+
+def test_reading_a_large_file_takes_little_memory(tmp_path):
+    content = csv_text([("film" * 30_000, "good"), ("bad film", "bad")] * 50)
+    (tmp_path / "a.csv").write_text(content)
+    tracemalloc.start()
+    try:
+        opened(tmp_path / "a.csv")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(content)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_every_system_have_their_numbers(tmp_path, end):
+    content = end.join(["text,label", *["a film,good", '"b",bad'] * 10, ",good", "a film,good", "bad,"])
+    message = problem(tmp_path / "a.csv", content)
+    assert "line 22 of a.csv has no text" in message
+    assert "line 24 of a.csv has no label" in message
+
+
+def test_of_very_many_bad_lines_the_log_lists_a_hundred(tmp_path, caplog):
+    message = problem(tmp_path / "a.csv", csv_text() + ",good\n" * 1_500)
+    assert "has 1,500 problems" in message
+    assert "1,490 more, of which the first 100 are listed above" in message
+    assert len(caplog.records) == 100
 
 
 # -- vocabulary ---------------------------------------------------------------------------------------------------------------
