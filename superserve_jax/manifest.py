@@ -49,6 +49,8 @@ def hint(path: pathlib.Path, kind: Literal["export", "run"]) -> str:
     """What a user probably meant by a path that is not an export, or not a run, in words; "" if nothing is near."""
     run = next((p for p in (path, path.parent) if is_run(p)), None)
     if kind == "export" and run is not None and not (run / "export" / MANIFEST_NAME).is_file():
+        if not any(run.glob("checksums/*.json")):
+            return f"the run in {run} has no checkpoint yet, go on with `superserve train CONFIG --workdir {run}`"
         return f"the run in {run} is not exported yet, go on with `superserve {_next_stage(run)} {run}`"
     name = MANIFEST_NAME if kind == "export" else RUN_CONFIG
     near = [path / "export", path.parent, path.parent.parent, pathlib.Path("runs") / path.stem]  # the last one for a config

@@ -15,7 +15,6 @@ import difflib
 import functools
 import numbers
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -85,7 +84,7 @@ class Vocabulary:
         Raises DataError if the file is not a vocabulary.
         """
         try:
-            text = files.read_bytes(pathlib.Path(path).expanduser()).decode().replace("\r\n", "\n")
+            text = files.read_bytes(path).decode().replace("\r\n", "\n")
             # Not splitlines(): it also splits at some characters that are tokens of BERT.
             return Vocabulary(tuple(text.removesuffix("\n").split("\n")), **settings)
         except (OSError, TypeError, ValueError) as e:

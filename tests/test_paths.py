@@ -6,21 +6,28 @@ import pytest
 from tiny import TINY
 
 import superserve_jax as ss
-from superserve_jax import errors, exports, files
+from superserve_jax import convert, errors, exports, files
 from superserve_jax.manifest import read_manifest
 from superserve_jax.profile import Profile, Row
+from superserve_jax.scheduling import policies
 from superserve_jax.simulation import recorded
+from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig, load_config
+from superserve_jax.training.data import FolderConfig, TextConfig, TextFileConfig
 from superserve_jax.training.runs import Run
+from superserve_jax.vocabulary import Vocabulary
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder with the runs demo, which has an export, and half, which has not."""
+    """A working folder with the runs demo, which has an export, half, which has only a checkpoint, and begun without one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("demo", "half"):
         Run.create(TrainConfig(name=name, model=TINY), f"runs/{name}")
+    Run.create(TrainConfig(name="new", model=TINY), "runs/begun")
+    pathlib.Path("runs/half/checksums").mkdir()
+    pathlib.Path("runs/half/checksums/40.json").touch()
     pathlib.Path("runs/demo/export").mkdir()
     pathlib.Path("runs/demo/export/manifest.json").write_text("{}")
     return tmp_path
@@ -37,6 +44,10 @@ def place(tmp_path, monkeypatch):
         ("runs", "did you mean runs/demo/export?"),
         ("runs/half", "the run in runs/half is not exported yet, go on with `superserve search runs/half`"),
         ("runs/half/export", "the run in runs/half is not exported yet, go on with `superserve search runs/half`"),
+        (
+            "runs/begun",
+            "the run in runs/begun has no checkpoint yet, go on with `superserve train CONFIG --workdir runs/begun`",
+        ),
         ("elsewhere", "make one with `superserve export`, or take one that comes with the package: digits"),
     ],
 )
@@ -59,7 +70,7 @@ def test_an_unfinished_run_names_its_next_stage(place, made, stage):
     ("path", "hint"),
     [
         ("runs/demo/export", "did you mean runs/demo?"),
-        ("runs", "did you mean runs/demo or runs/half?"),
+        ("runs", "did you mean runs/begun or runs/demo or runs/half?"),
         ("runs/hlaf", "did you mean runs/half?"),
         ("configs/half.py", "did you mean runs/half?"),
         ("elsewhere", "train one first, for example with `superserve train digits_resnet`"),
@@ -74,6 +85,23 @@ def test_a_wrong_path_of_a_run_says_which_was_meant(place, path, hint):
 def test_a_run_is_not_taken_for_a_config(place):
     with pytest.raises(errors.ConfigError, match="runs/half is the folder of a run; give a config file"):
         load_config("runs/half")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: data.open(FolderConfig(path)),
+        lambda path: data.open(TextFileConfig(path)),
+        lambda path: data.open(TextConfig("glue/sst2", path, vocabulary=path)),
+        lambda path: Vocabulary.read(path),
+        lambda path: convert.from_pretrained(path),
+        lambda path: policies.create(f"{path}/mine.py:mine", Profile((1,), (Row(TINY.space().largest(), 0.5, (1.0,)),))),
+        lambda path: recorded.trace(path),
+    ],
+)
+def test_the_home_folder_of_an_unknown_user_is_a_path_that_does_not_exist(place, use):
+    with pytest.raises(errors.SuperServeError, match="~nobody_has_this_name"):
+        use("~nobody_has_this_name")
 
 
 def test_the_home_folder_is_found_by_every_function_that_takes_a_path(place, export):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from superserve_jax import errors, exports
+from superserve_jax import errors, exports, files
 from superserve_jax.convert import folder, hugging_face, tokenizer
 from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -137,7 +137,7 @@ def from_pretrained(
       ConfigError: an argument is impossible, or does not fit the network.
     """
     with errors.refusing(errors.ConversionError, f"expected the path of a directory, got {path!r}"):
-        path = pathlib.Path(path).expanduser()
+        path = files.user_path(path)
     file = path / "config.json"
     fields = folder.read_json(file)
     _check_supported(file, fields)

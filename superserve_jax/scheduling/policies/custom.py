@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from superserve_jax import errors, foreign
+from superserve_jax import errors, files, foreign
 from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies.base import Policy
 from superserve_jax.scheduling.policies.by_profile import ByProfile
@@ -46,7 +46,7 @@ def load(name: str, *profiles: Profile) -> Policy:
     module, or nothing in it has this name.
     """
     where, _, attribute = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
-    module = _execute(name, pathlib.Path(where).expanduser()) if where.endswith(".py") else _import(name, where)
+    module = _execute(name, files.user_path(where)) if where.endswith(".py") else _import(name, where)
     found, is_there = vars(module).get(attribute), callable(vars(module).get(attribute))
     if not is_there:
         own = [n for n, value in vars(module).items() if callable(value) and _is_of(module.__name__, value)]

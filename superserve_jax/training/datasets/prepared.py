@@ -179,8 +179,8 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
 
 
 def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    expanded = None if data_dir is None else str(pathlib.Path(data_dir).expanduser())
-    folder = pathlib.Path(expanded or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / name
+    expanded = None if data_dir is None else str(files.user_path(data_dir))
+    folder = files.user_path(expanded or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")) / name
     if _NAME.fullmatch(name):
         for odd in (f for f in folder.rglob("*") if not f.is_file() and not f.is_dir()):  # TFDS would wait for a pipe
             raise errors.DataError(f"{odd} is not a regular file; remove {folder}, and prepare the dataset again")
@@ -266,7 +266,7 @@ def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder | None, data_di
         f"  {_command(name, data_dir)}",
     ]
     if builder is not None and builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        folder = pathlib.Path(builder.data_dir).expanduser().parents[1] / "downloads" / "manual"
+        folder = files.user_path(builder.data_dir).parents[1] / "downloads" / "manual"
         instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         lines.append(f"Before that, put its files into {folder} (TFDS' manual_dir) by hand. {instructions}")
     return "\n".join(lines)
