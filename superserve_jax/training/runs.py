@@ -1,5 +1,7 @@
 """The folder of a run: the files that training and the later stages write, and functions to read them.
 
+One file because each stage reads what an earlier one wrote.
+
 | file | content |
 |---|---|
 | config.json | the resolved config |

@@ -4,7 +4,7 @@
     a film that I will see again,good
     "two hours, and no idea",bad
 
-A column is found by its name. The labels are the names of the classes.
+A column is found by its name. The labels are the names of the classes. One file because every step names the same columns.
 """
 
 import csv
