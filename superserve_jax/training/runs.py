@@ -56,7 +56,7 @@ _MOST_BYTES = 1 << 30  # of a JSON file
 # Fields with paths. They may change, because inputs.json tells whether the same data is there.
 _PATHS = ("data.path", "data.data_dir", "data.vocabulary", "distill.teacher")
 # Fields that may change because the weights do not depend on them.
-_RECORDS = ("checkpoint_every", "eval_every", "log_every", "wandb")
+_RECORDS = ("checkpoint_every", "eval_every", "log_every", "wandb", "search")
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -188,7 +188,7 @@ class Run:
                     *(self.workdir, _INPUTS),
                 )
             self.write(_INPUTS, dict(found))
-        if Run.open(self.workdir).config != self.config:  # paths have changed
+        if Run.open(self.workdir).config != self.config:  # fields that may change have changed
             self.write("config.json", config_to_json(self.config))
 
     @contextlib.contextmanager
@@ -290,7 +290,8 @@ def _refuse_changes(run: Run, config: TrainConfig) -> None:
     """Raises ConfigError if fields that may not change differ. Paths may, if the run can tell whether the data is the same."""
     free = (*_RECORDS, *_PATHS) if (run.workdir / _INPUTS).exists() else _RECORDS
     differences = config_differences(config_to_json(run.config), config_to_json(config))
-    if changed := [change for change in differences if change.split(":")[0] not in free]:
+    fields = ((change, change.split(":")[0]) for change in differences)
+    if changed := [change for change, field in fields if field not in free and field.split(".")[0] not in free]:
         raise errors.ConfigError(
             f"{run.workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
             f"remove that folder"

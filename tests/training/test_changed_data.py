@@ -288,6 +288,15 @@ def test_values_that_one_dataset_gave_are_not_taken_for_another(tmp_path, pets, 
         loop.train(other, tmp_path / "run")
 
 
+def test_settings_of_the_search_may_change_and_the_run_remembers_them(tmp_path):
+    searched = dataclasses.replace(CONFIG, search=dataclasses.replace(CONFIG.search, candidates=7))
+    Run.create(CONFIG, tmp_path / "run")
+    run = Run.create(searched, tmp_path / "run")
+    assert run.config.search.candidates == 7
+    start(run, arrays())
+    assert Run.open(tmp_path / "run").config == searched
+
+
 def moved(config, folder):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder / "moved")))
 
