@@ -17,7 +17,8 @@ the default policy with the fixed models (see loadtest.verdict).
 Calm and bursts alternate, at rates that follow from the latencies of this machine (see loadtest.bursts): a burst overloads the
 most accurate subnet, but not the fastest one. Latencies are measured again before the first policy. The rates and all policies
 use them. They are checked after each policy. The replay says so and repeats the policy if they have moved by more than 10 %,
-or if the process stood still for more than half of the SLO. --repeats limits the repeats of all policies together.
+or if the process stood still for more than half of the SLO. --repeats limits the repeats of all policies together. The last
+line names the rows that stay disturbed.
 - `--trace FILE.csv` replays recorded arrivals instead. See docs/traces.md.
 - `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
 - `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
@@ -96,7 +97,7 @@ class Options:
       export: the export's directory.
       policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest, or policies of your own, such as
         my_file.py:my_policy (see docs/policies.md). By default both SlackFits and every subnet fixed.
-      seconds: length of the traffic.
+      seconds: length of the traffic, at least 4, because the first burst ends then.
       slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
       calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
       burst: the arrival rate in a burst: 0 is the throughput of the most accurate subnet, 1 that of the fastest one.
@@ -139,24 +140,21 @@ class Options:
 def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
-    cli.check_above_zero(options, "seconds")
-    if not 0 < options.slow_after < 1:
-        raise ss.ConfigError(f"--slow-after is a fraction of the traffic between 0 and 1, got {options.slow_after:g}")
-    if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
-        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and leave out --simulate if it is above 1")
+    check_options(options)
     work = prepare_work(options)
     profile = work.profiles[0]
     fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
     labels = {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}
     names = options.policies or tuple(labels)
     short = policies.labels(names)
-    for name in names:  # reports a mistyped name, and a policy that fails, before the first replay
+    for name in names:  # reports a policy that fails, before the first replay
         make_policy(name, *work.profiles)
         loadgen.rehearse(name, work.profiles, work.trace)
     results: list[Result] = []
     replays: dict[str, Replay] = {}
     ways = (True, False) if options.slow_factor > 1 else (True,)
-    each_s, count = float(work.trace.deadlines_s.max()) + 2 * CHECK_S, len(names) * len(ways)
+    check_s = CHECK_S + sum(profiling.measuring_s(p, CHECK_S) for p in work.profiles)  # with the start of the server
+    each_s, count = float(work.trace.deadlines_s.max()) + check_s, len(names) * len(ways)
     takes = f"{count} replay{'s' if count > 1 else ''} of {cli.duration(each_s)}: about {cli.duration(count * each_s)}"
     print(f"{takes}, plus up to {options.repeats} repeats", flush=True)
     repeats = options.repeats
@@ -165,10 +163,11 @@ def main() -> None:
             while True:
                 done, result = replay_policy(options, work, name, corrected=corrected)
                 print(f"{short[name]}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
-                if not (problem := disturbance(result, work.slo_ms)) or not repeats:
+                result["disturbance"] = disturbance(result, work.slo_ms)
+                if not result["disturbance"] or not repeats:
                     break
                 repeats -= 1
-                print(f"{short[name]}: {problem}; repeating it ({repeats} more repeats left)", flush=True)
+                print(f"{short[name]}: {result['disturbance']}; repeating it ({repeats} more repeats left)", flush=True)
             replays.setdefault(short[name], done)
             results.append({"name": short[name], **result})
     print()
@@ -181,7 +180,7 @@ def main() -> None:
     late = [max(result[f"lateness_{p}_ms"] for result in results) for p in ("p50", "p99")]
     print(f"lateness of the load generator, worst policy: p50 {late[0]:.2f} ms, p99 {late[1]:.1f} ms")
     for result in results:
-        if problem := disturbance(result, work.slo_ms):
+        if problem := result["disturbance"]:
             print(f"{result['name']}: {problem}, so this row may not be comparable; run it again when the machine is quiet")
     verdict = compare_with_fixed(outcomes(results, labels)) if options.slow_factor == 1 else None
     about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
@@ -211,6 +210,24 @@ def main() -> None:
         print(f"\n{verdict}")
 
 
+def check_options(options: Options) -> None:
+    """Raises ConfigError for wrong values, and for options that would have no effect, before anything takes long."""
+    cli.refuse_with(options, "trace", "seconds", "calm", "burst", "cv2")
+    cli.refuse_without(options, "trace", "trace_column", "speed")
+    cli.refuse_without(options, "slow_factor", "slow_after")
+    if options.trace is None:
+        bursts.check_seconds(options.seconds)
+    if options.slo_ms is not None:
+        cli.check_above_zero(options, "slo_ms")
+    for name in ("calm", "cv2", "repeats"):
+        if not getattr(options, name) >= 0:
+            raise ss.ConfigError(f"--{name} must be 0 or more, got {getattr(options, name)}")
+    if not 0 < options.slow_after < 1:
+        raise ss.ConfigError(f"--slow-after is a fraction of the traffic between 0 and 1, got {options.slow_after:g}")
+    if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
+        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and leave out --simulate if it is above 1")
+
+
 def outcomes(results: Sequence[Result], labels: Mapping[str, str]) -> list[Outcome]:
     """The rows of the table, for the verdict. Fixed models keep their short name, since a sentence names several of them."""
     return [
@@ -220,6 +237,7 @@ def outcomes(results: Sequence[Result], labels: Mapping[str, str]) -> list[Outco
             r["attainment"],
             r["accuracy_profiled"],
             r["accuracy_measured"],
+            r["disturbance"],
         )
         for r in results
     ]
@@ -261,6 +279,7 @@ def prepare_work(options: Options) -> Work:
     if options.trace is not None:  # before anything that takes long
         trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed)
         print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}", flush=True)
+    loadgen.check_policies(options.policies, options.batch_sizes, subnets=len(model.served))
     inputs, labels = test_examples(model)
     _, engines, profiles = prepare.prepare(
         model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
@@ -333,6 +352,7 @@ def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -
         with progress.clock(float(work.trace.deadlines_s.max()), f"replaying with {policies.labels([name])[name]}"):
             done = loadgen.replay(target, work.trace, work.inputs)
         target.close(drain=False)
+    stalls_s = sim_vs_real.during(done, stalls_s)
     result = numbers(done, work.labels) | {"slower": work.slower()}
     result["longest_stall_ms"] = 1e3 * max((until_s - from_s for from_s, until_s in stalls_s), default=0.0)
     if options.simulate:

@@ -15,7 +15,7 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.subnet import Subnet
 
-_WARM_UPS = 2
+_WARM_UPS, _LEAST_ROUNDS = 2, 3
 _LOAD = 0.5  # rate of the background load / highest throughput seen in the warm-up
 
 Background = Callable[[float], contextlib.AbstractContextManager[None]]
@@ -74,16 +74,35 @@ def measure_again(
     Args:
       engine: the engine of the profile.
       profile: the subnets, batch sizes and length buckets to measure.
-      seconds: about how long to measure. It decides the number of rounds, from 3 to `most`.
+      seconds: about how long to measure. It decides the number of rounds, from 3 to `most`. See `measuring_s`.
       most: the largest number of rounds.
       background: see `measure`.
     """
-    round_s = 1e-3 * sum(ms for table in profile.each_length for row in table.rows for ms in row.latency_ms)
-    repeats = max(3, min(most, round(seconds / round_s)))
+    repeats = max(_LEAST_ROUNDS, min(most, round(seconds / _round_s(profile))))
     accuracies = {row.subnet: row.accuracy for row in profile.rows}
     calls = {"device": profile.device, "repeats": repeats, "background": background}
     measured = measure(engine, accuracies, profile.batch_sizes, **calls).with_envelopes(profile.envelopes)
     return dataclasses.replace(measured, slicing=profile.slicing).monotone()
+
+
+def measuring_s(profile: Profile, seconds: float) -> float:
+    """About how many seconds `measure_again` takes: at least three rounds, and two more to warm up.
+
+    Args:
+      profile: see `measure_again`.
+      seconds: see `measure_again`.
+
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> [round(measuring_s(paper_profile(), seconds), 2) for seconds in (0.1, 9.0)]
+    [1.2, 9.48]
+    """
+    round_s = _round_s(profile)
+    return max(seconds, _LEAST_ROUNDS * round_s) + _WARM_UPS * round_s
+
+
+def _round_s(profile: Profile) -> float:
+    """The time that each combination of a profile takes once."""
+    return 1e-3 * sum(ms for table in profile.each_length for row in table.rows for ms in row.latency_ms)
 
 
 def slower(now: Profile, before: Profile) -> float:

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.profile import Profile
+from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.scheduling import policies
 from superserve_jax.serving.futures import Future
 from superserve_jax.simulation import metrics, simulator
 from superserve_jax.simulation.metrics import ReplaySummary, Series
 from superserve_jax.simulation.simulator import Cluster, SimulationResult
 from superserve_jax.simulation.traces import Trace
+from superserve_jax.subnet import Subnet
 
 _WAKE_UP_S = 1e-3
 _REHEARSED = 2_000  # queries of a trace with which a user's policy is tried
@@ -173,6 +174,22 @@ def replay(target: Target, trace: Trace, inputs: Sequence[Any]) -> Replay:
                 accuracy[i], batch[i], label[i] = reply.accuracy, reply.batch, int(np.argmax(reply.output))
     answers = (finish, accuracy, batch, label)
     return Replay(trace.arrivals_s, trace.deadlines_s, *answers, lateness, start_s, trace.lengths, trace.floors)
+
+
+def check_policies(policy_names: Sequence[str], batch_sizes: Sequence[int], *, subnets: int) -> None:
+    """Raises ConfigError for a mistyped policy before a profile is known, and so before anything is compiled.
+
+    Built-in policies are made for a profile with made-up latencies. A user's policy is only looked up.
+
+    Args:
+      policy_names: names of policies.
+      batch_sizes: the batch sizes to serve with.
+      subnets: the number of subnets.
+    """
+    rows = (Row(Subnet((i,)), i / subnets, tuple(float((i + 1) * b) for b in batch_sizes)) for i in range(subnets))
+    made_up = Profile(check_batch_sizes(batch_sizes), tuple(rows))
+    for name in policy_names:
+        policies.create(name, *([] if policies.is_custom(name) else [made_up]))
 
 
 def rehearse(policy: str, profiles: Sequence[Profile], trace: Trace) -> None:

@@ -109,6 +109,19 @@ def heartbeat(beat_s: float = _BEAT_S) -> Iterator[list[tuple[float, float]]]:
         thread.join()
 
 
+def during(done: Replay, stalls_s: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The parts of stalls that lie between the start of a replay and its last deadline.
+
+    A heartbeat also notes stalls while the server starts and closes, and while the answers are evaluated.
+
+    >>> done = Replay(np.zeros(1), np.array([2.0]), *[np.zeros(1)] * 5, start_s=10.0)
+    >>> during(done, [(8.0, 9.0), (9.0, 10.5), (11.0, 11.1), (11.9, 13.0)])
+    [(10.0, 10.5), (11.0, 11.1), (11.9, 12.0)]
+    """
+    start_s, end_s = done.start_s, done.start_s + float(done.deadline_s.max())
+    return [(max(a, start_s), min(b, end_s)) for a, b in stalls_s if a < end_s and b > start_s]
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """The behaviour of a machine, as measured during a replay.

@@ -23,6 +23,7 @@ class Outcome:
       attainment: SLO attainment, a fraction.
       profiled: mean profiled accuracy of the queries that met their deadline, in percent; NaN if none did.
       measured: accuracy of their answers, in percent; NaN if none did.
+      disturbance: what disturbed the machine meanwhile, in words; empty if nothing did.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Outcome:
     attainment: float
     profiled: float
     measured: float
+    disturbance: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Verdict:
     Args:
       policy: the adaptive policy.
       best: the most accurate fixed model that keeps up; None if none does.
-      failing: the least accurate one of the fixed models that are more accurate than `best`; None if there is none.
+      failing: the least accurate one of the fixed models that fail and are more accurate than `best`, or that met no
+        deadline; None if there is none.
+      disturbed: the names of the policy and the fixed models whose rows a disturbance of the machine may have changed.
     """
 
     policy: Outcome
     best: Outcome | None
     failing: Outcome | None
+    disturbed: tuple[str, ...] = ()
 
     @property
     def gain(self) -> float:
@@ -57,6 +62,10 @@ class Verdict:
         return [outcome.name for outcome in (self.policy, self.best, self.failing) if outcome]
 
     def __str__(self) -> str:
+        names = ", ".join(self.disturbed)
+        return self._result() + f" Disturbed: {names}. Run the replay again when the machine is quiet." * bool(names)
+
+    def _result(self) -> str:
         policy, best, failing = self.policy, self.best, self.failing
         if not policy.attainment > 0:
             return f"{policy.label} met no deadline: this machine cannot serve this traffic."
@@ -67,7 +76,10 @@ class Verdict:
         points = f"{abs(self.gain):.1f} points {'more' if self.gain >= 0 else 'less'}"
         start = f"{start}: {points} than {best.label}, the most accurate fixed model that keeps up"
         if failing is None:
-            return f"{start}. Every fixed model keeps up, so there is little to gain: raise --burst."
+            most = f"{best.label} is the most accurate one replayed, so there is little to gain"
+            return f"{start}. {most}: raise --burst, or --speed with --trace."
+        if math.isnan(failing.profiled):
+            return f"{start}; {failing.label} met no deadline."
         return f"{start}; {failing.label} is more accurate and missed {_percent(1 - failing.attainment)}."
 
 
@@ -88,11 +100,17 @@ def compare_with_fixed(rows: Sequence[Outcome]) -> Verdict | None:
     if not fixed or not adaptive:
         return None
     policy = adaptive[0]
-    by_accuracy = sorted((row for row in fixed if not math.isnan(row.profiled)), key=lambda row: row.profiled)
-    keeping_up = [row for row in by_accuracy if row.attainment >= policy.attainment - LEEWAY]
+    # A model that met no deadline has no accuracy. It fails, and comes last.
+    by_accuracy = sorted(fixed, key=_profiled)
+    keeping_up = [row for row in by_accuracy if row.attainment > 0 and row.attainment >= policy.attainment - LEEWAY]
     best = keeping_up[-1] if keeping_up else None
-    above = [row for row in by_accuracy if best is None or row.profiled > best.profiled]
-    return Verdict(policy, best, above[0] if above else None)
+    above = [row for row in by_accuracy if best is None or _profiled(row) > _profiled(best)]
+    disturbed = tuple(row.name for row in (policy, *fixed) if row.disturbance)
+    return Verdict(policy, best, above[0] if above else None, disturbed)
+
+
+def _profiled(row: Outcome) -> float:
+    return math.inf if math.isnan(row.profiled) else row.profiled
 
 
 def _percent(fraction: float) -> str:

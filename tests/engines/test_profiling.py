@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def test_a_profile_is_measured_again_with_its_subnets_and_settings():
     assert [r.subnet for r in again.rows] == [r.subnet for r in space.rows]
     assert (again.device, again.slicing, again.envelopes) == ("fake", "in_call", space.envelopes)
     assert 1.9 < profiling.slower(again, space) < 4
+
+
+def test_the_expected_time_of_a_measurement_counts_the_least_rounds_and_the_warm_up():
+    slow = TWO.scaled(3.0)  # one round takes 27 ms
+    start_s = time.perf_counter()
+    profiling.measure_again(FakeEngine(slow), slow, seconds=0.01)
+    took_s = time.perf_counter() - start_s
+    assert profiling.measuring_s(slow, 0.01) == pytest.approx(5 * 0.027)
+    assert took_s >= 5 * 0.027
+    assert profiling.measuring_s(slow, 1.0) == pytest.approx(1.0 + 2 * 0.027)
 
 
 def test_one_disturbed_latency_is_not_a_slower_machine():

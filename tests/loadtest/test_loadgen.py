@@ -30,6 +30,15 @@ def trace():
     return traces.gamma(rate_qps=300.0, duration_s=0.5, slo_ms=200.0)
 
 
+def test_mistyped_policies_are_reported_without_a_profile(tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, profile):\n        assert profile.latency_ms\n")
+    good = ["slackfit", "slackfit-paper:8", "fixed:1", "fixed:largest", f"{tmp_path}/mine.py:Mine"]
+    loadgen.check_policies(good, (1, 4), subnets=2)
+    for bad, message in [("slakfit", "slackfit"), ("fixed:2", "0 to 1"), (f"{tmp_path}/mine.py:Mien", "Mine")]:
+        with pytest.raises(errors.SuperServeError, match=message):
+            loadgen.check_policies([bad], (1, 4), subnets=2)
+
+
 def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace):
     values = np.random.default_rng(0).integers(10, size=len(trace))
     with Server.from_engines([Classifier(PROFILE)], PROFILE, slo_ms=200.0) as target:

@@ -1,5 +1,6 @@
 """Which fixed models keep up, and the sentence that ends a replay."""
 
+import dataclasses
 import math
 
 import pytest
@@ -33,7 +34,31 @@ def test_profiled_accuracy_chooses_the_model_and_measured_accuracy_gives_the_gai
 def test_a_model_that_failed_by_a_disturbance_does_not_hide_a_more_accurate_one_that_keeps_up():
     verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 1.0, 88.0), row("fixed:1", 0.9, 90.0), row("fixed:2", 1.0, 91.0)])
     assert verdict.names == ["slackfit", "fixed:2"]
-    assert "there is little to gain" in str(verdict)
+    assert "fixed:2 is the most accurate one replayed, so there is little to gain" in str(verdict)
+
+
+def test_a_fixed_model_that_met_no_deadline_fails():
+    nothing = row("fixed:2", 0.0, math.nan)
+    verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 1.0, 88.0), nothing])
+    assert (verdict.best.name, verdict.failing) == ("fixed:0", nothing)
+    assert str(verdict).endswith("the most accurate fixed model that keeps up; fixed:2 met no deadline.")
+    verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 1.0, 88.0), row("fixed:1", 0.7, 90.0), nothing])
+    assert verdict.failing.name == "fixed:1"
+    verdict = compare_with_fixed([row("slackfit", 0.0005, 92.0), nothing])
+    assert (verdict.best, verdict.failing) == (None, nothing)
+
+
+def test_of_two_equally_accurate_models_the_failing_one_is_not_called_more_accurate():
+    verdict = compare_with_fixed([SLACKFIT, row("fixed:largest", 0.9, 91.0), row("fixed:2", 1.0, 91.0)])
+    assert (verdict.best.name, verdict.failing) == ("fixed:2", None)
+
+
+def test_the_sentence_names_disturbed_rows():
+    """A disturbed fixed model seems not to keep up. Then the policy is compared with a less accurate one."""
+    stalled = dataclasses.replace(row("fixed:1", 0.99, 91.0), disturbance="the process stood still for 40 ms")
+    verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 1.0, 88.0), stalled, row("fixed:2", 0.5, 93.0)])
+    assert verdict.disturbed == ("fixed:1",)
+    assert str(verdict).endswith(" Disturbed: fixed:1. Run the replay again when the machine is quiet.")
 
 
 def test_no_fixed_model_keeps_up():

@@ -8,6 +8,7 @@ import demo_runs
 import numpy as np
 import pytest
 
+from superserve_jax import errors
 from superserve_jax.commands import replay
 from superserve_jax.exports import Served
 from superserve_jax.subnet import Subnet
@@ -50,10 +51,41 @@ def test_a_replay_sends_the_half_that_was_not_profiled(monkeypatch):
 def test_the_table_of_several_runs_has_a_cell_for_every_column():
     best = {"name": "fixed:3", "measured": 90.0}
     run = {"attainment": 0.9999, "accuracy": 92.5, "best": best, "failing": {"attainment": 0.6}, "gain": 2.5}
-    run |= {"repeats": 1, "minutes": 2.25}
-    assert demo_runs.cells(run) == ("99.99 %", "92.50 %", "fixed:3", "90.00 %", "+2.50", "40.0 %", "1", "2.2")
+    run |= {"repeats": 1, "disturbed": [], "minutes": 2.25}
+    assert demo_runs.cells(run) == ("99.99 %", "92.50 %", "fixed:3", "90.00 %", "+2.50", "40.0 %", "1", "-", "2.2")
     none = {**run, "best": None, "failing": None, "gain": None}
     assert demo_runs.cells(none)[2:6] == ("none", "-", "-", "-")
+
+
+def test_a_run_with_a_disturbed_row_does_not_hold():
+    run, options = {"attainment": 1.0, "gain": 2.0, "disturbed": []}, demo_runs.Options(pathlib.Path())
+    assert demo_runs.holds(run, options)
+    assert not demo_runs.holds({**run, "disturbed": ["fixed:3"]}, options)
+    assert not demo_runs.holds({**run, "gain": None}, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trace": pathlib.Path("a.csv"), "cv2": 1.0}, "--cv2 1.0 has no effect with --trace"),
+        ({"trace": pathlib.Path("a.csv"), "seconds": 3.0}, "--seconds 3.0 has no effect with --trace"),
+        ({"speed": 10.0}, "--speed 10.0 has no effect without --trace"),
+        ({"slow_after": 0.3}, "--slow-after 0.3 has no effect without --slow-factor"),
+        ({"seconds": 3.0}, "the first burst ends after 4 s, got 3.0"),
+        ({"seconds": float("inf")}, "seconds must be a number from 4 up"),
+        ({"slo_ms": -1.0}, "slo_ms must be above 0, got -1.0"),
+        ({"repeats": -1}, "--repeats must be 0 or more, got -1"),
+        ({"cv2": float("nan")}, "--cv2 must be 0 or more, got nan"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_export_is_read(options, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        replay.check_options(replay.Options(pathlib.Path("nowhere"), **options))
+
+
+def test_traffic_that_ends_with_the_first_burst_and_recorded_traffic_pass():
+    replay.check_options(replay.Options(pathlib.Path("nowhere"), seconds=4.0))
+    replay.check_options(replay.Options(pathlib.Path("nowhere"), trace=pathlib.Path("a.csv"), speed=2.0))
 
 
 def test_the_subnets_of_the_seeds_table_are_spread_from_the_smallest_to_the_largest():
