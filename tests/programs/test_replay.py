@@ -37,7 +37,7 @@ def test_a_replay_sends_the_half_that_was_not_profiled(monkeypatch):
     dataset = data.from_arrays(train=(inputs, labels), test=(inputs, labels), validation=4)
     config = types.SimpleNamespace(data="a dataset")
     monkeypatch.setattr(replay, "config_from_json", lambda _: config)
-    monkeypatch.setattr(replay.data, "open", lambda _: dataset)
+    monkeypatch.setattr(replay.data, "open", lambda *_, **__: dataset)
 
     def sent(half):
         served = Served(Subnet((1,)), 0.5, None, 1, 1, profiled_half=half)
