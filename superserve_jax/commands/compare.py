@@ -118,6 +118,7 @@ def main() -> None:
 
 def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
     """The cells that the options select. Raises an error for unknown names and wrong values before anything runs."""
+    cli.refuse_without(options, "trace", "trace_column", "speed", "workers")
     if options.seeds < 1:
         raise ss.ConfigError(f"--seeds must be 1 or more, got {options.seeds}")
     if bad := [s for s in options.scale if not 0 < s < float("inf")]:

@@ -56,6 +56,12 @@ def test_a_policy_of_a_users_file_runs_in_several_processes_and_is_in_table_and_
     assert (tmp_path / "plots" / "policies_x1.png").exists()
 
 
+def test_an_option_of_recorded_arrivals_is_refused_without_them(run_program):
+    for option, value in ("--speed", "10.0"), ("--workers", "2"), ("--trace-column", "ts"):
+        error = run_program("serve/compare.py", option, value, status=2).stderr
+        assert error == f"error: {option} {value} has no effect without --trace; give both or neither\n"
+
+
 def test_a_policy_that_fails_ends_the_program_with_one_line(run_program, tmp_path):
     (tmp_path / "mine.py").write_text(MINE.replace("RANK", "99"))
     options = ("--policies", f"{tmp_path}/mine.py:mine", "--seconds", 0.1, "--seeds", 1, "--jobs", 1, "--preset", "policies")
