@@ -121,6 +121,7 @@ def convert_weights(options: Options) -> None:
 
 def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
     """Makes a run and an export from a directory that `save_pretrained` wrote."""
+    cli.refuse_without(options, "texts", "text", "second", "label", "candidates", "examples")
     space = {name: getattr(options, name) for name in ("max_length", "depths", "heads", "ffn")}
     found = convert.from_pretrained(path, **space)
     workdir = runs.check_workdir(options.workdir or pathlib.Path("runs") / path.resolve().name)

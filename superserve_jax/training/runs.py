@@ -151,6 +151,11 @@ class Run:
         elif self.config.data is not None:
             # The training decoded all images already, and inputs.json tells whether they are the same.
             dataset = data.open(self.config.data, decode=not (self.workdir / _INPUTS).exists())
+        elif self.converted:
+            raise errors.ConfigError(
+                f"the run in {self.workdir} was converted without texts; convert into another folder with --texts FILE, or "
+                f"pass your data, as Run.open({str(self.workdir)!r}, dataset=...)"
+            )
         else:
             raise errors.ConfigError(
                 f"the run in {self.workdir} was trained on a dataset that its config does not name: pass it again, as "

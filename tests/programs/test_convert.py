@@ -92,6 +92,11 @@ def test_a_directory_of_hugging_face_becomes_a_run_and_a_server_without_a_config
     np.testing.assert_allclose(reply.output, model(padded, model.space.largest())[0], rtol=1e-4, atol=1e-5)
     assert reply.accuracy == 0
     assert "does not name" in run_program("serve/replay.py", found.path, status=2).stderr
+    done = run_program("train/search.py", tmp_path / "run", status=2)
+    assert "was converted without texts; convert into another folder with --texts FILE" in done.stderr
+    done = run_program("train/convert.py", path, "--label", "sentiment", "--workdir", tmp_path / "other", status=2)
+    assert "--label sentiment has no effect without --texts; give both or neither" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_path_that_is_neither_a_directory_nor_a_config_is_named(run_program, tmp_path):
