@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from superserve_jax import cli, files
+from superserve_jax.exports import Served
 from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
 
@@ -39,10 +40,14 @@ def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
     run = Run.open(options.run)
-    served = stages.evaluate(run)
+    report(run, stages.evaluate(run), options.json)
+    print(f"go on with `superserve export {run.workdir}`")
+
+
+def report(run: Run, served: list[Served], json: pathlib.Path | None) -> None:
+    """Prints the accuracies of the served subnets, and the baselines. Also writes the accuracies to a JSON file, if given."""
     cli.print_table(stages.table(served))
     for name, accuracy in stages.baselines(run).items():
         print(f"to compare: {name}, {100 * accuracy:.2f} %")
-    if options.json:
-        files.write_json(options.json, [s.to_json() for s in served])
-    print(f"go on with `superserve export {run.workdir}`")
+    if json:
+        files.write_json(json, [s.to_json() for s in served])

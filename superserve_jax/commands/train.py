@@ -16,7 +16,8 @@ from typing import Annotated
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files
+from superserve_jax import cli
+from superserve_jax.commands import evaluate
 from superserve_jax.training import stages
 from superserve_jax.training.config import TrainConfig, load_config
 
@@ -49,11 +50,7 @@ def main() -> None:
     stages.calibrate(run)
     served = stages.evaluate(run)
     path = stages.export(run)
-    cli.print_table(stages.table(served))
-    for name, accuracy in stages.baselines(run).items():
-        print(f"to compare: {name}, {100 * accuracy:.2f} %")
-    if options.json:
-        files.write_json(options.json, [s.to_json() for s in served])
+    evaluate.report(run, served, options.json)
     print(
         f"metrics and plots: {run.workdir}\nexport: {path}; serve it with `superserve measure {path}`, then "
         f"`superserve replay {path}`"

@@ -74,7 +74,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     fit.check(dataset, config.model)
     validated = _can_validate(config, dataset)
     wandb_log.check(config.wandb)
-    if not registry.is_built_in(type(config.model)) and not (workdir / "config.json").exists():
+    if not registry.is_built_in(type(config.model)) and before is None:
         supernets.check(config.model)  # slower than the other checks
     recipe = Recipe(config.label_smoothing, config.distill.weight, config.distill.hidden, config.compute_dtype)
     outside = teacher.load(config.distill.teacher, config.model) if config.distill.teacher else None
