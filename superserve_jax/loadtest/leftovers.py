@@ -58,9 +58,12 @@ class ProcessState:
         >>> thread = threading.Timer(60, print)
         >>> thread.name = "mine"
         >>> thread.start()
-        >>> [text[:15] for text in before.left_by(ProcessState.now())]
-        ['thread mine', '1 more threads ']
+        >>> after = ProcessState.now()
         >>> thread.cancel()
+        >>> "thread mine" in before.left_by(after)
+        True
+        >>> before.left_by(dataclasses.replace(before, native_threads=before.native_threads + 1))
+        ['1 more threads of the system']
         """
         left = [f"thread {thread.name}" for thread in after.threads - self.threads]
         if after.native_threads > self.native_threads:
