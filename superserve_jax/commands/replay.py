@@ -1,7 +1,5 @@
 """Replays bursty traffic on the real server, once per policy, and prints one table.
 
-One file because it is one program: half of it is options and the columns of tables.
-
     superserve replay runs/digits_resnet/export
     superserve replay runs/digits_resnet/export --policies slackfit fixed:largest --seconds 30 --slo-ms 50
     superserve replay runs/digits_resnet/export --policies slackfit --simulate
@@ -16,9 +14,9 @@ the default policy with the fixed models (see loadtest.verdict).
 
 Calm and bursts alternate, at rates that follow from the latencies of this machine (see loadtest.bursts): a burst overloads the
 most accurate subnet, but not the fastest one. Latencies are measured again before the first policy. The rates and all policies
-use them. They are checked after each policy. The replay says so and repeats the policy if they have moved by more than 10 %,
-or if the process stood still for more than half of the SLO. --repeats limits the repeats of all policies together. The last
-line names the rows that stay disturbed.
+use them. They are checked after each policy. A row is disturbed if they have moved by more than 10 %, or if the process stood
+still for more than half of the SLO. The replay names these rows. At the end it repeats those that decide the last line, at
+most --repeats times in all. The last line names the ones that stay disturbed.
 - `--trace FILE.csv` replays recorded arrivals instead. See docs/traces.md.
 - `--simulate` repeats each replay in the simulator under the measured conditions, see loadtest.sim_vs_real.
 - `--slow-factor 1.5` makes every device 1.5 times slower half-way, without telling the server. Each policy runs with the
@@ -28,42 +26,32 @@ Library: loadtest.loadgen, loadtest.verdict, loadtest.sim_vs_real, serving.serve
 
 import dataclasses
 import math
-import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, plots, progress
-from superserve_jax.engines import prepare, profiling
-from superserve_jax.engines.base import Engine
-from superserve_jax.exports import Model
-from superserve_jax.lengths import trim_padding
+from superserve_jax.commands import replay_setup
+from superserve_jax.commands.replay_setup import CHECK_S, Options, Work
+from superserve_jax.engines import profiling
 from superserve_jax.loadtest import bursts, loadgen, sim_vs_real
 from superserve_jax.loadtest.loadgen import Replay
 from superserve_jax.loadtest.sim_vs_real import Stopwatch
 from superserve_jax.loadtest.slowed import Slowed
-from superserve_jax.loadtest.verdict import Outcome, compare_with_fixed
+from superserve_jax.loadtest.verdict import Outcome, Verdict, compare_with_fixed
 from superserve_jax.scheduling import policies
-from superserve_jax.serving import server
 from superserve_jax.serving.options import make_policy
 from superserve_jax.serving.server import Server
-from superserve_jax.simulation import recorded
-from superserve_jax.simulation.traces import Trace
-from superserve_jax.training import data
-from superserve_jax.training.config import config_from_json
-from superserve_jax.training.data import halves
 
 Result = dict[str, Any]  # one policy's numbers, as --json writes them
 MOVED = 1.1  # latencies that are this many times as long or as short as before the first policy have moved
-TIMING_S, CHECK_S = 5.0, 0.5  # about how long latencies are measured before the first policy, and after each policy
 BEAT_S = 5e-3  # of the heartbeat that notices stalls; rare enough to take no time from the server
 
 USUAL: dict[str, Callable[[Result], str]] = {
-    "policy": lambda r: r["name"],
+    "policy": lambda r: r["label"],
     "SLO attainment": lambda r: f"{100 * r['attainment']:.2f} %",
     "accuracy, profiled": lambda r: f"{r['accuracy_profiled']:.2f} %",
     "measured": lambda r: f"{r['accuracy_measured']:.2f} %",
@@ -71,7 +59,7 @@ USUAL: dict[str, Callable[[Result], str]] = {
     "p99 ms": lambda r: f"{r['p99_ms']:.1f}",
 }
 SLOWED: dict[str, Callable[[Result], str]] = {
-    "policy": lambda r: r["name"],
+    "policy": lambda r: r["label"],
     "correction": lambda r: "on" if r["corrected"] else "off",
     "SLO attainment before": lambda r: f"{100 * r['attainment_before']:.2f} %",
     "after": lambda r: f"{100 * r['attainment_after']:.2f} %",
@@ -89,90 +77,58 @@ SIMULATED: dict[str, Callable[[Result], str]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options.
-
-    Args:
-      export: the export's directory.
-      policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest, or policies of your own, such as
-        my_file.py:my_policy (see docs/policies.md). By default both SlackFits and every subnet fixed.
-      seconds: length of the traffic, at least 4, because the first burst ends then.
-      slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
-      calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
-      burst: the arrival rate in a burst: 0 is the throughput of the most accurate subnet, 1 that of the fastest one.
-      cv2: squared coefficient of variation of the gaps between arrivals.
-      trace: a CSV file of recorded arrivals to replay instead, see docs/traces.md.
-      trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
-      speed: how many times as fast the recorded arrivals come.
-      batch_sizes: batch sizes to serve with.
-      lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
-      simulate: repeat each replay in the simulator, and print both.
-      slow_factor: every batch takes this many times as long from --slow-after on.
-      slow_after: when --slow-factor takes effect, as a fraction of the traffic.
-      repeats: the largest number of repeats, in all, of policies that the machine disturbed.
-      seed: the seed of arrivals and inputs.
-      json: write the results to this file.
-      plot: write a plot over time to this file.
-    """
-
-    export: tyro.conf.Positional[pathlib.Path]
-    policies: tuple[str, ...] = ()
-    seconds: float = 12.0
-    slo_ms: float | None = None
-    calm: float = 0.5
-    burst: float = 0.5
-    cv2: float = 4.0
-    trace: pathlib.Path | None = None
-    trace_column: str | None = None
-    speed: float = 1.0
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    lengths: tuple[int, ...] | None = None
-    simulate: bool = False
-    slow_factor: float = 1.0
-    slow_after: float = 0.5
-    repeats: int = 3
-    seed: int = 0
-    json: pathlib.Path | None = None
-    plot: pathlib.Path | None = None
-
-
 def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
-    check_options(options)
-    work = prepare_work(options)
-    profile = work.profiles[0]
-    fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
-    labels = {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}
-    names = options.policies or tuple(labels)
-    short = policies.labels(names)
+    replay_setup.check_options(options)
+    work = replay_setup.prepare_work(options)
+    names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(work.profiles[0].rows))))
     for name in names:  # reports a policy that fails, before the first replay
         make_policy(name, *work.profiles)
         loadgen.rehearse(name, work.profiles, work.trace)
-    results: list[Result] = []
-    replays: dict[str, Replay] = {}
-    ways = (True, False) if options.slow_factor > 1 else (True,)
+    replays, results, repeats = replay_all(options, work, names)
+    print_tables(options, results)
+    verdict = make_verdict(options, results)
+    cli.write_results(options.json, to_json(work, results, verdict) | {"repeats": repeats})
+    if options.plot:
+        plot(options, work, replays, results, verdict)
+    if verdict:
+        print(f"\n{verdict}")
+
+
+def replay_all(options: Options, work: Work, names: Sequence[str]) -> tuple[list[Replay], list[Result], int]:
+    """Replays each policy. Then repeats disturbed rows that decide the verdict, at most options.repeats replays in all.
+
+    Returns the outcomes of the queries and the numbers, both in the order of the table, and the number of repeats.
+    """
+    short = policies.labels(names)
+    each = [(name, corrected) for name in names for corrected in ((True, False) if options.slow_factor > 1 else (True,))]
     check_s = CHECK_S + sum(profiling.measuring_s(p, CHECK_S) for p in work.profiles)  # with the start of the server
-    each_s, count = float(work.trace.deadlines_s.max()) + check_s, len(names) * len(ways)
-    takes = f"{count} replay{'s' if count > 1 else ''} of {cli.duration(each_s)}: about {cli.duration(count * each_s)}"
-    print(f"{takes}, plus up to {options.repeats} repeats", flush=True)
-    repeats = options.repeats
-    for name in names:
-        for corrected in ways:
-            while True:
-                done, result = replay_policy(options, work, name, corrected=corrected)
-                print(f"{short[name]}: {100 * result['attainment']:.2f} % met the SLO", flush=True)
-                result["disturbance"] = disturbance(result, work.slo_ms)
-                if not result["disturbance"] or not repeats:
-                    break
-                repeats -= 1
-                print(f"{short[name]}: {result['disturbance']}; repeating it ({repeats} more repeats left)", flush=True)
-            replays.setdefault(short[name], done)
-            results.append({"name": short[name], **result})
+    each_s = float(work.trace.deadlines_s.max()) + check_s
+    takes = f"{len(each)} replay{'s' if len(each) > 1 else ''} of {cli.duration(each_s)}"
+    print(f"{takes}: about {cli.duration(len(each) * each_s)}, plus up to {options.repeats} repeats", flush=True)
+    found = [replay_policy(options, work, name, short[name], corrected=corrected) for name, corrected in each]
+    replays, results = [done for done, _ in found], [result for _, result in found]
+    for repeat in range(options.repeats):
+        i = to_repeat(results, make_verdict(options, results))
+        if i is None:
+            return replays, results, repeat
+        print(f"{results[i]['name']} was disturbed; repeat {repeat + 1} of at most {options.repeats}", flush=True)
+        name, corrected = each[i]
+        replays[i], results[i] = replay_policy(options, work, name, short[name], corrected=corrected)
+    return replays, results, options.repeats
+
+
+def to_repeat(results: Sequence[Result], verdict: Verdict | None) -> int | None:
+    """The index of the first disturbed row that decides the verdict, or of the first disturbed row without a verdict."""
+    decide = [result["disturbance"] and (verdict is None or result["name"] in verdict.disturbed) for result in results]
+    return next((i for i, repeat in enumerate(decide) if repeat), None)
+
+
+def print_tables(options: Options, results: Sequence[Result]) -> None:
+    """Prints the tables, how late queries were sent, and which rows were disturbed."""
     print()
-    labelled = ({**result, "name": labels.get(result["name"], result["name"])} for result in results)
-    cli.print_columns(SLOWED if options.slow_factor > 1 else USUAL, labelled)
+    cli.print_columns(SLOWED if options.slow_factor > 1 else USUAL, results)
     if options.simulate:
         print("\nthe same traffic in the simulator: real / simulated")
         cli.print_columns(SIMULATED, results)
@@ -181,66 +137,47 @@ def main() -> None:
     print(f"lateness of the load generator, worst policy: p50 {late[0]:.2f} ms, p99 {late[1]:.1f} ms")
     for result in results:
         if problem := result["disturbance"]:
-            print(f"{result['name']}: {problem}, so this row may not be comparable; run it again when the machine is quiet")
-    verdict = compare_with_fixed(outcomes(results, labels)) if options.slow_factor == 1 else None
+            print(f"{result['name']}: {problem}, so this row may not be comparable")
+
+
+def make_verdict(options: Options, results: Sequence[Result]) -> Verdict | None:
+    """The default policy beside the fixed models; None without both, or if --slow-factor slows the devices."""
+    if options.slow_factor > 1:
+        return None
+    keys = ("attainment", "accuracy_profiled", "accuracy_measured", "disturbance")
+    # A sentence names several fixed models, so they keep their short names there.
+    names = [r["name"] if r["name"].startswith("fixed:") else r["label"] for r in results]
+    rows = zip(results, names, strict=True)
+    return compare_with_fixed([Outcome(r["name"], name, *(r[key] for key in keys)) for r, name in rows])
+
+
+def to_json(work: Work, results: Sequence[Result], verdict: Verdict | None) -> dict[str, Any]:
+    """What --json writes, without the number of repeats."""
+    compared = verdict and {**dataclasses.asdict(verdict), "disturbed": verdict.disturbed}
+    if compared:
+        compared["gain"] = verdict.gain if verdict.best else None
+    profile = work.profiles[0]
     about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
-    compared = verdict and {**dataclasses.asdict(verdict), "gain": verdict.gain if verdict.best else None}
-    cli.write_results(
-        options.json,
-        {
-            **about,
-            "profile": profile.to_json(),
-            "policies": results,
-            "verdict": compared,
-            "repeats": options.repeats - repeats,
-        },
+    return {**about, "profile": profile.to_json(), "policies": results, "verdict": compared}
+
+
+def plot(options: Options, work: Work, replays: Sequence[Replay], results: Sequence[Result], verdict: Verdict | None) -> None:
+    """Plots the policies of the verdict over time. Without a verdict: all but the fixed models, or the first three."""
+    adaptive = [result["name"] for result in results if not result["name"].startswith("fixed:")]
+    shown = verdict.names if verdict else adaptive or [result["name"] for result in results[:3]]
+    lines = {}
+    for done, result in zip(replays, results, strict=True):
+        if result["name"] in shown:  # with --slow-factor the first of its two rows, which has the correction
+            lines.setdefault(result["label"].replace(", subnet of", ","), loadgen.series(done, window_s=0.1))
+    plots.replay(
+        lines,
+        options.plot,
+        title=f"One server, the same traffic for each policy: {work.trace.name}",
+        note=f"measured on {work.profiles[0].device}, {len(work.engines)} worker(s)",
+        slo_ms=work.slo_ms,
+        bursts_s=bursts.intervals(options.seconds) if options.trace is None else None,
     )
-    if options.plot:
-        shown = verdict.names if verdict else [n for n in replays if n not in fixed] or list(replays)[:3]
-        plots.replay(
-            {labels.get(n, n).replace(", subnet of", ","): loadgen.series(replays[n], window_s=0.1) for n in shown},
-            options.plot,
-            title=f"One server, the same traffic for each policy: {work.trace.name}",
-            note=f"measured on {profile.device}, {len(work.engines)} worker(s)",
-            slo_ms=work.slo_ms,
-            bursts_s=bursts.intervals(options.seconds) if options.trace is None else None,
-        )
-        print(f"plot: {options.plot}")
-    if verdict:
-        print(f"\n{verdict}")
-
-
-def check_options(options: Options) -> None:
-    """Raises ConfigError for wrong values, and for options that would have no effect, before anything takes long."""
-    cli.refuse_with(options, "trace", "seconds", "calm", "burst", "cv2")
-    cli.refuse_without(options, "trace", "trace_column", "speed")
-    cli.refuse_without(options, "slow_factor", "slow_after")
-    if options.trace is None:
-        bursts.check_seconds(options.seconds)
-    if options.slo_ms is not None:
-        cli.check_above_zero(options, "slo_ms")
-    for name in ("calm", "cv2", "repeats"):
-        if not getattr(options, name) >= 0:
-            raise ss.ConfigError(f"--{name} must be 0 or more, got {getattr(options, name)}")
-    if not 0 < options.slow_after < 1:
-        raise ss.ConfigError(f"--slow-after is a fraction of the traffic between 0 and 1, got {options.slow_after:g}")
-    if options.slow_factor < 1 or (options.slow_factor > 1 and options.simulate):
-        raise ss.ConfigError(f"--slow-factor {options.slow_factor}: give 1 or more, and leave out --simulate if it is above 1")
-
-
-def outcomes(results: Sequence[Result], labels: Mapping[str, str]) -> list[Outcome]:
-    """The rows of the table, for the verdict. Fixed models keep their short name, since a sentence names several of them."""
-    return [
-        Outcome(
-            r["name"],
-            r["name"] if r["name"].startswith("fixed:") else labels.get(r["name"], r["name"]),
-            r["attainment"],
-            r["accuracy_profiled"],
-            r["accuracy_measured"],
-            r["disturbance"],
-        )
-        for r in results
-    ]
+    print(f"plot: {options.plot}")
 
 
 def disturbance(result: Result, slo_ms: float) -> str:
@@ -252,91 +189,10 @@ def disturbance(result: Result, slo_ms: float) -> str:
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What all policies share: engines with their profiles, and queries with their inputs and labels."""
+def replay_policy(options: Options, work: Work, name: str, short: str, *, corrected: bool) -> tuple[Replay, Result]:
+    """Serves the traffic with one policy, then times the engines again, and prints the attainment.
 
-    engines: Sequence[Engine]
-    profiles: Sequence[ss.Profile]
-    trace: Trace
-    inputs: Sequence[np.ndarray]
-    labels: np.ndarray
-    slo_ms: float
-
-    def slower(self) -> float:
-        """By which factor batches take longer than before the first policy, on the engine that changed most."""
-        factors = []
-        for engine, profile in zip(self.engines, self.profiles, strict=True):
-            now = profiling.measure_again(engine, profile, seconds=CHECK_S, background=server.background_traffic)
-            factors.append(profiling.slower(now, profile))
-        return max(factors, key=lambda factor: abs(math.log(factor)))
-
-
-def prepare_work(options: Options) -> Work:
-    """Loads an export onto the devices, and makes the traffic for it."""
-    model = ss.load(options.export)
-    trace = None
-    if options.trace is not None:  # before anything that takes long
-        trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed)
-        print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}", flush=True)
-    loadgen.check_policies(options.policies, options.batch_sizes, subnets=len(model.served))
-    inputs, labels = test_examples(model)
-    _, engines, profiles = prepare.prepare(
-        model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
-    )
-    calls = {"seconds": TIMING_S, "background": server.background_traffic}
-    profiles = [profiling.measure_again(e, p, **calls) for e, p in zip(engines, profiles, strict=True)]
-    buckets = profiles[0].lengths
-    # The server measures the length of each input itself. The arrival rates and the simulator need the lengths earlier.
-    lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if buckets else np.zeros(len(inputs), int)
-    slowest_ms = max(p.rows[-1].latency_ms[-1] for p in profiles)
-    slo_ms = options.slo_ms if options.slo_ms is not None else max(36.0, 4 * slowest_ms)
-    if trace is not None:
-        trace = trace if np.ndim(trace.slo_ms) else dataclasses.replace(trace, slo_ms=slo_ms)
-    else:
-        names = ("seconds", "calm", "burst", "cv2", "seed")
-        settings = {name: getattr(options, name) for name in names}
-        trace = bursts.make(profiles, slo_ms=slo_ms, tokens=lengths.tolist() if buckets else (), **settings)
-    if not len(trace):
-        raise ss.DataError(f"no queries in the trace ({trace.name}): record at least one, or give more --seconds")
-    # Random order without replacement, then again: no example is used twice before all others were used once.
-    rng = np.random.default_rng(options.seed)
-    chosen = np.concatenate([rng.permutation(len(inputs)) for _ in range(-(-len(trace) // len(inputs)))])[: len(trace)]
-    print(
-        f"{len(trace):,} queries in {trace.arrivals_s[-1]:.1f} s ({trace.name}), SLO {slo_ms:.0f} ms, "
-        f"{len(engines)} worker(s) on {', '.join(dict.fromkeys(p.device for p in profiles))}"
-    )
-    if buckets:
-        if np.ndim(trace.lengths):
-            chosen = loadgen.examples_of_length(lengths, np.asarray(trace.lengths), seed=options.seed)
-        trace = dataclasses.replace(trace, lengths=lengths[chosen])
-        p50, p90 = np.percentile(lengths, [50, 90])
-        print(f"half of the texts have up to {p50:.0f} tokens, 90 % up to {p90:.0f}; length buckets: {list(buckets)}")
-    return Work(engines, profiles, trace, [inputs[i] for i in chosen], labels[chosen], slo_ms)
-
-
-def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of the half of the test split that the export was not profiled on.
-
-    Raises ConfigError if the export's config names no data.
-    """
-    config = config_from_json(model.manifest["training"])
-    if config.data is None:
-        raise ss.ConfigError(
-            "the export was trained on a dataset that its config does not name, so there is nothing to replay; replay "
-            "inputs of your own with superserve_jax.loadtest.loadgen.replay"
-        )
-    inputs, labels = data.open(config.data, decode=False).arrays("test")
-    if not all(s.profiled_half for s in model.served):
-        return inputs, labels  # an export of an older version, profiled on the whole split
-    chosen = ~halves.profiling_half(labels)
-    return inputs[chosen], labels[chosen]
-
-
-def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -> tuple[Replay, Result]:
-    """Serves the traffic with one policy, then times the engines again.
-
-    Returns the outcome of each query, and the numbers for the tables.
+    Returns the outcome of each query, and the numbers for the tables. `short` is the policy's short name.
     """
     slow_s = options.slow_after * float(work.trace.arrivals_s[-1])
     watches = [Stopwatch(*each) for each in zip(work.engines, work.profiles, strict=True)]
@@ -349,12 +205,13 @@ def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -
     ):
         for engine in slowed:
             engine.from_s = time.monotonic() + slow_s
-        with progress.clock(float(work.trace.deadlines_s.max()), f"replaying with {policies.labels([name])[name]}"):
+        with progress.clock(float(work.trace.deadlines_s.max()), f"replaying with {short}"):
             done = loadgen.replay(target, work.trace, work.inputs)
         target.close(drain=False)
     stalls_s = sim_vs_real.during(done, stalls_s)
-    result = numbers(done, work.labels) | {"slower": work.slower()}
+    result = {"name": short, "label": label(short, work.profiles[0]), **numbers(done, work.labels), "slower": work.slower()}
     result["longest_stall_ms"] = 1e3 * max((until_s - from_s for from_s, until_s in stalls_s), default=0.0)
+    result["disturbance"] = disturbance(result, work.slo_ms)
     if options.simulate:
         machine = sim_vs_real.measured_machine(done, watches, stalls_s)
         again = sim_vs_real.simulate_again(done, work.profiles, name, workers=len(work.profiles), machine=machine)
@@ -365,7 +222,15 @@ def replay_policy(options: Options, work: Work, name: str, *, corrected: bool) -
         for when, which in ("before", done.arrival_s < slow_s), ("after", done.arrival_s >= slow_s):
             part = loadgen.summarize(done, which)
             result |= {f"attainment_{when}": part.attainment, f"accuracy_{when}": 100 * part.accuracy}
+    problem = f"; {result['disturbance']}" if result["disturbance"] else ""
+    print(f"{short}: {100 * result['attainment']:.2f} % met the SLO{problem}", flush=True)
     return done, result
+
+
+def label(short: str, profile: ss.Profile) -> str:
+    """The policy's name in tables and plots."""
+    fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
+    return {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}.get(short, short)
 
 
 def numbers(done: Replay, labels: np.ndarray) -> Result:

@@ -3,6 +3,9 @@
 A fixed model keeps up if its SLO attainment is at least that of the adaptive policy minus 0.001. The comparison is with the
 most accurate fixed model that keeps up: an operator who knows the profiled accuracies would choose it. Its gain is measured on
 the examples of the replay, which nobody knew when choosing.
+
+Only three rows decide this: the policy, the best fixed model that keeps up, and the next more accurate one. Less accurate ones
+would not be chosen. More accurate ones are slower than one that fails. So a disturbance of other rows does no harm.
 """
 
 import dataclasses
@@ -43,13 +46,16 @@ class Verdict:
       best: the most accurate fixed model that keeps up; None if none does.
       failing: the least accurate one of the fixed models that fail and are more accurate than `best`, or that met no
         deadline; None if there is none.
-      disturbed: the names of the policy and the fixed models whose rows a disturbance of the machine may have changed.
     """
 
     policy: Outcome
     best: Outcome | None
     failing: Outcome | None
-    disturbed: tuple[str, ...] = ()
+
+    @property
+    def disturbed(self) -> tuple[str, ...]:
+        """The names of those of the three rows that a disturbance of the machine may have changed."""
+        return tuple(row.name for row in self._rows if row.disturbance)
 
     @property
     def gain(self) -> float:
@@ -59,7 +65,11 @@ class Verdict:
     @property
     def names(self) -> list[str]:
         """The names of the two or three policies."""
-        return [outcome.name for outcome in (self.policy, self.best, self.failing) if outcome]
+        return [row.name for row in self._rows]
+
+    @property
+    def _rows(self) -> list[Outcome]:
+        return [row for row in (self.policy, self.best, self.failing) if row]
 
     def __str__(self) -> str:
         names = ", ".join(self.disturbed)
@@ -105,8 +115,7 @@ def compare_with_fixed(rows: Sequence[Outcome]) -> Verdict | None:
     keeping_up = [row for row in by_accuracy if row.attainment > 0 and row.attainment >= policy.attainment - LEEWAY]
     best = keeping_up[-1] if keeping_up else None
     above = [row for row in by_accuracy if best is None or _profiled(row) > _profiled(best)]
-    disturbed = tuple(row.name for row in (policy, *fixed) if row.disturbance)
-    return Verdict(policy, best, above[0] if above else None, disturbed)
+    return Verdict(policy, best, above[0] if above else None)
 
 
 def _profiled(row: Outcome) -> float:

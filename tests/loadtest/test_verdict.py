@@ -53,12 +53,14 @@ def test_of_two_equally_accurate_models_the_failing_one_is_not_called_more_accur
     assert (verdict.best.name, verdict.failing) == ("fixed:2", None)
 
 
-def test_the_sentence_names_disturbed_rows():
+def test_the_sentence_names_disturbed_rows_that_decide_it():
     """A disturbed fixed model seems not to keep up. Then the policy is compared with a less accurate one."""
     stalled = dataclasses.replace(row("fixed:1", 0.99, 91.0), disturbance="the process stood still for 40 ms")
     verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 1.0, 88.0), stalled, row("fixed:2", 0.5, 93.0)])
     assert verdict.disturbed == ("fixed:1",)
     assert str(verdict).endswith(" Disturbed: fixed:1. Run the replay again when the machine is quiet.")
+    verdict = compare_with_fixed([SLACKFIT, stalled, row("fixed:2", 1.0, 92.0), row("fixed:3", 0.5, 93.0)])
+    assert verdict.disturbed == ()
 
 
 def test_no_fixed_model_keeps_up():

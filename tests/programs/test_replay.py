@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from superserve_jax import errors
-from superserve_jax.commands import replay
+from superserve_jax.commands import replay, replay_setup
 from superserve_jax.exports import Served
 from superserve_jax.subnet import Subnet
 from superserve_jax.training import data
@@ -36,12 +36,12 @@ def test_a_replay_sends_the_half_that_was_not_profiled(monkeypatch):
     inputs, labels = np.arange(40, dtype=np.uint8).reshape(40, 1), np.arange(40) % 4
     dataset = data.from_arrays(train=(inputs, labels), test=(inputs, labels), validation=4)
     config = types.SimpleNamespace(data="a dataset")
-    monkeypatch.setattr(replay, "config_from_json", lambda _: config)
-    monkeypatch.setattr(replay.data, "open", lambda *_, **__: dataset)
+    monkeypatch.setattr(replay_setup, "config_from_json", lambda _: config)
+    monkeypatch.setattr(replay_setup.data, "open", lambda *_, **__: dataset)
 
     def sent(half):
         served = Served(Subnet((1,)), 0.5, None, 1, 1, profiled_half=half)
-        found, _ = replay.test_examples(types.SimpleNamespace(served=(served,), manifest={"training": {}}))
+        found, _ = replay_setup.test_examples(types.SimpleNamespace(served=(served,), manifest={"training": {}}))
         return set(found.ravel().tolist())
 
     assert sent(half=True) == set(inputs[~halves.profiling_half(labels)].ravel().tolist())
@@ -62,6 +62,45 @@ def test_a_run_with_a_disturbed_row_does_not_hold():
     assert demo_runs.holds(run, options)
     assert not demo_runs.holds({**run, "disturbed": ["fixed:3"]}, options)
     assert not demo_runs.holds({**run, "gain": None}, options)
+    busy = demo_runs.Options(pathlib.Path(), busy=1)
+    assert demo_runs.holds({"attainment": 0.9, "gain": 0.1, "disturbed": ["fixed:3"]}, busy)
+    assert not demo_runs.holds({**run, "gain": -0.1}, busy)
+
+
+def row(name, attainment, accuracy, disturbance=""):
+    result = {"name": name, "label": name, "attainment": attainment, "disturbance": disturbance}
+    return result | {"accuracy_profiled": accuracy, "accuracy_measured": accuracy}
+
+
+def test_only_disturbed_rows_that_decide_the_verdict_are_repeated():
+    options = replay_setup.Options(pathlib.Path())
+    stall = "the process stood still for 40 ms"
+    results = [row("slackfit", 1.0, 93.0), row("fixed:0", 1.0, 90.0, stall), row("fixed:1", 1.0, 91.0)]
+    results += [row("fixed:2", 0.98, 92.0), row("fixed:3", 0.5, 94.0, stall)]
+    assert replay.to_repeat(results, replay.make_verdict(options, results)) is None
+    results[3] = row("fixed:2", 0.98, 92.0, stall)
+    assert replay.to_repeat(results, replay.make_verdict(options, results)) == 3
+    assert replay.to_repeat(results[:1] + results[4:], None) == 1  # without a verdict, any disturbed row
+
+
+def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are_used_up(monkeypatch):
+    calls = []
+
+    def replay_policy(options, work, name, short, *, corrected):
+        calls.append(name)
+        disturbed = name == "fixed:1" and calls.count(name) < 3
+        attainment, accuracy = {"slackfit": (1.0, 92.0), "fixed:0": (1.0, 90.0), "fixed:1": (0.9, 91.0)}[name]
+        return object(), row(short, attainment, accuracy, "stalled" if disturbed else "")
+
+    monkeypatch.setattr(replay, "replay_policy", replay_policy)
+    work = types.SimpleNamespace(profiles=(), trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
+    names = ["slackfit", "fixed:1", "fixed:0"]
+    for allowed, needed, left in (5, 2, ""), (1, 1, "stalled"):
+        calls.clear()
+        options = replay_setup.Options(pathlib.Path(), repeats=allowed)
+        _, results, repeats = replay.replay_all(options, work, names)
+        assert (calls, repeats) == ([*names, *["fixed:1"] * needed], needed)
+        assert [r["disturbance"] for r in results] == ["", left, ""]
 
 
 @pytest.mark.parametrize(
@@ -80,12 +119,12 @@ def test_a_run_with_a_disturbed_row_does_not_hold():
 )
 def test_wrong_options_are_refused_before_the_export_is_read(options, message):
     with pytest.raises(errors.ConfigError, match=message):
-        replay.check_options(replay.Options(pathlib.Path("nowhere"), **options))
+        replay_setup.check_options(replay_setup.Options(pathlib.Path("nowhere"), **options))
 
 
 def test_traffic_that_ends_with_the_first_burst_and_recorded_traffic_pass():
-    replay.check_options(replay.Options(pathlib.Path("nowhere"), seconds=4.0))
-    replay.check_options(replay.Options(pathlib.Path("nowhere"), trace=pathlib.Path("a.csv"), speed=2.0))
+    replay_setup.check_options(replay_setup.Options(pathlib.Path("nowhere"), seconds=4.0))
+    replay_setup.check_options(replay_setup.Options(pathlib.Path("nowhere"), trace=pathlib.Path("a.csv"), speed=2.0))
 
 
 def test_the_subnets_of_the_seeds_table_are_spread_from_the_smallest_to_the_largest():
