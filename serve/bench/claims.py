@@ -43,7 +43,7 @@ from superserve_jax.training import random_export
 from superserve_jax.training.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-AZURE_SAMPLE = ROOT / "tests" / "data" / "maf2019_100fn.csv"
+AZURE_SAMPLE = ROOT / "tests" / "data" / "maf2019_762fn_total.csv"
 REPLAY = ROOT / "serve" / "replay.py"
 NEED_EXPORT = ("policy-gain", "policy-attainment")  # claims
 PUBLISHED = ROOT / "configs" / "ofa_resnet50.py"

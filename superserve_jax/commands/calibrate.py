@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, files
+from superserve_jax import cli
 from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
 
@@ -48,6 +48,5 @@ def main() -> None:
         f"{len(sizes)} subnets calibrated on {run.config.calibration_examples} training examples: {mean:,.0f} bytes of "
         f"statistics each{less}"
     )
-    if options.json:
-        files.write_json(options.json, {"subnets": len(sizes), "statistics_bytes": sizes, "weights_bytes": weights})
+    cli.write_results(options.json, {"subnets": len(sizes), "statistics_bytes": sizes, "weights_bytes": weights})
     print(f"go on with `superserve evaluate {run.workdir}`")

@@ -195,8 +195,7 @@ def report(run: Run, json: pathlib.Path | None) -> str:
     """A description of a converted run in one line. It is also written to a JSON file, if one is given."""
     model, space = run.config.model, run.config.model.space()
     flops, params, subnets = model.flops(space.largest()), model.num_params(space.largest()), space.size
-    if json:
-        files.write_json(json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": subnets})
+    cli.write_results(json, {"run": str(run.workdir), "params": params, "flops": flops, "subnets": subnets})
     return f"{run.workdir}: {params / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOPs, {subnets:.2g} subnets"
 
 

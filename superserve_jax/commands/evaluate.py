@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, files
+from superserve_jax import cli
 from superserve_jax.exports import Served
 from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
@@ -49,5 +49,4 @@ def report(run: Run, served: list[Served], json: pathlib.Path | None) -> None:
     cli.print_table(stages.table(served))
     for name, accuracy in stages.baselines(run).items():
         print(f"to compare: {name}, {100 * accuracy:.2f} %")
-    if json:
-        files.write_json(json, [s.to_json() for s in served])
+    cli.write_results(json, [s.to_json() for s in served])

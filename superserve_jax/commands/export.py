@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, files
+from superserve_jax import cli
 from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
 
@@ -41,17 +41,16 @@ def main() -> None:
     size = sum(f["bytes"] for f in model.manifest["files"].values())
     weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.statistics))
     cli.print_table(stages.table(list(model.served)))
-    if options.json:
-        files.write_json(
-            options.json,
-            {
-                "path": str(path),
-                "bytes": size,
-                "weights_bytes": weights,
-                "statistics_bytes": statistics,
-                "served": [s.to_json() for s in model.served],
-            },
-        )
+    cli.write_results(
+        options.json,
+        {
+            "path": str(path),
+            "bytes": size,
+            "weights_bytes": weights,
+            "statistics_bytes": statistics,
+            "served": [s.to_json() for s in model.served],
+        },
+    )
     print(
         f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; {statistics:,} bytes of statistics, "
         f"{weights:,} of weights; go on with `superserve measure {path}`"

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, files
+from superserve_jax import cli
 from superserve_jax.training import stages
 from superserve_jax.training.config import SearchConfig
 from superserve_jax.training.runs import Run
@@ -51,8 +51,7 @@ def main() -> None:
         "validation accuracy": lambda c: f"{100 * c.accuracy:.2f} %",
     }
     cli.print_columns(columns, chosen)
-    if options.json:
-        files.write_json(options.json, [c.to_json() for c in chosen])
+    cli.write_results(options.json, [c.to_json() for c in chosen])
     print(
         f"{len(found['candidates'])} candidates in {seconds:.0f} s, {len(chosen)} chosen; standard error of an accuracy: "
         f"{100 * found['standard_error']:.2f} points"

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from superserve_jax import cli, errors, files
+from superserve_jax import cli, errors
 from superserve_jax.exports import Served
 from superserve_jax.training import stages
 from superserve_jax.training.runs import Run
@@ -53,8 +53,7 @@ def main() -> None:
         "price of sharing": lambda r: f"{100 * (r['accuracy_alone'] - r['accuracy']):+.2f} points",
     }
     cli.print_columns(columns, results)
-    if options.json:
-        files.write_json(options.json, results)
+    cli.write_results(options.json, results)
 
 
 def find(evaluated: list[Served], name: str) -> Served:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import errors, plots, progress, supernets
+from superserve_jax import errors, manifest, plots, progress, supernets
 from superserve_jax.supernets import programs, registry
 from superserve_jax.supernets.family import RewirableConfig
 from superserve_jax.training import data, rewiring, runs, sampling, teacher, validation, wandb_log
@@ -58,7 +58,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
     given = dataset
     if dataset is not None:
         config = dataclasses.replace(config, data=None)  # so that no later stage takes another dataset
-    before = Run.open(workdir) if (workdir / "config.json").exists() else None
+    before = Run.open(workdir) if manifest.is_run(workdir) else None
     if before is not None:
         before.check_data(config)  # before the data is opened, which may take minutes
     if dataset is None and config.data is not None:

@@ -71,7 +71,7 @@ def check_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 def check_unused(config: TrainConfig, workdir: pathlib.Path) -> None:
     """Raises ConfigError if a folder has a checkpoint or a run of another config. Writes nothing."""
-    if (workdir / "config.json").exists():
+    if manifest.is_run(workdir):
         _refuse_changes(Run.open(workdir), config)
     if (workdir / "checkpoints").exists():
         with Checkpoints(workdir) as saved:
@@ -97,8 +97,8 @@ class Run:
     def create(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: DatasetLike | None = None) -> "Run":
         """The run of `config` in `workdir`, new or existing. Raises ConfigError if another config made the folder."""
         workdir = files.user_path(workdir)
-        if not (workdir / "config.json").exists():
-            files.write_json(workdir / "config.json", config_to_json(config))
+        if not manifest.is_run(workdir):
+            files.write_json(workdir / manifest.RUN_CONFIG, config_to_json(config))
         else:  # An older version may not have written every field, so compare the config that its values give.
             _refuse_changes(Run.open(workdir), config)
         return Run(workdir, config, dataset)
@@ -111,7 +111,7 @@ class Run:
             hint = manifest.hint(workdir, "run") or "train one first, for example with `superserve train digits_resnet`"
             raise errors.ConfigError(f"{workdir} is not the folder of a run: it has no {manifest.RUN_CONFIG}; {hint}")
         remedy = "restore it, or train in another folder"
-        config = _read(workdir / "config.json", remedy, config_from_json)
+        config = _read(workdir / manifest.RUN_CONFIG, remedy, config_from_json)
         return Run(workdir, _with_own_vocabulary(config, workdir), dataset)
 
     @staticmethod
@@ -127,7 +127,7 @@ class Run:
             raise errors.ConfigError(f"{workdir} is a run of {config.model}, not of {model.config}")
         check_unused(config, workdir)
         # Written first: without this file, a run that lost its checkpoint would be trained from random weights.
-        if not (workdir / "config.json").exists():
+        if not manifest.is_run(workdir):
             files.write_json(workdir / _CONVERTED, {"parameters": sum(p.size for p in model.params.values())})
         run = Run.create(config, workdir)
         with run.checkpoints() as saved:
@@ -194,7 +194,7 @@ class Run:
                 )
             self.write(_INPUTS, dict(found))
         if Run.open(self.workdir).config != self.config:  # fields that may change have changed
-            self.write("config.json", config_to_json(self.config))
+            self.write(manifest.RUN_CONFIG, config_to_json(self.config))
 
     @contextlib.contextmanager
     def training_lock(self) -> Iterator[None]:

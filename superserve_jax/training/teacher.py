@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from superserve_jax import errors, exports, files
+from superserve_jax import errors, exports, files, manifest
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Params, Program
@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str], student: FamilyConfig) -> Teacher:
     path = files.user_path(path)
     if not path.is_dir():
         raise errors.ConfigError(f"distill.teacher: there is no folder {path}; give the folder of a run or an export")
-    model = Run.open(path).model() if (path / "config.json").is_file() else exports.load(path)
+    model = Run.open(path).model() if manifest.is_run(path) else exports.load(path)
     config, largest = model.config, model.space.largest()
     theirs, ours = _interface(config), _interface(student)
     for what in theirs:
