@@ -26,6 +26,7 @@ Library: loadtest.loadgen, loadtest.verdict, loadtest.sim_vs_real, serving.serve
 
 import dataclasses
 import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,7 +92,7 @@ def main() -> None:
     verdict = make_verdict(options, results)
     cli.write_results(options.json, to_json(work, results, verdict) | {"repeats": repeats})
     if options.plot:
-        plot(options, work, replays, results, verdict)
+        plot(options.plot, options, work, replays, results, verdict)
     if verdict:
         print(f"\n{verdict}")
 
@@ -161,7 +162,14 @@ def to_json(work: Work, results: Sequence[Result], verdict: Verdict | None) -> d
     return {**about, "profile": profile.to_json(), "policies": results, "verdict": compared}
 
 
-def plot(options: Options, work: Work, replays: Sequence[Replay], results: Sequence[Result], verdict: Verdict | None) -> None:
+def plot(
+    path: pathlib.Path,
+    options: Options,
+    work: Work,
+    replays: Sequence[Replay],
+    results: Sequence[Result],
+    verdict: Verdict | None,
+) -> None:
     """Plots the policies of the verdict over time. Without a verdict: all but the fixed models, or the first three."""
     adaptive = [result["name"] for result in results if not result["name"].startswith("fixed:")]
     shown = verdict.names if verdict else adaptive or [result["name"] for result in results[:3]]
@@ -171,13 +179,13 @@ def plot(options: Options, work: Work, replays: Sequence[Replay], results: Seque
             lines.setdefault(result["label"].replace(", subnet of", ","), loadgen.series(done, window_s=0.1))
     plots.replay(
         lines,
-        options.plot,
+        path,
         title=f"One server, the same traffic for each policy: {work.trace.name}",
         note=f"measured on {work.profiles[0].device}, {len(work.engines)} worker(s)",
         slo_ms=work.slo_ms,
         bursts_s=bursts.intervals(options.seconds) if options.trace is None else None,
     )
-    print(f"plot: {options.plot}")
+    print(f"plot: {path}")
 
 
 def disturbance(result: Result, slo_ms: float) -> str:
