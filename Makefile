@@ -14,7 +14,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.13 uses another Python. This one is $(or $(PYTHON),missing)$(if $(VERSION), ($(VERSION)))."
 
-demo: setup  ## train, export, measure and serve: six to ten minutes on 2 cores, no GPU needed
+demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores, no GPU needed
 	$(BIN)/python train/supernet.py configs/digits_resnet.py --workdir $(RUN)
 	$(BIN)/python serve/measure.py $(RUN)/export
 	$(BIN)/python serve/replay.py $(RUN)/export --json $(RUN)/results.json --plot $(RUN)/replay.png
