@@ -154,9 +154,10 @@ def make_verdict(options: Options, results: Sequence[Result]) -> Verdict | None:
 
 def to_json(work: Work, results: Sequence[Result], verdict: Verdict | None) -> dict[str, Any]:
     """What --json writes, without the number of repeats."""
-    compared = verdict and {**dataclasses.asdict(verdict), "disturbed": verdict.disturbed}
-    if compared:
-        compared["gain"] = verdict.gain if verdict.best else None
+    compared = None
+    if verdict:
+        gain = verdict.gain if verdict.best else None
+        compared = {**dataclasses.asdict(verdict), "disturbed": verdict.disturbed, "gain": gain}
     profile = work.profiles[0]
     about = {"slo_ms": work.slo_ms, "trace": work.trace.name, "queries": len(work.trace), "device": profile.device}
     return {**about, "profile": profile.to_json(), "policies": results, "verdict": compared}
