@@ -1,5 +1,6 @@
 """A pipe, socket, device or folder in place of a file that a user gives is refused at once. A pipe would block for ever."""
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -66,10 +67,26 @@ def test_something_else_than_an_image_in_a_folder_of_images_is_refused(place):
             data.open(config)
 
 
+def descriptors_of(path):
+    """The open descriptors of one file. Not all of the process: threads of other libraries open and close files, too."""
+    found = []
+    for each in pathlib.Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # it has been closed meanwhile
+            if os.readlink(each) == str(path.absolute()):
+                found.append(each)
+    return found
+
+
 def test_a_refused_file_is_closed(place):
     path = place("x")
-    before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(OSError):
             files.open_regular(path)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert not descriptors_of(path)
+
+
+def test_a_file_that_stays_open_is_found(tmp_path):
+    path = tmp_path / "x"
+    path.touch()
+    with files.open_regular(path):
+        assert len(descriptors_of(path)) == 1

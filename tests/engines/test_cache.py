@@ -67,7 +67,7 @@ def test_an_entry_that_others_may_have_written_is_not_unpickled(root, change, ca
     assert entry.stat().st_mode & 0o177 == 0
     caplog.clear()
     answer()
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("superserve_jax")]
 
 
 def test_a_directory_that_others_may_write_to_is_not_trusted(root, caplog):

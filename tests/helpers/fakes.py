@@ -26,7 +26,7 @@ BUCKETED, FASTER = (
     for each in ((1.0, 4.0), (0.5, 3.0))
 )
 """Two profiles with the length buckets 16 and 64."""
-WAIT_S = 10.0
+WAIT_S = 30.0
 LONG_MS = 60_000.0
 ZERO = np.array(0, np.float32)
 
@@ -73,6 +73,12 @@ def outcomes(futures):
 def worker(s, name="fake:0"):
     """What a server says about the health of one worker."""
     return next(w for w in s.health()["per_worker"] if w["name"] == name)
+
+
+def idle_worker(s, name="fake:0"):
+    """Like `worker`, once the worker is idle: it is so only a moment after it has given its last answer."""
+    wait_until(lambda: worker(s, name)["state"] == "idle")
+    return worker(s, name)
 
 
 def fail(*_):

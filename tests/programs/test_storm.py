@@ -42,7 +42,7 @@ def test_every_guarantee_holds_for_30_s_while_everything_around_the_server_misbe
 
 @pytest.mark.parametrize("options", [(), ("--expire",)])
 def test_a_storm_of_queries_ends_with_status_0_and_its_results(program, options):
-    written, _ = program("--queries", 3_000, *options)
+    written, _ = program("--queries", 3_000, *options, fresh=True)  # with no other test's threads and files
     assert written["storm"]["expire"] == bool(options)
     assert written["check"]["offered"] == sum(written["check"]["outcomes"].values()) == 3_000
     assert all(guarantee["holds"] for guarantee in written["guarantees"])
@@ -90,7 +90,7 @@ storm.run_storm(storm.Storm(seconds=60, rate_qps=500, agents=["signals"], hung_s
 
 
 def test_a_storm_in_which_nothing_resolves_shows_all_stacks_and_ends():
-    done = subprocess.run([sys.executable, "-c", HUNG], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", HUNG], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:01)!" in done.stderr
     assert "in <lambda>" in done.stderr

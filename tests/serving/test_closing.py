@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from fakes import WAIT_S, Gate, fake, held, outcomes, serve, threads, wait_until, x
@@ -18,9 +19,16 @@ from superserve_jax import errors
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.serving import runtime
 
+OTHERS = weakref.WeakSet()  # threads that earlier tests of this process left, which may end at any moment
+
 
 def own_threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("superserve")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("superserve") and t not in OTHERS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def note_other_threads():
+    OTHERS.update(threading.enumerate())
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +77,7 @@ def test_closing_with_a_timeout_abandons_stuck_workers_and_fails_every_query_lef
         waiting = s.submit_many(x(range(20)))
         s.close(timeout_s=0.01)
         assert s.health()["abandoned"] == 1
-        assert own_threads() == ["superserve-fake:0"]
+        wait_until(lambda: own_threads() == ["superserve-fake:0"])
         for f in (first, *waiting):
             with pytest.raises(errors.ServerClosedError, match=r"after 0\.01 s"):
                 f.result(0)
@@ -163,7 +171,7 @@ s = serve()
 
 def run(code, *, returncode=0):
     """Runs a program that opens a server `s`. It must end by itself and print nothing on stderr. Returns its output."""
-    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (returncode, "")
     return done.stdout.split()
 
@@ -265,7 +273,7 @@ for _ in range(4):
 time.sleep(0.3)
 """
     # A thread that XLA finds taken down under it calls std::terminate, which aborts the process.
-    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", OPEN + code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, "terminate" in done.stderr, "Traceback" in done.stderr) == (0, False, False)
 
 
@@ -304,7 +312,7 @@ def refused(ask):
         assert str(os.getppid()) in str(error) and str(os.getpid()) in str(error), error
     else:
         os._exit(9)
-    assert time.monotonic() - start_s < 1
+    assert time.monotonic() - start_s < 30  # half of the time limits below
 
 children = []
 for how in range(3):
@@ -336,7 +344,7 @@ print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children), s
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 def test_a_process_that_stood_still_abandons_no_worker():
     code = """
-slow = serve(lambda *_: time.sleep(0.1), stall_s=0.4)
+slow = serve(lambda *_: time.sleep(0.1), stall_s=1.0)
 futures = [slow.submit(np.float32(i)) for i in range(8)]
 print("serving", flush=True)
 for f in futures:
@@ -347,6 +355,6 @@ print(slow.health()["abandoned"])
         assert program.stdout is not None
         assert program.stdout.readline() == "serving\n"
         program.send_signal(signal.SIGSTOP)
-        time.sleep(1.0)
+        time.sleep(2.0)
         program.send_signal(signal.SIGCONT)
-        assert program.communicate(timeout=30)[0] == "0\n"
+        assert program.communicate(timeout=300)[0] == "0\n"

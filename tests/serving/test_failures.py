@@ -16,7 +16,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from fakes import LONG_MS, SUBNETS, WAIT_S, Faulty, Gate, fail, held, outcomes, worker, x
+from fakes import LONG_MS, SUBNETS, WAIT_S, Faulty, Gate, fail, held, idle_worker, outcomes, wait_until, worker, x
 from hypothesis import strategies
 from one_subnet import OUT_OF_MEMORY, PROFILE, ROW, fake, largest, serve, several
 from tiny import TINY, random_images
@@ -75,7 +75,7 @@ def test_a_worker_that_gets_only_poisoned_inputs_stays():
     with serve(fake(Faulty(*range(1, 50))), max_failures=1) as s:
         for i in range(1, 50):
             assert isinstance(s.submit(x(i)).exception(WAIT_S), errors.InferenceError)
-        assert (worker(s)["state"], worker(s)["failures"], worker(s)["batches"]) == ("idle", 49 * 3, 0)
+        assert (idle_worker(s)["failures"], worker(s)["batches"]) == (49 * 3, 0)
 
 
 def test_beside_a_broken_worker_only_poisoned_inputs_fail():
@@ -184,12 +184,12 @@ def test_a_batch_may_take_twenty_times_its_profiled_p99():
         assert (s.health()["abandoned"], s.health()["running"]) == (0, 1)
         now_s[0] = 20.0  # on a busy machine the watchdog itself is late, and allows for that
         assert outcomes([first]) == [0]
-        assert sorted(w["state"] for w in s.health()["per_worker"]) == ["abandoned", "idle"]
+        wait_until(lambda: sorted(w["state"] for w in s.health()["per_worker"]) == ["abandoned", "idle"])
 
 
 def test_an_input_that_hangs_its_worker_costs_no_more_workers_than_it_has_tries():
     opened = threading.Event()
-    with serve(*several(4, lambda *batch: 13 in batch[2] and opened.wait(WAIT_S)), stall_s=0.02, max_tries=2) as s:
+    with serve(*several(4, lambda *batch: 13 in batch[2] and opened.wait(WAIT_S)), stall_s=0.2, max_tries=2) as s:
         with pytest.raises(errors.InferenceError, match=r"2 batches.*has not returned for"):
             s.submit(x(13)).result(WAIT_S)
         assert (s.health()["alive"], s.health()["abandoned"]) == (2, 2)
@@ -199,7 +199,7 @@ def test_an_input_that_hangs_its_worker_costs_no_more_workers_than_it_has_tries(
 
 def test_a_batch_that_hangs_is_not_halved():
     gate = Gate()
-    with serve(*several(2, gate), stall_s=0.02) as s:
+    with serve(*several(2, gate), stall_s=0.2) as s:
         futures = s.submit_many(x(range(16)))
         with gate.holding():
             assert outcomes(futures) == list(range(16))
@@ -208,7 +208,7 @@ def test_a_batch_that_hangs_is_not_halved():
 
 def test_a_worker_that_hangs_on_blank_inputs_is_abandoned_too():
     opened = threading.Event()
-    with serve(fake(lambda *batch: fail() if 13 in batch[2] else opened.wait(WAIT_S)), stall_s=0.02) as s:
+    with serve(fake(lambda *batch: fail() if 13 in batch[2] else opened.wait(WAIT_S)), stall_s=0.2) as s:
         with pytest.raises(errors.WorkersLostError, match="fake:0 has not returned for"):
             s.submit(x(13)).result(WAIT_S)
         opened.set()
@@ -253,10 +253,12 @@ def test_an_error_that_is_its_own_cause_is_an_error_like_any_other():
 
 
 def test_a_server_that_cannot_be_opened_leaves_the_process_as_it_was():
-    before, threads = sys.getswitchinterval(), threading.active_count()
+    before, threads = sys.getswitchinterval(), threading.enumerate()
     with pytest.raises(errors.UnknownNameError):
         serve(policy="nope", tune_runtime=True)
-    assert (sys.getswitchinterval(), threading.active_count()) == (before, threads)
+    assert sys.getswitchinterval() == before
+    # Only its own threads count: those of other libraries come and go.
+    assert not [t for t in threading.enumerate() if t not in threads and t.name.startswith("superserve")]
 
 
 # -- all tries failed, no worker left, failing policies, stuck workers --------------------------------------------------------
@@ -319,7 +321,7 @@ def test_a_policy_that_fails_fails_its_queries_and_no_worker(policy, message):
 @pytest.mark.parametrize(("make", "running"), [(FakeEngine, 4), (FakeDevice, 8)])
 def test_the_batches_of_a_stuck_worker_are_answered_by_another_and_its_late_answers_dropped(make, running):
     gate, answers = Gate(), []
-    with fakes.serve(fakes.fake(gate, make=make), stall_s=0.1) as s:
+    with fakes.serve(fakes.fake(gate, make=make), stall_s=0.3) as s:
         futures = s.submit_many(x(range(12)))
         futures[0].add_done_callback(answers.append)
         with gate.holding():

@@ -131,6 +131,8 @@ def test_a_cancelled_await_cancels_the_query():
 
 
 def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
+    gc.collect()  # or asyncio may report tasks here that earlier tests left pending
+    caplog.clear()
     future = Future()
 
     async def wait(started):
@@ -147,7 +149,7 @@ def test_an_answer_after_the_awaiting_loop_has_closed_does_no_harm(caplog):
     task = loop.run_until_complete(main())
     loop.close()
     assert future.set_result(1)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith(("superserve_jax", "asyncio"))]
     loop.set_exception_handler(lambda *_: None)  # asyncio would report, rightly, that this test leaves the task pending
     del task
     gc.collect()

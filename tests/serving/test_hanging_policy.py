@@ -13,6 +13,7 @@ from fakes import (
     WAIT_S,
     always,
     fake,
+    idle_worker,
     outcomes,
     serve,
     several,
@@ -63,7 +64,7 @@ def hanging():
 @pytest.mark.parametrize("drain", [True, False])
 def test_a_server_whose_policy_hangs_still_answers_its_clients_and_closes_in_time(hanging, drain):
     policy = hanging(1)
-    with within(10), serve(policy=policy, stall_s=60.0) as s:
+    with within(60), serve(policy=policy, stall_s=60.0) as s:
         futures = [s.submit(x(0))]
         assert policy.entered.wait(WAIT_S)
         start_s = time.monotonic()
@@ -71,16 +72,16 @@ def test_a_server_whose_policy_hangs_still_answers_its_clients_and_closes_in_tim
         assert s.health()["waiting"] == s.snapshot()["waiting"] == 4
         assert worker(s)["state"] == "deciding"
         s.close(drain=drain, timeout_s=0.2)
-        assert time.monotonic() - start_s < 5
+        assert time.monotonic() - start_s < WAIT_S / 2  # the policy hangs for twice as long
         assert {type(outcome) for outcome in outcomes(futures)} == {errors.ServerClosedError}
 
 
 def test_other_workers_go_on_when_the_policy_hangs_for_one(hanging):
     policy = hanging(1)
-    with within(20), serve(*several(2), policy=policy, stall_s=STALL_S) as s:
+    with within(100), serve(*several(2), policy=policy, stall_s=STALL_S) as s:
         assert outcomes(s.submit_many(x(range(20)))) == list(range(20))
+        wait_until(lambda: {w["state"] for w in s.health()["per_worker"]} == {"abandoned", "idle"})
         states = {w["state"]: w["last_error"] for w in s.health()["per_worker"]}
-        assert states.keys() == {"abandoned", "idle"}
         assert "the policy, called by" in states["abandoned"]
         assert s.snapshot()["queries"]["requeued"] == 0  # no batch had been taken
         policy.release.set()
@@ -90,7 +91,7 @@ def test_other_workers_go_on_when_the_policy_hangs_for_one(hanging):
 
 def test_when_the_policy_hangs_for_the_last_worker_all_queries_fail_with_the_cause(hanging):
     policy = hanging(1, 2)
-    with within(20), serve(*several(2), policy=policy, stall_s=STALL_S) as s:
+    with within(100), serve(*several(2), policy=policy, stall_s=STALL_S) as s:
         for error in outcomes(s.submit_many(x(range(5)))):
             assert isinstance(error, errors.WorkersLostError)
             assert "the policy" in str(error)
@@ -101,7 +102,7 @@ def test_when_the_policy_hangs_for_the_last_worker_all_queries_fail_with_the_cau
 @pytest.mark.parametrize("drain", [True, False])
 def test_close_without_a_timeout_returns_when_the_policy_hangs(hanging, drain):
     policy = hanging(1)
-    with within(20), serve(policy=policy, stall_s=STALL_S) as s:
+    with within(100), serve(policy=policy, stall_s=STALL_S) as s:
         future = s.submit(x(0))
         assert policy.entered.wait(WAIT_S)
         s.close(drain=drain)
@@ -110,7 +111,7 @@ def test_close_without_a_timeout_returns_when_the_policy_hangs(hanging, drain):
 
 def test_all_workers_help_to_drain_although_one_decides_slowly(hanging):
     policy = hanging(1, then=always(0, 1))
-    with within(20), serve(*several(3), policy=policy) as s:
+    with within(100), serve(*several(3), policy=policy) as s:
         futures = s.submit_many(x(range(30)))
         assert policy.entered.wait(WAIT_S)
         s.pool.stop(drain=True)
@@ -133,7 +134,7 @@ def submit_and_remove(s, policy):
 
 def test_a_worker_that_is_removed_while_its_policy_decides_takes_no_batch(hanging):
     policy = hanging(1)
-    with within(20), serve(*several(2), policy=policy, stall_s=60.0) as s:
+    with within(100), serve(*several(2), policy=policy, stall_s=60.0) as s:
         future, name = submit_and_remove(s, policy)
         assert outcomes([future]) == [5]
         assert worker(s, name)["batches"] == 0
@@ -152,7 +153,7 @@ def test_an_error_that_comes_too_late_is_dropped_without_the_lock(hanging):
         return Decision(SUBNETS[0], 4)
 
     policy = hanging(1, then=then)
-    with within(20), serve(*several(2), policy=policy, stall_s=60.0) as s:
+    with within(100), serve(*several(2), policy=policy, stall_s=60.0) as s:
         future, _ = submit_and_remove(s, policy)
         assert outcomes([future]) == [5]
         wait_until(lambda: held)
@@ -168,7 +169,7 @@ def test_a_decision_for_the_old_engine_is_dropped_after_a_swap(hanging, ends):
         return Decision(SUBNETS[0], 1)
 
     seen, policy = [], hanging(1, then=then)
-    with within(20), serve(policy=policy, stall_s=60.0) as s:
+    with within(100), serve(policy=policy, stall_s=60.0) as s:
         future = s.submit(x(5))
         assert policy.entered.wait(WAIT_S)
         [member] = s.pool.swaps.swappable()
@@ -184,7 +185,7 @@ def test_a_decision_for_the_old_engine_is_dropped_after_a_swap(hanging, ends):
 
 def test_a_swap_whose_policy_hangs_blocks_nobody_else(hanging):
     policy = hanging(2)
-    with within(20), serve(policy=policy, stall_s=STALL_S) as s:
+    with within(100), serve(policy=policy, stall_s=STALL_S) as s:
         assert outcomes([s.submit(x(1))]) == [1]
         [member] = s.pool.swaps.swappable()
         swapper = threading.Thread(target=s.pool.swaps.swap, args=([member], [fake(name="new")], [PROFILE]))
@@ -198,7 +199,7 @@ def test_a_swap_whose_policy_hangs_blocks_nobody_else(hanging):
 
 def test_a_swap_gets_its_turn_although_workers_ask_a_slow_policy_all_the_time(hanging):
     policy = hanging(then=lambda profile, state: time.sleep(2e-3) or Decision(SUBNETS[0], 1))
-    with within(20), serve(*several(3), policy=policy) as s:
+    with within(100), serve(*several(3), policy=policy) as s:
         futures = s.submit_many(x(range(1000)))
         wait_until(lambda: policy.count > 20)
         members = s.pool.swaps.swappable()
@@ -214,7 +215,7 @@ def test_a_swap_that_waits_for_the_policy_ends_when_the_server_is_closed(hanging
         ended.append(policy.inside)
 
     policy, ended = hanging(1), []
-    with within(20), serve(policy=policy, stall_s=60.0) as s:
+    with within(100), serve(policy=policy, stall_s=60.0) as s:
         future, members = s.submit(x(5)), s.pool.swaps.swappable()
         assert policy.entered.wait(WAIT_S)
         with threads(swap):
@@ -240,15 +241,15 @@ def test_the_time_in_the_policy_does_not_count_against_the_engine():
         now_s[0] = 0.11 + STALL_S  # the watchdog does not notice, since it looks at the server now and then
         return Decision(SUBNETS[0], 4)
 
-    with within(20), serve(policy=policy, stall_s=STALL_S, clock=clock) as s:
+    with within(100), serve(policy=policy, stall_s=STALL_S, clock=clock) as s:
         assert outcomes([s.submit(x(1))]) == [1]
         assert looked
-        assert worker(s)["state"] == "idle"
+        assert idle_worker(s)["last_error"] is None
 
 
 def test_one_worker_at_a_time_calls_the_policy(hanging):
     policy = hanging(then=lambda profile, state: time.sleep(1e-4) or Decision(SUBNETS[0], 1))
-    with within(30), serve(*several(4), policy=policy) as s:
+    with within(100), serve(*several(4), policy=policy) as s:
         assert outcomes(s.submit_many(x(range(200)))) == list(range(200))
     assert policy.most == 1
 
@@ -256,7 +257,7 @@ def test_one_worker_at_a_time_calls_the_policy(hanging):
 def test_queries_that_come_during_a_decision_are_served_in_the_order_of_their_deadlines(hanging):
     batches = []
     policy = hanging(1, then=always(0, 1))
-    with within(20), serve(fake(lambda _, __, inputs: batches.append(float(inputs[0]))), policy=policy) as s:
+    with within(100), serve(fake(lambda _, __, inputs: batches.append(float(inputs[0]))), policy=policy) as s:
         futures = [s.submit(x(2), slo_ms=LONG_MS)]
         assert policy.entered.wait(WAIT_S)
         futures.append(s.submit(x(1), slo_ms=LONG_MS / 2))
@@ -273,7 +274,7 @@ def test_a_query_of_another_length_that_comes_during_a_decision_is_decided_anew(
         return Decision(profile.rows[0].subnet, 4)
 
     policy = hanging(1, then=then)
-    with within(20), serve(profile=BUCKETED, policy=policy) as s:
+    with within(100), serve(profile=BUCKETED, policy=policy) as s:
         futures = [s.submit(tokens(5), slo_ms=LONG_MS)]
         assert policy.entered.wait(WAIT_S)
         futures.append(s.submit(tokens(60), slo_ms=LONG_MS / 2))

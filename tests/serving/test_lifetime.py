@@ -43,14 +43,22 @@ def settings():
     return sys.getswitchinterval(), gc.get_threshold(), gc.get_freeze_count() > 0
 
 
+OTHERS = weakref.WeakSet()  # threads that earlier tests of this process left, which may end at any moment
+
+
 def own_threads():
-    return sorted(t.name for t in threading.enumerate() if t.name.startswith("superserve"))
+    return sorted(t.name for t in threading.enumerate() if t.name.startswith("superserve") and t not in OTHERS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def note_other_threads():
+    OTHERS.update(threading.enumerate())
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     before = settings()
-    with within(60):
+    with within(300):
         yield
         wait_until(lambda: (settings(), own_threads()) == (before, []))
 
@@ -241,21 +249,22 @@ def nowhere_yet(s, gates, block):
 @pytest.mark.parametrize("drain", [True, False])
 @pytest.mark.parametrize("where", [in_answers, in_failures, in_the_watchdog, nowhere_yet])
 def test_close_returns_in_time_wherever_done_callbacks_block(where, drain):
-    release, gates = threading.Event(), [Gate() for _ in range(6)]
+    count = 24  # so many that waiting for each in turn takes much longer than the limit
+    release, gates = threading.Event(), [Gate() for _ in range(count)]
     engines = [fake(gate, name=f"fake:{i}") for i, gate in enumerate(gates)]
     stall_s = 0.2 if where is in_the_watchdog else WAIT_S
     s = serve(*engines, policy=always(0, 1), max_failures=1, max_tries=1, stall_s=stall_s)
     try:
-        queries = [s.submit(x(i)) for i in range(6)]
+        queries = [s.submit(x(i)) for i in range(count)]
         for gate in gates:
             assert gate.entered.wait(WAIT_S)
-        queries += s.submit_many(x(range(6, 30)))
+        queries += s.submit_many(x(range(count, 5 * count)))
         for future in queries:
             future.add_done_callback(lambda _: release.wait(WAIT_S))
         where(s, gates, release)
         start_s = time.monotonic()
         s.close(drain=drain, timeout_s=0.3)
-        assert time.monotonic() - start_s < 1.0
+        assert time.monotonic() - start_s < 0.3 * count / 2
         with threads(lambda: s.close(timeout_s=0.1)):  # again, at the same time
             s.close(timeout_s=0.1)
     finally:
@@ -284,7 +293,7 @@ def test_close_returns_in_time_although_a_finalizer_blocks():
             del waiting  # now the server has the last reference
             start_s = time.monotonic()
             s.close(drain=False, timeout_s=0.3)
-            assert time.monotonic() - start_s < 1.0
+            assert time.monotonic() - start_s < WAIT_S / 2  # the finalizer blocks for twice as long
             assert first.done()
     finally:
         release.set()

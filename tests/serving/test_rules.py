@@ -174,7 +174,7 @@ def test_a_policy_may_call_every_method_of_its_server():
         return Decision(SUBNETS[0], 4)
 
     then = {"fake:0": "idle", "fake:1": "removed", "new": "idle"}
-    with within(30), serve(*several(2), policy=policy) as s:
+    with within(100), serve(*several(2), policy=policy) as s:
         assert outcomes([s.submit(x(0))]) == [0]
         assert outcomes(made) == [1, 2, 3]
         assert seen == [2, 0]  # as when it was opened, since nobody has asked since
@@ -193,7 +193,7 @@ def test_a_policy_may_close_its_server(drain):
             refused.append(caught.value)
         return Decision(SUBNETS[0], 1)
 
-    with within(30), serve(policy=policy) as s:
+    with within(100), serve(policy=policy) as s:
         found = {type(f.exception(WAIT_S)) for f in s.submit_many(x(range(50)))}
     assert found <= {type(None), errors.ServerClosedError}
     assert len(refused) == 1
@@ -209,7 +209,7 @@ def test_what_is_deferred_and_then_refused_fails_its_futures():
             late.extend(s.submit_many(x(range(5))))  # more than the queue takes
         return Decision(SUBNETS[0], 4)
 
-    with within(30), serve(policy=policy, max_queue=4) as s:
+    with within(100), serve(policy=policy, max_queue=4) as s:
         s.submit(x(0)).result(WAIT_S)
         assert {type(outcome) for outcome in outcomes(late)} == {errors.QueueFullError}
 
@@ -220,11 +220,10 @@ def test_errors_of_a_deferred_change_are_logged(caplog):
         s.remove_worker("nobody")
         return Decision(SUBNETS[0], 4)
 
-    with within(30), serve(policy=policy) as s:
+    with within(100), serve(policy=policy) as s:
         s.submit(x(0)).result(WAIT_S)
-        wait_until(lambda: len(caplog.records) == 2)
-    assert "unknown worker 'nobody'" in caplog.text
-    assert "has no model" in caplog.text
+        # Not by their number: other threads may log, too.
+        wait_until(lambda: all(text in caplog.text for text in ("unknown worker 'nobody'", "has no model")))
 
 
 def interrupted(work, at, handler):
@@ -273,7 +272,7 @@ def test_a_signal_may_arrive_at_any_bytecode(name):
         assert s.health()["closed"] is False
         assert s.snapshot()["queries"]["failed"] == 0
 
-    with within(100), serve(max_queue=100) as s:
+    with within(300), serve(max_queue=100) as s:
         at = 1
         while interrupted(work, at, handler):
             at += 1 + at // 40  # every bytecode at first, and then some
@@ -292,7 +291,7 @@ def test_a_signal_handler_may_close_the_server_at_any_bytecode_of_a_submit(at):
         except errors.ServerClosedError as error:
             mine.append(error)
 
-    with within(30), serve() as s:
+    with within(100), serve() as s:
         interrupted(submit, at, s.close)
         outcome = mine[0] if isinstance(mine[0], Exception) else mine[0].exception(WAIT_S)
         assert outcome is None or isinstance(outcome, errors.ServerClosedError)
@@ -326,7 +325,7 @@ def test_ctrl_c_in_a_log_handler_loses_no_query_that_is_about_to_fail():
             raise KeyboardInterrupt
 
     logger, query = logging.getLogger("superserve_jax"), Query(None, 0.0, 1.0, 0.0)
-    with within(20), serve() as s:
+    with within(100), serve() as s:
         with s.pool.lock:
             s.pool.outbox.call(s.pool.policy_call.failed, (ValueError("bad"), [query]))
             logger.addHandler(Handler())
@@ -350,7 +349,7 @@ def test_finalizers_may_submit_at_any_moment_of_a_worker():
 
     threading.settrace(trace)
     try:
-        with within(60), serve(*several(2)) as s:
+        with within(300), serve(*several(2)) as s:
             opened.append(s)
             for i in range(200):
                 assert outcomes([s.submit(x(i))]) == [i]
@@ -368,8 +367,8 @@ def test_a_signal_handler_may_close_while_the_main_thread_submits():
     before = signal.signal(signal.SIGALRM, on_alarm)
     try:
         with held() as (s, gate, first):
+            gate.opened.set()  # before the alarm: a close would wait for this batch
             signal.setitimer(signal.ITIMER_REAL, 0.02)
-            gate.opened.set()
             futures = []
             with contextlib.suppress(errors.ServerClosedError):
                 while True:

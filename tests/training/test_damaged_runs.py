@@ -117,7 +117,7 @@ def test_training_goes_on_with_damaged_metrics_and_sets_them_aside(folder, caplo
         record.validation(3, {"largest": 0.5})
     assert [line["step"] for line in metrics_log.read(folder, what)] == [*(line["step"] for line in before), 3]
     if kind in UNFINISHED:
-        assert not caplog.text
+        assert not [r for r in caplog.records if r.name.startswith("superserve_jax")]
         assert not (folder / "set_aside").exists()
     else:
         assert f"{folder / name} is damaged (" in caplog.text

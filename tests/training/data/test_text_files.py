@@ -225,7 +225,7 @@ def test_of_very_many_bad_lines_the_log_lists_a_hundred(tmp_path, caplog):
     message = problem(tmp_path / "a.csv", csv_text() + ",good\n" * 1_500)
     assert "has 1,500 problems" in message
     assert "1,490 more, of which the first 100 are listed above" in message
-    assert len(caplog.records) == 100
+    assert len([r for r in caplog.records if r.name.startswith("superserve_jax")]) == 100
 
 
 # -- vocabulary ---------------------------------------------------------------------------------------------------------------
