@@ -83,9 +83,10 @@ def test_a_machine_on_which_nothing_ran_has_no_overhead():
 
 
 def test_killed_workers_leave_the_server_and_the_others_answer():
-    trace = presets.PRESETS["worker_kills"][0].traffics[0].create(0, duration_s=1.0)
+    every_s = 1.2  # if the machine stands still for a second, kills neither coincide nor come after the end
+    trace = presets.PRESETS["worker_kills"][0].traffics[0].create(0, duration_s=5 * every_s)
     run = sim_vs_real.run_with_kills(
-        trace, paper_profile.paper_profile(), "slackfit", cluster=presets.killed(0.2), slo_ms=36.0
+        trace, paper_profile.paper_profile(), "slackfit", cluster=presets.killed(every_s), slo_ms=36.0
     )
     assert [w["state"] == "left" for w in run.health["per_worker"]] == [True] * 4 + [False] * 4
     assert all("killed" in w["last_error"] for w in run.health["per_worker"][:4])

@@ -8,7 +8,7 @@ SMALL = ("--workers", "2", "--speed", "50", "--callers", "8", "--seconds", "0.2"
 @pytest.mark.parametrize("clients", ["open", "blocking", "await", "bulk"])
 def test_the_router_is_measured_with_every_kind_of_client(run_program, clients):
     printed, _, found = run_program("serve/bench/router.py", *SMALL, "--clients", clients, json_file=True)
-    assert found["queries"] > 50
+    assert found["queries"] >= 8  # one of each caller, even if the machine stands still all the time
     assert 0.0 <= found["attainment"] <= 1.0
     assert 0.0 < found["cpu_us_per_query"] <= found["process_us_per_query"]
     assert found["decision_us"]["p50"] <= found["decision_us"]["p99"]
@@ -46,7 +46,8 @@ def test_the_stages_of_a_query_add_up(run_program):
 
 def test_half_of_the_workers_are_left_and_the_run_is_drawn(run_program, tmp_path):
     plot = tmp_path / "new" / "p.png"
-    done = run_program("serve/bench/worker_kills.py", "--every", 0.2, "--plot", plot, json_file=True)
+    # If the machine stands still for a second, kills neither coincide nor come after the end.
+    done = run_program("serve/bench/worker_kills.py", "--every", 1.2, "--plot", plot, json_file=True)
     assert "4 of 8 workers were left" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     [result] = done.json["policies"]
