@@ -39,7 +39,7 @@ def threads_of_owned():
 def soon_idle(monkeypatch):
     monkeypatch.setattr(runtime, "IDLE_S", 0.2)
     monkeypatch.setattr(runtime, "COLLECTING_SHARE", 1.0)
-    with within(60):
+    with within(300):
         yield
         assert gc.get_freeze_count() == 0
 
@@ -66,7 +66,7 @@ def test_no_collection_comes_between_queries():
         longest_gap_s = max(later - earlier for earlier, later in itertools.pairwise(asked_s))
         assert gone() is not None or longest_gap_s > 0.1  # if this machine stood still, the process was idle
         wait_until(lambda: gone() is None and not threads_of_owned())
-        assert gc.get_freeze_count() > 0
+        wait_until(lambda: gc.get_freeze_count() > 0)  # again, after this collection
         assert outcomes([busy.submit(x(2))]) == [2]
 
 

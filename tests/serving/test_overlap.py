@@ -84,7 +84,7 @@ def test_the_next_batch_is_taken_late_and_decided_for_the_time_at_which_it_will_
         outcomes(s.submit_many(x(range(8))))
     (first_s, first_ms), (then_s, then_ms) = asked
     assert then_s - first_s > 0.089  # nine tenths of the first
-    assert then_ms == pytest.approx(first_ms - 100.0, abs=5.0) or then_s - first_s > 0.1
+    assert then_ms == pytest.approx(first_ms - 100.0, abs=15.0) or then_s - first_s > 0.1
 
 
 def test_the_pace_soon_follows_a_fast_device_and_ignores_an_outlier():
@@ -122,7 +122,7 @@ def test_the_pace_soon_follows_a_device_that_has_become_faster(took, overslept):
 @pytest.mark.parametrize("wrong", [(0, 1, 2), (1,)], ids=["every row", "one row"])
 def test_a_profile_that_is_far_too_pessimistic_delays_no_answer(wrong):
     rows = [
-        dataclasses.replace(row, latency_ms=(2e3, 3e3, 4e3), p99_ms=()) if i in wrong else row
+        dataclasses.replace(row, latency_ms=(2e4, 3e4, 4e4), p99_ms=()) if i in wrong else row
         for i, row in enumerate(fakes.PROFILE.rows)
     ]
     decided = itertools.count()
@@ -130,8 +130,8 @@ def test_a_profile_that_is_far_too_pessimistic_delays_no_answer(wrong):
     with serve(device(speed=1.0), profile=profile, policy=lambda *_: Decision(SUBNETS[next(decided) % 2], 4)) as s:
         alone = [s.submit(x(i)).result(WAIT_S).latency_ms for i in range(6)]
         crowded = [future.result(WAIT_S).latency_ms for future in s.submit_many(x(range(40)))]
-    assert max(alone) < 1e3  # the device takes 1 to 8 ms
-    assert max(crowded) < 1e3
+    assert max(alone) < 1e4  # the device takes 1 to 8 ms
+    assert max(crowded) < 1e4
 
 
 def test_time_for_reading_outputs_does_not_count_as_device_time():

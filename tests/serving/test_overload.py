@@ -123,7 +123,7 @@ def test_a_batch_of_texts_is_filled_up_with_texts_that_are_no_longer():
 
 
 def test_with_admission_a_query_that_cannot_be_met_is_refused_at_arrival():
-    with held(admission=True) as (s, _, _):
+    with held(admission=True, clock=lambda: 0.0) as (s, _, _):
         s.submit_many([x(1)] * 40)  # due in a minute: nobody has to wait for those
         s.submit_many([x(1)] * 8, slo_ms=100.0)  # 8 ms
         with pytest.raises(errors.AdmissionError, match="admission=True"):

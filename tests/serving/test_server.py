@@ -8,7 +8,7 @@ import typing
 
 import numpy as np
 import pytest
-from fakes import LONG_MS, SUBNETS, WAIT_S, always, fake, held, outcomes, serve, several, x
+from fakes import LONG_MS, SUBNETS, WAIT_S, always, fake, held, outcomes, serve, several, wait_until, x
 
 from superserve_jax import errors
 from superserve_jax.scheduling.policies import Decision
@@ -232,5 +232,6 @@ def test_the_load_submits_queries_and_no_more_than_are_due(monkeypatch):
     before_s = time.monotonic()
     with server.background_traffic(5000.0):
         time.sleep(0.2)
+        wait_until(lambda: counted)
     lasted_s = time.monotonic() - before_s
     assert 0 < sum(counted) <= 5000.0 * lasted_s

@@ -140,7 +140,7 @@ def test_a_removed_worker_finishes_its_batch_and_gets_no_engine():
 
 
 def test_a_stuck_worker_is_abandoned_and_keeps_no_swap_waiting():
-    with held(2, stall_s=0.05) as (s, _, first):
+    with held(2, stall_s=0.3) as (s, _, first):
         swap(s)
         assert s.health()["abandoned"] == 1
         assert whose(first) == NEW  # the other ran it again
@@ -309,7 +309,7 @@ def test_the_old_engine_is_released_even_if_a_client_keeps_the_error_of_a_batch(
         gc.disable()
         try:
             swap(s)
-            assert gone[0]() is None
+            wait_until(lambda: gone[0]() is None)  # its worker drops it a moment after it has taken up the new one
         finally:
             gc.enable()
         assert "the second" in repr(failed.exception(0))

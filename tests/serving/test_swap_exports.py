@@ -78,9 +78,11 @@ def test_after_a_swap_answers_are_the_new_models_and_nothing_of_the_old_one_is_l
             compiled_in.clear()
             s.swap(exports[1])
             after = len(futures)
-        # Without a collection, since those skip what the open server has frozen.
-        assert [ref() for ref in gone] == [None] * len(gone)
-        assert live_bytes() <= taken
+        for future in futures:
+            future.result(WAIT_S)
+        # Without a collection, since those skip what the open server has frozen. The worker drops its engine a moment later.
+        wait_until(lambda: [ref() for ref in gone] == [None] * len(gone))
+        wait_until(lambda: live_bytes() <= taken)
         got, accuracies = answers(s)
         np.testing.assert_allclose(got, new, atol=1e-4)
         assert (accuracies, s.profile.rows[0].accuracy, s.model.path) == ({0.6}, 0.6, exports[1])
@@ -194,7 +196,8 @@ def test_a_swap_or_a_new_worker_without_a_thread_to_compile_in_changes_nothing(e
                 change()
         after = s.health()
         assert (after["workers"], after["alive"], after["failures"]) == (1, 1, 0)
-        assert {**before["per_worker"][0], "batches": 0} == {**after["per_worker"][0], "batches": 0}
+        answered = {"batches": 0, "slowdown": 1.0}  # what the answers above may change
+        assert {**before["per_worker"][0], **answered} == {**after["per_worker"][0], **answered}
         np.testing.assert_array_equal(answers(s)[0], old[0])
         s.swap(exports[1])
         assert answers(s)[1] == {0.6}

@@ -104,8 +104,8 @@ def test_a_server_answers_texts_of_all_lengths_as_the_model_does_and_compiles_no
         inputs = texts(model.config, *np.random.default_rng(0).integers(1, 8, 60))
         inputs += padded(model.config, inputs)
         before = compilations()
-        best = server.submit(inputs[0], min_accuracy=0.8).result(timeout=30)
-        replies = [f.result(timeout=30) for f in server.submit_many(inputs)]
+        best = server.submit(inputs[0], min_accuracy=0.8).result(timeout=60)
+        replies = [f.result(timeout=60) for f in server.submit_many(inputs)]
         assert compilations() == before
     assert best.subnet == model.subnets[-1]
     for x, reply in zip(inputs, replies, strict=True):
