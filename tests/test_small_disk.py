@@ -27,7 +27,7 @@ def attempts(tmp_path_factory):
     except (OSError, subprocess.CalledProcessError) as e:
         pytest.skip(f"this system lets no user mount a tmpfs in a namespace: {e}")
     done = subprocess.run(
-        [*NEW_NAMESPACE, sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=300, check=False
+        [*NEW_NAMESPACE, sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

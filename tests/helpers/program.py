@@ -48,7 +48,7 @@ def run_program(name, *arguments, status=0, json_file=False, fresh=False, patche
 
 
 def _in_a_new_process(command):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -56,7 +56,7 @@ def start(folder, name, /, *, devices=1, limit_bytes=None, **spec):
 
 
 def finish(process):
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=900)
     assert process.returncode == 0, stderr
 
 
@@ -76,7 +76,7 @@ def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
     finish(start(tmp_path, "undisturbed", **settings))
     rng, deaths = np.random.default_rng(0), 0
     for _ in range(20):
-        process = start(tmp_path, "killed", pause_s=0.05, **settings)  # else it might be finished before it is killed
+        process = start(tmp_path, "killed", pause_s=0.15, **settings)  # else it might be finished before it is killed
         before = done = len(steps(tmp_path, "killed")) if (tmp_path / "killed.log").exists() else 0
         while process.poll() is None and done < before + 6:  # somewhere in the next steps, or in a checkpoint of them
             time.sleep(0.01)
@@ -195,7 +195,7 @@ def test_a_full_disk_loses_only_what_came_after_the_last_checkpoint(config, fini
     # Orbax may split arrays into many small files, but it writes this one as a whole.
     limit_bytes = (finished.workdir / "checkpoints" / "12" / "opt_state" / "_METADATA").stat().st_size - 1
     process = start(tmp_path, "full", limit_bytes=limit_bytes, **settings)
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "the checkpoint of step 4 could not be written" in stderr
     assert "Training goes on" in stderr

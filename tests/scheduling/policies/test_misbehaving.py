@@ -99,4 +99,4 @@ def test_a_policy_that_hangs_in_the_simulator_is_ended(policy):
     start_s = time.monotonic()
     with pytest.raises(errors.PolicyError, match=f"the policy failed: TimeoutError.*{expected}"):
         simulate(PROFILE, policy, [0.0], stall_s=0.05)
-    assert time.monotonic() - start_s < 10
+    assert time.monotonic() - start_s < 30  # half of what the policy would take

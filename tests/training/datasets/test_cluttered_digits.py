@@ -46,7 +46,7 @@ def test_a_digit_lies_wholly_inside_the_image_at_every_scale_angle_and_place(cor
 
 
 def test_two_that_prepare_at_once_both_get_the_dataset(tmp_path, monkeypatch):
-    both_are_making = threading.Barrier(2, timeout=20)
+    both_are_making = threading.Barrier(2, timeout=120)
     load_scans = render.load_scans
 
     def load_together(split):
