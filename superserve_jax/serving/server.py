@@ -303,8 +303,8 @@ class Server:
            latencies too long. So measure it before, with `superserve measure`. If anything is wrong with the new export, an
            error is raised, and the old one goes on.
         2. All decisions from now on are for the new export. Running batches end on the old one.
-        3. `swap` returns when these batches are back and the old export is dropped. Its memory is free then, unless somebody
-           else holds its model.
+        3. `swap` returns when these batches are back. Each worker then drops the old export a moment later, and its memory is
+           free, unless somebody else holds its model.
 
         **Until then the device's memory holds both exports**: twice the weights, slices and executables. If the memory does
         not suffice, jax's RESOURCE_EXHAUSTED is raised here. A batch that runs out of memory makes the batches of its worker
