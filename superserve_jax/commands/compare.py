@@ -4,7 +4,7 @@
     superserve compare --preset bursty --scale 1.9 --policies slackfit max-batch fixed:all --plots runs/compare
     superserve compare --policies my_file.py:my_policy slackfit max-batch fixed:all --seeds 1
     superserve compare --trace arrivals.csv --trace-column timestamp --speed 10 --workers 2
-    superserve compare --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 0.1
+    superserve compare --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 5
 
 Presets: maf, bursty, acceleration, policies, worker_kills, dynamics, scale, scale_batches, actuation, actuation_maf, capacity,
 slowdown, decisions, all. Each line of a table shows means over the seeds and standard deviations (sd). Accuracy is in percent,

@@ -43,6 +43,7 @@ STATEMENTS = {
     "P3": "in the time of the most accurate subnet, the fastest subnet computes a larger batch",
 }
 EXACT = 24  # subnets that are also measured with executables of their own, to compare with shared ones
+BUSY = 3.0  # (p99 latency) / (median latency) on a machine that is too busy to measure; about 1.3 on a quiet one
 UNITS = {"P1": "latencies", "P2": "latencies", "P3": "batch sizes"}
 
 
@@ -128,13 +129,15 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         plots.flops(values, sizes, accuracies, options.plot_flops, title=title, unit="MFLOPs")
         print(f"plot: {options.plot_flops}")
     profile.save(path)  # last, so that a read-only export loses nothing of what was measured
-    print(f"profile: {path}")
+    print(
+        f"profile: {path}; go on with `superserve replay {model.path}`, or serve: superserve_jax.Server({str(model.path)!r})"
+    )
 
 
 def choose_slicing(model: Model, device: Device, options: Options, lengths: Sequence[int]) -> Slicing:
     """Returns the faster way of slicing, and prints how much faster it is."""
     slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
-    print(f"slicing: '{slicing}'; if every call changes the subnet, 'in_call' takes {ratio:.2f} times as long as 'kept'")
+    print(f"weights are sliced '{slicing}', the faster way here: time of 'in_call' / time of 'kept' is {ratio:.2f}")
     return slicing
 
 
@@ -177,7 +180,13 @@ def report(profile: ss.Profile, measured: ss.Profile, served: Mapping[ss.Subnet,
     cli.print_table(lines)
     spread = statistics.median(p99 / ms for r in profile.rows for ms, p99 in zip(r.latency_ms, r.p99_ms, strict=True))
     print(f"p99 latency / median latency: {spread:.2f} (median over all subnets and batch sizes)")
+    if spread > BUSY:
+        print(
+            f"The p99 latencies are more than {BUSY:g} times the medians, so the machine was busy. Policies plan with them, "
+            "and choose smaller subnets than necessary. Measure again when the machine is quiet."
+        )
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
+    print("SlackFit assumes the following. A few exceptions are noise and do no harm:")
     for p in profiling.properties(measured):
         print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; lowest ratio {p.worst:.2f} (of {UNITS[p.name]})")

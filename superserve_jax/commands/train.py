@@ -52,6 +52,6 @@ def main() -> None:
     path = stages.export(run)
     evaluate.report(run, served, options.json)
     print(
-        f"metrics and plots: {run.workdir}\nexport: {path}; serve it with `superserve measure {path}`, then "
-        f"`superserve replay {path}`"
+        f"metrics and plots: {run.workdir}\nexport: {path}; measure its latencies with `superserve measure {path}`, then try "
+        f"it with `superserve replay {path}`, or serve it from Python: superserve_jax.Server({str(path)!r})"
     )

@@ -73,7 +73,10 @@ class Verdict:
 
     def __str__(self) -> str:
         names = ", ".join(self.disturbed)
-        return self._result() + f" Disturbed: {names}. Run the replay again when the machine is quiet." * bool(names)
+        return (
+            self._result()
+            + f" Disturbed: {names}. Run the replay again when the machine is quiet, or with more --repeats." * bool(names)
+        )
 
     def _result(self) -> str:
         policy, best, failing = self.policy, self.best, self.failing

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from policy_cases import make_profile
 
-from superserve_jax.engines import fake as fake_engines
 from superserve_jax.engines import profiling
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.profile import Profile
@@ -43,7 +42,7 @@ def exact_sleep(monkeypatch):
 
     clock = types.SimpleNamespace(perf_counter=lambda: now_s[0], sleep=sleep)
     monkeypatch.setattr(profiling, "time", clock)
-    monkeypatch.setattr(fake_engines, "time", clock)
+    monkeypatch.setattr("superserve_jax.engines.fake.time", clock)
 
 
 @pytest.mark.parametrize("profile", [TWO, Profile((1, 2), rows_at={8: TWO.rows, 16: TWO.scaled(4.0).rows})])

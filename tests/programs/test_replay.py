@@ -68,7 +68,8 @@ def test_a_run_with_a_disturbed_row_does_not_hold():
 
 
 def row(name, attainment, accuracy, disturbance=""):
-    result = {"name": name, "label": name, "attainment": attainment, "disturbance": disturbance}
+    result = {"name": name, "label": name, "attainment": attainment, "disturbance": disturbance, "tries": 1}
+    result |= {"slower": 1.2 if disturbance else 1.0, "longest_stall_ms": 0.0}
     return result | {"accuracy_profiled": accuracy, "accuracy_measured": accuracy}
 
 
@@ -81,6 +82,25 @@ def test_only_disturbed_rows_that_decide_the_verdict_are_repeated():
     results[3] = row("fixed:2", 0.98, 92.0, stall)
     assert replay.to_repeat(results, replay.make_verdict(options, results)) == 3
     assert replay.to_repeat(results[:1] + results[4:], None) == 1  # without a verdict, any disturbed row
+    results[0] = row("slackfit", 1.0, 93.0, stall)
+    assert replay.to_repeat(results, replay.make_verdict(options, results)) == 0
+    results[0]["tries"] = 2
+    assert replay.to_repeat(results, replay.make_verdict(options, results)) == 3  # each gets its share of the repeats
+
+
+def test_the_table_marks_disturbed_rows_only_if_there_are_any(capsys):
+    options, numbers = replay_setup.Options(pathlib.Path()), {"p50_ms": 1.0, "p99_ms": 2.0}
+    numbers |= {"lateness_p50_ms": 0.0, "lateness_p99_ms": 0.0}
+    quiet = row("slackfit", 1.0, 93.0) | numbers
+    replay.print_tables(options, [quiet])
+    assert "tries" not in capsys.readouterr().out
+    replay.print_tables(
+        options, [quiet, {**row("fixed:1", 0.9, 95.0, "the process stood still for 40 ms"), **numbers, "tries": 4}]
+    )
+    header, _, first, second = capsys.readouterr().out.strip().splitlines()[:4]
+    assert header.rstrip().endswith("tries   disturbed")
+    assert first.split()[-1] == "1"
+    assert second.split()[-2:] == ["4", "yes"]
 
 
 def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are_used_up(monkeypatch):
@@ -93,7 +113,7 @@ def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are
         return object(), row(short, attainment, accuracy, "stalled" if disturbed else "")
 
     monkeypatch.setattr(replay, "replay_policy", replay_policy)
-    work = types.SimpleNamespace(profiles=(), trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
+    work = types.SimpleNamespace(profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
     names = ["slackfit", "fixed:1", "fixed:0"]
     for allowed, needed, left in (5, 2, ""), (1, 1, "stalled"):
         calls.clear()
@@ -101,6 +121,19 @@ def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are
         _, results, repeats = replay.replay_all(options, work, names)
         assert (calls, repeats) == ([*names, *["fixed:1"] * needed], needed)
         assert [r["disturbance"] for r in results] == ["", left, ""]
+
+
+def test_the_least_disturbed_try_counts(monkeypatch):
+    slower = iter([1.3, 1.2, 1.4])
+
+    def replay_policy(options, work, name, short, *, corrected):
+        factor = next(slower)
+        return factor, row(short, 0.9, 90.0, "slower") | {"slower": factor}
+
+    monkeypatch.setattr(replay, "replay_policy", replay_policy)
+    work = types.SimpleNamespace(profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
+    replays, results, repeats = replay.replay_all(replay_setup.Options(pathlib.Path(), repeats=2), work, ["slackfit"])
+    assert (replays, repeats, results[0]["tries"], results[0]["slower"]) == ([1.2], 2, 3, 1.2)
 
 
 @pytest.mark.parametrize(
