@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 _LINE_EVERY_S = 10.0
+_WARM_UP = 20  # items, or a tenth of all if that is less: the first ones may also compile programs, so their rate says little
 
 
 def track(
@@ -23,6 +24,9 @@ def track(
     note: Callable[[], str] = lambda: "",
 ) -> Iterator[T]:
     """Yields `items`, and shows how many are done, their rate and the time left.
+
+    The rate of a plain line is that since the line before. The first items count as warm-up: until they are done, a line shows
+    neither rate nor time left.
 
     Args:
       items: the work.
@@ -47,18 +51,24 @@ def track(
     )
     done, start_s = completed, time.monotonic()
     line_s = start_s  # when the last line was printed
+    warm = completed + max(1, min(_WARM_UP, (total or 10 * _WARM_UP) // 10))
+    since = None  # (items done, time) where the rate begins; None during the warm-up
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total, completed=completed, rate=0.0, note="")
         for done, item in enumerate(items, completed + 1):
             yield item
             now_s = time.monotonic()
-            rate = (done - completed) / max(now_s - start_s, 1e-9)
+            rate = (done - since[0]) / max(now_s - since[1], 1e-9) if since else 0.0
             if console.is_terminal:
                 bar.update(task, completed=done, rate=rate, note=note())
             elif now_s - line_s >= _LINE_EVERY_S:
                 line_s = now_s
-                left = f", {(total - done) / rate:.0f} s left" if total else ""
-                _print(console, f"{description}: {done}/{total or '?'}, {rate:.1f}/s{left} {note()}")
+                speed = f", {rate:.1f}/s" if rate else ""
+                left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+                _print(console, f"{description}: {done}/{total or '?'}{speed}{left} {note()}")
+                since = since and (done, now_s)
+            if done == warm:
+                since = done, now_s
     took_s = time.monotonic() - start_s
     if not console.is_terminal and took_s >= 1.0:
         _print(console, f"{description}: {done} done in {took_s:.0f} s {note()}")

@@ -109,6 +109,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], *, dataset: Data
         validate = Validation(config, dataset) if eval_every else None
         batches = dataset.train(config.batch_size, seed=config.seed, start_step=start)
         steps = range(start, num_steps)
+        _log.info("compiling the programs of the first steps, which can take a minute")
         for k in progress.track(steps, "training", total=num_steps, completed=start, note=lambda: record.note):
             # Which subnets: depends on (seed, k) alone.
             part = sampling.at(parts, k)
