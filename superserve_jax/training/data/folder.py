@@ -11,13 +11,10 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-import PIL.Image
 
 from superserve_jax import errors, files, progress
 from superserve_jax.training.data import fingerprints, fit, images, problems, splits
@@ -29,8 +26,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", "
 
 _THREADS = min(16, os.cpu_count() or 1)
 _NO_CLASSES = ("__MACOSX", "@eaDir")  # folders that archives and file servers add
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +88,16 @@ def open(config: FolderConfig, model: fit.AnyModel | None = None, *, decode: boo
         found += more
     facts = {"num_classes": len(class_names), "image_size": config.image_size, "channels": config.channels}
     found += fit.mismatches(model, facts, config.path)
-    checked = itertools.chain(*listed.values()) if decode or config.skip_bad else ()
-    bad = _unreadable(tuple(_stamp(file.path) for file in checked))
+    to_check = itertools.chain(*listed.values()) if decode or config.skip_bad else ()
+    checked = _check(tuple(_stamp(file.path) for file in to_check))
+    bad = {path: state for path, state in checked.items() if isinstance(state, str)}
+    reasons = [f"{_shown(pathlib.Path(path), root)} {reason}" for path, reason in bad.items()]
     remedy = ""
     if bad and not config.skip_bad:
-        found += [f"{_shown(pathlib.Path(path), root)} {reason}; replace or remove it" for path, reason in bad.items()]
+        found += [f"{reason}; replace or remove it" for reason in reasons]
         remedy = f"--data.skip-bad (skip_bad=True) leaves out images that cannot be read; here it is {len(bad)}"
     problems.refuse(config.path, found, remedy=remedy)
-    if bad:
-        _log.warning("%s: %d images cannot be read and are left out, such as %s", config.path, len(bad), next(iter(bad)))
+    problems.warn_left_out(f"{config.path}: {len(bad):,} images cannot be read and are left out", reasons)
 
     usable = {split: [file for file in group if str(file.path) not in bad] for split, group in listed.items()}
     names = {split: f"{folder.name}/" for split, folder in folders.items()}
@@ -115,7 +111,20 @@ def open(config: FolderConfig, model: fit.AnyModel | None = None, *, decode: boo
         paths = {split: [(class_names[f.label], f.name, f.path) for f in group] for split, group in listed.items()}
         return fingerprints.of_files(paths)
 
-    return images.dataset_of(config, config.path, records, class_names, identity, note=divided.note)
+    note = divided.note + _enlarged([side for side in checked.values() if isinstance(side, int)], config.image_size)
+    return images.dataset_of(config, config.path, records, class_names, identity, note=note)
+
+
+def _enlarged(sides: Sequence[int], image_size: int) -> str:
+    """A note about images that are smaller than `image_size`; "" if there are none. `sides` are their shorter sides."""
+    small = [side for side in sides if side < image_size]
+    if not small:
+        return ""
+    pixels = f"{min(small)}" if min(small) == max(small) else f"{min(small)} to {max(small)}"
+    return (
+        f"; {len(small):,} of {len(sides):,} images are smaller ({pixels} pixels) and are enlarged to {image_size}, which "
+        "--data.image-size sets"
+    )
 
 
 def _layout(root: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str], list[str]]:
@@ -123,9 +132,10 @@ def _layout(root: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str], lis
     inside = _folders(root)
     if not inside:
         state = "has no folders" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
+        moved = "" if root.exists() else problems.MOVED
         raise errors.DataError(
             f"{root} {state}; put images into {root / 'train' / 'CLASS'}, one folder for each class (and into val/CLASS and "
-            f"test/CLASS)"
+            f"test/CLASS){moved}"
         )
     named, found = splits.find(inside)
     if named and "train" not in named:
@@ -166,7 +176,7 @@ def _files(root: pathlib.Path, folder: pathlib.Path, class_names: list[str]) -> 
     """The images of a split, in order of class and name, and problems."""
     found, odd, others = [], [], 0
     if loose := [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."]:
-        _log.warning("%s: %d images are in no class and are ignored, such as %s", folder, len(loose), loose[0].name)
+        problems.warn_once(f"{folder}: {len(loose)} images are in no class and are ignored, such as {loose[0].name}")
     for label, name in enumerate(class_names):
         paths = sorted(_walk(folder / name, frozenset()))
         present = [path for path in paths if path.suffix.lower() in SUFFIXES]
@@ -179,7 +189,7 @@ def _files(root: pathlib.Path, folder: pathlib.Path, class_names: list[str]) -> 
             else:
                 odd.append(f"{_shown(path, root)} is a pipe, a broken link or the like, not an image; replace or remove it")
     if others:
-        _log.warning("%s holds %d files without a suffix of %s; they are ignored", folder, others, ", ".join(SUFFIXES))
+        problems.warn_once(f"{folder} holds {others} files without a suffix of {', '.join(SUFFIXES)}; they are ignored")
     return found, odd
 
 
@@ -210,27 +220,22 @@ def _stamp(path: pathlib.Path) -> tuple[str, int, int]:
 
 
 @functools.lru_cache(maxsize=4)  # the stages of one program open the same folder several times
-def _unreadable(stamps: tuple[tuple[str, int, int], ...]) -> dict[str, str]:
-    """The reason why an image cannot be read, by path."""
+def _check(stamps: tuple[tuple[str, int, int], ...]) -> dict[str, int | str]:
+    """For each path, the shorter side of its image in pixels, or the reason why the image cannot be read."""
 
-    def why(stamp: tuple[str, int, int]) -> str | None:
+    def check(stamp: tuple[str, int, int]) -> int | str:
         try:
             content = files.read_bytes(stamp[0])
         except OSError as e:
             return f"cannot be read: {e.strerror or e}"
         try:
-            images.decode(content, 1)
+            return min(images.decode(content, 1).shape[:2])
         except Exception as e:  # any exception: Pillow raises many kinds for damaged files
-            return f"cannot be decoded: {_reason(e)}"
-        return None
+            return f"cannot be decoded: {images.reason(e)}"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        reasons = progress.track(pool.map(why, stamps), "checking images", total=len(stamps))
-        return {path: reason for (path, *_), reason in zip(stamps, reasons, strict=True) if reason}
-
-
-def _reason(e: Exception) -> str:
-    return "it is not an image" if isinstance(e, PIL.UnidentifiedImageError) else errors.one_line(e)
+        states = progress.track(pool.map(check, stamps), "checking images", total=len(stamps))
+        return {path: state for (path, *_), state in zip(stamps, states, strict=True)}
 
 
 def _records(config: FolderConfig, group: Sequence[File]) -> Records:

@@ -159,7 +159,7 @@ def records_of(
         try:
             image = decode(file, config.channels)
         except Exception as e:  # any exception: Pillow raises many kinds for damaged files
-            raise errors.DataError(f"{where(i)} cannot be decoded: {errors.one_line(e)}; replace or remove it") from e
+            raise errors.DataError(f"{where(i)} cannot be decoded: {reason(e)}; replace or remove it") from e
         if rng is None:
             return augment.centre_crop(image, config.image_size, share=share), label
         return augment.random_resized_crop(image, config.image_size, rng), label
@@ -193,8 +193,13 @@ def read_image(
     try:
         image = decode(files.read_bytes(path), channels)
     except Exception as e:  # any exception: Pillow raises many kinds for damaged files
-        raise errors.DataError(f"{path} cannot be read as an image: {errors.one_line(e)}; expected a PNG, JPEG, ...") from e
+        raise errors.DataError(f"{path} cannot be read as an image: {reason(e)}; expected a PNG, JPEG, ...") from e
     return augment.centre_crop(image, image_size, share=share)
+
+
+def reason(e: Exception) -> str:
+    """Why a file cannot be read or decoded, in one line. Pillow's own text names a buffer in memory."""
+    return "its content is no image" if isinstance(e, PIL.UnidentifiedImageError) else errors.one_line(e)
 
 
 def decode(file: bytes, channels: int) -> np.ndarray:

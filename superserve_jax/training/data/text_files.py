@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import pathlib
 import re
 from collections import Counter
@@ -34,8 +33,6 @@ SUFFIXES = (".csv", ".tsv", *_JSON, ".parquet")
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 _MAX_VALUE = 1 << 24  # characters of a text; a longer one is a sign of a quotation mark that is never closed
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +126,7 @@ def open(config: TextFileConfig, model: fit.AnyModel | None = None) -> Dataset:
         found += bad
         remedy = f"--data.skip-bad (skip_bad=True) leaves out lines that cannot be used; here it is {len(bad)}"
     problems.refuse(config.path, found, remedy=remedy)
-    if bad:
-        _log.warning("%s: %d lines cannot be used and are left out; the first: %s", config.path, len(bad), bad[0])
+    problems.warn_left_out(f"{config.path}: {len(bad):,} lines cannot be used and are left out", bad)
     names = {split: path.name for split, path in paths.items()}
     divided = splits.divide(given, validation=config.validation, names=names)
 
@@ -184,7 +180,10 @@ def _find(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str]]:
             raise errors.DataError(f"{path} has an unknown suffix, expected one of {', '.join(SUFFIXES)}; rename it")
         return {"train": path}, []
     if not path.is_dir():
-        raise errors.DataError(f"{path} does not exist or is not a file; expected a file of texts, or a folder with train.csv")
+        moved = "" if path.exists() else problems.MOVED
+        raise errors.DataError(
+            f"{path} does not exist or is not a file; expected a file of texts, or a folder with train.csv{moved}"
+        )
     inside = [f.name for f in sorted(path.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."]
     named, found = splits.find(inside, suffixes=True)
     if "train" not in named:

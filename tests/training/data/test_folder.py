@@ -1,4 +1,7 @@
-"""A folder of the user's own images: its layouts, odd files, damaged images, and the one message about all problems."""
+"""A folder of the user's own images: its layouts, odd files, damaged images, and the one message about all problems.
+
+One file because all tests write variants of the same small folder.
+"""
 
 import itertools
 import logging
@@ -163,6 +166,27 @@ def test_an_image_for_a_query_is_what_evaluation_reads(tmp_path):
     assert np.array_equal(data.read_image(tmp_path / "test" / "a" / "0.png", image_size=8), first)
     with pytest.raises(errors.DataError, match=r"absent\.png cannot be read as an image: .*; expected a PNG"):
         data.read_image(tmp_path / "absent.png", image_size=8)
+    (tmp_path / "text.png").write_text("not pixels")
+    with pytest.raises(errors.DataError) as e:
+        data.read_image(tmp_path / "text.png", image_size=8)
+    expected = f"{tmp_path / 'text.png'} cannot be read as an image: its content is no image; expected a PNG, JPEG, ..."
+    assert str(e.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("image_size", "note"),
+    [
+        (10, "; 2 of 6 images are smaller (8 pixels) and are enlarged to 10, which --data.image-size sets"),
+        (12, "; 6 of 6 images are smaller (8 to 10 pixels) and are enlarged to 12, which --data.image-size sets"),
+        (8, ""),
+    ],
+)
+def test_images_that_are_enlarged_are_reported_with_the_classes(tmp_path, image_size, note):
+    write(tmp_path, "train/a train/b test/a", 2)  # pictures of 12x10
+    for name in ("train/a/0.png", "test/a/1.png"):
+        PIL.Image.new("L", (20, 8)).save(tmp_path / name)
+    described = data.describe(opened(tmp_path, image_size=image_size, validation=0))
+    assert described == f"{tmp_path}: 2 classes; 4 examples for training, 2 from test/ for testing{note}"
 
 
 # -- damaged images -----------------------------------------------------------------------------------------------------------
@@ -189,10 +213,15 @@ def test_all_damaged_images_are_in_one_message_before_training(damaged):
     assert "--data.skip-bad (skip_bad=True) leaves out" in message
 
 
-def test_skip_bad_leaves_them_out_with_a_warning_that_counts_them(damaged, caplog):
+def test_skip_bad_leaves_them_out_with_one_warning_that_lists_them(damaged, caplog):
     dataset = opened(damaged, skip_bad=True, validation=4)
     assert sizes(dataset) == [36, 4, 19]
-    assert "3 images cannot be read and are left out, such as " in caplog.text
+    opened(damaged, skip_bad=True, validation=4, decode=False)  # as a later stage of the same program does
+    [message] = [r.message for r in caplog.records if r.name.startswith("superserve_jax")]
+    first, *each = message.splitlines()
+    assert first == f"{damaged}: 3 images cannot be read and are left out:"
+    assert [line.split()[1] for line in each] == ["test/b/5.png", "train/a/cut.jpg", "train/b/3.png"]
+    assert each[0] == "  - test/b/5.png cannot be decoded: its content is no image"
     for split in ("train", "validation", "test"):
         dataset.arrays(split)
 
@@ -205,6 +234,16 @@ def test_many_damaged_images_are_counted_in_the_message_and_listed_in_the_log(da
     assert "12 more, which are listed above" in message
     own = [r for r in caplog.records if r.name.startswith("superserve_jax")]
     assert len([r for r in own if r.levelno == logging.WARNING]) == 12
+
+
+def test_a_warning_lists_at_most_50_images_that_are_left_out(damaged, caplog):
+    write(damaged, "train/c", 60)
+    for path in (damaged / "train" / "c").iterdir():
+        path.write_bytes(b"x" if path.stem != "0" else path.read_bytes())
+    opened(damaged, skip_bad=True, validation=0)
+    assert "62 images cannot be read" in caplog.text
+    assert caplog.text.count("\n  - ") == 51
+    assert caplog.text.endswith("\n  - 12 more\n")
 
 
 def test_images_are_decoded_once_for_all_stages_of_a_program(damaged, monkeypatch):
