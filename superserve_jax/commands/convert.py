@@ -148,7 +148,9 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
     if texts is not None:
         stages.search(run)
         stages.calibrate(run)
-        cli.print_table(stages.table(stages.evaluate(run)))
+        served = stages.evaluate(run)
+        cli.print_table(stages.table(served))
+        print(stages.precision(run, served))
         export = stages.export(run)
         print(f"export: {export} serves these subnets")
     else:

@@ -3,7 +3,7 @@
     superserve evaluate runs/digits_resnet
 
 The accuracies come from one half of the test split, chosen by `training.data.halves`. They become the profiled accuracies of
-the export. `superserve replay` sends the other half.
+the export. `superserve replay` sends the other half. The line below the table gives the standard error of an accuracy.
 
 The column "with the largest's statistics" shows why the paper needs SubnetNorm: with one set of statistics for all subnets,
 accuracy falls, in some subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic
@@ -45,8 +45,15 @@ def main() -> None:
 
 
 def report(run: Run, served: list[Served], json: pathlib.Path | None) -> None:
-    """Prints the accuracies of the served subnets, and the baselines. Also writes the accuracies to a JSON file, if given."""
+    """Prints the accuracies of the served subnets, their standard error, and the baselines.
+
+    Args:
+      run: the run.
+      served: its evaluated subnets.
+      json: also write the accuracies to this file.
+    """
     cli.print_table(stages.table(served))
+    print(stages.precision(run, served))
     for name, accuracy in stages.baselines(run).items():
         print(f"to compare: {name}, {100 * accuracy:.2f} %")
     cli.write_results(json, [s.to_json() for s in served])

@@ -36,11 +36,13 @@ class Options:
 def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
-    path = stages.export(Run.open(options.run), options.out)
+    run = Run.open(options.run)
+    path = stages.export(run, options.out)
     model = ss.load(path)  # checks that the export can be read
     size = sum(f["bytes"] for f in model.manifest["files"].values())
     weights, statistics = (sum(a.nbytes for a in arrays.values()) for arrays in (model.params, model.statistics))
     cli.print_table(stages.table(list(model.served)))
+    print(stages.precision(run, model.served))
     cli.write_results(
         options.json,
         {

@@ -7,7 +7,8 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,7 +163,7 @@ def export(run: Run, path: str | os.PathLike[str] | None = None) -> pathlib.Path
     It offers the evaluated subnets, which the search chose by their validation accuracy.
     """
     dataset, evaluated = run.dataset(), run.evaluated()
-    half = "the profiling half of " if all(s.profiled_half for s in evaluated) else ""  # not in a run of an older version
+    half = "the profiling half of " if _profiled_half(evaluated) else ""
     return exports.export(
         path if path is not None else run.workdir / "export",
         run.model(),
@@ -209,6 +210,25 @@ def standalone(run: Run, subnet: Subnet, name: str) -> Served:
         evaluate(alone)
     [measured] = alone.evaluated()
     return measured
+
+
+def precision(run: Run, served: Sequence[Served]) -> str:
+    """On how many test examples accuracies are based, and their standard error: a line to print below `table`.
+
+    The standard error is sqrt(p (1 - p) / n), where p is the median of the accuracies.
+    """
+    total = run.dataset().num_examples("test")
+    half = _profiled_half(served)
+    count = total // 2 if half else total
+    middle = statistics.median(s.accuracy for s in served if s.accuracy is not None)
+    source = f"about {count:,} test examples, one half of the {total:,}" if half else f"all {total:,} test examples"
+    error = math.sqrt(middle * (1 - middle) / count)
+    return f"test accuracies are those on {source}; standard error of an accuracy: {100 * error:.1f} points"
+
+
+def _profiled_half(served: Sequence[Served]) -> bool:
+    """Whether accuracies come from the profiling half of the test split. An older version used the whole split."""
+    return all(s.profiled_half for s in served)
 
 
 def table(served: list[Served]) -> list[tuple[str, ...]]:

@@ -5,6 +5,7 @@ One file because its tests share one small run, which is trained once.
 
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -88,6 +89,11 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, run, toler
         assert hits[profiled].mean() == pytest.approx(s.accuracy)
         assert s.profiled_half
     assert f"profiling half of the {len(labels)} test examples" in model.manifest["measured"]
+    middle = np.median([s.accuracy for s in served])
+    error = f"standard error of an accuracy: {100 * math.sqrt(middle * (1 - middle) / 150):.1f} points"
+    assert (
+        stages.precision(run, served) == f"test accuracies are those on about 150 test examples, one half of the 300; {error}"
+    )
     assert set(model.statistics) == set(model.subnets)
     assert config_from_json(model.manifest["training"]) == run.config
     assert {"search.png", "search.json", "statistics.npz", "evaluation.json"} <= set(os.listdir(run.workdir))
@@ -102,6 +108,7 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, run, toler
     older = ss.load(stages.export(run))
     assert list(older.subnets) == run.served()
     assert "profiling half" not in older.manifest["measured"]
+    assert "those on all 300 test examples; " in stages.precision(run, older.served)
     assert not any(s.profiled_half for s in older.served)
 
 
