@@ -70,5 +70,17 @@ def test_latencies_above_the_slo_are_crossed_out(saved):
     assert "SLO of 36 ms" in scale.get_title()
 
 
+def test_the_legend_of_a_search_is_inside_the_figure(saved):
+    points = [(10.0 * k, 0.5 + 0.02 * k) for k in range(1, 9)]
+    plots.search(points, points, points, "unused.png", cost="MFLOPs per input", error=0.02, title="Search of pets")
+    [fig] = saved
+    fig.draw_without_rendering()
+    [legend] = fig.legends
+    box, whole = legend.get_window_extent(), fig.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    assert [text.get_text() for text in legend.get_texts()][2] == "chosen to serve (8), with standard error"
+
+
 def test_steady_traffic_has_no_bursts():
     assert plots.bursts([0.5, 1.5], [7.0, 7.0]) == []

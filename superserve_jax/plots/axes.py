@@ -114,7 +114,8 @@ def frame(fig: figure.Figure, title: str, note: str, handles: Mapping[str, Any] 
         fig.suptitle(_wrapped(title, int(10 * width)))
     note = _wrapped(note, int(13 * width))
     if handles:
-        columns = max(min(len(handles), int(width // 1.8)), 1)
+        label_in = max(1.8, 0.6 + 0.08 * max(map(len, handles)))  # with its marker; a letter is about 0.08 inches wide
+        columns = max(min(len(handles), int(width // label_in)), 1)
         looks = {"title": note, "title_fontsize": 8, "frameon": False}
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, **looks)
     elif note:
