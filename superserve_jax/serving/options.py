@@ -184,9 +184,20 @@ class InputSpec:
         if array.shape != self.shape or array.dtype != self.dtype:
             raise errors.InputError(
                 f"an input of shape {array.shape} and dtype {array.dtype}; expected {self.shape} and {self.dtype}, "
-                "one input without a batch dimension. Inputs are never cast: convert it as the model's export describes"
+                f"one input without a batch dimension. {self._remedy(x)}"
             )
         return array
+
+    def _remedy(self, x: Any) -> str:
+        """What to do about a wrong input. For a model of images, a string or a path is probably the name of a file."""
+        is_name = issubclass(type(x), str) or hasattr(type(x), "__fspath__")
+        if not is_name or len(self.shape) != 3 or self.dtype != np.uint8:
+            return "Inputs are never cast: convert it as the model's export describes"
+        height, _, channels = self.shape
+        return (
+            f"Read the file of an image with superserve_jax.training.data.read_image(path, image_size={height}, "
+            f"channels={channels}), and submit the array"
+        )
 
 
 def _as_array(x: Any) -> np.ndarray:

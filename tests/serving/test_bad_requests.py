@@ -1,6 +1,7 @@
 """Bad options, queries, policies and engines: the server refuses them with a documented error, or fails only their queries."""
 
 import math
+import pathlib
 
 import bad
 import numpy as np
@@ -89,6 +90,21 @@ def test_a_query_is_answered_or_refused(opened, x, slo, floor, many):
             for future in asked if isinstance(asked, list) else [asked]:
                 if not isinstance(future, errors.SuperServeError):
                     assert len(future.result(WAIT_S).output) == 2
+
+
+@pytest.mark.parametrize("value", ["file.png", pathlib.Path("file.png"), np.str_("file.png")], ids=repr)
+def test_the_name_of_a_file_is_refused_with_the_function_that_reads_it(opened, value):
+    images = fake(input_shape=(28, 28, 1), input_dtype=np.uint8)
+    with serve(images) as s:
+        for submit in (lambda: s.submit(value), lambda: s.submit_many([value])):
+            with pytest.raises(
+                errors.InputError, match=r"data\.read_image\(path, image_size=28, channels=1\), and submit the"
+            ):
+                submit()
+        with pytest.raises(errors.InputError, match="never cast: convert it"):
+            s.submit(np.zeros((28, 28, 1)))
+    with pytest.raises(errors.InputError, match="never cast: convert it"):  # not a model of images
+        opened.submit(value)
 
 
 latencies = st.floats(1e-9, 1e12)
