@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import linecache
 import logging
 import os
 import pathlib
@@ -106,6 +107,19 @@ def place(error: BaseException) -> str:
         file, line, text = frame.filename, frame.lineno, frame.line
     if file is None:  # for example a file with a null byte, in which there is no place
         return ""
+    return _see(file, line, text)
+
+
+def definition(function: object) -> str:
+    """Where a user's function is defined, such as ", see mine.py:4, `def mine(profile, state):`"; "" if it is not known."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, types.CodeType) or code.co_filename.startswith(_PACKAGE):
+        return ""
+    linecache.checkcache(code.co_filename)
+    return _see(code.co_filename, code.co_firstlineno, linecache.getline(code.co_filename, code.co_firstlineno))
+
+
+def _see(file: str, line: int | None, text: str | None) -> str:
     return f", see {file}:{line}" + (f", `{text.strip()}`" if text else "")
 
 

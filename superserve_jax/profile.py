@@ -159,7 +159,9 @@ class Profile:
             return self._row_of[subnet]
         except KeyError:
             count = len(self.rows)
-            raise errors.ProfileError(f"subnet {subnet} is not in the profile of {count} subnets; measure it") from None
+            raise errors.ProfileError(
+                f"subnet {subnet} is not in the profile of {count} subnets; take the subnet of one of its rows, or measure it"
+            ) from None
 
     def fastest(self, floor: float = 0.0) -> Row:
         """The row with the lowest latency at the smallest batch size, among rows at least as accurate as `floor`.
@@ -177,7 +179,10 @@ class Profile:
         return min(bisect.bisect_left(self.batch_sizes, batch), len(self.batch_sizes) - 1)
 
     def latency_ms(self, subnet: Subnet, batch: int) -> float:
-        """Median latency of `batch` queries, padded up to a batch size."""
+        """Median latency of `batch` queries, padded up to a batch size.
+
+        A batch above `max_batch` gives the latency of `max_batch`, because the server cuts a larger decision to it.
+        """
         return self.row(subnet).latency_ms[self.batch_index(batch)]
 
     def pareto(self, *, min_accuracy_gap: float = 0.0, min_latency_ratio: float = 1.0) -> "Profile":

@@ -109,7 +109,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
     assert [r["name"] for r in done.json["policies"]] == ["mine"]
     assert done.stdout.startswith("web, 2 times as fast: 20 queries in 0.2 s")
     error = run_program(*replay, *web, "--policies", f"{tmp_path}/bad.py:mine", status=2).stderr
-    assert re.search(r"^error: the policy failed: IndexError.*bad\.py:4, `return", error, re.MULTILINE)
+    assert re.search(r"^error: the policy 'mine' failed: IndexError.*bad\.py:4, `return", error, re.MULTILINE)
 
     (tmp_path / "none.csv").write_text("arrival_s\n")
     assert "has no arrivals" in run_program(*replay, "--trace", tmp_path / "none.csv", status=2).stderr

@@ -17,7 +17,7 @@ from superserve_jax import errors, foreign
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.arrivals import ArrivalMeter
 from superserve_jax.scheduling.length_queue import Queue
-from superserve_jax.scheduling.policies import Policy, State
+from superserve_jax.scheduling.policies import Policy, State, custom
 from superserve_jax.scheduling.speeds import EVEN_PACE, Pace
 from superserve_jax.subnet import Subnet
 
@@ -44,13 +44,15 @@ def decide(policy: Policy, profile: Profile, state: State) -> tuple[Row, int, fl
         raise
     except BaseException as error:
         raised = decision is _NONE_YET
-        why = f"{foreign.text_of(error)}{foreign.place(error)}" if raised else _mistake(decision, profile, error)
-        raise _refusal(why, state) from error  # a local variable for it would make a reference cycle
+        why = foreign.text_of(error) if raised else _mistake(decision, profile, error)
+        place = foreign.place(error) if raised else ""
+        raise _refusal(policy, why, place, state) from error  # a local variable for it would make a reference cycle
 
 
-def _refusal(why: str, state: State) -> errors.PolicyError:
+def _refusal(policy: Policy, why: str, place: str, state: State) -> errors.PolicyError:
+    name, definition = custom.name_and_place(policy)
     asked = f"slack_ms={state.slack_ms:.1f}, waiting={state.waiting}"
-    refusal = errors.PolicyError(f"the policy failed: {why}; fix it (it was asked with {asked})")
+    refusal = errors.PolicyError(f"the policy '{name}' failed: {why}{place or definition}; fix it (it was asked with {asked})")
     refusal.add_note(f"the policy was called with {state!r}")
     return refusal
 

@@ -115,7 +115,13 @@ class Blame:
 
     def asker(self, decide: Callable[..., Any]) -> Callable[..., Any]:
         """A function like `decide` (see `dispatch.decide`) that never decides for a subnet that is out of service."""
-        return lambda policy, profile, state: decide(functools.partial(self._decide, policy), profile, state)
+
+        def ask(policy: Policy, profile: Profile, state: State) -> Any:
+            served = functools.partial(self._decide, policy)
+            functools.update_wrapper(served, policy, assigned=(), updated=())  # an error names the policy
+            return decide(served, profile, state)
+
+        return ask
 
     def _decide(self, policy: Policy, profile: Profile, state: State) -> Decision:
         decision = policy(profile, state)

@@ -4,6 +4,7 @@ A policy of this package, given by name, is called under the pool's lock. That i
 is called without the lock. So clients and the watchdog can take the lock meanwhile.
 """
 
+import collections
 import contextlib
 import functools
 import logging
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from superserve_jax import errors, foreign
 from superserve_jax.scheduling import dispatch
+from superserve_jax.scheduling.policies import custom
 from superserve_jax.serving.flight import Failure
 from superserve_jax.serving.futures import Query
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from superserve_jax.serving.worker import Worker
 
 _log = logging.getLogger(__name__)
+
+_MAX_KINDS = 100  # types of errors that are counted apart
 
 
 class OutdatedError(Exception):
@@ -41,6 +45,7 @@ class PolicyCall:
         self.thread: threading.Thread | None = None
         self._next: threading.Thread | None = None  # it gets the policy after this call, before any worker
         self._since_s = 0.0
+        self._failures = collections.Counter[str]()  # by type of error
 
     def is_here(self) -> bool:
         """Whether the calling thread is in the policy."""
@@ -98,17 +103,31 @@ class PolicyCall:
                 self._locked_end()
 
     def failed(self, failed: tuple[BaseException, list[Query]]) -> None:
-        """Fails the queries that the policy was asked about, with its error."""
+        """Fails the queries that the policy was asked about, with its error.
+
+        The log gets the first error of each type, with its traceback. Then it gets the 10th, the 100th and so on, in one line.
+        """
         error, unlucky = failed
         is_decision = isinstance(error, errors.PolicyError)  # else e.g. a KeyboardInterrupt of the policy
         failure = Failure.of((error.__cause__ if is_decision else None) or error)
-        text = str(error) if is_decision else f"the policy failed: {failure.text}; fix it"
-        foreign.log(_log, logging.ERROR, "%s", text, error=failure.error)
+        text = str(error) if is_decision else f"the policy '{self._name()}' failed: {failure.text}; fix it"
+        kind = type(failure.error).__name__ if len(self._failures) < _MAX_KINDS else "other"
+        with self._pool.lock:
+            self._failures[kind] += 1
+            count = self._failures[kind]
+        if count == 1:
+            foreign.log(_log, logging.ERROR, "%s", text, error=failure.error)
+        elif str(count).strip("0") == "1":
+            foreign.log(_log, logging.ERROR, "for the %dth time: %s", count, text)
         foreign.forget_frames(error)
         with self._pool.lock:
             self._pool.members.note(failure)
             for query in unlucky:
                 self._pool.outbox.fail(query, failure.cause(errors.PolicyError(text)))
+
+    def _name(self) -> str:
+        policy = self._pool.options.policy
+        return policy if isinstance(policy, str) else custom.name_and_place(policy)[0]
 
     def locked_excuse(self, seconds: float) -> None:
         """Does not count a time in which the whole process stood still."""

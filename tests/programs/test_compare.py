@@ -66,7 +66,7 @@ def test_a_policy_that_fails_ends_the_program_with_one_line(run_program, tmp_pat
     (tmp_path / "mine.py").write_text(MINE.replace("RANK", "99"))
     options = ("--policies", f"{tmp_path}/mine.py:mine", "--seconds", 0.1, "--seeds", 1, "--jobs", 1, "--preset", "policies")
     error = run_program("serve/compare.py", *options, status=2).stderr
-    assert re.search(r"^error: the policy failed: IndexError\(.*\), see .*mine\.py:5, `return Decision\(", error)
+    assert re.search(r"^error: the policy 'mine' failed: IndexError\(.*\), see .*mine\.py:5, `return Decision\(", error)
     assert error.count("\n") == 1
 
 

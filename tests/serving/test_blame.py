@@ -89,6 +89,16 @@ def test_the_next_less_accurate_subnet_runs_for_a_policy_object_that_insists():
         assert s.submit(x(1)).result(WAIT_S).subnet == SUBNETS[1]
 
 
+def test_an_error_names_the_policy_while_a_subnet_is_out_of_service():
+    decisions = [Decision(BAD, 4)]
+
+    def mine(profile, state):
+        return decisions.pop()
+
+    with serve(spoilt(), policy=mine) as s, pytest.raises(errors.PolicyError, match="policy 'mine' failed: IndexError"):
+        s.submit(x(1)).result(WAIT_S)
+
+
 def test_waiting_queries_that_only_the_bad_subnet_could_answer_are_refused():
     with serve(spoilt(), policy=always(2)) as s:
         low, high = s.submit(x(1)), s.submit(x(2), min_accuracy=0.8)

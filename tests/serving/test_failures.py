@@ -313,7 +313,7 @@ def test_when_the_last_worker_leaves_everything_fails_with_the_cause_until_anoth
 def test_a_policy_that_fails_fails_its_queries_and_no_worker(policy, message):
     with fakes.serve(policy=policy) as s:
         for _ in range(3):
-            with pytest.raises(errors.InferenceError, match=f"the policy failed.*{message}.*fix it"):
+            with pytest.raises(errors.InferenceError, match=f"the policy '.*' failed.*{message}.*fix it"):
                 s.submit(x(1)).result(WAIT_S)
         assert (s.health()["alive"], s.health()["failures"], s.snapshot()["queries"]["failed"]) == (1, 0, 3)
 

@@ -50,10 +50,26 @@ def test_whatever_a_policy_raises_fails_its_queries_only(error):
         return Decision(SUBNETS[0], 4)
 
     with serve(policy=policy) as s:
-        with pytest.raises(errors.InferenceError, match="the policy failed"):
+        with pytest.raises(errors.InferenceError, match="the policy 'policy' failed"):
             s.submit(x(0)).result(WAIT_S)
         assert s.submit(x(1)).result(WAIT_S).output[0] == 1
         assert s.health()["alive"] == 1
+
+
+def test_the_traceback_of_a_failing_policy_is_logged_once_for_each_type_of_error(caplog):
+    raised = [*[IndexError] * 12, KeyError]
+
+    def policy(profile, state):
+        raise raised.pop(0)
+
+    with serve(policy=policy) as s:
+        while raised:
+            assert isinstance(s.submit(x(0)).exception(WAIT_S), errors.PolicyError)
+    logged = [
+        (r.getMessage(), r.exc_info is not None) for r in caplog.records if "the policy 'policy' failed" in r.getMessage()
+    ]
+    assert [has_traceback for _, has_traceback in logged] == [True, False, True]
+    assert logged[1][0].startswith("for the 10th time: the policy 'policy' failed: IndexError()")
 
 
 class Unhashable(str):

@@ -16,10 +16,11 @@ class ByProfile:
       make: a function that makes a policy from a profile of one length bucket, for example `functools.partial(SlackFit,
         defer=False)`.
       profiles: the profiles of the workers. For any other profile, a policy is made at its first use.
+      label: the policy's name in errors. By default that of the class of its policies.
     """
 
-    def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile):
-        self._make = make
+    def __init__(self, make: Callable[[Profile], Policy], *profiles: Profile, label: str = ""):
+        self._make, self.label = make, label
         # Keyed by id, because comparing two profiles takes longer than a decision. The kept profile keeps its id unique.
         self._policies = {id(table): (table, make(table)) for profile in profiles for table in profile.each_length}
         names = dict.fromkeys(str(getattr(policy, "name", policy)) for _, policy in self._policies.values())
@@ -29,6 +30,10 @@ class ByProfile:
         """See `base.Policy`."""
         found = self._policies.get(id(profile))
         return (found[1] if found else self._equal(profile))(profile, state)
+
+    def example(self) -> Policy:
+        """One of the policies. There is at least one after the first call."""
+        return next(iter(self._policies.values()))[1]
 
     def _equal(self, profile: Profile) -> Policy:
         """The policy of an equal profile, else a new policy, for example for a worker whose batches have become smaller."""

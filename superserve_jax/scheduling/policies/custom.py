@@ -54,7 +54,26 @@ def load(name: str, *profiles: Profile) -> Policy:
             raise errors.unknown_name(f"policy in {where}:", attribute, own)
         raise errors.ConfigError(f"policy '{name}': name a policy of the file, such as {where}:{(own or ['my_policy'])[0]}")
     make = _maker(found)
-    return found if make is None else ByProfile(functools.partial(_construct, name, make), *profiles)
+    return found if make is None else ByProfile(functools.partial(_construct, name, make), *profiles, label=attribute)
+
+
+def name_and_place(policy: Policy) -> tuple[str, str]:
+    """The name of a policy in errors, and where it is defined, such as ", see mine.py:4, `def mine(profile, state):`".
+
+    The name is that of its function or class. A class that was given by name keeps that name, as in tables.
+    """
+    name, found = "", policy
+    try:
+        while isinstance(found := inspect.unwrap(found), functools.partial | ByProfile):
+            if isinstance(found, ByProfile):
+                name, found = name or found.label, found.example()
+            else:
+                found = found.func
+        is_function = inspect.isroutine(found)
+        name = name or (found if is_function else type(found)).__name__
+        return name, foreign.definition(found if is_function else inspect.unwrap(type(found).__call__))
+    except Exception:  # any exception: the object is the user's
+        return name or type(policy).__name__, ""
 
 
 def _is_of(module: str, value: Any) -> bool:
@@ -96,12 +115,12 @@ def _importing_from(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reporting(failed: str) -> Iterator[None]:
+def _reporting(failed: str, hint: str = "") -> Iterator[None]:
     """Turns any error of the user's code into a ConfigError that says where it arose."""
     try:
         yield
     except (Exception, SystemExit) as e:
-        raise errors.ConfigError(f"{failed}{foreign.place(e)}: {foreign.text_of(e)}") from e
+        raise errors.ConfigError(f"{failed}{foreign.place(e)}: {foreign.text_of(e)}{hint}") from e
 
 
 def _maker(found: Any) -> Callable[[Profile], Any] | None:
@@ -124,10 +143,12 @@ def _takes(function: Any, count: int) -> bool:
 
 
 def _construct(name: str, make: Callable[[Profile], Any], profile: Profile) -> Policy:
-    with _reporting(f"policy '{name}' cannot be made for a profile of {len(profile.rows)} subnets"):
+    expected = "" if isinstance(make, type) else "; a policy is a function (profile, state), or a class made with (profile)"
+    with _reporting(f"policy '{name}' cannot be made for a profile of {len(profile.rows)} subnets", expected):
         policy = make(profile)
     if callable(policy):
         return cast(Policy, policy)
     raise errors.ConfigError(
         f"policy '{name}' makes {foreign.text_of(policy)}, which cannot be called; it needs __call__(self, profile, state)"
+        f"{expected}"
     )

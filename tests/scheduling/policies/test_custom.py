@@ -43,6 +43,12 @@ class NotCallable:
 
 def three(a, b, c):
     pass
+
+def one(state):
+    return Decision(state.last_subnet, 1)
+
+def nothing(state):
+    pass
 """
 STATE = State(0.0, 1000.0, 9)
 
@@ -85,6 +91,12 @@ def test_a_class_makes_one_policy_for_each_profile(file):
         ("my file.py:", errors.ConfigError, r"name a policy of the file, such as my file\.py:function"),
         ("my file.py:Broken", errors.ConfigError, r"cannot be made for a profile of 3 subnets, see my file\.py:\d+, `self"),
         ("my file.py:NotCallable", errors.ConfigError, r"cannot be called; it needs __call__\(self, profile, state\)"),
+        (
+            "my file.py:one",
+            errors.ConfigError,
+            r"AttributeError.*; a policy is a function \(profile, state\), or a class made with",
+        ),
+        ("my file.py:nothing", errors.ConfigError, r"makes None, which cannot.*; a policy is a function \(profile, state\)"),
         ("my_fil.py:function", errors.ConfigError, "there is no file my_fil.py in"),
         ("wrong.py:function", errors.ConfigError, r"wrong\.py fails, see wrong\.py:1, `def function\(:`: SyntaxError"),
         ("fails.py:function", errors.ConfigError, r"fails\.py fails, see fails\.py:2, `1 / 0`: ZeroDivisionError"),

@@ -1,5 +1,6 @@
 """A policy that misbehaves gets the same error in the simulator as in the server."""
 
+import functools
 import math
 import sys
 import time
@@ -10,7 +11,7 @@ from fakes import PROFILE, SUBNETS
 from policy_cases import simulate
 
 from superserve_jax import errors
-from superserve_jax.scheduling.policies import Decision
+from superserve_jax.scheduling.policies import ByProfile, Decision
 from superserve_jax.subnet import Subnet
 
 
@@ -61,13 +62,38 @@ MISBEHAVIOURS = {
 
 @pytest.mark.parametrize(("policy", "message"), MISBEHAVIOURS.values(), ids=MISBEHAVIOURS)
 def test_a_misbehaving_policy_gets_the_same_error_in_server_and_simulator(policy, message):
-    with pytest.raises(errors.PolicyError, match=f"^the policy failed: .*{message}") as simulated:
+    with pytest.raises(errors.PolicyError, match=f"^the policy '.*' failed: .*{message}") as simulated:
         simulate(PROFILE, policy, [0.0], slo_ms=5e6)
     with fakes.serve(policy=policy) as s, pytest.raises(errors.PolicyError) as served:
         s.submit(fakes.ZERO, slo_ms=5e6).result(fakes.WAIT_S)
     texts = [str(caught.value).partition(" (it was asked with slack_ms=")[0] for caught in (simulated, served)]
     assert texts[0] == texts[1]
     assert texts[0].endswith("; fix it")
+
+
+class Nothing:
+    def __init__(self, profile=None):
+        pass
+
+    def __call__(self, profile, state):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("policy", "named", "line"),
+    [
+        (raises, "raises", "return Decision"),
+        (functools.partial(lambda add, profile, state: None, 1), "<lambda>", r".*lambda add"),
+        (Nothing(), "Nothing", "def __call__"),
+        (Nothing().__call__, "__call__", "def __call__"),
+        (ByProfile(Nothing, PROFILE, label="mine"), "mine", "def __call__"),
+    ],
+)
+def test_an_error_names_the_policy_and_where_it_is_defined(policy, named, line):
+    with pytest.raises(
+        errors.PolicyError, match=rf"^the policy '{named}' failed: .*, see .*test_misbehaving\.py:\d+, `{line}"
+    ):
+        simulate(PROFILE, policy, [0.0], slo_ms=5e6)
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(3, 3), (99, 4), (True, 1)])
@@ -97,6 +123,6 @@ def sleeps(profile, state):
 def test_a_policy_that_hangs_in_the_simulator_is_ended(policy):
     expected = r"no decision after 0\.05 s'\), see .*test_misbehaving\.py:\d+, `time\.sleep\("
     start_s = time.monotonic()
-    with pytest.raises(errors.PolicyError, match=f"the policy failed: TimeoutError.*{expected}"):
+    with pytest.raises(errors.PolicyError, match=f"the policy '{policy.__name__}' failed: TimeoutError.*{expected}"):
         simulate(PROFILE, policy, [0.0], stall_s=0.05)
     assert time.monotonic() - start_s < 30  # half of what the policy would take
