@@ -25,8 +25,8 @@ def track(
 ) -> Iterator[T]:
     """Yields `items`, and shows how many are done, their rate and the time left.
 
-    The rate of a plain line is that since the line before. The first items count as warm-up: until they are done, a line shows
-    neither rate nor time left.
+    The first items count as warm-up: the rate is the mean of the items after them, and before that, a plain line shows neither
+    rate nor time left.
 
     Args:
       items: the work.
@@ -52,7 +52,7 @@ def track(
     done, start_s = completed, time.monotonic()
     line_s = start_s  # when the last line was printed
     warm = completed + max(1, min(_WARM_UP, (total or 10 * _WARM_UP) // 10))
-    since = None  # (items done, time) where the rate begins; None during the warm-up
+    since = None  # (items done, time) at the end of the warm-up
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total, completed=completed, rate=0.0, note="")
         for done, item in enumerate(items, completed + 1):
@@ -66,7 +66,6 @@ def track(
                 speed = f", {rate:.1f}/s" if rate else ""
                 left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
                 _print(console, f"{description}: {done}/{total or '?'}{speed}{left} {note()}")
-                since = since and (done, now_s)
             if done == warm:
                 since = done, now_s
     took_s = time.monotonic() - start_s
