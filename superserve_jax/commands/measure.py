@@ -128,9 +128,11 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         sizes, accuracies = list(map(str, profile.batch_sizes)), [r.accuracy for r in profile.rows]
         plots.flops(values, sizes, accuracies, options.plot_flops, title=title, unit="MFLOPs")
         print(f"plot: {options.plot_flops}")
+    replaced = " (replaces the one measured before)" if path.exists() else ""
     profile.save(path)  # last, so that a read-only export loses nothing of what was measured
     print(
-        f"profile: {path}; go on with `superserve replay {model.path}`, or serve: superserve_jax.Server({str(model.path)!r})"
+        f"profile: {path}{replaced}; go on with `superserve replay {model.path}`, or serve: "
+        f"superserve_jax.Server({str(model.path)!r})"
     )
 
 

@@ -24,7 +24,10 @@ def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, mo
     monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
     options = ("--batch-sizes", 1, 2, "--slicing", "kept")
     files = ("--plot", tmp_path / "plot.png", "--plot-flops", tmp_path / "flops.png")
-    printed = run_program("serve/measure.py", tmp_path, *options, *files, patches=engine).stdout
+    measure = ("serve/measure.py", tmp_path, *options)
+    assert f"profile: {tmp_path}/profile.json; go on with" in run_program(*measure, patches=engine).stdout
+    printed = run_program(*measure, *files, patches=engine).stdout
+    assert f"profile: {tmp_path}/profile.json (replaces the one measured before); go on with" in printed
     assert f"plot: {tmp_path}/plot.png" in printed
     assert (tmp_path / "flops.png").read_bytes().startswith(b"\x89PNG")
     assert "3 of 4 subnets worth serving" in printed
