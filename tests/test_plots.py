@@ -82,5 +82,25 @@ def test_the_legend_of_a_search_is_inside_the_figure(saved):
     assert [text.get_text() for text in legend.get_texts()][2] == "chosen to serve (8), with standard error"
 
 
+def test_the_legend_of_a_replay_is_inside_the_figure(saved):
+    labels = ["slackfit (default)", "slackfit-paper (the paper's rule)", "fixed:3, 91.21 %", "fixed:4, 94.37 %", "my_policy"]
+    runs = {label: run([1000, 1000, 5000, 1000]) for label in labels}
+    plots.replay(runs, "unused.png", slo_ms=36.0, title="one server", note="measured on cpu")
+    [fig] = saved
+    fig.draw_without_rendering()
+    box = fig.legends[0].get_window_extent()
+    assert fig.bbox.x0 <= box.x0 < box.x1 <= fig.bbox.x1
+    assert len(fig.legends[0].get_texts()) == len(labels) + 2  # the SLO and the bursts
+
+
+def test_a_single_point_is_hollow_and_above_the_lines(saved):
+    lines = {"policy": Line([2.0], [100.0], [0.0]), "fixed models": Line([1.0, 2.0], [100.0, 100.0], style="s--")}
+    plots.panels([Panel("t", "x", "y", lines)], "unused.png")
+    point, fixed = saved[0].axes[0].containers
+    assert point.lines[0].get_markerfacecolor() == "none"
+    assert point.lines[0].get_zorder() > fixed.lines[0].get_zorder()
+    assert not point.has_yerr  # a spread of 0 is not drawn
+
+
 def test_steady_traffic_has_no_bursts():
     assert plots.bursts([0.5, 1.5], [7.0, 7.0]) == []

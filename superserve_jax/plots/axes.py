@@ -83,10 +83,14 @@ def panels(
     for axes, panel in zip(grid.flat, shown, strict=False):
         for label, line in panel.lines.items():
             color = line.color or f"C{labels.index(label) % 10}"
-            hollow = "none" if len(line.x) == 1 else color  # points beneath a single point stay visible
-            looks = {"fmt": line.style, "color": color, "markersize": 6, "markerfacecolor": hollow, "linewidth": 1.4}
+            looks = {"fmt": line.style, "color": color, "linewidth": 1.4, "capsize": 2}
+            if len(line.x) == 1:  # a hollow point above the lines: it is visible, and so are points beneath it
+                looks |= {"markersize": 8, "markerfacecolor": "none", "zorder": 4}
+            else:
+                looks |= {"markersize": 6, "markerfacecolor": color, "zorder": 3}
             looks["clip_on"] = panel.most_y is None  # points at the end of the axis stay whole
-            handles[label] = axes.errorbar(line.x, line.y, line.spread, line.spread_x, **looks, capsize=2, zorder=3)
+            spreads = (spread if spread and any(spread) else None for spread in (line.spread, line.spread_x))
+            handles[label] = axes.errorbar(line.x, line.y, *spreads, **looks)
         if panel.level:
             handles[panel.level[1]] = axes.axhline(panel.level[0], color="tab:red", linestyle=":", linewidth=1.4)
         axes.set(xlabel=panel.label_x, ylabel=panel.label_y, yscale=panel.scale_y)

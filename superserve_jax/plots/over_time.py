@@ -30,7 +30,7 @@ class Timeline:
 
 
 _ABOVE_MEDIAN = 1.5
-_BURST = f"burst: more than {_ABOVE_MEDIAN} times the median rate"
+_BURST = f"burst: over {_ABOVE_MEDIAN} x median rate"
 
 
 def timelines(columns: Sequence[Timeline], path: Path, *, title: str = "", note: str = "") -> None:
