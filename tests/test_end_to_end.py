@@ -84,9 +84,9 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
     for r in results:
         assert 0 <= r["attainment"] <= 1
         assert {"accuracy_profiled", "accuracy_measured", "p50_ms", "p99_ms"} <= set(r)
-    assert "SlackFit (default)" in done.stdout
+    assert "slackfit (default)" in done.stdout
     assert f"{len(names)} replays of" in done.stdout.splitlines()[2]
-    assert done.stdout.splitlines()[-1].startswith("SlackFit (default) met ")
+    assert done.stdout.splitlines()[-1].startswith("slackfit (default) met ")
     assert done.json["verdict"]["policy"]["name"] == "slackfit"
     assert (tmp_path / "p.png").stat().st_size > 1000
 

@@ -70,9 +70,9 @@ SLOWED: dict[str, Callable[[Result], str]] = {
 SIMULATED: dict[str, Callable[[Result], str]] = {
     "policy": lambda r: r["name"],
     "SLO attainment": lambda r: f"{100 * r['attainment']:.2f} / {100 * r['simulated_attainment']:.2f} %",
-    "attainment difference": lambda r: f"{100 * (r['simulated_attainment'] - r['attainment']):+.2f}",
+    "attainment, simulated minus real": lambda r: f"{100 * (r['simulated_attainment'] - r['attainment']):+.2f}",
     "accuracy, profiled": lambda r: f"{r['accuracy_profiled']:.2f} / {r['simulated_accuracy']:.2f} %",
-    "accuracy difference": lambda r: f"{r['simulated_accuracy'] - r['accuracy_profiled']:+.2f}",
+    "accuracy, simulated minus real": lambda r: f"{r['simulated_accuracy'] - r['accuracy_profiled']:+.2f}",
     "overhead": lambda r: f"{r['overhead_ms']:.2f} ms",
     "stalled": lambda r: f"{r['stalled_s']:.2f} s",
 }
@@ -183,9 +183,10 @@ def plot(
     results: Sequence[Result],
     verdict: Verdict | None,
 ) -> None:
-    """Plots the policies of the verdict over time. Without a verdict: all but the fixed models, or the first three."""
+    """Plots the policies of the verdict and your own over time. Without a verdict: all but the fixed, or the first three."""
     adaptive = [result["name"] for result in results if not result["name"].startswith("fixed:")]
-    shown = verdict.names if verdict else adaptive or [result["name"] for result in results[:3]]
+    own = [short for name, short in policies.labels(options.policies).items() if policies.is_custom(name)]
+    shown = [*verdict.names, *own] if verdict else adaptive or [result["name"] for result in results[:3]]
     lines = {}
     for done, result in zip(replays, results, strict=True):
         if result["name"] in shown:  # with --slow-factor the first of its two rows, which has the correction
@@ -256,7 +257,7 @@ def replay_policy(options: Options, work: Work, name: str, short: str, *, correc
 def label(short: str, profile: ss.Profile) -> str:
     """The policy's name in tables and plots."""
     fixed = {f"fixed:{i}": f"fixed:{i}, subnet of {100 * row.accuracy:.2f} %" for i, row in enumerate(profile.rows)}
-    return {"slackfit": "SlackFit (default)", "slackfit-paper": "SlackFit of the paper", **fixed}.get(short, short)
+    return {"slackfit": "slackfit (default)", "slackfit-paper": "slackfit-paper (the paper's rule)", **fixed}.get(short, short)
 
 
 def numbers(done: Replay, labels: np.ndarray) -> Result:

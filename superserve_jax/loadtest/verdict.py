@@ -22,7 +22,7 @@ class Outcome:
 
     Args:
       name: the policy's name, such as "fixed:4".
-      label: its name in a sentence, such as "SlackFit (default)".
+      label: its name in a sentence, such as "slackfit (default)".
       attainment: SLO attainment, a fraction.
       profiled: mean profiled accuracy of the queries that met their deadline, in percent; NaN if none did.
       measured: accuracy of their answers, in percent; NaN if none did.

@@ -1,6 +1,7 @@
 """What a replay makes of its results: disturbed policies, the rows of its verdict, and the table of several runs."""
 
 import pathlib
+import re
 import runpy
 import types
 
@@ -11,9 +12,12 @@ import pytest
 from superserve_jax import errors
 from superserve_jax.commands import replay, replay_setup
 from superserve_jax.exports import Served
+from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 from superserve_jax.training import data
 from superserve_jax.training.data import halves
+
+PROFILE = Profile((1,), (Row(Subnet((1,)), 0.5, (1.0,)),))
 
 
 @pytest.mark.parametrize(
@@ -169,3 +173,21 @@ def test_the_subnets_of_the_seeds_table_are_spread_from_the_smallest_to_the_larg
 def test_a_spread_needs_two_runs_and_either_a_config_or_runs(run_program):
     assert "at least two runs, got 1" in run_program("train/bench/seeds.py", "configs/debug.py", "--seeds", 1, status=2).stderr
     assert "either a config to train or --runs" in run_program("train/bench/seeds.py", status=2).stderr
+
+
+def test_the_plot_shows_the_policies_of_the_verdict_and_your_own(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(replay.plots, "replay", lambda lines, path, **_: drawn.update(lines))
+    monkeypatch.setattr(replay.loadgen, "series", lambda done, **_: done)
+    names = ("slackfit", "slackfit-paper", "a.py:mine", "fixed:0")
+    rows = [row(name, 1.0, 90.0) for name in ("slackfit", "slackfit-paper", "mine", "fixed:0")]
+    rows = [{**r, "label": replay.label(r["name"], PROFILE)} for r in rows]
+    options = replay_setup.Options(pathlib.Path(), policies=names)
+    work = types.SimpleNamespace(trace=types.SimpleNamespace(name="t"), profiles=[PROFILE], engines=[None], slo_ms=36.0)
+    replay.plot(pathlib.Path("unused.png"), options, work, names, rows, replay.make_verdict(options, rows))
+    assert drawn == {"slackfit (default)": "slackfit", "mine": "a.py:mine", "fixed:0, 50.00 %": "fixed:0"}
+
+
+def test_every_label_begins_with_the_name_that_the_option_policies_takes():
+    for name in ("slackfit", "slackfit-paper", "slackfit-paper:16", "max-batch", "fixed:0", "mine"):
+        assert re.split(r"[ ,]", replay.label(name, PROFILE))[0] == name
