@@ -74,26 +74,30 @@ def draw_over_time(
     """Simulates and draws runs over time, and yields the files: one per scale, for the presets in `_OVER_TIME` only.
 
     A file of "dynamics" shows all its traces, any other file shows the preset's last trace. Each shows the first seed and at
-    most three policies.
+    most three policies, but all of your own. The note names the policies that are left out.
     """
     for (preset, scale), group in grouped(cells, lambda c: (c.preset, c.scale)).items():
         if preset not in _OVER_TIME:
             continue
         firsts = {cell.trace: cell for cell in reversed(group)}  # the first seed of each trace
         shown = list(firsts.values())[::-1] if preset == "dynamics" else [firsts[group[-1].trace]]
-        columns = [_timeline(cell, profile, maf_trace) for cell in shown]
+        names = _over_time(shown[0].policies)
+        columns = [_timeline(cell, names, profile, maf_trace) for cell in shown]
+        left_out = [n for n in shown[0].policies if n not in names and not n.startswith("fixed:")]
+        left_out += ["fixed models"] * any(n.startswith("fixed:") and n not in names for n in shown[0].policies)
+        note = _note(profile, preset) + f"; not shown: {', '.join(left_out)}" * bool(left_out)
         path = folder / f"{preset}_over_time_x{scale:g}.png"
-        plots.timelines(columns, path, title=f"{TITLES[preset]}\n{_device(scale)}", note=_note(profile, preset))
+        plots.timelines(columns, path, title=f"{TITLES[preset]}\n{_device(scale)}", note=note)
         yield path
 
 
-def draw_profile(profile: Profile, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def draw_profile(profile: Profile, folder: pathlib.Path, *, slo_ms: float = presets.SLO_MS) -> Iterator[pathlib.Path]:
     """Draws heat maps of latency and, if the subnets have an axis `gflops`, of FLOPs. Yields the files."""
     sizes, accuracies = list(map(str, profile.batch_sizes)), [row.accuracy for row in profile.rows]
     title = "Latency of a batch (as the paper's Figure 6)"
     latencies = [row.latency_ms for row in profile.rows]
     note = f"latencies: {profile.device}"
-    plots.latencies(latencies, sizes, accuracies, folder / "latency.png", title=title, note=note, slo_ms=presets.SLO_MS)
+    plots.latencies(latencies, sizes, accuracies, folder / "latency.png", title=title, note=note, slo_ms=slo_ms)
     yield folder / "latency.png"
     gflops = [dict(row.subnet.axes).get("gflops", (math.nan,))[0] for row in profile.rows]
     if not any(map(math.isnan, gflops)):
@@ -115,8 +119,15 @@ def _note(profile: Profile, preset: str) -> str:
     return f"ours, settings from {settings}, SLO {presets.SLO_MS:g} ms; latencies: {profile.device}"
 
 
-def _timeline(cell: Cell, profile: Profile, maf_trace: str | None) -> Timeline:
-    names = [n for n in cell.policies if not n.startswith("fixed:")][:3] or list(cell.policies[:1])
+def _over_time(names: Sequence[str]) -> list[str]:
+    """The policies that a figure over time shows: your own, and others up to three. Fixed models only if there is no other."""
+    adaptive = [n for n in names if not n.startswith("fixed:")]
+    own = [n for n in adaptive if policies.is_custom(n)]
+    others = [n for n in adaptive if n not in own][: max(3 - len(own), 0)]
+    return [n for n in adaptive if n in own or n in others] or list(names[:1])
+
+
+def _timeline(cell: Cell, names: Sequence[str], profile: Profile, maf_trace: str | None) -> Timeline:
     window_s = 0.5 if cell.preset == "maf" else 0.25
     labels = policies.labels(cell.policies)
     runs = {labels[n]: runner.timeline(cell, n, profile, maf_trace=maf_trace, window_s=window_s) for n in names}
@@ -132,7 +143,7 @@ def _tradeoff(trace: str, group: Sequence[Summary]) -> Panel:
         for s, marker in zip((s for s in group if not s.fixed), itertools.cycle("ovsD^P"), strict=False)
     }
     if fixed := _fixed(group):
-        lines["fixed models"] = _percent([s.accuracy for s in fixed], [s.attainment for s in fixed], style="s--", color="0.5")
+        lines["fixed models"] = _percent([s.accuracy for s in fixed], [s.attainment for s in fixed], style="s--", color="0.7")
     bound = group[0]
     lines[_BOUND] = _percent([bound.mean("fluid_accuracy")], [bound.mean("fluid_attainment")], style="*", color="black")
     return Panel(trace, _ACCURACY, _ATTAINMENT, lines, most_y=100)
@@ -170,7 +181,7 @@ def _capacity(sweep: _Sweep) -> Iterator[Panel]:
     by_rate = sorted(sweep.group, key=lambda s: s.mean("rate_qps"))
     lines[_BOUND] = _line(by_rate, "rate_qps", "fluid_accuracy", style=":", color="black")
     if fixed := _fixed(sweep.group):
-        lines["fixed models"] = _line(fixed, "rate_qps", "accuracy", style="s--", color="0.5")
+        lines["fixed models"] = _line(fixed, "rate_qps", "accuracy", style="s--", color="0.7")
     yield Panel(sweep.title, f"queries/s at {_sustained()} or more", _ACCURACY, lines)
 
 

@@ -75,7 +75,9 @@ def evaluate(cells: Sequence[Cell], profile: Profile, *, jobs: int = 1, maf_trac
     together, alone = ([cells[i] for i in order if cells[i].dense == dense] for dense in (False, True))
     with contextlib.closing(_mapped(run, together, jobs)) as parallel:
         everything = itertools.chain(parallel, map(run, alone))
-        results = dict(zip(order, progress.track(everything, "simulating", total=len(cells)), strict=True))
+        results = dict(
+            zip(order, progress.track(everything, "simulating all policies, trace by trace", total=len(cells)), strict=True)
+        )
     return [result for i in range(len(cells)) for result in results[i]]
 
 

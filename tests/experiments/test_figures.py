@@ -36,6 +36,21 @@ def test_a_figure_says_what_it_shows_and_where_its_latencies_come_from(tmp_path,
     assert set(panel.lines) == {"slackfit", "fluid bound"}
 
 
+def test_your_own_policy_is_always_among_those_over_time_and_the_note_names_the_others(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.plots, "timelines", lambda columns, path, **options: drawn.append((columns, options)))
+    (tmp_path / "mine.py").write_text(
+        "from superserve_jax.scheduling.policies import Decision\n\n"
+        "def mine(profile, state):\n    return Decision(profile.rows[0].subnet, 1)\n"
+    )
+    names = ("slackfit", "slackfit-paper", "proteus", "max-acc", f"{tmp_path}/mine.py:mine", "fixed:0", "fixed:1")
+    cell = next(presets.cells("bursty", duration_s=0.1, scales=(1.0,), policies=names))
+    list(figures.draw_over_time([cell], PAPER, tmp_path))
+    [([column], options)] = drawn
+    assert list(column.runs) == ["slackfit", "slackfit-paper", "mine"]
+    assert options["note"].endswith("; not shown: proteus, max-acc, fixed models")
+
+
 @pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name != "decisions"])
 def test_every_plot_has_a_title(preset):
     assert figures.TITLES[preset]
