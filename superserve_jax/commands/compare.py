@@ -7,10 +7,11 @@
     superserve compare --preset policies --profile runs/digits_resnet/export/profiles/cpu.json --scale 5
 
 Presets: maf, bursty, acceleration, policies, worker_kills, dynamics, scale, scale_batches, actuation, actuation_maf, capacity,
-slowdown, decisions, all. Each line of a table shows means over the seeds and standard deviations (sd). Accuracy is in percent,
-attainment is a fraction. The settings of the traffic are from the paper's text. The default profile is a stand-in for the
-paper's: from memory, unverified, about twice the paper's throughput. --scale makes the device slower or faster. `maf` and
-`actuation_maf` need a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all` leaves them out.
+slowdown, decisions, all. Each line of a table shows means over the seeds and standard deviations (sd), or - for one seed.
+Accuracy is in percent, attainment is a fraction. The settings of the traffic are from the paper's text. The default profile is
+a stand-in for the paper's: from memory, unverified, about twice the paper's throughput. --scale makes the device slower or
+faster. `maf` and `actuation_maf` need a file of Azure Functions 2019, or a sample of one: --maf-trace FILE. Without it, `all`
+leaves them out.
 Library: experiments.presets (the presets), experiments.runner (their results and keys), experiments.summaries,
 experiments.paper_table, experiments.figures.
 """
@@ -19,10 +20,12 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 import superserve_jax as ss
-from superserve_jax import cli
+from superserve_jax import cli, shipped
 from superserve_jax.experiments import figures, paper_table, presets, runner, summaries
 from superserve_jax.experiments.presets import Cell, Grid
 from superserve_jax.experiments.summaries import Summary
@@ -34,9 +37,9 @@ COLUMNS: dict[str, Callable[[Summary], str]] = {
     "scale": lambda s: f"x{s.scale:g}",
     "policy": lambda s: s.policy,
     "attainment": lambda s: f"{s.attainment:.5f}",
-    "attainment sd": lambda s: f"{s.sd('attainment'):.5f}",
+    "attainment sd": lambda s: f"{s.sd('attainment'):.5f}" if len(s.results) > 1 else "-",
     "accuracy %": lambda s: f"{s.accuracy:.2f}",
-    "accuracy sd": lambda s: f"{s.sd('accuracy'):.2f}",
+    "accuracy sd": lambda s: f"{s.sd('accuracy'):.2f}" if len(s.results) > 1 else "-",
     "fluid bound %": lambda s: f"{s.mean('fluid_accuracy'):.2f}",
     "queries/s": lambda s: f"{s.mean('rate_qps'):,.0f}",
     "p99 ms": lambda s: f"{s.mean('p99_ms'):.1f}",
@@ -56,7 +59,8 @@ class Options:
       policies: replaces the presets' policies: slackfit, slackfit-paper, slackfit-paper:<buckets>,
         slackfit-cumulative:<buckets>, max-batch, max-acc, proteus, least-accurate, fixed:<i>, fixed:all for every subnet
         of the profile, or a policy of your own, such as my_file.py:my_policy (see docs/policies.md).
-      profile: a measured latency profile (JSON, see `superserve measure`); by default the stand-in for the paper's.
+      profile: a measured latency profile: the JSON file that `superserve measure` names, or an export with one such file. By
+        default the stand-in for the paper's.
       scale: factors by which the device is slower; by default 1 and 1.9, or 1 for a measured profile.
       seconds: length of the traffic, for a quick look; by default 60 (maf: 120). Kills and stalls move with it. Refused if
         it is too short for accelerating traffic.
@@ -65,6 +69,7 @@ class Options:
       trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
       speed: how many times as fast the recorded arrivals come.
       workers: the number of workers that serve the recorded arrivals.
+      slo_ms: the latency objective of the recorded arrivals, if the file has no column slo_ms; by default 36.
       paper: also print a table of the paper's numbers, or this project's goals, and ours.
       jobs: the number of processes; by default one per core.
       json: write the results to this file.
@@ -82,6 +87,7 @@ class Options:
     trace_column: str | None = None
     speed: float = 1.0
     workers: int = presets.WORKERS
+    slo_ms: float | None = None
     paper: bool = False
     jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     json: pathlib.Path | None = None
@@ -91,24 +97,27 @@ class Options:
 def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
-    profile = paper_profile.paper_profile() if options.profile is None else ss.Profile.load(options.profile)
+    profile = paper_profile.paper_profile() if options.profile is None else ss.Profile.load(profile_file(options.profile))
     cells = chosen_cells(options, profile)
     maf_trace = None if options.maf_trace is None else str(options.maf_trace)
     start = time.monotonic()
     results = runner.evaluate(cells, profile, jobs=options.jobs, maf_trace=maf_trace)
-    print(f"{len(results)} runs on {profile.device} in {time.monotonic() - start:.0f} s; SLO {presets.SLO_MS:g} ms")
+    slo = f"; SLO {presets.SLO_MS:g} ms" if any(cell.preset != "trace" for cell in cells) else ""
+    print(f"{len(results)} runs of a policy on a trace, in {time.monotonic() - start:.0f} s, on {profile.device}{slo}")
 
     for preset, group in summaries.grouped(summaries.summarize(results), lambda s: s.preset).items():
         print(f"\n{preset}")
         filled = {name: cell for name, cell in COLUMNS.items() if any(cell(s) != "nan" for s in group)}
         cli.print_columns(filled, group, left=3)
+        if preset == "trace" and all(s.attainment == 1 for s in group):
+            print("every policy met every deadline; for a harder comparison, raise --speed, or use fewer --workers")
     if options.paper:
         print(f"\nthe paper's numbers and ours; settings from the paper's text, latencies of {profile.device}")
         comparisons = ((c.preset, f"x{c.scale:g}", c.what, c.paper, c.ours) for c in paper_table.compare(results))
         cli.print_table([paper_table.Comparison._fields, *comparisons], left=5)
     cli.write_results(options.json, results)
     if options.plots:
-        for path in figures.draw_profile(profile, options.plots):
+        for path in figures.draw_profile(profile, options.plots, slo_ms=options.slo_ms or presets.SLO_MS):
             print(f"plot: {path}")
         for path in figures.draw(results, options.plots, profile):
             print(f"plot: {path}")
@@ -118,7 +127,7 @@ def main() -> None:
 
 def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
     """The cells that the options select. Raises an error for unknown names and wrong values before anything runs."""
-    cli.refuse_without(options, "trace", "trace_column", "speed", "workers")
+    cli.refuse_without(options, "trace", "trace_column", "speed", "workers", "slo_ms")
     if options.seeds < 1:
         raise ss.ConfigError(f"--seeds must be 1 or more, got {options.seeds}")
     if bad := [s for s in options.scale if not 0 < s < float("inf")]:
@@ -135,10 +144,7 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
     scales = options.scale or (None if options.profile is None else (1.0,))
     grids: dict[str, tuple[Grid, ...]] = {name: () for name in names}
     if options.trace is not None:
-        recording = {"path": str(options.trace), "column": options.trace_column, "speed": options.speed}
-        found = recorded.trace(**recording)  # says how it understood the file
-        print(f"{found.name}: {len(found):,} queries in {cli.duration(found.arrivals_s[-1])}")
-        grids["trace"] = (presets.recording(found.name, workers=options.workers, **recording),)
+        grids["trace"] = (recording(options, profile, scales or presets.SCALES),)
     cells = [
         cell
         for name, own in grids.items()
@@ -161,3 +167,40 @@ def chosen_cells(options: Options, profile: ss.Profile) -> list[Cell]:
             if cell.traffic.process == "azure":
                 presets.MAF.create(0, maf_trace=None if options.maf_trace is None else str(options.maf_trace))
     return cells
+
+
+def recording(options: Options, profile: ss.Profile, scales: Sequence[float]) -> Grid:
+    """The grid of the recorded arrivals. Prints what the file holds, and the load at each scale."""
+    slo_ms = presets.SLO_MS if options.slo_ms is None else options.slo_ms
+    source = {"path": str(options.trace), "column": options.trace_column, "speed": options.speed, "slo_ms": slo_ms}
+    trace = recorded.trace(**source)  # says how it understood the file
+    has_slos = bool(np.ndim(trace.slo_ms))
+    if has_slos and options.slo_ms is not None:
+        raise ss.ConfigError(f"--slo-ms {slo_ms:g} has no effect: {options.trace} has a column slo_ms; leave out one of them")
+    slo = "the SLOs of the file" if has_slos else f"SLO {slo_ms:g} ms"
+    print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}, {slo}")
+    lengths = np.asarray(trace.lengths).tolist() if np.ndim(trace.lengths) else ()
+    for scale in scales:
+        scaled = profile.scaled(scale)
+        full_qps = [
+            options.workers * scaled.throughput_qps(row.subnet, lengths) for row in (profile.rows[0], profile.rows[-1])
+        ]
+        fastest, best = (f"{100 * trace.mean_qps / qps:,.1f} %" for qps in full_qps)
+        print(
+            f"load at scale x{scale:g}: {trace.mean_qps:,.0f} queries/s are {fastest} of the throughput of {options.workers} "
+            f"worker(s) with the fastest subnet, and {best} with the most accurate one"
+        )
+    return presets.recording(trace.name, workers=options.workers, **source)
+
+
+def profile_file(path: pathlib.Path) -> pathlib.Path:
+    """The file of a latency profile. `path` may also be an export, or the name of one in the package, with one profile."""
+    export = path if path.exists() else shipped.exports().get(str(path), path)
+    if not export.is_dir():
+        return path
+    found = sorted((export / "profiles").glob("*.json"))
+    if not found:
+        raise ss.ConfigError(f"--profile {path}: no latency profile is in {export}/profiles; run `superserve measure {path}`")
+    if len(found) > 1:
+        raise ss.ConfigError(f"--profile {path} has several latency profiles; name one of {', '.join(map(str, found))}")
+    return found[0]

@@ -72,7 +72,8 @@ class Traffic:
         Raises DataError if "azure" has no file.
         """
         if self.process == "recorded":
-            return dataclasses.replace(recorded.trace(**dict(self.options), slo_ms=SLO_MS, quiet=True), name=self.name)
+            recording = {"slo_ms": SLO_MS, **dict(self.options)}
+            return dataclasses.replace(recorded.trace(**recording, quiet=True), name=self.name)
         options: dict[str, Any] = {"duration_s": duration_s, "slo_ms": SLO_MS, "seed": seed, **dict(self.options)}
         if self.load is not None:
             options["rate_qps"] = self.load * capacity_qps

@@ -1,5 +1,6 @@
 """serve/compare.py."""
 
+import dataclasses
 import pathlib
 import re
 import subprocess
@@ -57,7 +58,7 @@ def test_a_policy_of_a_users_file_runs_in_several_processes_and_is_in_table_and_
 
 
 def test_an_option_of_recorded_arrivals_is_refused_without_them(run_program):
-    for option, value in ("--speed", "10.0"), ("--workers", "2"), ("--trace-column", "ts"):
+    for option, value in ("--speed", "10.0"), ("--workers", "2"), ("--trace-column", "ts"), ("--slo-ms", "50.0"):
         error = run_program("serve/compare.py", option, value, status=2).stderr
         assert error == f"error: {option} {value} has no effect without --trace; give both or neither\n"
 
@@ -77,11 +78,40 @@ def test_recorded_arrivals_replace_the_presets(run_program, tmp_path):
     more = ("--policies", "slackfit", "fixed:all", "--scale", 1, "--plots", tmp_path / "plots")
     printed, stderr, results = run_program("serve/compare.py", *options, *more, json_file=True)
     assert "200 arrivals, column 'timestamp' holds Unix timestamps in ms, shifted to the first arrival, 2 times" in stderr
-    assert "web, 2 times as fast: 200 queries in 1.0 s" in printed
+    assert "web, 2 times as fast: 200 queries in 1.0 s, SLO 36 ms\n" in printed
+    assert "load at scale x1: 201 queries/s are 9.2 % of the throughput of 1 worker(s) with the fastest subnet" in printed
+    assert re.search(r"x1 +slackfit +1\.00000 +- +\d+\.\d\d +- ", printed)  # one seed has no standard deviation
+    assert "every policy met every deadline; for a harder comparison, raise --speed" in printed
     assert {(r["preset"], r["queries"], r["workers"], r["seed"]) for r in results} == {("trace", 200, 1, 0)}
     assert {r["policy"] for r in results} == {"slackfit", *(f"fixed:{i}" for i in range(6))}
     assert (tmp_path / "plots" / "trace_x1.png").exists()
     assert (tmp_path / "plots" / "trace_over_time_x1.png").exists()
+
+
+def test_recorded_arrivals_get_the_slo_of_the_option_unless_the_file_has_some(run_program, tmp_path):
+    times = [f"{0.01 * i:.2f}" for i in range(50)]
+    (tmp_path / "web.csv").write_text("\n".join(["arrival_s", *times]))
+    options = ("--policies", "fixed:0", "--scale", 1, "--slo-ms", 0.5, "--trace")
+    printed, _, [result] = run_program("serve/compare.py", *options, tmp_path / "web.csv", json_file=True)
+    assert result["attainment"] == 0.0
+    assert "SLO 0.5 ms" in printed
+    assert "SLO 36 ms" not in printed
+    assert "for a harder comparison" not in printed
+    (tmp_path / "web.csv").write_text("\n".join(["arrival_s,slo_ms", *(f"{t},20" for t in times)]))
+    error = run_program("serve/compare.py", *options, tmp_path / "web.csv", status=2).stderr
+    assert "--slo-ms 0.5 has no effect" in error
+    assert "has a column slo_ms; leave out one of them" in error
+
+
+def test_the_profile_of_an_export_is_found_and_several_or_none_are_named(run_program, tmp_path):
+    options = ("--preset", "decisions", "--policies", "max-acc", "--seeds", 1, "--seconds", 0.1, "--profile", tmp_path)
+    assert f"run `superserve measure {tmp_path}`" in run_program("serve/compare.py", *options, status=2).stderr
+    profile = dataclasses.replace(paper_profile.paper_profile(), device="my card")
+    profile.save(tmp_path / "profiles" / "my_card.json")
+    assert "on my card" in run_program("serve/compare.py", *options).stdout
+    profile.save(tmp_path / "profiles" / "other.json")
+    error = run_program("serve/compare.py", *options, status=2).stderr
+    assert f"name one of {tmp_path}/profiles/my_card.json, {tmp_path}/profiles/other.json" in error
 
 
 def test_the_policy_in_the_docs_runs(run_program, tmp_path):
