@@ -9,7 +9,7 @@ import pytest
 from superserve_jax import __version__, commands
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = {path.stem for path in (ROOT / "superserve_jax" / "commands").glob("*.py")} - {"__init__"}
+MODULES = {path.stem for path in (ROOT / "superserve_jax" / "commands").glob("*.py")} - {"__init__", "replay_setup"}
 PROGRAMS = sorted([*ROOT.glob("train/*.py"), *ROOT.glob("serve/*.py")])
 
 
