@@ -83,24 +83,31 @@ def main() -> None:
     options = cli.parse(Options, __doc__)
     replay_setup.check_options(options)
     work = replay_setup.prepare_work(options)
-    names = options.policies or ("slackfit", "slackfit-paper", *(f"fixed:{i}" for i in range(len(work.profiles[0].rows))))
+    names = replay_setup.policy_names(options, work.profiles[0])
     for name in names:  # reports a policy that fails, before the first replay
         make_policy(name, *work.profiles)
         loadgen.rehearse(name, work.profiles, work.trace)
-    replays, results, repeats = replay_all(options, work, names)
+    replays, results, repeats, error = replay_all(options, work, names)
+    if not results and error:
+        raise error
     print_tables(options, results)
-    verdict = make_verdict(options, results)
-    cli.write_results(options.json, to_json(work, results, verdict) | {"repeats": repeats})
+    verdict = None if error else make_verdict(options, results)
+    cli.write_results(options.json, to_json(work, results, verdict) | {"repeats": repeats, "error": error and str(error)})
+    if error:
+        raise error
     if options.plot:
         plot(options.plot, options, work, replays, results, verdict)
     if verdict:
         print(f"\n{verdict}")
 
 
-def replay_all(options: Options, work: Work, names: Sequence[str]) -> tuple[list[Replay], list[Result], int]:
+def replay_all(
+    options: Options, work: Work, names: Sequence[str]
+) -> tuple[list[Replay], list[Result], int, ss.SuperServeError | None]:
     """Replays each policy. Then repeats disturbed rows that decide the verdict, at most options.repeats replays in all.
 
-    Returns the outcomes of the queries and the numbers, both in the order of the table, and the number of repeats.
+    Returns the outcomes of the queries and the numbers, both in the order of the table, the number of repeats, and the error
+    of a policy that failed. After an error nothing more is replayed.
     """
     short = policies.labels(names)
     each = [(name, corrected) for name in names for corrected in ((True, False) if options.slow_factor > 1 else (True,))]
@@ -108,20 +115,24 @@ def replay_all(options: Options, work: Work, names: Sequence[str]) -> tuple[list
     each_s = float(work.trace.deadlines_s.max()) + check_s
     takes = f"{len(each)} replay{'s' if len(each) > 1 else ''} of {cli.duration(each_s)}"
     print(f"{takes}: about {cli.duration(len(each) * each_s)}, plus up to {options.repeats} repeats", flush=True)
-    found = [replay_policy(options, work, name, short[name], corrected=corrected) for name, corrected in each]
-    replays, results = [done for done, _ in found], [result for _, result in found]
-    for repeat in range(options.repeats):
-        i = to_repeat(results, make_verdict(options, results))
-        if i is None:
-            return replays, results, repeat
-        print(f"{results[i]['name']} was disturbed; repeat {repeat + 1} of at most {options.repeats}", flush=True)
-        name, corrected = each[i]
-        done, result = replay_policy(options, work, name, short[name], corrected=corrected)
-        tries = results[i]["tries"] + 1
-        if how_disturbed(result, work.slo_ms) < how_disturbed(results[i], work.slo_ms):  # the least disturbed try counts
-            replays[i], results[i] = done, result
-        results[i] = {**results[i], "tries": tries}
-    return replays, results, options.repeats
+    replays, results, repeats = list[Replay](), list[Result](), 0
+    try:
+        for name, corrected in each:
+            done, result = replay_policy(options, work, name, short[name], corrected=corrected)
+            replays.append(done)
+            results.append(result)
+        while repeats < options.repeats and (i := to_repeat(results, make_verdict(options, results))) is not None:
+            repeats += 1
+            print(f"{results[i]['name']} was disturbed; repeat {repeats} of at most {options.repeats}", flush=True)
+            name, corrected = each[i]
+            done, result = replay_policy(options, work, name, short[name], corrected=corrected)
+            tries = results[i]["tries"] + 1
+            if how_disturbed(result, work.slo_ms) < how_disturbed(results[i], work.slo_ms):  # the least disturbed try counts
+                replays[i], results[i] = done, result
+            results[i] = {**results[i], "tries": tries}
+    except ss.SuperServeError as error:
+        return replays, results, repeats, error
+    return replays, results, repeats, None
 
 
 def to_repeat(results: Sequence[Result], verdict: Verdict | None) -> int | None:

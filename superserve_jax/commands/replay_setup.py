@@ -18,6 +18,7 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.exports import Model
 from superserve_jax.lengths import trim_padding
 from superserve_jax.loadtest import bursts, loadgen
+from superserve_jax.scheduling import policies
 from superserve_jax.serving import server
 from superserve_jax.simulation import recorded
 from superserve_jax.simulation.traces import Trace
@@ -34,8 +35,9 @@ class Options:
 
     Args:
       export: the export's directory.
-      policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest, or policies of your own, such as
-        my_file.py:my_policy (see docs/policies.md). By default both SlackFits and every subnet fixed.
+      policies: names such as slackfit, slackfit-paper, max-batch, fixed:0, fixed:largest, fixed:all for all subnets, or
+        policies of your own, such as my_file.py:my_policy (see docs/policies.md). By default slackfit, slackfit-paper and
+        fixed:all.
       seconds: length of the traffic, at least 4, because the first burst ends then.
       slo_ms: latency objective; by default 36, or four batches of the most accurate subnet if that is longer.
       calm: (arrival rate between bursts) / (throughput of all workers with the most accurate subnet).
@@ -155,6 +157,20 @@ def prepare_work(options: Options) -> Work:
         p50, p90 = np.percentile(lengths, [50, 90])
         print(f"half of the texts have up to {p50:.0f} tokens, 90 % up to {p90:.0f}; length buckets: {list(buckets)}")
     return Work(engines, profiles, trace, [inputs[i] for i in chosen], labels[chosen], slo_ms)
+
+
+def policy_names(options: Options, profile: ss.Profile) -> tuple[str, ...]:
+    """The policies to replay. Raises ConfigError for a fixed subnet of the export that is not worth serving on this device."""
+    served = len(profile.rows)
+    names = policies.expand(options.policies or ("slackfit", "slackfit-paper", "fixed:all"), subnets=served)
+    for name in names:
+        kind, _, number = name.partition(":")
+        if kind == "fixed" and number.isdecimal() and int(number) >= served:
+            raise ss.ConfigError(
+                f"policy '{name}': only the subnets 0 to {served - 1} are served on this device; the others of the export are "
+                "not worth serving, because a served one is about as accurate and faster; name a served one, or fixed:all"
+            )
+    return names
 
 
 def test_examples(model: Model) -> tuple[np.ndarray, np.ndarray]:

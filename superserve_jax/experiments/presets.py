@@ -18,6 +18,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
+from superserve_jax.scheduling.policies import expand
 from superserve_jax.simulation import azure, recorded, traces
 from superserve_jax.simulation.simulator import Cluster, Outage, Stall
 from superserve_jax.simulation.traces import Trace
@@ -270,10 +271,9 @@ def cells(
     """
     if not grids and preset not in PRESETS:
         raise errors.unknown_name("preset", preset, [*PRESETS, "all"])
-    fixed = tuple(f"fixed:{i}" for i in range(subnets))
     found: dict[Cell, None] = {}  # drops duplicates: with `policies`, grids may share cells
     for grid in grids or PRESETS[preset]:
-        names = tuple(n for name in policies or grid.policies for n in (fixed if name == "fixed:all" else (name,)))
+        names = expand(policies or grid.policies, subnets=subnets)
         for traffic, scale, cluster in itertools.product(grid.traffics, scales or grid.scales, grid.clusters):
             for seed in seeds if traffic.random else seeds[:1]:
                 length_s = duration_s or grid.duration_s

@@ -6,6 +6,7 @@ deadlines count from the time at which a query was due. So a late generator neve
 
 import dataclasses
 import gc
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,15 +16,19 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.scheduling import policies
+from superserve_jax.scheduling.policies import State
 from superserve_jax.serving.futures import Future
 from superserve_jax.simulation import metrics, simulator
 from superserve_jax.simulation.metrics import ReplaySummary, Series
+from superserve_jax.simulation.patience import Patience
 from superserve_jax.simulation.simulator import Cluster, SimulationResult
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 _WAKE_UP_S = 1e-3
 _REHEARSED = 2_000  # queries of a trace with which a user's policy is tried
+_WAITING, _SLACKS_MS = (1, 10_000), (-1_000.0, 0.0)  # extreme states in which it is tried before
+_STALL_S = 5.0  # for one decision
 _LEAD_S = 0.05  # from the call to the trace's zero
 
 
@@ -182,22 +187,31 @@ def check_policies(policy_names: Sequence[str], batch_sizes: Sequence[int], *, s
     Built-in policies are made for a profile with made-up latencies. A user's policy is only looked up.
 
     Args:
-      policy_names: names of policies.
+      policy_names: names of policies, or "fixed:all".
       batch_sizes: the batch sizes to serve with.
       subnets: the number of subnets.
     """
     rows = (Row(Subnet((i,)), i / subnets, tuple(float((i + 1) * b) for b in batch_sizes)) for i in range(subnets))
     made_up = Profile(check_batch_sizes(batch_sizes), tuple(rows))
-    for name in policy_names:
+    for name in policies.expand(policy_names, subnets=subnets):
         policies.create(name, *([] if policies.is_custom(name) else [made_up]))
 
 
 def rehearse(policy: str, profiles: Sequence[Profile], trace: Trace) -> None:
-    """Simulates the first 2,000 queries with a user's policy, so that its mistakes show before the replay.
+    """Tries a user's policy, so that its mistakes show before the replay. It does nothing for a built-in policy.
 
-    It does nothing for a built-in policy. Raises PolicyError if the policy fails.
+    The policy decides in a few extreme states, such as negative slack. Then the first 2,000 queries are simulated with it.
+
+    Raises PolicyError if the policy fails.
     """
     if policies.is_custom(policy):
+        tried, slo_ms = policies.create(policy, *profiles), float(np.min(trace.slo_ms))
+        with Patience(_STALL_S) as watch:
+            tables = [table for profile in profiles for table in profile.each_length]
+            cases = itertools.product(tables, _WAITING, (*_SLACKS_MS, slo_ms))
+            for now_s, (table, waiting, slack_ms) in enumerate(cases):
+                state = State(now_s, slack_ms, waiting, workers=len(profiles), slo_ms=slo_ms, near=waiting)
+                watch.decide(tried, table, state)
         simulator.simulate(profiles, policy, trace.first(_REHEARSED), cluster=Cluster(len(profiles)))
 
 

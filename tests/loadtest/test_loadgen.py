@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import time
 import types
@@ -34,11 +35,48 @@ def trace():
 
 def test_mistyped_policies_are_reported_without_a_profile(tmp_path):
     (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, profile):\n        assert profile.latency_ms\n")
-    good = ["slackfit", "slackfit-paper:8", "fixed:1", "fixed:largest", f"{tmp_path}/mine.py:Mine"]
+    good = ["slackfit", "slackfit-paper:8", "fixed:1", "fixed:largest", "fixed:all", f"{tmp_path}/mine.py:Mine"]
     loadgen.check_policies(good, (1, 4), subnets=2)
     for bad, message in [("slakfit", "slackfit"), ("fixed:2", "0 to 1"), (f"{tmp_path}/mine.py:Mien", "Mine")]:
         with pytest.raises(errors.SuperServeError, match=message):
             loadgen.check_policies([bad], (1, 4), subnets=2)
+
+
+MINE = """
+from superserve_jax import Decision
+
+def careless(profile, state):
+    good = [row for row in profile.rows if profile.latency_ms(row.subnet, 1) <= state.slack_ms]
+    return Decision(good[-1].subnet, 1)
+
+def forgetful(profile, state):
+    good = [row for row in profile.rows if profile.latency_ms(row.subnet, 1) <= state.slack_ms]
+    if good:
+        return Decision(good[-1].subnet, 1)
+
+def greedy(profile, state):
+    return Decision(profile.rows[0].subnet, profile.batch_sizes[state.waiting - 1])
+
+def careful(profile, state):
+    return Decision(profile.rows[0].subnet, 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("careless", r"'careless' failed: IndexError\(.*mine\.py:6, `return Decision.*slack_ms=-1000\.0"),
+        ("forgetful", r"'forgetful' failed: it returned None.*mine\.py:8, `def forgetful"),
+        ("greedy", r"'greedy' failed: IndexError.*waiting=10000"),
+        ("careful", None),
+    ],
+)
+def test_the_rehearsal_asks_a_policy_in_extreme_states(tmp_path, name, message):
+    (tmp_path / "mine.py").write_text(MINE)
+    trace = Trace(np.arange(3.0), 1_000.0)  # without any trouble
+    refused = pytest.raises(errors.PolicyError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        loadgen.rehearse(f"{tmp_path}/mine.py:{name}", [PROFILE], trace)
 
 
 def test_every_query_is_submitted_in_time_and_answered_with_its_own_output(trace):

@@ -1,5 +1,7 @@
 """What a replay makes of its results: disturbed policies, the rows of its verdict, and the table of several runs."""
 
+import dataclasses
+import json
 import pathlib
 import re
 import runpy
@@ -13,6 +15,7 @@ from superserve_jax import errors
 from superserve_jax.commands import replay, replay_setup
 from superserve_jax.exports import Served
 from superserve_jax.profile import Profile, Row
+from superserve_jax.simulation import traces
 from superserve_jax.subnet import Subnet
 from superserve_jax.training import data
 from superserve_jax.training.data import halves
@@ -122,7 +125,7 @@ def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are
     for allowed, needed, left in (5, 2, ""), (1, 1, "stalled"):
         calls.clear()
         options = replay_setup.Options(pathlib.Path(), repeats=allowed)
-        _, results, repeats = replay.replay_all(options, work, names)
+        _, results, repeats, _ = replay.replay_all(options, work, names)
         assert (calls, repeats) == ([*names, *["fixed:1"] * needed], needed)
         assert [r["disturbance"] for r in results] == ["", left, ""]
 
@@ -136,8 +139,46 @@ def test_the_least_disturbed_try_counts(monkeypatch):
 
     monkeypatch.setattr(replay, "replay_policy", replay_policy)
     work = types.SimpleNamespace(profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
-    replays, results, repeats = replay.replay_all(replay_setup.Options(pathlib.Path(), repeats=2), work, ["slackfit"])
+    replays, results, repeats, _ = replay.replay_all(replay_setup.Options(pathlib.Path(), repeats=2), work, ["slackfit"])
     assert (replays, repeats, results[0]["tries"], results[0]["slower"]) == ([1.2], 2, 3, 1.2)
+
+
+def test_a_policy_that_fails_ends_the_replay_after_the_table_and_results_of_those_before_it(monkeypatch, capsys, tmp_path):
+    def replay_policy(options, work, name, short, *, corrected):
+        if name == "mine.py:mine":
+            raise errors.PolicyError("the policy 'mine' failed: IndexError()")
+        late = {"p50_ms": 1.0, "p99_ms": 2.0, "lateness_p50_ms": 0.0, "lateness_p99_ms": 0.0}
+        return object(), row(short, 1.0, 90.0) | late
+
+    profile = Profile((1,), (Row(Subnet((1,)), 0.9, (1.0,)),))
+    trace = traces.gamma(rate_qps=100.0, duration_s=0.1)
+    work = replay_setup.Work([], [profile], trace, [], np.zeros(0), 36.0)
+    options = replay_setup.Options(tmp_path, policies=("fixed:all", "mine.py:mine", "slackfit"), json=tmp_path / "r.json")
+    monkeypatch.setattr(replay, "replay_policy", replay_policy)
+    monkeypatch.setattr(replay, "make_policy", lambda *_: None)
+    monkeypatch.setattr(replay.loadgen, "rehearse", lambda *_: None)
+    monkeypatch.setattr(replay_setup, "prepare_work", lambda _: work)
+    monkeypatch.setattr(replay.cli, "parse", lambda *_: options)
+    with pytest.raises(errors.PolicyError, match="'mine'"):
+        replay.main()
+    written = json.loads(options.json.read_text())
+    assert [r["name"] for r in written["policies"]] == ["fixed:0"]
+    assert (written["error"], written["verdict"]) == ("the policy 'mine' failed: IndexError()", None)
+    assert re.search(r"^fixed:0 .*100\.00 %", capsys.readouterr().out, re.MULTILINE)
+
+    nothing = dataclasses.replace(options, policies=("mine.py:mine", "slackfit"), json=tmp_path / "none.json")
+    monkeypatch.setattr(replay.cli, "parse", lambda *_: nothing)
+    with pytest.raises(errors.PolicyError, match="'mine'"):
+        replay.main()
+    assert not nothing.json.exists()
+
+
+def test_a_fixed_subnet_that_is_not_worth_serving_is_refused_with_the_reason():
+    profile = Profile((1,), tuple(Row(Subnet((i,)), 0.5 + i / 10, (1.0 + i,)) for i in range(3)))
+    asked = replay_setup.Options(pathlib.Path(), policies=("fixed:2", "fixed:all", "fixed:largest"))
+    assert replay_setup.policy_names(asked, profile) == ("fixed:2", "fixed:0", "fixed:1", "fixed:2", "fixed:largest")
+    with pytest.raises(errors.ConfigError, match=r"'fixed:3': only the subnets 0 to 2 are served.*not worth serving"):
+        replay_setup.policy_names(dataclasses.replace(asked, policies=("fixed:3",)), profile)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ __all__ = [
     "SlackFit",
     "State",
     "create",
+    "expand",
     "is_custom",
     "labels",
 ]
@@ -61,6 +62,16 @@ _KINDS = tuple({name.partition(":")[0] for name in NAMES})
 def is_custom(policy: object) -> TypeGuard[str]:
     """Whether this is the name of a policy outside of this package, such as "my_file.py:my_policy"."""
     return isinstance(policy, str) and policy.partition(":")[0] not in _KINDS and custom.has_form(policy)
+
+
+def expand(policies: Sequence[str], *, subnets: int) -> tuple[str, ...]:
+    """The names with "fixed:all" replaced by one name for each subnet.
+
+    >>> expand(["slackfit", "fixed:all"], subnets=2)
+    ('slackfit', 'fixed:0', 'fixed:1')
+    """
+    fixed = tuple(f"fixed:{i}" for i in range(subnets))
+    return tuple(one for name in policies for one in (fixed if name == "fixed:all" else (name,)))
 
 
 def labels(policies: Sequence[str]) -> dict[str, str]:
