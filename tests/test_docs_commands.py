@@ -14,13 +14,14 @@ import pytest
 import tyro
 from pages import PAGES, ROOT
 
+from superserve_jax import manifest
 from superserve_jax.commands import COMMANDS
 from superserve_jax.training.config import load_config
 from superserve_jax.training.runs import Run
 
 SHELL = ("bash", "sh", "console", "shell")
 PROGRAM = re.compile(r"(superserve|python|make|pip install|(serve|train)/\S+\.py) ?\b")
-OTHER_PROGRAMS = ("git", "cd", "source", "tensorboard", "mkdir", "curl", "nvidia-smi")  # not ours
+OTHER_PROGRAMS = ("git", "cd", "cp", "source", "tensorboard", "mkdir", "curl", "nvidia-smi")  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
 EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests"}  # files of the reader, and files that stand for them
 MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -61,9 +62,10 @@ def parse(monkeypatch, tmp_path):
         seen.append(cli(*arguments, **options))
         raise Parsed
 
-    run = types.SimpleNamespace(config=load_config(str(ROOT / "configs" / "debug.py")))
+    run = types.SimpleNamespace(config=load_config(str(ROOT / "configs" / "debug.py")), workdir=pathlib.Path("runs/debug"))
     monkeypatch.setattr(tyro, "cli", parsed)
     monkeypatch.setattr(Run, "open", lambda path, **_: run)  # the defaults of some options are those of a run
+    monkeypatch.setattr(manifest, "is_run", lambda path: path.parts[:1] == ("runs",))
     monkeypatch.chdir(tmp_path)  # what a command writes does not go into the repository
     for name in FOLDERS:
         (tmp_path / name).symlink_to(ROOT / name)

@@ -52,8 +52,8 @@ ALLOWED = {
         *("profile", "subnet", "lengths"),
     ),
     "commands": (
-        *("cli", "convert", "engines", "experiments", "exports", "families", "lengths", "loadtest", "plots", "profile"),
-        *("progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
+        *("cli", "convert", "engines", "experiments", "exports", "families", "lengths", "loadtest", "manifest", "plots"),
+        *("profile", "progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
     ),
 }
 # These packages and modules work in a process that has no jax.

@@ -9,14 +9,14 @@ as it is, with unknown accuracy. With labelled texts it also serves smaller subn
 
     superserve convert my-classifier --texts reviews.csv --workdir runs/reviews-subnets
 
-Heads and neurons are then sorted by importance, and a search chooses the subnets. Nothing is trained. docs/convert.md says how
-to train the run further, and lists what is supported.
+Heads and neurons are then sorted by importance, and a search chooses the subnets. Nothing is trained. `superserve train RUN`
+trains the run further. docs/convert.md lists what is supported. `superserve convert DIRECTORY --help` lists the options.
 
 A **config** says which network other weights belong to, and on which data it is evaluated. Go on with `superserve search`,
 calibrate, evaluate and export. Or train the weights further, with `superserve train` and the same config.
 
-The run has a checkpoint of step 0 with the weights and their statistics. Weights of PyTorch (.bin, .pth, .pt) and .safetensors
-need `pip install 'superserve-jax[convert]'`.
+The run has a checkpoint of step 0 with the weights and their statistics. Weights of PyTorch (.bin, .pth, .pt) need
+`pip install 'superserve-jax[convert]'`. For .safetensors, `pip install safetensors` is enough.
 Library: convert.from_pretrained, convert.weights, training.runs.Run.convert.
 """
 
@@ -150,7 +150,7 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
         stages.calibrate(run)
         served = stages.evaluate(run)
         cli.print_table(stages.table(served))
-        print(stages.precision(run, served))
+        print(f"{stages.precision(run, served)} The last row is the original classifier.")
         export = stages.export(run)
         print(f"export: {export} serves these subnets")
     else:

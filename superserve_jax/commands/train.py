@@ -3,8 +3,10 @@
     superserve train digits_resnet
     superserve train digits_resnet --optim.lr 0.01 --epochs 3 --workdir runs/mine
     superserve train my_config.py
+    superserve train runs/reviews-subnets
 
-A config is a Python file, or the name of one that comes with the package (configs/ in the repository).
+A config is a Python file, or the name of one that comes with the package (configs/ in the repository). A run's folder stands
+for the run's own config, for example to train converted weights further. `superserve train CONFIG --help` lists the options.
 Ctrl-C keeps the work; the same command goes on from there. The result is a run's folder (runs/NAME by default) with metrics,
 plots, checkpoints and export/. Library: training.loop.train, then search, calibrate, evaluate and export in training.stages.
 """
@@ -16,10 +18,11 @@ from typing import Annotated
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli
+from superserve_jax import cli, files, manifest
 from superserve_jax.commands import evaluate
 from superserve_jax.training import stages
 from superserve_jax.training.config import TrainConfig, load_config
+from superserve_jax.training.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Options:
 
 def main() -> None:
     """The command."""
-    _, options = cli.options_after_path(lambda path: Options(load_config(path)), __doc__)
+    _, options = cli.options_after_path(_defaults, __doc__)
     run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
     if options.train_only:
         print(f"trained: {run.workdir}; go on with `superserve search {run.workdir}`")
@@ -55,3 +58,10 @@ def main() -> None:
         f"metrics and plots: {run.workdir}\nexport: {path}; measure its latencies with `superserve measure {path}`, then try "
         f"it with `superserve replay {path}`, or serve it from Python: superserve_jax.Server({str(path)!r})"
     )
+
+
+def _defaults(path: str) -> Options:
+    if not manifest.is_run(files.user_path(path)):
+        return Options(load_config(path))
+    run = Run.open(path)
+    return Options(run.config, workdir=run.workdir)

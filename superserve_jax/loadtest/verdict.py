@@ -45,7 +45,7 @@ class Verdict:
       policy: the adaptive policy.
       best: the most accurate fixed model that keeps up; None if none does.
       failing: the least accurate one of the fixed models that fail and are more accurate than `best`, or that met no
-        deadline; None if there is none.
+        deadline; None if there is none. Without `best`, the fixed model that met the most deadlines.
     """
 
     policy: Outcome
@@ -73,10 +73,8 @@ class Verdict:
 
     def __str__(self) -> str:
         names = ", ".join(self.disturbed)
-        return (
-            self._result()
-            + f" Disturbed: {names}. Run the replay again when the machine is quiet, or with more --repeats." * bool(names)
-        )
+        doubt = f" The machine was disturbed during {names}, so this comparison does not count." if names else ""
+        return self._result() + doubt
 
     def _result(self) -> str:
         policy, best, failing = self.policy, self.best, self.failing
@@ -84,7 +82,7 @@ class Verdict:
             return f"{policy.label} met no deadline: this machine cannot serve this traffic."
         start = f"{policy.label} met {_percent(policy.attainment)} at {policy.measured:.1f} % accuracy"
         if best is None:
-            missed = f"; {failing.label} missed {_percent(1 - failing.attainment)}" if failing else ""
+            missed = f"; the closest one, {failing.label}, missed {_percent(1 - failing.attainment)}" if failing else ""
             return f"{start}. No fixed model met as many deadlines{missed}."
         points = f"{abs(self.gain):.1f} points {'more' if self.gain >= 0 else 'less'}"
         start = f"{start}: {points} than {best.label}, the most accurate fixed model that keeps up"
@@ -117,7 +115,9 @@ def compare_with_fixed(rows: Sequence[Outcome]) -> Verdict | None:
     by_accuracy = sorted(fixed, key=_profiled)
     keeping_up = [row for row in by_accuracy if row.attainment > 0 and row.attainment >= policy.attainment - LEEWAY]
     best = keeping_up[-1] if keeping_up else None
-    above = [row for row in by_accuracy if best is None or _profiled(row) > _profiled(best)]
+    if best is None:
+        return Verdict(policy, None, max(fixed, key=lambda row: row.attainment))
+    above = [row for row in by_accuracy if _profiled(row) > _profiled(best)]
     return Verdict(policy, best, above[0] if above else None)
 
 

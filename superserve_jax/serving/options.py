@@ -192,7 +192,9 @@ class InputSpec:
         """What to do about a wrong input. For a model of images, a string or a path is probably the name of a file."""
         is_name = issubclass(type(x), str) or hasattr(type(x), "__fspath__")
         if not is_name or len(self.shape) != 3 or self.dtype != np.uint8:
-            return "Inputs are never cast: convert it as the model's export describes"
+            if is_name and self.lengths:
+                return "A text becomes token ids with server.model.encode(text), if the export has a vocabulary"
+            return "Inputs are never cast: convert it first"
         height, _, channels = self.shape
         return (
             f"Read the file of an image with superserve_jax.training.data.read_image(path, image_size={height}, "

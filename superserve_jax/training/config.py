@@ -237,7 +237,8 @@ def load_config(path: str | os.PathLike[str]) -> TrainConfig:
     named = shipped.configs()
     if manifest.is_run(path):
         raise errors.ConfigError(
-            f"{path} is the folder of a run; give a config file, whose function get_config() makes a config"
+            f"{path} is the folder of a run; give a config file, whose function get_config() makes a config. "
+            f"`superserve train {path}` trains the run further"
         )
     if not path.is_file() and not (path := named.get(str(path), path)).is_file():
         near = difflib.get_close_matches(path.name, [*named, *(p.name for p in path.parent.glob("*.py"))], n=1)

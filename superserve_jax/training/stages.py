@@ -137,7 +137,7 @@ def evaluate(run: Run) -> list[Served]:
     model, dataset, served = run.model(), run.dataset(), run.served()
 
     def accuracies(norm: Norm) -> list[float]:
-        subnets = progress.track(served, f"test examples, {norm} statistics")
+        subnets = progress.track(served, f"subnets on test examples, {norm} statistics")
         found = evaluation.correct(model, subnets, lambda: dataset.eval("test", validation.EVAL_BATCH), norm=norm)
         return [float(hits[halves.profiling_half(labels)].mean()) for hits, labels in found]
 

@@ -58,9 +58,7 @@ def test_the_sentence_names_disturbed_rows_that_decide_it():
     stalled = dataclasses.replace(row("fixed:1", 0.99, 91.0), disturbance="the process stood still for 40 ms")
     verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 1.0, 88.0), stalled, row("fixed:2", 0.5, 93.0)])
     assert verdict.disturbed == ("fixed:1",)
-    assert str(verdict).endswith(
-        " Disturbed: fixed:1. Run the replay again when the machine is quiet, or with more --repeats."
-    )
+    assert str(verdict).endswith(" The machine was disturbed during fixed:1, so this comparison does not count.")
     verdict = compare_with_fixed([SLACKFIT, stalled, row("fixed:2", 1.0, 92.0), row("fixed:3", 0.5, 93.0)])
     assert verdict.disturbed == ()
 
@@ -69,7 +67,9 @@ def test_no_fixed_model_keeps_up():
     verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 0.95, 88.0), row("fixed:1", 0.0, math.nan)])
     assert verdict.best is None
     assert math.isnan(verdict.gain)
-    assert str(verdict).endswith("No fixed model met as many deadlines; fixed:0 missed 5.00 %.")
+    assert str(verdict).endswith("No fixed model met as many deadlines; the closest one, fixed:0, missed 5.00 %.")
+    verdict = compare_with_fixed([SLACKFIT, row("fixed:0", 0.8, 88.0), row("fixed:1", 0.97, 90.0)])
+    assert verdict.failing.name == "fixed:1"
 
 
 def test_a_policy_that_met_nothing_says_so():
