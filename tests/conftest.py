@@ -1,6 +1,7 @@
 """Fixtures that many tests share: tiny SuperNets, an export, a small dataset, and a way to run the programs."""
 
 import os
+import signal
 
 os.environ.setdefault("SUPERSERVE_CACHE", "")  # no test reads or fills the user's own cache
 
@@ -21,6 +22,11 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("suite", patient, derandomize=True)
 settings.register_profile("long", patient, max_examples=5_000)
 settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    """Ctrl-C works in tests and the programs that they start. A shell starts commands in the background without it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
