@@ -37,7 +37,8 @@ def test_every_guarantee_holds_for_30_s_while_everything_around_the_server_misbe
     assert done >= {act.__name__ for act, _ in agents.AGENTS.values()}
     assert done >= {"finalizers", "signals", "interrupts", "log records", "odd decisions", "callbacks that raise"}
     outcomes = set(written["check"]["outcomes"])
-    assert outcomes >= {"answered", "cancelled", "ServerClosedError", "refused: Deliberate", "InferenceError of RuntimeError"}
+    assert outcomes >= {"answered", "cancelled", "ServerClosedError", "refused: Deliberate"}
+    assert any(outcome.startswith("InferenceError of ") for outcome in outcomes)  # of what, is left to chance
 
 
 @pytest.mark.parametrize("options", [(), ("--expire",)])

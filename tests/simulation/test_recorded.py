@@ -124,7 +124,7 @@ def test_a_large_recording_is_read_in_seconds(write):
 
 def test_the_file_in_the_docs_is_read(write):
     [page] = [page for page in PAGES if page.name == "docs/traces.md"]
-    [text] = [block.text for block in page.blocks if block.language == "text"]
+    text = next(block.text for block in page.blocks if block.language == "text")
     trace = recorded.trace(write(text), column="timestamp")
     np.testing.assert_allclose(trace.arrivals_s, [0, 0.006, 0.615], atol=1e-6)
     assert trace.slo_ms.tolist() == [50, 50, 200]
