@@ -5,7 +5,7 @@ Network: 64 channels; 1 to 4 layers, each with {1, 2, 4} heads and {64, 128, 256
 only the largest subnet, since DynaBERT also begins with a BERT that was trained for its task. It learns much faster that way
 than if all subnets are trained from the first step on.
 Expected on test texts, means of three seeds: largest subnet 57.1 % (standard deviation 0.9), smallest 35.5 % (1.6). A logistic
-regression on token counts reaches 29.0 %, the most frequent value 10.5 %. The training takes about 8 minutes on 2 cores without
+regression on token counts reaches 29.0 %, the most frequent value 10.5 %. Training takes about 8 minutes on 2 cores without
 a GPU. The third command prints the means.
 
     superserve train listops_dynabert
