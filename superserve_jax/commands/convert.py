@@ -150,7 +150,7 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
         stages.calibrate(run)
         served = stages.evaluate(run)
         cli.print_table(stages.table(served))
-        print(f"{stages.precision(run, served)} The last row is the original classifier.")
+        print(f"{stages.precision(run, served)}; the last row is the original classifier")  # a search keeps the largest subnet
         export = stages.export(run)
         print(f"export: {export} serves these subnets")
     else:

@@ -71,7 +71,7 @@ def search(run: Run) -> list[Candidate]:
         log.add(candidate)
         tried.append(candidate)
     best, examples = max(c.accuracy for c in tried), min(settings.examples, dataset.num_examples("validation"))
-    error = math.sqrt(best * (1 - best) / examples)  # the standard error of the best accuracy
+    error = _standard_error(best, examples)
     chosen = choose_served(
         tried,
         settings.served,
@@ -213,17 +213,18 @@ def standalone(run: Run, subnet: Subnet, name: str) -> Served:
 
 
 def precision(run: Run, served: Sequence[Served]) -> str:
-    """On how many test examples accuracies are based, and their standard error: a line to print below `table`.
-
-    The standard error is sqrt(p (1 - p) / n), where p is the median of the accuracies.
-    """
+    """A line to print below `table`: on how many test examples accuracies are based, and the median's standard error."""
     total = run.dataset().num_examples("test")
     half = _profiled_half(served)
     count = total // 2 if half else total
     middle = statistics.median(s.accuracy for s in served if s.accuracy is not None)
     source = f"about {count:,} test examples, one half of the {total:,}" if half else f"all {total:,} test examples"
-    error = math.sqrt(middle * (1 - middle) / count)
-    return f"test accuracies are those on {source}; standard error of an accuracy: {100 * error:.1f} points"
+    error = 100 * _standard_error(middle, count)
+    return f"test accuracies are those on {source}; standard error of an accuracy: {error:.1f} points"
+
+
+def _standard_error(accuracy: float, examples: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / examples)
 
 
 def _profiled_half(served: Sequence[Served]) -> bool:
