@@ -189,6 +189,6 @@ def report(profile: ss.Profile, measured: ss.Profile, served: Mapping[ss.Subnet,
         )
     slowest, fastest = profile.rows[-1].latency_ms[-1], profile.rows[0].latency_ms[-1]
     print(f"at batch {profile.max_batch} the most accurate subnet takes {slowest / fastest:.1f} times as long as the fastest")
-    print("SlackFit assumes the following. A few exceptions are noise and do no harm:")
+    print("SlackFit assumes the following, here of all subnets. Exceptions to P2 are mostly subnets that are left out above:")
     for p in profiling.properties(measured):
         print(f"{p.name}: {STATEMENTS[p.name]}: {p.holding} of {p.of} times; lowest ratio {p.worst:.2f} (of {UNITS[p.name]})")

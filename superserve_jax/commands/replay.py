@@ -90,8 +90,8 @@ def main() -> None:
     replays, results, repeats, error = replay_all(options, work, names)
     if not results and error:
         raise error
-    print_tables(options, results)
     verdict = None if error else make_verdict(options, results)
+    print_tables(options, results, verdict)
     cli.write_results(options.json, to_json(work, results, verdict) | {"repeats": repeats, "error": error and str(error)})
     if error:
         raise error
@@ -144,7 +144,7 @@ def to_repeat(results: Sequence[Result], verdict: Verdict | None) -> int | None:
     return min(decide, key=lambda i: results[i]["tries"], default=None)
 
 
-def print_tables(options: Options, results: Sequence[Result]) -> None:
+def print_tables(options: Options, results: Sequence[Result], verdict: Verdict | None) -> None:
     """Prints the tables, how late queries were sent, and which rows were disturbed."""
     print()
     columns = dict(SLOWED if options.slow_factor > 1 else USUAL)
@@ -160,7 +160,9 @@ def print_tables(options: Options, results: Sequence[Result]) -> None:
     disturbed = [result for result in results if result["disturbance"]]
     for result in disturbed:
         print(f"{result['name']}: {result['disturbance']}, so this row may not be comparable")
-    if disturbed:
+    if disturbed and verdict and not verdict.disturbed:
+        print("The last line does not depend on these rows.")
+    elif disturbed:
         print("Run the replay when the machine is quiet, give more --repeats, or compare in the simulator: see docs/demo.md.")
 
 

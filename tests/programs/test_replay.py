@@ -99,15 +99,23 @@ def test_the_table_marks_disturbed_rows_only_if_there_are_any(capsys):
     options, numbers = replay_setup.Options(pathlib.Path()), {"p50_ms": 1.0, "p99_ms": 2.0}
     numbers |= {"lateness_p50_ms": 0.0, "lateness_p99_ms": 0.0}
     quiet = row("slackfit", 1.0, 93.0) | numbers
-    replay.print_tables(options, [quiet])
+    replay.print_tables(options, [quiet], None)
     assert "tries" not in capsys.readouterr().out
     replay.print_tables(
-        options, [quiet, {**row("fixed:1", 0.9, 95.0, "the process stood still for 40 ms"), **numbers, "tries": 4}]
+        options,
+        [quiet, {**row("fixed:1", 0.9, 95.0, "the process stood still for 40 ms"), **numbers, "tries": 4}],
+        None,
     )
-    header, _, first, second = capsys.readouterr().out.strip().splitlines()[:4]
+    printed = capsys.readouterr().out
+    assert "Run the replay when the machine is quiet" in printed
+    header, _, first, second = printed.strip().splitlines()[:4]
     assert header.rstrip().endswith("tries   disturbed")
     assert first.split()[-1] == "1"
     assert second.split()[-2:] == ["4", "yes"]
+    stalled = row("fixed:0", 1.0, 80.0, "the process stood still for 40 ms") | numbers
+    results = [quiet, stalled, row("fixed:1", 1.0, 90.0) | numbers]
+    replay.print_tables(options, results, replay.make_verdict(options, results))
+    assert "The last line does not depend on these rows." in capsys.readouterr().out
 
 
 def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are_used_up(monkeypatch):
