@@ -8,10 +8,10 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c constraints.txt)
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: help demo test lint docs setup shipped
+.PHONY: help demo test test-gpu lint docs setup shipped
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.13 uses another Python. This one is $(or $(PYTHON),missing)$(if $(VERSION), ($(VERSION)))."
 
 demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores, no GPU needed
@@ -21,6 +21,9 @@ demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores,
 
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
+
+test-gpu: setup  ## run the tests that need a GPU, in one process
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup  ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Fixtures that many tests share: tiny SuperNets, an export, a small dataset, and a way to run the programs."""
 
 import os
+import re
 import signal
 
 os.environ.setdefault("SUPERSERVE_CACHE", "")  # no test reads or fills the user's own cache
@@ -24,9 +25,25 @@ settings.register_profile("long", patient, max_examples=5_000)
 settings.load_profile("suite")
 
 
+def wants_gpu(config):
+    """Whether the option -m selects tests that need a GPU."""
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+
+
 def pytest_configure(config):
-    """Ctrl-C works in tests and the programs that they start. A shell starts commands in the background without it."""
+    """Ctrl-C works in tests and the programs that they start: a shell starts commands in the background without it.
+
+    Without `-m gpu`, everything runs on the CPU: tolerances are for float32, and many processes cannot share a card.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not wants_gpu(config):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of programs that tests start
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Tests on a GPU run in one process. None leaves the choice to pytest-xdist."""
+    return 0 if wants_gpu(config) else None
 
 
 def pytest_collection_modifyitems(items):
