@@ -17,6 +17,7 @@ import functools
 import json
 import logging
 import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -320,6 +321,7 @@ def check_export(names: Iterable[str], export: pathlib.Path) -> None:
 def main() -> None:
     """The program."""
     options = tyro.cli(Options, description=__doc__)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process and its children share the card's memory
     names = options.only or tuple(CLAIMS)
     check_export(names, options.export)  # before the first claim, since the claims take minutes
     found = []

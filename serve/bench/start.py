@@ -98,6 +98,7 @@ class Options:
 def main() -> None:
     """The program."""
     options = cli.parse(Options, __doc__)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process and its children share the card's memory
     batch_sizes = check_batch_sizes(options.batch_sizes)
     with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
