@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 _LINE_EVERY_S = 10.0
 _WARM_UP = 20  # items, or a tenth of all if that is less: the first ones may also compile programs, so their rate says little
+_terminal = threading.Lock()
 
 
 def track(
@@ -53,15 +54,19 @@ def track(
     line_s = start_s  # when the last line was printed
     warm = completed + max(1, min(_WARM_UP, (total or 10 * _WARM_UP) // 10))
     since = None  # (items done, time) at the end of the warm-up
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with contextlib.ExitStack() as stack:
+        is_shown = console.is_terminal and _terminal.acquire(blocking=False)  # a terminal has room for one bar at a time
+        if is_shown:
+            stack.callback(_terminal.release)
+        bar = stack.enter_context(Progress(*columns, console=console, disable=not is_shown))
         task = bar.add_task(description, total=total, completed=completed, rate=0.0, note="")
         for done, item in enumerate(items, completed + 1):
             yield item
             now_s = time.monotonic()
             rate = (done - since[0]) / max(now_s - since[1], 1e-9) if since else 0.0
-            if console.is_terminal:
+            if is_shown:
                 bar.update(task, completed=done, rate=rate, note=note())
-            elif now_s - line_s >= _LINE_EVERY_S:
+            elif not console.is_terminal and now_s - line_s >= _LINE_EVERY_S:
                 line_s = now_s
                 speed = f", {rate:.1f}/s" if rate else ""
                 left = f", {(total - done) / rate:.0f} s left" if total and rate else ""

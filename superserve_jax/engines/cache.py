@@ -51,10 +51,12 @@ class Executable:
       call: the compiled function. A program takes `(leaves, inputs, statistics, active)` and returns logits. A slicer takes
         `(leaves,)`, parameters of the SuperNet, and returns their slices.
       leaves: the parameters that a program takes, or the slices that a slicer returns.
+      compile_again: compiles the program anew, and replaces its entry in the cache; None if it was not loaded from the cache.
     """
 
     call: Callable[..., Any]
     leaves: Leaves
+    compile_again: "Callable[[], Executable] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +134,14 @@ class ExecutableCache:
                 return program.compile()
         key = json.dumps({**self._common, **about, "program": digest}, sort_keys=True)
         path = self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
+
+        def compile() -> Executable:
+            made = (program or trace()).compile()
+            _save(path, made)
+            return made
+
         found = self._load(path)
-        if found is None:
-            found = (program or trace()).compile()
-            _save(path, found)
-        return found
+        return dataclasses.replace(found, compile_again=compile) if found is not None else compile()
 
     def shrink(self) -> None:
         """Deletes the least recently used entries until the others take at most `limit_bytes`. Call it after `get`."""

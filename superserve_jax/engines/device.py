@@ -11,7 +11,9 @@ bucket uses a static slice of the weights. There are two ways to slice the weigh
 An engine holds compiled objects only. So nothing can compile while serving.
 """
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,13 +23,16 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.engines import base, executables, profiling
 from superserve_jax.engines.base import Launched
-from superserve_jax.engines.executables import LeastRecentlyUsed, SubnetBucket
+from superserve_jax.engines.cache import Executable
+from superserve_jax.engines.executables import Key, LeastRecentlyUsed, SubnetBucket
 from superserve_jax.engines.keys import Device
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
+
+_log = logging.getLogger(__name__)
 
 Slicing = Literal["kept", "in_call"]
 
@@ -115,7 +120,7 @@ class DeviceEngine:
             [self._padding] = config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
         # Free staging buffers. A buffer is free when the output of its batch is ready; the device may read it until then.
         self.staging = {shape: [self._make_staging(*shape) for _ in range(2)] for shape in shapes}
-        self._warm_up(program_of)
+        self._warm_up(program_of, made)
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.run`. Each output is an array of logits, float32 (num_classes,)."""
@@ -172,7 +177,7 @@ class DeviceEngine:
         self._actuated = (leaves, *self.statistics.get(subnet, 8 * program.statistics_size, statistics))
         self._subnet = subnet
 
-    def _warm_up(self, program_of: Mapping[Subnet, Program]) -> None:
+    def _warm_up(self, program_of: Mapping[Subnet, Program], made: Mapping[Key, Executable]) -> None:
         """Calls each executable once, since the first call is slow and no query should wait for it.
 
         If one call already takes long, the warm-up skips larger batches and lengths. A slow first call no longer matters
@@ -189,10 +194,35 @@ class DeviceEngine:
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
                 call = self, subnet, batch, [self.staging[batch, length][0][0]]
-                if profiling.time_s(*call) <= _SLOW_CALL_S:
+                try:
+                    took_s = profiling.time_s(*call)
+                except Exception as e:  # the runtime can fail in any way on a stale executable
+                    if not self._compile_again(made[program_of[subnet], batch, length], e):
+                        raise
+                    took_s = profiling.time_s(*call)
+                if took_s <= _SLOW_CALL_S:
                     slow.discard((batch, length))
                 elif (batch, length) not in slow and profiling.time_s(*call) > _SLOW_CALL_S:
                     slow.add((batch, length))
+
+    def _compile_again(self, executable: Executable, error: Exception) -> bool:
+        """Compiles an executable from the cache and its slicer again, since the call failed. False if neither is from there.
+
+        For example, the entry may choose an algorithm that the installed version of a kernel library does not have.
+        """
+        stale = {bucket for call, bucket in self.calls.values() if call is executable.call}
+        again = executable.compile_again
+        slicers = {b: b.slicer for b in stale if b.slicer is not None and b.slicer.compile_again is not None}
+        if again is None and not slicers:
+            return False
+        _log.warning("an executable from the cache failed (%s: %s); compiling again", type(error).__name__, error)
+        call = again().call if again is not None else executable.call
+        fresh = {b: dataclasses.replace(b, slicer=s.compile_again()) for b, s in slicers.items() if s.compile_again}
+        for key, (old, bucket) in self.calls.items():
+            self.calls[key] = call if old is executable.call else old, fresh.get(bucket, bucket)
+        self.executables = tuple(call if old is executable.call else old for old in self.executables)
+        self._subnet = None  # so that the next call slices again
+        return True
 
 
 def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:

@@ -8,7 +8,6 @@ kinds of these arguments:
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from superserve_jax import errors, progress
+from superserve_jax.engines import threads
 from superserve_jax.engines.cache import Executable, ExecutableCache, Leaves, Traced
 from superserve_jax.engines.keys import Device
 from superserve_jax.subnet import Subnet
@@ -65,22 +64,15 @@ def build(
         about = {**_about(program), "slicer": True}
         return store.get(about, lambda: trace_slicer(program, leaves[program], device))
 
-    full = programs.param_spec(program_list[0].config)
-    with errors.StartingThreads(), concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        try:
-            keys = itertools.product(program_list, batch_sizes, lengths or (0,))
-            jobs = {key: pool.submit(program_executable, *key) for key in keys}
-            done = progress.track(jobs.items(), f"executables for {device.platform}:{device.id}")
-            made = {key: job.result() for key, job in done}
-            leaves = {
-                program: e.leaves
-                for (program, _, _), e in made.items()
-                if any(shape != full[name].shape for name, shape in e.leaves)
-            }
-            slicers = dict(zip(leaves, pool.map(slicer, leaves), strict=True))
-        except BaseException:  # after Ctrl-C or an error, the other executables are not needed
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    full, workers = programs.param_spec(program_list[0].config), os.cpu_count() or 1
+    keys = list(itertools.product(program_list, batch_sizes, lengths or (0,)))
+    description = f"executables for {device.platform}:{device.id}"
+    executables = threads.each(lambda key: program_executable(*key), keys, workers=workers, description=description)
+    made = dict(zip(keys, executables, strict=True))
+    leaves = {
+        program: e.leaves for (program, _, _), e in made.items() if any(shape != full[name].shape for name, shape in e.leaves)
+    }
+    slicers = dict(zip(leaves, threads.each(slicer, leaves, workers=workers), strict=True))
     store.shrink()
     return made, slicers
 

@@ -11,13 +11,14 @@ There is no key, and so no caching, if a source file changed after this process 
 Python function. In both cases the loaded code is unknown.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,15 +44,36 @@ _OWN = {dynabert.__name__, ofa_resnet.__name__, subset.__name__}
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _KERNELS = ("jax-cuda", "jax-rocm", "libtpu", "nvidia-")  # how the names of packages with kernels begin
-_SETTINGS = (
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_enable_x64",
-    "jax_explicit_x64_dtypes",
-    "jax_numpy_dtype_promotion",
-    "jax_softmax_custom_jvp",
-    "jax_threefry_partitionable",
-)
+SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]] | None] = {
+    "jax_default_matmul_precision": jax.default_matmul_precision,
+    "jax_default_prng_impl": jax.default_prng_impl,
+    "jax_enable_x64": jax.enable_x64,
+    "jax_explicit_x64_dtypes": None,  # no public context manager, so all threads have the same value
+    "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
+    "jax_softmax_custom_jvp": jax.softmax_custom_jvp,
+    "jax_threefry_partitionable": jax.threefry_partitionable,
+}
+"""The settings of jax that change what a program computes, and the context manager that sets each of them in one thread."""
+
+
+def settings() -> dict[str, Any]:
+    """The values of `SETTINGS` in this thread.
+
+    >>> with jax.default_matmul_precision("highest"):
+    ...     settings()["jax_default_matmul_precision"]
+    'highest'
+    """
+    return {name: jax.config.values.get(name) for name in SETTINGS}
+
+
+@contextlib.contextmanager
+def with_settings(values: Mapping[str, Any]) -> Iterator[None]:
+    """Applies the settings of another thread inside the `with` block. A new thread has the settings of the process only."""
+    with contextlib.ExitStack() as stack:
+        for name, value in values.items():
+            if (manager := SETTINGS[name]) is not None:
+                stack.enter_context(manager(value))
+        yield
 
 
 def sources(package: pathlib.Path = PACKAGE) -> list[pathlib.Path]:
@@ -104,7 +126,7 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
         "packages": _versions(gpu=device.platform != "cpu"),
         "runtime": device.client.platform_version,
         "flags": os.environ.get("XLA_FLAGS", ""),
-        "settings": {name: repr(jax.config.values.get(name)) for name in _SETTINGS},
+        "settings": {name: repr(value) for name, value in settings().items()},
         "features": " ".join(sorted(features.split())),
     }
 

@@ -1,16 +1,20 @@
 """The cache of executables: its safety, its size and its place."""
 
 import dataclasses
+import functools
+import logging
 import os
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from cached import answer
-from tiny import TINY
+from tiny import TINY, random_images
 
 from superserve_jax import errors
 from superserve_jax.engines import cache
+from superserve_jax.engines.device import DeviceEngine
 
 # -- safety -------------------------------------------------------------------------------------------------------------------
 
@@ -68,6 +72,39 @@ def test_an_entry_that_others_may_have_written_is_not_unpickled(root, change, ca
     caplog.clear()
     answer()
     assert not [r for r in caplog.records if r.name.startswith("superserve_jax")]
+
+
+def test_an_entry_that_fails_at_its_first_call_is_compiled_again(root, tiny, caplog, monkeypatch):
+    """For example, it may choose an algorithm that another version of a kernel library does not have."""
+    calls = {"device": jax.devices()[0], "subnet_list": tiny.calibrated, "batch_sizes": (1, 2)}
+    images = list(random_images(TINY, 2))
+
+    def outputs():
+        engine = DeviceEngine(tiny, **calls)
+        return [engine.run(s, 2, images) for s in tiny.calibrated], engine
+
+    expected, _ = outputs()
+    entries = {path: path.read_bytes() for path in root.glob("*.bin")}
+
+    def fail(*arguments):
+        raise RuntimeError("no engine with this id")
+
+    monkeypatch.setattr(cache.serialize_executable, "deserialize_and_load", lambda *_, **__: functools.partial(fail))
+    with caplog.at_level(logging.WARNING):
+        found, engine = outputs()
+    np.testing.assert_array_equal(found, expected)
+    assert "no engine with this id" in caplog.text
+    assert len(engine.executables) == len(tiny.calibrated) * 2
+    assert set(root.glob("*.bin")) == set(entries)
+
+
+def test_an_executable_that_fails_after_it_was_compiled_ends_the_start(tiny, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(cache.Traced, "compile", lambda self: cache.Executable(fail, self.leaves))
+    with pytest.raises(RuntimeError, match="out of order"):
+        DeviceEngine(tiny, jax.devices()[0], subnet_list=tiny.calibrated, batch_sizes=(1,))
 
 
 def test_a_directory_that_others_may_write_to_is_not_trusted(root, caplog):

@@ -16,7 +16,7 @@ from cached import answer, smallest
 from mlp_family import MLPConfig
 from tiny import TINY
 
-from superserve_jax.engines import executables, keys
+from superserve_jax.engines import cache, executables, keys
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.supernets import programs
 
@@ -39,6 +39,34 @@ def test_another_config_or_batch_has_an_entry_of_its_own(root):
         config = dataclasses.replace(TINY, num_classes=num_classes)
         executables.build([smallest(config)], (batch,), jax.devices()[0])
         assert len(list(root.glob("*.bin"))) == entries
+
+
+def test_threads_that_compile_keep_the_precision_of_the_caller_and_the_key_has_it(root, monkeypatch):
+    texts, compile = [], cache.Traced.compile
+
+    def record(traced):
+        texts.append(traced.traced.lower().as_text())
+        return compile(traced)
+
+    monkeypatch.setattr(cache.Traced, "compile", record)
+    for entries, precision in enumerate(["default", "highest"], 1):
+        with jax.default_matmul_precision(precision):
+            executables.build([smallest(TINY)], (1,), jax.devices()[0])
+        assert ("HIGHEST" in texts[-1]) == (precision == "highest")
+        assert len(list(root.glob("*.bin"))) == entries
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("name", keys.SETTINGS)
+def test_settings_of_another_thread_can_be_applied(name):
+    if keys.SETTINGS[name] is None:
+        return  # all threads have the same value
+    values = {bool: lambda v: not v, str: lambda v: "rbg", type(None): lambda _: "highest"}
+    old = keys.settings()[name]
+    new = values[type(old)](old) if type(old) in values else type(old)("strict")
+    with keys.with_settings({name: new}), keys.with_settings(keys.settings()):
+        assert keys.settings()[name] == new
+    assert keys.settings()[name] == old
 
 
 def test_every_file_that_is_loaded_to_trace_a_program_is_among_the_sources():

@@ -1,0 +1,55 @@
+"""Work in threads that keep the caller's settings of jax.
+
+Settings such as `jax.default_matmul_precision` belong to a thread. A new thread has those of the process. So a program that it
+traces could compute in another precision than the caller asked for.
+"""
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from superserve_jax import errors, progress
+from superserve_jax.engines import keys
+
+T, R = TypeVar("T"), TypeVar("R")
+_local = threading.local()  # `stop`, in a thread of `each`: the event that ends the outermost call of `each`
+
+
+def each(function: Callable[[T], R], items: Iterable[T], *, workers: int, description: str = "") -> list[R]:
+    """`[function(x) for x in items]`, computed in threads with the caller's settings of jax.
+
+    Args:
+      function: is called once for each item.
+      items: the items.
+      workers: the largest number of threads.
+      description: a few words for a progress bar; "" shows none.
+
+    Calls may be nested. Raises the first error of the calls. After an error or Ctrl-C, the calls that have not begun are
+    dropped, also in nested calls.
+
+    >>> import jax
+    >>> with jax.default_matmul_precision("highest"):
+    ...     each(lambda name: keys.settings()[name], ["jax_default_matmul_precision"], workers=2)
+    ['highest']
+    """
+    settings, items = keys.settings(), list(items)
+    outer: threading.Event | None = getattr(_local, "stop", None)
+    stop = outer or threading.Event()
+
+    def call(item: T) -> R:
+        _local.stop = stop
+        if stop.is_set():
+            raise concurrent.futures.CancelledError
+        with keys.with_settings(settings):
+            return function(item)
+
+    with errors.StartingThreads(), concurrent.futures.ThreadPoolExecutor(max_workers=workers) as pool:
+        try:
+            jobs = [pool.submit(call, item) for item in items]
+            return [job.result() for job in (progress.track(jobs, description) if description else jobs)]
+        except BaseException:  # the results of the others are not needed
+            if outer is None:
+                stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
