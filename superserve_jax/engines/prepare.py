@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, exports
-from superserve_jax.engines import executables, keys, profiling, subnet_buckets
+from superserve_jax.engines import executables, keys, profiling, subnet_buckets, threads
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -73,19 +73,28 @@ def prepare(
     envelopes = None
     if len(profiles) < len(stored):
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
-    engines = []
-    for device, kind in zip(devices, kinds, strict=True):
+
+    def make(i: int) -> DeviceEngine:
+        return make_engine(model, devices[i], profiles[kinds[i]], slicing=slicing, slice_bytes=slice_bytes)
+
+    engines: dict[int, DeviceEngine] = {}
+    for i, kind in enumerate(kinds):
+        if kind in kinds[:i]:
+            continue
         if kind in profiles:
-            engines.append(make_engine(model, device, profiles[kind], slicing=slicing, slice_bytes=slice_bytes))
+            engines[i] = make(i)
             continue
         measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
         message = "%s has no latency profile for %s, %s: measuring one; run `superserve measure %s` to save one"
         _log.warning(message, model.path, kind, measured, model.path)
         shapes = {"batch_sizes": batch_sizes, "lengths": lengths, "envelopes": envelopes}
         way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes}
-        engines.append(DeviceEngine(model, device, subnet_list=model.subnets, **shapes, **way))
-        profiles[kind] = worth_serving(measure(model, engines[-1], background=background))
-    return model, engines, [profiles[kind] for kind in kinds]
+        engines[i] = DeviceEngine(model, devices[i], subnet_list=model.subnets, **shapes, **way)
+        profiles[kind] = worth_serving(measure(model, engines[i], background=background))
+    # The other devices come after the first one of their kind, because then they find the algorithms that it has tuned.
+    others = [i for i in range(len(devices)) if i not in engines]
+    engines.update(zip(others, threads.each(make, others, workers=max(1, len(others))), strict=True))
+    return model, [engines[i] for i in range(len(devices))], [profiles[kind] for kind in kinds]
 
 
 def load(path_or_model: Any) -> Model:
