@@ -8,6 +8,9 @@ the families of this library, it traces nothing.
 user and that nobody else can write to. The same must hold for their directory. It follows no links, and never reads an
 export. A stale or damaged entry is compiled again. Deleting the directory is always safe.
 
+**Tuning.** While XLA compiles for a GPU, it times several kernels for each operation. It keeps the fastest ones in a folder
+beside the entries. All cards of one kind share the folder. An executable cannot be shared, because it is bound to its card.
+
 **Size.** The entries take at most `limit_bytes` together. The least recently used ones are deleted first.
 """
 
@@ -20,6 +23,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,6 +44,8 @@ _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 _LIMIT_MB = 4_000
 _NAME = re.compile(r"[0-9a-f]{32}\.bin(\.[0-9a-f]{16}\.part)?")
+_TUNING = "tuning-"  # how the names of folders with the results of tuning begin
+TUNING_OPTION = "xla_gpu_per_fusion_autotune_cache_dir"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -73,9 +79,10 @@ class Traced:
     leaves: Leaves
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def compile(self) -> Executable:
-        """Lowers and compiles the program."""
-        return Executable(self.traced.lower().compile(compiler_options=dict(self.options)), self.leaves)
+    def compile(self, options: Mapping[str, Any] | None = None) -> Executable:
+        """Lowers and compiles the program. `options` are more options of the compiler."""
+        compiled = self.traced.lower().compile(compiler_options={**self.options, **(options or {})})
+        return Executable(compiled, self.leaves)
 
 
 def directory() -> pathlib.Path | None:
@@ -115,6 +122,8 @@ class ExecutableCache:
         common = keys.common_key(config, device) if root is not None else None
         self._root = _private(root) if root is not None and common is not None else None
         self._common = common or {}
+        tuning = tuning_directory(self._root, device) if self._root is not None and device.platform == "gpu" else None
+        self._options = {} if tuning is None else {TUNING_OPTION: str(tuning)}  # no part of the key
 
     def get(self, about: Mapping[str, Any], trace: Callable[[], Traced]) -> Executable:
         """Loads the executable that `about` describes from the cache, or else compiles and stores it.
@@ -136,7 +145,7 @@ class ExecutableCache:
         path = self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
 
         def compile() -> Executable:
-            made = (program or trace()).compile()
+            made = (program or trace()).compile(self._options)
             _save(path, made)
             return made
 
@@ -190,12 +199,35 @@ def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
     return sorted(found, key=lambda entry: entry[1].st_mtime_ns)
 
 
+def tuning_directory(root: pathlib.Path, device: Device) -> pathlib.Path | None:
+    """The folder where XLA keeps the fastest kernels for all devices of one kind with these versions. Creates it.
+
+    If it cannot be written to, gives a warning and None.
+    """
+    text = json.dumps([device.device_kind, keys.versions(device)], sort_keys=True)
+    path = root / (_TUNING + hashlib.sha256(text.encode()).hexdigest()[:32])
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+        _log.warning("equal devices do not share the results of tuning: %s is read-only", path)
+    except OSError as e:
+        _log.warning("equal devices do not share the results of tuning: %s", e)
+    return None
+
+
 def clear(root: pathlib.Path) -> int:
-    """Deletes all entries. Returns their number. Raises WriteError if the directory is read-only."""
+    """Deletes all entries and the results of tuning. Returns the number of entries.
+
+    Raises WriteError if the directory is read-only.
+    """
     found = entries(root)
     try:
         for path, _ in found:
             path.unlink(missing_ok=True)
+        for path in root.glob(f"{_TUNING}{'[0-9a-f]' * 32}"):
+            if not path.is_symlink():
+                shutil.rmtree(path)
     except OSError as e:
         raise errors.WriteError(f"entries of {root} cannot be deleted: {e}; get permission to write there") from e
     return len(found)

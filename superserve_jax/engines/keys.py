@@ -34,8 +34,10 @@ _log = logging.getLogger(__name__)
 
 Device = Any  # a jax.Device; type checkers do not accept it as a type
 
-_FORMAT = 4  # version of the entries, and of the executables' arguments and results
+_FORMAT = 5  # version of the entries, and of the executables' arguments and results
 PACKAGE = pathlib.Path(superserve_jax.__file__).parent
+NVIDIA_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
+"""Where Linux shows the version of NVIDIA's driver."""
 UNTRACED = {"convert", "experiments", "exports", "loadtest", "scheduling", "serving", "simulation", "training"}
 """The packages from which no program can be traced. Edits there keep all executables."""
 
@@ -123,15 +125,24 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
         "config": families.config_to_json(config),
         "sources": sources_digest,
         "device": [device.platform, device.device_kind, device.id],
-        "packages": _versions(gpu=device.platform != "cpu"),
-        "runtime": device.client.platform_version,
+        **versions(device),
         "flags": os.environ.get("XLA_FLAGS", ""),
         "settings": {name: repr(value) for name, value in settings().items()},
         "features": " ".join(sorted(features.split())),
     }
 
 
-def _versions(*, gpu: bool) -> dict[str, str]:
+def versions(device: Device) -> dict[str, Any]:
+    """The versions of all software that compiles programs for a device or runs them, as a JSON object."""
+    driver = NVIDIA_DRIVER.read_text() if device.platform == "gpu" and NVIDIA_DRIVER.exists() else ""
+    return {
+        "packages": _packages(gpu=device.platform != "cpu"),
+        "runtime": device.client.platform_version,
+        "driver": driver,
+    }
+
+
+def _packages(*, gpu: bool) -> dict[str, str]:
     """The versions of the packages that trace and compile programs, or that hold the kernels which programs call."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     if gpu:

@@ -5,15 +5,16 @@ import functools
 import logging
 import os
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
-from cached import answer
+from cached import answer, smallest
 from tiny import TINY, random_images
 
 from superserve_jax import errors
-from superserve_jax.engines import cache
+from superserve_jax.engines import cache, executables
 from superserve_jax.engines.device import DeviceEngine
 
 # -- safety -------------------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_an_executable_that_fails_after_it_was_compiled_ends_the_start(tiny, mon
     def fail(*arguments):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(cache.Traced, "compile", lambda self: cache.Executable(fail, self.leaves))
+    monkeypatch.setattr(cache.Traced, "compile", lambda self, *_: cache.Executable(fail, self.leaves))
     with pytest.raises(RuntimeError, match="out of order"):
         DeviceEngine(tiny, jax.devices()[0], subnet_list=tiny.calibrated, batch_sizes=(1,))
 
@@ -162,6 +163,33 @@ def test_a_program_shows_and_clears_the_cache_and_leaves_other_files(root, run_p
     assert entry.exists()
     assert "deleted 2 files" in run_program("serve/cache.py", "--clear").stdout
     assert list(root.glob("*")) == [other]
+
+
+def card(number, kind="NVIDIA H100", driver="580.1"):
+    """A stand-in for a GPU."""
+    client = types.SimpleNamespace(platform_version=driver)
+    return types.SimpleNamespace(platform="gpu", device_kind=kind, id=number, client=client)
+
+
+def test_equal_cards_share_the_results_of_tuning_but_no_executables(root, run_program):
+    traced, folders = executables.trace_program(smallest(TINY), 1, jax.devices()[0]), []
+
+    class Recorder(cache.Traced):
+        def compile(self, options=None):
+            folders.append(pathlib.Path(options[cache.TUNING_OPTION]))
+            return super().compile(options)
+
+    for device in (card(0), card(1), card(0, kind="NVIDIA A100"), card(0, driver="590.2")):
+        cache.ExecutableCache(TINY, device).get({}, lambda: Recorder(traced.traced, traced.leaves))
+    assert len(list(root.glob("*.bin"))) == len(folders) == 4
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3
+    for folder in folders:
+        assert folder.parent == root
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "fusion.textproto").touch()
+    assert "deleted 4 files" in run_program("serve/cache.py", "--clear").stdout
+    assert not list(root.iterdir())
 
 
 def test_the_program_says_that_the_cache_is_off(monkeypatch, run_program):

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -44,9 +45,9 @@ def test_another_config_or_batch_has_an_entry_of_its_own(root):
 def test_threads_that_compile_keep_the_precision_of_the_caller_and_the_key_has_it(root, monkeypatch):
     texts, compile = [], cache.Traced.compile
 
-    def record(traced):
+    def record(traced, *options):
         texts.append(traced.traced.lower().as_text())
-        return compile(traced)
+        return compile(traced, *options)
 
     monkeypatch.setattr(cache.Traced, "compile", record)
     for entries, precision in enumerate(["default", "highest"], 1):
@@ -67,6 +68,19 @@ def test_settings_of_another_thread_can_be_applied(name):
     with keys.with_settings({name: new}), keys.with_settings(keys.settings()):
         assert keys.settings()[name] == new
     assert keys.settings()[name] == old
+
+
+def test_the_key_of_a_gpu_has_the_versions_of_driver_and_libraries(monkeypatch, tmp_path):
+    card = types.SimpleNamespace(platform="gpu", device_kind="H100", id=0, client=types.SimpleNamespace(platform_version="13"))
+    library = types.SimpleNamespace(metadata={"Name": "nvidia-cudnn-cu13"}, version="9.12")
+    monkeypatch.setattr(keys.importlib.metadata, "distributions", lambda: [library])
+    monkeypatch.setattr(keys, "NVIDIA_DRIVER", tmp_path / "version")
+    seen = [keys.common_key(TINY, card)]
+    for file_text, version, number in [("580.1", "9.12", 0), ("590.2", "9.12", 0), ("590.2", "9.13", 0), ("590.2", "9.13", 1)]:
+        keys.NVIDIA_DRIVER.write_text(file_text)
+        library.version, card.id = version, number
+        seen.append(keys.common_key(TINY, card))
+    assert len({json.dumps(key) for key in seen}) == len(seen)
 
 
 def test_every_file_that_is_loaded_to_trace_a_program_is_among_the_sources():

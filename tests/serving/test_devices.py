@@ -147,8 +147,20 @@ def main():
         for kind, served in zip(kinds, model.served, strict=True)
     }
     prepare.stored_profile = lambda model, kind, batch_sizes, lengths: stored[kind]
+    # The first engine of each kind is made alone. The others find the results of its tuning, and are made at once.
+    make_engine, others, made = prepare.make_engine, threading.Barrier(len(devices) - len(kinds)), []
+
+    def make(model, device, profile, **options):
+        made.append(device.id)
+        if device.id >= len(kinds):
+            others.wait(WAIT_S)
+        return make_engine(model, device, profile, **options)
+
+    prepare.make_engine = make
     _, engines, profiles = prepare.prepare(model, batch_sizes=(batch,), devices=devices, slicing="in_call")
     assert [p.device for p in profiles] == [kind_of[d] for d in devices]
+    assert made[:2] == [0, 1]
+    assert sorted(made) == list(range(len(devices)))
 
     for device, held, profile in zip(devices, engines, profiles, strict=True):
         zeros, subnet = np.zeros((batch, *held.input_shape), held.input_dtype), profile.rows[0].subnet
