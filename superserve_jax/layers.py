@@ -3,12 +3,13 @@
 No layer has state that changes at run time. Normalisation statistics are passed in as `stats`:
 
 - `BatchStats` computes the statistics of the batch and records them, for training and calibration;
-- `StoredStats` reads the statistics that calibration made, for inference.
+- `StoredStats` reads the statistics that calibration made, for inference;
+- `FoldedStats` is for inference with statistics that are already part of the kernels and biases.
 
 Axis letters: B batch, H height, W width, C and D channels before and after. `h` and `w` are H and W divided by the stride.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,20 @@ class StoredStats:
         start = self.offsets[name]
         part = self.statistics[:, start : start + x.shape[-1]]
         return part[0], part[1]
+
+
+class FoldedStats(StoredStats):
+    """Tells the norms that are folded into the convolution before them to add their bias only (see `ops.fold_norm`).
+
+    Args:
+      statistics: see `StoredStats`. The other norms read them.
+      offsets: see `StoredStats`.
+      folded: the names of the folded norms.
+    """
+
+    def __init__(self, statistics: jax.Array, offsets: Mapping[str, int], folded: Collection[str]):
+        super().__init__(statistics, offsets)
+        self.folded = folded
 
 
 class Conv(nnx.Module):
@@ -105,5 +120,8 @@ class SubnetNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*axes C"], size: ops.Size, stats: BatchStats | StoredStats) -> Float[Array, "*axes C"]:
         """Normalises the last axis of `x`, whose length is the limit of `size`."""
         n = x.shape[-1]
+        bias = ops.weight_slice(self.bias[...], n)
+        if isinstance(stats, FoldedStats) and self.name in stats.folded:
+            return ops.mask(x + bias.astype(x.dtype), size)
         mean, var = stats(self.name, x)
-        return ops.subnet_norm(x, mean, var, ops.weight_slice(self.scale[...], n), ops.weight_slice(self.bias[...], n), size)
+        return ops.subnet_norm(x, mean, var, ops.weight_slice(self.scale[...], n), bias, size)

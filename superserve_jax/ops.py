@@ -20,6 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 Size = int | tuple[int, jax.Array]
+EPS = 1e-5
+"""What SubnetNorm adds to a variance."""
 
 
 def limit(size: Size) -> int:
@@ -91,7 +93,7 @@ def subnet_norm(
     bias: Float[Array, " C"],
     size: Size,
     *,
-    eps: float = 1e-5,
+    eps: float = EPS,
 ) -> Float[Array, "*axes C"]:
     """SubnetNorm: batch normalisation with the statistics of the subnet that runs.
 
@@ -99,3 +101,23 @@ def subnet_norm(
     """
     y = (x.astype(jnp.float32) - mean) * (lax.rsqrt(var + eps) * scale) + bias
     return mask(y.astype(x.dtype), size)
+
+
+def fold_norm(
+    kernel: Float[Array, "*axes C"],
+    mean: Float[Array, " C"],
+    var: Float[Array, " C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    *,
+    eps: float = EPS,
+) -> tuple[Float[Array, "*axes C"], Float[Array, " C"]]:
+    """The kernel and the bias of a convolution that also computes the SubnetNorm after it, both float32.
+
+    >>> one = jnp.ones(1)
+    >>> kernel, bias = fold_norm(jnp.array([[3.0]]), 2 * one, 4 * one, one, 5 * one, eps=0.0)
+    >>> kernel.tolist(), bias.tolist()
+    ([[1.5]], [4.0])
+    """
+    factor = lax.rsqrt(var + eps) * scale
+    return kernel.astype(jnp.float32) * factor, bias - mean * factor

@@ -228,8 +228,10 @@ def time_ms(call: Callable[[], Any]) -> float:
 def slices_of(model: Model, subnet: Subnet, device: Device) -> Callable[[], Any]:
     """A function that makes a subnet's slices, as the engine does if they are not kept."""
     program = programs.sliced(model.config, subnet)
-    slicer = executables.trace_slicer(program, tuple(programs.used_leaves(program).items()), device).compile()
-    values = tuple(model.params[name] for name, _ in slicer.leaves)
+    full = programs.param_spec(model.config)
+    leaves = tuple((name, shape) for name, shape in programs.used_leaves(program).items() if shape != full[name].shape)
+    slicer = executables.trace_slicer(program, leaves, device).compile()
+    values = tuple(model.params[name] for name in slicer.takes)
     return lambda: jax.block_until_ready(slicer.call(values))
 
 

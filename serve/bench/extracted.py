@@ -51,7 +51,9 @@ def extract(
     """Extracts subnets, and compiles them as an engine does; `length` is 0 if all inputs have one shape."""
     program_of = {s: programs.sliced(model.config, s) for s in subnet_list}
     lengths = (length,) if length else ()
-    made, _ = executables.build(program_of.values(), batch_sizes, device, lengths=lengths, kept=lambda program: True)
+    made, _ = executables.build(
+        program_of.values(), batch_sizes, device, lengths=lengths, form=lambda program: executables.Form(kept=True)
+    )
     return {s: Extracted(model, p, {b: made[p, b, length] for b in batch_sizes}) for s, p in program_of.items()}
 
 

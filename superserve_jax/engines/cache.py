@@ -40,6 +40,9 @@ from superserve_jax.supernets.family import FamilyConfig
 Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of parameters, in the order of an executable's arguments."""
 
+Layouts = tuple[tuple[int, ...], ...]
+"""For each of the `Leaves`, its axes in the order in which they are in memory, the slowest first. (0, 1, 2) is the default."""
+
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
 _LIMIT_MB = 4_000
@@ -55,13 +58,17 @@ class Executable:
 
     Args:
       call: the compiled function. A program takes `(leaves, inputs, statistics, active)` and returns logits. A slicer takes
-        `(leaves,)`, parameters of the SuperNet, and returns their slices.
+        `(parameters,)` or `(parameters, statistics)`, and returns slices.
       leaves: the parameters that a program takes, or the slices that a slicer returns.
+      layouts: the layouts of `leaves`; `()` if all have the default one.
+      takes: names of the parameters that a slicer takes.
       compile_again: compiles the program anew, and replaces its entry in the cache; None if it was not loaded from the cache.
     """
 
     call: Callable[..., Any]
     leaves: Leaves
+    layouts: Layouts = ()
+    takes: tuple[str, ...] = ()
     compile_again: "Callable[[], Executable] | None" = None
 
 
@@ -73,16 +80,21 @@ class Traced:
       traced: the traced function.
       leaves: see `Executable`.
       options: the options of the compiler.
+      takes: see `Executable`.
+      is_laid_out: whether the weights have layouts of their own.
     """
 
     traced: jax.stages.Traced
     leaves: Leaves
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    is_laid_out: bool = False
 
     def compile(self, options: Mapping[str, Any] | None = None) -> Executable:
         """Lowers and compiles the program. `options` are more options of the compiler."""
         compiled = self.traced.lower().compile(compiler_options={**self.options, **(options or {})})
-        return Executable(compiled, self.leaves)
+        formats = compiled.input_formats[0][0] if self.is_laid_out else ()
+        return Executable(compiled, self.leaves, tuple(f.layout.major_to_minor for f in formats), self.takes)
 
 
 def directory() -> pathlib.Path | None:
@@ -173,11 +185,11 @@ class ExecutableCache:
             digest, body = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
             if hashlib.sha256(body).digest() != digest:
                 raise ValueError("it is damaged")
-            leaves, serialised = pickle.loads(body)
+            *described, serialised = pickle.loads(body)
             call = serialize_executable.deserialize_and_load(
                 *serialised, backend=self._device.client, execution_devices=[self._device]
             )
-            return Executable(call, leaves)
+            return Executable(call, *described)
         except FileNotFoundError:
             return None
         except Exception as e:  # the runtime can fail in any way on a stale entry, and the remedy is always the same
@@ -248,8 +260,9 @@ def _read_own(path: pathlib.Path) -> bytes:
 
 def _save(path: pathlib.Path, executable: Executable) -> None:
     """Writes an entry. If the disk is full or read-only, only the next start takes longer."""
+    described = executable.leaves, executable.layouts, executable.takes
     try:
-        body = pickle.dumps((executable.leaves, serialize_executable.serialize(executable.call)))  # type: ignore[arg-type]
+        body = pickle.dumps((*described, serialize_executable.serialize(executable.call)))  # type: ignore[arg-type]
         files.write_bytes(path, hashlib.sha256(body).digest() + body, mode=0o600)
     except (OSError, ValueError, RuntimeError, pickle.PicklingError) as e:  # some backends cannot serialise
         _log.warning("cannot store an executable in %s: %s; the next start will compile it again", path.parent, e)

@@ -11,6 +11,7 @@ bucket uses a static slice of the weights. There are two ways to slice the weigh
 An engine holds compiled objects only. So nothing can compile while serving.
 """
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -24,7 +25,7 @@ from superserve_jax import errors
 from superserve_jax.engines import base, executables, profiling
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.cache import Executable
-from superserve_jax.engines.executables import Key, LeastRecentlyUsed, SubnetBucket
+from superserve_jax.engines.executables import Form, Key, LeastRecentlyUsed, SubnetBucket
 from superserve_jax.engines.keys import Device
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
@@ -36,11 +37,13 @@ _log = logging.getLogger(__name__)
 
 Slicing = Literal["kept", "in_call"]
 
-# Kept slices may take a quarter of the weights' bytes. With more, sharing the weights would save little memory. The budget is
-# at least 16 MiB, because a smaller one would cost speed and save little for small networks.
+# On a CPU, kept slices may take a quarter of the weights' bytes. With more, sharing the weights would save little memory. The
+# budget is at least 16 MiB, because a smaller one would cost speed and save little for small networks. On a GPU, they may take
+# a quarter of the memory that jax uses.
 SLICES_SHARE = 0.25
 _MIN_SLICES_BYTES = 16 << 20
-# Statistics of 32 subnets are kept, about as many as are in use at a time, or of more subnets if all fit into 4 MiB.
+# On a CPU, statistics of 32 subnets are kept, about as many as are in use at a time, or of more subnets if all fit into 4 MiB.
+# A GPU has room for the statistics of all subnets.
 _STATISTICS_KEPT = 32
 _MIN_STATISTICS_BYTES = 4 << 20
 _SLOW_CALL_S = 0.05  # longer than the extra time of an executable's first call
@@ -57,9 +60,11 @@ class DeviceEngine:
       lengths: the length buckets to prepare; `()` if all inputs have one shape.
       envelopes: the envelope of each subnet that shares a subnet bucket (see `subnet_buckets`). Other subnets have their own.
       slicing: the way to slice the weights, "kept" or "in_call" (see the module).
-      slice_bytes: the byte budget of kept slices. None takes a quarter of the weights' bytes, but at least 16 MiB. In-call
-        slicing needs about as much memory for its temporaries. A subnet bucket whose slices exceed the budget is sliced in
-        the call.
+      slice_bytes: the byte budget of kept slices. None takes a quarter of jax's memory on a GPU. On a CPU it takes a quarter
+        of the weights' bytes, but at least 16 MiB; in-call slicing needs about as much for its temporaries. A subnet
+        bucket whose slices exceed the budget is sliced in the call.
+      prepared: whether kept slices have the statistics of their subnet and the layouts that XLA chooses (see `executables`).
+        None prepares them on all devices but CPUs, which gain nothing.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class DeviceEngine:
         envelopes: Mapping[Subnet, Subnet] | None = None,
         slicing: Slicing = "kept",
         slice_bytes: int | None = None,
+        prepared: bool | None = None,
     ):
         check_slicing(slicing, slice_bytes)
         config = model.config
@@ -85,23 +91,38 @@ class DeviceEngine:
         self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
 
         if slice_bytes is None:
-            slice_bytes = max(int(SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
+            slice_bytes = _default_slice_bytes(model, device)
         self.slices = LeastRecentlyUsed(slice_bytes)
         self.slicing = slicing
         program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
+        users = collections.Counter(program_of.values())
+        prepares = device.platform != "cpu" if prepared is None else prepared
+
+        def form(program: Program) -> Form:
+            kept = slicing == "kept" and executables.fit(config, program.envelope, slice_bytes)
+            # Prepared slices are copies of all weights, also of those that no subnet slices.
+            whole = prepares and kept and 4 * config.num_params(program.envelope) <= slice_bytes
+            return Form(kept, laid_out=whole, folded=whole and users[program] == 1 and bool(program.folds))
+
         made, slicers = executables.build(
             dict.fromkeys(program_of.values()),
             batch_sizes,
             device,
             lengths=self.lengths,
-            kept=lambda p: slicing == "kept" and executables.fit(config, p.envelope, slice_bytes),
+            form=form,
         )
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
-        weights = {name: jax.device_put(model.params[name], device) for name in sorted(set().union(*leaves.values()))}
-        buckets = {
-            program: SubnetBucket(program, {name: weights[name] for name in names}, slicers.get(program))
-            for program, names in leaves.items()
-        }
+        read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
+        weights = {name: jax.device_put(model.params[name], device) for name in sorted(read)}
+
+        def bucket(program: Program, names: Sequence[str]) -> SubnetBucket:
+            whole, slicer = {name: weights[name] for name in names}, slicers.get(program)
+            if slicer is None:
+                return SubnetBucket(program, whole)
+            sources = tuple(weights[name] for name in slicer.takes)
+            return SubnetBucket(program, whole, slicer, sources, is_folded=form(program).folded)
+
+        buckets = {program: bucket(program, names) for program, names in leaves.items()}
         shapes = [(b, length) for b in batch_sizes for length in self.lengths or (0,)]
         self.calls = {
             (s, *shape): (made[program, *shape].call, buckets[program])
@@ -110,7 +131,8 @@ class DeviceEngine:
         }
         self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
         largest = 8 * max(program.statistics_size for program in buckets)
-        self.statistics = LeastRecentlyUsed(max(_STATISTICS_KEPT * largest, _MIN_STATISTICS_BYTES))
+        kept = _STATISTICS_KEPT if device.platform == "cpu" else max(_STATISTICS_KEPT, len(program_of))
+        self.statistics = LeastRecentlyUsed(max(kept * largest, _MIN_STATISTICS_BYTES))
         # The subnet that runs next, and its weights, statistics and traced sizes on the device.
         self._subnet: Subnet | None = None
         self._actuated: tuple[Any, ...] = ()
@@ -129,6 +151,7 @@ class DeviceEngine:
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `Overlapping.launch`."""
         launched = self._launch(subnet, batch_size, inputs)
+        launched[0].copy_to_host_async()  # or the copy would begin after the wait
         return Launched(launched[0].block_until_ready, functools.partial(_outputs, *launched))
 
     def _launch(
@@ -171,10 +194,10 @@ class DeviceEngine:
             values = program.pad_statistics(self.model.statistics_of(subnet), subnet), program.active(subnet)
             return jax.device_put(values, self.device)
 
-        leaves = bucket.whole
+        leaves, rest = bucket.whole, self.statistics.get(subnet, 8 * program.statistics_size, statistics)
         if bucket.slicer is not None:
-            leaves = self.slices.get(bucket, bucket.slice_bytes, bucket.sliced)
-        self._actuated = (leaves, *self.statistics.get(subnet, 8 * program.statistics_size, statistics))
+            leaves = self.slices.get(bucket, bucket.slice_bytes, lambda: bucket.sliced(rest[0]))
+        self._actuated = (leaves, *rest)
         self._subnet = subnet
 
     def _warm_up(self, program_of: Mapping[Subnet, Program], made: Mapping[Key, Executable]) -> None:
@@ -223,6 +246,14 @@ class DeviceEngine:
         self.executables = tuple(call if old is executable.call else old for old in self.executables)
         self._subnet = None  # so that the next call slices again
         return True
+
+
+def _default_slice_bytes(model: SuperNet, device: Device) -> int:
+    """The byte budget of kept slices: a share of the card's memory, or of the weights on a CPU."""
+    memory = device.memory_stats() if device.platform != "cpu" else None
+    if memory is not None and "bytes_limit" in memory:
+        return int(SLICES_SHARE * memory["bytes_limit"])
+    return max(int(SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
 
 
 def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:

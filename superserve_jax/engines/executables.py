@@ -5,6 +5,12 @@ kinds of these arguments:
 
 - Kept slices have the sizes of the program's envelope. A slicer, another executable, makes them ahead of the calls.
 - The SuperNet's own parameters are larger. The program slices them in every call.
+
+On a GPU, the number of kernels that the host launches limits most calls. So a slicer prepares kept slices further there:
+
+- **Layouts.** XLA chooses the order of the axes in memory. Otherwise it would transpose the weights in every call. The
+  executable of the largest batch chooses. The slicer and the other executables follow.
+- **Folding.** If only one subnet uses the slices, its statistics become part of the kernels and biases (`Program.fold`).
 """
 
 import collections
@@ -18,10 +24,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from superserve_jax.engines import threads
-from superserve_jax.engines.cache import Executable, ExecutableCache, Leaves, Traced
+from superserve_jax.engines.cache import Executable, ExecutableCache, Layouts, Leaves, Traced
 from superserve_jax.engines.keys import Device
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
@@ -32,13 +39,28 @@ Key = tuple[Program, int, int]
 """Program, batch size and length. The length is 0 if all inputs have one shape."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the executables of a program take their weights (see the module).
+
+    Args:
+      kept: as kept slices, and not as the SuperNet's own parameters.
+      laid_out: in the layouts that XLA chooses. Only kept slices can be.
+      folded: with the statistics of one subnet folded into them. Only kept slices can be.
+    """
+
+    kept: bool = False
+    laid_out: bool = False
+    folded: bool = False
+
+
 def build(
     program_list: Iterable[Program],
     batch_sizes: Iterable[int],
     device: Device,
     *,
     lengths: Sequence[int] = (),
-    kept: Callable[[Program], bool] = lambda program: False,
+    form: Callable[[Program], Form] = lambda program: Form(),
 ) -> tuple[dict[Key, Executable], dict[Program, Executable]]:
     """Loads or compiles executables in parallel, with a progress bar.
 
@@ -47,63 +69,123 @@ def build(
       batch_sizes: the batch sizes of every program.
       device: the device that runs them.
       lengths: the length buckets of every program; `()` if all inputs have one shape.
-      kept: a function that tells whether a program takes kept slices.
+      form: a function that tells how a program takes its weights.
 
     Returns:
       The executables by program, batch size and length, and the slicers of the programs with kept slices.
     """
-    program_list = list(program_list)
-    store = ExecutableCache(program_list[0].config, device)
+    forms = {program: form(program) for program in program_list}
+    store = ExecutableCache(next(iter(forms)).config, device)
+    shapes, workers = list(itertools.product(batch_sizes, lengths or (0,))), os.cpu_count() or 1
+    largest = {program: (program, *max(shapes)) for program, form in forms.items() if form.laid_out}
+    made: dict[Key, Executable] = {}
 
-    def program_executable(program: Program, batch: int, length: int) -> Executable:
-        about = {**_about(program), "batch": batch, "length": length, "kept": kept(program)}
-        about["options"] = programs.compiler_options(device.platform)
-        return store.get(about, lambda: trace_program(program, batch, device, length=length, kept=kept(program)))
+    def program_executable(key: Key) -> Executable:
+        program, batch, length = key
+        layouts = made[largest[program]].layouts if largest.get(program, key) != key else None
+        about = {**_about(program), "batch": batch, "length": length, **dataclasses.asdict(forms[program])}
+        about |= {"layouts": layouts, "options": programs.compiler_options(device.platform)}
+        how = {"length": length, "form": forms[program], "layouts": layouts}
+        return store.get(about, lambda: trace_program(program, batch, device, **how))
 
     def slicer(program: Program) -> Executable:
-        about = {**_about(program), "slicer": True}
-        return store.get(about, lambda: trace_slicer(program, leaves[program], device))
+        leaves, layouts = sliced_leaves[program]
+        about = {**_about(program), "slicer": leaves, "layouts": layouts, "folded": forms[program].folded}
+        how = {"layouts": layouts, "folded": forms[program].folded}
+        return store.get(about, lambda: trace_slicer(program, leaves, device, **how))
 
-    full, workers = programs.param_spec(program_list[0].config), os.cpu_count() or 1
-    keys = list(itertools.product(program_list, batch_sizes, lengths or (0,)))
-    description = f"executables for {device.platform}:{device.id}"
-    executables = threads.each(lambda key: program_executable(*key), keys, workers=workers, description=description)
-    made = dict(zip(keys, executables, strict=True))
-    leaves = {
-        program: e.leaves for (program, _, _), e in made.items() if any(shape != full[name].shape for name, shape in e.leaves)
-    }
-    slicers = dict(zip(leaves, threads.each(slicer, leaves, workers=workers), strict=True))
+    others = [(program, *shape) for program in forms for shape in shapes if (program, *shape) not in largest.values()]
+    for keys in (list(largest.values()), others):
+        if keys:
+            description = f"executables for {device.platform}:{device.id}"
+            made |= zip(keys, threads.each(program_executable, keys, workers=workers, description=description), strict=True)
+    made = {(program, *shape): made[program, *shape] for program in forms for shape in shapes}
+    found = {program: _sliced_leaves(program, form, made[program, *shapes[0]]) for program, form in forms.items()}
+    sliced_leaves = {program: leaves for program, leaves in found.items() if leaves[0]}
+    slicers = dict(zip(sliced_leaves, threads.each(slicer, sliced_leaves, workers=workers), strict=True))
     store.shrink()
     return made, slicers
 
 
-def trace_program(program: Program, batch: int, device: Device, *, length: int = 0, kept: bool = False) -> Traced:
-    """Traces a program. `length` is 0 if all inputs have one shape. `kept`: it takes kept slices."""
+def _sliced_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
+    """The arguments of an executable that are not parameters of the SuperNet as they are; and their layouts."""
     full = programs.param_spec(program.config)
-    leaves = tuple((name, shape if kept else full[name].shape) for name, shape in programs.used_leaves(program).items())
+    folded = {name for fold in program.folds.values() for name in (fold.kernel, fold.bias)} if form.folded else set()
+    default = tuple(tuple(range(len(shape))) for _, shape in executable.leaves)
+    chosen = [
+        ((name, shape), layout)
+        for (name, shape), layout in zip(executable.leaves, executable.layouts or default, strict=True)
+        if shape != full[name].shape or name in folded or layout != tuple(range(len(shape)))
+    ]
+    return tuple(leaf for leaf, _ in chosen), tuple(layout for _, layout in chosen) if executable.layouts else ()
+
+
+def trace_program(
+    program: Program, batch: int, device: Device, *, length: int = 0, form: Form = Form(), layouts: Layouts | None = None
+) -> Traced:
+    """Traces a program.
+
+    Args:
+      program: the program.
+      batch: the batch size.
+      device: the device that will run it.
+      length: the number of tokens; 0 if all inputs have one shape.
+      form: how it takes its weights.
+      layouts: with `form.laid_out`, the layouts of its weights; None lets XLA choose them.
+    """
+    full, used = programs.param_spec(program.config), programs.used_leaves(program, folded=form.folded)
+    leaves = tuple((name, shape if form.kept else full[name].shape) for name, shape in used.items())
     names = tuple(name for name, _ in leaves)
 
     def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
-        return program.infer(dict(zip(names, values, strict=True)), inputs, statistics, active)
+        run = program.infer_folded if form.folded else program.infer
+        return run(dict(zip(names, values, strict=True)), inputs, statistics, active)
 
     values = tuple(jax.ShapeDtypeStruct(shape, full[name].dtype) for name, shape in leaves)
     inputs = input_spec(program.config, batch, length)
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
-    traced = jax.jit(infer, in_shardings=SingleDeviceSharding(device)).trace(values, inputs, statistics, active)
-    return Traced(traced, leaves, programs.compiler_options(device.platform))
+    sharding: Any = SingleDeviceSharding(device)
+    if form.laid_out:
+        chosen = layouts or [None] * len(leaves)
+        wanted = tuple(_format(device, layout, len(shape)) for layout, (_, shape) in zip(chosen, leaves, strict=True))
+        sharding = wanted, sharding, sharding, sharding
+    traced = jax.jit(infer, in_shardings=sharding).trace(values, inputs, statistics, active)
+    return Traced(traced, leaves, programs.compiler_options(device.platform), is_laid_out=form.laid_out)
 
 
-def trace_slicer(program: Program, leaves: Leaves, device: Device) -> Traced:
-    """Traces the function that makes a program's slices. Its arguments are the parameters that are larger than `leaves`."""
-    full = programs.param_spec(program.config)
-    cut = tuple((name, shape) for name, shape in leaves if shape != full[name].shape)
+def trace_slicer(program: Program, leaves: Leaves, device: Device, *, layouts: Layouts = (), folded: bool = False) -> Traced:
+    """Traces the function that makes a program's slices.
 
-    def slices(values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(jax.lax.slice(v, (0,) * v.ndim, shape) for v, (_, shape) in zip(values, cut, strict=True))
+    Args:
+      program: the program.
+      leaves: names and shapes of the slices.
+      device: the device that will run it.
+      layouts: the layouts of the slices; `()` for XLA's default ones.
+      folded: whether the function takes statistics (2, N) as a second argument, and folds them into the slices.
+    """
+    full, statistics = programs.param_spec(program.config), jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
+    takes = tuple(name for name, _ in leaves) + tuple(fold.scale for fold in program.folds.values() if folded)
 
-    traced = jax.jit(slices, in_shardings=SingleDeviceSharding(device)).trace(tuple(full[name] for name, _ in cut))
-    return Traced(traced, cut)
+    def slices(values: tuple[jax.Array, ...], *statistics: jax.Array) -> tuple[jax.Array, ...]:
+        params = dict(zip(takes, values, strict=True))
+        params |= program.fold(params, *statistics) if folded else {}
+        return tuple(programs.cut(params[name], shape) for name, shape in leaves)
+
+    sharding: Any = SingleDeviceSharding(device)
+    out = tuple(_format(device, layout, len(layout)) for layout in layouts) if layouts else sharding
+    arguments = (tuple(full[name] for name in takes), statistics)[: 1 + folded]
+    traced = jax.jit(slices, in_shardings=sharding, out_shardings=out).trace(*arguments)
+    return Traced(traced, leaves, takes=takes)
+
+
+def free_layout(axes: int) -> Any:
+    """The layout of a weight with this number of axes in an executable that may choose it."""
+    return Layout.AUTO
+
+
+def _format(device: Device, layout: tuple[int, ...] | None, axes: int) -> Format:
+    return Format(free_layout(axes) if layout is None else Layout(layout), SingleDeviceSharding(device))
 
 
 def _about(program: Program) -> dict[str, Any]:
@@ -166,12 +248,16 @@ class SubnetBucket:
     Args:
       program: the program of its subnets.
       weights: the SuperNet's parameters that the program reads, in the order of the executables' arguments.
-      slicer: makes the slices of parameters that the program reads only in part. None if the program slices them itself.
+      slicer: makes the arguments that are not parameters as they are. None if the executables take the parameters.
+      sources: the SuperNet's parameters that the slicer reads, in the order of its arguments.
+      is_folded: whether the slicer takes statistics, too.
     """
 
     program: Program
     weights: Mapping[str, jax.Array]
-    slicer: Executable | None
+    slicer: Executable | None = None
+    sources: tuple[jax.Array, ...] = ()
+    is_folded: bool = False
 
     @functools.cached_property
     def whole(self) -> tuple[jax.Array, ...]:
@@ -184,11 +270,11 @@ class SubnetBucket:
         cut = self.slicer.leaves if self.slicer is not None else ()
         return sum(self.weights[name].dtype.itemsize * math.prod(shape) for name, shape in cut)
 
-    def sliced(self) -> tuple[jax.Array, ...]:
-        """The first argument of the executables, if the slicer slices the parameters."""
+    def sliced(self, statistics: jax.Array) -> tuple[jax.Array, ...]:
+        """The first argument of the executables, if there is a slicer. `statistics` (2, N) are folded into it or ignored."""
         assert self.slicer is not None
-        names = [name for name, _ in self.slicer.leaves]
-        slices = self.slicer.call(tuple(self.weights[name] for name in names))
+        slices = self.slicer.call(self.sources, statistics) if self.is_folded else self.slicer.call(self.sources)
+        names = (name for name, _ in self.slicer.leaves)
         return tuple({**self.weights, **dict(zip(names, slices, strict=True))}.values())
 
 

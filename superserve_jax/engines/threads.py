@@ -12,7 +12,8 @@ from typing import TypeVar
 from superserve_jax import errors, progress
 from superserve_jax.engines import keys
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 _local = threading.local()  # `stop`, in a thread of `each`: the event that ends the outermost call of `each`
 
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Num
 from superserve_jax import errors, layers, ops
 from superserve_jax.space import Axis, SearchSpace, check_depths
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import Units
+from superserve_jax.supernets.family import Fold, Units
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -161,6 +161,15 @@ class OFAResNetConfig:
                 writers = ((f"{conv}.conv.kernel", 3), (f"{conv}.norm.scale", 0), (f"{conv}.norm.bias", 0))
                 found.append(Units(sizes[f"block{b}.mid"], writers, (f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)))
         return found
+
+    def folds(self) -> list[Fold]:
+        """All norms, since each follows a convolution."""
+        paths = {f"stem{i}": f"stem.{i}" for i in range(3)}
+        for _, b, _, has_shortcut in _blocks(self):
+            paths |= {f"block{b}.conv{i}": f"blocks.{b}.convs.{i}" for i in range(3 if self.block == "bottleneck" else 2)}
+            if has_shortcut:
+                paths[f"block{b}.shortcut"] = f"blocks.{b}.shortcut"
+        return [Fold(f"{n}.norm", f"{p}.conv.kernel", f"{p}.norm.scale", f"{p}.norm.bias") for n, p in paths.items()]
 
     def _convs(self, sizes: dict[str, int]) -> Iterator[tuple[str, int, int, int, int]]:
         """(name, kernel size, input channels, output channels, output pixels) of every convolution that runs, in order."""

@@ -1,7 +1,7 @@
 """What a family of SuperNets must offer: the interface of its config.
 
 A family is one frozen dataclass, the config, that describes a network and its search space. `FamilyConfig` lists what every
-family offers. The other two Protocols are optional parts. Test for a part with `isinstance(config, SequenceConfig)`.
+family offers. The other Protocols are optional parts. Test for a part with `isinstance(config, SequenceConfig)`.
 `supernets.check` verifies a new family; `families/ofa_resnet.py` is the example to follow.
 """
 
@@ -87,6 +87,32 @@ class RewirableConfig(FamilyConfig, Protocol):
 
     def units(self) -> list[Units]:
         """The units that training may reorder."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A SubnetNorm that reads the output of one convolution and nothing else, so both can be one convolution with a bias.
+
+    Args:
+      norm: the norm's name, as in `norm_sizes`.
+      kernel: dotted path of the convolution's kernel. Its last axis holds the norm's channels. No other layer reads it.
+      scale: dotted path of the norm's scale.
+      bias: dotted path of the norm's bias.
+    """
+
+    norm: str
+    kernel: str
+    scale: str
+    bias: str
+
+
+@runtime_checkable
+class FoldableConfig(FamilyConfig, Protocol):
+    """A family with norms that can be folded into the convolutions before them. Engines do that on GPUs."""
+
+    def folds(self) -> list[Fold]:
+        """The norms that can be folded."""
         ...
 
 

@@ -24,17 +24,22 @@ from flax import nnx
 
 from superserve_jax import layers, ops
 from superserve_jax.subnet import Subnet, envelope_of
-from superserve_jax.supernets.family import FamilyConfig
+from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig
 
 # First option: by default, XLA's CPU backend slices all weights before the first layer and holds all slices at once. The
 # memory-optimised order takes less than half of the temporary memory and is as fast. Second option: by default, convolutions
 # run in YNN, a library of fused kernels. With YNN they take 1.4 to 1.8 times as long as with XLA's own code (OFA-ResNet50,
 # two cores with AVX-512), and the first call takes 10 ms longer. So only matrix products use YNN.
+# On a GPU, XLA by default records no convolutions and branches in command buffers (CUDA graphs). Then the host launches each
+# kernel by itself, and waits for the device at each branch. With this list, a call is one command buffer.
 _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "cpu": {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    }
+    },
+    "gpu": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,CONDITIONAL",
+    },
 }
 
 Params = Mapping[str, jax.Array]
@@ -73,6 +78,12 @@ class Program:
         """N: the statistics of this program have the shape (2, N)."""
         return sum(self.config.norm_sizes(self.limits).values())
 
+    @functools.cached_property
+    def folds(self) -> dict[str, Fold]:
+        """The norms that this program runs and that can be folded into a convolution, by name."""
+        found = self.config.folds() if isinstance(self.config, FoldableConfig) else []
+        return {fold.norm: fold for fold in found if fold.norm in self.offsets}
+
     # -- the arguments of a subnet, on the host -------------------------------------------------------------------------
 
     def active(self, subnet: Subnet) -> np.ndarray:
@@ -102,6 +113,25 @@ class Program:
     def infer(self, params: Params, inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
         """Logits (B, num_classes), normalised with statistics (2, N)."""
         return module(self.config, params)(inputs, self._sizes(active), layers.StoredStats(statistics, self.offsets))
+
+    def infer_folded(self, params: Params, inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
+        """Logits as from `infer`, with parameters from `fold`. Norms that are not folded read the statistics."""
+        stats = layers.FoldedStats(statistics, self.offsets, self.folds)
+        return module(self.config, params)(inputs, self._sizes(active), stats)
+
+    def fold(self, params: Params, statistics: jax.Array) -> dict[str, jax.Array]:
+        """The parameters of `infer_folded`: cut to what it reads, with the statistics (2, N) folded into kernels and biases.
+
+        A caller may leave out parameters of other layers. Then they are also missing in the result.
+        """
+        shapes = used_leaves(self, folded=True)
+        found = {name: cut(params[name], shape) for name, shape in shapes.items() if name in params}
+        for norm, fold in self.folds.items():
+            [n], start = shapes[fold.bias], self.offsets[norm]
+            mean, var = statistics[:, start : start + n]
+            kernel, scale, bias = found[fold.kernel], cut(params[fold.scale], (n,)), found[fold.bias]
+            found[fold.kernel], found[fold.bias] = ops.fold_norm(kernel, mean, var, scale, bias)
+        return found
 
     def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits (B, num_classes), normalised with the statistics of the batch, and these statistics (2, N)."""
@@ -190,9 +220,14 @@ def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subne
 # -- which parameters a program reads -----------------------------------------------------------------------------------
 
 
+def cut(value: jax.Array, shape: Shape) -> jax.Array:
+    """The first entries of an array along every axis."""
+    return jax.lax.slice(value, (0,) * value.ndim, shape)
+
+
 @functools.lru_cache(maxsize=1024)
-def used_leaves(program: Program) -> dict[str, Shape]:
-    """The smallest shape that a program needs of each parameter that it reads.
+def used_leaves(program: Program, *, folded: bool = False) -> dict[str, Shape]:
+    """The smallest shape that a program needs of each parameter that it reads. `folded` means `Program.infer_folded`.
 
     WeightSlice reads the first entries along every axis. So a program reads the same values from parameters that are cut to
     these shapes, and needs no change.
@@ -200,7 +235,8 @@ def used_leaves(program: Program) -> dict[str, Shape]:
     spec = param_spec(program.config)
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
-    jaxpr = jax.make_jaxpr(program.infer)(spec, program.config.input_spec(1), statistics, active).jaxpr
+    infer = program.infer_folded if folded else program.infer
+    jaxpr = jax.make_jaxpr(infer)(spec, program.config.input_spec(1), statistics, active).jaxpr
     return read_shapes(jaxpr, sorted(spec))
 
 
