@@ -8,10 +8,10 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c constraints.txt)
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: help demo test test-gpu lint docs setup shipped
+.PHONY: help demo test test-gpu test-gpu-compile lint docs setup shipped
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.13 uses another Python. This one is $(or $(PYTHON),missing)$(if $(VERSION), ($(VERSION)))."
 
 demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores, no GPU needed
@@ -25,6 +25,9 @@ test: setup  ## run the whole test suite
 test-gpu: setup  ## run the tests that need a GPU, in one process
 	$(BIN)/python -m pytest -m gpu
 
+test-gpu-compile: .venv-gpu-aot/.ready  ## compile for GPUs that are not there, and check what they would run (4.5 GB of wheels)
+	.venv-gpu-aot/bin/python -m pytest -n0 -m gpu_aot tests/programs/test_gpu_compile.py
+
 lint: setup  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -36,6 +39,11 @@ shipped: setup  ## train and export again what ss.load("digits") loads
 
 docs: setup  ## build docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+.venv-gpu-aot/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu-aot
+	.venv-gpu-aot/bin/python -m pip install --quiet $(CONSTRAINTS) -e '.[gpu-aot]'
+	touch $@
 
 setup: $(VENV)/.ready  ## make the virtual environment
 

@@ -89,7 +89,7 @@ def build(
         return store.get(about, lambda: trace_program(program, batch, device, **how))
 
     def slicer(program: Program) -> Executable:
-        leaves, layouts = sliced_leaves[program]
+        leaves, layouts = cuts[program]
         about = {**_about(program), "slicer": leaves, "layouts": layouts, "folded": forms[program].folded}
         how = {"layouts": layouts, "folded": forms[program].folded}
         return store.get(about, lambda: trace_slicer(program, leaves, device, **how))
@@ -100,14 +100,14 @@ def build(
             description = f"executables for {device.platform}:{device.id}"
             made |= zip(keys, threads.each(program_executable, keys, workers=workers, description=description), strict=True)
     made = {(program, *shape): made[program, *shape] for program in forms for shape in shapes}
-    found = {program: _sliced_leaves(program, form, made[program, *shapes[0]]) for program, form in forms.items()}
-    sliced_leaves = {program: leaves for program, leaves in found.items() if leaves[0]}
-    slicers = dict(zip(sliced_leaves, threads.each(slicer, sliced_leaves, workers=workers), strict=True))
+    found = {program: sliced_leaves(program, form, made[program, *shapes[0]]) for program, form in forms.items()}
+    cuts = {program: leaves for program, leaves in found.items() if leaves[0]}
+    slicers = dict(zip(cuts, threads.each(slicer, cuts, workers=workers), strict=True))
     store.shrink()
     return made, slicers
 
 
-def _sliced_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
+def sliced_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
     """The arguments of an executable that are not parameters of the SuperNet as they are; and their layouts."""
     full = programs.param_spec(program.config)
     folded = {name for fold in program.folds.values() for name in (fold.kernel, fold.bias)} if form.folded else set()
