@@ -91,7 +91,7 @@ class DeviceEngine:
         self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
 
         if slice_bytes is None:
-            slice_bytes = _default_slice_bytes(model, device)
+            slice_bytes = default_slice_bytes(model, device)
         self.slices = LeastRecentlyUsed(slice_bytes)
         self.slicing = slicing
         program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
@@ -248,7 +248,7 @@ class DeviceEngine:
         return True
 
 
-def _default_slice_bytes(model: SuperNet, device: Device) -> int:
+def default_slice_bytes(model: SuperNet, device: Device) -> int:
     """The byte budget of kept slices: a share of the card's memory, or of the weights on a CPU."""
     memory = device.memory_stats() if device.platform != "cpu" else None
     if memory is not None and "bytes_limit" in memory:

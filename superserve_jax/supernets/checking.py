@@ -240,6 +240,7 @@ def _check_programs(config: FamilyConfig) -> None:
     params = {name: (p + noise[name]).astype(p.dtype) for name, p in params.items()}
     inputs, masked = _inputs(config, rng), programs.masked(config)
     train_masked, infer_masked = jax.jit(masked.train), jax.jit(masked.infer)
+    infer_folded = jax.jit(lambda params, x, rows, active: masked.infer_folded(masked.fold(params, rows), x, rows, active))
     largest = config.space().largest()  # has no channels to mask
     for subnet in [s for s in _subnets(config, _TRACED) if s != largest] or [largest]:
         sliced, active = programs.sliced(config, subnet), masked.active(subnet)
@@ -248,13 +249,17 @@ def _check_programs(config: FamilyConfig) -> None:
             logits, statistics = map(np.asarray, jax.jit(sliced.train)(params, inputs, none))
             inferred = jax.jit(sliced.infer)(params, inputs, statistics, none)
             masked_logits, masked_statistics = map(np.asarray, train_masked(params, inputs, active))
-            masked_inferred = infer_masked(params, inputs, masked.pad_statistics(statistics, subnet), active)
+            padded = masked.pad_statistics(statistics, subnet)
+            masked_inferred = infer_masked(params, inputs, padded, active)
+            folded = infer_folded(params, inputs, padded, active) if masked.folds else masked_inferred
         zero = "every activation must be zero beyond its active size, see ops.py"
         between = "the sliced and the masked program"
         cut = masked.cut_statistics(masked_statistics, subnet)
         _compare(config, "logits in training", logits, masked_logits, between, zero, subnet)
         _compare(config, "statistics", statistics, cut, between, zero, subnet)
         _compare(config, "logits in inference", inferred, masked_inferred, between, zero, subnet)
+        between, rule = "programs with and without folded norms", "each norm in folds() must read its convolution alone"
+        _compare(config, "logits in inference", masked_inferred, folded, between, rule, subnet)
         if isinstance(config, SequenceConfig) and config.max_length > 1:
             half = math.ceil(config.max_length / 2)
             ids = 1 + rng.integers(0, config.vocab_size - 1, (_BATCH, half))

@@ -8,6 +8,7 @@ import json
 import pathlib
 import types
 
+import jax
 import numpy as np
 import published
 import pytest
@@ -16,6 +17,7 @@ from tiny import random_params, random_statistics, write_export
 
 from superserve_jax import convert, errors, exports
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -69,6 +71,18 @@ def test_logits_of_the_fixtures_agree_before_and_after_an_export(read, tmp_path)
         tolerance = {"rtol": 0, "atol": 1e-4 * np.abs(expected).max()}
         np.testing.assert_allclose(model(inputs, subnet, norm="shared"), expected, **tolerance)
         np.testing.assert_allclose(loaded(inputs, subnet), expected, **tolerance)
+
+
+@pytest.mark.slow
+def test_logits_of_a_fixture_agree_if_the_norms_are_folded():
+    model, subnet_list, inputs, logits = ofa_fixture()
+    program = programs.masked(model.config)
+    run = jax.jit(lambda params, rows, active: program.infer_folded(program.fold(params, rows), inputs, rows, active))
+    for subnet, expected in zip(subnet_list, logits, strict=True):
+        statistics = program.pad_statistics(model.statistics_of(subnet, norm="shared"), subnet)
+        np.testing.assert_allclose(
+            run(model.params, statistics, program.active(subnet)), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+        )
 
 
 # -- both directions ----------------------------------------------------------------------------------------------------

@@ -277,6 +277,18 @@ def test_a_config_that_can_change_is_found():
 
 
 @pytest.mark.slow
+@dataclasses.dataclass(frozen=True)
+class WrongFolds(OFAResNetConfig):
+    def folds(self):
+        return [dataclasses.replace(fold, scale=fold.bias, bias=fold.scale) for fold in super().folds()]
+
+
+@pytest.mark.slow
+def test_norms_that_cannot_be_folded_as_the_family_says_are_found():
+    with pytest.raises(errors.ConfigError, match=r"folds\(\) must read its convolution"):
+        supernets.check(WrongFolds(**vars(TINY)))
+
+
 def test_sequences_whose_padding_changes_the_answer_are_found():
     class Blind(DynaBERT):
         """It attends to padding."""

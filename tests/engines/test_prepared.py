@@ -1,0 +1,116 @@
+"""Engines with prepared slices: folded statistics, and layouts that the largest batch chooses.
+
+A GPU chooses other layouts than the default ones. A CPU does not, so the tests choose for it: all axes reversed.
+"""
+
+import collections
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.layout import Layout
+from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, random_tokens
+
+from superserve_jax.engines import device as device_module
+from superserve_jax.engines import executables, subnet_buckets
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.supernets.supernet import SuperNet
+
+CHOSEN = list(TINY.space().enumerate())[::45]
+IMAGES = random_images(TINY, 2)
+
+
+@pytest.fixture
+def model():
+    return SuperNet(TINY, random_params(TINY), {s: random_statistics(TINY, s) for s in CHOSEN})
+
+
+@pytest.fixture
+def reversed_axes(monkeypatch):
+    """Executables that may choose a layout choose this one. The list has the number of axes of each choice."""
+    chosen = []
+
+    def free_layout(axes):
+        chosen.append(axes)
+        return Layout(tuple(range(axes))[::-1])
+
+    monkeypatch.setattr(executables, "free_layout", free_layout)
+    return chosen
+
+
+def make(model, subnet_list=CHOSEN, **options):
+    options = {"batch_sizes": (1, 2), "prepared": True, **options}
+    return DeviceEngine(model, jax.devices()[0], subnet_list=subnet_list, **options)
+
+
+def outputs_of(engine, inputs=IMAGES):
+    return [engine.run(s, batch, list(inputs[:batch])) for s in engine.subnets for batch in engine.batch_sizes]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("reversed_axes")
+@pytest.mark.parametrize("buckets", [3, 100])
+def test_outputs_do_not_depend_on_folding_and_layouts(model, buckets):
+    envelopes = subnet_buckets.choose(CHOSEN, TINY.flops, buckets)
+    engine = make(model, envelopes=envelopes)
+    for _ in range(2):
+        for subnet in engine.subnets:
+            for batch in (1, 2):
+                assert_close(engine.run(subnet, batch, list(IMAGES[:batch])), model(IMAGES[:batch], subnet))
+    slicers = [bucket.slicer for _, bucket in engine.calls.values()]
+    assert all(slicer is not None for slicer in slicers)
+    assert {f.layout.major_to_minor for s in slicers for f in s.call.output_formats} >= {(0,), (1, 0), (3, 2, 1, 0)}
+    alone = {s for s, bucket in ((s, b) for (s, _, _), (_, b) in engine.calls.items()) if bucket.is_folded}
+    members = collections.Counter(envelopes.get(s, s) for s in CHOSEN)
+    assert alone == {s for s in CHOSEN if members[envelopes.get(s, s)] == 1}
+
+
+def test_prepared_slices_come_from_the_cache_with_their_layouts(model, root, reversed_axes):
+    first, calls = outputs_of(make(model, CHOSEN[:2])), len(reversed_axes)
+    entries = set(root.glob("*.bin"))
+    np.testing.assert_array_equal(np.concatenate(outputs_of(make(model, CHOSEN[:2]))), np.concatenate(first))
+    assert set(root.glob("*.bin")) == entries
+    assert len(reversed_axes) == calls > 0  # nothing was traced again
+    plain = outputs_of(make(model, CHOSEN[:2], prepared=False))
+    assert_close(np.concatenate(first), np.concatenate(plain))
+    assert set(root.glob("*.bin")) > entries
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("reversed_axes")
+def test_a_transformer_with_other_layouts_gives_the_same_outputs():
+    model, tokens, space = SuperNet.create(TINY_BERT, seed=0), random_tokens(TINY_BERT, 2), TINY_BERT.space()
+    engine = make(model, [space.smallest(), space.largest()], lengths=(3, 6))
+    tokens[1, 3:] = TINY_BERT.pack(np.zeros((1, 0), np.int32), length=6)[0, 3:]  # a short sequence
+    for subnet in engine.subnets:
+        assert_close(engine.run(subnet, 2, list(tokens)), model(tokens, subnet))
+        assert_close(engine.run(subnet, 1, [tokens[1, :3]]), model(tokens[1:], subnet))
+
+
+def test_slices_that_exceed_the_budget_are_not_prepared(model):
+    budget = 4 * TINY.num_params(TINY.space().smallest())
+    engine = make(model, [CHOSEN[0], CHOSEN[-1]], slice_bytes=budget, batch_sizes=(2,))
+    prepared = {s: bucket.is_folded for (s, _, _), (_, bucket) in engine.calls.items()}
+    assert prepared == {s: TINY.num_params(s) * 4 <= budget for s in engine.subnets}
+    for subnet in engine.subnets:
+        assert_close(engine.run(subnet, 2, list(IMAGES)), model(IMAGES, subnet))
+    assert engine.slices.nbytes <= budget
+
+
+def test_on_a_cpu_nothing_is_prepared_unless_asked_for(model):
+    engine = make(model, CHOSEN[:1], batch_sizes=(1,), prepared=None)
+    [(_, bucket)] = engine.calls.values()
+    assert bucket.slicer is not None
+    assert not bucket.is_folded
+    assert "scale" in " ".join(bucket.weights)
+
+
+def test_the_budget_of_slices_is_a_share_of_the_card_s_memory(model):
+    def card(memory):
+        return types.SimpleNamespace(platform="gpu", memory_stats=lambda: memory)
+
+    assert device_module.default_slice_bytes(model, card({"bytes_limit": 4 << 30})) == 1 << 30
+    least = device_module.default_slice_bytes(model, jax.devices()[0])
+    assert least == 16 << 20
+    assert device_module.default_slice_bytes(model, card(None)) == device_module.default_slice_bytes(model, card({})) == least
