@@ -243,7 +243,7 @@ def transposes(text: str, shapes: Collection[tuple[int, ...]]) -> int:
 def report(found: Sequence[Counts]) -> None:
     """Prints a table."""
     heads = ("GPU", "config", "program", "slices", "batch", "launches", "transposes", "convolutions", "conditionals")
-    lines = [(*heads, "on the host", "temporaries, MB", "compiled in s")]
+    lines: list[tuple[str, ...]] = [(*heads, "on the host", "temporaries, MB", "compiled in s")]
     for c in found:
         batch, fused = str(c.batch or "-"), f"{c.fused} of {c.convolutions}" if c.convolutions else "-"
         host = ", ".join(

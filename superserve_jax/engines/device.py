@@ -24,8 +24,9 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.engines import base, executables, profiling
 from superserve_jax.engines.base import Launched
+from superserve_jax.engines.budget import LeastRecentlyUsed
 from superserve_jax.engines.cache import Executable
-from superserve_jax.engines.executables import Form, Key, LeastRecentlyUsed, SubnetBucket
+from superserve_jax.engines.executables import Form, Key, SubnetBucket
 from superserve_jax.engines.keys import Device
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet

@@ -12,9 +12,8 @@ import pytest
 from jax.experimental.layout import Layout
 from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, random_tokens
 
-from superserve_jax.engines import device as device_module
 from superserve_jax.engines import executables, subnet_buckets
-from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.engines.device import DeviceEngine, default_slice_bytes
 from superserve_jax.supernets.supernet import SuperNet
 
 CHOSEN = list(TINY.space().enumerate())[::45]
@@ -110,7 +109,7 @@ def test_the_budget_of_slices_is_a_share_of_the_card_s_memory(model):
     def card(memory):
         return types.SimpleNamespace(platform="gpu", memory_stats=lambda: memory)
 
-    assert device_module.default_slice_bytes(model, card({"bytes_limit": 4 << 30})) == 1 << 30
-    least = device_module.default_slice_bytes(model, jax.devices()[0])
+    assert default_slice_bytes(model, card({"bytes_limit": 4 << 30})) == 1 << 30
+    least = default_slice_bytes(model, jax.devices()[0])
     assert least == 16 << 20
-    assert device_module.default_slice_bytes(model, card(None)) == device_module.default_slice_bytes(model, card({})) == least
+    assert default_slice_bytes(model, card(None)) == default_slice_bytes(model, card({})) == least

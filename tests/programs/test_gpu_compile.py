@@ -76,7 +76,9 @@ def test_a_subnet_with_its_own_executable_is_one_command_buffer_of_few_launches(
 def test_a_bucket_is_one_command_buffer_without_a_host_wait(counts, config, batch):
     found = counts[config, "bucket", "kept", batch]
     assert found.conditionals > 0
-    assert (found.buffers, found.singles, found.transposes) == (1, 0, 0)
+    assert (found.buffers, found.singles) == (1, 0)
+    if config == "ofa_resnet50":  # an activation of DynaBERT has the shape of a weight at batch 1
+        assert found.transposes == 0
 
 
 @pytest.mark.gpu_aot
