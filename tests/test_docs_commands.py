@@ -24,7 +24,7 @@ PROGRAM = re.compile(r"(superserve|python|make|pip install|(serve|train)/\S+\.py
 OTHER_PROGRAMS = ("git", "cd", "cp", "source", "tensorboard", "mkdir", "curl", "nvidia-smi")  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
 EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests"}  # files of the reader, and files that stand for them
-MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
