@@ -53,7 +53,7 @@ class Options:
 
     Args:
       export: the export's directory.
-      batch_sizes: the batch sizes to make executables for.
+      batch_sizes: the batch sizes to make executables for; if left out, 1 to 16, and on GPUs up to 64 if they gain.
       lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
       slicing: how weights are sliced; if left out, the faster way.
       executables: the largest number of subnet buckets, which is also the number of executables of each shape.
@@ -66,7 +66,7 @@ class Options:
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     slicing: Slicing | None = None
     executables: int = prepare.MAX_SUBNET_BUCKETS
@@ -84,7 +84,8 @@ class Options:
 def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
-    check_batch_sizes(options.batch_sizes)  # before minutes of compiling
+    if options.batch_sizes is not None:
+        check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
     lengths = prepare.check_lengths(model.config, options.lengths)
     kinds = {
@@ -96,11 +97,12 @@ def main() -> None:
 
 def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
     """Measures one kind of device, saves the profile and prints it."""
-    slicing = options.slicing or choose_slicing(model, device, options, lengths)
+    batch_sizes = options.batch_sizes or prepare.candidate_batch_sizes([device])
+    slicing = options.slicing or choose_slicing(model, device, batch_sizes, lengths)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
     def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> DeviceEngine:
-        shapes = {"batch_sizes": options.batch_sizes, "lengths": lengths}
+        shapes = {"batch_sizes": batch_sizes, "lengths": lengths}
         return DeviceEngine(model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes)
 
     engine = make_engine(model.subnets, envelopes)
@@ -110,6 +112,8 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
+    if options.batch_sizes is None:
+        profile = profile.at(prepare.gaining_batch_sizes(profile))
     path = exports.profile_path(model.path, kind)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
@@ -136,9 +140,9 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     )
 
 
-def choose_slicing(model: Model, device: Device, options: Options, lengths: Sequence[int]) -> Slicing:
+def choose_slicing(model: Model, device: Device, batch_sizes: Sequence[int], lengths: Sequence[int]) -> Slicing:
     """Returns the faster way of slicing, and prints how much faster it is."""
-    slicing, ratio = prepare.faster_slicing(model, device, options.batch_sizes, lengths=lengths)
+    slicing, ratio = prepare.faster_slicing(model, device, batch_sizes, lengths=lengths)
     print(f"weights are sliced '{slicing}', the faster way here: time of 'in_call' / time of 'kept' is {ratio:.2f}")
     return slicing
 

@@ -76,7 +76,7 @@ class Server:
 
     Args:
       path_or_model: the directory of an export, or what `superserve_jax.load` returned.
-      batch_sizes: batch sizes to make executables for.
+      batch_sizes: batch sizes to make executables for; None takes 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if they gain.
       lengths: length buckets to make executables for, if inputs have a length. Inputs are padded to one of them, and longer
         inputs are refused. None takes powers of two from 16 up to the model's longest.
       devices: jax devices, with one worker for each. None takes all devices.
@@ -120,7 +120,7 @@ class Server:
         self,
         path_or_model: Any,
         *,
-        batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+        batch_sizes: Sequence[int] | None = None,
         lengths: Sequence[int] | None = None,
         devices: Sequence[Any] | None = None,
         slicing: Literal["kept", "in_call"] | None = None,
