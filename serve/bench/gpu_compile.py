@@ -33,6 +33,7 @@ from jax.experimental import topologies
 from superserve_jax import cli, errors, progress
 from superserve_jax.engines import executables, prepare
 from superserve_jax.engines.cache import Traced
+from superserve_jax.engines.device import Slicing
 from superserve_jax.engines.executables import Form
 from superserve_jax.engines.keys import Device
 from superserve_jax.profile import check_batch_sizes
@@ -83,6 +84,7 @@ class Options:
       configs: config files, or names of configs that come with the package.
       gpus: the GPUs to compile for.
       batch_sizes: the batch sizes to compile.
+      ways: the ways to slice the weights.
       length: the length of inputs, for a model of sequences; if left out, its longest.
       json: write the counts to this file.
     """
@@ -90,6 +92,7 @@ class Options:
     configs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (pathlib.Path("configs/ofa_resnet50.py"),)
     gpus: tuple[Literal["h100", "a100"], ...] = ("h100",)
     batch_sizes: tuple[int, ...] = (1, 16)
+    ways: tuple[Slicing, ...] = ("kept", "in_call")
     length: int | None = None
     json: pathlib.Path | None = None
 
@@ -142,7 +145,7 @@ def main() -> None:
         device = absent_device(gpu)
         for config in loaded:
             lengths = prepare.check_lengths(config.model, None if options.length is None else (options.length,))
-            work = traced(config.model, device, batch_sizes, max(lengths, default=0))
+            work = traced(config.model, device, batch_sizes, max(lengths, default=0), options.ways)
             for (program, way, batch), make, shapes in progress.track(work, f"{config.name} for {gpu}"):
                 counts = count(make, shapes)
                 found.append(Counts(gpu, config.name, program, way, batch, **counts))
@@ -165,7 +168,9 @@ Work = tuple[tuple[str, str, int], Traced, set[tuple[int, ...]]]
 """(program, way, batch size) as in `Counts`, what to compile, and the sorted shapes of its weights."""
 
 
-def traced(config: FamilyConfig, device: Device, batch_sizes: Sequence[int], length: int) -> Iterator[Work]:
+def traced(
+    config: FamilyConfig, device: Device, batch_sizes: Sequence[int], length: int, ways: Collection[Slicing]
+) -> Iterator[Work]:
     """Traces everything that an engine would compile. The largest batch comes first, because it chooses the layouts."""
     largest, smallest = config.space().largest(), config.space().smallest()
     chosen = {
@@ -175,8 +180,9 @@ def traced(config: FamilyConfig, device: Device, batch_sizes: Sequence[int], len
     }
     for name, program in chosen.items():
         shapes = weight_shapes(program)
+        sizes = sorted(batch_sizes, reverse=True)
         form, layouts = Form(kept=True, laid_out=True, folded=name != "bucket" and bool(program.folds)), None
-        for batch in sorted(batch_sizes, reverse=True):
+        for batch in sizes if "kept" in ways else ():
             made = executables.trace_program(program, batch, device, length=length, form=form, layouts=layouts)
             if layouts is None:
                 first = made.compile()
@@ -186,7 +192,7 @@ def traced(config: FamilyConfig, device: Device, batch_sizes: Sequence[int], len
                     slicer = executables.trace_slicer(program, leaves, device, layouts=wanted, folded=form.folded)
                     yield (f"{name} slicer", "kept", 0), slicer, set()
             yield (name, "kept", batch), made, shapes
-        for batch in sorted(batch_sizes, reverse=True):
+        for batch in sizes if "in_call" in ways else ():
             yield (name, "in_call", batch), executables.trace_program(program, batch, device, length=length), shapes
 
 

@@ -29,7 +29,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, exports, plots
-from superserve_jax.engines import prepare, profiling, subnet_buckets
+from superserve_jax.engines import batching, prepare, profiling, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.subnet_buckets import Flops
@@ -97,7 +97,7 @@ def main() -> None:
 
 def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
     """Measures one kind of device, saves the profile and prints it."""
-    batch_sizes = options.batch_sizes or prepare.candidate_batch_sizes([device])
+    batch_sizes = options.batch_sizes or batching.candidates([device])
     slicing = options.slicing or choose_slicing(model, device, batch_sizes, lengths)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
@@ -113,7 +113,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
     if options.batch_sizes is None:
-        profile = profile.at(prepare.gaining_batch_sizes(profile))
+        profile = profile.at(batching.gaining(profile))
     path = exports.profile_path(model.path, kind)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, exports
-from superserve_jax.engines import executables, keys, profiling, subnet_buckets, threads
+from superserve_jax.engines import batching, executables, keys, profiling, subnet_buckets, threads
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -26,11 +26,6 @@ _log = logging.getLogger(__name__)
 MAX_SUBNET_BUCKETS = 32
 """The largest number of subnet buckets (executables per batch size) of an export without a latency profile."""
 
-DEFAULT_BATCH_SIZES = (1, 2, 4, 8, 16)
-"""The batch sizes of an engine on a CPU. On a GPU, larger ones may gain (see `default_batch_sizes`)."""
-
-_MORE_BATCH_SIZES = (32, 64)
-_MIN_BATCH_GAIN = 1.05  # the least ratio of the throughputs of a batch size and the one before it that makes it worth serving
 _MIN_GAIN = 1.03  # the least (time with slicing in the call) / (time with kept slices) that is worth the memory of slices
 # A subnet is not worth serving if the next faster subnet is nearly as accurate, or nearly as slow.
 _MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.001, 1.05
@@ -53,7 +48,7 @@ def prepare(
 
     Args:
       path_or_model: an export's directory, or the model that `exports.load` returned.
-      batch_sizes: the batch sizes to serve with, ascending; None takes `default_batch_sizes`.
+      batch_sizes: the batch sizes to serve with, ascending; None takes `batching.default`.
       lengths: the length buckets to serve with; None takes `lengths.default_lengths` for a model of sequences.
       devices: the devices to serve on; None takes all.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
@@ -73,7 +68,7 @@ def prepare(
     lengths = check_lengths(model.config, lengths)
 
     kinds = [device_kind(device) for device in devices]
-    batch_sizes = chosen or default_batch_sizes(model, devices)
+    batch_sizes = chosen or batching.default(model.path, dict(zip(kinds, devices, strict=True)))
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths) for kind in dict.fromkeys(kinds)}
     profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
     envelopes = None
@@ -98,7 +93,7 @@ def prepare(
         engines[i] = DeviceEngine(model, devices[i], subnet_list=model.subnets, **shapes, **way)
         profiles[kind] = worth_serving(measure(model, engines[i], background=background))
     if chosen is None and len(profiles) > sum(profile is not None for profile in stored.values()):
-        sizes = max(map(gaining_batch_sizes, profiles.values()), key=len)
+        sizes = max(map(batching.gaining, profiles.values()), key=len)
         profiles = {kind: profile.at(sizes) for kind, profile in profiles.items()}
     # The other devices come after the first one of their kind, because then they find the algorithms that it has tuned.
     others = [i for i in range(len(devices)) if i not in engines]
@@ -261,46 +256,6 @@ def worth_serving(measured: Profile) -> Profile:
     No other subnet is both faster and more accurate, and neighbours differ enough to matter.
     """
     return measured.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO).monotone()
-
-
-def candidate_batch_sizes(devices: Sequence[Device]) -> tuple[int, ...]:
-    """The batch sizes to measure on devices: up to 64 on GPUs, else up to 16."""
-    more = all(device.platform != "cpu" for device in devices)
-    return DEFAULT_BATCH_SIZES + _MORE_BATCH_SIZES * more
-
-
-def default_batch_sizes(model: Model, devices: Sequence[Device]) -> tuple[int, ...]:
-    """The batch sizes to serve with on devices: `candidate_batch_sizes`.
-
-    If the export has a profile of one of these kinds of devices with all batch sizes up to 16, only the batch sizes of this
-    profile remain.
-    """
-    sizes = candidate_batch_sizes(devices)
-    for kind in {device_kind(device) for device in devices}:
-        path = exports.profile_path(model.path, kind)
-        measured = Profile.load(path).batch_sizes if path.exists() else sizes
-        if set(DEFAULT_BATCH_SIZES) <= set(measured):
-            sizes = tuple(size for size in sizes if size in measured)
-    return sizes
-
-
-def gaining_batch_sizes(profile: Profile) -> tuple[int, ...]:
-    """The batch sizes of a profile, without the largest ones above 16 if they gain nothing.
-
-    A batch size gains if the fastest subnet has at least 5 % more throughput with it than with the one before it.
-
-    >>> from superserve_jax.subnet import Subnet
-    >>> from superserve_jax.profile import Row
-    >>> gaining_batch_sizes(Profile((16, 32, 64), (Row(Subnet(()), 0.5, (2.0, 3.0, 6.0)),)))
-    (16, 32)
-    """
-    sizes, ms = list(profile.batch_sizes), profile.each_length[-1].rows[0].latency_ms
-    throughputs = [size / ms for size, ms in zip(sizes, ms, strict=True)]
-    while len(sizes) > 1 and sizes[-1] > DEFAULT_BATCH_SIZES[-1]:
-        if throughputs[len(sizes) - 1] >= _MIN_BATCH_GAIN * throughputs[len(sizes) - 2]:
-            break
-        sizes.pop()
-    return tuple(sizes)
 
 
 def faster_slicing(

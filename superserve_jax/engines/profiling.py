@@ -1,5 +1,6 @@
 """Measures the latency profile of an engine, and checks SlackFit's assumptions about profiles. No jax."""
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from superserve_jax import errors, progress
-from superserve_jax.engines.base import Engine
+from superserve_jax.engines.base import Engine, Launched
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.subnet import Subnet
 
 _WARM_UPS, _LEAST_ROUNDS = 2, 3
+_OVERLAPPED = 3  # batches of one measurement, if they overlap
 _LOAD = 0.5  # rate of the background load / highest throughput seen in the warm-up
 
 Background = Callable[[float], contextlib.AbstractContextManager[None]]
@@ -32,6 +34,8 @@ def measure(
     background: Background | None = None,
 ) -> Profile:
     """Measures the median and the 99th percentile of the latency of every subnet, batch size and length bucket.
+
+    If the engine overlaps batches, a latency is the time between two batches (see `batch_s`).
 
     Every round measures each combination once. So a disturbance of the machine affects all combinations alike.
 
@@ -52,7 +56,7 @@ def measure(
     gc.collect()
     with background(_LOAD * fastest_qps) if background else contextlib.nullcontext():
         rounds = progress.track(range(repeats), f"latencies of {engine.name}")
-        times_ms = 1e3 * np.array([[time_s(engine, *call) for call in calls] for _ in rounds])
+        times_ms = 1e3 * np.array([[batch_s(engine, *call) for call in calls] for _ in rounds])
     shape = len(accuracies), len(batch_sizes), len(examples)
     # both [length buckets][subnets][batch sizes]
     medians, p99s = (ms.reshape(shape).transpose(2, 0, 1).tolist() for ms in np.percentile(times_ms, [50, 99], axis=0))
@@ -78,7 +82,8 @@ def measure_again(
       most: the largest number of rounds.
       background: see `measure`.
     """
-    repeats = max(_LEAST_ROUNDS, min(most, round(seconds / _round_s(profile))))
+    calls = _OVERLAPPED if getattr(engine, "overlap", False) else 1
+    repeats = max(_LEAST_ROUNDS, min(most, round(seconds / (calls * _round_s(profile)))))
     accuracies = {row.subnet: row.accuracy for row in profile.rows}
     calls = {"device": profile.device, "repeats": repeats, "background": background}
     measured = measure(engine, accuracies, profile.batch_sizes, **calls).with_envelopes(profile.envelopes)
@@ -124,6 +129,26 @@ def time_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndar
     except errors.NotFiniteError as e:
         raise errors.NotFiniteError(f"subnet {subnet.to_json()} of {engine.name}: {e}; calibrate and export it again") from e
     return time.perf_counter() - start_s
+
+
+def batch_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
+    """Seconds from one batch to the next, while an engine computes such batches one after the other.
+
+    If the engine overlaps batches, this is the time of the device alone, as long as the host is faster. The server learns the
+    host's time while it serves. For other engines it is `time_s`.
+    """
+    if not getattr(engine, "overlap", False):
+        return time_s(engine, subnet, batch_size, inputs)
+    launch: Callable[..., Launched] = engine.launch  # type: ignore[attr-defined]
+    flying, ready_s = collections.deque([launch(subnet, batch_size, inputs)]), []
+    for i in range(1, _OVERLAPPED + 1):
+        if i < _OVERLAPPED:
+            flying.append(launch(subnet, batch_size, inputs))
+        first = flying.popleft()
+        first.wait()
+        ready_s.append(time.perf_counter())
+        first.outputs()
+    return (ready_s[-1] - ready_s[0]) / (_OVERLAPPED - 1)
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:

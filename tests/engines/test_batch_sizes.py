@@ -7,7 +7,7 @@ import pytest
 from small_exports import IMAGES, write
 
 from superserve_jax import exports
-from superserve_jax.engines import prepare
+from superserve_jax.engines import batching, prepare
 from superserve_jax.profile import Profile, Row
 
 UP_TO_16, UP_TO_64 = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)
@@ -16,6 +16,10 @@ CPU = jax.devices()[0]
 
 def card(kind="NVIDIA H100"):
     return types.SimpleNamespace(platform="gpu", device_kind=kind, id=0)
+
+
+def default(model, *devices):
+    return batching.default(model.path, {device.device_kind: device for device in devices})
 
 
 @pytest.fixture
@@ -31,8 +35,8 @@ def profile(model, batch_sizes, *, kind="NVIDIA H100", gains_up_to=64):
 
 
 def test_only_gpus_have_batch_sizes_above_16(model):
-    assert prepare.candidate_batch_sizes([CPU]) == prepare.candidate_batch_sizes([card(), CPU]) == UP_TO_16
-    assert prepare.candidate_batch_sizes([card()]) == prepare.default_batch_sizes(model, [card(), card()]) == UP_TO_64
+    assert batching.candidates([CPU]) == batching.candidates([card(), CPU]) == UP_TO_16
+    assert batching.candidates([card()]) == default(model, card(), card()) == UP_TO_64
 
 
 @pytest.mark.parametrize(
@@ -40,8 +44,8 @@ def test_only_gpus_have_batch_sizes_above_16(model):
 )
 def test_a_stored_profile_decides_unless_it_lacks_small_batch_sizes(model, measured, expected):
     profile(model, measured).save(exports.profile_path(model.path, "NVIDIA H100"))
-    assert prepare.default_batch_sizes(model, [card()]) == expected
-    assert prepare.default_batch_sizes(model, [card("NVIDIA A100")]) == UP_TO_64
+    assert default(model, card()) == expected
+    assert default(model, card("NVIDIA A100")) == UP_TO_64
 
 
 @pytest.mark.parametrize(("gains_up_to", "expected"), [(64, UP_TO_64), (32, UP_TO_64[:-1]), (16, UP_TO_16), (4, UP_TO_16)])
@@ -55,7 +59,7 @@ def test_batch_sizes_that_gain_nothing_are_dropped_if_nobody_asked_for_them(mode
     monkeypatch.setattr(prepare, "DeviceEngine", make)
     monkeypatch.setattr(prepare, "make_engine", lambda model, device, profile, **_: make(batch_sizes=profile.batch_sizes))
     monkeypatch.setattr(prepare, "measure", lambda *_, **__: profile(model, UP_TO_64, gains_up_to=gains_up_to))
-    monkeypatch.setattr(prepare, "candidate_batch_sizes", lambda devices: UP_TO_64)
+    monkeypatch.setattr(batching, "candidates", lambda devices: UP_TO_64)
     monkeypatch.setattr(prepare, "worth_serving", lambda profile: profile)
     kept = UP_TO_64 if given else expected
     _, _, [first, second] = prepare.prepare(model, batch_sizes=given, devices=[CPU, CPU])

@@ -10,7 +10,7 @@ import pytest
 from policy_cases import make_profile
 
 from superserve_jax.engines import profiling
-from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.profile import Profile
 from superserve_jax.serving import server
 
@@ -40,7 +40,7 @@ def exact_sleep(monkeypatch):
     def sleep(seconds):
         now_s[0] += seconds
 
-    clock = types.SimpleNamespace(perf_counter=lambda: now_s[0], sleep=sleep)
+    clock = types.SimpleNamespace(perf_counter=lambda: now_s[0], monotonic=lambda: now_s[0], sleep=sleep)
     monkeypatch.setattr(profiling, "time", clock)
     monkeypatch.setattr("superserve_jax.engines.fake.time", clock)
 
@@ -55,6 +55,24 @@ def test_latencies_are_measured_for_every_subnet_batch_size_and_length(profile):
         for row, expected in zip(table.rows, true.rows, strict=True):
             assert row.latency_ms == pytest.approx(expected.latency_ms)
             assert row.p99_ms == pytest.approx(expected.latency_ms)
+
+
+class Staging(FakeDevice):
+    """A device whose host takes 0.8 ms to stage a batch."""
+
+    def launch(self, *batch):
+        profiling.time.sleep(0.8e-3)
+        return super().launch(*batch)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.usefixtures("exact_sleep")
+def test_the_latency_of_a_device_that_overlaps_is_its_own_time(overlap):
+    fake = Staging(TWO)
+    fake.overlap = overlap
+    measured = profiling.measure(fake, {r.subnet: r.accuracy for r in TWO.rows}, (1, 2), device="fake", repeats=3)
+    for row, expected in zip(measured.rows, TWO.rows, strict=True):
+        assert row.latency_ms == pytest.approx([ms + (0 if overlap else 0.8) for ms in expected.latency_ms])
 
 
 @pytest.mark.usefixtures("exact_sleep")
