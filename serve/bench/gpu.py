@@ -254,6 +254,7 @@ def stage_variants(options: Options, save: Save) -> None:
         "not prepared": {"prepared": False},
         "one bucket": {"envelopes": shared},
         "in the call": {"slicing": "in_call"},
+        "bfloat16": {"compute_dtype": "bfloat16"},
         "as served, no graphs": {},
         "one bucket, no graphs": {"envelopes": shared},
     }

@@ -86,6 +86,7 @@ class Options:
       batch_sizes: the batch sizes to compile.
       ways: the ways to slice the weights.
       length: the length of inputs, for a model of sequences; if left out, its longest.
+      dtype: the dtype of matrices, activations and products.
       json: write the counts to this file.
     """
 
@@ -94,6 +95,7 @@ class Options:
     batch_sizes: tuple[int, ...] = (1, 16)
     ways: tuple[Slicing, ...] = ("kept", "in_call")
     length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
     json: pathlib.Path | None = None
 
 
@@ -145,7 +147,7 @@ def main() -> None:
         device = absent_device(gpu)
         for config in loaded:
             lengths = prepare.check_lengths(config.model, None if options.length is None else (options.length,))
-            work = traced(config.model, device, batch_sizes, max(lengths, default=0), options.ways)
+            work = traced(config.model, device, batch_sizes, max(lengths, default=0), options.ways, options.dtype)
             for (program, way, batch), make, shapes in progress.track(work, f"{config.name} for {gpu}"):
                 counts = count(make, shapes)
                 found.append(Counts(gpu, config.name, program, way, batch, **counts))
@@ -169,7 +171,7 @@ Work = tuple[tuple[str, str, int], Traced, set[tuple[int, ...]]]
 
 
 def traced(
-    config: FamilyConfig, device: Device, batch_sizes: Sequence[int], length: int, ways: Collection[Slicing]
+    config: FamilyConfig, device: Device, batch_sizes: Sequence[int], length: int, ways: Collection[Slicing], dtype: str
 ) -> Iterator[Work]:
     """Traces everything that an engine would compile. The largest batch comes first, because it chooses the layouts."""
     largest, smallest = config.space().largest(), config.space().smallest()
@@ -181,7 +183,7 @@ def traced(
     for name, program in chosen.items():
         shapes = weight_shapes(program)
         sizes = sorted(batch_sizes, reverse=True)
-        form, layouts = Form(kept=True, laid_out=True, folded=name != "bucket" and bool(program.folds)), None
+        form, layouts = Form(kept=True, laid_out=True, folded=name != "bucket" and bool(program.folds), dtype=dtype), None
         for batch in sizes if "kept" in ways else ():
             made = executables.trace_program(program, batch, device, length=length, form=form, layouts=layouts)
             if layouts is None:
@@ -189,11 +191,15 @@ def traced(
                 layouts = first.layouts
                 leaves, wanted = executables.sliced_leaves(program, form, first)
                 if leaves:
-                    slicer = executables.trace_slicer(program, leaves, device, layouts=wanted, folded=form.folded)
+                    slicer = executables.trace_slicer(program, leaves, device, form=form, layouts=wanted)
                     yield (f"{name} slicer", "kept", 0), slicer, set()
             yield (name, "kept", batch), made, shapes
         for batch in sizes if "in_call" in ways else ():
-            yield (name, "in_call", batch), executables.trace_program(program, batch, device, length=length), shapes
+            yield (
+                (name, "in_call", batch),
+                executables.trace_program(program, batch, device, length=length, form=Form(dtype=dtype)),
+                shapes,
+            )
 
 
 def weight_shapes(program: Program) -> set[tuple[int, ...]]:

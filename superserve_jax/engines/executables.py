@@ -46,11 +46,25 @@ class Form:
       kept: as kept slices, and not as the SuperNet's own parameters.
       laid_out: in the layouts that XLA chooses. Only kept slices can be.
       folded: with the statistics of one subnet folded into them. Only kept slices can be.
+      dtype: the dtype of matrices, activations and products, "float32" or "bfloat16". Vectors stay float32, except folded
+        biases. Statistics and logits are always float32.
     """
 
     kept: bool = False
     laid_out: bool = False
     folded: bool = False
+    dtype: str = "float32"
+
+    def spec(self, program: Program, name: str, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a weight that an executable takes."""
+        is_folded = self.folded and name in {path for fold in program.folds.values() for path in (fold.kernel, fold.bias)}
+        full = programs.param_spec(program.config)[name]
+        return jax.ShapeDtypeStruct(shape, self.dtype if is_folded else self.stored(full).dtype)
+
+    def stored(self, param: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a parameter of the SuperNet on the device."""
+        is_cast = len(param.shape) > 1 and jnp.issubdtype(param.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(param.shape, self.dtype if is_cast else param.dtype)
 
 
 def build(
@@ -89,8 +103,8 @@ def build(
 
     def slicer(program: Program) -> Executable:
         leaves, layouts = cuts[program]
-        about = {**_about(program), "slicer": leaves, "layouts": layouts, "folded": forms[program].folded}
-        how = {"layouts": layouts, "folded": forms[program].folded}
+        about = {**_about(program), "slicer": leaves, "layouts": layouts, "form": dataclasses.asdict(forms[program])}
+        how = {"layouts": layouts, "form": forms[program]}
         return store.get(about, lambda: trace_slicer(program, leaves, device, **how))
 
     others = [(program, *shape) for program in forms for shape in shapes if (program, *shape) not in largest.values()]
@@ -138,9 +152,9 @@ def trace_program(
 
     def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
         run = program.infer_folded if form.folded else program.infer
-        return run(dict(zip(names, values, strict=True)), inputs, statistics, active)
+        return run(dict(zip(names, values, strict=True)), inputs, statistics, active).astype(jnp.float32)
 
-    values = tuple(jax.ShapeDtypeStruct(shape, full[name].dtype) for name, shape in leaves)
+    values = tuple(form.spec(program, name, shape) for name, shape in leaves)
     inputs = input_spec(program.config, batch, length)
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
@@ -153,27 +167,30 @@ def trace_program(
     return Traced(traced, leaves, programs.compiler_options(device.platform), is_laid_out=form.laid_out)
 
 
-def trace_slicer(program: Program, leaves: Leaves, device: Device, *, layouts: Layouts = (), folded: bool = False) -> Traced:
+def trace_slicer(
+    program: Program, leaves: Leaves, device: Device, *, form: Form = Form(kept=True), layouts: Layouts = ()
+) -> Traced:
     """Traces the function that makes a program's slices.
 
     Args:
       program: the program.
       leaves: names and shapes of the slices.
       device: the device that will run it.
+      form: how the executables take the slices. With `folded`, the function takes statistics (2, N) as a second argument.
       layouts: the layouts of the slices; `()` for XLA's default ones.
-      folded: whether the function takes statistics (2, N) as a second argument, and folds them into the slices.
     """
     full, statistics = programs.param_spec(program.config), jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
-    takes = tuple(name for name, _ in leaves) + tuple(fold.scale for fold in program.folds.values() if folded)
+    takes = tuple(name for name, _ in leaves) + tuple(fold.scale for fold in program.folds.values() if form.folded)
 
     def slices(values: tuple[jax.Array, ...], *statistics: jax.Array) -> tuple[jax.Array, ...]:
         params = dict(zip(takes, values, strict=True))
-        params |= program.fold(params, *statistics) if folded else {}
-        return tuple(programs.cut(params[name], shape) for name, shape in leaves)
+        params |= program.fold(params, *statistics) if form.folded else {}
+        specs = (form.spec(program, name, shape) for name, shape in leaves)
+        return tuple(programs.cut(params[name], s.shape).astype(s.dtype) for (name, _), s in zip(leaves, specs, strict=True))
 
     sharding: Any = SingleDeviceSharding(device)
     out = tuple(_format(device, layout, len(layout)) for layout in layouts) if layouts else sharding
-    arguments = (tuple(full[name] for name in takes), statistics)[: 1 + folded]
+    arguments = (tuple(form.stored(full[name]) for name in takes), statistics)[: 1 + form.folded]
     traced = jax.jit(slices, in_shardings=sharding, out_shardings=out).trace(*arguments)
     return Traced(traced, leaves, takes=takes)
 

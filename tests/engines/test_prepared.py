@@ -113,3 +113,34 @@ def test_the_budget_of_slices_is_a_share_of_the_card_s_memory(model):
     least = default_slice_bytes(model, jax.devices()[0])
     assert least == 16 << 20
     assert default_slice_bytes(model, card(None)) == default_slice_bytes(model, card({})) == least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("slicing", ["kept", "in_call"])
+def test_in_bfloat16_logits_differ_little_and_weights_take_half_the_memory(model, slicing, prepared):
+    chosen = {"subnet_list": [CHOSEN[0], CHOSEN[3], CHOSEN[-1]], "slicing": slicing, "prepared": prepared}
+    half, whole = (make(model, **chosen, compute_dtype=dtype) for dtype in ("bfloat16", "float32"))
+    for subnet in half.subnets:
+        outputs = half.run(subnet, 2, list(IMAGES))
+        assert outputs[0].dtype == np.float32
+        assert_close(outputs, model(IMAGES, subnet), 2e-2)
+        assert np.abs(np.array(outputs) - whole.run(subnet, 2, list(IMAGES))).max() > 0
+    for bucket in {bucket for _, bucket in half.calls.values()}:
+        assert {v.dtype.name for v in bucket.weights.values() if v.ndim > 1} == {"bfloat16"}
+    assert half.slices.nbytes < 0.6 * whole.slices.nbytes or slicing == "in_call"
+
+
+@pytest.mark.slow
+def test_a_transformer_in_bfloat16_gives_nearly_the_same_logits():
+    model, tokens = SuperNet.create(TINY_BERT, seed=0), random_tokens(TINY_BERT, 2)
+    engine = make(model, [TINY_BERT.space().largest()], lengths=(6,), compute_dtype="bfloat16")
+    assert_close(engine.run(TINY_BERT.space().largest(), 2, list(tokens)), model(tokens), 2e-2)
+
+
+def test_executables_of_one_dtype_are_not_used_for_another(model, root):
+    expected = outputs_of(make(model, CHOSEN[:1], batch_sizes=(2,)))
+    entries = len(list(root.glob("*.bin")))
+    make(model, CHOSEN[:1], batch_sizes=(2,), compute_dtype="bfloat16")
+    assert len(list(root.glob("*.bin"))) == 2 * entries
+    np.testing.assert_array_equal(outputs_of(make(model, CHOSEN[:1], batch_sizes=(2,))), expected)

@@ -16,7 +16,7 @@ def test_a_run_writes_what_each_stage_finds_and_the_next_one_continues(run_progr
     run_program(*command, "device", "variants", "overlap", "serving")
     assert {read(tmp_path, s)["state"] for s in ("device", "variants", "overlap", "serving")} == {"done"}
     found = read(tmp_path, "variants")["found"]
-    assert len(found) == 24  # six variants of two subnets at two batch sizes
+    assert len(found) == 28  # seven variants of two subnets at two batch sizes
     assert all(entry["alone_ms"] > 0 and entry["back_to_back_ms"] > 0 for entry in found)
     assert [load["load"] for load in read(tmp_path, "serving")["found"]["loads"]] == [0.3, 0.6, 0.9] * 2
     assert read(tmp_path, "device")["found"]["empty_call_ms"] > 0
