@@ -144,3 +144,17 @@ def test_executables_of_one_dtype_are_not_used_for_another(model, root):
     make(model, CHOSEN[:1], batch_sizes=(2,), compute_dtype="bfloat16")
     assert len(list(root.glob("*.bin"))) == 2 * entries
     np.testing.assert_array_equal(outputs_of(make(model, CHOSEN[:1], batch_sizes=(2,))), expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_chooses_layouts_and_keeps_all_statistics(model):
+    with jax.default_matmul_precision("highest"):
+        engine = make(model, prepared=None)
+        for _ in range(2):
+            for subnet in engine.subnets:
+                assert_close(engine.run(subnet, 2, list(IMAGES)), model(IMAGES, subnet), 1e-4)
+    slicers = [bucket.slicer for _, bucket in engine.calls.values()]
+    layouts = [f.layout.major_to_minor for slicer in slicers for f in slicer.call.output_formats]
+    assert any(layout != tuple(range(len(layout))) for layout in layouts)
+    assert engine.statistics.makes == len(engine.subnets)
+    assert engine.slices.budget_bytes == default_slice_bytes(model, engine.device) > 1 << 30
