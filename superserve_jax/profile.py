@@ -19,7 +19,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from superserve_jax import errors, files
+from superserve_jax import dtypes, errors, files
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.lengths import check_ascending, check_length_buckets
 from superserve_jax.subnet import Subnet
 
@@ -74,6 +75,7 @@ class Profile:
       device: the kind of device that was measured.
       rows_at: a mapping from each length bucket in tokens, ascending, to its rows. All length buckets have the same subnets.
       slicing: when weights were sliced during the measurement, "kept" or "in_call" (see `engines.device`).
+      compute_dtype: the dtype in which accuracies and latencies were measured, "float32" or "bfloat16".
 
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> Profile((1, 2), (row,)).latency_ms(row.subnet, 2)
@@ -88,6 +90,7 @@ class Profile:
     device: str = "unknown"
     rows_at: Mapping[int, tuple[Row, ...]] = dataclasses.field(default_factory=dict, hash=False)
     slicing: Literal["kept", "in_call"] = "kept"
+    compute_dtype: ComputeDtype = "float32"
 
     @errors.refusing(errors.ProfileError, "a profile needs a tuple of batch sizes and a tuple of `Row`")
     def __post_init__(self):
@@ -96,6 +99,7 @@ class Profile:
             raise errors.ProfileError(f"device must be a name, got {self.device!r}; measure it again")
         if self.slicing not in ("kept", "in_call"):
             raise errors.ProfileError(f"slicing must be 'kept' or 'in_call', got {self.slicing!r}")
+        dtypes.check(self.compute_dtype)
         rows_at = {n: self._checked(rows) for n, rows in self.rows_at.items()}
         rows = self._checked(self.rows) if self.rows or not rows_at else ()
         if rows_at:
@@ -290,7 +294,7 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`. `rows` lists the rows of the longest length, `shorter` has one list per other length."""
-        about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing}
+        about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing, "compute_dtype": self.compute_dtype}
         about |= {"batch_sizes": list(self.batch_sizes), "rows": _rows_to_json(self.rows)}
         if not self.rows_at:
             return about
@@ -308,7 +312,7 @@ class Profile:
                 tables = map(_rows_from_json, (*data.get("shorter", ()), data["rows"]))
                 rows_at = dict(zip(lengths, tables, strict=True))
                 rows, sizes, slicing = rows_at.pop(0, ()), tuple(data["batch_sizes"]), data.get("slicing", "kept")
-                return Profile(sizes, rows, data["device"], rows_at, slicing)
+                return Profile(sizes, rows, data["device"], rows_at, slicing, data.get("compute_dtype", "float32"))
         except (errors.ConfigError, errors.SubnetError, errors.UnknownNameError) as e:
             raise errors.ProfileError(f"not a latency profile; measure it again ({e})") from e
 
@@ -336,7 +340,7 @@ def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> lis
       profile: one profile for all workers, or a sequence with one for each.
       count: the number of workers.
 
-    Raises ConfigError for a wrong number of profiles, or if they differ in batch sizes or length buckets.
+    Raises ConfigError for a wrong number of profiles, or if they differ in batch sizes, length buckets or dtype.
 
     >>> fast = Profile((1,), (Row(Subnet((1,)), 0.7, (1.0,)),))
     >>> [p.rows[0].latency_ms for p in profiles_of_workers([fast, fast.scaled(2.0)], 2)], len(profiles_of_workers(fast, 3))
@@ -349,8 +353,8 @@ def profiles_of_workers(profile: Profile | Sequence[Profile], count: int) -> lis
         raise errors.ConfigError(f"profile must be a Profile, or a list of one Profile for each worker, got {profile!r}")
     if not profiles or len(profiles) != count:
         raise errors.ConfigError(f"{len(profiles)} profiles for {count} workers; give one for all, or one for each")
-    if len(shapes := {(p.batch_sizes, p.lengths) for p in profiles}) > 1:
-        raise errors.ConfigError(f"profiles of workers need the same batch sizes and lengths, got {sorted(shapes)}")
+    if len(shapes := {(p.batch_sizes, p.lengths, p.compute_dtype) for p in profiles}) > 1:
+        raise errors.ConfigError(f"profiles of workers need the same batch sizes, lengths and dtype, got {sorted(shapes)}")
     return [profiles[profiles.index(p)] for p in profiles]
 
 

@@ -14,9 +14,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "superserve_jax"
 
-# Every module may also import errors, files and foreign. A name with a dot allows only that module.
+# Every module may also import dtypes, errors, files and foreign. A name with a dot allows only that module.
 ALLOWED = {
-    **dict.fromkeys(("errors", "files", "foreign", "shipped", "subnet", "lengths"), ()),
+    **dict.fromkeys(("dtypes", "errors", "files", "foreign", "shipped", "subnet", "lengths"), ()),
     **dict.fromkeys(("cli", "progress", "plots", "ops"), ()),
     "manifest": ("shipped",),
     "space": ("subnet",),
@@ -58,7 +58,7 @@ ALLOWED = {
 }
 # These packages and modules work in a process that has no jax.
 NO_JAX = (
-    *("errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
+    *("dtypes", "errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
     *("cli", "progress", "plots"),
     *("scheduling", "simulation", "experiments", "serving", "loadtest"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
@@ -135,7 +135,7 @@ def test_a_module_imports_what_the_tables_allow(name):
         if late:
             assert is_in(target, LATE.get(top, ())), f"a function of {name} imports {target}"
         elif (module := inner(target)) is not None and name != "__init__":
-            assert is_in(module, (top, "errors", "files", "foreign", *ALLOWED[top])), f"{name} imports {module}"
+            assert is_in(module, (top, "dtypes", "errors", "files", "foreign", *ALLOWED[top])), f"{name} imports {module}"
         assert target.split(".")[0] not in ("train", "serve", "configs"), f"{name} imports the program {target}"
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, exports, plots, progress
-from superserve_jax.engines import executables, prepare
+from superserve_jax.engines import executables, keys
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
@@ -194,7 +194,7 @@ def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, A
         lambda: np.full(options.rounds, np.nan), {key: ms[WARM_UP_ROUNDS:] for key, ms in times.items()}
     )
     return {
-        "device": prepare.device_kind(device),
+        "device": keys.device_kind(device),
         "measured": model.manifest["measured"],
         "page_cache_dropped": dropped,
         "slice_budget_bytes": engines["kept"].slices.budget_bytes,

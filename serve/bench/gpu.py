@@ -38,7 +38,7 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, exports, files
-from superserve_jax.engines import batching, prepare, profiling
+from superserve_jax.engines import batching, keys, prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.loadtest import loadgen
@@ -296,7 +296,7 @@ def stage_serving(options: Options, save: Save) -> None:
     by_cost = sorted(model.subnets, key=model.config.flops)
     accuracies = {s: 0.7 + 0.1 * i / len(by_cost) for i, s in enumerate(by_cost)}  # made up, and ascending
     repeats = 2 if options.quick else 20
-    measured = profiling.measure(engine, accuracies, sizes, device=prepare.device_kind(device), repeats=repeats)
+    measured = profiling.measure(engine, accuracies, sizes, device=keys.device_kind(device), repeats=repeats)
     [table] = measured.each_length
     found: dict[str, Any] = {
         "batch_sizes": sizes,

@@ -45,7 +45,7 @@ import psutil
 import tyro
 
 from superserve_jax import cli, exports
-from superserve_jax.engines import prepare, subnet_buckets
+from superserve_jax.engines import keys, prepare, subnet_buckets
 from superserve_jax.engines.device import SLICES_SHARE, DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.experiments import hand_tuned
@@ -357,7 +357,7 @@ def main() -> None:
     *in_place, reference = measured
     batch_size, length = to_measure[0].shape
     found = {
-        "device": prepare.device_kind(jax.devices()[0]),
+        "device": keys.device_kind(jax.devices()[0]),
         "measured": model.manifest["measured"],
         "shape": f"batch {batch_size}" + (f", length {length}" if length else ""),
         "shown_flops": [model.config.flops(s) for s in to_measure[0].shown],

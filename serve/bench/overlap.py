@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors
-from superserve_jax.engines import prepare, profiling
+from superserve_jax.engines import keys, prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.loadtest import loadgen
@@ -124,7 +124,7 @@ def exported(options: Options) -> dict[str, Any]:
         target = Server.from_engines([made], table, slo_ms=1e6, overlap=overlap, **QUEUE)
         return {"qps": throughput(target, example, options.queries)}
 
-    return {"batch_ms": batch_ms, "device": prepare.device_kind(device), **both_ways(measure, options.rounds)}
+    return {"batch_ms": batch_ms, "device": keys.device_kind(device), **both_ways(measure, options.rounds)}
 
 
 def main() -> None:

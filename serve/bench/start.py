@@ -31,7 +31,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, exports
-from superserve_jax.engines import prepare, subnet_buckets
+from superserve_jax.engines import keys, prepare, subnet_buckets
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
@@ -114,7 +114,7 @@ def main() -> None:
         ]
     )
     family = "a foreign family" if options.foreign else "a family of this package"
-    print(f"{count} executables of {family}, {cached / 1e6:.0f} MB in the cache, on {prepare.device_kind(jax.devices()[0])}")
+    print(f"{count} executables of {family}, {cached / 1e6:.0f} MB in the cache, on {keys.device_kind(jax.devices()[0])}")
     figures = {"foreign": options.foreign, "executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
     cli.write_results(options.json, figures)
 
@@ -122,7 +122,7 @@ def main() -> None:
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     """Gives an export without a latency profile an estimated one. Returns the number of executables of its server."""
     model = ss.load(export)
-    kind = prepare.device_kind(jax.devices()[0])
+    kind = keys.device_kind(jax.devices()[0])
     lengths = prepare.check_lengths(model.config, None)
     stored = prepare.stored_profile(model, kind, batch_sizes, lengths)
     if stored is None:

@@ -1,14 +1,20 @@
 """Measures test accuracies of a run's served subnets, with their own statistics and with the largest subnet's.
 
     superserve evaluate runs/digits_resnet
+    superserve evaluate runs/digits_resnet --bfloat16
 
 The accuracies come from one half of the test split, chosen by `training.data.halves`. They become the profiled accuracies of
 the export. `superserve replay` sends the other half. The line below the table gives the standard error of an accuracy.
 
 The column "with the largest's statistics" shows why the paper needs SubnetNorm: with one set of statistics for all subnets,
 accuracy falls, in some subnets to chance. For texts, two baselines are printed below: the majority class, and a logistic
-regression on token counts. A model that does not beat them has learnt nothing about word order. Writes evaluation.json into
-the run's folder. Go on with `superserve export`. Library: training.stages.evaluate (training.evaluation).
+regression on token counts. A model that does not beat them has learnt nothing about word order.
+
+With --bfloat16, it also measures accuracies of a network that computes in bfloat16. A server with compute_dtype="bfloat16"
+needs them.
+
+Writes evaluation.json into the run's folder. Go on with `superserve export`. Library: training.stages.evaluate
+(training.evaluation).
 """
 
 import dataclasses
@@ -29,10 +35,12 @@ class Options:
 
     Args:
       run: the run's folder.
+      bfloat16: also measure accuracies in bfloat16.
       json: write the accuracies to this file.
     """
 
     run: Annotated[pathlib.Path, tyro.conf.Positional]
+    bfloat16: bool = False
     json: pathlib.Path | None = None
 
 
@@ -40,7 +48,7 @@ def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
     run = Run.open(options.run)
-    report(run, stages.evaluate(run), options.json)
+    report(run, stages.evaluate(run, bfloat16=options.bfloat16), options.json)
     print(f"go on with `superserve export {run.workdir}`")
 
 

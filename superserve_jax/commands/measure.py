@@ -21,7 +21,7 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -29,7 +29,8 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, exports, plots
-from superserve_jax.engines import batching, prepare, profiling, subnet_buckets
+from superserve_jax.dtypes import ComputeDtype
+from superserve_jax.engines import batching, keys, measuring, prepare, profiling, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.subnet_buckets import Flops
@@ -56,6 +57,7 @@ class Options:
       batch_sizes: the batch sizes to make executables for; if left out, 1 to 16, and on GPUs up to 64 if they gain.
       lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
       slicing: how weights are sliced; if left out, the faster way.
+      compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
       executables: the largest number of subnet buckets, which is also the number of executables of each shape.
       keep_all: keep every subnet that no other subnet beats, even if its neighbours are nearly equal.
       repeats: the number of calls of each subnet at each batch size and length bucket.
@@ -69,6 +71,7 @@ class Options:
     batch_sizes: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     slicing: Slicing | None = None
+    compute_dtype: ComputeDtype = "float32"
     executables: int = prepare.MAX_SUBNET_BUCKETS
     keep_all: bool = False
     repeats: int = 50
@@ -87,9 +90,10 @@ def main() -> None:
     if options.batch_sizes is not None:
         check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     model = ss.load(options.export)
+    model.accuracies(options.compute_dtype)
     lengths = prepare.check_lengths(model.config, options.lengths)
     kinds = {
-        prepare.device_kind(device): device for device in jax.devices()[::-1]
+        keys.device_kind(device): device for device in jax.devices()[::-1]
     }  # reversed, so that the first device of a kind remains
     for kind, device in kinds.items():
         measure(options, model, device, kind, lengths)
@@ -98,23 +102,24 @@ def main() -> None:
 def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
     """Measures one kind of device, saves the profile and prints it."""
     batch_sizes = options.batch_sizes or batching.candidates([device])
-    slicing = options.slicing or choose_slicing(model, device, batch_sizes, lengths)
+    way: dict[str, Any] = {"lengths": lengths, "compute_dtype": options.compute_dtype}
+    slicing = options.slicing or choose_slicing(model, device, batch_sizes, **way)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
     def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> DeviceEngine:
-        shapes = {"batch_sizes": batch_sizes, "lengths": lengths}
-        return DeviceEngine(model, device, subnet_list=subnet_list, envelopes=envelopes, slicing=slicing, **shapes)
+        subnets = {"subnet_list": subnet_list, "envelopes": envelopes}
+        return DeviceEngine(model, device, batch_sizes=batch_sizes, slicing=slicing, **subnets, **way)
 
     engine = make_engine(model.subnets, envelopes)
     load = server.background_traffic if options.load else None
-    measured = prepare.measure(model, engine, repeats=options.repeats, background=load)
+    measured = measuring.measure(model, engine, repeats=options.repeats, background=load)
     if measured.envelopes:
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
-    profile = measured.pareto().monotone() if options.keep_all else prepare.worth_serving(measured)
+    profile = measured.pareto().monotone() if options.keep_all else measuring.worth_serving(measured)
     if options.batch_sizes is None:
         profile = profile.at(batching.gaining(profile))
-    path = exports.profile_path(model.path, kind)
+    path = exports.profile_path(model.path, kind, options.compute_dtype)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
         report(at_length, as_measured, {s.subnet: s for s in model.served})
@@ -140,9 +145,9 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     )
 
 
-def choose_slicing(model: Model, device: Device, batch_sizes: Sequence[int], lengths: Sequence[int]) -> Slicing:
-    """Returns the faster way of slicing, and prints how much faster it is."""
-    slicing, ratio = prepare.faster_slicing(model, device, batch_sizes, lengths=lengths)
+def choose_slicing(model: Model, device: Device, batch_sizes: Sequence[int], **way: Any) -> Slicing:
+    """Returns the faster way of slicing, and prints how much faster it is. The arguments are those of `faster_slicing`."""
+    slicing, ratio = measuring.faster_slicing(model, device, batch_sizes, **way)
     print(f"weights are sliced '{slicing}', the faster way here: time of 'in_call' / time of 'kept' is {ratio:.2f}")
     return slicing
 

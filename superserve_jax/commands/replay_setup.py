@@ -13,7 +13,8 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli
-from superserve_jax.engines import prepare, profiling
+from superserve_jax.dtypes import ComputeDtype
+from superserve_jax.engines import batching, prepare, profiling
 from superserve_jax.engines.base import Engine
 from superserve_jax.exports import Model
 from superserve_jax.lengths import trim_padding
@@ -46,8 +47,9 @@ class Options:
       trace: a CSV file of recorded arrivals to replay instead, see docs/traces.md.
       trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
       speed: how many times as fast the recorded arrivals come.
-      batch_sizes: batch sizes to serve with.
+      batch_sizes: batch sizes to serve with; by default 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if they gain.
       lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
+      compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
       simulate: repeat each replay in the simulator, and print both.
       slow_factor: every batch takes this many times as long from --slow-after on.
       slow_after: when --slow-factor takes effect, as a fraction of the traffic.
@@ -67,8 +69,9 @@ class Options:
     trace: pathlib.Path | None = None
     trace_column: str | None = None
     speed: float = 1.0
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    compute_dtype: ComputeDtype = "float32"
     simulate: bool = False
     slow_factor: float = 1.0
     slow_after: float = 0.5
@@ -123,11 +126,10 @@ def prepare_work(options: Options) -> Work:
     if options.trace is not None:  # before anything that takes long
         trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed)
         print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}", flush=True)
-    loadgen.check_policies(options.policies, options.batch_sizes, subnets=len(model.served))
+    loadgen.check_policies(options.policies, options.batch_sizes or batching.SMALL, subnets=len(model.served))
     inputs, labels = test_examples(model)
-    _, engines, profiles = prepare.prepare(
-        model, batch_sizes=options.batch_sizes, lengths=options.lengths, background=server.background_traffic
-    )
+    shapes = {"batch_sizes": options.batch_sizes, "lengths": options.lengths, "compute_dtype": options.compute_dtype}
+    _, engines, profiles = prepare.prepare(model, background=server.background_traffic, **shapes)
     calls = {"seconds": TIMING_S, "background": server.background_traffic}
     profiles = [profiling.measure_again(e, p, **calls) for e, p in zip(engines, profiles, strict=True)]
     buckets = profiles[0].lengths

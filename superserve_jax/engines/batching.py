@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 from superserve_jax import exports
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines.keys import Device
 from superserve_jax.profile import Profile
 
@@ -20,7 +21,7 @@ def candidates(devices: Iterable[Device]) -> tuple[int, ...]:
     return SMALL + _LARGE * more
 
 
-def default(export: pathlib.Path, devices: Mapping[str, Device]) -> tuple[int, ...]:
+def default(export: pathlib.Path, devices: Mapping[str, Device], compute_dtype: ComputeDtype = "float32") -> tuple[int, ...]:
     """The batch sizes to serve with: those of `candidates` that the stored profiles have.
 
     A profile without all batch sizes up to 16 does not count, because it was measured for other batch sizes.
@@ -28,10 +29,11 @@ def default(export: pathlib.Path, devices: Mapping[str, Device]) -> tuple[int, .
     Args:
       export: the export's directory.
       devices: one device of each kind, by the name of its kind.
+      compute_dtype: the dtype of the profiles.
     """
     sizes = candidates(devices.values())
     for kind in devices:
-        path = exports.profile_path(export, kind)
+        path = exports.profile_path(export, kind, compute_dtype)
         measured = Profile.load(path).batch_sizes if path.exists() else sizes
         if set(SMALL) <= set(measured):
             sizes = tuple(size for size in sizes if size in measured)

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import dtypes, errors
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines import base, executables, profiling
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.budget import LeastRecentlyUsed
@@ -30,6 +31,7 @@ from superserve_jax.engines.executables import Form, Key, SubnetBucket
 from superserve_jax.engines.keys import Device
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
@@ -66,8 +68,7 @@ class DeviceEngine:
         bucket whose slices exceed the budget is sliced in the call.
       prepared: whether kept slices have the statistics of their subnet and the layouts that XLA chooses (see `executables`).
         None prepares them on all devices but CPUs, which gain nothing.
-      compute_dtype: the dtype of weights, activations and products, "float32" or "bfloat16". Statistics and logits are always
-        float32. With bfloat16, weights take half the memory. Accuracies that were evaluated in float32 may differ.
+      compute_dtype: "float32" or "bfloat16" (see `dtypes`). With bfloat16, weights take half the memory.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class DeviceEngine:
         slicing: Slicing = "kept",
         slice_bytes: int | None = None,
         prepared: bool | None = None,
-        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        compute_dtype: ComputeDtype = "float32",
     ):
         check_slicing(slicing, slice_bytes)
-        errors.check_name("compute_dtype", compute_dtype, ["float32", "bfloat16"])
+        dtypes.check(compute_dtype)
         config = model.config
         self.lengths, self.pad_id = tuple(lengths), config.pad_id if isinstance(config, SequenceConfig) else 0
         spec = executables.input_spec(config, 1, self.lengths[-1] if self.lengths else 0)
@@ -98,7 +99,8 @@ class DeviceEngine:
         if slice_bytes is None:
             slice_bytes = default_slice_bytes(model, device)
         self.slices = LeastRecentlyUsed(slice_bytes)
-        self.slicing = slicing
+        self.slicing: Slicing = slicing
+        self.compute_dtype: ComputeDtype = compute_dtype
         program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
         users = collections.Counter(program_of.values())
         prepares = device.platform != "cpu" if prepared is None else prepared
@@ -120,8 +122,8 @@ class DeviceEngine:
         )
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
-        stored = {name: Form(dtype=compute_dtype).stored(model.params[name]).dtype for name in read}
-        weights = {name: jax.device_put(_cast(model.params[name], stored[name]), device) for name in sorted(read)}
+        stored = programs.cast({name: model.params[name] for name in sorted(read)}, compute_dtype)
+        weights = {name: jax.device_put(value, device) for name, value in stored.items()}
 
         def bucket(program: Program, names: Sequence[str]) -> SubnetBucket:
             whole, slicer = {name: weights[name] for name in names}, slicers.get(program)
@@ -254,10 +256,6 @@ class DeviceEngine:
         self.executables = tuple(call if old is executable.call else old for old in self.executables)
         self._subnet = None  # so that the next call slices again
         return True
-
-
-def _cast(value: Any, dtype: Any) -> Any:
-    return value if value.dtype == dtype else value.astype(dtype)
 
 
 def default_slice_bytes(model: SuperNet, device: Device) -> int:

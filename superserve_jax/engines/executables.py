@@ -59,12 +59,7 @@ class Form:
         """Shape and dtype of a weight that an executable takes."""
         is_folded = self.folded and name in {path for fold in program.folds.values() for path in (fold.kernel, fold.bias)}
         full = programs.param_spec(program.config)[name]
-        return jax.ShapeDtypeStruct(shape, self.dtype if is_folded else self.stored(full).dtype)
-
-    def stored(self, param: jax.ShapeDtypeStruct | jax.Array) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a parameter of the SuperNet on the device."""
-        is_cast = len(param.shape) > 1 and jnp.issubdtype(param.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(param.shape, self.dtype if is_cast else param.dtype)
+        return jax.ShapeDtypeStruct(shape, self.dtype if is_folded else programs.weight_spec(full, self.dtype).dtype)
 
 
 def build(
@@ -190,7 +185,7 @@ def trace_slicer(
 
     sharding: Any = SingleDeviceSharding(device)
     out = tuple(_format(device, layout, len(layout)) for layout in layouts) if layouts else sharding
-    arguments = (tuple(form.stored(full[name]) for name in takes), statistics)[: 1 + form.folded]
+    arguments = (tuple(programs.weight_spec(full[name], form.dtype) for name in takes), statistics)[: 1 + form.folded]
     traced = jax.jit(slices, in_shardings=sharding, out_shardings=out).trace(*arguments)
     return Traced(traced, leaves, takes=takes)
 

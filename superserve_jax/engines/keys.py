@@ -132,6 +132,13 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
     }
 
 
+def device_kind(device: Device) -> str:
+    """The kind of a device, which names its latency profile: a card's name, or a CPU's model and number of cores."""
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"cpu {cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"
+
+
 def versions(device: Device) -> dict[str, Any]:
     """The versions of all software that compiles programs for a device or runs them, as a JSON object."""
     driver = NVIDIA_DRIVER.read_text() if device.platform == "gpu" and NVIDIA_DRIVER.exists() else ""

@@ -1,17 +1,14 @@
 """Prepares an export for a server: makes an engine for each device, and loads or measures its latency profile."""
 
-import dataclasses
-import itertools
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from superserve_jax import errors, exports
-from superserve_jax.engines import batching, executables, keys, profiling, subnet_buckets, threads
+from superserve_jax.dtypes import ComputeDtype
+from superserve_jax.engines import batching, executables, keys, measuring, subnet_buckets, threads
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -26,10 +23,6 @@ _log = logging.getLogger(__name__)
 MAX_SUBNET_BUCKETS = 32
 """The largest number of subnet buckets (executables per batch size) of an export without a latency profile."""
 
-_MIN_GAIN = 1.03  # the least (time with slicing in the call) / (time with kept slices) that is worth the memory of slices
-# A subnet is not worth serving if the next faster subnet is nearly as accurate, or nearly as slow.
-_MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.001, 1.05
-
 
 def prepare(
     path_or_model: Any,
@@ -39,12 +32,13 @@ def prepare(
     devices: Sequence[Device] | None = None,
     slicing: Slicing | None = None,
     slice_bytes: int | None = None,
+    compute_dtype: ComputeDtype = "float32",
     background: Background | None = None,
 ) -> tuple[Model, list[DeviceEngine], list[Profile]]:
     """Returns the model, an engine for each device, and the latency profile of each engine.
 
-    Devices of one kind share a profile. The export may contain a profile for this kind, these batch sizes and these lengths.
-    Otherwise one is measured.
+    Devices of one kind share a profile. The export may have one for this kind and dtype, with these batch sizes and lengths.
+    Otherwise it is measured.
 
     Args:
       path_or_model: an export's directory, or the model that `exports.load` returned.
@@ -53,23 +47,25 @@ def prepare(
       devices: the devices to serve on; None takes all.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
+      compute_dtype: see `DeviceEngine`.
       background: the load to run while a profile is measured (see `profiling.measure`).
 
     Raises:
       ExportError: the export is missing or damaged.
-      ConfigError: an argument is wrong.
+      ConfigError: an argument is wrong, or the export has no accuracies in `compute_dtype`.
       NotCalibratedError: a served subnet has no statistics.
       ProfileError: the profile beside the export is malformed.
     """
     chosen = None if batch_sizes is None else check_batch_sizes(batch_sizes)
     check_slicing(slicing or "kept", slice_bytes)
     model = load(path_or_model)
+    model.accuracies(compute_dtype)
     devices = _check_devices(devices)
     lengths = check_lengths(model.config, lengths)
 
-    kinds = [device_kind(device) for device in devices]
-    batch_sizes = chosen or batching.default(model.path, dict(zip(kinds, devices, strict=True)))
-    stored = {kind: stored_profile(model, kind, batch_sizes, lengths) for kind in dict.fromkeys(kinds)}
+    kinds = [keys.device_kind(device) for device in devices]
+    batch_sizes = chosen or batching.default(model.path, dict(zip(kinds, devices, strict=True)), compute_dtype)
+    stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in dict.fromkeys(kinds)}
     profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
     envelopes = None
     if len(profiles) < len(stored):
@@ -86,12 +82,13 @@ def prepare(
             engines[i] = make(i)
             continue
         measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
-        message = "%s has no latency profile for %s, %s: measuring one; run `superserve measure %s` to save one"
-        _log.warning(message, model.path, kind, measured, model.path)
+        message = "%s has no latency profile for %s, %s, %s: measuring one; run `superserve measure %s%s` to save one"
+        option = "" if compute_dtype == "float32" else f" --compute-dtype {compute_dtype}"
+        _log.warning(message, model.path, kind, compute_dtype, measured, model.path, option)
         shapes = {"batch_sizes": batch_sizes, "lengths": lengths, "envelopes": envelopes}
-        way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes}
+        way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes, "compute_dtype": compute_dtype}
         engines[i] = DeviceEngine(model, devices[i], subnet_list=model.subnets, **shapes, **way)
-        profiles[kind] = worth_serving(measure(model, engines[i], background=background))
+        profiles[kind] = measuring.worth_serving(measuring.measure(model, engines[i], background=background))
     if chosen is None and len(profiles) > sum(profile is not None for profile in stored.values()):
         sizes = max(map(batching.gaining, profiles.values()), key=len)
         profiles = {kind: profile.at(sizes) for kind, profile in profiles.items()}
@@ -177,6 +174,7 @@ def make_engine(
         envelopes=profile.envelopes,
         slicing=slicing or profile.slicing,
         slice_bytes=slice_bytes,
+        compute_dtype=profile.compute_dtype,
     )
 
 
@@ -198,21 +196,28 @@ def check_lengths(config: FamilyConfig, lengths: Sequence[int] | None) -> tuple[
     return buckets
 
 
-def stored_profile(model: Model, kind: str, batch_sizes: Sequence[int], lengths: Sequence[int] = ()) -> Profile | None:
+def stored_profile(
+    model: Model,
+    kind: str,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int] = (),
+    compute_dtype: ComputeDtype = "float32",
+) -> Profile | None:
     """The profile in the export's directory, cut to these batch sizes and lengths.
 
-    None if there is no profile for this kind of device, these batch sizes and these lengths, or if it belongs to another
+    None if there is no profile for this kind of device and dtype, these batch sizes and lengths, or if it belongs to another
     export. Raises ProfileError if it is malformed, or has subnet buckets or lengths that this network does not have.
     """
-    path = exports.profile_path(model.path, kind)
+    path = exports.profile_path(model.path, kind, compute_dtype)
     if not path.exists():
         return None
     profile = Profile.load(path)
-    accuracies = {s.subnet: s.known_accuracy for s in model.served}
+    accuracies = model.accuracies(compute_dtype)
     if not (set(batch_sizes) <= set(profile.batch_sizes) and set(lengths) <= set(profile.lengths)):
         return None
-    if profile.device != kind:
-        _log.warning("%s was measured on %.100r, not on %r; ignoring it", path, profile.device, kind)
+    if (profile.device, profile.compute_dtype) != (kind, compute_dtype):
+        found = f"{profile.device[:100]!r} in {profile.compute_dtype}"
+        _log.warning("%s was measured on %s, not on %r in %s; ignoring it", path, found, kind, compute_dtype)
         return None
     if any(accuracies.get(r.subnet) != r.accuracy for r in profile.rows):
         _log.warning("%s was measured on another export; ignoring it", path)
@@ -233,56 +238,3 @@ def _check_fit(profile: Profile, model: SuperNet, name: str) -> None:
             check_lengths(model.config, profile.lengths)
     except (errors.SubnetError, errors.ConfigError) as e:
         raise errors.ProfileError(f"{name} does not fit the network: {e}; measure it again with `superserve measure`") from e
-
-
-def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background: Background | None = None) -> Profile:
-    """Measures the latency profile of an engine with all served subnets of an export. Noise is not repaired.
-
-    Args:
-      model: the export that the engine runs.
-      engine: the engine to measure.
-      repeats: the number of measurements of each latency.
-      background: see `profiling.measure`.
-    """
-    accuracies, kind = {s.subnet: s.known_accuracy for s in model.served}, device_kind(engine.device)
-    calls = {"repeats": repeats, "background": background}
-    measured = profiling.measure(engine, accuracies, engine.batch_sizes, device=kind, **calls)
-    return dataclasses.replace(measured.with_envelopes(engine.envelopes), slicing=engine.slicing)
-
-
-def worth_serving(measured: Profile) -> Profile:
-    """The monotone profile of the subnets worth serving.
-
-    No other subnet is both faster and more accurate, and neighbours differ enough to matter.
-    """
-    return measured.pareto(min_accuracy_gap=_MIN_ACCURACY_GAP, min_latency_ratio=_MIN_LATENCY_RATIO).monotone()
-
-
-def faster_slicing(
-    model: Model, device: Device, batch_sizes: Sequence[int], *, lengths: Sequence[int] = (), repeats: int = 10
-) -> tuple[Slicing, float]:
-    """The way of slicing to serve with on a device, and the ratio (time with slicing in the call) / (time with kept slices).
-
-    The smallest, the middle and the largest subnet run in turn, at the smallest and the largest batch size. So every call
-    changes the subnet, and the measurement includes the cost of a change with kept slices. A change costs more than this if
-    the slices of all served subnets exceed the byte budget.
-    """
-    by_cost = sorted(model.subnets, key=model.config.flops)
-    chosen = list(dict.fromkeys((by_cost[0], by_cost[len(by_cost) // 2], by_cost[-1])))
-    sizes, lengths = sorted({batch_sizes[0], batch_sizes[-1]}), lengths[-1:]
-    ways: tuple[Slicing, ...] = ("kept", "in_call")
-    engines = [
-        DeviceEngine(model, device, subnet_list=chosen, batch_sizes=sizes, lengths=lengths, slicing=way) for way in ways
-    ]
-    inputs = [np.zeros(engines[0].input_shape, engines[0].input_dtype)]
-    cases = list(itertools.product(chosen, sizes))
-    seconds = np.array([[[profiling.time_s(e, *c, inputs) for e in engines] for c in cases] for _ in range(repeats)])
-    ratio = float(np.exp(np.median(np.log(seconds[..., 1] / seconds[..., 0]), axis=0).mean()))
-    return "kept" if ratio > _MIN_GAIN else "in_call", ratio
-
-
-def device_kind(device: Device) -> str:
-    """The kind of a device, which names its latency profile: a card's name, or a CPU's model and number of cores."""
-    if device.platform != "cpu":
-        return device.device_kind
-    return f"cpu {keys.cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"

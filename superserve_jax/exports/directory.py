@@ -7,7 +7,7 @@ One file, because the writer and the reader share this layout:
         weights/             written by Orbax
         statistics.npz       SubnetNorm statistics
         vocabulary.txt       the tokens of a text model, one per line
-    profiles/<device>.json   latency profiles, one per kind of device; made later, not part of the manifest
+    profiles/<device>.json   latency profiles, one per kind of device and dtype; made later, not part of the manifest
 
 It holds only data: nothing in it is executed or unpickled. Replacing manifest.json commits the export. So a process that is
 killed at any moment leaves the old export or the new one. `load` checks every file against its digest before it reads the
@@ -32,6 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from superserve_jax import errors, families, files
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.exports import statistics
 from superserve_jax.exports.model import Model, Served
 from superserve_jax.manifest import (
@@ -224,13 +225,16 @@ def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
     return Model(path, manifest, served, vocabulary, config, params, calibrated)
 
 
-def profile_path(path: str | os.PathLike[str], device_kind: str) -> pathlib.Path:
-    """The file of an export's latency profile for a kind of device.
+def profile_path(path: str | os.PathLike[str], device_kind: str, compute_dtype: ComputeDtype = "float32") -> pathlib.Path:
+    """The file of an export's latency profile for a kind of device and a dtype.
 
     >>> str(profile_path("export", "NVIDIA H100 80GB HBM3"))
     'export/profiles/nvidia-h100-80gb-hbm3.json'
+    >>> profile_path("export", "NVIDIA L4", "bfloat16").name
+    'nvidia-l4-bfloat16.json'
     """
-    return files.user_path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
+    name = device_kind.lower() + ("" if compute_dtype == "float32" else f"-{compute_dtype}")
+    return files.user_path(path) / "profiles" / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 
 @errors.refusing(errors.ConfigError, "export takes a SuperNet, `Served` subnets, strings, and a config of plain values")

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import dtypes, errors
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.supernet import SuperNet
@@ -25,8 +26,9 @@ class Served:
       accuracy_shared: the same with the statistics of the largest subnet, or None if it was not measured.
       flops: multiply-adds per input.
       params: number of weights of the subnet on its own.
-      profiled_half: whether both accuracies come from the profiling half of the test split. A replay then sends the other
+      profiled_half: whether all accuracies come from the profiling half of the test split. A replay then sends the other
         half. False in exports of older versions, which measured on the whole split.
+      accuracy_bfloat16: `accuracy` if the network computes in bfloat16, or None if it was not measured.
     """
 
     subnet: Subnet
@@ -35,11 +37,12 @@ class Served:
     flops: int
     params: int
     profiled_half: bool = False
+    accuracy_bfloat16: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.subnet, Subnet):
             raise errors.ConfigError(f"a served subnet must be a Subnet, got {self.subnet!r}")
-        for value in (self.accuracy, self.accuracy_shared):
+        for value in (self.accuracy, self.accuracy_shared, self.accuracy_bfloat16):
             if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
                 raise errors.ConfigError(f"the accuracy of a served subnet must be a fraction from 0 to 1, got {value!r}")
         for value in (self.flops, self.params):
@@ -55,7 +58,10 @@ class Served:
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`."""
-        return {**dataclasses.asdict(self), "subnet": self.subnet.to_json()}
+        data = {**dataclasses.asdict(self), "subnet": self.subnet.to_json()}
+        if self.accuracy_bfloat16 is None:
+            del data["accuracy_bfloat16"]  # so that older versions, which do not know it, can read the export
+        return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Served":
@@ -105,6 +111,21 @@ class Model(SuperNet):
     def subnets(self) -> tuple[Subnet, ...]:
         """The served subnets, in ascending order of FLOPs."""
         return tuple(s.subnet for s in self.served)
+
+    def accuracies(self, compute_dtype: ComputeDtype = "float32") -> dict[Subnet, float]:
+        """The accuracy of each served subnet that a server may promise if it computes in this dtype; 0 if it is unknown.
+
+        Raises ConfigError if accuracies were measured in float32, but not in `compute_dtype`.
+        """
+        dtypes.check(compute_dtype)
+        if compute_dtype == "float32":
+            return {s.subnet: s.known_accuracy for s in self.served}
+        if missing := [s for s in self.served if s.accuracy is not None and s.accuracy_bfloat16 is None]:
+            raise errors.ConfigError(
+                f"{self.path} has no accuracies in {compute_dtype} for {len(missing)} of {len(self.served)} subnets: run "
+                f"`superserve evaluate RUN --{compute_dtype}` and `superserve export RUN`, or serve in float32"
+            )
+        return {s.subnet: s.accuracy_bfloat16 or 0.0 for s in self.served}
 
     @property
     def vocabulary(self) -> tuple[str, ...]:

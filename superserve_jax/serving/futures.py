@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from superserve_jax import errors, foreign
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.profile import Row
 from superserve_jax.serving import runtime
 from superserve_jax.subnet import Subnet
@@ -53,6 +54,7 @@ class Reply(NamedTuple):
       compute_ms: how long the batch ran.
       batch: number of queries in the batch.
       class_names: names of the classes, from the export; empty if unknown.
+      compute_dtype: the dtype in which the subnet computed, "float32" or "bfloat16".
 
     >>> reply = Reply(np.float32([0.1, 0.9]), Subnet((1,)), 0.7, True, 3.0, 1.0, 2.0, 4, ("cat", "dog"))
     >>> reply.label, reply._replace(class_names=()).label
@@ -70,6 +72,7 @@ class Reply(NamedTuple):
     compute_ms: float
     batch: int
     class_names: tuple[str, ...] = ()
+    compute_dtype: ComputeDtype = "float32"
 
     @property
     def label(self) -> str | int:
@@ -342,7 +345,13 @@ class Query(Future):
 
 
 def answer(
-    batch: Sequence[Query], outputs: Sequence[Any], row: Row, start_s: float, finish_s: float, names: tuple[str, ...] = ()
+    batch: Sequence[Query],
+    outputs: Sequence[Any],
+    row: Row,
+    start_s: float,
+    finish_s: float,
+    names: tuple[str, ...] = (),
+    dtype: ComputeDtype = "float32",
 ) -> tuple[int, list[Query]]:
     """Resolves the queries of a batch to their replies.
 
@@ -352,6 +361,7 @@ def answer(
       row: the subnet that computed the outputs.
       start_s, finish_s: when the batch started, and when its outputs were ready.
       names: names of the classes.
+      dtype: the dtype in which the subnet computed.
 
     Returns:
       How many replies were late, and the queries that had already resolved, for example because they were cancelled.
@@ -362,7 +372,7 @@ def answer(
     for query, output in zip(batch, outputs, strict=True):
         queue_ms = 1e3 * (start_s - query.submitted_s)
         met_slo = finish_s <= query.deadline_s
-        reply = make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count, names))
+        reply = make((output, subnet, accuracy, met_slo, queue_ms + compute_ms, queue_ms, compute_ms, count, names, dtype))
         if not query.set_result(reply):
             turned_away.append(query)
         elif not met_slo:

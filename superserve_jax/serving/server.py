@@ -55,6 +55,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack
 
 from superserve_jax import errors, foreign
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.serving import background, futures, threads
@@ -83,6 +84,7 @@ class Server:
       slicing: when a device slices a subnet's weights out of the SuperNet's weights: "in_call" in every call, "kept" when the
         subnet changes (see `engines.device`). None takes the faster way, according to the profile.
       slice_bytes: with "kept", how many bytes the slices may take. None allows a quarter of the weights, at least 16 MiB.
+      compute_dtype: "float32" or "bfloat16" (see `dtypes`). The export needs accuracies in it. CPUs are slower in bfloat16.
       **options: see `options.ServerOptions`: policy, slo_ms, max_queue, expire, and others.
 
     Attributes:
@@ -125,20 +127,16 @@ class Server:
         devices: Sequence[Any] | None = None,
         slicing: Literal["kept", "in_call"] | None = None,
         slice_bytes: int | None = None,
+        compute_dtype: ComputeDtype = "float32",
         **options: Unpack[ServerOptions],
     ):
         from superserve_jax.engines import prepare  # here, since it imports jax
 
         checked = check_options(options)  # before anything that takes long
         self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
-        self.model, engines, profiles = prepare.prepare(
-            path_or_model,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            devices=devices,
-            background=background_traffic,
-            **self._slicing,
-        )
+        given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices}
+        given |= {"compute_dtype": compute_dtype, **self._slicing}
+        self.model, engines, profiles = prepare.prepare(path_or_model, background=background_traffic, **given)
         self._open(engines, profiles, checked)
 
     @classmethod
@@ -337,10 +335,9 @@ class Server:
                 raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")
             model = prepare.load(path_or_model)
             prepare.check_same_inputs(self.model, model, self._inputs.lengths)
-            shapes: dict[str, Any] = {"batch_sizes": self.profile.batch_sizes, "lengths": self._inputs.lengths or None}
-            _, engines, profiles = prepare.prepare(
-                model, devices=devices, background=background_traffic, **shapes, **self._slicing
-            )
+            same: dict[str, Any] = {"batch_sizes": self.profile.batch_sizes, "lengths": self._inputs.lengths or None}
+            same |= {"compute_dtype": self.profile.compute_dtype, **self._slicing}
+            _, engines, profiles = prepare.prepare(model, devices=devices, background=background_traffic, **same)
             each = profiles_of_workers(profiles, len(engines))
             old = self.pool.swaps.swap(workers, engines, each)
             self.model, self.profiles, self.profile = model, tuple(each), each[0]

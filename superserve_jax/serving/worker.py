@@ -231,8 +231,8 @@ class Worker:
             self.overlap_pace.observe_device(1e-3 * profiled_ms, None if too_late else ready_s - start_s)
         # Do as much as possible before the first answer: after it, its client competes for the interpreter.
         slack_s, submitted_s = batch[0].deadline_s - start_s, [query.submitted_s for query in batch]
-        # `turned_away`: queries that another worker has answered, or that were cancelled.
-        late, turned_away = futures.answer(batch, outputs, row, start_s, finish_s, getattr(self.engine, "class_names", ()))
+        about = getattr(self.engine, "class_names", ()), self.profile.compute_dtype
+        late, turned_away = futures.answer(batch, outputs, row, start_s, finish_s, *about)
         if turned_away:
             submitted_s = [query.submitted_s for query in batch if query not in turned_away]
         self._answered = (row.subnet, len(batch), submitted_s, late, start_s, finish_s, slack_s, flight.reason)

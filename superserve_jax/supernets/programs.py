@@ -217,6 +217,21 @@ def bucketed(config: FamilyConfig, members: Iterable[Subnet], *, envelope: Subne
     return Program(config, top, tuple(name for name, limit in limits.items() if any(s[name] != limit for s in sizes)))
 
 
+def weight_spec(param: jax.ShapeDtypeStruct | jax.Array, compute_dtype: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a parameter in a network that computes in `compute_dtype`.
+
+    Matrices and kernels have that dtype. Vectors (scales, biases) stay float32, because they cost no time.
+    """
+    is_cast = len(param.shape) > 1 and jnp.issubdtype(param.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(param.shape, compute_dtype if is_cast else param.dtype)
+
+
+def cast(params: Params, compute_dtype: str) -> dict[str, jax.Array]:
+    """The parameters of a network that computes in `compute_dtype`, see `weight_spec`."""
+    dtypes = {name: weight_spec(p, compute_dtype).dtype for name, p in params.items()}
+    return {name: p if p.dtype == dtypes[name] else p.astype(dtypes[name]) for name, p in params.items()}
+
+
 # -- which parameters a program reads -----------------------------------------------------------------------------------
 
 

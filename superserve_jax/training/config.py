@@ -10,6 +10,7 @@ import jax
 import optax
 
 from superserve_jax import errors, families, files, foreign, manifest, shipped
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.space import SearchSpace
 from superserve_jax.supernets.family import FamilyConfig, RewirableConfig
 from superserve_jax.training import fields
@@ -183,7 +184,7 @@ class TrainConfig:
     random_subnets: Count = 1
     label_smoothing: Fraction = 0.0
     ema: Fraction = 0.0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: ComputeDtype = "float32"
     eval_every: Count | None = None
     calibration_examples: Positive = 4096
     search: SearchConfig = SearchConfig()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.programs import Params, Program
@@ -33,6 +34,7 @@ def correct(
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     *,
     norm: Norm = "own",
+    compute_dtype: ComputeDtype = "float32",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields for each subnet whether it classifies each example correctly, bool (N,), and the labels, int32 (N,).
 
@@ -42,14 +44,14 @@ def correct(
       batches: starts a pass over the data. Its batches have equal shapes and hold "inputs", "label" and "weight" (0 for
         padding).
       norm: whose statistics to use, see `SuperNet.statistics_of`.
+      compute_dtype: the dtype to compute in, see `dtypes`.
     """
-    program = programs.masked(model.config)
+    program, params = programs.masked(model.config), programs.cast(model.params, compute_dtype)
     for subnet in subnet_list:
         statistics = program.pad_statistics(model.statistics_of(subnet, norm=norm), subnet)
         active = program.active(subnet)
         found = [
-            (_hits(program, model.params, b["inputs"], b["label"], statistics, active), b["label"], b["weight"])
-            for b in batches()
+            (_hits(program, params, b["inputs"], b["label"], statistics, active), b["label"], b["weight"]) for b in batches()
         ]
         hits, labels, weights = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*found, strict=True))
         yield hits[weights > 0], labels[weights > 0]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, exports, plots, progress
+from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.exports import Served
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.subnet import Subnet
@@ -126,26 +127,32 @@ def calibrate(run: Run, subnet_list: list[Subnet] | None = None) -> None:
     run.save_statistics(calibration.calibrate(run.model(), progress.track(served, "calibration"), images))
 
 
-def evaluate(run: Run) -> list[Served]:
+def evaluate(run: Run, *, bfloat16: bool = False) -> list[Served]:
     """Measures accuracies of the served subnets, with their own and with the largest subnet's statistics.
 
     They come from the profiling half of the test split (see `halves.profiling_half`). A replay sends the other half, so it
     measures something that the policy does not know.
 
     Writes evaluation.json. For a family without statistics, `accuracy_shared` is None.
+
+    Args:
+      run: the run.
+      bfloat16: also measure accuracies of a network that computes in bfloat16, with the subnets' own statistics.
     """
     model, dataset, served = run.model(), run.dataset(), run.served()
 
-    def accuracies(norm: Norm) -> list[float]:
-        subnets = progress.track(served, f"subnets on test examples, {norm} statistics")
-        found = evaluation.correct(model, subnets, lambda: dataset.eval("test", validation.EVAL_BATCH), norm=norm)
+    def accuracies(norm: Norm, compute_dtype: ComputeDtype = "float32") -> list[float]:
+        subnets = progress.track(served, f"subnets on test examples, {norm} statistics, {compute_dtype}")
+        how: dict[str, Any] = {"norm": norm, "compute_dtype": compute_dtype}
+        found = evaluation.correct(model, subnets, lambda: dataset.eval("test", validation.EVAL_BATCH), **how)
         return [float(hits[halves.profiling_half(labels)].mean()) for hits, labels in found]
 
     own = accuracies("own")
     shared = accuracies("shared") if model.statistics_of(model.space.largest()).size else [None] * len(own)
+    in_bfloat16 = accuracies("own", "bfloat16") if bfloat16 else [None] * len(own)
     result = [
-        Served(s, accuracy, other, model.config.flops(s), model.config.num_params(s), profiled_half=True)
-        for s, accuracy, other in zip(served, own, shared, strict=True)
+        Served(s, a, a_shared, model.config.flops(s), model.config.num_params(s), profiled_half=True, accuracy_bfloat16=a_16)
+        for s, a, a_shared, a_16 in zip(served, own, shared, in_bfloat16, strict=True)
     ]
     run.write("evaluation.json", [s.to_json() for s in result])
     return result
@@ -234,8 +241,12 @@ def _profiled_half(served: Sequence[Served]) -> bool:
 
 def table(served: list[Served]) -> list[tuple[str, ...]]:
     """A table to print: the header, then cost and accuracies of each served subnet."""
-    lines: list[tuple[str, ...]] = [("MFLOPs", "params", "test accuracy", "with the largest's statistics")]
-    for s in served:
-        accuracies = ("-" if a is None else f"{100 * a:.2f} %" for a in (s.accuracy, s.accuracy_shared))
-        lines.append((f"{s.flops / 1e6:.2f}", f"{s.params:,}", *accuracies))
-    return lines if any(s.accuracy_shared is not None for s in served) else [line[:3] for line in lines]
+    columns = {
+        "test accuracy": [s.accuracy for s in served],
+        "with the largest's statistics": [s.accuracy_shared for s in served],
+        "in bfloat16": [s.accuracy_bfloat16 for s in served],
+    }
+    measured = {name: of for name, of in columns.items() if name == "test accuracy" or any(a is not None for a in of)}
+    costs = [(f"{s.flops / 1e6:.2f}", f"{s.params:,}") for s in served]
+    accuracies = zip(*(["-" if a is None else f"{100 * a:.2f} %" for a in of] for of in measured.values()), strict=True)
+    return [("MFLOPs", "params", *measured), *(a + b for a, b in zip(costs, accuracies, strict=True))]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.programs import Hidden, Program
 from superserve_jax.training import losses
 from superserve_jax.training.sampling import Choice
@@ -166,8 +167,7 @@ def _other_grad(program: Program, recipe: Recipe, params: Params, inputs: jax.Ar
 
 def _forward(program: Program, recipe: Recipe, params: Params, inputs: jax.Array, active: jax.Array) -> Lesson:
     """Float32 logits, and hidden states if the recipe needs them, computed in the recipe's dtype."""
-    if recipe.compute_dtype != "float32":  # vectors (scales and biases) stay float32: they cost no time
-        params = {name: p.astype(recipe.compute_dtype) if p.ndim > 1 else p for name, p in params.items()}
+    params = programs.cast(params, recipe.compute_dtype)
     if recipe.hidden_weight:
         logits, hidden = program.train_hidden(params, inputs, active)
     else:

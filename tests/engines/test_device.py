@@ -12,7 +12,7 @@ import pytest
 from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, write_export
 
 from superserve_jax import errors, exports
-from superserve_jax.engines import prepare, subnet_buckets
+from superserve_jax.engines import keys, measuring, prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
@@ -139,14 +139,14 @@ def test_unknown_slicing_is_refused_before_anything_is_compiled(make, options, m
 
 
 def test_a_stored_profile_says_how_to_make_the_engine_and_a_foreign_one_is_ignored(model, tmp_path, caplog):
-    device, kind = jax.devices()[0], prepare.device_kind(jax.devices()[0])
+    device, kind = jax.devices()[0], keys.device_kind(jax.devices()[0])
     loaded = exports.load(write_export(tmp_path / "export", model, sorted(CHOSEN, key=TINY.flops), step=0.02))
-    way, ratio = prepare.faster_slicing(loaded, device, (2,), repeats=1)
+    way, ratio = measuring.faster_slicing(loaded, device, (2,), repeats=1)
     assert way == ("kept" if ratio > 1.03 else "in_call")
     envelopes = subnet_buckets.choose(loaded.subnets, TINY.flops, 3)
     engine = DeviceEngine(loaded, device, subnet_list=loaded.subnets, batch_sizes=(1, 2), envelopes=envelopes)
     assert engine.name == f"{device.platform}:0"
-    profile = prepare.measure(loaded, engine, repeats=1)
+    profile = measuring.measure(loaded, engine, repeats=1)
     assert set(profile.envelopes.values()) <= set(envelopes.values())
     assert prepare.stored_profile(loaded, kind, (1, 2)) is None
     profile.save(exports.profile_path(loaded.path, kind))

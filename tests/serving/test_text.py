@@ -9,7 +9,7 @@ from tiny import assert_close, random_params
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
-from superserve_jax.engines import executables, prepare
+from superserve_jax.engines import executables, keys, measuring, prepare
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -131,8 +131,8 @@ def test_a_stored_profile_serves_some_of_its_lengths_and_no_others(tmp_path):
     model = export(tmp_path / "export", CONFIG)
     device = jax.devices()[0]
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
-    kind = prepare.device_kind(device)
-    measured = prepare.measure(model, engine, repeats=2)
+    kind = keys.device_kind(device)
+    measured = measuring.measure(model, engine, repeats=2)
     measured.save(exports.profile_path(model.path, kind))
     assert prepare.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == [measured]
     assert prepare.stored_profile(model, kind, (1,), (7,)) == measured.at((1,), (7,)) == measured.each_length[-1]
