@@ -7,7 +7,7 @@ import pytest
 from small_exports import IMAGES, write
 
 from superserve_jax import exports
-from superserve_jax.engines import batching, prepare
+from superserve_jax.engines import batching, measuring, prepare
 from superserve_jax.profile import Profile, Row
 
 UP_TO_16, UP_TO_64 = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)
@@ -58,9 +58,9 @@ def test_batch_sizes_that_gain_nothing_are_dropped_if_nobody_asked_for_them(mode
 
     monkeypatch.setattr(prepare, "DeviceEngine", make)
     monkeypatch.setattr(prepare, "make_engine", lambda model, device, profile, **_: make(batch_sizes=profile.batch_sizes))
-    monkeypatch.setattr(prepare, "measure", lambda *_, **__: profile(model, UP_TO_64, gains_up_to=gains_up_to))
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: profile(model, UP_TO_64, gains_up_to=gains_up_to))
     monkeypatch.setattr(batching, "candidates", lambda devices: UP_TO_64)
-    monkeypatch.setattr(prepare, "worth_serving", lambda profile: profile)
+    monkeypatch.setattr(measuring, "worth_serving", lambda profile: profile)
     kept = UP_TO_64 if given else expected
     _, _, [first, second] = prepare.prepare(model, batch_sizes=given, devices=[CPU, CPU])
     assert first.batch_sizes == second.batch_sizes == kept

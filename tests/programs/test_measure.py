@@ -18,10 +18,11 @@ def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, mo
     served = [Served(r.subnet, r.accuracy, None, flops=1, params=1) for r in PROFILE.rows]
     config = types.SimpleNamespace(flops=lambda subnet: 1)
     model = types.SimpleNamespace(path=tmp_path, config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
+    model.accuracies = lambda compute_dtype: {r.subnet: r.accuracy for r in PROFILE.rows}
     monkeypatch.setattr(ss, "load", lambda path: model)
     engine = {"DeviceEngine": lambda _, device, **options: types.SimpleNamespace(device=device, **options)}
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
-    monkeypatch.setattr(exports, "profile_path", lambda path, kind: tmp_path / "profile.json")
+    monkeypatch.setattr(exports, "profile_path", lambda *_: tmp_path / "profile.json")
     options = ("--batch-sizes", 1, 2, "--slicing", "kept")
     files = ("--plot", tmp_path / "plot.png", "--plot-flops", tmp_path / "flops.png")
     measure = ("serve/measure.py", tmp_path, *options)

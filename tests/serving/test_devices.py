@@ -16,7 +16,7 @@ from small_exports import IMAGES, write
 from tiny import TINY, live_bytes, random_images, random_statistics
 
 from superserve_jax import errors, exports
-from superserve_jax.engines import prepare
+from superserve_jax.engines import keys, prepare
 from superserve_jax.engines.base import Wrapper
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
@@ -138,7 +138,7 @@ def main():
     """The program of the last test, for a process with eight devices. Prints the names of the devices that answered."""
     devices, batch, kinds = jax.devices(), 4, ("left", "right")
     kind_of = {device: kinds[device.id % 2] for device in devices}
-    prepare.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
+    keys.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
     with tempfile.TemporaryDirectory() as folder:
         model = exports.load(write(pathlib.Path(folder) / "export", IMAGES))
     # One kind has a profile with one subnet, the other with another: each holds only the executables that it needs.
@@ -146,7 +146,7 @@ def main():
         kind: Profile((batch,), (Row(served.subnet, served.accuracy, (1.0,)),), kind)
         for kind, served in zip(kinds, model.served, strict=True)
     }
-    prepare.stored_profile = lambda model, kind, batch_sizes, lengths: stored[kind]
+    prepare.stored_profile = lambda model, kind, *_: stored[kind]
     # The first engine of each kind is made alone. The others find the results of its tuning, and are made at once.
     make_engine, others, made = prepare.make_engine, threading.Barrier(len(devices) - len(kinds)), []
 

@@ -89,6 +89,12 @@ def test_the_stages_lead_from_a_run_to_an_export_that_answers(config, run, toler
         assert hits[profiled].mean() == pytest.approx(s.accuracy)
         assert s.profiled_half
     assert f"profiling half of the {len(labels)} test examples" in model.manifest["measured"]
+    assert [s.accuracy_bfloat16 for s in model.served] == [None] * len(served)
+    both = stages.evaluate(run, bfloat16=True)
+    assert [dataclasses.replace(s, accuracy_bfloat16=None) for s in both] == served
+    assert [s.accuracy_bfloat16 for s in both] == pytest.approx([s.accuracy for s in both], abs=0.02)
+    assert stages.table(both)[0][-1] == "in bfloat16"
+    assert ss.load(stages.export(run)).accuracies("bfloat16") == {s.subnet: s.accuracy_bfloat16 for s in both}
     middle = np.median([s.accuracy for s in served])
     error = f"standard error of an accuracy: {100 * math.sqrt(middle * (1 - middle) / 150):.1f} points"
     assert (
