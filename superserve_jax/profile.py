@@ -294,7 +294,8 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`. `rows` lists the rows of the longest length, `shorter` has one list per other length."""
-        about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing, "compute_dtype": self.compute_dtype}
+        about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing}
+        about |= {} if self.compute_dtype == "float32" else {"compute_dtype": self.compute_dtype}
         about |= {"batch_sizes": list(self.batch_sizes), "rows": _rows_to_json(self.rows)}
         if not self.rows_at:
             return about

@@ -1,13 +1,13 @@
 """Fixtures that many tests share: tiny SuperNets, an export, a small dataset, and a way to run the programs."""
 
 import os
-import re
 import signal
 
 os.environ.setdefault("SUPERSERVE_CACHE", "")  # no test reads or fills the user's own cache
 
 import bad
 import jax
+import markers
 import program
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,16 +27,19 @@ settings.load_profile("suite")
 
 def wants_gpu(config):
     """Whether the option -m selects tests that need a GPU."""
-    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+    return markers.needs(config.option.markexpr, "gpu")
 
 
 def pytest_configure(config):
-    """Ctrl-C works in tests and the programs that they start: a shell starts commands in the background without it.
+    """Makes Ctrl-C work in tests, because a shell starts commands in the background without it.
 
     Without `-m gpu`, everything runs on the CPU: tolerances are for float32, and many processes cannot share a card.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not wants_gpu(config):
+    if wants_gpu(config):
+        if getattr(config.option, "numprocesses", None) not in (None, 0):
+            raise pytest.UsageError("tests that need a GPU run in one process, because it owns the card; leave out -n")
+    else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of programs that tests start
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 

@@ -38,7 +38,7 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, exports, files
-from superserve_jax.engines import batching, keys, prepare, profiling
+from superserve_jax.engines import default_batch_sizes, keys, prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.loadtest import loadgen
@@ -290,7 +290,7 @@ def stage_variants(options: Options, save: Save) -> None:
 def stage_serving(options: Options, save: Save) -> None:
     """A measured profile, and a server at three loads with and without overlap."""
     model, device = made_up(options), jax.devices()[0]
-    sizes = (1, 2) if options.quick else batching.candidates([device])
+    sizes = (1, 2) if options.quick else default_batch_sizes.candidates([device])
     lengths = prepare.check_lengths(model.config, None)[-1:]
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=sizes, lengths=lengths)
     by_cost = sorted(model.subnets, key=model.config.flops)

@@ -189,7 +189,7 @@ def traced(
             if layouts is None:
                 first = made.compile()
                 layouts = first.layouts
-                leaves, wanted = executables.sliced_leaves(program, form, first)
+                leaves, wanted = executables.prepared_leaves(program, form, first)
                 if leaves:
                     slicer = executables.trace_slicer(program, leaves, device, form=form, layouts=wanted)
                     yield (f"{name} slicer", "kept", 0), slicer, set()

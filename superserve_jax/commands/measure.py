@@ -30,7 +30,7 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import cli, exports, plots
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import batching, keys, measuring, prepare, profiling, subnet_buckets
+from superserve_jax.engines import default_batch_sizes, keys, measuring, prepare, profiling, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.subnet_buckets import Flops
@@ -101,7 +101,7 @@ def main() -> None:
 
 def measure(options: Options, model: Model, device: Device, kind: str, lengths: Sequence[int]) -> None:
     """Measures one kind of device, saves the profile and prints it."""
-    batch_sizes = options.batch_sizes or batching.candidates([device])
+    batch_sizes = options.batch_sizes or default_batch_sizes.candidates([device])
     way: dict[str, Any] = {"lengths": lengths, "compute_dtype": options.compute_dtype}
     slicing = options.slicing or choose_slicing(model, device, batch_sizes, **way)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
@@ -118,7 +118,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else measuring.worth_serving(measured)
     if options.batch_sizes is None:
-        profile = profile.at(batching.gaining(profile))
+        profile = profile.at(default_batch_sizes.without_useless(profile))
     path = exports.profile_path(model.path, kind, options.compute_dtype)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):

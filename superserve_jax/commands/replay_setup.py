@@ -14,7 +14,7 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import cli
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import batching, prepare, profiling
+from superserve_jax.engines import default_batch_sizes, prepare, profiling
 from superserve_jax.engines.base import Engine
 from superserve_jax.exports import Model
 from superserve_jax.lengths import trim_padding
@@ -126,7 +126,7 @@ def prepare_work(options: Options) -> Work:
     if options.trace is not None:  # before anything that takes long
         trace = recorded.trace(options.trace, column=options.trace_column, speed=options.speed)
         print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}", flush=True)
-    loadgen.check_policies(options.policies, options.batch_sizes or batching.SMALL, subnets=len(model.served))
+    loadgen.check_policies(options.policies, options.batch_sizes or default_batch_sizes.SMALL, subnets=len(model.served))
     inputs, labels = test_examples(model)
     shapes = {"batch_sizes": options.batch_sizes, "lengths": options.lengths, "compute_dtype": options.compute_dtype}
     _, engines, profiles = prepare.prepare(model, background=server.background_traffic, **shapes)

@@ -113,6 +113,17 @@ def check_outputs(logits: np.ndarray, count: int) -> None:
             )
 
 
+def is_out_of_memory(error: BaseException, text: str) -> bool:
+    """Whether an engine failed because a batch or its weights are too large for the device.
+
+    Args:
+      error: the engine's error.
+      text: its `repr` or `str`.
+    """
+    # jax.errors.JaxRuntimeError is a RuntimeError whose text has the status code.
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text)
+
+
 class Wrapper:
     """An engine that passes calls on to another engine. Subclasses override `run` to add something."""
 

@@ -1,4 +1,4 @@
-"""Values that may take a number of bytes together, such as kept slices on a device."""
+"""A cache that keeps its values within a byte budget, such as kept slices on a device."""
 
 import collections
 from collections.abc import Callable
@@ -45,3 +45,8 @@ class LeastRecentlyUsed:
         self.nbytes += nbytes
         self.makes += 1
         return value
+
+    def clear(self) -> None:
+        """Drops all values."""
+        self._values.clear()
+        self.nbytes = 0

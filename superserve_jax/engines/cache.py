@@ -62,14 +62,14 @@ class Executable:
       leaves: the parameters that a program takes, or the slices that a slicer returns.
       layouts: the layouts of `leaves`; `()` if all have the default one.
       takes: names of the parameters that a slicer takes.
-      compile_again: compiles the program anew, and replaces its entry in the cache; None if it was not loaded from the cache.
+      is_from_cache: whether it was loaded from the cache.
     """
 
     call: Callable[..., Any]
     leaves: Leaves
     layouts: Layouts = ()
     takes: tuple[str, ...] = ()
-    compile_again: "Callable[[], Executable] | None" = None
+    is_from_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +137,12 @@ class ExecutableCache:
         tuning = tuning_directory(self._root, device) if self._root is not None and device.platform == "gpu" else None
         self._options = {} if tuning is None else {TUNING_OPTION: str(tuning)}  # no part of the key
 
-    def get(self, about: Mapping[str, Any], trace: Callable[[], Traced]) -> Executable:
+    def get(self, about: Mapping[str, Any], trace: Callable[[], Traced], *, load: bool = True) -> Executable:
         """Loads the executable that `about` describes from the cache, or else compiles and stores it.
 
         Args:
           about: a JSON object that identifies this executable among those with the same config and device.
+          load: False compiles it in any case, and replaces the entry.
           trace: traces the program. For a family of this library it is called only if there is no entry.
         """
         if self._root is None:
@@ -155,14 +156,11 @@ class ExecutableCache:
                 return program.compile()
         key = json.dumps({**self._common, **about, "program": digest}, sort_keys=True)
         path = self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
-
-        def compile() -> Executable:
-            made = (program or trace()).compile(self._options)
-            _save(path, made)
-            return made
-
-        found = self._load(path)
-        return dataclasses.replace(found, compile_again=compile) if found is not None else compile()
+        found = self._load(path) if load else None
+        if found is None:
+            found = (program or trace()).compile(self._options)
+            _save(path, found)
+        return found
 
     def shrink(self) -> None:
         """Deletes the least recently used entries until the others take at most `limit_bytes`. Call it after `get`."""
@@ -189,7 +187,7 @@ class ExecutableCache:
             call = serialize_executable.deserialize_and_load(
                 *serialised, backend=self._device.client, execution_devices=[self._device]
             )
-            return Executable(call, *described)
+            return Executable(call, *described, is_from_cache=True)
         except FileNotFoundError:
             return None
         except Exception as e:  # the runtime can fail in any way on a stale entry, and the remedy is always the same

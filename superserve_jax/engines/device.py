@@ -12,7 +12,6 @@ An engine holds compiled objects only. So nothing can compile while serving.
 """
 
 import collections
-import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -42,11 +41,11 @@ Slicing = Literal["kept", "in_call"]
 
 # On a CPU, kept slices may take a quarter of the weights' bytes. With more, sharing the weights would save little memory. The
 # budget is at least 16 MiB, because a smaller one would cost speed and save little for small networks. On a GPU, they may take
-# a quarter of the memory that jax uses.
+# a quarter of the memory that jax may allocate.
 SLICES_SHARE = 0.25
 _MIN_SLICES_BYTES = 16 << 20
 # On a CPU, statistics of 32 subnets are kept, about as many as are in use at a time, or of more subnets if all fit into 4 MiB.
-# A GPU has room for the statistics of all subnets.
+# On a GPU, the statistics of all subnets are kept.
 _STATISTICS_KEPT = 32
 _MIN_STATISTICS_BYTES = 4 << 20
 _SLOW_CALL_S = 0.05  # longer than the extra time of an executable's first call
@@ -67,7 +66,7 @@ class DeviceEngine:
         of the weights' bytes, but at least 16 MiB; in-call slicing needs about as much for its temporaries. A subnet
         bucket whose slices exceed the budget is sliced in the call.
       prepared: whether kept slices have the statistics of their subnet and the layouts that XLA chooses (see `executables`).
-        None prepares them on all devices but CPUs, which gain nothing.
+        None prepares them on GPUs. A CPU gains nothing.
       compute_dtype: "float32" or "bfloat16" (see `dtypes`). With bfloat16, weights take half the memory.
     """
 
@@ -101,48 +100,21 @@ class DeviceEngine:
         self.slices = LeastRecentlyUsed(slice_bytes)
         self.slicing: Slicing = slicing
         self.compute_dtype: ComputeDtype = compute_dtype
-        program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
-        users = collections.Counter(program_of.values())
-        prepares = device.platform != "cpu" if prepared is None else prepared
+        self._program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
+        self.subnets, users = tuple(self._program_of), collections.Counter(self._program_of.values())
+        prepares, itemsize = device.platform == "gpu" if prepared is None else prepared, np.dtype(compute_dtype).itemsize
 
         def form(program: Program) -> Form:
-            kept = slicing == "kept" and executables.fit(config, program.envelope, slice_bytes)
+            kept = slicing == "kept" and executables.fit(config, program.envelope, slice_bytes, itemsize=itemsize)
             # Prepared slices are copies of all weights, also of those that no subnet slices.
-            whole = prepares and kept and 4 * config.num_params(program.envelope) <= slice_bytes
-            return Form(
-                kept, laid_out=whole, folded=whole and users[program] == 1 and bool(program.folds), dtype=compute_dtype
-            )
+            is_prepared = prepares and kept and itemsize * config.num_params(program.envelope) <= slice_bytes
+            is_folded = is_prepared and users[program] == 1 and bool(program.folds)
+            return Form(kept, laid_out=is_prepared, folded=is_folded, dtype=compute_dtype)
 
-        made, slicers = executables.build(
-            dict.fromkeys(program_of.values()),
-            batch_sizes,
-            device,
-            lengths=self.lengths,
-            form=form,
-        )
-        leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
-        read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
-        stored = programs.cast({name: model.params[name] for name in sorted(read)}, compute_dtype)
-        weights = {name: jax.device_put(value, device) for name, value in stored.items()}
-
-        def bucket(program: Program, names: Sequence[str]) -> SubnetBucket:
-            whole, slicer = {name: weights[name] for name in names}, slicers.get(program)
-            if slicer is None:
-                return SubnetBucket(program, whole)
-            sources = tuple(weights[name] for name in slicer.takes)
-            return SubnetBucket(program, whole, slicer, sources, is_folded=form(program).folded)
-
-        buckets = {program: bucket(program, names) for program, names in leaves.items()}
-        shapes = [(b, length) for b in batch_sizes for length in self.lengths or (0,)]
-        self.calls = {
-            (s, *shape): (made[program, *shape].call, buckets[program])
-            for s, program in program_of.items()
-            for shape in shapes
-        }
-        self.subnets, self.executables = tuple(program_of), tuple(e.call for e in made.values())
-        largest = 8 * max(program.statistics_size for program in buckets)
-        kept = _STATISTICS_KEPT if device.platform == "cpu" else max(_STATISTICS_KEPT, len(program_of))
-        self.statistics = LeastRecentlyUsed(max(kept * largest, _MIN_STATISTICS_BYTES))
+        self._forms = {program: form(program) for program in users}
+        largest = 8 * max(program.statistics_size for program in users)
+        most = _STATISTICS_KEPT if device.platform == "cpu" else max(_STATISTICS_KEPT, len(self.subnets))
+        self.statistics = LeastRecentlyUsed(max(most * largest, _MIN_STATISTICS_BYTES))
         # The subnet that runs next, and its weights, statistics and traced sizes on the device.
         self._subnet: Subnet | None = None
         self._actuated: tuple[Any, ...] = ()
@@ -151,8 +123,60 @@ class DeviceEngine:
         if self.lengths and isinstance(config, SequenceConfig):
             [self._padding] = config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
         # Free staging buffers. A buffer is free when the output of its batch is ready; the device may read it until then.
-        self.staging = {shape: [self._make_staging(*shape) for _ in range(2)] for shape in shapes}
-        self._warm_up(program_of, made)
+        self._shapes = [(b, length) for b in batch_sizes for length in self.lengths or (0,)]
+        self.staging = {shape: [self._make_staging(*shape) for _ in range(2)] for shape in self._shapes}
+        self._build()
+
+    def _build(self) -> None:
+        """Makes the executables, and calls each of them once.
+
+        If a call fails, it makes them all again: first without those of the cache, then on a GPU without command buffers. A
+        stored executable may need an algorithm that the installed libraries do not have. XLA may be unable to record a kernel.
+        """
+        how: dict[str, bool] = {}
+        with_, without = (programs.compiler_options(self.device.platform, command_buffers=b) for b in (True, False))
+        has_command_buffers = with_ != without
+        while True:
+            made, slicers = executables.build(
+                self._forms, self.batch_sizes, self.device, lengths=self.lengths, form=self._forms.__getitem__, **how
+            )
+            try:
+                self._connect(made, slicers)
+                return self.warm_up()
+            except Exception as e:  # the runtime can fail in any way
+                if isinstance(e, errors.SuperServeError) or base.is_out_of_memory(e, str(e)):
+                    raise
+                if how.get("use_cache", True) and any(x.is_from_cache for x in (*made.values(), *slicers.values())):
+                    how["use_cache"], remedy = False, "compiling all of them again"
+                elif how.get("command_buffers", True) and has_command_buffers:
+                    how["command_buffers"], remedy = False, "compiling all of them without command buffers, which is slower"
+                else:
+                    raise
+                _log.warning("an executable of %s failed (%s: %s); %s", self.name, type(e).__name__, e, remedy)
+
+    def _connect(self, made: Mapping[Key, Executable], slicers: Mapping[Program, Executable]) -> None:
+        """Puts the weights on the device, and connects them with the executables that read them."""
+        leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
+        read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
+        stored = programs.cast({name: self.model.params[name] for name in sorted(read)}, self.compute_dtype)
+        weights = {name: jax.device_put(value, self.device) for name, value in stored.items()}
+
+        def bucket(program: Program, names: Sequence[str]) -> SubnetBucket:
+            params, slicer = {name: weights[name] for name in names}, slicers.get(program)
+            if slicer is None:
+                return SubnetBucket(program, params)
+            sources = tuple(weights[name] for name in slicer.takes)
+            return SubnetBucket(program, params, slicer, sources, is_folded=self._forms[program].folded)
+
+        buckets = {program: bucket(program, names) for program, names in leaves.items()}
+        self.calls = {
+            (s, *shape): (made[program, *shape].call, buckets[program])
+            for s, program in self._program_of.items()
+            for shape in self._shapes
+        }
+        self.executables = tuple(e.call for e in made.values())
+        self.slices.clear()
+        self._subnet, self._actuated = None, ()
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.run`. Each output is an array of logits, float32 (num_classes,)."""
@@ -161,7 +185,7 @@ class DeviceEngine:
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `Overlapping.launch`."""
         launched = self._launch(subnet, batch_size, inputs)
-        launched[0].copy_to_host_async()  # or the copy would begin after the wait
+        launched[0].copy_to_host_async()  # starts the copy now; otherwise it starts only after the wait
         return Launched(launched[0].block_until_ready, functools.partial(_outputs, *launched))
 
     def _launch(
@@ -210,8 +234,8 @@ class DeviceEngine:
         self._actuated = (leaves, *rest)
         self._subnet = subnet
 
-    def _warm_up(self, program_of: Mapping[Subnet, Program], made: Mapping[Key, Executable]) -> None:
-        """Calls each executable once, since the first call is slow and no query should wait for it.
+    def warm_up(self) -> None:
+        """Calls each executable once, since the first call is slow and no query should wait for it. No batch may run then.
 
         If one call already takes long, the warm-up skips larger batches and lengths. A slow first call no longer matters
         there, and the warm-up would take minutes. A shape that is slow with one subnet counts as slow with larger subnets,
@@ -219,43 +243,18 @@ class DeviceEngine:
         """
 
         def flops(subnet: Subnet) -> int:
-            return self.model.config.flops(subnet.computed_in(program_of[subnet].envelope))
+            return self.model.config.flops(subnet.computed_in(self._program_of[subnet].envelope))
 
         slow: set[tuple[int, int]] = set()
-        for subnet in sorted({program: s for s, program in program_of.items()}.values(), key=flops):
+        for subnet in sorted({program: s for s, program in self._program_of.items()}.values(), key=flops):
             for batch, length in sorted(self.staging):
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
                 call = self, subnet, batch, [self.staging[batch, length][0][0]]
-                try:
-                    took_s = profiling.time_s(*call)
-                except Exception as e:  # the runtime can fail in any way on a stale executable
-                    if not self._compile_again(made[program_of[subnet], batch, length], e):
-                        raise
-                    took_s = profiling.time_s(*call)
-                if took_s <= _SLOW_CALL_S:
+                if profiling.time_s(*call) <= _SLOW_CALL_S:
                     slow.discard((batch, length))
                 elif (batch, length) not in slow and profiling.time_s(*call) > _SLOW_CALL_S:
                     slow.add((batch, length))
-
-    def _compile_again(self, executable: Executable, error: Exception) -> bool:
-        """Compiles an executable from the cache and its slicer again, since the call failed. False if neither is from there.
-
-        For example, the entry may choose an algorithm that the installed version of a kernel library does not have.
-        """
-        stale = {bucket for call, bucket in self.calls.values() if call is executable.call}
-        again = executable.compile_again
-        slicers = {b: b.slicer for b in stale if b.slicer is not None and b.slicer.compile_again is not None}
-        if again is None and not slicers:
-            return False
-        _log.warning("an executable from the cache failed (%s: %s); compiling again", type(error).__name__, error)
-        call = again().call if again is not None else executable.call
-        fresh = {b: dataclasses.replace(b, slicer=s.compile_again()) for b, s in slicers.items() if s.compile_again}
-        for key, (old, bucket) in self.calls.items():
-            self.calls[key] = call if old is executable.call else old, fresh.get(bucket, bucket)
-        self.executables = tuple(call if old is executable.call else old for old in self.executables)
-        self._subnet = None  # so that the next call slices again
-        return True
 
 
 def default_slice_bytes(model: SuperNet, device: Device) -> int:

@@ -6,7 +6,7 @@ kinds of these arguments:
 - Kept slices have the sizes of the program's envelope. A slicer, another executable, makes them ahead of the calls.
 - The SuperNet's own parameters are larger. The program slices them in every call.
 
-On a GPU, the number of kernels that the host launches limits most calls. So a slicer prepares kept slices further there:
+On a GPU, we expect that the number of kernels limits small batches, not arithmetic. So a slicer also prepares slices there:
 
 - **Layouts.** XLA chooses the order of the axes in memory. Otherwise it would transpose the weights in every call. The
   executable of the largest batch chooses. The slicer and the other executables follow.
@@ -43,9 +43,9 @@ class Form:
     """How the executables of a program take their weights (see the module).
 
     Args:
-      kept: as kept slices, and not as the SuperNet's own parameters.
-      laid_out: in the layouts that XLA chooses. Only kept slices can be.
-      folded: with the statistics of one subnet folded into them. Only kept slices can be.
+      kept: whether they take kept slices instead of the SuperNet's parameters.
+      laid_out: whether XLA chooses the memory layouts of the slices; needs `kept`.
+      folded: whether the statistics of one subnet are folded into the slices; needs `kept`.
       dtype: the dtype of matrices, activations and products, "float32" or "bfloat16". Vectors stay float32, except folded
         biases. Statistics and logits are always float32.
     """
@@ -69,6 +69,8 @@ def build(
     *,
     lengths: Sequence[int] = (),
     form: Callable[[Program], Form] = lambda program: Form(),
+    use_cache: bool = True,
+    command_buffers: bool = True,
 ) -> tuple[dict[Key, Executable], dict[Program, Executable]]:
     """Loads or compiles executables in parallel, with a progress bar.
 
@@ -78,6 +80,8 @@ def build(
       device: the device that runs them.
       lengths: the length buckets of every program; `()` if all inputs have one shape.
       form: a function that tells how a program takes its weights.
+      use_cache: whether to load executables from the cache. All that are compiled are stored there.
+      command_buffers: see `programs.compiler_options`.
 
     Returns:
       The executables by program, batch size and length, and the slicers of the programs with kept slices.
@@ -85,38 +89,40 @@ def build(
     forms = {program: form(program) for program in program_list}
     store = ExecutableCache(next(iter(forms)).config, device)
     shapes, workers = list(itertools.product(batch_sizes, lengths or (0,))), os.cpu_count() or 1
-    largest = {program: (program, *max(shapes)) for program, form in forms.items() if form.laid_out}
+    # The executable of the largest batch chooses the layouts of prepared slices, so it comes before the others.
+    chooser = {program: (program, *max(shapes)) for program, form in forms.items() if form.laid_out}
+    options = programs.compiler_options(device.platform, command_buffers=command_buffers)
     made: dict[Key, Executable] = {}
 
-    def program_executable(key: Key) -> Executable:
+    def compiled(key: Key) -> Executable:
         program, batch, length = key
-        layouts = made[largest[program]].layouts if largest.get(program, key) != key else None
+        layouts = made[chooser[program]].layouts if program in chooser and key != chooser[program] else None
         about = {**_about(program), "batch": batch, "length": length, **dataclasses.asdict(forms[program])}
-        about |= {"layouts": layouts, "options": programs.compiler_options(device.platform)}
-        how = {"length": length, "form": forms[program], "layouts": layouts}
-        return store.get(about, lambda: trace_program(program, batch, device, **how))
+        about |= {"layouts": layouts, "options": options}
+        how: dict[str, Any] = {"length": length, "form": forms[program], "layouts": layouts, "options": options}
+        return store.get(about, lambda: trace_program(program, batch, device, **how), load=use_cache)
 
     def slicer(program: Program) -> Executable:
-        leaves, layouts = cuts[program]
+        leaves, layouts = prepared[program]
         about = {**_about(program), "slicer": leaves, "layouts": layouts, "form": dataclasses.asdict(forms[program])}
-        how = {"layouts": layouts, "form": forms[program]}
-        return store.get(about, lambda: trace_slicer(program, leaves, device, **how))
+        how: dict[str, Any] = {"layouts": layouts, "form": forms[program]}
+        return store.get(about, lambda: trace_slicer(program, leaves, device, **how), load=use_cache)
 
-    others = [(program, *shape) for program in forms for shape in shapes if (program, *shape) not in largest.values()]
-    for keys in (list(largest.values()), others):
-        if keys:
-            description = f"executables for {device.platform}:{device.id}"
-            made |= zip(keys, threads.each(program_executable, keys, workers=workers, description=description), strict=True)
-    made = {(program, *shape): made[program, *shape] for program in forms for shape in shapes}
-    found = {program: sliced_leaves(program, form, made[program, *shapes[0]]) for program, form in forms.items()}
-    cuts = {program: leaves for program, leaves in found.items() if leaves[0]}
-    slicers = dict(zip(cuts, threads.each(slicer, cuts, workers=workers), strict=True))
+    all_keys = [(program, *shape) for program in forms for shape in shapes]
+    description = f"executables for {device.platform}:{device.id}"
+    for group in (list(chooser.values()), [key for key in all_keys if key not in chooser.values()]):
+        if group:  # else there would be an empty progress bar
+            made |= zip(group, threads.each(compiled, group, workers=workers, description=description), strict=True)
+    made = {key: made[key] for key in all_keys}
+    leaves_of = {program: prepared_leaves(program, form, made[program, *shapes[0]]) for program, form in forms.items()}
+    prepared = {program: found for program, found in leaves_of.items() if found[0]}
+    slicers = dict(zip(prepared, threads.each(slicer, prepared, workers=workers), strict=True))
     store.shrink()
     return made, slicers
 
 
-def sliced_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
-    """The arguments of an executable that are not parameters of the SuperNet as they are; and their layouts."""
+def prepared_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
+    """The arguments of an executable that a slicer must make (sliced, folded or laid out), and their layouts."""
     full = programs.param_spec(program.config)
     folded = {name for fold in program.folds.values() for name in (fold.kernel, fold.bias)} if form.folded else set()
     default = tuple(tuple(range(len(shape))) for _, shape in executable.leaves)
@@ -129,7 +135,14 @@ def sliced_leaves(program: Program, form: Form, executable: Executable) -> tuple
 
 
 def trace_program(
-    program: Program, batch: int, device: Device, *, length: int = 0, form: Form = Form(), layouts: Layouts | None = None
+    program: Program,
+    batch: int,
+    device: Device,
+    *,
+    length: int = 0,
+    form: Form = Form(),
+    layouts: Layouts | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Traced:
     """Traces a program.
 
@@ -140,6 +153,7 @@ def trace_program(
       length: the number of tokens; 0 if all inputs have one shape.
       form: how it takes its weights.
       layouts: with `form.laid_out`, the layouts of its weights; None lets XLA choose them.
+      options: the compiler's options; None takes `programs.compiler_options`.
     """
     full, used = programs.param_spec(program.config), programs.used_leaves(program, folded=form.folded)
     leaves = tuple((name, shape if form.kept else full[name].shape) for name, shape in used.items())
@@ -159,7 +173,8 @@ def trace_program(
         wanted = tuple(_format(device, layout, len(shape)) for layout, (_, shape) in zip(chosen, leaves, strict=True))
         sharding = wanted, sharding, sharding, sharding
     traced = jax.jit(infer, in_shardings=sharding).trace(values, inputs, statistics, active)
-    return Traced(traced, leaves, programs.compiler_options(device.platform), is_laid_out=form.laid_out)
+    options = programs.compiler_options(device.platform) if options is None else options
+    return Traced(traced, leaves, options, is_laid_out=form.laid_out)
 
 
 def trace_slicer(
@@ -191,7 +206,7 @@ def trace_slicer(
 
 
 def free_layout(axes: int) -> Any:
-    """The layout of a weight with this number of axes in an executable that may choose it."""
+    """`Layout.AUTO`: XLA chooses. It is a function only so that tests can choose a layout, for which they need `axes`."""
     return Layout.AUTO
 
 
@@ -217,7 +232,7 @@ class SubnetBucket:
     Args:
       program: the program of its subnets.
       weights: the SuperNet's parameters that the program reads, in the order of the executables' arguments.
-      slicer: makes the arguments that are not parameters as they are. None if the executables take the parameters.
+      slicer: makes the slices. None if the executables take the SuperNet's parameters.
       sources: the SuperNet's parameters that the slicer reads, in the order of its arguments.
       is_folded: whether the slicer takes statistics, too.
     """
@@ -230,7 +245,7 @@ class SubnetBucket:
 
     @functools.cached_property
     def whole(self) -> tuple[jax.Array, ...]:
-        """The first argument of the executables, if the program slices the parameters."""
+        """The first argument of the executables, if there is no slicer."""
         return tuple(self.weights.values())
 
     @functools.cached_property
@@ -258,18 +273,18 @@ def bucket_programs(
     return {s: made[envelope] for envelope, group in members.items() for s in group}
 
 
-def fit(config: FamilyConfig, envelope: Subnet, slice_bytes: int) -> bool:
-    """Whether the slices of a subnet bucket fit into `slice_bytes`.
+def fit(config: FamilyConfig, envelope: Subnet, slice_bytes: int, *, itemsize: int = 4) -> bool:
+    """Whether the slices of a subnet bucket fit into `slice_bytes`, if each weight takes `itemsize` bytes.
 
     Parameters that no subnet slices, such as embeddings, do not count. Finding them requires tracing a program, for half a
     second. Two bounds often avoid this: the bytes of these parameters are between 0 and the bytes of the smallest subnet.
     """
-    read_bytes = 4 * config.num_params(envelope)
+    read_bytes = itemsize * config.num_params(envelope)
     if read_bytes <= slice_bytes:
         return True
     smallest = config.space().smallest()
-    if read_bytes - 4 * config.num_params(smallest) > slice_bytes:
+    if read_bytes - itemsize * config.num_params(smallest) > slice_bytes:
         return False
     full, read = programs.param_spec(config), programs.used_leaves(programs.sliced(config, smallest))
-    whole_bytes = 4 * sum(math.prod(shape) for name, shape in read.items() if shape == full[name].shape)
+    whole_bytes = itemsize * sum(math.prod(shape) for name, shape in read.items() if shape == full[name].shape)
     return read_bytes - whole_bytes <= slice_bytes

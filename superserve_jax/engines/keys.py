@@ -46,6 +46,7 @@ _OWN = {dynabert.__name__, ofa_resnet.__name__, subset.__name__}
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _KERNELS = ("jax-cuda", "jax-rocm", "libtpu", "nvidia-")  # how the names of packages with kernels begin
+_FLAGS = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")  # environment variables that change what is computed
 SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Any]] | None] = {
     "jax_default_matmul_precision": jax.default_matmul_precision,
     "jax_default_prng_impl": jax.default_prng_impl,
@@ -70,7 +71,7 @@ def settings() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def with_settings(values: Mapping[str, Any]) -> Iterator[None]:
-    """Applies the settings of another thread inside the `with` block. A new thread has the settings of the process only."""
+    """Applies `values`, as from `settings()` in another thread, inside the `with` block."""
     with contextlib.ExitStack() as stack:
         for name, value in values.items():
             if (manager := SETTINGS[name]) is not None:
@@ -126,7 +127,7 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
         "sources": sources_digest,
         "device": [device.platform, device.device_kind, device.id],
         **versions(device),
-        "flags": os.environ.get("XLA_FLAGS", ""),
+        "flags": {name: os.environ.get(name, "") for name in _FLAGS},
         "settings": {name: repr(value) for name, value in settings().items()},
         "features": " ".join(sorted(features.split())),
     }

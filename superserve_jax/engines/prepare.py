@@ -1,14 +1,16 @@
 """Prepares an export for a server: makes an engine for each device, and loads or measures its latency profile."""
 
+import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from superserve_jax import errors, exports
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import batching, executables, keys, measuring, subnet_buckets, threads
+from superserve_jax.engines import default_batch_sizes, executables, keys, measuring, subnet_buckets, threads
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -42,7 +44,7 @@ def prepare(
 
     Args:
       path_or_model: an export's directory, or the model that `exports.load` returned.
-      batch_sizes: the batch sizes to serve with, ascending; None takes `batching.default`.
+      batch_sizes: the batch sizes to serve with, ascending; None takes `default_batch_sizes.to_serve`.
       lengths: the length buckets to serve with; None takes `lengths.default_lengths` for a model of sequences.
       devices: the devices to serve on; None takes all.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
@@ -64,11 +66,11 @@ def prepare(
     lengths = check_lengths(model.config, lengths)
 
     kinds = [keys.device_kind(device) for device in devices]
-    batch_sizes = chosen or batching.default(model.path, dict(zip(kinds, devices, strict=True)), compute_dtype)
+    batch_sizes = chosen or default_batch_sizes.to_serve(model.path, dict(zip(kinds, devices, strict=True)), compute_dtype)
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in dict.fromkeys(kinds)}
     profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
-    envelopes = None
-    if len(profiles) < len(stored):
+    envelopes, needs_measuring = None, len(profiles) < len(stored)
+    if needs_measuring:
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
 
     def make(i: int) -> DeviceEngine:
@@ -89,13 +91,21 @@ def prepare(
         way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes, "compute_dtype": compute_dtype}
         engines[i] = DeviceEngine(model, devices[i], subnet_list=model.subnets, **shapes, **way)
         profiles[kind] = measuring.worth_serving(measuring.measure(model, engines[i], background=background))
-    if chosen is None and len(profiles) > sum(profile is not None for profile in stored.values()):
-        sizes = max(map(batching.gaining, profiles.values()), key=len)
+    if chosen is None and needs_measuring:  # keep a batch size if at least one kind gains from it
+        sizes = max(map(default_batch_sizes.without_useless, profiles.values()), key=len)
         profiles = {kind: profile.at(sizes) for kind, profile in profiles.items()}
-    # The other devices come after the first one of their kind, because then they find the algorithms that it has tuned.
+    # The first engine of each kind is made alone. The others reuse the results of its tuning.
     others = [i for i in range(len(devices)) if i not in engines]
-    engines.update(zip(others, threads.each(make, others, workers=max(1, len(others))), strict=True))
+    engines.update(zip(others, threads.each(make, others, workers=len(others)), strict=True))
+    if len(engines) > 1:  # an engine loses its command buffers when another one compiles
+        for engine in engines.values():
+            engine.warm_up()
     return model, [engines[i] for i in range(len(devices))], [profiles[kind] for kind in kinds]
+
+
+def kept_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Returns a function whose context manager applies the settings that jax has in this thread now."""
+    return functools.partial(keys.with_settings, keys.settings())
 
 
 def load(path_or_model: Any) -> Model:

@@ -1,7 +1,7 @@
-"""Work in threads that keep the caller's settings of jax.
+"""Runs functions in threads that have the caller's settings of jax.
 
-Settings such as `jax.default_matmul_precision` belong to a thread. A new thread has those of the process. So a program that it
-traces could compute in another precision than the caller asked for.
+Settings such as `jax.default_matmul_precision` hold for one thread. A new thread starts with those of the process. So a
+program that it traces could compute in the wrong precision.
 """
 
 import concurrent.futures
@@ -14,20 +14,22 @@ from superserve_jax.engines import keys
 
 T = TypeVar("T")
 R = TypeVar("R")
-_local = threading.local()  # `stop`, in a thread of `each`: the event that ends the outermost call of `each`
+# In a thread of `each`: `stop` is the event that cancels the outermost call of `each`, and `share` divides nested `workers`.
+_local = threading.local()
 
 
 def each(function: Callable[[T], R], items: Iterable[T], *, workers: int, description: str = "") -> list[R]:
     """`[function(x) for x in items]`, computed in threads with the caller's settings of jax.
 
+    Calls may be nested. After an error or Ctrl-C, the calls that have not begun are dropped, also in nested calls.
+
     Args:
       function: is called once for each item.
       items: the items.
-      workers: the largest number of threads.
+      workers: the largest number of threads. Nested calls divide their number by that of the outer call.
       description: a few words for a progress bar; "" shows none.
 
-    Calls may be nested. Raises the first error of the calls. After an error or Ctrl-C, the calls that have not begun are
-    dropped, also in nested calls.
+    Raises the first error of `function`.
 
     >>> import jax
     >>> with jax.default_matmul_precision("highest"):
@@ -37,9 +39,10 @@ def each(function: Callable[[T], R], items: Iterable[T], *, workers: int, descri
     settings, items = keys.settings(), list(items)
     outer: threading.Event | None = getattr(_local, "stop", None)
     stop = outer or threading.Event()
+    workers = max(1, min(workers // getattr(_local, "share", 1), len(items)))
 
     def call(item: T) -> R:
-        _local.stop = stop
+        _local.stop, _local.share = stop, workers
         if stop.is_set():
             raise concurrent.futures.CancelledError
         with keys.with_settings(settings):

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -300,7 +301,7 @@ def _check_sizes(config: FamilyConfig, num_served: int, payload_bytes: int) -> N
 
 def _read_weights(folder: pathlib.Path, config: FamilyConfig) -> dict[str, jax.Array]:
     """The parameters in Orbax's folder. Raises ExportError, before memory is taken, for parameters of another config."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jnp.zeros(()).sharding  # that of jax's default device
     target = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for k, s in programs.param_spec(config).items()}
     try:
         with errors.StartingThreads(), ocp.StandardCheckpointer() as checkpointer:

@@ -10,7 +10,7 @@ from flax import nnx
 from superserve_jax import errors
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
+from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig, SequenceConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,10 @@ class SingleSubnetConfig:
     def norm_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
         """Channels of each norm."""
         return self.model.norm_sizes(sizes)
+
+    def folds(self) -> list[Fold]:
+        """The norms of the whole family that can be folded."""
+        return self.model.folds() if isinstance(self.model, FoldableConfig) else []
 
     def flops(self, _: Subnet) -> int:
         """Multiply-adds of `subnet`."""

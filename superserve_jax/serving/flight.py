@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from superserve_jax import errors, foreign
+from superserve_jax.engines import base
 from superserve_jax.engines.base import Engine, Launched
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.length_queue import Queue
@@ -47,10 +48,7 @@ class Failure(NamedTuple):
         >>> Failure.of(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")).out_of_memory
         True
         """
-        # jax.errors.JaxRuntimeError is a RuntimeError whose text starts with the status code.
-        return isinstance(self.error, MemoryError) or (
-            isinstance(self.error, RuntimeError) and "RESOURCE_EXHAUSTED" in self.text
-        )
+        return base.is_out_of_memory(self.error, self.text)
 
     @property
     def not_finite(self) -> bool:

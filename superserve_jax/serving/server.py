@@ -132,6 +132,7 @@ class Server:
     ):
         from superserve_jax.engines import prepare  # here, since it imports jax
 
+        self._with_settings = prepare.kept_settings()
         checked = check_options(options)  # before anything that takes long
         self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
         given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices}
@@ -151,7 +152,7 @@ class Server:
           **options: see `options.ServerOptions`.
         """
         self = cls.__new__(cls)
-        self.model, self._slicing = None, {}
+        self.model, self._slicing, self._with_settings = None, {}, contextlib.nullcontext
         self._open(engines, profile, check_options(options))
         return self
 
@@ -260,7 +261,7 @@ class Server:
         if self._interrupts():
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
             return getattr(engine_or_device, "name", "")
-        with self._changing:
+        with self._changing, self._with_settings():
             new, profile = engine_or_device, profile or self.profile
             profiles_of_workers([self.profile, profile], 2)
             if not hasattr(new, "run"):
@@ -327,7 +328,7 @@ class Server:
             raise errors.ConfigError("a server opened with engines has no model to replace; add and remove workers instead")
         from superserve_jax.engines import prepare  # here, since it imports jax
 
-        with self._changing:
+        with self._changing, self._with_settings():
             workers = self.pool.swaps.swappable()
             devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in workers]
             if None in devices:

@@ -258,8 +258,9 @@ def _check_programs(config: FamilyConfig) -> None:
         _compare(config, "logits in training", logits, masked_logits, between, zero, subnet)
         _compare(config, "statistics", statistics, cut, between, zero, subnet)
         _compare(config, "logits in inference", inferred, masked_inferred, between, zero, subnet)
-        between, rule = "programs with and without folded norms", "each norm in folds() must read its convolution alone"
-        _compare(config, "logits in inference", masked_inferred, folded, between, rule, subnet)
+        between = "programs with and without folded norms"
+        rule = "each Fold must name the kernel, scale and bias of its own norm, which reads only that convolution"
+        _compare(config, "logits", masked_inferred, folded, between, rule, subnet, method="folds()")
         if isinstance(config, SequenceConfig) and config.max_length > 1:
             half = math.ceil(config.max_length / 2)
             ids = 1 + rng.integers(0, config.vocab_size - 1, (_BATCH, half))
@@ -270,11 +271,13 @@ def _check_programs(config: FamilyConfig) -> None:
             _compare(config, "logits", short, whole, between, "padding must not change them", subnet)
 
 
-def _compare(config: FamilyConfig, what: str, a: Any, b: Any, between: str, rule: str, subnet: Subnet) -> None:
+def _compare(
+    config: FamilyConfig, what: str, a: Any, b: Any, between: str, rule: str, subnet: Subnet, *, method: str = "create()"
+) -> None:
     a, b = np.asarray(a), np.asarray(b)
     difference, most = np.abs(a - b).max(initial=0), _TOLERANCE * np.abs(a).max(initial=0)
-    method = f"create(): the difference of the {what} between {between}"
-    _demand(config, bool(difference <= most), method, f"{difference:.2g}", f"at most {most:.2g}: {rule}", subnet)
+    what = f"{method}: the difference of the {what} between {between}"
+    _demand(config, bool(difference <= most), what, f"{difference:.2g}", f"at most {most:.2g}: {rule}", subnet)
 
 
 def multiply_adds(jaxpr: Any) -> int:

@@ -7,7 +7,7 @@ import pytest
 from small_exports import IMAGES, write
 
 from superserve_jax import exports
-from superserve_jax.engines import batching, measuring, prepare
+from superserve_jax.engines import default_batch_sizes, measuring, prepare
 from superserve_jax.profile import Profile, Row
 
 UP_TO_16, UP_TO_64 = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)
@@ -19,7 +19,7 @@ def card(kind="NVIDIA H100"):
 
 
 def default(model, *devices):
-    return batching.default(model.path, {device.device_kind: device for device in devices})
+    return default_batch_sizes.to_serve(model.path, {device.device_kind: device for device in devices})
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def profile(model, batch_sizes, *, kind="NVIDIA H100", gains_up_to=64):
 
 
 def test_only_gpus_have_batch_sizes_above_16(model):
-    assert batching.candidates([CPU]) == batching.candidates([card(), CPU]) == UP_TO_16
-    assert batching.candidates([card()]) == default(model, card(), card()) == UP_TO_64
+    assert default_batch_sizes.candidates([CPU]) == default_batch_sizes.candidates([card(), CPU]) == UP_TO_16
+    assert default_batch_sizes.candidates([card()]) == default(model, card(), card()) == UP_TO_64
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,12 @@ def test_batch_sizes_that_gain_nothing_are_dropped_if_nobody_asked_for_them(mode
 
     def make(*_, batch_sizes, **__):
         made.append(batch_sizes)
+        return types.SimpleNamespace(warm_up=list)
 
     monkeypatch.setattr(prepare, "DeviceEngine", make)
     monkeypatch.setattr(prepare, "make_engine", lambda model, device, profile, **_: make(batch_sizes=profile.batch_sizes))
     monkeypatch.setattr(measuring, "measure", lambda *_, **__: profile(model, UP_TO_64, gains_up_to=gains_up_to))
-    monkeypatch.setattr(batching, "candidates", lambda devices: UP_TO_64)
+    monkeypatch.setattr(default_batch_sizes, "candidates", lambda devices: UP_TO_64)
     monkeypatch.setattr(measuring, "worth_serving", lambda profile: profile)
     kept = UP_TO_64 if given else expected
     _, _, [first, second] = prepare.prepare(model, batch_sizes=given, devices=[CPU, CPU])

@@ -16,6 +16,7 @@ from tiny import TINY, random_images
 from superserve_jax import errors
 from superserve_jax.engines import cache, executables
 from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.supernets import programs
 
 # -- safety -------------------------------------------------------------------------------------------------------------------
 
@@ -97,6 +98,42 @@ def test_an_entry_that_fails_at_its_first_call_is_compiled_again(root, tiny, cap
     assert "no engine with this id" in caplog.text
     assert len(engine.executables) == len(tiny.calibrated) * 2
     assert set(root.glob("*.bin")) == set(entries)
+
+
+def test_without_command_buffers_if_an_executable_with_them_fails(root, tiny, caplog, monkeypatch):
+    """XLA may be unable to record a kernel of a GPU. Here an option of the CPU stands for command buffers."""
+    extra, compile = {"xla_cpu_enable_fast_min_max": False}, cache.Traced.compile
+    monkeypatch.setattr(programs, "compiler_options", lambda _, command_buffers=True: extra if command_buffers else {})
+
+    def fail(*arguments):
+        raise RuntimeError("cannot be captured")
+
+    def compile_or_fail(traced, *options):
+        made = compile(traced, *options)
+        return dataclasses.replace(made, call=fail) if extra.items() <= traced.options.items() else made
+
+    monkeypatch.setattr(cache.Traced, "compile", compile_or_fail)
+    monkeypatch.setenv("SUPERSERVE_CACHE", "")
+    images = random_images(TINY, 1)
+    with caplog.at_level(logging.WARNING):
+        engine = DeviceEngine(tiny, jax.devices()[0], subnet_list=tiny.calibrated, batch_sizes=(1,))
+    assert "cannot be captured" in caplog.text
+    assert "without command buffers" in caplog.text
+    for subnet in tiny.calibrated:
+        np.testing.assert_allclose(engine.run(subnet, 1, list(images)), tiny(images, subnet), rtol=1e-4, atol=1e-5)
+
+
+def test_out_of_memory_at_the_start_is_an_error_at_once(tiny, monkeypatch):
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(cache.Traced, "compile", lambda self, *_: cache.Executable(fail, self.leaves, is_from_cache=True))
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        DeviceEngine(tiny, jax.devices()[0], subnet_list=tiny.calibrated, batch_sizes=(1,))
+    assert len(calls) == 1
 
 
 def test_an_executable_that_fails_after_it_was_compiled_ends_the_start(tiny, monkeypatch):

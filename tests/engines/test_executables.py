@@ -22,6 +22,17 @@ def model(tiny, tmp_path):
     return exports.load(write_export(tmp_path / "export", tiny))
 
 
+def test_options_of_the_compiler_that_the_user_has_set_are_left_out(monkeypatch):
+    name = "xla_gpu_enable_command_buffer"
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert "CONVOLUTION" in programs.compiler_options("gpu")[name]
+    assert name not in programs.compiler_options("gpu", command_buffers=False)
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{name}=")
+    assert name not in programs.compiler_options("gpu")
+    assert programs.compiler_options("cpu")
+    assert programs.compiler_options("tpu") == {}
+
+
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])
 def test_weights_exist_once_however_many_executables_share_them(model, slicing):
     device, envelopes = jax.devices()[0], subnet_buckets.choose(model.subnets, TINY.flops, 2)

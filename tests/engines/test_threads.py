@@ -60,3 +60,18 @@ def test_work_begins_again_after_an_error():
     with pytest.raises(RuntimeError):
         threads.each(fail, range(2), workers=2)
     assert threads.each(abs, [-1, 2], workers=2) == [1, 2]
+
+
+def test_nested_calls_divide_their_number_of_threads():
+    most, running, lock = [0], [0], threading.Lock()
+
+    def inner(_):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.01)
+        with lock:
+            running[0] -= 1
+
+    threads.each(lambda _: threads.each(inner, range(6), workers=4), range(2), workers=8)
+    assert 2 <= most[0] <= 4

@@ -17,7 +17,7 @@ from tiny import TINY, live_bytes, random_images, random_params, random_statisti
 
 import superserve_jax as ss
 from superserve_jax import errors
-from superserve_jax.engines import keys, prepare
+from superserve_jax.engines import executables, keys, prepare
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served, export, profile_path
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -91,6 +91,23 @@ def test_after_a_swap_answers_are_the_new_models_and_nothing_of_the_old_one_is_l
             np.testing.assert_allclose(reply.output, (old if reply.accuracy == 0.5 else new)[i % len(IMAGES)], atol=1e-4)
     assert compiled_in
     assert not [name for name in compiled_in if name.startswith("superserve")]
+
+
+def test_a_swap_and_a_new_worker_keep_the_precision_of_the_server(exports, monkeypatch):
+    """They may run in another thread, whose settings of jax differ from those of the thread that opened the server."""
+    precisions, build = [], executables.build
+
+    def record(*args, **options):
+        precisions.append(keys.settings()["jax_default_matmul_precision"])
+        return build(*args, **options)
+
+    monkeypatch.setattr(executables, "build", record)
+    with jax.default_matmul_precision("highest"):
+        server = opened(exports[0])
+    with server:
+        server.swap(exports[1])
+        server.add_worker(jax.devices()[0])
+    assert precisions == ["highest"] * 3
 
 
 def test_an_export_that_cannot_be_served_leaves_the_old_one_serving(exports, tmp_path):

@@ -9,27 +9,28 @@ from superserve_jax.engines.keys import Device
 from superserve_jax.profile import Profile
 
 SMALL = (1, 2, 4, 8, 16)
-"""The batch sizes of every device."""
+"""The default batch sizes of a CPU. Those of a GPU begin with them."""
 
 _LARGE = (32, 64)
-_MIN_GAIN = 1.05  # the least ratio of the throughputs of a batch size and the one before it that makes it worth serving
+_MIN_GAIN = 1.05  # a larger batch size must raise the throughput by this factor
 
 
 def candidates(devices: Iterable[Device]) -> tuple[int, ...]:
     """The batch sizes to measure on devices: up to 64 on GPUs, else up to 16."""
-    more = all(device.platform != "cpu" for device in devices)
-    return SMALL + _LARGE * more
+    return SMALL + _LARGE if all(device.platform != "cpu" for device in devices) else SMALL
 
 
-def default(export: pathlib.Path, devices: Mapping[str, Device], compute_dtype: ComputeDtype = "float32") -> tuple[int, ...]:
-    """The batch sizes to serve with: those of `candidates` that the stored profiles have.
+def to_serve(export: pathlib.Path, devices: Mapping[str, Device], compute_dtype: ComputeDtype = "float32") -> tuple[int, ...]:
+    """The default batch sizes of a server: `candidates`, without those that a stored profile lacks.
 
-    A profile without all batch sizes up to 16 does not count, because it was measured for other batch sizes.
+    A profile that lacks a batch size up to 16 is ignored, because somebody chose its batch sizes.
 
     Args:
       export: the export's directory.
       devices: one device of each kind, by the name of its kind.
       compute_dtype: the dtype of the profiles.
+
+    Raises ProfileError for a malformed profile.
     """
     sizes = candidates(devices.values())
     for kind in devices:
@@ -40,14 +41,14 @@ def default(export: pathlib.Path, devices: Mapping[str, Device], compute_dtype: 
     return sizes
 
 
-def gaining(profile: Profile) -> tuple[int, ...]:
-    """The batch sizes of a profile, without the largest ones above 16 if they gain nothing.
+def without_useless(profile: Profile) -> tuple[int, ...]:
+    """The batch sizes of a profile, without the largest ones above 16 that gain less than 5 % of throughput.
 
-    A batch size gains if the fastest subnet has at least 5 % more throughput with it than with the one before it.
+    The throughput is that of the fastest subnet, compared with the next smaller batch size.
 
     >>> from superserve_jax.subnet import Subnet
     >>> from superserve_jax.profile import Row
-    >>> gaining(Profile((16, 32, 64), (Row(Subnet(()), 0.5, (2.0, 3.0, 6.0)),)))
+    >>> without_useless(Profile((16, 32, 64), (Row(Subnet(()), 0.5, (2.0, 3.0, 6.0)),)))
     (16, 32)
     """
     sizes, ms = list(profile.batch_sizes), profile.each_length[-1].rows[0].latency_ms
