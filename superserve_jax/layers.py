@@ -55,10 +55,10 @@ class StoredStats:
 
 
 class FoldedStats(StoredStats):
-    """Tells the norms that are folded into the convolution before them to add their bias only (see `ops.fold_norm`).
+    """Statistics for inference with folded norms. A norm in `folded` only adds its bias (see `ops.fold_norm`).
 
     Args:
-      statistics: see `StoredStats`. The other norms read them.
+      statistics: float32 (2, N), for the other norms.
       offsets: see `StoredStats`.
       folded: the names of the folded norms.
     """

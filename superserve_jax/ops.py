@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Num
 
 Size = int | tuple[int, jax.Array]
 EPS = 1e-5
-"""What SubnetNorm adds to a variance."""
+"""SubnetNorm adds it to a variance, to avoid a division by zero."""
 
 
 def limit(size: Size) -> int:
@@ -112,7 +112,7 @@ def fold_norm(
     *,
     eps: float = EPS,
 ) -> tuple[Float[Array, "*axes C"], Float[Array, " C"]]:
-    """The kernel and the bias of a convolution that also computes the SubnetNorm after it, both float32.
+    """Returns a kernel and a bias, both float32, with `conv(x, new_kernel) + new_bias == subnet_norm(conv(x, kernel))`.
 
     >>> one = jnp.ones(1)
     >>> kernel, bias = fold_norm(jnp.array([[3.0]]), 2 * one, 4 * one, one, 5 * one, eps=0.0)

@@ -27,7 +27,7 @@ def track(
     """Yields `items`, and shows how many are done, their rate and the time left.
 
     The first items count as warm-up: the rate is the mean of the items after them, and before that, a plain line shows neither
-    rate nor time left.
+    rate nor time left. A terminal shows one bar at a time. Other work that is tracked meanwhile shows nothing there.
 
     Args:
       items: the work.

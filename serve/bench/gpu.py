@@ -44,7 +44,7 @@ from superserve_jax.exports import Model
 from superserve_jax.loadtest import loadgen
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import traces
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler
 from superserve_jax.training import random_export
 from superserve_jax.training.config import load_config
 
@@ -262,7 +262,7 @@ def stage_variants(options: Options, save: Save) -> None:
     repeats = 3 if options.quick else 40
     for batch in (1, 2) if options.quick else (16, 1, 64):
         for variant, way in variants.items():
-            start_s, no_graphs = time.perf_counter(), mock.patch.object(programs, "compiler_options", return_value={})
+            start_s, no_graphs = time.perf_counter(), mock.patch.object(compiler, "options", return_value={})
             try:
                 shapes = {"subnet_list": list(ends.values()), "batch_sizes": (batch,), "lengths": lengths}
                 with no_graphs if "no graphs" in variant else contextlib.nullcontext():

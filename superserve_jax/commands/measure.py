@@ -54,7 +54,7 @@ class Options:
 
     Args:
       export: the export's directory.
-      batch_sizes: the batch sizes to make executables for; if left out, 1 to 16, and on GPUs up to 64 if they gain.
+      batch_sizes: the batch sizes to make executables for; if left out, 1 to 16, and on GPUs up to 64 if throughput rises.
       lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
       slicing: how weights are sliced; if left out, the faster way.
       compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.

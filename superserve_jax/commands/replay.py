@@ -111,7 +111,8 @@ def replay_all(
     """
     short = policies.labels(names)
     each = [(name, corrected) for name in names for corrected in ((True, False) if options.slow_factor > 1 else (True,))]
-    check_s = CHECK_S + sum(profiling.measuring_s(p, CHECK_S) for p in work.profiles)  # with the start of the server
+    pairs = zip(work.engines, work.profiles, strict=True)
+    check_s = CHECK_S + sum(profiling.measuring_s(e, p, CHECK_S) for e, p in pairs)  # with the start of the server
     each_s = float(work.trace.deadlines_s.max()) + check_s
     takes = f"{len(each)} replay{'s' if len(each) > 1 else ''} of {cli.duration(each_s)}"
     print(f"{takes}: about {cli.duration(len(each) * each_s)}, plus up to {options.repeats} repeats", flush=True)

@@ -47,7 +47,7 @@ class Options:
       trace: a CSV file of recorded arrivals to replay instead, see docs/traces.md.
       trace_column: the column of the arrivals in that file; by default arrival_s, or the only column.
       speed: how many times as fast the recorded arrivals come.
-      batch_sizes: batch sizes to serve with; by default 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if they gain.
+      batch_sizes: batch sizes to serve with; by default 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if throughput rises.
       lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
       compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
       simulate: repeat each replay in the simulator, and print both.

@@ -2,7 +2,7 @@
 
 Start with `base.py`, the protocol that the server relies on. `device.py` implements it with jax, and `fake.py` without a
 model. `prepare.py` makes the engines and latency profiles for an export. It uses `executables.py` and `cache.py` to compile,
-`subnet_buckets.py` to choose the subnets that share an executable, and `profiling.py` to measure latencies.
+`subnet_buckets.py` to choose the subnets that share an executable, and `measuring.py` to measure latencies.
 The public names are listed in `__init__.pyi`. Each one is imported at its first use. So importing the package does not import
 jax.
 """

@@ -11,7 +11,8 @@ export. A stale or damaged entry is compiled again. Deleting the directory is al
 **Tuning.** While XLA compiles for a GPU, it times several kernels for each operation. It keeps the fastest ones in a folder
 beside the entries. All cards of one kind share the folder. An executable cannot be shared, because it is bound to its card.
 
-**Size.** The entries take at most `limit_bytes` together. The least recently used ones are deleted first.
+**Size.** The entries take at most `limit_bytes` together. The least recently used ones are deleted first. Results of tuning do
+not count.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of parameters, in the order of an executable's arguments."""
 
 Layouts = tuple[tuple[int, ...], ...]
-"""For each of the `Leaves`, its axes in the order in which they are in memory, the slowest first. (0, 1, 2) is the default."""
+"""For each of the `Leaves`, its axes from the slowest to the fastest in memory. (0, 1, 2) is row-major, the default."""
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 32
@@ -49,6 +50,8 @@ _LIMIT_MB = 4_000
 _NAME = re.compile(r"[0-9a-f]{32}\.bin(\.[0-9a-f]{16}\.part)?")
 _TUNING = "tuning-"  # how the names of folders with the results of tuning begin
 TUNING_OPTION = "xla_gpu_per_fusion_autotune_cache_dir"
+"""XLA's compiler option for the folder with the results of tuning."""
+
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -91,7 +94,7 @@ class Traced:
     is_laid_out: bool = False
 
     def compile(self, options: Mapping[str, Any] | None = None) -> Executable:
-        """Lowers and compiles the program. `options` are more options of the compiler."""
+        """Lowers and compiles the program. `options` are compiler options in addition to `self.options`."""
         compiled = self.traced.lower().compile(compiler_options={**self.options, **(options or {})})
         formats = compiled.input_formats[0][0] if self.is_laid_out else ()
         return Executable(compiled, self.leaves, tuple(f.layout.major_to_minor for f in formats), self.takes)
@@ -210,9 +213,9 @@ def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:
 
 
 def tuning_directory(root: pathlib.Path, device: Device) -> pathlib.Path | None:
-    """The folder where XLA keeps the fastest kernels for all devices of one kind with these versions. Creates it.
+    """The folder with XLA's results of tuning for this kind of device and these versions. Creates it.
 
-    If it cannot be written to, gives a warning and None.
+    Logs a warning and returns None if it is not writable.
     """
     text = json.dumps([device.device_kind, keys.versions(device)], sort_keys=True)
     path = root / (_TUNING + hashlib.sha256(text.encode()).hexdigest()[:32])
@@ -220,9 +223,11 @@ def tuning_directory(root: pathlib.Path, device: Device) -> pathlib.Path | None:
         path.mkdir(mode=0o700, exist_ok=True)
         if os.access(path, os.W_OK):
             return path
-        _log.warning("equal devices do not share the results of tuning: %s is read-only", path)
+        problem = f"{path} is not writable"
     except OSError as e:
-        _log.warning("equal devices do not share the results of tuning: %s", e)
+        problem = str(e)
+    remedy = "get write permission, or set SUPERSERVE_CACHE to another directory"
+    _log.warning("each device tunes its kernels again: %s; %s", problem, remedy)
     return None
 
 

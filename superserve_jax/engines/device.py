@@ -30,7 +30,7 @@ from superserve_jax.engines.executables import Form, Key, SubnetBucket
 from superserve_jax.engines.keys import Device
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler, programs
 from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
@@ -134,7 +134,7 @@ class DeviceEngine:
         stored executable may need an algorithm that the installed libraries do not have. XLA may be unable to record a kernel.
         """
         how: dict[str, bool] = {}
-        with_, without = (programs.compiler_options(self.device.platform, command_buffers=b) for b in (True, False))
+        with_, without = (compiler.options(self.device.platform, command_buffers=b) for b in (True, False))
         has_command_buffers = with_ != without
         while True:
             made, slicers = executables.build(

@@ -30,7 +30,7 @@ from superserve_jax.engines import threads
 from superserve_jax.engines.cache import Executable, ExecutableCache, Layouts, Leaves, Traced
 from superserve_jax.engines.keys import Device
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler, programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
 from superserve_jax.supernets.programs import Program
 
@@ -81,7 +81,7 @@ def build(
       lengths: the length buckets of every program; `()` if all inputs have one shape.
       form: a function that tells how a program takes its weights.
       use_cache: whether to load executables from the cache. All that are compiled are stored there.
-      command_buffers: see `programs.compiler_options`.
+      command_buffers: see `compiler.options`.
 
     Returns:
       The executables by program, batch size and length, and the slicers of the programs with kept slices.
@@ -91,7 +91,7 @@ def build(
     shapes, workers = list(itertools.product(batch_sizes, lengths or (0,))), os.cpu_count() or 1
     # The executable of the largest batch chooses the layouts of prepared slices, so it comes before the others.
     chooser = {program: (program, *max(shapes)) for program, form in forms.items() if form.laid_out}
-    options = programs.compiler_options(device.platform, command_buffers=command_buffers)
+    options = compiler.options(device.platform, command_buffers=command_buffers)
     made: dict[Key, Executable] = {}
 
     def compiled(key: Key) -> Executable:
@@ -153,7 +153,7 @@ def trace_program(
       length: the number of tokens; 0 if all inputs have one shape.
       form: how it takes its weights.
       layouts: with `form.laid_out`, the layouts of its weights; None lets XLA choose them.
-      options: the compiler's options; None takes `programs.compiler_options`.
+      options: the compiler's options; None takes `compiler.options`.
     """
     full, used = programs.param_spec(program.config), programs.used_leaves(program, folded=form.folded)
     leaves = tuple((name, shape if form.kept else full[name].shape) for name, shape in used.items())
@@ -173,7 +173,7 @@ def trace_program(
         wanted = tuple(_format(device, layout, len(shape)) for layout, (_, shape) in zip(chosen, leaves, strict=True))
         sharding = wanted, sharding, sharding, sharding
     traced = jax.jit(infer, in_shardings=sharding).trace(values, inputs, statistics, active)
-    options = programs.compiler_options(device.platform) if options is None else options
+    options = compiler.options(device.platform) if options is None else options
     return Traced(traced, leaves, options, is_laid_out=form.laid_out)
 
 

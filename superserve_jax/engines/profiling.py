@@ -1,6 +1,5 @@
 """Measures the latency profile of an engine, and checks SlackFit's assumptions about profiles. No jax."""
 
-import collections
 import contextlib
 import dataclasses
 import gc
@@ -17,7 +16,7 @@ from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.subnet import Subnet
 
 _WARM_UPS, _LEAST_ROUNDS = 2, 3
-_OVERLAPPED = 3  # batches of one measurement, if they overlap
+_BATCHES = 3  # of one measurement, if they overlap
 _LOAD = 0.5  # rate of the background load / highest throughput seen in the warm-up
 
 Background = Callable[[float], contextlib.AbstractContextManager[None]]
@@ -35,7 +34,7 @@ def measure(
 ) -> Profile:
     """Measures the median and the 99th percentile of the latency of every subnet, batch size and length bucket.
 
-    If the engine overlaps batches, a latency is the time between two batches (see `batch_s`).
+    If the engine overlaps batches, a latency is the mean time between three batches (see `batch_s`).
 
     Every round measures each combination once. So a disturbance of the machine affects all combinations alike.
 
@@ -82,32 +81,32 @@ def measure_again(
       most: the largest number of rounds.
       background: see `measure`.
     """
-    calls = _OVERLAPPED if getattr(engine, "overlap", False) else 1
-    repeats = max(_LEAST_ROUNDS, min(most, round(seconds / (calls * _round_s(profile)))))
+    repeats = max(_LEAST_ROUNDS, min(most, round(seconds / _round_s(engine, profile))))
     accuracies = {row.subnet: row.accuracy for row in profile.rows}
-    calls = {"device": profile.device, "repeats": repeats, "background": background}
-    measured = measure(engine, accuracies, profile.batch_sizes, **calls).with_envelopes(profile.envelopes)
-    return dataclasses.replace(measured, slicing=profile.slicing).monotone()
+    options = {"device": profile.device, "repeats": repeats, "background": background}
+    measured = measure(engine, accuracies, profile.batch_sizes, **options).with_envelopes(profile.envelopes)
+    return dataclasses.replace(measured, slicing=profile.slicing, compute_dtype=profile.compute_dtype).monotone()
 
 
-def measuring_s(profile: Profile, seconds: float) -> float:
+def measuring_s(engine: Engine, profile: Profile, seconds: float) -> float:
     """About how many seconds `measure_again` takes: at least three rounds, and two more to warm up.
 
-    Args:
-      profile: see `measure_again`.
-      seconds: see `measure_again`.
+    The arguments are those of `measure_again`.
 
+    >>> from superserve_jax.engines.fake import FakeEngine
     >>> from superserve_jax.simulation.paper_profile import paper_profile
-    >>> [round(measuring_s(paper_profile(), seconds), 2) for seconds in (0.1, 9.0)]
+    >>> engine = FakeEngine(paper_profile())
+    >>> [round(measuring_s(engine, paper_profile(), seconds), 2) for seconds in (0.1, 9.0)]
     [1.2, 9.48]
     """
-    round_s = _round_s(profile)
+    round_s = _round_s(engine, profile)
     return max(seconds, _LEAST_ROUNDS * round_s) + _WARM_UPS * round_s
 
 
-def _round_s(profile: Profile) -> float:
-    """The time that each combination of a profile takes once."""
-    return 1e-3 * sum(ms for table in profile.each_length for row in table.rows for ms in row.latency_ms)
+def _round_s(engine: Engine, profile: Profile) -> float:
+    """The time in which `batch_s` measures each latency of a profile once."""
+    batches = _BATCHES if getattr(engine, "overlap", False) else 1
+    return batches * 1e-3 * sum(ms for table in profile.each_length for row in table.rows for ms in row.latency_ms)
 
 
 def slower(now: Profile, before: Profile) -> float:
@@ -132,23 +131,22 @@ def time_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndar
 
 
 def batch_s(engine: Engine, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> float:
-    """Seconds from one batch to the next, while an engine computes such batches one after the other.
+    """Seconds per batch, when batches follow each other without a gap.
 
-    If the engine overlaps batches, this is the time of the device alone, as long as the host is faster. The server learns the
-    host's time while it serves. For other engines it is `time_s`.
+    If the engine overlaps batches, this is the mean of the two intervals between three batches. It is the device's own time,
+    unless the host is slower. The server learns the host's time while it serves. For other engines it is `time_s`.
     """
     if not getattr(engine, "overlap", False):
         return time_s(engine, subnet, batch_size, inputs)
     launch: Callable[..., Launched] = engine.launch  # type: ignore[attr-defined]
-    flying, ready_s = collections.deque([launch(subnet, batch_size, inputs)]), []
-    for i in range(1, _OVERLAPPED + 1):
-        if i < _OVERLAPPED:
-            flying.append(launch(subnet, batch_size, inputs))
-        first = flying.popleft()
-        first.wait()
+    running, ready_s = launch(subnet, batch_size, inputs), []
+    for i in range(_BATCHES):
+        following = launch(subnet, batch_size, inputs) if i < _BATCHES - 1 else None
+        running.wait()
         ready_s.append(time.perf_counter())
-        first.outputs()
-    return (ready_s[-1] - ready_s[0]) / (_OVERLAPPED - 1)
+        running.outputs()
+        running = following or running
+    return (ready_s[-1] - ready_s[0]) / (_BATCHES - 1)
 
 
 def _examples(engine: Engine, count: int) -> dict[int, list[np.ndarray]]:

@@ -92,11 +92,11 @@ class RewirableConfig(FamilyConfig, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """A SubnetNorm that reads the output of one convolution and nothing else, so both can be one convolution with a bias.
+    """A SubnetNorm that reads only the output of one convolution. So both can become one convolution with a bias.
 
     Args:
       norm: the norm's name, as in `norm_sizes`.
-      kernel: dotted path of the convolution's kernel. Its last axis holds the norm's channels. No other layer reads it.
+      kernel: dotted path of the convolution's kernel. Its last axis is the output channels. No other layer reads it.
       scale: dotted path of the norm's scale.
       bias: dotted path of the norm's bias.
     """
@@ -112,7 +112,7 @@ class FoldableConfig(FamilyConfig, Protocol):
     """A family with norms that can be folded into the convolutions before them. Engines do that on GPUs."""
 
     def folds(self) -> list[Fold]:
-        """The norms that can be folded."""
+        """All norms that may be folded, each at most once."""
         ...
 
 

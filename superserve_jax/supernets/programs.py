@@ -14,8 +14,6 @@ A program's functions are pure and take the parameters as a flat dict `{path: ar
 import dataclasses
 import functools
 import itertools
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,24 +25,6 @@ from flax import nnx
 from superserve_jax import layers, ops
 from superserve_jax.subnet import Subnet, envelope_of
 from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig
-
-# First option: by default, XLA's CPU backend slices all weights before the first layer and holds all slices at once. The
-# memory-optimised order takes less than half of the temporary memory and is as fast. Second option: by default, convolutions
-# run in YNN, a library of fused kernels. With YNN they take 1.4 to 1.8 times as long as with XLA's own code (OFA-ResNet50,
-# two cores with AVX-512), and the first call takes 10 ms longer. So only matrix products use YNN.
-# On a GPU, XLA by default does not record convolutions or branches in command buffers (CUDA graphs). Then the host launches
-# each kernel by itself, and waits for the device at each branch. With this list, a call is one command buffer, as
-# `serve/bench/gpu_compile.py` shows.
-_COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
-_COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
-    "cpu": {
-        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    },
-    "gpu": {
-        _COMMAND_BUFFERS: "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,CONDITIONAL",
-    },
-}
 
 Params = Mapping[str, jax.Array]
 Shape = tuple[int, ...]
@@ -119,7 +99,10 @@ class Program:
         return module(self.config, params)(inputs, self._sizes(active), layers.StoredStats(statistics, self.offsets))
 
     def infer_folded(self, params: Params, inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:
-        """Logits as from `infer`, with parameters from `fold`. Norms that are not folded read the statistics."""
+        """Logits (B, num_classes), equal to `infer` up to rounding, with parameters from `fold`.
+
+        Norms that are not folded read the statistics (2, N).
+        """
         stats = layers.FoldedStats(statistics, self.offsets, self.folds)
         return module(self.config, params)(inputs, self._sizes(active), stats)
 
@@ -174,16 +157,6 @@ def _structure(config: FamilyConfig) -> tuple[Any, dict[str, tuple[Any, ...]], d
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
     paths = {name: path for name, (path, _) in flat.items()}
     return graphdef, paths, {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in flat.items()}
-
-
-def compiler_options(platform: str, *, command_buffers: bool = True) -> dict[str, Any]:
-    """XLA's options for fast inference on devices of a platform such as "cpu", as `jax.jit` takes them.
-
-    Options that the user has set in XLA_FLAGS are left out. So is the option for command buffers without `command_buffers`.
-    """
-    given = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
-    left_out = given if command_buffers else [*given, _COMMAND_BUFFERS]
-    return {name: value for name, value in _COMPILER_OPTIONS.get(platform, {}).items() if name not in left_out}
 
 
 def initial_params(config: FamilyConfig, seed: int) -> dict[str, jax.Array]:
@@ -245,7 +218,7 @@ def cast(params: Params, compute_dtype: str) -> dict[str, jax.Array]:
 
 
 def cut(value: jax.Array, shape: Shape) -> jax.Array:
-    """The first entries of an array along every axis."""
+    """`value[: shape[0], : shape[1], ...]`"""
     return jax.lax.slice(value, (0,) * value.ndim, shape)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from superserve_jax import progress
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler, programs
 from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.training import sampling
@@ -52,7 +52,7 @@ def measure(model: SuperNet, subnet_list: Iterable[Subnet], *, batch: int, repea
         statistics = jnp.ones((2, program.statistics_size), jnp.float32)
         infer = jax.jit(
             lambda params, x, statistics: program.infer(params, x, statistics, jnp.zeros((0,), jnp.int32)),
-            compiler_options=programs.compiler_options(jax.default_backend()),  # as in serving
+            compiler_options=compiler.options(jax.default_backend()),  # as in serving
         )
         return infer.lower(model.params, inputs, statistics).compile(), statistics
 

@@ -16,7 +16,7 @@ from tiny import TINY, random_images
 from superserve_jax import errors
 from superserve_jax.engines import cache, executables
 from superserve_jax.engines.device import DeviceEngine
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler
 
 # -- safety -------------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ def test_an_entry_that_fails_at_its_first_call_is_compiled_again(root, tiny, cap
 def test_without_command_buffers_if_an_executable_with_them_fails(root, tiny, caplog, monkeypatch):
     """XLA may be unable to record a kernel of a GPU. Here an option of the CPU stands for command buffers."""
     extra, compile = {"xla_cpu_enable_fast_min_max": False}, cache.Traced.compile
-    monkeypatch.setattr(programs, "compiler_options", lambda _, command_buffers=True: extra if command_buffers else {})
+    monkeypatch.setattr(compiler, "options", lambda _, command_buffers=True: extra if command_buffers else {})
 
     def fail(*arguments):
         raise RuntimeError("cannot be captured")

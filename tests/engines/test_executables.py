@@ -11,7 +11,7 @@ import superserve_jax as ss
 from superserve_jax import errors, exports
 from superserve_jax.engines import executables, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler, programs
 from superserve_jax.supernets.supernet import SuperNet
 
 BATCHES = (1, 4)
@@ -25,12 +25,12 @@ def model(tiny, tmp_path):
 def test_options_of_the_compiler_that_the_user_has_set_are_left_out(monkeypatch):
     name = "xla_gpu_enable_command_buffer"
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert "CONVOLUTION" in programs.compiler_options("gpu")[name]
-    assert name not in programs.compiler_options("gpu", command_buffers=False)
+    assert "CONVOLUTION" in compiler.options("gpu")[name]
+    assert name not in compiler.options("gpu", command_buffers=False)
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{name}=")
-    assert name not in programs.compiler_options("gpu")
-    assert programs.compiler_options("cpu")
-    assert programs.compiler_options("tpu") == {}
+    assert name not in compiler.options("gpu")
+    assert compiler.options("cpu")
+    assert compiler.options("tpu") == {}
 
 
 @pytest.mark.parametrize("slicing", ["kept", "in_call"])

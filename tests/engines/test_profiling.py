@@ -77,21 +77,23 @@ def test_the_latency_of_a_device_that_overlaps_is_its_own_time(overlap):
 
 @pytest.mark.usefixtures("exact_sleep")
 def test_a_profile_is_measured_again_with_its_subnets_and_settings():
-    space = Profile((1, 2), TWO.rows, "fake", slicing="in_call")
+    space = Profile((1, 2), TWO.rows, "fake", slicing="in_call", compute_dtype="bfloat16")
     again = profiling.measure_again(FakeEngine(space, speed=0.5), space, seconds=0.0)
     assert [r.subnet for r in again.rows] == [r.subnet for r in space.rows]
     assert (again.device, again.slicing, again.envelopes) == ("fake", "in_call", space.envelopes)
+    assert again.compute_dtype == "bfloat16"
     assert profiling.slower(again, space) == pytest.approx(2.0)
 
 
 def test_the_expected_time_of_a_measurement_counts_the_least_rounds_and_the_warm_up():
     slow = TWO.scaled(3.0)  # one round takes 27 ms
+    engine = FakeEngine(slow)
     start_s = time.perf_counter()
-    profiling.measure_again(FakeEngine(slow), slow, seconds=0.01)
+    profiling.measure_again(engine, slow, seconds=0.01)
     took_s = time.perf_counter() - start_s
-    assert profiling.measuring_s(slow, 0.01) == pytest.approx(5 * 0.027)
+    assert profiling.measuring_s(engine, slow, 0.01) == pytest.approx(5 * 0.027)
     assert took_s >= 5 * 0.027
-    assert profiling.measuring_s(slow, 1.0) == pytest.approx(1.0 + 2 * 0.027)
+    assert profiling.measuring_s(engine, slow, 1.0) == pytest.approx(1.0 + 2 * 0.027)
 
 
 def test_one_disturbed_latency_is_not_a_slower_machine():
