@@ -14,7 +14,8 @@ another subnet, then after a batch of the same subnet. It compares:
 - loading: a server that switches models. It loads the extracted weights from host memory, or reads them from a file first.
 
 All of them run in turn in one process, so that ratios also hold on a busy machine. A ratio is the median of the ratios of all
-rounds. The ratio of loading to inference by model size is the paper's Figure 1a.
+rounds. The ratio of loading to inference by model size is the paper's Figure 1a. Every ten seconds, the program writes the
+figures so far to the file of --json.
 """
 
 import collections
@@ -34,15 +35,13 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, exports, plots, progress
-from superserve_jax.engines import executables, keys
+from superserve_jax import cli, errors, exports, files, progress
+from superserve_jax.engines import keys
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
-from superserve_jax.plots import Line, Panel
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
-from superserve_jax.supernets import programs
 from superserve_jax.training import random_export
 
 CANDIDATES = 500  # subnets in the export of a config file; some of them are measured
@@ -57,6 +56,7 @@ EVENTS = {
     "extracted_other": "extracted, another network, on the device",
 }
 LOADS = {"host": "host memory", "disk": "disk"}
+_SAVE_EVERY_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,17 @@ Times = collections.defaultdict[tuple[Any, ...], np.ndarray]
 """Milliseconds of each event by round, warm-up included; NaN if the event did not happen in a round."""
 
 
-def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, Any]:
-    """The figures that the program prints. Files of weights are written to `folder`."""
+def measure(
+    model: Model, options: Options, folder: pathlib.Path, save: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """The figures that the program prints.
+
+    Args:
+      model: the export.
+      options: the options of the program.
+      folder: a folder for files of weights.
+      save: is called between rounds, every ten seconds, with the figures of all rounds so far.
+    """
     device, config = jax.devices()[0], model.config
     chosen = evenly_spaced(model.subnets, config.flops, options.subnets)
     if len(chosen) < 2:
@@ -161,7 +170,7 @@ def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, A
     }
     networks = extracted.extract(model, chosen, device, batch_sizes=options.batch_sizes, length=length)
     weights = {s: Weights(n.host, device, folder / f"{i}.weights") for i, (s, n) in enumerate(networks.items())}
-    copies = {s: slices_of(model, s, device) for s in chosen}
+    copies = {s: slices_of(engines["kept"], s, (options.batch_sizes[0], length)) for s in chosen}
     batches = {b: extracted.random_batch(config, b, length) for b in options.batch_sizes}
     rounds = WARM_UP_ROUNDS + options.rounds
     loading = set(np.linspace(WARM_UP_ROUNDS, rounds - 1, options.loads).round().astype(int).tolist())
@@ -171,6 +180,31 @@ def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, A
         network.place(device)
     gc.collect()
 
+    def figures(rounds_done: int) -> dict[str, Any]:
+        """The figures of the first rounds."""
+        no_times = np.full(rounds_done - WARM_UP_ROUNDS, np.nan)
+        measured: Times = collections.defaultdict(lambda: no_times)
+        measured.update({key: ms[WARM_UP_ROUNDS:rounds_done] for key, ms in times.items()})
+        return {
+            "device": keys.device_kind(device),
+            "measured": model.manifest["measured"],
+            "rounds": rounds_done - WARM_UP_ROUNDS,
+            "page_cache_dropped": dropped,
+            "slice_budget_bytes": engines["kept"].slices.budget_bytes,
+            "subnets": [
+                {
+                    "subnet": s.to_json(),
+                    "flops": config.flops(s),
+                    "weights_bytes": weights[s].nbytes,
+                    "copy_ms": float(np.median(measured[s, "copy"])) if copies[s] else None,
+                    "loading_ms": {kind: float(np.nanmedian(measured[s, kind])) for kind in LOADS},
+                    "batches": [figures_of(measured, s, size) for size in options.batch_sizes],
+                }
+                for s in chosen
+            ],
+        }
+
+    save_s = time.monotonic() + _SAVE_EVERY_S
     for turn in progress.track(range(rounds), "measuring"):
         for size, batch in batches.items():
             for s in alternating(chosen, last, order):
@@ -185,31 +219,16 @@ def measure(model: Model, options: Options, folder: pathlib.Path) -> dict[str, A
                     times[s, size, f"{way}_same"][turn] = time_ms(call)
                 last = s
         for s in chosen:
-            times[s, "copy"][turn] = time_ms(copies[s])
+            if copy := copies[s]:
+                times[s, "copy"][turn] = time_ms(copy)
             if turn in loading:
                 times[s, "host"][turn] = time_ms(weights[s].load_from_host)
                 dropped &= weights[s].drop_pages()
                 times[s, "disk"][turn] = time_ms(weights[s].load_from_disk)
-    times = collections.defaultdict(
-        lambda: np.full(options.rounds, np.nan), {key: ms[WARM_UP_ROUNDS:] for key, ms in times.items()}
-    )
-    return {
-        "device": keys.device_kind(device),
-        "measured": model.manifest["measured"],
-        "page_cache_dropped": dropped,
-        "slice_budget_bytes": engines["kept"].slices.budget_bytes,
-        "subnets": [
-            {
-                "subnet": s.to_json(),
-                "flops": config.flops(s),
-                "weights_bytes": weights[s].nbytes,
-                "copy_ms": float(np.median(times[s, "copy"])),
-                "loading_ms": {kind: float(np.nanmedian(times[s, kind])) for kind in LOADS},
-                "batches": [figures_of(times, s, size) for size in options.batch_sizes],
-            }
-            for s in chosen
-        ],
-    }
+        if save is not None and turn >= WARM_UP_ROUNDS and time.monotonic() > save_s:
+            save(figures(turn + 1))
+            save_s = time.monotonic() + _SAVE_EVERY_S
+    return figures(rounds)
 
 
 def alternating(chosen: Sequence[Subnet], last: Subnet | None, order: random.Random) -> list[Subnet]:
@@ -225,14 +244,20 @@ def time_ms(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def slices_of(model: Model, subnet: Subnet, device: Device) -> Callable[[], Any]:
-    """A function that makes a subnet's slices, as the engine does if they are not kept."""
-    program = programs.sliced(model.config, subnet)
-    full = programs.param_spec(model.config)
-    leaves = tuple((name, shape) for name, shape in programs.used_leaves(program).items() if shape != full[name].shape)
-    slicer = executables.trace_slicer(program, leaves, device).compile()
-    values = tuple(model.params[name] for name in slicer.takes)
-    return lambda: jax.block_until_ready(slicer.call(values))
+def slices_of(engine: DeviceEngine, subnet: Subnet, shape: tuple[int, int]) -> Callable[[], Any] | None:
+    """A function that makes a subnet's slices as the engine does; None if the engine keeps no slices of this subnet.
+
+    Args:
+      engine: an engine that keeps slices.
+      subnet: the subnet.
+      shape: a batch size and a length of the engine. They do not change the slices.
+    """
+    _, bucket = engine.calls[(subnet, *shape)]
+    if bucket.slicer is None:
+        return None
+    statistics = bucket.program.pad_statistics(engine.model.statistics_of(subnet), subnet)
+    on_device = jax.device_put(statistics, engine.device)
+    return lambda: jax.block_until_ready(bucket.sliced(on_device))
 
 
 def figures_of(times: Times, subnet: Subnet, size: int) -> dict[str, Any]:
@@ -280,7 +305,7 @@ def report(found: dict[str, Any]) -> None:
         ratios = (batch["loading_over_inference"][kind] for kind in LOADS for batch in subnet["batches"])
         values = (subnet["copy_ms"], *subnet["loading_ms"].values(), *ratios)
         sizes = (f"{subnet['flops'] / 1e6:.4g}", f"{subnet['weights_bytes'] / 1e6:.3g}")
-        lines.append((*sizes, *(f"{value:.2f}" for value in values)))
+        lines.append((*sizes, *("-" if value is None else f"{value:.2f}" for value in values)))
     cli.print_table(lines)
     print(
         "loading: weights are copied to the device from host memory, or are read from a file first; the page cache "
@@ -302,6 +327,9 @@ def report(found: dict[str, Any]) -> None:
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
     """Plots (time to load a network's weights) / (time of an inference) by size of the weights (the paper's Figure 1a)."""
+    from superserve_jax import plots  # needs matplotlib, which is not everywhere where the program measures
+    from superserve_jax.plots import Line, Panel
+
     first = [subnet["batches"][0] for subnet in found["subnets"]]
     sizes_mb = [subnet["weights_bytes"] / 1e6 for subnet in found["subnets"]]
     lines = {
@@ -319,7 +347,8 @@ def main() -> None:
     options = cli.parse(Options, __doc__)
     check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     with random_export.export_of(options.path, subnets=CANDIDATES) as path, tempfile.TemporaryDirectory() as folder:
-        found = measure(exports.load(path), options, pathlib.Path(folder))
+        save = functools.partial(files.write_json, options.json) if options.json else None
+        found = measure(exports.load(path), options, pathlib.Path(folder), save)
     report(found)
     cli.write_results(options.json, found)
     if options.plot:
