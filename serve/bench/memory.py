@@ -7,7 +7,7 @@ One file because every variant is measured by the same function, each in a fresh
 It takes an export's directory or a config file. For a config file, it makes an export with fresh weights and random
 statistics for many subnets. Each line of the table is measured in a fresh process:
 
-- in place, with slicing in the call;
+- in place, with slicing in the call, as in the paper;
 - in place with kept slices, within the default budget and within a smaller one;
 - some extracted subnets, evenly spaced in FLOPs, without the SuperNet.
 
@@ -26,13 +26,18 @@ measure their latencies. The columns:
 
 Two lines are not measured but computed from numbers of parameters: all subnets extracted and, for a network with the 1,000
 classes of ImageNet, four published ResNets (the paper's Figure 5a; `experiments.hand_tuned` gives the source).
+
+On a GPU, the default gives memory for speed: it keeps a prepared copy of the weights for each subnet bucket. Compare the other
+two lines in place with the paper's 2.6. The file of --json is written after each line.
 """
 
 import concurrent.futures
 import ctypes
 import dataclasses
+import functools
 import gc
 import multiprocessing
+import os
 import pathlib
 import statistics
 import time
@@ -44,7 +49,7 @@ import jax
 import psutil
 import tyro
 
-from superserve_jax import cli, exports
+from superserve_jax import cli, exports, files
 from superserve_jax.engines import keys, prepare, subnet_buckets
 from superserve_jax.engines.device import SLICES_SHARE, DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
@@ -327,6 +332,8 @@ def report(found: dict[str, Any]) -> None:
         times = [f"{ms:.3g}" for ms in variant.get("latency_ms", ())] or [""] * len(latencies)
         lines.append((variant["name"], str(variant.get("executables", "")), *sizes, *times))
     cli.print_table(lines)
+    if not found["device"].startswith("cpu"):
+        print("On this device, kept (default) gives memory for speed. Compare the other lines in place with the paper's 2.6.")
     print(f"code: size when {found['variants'][0]['code_counted']}")
     print(f"memory of {found['reference']} / memory of the subnets in place:")
     lines = [("", *RATIOS)]
@@ -345,18 +352,20 @@ def ratios(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str
     return {name: sum(reference[k] for k in keys) / sum(variant[k] for k in keys) for name, keys in RATIOS.items()}
 
 
-def main() -> None:
-    """The program."""
-    options = cli.parse(Options, __doc__)
+def measure_all(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The figures that the program prints. Calls `save` after each variant with the figures of the variants so far."""
     with random_export.export_of(options.path, subnets=options.subnets) as path:
         model = exports.load(path)
         to_measure = variants(model, options)
         for variant in to_measure:  # fills the cache of executables, since a process that compiles grows larger
-            in_fresh_process(measure, path, variant, 1)
-        measured = [in_fresh_process(measure, path, variant, options.repeats) for variant in to_measure]
+            open_variant(exports.load(path), variant, jax.devices()[0])
+        measured = []
+        for variant in to_measure:
+            measured.append(in_fresh_process(measure, path, variant, options.repeats))
+            save({"variants": measured})
     *in_place, reference = measured
     batch_size, length = to_measure[0].shape
-    found = {
+    return {
         "device": keys.device_kind(jax.devices()[0]),
         "measured": model.manifest["measured"],
         "shape": f"batch {batch_size}" + (f", length {length}" if length else ""),
@@ -365,6 +374,13 @@ def main() -> None:
         "reference": reference["name"],
         "ratios": {variant["name"]: ratios(reference, variant) for variant in in_place},
     }
+
+
+def main() -> None:
+    """The program."""
+    options = cli.parse(Options, __doc__)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process and its children share the card's memory
+    found = measure_all(options, functools.partial(files.write_json, options.json) if options.json else lambda _: None)
     report(found)
     cli.write_results(options.json, found)
 
