@@ -1,7 +1,7 @@
 """Measures the gain of overlap: while the device computes, a worker stages its next batch and answers the last one.
 
     python serve/bench/overlap.py                       a device that sleeps
-    python serve/bench/overlap.py runs/demo/export      this machine's device, with the largest subnet of an export
+    python serve/bench/overlap.py runs/demo/export      this machine's device, with the subnet of an export that has most FLOPs
 
 Both ways, with and without overlap, run in turn, each with a new server. The program prints
 
@@ -10,21 +10,23 @@ Both ways, with and without overlap, run in turn, each with a new server. The pr
   `simulation.paper_profile`: from memory, unverified, about twice the paper's throughput. It is scaled to the speed of the
   device. This shows what SlackFit loses by deciding before the device is free.
 
-Everything but the sleep is real: queue, policy, threads, futures, and the copies of inputs into staging buffers.
+Everything but the sleep is real: queue, policy, threads, futures, and the copies of inputs into staging buffers. The file of
+--json is written after each round, so it has figures if the program is stopped.
 """
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors
+from superserve_jax import cli, errors, files
 from superserve_jax.engines import keys, prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
@@ -66,11 +68,13 @@ class Options:
             raise errors.ConfigError(f"batch_ms must be positive milliseconds, got {list(self.batch_ms)}")
 
 
-def both_ways(measure: Callable[[bool], dict[str, float]], rounds: int) -> dict[str, dict[str, float]]:
-    """Calls `measure(overlap)` with False and True in turn, and returns the medians of the figures."""
-    runs = [(measure(False), measure(True)) for _ in range(rounds)]
-    off, on = ({key: statistics.median(r[key] for r in way) for key in way[0]} for way in zip(*runs, strict=True))
-    return {"off": off, "on": on}
+def both_ways(measure: Callable[[bool], dict[str, float]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Calls `measure(overlap)` with False and True in turn. Yields the medians of the figures after each round."""
+    runs = []
+    for _ in range(rounds):
+        runs.append((measure(False), measure(True)))
+        off, on = ({key: statistics.median(r[key] for r in way) for key in way[0]} for way in zip(*runs, strict=True))
+        yield {"off": off, "on": on, "rounds": len(runs)}
 
 
 def throughput(target: Server, example: np.ndarray, queries: int) -> float:
@@ -83,8 +87,8 @@ def throughput(target: Server, example: np.ndarray, queries: int) -> float:
         return queries / (time.perf_counter() - start_s)
 
 
-def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
-    """Figures of a device that sleeps. Its speed is set so that the fastest subnet takes `batch_ms` for a full batch."""
+def sleeping(options: Options, batch_ms: float) -> Iterator[dict[str, Any]]:
+    """Yields the figures of a device that sleeps after each round. The fastest subnet takes `batch_ms` for a full batch."""
     paper = paper_profile.paper_profile()
     faster = batch_ms / paper.rows[0].latency_ms[-1]
     table, slo_ms = paper.scaled(faster), SLO_MS * faster
@@ -105,14 +109,15 @@ def sleeping(options: Options, batch_ms: float) -> dict[str, Any]:
         bursty = {"attainment": seen.attainment, "accuracy": seen.accuracy, "p99_ms": seen.p99_ms}
         return {"qps": qps, "busy": qps / limit_qps, **bursty}
 
-    return {"batch_ms": batch_ms, "slo_ms": slo_ms, **both_ways(measure, options.rounds)}
+    for both in both_ways(measure, options.rounds):
+        yield {"batch_ms": batch_ms, "slo_ms": slo_ms, **both}
 
 
-def exported(options: Options) -> dict[str, Any]:
-    """Figures of this machine's first device with the most accurate subnet of an export."""
+def exported(options: Options) -> Iterator[dict[str, Any]]:
+    """Yields the figures of this machine's first device after each round. It runs the subnet of an export with most FLOPs."""
     model = prepare.load(options.export)
     device = jax.devices()[0]
-    subnet = max(model.served, key=lambda s: s.known_accuracy)
+    subnet = max(model.served, key=lambda s: s.flops)  # accuracies of random weights are all 0
     lengths = prepare.check_lengths(model.config, None)[-1:]
     made = DeviceEngine(model, device, subnet_list=[subnet.subnet], batch_sizes=(BATCH,), lengths=lengths)
     example = np.full(made.input_shape, made.pad_id + 1, made.input_dtype)
@@ -124,7 +129,19 @@ def exported(options: Options) -> dict[str, Any]:
         target = Server.from_engines([made], table, slo_ms=1e6, overlap=overlap, **QUEUE)
         return {"qps": throughput(target, example, options.queries)}
 
-    return {"batch_ms": batch_ms, "device": keys.device_kind(device), **both_ways(measure, options.rounds)}
+    for both in both_ways(measure, options.rounds):
+        yield {"batch_ms": batch_ms, "device": keys.device_kind(device), **both}
+
+
+def measure(options: Options, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """The figures that the program prints. Calls `save` after each round with the figures so far."""
+    found: list[dict[str, Any]] = []
+    devices = [exported(options)] if options.export is not None else [sleeping(options, ms) for ms in options.batch_ms]
+    for i, rounds in enumerate(devices):
+        for figures in rounds:
+            found[i:] = [figures]
+            save(found)
+    return found
 
 
 def main() -> None:
@@ -136,11 +153,10 @@ def main() -> None:
         "queries/s": "{0[qps]:,.0f}".format,
         "gain": "{0[gain]:.3f}".format,
     }
+    found = measure(options, functools.partial(files.write_json, options.json) if options.json else lambda _: None)
     if options.export is not None:
-        found = [exported(options)]
         print(f"largest subnet of {options.export} on {found[0]['device']}, batches of {BATCH}")
     else:
-        found = [sleeping(options, batch_ms) for batch_ms in options.batch_ms]
         print(f"a device that sleeps, batches of {BATCH} inputs of shape {options.input_shape}, dtype uint8")
         columns |= {
             "device busy": "{0[busy]:.2%}".format,
@@ -148,12 +164,12 @@ def main() -> None:
             "accuracy": "{0[accuracy]:.2%}".format,
             "p99 ms": "{0[p99_ms]:.1f}".format,
         }
-    measured = [
+    lines = [
         {**each, **each[way], "overlap": way, "gain": each[way]["qps"] / each["off"]["qps"]}
         for each in found
         for way in ("off", "on")
     ]
-    cli.print_columns(columns, measured)
+    cli.print_columns(columns, lines)
     cli.write_results(options.json, found)
 
 
