@@ -31,7 +31,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, exports
-from superserve_jax.engines import keys, prepare, subnet_buckets
+from superserve_jax.engines import batching, keys, prepare, subnet_buckets
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
@@ -78,7 +78,7 @@ class Options:
     Args:
       source: an export's directory or a config file.
       subnets: the number of served subnets, for a config file.
-      batch_sizes: the batch sizes to serve with.
+      batch_sizes: the batch sizes to serve with; if left out, the server's default (see `engines.batching`).
       warm: the number of warm starts.
       foreign: whether the network counts as a family of another package.
       json: write the figures to this file.
@@ -86,7 +86,7 @@ class Options:
 
     source: Annotated[pathlib.Path, tyro.conf.Positional]
     subnets: int = 6
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[int, ...] | None = None
     warm: int = 3
     foreign: bool = False
     json: pathlib.Path | None = None
@@ -99,10 +99,12 @@ def main() -> None:
     """The program."""
     options = cli.parse(Options, __doc__)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process and its children share the card's memory
-    batch_sizes = check_batch_sizes(options.batch_sizes)
+    given = None if options.batch_sizes is None else check_batch_sizes(options.batch_sizes)
     with random_export.export_of(options.source, subnets=options.subnets) as source, tempfile.TemporaryDirectory() as folder:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
         shutil.copytree(source, export)  # a copy, because it may get an estimated profile
+        device = jax.devices()[0]
+        batch_sizes = given or batching.default(export, {keys.device_kind(device): device})
         count = ensure_profile(export, batch_sizes)
         starts = [start(export, batch_sizes, cache, foreign=options.foreign) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
