@@ -1,21 +1,24 @@
-"""Measures everything that is not known about GPUs, in the minutes that a GPU is there.
+"""Runs all GPU benchmarks and GPU tests in one command, within a time limit.
 
 One file because all stages share options and the format of their results.
 
     python serve/bench/gpu.py --minutes 9 --out runs/gpu
     python serve/bench/gpu.py --quick --out runs/gpu-try configs/debug.py     # tries it on a CPU
 
-Each stage is a process with a time limit, so that a stage that hangs or fails does not cost the others. The most important
-stages come first. Each writes its results into the folder as they come. A second run with the same folder and options runs
-the stages that are not finished. The stages:
+Each stage is a process with a time limit, so a stage that hangs or fails does not stop the others. The limit is a share of
+the time that is left (see `STAGES`). A stage that ends early leaves more for the others. The most valuable stages come first:
 
 1. device: the card, bandwidths of copies, and the cost of a call;
-2. tests: `pytest -m gpu`, in one process;
-3. actuation: serve/bench/actuation.py with three subnets;
-4. variants: the largest and the smallest subnet with each way to slice, with and without command buffers, and in a bucket;
-5. memory: serve/bench/memory.py with 500 subnets in 6 subnet buckets;
-6. overlap: serve/bench/overlap.py;
-7. serving: a measured profile, the paper's P1 to P3, and a server at 0.3, 0.6 and 0.9 of its limit.
+2. tests: the tests that need a GPU, in one process;
+3. variants: the largest and the smallest subnet with each way to slice, with and without command buffers, and in a bucket;
+4. actuation: serve/bench/actuation.py with three subnets;
+5. serving: a server at 0.3, 0.6 and 0.9 of the throughput of its smallest subnet, and SlackFit's three assumptions
+   (`profiling.properties`);
+6. memory: serve/bench/memory.py with 500 subnets in 6 subnet buckets;
+7. overlap: serve/bench/overlap.py.
+
+The folder of --out gets two files: log.txt, and results.json, which each stage writes as its results come. A second run with
+the same --out, config and --quick runs the stages that are not done. It keeps earlier results of a stage until it has more.
 """
 
 import contextlib
@@ -28,32 +31,40 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 from unittest import mock
 
+import actuation
 import jax
+import memory
 import numpy as np
+import overlap
 import tyro
 
 from superserve_jax import cli, errors, exports, files
-from superserve_jax.engines import default_batch_sizes, keys, prepare, profiling
+from superserve_jax.engines import keys, prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.loadtest import loadgen
+from superserve_jax.profile import Profile
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import traces
-from superserve_jax.supernets import compiler
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets import programs
 from superserve_jax.training import random_export
 from superserve_jax.training.config import load_config
 
-LIMIT_S = {"device": 60, "tests": 120, "actuation": 150, "variants": 150, "memory": 120, "overlap": 60, "serving": 90}
-"""The stages in order, and the most seconds that each may take. Guesses, since tuning may take long."""
-
 _ROOT = pathlib.Path(__file__).parents[2]
 _LEAST_S = 5.0  # a stage does not begin with less time left
-_SHOWN = 1500  # characters of the output of a stage that failed
+_LOG_TAIL_CHARS = 1500  # of the output of a stage that failed
+_WEIGHTS = 48_000_000  # parameters of OFA-ResNet50
+_ARGUMENTS = 185  # of a call of OFA-ResNet50's largest subnet
+_SERVED_SIZES = (1, 4, 16, 64)  # batch sizes; more of them take long to tune
+_GPU_TESTS = ("tests/engines/test_device.py", "tests/engines/test_prepared.py", "tests/engines/test_on_a_gpu.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +73,17 @@ class Options:
 
     Args:
       config: the config file of the network.
-      out: the folder of the results.
+      out: the folder of results.json and log.txt.
+      work: the folder of the random export and of the executables, which a second run uses again.
       minutes: the most minutes that all stages may take.
-      quick: only try each stage, with few repeats.
+      quick: run each stage with few repeats, to test the program.
       only: the stages to run; if left out, all.
       stage: run this stage here, in this process. The program starts itself with this option.
     """
 
     config: Annotated[pathlib.Path, tyro.conf.Positional] = pathlib.Path("configs/ofa_resnet50.py")
     out: pathlib.Path = pathlib.Path("runs/gpu")
+    work: pathlib.Path = pathlib.Path("runs/gpu-work")
     minutes: float = 9.0
     quick: bool = False
     only: tuple[str, ...] = ()
@@ -79,46 +92,55 @@ class Options:
     def __post_init__(self):
         cli.check_above_zero(self, "minutes")
         for name in (*self.only, *([self.stage] if self.stage else [])):
-            errors.check_name("stage", name, list(LIMIT_S))
-
-    def result(self, stage: str) -> pathlib.Path:
-        """The file with the results of a stage."""
-        return self.out / f"{stage}.json"
+            errors.check_name("stage", name, list(STAGES))
 
 
 def main() -> None:
     """The program."""
     options = cli.parse(Options, __doc__)
     if options.stage is not None:
-        STAGES[options.stage](options, functools.partial(_save, options, options.stage))
+        save = functools.partial(_save, options, options.stage)
+        save(STAGES[options.stage][1](options, save), "done")
         return
-    (options.out / "cache").mkdir(mode=0o700, parents=True, exist_ok=True)
-    ends_s, lines = time.monotonic() + 60 * options.minutes, [("stage", "state", "seconds", "device")]
-    for stage in options.only or LIMIT_S:
-        found = _read(options, stage)
-        if found.get("state") != "done":
-            left_s = min(LIMIT_S[stage], ends_s - time.monotonic())
-            found = run(options, stage, left_s) if left_s >= _LEAST_S else {"state": "no time left"}
-        lines.append((stage, found["state"], f"{found.get('seconds', 0):.0f}", found.get("device", "")))
+    (options.work / "cache").mkdir(mode=0o700, parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    deadline_s, lines = time.monotonic() + 60 * options.minutes, [("stage", "state", "seconds", "results", "device")]
+    wanted = [stage for stage in STAGES if stage in (options.only or STAGES)]
+    left = [stage for stage in wanted if read(options).get(stage, {}).get("state") != "done"]
+    for stage in wanted:
+        state, seconds = "done before", 0.0
+        if stage in left:
+            shares = [STAGES[s][0] for s in left[left.index(stage) :]]
+            limit_s = (deadline_s - time.monotonic()) * shares[0] / sum(shares)
+            state, seconds = run(options, stage, limit_s) if limit_s >= _LEAST_S else ("no time left", 0.0)
+        found = read(options).get(stage, {})
+        lines.append((stage, state, f"{seconds:.0f}", str(_size(found.get("found"))), found.get("device", "")))
+        print(f"{stage}: {json.dumps(found.get('found'))}", flush=True)
     cli.print_table(lines)
-    print(f"results: {options.out}/*.json")
+    print(f"results: {options.out / 'results.json'}")
 
 
-def run(options: Options, stage: str, limit_s: float) -> dict[str, Any]:
-    """Runs a stage in a process of its own. Returns its results, with "state": "done", "failed" or "out of time"."""
+def run(options: Options, stage: str, limit_s: float) -> tuple[str, float]:
+    """Runs a stage in a process of its own. Returns "done", "failed" or "out of time", and the seconds that it took."""
     print(f"{stage}: at most {limit_s:.0f} s", flush=True)
-    command = [sys.executable, __file__, str(options.config), "--out", str(options.out), "--stage", stage]
+    command = [sys.executable, __file__, str(options.config), "--out", str(options.out), "--work", str(options.work)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # stages have child processes that share the card's memory
-        "SUPERSERVE_CACHE": str((options.out / "cache").absolute()),
+        "SUPERSERVE_CACHE": str((options.work / "cache").absolute()),
     }
-    start_s, log = time.monotonic(), options.out / f"{stage}.log"
-    with log.open("w") as output:
+    before, start_s, log = read(options).get(stage), time.monotonic(), options.out / "log.txt"
+    with log.open("a") as output:
+        start = output.tell()
+        output.write(f"-- {stage}\n")
+        output.flush()
         child = subprocess.Popen(
-            command + ["--quick"] * options.quick,
-            **{"env": environment, "stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True},
+            [*command, "--stage", stage, *["--quick"] * options.quick],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             state = "failed" if child.wait(limit_s) else "done"
@@ -129,29 +151,38 @@ def run(options: Options, stage: str, limit_s: float) -> dict[str, Any]:
                 os.killpg(child.pid, signal.SIGKILL)  # the stage and its own children
                 child.wait()
     if state == "failed":
-        print(log.read_text(errors="replace")[-_SHOWN:], flush=True)
-    found = _read(options, stage) | {"state": state, "seconds": time.monotonic() - start_s}
-    _write(options, stage, found)
-    return found
+        with log.open(errors="replace") as output:
+            output.seek(start)
+            print(output.read()[-_LOG_TAIL_CHARS:], flush=True)
+    seconds, found = time.monotonic() - start_s, read(options).get(stage)
+    if found is None or found != before:  # or the file keeps the results of an earlier run
+        _write(options, stage, {"found": None, **(found or {}), "state": state, "seconds": round(seconds, 1)})
+    return state, seconds
 
 
-def _save(options: Options, stage: str, found: Any) -> None:
-    """Writes the results that a stage has so far."""
-    _write(options, stage, {"state": "begun", "device": jax.devices()[0].device_kind, "found": found})
+def read(options: Options) -> dict[str, Any]:
+    """The results of all stages with the same config and --quick, by stage."""
+    try:
+        file = json.loads((options.out / "results.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return file["stages"] if (file["config"], file["quick"]) == (str(options.config), options.quick) else {}
+
+
+def _save(options: Options, stage: str, found: Any, state: str = "begun") -> None:
+    """Writes the results that a stage has so far, unless the file has more from an earlier run. Those of a whole stage win."""
+    if state == "done" or _size(found) >= _size(read(options).get(stage, {}).get("found")):
+        _write(options, stage, {"state": state, "device": jax.devices()[0].device_kind, "found": found})
 
 
 def _write(options: Options, stage: str, value: Mapping[str, Any]) -> None:
-    about = {"config": str(options.config), "quick": options.quick}
-    files.write_json(options.result(stage), {**about, **value})
+    file = {"config": str(options.config), "quick": options.quick, "stages": {**read(options), stage: value}}
+    files.write_json(options.out / "results.json", file)
 
 
-def _read(options: Options, stage: str) -> dict[str, Any]:
-    """The results of a stage with the same options; {} if there are none."""
-    try:
-        found = json.loads(options.result(stage).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if (found["config"], found["quick"]) == (str(options.config), options.quick) else {}
+def _size(found: Any) -> int:
+    """The number of values in results."""
+    return len(jax.tree.leaves(found))
 
 
 # -- stages -------------------------------------------------------------------------------------------------------------
@@ -170,7 +201,7 @@ def median_ms(call: Callable[[], Any], repeats: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def stage_device(options: Options, save: Save) -> None:
+def stage_device(options: Options, save: Save) -> dict[str, Any]:
     """The card, bandwidths of copies, and the cost of a call."""
     device, repeats = jax.devices()[0], 3 if options.quick else 50
     found: dict[str, Any] = {"jax": jax.__version__, "runtime": device.client.platform_version}
@@ -179,154 +210,186 @@ def stage_device(options: Options, save: Save) -> None:
     def put(value: Any) -> Any:
         return jax.block_until_ready(jax.device_put(value, device))
 
-    images, weights = np.zeros((16, 224, 224, 3), np.uint8), np.zeros((1 if options.quick else 48) * 10**6, np.float32)
+    images, weights = np.zeros((16, 224, 224, 3), np.uint8), np.zeros(10**6 if options.quick else _WEIGHTS, np.float32)
     found["images_to_device_ms"] = median_ms(lambda: put(images), repeats)
     found["weights_mb"], found["weights_to_device_ms"] = weights.nbytes / 1e6, median_ms(lambda: put(weights), 3)
+    save(found)
     logits, on_device = put(np.zeros((16, 1000), np.float32)), put(weights)
     found["logits_to_host_ms"] = median_ms(lambda: np.asarray(logits + 0), repeats)
-    number, many = put(np.float32(0)), put(tuple(np.zeros((8, 8), np.float32) for _ in range(185)))
+    number, many = put(np.float32(0)), put(tuple(np.zeros((8, 8), np.float32) for _ in range(_ARGUMENTS)))
     small = jax.jit(lambda x: x + 1).lower(number).compile()
     found["empty_call_ms"] = median_ms(lambda: small(number).block_until_ready(), repeats)
     found["empty_call_issued_ms"] = median_ms(lambda: small(number), repeats)
     wide = jax.jit(lambda v: v[0] + v[-1]).lower(many).compile()
-    found["call_with_185_arguments_issued_ms"] = median_ms(lambda: wide(many), repeats)
+    found[f"call_with_{_ARGUMENTS}_arguments_issued_ms"] = median_ms(lambda: wide(many), repeats)
     copy = jax.jit(lambda x: x * 1.5).lower(on_device).compile()
     ms = median_ms(lambda: copy(on_device).block_until_ready(), 3 if options.quick else 10)
-    found["copy_within_device_gb_per_s"] = 2 * weights.nbytes / ms / 1e6
-    save(found)
+    found["copy_within_device_gb_per_s"] = 2 * weights.nbytes / ms / 1e6  # each byte is read and written
+    return found
 
 
-def stage_tests(options: Options, save: Save) -> None:
+def stage_tests(options: Options, save: Save) -> dict[str, Any]:
     """The tests that need a GPU. Fails if one of them fails; without a GPU all are skipped."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
-    files_of = ["tests/engines/test_device.py"] if options.quick else []
-    done = subprocess.run([*command, *files_of], cwd=_ROOT, capture_output=True, text=True, check=False)
+    flags = ["-o", "addopts=--import-mode=importlib --strict-markers", "-p", "no:cacheprovider", "-rs", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *flags, *_GPU_TESTS[: 1 if options.quick else None]]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
-    save({"status": done.returncode, "output": done.stdout[-4000:]})
+    found = {"status": done.returncode, "output": done.stdout[-4000:]}
+    save(found)
     if done.returncode:
         raise SystemExit(1)
+    return found
 
 
-def bench(options: Options, save: Save, name: str, *arguments: Any) -> None:
-    """Runs another program of this folder, and saves its results."""
-    path = options.out / f"{name}.figures.json"
-    path.unlink(missing_ok=True)
-    command = [sys.executable, str(_ROOT / "serve" / "bench" / f"{name}.py"), *map(str, arguments), "--json", str(path)]
-    subprocess.run(command, check=True)
-    save(json.loads(path.read_text()))
-
-
-def stage_actuation(options: Options, save: Save) -> None:
+def stage_actuation(options: Options, save: Save) -> dict[str, Any]:
     """The cost of a change of the subnet."""
-    full = ("--subnets", 3, "--rounds", 20, "--loads", 3, "--batch-sizes", 1, 16)
-    size = ("--subnets", 2, "--rounds", 2, "--loads", 1) if options.quick else full
-    bench(options, save, "actuation", options.config, *size)
+    size = actuation.Options(subnets=3, rounds=20, loads=3, batch_sizes=(1, 16))
+    if options.quick:
+        size = actuation.Options(subnets=2, rounds=2, loads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        return actuation.measure(random_export_of(options), size, pathlib.Path(folder), save)
 
 
-def stage_memory(options: Options, save: Save) -> None:
+def stage_memory(options: Options, save: Save) -> dict[str, Any]:
     """Memory of many subnets against extracted ones."""
-    quick = ("--subnets", 4, "--executables", 2, "--extracted", 2, "--repeats", 1)
-    bench(options, save, "memory", options.config, *(quick if options.quick else ("--executables", 6, "--repeats", 3)))
+    size = memory.Options(path=options.config, executables=6, repeats=3)
+    if options.quick:
+        size = memory.Options(path=options.config, subnets=4, executables=1, extracted=1, repeats=1)
+    return memory.measure_all(size, save)
 
 
-def stage_overlap(options: Options, save: Save) -> None:
+def stage_overlap(options: Options, save: Save) -> list[dict[str, Any]]:
     """Throughput with and without overlap."""
-    quick = ("--queries", 100, "--seconds", 0.5, "--rounds", 1)
-    bench(options, save, "overlap", made_up(options).path, *(quick if options.quick else ("--queries", 6000)))
+    size = overlap.Options(export=random_export_of(options).path, queries=6000)
+    return overlap.measure(dataclasses.replace(size, queries=100, rounds=1) if options.quick else size, save)
 
 
-def made_up(options: Options) -> Model:
+def random_export_of(options: Options) -> Model:
     """An export of the config with random weights and four subnets. It is made once."""
-    path = options.out / f"export-{options.config.stem}"
+    path = options.work / f"export-{options.config.stem}"
     if not path.exists():
         random_export.export(load_config(options.config).model, path, subnets=4)
     return exports.load(path)
 
 
-def stage_variants(options: Options, save: Save) -> None:
+def time_variant(engine: DeviceEngine, subnet: Subnet, batch: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of a batch alone, of one batch after the other, and until the host has launched a batch."""
+    inputs = [np.zeros(engine.input_shape, engine.input_dtype)] * batch
+    alone_ms, issued_ms = median_ms(lambda: engine.run(subnet, batch, inputs), repeats), []
+    for _ in range(repeats):
+        begin_s = time.perf_counter()
+        launched = engine.launch(subnet, batch, inputs)
+        issued_ms.append(1e3 * (time.perf_counter() - begin_s))
+        launched.wait()
+        launched.outputs()
+    between_ms = 1e3 * statistics.median(profiling.batch_s(engine, subnet, batch, inputs) for _ in range(repeats))
+    return {"alone_ms": alone_ms, "back_to_back_ms": between_ms, "issued_ms": statistics.median(issued_ms)}
+
+
+def stage_variants(options: Options, save: Save) -> list[dict[str, Any]]:
     """The largest and the smallest subnet in each variant: alone, back to back, and the time that the host takes."""
-    model, found = made_up(options), []
-    device, space = jax.devices()[0], model.config.space()
-    ends = {"largest": space.largest(), "smallest": space.smallest()}
-    shared = dict.fromkeys(ends.values(), ends["largest"])
-    variants: dict[str, dict[str, Any]] = {
+    model, found, repeats = random_export_of(options), [], 3 if options.quick else 40
+    subnets = {"largest": model.space.largest(), "smallest": model.space.smallest()}
+    one_bucket = dict.fromkeys(subnets.values(), subnets["largest"])
+    variants: dict[str, dict[str, Any]] = {  # the options of the engine
         "as served": {},
-        "not prepared": {"prepared": False},
-        "one bucket": {"envelopes": shared},
+        "as served, no graphs": {},
         "in the call": {"slicing": "in_call"},
         "bfloat16": {"compute_dtype": "bfloat16"},
-        "as served, no graphs": {},
-        "one bucket, no graphs": {"envelopes": shared},
+        "one bucket": {"envelopes": one_bucket},
+        "one bucket, no graphs": {"envelopes": one_bucket},
+        "not prepared": {"prepared": False},
     }
     lengths = prepare.check_lengths(model.config, None)[-1:]
-    repeats = 3 if options.quick else 40
-    for batch in (1, 2) if options.quick else (16, 1, 64):
-        for variant, way in variants.items():
-            start_s, no_graphs = time.perf_counter(), mock.patch.object(compiler, "options", return_value={})
+    for batch in (2,) if options.quick else (16, 1, 64):
+        for variant, engine_options in variants.items():
+            start_s, no_graphs = time.perf_counter(), mock.patch.object(programs, "compiler_options", return_value={})
             try:
-                shapes = {"subnet_list": list(ends.values()), "batch_sizes": (batch,), "lengths": lengths}
                 with no_graphs if "no graphs" in variant else contextlib.nullcontext():
-                    engine = DeviceEngine(model, device, **shapes, **way)
+                    engine = DeviceEngine(
+                        model,
+                        jax.devices()[0],
+                        subnet_list=list(subnets.values()),
+                        batch_sizes=(batch,),
+                        lengths=lengths,
+                        **engine_options,
+                    )
                 made_s = time.perf_counter() - start_s
-                inputs = [np.zeros(engine.input_shape, engine.input_dtype)] * batch
-                for name, subnet in ends.items():
-                    call = engine, subnet, batch, inputs
-                    alone_ms, issued_ms = median_ms(lambda c=call: c[0].run(*c[1:]), repeats), []
-                    for _ in range(repeats):
-                        begin_s = time.perf_counter()
-                        launched = engine.launch(subnet, batch, inputs)
-                        issued_ms.append(1e3 * (time.perf_counter() - begin_s))
-                        launched.wait()
-                        launched.outputs()
-                    between_ms = 1e3 * statistics.median(profiling.batch_s(*call) for _ in range(repeats))
-                    times = {"alone_ms": alone_ms, "back_to_back_ms": between_ms, "issued_ms": statistics.median(issued_ms)}
+                for name, subnet in subnets.items():
+                    times = time_variant(engine, subnet, batch, repeats)
                     found.append({"batch": batch, "subnet": name, "variant": variant, **times, "made_s": made_s})
+                    print(found[-1], flush=True)
             except Exception as e:  # another variant may work, for example without command buffers
                 found.append({"batch": batch, "variant": variant, "error": f"{type(e).__name__}: {str(e)[:300]}"})
-            print(found[-1], flush=True)
+                print(found[-1], flush=True)
             save(found)
+    return found
 
 
-def stage_serving(options: Options, save: Save) -> None:
-    """A measured profile, and a server at three loads with and without overlap."""
-    model, device = made_up(options), jax.devices()[0]
-    sizes = (1, 2) if options.quick else default_batch_sizes.candidates([device])
+def closed_loop_qps(server: Server, example: np.ndarray, seconds: float) -> float:
+    """Queries per second if four of the largest batches are always submitted: after each batch of answers, as many queries."""
+    batch = [example] * server.profile.max_batch
+    waiting, answered, start_s = deque(server.submit_many(batch) for _ in range(4)), 0, time.perf_counter()
+    while time.perf_counter() < start_s + seconds:
+        for future in waiting.popleft():
+            future.result()
+        answered += len(batch)
+        waiting.append(server.submit_many(batch))
+    return answered / (time.perf_counter() - start_s)
+
+
+def stage_serving(options: Options, save: Save) -> dict[str, Any]:
+    """With and without overlap: a profile, the throughput of the server, and its answers at three loads."""
+    model, device = random_export_of(options), jax.devices()[0]
+    sizes, repeats, seconds = ((1, 2), 2, 0.3) if options.quick else (_SERVED_SIZES, 20, 4.0)
     lengths = prepare.check_lengths(model.config, None)[-1:]
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=sizes, lengths=lengths)
     by_cost = sorted(model.subnets, key=model.config.flops)
     accuracies = {s: 0.7 + 0.1 * i / len(by_cost) for i, s in enumerate(by_cost)}  # made up, and ascending
-    repeats = 2 if options.quick else 20
-    measured = profiling.measure(engine, accuracies, sizes, device=keys.device_kind(device), repeats=repeats)
-    [table] = measured.each_length
-    found: dict[str, Any] = {
-        "batch_sizes": sizes,
-        "latency_ms": [row.latency_ms for row in table.rows],
-        "properties": [(p.name, p.holding, p.of, p.worst) for p in profiling.properties(table)],
-        "loads": [],
-    }
-    save(found)
-    profile, example = measured.monotone(), np.zeros(engine.input_shape, engine.input_dtype)
-    limit_qps, seconds = table.throughput_qps(by_cost[0]), 1.0 if options.quick else 4.0
-    for overlap in (True, False):
+    example, found = np.zeros(engine.input_shape, engine.input_dtype), {"batch_sizes": sizes}
+    for mode, overlaps in {"overlap": True, "no overlap": False}.items():
+        engine.overlap = overlaps  # decides what `measure` measures
+        measured = profiling.measure(engine, accuracies, sizes, device=keys.device_kind(device), repeats=repeats)
+        [table] = measured.each_length
+        profile = measured.monotone()
+        fastest = profile.only(by_cost[:1])
+        with Server.from_engines([engine], fastest, slo_ms=1e6, overlap=overlaps, **overlap.QUEUE) as server:
+            limit_qps = closed_loop_qps(server, example, seconds)
+        found[mode] = {
+            "latency_ms": [row.latency_ms for row in table.rows],
+            "properties": [(p.name, p.holding, p.of, p.worst) for p in profiling.properties(table)],
+            "device_qps": table.throughput_qps(by_cost[0]),
+            "closed_loop_qps": limit_qps,
+            "loads": [],
+        }
+        save(found)
         for load in (0.3, 0.6, 0.9):
-            trace = traces.gamma(rate_qps=load * limit_qps, cv2=4.0, duration_s=seconds, slo_ms=36.0)
-            with Server.from_engines([engine], profile, slo_ms=36.0, overlap=overlap) as server:
-                run = loadgen.summarize(loadgen.replay(server, trace, [example] * len(trace)))
-            figures = {"attainment": run.attainment, "accuracy": run.accuracy, "p99_ms": run.p99_ms}
-            found["loads"].append({"overlap": overlap, "load": load, "qps": load * limit_qps, **figures})
-            print(found["loads"][-1], flush=True)
+            figures = at_load(engine, profile, load * limit_qps, seconds, overlaps=overlaps)
+            found[mode]["loads"].append({"load": load, **figures})
+            print(mode, found[mode]["loads"][-1], flush=True)
             save(found)
+    return found
 
 
-STAGES: Mapping[str, Callable[[Options, Save], None]] = {
-    "device": stage_device,
-    "tests": stage_tests,
-    "actuation": stage_actuation,
-    "variants": stage_variants,
-    "memory": stage_memory,
-    "overlap": stage_overlap,
-    "serving": stage_serving,
+def at_load(engine: DeviceEngine, profile: Profile, qps: float, seconds: float, *, overlaps: bool) -> dict[str, float]:
+    """Attainment, accuracy and p99 of a server under bursty traffic."""
+    example = np.zeros(engine.input_shape, engine.input_dtype)
+    trace = traces.gamma(rate_qps=qps, cv2=4.0, duration_s=seconds, slo_ms=overlap.SLO_MS)
+    with Server.from_engines([engine], profile, slo_ms=overlap.SLO_MS, overlap=overlaps, **overlap.QUEUE) as server:
+        seen = loadgen.summarize(loadgen.replay(server, trace, [example] * len(trace)))
+    return {"qps": qps, "attainment": seen.attainment, "accuracy": seen.accuracy, "p99_ms": seen.p99_ms}
+
+
+STAGES: Mapping[str, tuple[float, Callable[[Options, Any], Any]]] = {
+    "device": (40, stage_device),
+    "tests": (100, stage_tests),
+    "variants": (130, stage_variants),
+    "actuation": (100, stage_actuation),
+    "serving": (110, stage_serving),
+    "memory": (100, stage_memory),
+    "overlap": (50, stage_overlap),
 }
+"""The stages in order. A stage gets (its number here / the sum for all stages that are left) of the time that is left."""
 
 
 if __name__ == "__main__":

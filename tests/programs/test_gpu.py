@@ -1,43 +1,81 @@
-"""serve/bench/gpu.py in quick mode on the CPU: every kind of stage, and how a run ends and continues."""
+"""serve/bench/gpu.py in quick mode on the CPU: all stages, and how a run ends and continues."""
 
 import json
 
 import gpu
 import pytest
 
+CONFIG = """
+from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.training.config import TrainConfig
+from superserve_jax.training.data import DataConfig
 
-def read(folder, stage):
-    return json.loads((folder / f"{stage}.json").read_text())
+def get_config():
+    one_block = {"block": "basic", "stem_pool": False, "stem_depths": (1,), "strides": (1,), "depths": ((1,),)}
+    small = {"num_classes": 3, "image_size": 8, "channels": 1, "stem_width": 8, "stage_widths": (8,), "divisor": 4}
+    elastic = {"expand_ratios": (0.5, 1.0), "width_mults": (0.5, 1.0)}
+    model = OFAResNetConfig(**one_block, **small, **elastic, mean=(0.4,), std=(0.3,))
+    return TrainConfig(name="small", model=model, data=DataConfig(name="cluttered_digits", image_size=8, channels=1))
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command line, without the stages."""
+    (tmp_path / "small.py").write_text(CONFIG)
+    return ("serve/bench/gpu.py", tmp_path / "small.py", "--quick", "--out", tmp_path / "out", "--work", tmp_path / "work")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Reads the file of results."""
+    return lambda: json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_run_writes_what_each_stage_finds_and_the_next_one_continues(run_program, tmp_path):
-    command = ("serve/bench/gpu.py", "configs/debug.py", "--quick", "--out", tmp_path, "--only")
-    run_program(*command, "device", "variants", "overlap", "serving")
-    assert {read(tmp_path, s)["state"] for s in ("device", "variants", "overlap", "serving")} == {"done"}
-    found = read(tmp_path, "variants")["found"]
-    assert len(found) == 28  # seven variants of two subnets at two batch sizes
-    assert all(entry["alone_ms"] > 0 and entry["back_to_back_ms"] > 0 for entry in found)
-    assert [load["load"] for load in read(tmp_path, "serving")["found"]["loads"]] == [0.3, 0.6, 0.9] * 2
-    assert read(tmp_path, "device")["found"]["empty_call_ms"] > 0
-    begun = read(tmp_path, "overlap")
-    (tmp_path / "overlap.json").write_text(json.dumps({**begun, "state": "out of time", "found": None}))
-    printed = run_program(*command, "device", "overlap").stdout
-    assert "overlap: at most" in printed
-    assert "device: at most" not in printed
-    assert read(tmp_path, "overlap")["found"] is not None
+def test_a_run_writes_what_each_stage_finds_and_the_next_one_continues(run_program, tmp_path, command, results):
+    printed = run_program(*command).stdout
+    stages = results()["stages"]
+    assert {stage: entry["state"] for stage, entry in stages.items()} == dict.fromkeys(gpu.STAGES, "done"), printed
+    found = {stage: entry["found"] for stage, entry in stages.items()}
+    assert found["device"]["empty_call_ms"] > 0
+    assert "skipped" in found["tests"]["output"]
+    assert len(found["variants"]) == 14  # seven variants of two subnets
+    assert all(entry["alone_ms"] > 0 and entry["back_to_back_ms"] > 0 for entry in found["variants"])
+    assert len(found["actuation"]["subnets"]) == 2
+    assert len(found["memory"]["variants"]) == 5
+    assert found["overlap"][0]["on"]["qps"] > 0
+    for mode in ("overlap", "no overlap"):
+        of = found["serving"][mode]
+        assert [at["qps"] / of["closed_loop_qps"] for at in of["loads"]] == pytest.approx([0.3, 0.6, 0.9])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "log.txt"}
+
+    stages["device"] |= {"state": "out of time", "found": [1.0]}
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results() | {"stages": stages}))
+    printed = run_program(*command, "--only", "device", "overlap").stdout
+    assert "device: at most" in printed
+    assert "overlap: at most" not in printed
+    assert results()["stages"]["device"]["state"] == "done"
+    assert results()["stages"]["overlap"]["found"] == found["overlap"]
 
 
-def test_a_stage_that_takes_too_long_or_fails_does_not_end_the_run(run_program, tmp_path):
-    command = ("serve/bench/gpu.py", tmp_path / "no.py", "--out", tmp_path, "--only", "device", "overlap")
-    fast = {"LIMIT_S": {**gpu.LIMIT_S, "device": 0.2}, "_LEAST_S": 0.0}
-    printed = run_program(*command, patches=fast).stdout
+def test_a_stage_that_takes_too_long_or_fails_does_not_end_the_run_and_more_results_stay(
+    run_program, tmp_path, command, results
+):
+    earlier = {"state": "out of time", "device": "a card", "found": [1.0, 2.0]}
+    about = {"config": str(tmp_path / "no.py"), "quick": True, "stages": {"device": earlier}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(json.dumps(about))
+    shares = {"device": (1, None), "overlap": (1000, None)}
+    replaced = (command[0], tmp_path / "no.py", *command[2:], "--minutes", 5)
+    printed = run_program(*replaced, patches={"STAGES": shares, "_LEAST_S": 0.0}).stdout
     assert "no config file" in printed
-    states = {stage: read(tmp_path, stage)["state"] for stage in ("device", "overlap")}
-    assert states == {"device": "out of time", "overlap": "failed"}
+    assert "out of time" in printed
+    assert results()["stages"]["device"] == earlier
+    assert (results()["stages"]["overlap"]["state"], results()["stages"]["overlap"]["found"]) == ("failed", None)
 
 
-def test_without_time_left_no_stage_begins(run_program, tmp_path):
-    printed = run_program("serve/bench/gpu.py", "--minutes", 0.01, "--out", tmp_path).stdout
-    assert printed.count("no time left") == len(gpu.LIMIT_S) == len(gpu.STAGES)
-    assert not list(tmp_path.glob("*.json"))
+def test_without_time_left_no_stage_begins(run_program, tmp_path, command):
+    printed = run_program(*command, "--minutes", 0.01).stdout
+    assert printed.count("no time left") == len(gpu.STAGES)
+    assert not (tmp_path / "out" / "results.json").exists()
