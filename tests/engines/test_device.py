@@ -13,7 +13,7 @@ from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, ra
 
 from superserve_jax import errors, exports
 from superserve_jax.engines import keys, measuring, prepare, subnet_buckets
-from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.engines.device import DeviceEngine, default_slice_bytes
 from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -55,16 +55,17 @@ def test_outputs_do_not_depend_on_subnet_buckets_and_slicing(model, make, slicin
         check_outputs(engine.run(subnet, 2, list(IMAGES[:1])), model, subnet, IMAGES[:1])
 
 
-def test_kept_slices_stay_within_their_budget_and_are_made_again(make):
+def test_kept_slices_stay_within_their_budget_and_are_made_again(model, make, device):
     subnet_list = [*CHOSEN[:2], *CHOSEN[-2:]]
     roomy = make(subnet_list)
-    assert roomy.slices.budget_bytes == 16 << 20
+    assert roomy.slices.budget_bytes == default_slice_bytes(model, device)
     made = roomy.slices.makes
     largest = max(4 * TINY.num_params(s) for s in subnet_list if s != TINY.space().largest())
     tight = make(subnet_list, slice_bytes=largest)
     for _ in range(3):
         for subnet in subnet_list:
-            np.testing.assert_array_equal(roomy.run(subnet, 2, list(IMAGES)), tight.run(subnet, 2, list(IMAGES)))
+            outputs = [engine.run(subnet, 2, list(IMAGES)) for engine in (roomy, tight)]
+            assert_close(*outputs, 0 if device.platform == "cpu" else 1e-4)  # on a GPU, only the first may be prepared
             assert tight.slices.nbytes <= largest
     assert roomy.slices.makes == made  # all were there already
     assert tight.slices.makes > 3
