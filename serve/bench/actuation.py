@@ -42,7 +42,6 @@ from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
-from superserve_jax.training import random_export
 
 CANDIDATES = 500  # subnets in the export of a config file; some of them are measured
 WARM_UP_ROUNDS = 2
@@ -344,6 +343,8 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
 
 def main() -> None:
     """The program."""
+    from superserve_jax.training import random_export  # only here, since it takes long and gpu.py does not need it
+
     options = cli.parse(Options, __doc__)
     check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     with random_export.export_of(options.path, subnets=CANDIDATES) as path, tempfile.TemporaryDirectory() as folder:

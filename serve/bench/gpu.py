@@ -24,6 +24,7 @@ the same --out, config and --quick runs the stages that are not done. It keeps e
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -55,16 +56,16 @@ from superserve_jax.serving.server import Server
 from superserve_jax.simulation import traces
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
-from superserve_jax.training import random_export
-from superserve_jax.training.config import load_config
+
+GPU_TESTS = ("tests/engines/test_device.py", "tests/engines/test_prepared.py", "tests/engines/test_on_a_gpu.py")
+"""The files with tests that need a GPU. Other files need packages that the machine may lack."""
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _LEAST_S = 5.0  # a stage does not begin with less time left
 _LOG_TAIL_CHARS = 1500  # of the output of a stage that failed
-_WEIGHTS = 48_000_000  # parameters of OFA-ResNet50
-_ARGUMENTS = 185  # of a call of OFA-ResNet50's largest subnet
+_WEIGHTS, _ARGUMENTS = 48_000_000, 185  # parameters of OFA-ResNet50, and arguments of a call of its largest subnet
+_NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 _SERVED_SIZES = (1, 4, 16, 64)  # batch sizes; more of them take long to tune
-_GPU_TESTS = ("tests/engines/test_device.py", "tests/engines/test_prepared.py", "tests/engines/test_on_a_gpu.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def run(options: Options, stage: str, limit_s: float) -> tuple[str, float]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # stages have child processes that share the card's memory
-        "SUPERSERVE_CACHE": str((options.work / "cache").absolute()),
+        "SUPERSERVE_CACHE": str((options.work / "cache").absolute()),  # tests use it, too, since tuning takes long
     }
     before, start_s, log = read(options).get(stage), time.monotonic(), options.out / "log.txt"
     with log.open("a") as output:
@@ -170,7 +171,7 @@ def read(options: Options) -> dict[str, Any]:
 
 
 def _save(options: Options, stage: str, found: Any, state: str = "begun") -> None:
-    """Writes the results that a stage has so far, unless the file has more from an earlier run. Those of a whole stage win."""
+    """Writes the results that a stage has so far, unless an earlier run found more. Results of a whole stage always count."""
     if state == "done" or _size(found) >= _size(read(options).get(stage, {}).get("found")):
         _write(options, stage, {"state": state, "device": jax.devices()[0].device_kind, "found": found})
 
@@ -228,15 +229,17 @@ def stage_device(options: Options, save: Save) -> dict[str, Any]:
     return found
 
 
-def stage_tests(options: Options, save: Save) -> dict[str, Any]:
-    """The tests that need a GPU. Fails if one of them fails; without a GPU all are skipped."""
-    flags = ["-o", "addopts=--import-mode=importlib --strict-markers", "-p", "no:cacheprovider", "-rs", "--tb=short"]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *flags, *_GPU_TESTS[: 1 if options.quick else None]]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr)
-    found = {"status": done.returncode, "output": done.stdout[-4000:]}
-    save(found)
-    if done.returncode:
+def stage_tests(options: Options, save: Save) -> list[str]:
+    """The tests that need a GPU: a line for each. Fails if one of them fails; without a GPU all are skipped."""
+    flags = ["-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers"]
+    command = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", *flags, *GPU_TESTS[: 1 if options.quick else None]]
+    found = []
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        for line in child.stdout or ():
+            print(line, end="", flush=True)
+            found.append(line.rstrip())
+            save(found)
+    if child.returncode:
         raise SystemExit(1)
     return found
 
@@ -254,7 +257,7 @@ def stage_memory(options: Options, save: Save) -> dict[str, Any]:
     """Memory of many subnets against extracted ones."""
     size = memory.Options(path=options.config, executables=6, repeats=3)
     if options.quick:
-        size = memory.Options(path=options.config, subnets=4, executables=1, extracted=1, repeats=1)
+        size = memory.Options(path=random_export_of(options).path, executables=1, extracted=1, repeats=1)
     return memory.measure_all(size, save)
 
 
@@ -268,7 +271,9 @@ def random_export_of(options: Options) -> Model:
     """An export of the config with random weights and four subnets. It is made once."""
     path = options.work / f"export-{options.config.stem}"
     if not path.exists():
-        random_export.export(load_config(options.config).model, path, subnets=4)
+        from superserve_jax.training import config, random_export  # only here, since the libraries of data sets take long
+
+        random_export.export(config.load_config(options.config).model, path, subnets=4)
     return exports.load(path)
 
 
@@ -301,28 +306,20 @@ def stage_variants(options: Options, save: Save) -> list[dict[str, Any]]:
         "not prepared": {"prepared": False},
     }
     lengths = prepare.check_lengths(model.config, None)[-1:]
-    for batch in (2,) if options.quick else (16, 1, 64):
-        for variant, engine_options in variants.items():
-            start_s, no_graphs = time.perf_counter(), mock.patch.object(programs, "compiler_options", return_value={})
-            try:
-                with no_graphs if "no graphs" in variant else contextlib.nullcontext():
-                    engine = DeviceEngine(
-                        model,
-                        jax.devices()[0],
-                        subnet_list=list(subnets.values()),
-                        batch_sizes=(batch,),
-                        lengths=lengths,
-                        **engine_options,
-                    )
-                made_s = time.perf_counter() - start_s
-                for name, subnet in subnets.items():
-                    times = time_variant(engine, subnet, batch, repeats)
-                    found.append({"batch": batch, "subnet": name, "variant": variant, **times, "made_s": made_s})
-                    print(found[-1], flush=True)
-            except Exception as e:  # another variant may work, for example without command buffers
-                found.append({"batch": batch, "variant": variant, "error": f"{type(e).__name__}: {str(e)[:300]}"})
-                print(found[-1], flush=True)
-            save(found)
+    for batch, (variant, engine_options) in itertools.product((2,) if options.quick else (16, 1, 64), variants.items()):
+        start_s, no_graphs = time.perf_counter(), mock.patch.object(programs, "compiler_options", return_value=_NO_GRAPHS)
+        shapes: dict[str, Any] = {"batch_sizes": (batch,), "lengths": lengths}
+        try:
+            with no_graphs if "no graphs" in variant else contextlib.nullcontext():
+                engine = DeviceEngine(model, jax.devices()[0], subnet_list=[*subnets.values()], **shapes, **engine_options)
+            made_s = time.perf_counter() - start_s
+            for name, subnet in subnets.items():
+                times = time_variant(engine, subnet, batch, repeats)
+                found.append({"batch": batch, "subnet": name, "variant": variant, **times, "made_s": made_s})
+        except Exception as e:  # another variant may work, for example without command buffers
+            found.append({"batch": batch, "variant": variant, "error": f"{type(e).__name__}: {str(e)[:300]}"})
+        print(*found[-len(subnets) :], sep="\n", flush=True)
+        save(found)
     return found
 
 
@@ -346,7 +343,7 @@ def stage_serving(options: Options, save: Save) -> dict[str, Any]:
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=sizes, lengths=lengths)
     by_cost = sorted(model.subnets, key=model.config.flops)
     accuracies = {s: 0.7 + 0.1 * i / len(by_cost) for i, s in enumerate(by_cost)}  # made up, and ascending
-    example, found = np.zeros(engine.input_shape, engine.input_dtype), {"batch_sizes": sizes}
+    example, found = np.zeros(engine.input_shape, engine.input_dtype), dict[str, Any](batch_sizes=sizes)
     for mode, overlaps in {"overlap": True, "no overlap": False}.items():
         engine.overlap = overlaps  # decides what `measure` measures
         measured = profiling.measure(engine, accuracies, sizes, device=keys.device_kind(device), repeats=repeats)
@@ -382,7 +379,7 @@ def at_load(engine: DeviceEngine, profile: Profile, qps: float, seconds: float, 
 
 STAGES: Mapping[str, tuple[float, Callable[[Options, Any], Any]]] = {
     "device": (40, stage_device),
-    "tests": (100, stage_tests),
+    "tests": (120, stage_tests),
     "variants": (130, stage_variants),
     "actuation": (100, stage_actuation),
     "serving": (110, stage_serving),

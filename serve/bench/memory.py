@@ -57,7 +57,6 @@ from superserve_jax.experiments import hand_tuned
 from superserve_jax.exports import Model
 from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets.family import FamilyConfig
-from superserve_jax.training import random_export
 
 IMAGENET_CLASSES = 1000
 SHOWN = 3  # subnets whose latencies are measured
@@ -354,6 +353,8 @@ def ratios(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str
 
 def measure_all(options: Options, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The figures that the program prints. Calls `save` after each variant with the figures of the variants so far."""
+    from superserve_jax.training import random_export  # only here, since it takes long and no child process needs it
+
     with random_export.export_of(options.path, subnets=options.subnets) as path:
         model = exports.load(path)
         to_measure = variants(model, options)

@@ -1,9 +1,13 @@
 """serve/bench/gpu.py in quick mode on the CPU: all stages, and how a run ends and continues."""
 
 import json
+import pathlib
+import re
 
 import gpu
 import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 CONFIG = """
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
@@ -39,7 +43,7 @@ def test_a_run_writes_what_each_stage_finds_and_the_next_one_continues(run_progr
     assert {stage: entry["state"] for stage, entry in stages.items()} == dict.fromkeys(gpu.STAGES, "done"), printed
     found = {stage: entry["found"] for stage, entry in stages.items()}
     assert found["device"]["empty_call_ms"] > 0
-    assert "skipped" in found["tests"]["output"]
+    assert any("SKIPPED" in line for line in found["tests"])
     assert len(found["variants"]) == 14  # seven variants of two subnets
     assert all(entry["alone_ms"] > 0 and entry["back_to_back_ms"] > 0 for entry in found["variants"])
     assert len(found["actuation"]["subnets"]) == 2
@@ -73,6 +77,11 @@ def test_a_stage_that_takes_too_long_or_fails_does_not_end_the_run_and_more_resu
     assert "out of time" in printed
     assert results()["stages"]["device"] == earlier
     assert (results()["stages"]["overlap"]["state"], results()["stages"]["overlap"]["found"]) == ("failed", None)
+
+
+def test_the_program_runs_all_tests_that_need_a_gpu():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(r"pytest\.mark\.gpu\b", path.read_text())]
+    assert sorted(str(path.relative_to(ROOT)) for path in marked) == sorted(gpu.GPU_TESTS)
 
 
 def test_without_time_left_no_stage_begins(run_program, tmp_path, command):
