@@ -43,8 +43,7 @@ from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.programs import Program
 from superserve_jax.training.config import load_config
 
-# A device as XLA describes it. Without the versions, XLA assumes an old driver, which can record no library call in a command
-# buffer.
+# Without the versions, XLA assumes an old driver, which can record no library call in a command buffer.
 _TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ {capability} }}
@@ -67,28 +66,16 @@ GPUS: Mapping[str, Mapping[str, Any]] = {
     "h100": {
         "name": "NVIDIA H100 80GB HBM3",
         "capability": "major: 9 feature_extension: ACCELERATED_FEATURES",
-        "cores": 132,
-        "fpus": 128,
-        "ghz": 1.98,
-        "memory": 84942979072,
-        "bandwidth": 3352320000000,
-        "l2": 52428800,
-        "shared": 233472,
-        "optin": 232448,
+        "cores": 132, "fpus": 128, "ghz": 1.98, "memory": 84942979072, "bandwidth": 3352320000000, "l2": 52428800,
+        "shared": 233472, "optin": 232448,
     },
     "a100": {
         "name": "NVIDIA A100-SXM4-80GB",
         "capability": "major: 8",
-        "cores": 108,
-        "fpus": 64,
-        "ghz": 1.41,
-        "memory": 85100068864,
-        "bandwidth": 2039040000000,
-        "l2": 41943040,
-        "shared": 167936,
-        "optin": 166912,
+        "cores": 108, "fpus": 64, "ghz": 1.41, "memory": 85100068864, "bandwidth": 2039040000000, "l2": 41943040,
+        "shared": 167936, "optin": 166912,
     },
-}
+}  # fmt: skip
 _NOT_LAUNCHED = ("kCommandBuffer", "kConditional", "kSequential", "kWhile")  # thunks that only contain other thunks
 
 
@@ -244,7 +231,8 @@ def count(traced_program: Traced, shapes: Collection[tuple[int, ...]]) -> tuple[
         start_s = time.perf_counter()
         executable = traced_program.compile({"xla_dump_to": folder})
         compile_s = time.perf_counter() - start_s
-        [plan] = pathlib.Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+        # The last one is "thunk_sequence_after_thunk_passes.txt" if XLA made command buffers, or else "thunk_sequence.txt".
+        plan = max(pathlib.Path(folder).glob("*.jit_*.thunk_sequence*.txt"))
         thunks = re.findall(r"^( *)\d+: (k\w+)", plan.read_text(), re.M)
     kinds = collections.Counter(kind for _, kind in thunks)
     on_host = collections.Counter(kind for indent, kind in thunks if not indent)
