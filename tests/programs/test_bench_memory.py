@@ -8,12 +8,15 @@ import pathlib
 import runpy
 import types
 
+import extracted
 import jax
 import numpy as np
 import pytest
-from tiny import TINY
+from jax.experimental.layout import Layout
+from tiny import TINY, assert_close, random_images
 
 from superserve_jax import exports
+from superserve_jax.engines import executables
 from superserve_jax.experiments import hand_tuned
 from superserve_jax.subnet import evenly_spaced
 from superserve_jax.training import random_export
@@ -81,6 +84,19 @@ def test_actuation_is_measured_beside_extracted_networks_and_loading(run, export
     assert "kept, same subnet again: " in printed
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_extracted_networks_give_the_logits_of_their_subnet(tiny, monkeypatch, prepared):
+    """Prepared ones have folded statistics, and layouts that the executables choose: here all axes reversed."""
+    monkeypatch.setattr(executables, "free_layout", lambda axes: Layout(tuple(range(axes))[::-1]))
+    images, device, chosen = random_images(TINY, 2), jax.devices()[0], tiny.calibrated[:2]
+    networks = extracted.extract(tiny, chosen, device, batch_sizes=(1, 2), length=0, prepared=prepared)
+    for subnet, network in networks.items():
+        network.place(device)
+        assert any("scale" in name for name in network.host) != prepared
+        for batch in (1, 2):
+            assert_close(network(images[:batch]), tiny(images[:batch], subnet))
+
+
 def test_loading_copies_the_weights(export, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ACTUATION.parent)
     program = runpy.run_path(str(ACTUATION))
@@ -125,7 +141,7 @@ def test_published_resnets_stand_beside_a_network_with_imagenets_classes(monkeyp
 def test_memory_of_all_variants_adds_up(run, export):
     found, printed = run("memory.py", "--executables", "2", "--extracted", "2", "--repeats", "2")
     assert all(map(math.isfinite, numbers(found)))
-    in_call, kept, small, extracted, everything = found["variants"]
+    in_call, kept, small, extracts, everything = found["variants"]
     model = exports.load(export)
     weights = 4 * ONE_BLOCK.num_params(model.space.largest())
     for of in (in_call, kept, small):
@@ -136,9 +152,9 @@ def test_memory_of_all_variants_adds_up(run, export):
     assert in_call["slices_bytes"] == 0
     assert kept["live_bytes"] - in_call["live_bytes"] == kept["slices_bytes"] > 0
     chosen = [model.space.smallest(), model.space.largest()]
-    assert extracted["live_bytes"] == sum(4 * ONE_BLOCK.num_params(s) + model.statistics_of(s).nbytes for s in chosen)
+    assert extracts["live_bytes"] == sum(4 * ONE_BLOCK.num_params(s) + model.statistics_of(s).nbytes for s in chosen)
     assert everything["live_bytes"] == sum(4 * ONE_BLOCK.num_params(s) + model.statistics_of(s).nbytes for s in model.subnets)
-    for of in (in_call, kept, small, extracted):
+    for of in (in_call, kept, small, extracts):
         assert min(of["temporary_bytes"], of["code_bytes"], *of["latency_ms"]) > 0
-    assert found["ratios"][in_call["name"]]["live"] == pytest.approx(extracted["live_bytes"] / in_call["live_bytes"])
+    assert found["ratios"][in_call["name"]]["live"] == pytest.approx(extracts["live_bytes"] / in_call["live_bytes"])
     assert "not measured: fresh weights; sizes are real" in printed
