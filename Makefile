@@ -22,11 +22,13 @@ demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores,
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
 
-test-gpu: setup  ## run the tests that need a GPU, in one process
-	$(BIN)/python -m pytest -m gpu
+test-gpu: .venv-gpu/.ready  ## run the tests that need a GPU, in one process; fails if there is none
+	@.venv-gpu/bin/python -c 'import jax; print(jax.devices("gpu"))' || { \
+	  echo "jax finds no GPU here, so all tests would be skipped; check nvidia-smi, and see docs/serving.md"; exit 1; }
+	.venv-gpu/bin/python -m pytest -m gpu
 
-test-gpu-compile: .venv-gpu-aot/.ready  ## compile for GPUs that are not there, and check what they would run (4.5 GB of wheels)
-	.venv-gpu-aot/bin/python -m pytest -n0 -m gpu_aot tests/programs/test_gpu_compile.py
+test-gpu-compile: .venv-gpu-aot/.ready  ## compile for an H100 and an A100 without a GPU, and check the kernel counts (downloads 4.5 GB)
+	.venv-gpu-aot/bin/python -m pytest -n0 -s -m gpu_aot tests/programs/test_gpu_compile.py
 
 lint: setup  ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -39,6 +41,11 @@ shipped: setup  ## train and export again what ss.load("digits") loads
 
 docs: setup  ## build docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+.venv-gpu/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet $(CONSTRAINTS) -e '.[cuda13,dev]'
+	touch $@
 
 .venv-gpu-aot/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu-aot
