@@ -44,6 +44,7 @@ def pytest_configure(config):
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """Tests on a GPU run in one process. None leaves the choice to pytest-xdist."""
     return 0 if wants_gpu(config) else None

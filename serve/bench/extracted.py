@@ -84,7 +84,7 @@ def extract(
       prepared: whether statistics are folded and layouts chosen, see `DeviceEngine`. None decides as the engine does.
     """
     program_of = {s: programs.sliced(model.config, s) for s in subnet_list}
-    prepares = device.platform != "cpu" if prepared is None else prepared
+    prepares = device.platform == "gpu" if prepared is None else prepared
 
     def form(program: Program) -> Form:
         return Form(kept=True, laid_out=prepares, folded=prepares and bool(program.folds))

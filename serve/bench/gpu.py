@@ -55,7 +55,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import traces
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler
 
 GPU_TESTS = ("tests/engines/test_device.py", "tests/engines/test_prepared.py", "tests/engines/test_on_a_gpu.py")
 """The files with tests that need a GPU. Other files need packages that the machine may lack."""
@@ -307,7 +307,7 @@ def stage_variants(options: Options, save: Save) -> list[dict[str, Any]]:
     }
     lengths = prepare.check_lengths(model.config, None)[-1:]
     for batch, (variant, engine_options) in itertools.product((2,) if options.quick else (16, 1, 64), variants.items()):
-        start_s, no_graphs = time.perf_counter(), mock.patch.object(programs, "compiler_options", return_value=_NO_GRAPHS)
+        start_s, no_graphs = time.perf_counter(), mock.patch.object(compiler, "options", return_value=_NO_GRAPHS)
         shapes: dict[str, Any] = {"batch_sizes": (batch,), "lengths": lengths}
         try:
             with no_graphs if "no graphs" in variant else contextlib.nullcontext():

@@ -201,7 +201,7 @@ def count_programs(
                 if way == "in_call" or layouts is not None:
                     continue
                 layouts = executable.layouts
-                leaves, wanted = executables.sliced_leaves(program, form, executable)
+                leaves, wanted = executables.prepared_leaves(program, form, executable)
                 if leaves:
                     slicer = executables.trace_slicer(program, leaves, device, form=form, layouts=wanted)
                     counts, _ = count(slicer, ())

@@ -31,7 +31,7 @@ import tyro
 
 import superserve_jax as ss
 from superserve_jax import cli, exports
-from superserve_jax.engines import batching, keys, prepare, subnet_buckets
+from superserve_jax.engines import default_batch_sizes, keys, prepare, subnet_buckets
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
@@ -78,7 +78,7 @@ class Options:
     Args:
       source: an export's directory or a config file.
       subnets: the number of served subnets, for a config file.
-      batch_sizes: the batch sizes to serve with; if left out, the server's default (see `engines.batching`).
+      batch_sizes: the batch sizes to serve with; if left out, the server's default (see `engines.default_batch_sizes`).
       warm: the number of warm starts.
       foreign: whether the network counts as a family of another package.
       json: write the figures to this file.
@@ -104,7 +104,7 @@ def main() -> None:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
         shutil.copytree(source, export)  # a copy, because it may get an estimated profile
         device = jax.devices()[0]
-        batch_sizes = given or batching.default(export, {keys.device_kind(device): device})
+        batch_sizes = given or default_batch_sizes.to_serve(export, {keys.device_kind(device): device})
         count = ensure_profile(export, batch_sizes)
         starts = [start(export, batch_sizes, cache, foreign=options.foreign) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))

@@ -27,8 +27,10 @@ _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
 def options(platform: str, *, command_buffers: bool = True) -> dict[str, Any]:
     """XLA's options for fast inference on devices of a platform such as "cpu", as `jax.jit` takes them.
 
-    Options that the user has set in XLA_FLAGS are left out. So is the option for command buffers without `command_buffers`.
+    Options that the user has set in XLA_FLAGS are left out. `command_buffers=False` turns command buffers of GPUs off.
     """
+    chosen = dict(_COMPILER_OPTIONS.get(platform, {}))
+    if not command_buffers and _COMMAND_BUFFERS in chosen:
+        chosen[_COMMAND_BUFFERS] = ""
     given = re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", ""))
-    left_out = given if command_buffers else [*given, _COMMAND_BUFFERS]
-    return {name: value for name, value in _COMPILER_OPTIONS.get(platform, {}).items() if name not in left_out}
+    return {name: value for name, value in chosen.items() if name not in given}
