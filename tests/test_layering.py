@@ -30,6 +30,7 @@ ALLOWED = {
     "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),
     "exports": ("families", "supernets", "subnet", "space", "vocabulary", "manifest"),
     "convert": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest"),
+    "extract": ("exports", "families", "supernets"),
     "training": (
         "exports",
         "families",
@@ -52,8 +53,8 @@ ALLOWED = {
         *("profile", "subnet", "lengths"),
     ),
     "commands": (
-        *("cli", "convert", "engines", "experiments", "exports", "families", "lengths", "loadtest", "manifest", "plots"),
-        *("profile", "progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
+        *("cli", "convert", "engines", "experiments", "exports", "extract", "families", "lengths", "loadtest", "manifest"),
+        *("plots", "profile", "progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
     ),
 }
 # These packages and modules work in a process that has no jax.
@@ -72,6 +73,7 @@ LATE = {
     "plots": ("matplotlib",),
     "vocabulary": ("tokenizers",),
     "convert": ("safetensors", "torch"),
+    "extract": ("onnx", "onnxruntime", "safetensors"),
     "scheduling": ("scipy",),
     "simulation": ("scipy",),
     "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "measure their test accuracies",
     "standalone": "train some subnets on their own, to compare",
     "export": "write an evaluated run as one directory to serve",
+    "extract": "write one served subnet on its own, as ONNX, StableHLO or safetensors",
     "measure": "measure the latency profile of an export on this machine",
     "replay": "replay bursty traffic on the real server, policy by policy",
     "compare": "compare policies in the simulator, in the paper's experiments",

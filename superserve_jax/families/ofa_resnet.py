@@ -155,7 +155,7 @@ class OFAResNetConfig:
     def units(self) -> list[Units]:
         """The inner channels of each block, after each of its convolutions except the last."""
         sizes, found = self.sizes(self.space().largest()), []
-        for _, b, _, _ in _blocks(self):
+        for _, b, _, _ in each_block(self):
             for i in range(2 if self.block == "bottleneck" else 1):
                 conv = f"blocks.{b}.convs.{i}"
                 writers = ((f"{conv}.conv.kernel", 3), (f"{conv}.norm.scale", 0), (f"{conv}.norm.bias", 0))
@@ -165,7 +165,7 @@ class OFAResNetConfig:
     def folds(self) -> list[Fold]:
         """All norms, since each follows a convolution."""
         paths = {f"stem{i}": f"stem.{i}" for i in range(3)}
-        for _, b, _, has_shortcut in _blocks(self):
+        for _, b, _, has_shortcut in each_block(self):
             paths |= {f"block{b}.conv{i}": f"blocks.{b}.convs.{i}" for i in range(3 if self.block == "bottleneck" else 2)}
             if has_shortcut:
                 paths[f"block{b}.shortcut"] = f"blocks.{b}.shortcut"
@@ -181,7 +181,7 @@ class OFAResNetConfig:
         yield "stem2", 3, mid, x, side**2
         if self.stem_pool:
             side = math.ceil(side / 2)
-        for m, b, stride, has_shortcut in _blocks(self):
+        for m, b, stride, has_shortcut in each_block(self):
             if not sizes[f"block{b}.gate"]:
                 continue
             out, inner = sizes[f"stage{m}.out"], sizes[f"block{b}.mid"]
@@ -198,7 +198,7 @@ class OFAResNetConfig:
             side, x = small, out
 
 
-def _blocks(config: OFAResNetConfig) -> Iterator[tuple[int, int, int, bool]]:
+def each_block(config: OFAResNetConfig) -> Iterator[tuple[int, int, int, bool]]:
     """(stage, block, stride, whether the shortcut is a convolution) of every block, in order."""
     b = 0
     for m, depths in enumerate(config.depths):
@@ -267,7 +267,7 @@ class OFAResNet(nnx.Module):
         third = ConvNorm(mid, c, 3, name="stem2", rngs=rngs)
         self.stem = nnx.List([first, second, third])
         blocks = []
-        for m, b, stride, has_shortcut in _blocks(config):
+        for m, b, stride, has_shortcut in each_block(config):
             inner, out = largest[f"block{b}.mid"], largest[f"stage{m}.out"]
             blocks.append(
                 Block(config.block, c, inner, out, stride=stride, has_shortcut=has_shortcut, name=f"block{b}", rngs=rngs)
@@ -292,7 +292,7 @@ class OFAResNet(nnx.Module):
         x = self.stem[2](x, sizes["stem.out"], stats)
         if config.stem_pool:
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        for m, b, _, _ in _blocks(config):
+        for m, b, _, _ in each_block(config):
             block, inner, out = self.blocks[b], sizes[f"block{b}.mid"], sizes[f"stage{m}.out"]
             run = lambda x, block=block, inner=inner, out=out: block(x, inner, out, stats)  # noqa: E731
             gate = sizes[f"block{b}.gate"]

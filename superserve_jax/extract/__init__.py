@@ -1,0 +1,16 @@
+"""One served subnet on its own: a file for ONNX Runtime, for plain jax, or with bare weights.
+
+    from superserve_jax import extract
+
+    extract.write("largest.onnx", ss.load("digits"), -1)
+
+`extraction.py` cuts the weights and describes the inputs. `formats.py` makes the files, and `checking.py` runs them. Nothing of
+this package is imported by `import superserve_jax`.
+"""
+
+from superserve_jax.extract.checking import Check
+from superserve_jax.extract.extraction import Extraction, take
+from superserve_jax.extract.formats import FORMATS, Format, content, format_of
+from superserve_jax.extract.writing import Written, write
+
+__all__ = ["FORMATS", "Check", "Extraction", "Format", "Written", "content", "format_of", "take", "write"]

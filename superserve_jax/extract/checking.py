@@ -1,0 +1,105 @@
+"""Runs an extracted file on random inputs, and compares its logits with the SuperNet's own program."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from superserve_jax.exports import Model
+from superserve_jax.extract.extraction import INPUTS, Extraction
+from superserve_jax.extract.formats import Format
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
+
+TOLERANCE = 1e-4
+"""The largest difference between a file's logits and ours, relative to the largest logit."""
+
+_BATCH = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The result of running a file.
+
+    Args:
+      ran_with: the library that ran it, with its version.
+      difference: the largest difference of a logit, divided by the largest logit.
+    """
+
+    ran_with: str
+    difference: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the difference is within the tolerance. It is not if a logit is NaN."""
+        return self.difference <= TOLERANCE
+
+
+def check(model: Model, subnet: Extraction, kind: Format, content: bytes) -> Check | None:
+    """Compares a file with the subnet's program, which reads the export's own weights and statistics.
+
+    Returns None for bare weights, and for ONNX without the package onnxruntime.
+    """
+    if (runner := _runner(kind, content)) is None:
+        return None
+    ran_with, run = runner
+    inputs = random_inputs(subnet.config, _BATCH)
+    expected = logits(model, subnet, inputs)
+    scale = max(float(np.abs(expected).max()), np.finfo(np.float32).tiny)
+    return Check(ran_with, float(np.abs(np.asarray(run(inputs)) - expected).max()) / scale)
+
+
+def logits(model: Model, subnet: Extraction, inputs: np.ndarray) -> np.ndarray:
+    """Logits of the subnet's program without folding, as the server computes them."""
+    program = subnet.program
+    shapes = programs.used_leaves(program)
+    weights = {name: np.asarray(model.params[name])[tuple(map(slice, shape))] for name, shape in shapes.items()}
+    options = programs.compiler_options(jax.default_backend())
+    run: Any = jax.jit(program.infer, compiler_options=options)
+    return np.asarray(run(weights, inputs, model.statistics_of(program.envelope), program.active(program.envelope)))
+
+
+def random_inputs(config: FamilyConfig, batch: int, *, length: int | None = None, seed: int = 0) -> np.ndarray:
+    """Random pixels, token ids or values. Sequences have different lengths, and the first is the longest.
+
+    Args:
+      config: the family's config.
+      batch: the number of inputs.
+      length: the number of tokens; the longest if left out.
+      seed: of the random generator.
+
+    >>> from superserve_jax.families.dynabert import DynaBERTConfig
+    >>> inputs = random_inputs(DynaBERTConfig(max_length=8), 2)
+    >>> inputs.shape, (inputs[0, :, 0] > 0).all(), (inputs[1, -1, 0] > 0)
+    ((2, 8, 2), True, False)
+    """
+    rng = np.random.default_rng(seed)
+    if isinstance(config, SequenceConfig):
+        shape = config.input_spec(batch, length=length).shape[:2]
+        ids = rng.integers(0, config.vocab_size - 1, shape)
+        lengths = np.concatenate([[shape[1]], rng.integers(1, max(shape[1], 2), batch - 1)])
+        types, mask = rng.integers(0, config.token_types, shape), np.arange(shape[1]) < lengths[:, None]
+        return config.pack(ids + (ids >= config.pad_id), types, mask=mask, length=length)
+    spec = config.input_spec(batch)
+    if spec.dtype == np.uint8:
+        return rng.integers(0, 256, spec.shape, np.uint8)
+    whole = np.issubdtype(spec.dtype, np.integer) or spec.dtype == bool
+    return (rng.integers(0, 2, spec.shape) if whole else rng.normal(size=spec.shape)).astype(spec.dtype)
+
+
+def _runner(kind: Format, content: bytes) -> tuple[str, Callable[[np.ndarray], Any]] | None:
+    """A description of the library that runs a file, and a function that runs it; None if nothing here can run it."""
+    if kind == "stablehlo":
+        return f"jax {jax.__version__}", jax.jit(export.deserialize(bytearray(content)).call)
+    if kind == "safetensors" or importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return f"onnxruntime {onnxruntime.__version__}", lambda inputs: session.run(None, {INPUTS: inputs})[0]
