@@ -91,7 +91,7 @@ class MyNetwork(nnx.Module):
     def __call__(self, images, sizes: dict[str, ops.Size], stats):
         """Logits (B, num_classes) of uint8 images (B, H, W, 1)."""
         width, skip = sizes["width"], isinstance(stats, layers.StoredStats)
-        x = self.first(images.reshape(len(images), -1) / 255.0, width, stats)
+        x = self.first(images.reshape(images.shape[0], -1) / 255.0, width, stats)
         for i, block in enumerate(self.blocks):
             x = ops.layer_select(sizes[f"block{i}.gate"], lambda x, b=block: x + b(x, width, stats), x, skip=skip)
         return self.classifier(x, self.config.num_classes)

@@ -82,7 +82,8 @@ def report(written: Written, options: Options) -> None:
     contract, check = written.subnet.contract, written.check
     arrays = written.subnet.weights
     for path in written.paths:
-        print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
+        size = path.stat().st_size
+        print(f"{path}: {f'{size / 2**20:.1f} MiB' if size >= 2**20 else f'{size / 2**10:.1f} KiB'}")
     cli.print_table(
         [
             ("subnet", "MFLOPs", "parameters", "weights", "accuracy"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -90,28 +91,29 @@ def take(model: Model, index: int = -1) -> Extraction:
     served = model.served[index]
     program, statistics = programs.sliced(model.config, served.subnet), model.statistics_of(served.subnet)
     folded = jax.jit(program.fold)(dict(model.params), statistics)
+    contract = {
+        "format": CONTRACT_FORMAT,
+        "schema": CONTRACT_SCHEMA,
+        "family": model.config.family,
+        "subnet": served.subnet.to_json(),
+        "index": index % count,
+        "served_subnets": count,
+        "accuracy": served.accuracy,
+        "measured": model.manifest["measured"],
+        "flops": served.flops,
+        "params": served.params,
+        "input": input_contract(model.config),
+        "output": {"name": LOGITS, "shape": [BATCH, model.config.num_classes], "dtype": "float32"},
+        "class_names": model.class_names,
+        "vocabulary": {**model.manifest["vocabulary"], "tokens": model.vocabulary} if model.vocabulary else None,
+        "sizes": program.limits,
+        "config": families.config_to_json(model.config),
+    }
     return Extraction(
         program=program,
         params={path: np.asarray(value, np.float32) for path, value in folded.items()},
         statistics=statistics,
-        contract={
-            "format": CONTRACT_FORMAT,
-            "schema": CONTRACT_SCHEMA,
-            "family": model.config.family,
-            "subnet": served.subnet.to_json(),
-            "index": index % count,
-            "served_subnets": count,
-            "accuracy": served.accuracy,
-            "measured": model.manifest["measured"],
-            "flops": served.flops,
-            "params": served.params,
-            "input": input_contract(model.config),
-            "output": {"name": LOGITS, "shape": [BATCH, model.config.num_classes], "dtype": "float32"},
-            "class_names": list(model.class_names),
-            "vocabulary": _vocabulary(model),
-            "sizes": program.limits,
-            "config": families.config_to_json(model.config),
-        },
+        contract=json.loads(json.dumps(contract)),  # lists in place of tuples, as a reader of the file gets it
     )
 
 
@@ -135,7 +137,3 @@ def input_contract(config: FamilyConfig) -> dict[str, Any]:
         about = raw if config.input_dtype == "uint8" else "Normalised images, channels last."
     return {**found, "about": about}
 
-
-def _vocabulary(model: Model) -> dict[str, Any] | None:
-    """How text becomes token ids; None if the inputs are not text."""
-    return {**model.manifest["vocabulary"], "tokens": list(model.vocabulary)} if model.vocabulary else None

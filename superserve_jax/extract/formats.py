@@ -91,8 +91,8 @@ def _stablehlo(subnet: Extraction) -> bytes:
         made = export.export(jax.jit(run), platforms=_PLATFORMS)(jax.ShapeDtypeStruct(shape, described["dtype"]))
     except Exception as e:  # any exception: the network may be a user's code
         raise errors.ExportError(
-            f"the network of family '{subnet.config.family}' cannot be traced with a symbolic {BATCH}: {type(e).__name__}: "
-            f"{errors.one_line(e)[:300]}; use only sizes from the shapes of arrays, or take --format safetensors"
+            f"the network of family '{subnet.config.family}' cannot be traced for batches of any size: {type(e).__name__}: "
+            f"{errors.one_line(e)[:200]}; in its code, write x.shape[0] in place of len(x), or use --format safetensors"
         ) from e
     return bytes(made.serialize())
 

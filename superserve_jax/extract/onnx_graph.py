@@ -21,7 +21,7 @@ class Graph:
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """Adds a constant, and returns its name. Constants of one name must have one value."""
-        self._constants[name] = np.ascontiguousarray(value)
+        self._constants[name] = np.array(value, order="C")  # not ascontiguousarray, which adds an axis to a scalar
         return name
 
     def add(self, name: str, operator: str, *inputs: str, **attributes: Any) -> str:

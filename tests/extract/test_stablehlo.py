@@ -1,0 +1,85 @@
+"""StableHLO files give our logits in a process that has jax, but not this package."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from three_subnets import KINDS, cases, expected
+from tiny import assert_close, random_statistics
+
+from superserve_jax import errors, exports, extract, files, foreign
+from superserve_jax.exports import Served
+from superserve_jax.supernets.supernet import SuperNet
+
+pytest.importorskip("flatbuffers", reason="needs the extra extract")
+
+# Runs every file on the inputs of its .npz, and writes the logits.
+PROGRAM = """
+import pathlib, sys
+sys.modules.update(dict.fromkeys(("superserve_jax", "flax")))  # importing one of them fails
+import jax, jax.export, numpy as np
+for path in pathlib.Path(sys.argv[1]).glob("*.stablehlo"):
+    run = jax.jit(jax.export.deserialize(path.read_bytes()).call)
+    with np.load(path.with_suffix(".npz")) as inputs:
+        np.savez(path.with_suffix(".logits.npz"), **{name: run(inputs[name]) for name in inputs})
+"""
+
+
+CASES = {(kind, index): cases(KINDS[kind])[::3] + cases(KINDS[kind])[1:2] for kind in ("bottleneck", "bert") for index in range(3)}
+CASES |= {(kind, 2): cases(KINDS[kind])[-1:] for kind in ("float32", "one_type")}
+
+
+@pytest.mark.slow
+def test_every_file_gives_the_logits_of_a_plain_network_without_this_package(models, take, tmp_path):
+    for (kind, index), batches in CASES.items():
+        (tmp_path / f"{kind}-{index}.stablehlo").write_bytes(extract.content(take(kind, index), "stablehlo"))
+        np.savez(tmp_path / f"{kind}-{index}.npz", *batches)
+    subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], check=True)
+    for (kind, index), batches in CASES.items():
+        logits = np.load(tmp_path / f"{kind}-{index}.logits.npz")
+        for i, inputs in enumerate(batches):
+            assert_close(logits[f"arr_{i}"], expected(models[kind], index, inputs), 1e-4)
+
+
+def test_the_contract_is_beside_the_file_with_its_digest(models, tmp_path):
+    written = extract.write(tmp_path / "a.stablehlo", models["bert"], 0)
+    assert written.paths == (tmp_path / "a.stablehlo", tmp_path / "a.stablehlo.json")
+    found = json.loads(written.paths[1].read_text())
+    assert found.pop("sha256") == files.sha256(written.paths[0])
+    assert found == written.subnet.contract
+
+
+def own_family(monkeypatch, path, name):
+    """A config of a family in a user's file, and a SuperNet with one subnet."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = getattr(foreign.import_module(str(path)), name)()
+    model = SuperNet.create(config, seed=0)
+    subnet = config.space().smallest()
+    model.statistics[subnet] = random_statistics(config, subnet)
+    return config, model, [Served(subnet, None, None, config.flops(subnet), config.num_params(subnet))]
+
+
+def test_a_family_of_a_user_works_and_is_refused_for_onnx_by_its_name(monkeypatch, tmp_path, request):
+    """Its norms follow matrix products, so their statistics cannot be folded."""
+    example = request.config.rootpath / "docs" / "examples" / "my_family.py"
+    config, model, served = own_family(monkeypatch, example, "MyConfig")
+    model = exports.load(exports.export(tmp_path / "export", model, served, measured="never"))
+    written = extract.write(tmp_path / "a.stablehlo", model)
+    assert written.check.difference < 1e-5
+    weights = written.subnet.weights
+    statistics = model.statistics_of(served[0].subnet)
+    np.testing.assert_array_equal(weights["first.mean"], statistics[0, : len(weights["first.mean"])])
+    assert {"first.variance", "first.norm.scale", "first.norm.bias", "first.linear.kernel"} <= set(weights)
+    with pytest.raises(errors.ExportError, match=r"ofa_resnet and dynabert, not 'my_mlp'; use --format stablehlo to run this"):
+        extract.write(tmp_path / "a.onnx", model)
+
+
+def test_a_network_that_needs_a_batch_size_is_refused(monkeypatch, tmp_path, request):
+    config, model, served = own_family(monkeypatch, request.config.rootpath / "tests/helpers/mlp_family.py", "MLPConfig")
+    model = exports.load(exports.export(tmp_path / "export", model, served, measured="never"))
+    with pytest.raises(errors.ExportError, match=r"family 'mlp' cannot be traced for batches .* write x.shape\[0\] in place"):
+        extract.write(tmp_path / "a.stablehlo", model)
+    assert not list(tmp_path.glob("a.*"))
+    assert extract.write(tmp_path / "a.safetensors", model).check is None

@@ -1,0 +1,125 @@
+"""`extract.write` and the command `extract`: what they refuse, what they replace, and what they print."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from superserve_jax import errors, extract, shipped
+from superserve_jax.extract import checking
+
+PROGRAM = "serve/extract.py"
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('superserve_jax', 'flax')))\n"  # importing one of them fails
+
+
+@pytest.mark.parametrize("index", [3, -4, 100])
+def test_an_index_outside_of_the_list_is_refused_with_its_range(models, index):
+    with pytest.raises(errors.SubnetError, match=rf"subnet {index} is not one of the 3 served subnets .* from 0 .* to 2, or -1"):
+        extract.take(models["basic"], index)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "error", "message"),
+    [
+        ("a.bin", None, errors.ConfigError, r"the name .*a.bin tells no format; give --format onnx or stablehlo or safetensors"),
+        ("a", None, errors.ConfigError, "tells no format"),
+        ("a.onnx", "onx", errors.UnknownNameError, "did you mean 'onnx'"),
+    ],
+)
+def test_an_unknown_format_is_refused(models, tmp_path, name, kind, error, message):
+    with pytest.raises(error, match=message):
+        extract.write(tmp_path / name, models["basic"], kind=kind)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("onnx", "onnx"), ("stablehlo", "flatbuffers"), ("safetensors", "safetensors")])
+def test_a_missing_package_is_named(models, tmp_path, monkeypatch, kind, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(errors.ExportError, match=rf"needs the package '{package}': pip install 'superserve-jax\[extract\]'"):
+        extract.write(tmp_path / "a", models["basic"], kind=kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_without_a_graph_is_refused_before_the_package_is_needed(take, monkeypatch):
+    monkeypatch.setattr(extract.formats, "_BUILDERS", {})
+    with pytest.raises(errors.ExportError, match="not 'ofa_resnet'; use --format stablehlo to run .* or --format safetensors"):
+        extract.content(take("basic", 2), "onnx")
+
+
+def test_a_file_with_other_logits_is_not_written(models, tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers")
+    (tmp_path / "a.stablehlo").write_text("old")
+    for wrong in (np.ones((3, 3)), np.full((3, 3), np.nan)):
+        monkeypatch.setattr(checking, "logits", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(errors.ExportError, match=r"run with jax .*, differ from the server's by .*; nothing was written"):
+            extract.write(tmp_path / "a.stablehlo", models["basic"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.stablehlo"]
+    assert (tmp_path / "a.stablehlo").read_text() == "old"
+
+
+def test_an_older_file_is_replaced_and_a_folder_is_made(models, tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    small, large = (extract.write(path, models["basic"], i).size for i in (0, 2))
+    assert path.stat().st_size == large > small
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_path_that_cannot_be_written_is_refused(models, tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(errors.WriteError, match="a.safetensors cannot be written"):
+        extract.write(tmp_path / "a.safetensors", models["basic"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("kind", extract.FORMATS)
+def test_the_command_prints_a_program_that_runs_without_this_package(run_program, tmp_path, kind):
+    for package in {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",), "safetensors": ()}[kind]:
+        pytest.importorskip(package)
+    path = tmp_path / f"it's.{kind}"
+    done = run_program(PROGRAM, "digits", "--subnet", "1", "--out", path, json_file=True)
+    contract = done.json["contract"]
+    served = json.loads((shipped.exports()["digits"] / "manifest.json").read_text())["served"]
+    assert (contract["index"], contract["accuracy"]) == (1, served[1]["accuracy"])
+    assert f"{100 * served[1]['accuracy']:.2f} %" in done.stdout
+    assert f"{path}: " in done.stdout
+    assert done.json["bytes"] == path.stat().st_size
+    assert done.json["check"] is None or done.json["check"]["difference"] < 1e-5
+    [snippet] = re.findall(r"without superserve-jax:\n\n(.*?)\n\n", done.stdout, re.DOTALL)
+    assert snippet.count("\n") == 4
+    printed = subprocess.run([sys.executable, "-c", WITHOUT + snippet], check=True, capture_output=True, text=True).stdout
+    assert "classifier.kernel" in printed if kind == "safetensors" else re.fullmatch(r"\[\d\]\n", printed)
+
+
+def test_without_a_file_the_command_lists_the_subnets(run_program):
+    lines = run_program(PROGRAM, "digits").stdout.splitlines()
+    served = json.loads((shipped.exports()["digits"] / "manifest.json").read_text())["served"]
+    assert [line.split()[0] for line in lines[2 : 2 + len(served)]] == [str(i) for i in range(len(served))]
+    assert lines[-1].startswith("choose one: superserve extract digits --subnet INDEX --out FILE.onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("digits --subnet 6 --out a.onnx", "subnet 6 is not one of the 6 served subnets"),
+        ("digits --subnet 2", "--subnet 2 has no effect without --out"),
+        ("nowhere --out a.gguf", "the name a.gguf tells no format"),
+        ("nowhere --out a.onnx", "is not an export"),
+    ],
+)
+def test_bad_options_end_the_command_with_one_line(run_program, options, message):
+    error = run_program(PROGRAM, *options.split(), status=2).stderr
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_library_does_not_import_this_package():
+    code = (
+        "import sys, superserve_jax as ss\n"
+        "[getattr(ss, name) for name in ss.__all__]\n"
+        "found = {'superserve_jax.extract', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
