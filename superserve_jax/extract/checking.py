@@ -49,7 +49,7 @@ def check(model: Model, subnet: Extraction, kind: Format, content: bytes) -> Che
     ran_with, run = runner
     inputs = random_inputs(subnet.config, _BATCH)
     expected = logits(model, subnet, inputs)
-    scale = max(float(np.abs(expected).max()), np.finfo(np.float32).tiny)
+    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     return Check(ran_with, float(np.abs(np.asarray(run(inputs)) - expected).max()) / scale)
 
 

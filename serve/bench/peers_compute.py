@@ -1,0 +1,343 @@
+"""Compares the time of a subnet in this project's engine, in ONNX Runtime and in OpenVINO, on the CPU of this machine.
+
+    pip install 'superserve-jax[peers]'
+    python serve/bench/peers_compute.py --json runs/peers.json
+    python serve/bench/peers_compute.py runs/demo/export --batch-sizes 1 4 16 --throughput
+
+It takes exports and config files. For a config file, it makes an export with random weights and calibrates the subnets. The
+smallest, a middle and the largest subnet are extracted as ONNX. So all libraries compute the same network in float32, with the
+same weights, and their logits must agree. Every call starts from a list of raw inputs, and ends with logits in NumPy.
+
+The libraries take turns in one process, several rounds, each with all cores. A line has the median time of a call, the
+rate of arithmetic (a multiply-add counts as two operations), and its share of the peak. The peak is the rate of a product of
+two 2048 x 2048 matrices in jax, NumPy or ONNX Runtime, whichever is fastest on this machine.
+
+`--throughput` keeps all cores busy instead. A library runs one batch at a time with all cores, or one batch on each core. It
+prints the most inputs per second over these arrangements and the batch sizes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from superserve_jax import cli, errors, exports, extract, progress
+from superserve_jax.engines import prepare
+from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.exports import Model
+from superserve_jax.extract import checking
+from superserve_jax.extract.onnx_graph import Graph
+from superserve_jax.profile import check_batch_sizes
+from superserve_jax.subnet import Subnet, evenly_spaced
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import SequenceConfig
+from superserve_jax.training import random_export
+
+PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+OURS = "ours"
+CANDIDATES = 24  # subnets of a config file, from which the middle one is chosen
+SHOWN = 3
+TOLERANCE = 1e-4  # of the largest logit
+_CALIBRATION = 8  # random inputs
+_LEAST_CALLS = 2  # in a turn
+_PEAK_SIZE, _QUICK_SIZE = 2048, 128
+
+Call = Callable[[], np.ndarray]
+"""Runs one batch, and returns its logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      networks: directories of exports, names of shipped exports, or config files.
+      batch_sizes: the batch sizes to measure.
+      length: the length of inputs, for models of sequences; if left out, their longest.
+      rounds: the number of turns of each library.
+      turn_s: the seconds that a turn takes, or longer for two calls.
+      throughput: measure inputs per second with all cores busy, in place of single calls.
+      quick: only try it, with short turns and a small matrix product.
+      json: write the figures to this file.
+    """
+
+    networks: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = (
+        pathlib.Path("configs/ofa_resnet50.py"),
+        pathlib.Path("configs/dynabert_mnli.py"),
+        pathlib.Path("digits"),
+    )
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    length: int | None = None
+    rounds: int = 5
+    turn_s: float = 0.3
+    throughput: bool = False
+    quick: bool = False
+    json: pathlib.Path | None = None
+
+    def __post_init__(self):
+        cli.check_above_zero(self, "rounds", "turn_s")
+
+
+# -- the libraries ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One subnet at one batch size.
+
+    Args:
+      model: the export.
+      subnet: the subnet.
+      onnx: the subnet as ONNX.
+      inputs: a batch of raw inputs.
+    """
+
+    model: Model
+    subnet: Subnet
+    onnx: bytes
+    inputs: list[np.ndarray]
+
+
+def engine_calls(case: Case, workers: int, cores: int) -> list[Call]:
+    """One call for each worker: an engine that keeps the subnet's slices. XLA shares the cores among the calls."""
+    config, size = case.model.config, len(case.inputs)
+    lengths = (len(case.inputs[0]),) if isinstance(config, SequenceConfig) else ()
+    made = []
+    for _ in range(workers):
+        engine = DeviceEngine(
+            *(case.model, jax.devices()[0]),
+            subnet_list=[case.subnet],
+            batch_sizes=(size,),
+            lengths=lengths,
+            slice_bytes=4 * sum(value.size for value in case.model.params.values()),
+        )
+        made.append(lambda engine=engine: np.stack(engine.run(case.subnet, size, case.inputs)))
+    return made
+
+
+def onnxruntime_calls(case: Case, workers: int, cores: int) -> list[Call]:
+    """One call for each worker: a session that has an equal share of the cores."""
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    made = []
+    for _ in range(workers):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = max(cores // workers, 1), 3
+        for axis, size in zip(("batch", "tokens"), np.shape(case.inputs), strict=False):
+            options.add_free_dimension_override_by_name(axis, size)
+        session = onnxruntime.InferenceSession(case.onnx, options, providers=["CPUExecutionProvider"])
+        made.append(lambda session=session: session.run(None, {"inputs": np.stack(case.inputs)})[0])
+    return made
+
+
+def openvino_calls(case: Case, workers: int, cores: int) -> list[Call]:
+    """One call for each worker: a request on a stream of its own."""
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    core = openvino.Core()
+    graph = core.read_model(case.onnx, b"")
+    graph.reshape(np.shape(case.inputs))
+    options = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": workers, "INFERENCE_NUM_THREADS": cores}
+    requests = [core.compile_model(graph, "CPU", options).create_infer_request()]
+    requests += [requests[0].get_compiled_model().create_infer_request() for _ in range(workers - 1)]
+    return [lambda request=request: request.infer([np.stack(case.inputs)])[0] for request in requests]
+
+
+CALLS: Mapping[str, Callable[[Case, int, int], list[Call]]] = {
+    OURS: engine_calls,
+    "onnxruntime": onnxruntime_calls,
+    "openvino": openvino_calls,
+}
+
+
+def libraries() -> list[str]:
+    """Ours and the installed ones. Raises ConfigError if none is installed."""
+    found = [name for name in PEERS if importlib.util.find_spec(name) is not None]
+    if not found or importlib.util.find_spec("onnx") is None:
+        raise errors.ConfigError("no library to compare with is installed: pip install 'superserve-jax[peers]'")
+    for missing in PEERS.keys() - set(found):
+        print(f"{PEERS[missing]} is not installed, so it is left out: pip install {missing}")
+    return [OURS, *found]
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def alternate(calls: Mapping[str, Call], options: Options) -> dict[str, float]:
+    """The median milliseconds of each call. The calls take turns, and the first call of a turn is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            call()
+            ends_s, count = time.perf_counter() + options.turn_s, 0
+            while count < _LEAST_CALLS or time.perf_counter() < ends_s:
+                start_s = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start_s))
+                count += 1
+    return {name: statistics.median(ms) for name, ms in times.items()}
+
+
+def batches_per_s(calls: Sequence[Call], seconds: float) -> float:
+    """Batches per second, if every call runs again and again in a thread of its own."""
+    rates, barrier = [], threading.Barrier(len(calls))
+
+    def work(call: Call) -> None:
+        call()
+        barrier.wait()
+        start_s, count = time.perf_counter(), 0
+        while count < _LEAST_CALLS or time.perf_counter() < start_s + seconds:
+            call()
+            count += 1
+        rates.append(count / (time.perf_counter() - start_s))
+
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(rates) < len(calls):
+        raise errors.InferenceError("a call failed; its error is printed above")
+    return sum(rates)
+
+
+def peak_gflops(options: Options, cores: int) -> dict[str, float]:
+    """The rate of a large matrix product in GFLOP/s, by library."""
+    n = _QUICK_SIZE if options.quick else _PEAK_SIZE
+    a, b = np.random.default_rng(0).normal(size=(2, n, n)).astype(np.float32)
+    on_device = jax.device_put((a, b))
+    product = jax.jit(jax.numpy.matmul, compiler_options=programs.compiler_options("cpu")).lower(*on_device).compile()
+    calls: dict[str, Call] = {"jax": lambda: product(*on_device).block_until_ready(), "NumPy": lambda: a @ b}
+    if importlib.util.find_spec("onnxruntime") is not None:
+        graph, described = Graph(), {"shape": [n, n], "dtype": "float32"}
+        graph.add("logits", "MatMul", "inputs", graph.constant("b", b))
+        contract = {"family": "product", "input": {"name": "inputs", **described}, "output": {"name": "logits", **described}}
+        case = Case(None, None, graph.serialize(contract), list(a))  # type: ignore[arg-type]
+        [calls["ONNX Runtime"]] = onnxruntime_calls(case, 1, cores)
+    return {name: 2e-6 * n**3 / ms for name, ms in alternate(calls, options).items()}
+
+
+@contextlib.contextmanager
+def model_of(path: pathlib.Path) -> Iterator[tuple[Model, list[Subnet]]]:
+    """A model and the subnets to measure. For a config file, they get the statistics of random inputs."""
+    with random_export.export_of(path, subnets=CANDIDATES) as folder:
+        model = exports.load(folder)
+        chosen = evenly_spaced(model.subnets, model.config.flops, SHOWN)
+        if path.suffix == ".py":
+            inputs = checking.random_inputs(model.config, _CALIBRATION)
+            for s in chosen:
+                program = programs.sliced(model.config, s)
+                model.statistics[s] = np.asarray(jax.jit(program.train)(model.params, inputs, program.active(s))[1])
+        yield model, chosen
+
+
+def cases(model: Model, chosen: Sequence[Subnet], options: Options) -> Iterator[Case]:
+    """Every subnet at every batch size."""
+    for s in chosen:
+        content = extract.content(extract.take(model, model.subnets.index(s)), "onnx")
+        for size in options.batch_sizes:
+            yield Case(model, s, content, list(checking.random_inputs(model.config, size, length=options.length)))
+
+
+def one_call(case: Case, names: Sequence[str], cores: int, options: Options) -> dict[str, Any]:
+    """Median times of single calls with all cores, and the largest difference of logits to ours."""
+    calls = {name: CALLS[name](case, 1, cores)[0] for name in names}
+    differences = agreement({name: call() for name, call in calls.items()})
+    return {"ms": alternate(calls, options), "differences": differences}
+
+
+def saturated(case: Case, names: Sequence[str], cores: int, options: Options) -> dict[str, Any]:
+    """Inputs per second with all cores busy, by library and number of batches at a time."""
+    arrangements = {(name, workers): CALLS[name](case, workers, cores) for name in names for workers in sorted({1, cores})}
+    rates: dict[tuple[str, int], list[float]] = {key: [] for key in arrangements}
+    for _ in range(options.rounds):
+        for key, calls in arrangements.items():
+            rates[key].append(len(case.inputs) * batches_per_s(calls, options.turn_s))
+    found: dict[str, Any] = {name: {} for name in names}
+    for (name, workers), values in rates.items():
+        found[name][str(workers)] = statistics.median(values)
+    return {"inputs_per_s": found, "differences": agreement({name: arrangements[name, 1][0]() for name in names})}
+
+
+def agreement(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The largest difference to our logits, over the largest logit. Raises InferenceError if a library computes something else."""
+    scale = float(np.abs(outputs[OURS]).max())
+    found = {name: float(np.abs(logits - outputs[OURS]).max()) / scale for name, logits in outputs.items() if name != OURS}
+    for name, difference in found.items():
+        if not difference <= TOLERANCE:
+            raise errors.InferenceError(f"the logits of {PEERS[name]} differ from ours by {difference:.1e} of the largest logit")
+    return found
+
+
+# -- the program --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The program."""
+    options = cli.parse(Options, __doc__)
+    check_batch_sizes(options.batch_sizes)
+    if jax.default_backend() != "cpu":
+        raise errors.ConfigError("this program compares CPUs; set JAX_PLATFORMS=cpu")
+    options = dataclasses.replace(options, rounds=1, turn_s=0.001) if options.quick else options
+    names, cores = libraries(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    measure = functools.partial(saturated if options.throughput else one_call, names=names, cores=cores, options=options)
+    networks = []
+    for path in options.networks:
+        with model_of(path) as (model, chosen):
+            peaks, count = peak_gflops(options, cores), len(chosen) * len(options.batch_sizes)
+            found = []
+            for case in progress.track(cases(model, chosen, options), str(path), total=count):
+                about = {"subnet": case.subnet.to_json(), "flops": model.config.flops(case.subnet), "batch": len(case.inputs)}
+                found.append({**about, **measure(case)})
+            networks.append({"network": str(path), "family": model.config.family, "peak_gflops": peaks, "cases": found})
+            (report_throughput if options.throughput else report)(networks[-1], names)
+    versions = {name: importlib.import_module(name).__version__ for name in ("jax", *names[1:])}
+    about = {"device": prepare.device_kind(jax.devices()[0]), "cores": cores, "versions": versions}
+    print(f"{about['device']}, {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    cli.write_results(options.json, {**about, "quick": options.quick, "networks": networks})
+
+
+def report(network: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Prints a line for each subnet and batch size."""
+    best = max(network["peak_gflops"].values())
+    shown = ", ".join(f"{name} {value:.0f}" for name, value in network["peak_gflops"].items())
+    print(f"\n{network['network']} ({network['family']}); matrix product in GFLOP/s: {shown}; peak {best:.0f}")
+    titles = [OURS, *(PEERS[name] for name in names[1:])]
+    columns = (*(f"{t}, ms" for t in titles), *(f"ours / {t}" for t in titles[1:]), *(f"{t}, GFLOP/s" for t in titles))
+    lines = [("MFLOPs", "batch", *columns, *(f"{t}, of peak" for t in titles), "difference")]
+    for case in network["cases"]:
+        ms = [case["ms"][name] for name in names]
+        rates = [2e-6 * case["flops"] * case["batch"] / value for value in ms]
+        cells = [*(f"{value:.3g}" for value in ms), *(f"{ms[0] / value:.2f}" for value in ms[1:]), *(f"{r:.0f}" for r in rates)]
+        shares = [f"{100 * r / best:.0f} %" for r in rates]
+        about = (f"{case['flops'] / 1e6:.4g}", str(case["batch"]))
+        lines.append((*about, *cells, *shares, f"{max(case['differences'].values()):.0e}"))
+    cli.print_table(lines, left=0)
+
+
+def report_throughput(network: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Prints a line for each subnet: the best of all batch sizes and arrangements."""
+    print(f"\n{network['network']} ({network['family']}); most inputs per second (at batch size x batches at a time):")
+    titles = [OURS, *(PEERS[name] for name in names[1:])]
+    lines = [("MFLOPs", *titles, *(f"ours / {t}" for t in titles[1:]))]
+    for flops in dict.fromkeys(case["flops"] for case in network["cases"]):
+        same = [case for case in network["cases"] if case["flops"] == flops]
+        best = [max((rate, c["batch"], n) for c in same for n, rate in c["inputs_per_s"][name].items()) for name in names]
+        cells = (f"{rate:.4g} ({batch} x {workers})" for rate, batch, workers in best)
+        lines.append((f"{flops / 1e6:.4g}", *cells, *(f"{best[0][0] / rate:.2f}" for rate, _, _ in best[1:])))
+    cli.print_table(lines, left=0)
+
+
+if __name__ == "__main__":
+    cli.run(main)
