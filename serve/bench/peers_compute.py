@@ -19,10 +19,12 @@ prints the most inputs per second over these arrangements and the batch sizes.
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,6 +145,7 @@ def onnxruntime_calls(case: Case, workers: int, cores: int) -> list[Call]:
 
 def openvino_calls(case: Case, workers: int, cores: int) -> list[Call]:
     """One call for each worker: a request on a stream of its own."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # it would report the use, in a forked process
     import openvino  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
@@ -235,11 +238,18 @@ def model_of(path: pathlib.Path) -> Iterator[tuple[Model, list[Subnet]]]:
         model = exports.load(folder)
         chosen = evenly_spaced(model.subnets, model.config.flops, SHOWN)
         if path.suffix == ".py":
-            inputs = checking.random_inputs(model.config, _CALIBRATION)
             for s in chosen:
-                program = programs.sliced(model.config, s)
-                model.statistics[s] = np.asarray(jax.jit(program.train)(model.params, inputs, program.active(s))[1])
+                model.statistics[s] = calibrated(model, s)
         yield model, chosen
+
+
+def calibrated(model: Model, subnet: Subnet) -> np.ndarray:
+    """Statistics of a subnet on random inputs. Without them, all activations of random weights would soon be zero."""
+    inputs = checking.random_inputs(model.config, _CALIBRATION)
+    if inputs.ndim == 4:  # images that differ in brightness, since deep layers hardly tell noise from noise
+        inputs = (inputs * np.linspace(0, 1, len(inputs))[:, None, None, None]).astype(inputs.dtype)
+    program = programs.sliced(model.config, subnet)
+    return np.asarray(jax.jit(program.train)(model.params, inputs, program.active(subnet))[1])
 
 
 def cases(model: Model, chosen: Sequence[Subnet], options: Options) -> Iterator[Case]:
@@ -302,7 +312,7 @@ def main() -> None:
                 found.append({**about, **measure(case)})
             networks.append({"network": str(path), "family": model.config.family, "peak_gflops": peaks, "cases": found})
             (report_throughput if options.throughput else report)(networks[-1], names)
-    versions = {name: importlib.import_module(name).__version__ for name in ("jax", *names[1:])}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", *names[1:])}
     about = {"device": prepare.device_kind(jax.devices()[0]), "cores": cores, "versions": versions}
     print(f"{about['device']}, {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     cli.write_results(options.json, {**about, "quick": options.quick, "networks": networks})
@@ -313,24 +323,26 @@ def report(network: Mapping[str, Any], names: Sequence[str]) -> None:
     best = max(network["peak_gflops"].values())
     shown = ", ".join(f"{name} {value:.0f}" for name, value in network["peak_gflops"].items())
     print(f"\n{network['network']} ({network['family']}); matrix product in GFLOP/s: {shown}; peak {best:.0f}")
-    titles = [OURS, *(PEERS[name] for name in names[1:])]
-    columns = (*(f"{t}, ms" for t in titles), *(f"ours / {t}" for t in titles[1:]), *(f"{t}, GFLOP/s" for t in titles))
-    lines = [("MFLOPs", "batch", *columns, *(f"{t}, of peak" for t in titles), "difference")]
+    lines = [("library", "MFLOPs", "batch", "ms", "ours / it", "GFLOP/s", "of peak", "difference")]
     for case in network["cases"]:
-        ms = [case["ms"][name] for name in names]
-        rates = [2e-6 * case["flops"] * case["batch"] / value for value in ms]
-        cells = [*(f"{value:.3g}" for value in ms), *(f"{ms[0] / value:.2f}" for value in ms[1:]), *(f"{r:.0f}" for r in rates)]
-        shares = [f"{100 * r / best:.0f} %" for r in rates]
-        about = (f"{case['flops'] / 1e6:.4g}", str(case["batch"]))
-        lines.append((*about, *cells, *shares, f"{max(case['differences'].values()):.0e}"))
-    cli.print_table(lines, left=0)
+        for name in names:
+            ms, difference = case["ms"][name], case["differences"].get(name)
+            rate = 2e-6 * case["flops"] * case["batch"] / ms
+            cells = (f"{ms:.3g}", f"{case['ms'][OURS] / ms:.2f}", f"{rate:.0f}", f"{100 * rate / best:.0f} %")
+            about = (title(name), f"{case['flops'] / 1e6:.4g}", str(case["batch"]))
+            lines.append((*about, *cells, "" if difference is None else f"{difference:.0e}"))
+    cli.print_table(lines)
+
+
+def title(name: str) -> str:
+    """The name of a library for a person to read."""
+    return PEERS.get(name, name)
 
 
 def report_throughput(network: Mapping[str, Any], names: Sequence[str]) -> None:
     """Prints a line for each subnet: the best of all batch sizes and arrangements."""
     print(f"\n{network['network']} ({network['family']}); most inputs per second (at batch size x batches at a time):")
-    titles = [OURS, *(PEERS[name] for name in names[1:])]
-    lines = [("MFLOPs", *titles, *(f"ours / {t}" for t in titles[1:]))]
+    lines = [("MFLOPs", *map(title, names), *(f"ours / {title(name)}" for name in names[1:]))]
     for flops in dict.fromkeys(case["flops"] for case in network["cases"]):
         same = [case for case in network["cases"] if case["flops"] == flops]
         best = [max((rate, c["batch"], n) for c in same for n, rate in c["inputs_per_s"][name].items()) for name in names]
