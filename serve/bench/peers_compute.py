@@ -1,5 +1,7 @@
 """Compares the time of a subnet in this project's engine, in ONNX Runtime and in OpenVINO, on the CPU of this machine.
 
+One file because all libraries share the case, the rounds and the table.
+
     pip install 'superserve-jax[peers]'
     python serve/bench/peers_compute.py --json runs/peers.json
     python serve/bench/peers_compute.py runs/demo/export --batch-sizes 1 4 16 --throughput
@@ -281,12 +283,14 @@ def saturated(case: Case, names: Sequence[str], cores: int, options: Options) ->
 
 
 def agreement(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The largest difference to our logits, over the largest logit. Raises InferenceError if a library computes something else."""
+    """The largest difference to our logits, over the largest logit. Raises InferenceError for another network."""
     scale = float(np.abs(outputs[OURS]).max())
     found = {name: float(np.abs(logits - outputs[OURS]).max()) / scale for name, logits in outputs.items() if name != OURS}
     for name, difference in found.items():
         if not difference <= TOLERANCE:
-            raise errors.InferenceError(f"the logits of {PEERS[name]} differ from ours by {difference:.1e} of the largest logit")
+            raise errors.InferenceError(
+                f"the logits of {PEERS[name]} differ from ours by {difference:.1e} of the largest logit"
+            )
     return found
 
 

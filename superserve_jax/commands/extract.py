@@ -98,7 +98,9 @@ def report(written: Written, options: Options) -> None:
     )
     print(f"accuracy: {contract['measured']}\ninput: {contract['input']['about']}")
     if check is not None:
-        print(f"checked with {check.ran_with}: logits differ from the server's by at most {check.difference:.1e} of the largest")
+        print(
+            f"checked with {check.ran_with}: logits differ from the server's by at most {check.difference:.1e} of the largest"
+        )
     elif written.kind == "onnx":
         print("not checked, because onnxruntime is missing: pip install onnxruntime")
     print(f"run it, without superserve-jax:\n\n{formats.snippet(written.paths[0], written.kind, contract)}\n")

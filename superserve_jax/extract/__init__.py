@@ -4,8 +4,8 @@
 
     extract.write("largest.onnx", ss.load("digits"), -1)
 
-`extraction.py` cuts the weights and describes the inputs. `formats.py` makes the files, and `checking.py` runs them. Nothing of
-this package is imported by `import superserve_jax`.
+`extraction.py` cuts the weights and describes the inputs. `formats.py` makes the files, and `checking.py` runs them. No other
+package but `commands` imports this one.
 """
 
 from superserve_jax.extract.checking import Check

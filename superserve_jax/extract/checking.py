@@ -97,7 +97,7 @@ def _runner(kind: Format, content: bytes) -> tuple[str, Callable[[np.ndarray], A
         return f"jax {jax.__version__}", jax.jit(export.deserialize(bytearray(content)).call)
     if kind == "safetensors" or importlib.util.find_spec("onnxruntime") is None:
         return None
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -136,4 +136,3 @@ def input_contract(config: FamilyConfig) -> dict[str, Any]:
         raw = "Raw pixels from 0 to 255, channels last. The network itself scales and normalises them with mean and std."
         about = raw if config.input_dtype == "uint8" else "Normalised images, channels last."
     return {**found, "about": about}
-

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -81,8 +82,10 @@ def _onnx(subnet: Extraction) -> bytes:
 
 
 def _stablehlo(subnet: Extraction) -> bytes:
+    weights: Any = subnet.params, subnet.statistics  # NumPy arrays, which become constants of the program
+
     def run(inputs: jax.Array) -> jax.Array:
-        return subnet.program.infer_folded(subnet.params, inputs, subnet.statistics, np.zeros(0, np.int32))
+        return subnet.program.infer_folded(weights[0], inputs, weights[1], jnp.zeros(0, jnp.int32))
 
     described = subnet.contract["input"]
     limits = (f"{TOKENS} <= {subnet.config.max_length}",) if isinstance(subnet.config, SequenceConfig) else ()
@@ -109,7 +112,10 @@ def snippet(path: str | os.PathLike[str], kind: Format, contract: dict[str, Any]
     described = contract["input"]
     sizes = {BATCH: 1, TOKENS: described.get("max_length")}
     shape = tuple(sizes.get(size, size) for size in described["shape"])
-    name, inputs = str(path), f'inputs = np.zeros({shape}, "{described["dtype"]}")  # {", ".join(map(str, described["shape"]))}'
+    name, inputs = (
+        str(path),
+        f'inputs = np.zeros({shape}, "{described["dtype"]}")  # {", ".join(map(str, described["shape"]))}',
+    )
     lines = {
         "onnx": (
             "import numpy as np, onnxruntime",

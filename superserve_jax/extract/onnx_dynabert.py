@@ -78,7 +78,10 @@ def _look_up(graph: Graph, path: str, subnet: Extraction, ids: str) -> str:
     """Rows of a table. An unknown id gives NaN, as in the server. So the table gets one more row, of NaN."""
     table = subnet.params[path]
     rows = graph.constant(path, np.concatenate([table, np.full_like(table[:1], np.nan)]))
-    unknown, zero = graph.constant(f"{path}.unknown", np.array(len(table), np.int32)), graph.constant("id0", np.int32(0))
+    unknown, zero = (
+        graph.constant(f"{path}.unknown", np.array(len(table), np.int32)),
+        graph.constant("id0", np.array(0, np.int32)),
+    )
     known = graph.add(f"{path}/at_most", "Min", ids, unknown)
     known = graph.add(f"{path}/ids", "Where", graph.add(f"{path}/negative", "Less", ids, zero), unknown, known)
     return graph.add(f"{path}/rows", "Gather", rows, known, axis=0)
@@ -96,4 +99,6 @@ def _gelu(graph: Graph, x: str, path: str) -> str:
     constants = {"gelu.root": math.sqrt(2), "gelu.one": 1.0, "gelu.half": 0.5}
     root, one, half = (graph.constant(name, np.array(value, np.float32)) for name, value in constants.items())
     y = graph.add(f"{path}/erf", "Erf", graph.add(f"{path}/over_root", "Div", x, root))
-    return graph.add(f"{path}/gelu", "Mul", graph.add(f"{path}/gate", "Mul", x, graph.add(f"{path}/plus", "Add", y, one)), half)
+    return graph.add(
+        f"{path}/gelu", "Mul", graph.add(f"{path}/gate", "Mul", x, graph.add(f"{path}/plus", "Add", y, one)), half
+    )

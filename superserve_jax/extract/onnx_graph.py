@@ -31,9 +31,9 @@ class Graph:
         return name
 
     def serialize(self, contract: dict[str, Any]) -> bytes:
-        """The bytes of the whole model. Input and output are those of the contract, which becomes part of the model."""
-        import onnx
-        from onnx import helper, numpy_helper
+        """The bytes of the whole model. The contract gives its input and output, and becomes part of its metadata."""
+        import onnx  # pyright: ignore[reportMissingImports]
+        from onnx import helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
         def value(described: dict[str, Any]) -> Any:
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(described["dtype"]))

@@ -66,7 +66,7 @@ def test_padding_does_not_change_logits_and_alone_gives_those_of_the_supernet(mo
 
 
 def test_too_many_tokens_are_refused(run):
-    with pytest.raises(Exception, match="BroadcastIterator|dimension"):
+    with pytest.raises(Exception, match=r"BroadcastIterator|dimension"):
         run("bert", 0, np.ones((1, KINDS["bert"].max_length + 1, 2), np.int32))
 
 

@@ -27,7 +27,9 @@ for path in pathlib.Path(sys.argv[1]).glob("*.stablehlo"):
 """
 
 
-CASES = {(kind, index): cases(KINDS[kind])[::3] + cases(KINDS[kind])[1:2] for kind in ("bottleneck", "bert") for index in range(3)}
+CASES = {
+    (kind, index): cases(KINDS[kind])[::3] + cases(KINDS[kind])[1:2] for kind in ("bottleneck", "bert") for index in range(3)
+}
 CASES |= {(kind, 2): cases(KINDS[kind])[-1:] for kind in ("float32", "one_type")}
 
 
@@ -52,19 +54,19 @@ def test_the_contract_is_beside_the_file_with_its_digest(models, tmp_path):
 
 
 def own_family(monkeypatch, path, name):
-    """A config of a family in a user's file, and a SuperNet with one subnet."""
+    """A SuperNet of a family in a user's file, and its served subnet."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     config = getattr(foreign.import_module(str(path)), name)()
     model = SuperNet.create(config, seed=0)
     subnet = config.space().smallest()
     model.statistics[subnet] = random_statistics(config, subnet)
-    return config, model, [Served(subnet, None, None, config.flops(subnet), config.num_params(subnet))]
+    return model, [Served(subnet, None, None, config.flops(subnet), config.num_params(subnet))]
 
 
 def test_a_family_of_a_user_works_and_is_refused_for_onnx_by_its_name(monkeypatch, tmp_path, request):
     """Its norms follow matrix products, so their statistics cannot be folded."""
     example = request.config.rootpath / "docs" / "examples" / "my_family.py"
-    config, model, served = own_family(monkeypatch, example, "MyConfig")
+    model, served = own_family(monkeypatch, example, "MyConfig")
     model = exports.load(exports.export(tmp_path / "export", model, served, measured="never"))
     written = extract.write(tmp_path / "a.stablehlo", model)
     assert written.check.difference < 1e-5
@@ -77,7 +79,7 @@ def test_a_family_of_a_user_works_and_is_refused_for_onnx_by_its_name(monkeypatc
 
 
 def test_a_network_that_needs_a_batch_size_is_refused(monkeypatch, tmp_path, request):
-    config, model, served = own_family(monkeypatch, request.config.rootpath / "tests/helpers/mlp_family.py", "MLPConfig")
+    model, served = own_family(monkeypatch, request.config.rootpath / "tests/helpers/mlp_family.py", "MLPConfig")
     model = exports.load(exports.export(tmp_path / "export", model, served, measured="never"))
     with pytest.raises(errors.ExportError, match=r"family 'mlp' cannot be traced for batches .* write x.shape\[0\] in place"):
         extract.write(tmp_path / "a.stablehlo", model)

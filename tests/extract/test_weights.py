@@ -59,7 +59,9 @@ def test_the_contract_says_what_inputs_must_be(models, take):
     assert take("float32", 2).contract["input"]["about"] == "Normalised images, channels last."
     texts = extract.take(models["bert"], -1).contract
     assert (texts["index"], texts["input"]["shape"], texts["input"]["dtype"]) == (2, ["batch", "tokens", 2], "int32")
-    about = "inputs[..., 0] are token ids, inputs[..., 1] token types. Token ids are from 0 to 10. Positions with id 0 are padding"
+    about = (
+        "inputs[..., 0] are token ids, inputs[..., 1] token types. Token ids are from 0 to 10. Positions with id 0 are padding"
+    )
     assert texts["input"]["about"].startswith(about)
     assert {name: texts["input"][name] for name in ("max_length", "vocab_size", "pad_id", "token_types")} == {
         "max_length": 6,

@@ -17,14 +17,21 @@ WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('superserve_jax', 'flax
 
 @pytest.mark.parametrize("index", [3, -4, 100])
 def test_an_index_outside_of_the_list_is_refused_with_its_range(models, index):
-    with pytest.raises(errors.SubnetError, match=rf"subnet {index} is not one of the 3 served subnets .* from 0 .* to 2, or -1"):
+    with pytest.raises(
+        errors.SubnetError, match=rf"subnet {index} is not one of the 3 served subnets .* from 0 .* to 2, or -1"
+    ):
         extract.take(models["basic"], index)
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "error", "message"),
     [
-        ("a.bin", None, errors.ConfigError, r"the name .*a.bin tells no format; give --format onnx or stablehlo or safetensors"),
+        (
+            "a.bin",
+            None,
+            errors.ConfigError,
+            r"the name .*a.bin tells no format; give --format onnx or stablehlo or safetensors",
+        ),
         ("a", None, errors.ConfigError, "tells no format"),
         ("a.onnx", "onx", errors.UnknownNameError, "did you mean 'onnx'"),
     ],
@@ -44,7 +51,9 @@ def test_a_missing_package_is_named(models, tmp_path, monkeypatch, kind, package
 
 def test_a_family_without_a_graph_is_refused_before_the_package_is_needed(take, monkeypatch):
     monkeypatch.setattr(extract.formats, "_BUILDERS", {})
-    with pytest.raises(errors.ExportError, match="not 'ofa_resnet'; use --format stablehlo to run .* or --format safetensors"):
+    with pytest.raises(
+        errors.ExportError, match=r"not 'ofa_resnet'; use --format stablehlo to run .* or --format safetensors"
+    ):
         extract.content(take("basic", 2), "onnx")
 
 
@@ -68,7 +77,7 @@ def test_an_older_file_is_replaced_and_a_folder_is_made(models, tmp_path):
 
 def test_a_path_that_cannot_be_written_is_refused(models, tmp_path):
     (tmp_path / "a.safetensors").mkdir()
-    with pytest.raises(errors.WriteError, match="a.safetensors cannot be written"):
+    with pytest.raises(errors.WriteError, match=r"a.safetensors cannot be written"):
         extract.write(tmp_path / "a.safetensors", models["basic"])
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 

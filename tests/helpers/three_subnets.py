@@ -24,7 +24,9 @@ OPTIONS = {"bert": {"vocabulary": WORDS}, "basic": {"class_names": CLASSES}}
 
 def middle(space):
     """A subnet between the smallest and the largest."""
-    return space.subnet(depth=2, heads=2, ffn=3) if space.rule == "every_other" else space.subnet(depth=1, expand=0.5, width=1.0)
+    return (
+        space.subnet(depth=2, heads=2, ffn=3) if space.rule == "every_other" else space.subnet(depth=1, expand=0.5, width=1.0)
+    )
 
 
 def write(folder, config, **options):
