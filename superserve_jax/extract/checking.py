@@ -74,8 +74,8 @@ def random_inputs(config: FamilyConfig, batch: int, *, length: int | None = None
 
     >>> from superserve_jax.families.dynabert import DynaBERTConfig
     >>> inputs = random_inputs(DynaBERTConfig(max_length=8), 2)
-    >>> inputs.shape, (inputs[0, :, 0] > 0).all(), (inputs[1, -1, 0] > 0)
-    ((2, 8, 2), True, False)
+    >>> inputs.shape, [sum(ids > 0).item() for ids in inputs[..., 0]]
+    ((2, 8, 2), [8, 5])
     """
     rng = np.random.default_rng(seed)
     if isinstance(config, SequenceConfig):

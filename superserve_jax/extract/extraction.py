@@ -49,8 +49,8 @@ class Extraction:
         """The name that each parameter has in a file. A folded bias belongs to its convolution, so it is named after it.
 
         >>> import superserve_jax as ss
-        >>> take(ss.load("digits"), 0).names["blocks.0.convs.1.norm.bias"]
-        'blocks.0.convs.1.conv.bias'
+        >>> take(ss.load("digits"), 0).names["stem.0.norm.bias"]
+        'stem.0.conv.bias'
         """
         moved = {fold.bias: f"{fold.kernel.rpartition('.')[0]}.bias" for fold in self.program.folds.values()}
         return {path: path if moved.get(path, path) in self.params else moved.get(path, path) for path in self.params}

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from superserve_jax import errors, extract, shipped
@@ -57,15 +56,23 @@ def test_a_family_without_a_graph_is_refused_before_the_package_is_needed(take, 
         extract.content(take("basic", 2), "onnx")
 
 
-def test_a_file_with_other_logits_is_not_written(models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("difference", [2e-4, float("nan")])
+def test_a_file_with_other_logits_is_not_written(models, tmp_path, monkeypatch, difference):
+    (tmp_path / "a.safetensors").write_text("old")
+    monkeypatch.setattr(checking, "check", lambda *_: extract.Check("jax 1", difference))
+    with pytest.raises(errors.ExportError, match=r"run with jax 1, differ from the server's by .*; nothing was written"):
+        extract.write(tmp_path / "a.safetensors", models["basic"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_text() == "old"
+
+
+def test_the_check_finds_other_weights(models, take):
+    """The file of another subnet has the same inputs."""
     pytest.importorskip("flatbuffers")
-    (tmp_path / "a.stablehlo").write_text("old")
-    for wrong in (np.ones((3, 3)), np.full((3, 3), np.nan)):
-        monkeypatch.setattr(checking, "logits", lambda *_, wrong=wrong: wrong)
-        with pytest.raises(errors.ExportError, match=r"run with jax .*, differ from the server's by .*; nothing was written"):
-            extract.write(tmp_path / "a.stablehlo", models["basic"])
-    assert [p.name for p in tmp_path.iterdir()] == ["a.stablehlo"]
-    assert (tmp_path / "a.stablehlo").read_text() == "old"
+    content = extract.content(take("basic", 1), "stablehlo")
+    check = checking.check(models["basic"], take("basic", 2), "stablehlo", content)
+    assert check is not None
+    assert not check.is_equal
 
 
 def test_an_older_file_is_replaced_and_a_folder_is_made(models, tmp_path):
@@ -125,10 +132,7 @@ def test_bad_options_end_the_command_with_one_line(run_program, options, message
 
 
 def test_the_library_does_not_import_this_package():
-    code = (
-        "import sys, superserve_jax as ss\n"
-        "[getattr(ss, name) for name in ss.__all__]\n"
-        "found = {'superserve_jax.extract', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)\n"
-        "assert not found, found\n"
-    )
+    """tests/test_layering.py checks the same for every module."""
+    modules = "{'superserve_jax.extract', 'onnx', 'onnxruntime', 'safetensors'}"
+    code = f"import sys, superserve_jax as ss; ss.Server, ss.Profile; assert not {modules} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
