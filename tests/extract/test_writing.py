@@ -89,6 +89,18 @@ def test_a_path_that_cannot_be_written_is_refused(models, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_weights_that_are_too_large_for_a_format_are_refused(take, monkeypatch):
+    monkeypatch.setattr(extract.formats, "_MOST_BYTES", {"onnx": 1000})
+    monkeypatch.setattr(extract.formats, "_PACKAGES", {"onnx": "json"})
+    with pytest.raises(errors.ExportError, match=r"have [\d,]+ bytes, .* onnx holds less than 2 GiB; use --format safe"):
+        extract.content(take("basic", 2), "onnx")
+
+
+def test_the_home_folder_is_found(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert extract.write("~/a.safetensors", models["basic"]).paths == (tmp_path / "a.safetensors",)
+
+
 @pytest.mark.parametrize("kind", extract.FORMATS)
 def test_the_command_prints_a_program_that_runs_without_this_package(run_program, tmp_path, kind):
     for package in {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",), "safetensors": ()}[kind]:
