@@ -55,6 +55,7 @@ SHOWN = 3
 TOLERANCE = 1e-4  # of the largest logit
 _CALIBRATION = 8  # random inputs
 _LEAST_CALLS = 2  # in a turn
+_BUSY = 0.25  # of each core, before the program begins
 _PEAK_SIZE, _QUICK_SIZE = 2048, 128
 
 Call = Callable[[], np.ndarray]
@@ -179,8 +180,8 @@ def libraries() -> list[str]:
 # -- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def alternate(calls: Mapping[str, Call], options: Options) -> dict[str, float]:
-    """The median milliseconds of each call. The calls take turns, and the first call of a turn is not counted."""
+def alternate(calls: Mapping[str, Call], options: Options) -> dict[str, list[float]]:
+    """The milliseconds of each call, again and again. The calls take turns, and the first call of a turn is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.rounds):
         for name, call in calls.items():
@@ -191,7 +192,7 @@ def alternate(calls: Mapping[str, Call], options: Options) -> dict[str, float]:
                 call()
                 times[name].append(1e3 * (time.perf_counter() - start_s))
                 count += 1
-    return {name: statistics.median(ms) for name, ms in times.items()}
+    return times
 
 
 def batches_per_s(calls: Sequence[Call], seconds: float) -> float:
@@ -218,7 +219,7 @@ def batches_per_s(calls: Sequence[Call], seconds: float) -> float:
 
 
 def peak_gflops(options: Options, cores: int) -> dict[str, float]:
-    """The rate of a large matrix product in GFLOP/s, by library."""
+    """The best rate of a large matrix product in GFLOP/s, by library."""
     n = _QUICK_SIZE if options.quick else _PEAK_SIZE
     a, b = np.random.default_rng(0).normal(size=(2, n, n)).astype(np.float32)
     on_device = jax.device_put((a, b))
@@ -230,7 +231,7 @@ def peak_gflops(options: Options, cores: int) -> dict[str, float]:
         contract = {"family": "product", "input": {"name": "inputs", **described}, "output": {"name": "logits", **described}}
         case = Case(None, None, graph.serialize(contract), list(a))  # type: ignore[arg-type]
         [calls["ONNX Runtime"]] = onnxruntime_calls(case, 1, cores)
-    return {name: 2e-6 * n**3 / ms for name, ms in alternate(calls, options).items()}
+    return {name: 2e-6 * n**3 / min(ms) for name, ms in alternate(calls, options).items()}
 
 
 @contextlib.contextmanager
@@ -266,7 +267,8 @@ def one_call(case: Case, names: Sequence[str], cores: int, options: Options) -> 
     """Median times of single calls with all cores, and the largest difference of logits to ours."""
     calls = {name: CALLS[name](case, 1, cores)[0] for name in names}
     differences = agreement({name: call() for name, call in calls.items()})
-    return {"ms": alternate(calls, options), "differences": differences}
+    times = alternate(calls, options)
+    return {"ms": {name: statistics.median(ms) for name, ms in times.items()}, "differences": differences}
 
 
 def saturated(case: Case, names: Sequence[str], cores: int, options: Options) -> dict[str, Any]:
@@ -306,7 +308,9 @@ def main() -> None:
     options = dataclasses.replace(options, rounds=1, turn_s=0.001) if options.quick else options
     names, cores = libraries(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     measure = functools.partial(saturated if options.throughput else one_call, names=names, cores=cores, options=options)
-    networks = []
+    networks, load = [], os.getloadavg()[0]
+    if load > _BUSY * cores:
+        print(f"The machine is busy: its load is {load:.1f} on {cores} cores. Times are too long, and ratios uncertain.")
     for path in options.networks:
         with model_of(path) as (model, chosen):
             peaks, count = peak_gflops(options, cores), len(chosen) * len(options.batch_sizes)
@@ -317,7 +321,7 @@ def main() -> None:
             networks.append({"network": str(path), "family": model.config.family, "peak_gflops": peaks, "cases": found})
             (report_throughput if options.throughput else report)(networks[-1], names)
     versions = {name: importlib.metadata.version(name) for name in ("jax", *names[1:])}
-    about = {"device": prepare.device_kind(jax.devices()[0]), "cores": cores, "versions": versions}
+    about = {"device": prepare.device_kind(jax.devices()[0]), "cores": cores, "load_before": load, "versions": versions}
     print(f"{about['device']}, {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     cli.write_results(options.json, {**about, "quick": options.quick, "networks": networks})
 
