@@ -8,7 +8,8 @@ One file because all libraries share the case, the rounds and the table.
 
 It takes exports and config files. For a config file, it makes an export with random weights and calibrates the subnets. The
 smallest, a middle and the largest subnet are extracted as ONNX. So all libraries compute the same network in float32, with the
-same weights, and their logits must agree. Every call starts from a list of raw inputs, and ends with logits in NumPy.
+same weights, and their logits must agree. Every call starts from a list of raw inputs, and ends with logits in NumPy. Texts
+have the longest length, as in `config.flops`.
 
 The libraries take turns in one process, several rounds, each with all cores. A line has the median time of a call, the
 rate of arithmetic (a multiply-add counts as two operations), and its share of the peak. The peak is the rate of a product of
@@ -69,7 +70,6 @@ class Options:
     Args:
       networks: directories of exports, names of shipped exports, or config files.
       batch_sizes: the batch sizes to measure.
-      length: the length of inputs, for models of sequences; if left out, their longest.
       rounds: the number of turns of each library.
       turn_s: the seconds that a turn takes, or longer for two calls.
       throughput: measure inputs per second with all cores busy, in place of single calls.
@@ -83,7 +83,6 @@ class Options:
         pathlib.Path("digits"),
     )
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    length: int | None = None
     rounds: int = 5
     turn_s: float = 0.3
     throughput: bool = False
@@ -260,7 +259,7 @@ def cases(model: Model, chosen: Sequence[Subnet], options: Options) -> Iterator[
     for s in chosen:
         content = extract.content(extract.take(model, model.subnets.index(s)), "onnx")
         for size in options.batch_sizes:
-            yield Case(model, s, content, list(checking.random_inputs(model.config, size, length=options.length)))
+            yield Case(model, s, content, list(checking.random_inputs(model.config, size)))
 
 
 def one_call(case: Case, names: Sequence[str], cores: int, options: Options) -> dict[str, Any]:
