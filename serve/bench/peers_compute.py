@@ -38,14 +38,14 @@ import numpy as np
 import tyro
 
 from superserve_jax import cli, errors, exports, extract, progress
-from superserve_jax.engines import prepare
+from superserve_jax.engines import keys
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.extract import checking
 from superserve_jax.extract.onnx_graph import Graph
 from superserve_jax.profile import check_batch_sizes
 from superserve_jax.subnet import Subnet, evenly_spaced
-from superserve_jax.supernets import programs
+from superserve_jax.supernets import compiler, programs
 from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.training import random_export
 
@@ -222,7 +222,7 @@ def peak_gflops(options: Options, cores: int) -> dict[str, float]:
     n = _QUICK_SIZE if options.quick else _PEAK_SIZE
     a, b = np.random.default_rng(0).normal(size=(2, n, n)).astype(np.float32)
     on_device = jax.device_put((a, b))
-    product = jax.jit(jax.numpy.matmul, compiler_options=programs.compiler_options("cpu")).lower(*on_device).compile()
+    product = jax.jit(jax.numpy.matmul, compiler_options=compiler.options("cpu")).lower(*on_device).compile()
     calls: dict[str, Call] = {"jax": lambda: product(*on_device).block_until_ready(), "NumPy": lambda: a @ b}
     if importlib.util.find_spec("onnxruntime") is not None:
         graph, described = Graph(), {"shape": [n, n], "dtype": "float32"}
@@ -320,7 +320,7 @@ def main() -> None:
             networks.append({"network": str(path), "family": model.config.family, "peak_gflops": peaks, "cases": found})
             (report_throughput if options.throughput else report)(networks[-1], names)
     versions = {name: importlib.metadata.version(name) for name in ("jax", *names[1:])}
-    about = {"device": prepare.device_kind(jax.devices()[0]), "cores": cores, "load_before": load, "versions": versions}
+    about = {"device": keys.device_kind(jax.devices()[0]), "cores": cores, "load_before": load, "versions": versions}
     print(f"{about['device']}, {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     cli.write_results(options.json, {**about, "quick": options.quick, "networks": networks})
 
