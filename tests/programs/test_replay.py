@@ -13,6 +13,7 @@ import pytest
 
 from superserve_jax import errors
 from superserve_jax.commands import replay, replay_setup
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served
 from superserve_jax.profile import Profile, Row
 from superserve_jax.simulation import traces
@@ -128,7 +129,7 @@ def test_disturbed_rows_are_repeated_after_the_last_policy_until_the_repeats_are
         return object(), row(short, attainment, accuracy, "stalled" if disturbed else "")
 
     monkeypatch.setattr(replay, "replay_policy", replay_policy)
-    work = types.SimpleNamespace(profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
+    work = types.SimpleNamespace(engines=(), profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
     names = ["slackfit", "fixed:1", "fixed:0"]
     for allowed, needed, left in (5, 2, ""), (1, 1, "stalled"):
         calls.clear()
@@ -146,7 +147,7 @@ def test_the_least_disturbed_try_counts(monkeypatch):
         return factor, row(short, 0.9, 90.0, "slower") | {"slower": factor}
 
     monkeypatch.setattr(replay, "replay_policy", replay_policy)
-    work = types.SimpleNamespace(profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
+    work = types.SimpleNamespace(engines=(), profiles=(), slo_ms=36.0, trace=types.SimpleNamespace(deadlines_s=np.ones(1)))
     replays, results, repeats, _ = replay.replay_all(replay_setup.Options(pathlib.Path(), repeats=2), work, ["slackfit"])
     assert (replays, repeats, results[0]["tries"], results[0]["slower"]) == ([1.2], 2, 3, 1.2)
 
@@ -160,7 +161,7 @@ def test_a_policy_that_fails_ends_the_replay_after_the_table_and_results_of_thos
 
     profile = Profile((1,), (Row(Subnet((1,)), 0.9, (1.0,)),))
     trace = traces.gamma(rate_qps=100.0, duration_s=0.1)
-    work = replay_setup.Work([], [profile], trace, [], np.zeros(0), 36.0)
+    work = replay_setup.Work([FakeEngine(profile)], [profile], trace, [], np.zeros(0), 36.0)
     options = replay_setup.Options(tmp_path, policies=("fixed:all", "mine.py:mine", "slackfit"), json=tmp_path / "r.json")
     monkeypatch.setattr(replay, "replay_policy", replay_policy)
     monkeypatch.setattr(replay, "make_policy", lambda *_: None)
