@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -23,7 +23,7 @@ def track(
     total: int | None = None,
     completed: int = 0,
     note: Callable[[], str] = lambda: "",
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yields `items`, and shows how many are done, their rate and the time left.
 
     The first items count as warm-up: the rate is the mean of the items after them, and before that, a plain line shows neither

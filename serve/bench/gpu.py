@@ -103,11 +103,14 @@ def main() -> None:
         save = functools.partial(_save, options, options.stage)
         save(STAGES[options.stage][1](options, save), "done")
         return
+    read(options)  # refuses results of another config
+    device = device_kind(options)
     (options.work / "cache").mkdir(mode=0o700, parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     deadline_s, lines = time.monotonic() + 60 * options.minutes, [("stage", "state", "seconds", "results", "device")]
     wanted = [stage for stage in STAGES if stage in (options.only or STAGES)]
-    left = [stage for stage in wanted if read(options).get(stage, {}).get("state") != "done"]
+    done = [stage for stage, value in read(options).items() if (value["state"], value.get("device")) == ("done", device)]
+    left = [stage for stage in wanted if stage not in done]
     for stage in wanted:
         state, seconds = "done before", 0.0
         if stage in left:
@@ -119,6 +122,22 @@ def main() -> None:
         print(f"{stage}: {json.dumps(found.get('found'))}", flush=True)
     cli.print_table(lines)
     print(f"results: {options.out / 'results.json'}")
+
+
+def device_kind(options: Options) -> str:
+    """The kind of jax's first device. A process of its own asks, since this one must not hold the card's memory.
+
+    Raises ConfigError if it is a CPU, unless `options.quick` tries the program.
+    """
+    code = "import jax; device = jax.devices()[0]; print(device.platform, device.device_kind, sep=chr(10))"
+    answer = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    platform, kind = answer.splitlines()[-2:]
+    if platform == "cpu" and not options.quick:
+        raise errors.ConfigError(
+            "jax finds no GPU here, only a CPU; install superserve-jax[cuda13] or superserve-jax[cuda], or try the program "
+            "with --quick"
+        )
+    return kind
 
 
 def run(options: Options, stage: str, limit_s: float) -> tuple[str, float]:
@@ -162,12 +181,17 @@ def run(options: Options, stage: str, limit_s: float) -> tuple[str, float]:
 
 
 def read(options: Options) -> dict[str, Any]:
-    """The results of all stages with the same config and --quick, by stage."""
+    """The results of all stages, by stage. Raises ConfigError for results of another config or --quick."""
     try:
         file = json.loads((options.out / "results.json").read_text())
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return {}
-    return file["stages"] if (file["config"], file["quick"]) == (str(options.config), options.quick) else {}
+    if (file["config"], file["quick"]) != (str(options.config), options.quick):
+        quick = " with --quick" if file["quick"] else ""
+        raise errors.ConfigError(
+            f"{options.out / 'results.json'} has results of {file['config']}{quick}; name another folder with --out"
+        )
+    return file["stages"]
 
 
 def _save(options: Options, stage: str, found: Any, state: str = "begun") -> None:
@@ -315,7 +339,8 @@ def stage_variants(options: Options, save: Save) -> list[dict[str, Any]]:
             made_s = time.perf_counter() - start_s
             for name, subnet in subnets.items():
                 times = time_variant(engine, subnet, batch, repeats)
-                found.append({"batch": batch, "subnet": name, "variant": variant, **times, "made_s": made_s})
+                about = {"batch": batch, "subnet": name, "variant": variant, "command_buffers": engine.command_buffers}
+                found.append({**about, **times, "made_s": made_s})
         except Exception as e:  # another variant may work, for example without command buffers
             found.append({"batch": batch, "variant": variant, "error": f"{type(e).__name__}: {str(e)[:300]}"})
         print(*found[-len(subnets) :], sep="\n", flush=True)

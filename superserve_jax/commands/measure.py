@@ -117,8 +117,6 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else measuring.worth_serving(measured)
-    if options.batch_sizes is None:
-        profile = profile.at(default_batch_sizes.without_useless(profile))
     path = exports.profile_path(model.path, kind, options.compute_dtype)
     print(f"median latency in ms on {kind}, {len(profile.rows)} of {len(model.subnets)} subnets worth serving:")
     for at_length, as_measured in zip(profile.each_length, measured.each_length, strict=True):
@@ -139,9 +137,11 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
         print(f"plot: {options.plot_flops}")
     replaced = " (replaces the one measured before)" if path.exists() else ""
     profile.save(path)  # last, so that a read-only export loses nothing of what was measured
+    dtype = options.compute_dtype
+    option, argument = ("", "") if dtype == "float32" else (f" --compute-dtype {dtype}", f", compute_dtype={dtype!r}")
     print(
-        f"profile: {path}{replaced}; go on with `superserve replay {model.path}`, or serve: "
-        f"superserve_jax.Server({str(model.path)!r})"
+        f"profile: {path}{replaced}; go on with `superserve replay {model.path}{option}`, or serve: "
+        f"superserve_jax.Server({str(model.path)!r}{argument})"
     )
 
 

@@ -138,7 +138,8 @@ class ExecutableCache:
         self._root = _private(root) if root is not None and common is not None else None
         self._common = common or {}
         tuning = tuning_directory(self._root, device) if self._root is not None and device.platform == "gpu" else None
-        self._options = {} if tuning is None else {TUNING_OPTION: str(tuning)}  # no part of the key
+        is_given = TUNING_OPTION in os.environ.get("XLA_FLAGS", "")
+        self._options = {} if tuning is None or is_given else {TUNING_OPTION: str(tuning)}  # no part of the key
 
     def get(self, about: Mapping[str, Any], trace: Callable[[], Traced], *, load: bool = True) -> Executable:
         """Loads the executable that `about` describes from the cache, or else compiles and stores it.

@@ -41,16 +41,23 @@ def to_serve(export: pathlib.Path, devices: Mapping[str, Device], compute_dtype:
     return sizes
 
 
-def without_useless(profile: Profile) -> tuple[int, ...]:
-    """The batch sizes of a profile, without the largest ones above 16 that gain less than 5 % of throughput.
+def without_useless(profiles: Mapping[str, Profile]) -> dict[str, Profile]:
+    """Profiles of several kinds of devices, without the largest batch sizes above 16 that gain less than 5 % of throughput.
 
-    The throughput is that of the fastest subnet, compared with the next smaller batch size.
+    The throughput is that of the fastest subnet, compared with the next smaller batch size. A batch size stays if one kind of
+    device gains from it.
 
     >>> from superserve_jax.subnet import Subnet
     >>> from superserve_jax.profile import Row
-    >>> without_useless(Profile((16, 32, 64), (Row(Subnet(()), 0.5, (2.0, 3.0, 6.0)),)))
+    >>> row = Row(Subnet(()), 0.5, (2.0, 3.0, 6.0))
+    >>> without_useless({"L4": Profile((16, 32, 64), (row,))})["L4"].batch_sizes
     (16, 32)
     """
+    sizes = max(map(_gaining, profiles.values()), key=len)
+    return {kind: profile.at(sizes) for kind, profile in profiles.items()}
+
+
+def _gaining(profile: Profile) -> tuple[int, ...]:
     sizes, ms = list(profile.batch_sizes), profile.each_length[-1].rows[0].latency_ms
     throughputs = [size / ms for size, ms in zip(sizes, ms, strict=True)]
     while len(sizes) > 1 and sizes[-1] > SMALL[-1]:

@@ -67,7 +67,10 @@ class DeviceEngine:
         bucket whose slices exceed the budget is sliced in the call.
       prepared: whether kept slices have the statistics of their subnet and the layouts that XLA chooses (see `executables`).
         None prepares them on GPUs. A CPU gains nothing.
-      compute_dtype: "float32" or "bfloat16" (see `dtypes`). With bfloat16, weights take half the memory.
+      compute_dtype: "float32" or "bfloat16" (see `dtypes`). With bfloat16, the engine's matrices take half the memory.
+
+    Attributes:
+      command_buffers: whether calls on a GPU are recorded as command buffers.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class DeviceEngine:
         """
         how: dict[str, bool] = {}
         with_, without = (compiler.options(self.device.platform, command_buffers=b) for b in (True, False))
-        has_command_buffers = with_ != without
+        self.command_buffers = with_ != without
         while True:
             made, slicers = executables.build(
                 self._forms, self.batch_sizes, self.device, lengths=self.lengths, form=self._forms.__getitem__, **how
@@ -144,15 +147,23 @@ class DeviceEngine:
                 self._connect(made, slicers)
                 return self.warm_up()
             except Exception as e:  # the runtime can fail in any way
-                if isinstance(e, errors.SuperServeError) or base.is_out_of_memory(e, str(e)):
+                is_recording = self.command_buffers and "graph" in str(e)  # XLA also reports this as RESOURCE_EXHAUSTED
+                if isinstance(e, errors.SuperServeError) or (base.is_out_of_memory(e, str(e)) and not is_recording):
                     raise
-                if how.get("use_cache", True) and any(x.is_from_cache for x in (*made.values(), *slicers.values())):
+                loaded = any(executable.is_from_cache for executable in (*made.values(), *slicers.values()))
+                if loaded and how.get("use_cache", True):
                     how["use_cache"], remedy = False, "compiling all of them again"
-                elif how.get("command_buffers", True) and has_command_buffers:
-                    how["command_buffers"], remedy = False, "compiling all of them without command buffers, which is slower"
+                elif self.command_buffers:
+                    self.command_buffers, how = False, {"command_buffers": False}
+                    remedy = (
+                        "going on without command buffers; XLA_FLAGS=--xla_gpu_enable_command_buffer= does so from the start"
+                    )
                 else:
                     raise
                 _log.warning("an executable of %s failed (%s: %s); %s", self.name, type(e).__name__, e, remedy)
+            del made, slicers  # before the next ones take memory
+            self.calls, self.executables, self._subnet, self._actuated = {}, (), None, ()
+            self.slices.clear()
 
     def _connect(self, made: Mapping[Key, Executable], slicers: Mapping[Program, Executable]) -> None:
         """Puts the weights on the device, and connects them with the executables that read them."""

@@ -31,8 +31,7 @@ def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background
     accuracies, kind = model.accuracies(engine.compute_dtype), keys.device_kind(engine.device)
     calls = {"repeats": repeats, "background": background}
     measured = profiling.measure(engine, accuracies, engine.batch_sizes, device=kind, **calls)
-    way = {"slicing": engine.slicing, "compute_dtype": engine.compute_dtype}
-    return dataclasses.replace(measured.with_envelopes(engine.envelopes), **way)
+    return dataclasses.replace(measured.with_envelopes(engine.envelopes), slicing=engine.slicing)
 
 
 def worth_serving(measured: Profile) -> Profile:

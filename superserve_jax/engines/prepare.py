@@ -70,6 +70,8 @@ def prepare(
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in dict.fromkeys(kinds)}
     profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
     envelopes, needs_measuring = None, len(profiles) < len(stored)
+    if chosen is None and not needs_measuring:
+        profiles = default_batch_sizes.without_useless(profiles)
     if needs_measuring:
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
 
@@ -91,15 +93,15 @@ def prepare(
         way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes, "compute_dtype": compute_dtype}
         engines[i] = DeviceEngine(model, devices[i], subnet_list=model.subnets, **shapes, **way)
         profiles[kind] = measuring.worth_serving(measuring.measure(model, engines[i], background=background))
-    if chosen is None and needs_measuring:  # keep a batch size if at least one kind gains from it
-        sizes = max(map(default_batch_sizes.without_useless, profiles.values()), key=len)
-        profiles = {kind: profile.at(sizes) for kind, profile in profiles.items()}
+    if chosen is None and needs_measuring:
+        profiles = default_batch_sizes.without_useless(profiles)
     # The first engine of each kind is made alone. The others reuse the results of its tuning.
     others = [i for i in range(len(devices)) if i not in engines]
     engines.update(zip(others, threads.each(make, others, workers=len(others)), strict=True))
-    if len(engines) > 1:  # an engine loses its command buffers when another one compiles
+    if len(engines) > 1:
         for engine in engines.values():
-            engine.warm_up()
+            if engine.command_buffers:  # XLA drops all of them when it compiles for another engine
+                engine.warm_up()
     return model, [engines[i] for i in range(len(devices))], [profiles[kind] for kind in kinds]
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,8 @@ def measure(
         )
         for length, *latencies in zip(examples, medians, p99s, strict=True)
     }
-    return Profile(batch_sizes, rows_at.pop(0, ()), device, rows_at)
+    dtype: Any = getattr(engine, "compute_dtype", "float32")
+    return Profile(batch_sizes, rows_at.pop(0, ()), device, rows_at, compute_dtype=dtype)
 
 
 def measure_again(

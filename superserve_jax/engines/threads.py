@@ -5,6 +5,7 @@ program that it traces could compute in the wrong precision.
 """
 
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -51,9 +52,21 @@ def each(function: Callable[[T], R], items: Iterable[T], *, workers: int, descri
     with errors.StartingThreads(), concurrent.futures.ThreadPoolExecutor(max_workers=workers) as pool:
         try:
             jobs = [pool.submit(call, item) for item in items]
-            return [job.result() for job in (progress.track(jobs, description) if description else jobs)]
+            done = concurrent.futures.as_completed(jobs)
+            if description:
+                with contextlib.closing(progress.track(done, description, total=len(jobs))) as shown:
+                    _wait(shown)
+            else:
+                _wait(done)
+            return [job.result() for job in jobs]
         except BaseException:  # the results of the others are not needed
             if outer is None:
                 stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _wait(done: Iterable[concurrent.futures.Future[R]]) -> None:
+    """Waits for all jobs, or raises the error of the first one that fails."""
+    for job in done:
+        job.result()

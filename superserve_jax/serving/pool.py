@@ -144,6 +144,11 @@ class Pool:
     def add(self, engine: Engine, profile: Profile) -> str:
         """See `Server.add_worker`."""
         self.process.refuse_fork()
+        if (dtype := getattr(engine, "compute_dtype", profile.compute_dtype)) != profile.compute_dtype:
+            raise errors.ConfigError(
+                f"{engine.name} computes in {dtype}, but its profile has accuracies in {profile.compute_dtype}; give a "
+                "profile that was measured with this engine"
+            )
         policy = self.make_policy(profile)
         with self.lock:
             self._check_open("takes no workers")

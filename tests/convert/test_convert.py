@@ -12,12 +12,16 @@ import jax
 import numpy as np
 import published
 import pytest
+from jax.experimental.layout import Layout
 from published import BERT, OFA, OFA_LISTS, assert_same_model, bert_state, ofa_state
 from tiny import random_params, random_statistics, write_export
 
 from superserve_jax import convert, errors, exports
+from superserve_jax.engines import executables
+from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.supernet import SuperNet
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -83,6 +87,22 @@ def test_logits_of_a_fixture_agree_if_the_norms_are_folded():
         np.testing.assert_allclose(
             run(model.params, statistics, program.active(subnet)), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [ofa_fixture, bert_fixture])
+def test_logits_of_the_fixtures_agree_in_a_prepared_engine(read, monkeypatch):
+    """Statistics are folded and layouts chosen, as on a GPU. Here the engine chooses reversed axes."""
+    model, subnet_list, inputs, logits = read()
+    monkeypatch.setattr(executables, "free_layout", lambda axes: Layout(tuple(range(axes))[::-1]))
+    statistics = {s: model.statistics_of(s, norm="shared") for s in subnet_list}
+    model = SuperNet(model.config, model.params, statistics)
+    lengths = (inputs.shape[1],) if isinstance(model.config, SequenceConfig) else ()
+    shapes = {"batch_sizes": (len(inputs),), "lengths": lengths, "slice_bytes": 1 << 30}
+    engine = DeviceEngine(model, jax.devices()[0], subnet_list=subnet_list, prepared=True, **shapes)
+    for subnet, expected in zip(subnet_list, logits, strict=True):
+        outputs = engine.run(subnet, len(inputs), list(np.asarray(inputs)))
+        np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 # -- both directions ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from small_exports import IMAGES, write
 
 from superserve_jax import exports
-from superserve_jax.engines import default_batch_sizes, measuring, prepare
+from superserve_jax.engines import default_batch_sizes, keys, measuring, prepare
 from superserve_jax.profile import Profile, Row
 
 UP_TO_16, UP_TO_64 = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)
@@ -55,7 +55,7 @@ def test_batch_sizes_that_gain_nothing_are_dropped_if_nobody_asked_for_them(mode
 
     def make(*_, batch_sizes, **__):
         made.append(batch_sizes)
-        return types.SimpleNamespace(warm_up=list)
+        return types.SimpleNamespace(command_buffers=False)
 
     monkeypatch.setattr(prepare, "DeviceEngine", make)
     monkeypatch.setattr(prepare, "make_engine", lambda model, device, profile, **_: make(batch_sizes=profile.batch_sizes))
@@ -66,3 +66,14 @@ def test_batch_sizes_that_gain_nothing_are_dropped_if_nobody_asked_for_them(mode
     _, _, [first, second] = prepare.prepare(model, batch_sizes=given, devices=[CPU, CPU])
     assert first.batch_sizes == second.batch_sizes == kept
     assert made == [UP_TO_64, kept]
+
+
+def test_batch_sizes_of_a_stored_profile_that_gain_nothing_are_not_served(model, monkeypatch):
+    made = []
+    stored = profile(model, UP_TO_64, kind=keys.device_kind(CPU), gains_up_to=32)
+    stored.save(exports.profile_path(model.path, stored.device))
+    monkeypatch.setattr(default_batch_sizes, "candidates", lambda devices: UP_TO_64)
+    monkeypatch.setattr(prepare, "make_engine", lambda model, device, profile, **_: made.append(profile.batch_sizes))
+    for given, kept in ((None, UP_TO_64[:-1]), (UP_TO_64, UP_TO_64)):
+        _, _, [served] = prepare.prepare(model, batch_sizes=given, devices=[CPU])
+        assert served.batch_sizes == made.pop() == kept

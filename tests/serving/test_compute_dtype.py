@@ -11,7 +11,8 @@ from tiny import TINY, assert_close, random_images, random_params, random_statis
 
 import superserve_jax as ss
 from superserve_jax import errors, exports
-from superserve_jax.engines import keys
+from superserve_jax.engines import keys, profiling
+from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -79,6 +80,17 @@ def test_each_dtype_has_a_profile_of_its_own(folders, run_program, caplog):
     with opened(folders / "new", compute_dtype="bfloat16") as server:
         assert server.profile.compute_dtype == "bfloat16"
     assert "in float32, not on" in caplog.text
+
+
+def test_an_engine_and_its_profile_have_one_dtype(folders):
+    with opened(folders / "old", compute_dtype="bfloat16") as server:
+        profile = server.profile
+    engine = FakeEngine(profile)
+    engine.compute_dtype = "float32"
+    with pytest.raises(errors.ConfigError, match="computes in float32, but its profile has accuracies in bfloat16"):
+        ss.Server.from_engines([engine], profile)
+    measured = profiling.measure(engine, {profile.rows[0].subnet: 0.4}, (1,), device="fake", repeats=1)
+    assert measured.compute_dtype == "float32"
 
 
 @pytest.mark.parametrize(
