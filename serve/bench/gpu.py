@@ -40,13 +40,15 @@ from typing import Annotated, Any
 from unittest import mock
 
 import actuation
+import gpu_results
 import jax
 import memory
 import numpy as np
 import overlap
 import tyro
+from gpu_results import Results
 
-from superserve_jax import cli, errors, exports, files
+from superserve_jax import cli, errors, exports
 from superserve_jax.engines import keys, prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
@@ -90,6 +92,11 @@ class Options:
     only: tuple[str, ...] = ()
     stage: str | None = None
 
+    @property
+    def results(self) -> Results:
+        """The results of the stages."""
+        return Results(self.out / "results.json", str(self.config), self.quick)
+
     def __post_init__(self):
         cli.check_above_zero(self, "minutes")
         for name in (*self.only, *([self.stage] if self.stage else [])):
@@ -100,16 +107,18 @@ def main() -> None:
     """The program."""
     options = cli.parse(Options, __doc__)
     if options.stage is not None:
-        save = functools.partial(_save, options, options.stage)
+        save = functools.partial(options.results.save, options.stage)
         save(STAGES[options.stage][1](options, save), "done")
         return
-    read(options)  # refuses results of another config
+    options.results.read()  # refuses results of another config
     device = device_kind(options)
     (options.work / "cache").mkdir(mode=0o700, parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     deadline_s, lines = time.monotonic() + 60 * options.minutes, [("stage", "state", "seconds", "results", "device")]
     wanted = [stage for stage in STAGES if stage in (options.only or STAGES)]
-    done = [stage for stage, value in read(options).items() if (value["state"], value.get("device")) == ("done", device)]
+    done = [
+        stage for stage, value in options.results.read().items() if (value["state"], value.get("device")) == ("done", device)
+    ]
     left = [stage for stage in wanted if stage not in done]
     for stage in wanted:
         state, seconds = "done before", 0.0
@@ -117,8 +126,8 @@ def main() -> None:
             shares = [STAGES[s][0] for s in left[left.index(stage) :]]
             limit_s = (deadline_s - time.monotonic()) * shares[0] / sum(shares)
             state, seconds = run(options, stage, limit_s) if limit_s >= _LEAST_S else ("no time left", 0.0)
-        found = read(options).get(stage, {})
-        lines.append((stage, state, f"{seconds:.0f}", str(_size(found.get("found"))), found.get("device", "")))
+        found = options.results.read().get(stage, {})
+        lines.append((stage, state, f"{seconds:.0f}", str(gpu_results.size(found.get("found"))), found.get("device", "")))
         print(f"{stage}: {json.dumps(found.get('found'))}", flush=True)
     cli.print_table(lines)
     print(f"results: {options.out / 'results.json'}")
@@ -150,7 +159,7 @@ def run(options: Options, stage: str, limit_s: float) -> tuple[str, float]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # stages have child processes that share the card's memory
         "SUPERSERVE_CACHE": str((options.work / "cache").absolute()),  # tests use it, too, since tuning takes long
     }
-    before, start_s, log = read(options).get(stage), time.monotonic(), options.out / "log.txt"
+    before, start_s, log = options.results.read().get(stage), time.monotonic(), options.out / "log.txt"
     with log.open("a") as output:
         start = output.tell()
         output.write(f"-- {stage}\n")
@@ -174,40 +183,10 @@ def run(options: Options, stage: str, limit_s: float) -> tuple[str, float]:
         with log.open(errors="replace") as output:
             output.seek(start)
             print(output.read()[-_LOG_TAIL_CHARS:], flush=True)
-    seconds, found = time.monotonic() - start_s, read(options).get(stage)
+    seconds, found = time.monotonic() - start_s, options.results.read().get(stage)
     if found is None or found != before:  # or the file keeps the results of an earlier run
-        _write(options, stage, {"found": None, **(found or {}), "state": state, "seconds": round(seconds, 1)})
+        options.results.write(stage, {"found": None, **(found or {}), "state": state, "seconds": round(seconds, 1)})
     return state, seconds
-
-
-def read(options: Options) -> dict[str, Any]:
-    """The results of all stages, by stage. Raises ConfigError for results of another config or --quick."""
-    try:
-        file = json.loads((options.out / "results.json").read_text())
-    except FileNotFoundError:
-        return {}
-    if (file["config"], file["quick"]) != (str(options.config), options.quick):
-        quick = " with --quick" if file["quick"] else ""
-        raise errors.ConfigError(
-            f"{options.out / 'results.json'} has results of {file['config']}{quick}; name another folder with --out"
-        )
-    return file["stages"]
-
-
-def _save(options: Options, stage: str, found: Any, state: str = "begun") -> None:
-    """Writes the results that a stage has so far, unless an earlier run found more. Results of a whole stage always count."""
-    if state == "done" or _size(found) >= _size(read(options).get(stage, {}).get("found")):
-        _write(options, stage, {"state": state, "device": jax.devices()[0].device_kind, "found": found})
-
-
-def _write(options: Options, stage: str, value: Mapping[str, Any]) -> None:
-    file = {"config": str(options.config), "quick": options.quick, "stages": {**read(options), stage: value}}
-    files.write_json(options.out / "results.json", file)
-
-
-def _size(found: Any) -> int:
-    """The number of values in results."""
-    return len(jax.tree.leaves(found))
 
 
 # -- stages -------------------------------------------------------------------------------------------------------------
