@@ -37,7 +37,7 @@ class Results:
         return file["stages"]
 
     def save(self, stage: str, found: Any, state: str = "begun") -> None:
-        """Writes the results that a stage has so far, unless an earlier run found more. Those of a whole stage always count."""
+        """Writes the results that a stage has so far. Of an unfinished stage, earlier results stay if they are more."""
         if state == "done" or size(found) >= size(self.read().get(stage, {}).get("found")):
             self.write(stage, {"state": state, "device": jax.devices()[0].device_kind, "found": found})
 
