@@ -22,10 +22,11 @@ demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores,
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
 
-test-gpu: .venv-gpu/.ready  ## run the tests that need a GPU, in one process; fails if there is none
+test-gpu: .venv-gpu/.ready  ## run the tests that need a GPU, and those of test-gpu-compile; fails without a GPU
 	@.venv-gpu/bin/python -c 'import jax; print(jax.devices("gpu"))' || { \
 	  echo "jax finds no GPU here, so all tests would be skipped; check nvidia-smi, and see docs/serving.md"; exit 1; }
 	.venv-gpu/bin/python -m pytest -m gpu
+	.venv-gpu/bin/python -m pytest -n0 -s -m gpu_aot tests/programs/test_gpu_compile.py
 
 test-gpu-compile: .venv-gpu-aot/.ready  ## compile for an H100 and an A100 without a GPU, and check the kernel counts (downloads 4.5 GB)
 	.venv-gpu-aot/bin/python -m pytest -n0 -s -m gpu_aot tests/programs/test_gpu_compile.py
