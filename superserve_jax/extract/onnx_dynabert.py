@@ -11,7 +11,8 @@ from superserve_jax.extract.extraction import INPUTS, LOGITS, Extraction
 from superserve_jax.extract.onnx_graph import Graph
 from superserve_jax.families.dynabert import DynaBERTConfig
 
-_MASKED = -0.7 * np.finfo(np.float32).max  # as in jax.nn.dot_product_attention, so a sequence of padding alone is equal, too
+_MASKED = -0.7 * np.finfo(np.float32).max
+"""The value in `jax.nn.dot_product_attention`. So a sequence of only padding also gives equal logits."""
 
 
 def build(graph: Graph, subnet: Extraction) -> None:

@@ -21,13 +21,14 @@ class Graph:
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """Adds a constant, and returns its name. Constants of one name must have one value."""
-        self._constants[name] = np.array(value, order="C")  # not ascontiguousarray, which adds an axis to a scalar
+        value = np.asarray(value, order="C")  # not ascontiguousarray, which adds an axis to a scalar
+        known = self._constants.setdefault(name, value)
+        assert known is value or np.array_equal(known, value), f"two values of the constant {name}"
         return name
 
     def add(self, name: str, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Adds a node, and returns its name. An attribute that is None is left out."""
-        given = {key: value for key, value in attributes.items() if value is not None}
-        self._nodes.append({"op_type": operator, "inputs": inputs, "outputs": [name], "name": name, **given})
+        """Adds a node, and returns its name."""
+        self._nodes.append({"op_type": operator, "inputs": inputs, "outputs": [name], "name": name, **attributes})
         return name
 
     def serialize(self, contract: dict[str, Any]) -> bytes:
@@ -36,8 +37,8 @@ class Graph:
         from onnx import helper, numpy_helper  # pyright: ignore[reportMissingImports]
 
         def value(described: dict[str, Any]) -> Any:
-            kind = helper.np_dtype_to_tensor_dtype(np.dtype(described["dtype"]))
-            return helper.make_tensor_value_info(described["name"], kind, described["shape"])
+            dtype = helper.np_dtype_to_tensor_dtype(np.dtype(described["dtype"]))
+            return helper.make_tensor_value_info(described["name"], dtype, described["shape"])
 
         graph = helper.make_graph(
             [helper.make_node(**node) for node in self._nodes],
@@ -47,7 +48,9 @@ class Graph:
             [numpy_helper.from_array(array, name) for name, array in self._constants.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
+        del graph  # the model has a copy, and weights may be large
         model.producer_name, model.producer_version = "superserve-jax", superserve_jax.__version__
         helper.set_model_props(model, {CONTRACT_KEY: json.dumps(contract)})
-        onnx.checker.check_model(model, full_check=True)
-        return model.SerializeToString()
+        content = model.SerializeToString()
+        onnx.checker.check_model(content, full_check=True)
+        return content
