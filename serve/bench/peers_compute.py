@@ -9,21 +9,24 @@ One file because all libraries share the case, the rounds and the table.
 It takes exports and config files. For a config file, it makes an export with random weights and calibrates the subnets. The
 smallest, a middle and the largest subnet are extracted as ONNX. So all libraries compute the same network in float32, with the
 same weights, and their logits must agree. Every call starts from a list of raw inputs, and ends with logits in NumPy. Texts
-have the longest length, as in `config.flops`.
+have the longest length, as in `config.flops`. By default, it measures `digits`, which comes with the package. An export of
+your own, such as runs/demo/export, works as well; it is the same network.
 
-The libraries take turns in one process, several rounds, each with all cores. A line has the median time of a call, the
-rate of arithmetic (a multiply-add counts as two operations), and its share of the peak. The peak is the rate of a product of
-two 2048 x 2048 matrices in jax, NumPy or ONNX Runtime, whichever is fastest on this machine.
+The libraries take turns in one process, several rounds, each with all cores, and another one begins in each round. A line has
+the median time of a call, the GFLOP/s (a multiply-add counts as two operations), and its share of the peak. The peak is the
+rate of a product of two 2048 x 2048 matrices in jax, NumPy or ONNX Runtime, whichever is fastest on this machine.
 
-`--throughput` keeps all cores busy instead. A library runs one batch at a time with all cores, or one batch on each core. It
-prints the most inputs per second over these arrangements and the batch sizes.
+`--throughput` keeps all cores busy instead. A library runs one batch at a time with all cores, or one batch on each core. The
+program prints the most inputs per second over these arrangements and the batch sizes. Cores are logical CPUs here. All
+arrangements are in memory at once, since they take turns: each library has up to (1 + cores) copies of the subnet's weights.
 """
 
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import statistics
@@ -31,10 +34,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from concurrent import futures
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
+import psutil
 import tyro
 
 from superserve_jax import cli, errors, exports, extract, progress
@@ -59,6 +64,7 @@ _LEAST_CALLS = 2  # in a turn
 _BUSY = 0.25  # of each core, before the program begins
 _PEAK_SIZE, _QUICK_SIZE = 2048, 128
 
+T = TypeVar("T")
 Call = Callable[[], np.ndarray]
 """Runs one batch, and returns its logits."""
 
@@ -71,7 +77,7 @@ class Options:
       networks: directories of exports, names of shipped exports, or config files.
       batch_sizes: the batch sizes to measure.
       rounds: the number of turns of each library.
-      turn_s: the seconds that a turn takes, or longer for two calls.
+      turn_s: the seconds of a turn; a turn has at least two calls.
       throughput: measure inputs per second with all cores busy, in place of single calls.
       quick: only try it, with short turns and a small matrix product.
       json: write the figures to this file.
@@ -132,25 +138,26 @@ def engine_calls(case: Case, workers: int, cores: int) -> list[Call]:
 
 def onnxruntime_calls(case: Case, workers: int, cores: int) -> list[Call]:
     """One call for each worker: a session that has an equal share of the cores."""
-    import onnxruntime  # pyright: ignore[reportMissingImports]
-
     made = []
     for _ in range(workers):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = max(cores // workers, 1), 3
-        for axis, size in zip(("batch", "tokens"), np.shape(case.inputs), strict=False):
-            options.add_free_dimension_override_by_name(axis, size)
-        session = onnxruntime.InferenceSession(case.onnx, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime_session(case.onnx, max(cores // workers, 1), np.shape(case.inputs))
         made.append(lambda session=session: session.run(None, {"inputs": np.stack(case.inputs)})[0])
     return made
 
 
+def onnxruntime_session(onnx: bytes, threads: int, shape: Sequence[int]) -> Any:
+    """A session for inputs of one shape."""
+    onnxruntime = imported("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    for axis, size in zip(("batch", "tokens"), shape, strict=False):
+        options.add_free_dimension_override_by_name(axis, size)
+    return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+
+
 def openvino_calls(case: Case, workers: int, cores: int) -> list[Call]:
     """One call for each worker: a request on a stream of its own."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # it would report the use, in a forked process
-    import openvino  # pyright: ignore[reportMissingImports]
-
-    core = openvino.Core()
+    core = imported("openvino").Core()
     graph = core.read_model(case.onnx, b"")
     graph.reshape(np.shape(case.inputs))
     options = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": workers, "INFERENCE_NUM_THREADS": cores}
@@ -166,11 +173,19 @@ CALLS: Mapping[str, Callable[[Case, int, int], list[Call]]] = {
 }
 
 
+def imported(name: str) -> Any:
+    """The module of an installed library."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # it would report the use, in a forked process
+    return importlib.import_module(name)
+
+
 def libraries() -> list[str]:
     """Ours and the installed ones. Raises ConfigError if none is installed."""
     found = [name for name in PEERS if importlib.util.find_spec(name) is not None]
-    if not found or importlib.util.find_spec("onnx") is None:
+    if not found:
         raise errors.ConfigError("no library to compare with is installed: pip install 'superserve-jax[peers]'")
+    if importlib.util.find_spec("onnx") is None:
+        raise errors.ConfigError("the package onnx is missing: pip install 'superserve-jax[peers]'")
     for missing in PEERS.keys() - set(found):
         print(f"{PEERS[missing]} is not installed, so it is left out: pip install {missing}")
     return [OURS, *found]
@@ -179,11 +194,22 @@ def libraries() -> list[str]:
 # -- measuring ----------------------------------------------------------------------------------------------------------
 
 
+def rotated(items: Mapping[T, Any], count: int) -> list[T]:
+    """The keys in another order in each round, so that no library always follows the same one.
+
+    >>> rotated({"a": 1, "b": 2, "c": 3}, 4)
+    ['b', 'c', 'a']
+    """
+    start = count % len(items)
+    return [*items][start:] + [*items][:start]
+
+
 def alternate(calls: Mapping[str, Call], options: Options) -> dict[str, list[float]]:
-    """The milliseconds of each call, again and again. The calls take turns, and the first call of a turn is not counted."""
+    """The milliseconds of every call, by name. The names take turns, and the first call of a turn is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, call in calls.items():
+    for i in range(options.rounds):
+        for name in rotated(calls, i):
+            call = calls[name]
             call()
             ends_s, count = time.perf_counter() + options.turn_s, 0
             while count < _LEAST_CALLS or time.perf_counter() < ends_s:
@@ -195,26 +221,28 @@ def alternate(calls: Mapping[str, Call], options: Options) -> dict[str, list[flo
 
 
 def batches_per_s(calls: Sequence[Call], seconds: float) -> float:
-    """Batches per second, if every call runs again and again in a thread of its own."""
-    rates, barrier = [], threading.Barrier(len(calls))
+    """Batches per second, if every call runs again and again in a thread of its own. Raises InferenceError if one fails."""
+    barrier = threading.Barrier(len(calls))
 
-    def work(call: Call) -> None:
-        call()
-        barrier.wait()
+    def work(call: Call) -> float:
+        try:
+            call()
+            barrier.wait()
+        except BaseException:
+            barrier.abort()  # or the other threads would wait forever
+            raise
         start_s, count = time.perf_counter(), 0
         while count < _LEAST_CALLS or time.perf_counter() < start_s + seconds:
             call()
             count += 1
-        rates.append(count / (time.perf_counter() - start_s))
+        return count / (time.perf_counter() - start_s)
 
-    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(rates) < len(calls):
-        raise errors.InferenceError("a call failed; its error is printed above")
-    return sum(rates)
+    with futures.ThreadPoolExecutor(len(calls)) as pool:
+        running = [pool.submit(work, call) for call in calls]
+    failed = [e for f in running if (e := f.exception()) and not isinstance(e, threading.BrokenBarrierError)]
+    if failed:
+        raise errors.InferenceError(f"a call failed: {type(failed[0]).__name__}: {errors.one_line(failed[0])}") from failed[0]
+    return sum(f.result() for f in running)
 
 
 def peak_gflops(options: Options, cores: int) -> dict[str, float]:
@@ -228,8 +256,8 @@ def peak_gflops(options: Options, cores: int) -> dict[str, float]:
         graph, described = Graph(), {"shape": [n, n], "dtype": "float32"}
         graph.add("logits", "MatMul", "inputs", graph.constant("b", b))
         contract = {"family": "product", "input": {"name": "inputs", **described}, "output": {"name": "logits", **described}}
-        case = Case(None, None, graph.serialize(contract), list(a))  # type: ignore[arg-type]
-        [calls["ONNX Runtime"]] = onnxruntime_calls(case, 1, cores)
+        session = onnxruntime_session(graph.serialize(contract), cores, a.shape)
+        calls["ONNX Runtime"] = lambda: session.run(None, {"inputs": a})[0]
     return {name: 2e-6 * n**3 / min(ms) for name, ms in alternate(calls, options).items()}
 
 
@@ -272,25 +300,30 @@ def one_call(case: Case, names: Sequence[str], cores: int, options: Options) -> 
 
 def saturated(case: Case, names: Sequence[str], cores: int, options: Options) -> dict[str, Any]:
     """Inputs per second with all cores busy, by library and number of batches at a time."""
-    arrangements = {(name, workers): CALLS[name](case, workers, cores) for name in names for workers in sorted({1, cores})}
+    counts = sorted({1, cores})
+    arrangements = {(name, workers): CALLS[name](case, workers, cores) for name in names for workers in counts}
+    each = [agreement({name: arrangements[name, workers][0]() for name in names}) for workers in counts]
     rates: dict[tuple[str, int], list[float]] = {key: [] for key in arrangements}
-    for _ in range(options.rounds):
-        for key, calls in arrangements.items():
-            rates[key].append(len(case.inputs) * batches_per_s(calls, options.turn_s))
+    for i in range(options.rounds):
+        for key in rotated(arrangements, i):
+            rates[key].append(len(case.inputs) * batches_per_s(arrangements[key], options.turn_s))
     found: dict[str, Any] = {name: {} for name in names}
     for (name, workers), values in rates.items():
         found[name][str(workers)] = statistics.median(values)
-    return {"inputs_per_s": found, "differences": agreement({name: arrangements[name, 1][0]() for name in names})}
+    return {"inputs_per_s": found, "differences": {name: max(d[name] for d in each) for name in each[0]}}
 
 
 def agreement(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The largest difference to our logits, over the largest logit. Raises InferenceError for another network."""
     scale = float(np.abs(outputs[OURS]).max())
+    if scale == 0:
+        raise errors.InferenceError("all our logits are 0, so nothing can be compared; use trained weights")
     found = {name: float(np.abs(logits - outputs[OURS]).max()) / scale for name, logits in outputs.items() if name != OURS}
     for name, difference in found.items():
         if not difference <= TOLERANCE:
             raise errors.InferenceError(
-                f"the logits of {PEERS[name]} differ from ours by {difference:.1e} of the largest logit"
+                f"the logits of {PEERS[name]} differ from ours by {difference:.1e} of the largest logit; at most "
+                f"{TOLERANCE:g} is allowed"
             )
     return found
 
@@ -306,6 +339,7 @@ def main() -> None:
         raise errors.ConfigError("this program compares CPUs; set JAX_PLATFORMS=cpu")
     options = dataclasses.replace(options, rounds=1, turn_s=0.001) if options.quick else options
     names, cores = libraries(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    versions = {name: imported(name).__version__ for name in ("jax", *names[1:])}
     measure = functools.partial(saturated if options.throughput else one_call, names=names, cores=cores, options=options)
     networks, load = [], os.getloadavg()[0]
     if load > _BUSY * cores:
@@ -319,9 +353,10 @@ def main() -> None:
                 found.append({**about, **measure(case)})
             networks.append({"network": str(path), "family": model.config.family, "peak_gflops": peaks, "cases": found})
             (report_throughput if options.throughput else report)(networks[-1], names)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", *names[1:])}
-    about = {"device": keys.device_kind(jax.devices()[0]), "cores": cores, "load_before": load, "versions": versions}
-    print(f"{about['device']}, {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    device, physical = keys.device_kind(jax.devices()[0]), psutil.cpu_count(logical=False)
+    about = {"device": device, "cores": cores, "physical_cores": physical, "load_before": load, "versions": versions}
+    print(f"\n{device}; {cores} logical CPUs for this process, {physical or 'unknown'} physical cores in the machine")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     cli.write_results(options.json, {**about, "quick": options.quick, "networks": networks})
 
 
@@ -330,12 +365,13 @@ def report(network: Mapping[str, Any], names: Sequence[str]) -> None:
     best = max(network["peak_gflops"].values())
     shown = ", ".join(f"{name} {value:.0f}" for name, value in network["peak_gflops"].items())
     print(f"\n{network['network']} ({network['family']}); matrix product in GFLOP/s: {shown}; peak {best:.0f}")
-    lines = [("library", "MFLOPs", "batch", "ms", "ours / it", "GFLOP/s", "of peak", "difference")]
+    lines = [("library", "MFLOPs", "batch", "ms", "ours / library", "GFLOP/s", "of peak", "difference")]
     for case in network["cases"]:
         for name in names:
             ms, difference = case["ms"][name], case["differences"].get(name)
             rate = 2e-6 * case["flops"] * case["batch"] / ms
-            cells = (f"{ms:.3g}", f"{case['ms'][OURS] / ms:.2f}", f"{rate:.0f}", f"{100 * rate / best:.0f} %")
+            ratio = "" if name == OURS else f"{case['ms'][OURS] / ms:.2f}"
+            cells = (f"{ms:.3g}", ratio, f"{rate:.0f}", f"{100 * rate / best:.0f} %")
             about = (title(name), f"{case['flops'] / 1e6:.4g}", str(case["batch"]))
             lines.append((*about, *cells, "" if difference is None else f"{difference:.0e}"))
     cli.print_table(lines)
@@ -350,12 +386,13 @@ def report_throughput(network: Mapping[str, Any], names: Sequence[str]) -> None:
     """Prints a line for each subnet: the best of all batch sizes and arrangements."""
     print(f"\n{network['network']} ({network['family']}); most inputs per second (at batch size x batches at a time):")
     lines = [("MFLOPs", *map(title, names), *(f"ours / {title(name)}" for name in names[1:]))]
-    for flops in dict.fromkeys(case["flops"] for case in network["cases"]):
-        same = [case for case in network["cases"] if case["flops"] == flops]
+    for _, group in itertools.groupby(network["cases"], key=lambda case: case["subnet"]):
+        same = list(group)
         best = [max((rate, c["batch"], n) for c in same for n, rate in c["inputs_per_s"][name].items()) for name in names]
         cells = (f"{rate:.4g} ({batch} x {workers})" for rate, batch, workers in best)
-        lines.append((f"{flops / 1e6:.4g}", *cells, *(f"{best[0][0] / rate:.2f}" for rate, _, _ in best[1:])))
+        lines.append((f"{same[0]['flops'] / 1e6:.4g}", *cells, *(f"{best[0][0] / rate:.2f}" for rate, _, _ in best[1:])))
     cli.print_table(lines, left=0)
+    print("Our workers share one thread pool of XLA. In the other libraries, each of several batches has its own thread.")
 
 
 if __name__ == "__main__":

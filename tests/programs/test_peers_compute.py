@@ -42,7 +42,7 @@ def test_single_calls_of_every_library_are_measured(run_program, exports):
     assert [row[3] for row in rows] == ["3"] * 2
 
 
-def test_throughput_is_that_of_the_best_arrangement(run_program, exports):
+def test_throughput_is_the_best_arrangements(run_program, exports):
     for package in ("onnx", "onnxruntime"):
         pytest.importorskip(package)
     done = run_program(PROGRAM, exports[0], "--quick", "--batch-sizes", 2, "--throughput", json_file=True)
@@ -53,12 +53,36 @@ def test_throughput_is_that_of_the_best_arrangement(run_program, exports):
     assert min(rate for rates in case["inputs_per_s"].values() for rate in rates.values()) > 0
     best = max(case["inputs_per_s"]["ours"].values())
     assert f"{best:.4g} (2 x " in done.stdout
+    assert "\nOur workers share one thread pool of XLA." in done.stdout
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_call_that_fails_ends_the_other_threads(place):
+    def fail():
+        raise ValueError("no memory")
+
+    calls = [lambda: np.zeros(1)] * 3
+    calls[place] = fail
+    with pytest.raises(errors.InferenceError, match="a call failed: ValueError: no memory"):
+        peers_compute.batches_per_s(calls, 0.001)
+
+
+def test_a_call_that_fails_later_is_an_error():
+    results = iter([np.zeros(1)])
+    with pytest.raises(errors.InferenceError, match="a call failed: StopIteration"):
+        peers_compute.batches_per_s([lambda: next(results), lambda: np.zeros(1)], 0.001)
 
 
 @pytest.mark.parametrize("wrong", [np.full((1, 2), 1.001), np.full((1, 2), np.nan)])
 def test_another_network_is_refused(wrong):
-    with pytest.raises(errors.InferenceError, match="the logits of ONNX Runtime differ from ours by"):
+    with pytest.raises(errors.InferenceError, match=r"ONNX Runtime differ from ours by .*; at most 0.0001 is allowed"):
         peers_compute.agreement({"ours": np.ones((1, 2)), "onnxruntime": wrong})
+
+
+def test_logits_of_zero_cannot_be_compared():
+    zeros = np.zeros((1, 2))
+    with pytest.raises(errors.InferenceError, match="all our logits are 0, so nothing can be compared; use trained weights"):
+        peers_compute.agreement({"ours": zeros, "onnxruntime": zeros})
 
 
 def test_without_a_library_nothing_is_measured(run_program, monkeypatch, exports):
@@ -66,3 +90,10 @@ def test_without_a_library_nothing_is_measured(run_program, monkeypatch, exports
         monkeypatch.setitem(sys.modules, package, None)
     error = run_program(PROGRAM, exports[0], "--quick", status=2).stderr
     assert error == "error: no library to compare with is installed: pip install 'superserve-jax[peers]'\n"
+
+
+def test_without_onnx_nothing_is_measured(run_program, monkeypatch, exports):
+    monkeypatch.setitem(sys.modules, "onnxruntime", sys)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    error = run_program(PROGRAM, exports[0], "--quick", status=2).stderr
+    assert error == "error: the package onnx is missing: pip install 'superserve-jax[peers]'\n"
