@@ -30,7 +30,7 @@ ALLOWED = {
     "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),
     "exports": ("families", "supernets", "subnet", "space", "vocabulary", "manifest"),
     "convert": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest"),
-    "extract": ("exports", "families", "supernets"),
+    "extract": ("exports", "families", "supernets", "ops"),
     "training": (
         "exports",
         "families",

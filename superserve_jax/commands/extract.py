@@ -3,29 +3,32 @@
     superserve extract digits                                       # lists the served subnets
     superserve extract digits --out largest.onnx
     superserve extract digits --subnet 0 --out smallest.stablehlo
+    superserve extract digits --subnet 2 --format onnx              # subnet2.onnx
 
 The file has the weights of this subnet alone, with its normalisation statistics folded in, and the contract of its inputs.
-It takes the same raw inputs as the server. The formats:
+A network takes the same raw inputs as the server. The formats:
 
 - onnx: a graph for ONNX Runtime, OpenVINO and others. Families ofa_resnet and dynabert only.
 - stablehlo: a program for plain jax (`jax.export`), on CPUs, GPUs and TPUs. The contract is in a second file, PATH.json.
 - safetensors: only the weights.
 
-All batch sizes and lengths work. Before a file is written, it is run, and its logits are compared with the server's. ONNX
-needs the package onnxruntime for that. An older file is replaced atomically. docs/extract.md describes the contract.
+Batches of 1 or more, texts up to the longest length. An onnx or stablehlo file is run before it is written, and its logits
+are compared with the server's. ONNX needs the package onnxruntime for that. An older file is replaced atomically.
+docs/extract.md describes the contract.
 `pip install 'superserve-jax[extract]'` installs what the formats need. Library: extract.write.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, extract
+from superserve_jax import cli, errors, extract
 from superserve_jax.exports import Served
-from superserve_jax.extract import Format, Written, formats
+from superserve_jax.extract import Format, Written, formats, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Options:
     Args:
       export: the export's directory.
       subnet: the index in the list of served subnets, which ascends in FLOPs. -1 is the largest.
-      format: the format; if left out, the ending of --out tells it.
-      out: the file to write; if left out, the command only lists the served subnets.
-      json: also write what was done, with the contract, to this file.
+      format: the format; if left out, the ending of --out decides.
+      out: the file to write; if left out, subnetINDEX.FORMAT in this folder. Without --format, too, the command only lists the
+        served subnets.
+      json: also write the results and the contract to this file.
     """
 
     export: Annotated[pathlib.Path, tyro.conf.Positional]
@@ -50,15 +54,23 @@ class Options:
 def main() -> None:
     """The command."""
     options = cli.parse(Options, __doc__)
-    cli.refuse_without(options, "out", "subnet", "format", "json")
-    if options.out is not None:
-        formats.format_of(options.out, options.format)  # before the export is loaded
+    if options.out is None and options.format is not None:
+        options = dataclasses.replace(options, out=pathlib.Path(f"subnet{options.subnet}.{options.format}"))
+    cli.refuse_without(options, "out", "subnet", "json")
+    if options.out is not None:  # refused before the export is loaded
+        refuse_clash(options.json, writing.paths_of(options.out, formats.format_of(options.out, options.format)))
     model = ss.load(options.export)
     if options.out is None:
         list_subnets(model.served)
         print(f"choose one: superserve extract {options.export} --subnet INDEX --out FILE.onnx, .stablehlo or .safetensors")
         return
-    report(extract.write(options.out, model, options.subnet, kind=options.format), options)
+    report(extract.write(options.out, model, options.subnet, format=options.format), options)
+
+
+def refuse_clash(json: pathlib.Path | None, paths: Sequence[pathlib.Path]) -> None:
+    """Raises ConfigError if the results would replace a file that was just written."""
+    if json is not None and json.resolve() in [path.resolve() for path in paths]:
+        raise errors.ConfigError(f"--json {json} would replace the extracted file; give another name")
 
 
 def list_subnets(served: tuple[Served, ...]) -> None:
@@ -79,7 +91,7 @@ def accuracy(value: float | None) -> str:
 
 def report(written: Written, options: Options) -> None:
     """Prints what was written, and how to run it."""
-    contract, check = written.subnet.contract, written.check
+    contract, check = written.contract, written.check
     arrays = written.subnet.weights
     for path in written.paths:
         size = path.stat().st_size
@@ -96,14 +108,13 @@ def report(written: Written, options: Options) -> None:
             ),
         ]
     )
-    print(f"accuracy: {contract['measured']}\ninput: {contract['input']['about']}")
-    if check is not None:
+    print(f"measured: {contract['measured']}\ninput: {contract['input']['about']}")
+    if check.not_checked is not None:
+        print(f"not checked: {check.not_checked}")
+    else:
         print(
             f"checked with {check.ran_with}: logits differ from the server's by at most {check.difference:.1e} of the largest"
         )
-    elif written.kind == "onnx":
-        print("not checked, because onnxruntime is missing: pip install onnxruntime")
-    print(f"run it, without superserve-jax:\n\n{formats.snippet(written.paths[0], written.kind, contract)}\n")
-    compared = dataclasses.asdict(check) if check else None
-    values = {"paths": list(map(str, written.paths)), "format": written.kind, "bytes": written.size, "check": compared}
-    cli.write_results(options.json, {**values, "contract": contract})
+    print(f"run it, without superserve-jax:\n\n{formats.snippet(written.paths[0], written.format, contract)}\n")
+    values = {"paths": list(map(str, written.paths)), "format": written.format, "bytes": written.size}
+    cli.write_results(options.json, {**values, "check": dataclasses.asdict(check), "contract": contract})

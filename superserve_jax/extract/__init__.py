@@ -1,4 +1,4 @@
-"""One served subnet on its own: a file for ONNX Runtime, for plain jax, or with bare weights.
+"""Writes one served subnet as a file of its own, for ONNX Runtime, plain jax, or as weights only.
 
     from superserve_jax import extract
 

@@ -23,35 +23,42 @@ _BATCH = 3
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The result of running a file.
+    """The result of comparing a file's logits with the server's.
 
     Args:
-      ran_with: the library that ran it, with its version.
-      difference: the largest difference of a logit, divided by the largest logit.
+      ran_with: the library that ran the file, with its version; None if they were not compared.
+      difference: the largest difference of a logit, divided by the largest logit; None if they were not compared.
+      not_checked: why they were not compared; None if they were.
     """
 
-    ran_with: str
-    difference: float
+    ran_with: str | None = None
+    difference: float | None = None
+    not_checked: str | None = None
 
     @property
-    def is_equal(self) -> bool:
-        """Whether the difference is within the tolerance. It is not if a logit is NaN."""
-        return self.difference <= TOLERANCE
+    def is_wrong(self) -> bool:
+        """Whether the difference is above the tolerance, or a logit is NaN."""
+        return self.difference is not None and not self.difference <= TOLERANCE
 
 
-def check(model: Model, subnet: Extraction, kind: Format, content: bytes) -> Check | None:
+def check(model: Model, subnet: Extraction, format: Format, content: bytes) -> Check:
     """Compares a file with the subnet's program, which reads the export's own weights and statistics.
 
-    Returns None for bare weights, and for ONNX without the package onnxruntime.
+    Weights only are not compared, nor is ONNX without the package onnxruntime. If all logits are zero, as for random weights
+    without statistics, equal logits would prove nothing.
     """
-    if (runner := _runner(kind, content)) is None:
-        return None
-    ran_with, run = runner
+    if format == "safetensors":
+        return Check(not_checked="the file has only weights")
+    if format == "onnx" and importlib.util.find_spec("onnxruntime") is None:
+        return Check(not_checked="the package onnxruntime is missing: pip install onnxruntime")
     inputs = random_inputs(subnet.config, _BATCH)
-    with jax.default_device(_exact_device()):
-        expected, found = logits(model, subnet, inputs), np.asarray(run(inputs))
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    return Check(ran_with, float(np.abs(found - expected).max()) / scale)
+    with jax.default_device(_exact_device()), jax.default_matmul_precision("float32"):
+        expected = logits(model, subnet, inputs)
+        if not expected.any():
+            return Check(not_checked="all logits are zero")
+        ran_with, run = _runner(format, content)
+        found = np.asarray(run(inputs))
+    return Check(ran_with, float(np.abs(found - expected).max() / np.abs(expected).max()))
 
 
 def _exact_device() -> Any:
@@ -95,16 +102,14 @@ def random_inputs(config: FamilyConfig, batch: int, *, length: int | None = None
     spec = config.input_spec(batch)
     if spec.dtype == np.uint8:
         return rng.integers(0, 256, spec.shape, np.uint8)
-    whole = np.issubdtype(spec.dtype, np.integer) or spec.dtype == bool
-    return (rng.integers(0, 2, spec.shape) if whole else rng.normal(size=spec.shape)).astype(spec.dtype)
+    is_integer = np.issubdtype(spec.dtype, np.integer) or spec.dtype == bool
+    return (rng.integers(0, 2, spec.shape) if is_integer else rng.normal(size=spec.shape)).astype(spec.dtype)
 
 
-def _runner(kind: Format, content: bytes) -> tuple[str, Callable[[np.ndarray], Any]] | None:
-    """A description of the library that runs a file, and a function that runs it; None if nothing here can run it."""
-    if kind == "stablehlo":
+def _runner(format: Format, content: bytes) -> tuple[str, Callable[[np.ndarray], Any]]:
+    """A description of the library that runs a file, and a function that runs it."""
+    if format == "stablehlo":
         return f"jax {jax.__version__}", jax.jit(export.deserialize(bytearray(content)).call)
-    if kind == "safetensors" or importlib.util.find_spec("onnxruntime") is None:
-        return None
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()

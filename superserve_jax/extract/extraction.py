@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import json
+import operator
 from typing import Any
 
 import jax
 import numpy as np
 
-from superserve_jax import errors, families
+from superserve_jax import errors, families, ops
 from superserve_jax.exports import Model
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.supernets import programs
@@ -31,7 +32,7 @@ class Extraction:
       program: the subnet's sliced program.
       params: the parameters of `program.infer_folded`, float32, as {dotted path: array}.
       statistics: float32 (2, N), for the norms that could not be folded.
-      contract: what a user of the file must know, as plain values for `json.dump` (see docs/extract.md).
+      contract: what a user of a file with the network must know, as plain values for `json.dump` (see docs/extract.md).
     """
 
     program: Program
@@ -75,7 +76,7 @@ def take(model: Model, index: int = -1) -> Extraction:
       index: the place of the subnet in `model.served`, which ascends in FLOPs. -1 is the largest.
 
     Raises:
-      SubnetError: there is no such place.
+      SubnetError: there is no such place, or the index is not an integer.
 
     >>> import superserve_jax as ss
     >>> subnet = take(ss.load("digits"), 0)
@@ -83,6 +84,10 @@ def take(model: Model, index: int = -1) -> Extraction:
     (['batch', 32, 32, 1], 'uint8')
     """
     count = len(model.served)
+    try:
+        index = operator.index(index)
+    except TypeError as e:
+        raise errors.SubnetError(f"a subnet's index must be an integer from 0 to {count - 1}, got {index!r}") from e
     if not -count <= index < count:
         raise errors.SubnetError(
             f"subnet {index} is not one of the {count} served subnets of {model.path}; give an index from 0 (the smallest) to "
@@ -107,6 +112,7 @@ def take(model: Model, index: int = -1) -> Extraction:
         "class_names": model.class_names,
         "vocabulary": {**model.manifest["vocabulary"], "tokens": model.vocabulary} if model.vocabulary else None,
         "sizes": program.limits,
+        "norm_epsilon": ops.EPS,
         "config": families.config_to_json(model.config),
     }
     return Extraction(
@@ -117,22 +123,32 @@ def take(model: Model, index: int = -1) -> Extraction:
     )
 
 
-def input_contract(config: FamilyConfig) -> dict[str, Any]:
-    """Name, shape and dtype of the inputs, and how to make them."""
+def input_contract(config: FamilyConfig, *, has_network: bool = True) -> dict[str, Any]:
+    """Name, shape and dtype of the inputs, and how to make them.
+
+    Args:
+      config: the family's config.
+      has_network: whether the file has the network, which scales and normalises raw pixels itself.
+    """
     spec = config.input_spec(1)
     found = {"name": INPUTS, "shape": [BATCH, *spec.shape[1:]], "dtype": str(spec.dtype)}
     if isinstance(config, SequenceConfig):
         found["shape"][1] = TOKENS
-        typed = "inputs[..., 0] are token ids, inputs[..., 1] token types. " if config.token_types > 1 else ""
+        types = config.token_types
+        typed = "inputs[..., 0] are token ids, inputs[..., 1] token types. " if types > 1 else ""
+        ranges = f"Token ids are from 0 to {config.vocab_size - 1}. "
+        ranges += f"Token types are from 0 to {types - 1}. " if types > 1 else ""
         about = (
-            f"{typed}Token ids are from 0 to {config.vocab_size - 1}. Positions with id {config.pad_id} are padding: no token "
-            f"attends to them. Pad the sequences of a batch at the end to one length, from 1 to {config.max_length} tokens. "
+            f"{typed}{ranges}Positions with id {config.pad_id} are padding: no token attends to them, unless a sequence is "
+            f"all padding. Pad the sequences of a batch at the end to one length, from 1 to {config.max_length} tokens. "
             "More padding does not change the logits."
         )
         names = ("max_length", "vocab_size", "pad_id", "token_types")
         return {**found, "about": about, **{name: getattr(config, name) for name in names}}
     about = "Raw inputs as the server takes them, with a batch axis in front."
     if isinstance(config, OFAResNetConfig):
-        raw = "Raw pixels from 0 to 255, channels last. The network itself scales and normalises them with mean and std."
+        by_itself = "The network itself scales and normalises them with mean and std."
+        first = "Compute (x / 255 - mean) / std first; mean and std are in config."
+        raw = f"Raw pixels from 0 to 255, channels last. {by_itself if has_network else first}"
         about = raw if config.input_dtype == "uint8" else "Normalised images, channels last."
     return {**found, "about": about}

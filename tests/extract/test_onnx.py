@@ -56,12 +56,15 @@ def test_an_unknown_token_gives_nan_as_in_the_supernet(models, run):
     np.testing.assert_array_equal(np.isnan(models["bert"](inputs, models["bert"].subnets[1])), np.isnan(logits))
 
 
-def test_padding_does_not_change_logits_and_alone_gives_those_of_the_supernet(models, run):
-    config, inputs = KINDS["bert"], cases(KINDS["bert"])[3]
-    longer = np.zeros((len(inputs), config.max_length, 2), np.int32)
+def test_padding_does_not_change_logits(run):
+    inputs = cases(KINDS["bert"])[3]
+    longer = np.zeros((len(inputs), KINDS["bert"].max_length, 2), np.int32)
     longer[:, : inputs.shape[1]] = inputs
     assert_close(run("bert", 2, longer), run("bert", 2, inputs))
-    nothing = np.zeros((2, config.max_length, 2), np.int32)
+
+
+def test_only_padding_gives_the_logits_of_the_supernet(models, run):
+    nothing = np.zeros((2, KINDS["bert"].max_length, 2), np.int32)
     assert_close(run("bert", 2, nothing), models["bert"](nothing))
 
 
@@ -87,9 +90,6 @@ def test_the_constants_are_the_weights_of_the_subnet(take):
     for name, value in subnet.weights.items():
         np.testing.assert_array_equal(constants.pop(name), value.transpose(3, 2, 0, 1) if value.ndim == 4 else value)
     assert set(constants) == {"pixels.mean", "pixels.scale"}
-    kinds = {node.op_type for node in graph.node}
-    assert "BatchNormalization" not in kinds
-    assert [node.name for node in graph.node if not node.name] == []
 
 
 def test_a_family_that_derives_from_a_known_one_is_refused(take):
@@ -99,5 +99,7 @@ def test_a_family_that_derives_from_a_known_one_is_refused(take):
     subnet = take("basic", 2)
     fields = {f.name: getattr(KINDS["basic"], f.name) for f in dataclasses.fields(KINDS["basic"])}
     program = dataclasses.replace(subnet.program, config=OwnConfig(**fields))
-    with pytest.raises(errors.ExportError, match="families ofa_resnet and dynabert, not 'own'; use --format stablehlo to run"):
+    with pytest.raises(
+        errors.ExportError, match="families ofa_resnet and dynabert, not 'own'; give the format stablehlo to run"
+    ):
         formats.content(dataclasses.replace(subnet, program=program), "onnx")

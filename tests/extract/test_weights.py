@@ -10,6 +10,7 @@ from three_subnets import CLASSES, KINDS, WORDS, cases, expected
 from tiny import assert_close
 
 from superserve_jax import extract
+from superserve_jax.extract import formats
 
 
 def read(path):
@@ -51,18 +52,24 @@ def test_the_weights_of_a_dynabert_make_a_plain_network(models, tmp_path, index)
 def test_the_contract_says_what_inputs_must_be(models, take):
     images = take("basic", 0).contract
     assert images["input"] | {"about": ""} == {"name": "inputs", "shape": ["batch", 9, 9, 1], "dtype": "uint8", "about": ""}
-    assert images["input"]["about"].startswith("Raw pixels from 0 to 255, channels last.")
+    pixels = "Raw pixels from 0 to 255, channels last. "
+    assert images["input"]["about"] == f"{pixels}The network itself scales and normalises them with mean and std."
+    weights = formats.contract_of(take("basic", 0), "safetensors")
+    assert weights["input"]["about"] == f"{pixels}Compute (x / 255 - mean) / std first; mean and std are in config."
+    assert weights | {"input": images["input"]} == images
     assert images["class_names"] == list(CLASSES)
     assert (images["accuracy"], images["measured"], images["index"], images["served_subnets"]) == (0.5, "made up", 0, 3)
     assert images["subnet"] == models["basic"].subnets[0].to_json()
     assert images["vocabulary"] is None
+    assert images["norm_epsilon"] == 1e-5
     assert take("float32", 2).contract["input"]["about"] == "Normalised images, channels last."
     texts = extract.take(models["bert"], -1).contract
     assert (texts["index"], texts["input"]["shape"], texts["input"]["dtype"]) == (2, ["batch", "tokens", 2], "int32")
-    about = (
-        "inputs[..., 0] are token ids, inputs[..., 1] token types. Token ids are from 0 to 10. Positions with id 0 are padding"
+    assert texts["input"]["about"] == (
+        "inputs[..., 0] are token ids, inputs[..., 1] token types. Token ids are from 0 to 10. Token types are from 0 to 1. "
+        "Positions with id 0 are padding: no token attends to them, unless a sequence is all padding. Pad the sequences of a "
+        "batch at the end to one length, from 1 to 6 tokens. More padding does not change the logits."
     )
-    assert texts["input"]["about"].startswith(about)
     assert {name: texts["input"][name] for name in ("max_length", "vocab_size", "pad_id", "token_types")} == {
         "max_length": 6,
         "vocab_size": 11,
