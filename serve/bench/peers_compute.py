@@ -9,8 +9,8 @@ One file because all libraries share the case, the rounds and the table.
 It takes exports and config files. For a config file, it makes an export with random weights and calibrates the subnets. The
 smallest, a middle and the largest subnet are extracted as ONNX. So all libraries compute the same network in float32, with the
 same weights, and their logits must agree. Every call starts from a list of raw inputs, and ends with logits in NumPy. Texts
-have the longest length, as in `config.flops`. By default, it measures `digits`, which comes with the package. An export of
-your own, such as runs/demo/export, works as well; it is the same network.
+have the longest length, as in `config.flops`. `digits` comes with the package. The export of the demo, runs/demo/export, works
+as well; it is the same network.
 
 The libraries take turns in one process, several rounds, each with all cores, and another one begins in each round. A line has
 the median time of a call, the GFLOP/s (a multiply-add counts as two operations), and its share of the peak. The peak is the
@@ -195,11 +195,7 @@ def libraries() -> list[str]:
 
 
 def rotated(items: Mapping[T, Any], count: int) -> list[T]:
-    """The keys in another order in each round, so that no library always follows the same one.
-
-    >>> rotated({"a": 1, "b": 2, "c": 3}, 4)
-    ['b', 'c', 'a']
-    """
+    """The keys, beginning with the one of index `count` modulo their number."""
     start = count % len(items)
     return [*items][start:] + [*items][:start]
 

@@ -1,5 +1,6 @@
 """serve/bench/peers_compute.py on tiny networks: all libraries compute the same, and all figures are there."""
 
+import functools
 import sys
 
 import numpy as np
@@ -54,6 +55,14 @@ def test_throughput_is_the_best_arrangements(run_program, exports):
     best = max(case["inputs_per_s"]["ours"].values())
     assert f"{best:.4g} (2 x " in done.stdout
     assert "\nOur workers share one thread pool of XLA." in done.stdout
+
+
+def test_another_library_begins_in_each_round():
+    calls, options = [], peers_compute.Options(rounds=4, turn_s=1e-9)
+    times = peers_compute.alternate({name: functools.partial(calls.append, name) for name in "abc"}, options)
+    turn = 3  # one call that is not counted, and two that are
+    assert "".join(calls[::turn]) == "abcbcacababc"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 8, "b": 8, "c": 8}
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
