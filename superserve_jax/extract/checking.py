@@ -14,11 +14,13 @@ from superserve_jax.extract.extraction import INPUTS, Extraction
 from superserve_jax.extract.formats import Format
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
+from superserve_jax.supernets.programs import Program
 
 TOLERANCE = 1e-4
 """The largest difference between a file's logits and ours, relative to the largest logit."""
 
 _BATCH = 3
+_infer = jax.jit(Program.infer, static_argnums=0)  # made once, so that a process compiles it once for each subnet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def logits(model: Model, subnet: Extraction, inputs: np.ndarray) -> np.ndarray:
     shapes = programs.used_leaves(program)
     weights = {name: np.asarray(model.params[name])[tuple(map(slice, shape))] for name, shape in shapes.items()}
     rest = model.statistics_of(program.envelope), program.active(program.envelope)
-    return np.asarray(jax.jit(program.infer)(weights, inputs, *rest))  # type: ignore[arg-type]
+    return np.asarray(_infer(program, weights, inputs, *rest))
 
 
 def random_inputs(config: FamilyConfig, batch: int, *, length: int | None = None, seed: int = 0) -> np.ndarray:

@@ -23,6 +23,8 @@ CONTRACT_KEY = "superserve"
 INPUTS, LOGITS, BATCH, TOKENS = "inputs", "logits", "batch", "tokens"
 """Names of the input, of the output, and of the axes of any length."""
 
+_fold = jax.jit(Program.fold, static_argnums=0)  # made once, so that a process compiles it once for each subnet
+
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
@@ -95,7 +97,7 @@ def take(model: Model, index: int = -1) -> Extraction:
         )
     served = model.served[index]
     program, statistics = programs.sliced(model.config, served.subnet), model.statistics_of(served.subnet)
-    folded = jax.jit(program.fold)(dict(model.params), statistics)
+    folded = _fold(program, dict(model.params), statistics)
     contract = {
         "format": CONTRACT_FORMAT,
         "schema": CONTRACT_SCHEMA,

@@ -10,7 +10,7 @@ import jax.export
 import numpy as np
 import pytest
 from three_subnets import KINDS, cases, expected
-from tiny import assert_close, random_statistics
+from tiny import assert_close, random_params, random_statistics
 
 from superserve_jax import errors, exports, extract, files, foreign
 from superserve_jax.exports import Served
@@ -62,7 +62,7 @@ def test_no_device_rounds_the_factors_of_products(take, kind):
 
 
 def test_the_contract_is_beside_the_file_with_its_digest(models, tmp_path):
-    written = extract.write(tmp_path / "a.stablehlo", models["bert"], 0)
+    written = extract.write(tmp_path / "a.stablehlo", models["basic"], 0)
     assert written.paths == (tmp_path / "a.stablehlo", tmp_path / "a.stablehlo.json")
     found = json.loads(written.paths[1].read_text())
     assert found.pop("sha256") == files.sha256(written.paths[0])
@@ -73,9 +73,8 @@ def own_family(monkeypatch, path, name):
     """A SuperNet of a family in a user's file, and its served subnet."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     config = getattr(foreign.import_module(str(path)), name)()
-    model = SuperNet.create(config, seed=0)
     subnet = config.space().smallest()
-    model.statistics[subnet] = random_statistics(config, subnet)
+    model = SuperNet(config, random_params(config), {subnet: random_statistics(config, subnet)})
     return model, [Served(subnet, None, None, config.flops(subnet), config.num_params(subnet))]
 
 
