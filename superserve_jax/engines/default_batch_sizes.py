@@ -33,6 +33,8 @@ def to_serve(export: pathlib.Path, devices: Mapping[str, Device], compute_dtype:
     Raises ProfileError for a malformed profile.
     """
     sizes = candidates(devices.values())
+    if sizes == SMALL:  # no profile can change it
+        return sizes
     for kind in devices:
         path = exports.profile_path(export, kind, compute_dtype)
         measured = Profile.load(path).batch_sizes if path.exists() else sizes
