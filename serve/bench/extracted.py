@@ -61,7 +61,7 @@ def _folded(model: Model, program: Program, statistics: np.ndarray) -> dict[str,
     params = {name: np.asarray(model.params[name]) for fold in folds for name in (fold.kernel, fold.bias, fold.scale)}
     with jax.default_device(jax.devices("cpu")[0]):
         found = jax.jit(program.fold)(params, statistics)
-    return {name: np.asarray(found[name]) for fold in folds for name in (fold.kernel, fold.bias)}
+    return {name: np.asarray(found[name]) for name in program.folded_params}
 
 
 def extract(

@@ -57,7 +57,7 @@ class Form:
 
     def spec(self, program: Program, name: str, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a weight that an executable takes."""
-        is_folded = self.folded and name in {path for fold in program.folds.values() for path in (fold.kernel, fold.bias)}
+        is_folded = self.folded and name in program.folded_params
         full = programs.param_spec(program.config)[name]
         return jax.ShapeDtypeStruct(shape, self.dtype if is_folded else programs.weight_spec(full, self.dtype).dtype)
 
@@ -124,12 +124,11 @@ def build(
 def prepared_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
     """The arguments of an executable that a slicer must make (sliced, folded or laid out), and their layouts."""
     full = programs.param_spec(program.config)
-    folded = {name for fold in program.folds.values() for name in (fold.kernel, fold.bias)} if form.folded else set()
     default = tuple(tuple(range(len(shape))) for _, shape in executable.leaves)
     chosen = [
         ((name, shape), layout)
         for (name, shape), layout in zip(executable.leaves, executable.layouts or default, strict=True)
-        if shape != full[name].shape or name in folded or layout != tuple(range(len(shape)))
+        if shape != full[name].shape or (form.folded and name in program.folded_params) or layout != tuple(range(len(shape)))
     ]
     return tuple(leaf for leaf, _ in chosen), tuple(layout for _, layout in chosen) if executable.layouts else ()
 

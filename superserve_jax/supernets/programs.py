@@ -68,6 +68,11 @@ class Program:
         found = self.config.folds() if isinstance(self.config, FoldableConfig) else []
         return {fold.norm: fold for fold in found if fold.norm in self.offsets}
 
+    @functools.cached_property
+    def folded_params(self) -> frozenset[str]:
+        """The parameters that folding changes: dotted paths of the kernels and biases of `folds`."""
+        return frozenset(path for fold in self.folds.values() for path in (fold.kernel, fold.bias))
+
     # -- the arguments of a subnet, on the host -------------------------------------------------------------------------
 
     def active(self, subnet: Subnet) -> np.ndarray:
