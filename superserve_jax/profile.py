@@ -1,10 +1,8 @@
 """Profiles: the accuracy and the latencies of each served subnet on one kind of device. No jax.
 
 A policy knows nothing else about the SuperNet. `superserve measure` measures a profile. Policies and simulator read it.
-
 A text server pads each input to one of a few lengths, the **length buckets**. Its profile holds rows for each length bucket.
 `Profile.at_length` returns the profile of one length bucket. A policy uses it like a profile without length buckets.
-
 This is one file because the classes, the checks of their values, and their file format change together.
 """
 
@@ -76,6 +74,8 @@ class Profile:
       rows_at: a mapping from each length bucket in tokens, ascending, to its rows. All length buckets have the same subnets.
       slicing: when weights were sliced during the measurement, "kept" or "in_call" (see `engines.device`).
       compute_dtype: the dtype in which accuracies and latencies were measured, "float32" or "bfloat16".
+      parts: on a CPU, how many inputs each part of a batch had, by batch size (see `engines.device`).
+      cpu_workers: how many workers divided the cores of the CPU during the measurement.
 
     >>> row = Row(Subnet((1,)), 0.7, (1.0, 1.5))
     >>> Profile((1, 2), (row,)).latency_ms(row.subnet, 2)
@@ -91,6 +91,8 @@ class Profile:
     rows_at: Mapping[int, tuple[Row, ...]] = dataclasses.field(default_factory=dict, hash=False)
     slicing: Literal["kept", "in_call"] = "kept"
     compute_dtype: ComputeDtype = "float32"
+    parts: Mapping[int, int] = dataclasses.field(default_factory=dict, hash=False)
+    cpu_workers: int = 1
 
     @errors.refusing(errors.ProfileError, "a profile needs a tuple of batch sizes and a tuple of `Row`")
     def __post_init__(self):
@@ -100,6 +102,9 @@ class Profile:
         if self.slicing not in ("kept", "in_call"):
             raise errors.ProfileError(f"slicing must be 'kept' or 'in_call', got {self.slicing!r}")
         dtypes.check(self.compute_dtype)
+        fits = all(size in self.batch_sizes and 1 <= part <= size for size, part in self.parts.items())
+        if not fits or self.cpu_workers < 1:
+            raise errors.ProfileError(f"parts={self.parts} or cpu_workers={self.cpu_workers} is impossible; measure it again")
         rows_at = {n: self._checked(rows) for n, rows in self.rows_at.items()}
         rows = self._checked(self.rows) if self.rows or not rows_at else ()
         if rows_at:
@@ -266,7 +271,8 @@ class Profile:
         if lengths:
             chosen = dataclasses.replace(self, rows=(), rows_at={n: r for n, r in self.rows_at.items() if n in lengths})
         places = [self.batch_sizes.index(b) for b in batch_sizes]
-        return chosen._with_latencies(lambda ms: tuple(ms[i] for i in places), batch_sizes=tuple(batch_sizes))
+        parts = {size: part for size, part in self.parts.items() if size in batch_sizes}
+        return chosen._with_latencies(lambda ms: tuple(ms[i] for i in places), batch_sizes=tuple(batch_sizes), parts=parts)
 
     def _with_latencies(self, change: Callable[[tuple[float, ...]], tuple[float, ...]], **fields: Any) -> "Profile":
         """Apply `change` to the latencies of every row at every length, and replace `fields` of the profile."""
@@ -296,6 +302,8 @@ class Profile:
         """A dict for `json.dump`. `rows` lists the rows of the longest length, `shorter` has one list per other length."""
         about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing}
         about |= {} if self.compute_dtype == "float32" else {"compute_dtype": self.compute_dtype}
+        parts = {str(size): part for size, part in self.parts.items()}
+        about |= {"parts": parts, "cpu_workers": self.cpu_workers} if parts or self.cpu_workers > 1 else {}
         about |= {"batch_sizes": list(self.batch_sizes), "rows": _rows_to_json(self.rows)}
         if not self.rows_at:
             return about
@@ -313,7 +321,9 @@ class Profile:
                 tables = map(_rows_from_json, (*data.get("shorter", ()), data["rows"]))
                 rows_at = dict(zip(lengths, tables, strict=True))
                 rows, sizes, slicing = rows_at.pop(0, ()), tuple(data["batch_sizes"]), data.get("slicing", "kept")
-                return Profile(sizes, rows, data["device"], rows_at, slicing, data.get("compute_dtype", "float32"))
+                parts = {int(size): operator.index(part) for size, part in data.get("parts", {}).items()}
+                how = slicing, data.get("compute_dtype", "float32"), parts, operator.index(data.get("cpu_workers", 1))
+                return Profile(sizes, rows, data["device"], rows_at, *how)
         except (errors.ConfigError, errors.SubnetError, errors.UnknownNameError) as e:
             raise errors.ProfileError(f"not a latency profile; measure it again ({e})") from e
 

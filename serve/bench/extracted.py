@@ -90,7 +90,7 @@ def extract(
         return Form(kept=True, laid_out=prepares, folded=prepares and bool(program.folds))
 
     lengths = (length,) if length else ()
-    made, _ = executables.build(program_of.values(), batch_sizes, device, lengths=lengths, form=form)
+    made = executables.build(program_of.values(), batch_sizes, device, lengths=lengths, form=form)
     return {s: Extracted(model, p, form(p), {b: made[p, b, length] for b in batch_sizes}) for s, p in program_of.items()}
 
 

@@ -6,7 +6,8 @@ The server and `superserve replay` find the profile there. For a model of sequen
 bucket (such as `--lengths 32 64 128`). Devices of several kinds are measured one after the other and get a profile each. The
 steps:
 
-1. Find the faster way of slicing weights (--slicing decides it).
+1. Find the faster way of slicing weights (--slicing decides it). On a CPU, also find out whether batches are faster in parts,
+   and whether several workers with fewer cores each are faster than one (--cpu-workers decides it).
 2. Choose subnet buckets, if there are more subnets than --executables. Also measure some subnets with executables of their
    own, and print how much slower the shared executables are.
 3. Measure latencies beside a server and a load generator, as when serving (--no-load leaves them out).
@@ -30,7 +31,16 @@ import tyro
 import superserve_jax as ss
 from superserve_jax import cli, exports, plots
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import default_batch_sizes, keys, measuring, prepare, profiling, subnet_buckets
+from superserve_jax.engines import (
+    cpu_clients,
+    cpu_workers,
+    default_batch_sizes,
+    keys,
+    measuring,
+    prepare,
+    profiling,
+    subnet_buckets,
+)
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.subnet_buckets import Flops
@@ -58,6 +68,7 @@ class Options:
       lengths: the length buckets to make executables for; if left out, powers of two from 16 up to the model's longest.
       slicing: how weights are sliced; if left out, the faster way.
       compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
+      cpu_workers: how many workers divide the cores of a CPU; if left out, the better number.
       executables: the largest number of subnet buckets, which is also the number of executables of each shape.
       keep_all: keep every subnet that no other subnet beats, even if its neighbours are nearly equal.
       repeats: the number of calls of each subnet at each batch size and length bucket.
@@ -72,6 +83,7 @@ class Options:
     lengths: tuple[int, ...] | None = None
     slicing: Slicing | None = None
     compute_dtype: ComputeDtype = "float32"
+    cpu_workers: int | None = None
     executables: int = prepare.MAX_SUBNET_BUCKETS
     keep_all: bool = False
     repeats: int = 50
@@ -89,6 +101,7 @@ def main() -> None:
     options = cli.parse(Options, __doc__)
     if options.batch_sizes is not None:
         check_batch_sizes(options.batch_sizes)  # before minutes of compiling
+    cpu_clients.check_workers(options.cpu_workers)
     model = ss.load(options.export)
     model.accuracies(options.compute_dtype)
     lengths = prepare.check_lengths(model.config, options.lengths)
@@ -104,17 +117,19 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     batch_sizes = options.batch_sizes or default_batch_sizes.candidates([device])
     way: dict[str, Any] = {"lengths": lengths, "compute_dtype": options.compute_dtype}
     slicing = options.slicing or choose_slicing(model, device, batch_sizes, **way)
+    way["slicing"] = slicing
+    workers, parts = choose_cores(options, model, batch_sizes, **way) if device.platform == "cpu" else (1, {})
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
-    def make_engine(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> DeviceEngine:
-        subnets = {"subnet_list": subnet_list, "envelopes": envelopes}
-        return DeviceEngine(model, device, batch_sizes=batch_sizes, slicing=slicing, **subnets, **way)
+    def make_engines(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> list[DeviceEngine]:
+        given = {"subnet_list": subnet_list, "envelopes": envelopes, "batch_sizes": batch_sizes, "parts": parts, **way}
+        return cpu_workers.create(model, workers, **given) if workers > 1 else [DeviceEngine(model, device, **given)]
 
-    engine = make_engine(model.subnets, envelopes)
+    engine, *beside = make_engines(model.subnets, envelopes)
     load = server.background_traffic if options.load else None
-    measured = measuring.measure(model, engine, repeats=options.repeats, background=load)
+    measured = measuring.measure(model, engine, repeats=options.repeats, background=load, beside=beside)
     if measured.envelopes:
-        exact = make_engine([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
+        [exact, *_] = make_engines([r.subnet for r in measured.rows[:: -(-len(measured.rows) // EXACT)]], {})
         report_sharing(measured, engine, exact, model.config.flops, options.repeats)
     profile = measured.pareto().monotone() if options.keep_all else measuring.worth_serving(measured)
     path = exports.profile_path(model.path, kind, options.compute_dtype)
@@ -150,6 +165,25 @@ def choose_slicing(model: Model, device: Device, batch_sizes: Sequence[int], **w
     slicing, ratio = measuring.faster_slicing(model, device, batch_sizes, **way)
     print(f"weights are sliced '{slicing}', the faster way here: time of 'in_call' / time of 'kept' is {ratio:.2f}")
     return slicing
+
+
+def choose_cores(options: Options, model: Model, batch_sizes: Sequence[int], **way: Any) -> tuple[int, dict[int, int]]:
+    """Returns the better number of workers on a CPU and the parts of their batches, and prints how much faster they are.
+
+    `way` are arguments of `DeviceEngine`.
+    """
+    if not cpu_clients.are_supported():
+        print("cores: every batch runs with all cores, because this version of jaxlib makes no CPU devices with one thread")
+        return 1, {}
+    way |= {"subnet_list": model.subnets}
+    parts, ratio = cpu_workers.faster_parts(model, batch_sizes, **way)
+    shown = ", ".join(f"batch {size} in parts of {part}" for size, part in parts.items()) or "no batch in parts"
+    print(f"cores: {shown}; time of whole batches / time in parts is {ratio:.2f} at batch {batch_sizes[-1]}")
+    workers = options.cpu_workers
+    if workers is None:
+        workers, ratio = cpu_workers.faster_workers(model, batch_sizes, parts, **way)
+        print(f"{workers} worker(s): throughput of a worker on each core / throughput of one worker is {ratio:.2f}")
+    return workers, cpu_workers.parts_of_workers(parts, workers)
 
 
 def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngine, flops: Flops, repeats: int) -> None:

@@ -50,6 +50,7 @@ class Options:
       batch_sizes: batch sizes to serve with; by default 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if throughput rises.
       lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
       compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
+      cpu_workers: how many workers divide the cores of the CPU; by default as in the latency profile.
       simulate: repeat each replay in the simulator, and print both.
       slow_factor: every batch takes this many times as long from --slow-after on.
       slow_after: when --slow-factor takes effect, as a fraction of the traffic.
@@ -72,6 +73,7 @@ class Options:
     batch_sizes: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     compute_dtype: ComputeDtype = "float32"
+    cpu_workers: int | None = None
     simulate: bool = False
     slow_factor: float = 1.0
     slow_after: float = 0.5
@@ -112,11 +114,19 @@ class Work:
 
     def slower(self) -> float:
         """By which factor batches take longer than before the first policy, on the engine that changed most."""
-        factors = []
-        for engine, profile in zip(self.engines, self.profiles, strict=True):
-            now = profiling.measure_again(engine, profile, seconds=CHECK_S, background=server.background_traffic)
-            factors.append(profiling.slower(now, profile))
+        now = measure_all(self.engines, self.profiles, CHECK_S)
+        factors = list(map(profiling.slower, now, self.profiles))
         return max(factors, key=lambda factor: abs(math.log(factor)))
+
+
+def measure_all(engines: Sequence[Engine], profiles: Sequence[ss.Profile], seconds: float) -> list[ss.Profile]:
+    """Measures the latencies of each engine again. Engines that share the cores of a CPU are busy meanwhile."""
+    found = []
+    for engine, profile in zip(engines, profiles, strict=True):
+        beside = [other for other in engines if other is not engine] if profile.cpu_workers > 1 else []
+        calls = {"seconds": seconds, "background": server.background_traffic, "beside": beside}
+        found.append(profiling.measure_again(engine, profile, **calls))
+    return found
 
 
 def prepare_work(options: Options) -> Work:
@@ -128,10 +138,10 @@ def prepare_work(options: Options) -> Work:
         print(f"{trace.name}: {len(trace):,} queries in {cli.duration(trace.arrivals_s[-1])}", flush=True)
     loadgen.check_policies(options.policies, options.batch_sizes or default_batch_sizes.SMALL, subnets=len(model.served))
     inputs, labels = test_examples(model)
-    shapes = {"batch_sizes": options.batch_sizes, "lengths": options.lengths, "compute_dtype": options.compute_dtype}
+    names = ("batch_sizes", "lengths", "compute_dtype", "cpu_workers")
+    shapes = {name: getattr(options, name) for name in names}
     _, engines, profiles = prepare.prepare(model, background=server.background_traffic, **shapes)
-    calls = {"seconds": TIMING_S, "background": server.background_traffic}
-    profiles = [profiling.measure_again(e, p, **calls) for e, p in zip(engines, profiles, strict=True)]
+    profiles = measure_all(engines, profiles, TIMING_S)
     buckets = profiles[0].lengths
     # The server measures the length of each input itself. The arrival rates and the simulator need the lengths earlier.
     lengths = np.array([len(trim_padding(x, engines[0].pad_id)) for x in inputs]) if buckets else np.zeros(len(inputs), int)

@@ -26,7 +26,7 @@ import pickle
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,7 @@ class Executable:
       leaves: the parameters that a program takes, or the slices that a slicer returns.
       layouts: the layouts of `leaves`; `()` if all have the default one.
       takes: names of the parameters that a slicer takes.
+      others: the same function on further devices (see `ExecutableCache`).
       is_from_cache: whether it was loaded from the cache.
     """
 
@@ -72,6 +73,7 @@ class Executable:
     leaves: Leaves
     layouts: Layouts = ()
     takes: tuple[str, ...] = ()
+    others: tuple[Callable[..., Any], ...] = ()
     is_from_cache: bool = False
 
 
@@ -129,9 +131,11 @@ class ExecutableCache:
     Args:
       config: the family's config.
       device: the device that runs the executables.
+      others: further devices that run them: CPU devices with as many threads.
     """
 
-    def __init__(self, config: FamilyConfig, device: Device):
+    def __init__(self, config: FamilyConfig, device: Device, others: Sequence[Device] = ()):
+        self._others = others
         self._device, self._is_foreign, self._limit_bytes = device, keys.is_foreign(config), limit_bytes()
         root = directory()
         common = keys.common_key(config, device) if root is not None else None
@@ -150,21 +154,28 @@ class ExecutableCache:
           trace: traces the program. For a family of this library it is called only if there is no entry.
         """
         if self._root is None:
-            return trace().compile()
+            return self._on_others(trace().compile())
         program, digest = None, None
         if self._is_foreign:
             program = trace()
             digest = keys.program_digest(program.traced.jaxpr)
             if digest is None:
                 _log.warning("an executable is not kept: its program contains a Python function, whose code has no digest")
-                return program.compile()
+                return self._on_others(program.compile())
         key = json.dumps({**self._common, **about, "program": digest}, sort_keys=True)
         path = self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
         found = self._load(path) if load else None
         if found is None:
-            found = (program or trace()).compile(self._options)
+            found = self._on_others((program or trace()).compile(self._options))
             _save(path, found)
         return found
+
+    def _on_others(self, compiled: Executable) -> Executable:
+        """A compiled executable with `others`."""
+        if not self._others:
+            return compiled
+        serialised = serialize_executable.serialize(compiled.call)  # type: ignore[arg-type]
+        return dataclasses.replace(compiled, others=tuple(_loaded(serialised, device) for device in self._others))
 
     def shrink(self) -> None:
         """Deletes the least recently used entries until the others take at most `limit_bytes`. Call it after `get`."""
@@ -188,15 +199,18 @@ class ExecutableCache:
             if hashlib.sha256(body).digest() != digest:
                 raise ValueError("it is damaged")
             *described, serialised = pickle.loads(body)
-            call = serialize_executable.deserialize_and_load(
-                *serialised, backend=self._device.client, execution_devices=[self._device]
-            )
-            return Executable(call, *described, is_from_cache=True)
+            call, *others = (_loaded(serialised, device) for device in (self._device, *self._others))
+            return Executable(call, *described, others=tuple(others), is_from_cache=True)
         except FileNotFoundError:
             return None
         except Exception as e:  # the runtime can fail in any way on a stale entry, and the remedy is always the same
             _log.warning("cannot load an executable from %s (%s: %s); compiling again", path, type(e).__name__, e)
             return None
+
+
+def _loaded(serialised: Any, device: Device) -> Callable[..., Any]:
+    """A serialised executable, on a device. A loaded executable cannot be serialised again: XLA would lose some functions."""
+    return serialize_executable.deserialize_and_load(*serialised, backend=device.client, execution_devices=[device])
 
 
 def entries(root: pathlib.Path) -> list[tuple[pathlib.Path, os.stat_result]]:

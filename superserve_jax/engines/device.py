@@ -8,13 +8,17 @@ bucket uses a static slice of the weights. There are two ways to slice the weigh
   subnet. The slices have a byte budget, and the least recently used are dropped first. A change to a subnet whose slices were
   dropped costs one copy.
 
+On a CPU, an engine may compute a batch in **parts**, which run on several lanes at the same time (see `cpu_clients`). That is
+faster than one call with all cores for most networks: a lane does not wait for other cores after every operation, and the
+activations of a part fit into its caches.
+
 An engine holds compiled objects only. So nothing can compile while serving.
 """
 
 import collections
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,7 +26,7 @@ import numpy as np
 
 from superserve_jax import dtypes, errors
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import base, executables, profiling
+from superserve_jax.engines import base, cpu_clients, executables, profiling
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.budget import LeastRecentlyUsed
 from superserve_jax.engines.cache import Executable
@@ -68,6 +72,9 @@ class DeviceEngine:
       prepared: whether kept slices have the statistics of their subnet and the layouts that XLA chooses (see `executables`).
         None prepares them on GPUs. A CPU gains nothing.
       compute_dtype: "float32" or "bfloat16" (see `dtypes`). With bfloat16, the engine's matrices take half the memory.
+      parts: on a CPU, the inputs of a part, by batch size. Other batch sizes run in one call on `device`.
+      lanes: the devices that compute parts. None takes the lanes of all cores.
+      shares: another engine of the model on a CPU, with at least these subnets. This engine reads its weights and slices.
 
     Attributes:
       command_buffers: whether calls on a GPU are recorded as command buffers.
@@ -86,6 +93,9 @@ class DeviceEngine:
         slice_bytes: int | None = None,
         prepared: bool | None = None,
         compute_dtype: ComputeDtype = "float32",
+        parts: Mapping[int, int] | None = None,
+        lanes: Sequence[Device] | None = None,
+        shares: "DeviceEngine | None" = None,
     ):
         check_slicing(slicing, slice_bytes)
         dtypes.check(compute_dtype)
@@ -100,7 +110,12 @@ class DeviceEngine:
 
         if slice_bytes is None:
             slice_bytes = default_slice_bytes(model, device)
-        self.slices = LeastRecentlyUsed(slice_bytes)
+        self.slices = LeastRecentlyUsed(slice_bytes) if shares is None else shares.slices
+        self._shared = shares
+        self.parts = {size: part for size, part in (parts or {}).items() if size in batch_sizes}
+        if self.parts and lanes is None:
+            lanes = cpu_clients.lanes()
+        self.lanes: tuple[Device, ...] = tuple(lanes or ()) if self.parts else ()
         self.slicing: Slicing = slicing
         self.compute_dtype: ComputeDtype = compute_dtype
         self._program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
@@ -118,9 +133,9 @@ class DeviceEngine:
         largest = 8 * max(program.statistics_size for program in users)
         most = _STATISTICS_KEPT if device.platform == "cpu" else max(_STATISTICS_KEPT, len(self.subnets))
         self.statistics = LeastRecentlyUsed(max(most * largest, _MIN_STATISTICS_BYTES))
-        # The subnet that runs next, and its weights, statistics and traced sizes on the device.
+        # The subnet that runs next; and its weights, statistics and traced sizes on the device and on each lane.
         self._subnet: Subnet | None = None
-        self._actuated: tuple[Any, ...] = ()
+        self._actuated: list[tuple[Any, ...]] = []
 
         self.overlap = device.platform != "cpu"
         if self.lengths and isinstance(config, SequenceConfig):
@@ -140,17 +155,15 @@ class DeviceEngine:
         with_, without = (compiler.options(self.device.platform, command_buffers=b) for b in (True, False))
         self.command_buffers = with_ != without
         while True:
-            made, slicers = executables.build(
-                self._forms, self.batch_sizes, self.device, lengths=self.lengths, form=self._forms.__getitem__, **how
-            )
+            made = self._executables(**how)
             try:
-                self._connect(made, slicers)
+                self._connect(*made)
                 return self.warm_up()
             except Exception as e:  # the runtime can fail in any way
                 is_recording = self.command_buffers and "graph" in str(e)  # XLA also reports this as RESOURCE_EXHAUSTED
                 if isinstance(e, errors.SuperServeError) or (base.is_out_of_memory(e, str(e)) and not is_recording):
                     raise
-                loaded = any(executable.is_from_cache for executable in (*made.values(), *slicers.values()))
+                loaded = any(executable.is_from_cache for group in made for executable in group.values())
                 if loaded and how.get("use_cache", True):
                     how["use_cache"], remedy = False, "compiling all of them again"
                 elif self.command_buffers:
@@ -161,12 +174,51 @@ class DeviceEngine:
                 else:
                     raise
                 _log.warning("an executable of %s failed (%s: %s); %s", self.name, type(e).__name__, e, remedy)
-            del made, slicers  # before the next ones take memory
-            self.calls, self.executables, self._subnet, self._actuated = {}, (), None, ()
-            self.slices.clear()
+            del made  # before the next ones take memory
+            self.calls, self.executables, self._subnet, self._actuated = {}, (), None, []
+            if self._shared is None:
+                self.buckets = {}
+                self.slices.clear()
 
-    def _connect(self, made: Mapping[Key, Executable], slicers: Mapping[Program, Executable]) -> None:
+    def _executables(self, **how: bool) -> tuple[dict[Key, Executable], dict[Key, Executable], dict[Program, Executable]]:
+        """Loads or compiles the executables of whole batches, those of parts (for the first lane), and the slicers.
+
+        `how` are arguments of `executables.build`.
+        """
+        forms: dict[str, Any] = {"form": self._forms.__getitem__, "use_cache": how.get("use_cache", True)}
+        shapes: dict[str, Any] = {**forms, "lengths": self.lengths, **how}
+        sizes = [size for size in self.batch_sizes if size not in self.parts]
+        whole = executables.build(self._forms, sizes, self.device, **shapes)
+        parts = {}
+        if self.parts:
+            sizes = sorted({*self.parts.values()})
+            parts = executables.build(self._forms, sizes, self.lanes[0], others=self.lanes[1:], **shapes)
+        if self._shared is not None:
+            return whole, parts, {}
+        one_of_each = {program: executable for (program, _, _), executable in (whole | parts).items()}
+        return whole, parts, executables.build_slicers(one_of_each, self.device, **forms)
+
+    def _connect(
+        self, whole: Mapping[Key, Executable], parts: Mapping[Key, Executable], slicers: Mapping[Program, Executable]
+    ) -> None:
         """Puts the weights on the device, and connects them with the executables that read them."""
+        self.buckets = self._make_buckets({**whole, **parts}, slicers) if self._shared is None else self._shared.buckets
+
+        def calls(program: Program, size: int, length: int) -> tuple[Callable[..., jax.Array], ...]:
+            made = parts[program, self.parts[size], length] if size in self.parts else whole[program, size, length]
+            return made.call, *made.others
+
+        self.calls = {
+            (s, *shape): (calls(program, *shape), self.buckets[program])
+            for s, program in self._program_of.items()
+            for shape in self._shapes
+        }
+        self.executables = tuple(call for e in (*whole.values(), *parts.values()) for call in (e.call, *e.others))
+        self._subnet, self._actuated = None, []
+
+    def _make_buckets(
+        self, made: Mapping[Key, Executable], slicers: Mapping[Program, Executable]
+    ) -> dict[Program, SubnetBucket]:
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
         stored = programs.cast({name: self.model.params[name] for name in sorted(read)}, self.compute_dtype)
@@ -179,15 +231,7 @@ class DeviceEngine:
             sources = tuple(weights[name] for name in slicer.takes)
             return SubnetBucket(program, params, slicer, sources, is_folded=self._forms[program].folded)
 
-        buckets = {program: bucket(program, names) for program, names in leaves.items()}
-        self.calls = {
-            (s, *shape): (made[program, *shape].call, buckets[program])
-            for s, program in self._program_of.items()
-            for shape in self._shapes
-        }
-        self.executables = tuple(e.call for e in made.values())
-        self.slices.clear()
-        self._subnet, self._actuated = None, ()
+        return {program: bucket(program, names) for program, names in leaves.items()}
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """See `Engine.run`. Each output is an array of logits, float32 (num_classes,)."""
@@ -196,15 +240,16 @@ class DeviceEngine:
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `Overlapping.launch`."""
         launched = self._launch(subnet, batch_size, inputs)
-        launched[0].copy_to_host_async()  # starts the copy now; otherwise it starts only after the wait
-        return Launched(launched[0].block_until_ready, functools.partial(_outputs, *launched))
+        for computed in launched[0]:
+            computed.copy_to_host_async()  # starts the copy now; otherwise it starts only after the wait
+        return Launched(functools.partial(jax.block_until_ready, launched[0]), functools.partial(_outputs, *launched))
 
     def _launch(
         self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]
-    ) -> tuple[jax.Array, int, np.ndarray, list[np.ndarray]]:
+    ) -> tuple[list[jax.Array], int, np.ndarray, list[np.ndarray]]:
         """Starts a batch. Returns the arguments of `_outputs`."""
         length = length_bucket(self.lengths, inputs) if self.lengths else 0
-        call, bucket = self.calls[subnet, batch_size, length]
+        calls, bucket = self.calls[subnet, batch_size, length]
         free = self.staging[batch_size, length]
         staged = free.pop() if free else self._make_staging(batch_size, length)  # an abandoned batch keeps its buffer
         try:
@@ -217,12 +262,28 @@ class DeviceEngine:
                     staged[i, len(x) :] = self._padding[len(x) : length]
             if subnet is not self._subnet:
                 self._actuate(subnet, bucket)
-            leaves, statistics, active = self._actuated
-            computed = call(leaves, staged, statistics, active)
         except BaseException:
             free.append(staged)
             raise
-        return computed, len(inputs), staged, free
+        # If a call fails, the buffer is dropped, since other lanes may read it.
+        if batch_size in self.parts:
+            return self._start_parts(calls, self.parts[batch_size], staged, len(inputs)), len(inputs), staged, free
+        leaves, statistics, active = self._actuated[0]
+        return [calls[0](leaves, staged, statistics, active)], len(inputs), staged, free
+
+    def _start_parts(
+        self, calls: Sequence[Callable[..., jax.Array]], part: int, staged: np.ndarray, count: int
+    ) -> list[jax.Array]:
+        """Starts the parts that contain one of the first `count` inputs. Returns their outputs in order.
+
+        The lanes take turns. The first lane computes in this thread, so its parts begin when all others have been started.
+        """
+        starts, lanes = range(0, count, part), len(calls)
+        computed: dict[int, jax.Array] = {}
+        for i in sorted(range(len(starts)), key=lambda i: i % lanes == 0):
+            leaves, statistics, active = self._actuated[1 + i % lanes]
+            computed[i] = calls[i % lanes](leaves, staged[starts[i] : starts[i] + part], statistics, active)
+        return [computed[i] for i in range(len(starts))]
 
     def _make_staging(self, batch_size: int, length: int) -> np.ndarray:
         staged = np.zeros(executables.input_spec(self.model.config, batch_size, length).shape, self.input_dtype)
@@ -232,17 +293,17 @@ class DeviceEngine:
 
     def _actuate(self, subnet: Subnet, bucket: SubnetBucket) -> None:
         """Makes the next calls run `subnet`."""
-        self._subnet, self._actuated = None, ()  # drops the reference, so that old slices can be freed
-        program = bucket.program
+        self._subnet, self._actuated = None, []  # drops the reference, so that old slices can be freed
+        program, places = bucket.program, (self.device, *self.lanes)
 
-        def statistics() -> tuple[jax.Array, jax.Array]:
+        def statistics() -> list[tuple[jax.Array, jax.Array]]:
             values = program.pad_statistics(self.model.statistics_of(subnet), subnet), program.active(subnet)
-            return jax.device_put(values, self.device)
+            return [jax.device_put(values, device) for device in places]
 
         leaves, rest = bucket.whole, self.statistics.get(subnet, 8 * program.statistics_size, statistics)
         if bucket.slicer is not None:
-            leaves = self.slices.get(bucket, bucket.slice_bytes, lambda: bucket.sliced(rest[0]))
-        self._actuated = (leaves, *rest)
+            leaves = self.slices.get(bucket, bucket.slice_bytes, lambda: bucket.sliced(rest[0][0]))
+        self._actuated = [(leaves.on(device), *values) for device, values in zip(places, rest, strict=True)]
         self._subnet = subnet
 
     def warm_up(self) -> None:
@@ -261,7 +322,7 @@ class DeviceEngine:
             for batch, length in sorted(self.staging):
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
-                call = self, subnet, batch, [self.staging[batch, length][0][0]]
+                call = self, subnet, batch, [self.staging[batch, length][0][0]] * batch
                 if profiling.time_s(*call) <= _SLOW_CALL_S:
                     slow.discard((batch, length))
                 elif (batch, length) not in slow and profiling.time_s(*call) > _SLOW_CALL_S:
@@ -276,12 +337,11 @@ def default_slice_bytes(model: SuperNet, device: Device) -> int:
     return max(int(SLICES_SHARE * sum(v.nbytes for v in model.params.values())), _MIN_SLICES_BYTES)
 
 
-def _outputs(computed: jax.Array, count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:
-    """Waits for a batch, frees its staging buffer, and returns the outputs of its `count` inputs."""
-    try:
-        logits = np.asarray(computed)  # waits until the device has computed them
-    finally:
-        free.append(staged)
+def _outputs(computed: Sequence[jax.Array], count: int, staged: np.ndarray, free: list[np.ndarray]) -> list[np.ndarray]:
+    """Waits for the parts of a batch, frees its staging buffer, and returns the outputs of its `count` inputs."""
+    parts = [np.asarray(part) for part in computed]  # waits until the device has computed them
+    free.append(staged)  # after an error it is dropped, since other parts may still read it
+    logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
     base.check_outputs(logits[:count], count)
     return [logits[i].copy() for i in range(count)]  # a view in one reply would keep the whole batch in memory
 

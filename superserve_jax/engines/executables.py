@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from superserve_jax.engines import threads
+from superserve_jax.engines import cpu_clients, threads
 from superserve_jax.engines.cache import Executable, ExecutableCache, Layouts, Leaves, Traced
 from superserve_jax.engines.keys import Device
 from superserve_jax.subnet import Subnet
@@ -71,8 +71,9 @@ def build(
     form: Callable[[Program], Form] = lambda program: Form(),
     use_cache: bool = True,
     command_buffers: bool = True,
-) -> tuple[dict[Key, Executable], dict[Program, Executable]]:
-    """Loads or compiles executables in parallel, with a progress bar.
+    others: Sequence[Device] = (),
+) -> dict[Key, Executable]:
+    """Loads or compiles executables in parallel, with a progress bar. Returns them by program, batch size and length.
 
     Args:
       program_list: the programs, all with one config.
@@ -82,13 +83,13 @@ def build(
       form: a function that tells how a program takes its weights.
       use_cache: whether to load executables from the cache. All that are compiled are stored there.
       command_buffers: see `compiler.options`.
-
-    Returns:
-      The executables by program, batch size and length, and the slicers of the programs with kept slices.
+      others: further devices that run them (see `ExecutableCache`).
     """
     forms = {program: form(program) for program in program_list}
-    store = ExecutableCache(next(iter(forms)).config, device)
     shapes, workers = list(itertools.product(batch_sizes, lengths or (0,))), os.cpu_count() or 1
+    if not shapes:
+        return {}
+    store = ExecutableCache(next(iter(forms)).config, device, others)
     # The executable of the largest batch chooses the layouts of prepared slices, so it comes before the others.
     chooser = {program: (program, *max(shapes)) for program, form in forms.items() if form.laid_out}
     options = compiler.options(device.platform, command_buffers=command_buffers)
@@ -102,23 +103,39 @@ def build(
         how: dict[str, Any] = {"length": length, "form": forms[program], "layouts": layouts, "options": options}
         return store.get(about, lambda: trace_program(program, batch, device, **how), load=use_cache)
 
-    def slicer(program: Program) -> Executable:
-        leaves, layouts = prepared[program]
-        about = {**_about(program), "slicer": leaves, "layouts": layouts, "form": dataclasses.asdict(forms[program])}
-        how: dict[str, Any] = {"layouts": layouts, "form": forms[program]}
-        return store.get(about, lambda: trace_slicer(program, leaves, device, **how), load=use_cache)
-
     all_keys = [(program, *shape) for program in forms for shape in shapes]
     description = f"executables for {device.platform}:{device.id}"
     for group in (list(chooser.values()), [key for key in all_keys if key not in chooser.values()]):
         if group:  # else there would be an empty progress bar
             made |= zip(group, threads.each(compiled, group, workers=workers, description=description), strict=True)
-    made = {key: made[key] for key in all_keys}
-    leaves_of = {program: prepared_leaves(program, form, made[program, *shapes[0]]) for program, form in forms.items()}
-    prepared = {program: found for program, found in leaves_of.items() if found[0]}
-    slicers = dict(zip(prepared, threads.each(slicer, prepared, workers=workers), strict=True))
     store.shrink()
-    return made, slicers
+    return {key: made[key] for key in all_keys}
+
+
+def build_slicers(
+    executable_of: Mapping[Program, Executable], device: Device, *, form: Callable[[Program], Form], use_cache: bool = True
+) -> dict[Program, Executable]:
+    """Loads or compiles the slicers of the programs with kept slices.
+
+    Args:
+      executable_of: one executable of each program. All programs have one config.
+      device: the device that holds the weights and the slices.
+      form: see `build`.
+      use_cache: see `build`.
+    """
+    store = ExecutableCache(next(iter(executable_of)).config, device)
+    leaves_of = {program: prepared_leaves(program, form(program), made) for program, made in executable_of.items()}
+    prepared = {program: found for program, found in leaves_of.items() if found[0]}
+
+    def slicer(program: Program) -> Executable:
+        leaves, layouts = prepared[program]
+        about = {**_about(program), "slicer": leaves, "layouts": layouts, "form": dataclasses.asdict(form(program))}
+        how: dict[str, Any] = {"layouts": layouts, "form": form(program)}
+        return store.get(about, lambda: trace_slicer(program, leaves, device, **how), load=use_cache)
+
+    slicers = dict(zip(prepared, threads.each(slicer, prepared, workers=os.cpu_count() or 1), strict=True))
+    store.shrink()
+    return slicers
 
 
 def prepared_leaves(program: Program, form: Form, executable: Executable) -> tuple[Leaves, Layouts]:
@@ -224,6 +241,26 @@ def input_spec(config: FamilyConfig, batch: int, length: int = 0) -> jax.ShapeDt
     return config.input_spec(batch)
 
 
+class Placed:
+    """Arrays on one device, and the same memory as arrays of other CPU devices.
+
+    Args:
+      arrays: the arrays.
+    """
+
+    def __init__(self, arrays: Sequence[jax.Array]):
+        self.arrays = tuple(arrays)
+        self._on: dict[Device, tuple[jax.Array, ...]] = {}
+
+    def on(self, device: Device) -> tuple[jax.Array, ...]:
+        """The arrays on a device: their own one, or a CPU device if they are on a CPU."""
+        if not self.arrays or self.arrays[0].device == device:
+            return self.arrays
+        if device not in self._on:
+            self._on[device] = cpu_clients.on_device(self.arrays, device)
+        return self._on[device]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubnetBucket:
     """A subnet bucket on a device.
@@ -243,9 +280,9 @@ class SubnetBucket:
     is_folded: bool = False
 
     @functools.cached_property
-    def whole(self) -> tuple[jax.Array, ...]:
+    def whole(self) -> Placed:
         """The first argument of the executables, if there is no slicer."""
-        return tuple(self.weights.values())
+        return Placed(tuple(self.weights.values()))
 
     @functools.cached_property
     def slice_bytes(self) -> int:
@@ -253,12 +290,12 @@ class SubnetBucket:
         cut = self.slicer.leaves if self.slicer is not None else ()
         return sum(self.weights[name].dtype.itemsize * math.prod(shape) for name, shape in cut)
 
-    def sliced(self, statistics: jax.Array) -> tuple[jax.Array, ...]:
+    def sliced(self, statistics: jax.Array) -> Placed:
         """The first argument of the executables, if there is a slicer. `statistics` (2, N) are folded into it or ignored."""
         assert self.slicer is not None
         slices = self.slicer.call(self.sources, statistics) if self.is_folded else self.slicer.call(self.sources)
         names = (name for name, _ in self.slicer.leaves)
-        return tuple({**self.weights, **dict(zip(names, slices, strict=True))}.values())
+        return Placed(tuple({**self.weights, **dict(zip(names, slices, strict=True))}.values()))
 
 
 def bucket_programs(

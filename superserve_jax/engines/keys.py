@@ -27,12 +27,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import superserve_jax
 from superserve_jax import families, files
+from superserve_jax.engines import cpu_clients
+from superserve_jax.engines.cpu_clients import Device
 from superserve_jax.families import dynabert, ofa_resnet, subset
 from superserve_jax.supernets.family import FamilyConfig
 
 _log = logging.getLogger(__name__)
-
-Device = Any  # a jax.Device; type checkers do not accept it as a type
 
 _FORMAT = 5  # version of the entries, and of the executables' arguments and results
 PACKAGE = pathlib.Path(superserve_jax.__file__).parent
@@ -120,7 +120,8 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
     sources_digest = _loaded_digest()
     if sources_digest is None:
         return None
-    features = cpu_info("flags") or cpu_info("Features") if device.platform == "cpu" else ""  # "Features" on ARM
+    is_cpu = device.platform == "cpu"
+    features = cpu_info("flags") or cpu_info("Features") if is_cpu else ""  # "Features" on ARM
     return {
         "format": _FORMAT,
         "config": families.config_to_json(config),
@@ -130,6 +131,7 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
         "flags": {name: os.environ.get(name, "") for name in _FLAGS},
         "settings": {name: repr(value) for name, value in settings().items()},
         "features": " ".join(sorted(features.split())),
+        "threads": cpu_clients.threads_of(device) if is_cpu else 0,  # XLA divides loops among them when it compiles
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,14 @@ _MIN_GAIN = 1.03  # the least (time with slicing in the call) / (time with kept 
 _MIN_ACCURACY_GAP, _MIN_LATENCY_RATIO = 0.001, 1.05
 
 
-def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background: Background | None = None) -> Profile:
+def measure(
+    model: Model,
+    engine: DeviceEngine,
+    *,
+    repeats: int = 30,
+    background: Background | None = None,
+    beside: Sequence[DeviceEngine] = (),
+) -> Profile:
     """Measures the latency profile of an engine with all served subnets of an export. Noise is not repaired.
 
     Args:
@@ -27,11 +35,13 @@ def measure(model: Model, engine: DeviceEngine, *, repeats: int = 30, background
       engine: the engine to measure.
       repeats: the number of measurements of each latency.
       background: see `profiling.measure`.
+      beside: see `profiling.measure`.
     """
     accuracies, kind = model.accuracies(engine.compute_dtype), keys.device_kind(engine.device)
-    calls = {"repeats": repeats, "background": background}
+    calls = {"repeats": repeats, "background": background, "beside": beside}
     measured = profiling.measure(engine, accuracies, engine.batch_sizes, device=kind, **calls)
-    return dataclasses.replace(measured.with_envelopes(engine.envelopes), slicing=engine.slicing)
+    how: dict[str, Any] = {"slicing": engine.slicing, "parts": engine.parts, "cpu_workers": 1 + len(beside)}
+    return dataclasses.replace(measured.with_envelopes(engine.envelopes), **how)
 
 
 def worth_serving(measured: Profile) -> Profile:

@@ -10,7 +10,7 @@ import jax
 
 from superserve_jax import errors, exports
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import default_batch_sizes, executables, keys, measuring, subnet_buckets, threads
+from superserve_jax.engines import cpu_clients, default_batch_sizes, executables, keys, measuring, subnet_buckets, threads
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -35,6 +35,7 @@ def prepare(
     slicing: Slicing | None = None,
     slice_bytes: int | None = None,
     compute_dtype: ComputeDtype = "float32",
+    cpu_workers: int | None = None,
     background: Background | None = None,
 ) -> tuple[Model, list[DeviceEngine], list[Profile]]:
     """Returns the model, an engine for each device, and the latency profile of each engine.
@@ -50,6 +51,8 @@ def prepare(
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
       compute_dtype: see `DeviceEngine`.
+      cpu_workers: how many workers divide the cores of a CPU; None takes as many as when the profile was measured. Give it
+        without `devices`.
       background: the load to run while a profile is measured (see `profiling.measure`).
 
     Raises:
@@ -62,23 +65,33 @@ def prepare(
     check_slicing(slicing or "kept", slice_bytes)
     model = load(path_or_model)
     model.accuracies(compute_dtype)
-    devices = _check_devices(devices)
+    are_given, devices = devices is not None, _check_devices(devices)
     lengths = check_lengths(model.config, lengths)
+    cpu_workers = _check_cpu_workers(cpu_workers, devices, are_given=are_given)
 
     kinds = [keys.device_kind(device) for device in devices]
     batch_sizes = chosen or default_batch_sizes.to_serve(model.path, dict(zip(kinds, devices, strict=True)), compute_dtype)
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in dict.fromkeys(kinds)}
-    profiles = {kind: profile for kind, profile in stored.items() if profile is not None}
+    if cpu_workers is None:
+        cpu_workers = next((profile.cpu_workers for profile in stored.values() if profile is not None), 1)
+    profiles = {kind: profile for kind, profile in stored.items() if profile and profile.cpu_workers == cpu_workers}
+    if cpu_workers > 1:
+        devices = cpu_clients.of_workers(cpu_workers)
+        kinds = [*stored] * cpu_workers
     envelopes, needs_measuring = None, len(profiles) < len(stored)
     if chosen is None and not needs_measuring:
         profiles = default_batch_sizes.without_useless(profiles)
     if needs_measuring:
         envelopes = subnet_buckets.choose(model.subnets, model.config.flops, MAX_SUBNET_BUCKETS)
 
-    def make(i: int) -> DeviceEngine:
-        return make_engine(model, devices[i], profiles[kinds[i]], slicing=slicing, slice_bytes=slice_bytes)
-
     engines: dict[int, DeviceEngine] = {}
+
+    def cores(i: int) -> dict[str, Any]:
+        return {"lanes": cpu_clients.lanes(i, cpu_workers), "shares": engines.get(0)} if cpu_workers > 1 else {}
+
+    def make(i: int) -> DeviceEngine:
+        return make_engine(model, devices[i], profiles[kinds[i]], slicing=slicing, slice_bytes=slice_bytes, **cores(i))
+
     for i, kind in enumerate(kinds):
         if kind in kinds[:i]:
             continue
@@ -91,13 +104,18 @@ def prepare(
         _log.warning(message, model.path, kind, compute_dtype, measured, model.path, option)
         shapes = {"batch_sizes": batch_sizes, "lengths": lengths, "envelopes": envelopes}
         way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes, "compute_dtype": compute_dtype}
-        engines[i] = DeviceEngine(model, devices[i], subnet_list=model.subnets, **shapes, **way)
-        profiles[kind] = measuring.worth_serving(measuring.measure(model, engines[i], background=background))
+        for j in (i, *range(1, cpu_workers)):
+            engines[j] = DeviceEngine(model, devices[j], subnet_list=model.subnets, **shapes, **way, **cores(j))
+        beside = [engines[j] for j in range(1, cpu_workers)]
+        profiles[kind] = measuring.worth_serving(measuring.measure(model, engines[i], background=background, beside=beside))
     if chosen is None and needs_measuring:
         profiles = default_batch_sizes.without_useless(profiles)
     # The first engine of each kind is made alone. The others reuse the results of its tuning.
     others = [i for i in range(len(devices)) if i not in engines]
     engines.update(zip(others, threads.each(make, others, workers=len(others)), strict=True))
+    if cpu_workers > 1:
+        for i, engine in engines.items():
+            engine.name = f"cpu:{i}"  # the ids of their devices are equal
     if len(engines) > 1:
         for engine in engines.values():
             if engine.command_buffers:  # XLA drops all of them when it compiles for another engine
@@ -136,6 +154,21 @@ def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
     return devices
 
 
+def _check_cpu_workers(cpu_workers: int | None, devices: Sequence[Device], *, are_given: bool) -> int | None:
+    """The number of workers that divide the cores: a checked argument, or that of the given devices. None: not yet known.
+
+    Raises ConfigError for a number that these devices cannot have.
+    """
+    cpu_clients.check_workers(cpu_workers)
+    if cpu_workers is not None and (are_given or len(devices) > 1 or devices[0].platform != "cpu"):
+        raise errors.ConfigError(
+            f"cpu_workers={cpu_workers} is for one CPU, but the devices are {list(devices)}; give only one of the two"
+        )
+    if are_given:
+        return len(devices) if all(map(cpu_clients.is_created, devices)) else 1
+    return cpu_workers if len(devices) == 1 and devices[0].platform == "cpu" else 1
+
+
 def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
     """Raises ConfigError unless both models read an input in the same way, at these length buckets.
 
@@ -164,7 +197,14 @@ def _inputs(config: FamilyConfig, lengths: Sequence[int]) -> str:
 
 
 def make_engine(
-    model: SuperNet, device: Device, profile: Profile, *, slicing: Slicing | None = None, slice_bytes: int | None = None
+    model: SuperNet,
+    device: Device,
+    profile: Profile,
+    *,
+    slicing: Slicing | None = None,
+    slice_bytes: int | None = None,
+    lanes: Sequence[Device] | None = None,
+    shares: DeviceEngine | None = None,
 ) -> DeviceEngine:
     """An engine for the subnets, batch sizes and length buckets of a profile.
 
@@ -174,6 +214,8 @@ def make_engine(
       profile: the latency profile. Subnets share executables as when it was measured.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
+      lanes: see `DeviceEngine`.
+      shares: see `DeviceEngine`.
 
     Raises ProfileError if the profile is not one of this network. Nothing is compiled then.
     """
@@ -187,6 +229,9 @@ def make_engine(
         slicing=slicing or profile.slicing,
         slice_bytes=slice_bytes,
         compute_dtype=profile.compute_dtype,
+        parts=profile.parts if device.platform == "cpu" else None,
+        lanes=lanes,
+        shares=shares,
     )
 
 

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import gc
 import math
+import random
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +34,7 @@ def measure(
     device: str,
     repeats: int = 30,
     background: Background | None = None,
+    beside: Sequence[Engine] = (),
 ) -> Profile:
     """Measures the median and the 99th percentile of the latency of every subnet, batch size and length bucket.
 
@@ -45,6 +49,7 @@ def measure(
       device: the kind of device, written into the profile.
       repeats: the number of rounds, at least 1.
       background: the load to run during the measurement, at half of the engine's highest throughput. None runs no load.
+      beside: engines that share the cores with this one. They are kept busy during the measurement.
     """
     if repeats < 1:
         raise errors.ConfigError(f"repeats must be at least 1, got {repeats}")
@@ -53,7 +58,8 @@ def measure(
     calls = [(s, b, inputs[:b]) for s in accuracies for b in batch_sizes for inputs in examples.values()]
     fastest_qps = max(call[1] / time_s(engine, *call) for call in calls for _ in range(_WARM_UPS))
     gc.collect()
-    with background(_LOAD * fastest_qps) if background else contextlib.nullcontext():
+    load = background(_LOAD * fastest_qps) if background else contextlib.nullcontext()
+    with load, _busy(beside, calls):
         rounds = progress.track(range(repeats), f"latencies of {engine.name}")
         times_ms = 1e3 * np.array([[batch_s(engine, *call) for call in calls] for _ in rounds])
     shape = len(accuracies), len(batch_sizes), len(examples)
@@ -70,8 +76,34 @@ def measure(
     return Profile(batch_sizes, rows_at.pop(0, ()), device, rows_at, compute_dtype=dtype)
 
 
+@contextlib.contextmanager
+def _busy(engines: Sequence[Engine], calls: Sequence[tuple[Subnet, int, list[np.ndarray]]]) -> Iterator[None]:
+    """Until the block ends, each engine makes random calls in a thread of its own."""
+    done = threading.Event()
+
+    def run(engine: Engine, seed: int) -> None:
+        chosen = random.Random(seed)
+        while not done.is_set():
+            engine.run(*chosen.choice(calls))
+
+    with errors.StartingThreads(), futures.ThreadPoolExecutor(max(1, len(engines))) as pool:
+        running = [pool.submit(run, engine, i) for i, engine in enumerate(engines)]
+        try:
+            yield
+        finally:
+            done.set()
+    for result in running:
+        result.result()
+
+
 def measure_again(
-    engine: Engine, profile: Profile, *, seconds: float, most: int = 50, background: Background | None = None
+    engine: Engine,
+    profile: Profile,
+    *,
+    seconds: float,
+    most: int = 50,
+    background: Background | None = None,
+    beside: Sequence[Engine] = (),
 ) -> Profile:
     """Measures the latencies of a profile again, because a machine is not always as fast. Noise is repaired.
 
@@ -81,12 +113,13 @@ def measure_again(
       seconds: about how long to measure. It decides the number of rounds, from 3 to `most`. See `measuring_s`.
       most: the largest number of rounds.
       background: see `measure`.
+      beside: see `measure`.
     """
     repeats = max(_LEAST_ROUNDS, min(most, round(seconds / _round_s(engine, profile))))
     accuracies = {row.subnet: row.accuracy for row in profile.rows}
-    options = {"device": profile.device, "repeats": repeats, "background": background}
+    options = {"device": profile.device, "repeats": repeats, "background": background, "beside": beside}
     measured = measure(engine, accuracies, profile.batch_sizes, **options).with_envelopes(profile.envelopes)
-    return dataclasses.replace(measured, slicing=profile.slicing, compute_dtype=profile.compute_dtype).monotone()
+    return dataclasses.replace(profile, rows=() if measured.rows_at else measured.rows, rows_at=measured.rows_at).monotone()
 
 
 def measuring_s(engine: Engine, profile: Profile, seconds: float) -> float:

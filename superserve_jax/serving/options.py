@@ -18,7 +18,7 @@ from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Policy
 
 # Options of `Server`, not of `from_engines`.
-_OF_A_MODEL = ("batch_sizes", "lengths", "devices", "slicing", "slice_bytes", "compute_dtype")
+_OF_A_MODEL = ("batch_sizes", "lengths", "devices", "slicing", "slice_bytes", "compute_dtype", "cpu_workers")
 _MAX_NAME = 100  # characters of a built-in policy's name, also the most that an error message shows
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer

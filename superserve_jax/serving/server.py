@@ -86,6 +86,8 @@ class Server:
         subnet changes (see `engines.device`). None takes the faster way, according to the profile.
       slice_bytes: with "kept", how many bytes the slices may take; None as in `DeviceEngine`.
       compute_dtype: "float32" or "bfloat16" (see `dtypes`). The export needs accuracies in it. CPUs are slower in bfloat16.
+      cpu_workers: how many workers divide the cores of a CPU and share the weights. None takes the better number according to
+        the profile.
       **options: see `options.ServerOptions`: policy, slo_ms, max_queue, expire, and others.
 
     Attributes:
@@ -129,6 +131,7 @@ class Server:
         slicing: Literal["kept", "in_call"] | None = None,
         slice_bytes: int | None = None,
         compute_dtype: ComputeDtype = "float32",
+        cpu_workers: int | None = None,
         **options: Unpack[ServerOptions],
     ):
         from superserve_jax.engines import prepare  # here, since it imports jax
@@ -137,7 +140,7 @@ class Server:
         checked = check_options(options)  # before anything that takes long
         self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
         given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices}
-        given |= {"compute_dtype": compute_dtype, **self._slicing}
+        given |= {"compute_dtype": compute_dtype, "cpu_workers": cpu_workers, **self._slicing}
         self.model, engines, profiles = prepare.prepare(path_or_model, background=background_traffic, **given)
         self._open(engines, profiles, checked)
 
@@ -165,10 +168,8 @@ class Server:
             raise errors.ConfigError(f"a server needs engines for the same inputs; got {len(engines)} engines for {[*specs]}")
         [self._inputs] = specs
         each = profiles_of_workers(profile, len(engines))
-        if self._inputs.lengths != each[0].lengths:
-            raise errors.ConfigError(
-                f"engines have length buckets {list(self._inputs.lengths)}, profile {list(each[0].lengths)}; they must agree"
-            )
+        if (ours := [*self._inputs.lengths]) != (theirs := [*each[0].lengths]):
+            raise errors.ConfigError(f"engines have length buckets {ours}, profile {theirs}; they must agree")
         if (nbytes := self._inputs.nbytes) > options.max_queue_bytes:
             raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes} bytes; raise it")
         self.profiles, self.profile = tuple(each), each[0]

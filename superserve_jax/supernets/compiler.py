@@ -7,8 +7,9 @@ from typing import Any
 
 # First option: by default, XLA's CPU backend slices all weights before the first layer and holds all slices at once. The
 # memory-optimised order takes less than half of the temporary memory and is as fast. Second option: by default, convolutions
-# run in YNN, a library of fused kernels. With YNN they take 1.4 to 1.8 times as long as with XLA's own code (OFA-ResNet50,
-# two cores with AVX-512), and the first call takes 10 ms longer. So only matrix products use YNN.
+# and matrix products run in YNN, a library of fused kernels. With YNN, convolutions take 1.4 to 1.8 times as long as with
+# XLA's own code (OFA-ResNet50, two cores with AVX-512). Products take 1.05 to 1.3 times as long (DynaBERT, one or two cores).
+# And the first call of a convolution takes 10 ms longer. So nothing uses YNN.
 # On a GPU, XLA by default does not record convolutions or branches in command buffers (CUDA graphs). Then the host launches
 # each kernel by itself, and waits for the device at each branch. With this list, a call is one command buffer, as
 # `serve/bench/gpu_compile.py` shows.
@@ -16,7 +17,7 @@ _COMMAND_BUFFERS = "xla_gpu_enable_command_buffer"
 _COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "cpu": {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+        "xla_cpu_experimental_ynn_fusion_type": "",
     },
     "gpu": {
         _COMMAND_BUFFERS: "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,CONDITIONAL",

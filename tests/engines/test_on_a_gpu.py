@@ -103,7 +103,7 @@ def test_the_default_precision_and_bfloat16_differ_little_from_float32(model):
 def test_threads_that_compile_keep_the_precision_of_the_caller():
     def text(precision):
         with jax.default_matmul_precision(precision):
-            made, _ = executables.build([BUCKET, programs.sliced(TINY, SUBNETS[1])], (1, 2), jax.devices()[0])
+            made = executables.build([BUCKET, programs.sliced(TINY, SUBNETS[1])], (1, 2), jax.devices()[0])
         return [executable.call.as_text() for executable in made.values()]
 
     for exact, fast in zip(text("highest"), text("default"), strict=True):

@@ -15,7 +15,7 @@ def smallest(config):
 def answer(config=TINY):
     """The logits of one random image by the smallest subnet, from an executable of the cache."""
     program = smallest(config)
-    made, _ = executables.build([program], (1,), jax.devices()[0])
+    made = executables.build([program], (1,), jax.devices()[0])
     [executable] = made.values()
     params = random_params(config)
     leaves = tuple(params[name] for name, _ in executable.leaves)

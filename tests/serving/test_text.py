@@ -143,6 +143,6 @@ def test_each_length_has_a_cache_entry_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("SUPERSERVE_CACHE", str(tmp_path / "cache"))
     smallest = programs.sliced(CONFIG, CONFIG.space().smallest())
     for _ in range(2):
-        made, _ = executables.build([smallest], (1,), jax.devices()[0], lengths=(3, 7))
+        made = executables.build([smallest], (1,), jax.devices()[0], lengths=(3, 7))
         assert [key[1:] for key in made] == [(1, 3), (1, 7)]
         assert len(list((tmp_path / "cache").glob("*.bin"))) == 2
