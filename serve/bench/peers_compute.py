@@ -12,13 +12,14 @@ same weights, and their logits must agree. Every call starts from a list of raw 
 have the longest length, as in `config.flops`. `digits` comes with the package. The export of the demo, runs/demo/export, works
 as well; it is the same network.
 
-The libraries take turns in one process, several rounds, each with all cores, and another one begins in each round. A line has
-the median time of a call, the GFLOP/s (a multiply-add counts as two operations), and its share of the peak. The peak is the
-rate of a product of two 2048 x 2048 matrices in jax, NumPy or ONNX Runtime, whichever is fastest on this machine.
+First the program finds out which batch sizes our engine runs faster in parts, as `superserve measure` does. Then the libraries
+take turns in one process, several rounds, each with all cores, and another one begins in each round. A line has the median
+time of a call, the GFLOP/s (a multiply-add counts as two operations), and its share of the peak. The peak is the rate of a
+product of two 2048 x 2048 matrices in jax, NumPy or ONNX Runtime, whichever is fastest on this machine.
 
 `--throughput` keeps all cores busy instead. A library runs one batch at a time with all cores, or one batch on each core. The
 program prints the most inputs per second over these arrangements and the batch sizes. Cores are logical CPUs here. All
-arrangements are in memory at once, since they take turns: each library has up to (1 + cores) copies of the subnet's weights.
+arrangements are in memory at once, since they take turns: other libraries have up to (1 + cores) copies of the weights.
 """
 
 import contextlib
@@ -43,8 +44,7 @@ import psutil
 import tyro
 
 from superserve_jax import cli, errors, exports, extract, progress
-from superserve_jax.engines import keys
-from superserve_jax.engines.device import DeviceEngine
+from superserve_jax.engines import cpu_workers, keys
 from superserve_jax.exports import Model
 from superserve_jax.extract import checking
 from superserve_jax.extract.onnx_graph import Graph
@@ -111,29 +111,28 @@ class Case:
       subnet: the subnet.
       onnx: the subnet as ONNX.
       inputs: a batch of raw inputs.
+      parts: the inputs in each part of our engine's batches, by batch size.
     """
 
     model: Model
     subnet: Subnet
     onnx: bytes
     inputs: list[np.ndarray]
+    parts: Mapping[int, int]
+
+
+def engine_options(model: Model) -> dict[str, Any]:
+    """Options of our engine: slices of any subnet are kept, and texts have the longest length."""
+    lengths = (model.config.max_length,) if isinstance(model.config, SequenceConfig) else ()
+    return {"lengths": lengths, "slice_bytes": 4 * sum(value.size for value in model.params.values())}
 
 
 def engine_calls(case: Case, workers: int, cores: int) -> list[Call]:
-    """One call for each worker: an engine that keeps the subnet's slices. XLA shares the cores among the calls."""
-    config, size = case.model.config, len(case.inputs)
-    lengths = (len(case.inputs[0]),) if isinstance(config, SequenceConfig) else ()
-    made = []
-    for _ in range(workers):
-        engine = DeviceEngine(
-            *(case.model, jax.devices()[0]),
-            subnet_list=[case.subnet],
-            batch_sizes=(size,),
-            lengths=lengths,
-            slice_bytes=4 * sum(value.size for value in case.model.params.values()),
-        )
-        made.append(lambda engine=engine: np.stack(engine.run(case.subnet, size, case.inputs)))
-    return made
+    """One call for each worker: an engine on an equal share of the cores."""
+    size, parts = len(case.inputs), cpu_workers.parts_of_workers(case.parts, workers)
+    shapes = {"subnet_list": [case.subnet], "batch_sizes": (size,), "parts": parts, **engine_options(case.model)}
+    engines = cpu_workers.create(case.model, workers, **shapes)
+    return [lambda engine=engine: np.stack(engine.run(case.subnet, size, case.inputs)) for engine in engines]
 
 
 def onnxruntime_calls(case: Case, workers: int, cores: int) -> list[Call]:
@@ -278,12 +277,12 @@ def calibrated(model: Model, subnet: Subnet) -> np.ndarray:
     return np.asarray(jax.jit(program.train)(model.params, inputs, program.active(subnet))[1])
 
 
-def cases(model: Model, chosen: Sequence[Subnet], options: Options) -> Iterator[Case]:
+def cases(model: Model, chosen: Sequence[Subnet], parts: Mapping[int, int], options: Options) -> Iterator[Case]:
     """Every subnet at every batch size."""
     for s in chosen:
         content = extract.content(extract.take(model, model.subnets.index(s)), "onnx")
         for size in options.batch_sizes:
-            yield Case(model, s, content, list(checking.random_inputs(model.config, size)))
+            yield Case(model, s, content, list(checking.random_inputs(model.config, size)), parts)
 
 
 def one_call(case: Case, names: Sequence[str], cores: int, options: Options) -> dict[str, Any]:
@@ -343,11 +342,14 @@ def main() -> None:
     for path in options.networks:
         with model_of(path) as (model, chosen):
             peaks, count = peak_gflops(options, cores), len(chosen) * len(options.batch_sizes)
+            way = {"subnet_list": chosen, "rounds": options.rounds, **engine_options(model)}
+            parts, _ = cpu_workers.faster_parts(model, options.batch_sizes, **way)
             found = []
-            for case in progress.track(cases(model, chosen, options), str(path), total=count):
+            for case in progress.track(cases(model, chosen, parts, options), str(path), total=count):
                 about = {"subnet": case.subnet.to_json(), "flops": model.config.flops(case.subnet), "batch": len(case.inputs)}
                 found.append({**about, **measure(case)})
-            networks.append({"network": str(path), "family": model.config.family, "peak_gflops": peaks, "cases": found})
+            about = {"network": str(path), "family": model.config.family, "parts": parts}
+            networks.append({**about, "peak_gflops": peaks, "cases": found})
             (report_throughput if options.throughput else report)(networks[-1], names)
     device, physical = keys.device_kind(jax.devices()[0]), psutil.cpu_count(logical=False)
     about = {"device": device, "cores": cores, "physical_cores": physical, "load_before": load, "versions": versions}
@@ -361,6 +363,7 @@ def report(network: Mapping[str, Any], names: Sequence[str]) -> None:
     best = max(network["peak_gflops"].values())
     shown = ", ".join(f"{name} {value:.0f}" for name, value in network["peak_gflops"].items())
     print(f"\n{network['network']} ({network['family']}); matrix product in GFLOP/s: {shown}; peak {best:.0f}")
+    print(f"inputs in each part of our batches, by batch size: {network['parts'] or 'no parts'}")
     lines = [("library", "MFLOPs", "batch", "ms", "ours / library", "GFLOP/s", "of peak", "difference")]
     for case in network["cases"]:
         for name in names:
@@ -388,7 +391,6 @@ def report_throughput(network: Mapping[str, Any], names: Sequence[str]) -> None:
         cells = (f"{rate:.4g} ({batch} x {workers})" for rate, batch, workers in best)
         lines.append((f"{same[0]['flops'] / 1e6:.4g}", *cells, *(f"{best[0][0] / rate:.2f}" for rate, _, _ in best[1:])))
     cli.print_table(lines, left=0)
-    print("Our workers share one thread pool of XLA. In the other libraries, each of several batches has its own thread.")
 
 
 if __name__ == "__main__":
