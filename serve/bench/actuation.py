@@ -256,7 +256,7 @@ def slices_of(engine: DeviceEngine, subnet: Subnet, shape: tuple[int, int]) -> C
         return None
     statistics = bucket.program.pad_statistics(engine.model.statistics_of(subnet), subnet)
     on_device = jax.device_put(statistics, engine.device)
-    return lambda: jax.block_until_ready(bucket.sliced(on_device))
+    return lambda: jax.block_until_ready(bucket.sliced(on_device).arrays)
 
 
 def figures_of(times: Times, subnet: Subnet, size: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """CPU devices with a chosen number of threads.
 
 jax's own CPU device divides every operation among all cores. Small operations gain little from a second core. So an engine
-also uses **lanes**: devices with one thread each, which compute different parts of a batch at the same time. A device here
-belongs to an XLA client of its own, because the thread pool belongs to the client.
+also uses **lanes**: devices with one thread each, which compute different parts of a batch at the same time. With more than 8
+cores, there are 8 lanes with several threads each, since every lane needs its own copy of an executable. A device here belongs
+to an XLA client of its own, because the thread pool belongs to the client.
 
 All CPU devices share the memory of the process: `on_device` makes arrays of one device readable on another without a copy.
 """
@@ -21,6 +22,7 @@ from superserve_jax import errors
 Device = Any  # a jax.Device; type checkers do not accept it as a type
 
 _THREADS = "NPROC"  # XLA reads the size of a new client's thread pool from this environment variable
+_MOST_LANES = 8
 _lock = threading.Lock()
 _devices: dict[
     tuple[int, int, bool], Device
@@ -88,8 +90,9 @@ def lanes(worker: int = 0, workers: int = 1) -> tuple[Device, ...]:
     >>> [threads_of(lane) for lane in lanes(0, workers=cores())]
     [1]
     """
-    count = max(1, cores() // workers)
-    return tuple(create(1, worker * count + i, inline=i == 0) for i in range(count))
+    share = max(1, cores() // workers)
+    count = min(share, _MOST_LANES)
+    return tuple(create(share // count, worker * count + i, inline=i == 0) for i in range(count))
 
 
 def of_workers(workers: int) -> list[Device]:

@@ -124,8 +124,9 @@ def parts_of_workers(parts: Mapping[int, int], workers: int) -> dict[int, int]:
     >>> parts_of_workers({4: 2, 16: 4}, workers=2)
     {4: 2, 16: 4}
     """
-    lanes = max(1, cpu_clients.cores() // workers)
-    return parts_of(sorted(parts), max(parts.values()), lanes) if parts and workers > 1 else dict(parts)
+    if not parts or workers == 1:
+        return dict(parts)
+    return parts_of(sorted(parts), max(parts.values()), len(cpu_clients.lanes(0, workers)))
 
 
 def _throughput_qps(engines: Sequence[DeviceEngine], subnet: Subnet, size: int) -> float:

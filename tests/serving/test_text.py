@@ -89,8 +89,8 @@ def test_a_batch_runs_the_program_of_its_own_length_bucket(model):
     engine = DeviceEngine(model, jax.devices()[0], subnet_list=model.subnets, batch_sizes=BATCHES, lengths=LENGTHS)
     ran = []
     engine.calls = {
-        key: ((lambda *args, key=key, call=call: (ran.append((key[2], args[1].shape[:2])), call(*args))[1]), *rest)
-        for key, (call, *rest) in engine.calls.items()
+        key: ([lambda *args, key=key, call=call: (ran.append((key[2], args[1].shape[:2])), call(*args))[1]], *rest)
+        for key, ([call], *rest) in engine.calls.items()
     }
     for lengths in ((1, 2), (3,), (2, 4, 1), (7, 1)):
         engine.run(model.subnets[0], 4, texts(model.config, *lengths))
