@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import operator
 
@@ -162,6 +163,58 @@ def test_a_malformed_profile_is_refused_with_the_reason(damage, message):
     damage(data)
     with pytest.raises(errors.ProfileError, match=message):
         Profile.from_json(data)
+
+
+IN_PARTS = dataclasses.replace(make((0.7, (1, 2)), (0.75, (3, 3)), (0.9, (2, 3))), parts={4: 2}, cpu_workers=2)
+BOTH_IN_PARTS = dataclasses.replace(BOTH, parts={1: 1, 4: 2}, cpu_workers=3)
+
+
+@pytest.mark.parametrize("profile", [IN_PARTS, BOTH_IN_PARTS], ids=["one shape", "lengths"])
+def test_parts_and_workers_survive_a_file_and_changes_of_the_latencies(profile, tmp_path):
+    profile.save(tmp_path / "p.json")
+    found = Profile.load(tmp_path / "p.json")
+    assert found == profile
+    assert (found.parts, found.cpu_workers) == (profile.parts, profile.cpu_workers)
+    thinned = profile.pareto(min_accuracy_gap=0.1)
+    for changed in (profile.monotone(), profile.pareto(), thinned, profile.scaled(2.0), profile.with_envelopes({})):
+        assert (changed.parts, changed.cpu_workers) == (profile.parts, profile.cpu_workers)
+    assert all((p.parts, p.cpu_workers) == (profile.parts, profile.cpu_workers) for p in profile.each_length)
+    assert profile.only([profile.rows[0].subnet]).parts == profile.parts
+
+
+def test_a_profile_at_some_batch_sizes_has_their_parts():
+    assert (IN_PARTS.at((1,)).parts, IN_PARTS.at((4,)).parts, IN_PARTS.at((1,)).cpu_workers) == ({}, {4: 2}, 2)
+    assert BOTH_IN_PARTS.at((4,), BOTH.lengths[:1]).parts == {4: 2}
+    assert Profile.from_json(IN_PARTS.at((1,)).to_json()) == IN_PARTS.at((1,))
+
+
+def test_a_file_without_parts_is_of_one_worker_and_whole_batches_write_no_parts():
+    plain = make((0.7, (1, 2)))
+    data = plain.to_json()
+    assert not {"parts", "cpu_workers"} & set(data)
+    assert (Profile.from_json(data).parts, Profile.from_json(data).cpu_workers) == ({}, 1)
+    assert Profile.from_json({**data, "cpu_workers": 2}).cpu_workers == 2
+    assert Profile.from_json({**data, "parts": {"4": 1}}).parts == {4: 1}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"parts": parts} for parts in ({"2": 1}, {"4": 0}, {"4": 5}, {"4": -1}, {"4": 1.5}, {"4": "2"}, {"4": None})),
+        *({"parts": parts} for parts in ({"four": 2}, {"": 1}, [[4, 2]], [4], 4, "4", None)),
+        *({"cpu_workers": workers} for workers in (0, -1, 1.5, "2", None, [2], {})),
+    ],
+    ids=str,
+)
+def test_damaged_parts_or_workers_are_refused(damage):
+    with pytest.raises(errors.ProfileError, match="measure it again"):
+        Profile.from_json({**IN_PARTS.to_json(), **damage})
+
+
+@pytest.mark.parametrize("changes", [{"parts": {2: 1}}, {"parts": {4: 5}}, {"parts": {4: 0}}, {"cpu_workers": 0}], ids=str)
+def test_impossible_parts_or_workers_are_refused(changes):
+    with pytest.raises(errors.ProfileError, match="is impossible; measure it again"):
+        dataclasses.replace(IN_PARTS, **changes)
 
 
 def test_profiles_of_workers_are_one_for_all_or_one_for_each_and_equal_ones_become_one_object():
