@@ -2,8 +2,7 @@
 
 A policy knows nothing else about the SuperNet. `superserve measure` measures a profile. Policies and simulator read it.
 A text server pads each input to one of a few lengths, the **length buckets**. Its profile holds rows for each length bucket.
-`Profile.at_length` returns the profile of one length bucket. A policy uses it like a profile without length buckets.
-This is one file because the classes, the checks of their values, and their file format change together.
+One file because the classes, the checks of their values, and their file format change together.
 """
 
 import bisect
@@ -22,7 +21,7 @@ from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.lengths import check_ascending, check_length_buckets
 from superserve_jax.subnet import Subnet
 
-SCHEMA = 1
+SCHEMA, _SCHEMA_OF_CORES = 1, 2  # the second one is for parts or several workers, which older versions do not know
 _MOST_BYTES = 64 << 20  # of a profile's file
 
 _LEAST_MS, _MOST_MS = 1e-9, 1e12  # range of plausible latencies; outside of it the arithmetic of a policy could overflow
@@ -302,8 +301,9 @@ class Profile:
         """A dict for `json.dump`. `rows` lists the rows of the longest length, `shorter` has one list per other length."""
         about = {"schema": SCHEMA, "device": self.device, "slicing": self.slicing}
         about |= {} if self.compute_dtype == "float32" else {"compute_dtype": self.compute_dtype}
-        parts = {str(size): part for size, part in self.parts.items()}
-        about |= {"parts": parts, "cpu_workers": self.cpu_workers} if parts or self.cpu_workers > 1 else {}
+        if self.parts or self.cpu_workers > 1:
+            parts = {str(size): part for size, part in self.parts.items()}
+            about |= {"schema": _SCHEMA_OF_CORES, "parts": parts, "cpu_workers": self.cpu_workers}
         about |= {"batch_sizes": list(self.batch_sizes), "rows": _rows_to_json(self.rows)}
         if not self.rows_at:
             return about
@@ -315,8 +315,8 @@ class Profile:
         """The inverse of `to_json`. Raises ProfileError if `data` has another form."""
         try:
             with errors.refusing(errors.ProfileError, "not a latency profile; measure it again"):
-                if data["schema"] != SCHEMA:
-                    raise errors.ProfileError(f"profile schema {data['schema']!r} is not {SCHEMA}; measure the profile again")
+                if data["schema"] not in (SCHEMA, _SCHEMA_OF_CORES):
+                    raise errors.ProfileError(f"profile schema {data['schema']!r} is unknown; measure the profile again")
                 lengths = check_length_buckets(data["lengths"]) if data.get("lengths") else (0,)
                 tables = map(_rows_from_json, (*data.get("shorter", ()), data["rows"]))
                 rows_at = dict(zip(lengths, tables, strict=True))

@@ -44,7 +44,7 @@ import psutil
 import tyro
 
 from superserve_jax import cli, errors, exports, extract, progress
-from superserve_jax.engines import cpu_workers, keys
+from superserve_jax.engines import cpu_clients, cpu_workers, keys
 from superserve_jax.exports import Model
 from superserve_jax.extract import checking
 from superserve_jax.extract.onnx_graph import Graph
@@ -129,7 +129,7 @@ def engine_options(model: Model) -> dict[str, Any]:
 
 def engine_calls(case: Case, workers: int, cores: int) -> list[Call]:
     """One call for each worker: an engine on an equal share of the cores."""
-    size, parts = len(case.inputs), cpu_workers.parts_of_workers(case.parts, workers)
+    size, parts = len(case.inputs), cpu_clients.parts_of_workers(case.parts, workers)
     shapes = {"subnet_list": [case.subnet], "batch_sizes": (size,), "parts": parts, **engine_options(case.model)}
     engines = cpu_workers.create(case.model, workers, **shapes)
     return [lambda engine=engine: np.stack(engine.run(case.subnet, size, case.inputs)) for engine in engines]

@@ -102,6 +102,8 @@ def main() -> None:
     if options.batch_sizes is not None:
         check_batch_sizes(options.batch_sizes)  # before minutes of compiling
     cpu_clients.check_workers(options.cpu_workers)
+    if options.cpu_workers is not None and (len(jax.devices()) > 1 or jax.devices()[0].platform != "cpu"):
+        raise ss.ConfigError(f"--cpu-workers is for a single CPU device, got {jax.devices()}; leave it out")
     model = ss.load(options.export)
     model.accuracies(options.compute_dtype)
     lengths = prepare.check_lengths(model.config, options.lengths)
@@ -118,7 +120,7 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     way: dict[str, Any] = {"lengths": lengths, "compute_dtype": options.compute_dtype}
     slicing = options.slicing or choose_slicing(model, device, batch_sizes, **way)
     way["slicing"] = slicing
-    workers, parts = choose_cores(options, model, batch_sizes, **way) if device.platform == "cpu" else (1, {})
+    workers, parts = (1, {}) if device.platform != "cpu" else choose_cores(options, model, batch_sizes, **way)
     envelopes = subnet_buckets.choose(model.subnets, model.config.flops, options.executables)
 
     def make_engines(subnet_list: Sequence[ss.Subnet], envelopes: Mapping[ss.Subnet, ss.Subnet]) -> list[DeviceEngine]:
@@ -179,11 +181,11 @@ def choose_cores(options: Options, model: Model, batch_sizes: Sequence[int], **w
     parts, ratio = cpu_workers.faster_parts(model, batch_sizes, **way)
     shown = ", ".join(f"batch {size} in parts of {part}" for size, part in parts.items()) or "no batch in parts"
     print(f"cores: {shown}; time of whole batches / time in parts is {ratio:.2f} at batch {batch_sizes[-1]}")
-    workers = options.cpu_workers
+    workers = options.cpu_workers if len(jax.devices()) == 1 else 1
     if workers is None:
         workers, ratio = cpu_workers.faster_workers(model, batch_sizes, parts, **way)
         print(f"{workers} worker(s): throughput of a worker on each core / throughput of one worker is {ratio:.2f}")
-    return workers, cpu_workers.parts_of_workers(parts, workers)
+    return workers, cpu_clients.parts_of_workers(parts, workers)
 
 
 def report_sharing(measured: ss.Profile, shared: DeviceEngine, exact: DeviceEngine, flops: Flops, repeats: int) -> None:

@@ -1,29 +1,36 @@
 """CPU devices with a chosen number of threads.
 
 jax's own CPU device divides every operation among all cores. Small operations gain little from a second core. So an engine
-also uses **lanes**: devices with one thread each, which compute different parts of a batch at the same time. With more than 8
-cores, there are 8 lanes with several threads each, since every lane needs its own copy of an executable. A device here belongs
-to an XLA client of its own, because the thread pool belongs to the client.
+also uses **lanes**: devices that compute different parts of a batch at the same time. A lane has one thread. With more than 8
+cores, 4 to 8 lanes divide them, since each lane needs its own copy of an executable. Such a device belongs to an XLA client of
+its own, because the thread pool belongs to the client.
 
 All CPU devices share the memory of the process: `on_device` makes arrays of one device readable on another without a copy.
 """
 
+import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxlib import xla_client
 
 from superserve_jax import errors
+
+try:
+    from jaxlib import xla_client
+except ImportError:  # not a public module of jaxlib
+    xla_client: Any = None
 
 Device = Any  # a jax.Device; type checkers do not accept it as a type
 
 _THREADS = "NPROC"  # XLA reads the size of a new client's thread pool from this environment variable
-_MOST_LANES = 8
-_lock = threading.Lock()
+MOST_LANES = 8
+"""The largest number of lanes of all workers together, if there are not more workers."""
+
+_lock = threading.RLock()
 _devices: dict[
     tuple[int, int, bool], Device
 ] = {}  # they live as long as the process, since XLA may not free a client's threads
@@ -37,7 +44,8 @@ def cores() -> int:
 
 def threads_of(device: Device) -> int:
     """The number of threads that compute on a CPU device."""
-    return _threads_of.get(device.client) or int(os.environ.get(_THREADS) or cores())
+    with _lock:
+        return _threads_of.setdefault(device.client, int(os.environ.get(_THREADS) or cores()))
 
 
 def are_supported() -> bool:
@@ -45,15 +53,43 @@ def are_supported() -> bool:
     return hasattr(xla_client, "make_cpu_client")
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The cores of one of several workers that divide the cores of the machine. One worker has all of them.
+
+    Args:
+      index: the number of the worker, from 0.
+      workers: how many workers there are.
+    """
+
+    index: int = 0
+    workers: int = 1
+
+    @property
+    def device(self) -> Device:
+        """The device that computes a whole batch. One worker takes jax's own device."""
+        if self.workers == 1:
+            return jax.devices("cpu")[0]
+        threads = max(1, cores() // self.workers)
+        return create(threads, self.index, inline=True)
+
+    @property
+    def lanes(self) -> tuple[Device, ...]:
+        """The lanes. The first one computes in the calling thread.
+
+        >>> [threads_of(lane) for lane in Share(0, workers=cores()).lanes]
+        [1]
+        """
+        cores_each, most = max(1, cores() // self.workers), max(1, MOST_LANES // self.workers)
+        threads = -(-cores_each // most)
+        count = cores_each // threads
+        return tuple(create(threads, self.index * count + i, inline=i == 0) for i in range(count))
+
+
 def check_workers(workers: int | None) -> None:
     """Raises ConfigError unless `workers` is None, or from 1 to the number of cores."""
     if workers is not None and not (type(workers) is int and 1 <= workers <= cores()):
         raise errors.ConfigError(f"cpu_workers must be from 1 to {cores()}, the number of cores, got {workers!r}")
-
-
-def is_created(device: Device) -> bool:
-    """Whether `create` made a device."""
-    return device.client in _threads_of
 
 
 def create(threads: int, index: int, *, inline: bool = False) -> Device:
@@ -68,13 +104,18 @@ def create(threads: int, index: int, *, inline: bool = False) -> Device:
     >>> threads_of(lane), lane is create(1, 0, inline=True), lane is create(1, 0)
     (1, True, False)
     """
+    if not are_supported():
+        raise errors.ConfigError(
+            "this version of jaxlib makes no CPU devices with a chosen number of threads; run `superserve measure` with it"
+        )
     key = threads, index, inline
     with _lock:
         if key not in _devices:
+            threads_of(jax.devices("cpu")[0])  # jax's own client must not get this number of threads
             before = os.environ.get(_THREADS)
             os.environ[_THREADS] = str(threads)
             try:
-                client = xla_client.make_cpu_client(asynchronous=not inline)
+                client = xla_client.make_cpu_client(asynchronous=not inline, num_devices=1)
             finally:
                 del os.environ[_THREADS]
                 if before is not None:
@@ -82,25 +123,6 @@ def create(threads: int, index: int, *, inline: bool = False) -> Device:
             [_devices[key]] = client.devices()
             _threads_of[client] = threads
         return _devices[key]
-
-
-def lanes(worker: int = 0, workers: int = 1) -> tuple[Device, ...]:
-    """The lanes of one of several workers, which divide the cores among them. The first lane computes in the calling thread.
-
-    >>> [threads_of(lane) for lane in lanes(0, workers=cores())]
-    [1]
-    """
-    share = max(1, cores() // workers)
-    count = min(share, _MOST_LANES)
-    return tuple(create(share // count, worker * count + i, inline=i == 0) for i in range(count))
-
-
-def of_workers(workers: int) -> list[Device]:
-    """A device for each of several workers, which divide the cores among them. One worker takes jax's own device."""
-    if workers == 1:
-        return [jax.devices("cpu")[0]]
-    threads = max(1, cores() // workers)
-    return [create(threads, i, inline=True) if threads > 1 else lanes(i, workers)[0] for i in range(workers)]
 
 
 def on_device(arrays: Sequence[jax.Array], device: Device) -> tuple[jax.Array, ...]:
@@ -112,3 +134,22 @@ def on_device(arrays: Sequence[jax.Array], device: Device) -> tuple[jax.Array, .
     True
     """
     return tuple(jax.device_put([np.asarray(array) for array in arrays], device))
+
+
+def parts_of(batch_sizes: Sequence[int], most: int, lanes: int) -> dict[int, int]:
+    """The inputs of a part by batch size: one part for each lane, or more parts of `most` inputs.
+
+    >>> parts_of((1, 2, 4, 16), most=4, lanes=2)
+    {1: 1, 2: 1, 4: 2, 16: 4}
+    """
+    return {size: min(most, -(-size // lanes)) for size in batch_sizes}
+
+
+def parts_of_workers(parts: Mapping[int, int], workers: int) -> dict[int, int]:
+    """The parts of each of several workers, from those of one worker with all cores. The limit of a part stays.
+
+    A worker with one core computes the parts one after another.
+    """
+    if not parts or workers == 1:
+        return dict(parts)
+    return parts_of(sorted(parts), max(parts.values()), len(Share(0, workers).lanes))

@@ -9,22 +9,23 @@ Two things are measured, and kept in the latency profile:
 
 import itertools
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-import jax
 import numpy as np
 
 from superserve_jax.engines import cpu_clients, profiling
+from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.subnet import Subnet, evenly_spaced
 from superserve_jax.supernets.supernet import SuperNet
 
 _MEASURED = 3  # subnets
 _MIN_GAIN = 1.03  # the least (time of a whole batch) / (time in parts) for which a batch size runs in parts
-_MIN_WORKERS_GAIN = 1.05  # the least gain of throughput for which batches take longer, because each has fewer cores
+_MIN_WORKERS_GAIN = 1.05  # several workers must raise the throughput by this factor, since their batches take longer
 
 
 def create(model: SuperNet, workers: int, **options: Any) -> list[DeviceEngine]:
@@ -32,21 +33,8 @@ def create(model: SuperNet, workers: int, **options: Any) -> list[DeviceEngine]:
 
     `options` are arguments of `DeviceEngine`.
     """
-    made: list[DeviceEngine] = []
-    for i, device in enumerate(cpu_clients.of_workers(workers)):
-        shares = made[0] if made else None
-        made.append(DeviceEngine(model, device, lanes=cpu_clients.lanes(i, workers), shares=shares, **options))
-        made[-1].name = f"cpu:{i}"
-    return made
-
-
-def parts_of(batch_sizes: Sequence[int], most: int, lanes: int) -> dict[int, int]:
-    """The inputs of a part by batch size: one part for each lane, or more parts of `most` inputs.
-
-    >>> parts_of((1, 2, 4, 16), most=4, lanes=2)
-    {1: 1, 2: 1, 4: 2, 16: 4}
-    """
-    return {size: min(most, -(-size // lanes)) for size in batch_sizes}
+    first = DeviceEngine(model, Share(0, workers), **options)
+    return [first, *(DeviceEngine(model, Share(i, workers), shares=first, **options) for i in range(1, workers))]
 
 
 def faster_parts(
@@ -55,8 +43,8 @@ def faster_parts(
     """The parts of the batches of one worker, and the ratio (time of whole batches) / (time in these parts).
 
     The smallest, the middle and the largest subnet run at every batch size: in one call, and in parts of at most 1, 2, 4 and
-    so on inputs. The largest part with the shortest time counts, on the mean of all subnets and batch sizes. Batch sizes that
-    gain less than 3 % are left out.
+    so on inputs. The way with the highest mean gain is chosen; of equal ways, the one with the largest parts. Batch sizes that
+    gain less than 3 % with it are left out.
 
     Args:
       model: the SuperNet.
@@ -65,22 +53,20 @@ def faster_parts(
       rounds: the number of times that everything is measured.
       **options: other arguments of `DeviceEngine`.
     """
-    device, lanes = jax.devices("cpu")[0], cpu_clients.lanes()
-    chosen = evenly_spaced(subnet_list, model.config.flops, _MEASURED)
-    options |= {"subnet_list": chosen, "batch_sizes": batch_sizes}
-    whole = DeviceEngine(model, device, **options)
-    largest = -(-batch_sizes[-1] // len(lanes))
-    ways = {2**i: parts_of(batch_sizes, 2**i, len(lanes)) for i in range(largest.bit_length())}
-    engines = [whole, *(DeviceEngine(model, device, parts=way, lanes=lanes, shares=whole, **options) for way in ways.values())]
+    lanes, chosen = len(Share().lanes), evenly_spaced(subnet_list, model.config.flops, _MEASURED)
+    options = _options(options, chosen, batch_sizes)
+    whole = DeviceEngine(model, Share(), **options)
+    ways = [cpu_clients.parts_of(batch_sizes, 2**i, lanes) for i in range((-(-batch_sizes[-1] // lanes)).bit_length())]
+    engines = [whole, *(DeviceEngine(model, Share(), parts=way, shares=whole, **options) for way in ways)]
     cases = list(itertools.product(batch_sizes, chosen))
     calls = [(s, size, _inputs(whole, size)) for size, s in cases]
     seconds = np.array([[[profiling.time_s(e, *c) for e in engines] for c in calls] for _ in range(rounds)])
     times = np.log(np.median(seconds, axis=0)).reshape(len(batch_sizes), len(chosen), len(engines)).mean(axis=1)
     gains = np.exp(times[:, :1] - times[:, 1:])  # by batch size and limit
-    best = int(np.exp(np.log(gains).mean(axis=0)).round(2).argmax())
-    chosen_way = [*ways.values()][best]
-    parts = {size: part for (size, part), gain in zip(chosen_way.items(), gains[:, best], strict=True) if gain > _MIN_GAIN}
-    return parts, float(gains[-1, best]) if batch_sizes[-1] in parts else 1.0
+    mean = np.exp(np.log(gains).mean(axis=0)).round(2)
+    best = len(ways) - 1 - int(mean[::-1].argmax())
+    parts = {size: part for (size, part), gain in zip(ways[best].items(), gains[:, best], strict=True) if gain > _MIN_GAIN}
+    return parts, float(gains[-1, best])
 
 
 def faster_workers(
@@ -92,10 +78,11 @@ def faster_workers(
     rounds: int = 3,
     **options: Any,
 ) -> tuple[int, float]:
-    """The better number of workers, and the ratio (throughput of one worker on each core) / (throughput of one worker).
+    """The better number of workers, and the ratio (throughput of several workers) / (throughput of one worker).
 
-    A throughput is the highest of the smallest and the largest batch size. The ratio is the mean of the smallest, the middle
-    and the largest subnet. One worker is better, unless the ratio is at least 1.05, since its batches take less time.
+    Several means one on each core, but at most 8. A throughput is the higher one of two: at the smallest and at the largest
+    batch size. The ratio is the mean of the smallest, the middle and the largest subnet. One worker is chosen if the ratio is
+    below 1.05, since its batches take less time.
 
     Args:
       model: the SuperNet.
@@ -105,43 +92,43 @@ def faster_workers(
       rounds: the number of times that everything is measured.
       **options: other arguments of `DeviceEngine`.
     """
-    cores = cpu_clients.cores()
-    if cores == 1:
+    several = min(cpu_clients.cores(), cpu_clients.MOST_LANES)
+    if several == 1:
         return 1, 1.0
     chosen, sizes = evenly_spaced(subnet_list, model.config.flops, _MEASURED), sorted({batch_sizes[0], batch_sizes[-1]})
-    options |= {"subnet_list": chosen, "batch_sizes": sizes}
-    ways = [create(model, n, parts=parts_of_workers(parts, n), **options) for n in (1, cores)]
+    options = _options(options, chosen, sizes)
+    ways = [create(model, n, parts=cpu_clients.parts_of_workers(parts, n), **options) for n in (1, several)]
     rates = np.zeros((rounds, len(chosen), len(ways)))
     for i, (j, s), k in itertools.product(range(rounds), enumerate(chosen), range(len(ways))):
         rates[i, j, k] = max(_throughput_qps(ways[k], s, size) for size in sizes)
     ratio = float(np.exp(np.log(np.median(rates, axis=0)) @ [-1, 1]).mean())
-    return cores if ratio >= _MIN_WORKERS_GAIN else 1, ratio
+    return several if ratio >= _MIN_WORKERS_GAIN else 1, ratio
 
 
-def parts_of_workers(parts: Mapping[int, int], workers: int) -> dict[int, int]:
-    """The parts of each of several workers, from those of one worker with all cores: parts are not larger.
-
-    >>> parts_of_workers({4: 2, 16: 4}, workers=2)
-    {4: 2, 16: 4}
-    """
-    if not parts or workers == 1:
-        return dict(parts)
-    return parts_of(sorted(parts), max(parts.values()), len(cpu_clients.lanes(0, workers)))
+def _options(given: Mapping[str, Any], subnet_list: Sequence[Subnet], batch_sizes: Sequence[int]) -> dict[str, Any]:
+    """Options of an engine that is only measured: texts have the longest length."""
+    lengths = tuple(given.get("lengths", ()))[-1:]
+    return {**given, "subnet_list": subnet_list, "batch_sizes": batch_sizes, "lengths": lengths}
 
 
 def _throughput_qps(engines: Sequence[DeviceEngine], subnet: Subnet, size: int) -> float:
     """Inputs per second of engines that all run batches of one size at the same time."""
     inputs = _inputs(engines[0], size)
     calls = max(2, math.ceil(0.1 / profiling.time_s(engines[0], subnet, size, inputs)))
+    left = threading.Semaphore(calls * len(engines))
 
-    def run(engine: DeviceEngine) -> float:
-        start_s = time.perf_counter()
-        for _ in range(calls):
+    def run(engine: DeviceEngine) -> int:
+        """Makes calls until all calls of all engines have begun, so that no engine runs alone."""
+        count = 0
+        while left.acquire(blocking=False):
             engine.run(subnet, size, inputs)
-        return size * calls / (time.perf_counter() - start_s)
+            count += 1
+        return count
 
+    start_s = time.perf_counter()
     with futures.ThreadPoolExecutor(len(engines)) as pool:
-        return sum(pool.map(run, engines))
+        count = sum(pool.map(run, engines))
+    return size * count / (time.perf_counter() - start_s)
 
 
 def _inputs(engine: DeviceEngine, size: int) -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 """SubNetAct's actuation: a device holds the weights of a SuperNet once, and runs any served subnet without loading it.
 
+One file because staging, actuation and the start of a batch share the state of an engine.
+
 The subnets of a **subnet bucket** share executables, which have the size of their envelope. A subnet alone in its subnet
 bucket uses a static slice of the weights. There are two ways to slice the weights:
 
@@ -30,8 +32,10 @@ from superserve_jax.engines import base, cpu_clients, executables, profiling
 from superserve_jax.engines.base import Launched
 from superserve_jax.engines.budget import LeastRecentlyUsed
 from superserve_jax.engines.cache import Executable
-from superserve_jax.engines.executables import Form, Key, SubnetBucket
+from superserve_jax.engines.cpu_clients import Share
+from superserve_jax.engines.executables import Form, Key
 from superserve_jax.engines.keys import Device
+from superserve_jax.engines.weights import SubnetBucket
 from superserve_jax.lengths import length_bucket
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import compiler, programs
@@ -60,7 +64,7 @@ class DeviceEngine:
 
     Args:
       model: the SuperNet, calibrated for every served subnet.
-      device: the device to run on.
+      place: the device to run on, or a share of the cores of a CPU. A CPU device means all cores.
       subnet_list: the subnets to prepare.
       batch_sizes: the batch sizes to prepare.
       lengths: the length buckets to prepare; `()` if all inputs have one shape.
@@ -72,9 +76,9 @@ class DeviceEngine:
       prepared: whether kept slices have the statistics of their subnet and the layouts that XLA chooses (see `executables`).
         None prepares them on GPUs. A CPU gains nothing.
       compute_dtype: "float32" or "bfloat16" (see `dtypes`). With bfloat16, the engine's matrices take half the memory.
-      parts: on a CPU, the inputs of a part, by batch size. Other batch sizes run in one call on `device`.
-      lanes: the devices that compute parts. None takes the lanes of all cores.
-      shares: another engine of the model on a CPU, with at least these subnets. This engine reads its weights and slices.
+      parts: on a CPU, the inputs of a part, by batch size. Other batch sizes run in one call.
+      shares: another engine of the model on a CPU, with at least these subnets and the same options. This engine reads its
+        weights and slices.
 
     Attributes:
       command_buffers: whether calls on a GPU are recorded as command buffers.
@@ -83,7 +87,7 @@ class DeviceEngine:
     def __init__(
         self,
         model: SuperNet,
-        device: Device,
+        place: Device | Share,
         *,
         subnet_list: Sequence[Subnet],
         batch_sizes: Sequence[int],
@@ -94,7 +98,6 @@ class DeviceEngine:
         prepared: bool | None = None,
         compute_dtype: ComputeDtype = "float32",
         parts: Mapping[int, int] | None = None,
-        lanes: Sequence[Device] | None = None,
         shares: "DeviceEngine | None" = None,
     ):
         check_slicing(slicing, slice_bytes)
@@ -102,20 +105,22 @@ class DeviceEngine:
         config = model.config
         self.lengths, self.pad_id = tuple(lengths), config.pad_id if isinstance(config, SequenceConfig) else 0
         spec = executables.input_spec(config, 1, self.lengths[-1] if self.lengths else 0)
-        self.name = f"{device.platform}:{device.id}"
+        device: Device = place.device if isinstance(place, Share) else place
+        self.place, self.name = place, f"cpu:{place.index}" if isinstance(place, Share) else f"{device.platform}:{device.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
         self.class_names: tuple[str, ...] = getattr(model, "class_names", ())
         self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
 
-        if slice_bytes is None:
+        if shares is not None:
+            slice_bytes = shares.slices.budget_bytes
+        elif slice_bytes is None:
             slice_bytes = default_slice_bytes(model, device)
         self.slices = LeastRecentlyUsed(slice_bytes) if shares is None else shares.slices
-        self._shared = shares
+        self._owns_weights, self.buckets = shares is None, {} if shares is None else shares.buckets
         self.parts = {size: part for size, part in (parts or {}).items() if size in batch_sizes}
-        if self.parts and lanes is None:
-            lanes = cpu_clients.lanes()
-        self.lanes: tuple[Device, ...] = tuple(lanes or ()) if self.parts else ()
+        share = place if isinstance(place, Share) else Share()
+        self.lanes: tuple[Device, ...] = share.lanes if self.parts else ()
         self.slicing: Slicing = slicing
         self.compute_dtype: ComputeDtype = compute_dtype
         self._program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
@@ -132,7 +137,8 @@ class DeviceEngine:
         self._forms = {program: form(program) for program in users}
         largest = 8 * max(program.statistics_size for program in users)
         most = _STATISTICS_KEPT if device.platform == "cpu" else max(_STATISTICS_KEPT, len(self.subnets))
-        self.statistics = LeastRecentlyUsed(max(most * largest, _MIN_STATISTICS_BYTES))
+        places = 1 + len(self.lanes)
+        self.statistics = LeastRecentlyUsed(places * max(most * largest, _MIN_STATISTICS_BYTES))
         # The subnet that runs next; and its weights, statistics and traced sizes on the device and on each lane.
         self._subnet: Subnet | None = None
         self._actuated: list[tuple[Any, ...]] = []
@@ -176,7 +182,7 @@ class DeviceEngine:
                 _log.warning("an executable of %s failed (%s: %s); %s", self.name, type(e).__name__, e, remedy)
             del made  # before the next ones take memory
             self.calls, self.executables, self._subnet, self._actuated = {}, (), None, []
-            if self._shared is None:
+            if self._owns_weights:
                 self.buckets = {}
                 self.slices.clear()
 
@@ -193,7 +199,7 @@ class DeviceEngine:
         if self.parts:
             sizes = sorted({*self.parts.values()})
             parts = executables.build(self._forms, sizes, self.lanes[0], others=self.lanes[1:], **shapes)
-        if self._shared is not None:
+        if not self._owns_weights:
             return whole, parts, {}
         one_of_each = {program: executable for (program, _, _), executable in (whole | parts).items()}
         return whole, parts, executables.build_slicers(one_of_each, self.device, **forms)
@@ -202,7 +208,8 @@ class DeviceEngine:
         self, whole: Mapping[Key, Executable], parts: Mapping[Key, Executable], slicers: Mapping[Program, Executable]
     ) -> None:
         """Puts the weights on the device, and connects them with the executables that read them."""
-        self.buckets = self._make_buckets({**whole, **parts}, slicers) if self._shared is None else self._shared.buckets
+        if self._owns_weights:
+            self.buckets = self._make_buckets({**whole, **parts}, slicers)
 
         def calls(program: Program, size: int, length: int) -> tuple[Callable[..., jax.Array], ...]:
             made = parts[program, self.parts[size], length] if size in self.parts else whole[program, size, length]
@@ -223,6 +230,8 @@ class DeviceEngine:
         read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
         stored = programs.cast({name: self.model.params[name] for name in sorted(read)}, self.compute_dtype)
         weights = {name: jax.device_put(value, self.device) for name, value in stored.items()}
+        if isinstance(self.place, Share):
+            weights = dict(zip(stored, cpu_clients.on_device([*stored.values()], self.device), strict=True))
 
         def bucket(program: Program, names: Sequence[str]) -> SubnetBucket:
             params, slicer = {name: weights[name] for name in names}, slicers.get(program)
@@ -286,7 +295,9 @@ class DeviceEngine:
         return [computed[i] for i in range(len(starts))]
 
     def _make_staging(self, batch_size: int, length: int) -> np.ndarray:
-        staged = np.zeros(executables.input_spec(self.model.config, batch_size, length).shape, self.input_dtype)
+        part = self.parts.get(batch_size, batch_size)
+        rows = -(-batch_size // part) * part  # the last part is as large as the others
+        staged = np.zeros(executables.input_spec(self.model.config, rows, length).shape, self.input_dtype)
         if length:
             staged[:] = self._padding[:length]
         return staged
@@ -300,7 +311,7 @@ class DeviceEngine:
             values = program.pad_statistics(self.model.statistics_of(subnet), subnet), program.active(subnet)
             return [jax.device_put(values, device) for device in places]
 
-        leaves, rest = bucket.whole, self.statistics.get(subnet, 8 * program.statistics_size, statistics)
+        leaves, rest = bucket.whole, self.statistics.get(subnet, 8 * len(places) * program.statistics_size, statistics)
         if bucket.slicer is not None:
             leaves = self.slices.get(bucket, bucket.slice_bytes, lambda: bucket.sliced(rest[0][0]))
         self._actuated = [(leaves.on(device), *values) for device, values in zip(places, rest, strict=True)]

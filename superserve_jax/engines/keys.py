@@ -139,7 +139,7 @@ def device_kind(device: Device) -> str:
     """The kind of a device, which names its latency profile: a card's name, or a CPU's model and number of cores."""
     if device.platform != "cpu":
         return device.device_kind
-    return f"cpu {cpu_info('model name') or 'unknown'} {os.cpu_count()} cores"
+    return f"cpu {cpu_info('model name') or 'unknown'} {cpu_clients.cores()} cores"
 
 
 def versions(device: Device) -> dict[str, Any]:

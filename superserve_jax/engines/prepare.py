@@ -1,6 +1,10 @@
-"""Prepares an export for a server: makes an engine for each device, and loads or measures its latency profile."""
+"""Prepares an export for a server: makes an engine for each device, and loads or measures its latency profile.
+
+One file because every function checks or completes the arguments of `prepare`.
+"""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -11,6 +15,7 @@ import jax
 from superserve_jax import errors, exports
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines import cpu_clients, default_batch_sizes, executables, keys, measuring, subnet_buckets, threads
+from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine, Slicing, check_slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -31,7 +36,7 @@ def prepare(
     *,
     batch_sizes: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
-    devices: Sequence[Device] | None = None,
+    devices: Sequence[Device | Share] | None = None,
     slicing: Slicing | None = None,
     slice_bytes: int | None = None,
     compute_dtype: ComputeDtype = "float32",
@@ -47,7 +52,7 @@ def prepare(
       path_or_model: an export's directory, or the model that `exports.load` returned.
       batch_sizes: the batch sizes to serve with, ascending; None takes `default_batch_sizes.to_serve`.
       lengths: the length buckets to serve with; None takes `lengths.default_lengths` for a model of sequences.
-      devices: the devices to serve on; None takes all.
+      devices: the devices to serve on; None takes all. With shares of the cores of a CPU, all are shares.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
       compute_dtype: see `DeviceEngine`.
@@ -65,18 +70,19 @@ def prepare(
     check_slicing(slicing or "kept", slice_bytes)
     model = load(path_or_model)
     model.accuracies(compute_dtype)
-    are_given, devices = devices is not None, _check_devices(devices)
+    given, cpu_workers = devices, _check_cpu_workers(cpu_workers, devices)
     lengths = check_lengths(model.config, lengths)
-    cpu_workers = _check_cpu_workers(cpu_workers, devices, are_given=are_given)
+    devices = [*given] if given and isinstance(given[0], Share) else _check_devices(given)
 
-    kinds = [keys.device_kind(device) for device in devices]
-    batch_sizes = chosen or default_batch_sizes.to_serve(model.path, dict(zip(kinds, devices, strict=True)), compute_dtype)
-    stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in dict.fromkeys(kinds)}
+    kinds = [keys.device_kind(d.device if isinstance(d, Share) else d) for d in devices]
+    of_kinds = {kind: jax.devices("cpu")[0] if isinstance(d, Share) else d for kind, d in zip(kinds, devices, strict=True)}
+    batch_sizes = chosen or default_batch_sizes.to_serve(model.path, of_kinds, compute_dtype)
+    stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in of_kinds}
     if cpu_workers is None:
         cpu_workers = next((profile.cpu_workers for profile in stored.values() if profile is not None), 1)
     profiles = {kind: profile for kind, profile in stored.items() if profile and profile.cpu_workers == cpu_workers}
-    if cpu_workers > 1:
-        devices = cpu_clients.of_workers(cpu_workers)
+    if cpu_workers > 1 and not isinstance(devices[0], Share):
+        devices = [Share(i, cpu_workers) for i in range(cpu_workers)]
         kinds = [*stored] * cpu_workers
     envelopes, needs_measuring = None, len(profiles) < len(stored)
     if chosen is None and not needs_measuring:
@@ -86,11 +92,9 @@ def prepare(
 
     engines: dict[int, DeviceEngine] = {}
 
-    def cores(i: int) -> dict[str, Any]:
-        return {"lanes": cpu_clients.lanes(i, cpu_workers), "shares": engines.get(0)} if cpu_workers > 1 else {}
-
     def make(i: int) -> DeviceEngine:
-        return make_engine(model, devices[i], profiles[kinds[i]], slicing=slicing, slice_bytes=slice_bytes, **cores(i))
+        shares = engines[0] if cpu_workers > 1 and i > 0 else None
+        return make_engine(model, devices[i], profiles[kinds[i]], slicing=slicing, slice_bytes=slice_bytes, shares=shares)
 
     for i, kind in enumerate(kinds):
         if kind in kinds[:i]:
@@ -98,24 +102,22 @@ def prepare(
         if kind in profiles:
             engines[i] = make(i)
             continue
-        measured = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
-        message = "%s has no latency profile for %s, %s, %s: measuring one; run `superserve measure %s%s` to save one"
-        option = "" if compute_dtype == "float32" else f" --compute-dtype {compute_dtype}"
-        _log.warning(message, model.path, kind, compute_dtype, measured, model.path, option)
+        how = _warn(model, kind, batch_sizes, lengths, compute_dtype, cpu_workers, stored[kind])
         shapes = {"batch_sizes": batch_sizes, "lengths": lengths, "envelopes": envelopes}
-        way = {"slicing": slicing or "kept", "slice_bytes": slice_bytes, "compute_dtype": compute_dtype}
-        for j in (i, *range(1, cpu_workers)):
-            engines[j] = DeviceEngine(model, devices[j], subnet_list=model.subnets, **shapes, **way, **cores(j))
-        beside = [engines[j] for j in range(1, cpu_workers)]
-        profiles[kind] = measuring.worth_serving(measuring.measure(model, engines[i], background=background, beside=beside))
+        way: dict[str, Any] = {"slicing": slicing or how["slicing"], "slice_bytes": slice_bytes, "parts": how["parts"]}
+        way |= {"subnet_list": model.subnets, "compute_dtype": compute_dtype}
+        engines[i] = DeviceEngine(model, devices[i], **shapes, **way)
+        if cpu_workers > 1:
+            more = range(1, len(devices))
+            engines |= {j: DeviceEngine(model, devices[j], shares=engines[i], **shapes, **way) for j in more}
+        beside = [engine for j, engine in engines.items() if j != i and cpu_workers > 1]
+        measured = measuring.measure(model, engines[i], background=background, beside=beside)
+        profiles[kind] = dataclasses.replace(measuring.worth_serving(measured), cpu_workers=cpu_workers)
     if chosen is None and needs_measuring:
         profiles = default_batch_sizes.without_useless(profiles)
     # The first engine of each kind is made alone. The others reuse the results of its tuning.
     others = [i for i in range(len(devices)) if i not in engines]
     engines.update(zip(others, threads.each(make, others, workers=len(others)), strict=True))
-    if cpu_workers > 1:
-        for i, engine in engines.items():
-            engine.name = f"cpu:{i}"  # the ids of their devices are equal
     if len(engines) > 1:
         for engine in engines.values():
             if engine.command_buffers:  # XLA drops all of them when it compiles for another engine
@@ -154,19 +156,43 @@ def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
     return devices
 
 
-def _check_cpu_workers(cpu_workers: int | None, devices: Sequence[Device], *, are_given: bool) -> int | None:
-    """The number of workers that divide the cores: a checked argument, or that of the given devices. None: not yet known.
+def _check_cpu_workers(cpu_workers: int | None, devices: Sequence[Device | Share] | None) -> int | None:
+    """The number of workers: `cpu_workers`, or that of the given shares of the cores. None: the profile decides.
 
     Raises ConfigError for a number that these devices cannot have.
     """
     cpu_clients.check_workers(cpu_workers)
-    if cpu_workers is not None and (are_given or len(devices) > 1 or devices[0].platform != "cpu"):
-        raise errors.ConfigError(
-            f"cpu_workers={cpu_workers} is for one CPU, but the devices are {list(devices)}; give only one of the two"
-        )
-    if are_given:
-        return len(devices) if all(map(cpu_clients.is_created, devices)) else 1
-    return cpu_workers if len(devices) == 1 and devices[0].platform == "cpu" else 1
+    if devices is not None and isinstance(devices, Sequence) and devices and isinstance(devices[0], Share):
+        return devices[0].workers
+    found = jax.devices()
+    is_one_cpu = devices is None and len(found) == 1 and found[0].platform == "cpu"
+    if cpu_workers is not None and not is_one_cpu:
+        shown = list(found) if devices is None else devices
+        raise errors.ConfigError(f"cpu_workers divides the cores of a single CPU device, got {shown}; leave it out")
+    return cpu_workers if is_one_cpu else 1
+
+
+def _warn(
+    model: Model,
+    kind: str,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    compute_dtype: ComputeDtype,
+    cpu_workers: int,
+    stored: Profile | None,
+) -> dict[str, Any]:
+    """Warns that a profile must be measured now. Returns how the weights are sliced and batches divided meanwhile."""
+    shapes = f"batch sizes {list(batch_sizes)}" + (f" and lengths {list(lengths)}" if lengths else "")
+    option = "" if compute_dtype == "float32" else f" --compute-dtype {compute_dtype}"
+    if stored is None:
+        message = "%s has no latency profile for %s, %s, %s: measuring one; run `superserve measure %s%s` to save one"
+        _log.warning(message, model.path, kind, compute_dtype, shapes, model.path, option)
+        return {"slicing": "kept", "parts": {}}
+    message = (
+        "%s was measured with %s worker(s), not %s: measuring again; run `superserve measure %s%s --cpu-workers %s` to save it"
+    )
+    _log.warning(message, model.path, stored.cpu_workers, cpu_workers, model.path, option, cpu_workers)
+    return {"slicing": stored.slicing, "parts": cpu_clients.parts_of_workers(stored.parts, cpu_workers)}
 
 
 def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
@@ -198,12 +224,11 @@ def _inputs(config: FamilyConfig, lengths: Sequence[int]) -> str:
 
 def make_engine(
     model: SuperNet,
-    device: Device,
+    device: Device | Share,
     profile: Profile,
     *,
     slicing: Slicing | None = None,
     slice_bytes: int | None = None,
-    lanes: Sequence[Device] | None = None,
     shares: DeviceEngine | None = None,
 ) -> DeviceEngine:
     """An engine for the subnets, batch sizes and length buckets of a profile.
@@ -214,7 +239,6 @@ def make_engine(
       profile: the latency profile. Subnets share executables as when it was measured.
       slicing: see `DeviceEngine`; None slices as when the profile was measured.
       slice_bytes: see `DeviceEngine`.
-      lanes: see `DeviceEngine`.
       shares: see `DeviceEngine`.
 
     Raises ProfileError if the profile is not one of this network. Nothing is compiled then.
@@ -229,8 +253,7 @@ def make_engine(
         slicing=slicing or profile.slicing,
         slice_bytes=slice_bytes,
         compute_dtype=profile.compute_dtype,
-        parts=profile.parts if device.platform == "cpu" else None,
-        lanes=lanes,
+        parts=profile.parts if isinstance(device, Share) or device.platform == "cpu" else None,
         shares=shares,
     )
 

@@ -58,7 +58,7 @@ def measure(
     calls = [(s, b, inputs[:b]) for s in accuracies for b in batch_sizes for inputs in examples.values()]
     fastest_qps = max(call[1] / time_s(engine, *call) for call in calls for _ in range(_WARM_UPS))
     gc.collect()
-    load = background(_LOAD * fastest_qps) if background else contextlib.nullcontext()
+    load = background(_LOAD * fastest_qps * (1 + len(beside))) if background else contextlib.nullcontext()
     with load, _busy(beside, calls):
         rounds = progress.track(range(repeats), f"latencies of {engine.name}")
         times_ms = 1e3 * np.array([[batch_s(engine, *call) for call in calls] for _ in rounds])

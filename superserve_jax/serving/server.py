@@ -139,8 +139,8 @@ class Server:
         self._with_settings = prepare.kept_settings()
         checked = check_options(options)  # before anything that takes long
         self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
-        given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices}
-        given |= {"compute_dtype": compute_dtype, "cpu_workers": cpu_workers, **self._slicing}
+        given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices, **self._slicing}
+        given |= {"compute_dtype": compute_dtype, "cpu_workers": cpu_workers}
         self.model, engines, profiles = prepare.prepare(path_or_model, background=background_traffic, **given)
         self._open(engines, profiles, checked)
 
@@ -267,10 +267,9 @@ class Server:
             new, profile = engine_or_device, profile or self.profile
             profiles_of_workers([self.profile, profile], 2)
             if not hasattr(new, "run"):
-                if self.model is None:
-                    raise errors.ConfigError(
-                        f"expected an engine, got {foreign.text_of(new)}; a server opened with engines cannot make one"
-                    )
+                if self.model is None or self.profile.cpu_workers > 1:
+                    reason = "cannot make one" if self.model is None else "makes none, since its workers divide the cores"
+                    raise errors.ConfigError(f"expected an engine, got {foreign.text_of(new)}; this server {reason}")
                 from superserve_jax.engines import prepare  # here, since it imports jax
 
                 new = prepare.make_engine(self.model, new, profile, **self._slicing)
@@ -332,7 +331,7 @@ class Server:
 
         with self._changing, self._with_settings():
             workers = self.pool.swaps.swappable()
-            devices = [getattr(getattr(worker, "engine", None), "device", None) for worker in workers]
+            devices = [getattr(getattr(worker, "engine", None), "place", None) for worker in workers]
             if None in devices:
                 name = workers[devices.index(None)].name
                 raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")

@@ -12,6 +12,7 @@ from tiny import TINY, assert_close, random_images, random_params, random_statis
 
 from superserve_jax import errors
 from superserve_jax.engines import cache, cpu_clients, keys
+from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -26,8 +27,9 @@ def model():
 
 
 def engine_in_parts(model, lanes=2):
-    given = {"parts": {4: 2}, "lanes": [cpu_clients.create(1, i, inline=i == 0) for i in range(lanes)]}
-    return DeviceEngine(model, jax.devices("cpu")[0], subnet_list=SUBNETS, batch_sizes=(1, 4), **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_clients, "cores", lambda: lanes)
+        return DeviceEngine(model, Share(), subnet_list=SUBNETS, batch_sizes=(1, 4), parts={4: 2})
 
 
 def check(model, engine):
@@ -44,17 +46,13 @@ def test_a_device_has_its_number_of_threads_and_is_made_once():
     assert [cpu_clients.threads_of(d) for d in (three, lane)] == [3, 1]
     assert cpu_clients.create(3, UNUSED) is three
     assert lane not in (cpu_clients.create(1, UNUSED), cpu_clients.create(1, UNUSED + 1, inline=True))
-    own = jax.devices("cpu")[0]
-    assert [cpu_clients.is_created(d) for d in (three, lane, own)] == [True, True, False]
 
 
-def test_jaxs_own_device_has_as_many_threads_as_cores_or_as_the_environment_says(monkeypatch):
+def test_jaxs_own_device_keeps_its_number_of_threads(monkeypatch):
     own = jax.devices("cpu")[0]
-    monkeypatch.delenv("NPROC", raising=False)
-    monkeypatch.setattr(cpu_clients, "cores", lambda: 6)
-    assert cpu_clients.threads_of(own) == 6
+    before = cpu_clients.threads_of(own)
     monkeypatch.setenv("NPROC", "5")
-    assert cpu_clients.threads_of(own) == 5
+    assert cpu_clients.threads_of(own) == before
 
 
 @pytest.mark.parametrize("before", [None, "7"])
@@ -91,9 +89,9 @@ def test_workers_divide_the_cores_and_never_share_one(monkeypatch, cores):
     monkeypatch.setattr(cpu_clients, "cores", lambda: cores)
     monkeypatch.setattr(cpu_clients, "create", lambda threads, index, *, inline=False: (threads, index, inline))
     for workers in range(1, cores + 1):
-        each = [cpu_clients.lanes(i, workers) for i in range(workers)]
-        devices = cpu_clients.of_workers(workers)
-        every = [lane for lanes in each for lane in lanes]
+        each = [Share(i, workers).lanes for i in range(workers)]
+        devices = [Share(i, workers).device for i in range(workers)]
+        assert len(every := [lane for lanes in each for lane in lanes]) <= max(8, workers)
         assert len(set(every)) == len(every)
         assert sum(threads for threads, _, _ in every) <= cores
         assert len({len(lanes) for lanes in each}) == 1
@@ -103,10 +101,10 @@ def test_workers_divide_the_cores_and_never_share_one(monkeypatch, cores):
             assert len(set(devices)) == workers
             if cores // workers == 1:  # then one device computes both whole batches and parts
                 assert devices == every
-    assert cpu_clients.of_workers(1) == [jax.devices("cpu")[0]]
+    assert Share().device == jax.devices("cpu")[0]
     if cores <= 8:
-        assert {threads for threads, _, _ in cpu_clients.lanes()} == {1}
-        assert len(cpu_clients.lanes()) == cores
+        assert {threads for threads, _, _ in Share().lanes} == {1}
+        assert len(Share().lanes) == cores
 
 
 def test_arrays_of_any_size_and_dtype_are_on_another_device_without_a_copy():

@@ -161,9 +161,9 @@ def test_on_one_core_nothing_is_measured(workers_with, cores):
 @pytest.mark.parametrize(("count", "workers"), [(1, 1), (2, 1), (2, 2), (4, 2), (6, 2), (16, 16)])
 def test_the_parts_of_workers_are_possible_and_not_larger(cores, count, workers):
     cores(count)
-    assert cpu_workers.parts_of_workers({}, workers) == {}
-    parts = cpu_workers.parts_of((2, 4, 16), most=4, lanes=len(cpu_clients.lanes()))
-    found = cpu_workers.parts_of_workers(parts, workers)
+    assert cpu_clients.parts_of_workers({}, workers) == {}
+    parts = cpu_clients.parts_of((2, 4, 16), most=4, lanes=len(Share().lanes))
+    found = cpu_clients.parts_of_workers(parts, workers)
     assert found.keys() == parts.keys()
     assert all(1 <= part <= min(size, max(parts.values())) for size, part in found.items())
 

@@ -9,6 +9,7 @@ from fakes import threads
 from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, random_tokens
 
 from superserve_jax.engines import cpu_clients, cpu_workers, subnet_buckets
+from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -44,8 +45,9 @@ def lanes_of(count):
 
 
 def make(model, *, parts=None, lanes=2, subnet_list=SUBNETS, batch_sizes=SIZES, **options):
-    given = {"parts": parts, "lanes": lanes_of(lanes), **options}
-    return DeviceEngine(model, jax.devices("cpu")[0], subnet_list=subnet_list, batch_sizes=batch_sizes, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_clients, "cores", lambda: lanes)
+        return DeviceEngine(model, Share(), subnet_list=subnet_list, batch_sizes=batch_sizes, parts=parts, **options)
 
 
 def pointers(arrays):
@@ -90,7 +92,7 @@ def test_an_engine_with_the_parts_of_any_number_of_cores_runs_every_batch_size(m
     cores(count)
     sizes, subnet = (1, 2, 4, 8), SUBNETS[0]
     images = list(random_images(TINY, 8))
-    parts = cpu_workers.parts_of(sizes, most=4, lanes=len(cpu_clients.lanes()))
+    parts = cpu_clients.parts_of(sizes, most=4, lanes=len(Share().lanes))
     engine = make(model, parts=parts, lanes=min(count, 3), subnet_list=[subnet], batch_sizes=sizes)
     masked = np.asarray(model(np.stack(images), subnet))
     for size in sizes:
@@ -188,7 +190,7 @@ def test_by_default_an_engine_with_parts_uses_a_lane_on_each_core(model, cores):
     cores(3)
     options = {"subnet_list": SUBNETS[:1], "batch_sizes": (4,)}
     engine = DeviceEngine(model, jax.devices("cpu")[0], parts={4: 1}, **options)
-    assert engine.lanes == cpu_clients.lanes() == lanes_of(3)
+    assert engine.lanes == Share().lanes == lanes_of(3)
     assert len(engine.executables) == 3
 
 

@@ -21,6 +21,7 @@ def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, mo
     model.accuracies = lambda compute_dtype: {r.subnet: r.accuracy for r in PROFILE.rows}
     monkeypatch.setattr(ss, "load", lambda path: model)
     engine = {"DeviceEngine": lambda _, device, **options: types.SimpleNamespace(device=device, **options)}
+    engine["choose_cores"] = lambda *_, **__: (1, {})
     monkeypatch.setattr(profiling, "measure", lambda *args, **options: PROFILE)
     monkeypatch.setattr(exports, "profile_path", lambda *_: tmp_path / "profile.json")
     options = ("--batch-sizes", 1, 2, "--slicing", "kept")
