@@ -142,7 +142,7 @@ def test_a_profile_survives_its_file(profile, tmp_path):
     ("damage", "message"),
     [
         (lambda d: d.pop("rows"), "not a latency profile"),
-        (lambda d: d.update(schema=99), "schema 99 is not 1"),
+        (lambda d: d.update(schema=99), "schema 99 is unknown"),
         (lambda d: d.update(rows=[]), "at least one row"),
         (lambda d: d.update(batch_sizes=[]), "ascending"),
         (lambda d: d.update(slicing="other"), "slicing must be 'kept' or 'in_call'"),

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from fakes import LONG_MS, WAIT_S, traffic, wait_until
 from tiny import TINY, assert_close, live_bytes, random_images
-from two_workers import SIZES, write
+from two_workers import SIZES, store, write
 
 import superserve_jax as ss
 from superserve_jax import errors
 from superserve_jax.engines import cpu_clients, keys, measuring, prepare
+from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.exports import profile_path
 from superserve_jax.serving.server import Server
 
@@ -89,7 +90,7 @@ def test_a_server_has_as_many_workers_as_its_profile_and_all_of_them_answer(fold
         assert names(s) == ["cpu:0", "cpu:1"]
         engines = engines_of(s)
         assert share(engines)
-        assert all(e.parts == {2: 1} and e.lanes == cpu_clients.lanes(i, 2) for i, e in enumerate(engines))
+        assert all(e.parts == {2: 1} and e.lanes == Share(i, 2).lanes for i, e in enumerate(engines))
         assert [p.cpu_workers for p in s.profiles] == [2, 2]
         check_every_worker(s, folders[0])
         check(s, folders[0])
@@ -114,11 +115,11 @@ def test_another_number_of_workers_is_measured_again_with_a_warning(folders, whi
         assert s.profile.cpu_workers == workers
         assert share(engines_of(s))
         check_every_worker(s, folders[which])
-    assert "has no latency profile" in caplog.text
+    assert "measuring again" in caplog.text
     caplog.clear()
     with opened(folders[which], cpu_workers=3 - workers) as s:  # that of the profile
         assert len(names(s)) == 3 - workers
-    assert "has no latency profile" not in caplog.text
+    assert "measuring" not in caplog.text
 
 
 def test_without_a_profile_there_is_one_worker(folders, cached, caplog):
@@ -133,22 +134,16 @@ def test_without_a_profile_there_is_one_worker(folders, cached, caplog):
 def test_workers_of_one_thread_need_no_parts(cached):
     path = write(cached / "whole", 5, parts={})
     with opened(path) as s:
-        assert [e.device for e in engines_of(s)] == [lane for i in range(2) for lane in cpu_clients.lanes(i, 2)]
+        assert [e.device for e in engines_of(s)] == [lane for i in range(2) for lane in Share(i, 2).lanes]
         check_every_worker(s, path)
 
 
 def test_workers_with_several_cores_each_answer_as_the_model_does(folders, monkeypatch):
     monkeypatch.setattr(cpu_clients, "cores", lambda: 5)
+    store(folders[0], parts={2: 1}, cpu_workers=2)  # the number of cores is part of the profile's name
     with opened(folders[0]) as s:
         assert [len(e.lanes) for e in engines_of(s)] == [2, 2]
         check_every_worker(s, folders[0])
-        check(s, folders[0])
-
-
-def test_a_profile_with_more_workers_than_cores_still_serves(folders, monkeypatch):
-    """The process may use fewer cores than the machine has, such as in a container."""
-    monkeypatch.setattr(cpu_clients, "cores", lambda: 1)
-    with opened(folders[0]) as s:
         check(s, folders[0])
 
 
@@ -158,8 +153,8 @@ def test_a_profile_with_more_workers_than_cores_still_serves(folders, monkeypatc
         ({"cpu_workers": 0}, r"cpu_workers must be from 1 to 2, the number of cores, got 0"),
         ({"cpu_workers": 3}, r"cpu_workers must be from 1 to 2, the number of cores, got 3"),
         ({"cpu_workers": "2"}, r"cpu_workers must be from 1 to 2, the number of cores, got '2'"),
-        ({"cpu_workers": 1, "devices": True}, r"cpu_workers=1 is for one CPU, .*give only one of the two"),
-        ({"cpu_workers": 2, "devices": True}, r"cpu_workers=2 is for one CPU, .*give only one of the two"),
+        ({"cpu_workers": 1, "devices": True}, r"cpu_workers divides the cores of a single CPU device, got .*leave it out"),
+        ({"cpu_workers": 2, "devices": True}, r"cpu_workers divides the cores of a single CPU device, got .*leave it out"),
     ],
 )
 def test_workers_that_cannot_be_are_refused_before_anything_is_compiled(folders, options, message, compilations):
@@ -199,7 +194,7 @@ def test_a_swap_keeps_both_workers_and_the_new_ones_share_their_weights(folders,
         assert names(s) == ["cpu:0", "cpu:1"]
         engines = engines_of(s)
         assert share(engines)
-        assert [e.lanes for e in engines] == [cpu_clients.lanes(i, 2) for i in range(2)]
+        assert [e.lanes for e in engines] == [Share(i, 2).lanes for i in range(2)]
         assert (s.profile.parts, s.profile.cpu_workers) == ({2: 1}, 2)
         check_every_worker(s, folders[1])
         check(s, folders[1])
@@ -215,7 +210,7 @@ def test_a_swap_to_an_export_of_one_worker_keeps_both_and_measures_it_again(fold
         assert share(engines_of(s))
         assert s.profile.cpu_workers == 2
         check(s, folders[2])
-    assert "has no latency profile" in caplog.text
+    assert "measuring again" in caplog.text
 
 
 def test_a_server_of_one_worker_keeps_one_after_a_swap(folders):
@@ -237,17 +232,20 @@ def test_a_worker_goes_on_without_the_other_also_after_a_swap(folders, removed):
         check(s, folders[1])
 
 
-def test_a_device_can_still_be_added_and_swapped(folders):
+def test_a_device_can_be_added_only_if_one_worker_has_all_cores(folders):
     with opened(folders[0]) as s:
-        added = s.add_worker(jax.devices()[0])
-        assert names(s) == ["cpu:0", "cpu:1", added]
-        assert len(set(names(s))) == 3
-        check_every_worker(s, folders[0])
+        with pytest.raises(errors.ConfigError, match="its workers divide the cores"):
+            s.add_worker(jax.devices()[0])
+        assert names(s) == ["cpu:0", "cpu:1"]
         check(s, folders[0])
-        s.swap(folders[1])
-        assert len(set(names(s))) == 3
-        check_every_worker(s, folders[1])
-        check(s, folders[1])
+    with opened(folders[2]) as s:
+        added = s.add_worker(jax.devices()[0])
+        assert names(s) == ["cpu:0", added] != ["cpu:0", "cpu:0"]
+        check_every_worker(s, folders[2])
+        s.swap(folders[2])
+        assert len(set(names(s))) == 2
+        check_every_worker(s, folders[2])
+        check(s, folders[2])
 
 
 def test_a_closed_server_frees_the_weights_of_all_workers(folders):
