@@ -137,7 +137,9 @@ class ExecutableCache:
     def __init__(self, config: FamilyConfig, device: Device, others: Sequence[Device] = ()):
         self._others = others
         self._device, self._is_foreign, self._limit_bytes = device, keys.is_foreign(config), limit_bytes()
-        root = directory()
+        # With jax's own cache on, `compile` may return a loaded executable, which a CPU cannot serialise (see `_loaded`).
+        self._beside_jaxs = device.platform == "cpu" and bool(jax.config.values.get("jax_compilation_cache_dir"))
+        root = None if self._beside_jaxs else directory()
         common = keys.common_key(config, device) if root is not None else None
         self._root = _private(root) if root is not None and common is not None else None
         self._common = common or {}
@@ -145,35 +147,37 @@ class ExecutableCache:
         is_given = TUNING_OPTION in os.environ.get("XLA_FLAGS", "")
         self._options = {} if tuning is None or is_given else {TUNING_OPTION: str(tuning)}  # no part of the key
 
-    def get(self, about: Mapping[str, Any], trace: Callable[[], Traced], *, load: bool = True) -> Executable:
+    def get(self, about: Mapping[str, Any], trace: Callable[[Device], Traced], *, load: bool = True) -> Executable:
         """Loads the executable that `about` describes from the cache, or else compiles and stores it.
 
         Args:
           about: a JSON object that identifies this executable among those with the same config and device.
           load: False compiles it in any case, and replaces the entry.
-          trace: traces the program. For a family of this library it is called only if there is no entry.
+          trace: traces the program for a device. For a family of this library it is called only if there is no entry.
         """
         if self._root is None:
-            return self._on_others(trace().compile())
+            return self._on_others(trace(self._device).compile(), trace)
         program, digest = None, None
         if self._is_foreign:
-            program = trace()
+            program = trace(self._device)
             digest = keys.program_digest(program.traced.jaxpr)
             if digest is None:
                 _log.warning("an executable is not kept: its program contains a Python function, whose code has no digest")
-                return self._on_others(program.compile())
+                return self._on_others(program.compile(), trace)
         key = json.dumps({**self._common, **about, "program": digest}, sort_keys=True)
         path = self._root / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".bin")
         found = self._load(path) if load else None
         if found is None:
-            found = self._on_others((program or trace()).compile(self._options))
+            found = self._on_others((program or trace(self._device)).compile(self._options), trace)
             _save(path, found)
         return found
 
-    def _on_others(self, compiled: Executable) -> Executable:
+    def _on_others(self, compiled: Executable, trace: Callable[[Device], Traced]) -> Executable:
         """A compiled executable with `others`."""
         if not self._others:
             return compiled
+        if self._beside_jaxs:
+            return dataclasses.replace(compiled, others=tuple(trace(device).compile().call for device in self._others))
         serialised = serialize_executable.serialize(compiled.call)  # type: ignore[arg-type]
         return dataclasses.replace(compiled, others=tuple(_loaded(serialised, device) for device in self._others))
 

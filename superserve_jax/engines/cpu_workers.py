@@ -63,7 +63,7 @@ def faster_parts(
     seconds = np.array([[[profiling.time_s(e, *c) for e in engines] for c in calls] for _ in range(rounds)])
     times = np.log(np.median(seconds, axis=0)).reshape(len(batch_sizes), len(chosen), len(engines)).mean(axis=1)
     gains = np.exp(times[:, :1] - times[:, 1:])  # by batch size and limit
-    mean = np.exp(np.log(gains).mean(axis=0)).round(2)
+    mean = np.log(gains).mean(axis=0)
     best = len(ways) - 1 - int(mean[::-1].argmax())
     parts = {size: part for (size, part), gain in zip(ways[best].items(), gains[:, best], strict=True) if gain > _MIN_GAIN}
     return parts, float(gains[-1, best])

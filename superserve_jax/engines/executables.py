@@ -100,7 +100,7 @@ def build(
         about = {**_about(program), "batch": batch, "length": length, **dataclasses.asdict(forms[program])}
         about |= {"layouts": layouts, "options": options}
         how: dict[str, Any] = {"length": length, "form": forms[program], "layouts": layouts, "options": options}
-        return store.get(about, lambda: trace_program(program, batch, device, **how), load=use_cache)
+        return store.get(about, lambda on: trace_program(program, batch, on, **how), load=use_cache)
 
     all_keys = [(program, *shape) for program in forms for shape in shapes]
     description = f"executables for {device.platform}:{device.id}"
@@ -130,7 +130,7 @@ def build_slicers(
         leaves, layouts = prepared[program]
         about = {**_about(program), "slicer": leaves, "layouts": layouts, "form": dataclasses.asdict(form(program))}
         how: dict[str, Any] = {"layouts": layouts, "form": form(program)}
-        return store.get(about, lambda: trace_slicer(program, leaves, device, **how), load=use_cache)
+        return store.get(about, lambda on: trace_slicer(program, leaves, on, **how), load=use_cache)
 
     slicers = dict(zip(prepared, threads.each(slicer, prepared, workers=os.cpu_count() or 1), strict=True))
     store.shrink()

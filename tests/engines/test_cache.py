@@ -217,7 +217,7 @@ def test_equal_cards_share_the_results_of_tuning_but_no_executables(root, run_pr
             return super().compile(options)
 
     for device in (card(0), card(1), card(0, kind="NVIDIA A100"), card(0, driver="590.2")):
-        cache.ExecutableCache(TINY, device).get({}, lambda: Recorder(traced.traced, traced.leaves))
+        cache.ExecutableCache(TINY, device).get({}, lambda _: Recorder(traced.traced, traced.leaves))
     assert len(list(root.glob("*.bin"))) == len(folders) == 4
     assert folders[0] == folders[1]
     assert len(set(folders)) == 3

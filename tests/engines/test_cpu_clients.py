@@ -1,6 +1,9 @@
 """CPU devices with a chosen number of threads: how cores are divided, and how their executables are cached."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -196,3 +199,33 @@ def test_lanes_work_beside_jaxs_own_compilation_cache(model, monkeypatch, tmp_pa
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+# -- the allocator ------------------------------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource
+from superserve_jax.engines import cpu_clients
+changed = cpu_clients.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        b"x" * (40 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(int(changed), faults())
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "changed"),
+    [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000"}, False)],
+)
+def test_freed_memory_is_kept_unless_the_user_has_set_the_allocator(environment, changed):
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("these are settings of glibc")
+    code = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(code, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    found, faults = map(int, done.stdout.split())
+    assert found == changed
+    assert (faults < 1000) == changed  # ten blocks of 40 MiB have 100,000 pages
