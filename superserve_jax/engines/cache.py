@@ -174,11 +174,9 @@ class ExecutableCache:
 
     def _on_others(self, compiled: Executable, trace: Callable[[Device], Traced]) -> Executable:
         """A compiled executable with `others`."""
-        if not self._others:
-            return compiled
-        if self._beside_jaxs:
+        if self._others and self._beside_jaxs:
             return dataclasses.replace(compiled, others=tuple(trace(device).compile().call for device in self._others))
-        serialised = serialize_executable.serialize(compiled.call)  # type: ignore[arg-type]
+        serialised = serialize_executable.serialize(compiled.call) if self._others else None  # type: ignore[arg-type]
         return dataclasses.replace(compiled, others=tuple(_loaded(serialised, device) for device in self._others))
 
     def shrink(self) -> None:
@@ -273,9 +271,7 @@ def _read_own(path: pathlib.Path) -> bytes:
         info = os.fstat(file.fileno())
         if info.st_uid != os.getuid() or info.st_mode & _OTHERS_WRITE:
             raise ValueError("another user owns it or can write to it")
-        with contextlib.suppress(
-            OSError
-        ):  # a read-only file system, where no entry is deleted, so the time of use does not matter
+        with contextlib.suppress(OSError):  # a read-only file system; no entry is deleted there, so the time does not matter
             os.utime(file.fileno())
         return file.read()
 

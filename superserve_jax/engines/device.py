@@ -64,7 +64,7 @@ class DeviceEngine:
 
     Args:
       model: the SuperNet, calibrated for every served subnet.
-      place: the device to run on, or a share of the cores of a CPU. A CPU device means all cores.
+      device: the device to run on, or a share of the cores of a CPU. A CPU device means all cores.
       subnet_list: the subnets to prepare.
       batch_sizes: the batch sizes to prepare.
       lengths: the length buckets to prepare; `()` if all inputs have one shape.
@@ -87,7 +87,7 @@ class DeviceEngine:
     def __init__(
         self,
         model: SuperNet,
-        place: Device | Share,
+        device: Device | Share,
         *,
         subnet_list: Sequence[Subnet],
         batch_sizes: Sequence[int],
@@ -105,27 +105,27 @@ class DeviceEngine:
         config = model.config
         self.lengths, self.pad_id = tuple(lengths), config.pad_id if isinstance(config, SequenceConfig) else 0
         spec = executables.input_spec(config, 1, self.lengths[-1] if self.lengths else 0)
-        device: Device = place.device if isinstance(place, Share) else place
-        self.place, self.name = place, f"cpu:{place.index}" if isinstance(place, Share) else f"{device.platform}:{device.id}"
+        share = device if isinstance(device, Share) else None
+        on: Device = share.device if share else device
+        self.place, self.name = device, f"cpu:{share.index}" if share else f"{on.platform}:{on.id}"
         self.input_shape = tuple(spec.shape[1:])
         self.input_dtype = np.dtype(spec.dtype)
         self.class_names: tuple[str, ...] = getattr(model, "class_names", ())
-        self.device, self.model, self.batch_sizes, self.envelopes = device, model, tuple(batch_sizes), envelopes or {}
+        self.device, self.model, self.batch_sizes, self.envelopes = on, model, tuple(batch_sizes), envelopes or {}
 
         if shares is not None:
             slice_bytes = shares.slices.budget_bytes
         elif slice_bytes is None:
-            slice_bytes = default_slice_bytes(model, device)
+            slice_bytes = default_slice_bytes(model, on)
         self.slices = LeastRecentlyUsed(slice_bytes) if shares is None else shares.slices
         self._owns_weights, self.buckets = shares is None, {} if shares is None else shares.buckets
         self.parts = {size: part for size, part in (parts or {}).items() if size in batch_sizes}
-        share = place if isinstance(place, Share) else Share()
-        self.lanes: tuple[Device, ...] = share.lanes if self.parts else ()
+        self.lanes: tuple[Device, ...] = (share or Share()).lanes if self.parts else ()
         self.slicing: Slicing = slicing
         self.compute_dtype: ComputeDtype = compute_dtype
         self._program_of = executables.bucket_programs(config, subnet_list, self.envelopes)
         self.subnets, users = tuple(self._program_of), collections.Counter(self._program_of.values())
-        prepares, itemsize = device.platform == "gpu" if prepared is None else prepared, np.dtype(compute_dtype).itemsize
+        prepares, itemsize = on.platform == "gpu" if prepared is None else prepared, np.dtype(compute_dtype).itemsize
 
         def form(program: Program) -> Form:
             kept = slicing == "kept" and executables.fit(config, program.envelope, slice_bytes, itemsize=itemsize)
@@ -136,14 +136,14 @@ class DeviceEngine:
 
         self._forms = {program: form(program) for program in users}
         largest = 8 * max(program.statistics_size for program in users)
-        most = _STATISTICS_KEPT if device.platform == "cpu" else max(_STATISTICS_KEPT, len(self.subnets))
+        most = _STATISTICS_KEPT if on.platform == "cpu" else max(_STATISTICS_KEPT, len(self.subnets))
         places = 1 + len(self.lanes)
         self.statistics = LeastRecentlyUsed(places * max(most * largest, _MIN_STATISTICS_BYTES))
         # The subnet that runs next; and its weights, statistics and traced sizes on the device and on each lane.
         self._subnet: Subnet | None = None
         self._actuated: list[tuple[Any, ...]] = []
 
-        self.overlap = device.platform != "cpu"
+        self.overlap = on.platform != "cpu"
         if self.lengths and isinstance(config, SequenceConfig):
             [self._padding] = config.pack(np.zeros((1, 0), np.int32), length=self.lengths[-1])
         # Free staging buffers. A buffer is free when the output of its batch is ready; the device may read it until then.
