@@ -139,7 +139,7 @@ class ExecutableCache:
         self._device, self._is_foreign, self._limit_bytes = device, keys.is_foreign(config), limit_bytes()
         # With jax's own cache on, `compile` may return a loaded executable, which a CPU cannot serialise (see `_loaded`).
         self._beside_jaxs = device.platform == "cpu" and bool(jax.config.values.get("jax_compilation_cache_dir"))
-        root = None if self._beside_jaxs else directory()
+        root = directory()
         common = keys.common_key(config, device) if root is not None else None
         self._root = _private(root) if root is not None and common is not None else None
         self._common = common or {}

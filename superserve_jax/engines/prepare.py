@@ -66,13 +66,13 @@ def prepare(
       NotCalibratedError: a served subnet has no statistics.
       ProfileError: the profile beside the export is malformed.
     """
-    chosen = None if batch_sizes is None else check_batch_sizes(batch_sizes)
+    chosen, are_given = None if batch_sizes is None else check_batch_sizes(batch_sizes), devices is not None
     check_slicing(slicing or "kept", slice_bytes)
     model = load(path_or_model)
     model.accuracies(compute_dtype)
-    given, cpu_workers = devices, _check_cpu_workers(cpu_workers, devices)
+    devices = _check_devices(devices)
+    cpu_workers = _check_cpu_workers(cpu_workers, devices, are_given=are_given)
     lengths = check_lengths(model.config, lengths)
-    devices = [*given] if given and isinstance(given[0], Share) else _check_devices(given)
 
     kinds = [keys.device_kind(d.device if isinstance(d, Share) else d) for d in devices]
     of_kinds = {kind: jax.devices("cpu")[0] if isinstance(d, Share) else d for kind, d in zip(kinds, devices, strict=True)}
@@ -146,29 +146,25 @@ def load(path_or_model: Any) -> Model:
     return model
 
 
-def _check_devices(devices: Sequence[Device] | None) -> Sequence[Device]:
-    """The given devices; None gives all devices. Raises ConfigError for anything other than jax devices."""
+def _check_devices(devices: Sequence[Device | Share] | None) -> Sequence[Device | Share]:
+    """The given devices; None gives all devices. Raises ConfigError for other things than jax devices or shares."""
     devices = jax.devices() if devices is None else devices
-    if not isinstance(devices, Sequence) or not devices or not all(isinstance(d, jax.Device) for d in devices):
-        raise errors.ConfigError(
-            f"devices must be a list of at least one jax device, got {devices!r}; give one, or None for all"
-        )
-    return devices
+    if isinstance(devices, Sequence) and devices and any(all(isinstance(d, c) for d in devices) for c in (jax.Device, Share)):
+        return devices
+    raise errors.ConfigError(f"devices must be a list of at least one jax device, got {devices!r}; give one, or None for all")
 
 
-def _check_cpu_workers(cpu_workers: int | None, devices: Sequence[Device | Share] | None) -> int | None:
+def _check_cpu_workers(cpu_workers: int | None, devices: Sequence[Device | Share], *, are_given: bool) -> int | None:
     """The number of workers: `cpu_workers`, or that of the given shares of the cores. None: the profile decides.
 
     Raises ConfigError for a number that these devices cannot have.
     """
     cpu_clients.check_workers(cpu_workers)
-    if devices is not None and isinstance(devices, Sequence) and devices and isinstance(devices[0], Share):
+    if isinstance(devices[0], Share):
         return devices[0].workers
-    found = jax.devices()
-    is_one_cpu = devices is None and len(found) == 1 and found[0].platform == "cpu"
+    is_one_cpu = not are_given and len(devices) == 1 and devices[0].platform == "cpu"
     if cpu_workers is not None and not is_one_cpu:
-        shown = list(found) if devices is None else devices
-        raise errors.ConfigError(f"cpu_workers divides the cores of a single CPU device, got {shown}; leave it out")
+        raise errors.ConfigError(f"cpu_workers divides the cores of a single CPU device, got {list(devices)}; leave it out")
     return cpu_workers if is_one_cpu else 1
 
 
