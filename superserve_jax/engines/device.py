@@ -226,12 +226,12 @@ class DeviceEngine:
     def _make_buckets(
         self, made: Mapping[Key, Executable], slicers: Mapping[Program, Executable]
     ) -> dict[Program, SubnetBucket]:
+        """Puts the weights that the executables and slicers read on the device, and groups them by program."""
         leaves = {program: [name for name, _ in e.leaves] for (program, _, _), e in made.items()}
         read = set().union(*leaves.values(), *(slicer.takes for slicer in slicers.values()))
         stored = programs.cast({name: self.model.params[name] for name in sorted(read)}, self.compute_dtype)
-        weights = {name: jax.device_put(value, self.device) for name, value in stored.items()}
-        if isinstance(self.place, Share):
-            weights = dict(zip(stored, cpu_clients.on_device([*stored.values()], self.device), strict=True))
+        put = cpu_clients.on_device if isinstance(self.place, Share) else jax.device_put  # the first one never copies
+        weights = dict(zip(stored, put([*stored.values()], self.device), strict=True))
 
         def bucket(program: Program, names: Sequence[str]) -> SubnetBucket:
             params, slicer = {name: weights[name] for name in names}, slicers.get(program)
