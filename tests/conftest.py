@@ -85,6 +85,14 @@ def digits_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory):
+    """One cache of executables for a test file, so that a test loads what an earlier one has compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUPERSERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tiny():
     """A SuperNet of basic blocks. Its smallest, a middle and its largest subnet have random statistics."""

@@ -21,12 +21,7 @@ ENVELOPES = subnet_buckets.choose(SUBNETS, TINY.flops, 2)  # two subnets share a
 TOKENS = list(random_tokens(TINY_BERT, 4))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    """One cache for this file, so that most engines compile nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUPERSERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")

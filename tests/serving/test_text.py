@@ -30,12 +30,7 @@ def export(path, config):
     return exports.load(exports.export(path, model, served, measured="random weights"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_cache(tmp_path_factory):
-    """Caches executables, so that a test loads what an earlier one has compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUPERSERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")
