@@ -169,8 +169,20 @@ def parts_of(batch_sizes: Sequence[int], most: int, lanes: int) -> dict[int, int
 def parts_of_workers(parts: Mapping[int, int], workers: int) -> dict[int, int]:
     """The parts of each of several workers, from those of one worker with all cores. The limit of a part stays.
 
-    A worker with one core computes the parts one after another.
+    A worker with one core computes the parts one after another. It needs executables for fewer sizes of parts, which makes its
+    start shorter: a size runs as two parts of half the size, if it is not the largest, and if its half is a size, too.
+
+    >>> parts_of_workers({1: 1, 2: 1, 4: 2, 8: 4, 16: 8}, workers=cores())
+    {1: 1, 2: 2, 4: 2, 8: 8, 16: 8}
     """
     if not parts or workers == 1:
         return dict(parts)
-    return parts_of(sorted(parts), max(parts.values()), len(Share(0, workers).lanes))
+    lanes = len(Share(0, workers).lanes)
+    divided = parts_of(sorted(parts), max(parts.values()), lanes)
+    if lanes > 1:
+        return divided
+    sizes, kept = {*divided.values()}, set[int]()
+    for size in sorted(sizes, reverse=True):
+        if not (2 * size in kept and size % 2 == 0 and size // 2 in sizes):
+            kept.add(size)
+    return {batch: part if part in kept else part // 2 for batch, part in divided.items()}

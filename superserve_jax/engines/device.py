@@ -19,6 +19,7 @@ An engine holds compiled objects only. So nothing can compile while serving.
 
 import collections
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -318,7 +319,9 @@ class DeviceEngine:
         self._subnet = subnet
 
     def warm_up(self) -> None:
-        """Calls each executable once, since the first call is slow and no query should wait for it. No batch may run then.
+        """Calls each executable, since the first call is slow and no query should wait for it. No batch may run then.
+
+        Batch sizes with parts of one size share executables, so one of these batch sizes is enough.
 
         If one call already takes long, the warm-up skips larger batches and lengths. A slow first call no longer matters
         there, and the warm-up would take minutes. A shape that is slow with one subnet counts as slow with larger subnets,
@@ -330,7 +333,7 @@ class DeviceEngine:
 
         slow: set[tuple[int, int]] = set()
         for subnet in sorted({program: s for s, program in self._program_of.items()}.values(), key=flops):
-            for batch, length in sorted(self.staging):
+            for batch, length in itertools.product(self._sizes_that_call_all(), self.lengths or (0,)):
                 if any(batch >= b and length >= n and (batch, length) != (b, n) for b, n in slow):
                     continue
                 call = self, subnet, batch, [self.staging[batch, length][0][0]] * batch
@@ -338,6 +341,15 @@ class DeviceEngine:
                     slow.discard((batch, length))
                 elif (batch, length) not in slow and profiling.time_s(*call) > _SLOW_CALL_S:
                     slow.add((batch, length))
+
+    def _sizes_that_call_all(self) -> list[int]:
+        """The smallest batch sizes that call each executable on each lane."""
+        chosen: dict[tuple[bool, int], tuple[int, int]] = {}
+        for size in self.batch_sizes:
+            part = self.parts.get(size, size)
+            executable, used_lanes = (size in self.parts, part), min(len(self.lanes), -(-size // part))
+            chosen[executable] = max(chosen.get(executable, (-1, 0)), (used_lanes, -size))
+        return sorted(-size for _, size in chosen.values())
 
 
 def default_slice_bytes(model: SuperNet, device: Device) -> int:

@@ -165,6 +165,24 @@ def test_the_parts_of_workers_are_possible_and_not_larger(cores, count, workers)
     assert all(1 <= part <= min(size, max(parts.values())) for size, part in found.items())
 
 
+SIZES_OF_BATCHES = [(1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64), (1, 3, 5, 16), (4,), (1, 2), (3, 6, 12, 24)]
+
+
+@pytest.mark.parametrize("batch_sizes", SIZES_OF_BATCHES, ids=str)
+def test_a_worker_with_one_core_needs_few_sizes_of_parts_and_computes_no_more_inputs(cores, batch_sizes):
+    cores(2)
+    for most in (1, 2, 4, 8, 16):
+        parts = cpu_clients.parts_of(batch_sizes, most, 2)
+        limit = max(parts.values())
+        found = cpu_clients.parts_of_workers(parts, 2)
+        for size, part in found.items():
+            whole = min(size, limit)
+            assert part in (whole, whole / 2)
+        assert max(found.values()) == min(limit, max(batch_sizes))
+    sizes = [{*cpu_clients.parts_of_workers({1: 1, 2: 1, 4: 2, 8: 4, 16: most}, 2).values()} for most in (4, 8, 16)]
+    assert sizes == [{1, 4}, {1, 2, 8}, {1, 4, 16}]
+
+
 # -- beside other engines -----------------------------------------------------------------------------------------------------
 
 

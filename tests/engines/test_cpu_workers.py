@@ -171,6 +171,20 @@ def test_batch_sizes_without_parts_run_in_one_call_on_the_engines_device(model, 
     assert [(i, size) for i, _, size in seen[2:]] == [(1, 2), (0, 2)]
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("parts", [{}, {2: 1, 4: 1}, {1: 1, 2: 1, 4: 2}, {4: 4}, {4: 1}], ids=str)
+def test_the_warm_up_calls_each_executable_on_each_lane_with_few_inputs(model, record, parts, lanes):
+    engine = make(model, parts=parts, lanes=lanes, subnet_list=SUBNETS[:1])
+    seen = record(engine)
+    for size in SIZES:
+        engine.run(SUBNETS[0], size, IMAGES[:size])
+    every = set(seen)
+    seen.clear()
+    engine.warm_up()
+    assert set(seen) == every
+    assert sum(size for _, _, size in seen) <= 7  # with all batch sizes
+
+
 def test_an_engine_without_parts_uses_no_lanes(model):
     engine = make(model, subnet_list=SUBNETS[:1])
     assert engine.lanes == ()
