@@ -1,4 +1,7 @@
-"""Batches in parts on one-thread devices, and engines that share weights: outputs, places, memory and errors."""
+"""Batches in parts on one-thread devices, and engines that share weights: outputs, places, memory and errors.
+
+One file because all tests use the same engines of one small model, and the same recorder of their calls.
+"""
 
 import random
 
