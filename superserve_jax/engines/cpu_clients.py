@@ -30,7 +30,7 @@ Device = Any  # a jax.Device; type checkers do not accept it as a type
 
 _THREADS = "NPROC"  # XLA reads the size of a new client's thread pool from this environment variable
 # glibc gives blocks above 32 MiB back to the system when they are freed, and free memory at the end of a heap above 64 MiB.
-# Then each call of a large part gets new pages: parts of two 224x224 images took 1.13 times as long (OFA-ResNet50's largest).
+# Then each call of a large part gets new pages, and parts of two 224x224 images take longer (OFA-ResNet50's largest subnet).
 _KEPT_BLOCK_BYTES, _KEPT_HEAP_BYTES = 64 << 20, 256 << 20
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # parameters of `mallopt`
 MOST_LANES = 8
