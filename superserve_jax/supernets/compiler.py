@@ -7,8 +7,8 @@ from typing import Any
 
 # First option: by default, XLA's CPU backend slices all weights before the first layer and holds all slices at once. The
 # memory-optimised order takes less temporary memory and is as fast. Second option: by default, convolutions and matrix
-# products run in YNN, a library of fused kernels. XLA's own code was faster for both (OFA-ResNet50 and DynaBERT, two cores with
-# AVX-512).
+# products run in YNN, a library of fused kernels. XLA's own code was faster for both (OFA-ResNet50 and DynaBERT, two cores
+# with AVX-512).
 # On a GPU, XLA by default does not record convolutions or branches in command buffers (CUDA graphs). Then the host launches
 # each kernel by itself, and waits for the device at each branch. With this list, a call is one command buffer, as
 # `serve/bench/gpu_compile.py` shows.
