@@ -258,12 +258,14 @@ class Pool:
             now_s = self.clock()
             health, waiting = self._locked_health(now_s), self.backlog.items()
             counted = self.counters.snapshot(unanswered=health["waiting"] + health["running"])
+            last_end_s = self.counters.last_end_s
         oldest_s = min((query.submitted_s for query in waiting if not query.done()), default=now_s)
         self._snapshot = {
             "uptime_s": now_s - self._opened_s,
             "waiting": health["waiting"],
             "running": health["running"],
             "oldest_wait_s": now_s - oldest_s,
+            "last_batch_s": None if last_end_s is None else now_s - last_end_s,
             **counted,
             "workers": health["per_worker"],
         }

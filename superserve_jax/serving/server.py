@@ -93,6 +93,7 @@ class Server:
     Attributes:
       model: the model; None for a server of engines.
       profiles, profile: the workers' latency profiles at the start or the last swap, and the first of these.
+      inputs, slo_ms: the inputs that it takes, an `options.InputSpec`, and the SLO of queries that are submitted without one.
       pool: the state that the server's threads share.
 
     Queries are served in the order of their deadlines. One exception: the default policy puts queries that are already too
@@ -166,14 +167,14 @@ class Server:
             specs = {InputSpec.of(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines for the same inputs; got {len(engines)} engines for {[*specs]}")
-        [self._inputs] = specs
+        [self.inputs] = specs
         each = profiles_of_workers(profile, len(engines))
-        if (ours := [*self._inputs.lengths]) != (theirs := [*each[0].lengths]):
+        if (ours := [*self.inputs.lengths]) != (theirs := [*each[0].lengths]):
             raise errors.ConfigError(f"engines have length buckets {ours}, profile {theirs}; they must agree")
-        if (nbytes := self._inputs.nbytes) > options.max_queue_bytes:
+        if (nbytes := self.inputs.nbytes) > options.max_queue_bytes:
             raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes} bytes; raise it")
         self.profiles, self.profile = tuple(each), each[0]
-        self._slo_ms, self._clock = check_slo(options.slo_ms), options.clock
+        self.slo_ms, self._clock = check_slo(options.slo_ms), options.clock
         self._changing = threading.RLock()
         self._is_changing_here = threads.held_here(self._changing)
         options, make = load_policy(options, each)
@@ -221,13 +222,13 @@ class Server:
         return self._admit(each, slo_ms, min_accuracy)
 
     def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
-        slo_ms = self._slo_ms if slo_ms is None else check_slo(slo_ms)
+        slo_ms = self.slo_ms if slo_ms is None else check_slo(slo_ms)
         floor = check_floor(min_accuracy, self.pool.backlog.best)
         now_s = self._clock()
         deadline_s = now_s + 1e-3 * slo_ms
-        lock, check = threading.RLock(), self._inputs.check
+        lock, check = threading.RLock(), self.inputs.check
         queries = [Query(check(x), now_s, deadline_s, floor, lock) for x in xs]
-        if self._inputs.lengths:
+        if self.inputs.lengths:
             for query in queries:
                 query.length = len(query.inputs)
         self.pool.admit(queries)
@@ -273,9 +274,9 @@ class Server:
                 from superserve_jax.engines import prepare  # here, since it imports jax
 
                 new = prepare.make_engine(self.model, new, profile, **self._slicing)
-            if (spec := InputSpec.of(new)) != self._inputs:
+            if (spec := InputSpec.of(new)) != self.inputs:
                 raise errors.ConfigError(
-                    f"{new.name} takes {spec}, the workers of this server take {self._inputs}; they must agree"
+                    f"{new.name} takes {spec}, the workers of this server take {self.inputs}; they must agree"
                 )
             return self.pool.add(new, profile)
 
@@ -336,8 +337,8 @@ class Server:
                 name = workers[devices.index(None)].name
                 raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")
             model = prepare.load(path_or_model)
-            prepare.check_same_inputs(self.model, model, self._inputs.lengths)
-            same: dict[str, Any] = {"batch_sizes": self.profile.batch_sizes, "lengths": self._inputs.lengths or None}
+            prepare.check_same_inputs(self.model, model, self.inputs.lengths)
+            same: dict[str, Any] = {"batch_sizes": self.profile.batch_sizes, "lengths": self.inputs.lengths or None}
             same |= {"compute_dtype": self.profile.compute_dtype, **self._slicing}
             _, engines, profiles = prepare.prepare(model, devices=devices, background=background_traffic, **same)
             each = profiles_of_workers(profiles, len(engines))
@@ -380,8 +381,8 @@ class Server:
           put back because its batch failed or its worker left. Queries with a wrong argument count nowhere.
         - `subnets`: for each subnet that ran, under its position in the profile: `accuracy`, `batches`, the queries `met` and
           `late`, and `busy_s`, the time of its batches.
-        - `batch_sizes`, `reasons`: numbers of batches by number of queries, and by the policy's reason (see
-          `policies.REASONS`).
+        - `batch_sizes`, `batch_busy_s`: numbers of batches, and the time they took, by number of queries. `last_batch_s`: how
+          long ago the last one ended, or None. `reasons`: numbers of batches by the policy's reason (see `policies.REASONS`).
         - `latency_s`: from submit to the answer. `wait_s`: from submit until the batch started. `slack_s`: time left to the
           deadline of a batch's first query when the batch started, 0 if it was late. Each is a histogram. It has `edges` (the
           upper edges of its buckets), `counts` (with one more entry for longer times) and `sum`.

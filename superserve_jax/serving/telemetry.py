@@ -90,6 +90,7 @@ class Counters:
       expired: number of queries that were dropped because they could no longer meet their deadline.
       failed: number of queries that were answered with another error.
       requeued: how often a query was put back because its batch failed or its worker left.
+      last_end_s: when the last counted batch ended, on the server's clock; None before the first one.
     """
 
     def __init__(self, profile: Profile):
@@ -100,6 +101,8 @@ class Counters:
         self._by_subnet: dict[Subnet, list[Any]] = collections.defaultdict(lambda: [0, 0, 0, 0.0])
         self._before = (0, 0)  # answered queries, and late ones, before the last swap
         self._by_size = [0] * (profile.max_batch + 1)
+        self._busy_s = [0.0] * (profile.max_batch + 1)  # seconds of the batches of each size
+        self.last_end_s: float | None = None
         self._by_reason: dict[str, int] = {}
         self._latency, self._wait, self._slack = Histogram(EDGES_S), Histogram(EDGES_S), Histogram((0.0, *EDGES_S))
 
@@ -127,7 +130,7 @@ class Counters:
         return self._before[0] + answered, self._before[1] + late
 
     def _count(self) -> None:
-        by_subnet, by_size, by_reason = self._by_subnet, self._by_size, self._by_reason
+        by_subnet, by_size, busy_s, by_reason = self._by_subnet, self._by_size, self._busy_s, self._by_reason
         wait, latency, slack = self._wait.add_since, self._latency.add_since, self._slack.add
         for subnet, size, submitted_s, late, start_s, finish_s, slack_s, reason in self._pending:
             counts = by_subnet[subnet]
@@ -136,6 +139,9 @@ class Counters:
             counts[2] += late
             counts[3] += finish_s - start_s
             by_size[size] += 1
+            busy_s[size] += finish_s - start_s
+            if self.last_end_s is None or finish_s > self.last_end_s:
+                self.last_end_s = finish_s
             if type(reason) is not str or reason not in by_reason:
                 reason = self._new_reason(reason)
             by_reason[reason] = by_reason.get(reason, 0) + 1
@@ -190,6 +196,7 @@ class Counters:
                 if counts[0]
             },
             "batch_sizes": {str(size): count for size, count in enumerate(self._by_size) if size},
+            "batch_busy_s": {str(size): busy_s for size, busy_s in enumerate(self._busy_s) if size},
             "reasons": dict(sorted(self._by_reason.items())),
             "latency_s": self._latency.snapshot(),
             "wait_s": self._wait.snapshot(),

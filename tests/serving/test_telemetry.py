@@ -40,6 +40,9 @@ def consistent(snapshot):
     batches = sum(s["batches"] for s in subnets)
     assert batches == sum(snapshot["batch_sizes"].values()) == sum(snapshot["reasons"].values())
     assert batches == sum(snapshot["slack_s"]["counts"])
+    assert snapshot["batch_busy_s"].keys() == snapshot["batch_sizes"].keys()
+    assert sum(snapshot["batch_busy_s"].values()) == pytest.approx(sum(s["busy_s"] for s in subnets))
+    assert (snapshot["last_batch_s"] is None) == (batches == 0)
     answered = queries["met"] + queries["late"]
     assert answered == sum(snapshot["latency_s"]["counts"]) == sum(snapshot["wait_s"]["counts"])
     assert json.loads(json.dumps(snapshot)) == snapshot
@@ -139,6 +142,23 @@ def test_the_oldest_wait_belongs_to_the_earliest_query_not_to_the_head():
         snapshot = s.snapshot()
     assert (snapshot["waiting"], snapshot["running"], snapshot["uptime_s"]) == (2, 1, 3.0)
     assert snapshot["oldest_wait_s"] == 2.0
+
+
+def test_the_last_batch_and_the_time_of_the_batches_of_each_size_are_known():
+    now_s = [0.0]
+
+    def run(subnet, batch_size, inputs):
+        now_s[0] += len(inputs)
+
+    with serve(fakes.fake(run), clock=lambda: now_s[0]) as s:
+        assert s.snapshot()["last_batch_s"] is None
+        for count in (3, 1, 3):
+            fakes.outcomes(s.submit_many(x(range(count))))
+            fakes.idle_worker(s)
+        now_s[0] += 5.0
+        snapshot = consistent(s.snapshot())
+    assert snapshot["batch_busy_s"] == {"1": 1.0, "2": 0.0, "3": 6.0, "4": 0.0}
+    assert snapshot["last_batch_s"] == 5.0
 
 
 # -- histograms ---------------------------------------------------------------------------------------------------------------
