@@ -52,8 +52,10 @@ ALLOWED = {
         *("serving", "simulation", "scheduling", "engines.base", "engines.fake"),
         *("profile", "subnet", "lengths"),
     ),
+    "gateway": ("serving", "profile", "subnet", "lengths", "vocabulary", "manifest"),
     "commands": (
-        *("cli", "convert", "engines", "experiments", "exports", "extract", "families", "lengths", "loadtest", "manifest"),
+        *("cli", "convert", "engines", "experiments", "exports", "extract", "families", "gateway", "lengths", "loadtest"),
+        "manifest",
         *("plots", "profile", "progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
     ),
 }
@@ -61,7 +63,7 @@ ALLOWED = {
 NO_JAX = (
     *("dtypes", "errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
     *("cli", "progress", "plots"),
-    *("scheduling", "simulation", "experiments", "serving", "loadtest"),
+    *("scheduling", "simulation", "experiments", "serving", "loadtest", "gateway"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )
 BLOCKED = ["jax", "jaxlib", "flax", "tensorflow", "tensorflow_datasets"]
@@ -78,6 +80,7 @@ LATE = {
     "simulation": ("scipy",),
     "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
     "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
+    "commands": ("superserve_jax.gateway",),
 }
 
 

@@ -1,0 +1,157 @@
+"""A server under its name: what clients send to it, and what they get."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.gateway import replies, requests, tensors
+from superserve_jax.gateway.requests import InferRequest
+from superserve_jax.gateway.tensors import InputTensor, RequestError
+from superserve_jax.profile import Profile
+from superserve_jax.serving.futures import Future, Reply
+from superserve_jax.serving.server import Server
+from superserve_jax.subnet import Subnet
+from superserve_jax.vocabulary import TokenConfig
+
+VERSION = "1"
+"""The only version of every model."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_RESERVED = ("stats",)  # the path /v2/models/stats
+_PROBE_MS = 60_000.0
+
+
+@runtime_checkable
+class _TextConfig(TokenConfig, Protocol):
+    """The config of a family whose inputs are token ids (T,), or token ids and types (T, 2)."""
+
+    @property
+    def token_types(self) -> int:
+        """Number of token types."""
+        ...
+
+
+class ServedModel:
+    """A server under a name.
+
+    Args:
+      name: the name in paths: letters, digits, and the signs _.- inside.
+      server: the server. It stays the caller's, who also closes it.
+
+    Attributes:
+      input: the input of the model.
+
+    Raises ConfigError for a wrong name, for another object than a server, or if the protocol has no name for a dtype.
+    """
+
+    def __init__(self, name: str, server: Server):
+        if not isinstance(server, Server):
+            raise errors.ConfigError(f"a gateway serves a superserve_jax.Server, got {type(server).__name__}; open one first")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+            raise errors.ConfigError(
+                f"{name!r} cannot be the name of a model; expected letters, digits, and _.- inside, and not {_RESERVED[0]!r}"
+            )
+        self.name, self.server = name, server
+        inputs = server.inputs
+        if inputs.dtype not in tensors.NAMES:
+            raise errors.ConfigError(f"the protocol has no datatype for inputs of {inputs.dtype}; serve another dtype")
+        texts = len(inputs.shape) if server.model is not None and inputs.lengths and server.model.vocabulary else 0
+        self.input = InputTensor(inputs.shape, inputs.dtype, any_length=bool(inputs.lengths), texts=texts)
+        self._profiles: tuple[Profile, ...] = ()
+        self._ranks: dict[Subnet, int] = {}
+        self._token_counts: tuple[int, ...] = ()  # number of token ids, and of token types; none for a server of engines
+        self._output = self._probe() if server.model is None else None
+
+    def read(self, body: bytes, json_length: int | None) -> InferRequest:
+        """See `requests.read`. Also raises RequestError for a token id that the model does not have."""
+        request = requests.read(body, json_length, self.input)
+        if self.input.any_length and isinstance(request.rows, np.ndarray):
+            self._check_tokens(request.rows)
+        return request
+
+    def submit(self, request: InferRequest, slo_ms: float | None) -> Sequence[Future]:
+        """Submits the rows of a request, with its own deadline or else `slo_ms`. Returns a future for each row.
+
+        Raises what `Server.submit` raises.
+        """
+        slo_ms, floor = slo_ms if request.slo_ms is None else request.slo_ms, request.min_accuracy
+        rows = request.rows
+        if isinstance(rows, list):
+            rows = self._encoded(rows)
+        if len(rows) == 1:
+            return (self.server.submit(rows[0], slo_ms=slo_ms, min_accuracy=floor),)
+        return self.server.submit_many(rows, slo_ms=slo_ms, min_accuracy=floor)
+
+    def write(self, request: InferRequest, made: Sequence[Reply]) -> tuple[bytes, int | None]:
+        """See `replies.write`."""
+        return replies.write(self.name, request, made, self.ranks())
+
+    def ranks(self) -> dict[Subnet, int]:
+        """The position of each subnet, as in `Server.snapshot`. After a swap, also of the subnets of before."""
+        self._follow_swap()
+        return self._ranks
+
+    def output(self) -> tuple[str, list[int]]:
+        """Datatype of an output, and its shape without a batch dimension."""
+        return self._output or ("FP32", [self.server.model.config.num_classes])
+
+    def is_ready(self) -> bool:
+        """Whether the server is open and has a worker."""
+        health = self.server.health()
+        return not health["closed"] and health["alive"] > 0
+
+    def _probe(self) -> tuple[str, list[int]]:
+        """Submits one blank input to a server of engines, to learn what an output is."""
+        shape = (1, *self.input.shape[1:]) if self.input.any_length else self.input.shape
+        blank = np.full(shape, int(self.server.inputs.pad_id == 0) if self.input.any_length else 0, self.input.dtype)
+        rows = replies.stacked([self.server.submit(blank, slo_ms=_PROBE_MS).result(timeout=1e-3 * _PROBE_MS)])
+        return tensors.NAMES[rows.dtype], [*rows.shape[1:]]
+
+    def _follow_swap(self) -> None:
+        """Reads from the server what a swap may have changed."""
+        profiles, model = self.server.profiles, self.server.model
+        if profiles is self._profiles:
+            return
+        subnets = dict.fromkeys(row.subnet for profile in profiles for row in profile.rows)
+        self._ranks = {**self._ranks, **{subnet: rank for rank, subnet in enumerate(subnets)}}
+        if model is not None and isinstance(model.config, _TextConfig):
+            self._token_counts = model.config.vocab_size, model.config.token_types
+        self._profiles = profiles
+
+    def _check_tokens(self, rows: np.ndarray) -> None:
+        """Raises RequestError for a token id or type that the model does not have. It would look up another one."""
+        self._follow_swap()
+        if not self._token_counts:
+            return
+        columns = [rows] if rows.ndim == 2 else [rows[..., 0], rows[..., 1]]
+        for what, values, count in zip(("id", "type"), columns, self._token_counts, strict=False):
+            if values.min() < 0 or values.max() >= count:
+                wrong = values[(values < 0) | (values >= count)][0]
+                raise RequestError(f"input 'input' has the token {what} {wrong}, expected 0 to {count - 1}")
+
+    def _encoded(self, rows: list[list[str]]) -> np.ndarray:
+        """Token ids of texts, exactly as in training."""
+        firsts = [row[0] for row in rows]
+        return self.server.model.encode(firsts, [row[1] for row in rows] if len(rows[0]) > 1 else None)
+
+
+def unknown_model(name: str, known: Sequence[str]) -> RequestError:
+    """The error for a model that the gateway does not have."""
+    near = difflib.get_close_matches(name[:100], known, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return RequestError(f"unknown model '{name[:100]}': {hint}Known: {', '.join(sorted(known))}", status=404)
+
+
+def default_name(server: Server) -> str:
+    """The name of a server's model: its export's folder or, if that is called "export", the folder around it.
+
+    Examples: "digits" for the export in the package, "demo" for runs/demo/export, "supernet" for a server of engines.
+    """
+    if not isinstance(server, Server) or server.model is None:
+        return "supernet"
+    path = server.model.path.resolve()
+    name = path.parent.name if path.name == "export" else path.name
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:100] or "supernet"

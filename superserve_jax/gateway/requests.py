@@ -1,0 +1,252 @@
+"""Requests for inference: from the body of a request to arrays and parameters. No sockets.
+
+A body has one of three forms:
+
+- JSON alone;
+- JSON with `binary_data_size` in its input, and the bytes of the input behind it (the extension `binary_tensor_data`). The
+  header Inference-Header-Content-Length tells where the JSON ends;
+- the bytes of one input alone, if that header is 0.
+
+msgspec checks the types of all fields, and converts none: true is no number, and 1.0 is no whole number.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.gateway import tensors
+from superserve_jax.gateway.tensors import InputTensor, RequestError
+
+OUTPUT = "output"
+"""The name of every model's output."""
+OUTPUTS = (OUTPUT, "subnet", "accuracy", "latency_ms", "queue_ms", "met_slo")
+"""The outputs that a request may name. All but the first are fields of `serving.Reply`, with one value per input."""
+
+_MOST_ID = 1000  # characters of a request's id
+_NUMBER = re.compile(rb"\d+(\.\d*)?([eE][+-]?\d{1,3})?")
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Parameters(msgspec.Struct, gc=False):
+    """The parameters of a request that have an effect. Others are ignored, as the protocol asks.
+
+    Args:
+      slo_ms: the deadline, in milliseconds from the arrival.
+      min_accuracy: the lowest accuracy that the client accepts, a fraction of 1.
+      timeout: the deadline in microseconds, without `slo_ms`. 0 is none.
+      priority: accepted and ignored, since queries are served in the order of their deadlines.
+      binary_data_output: whether outputs are binary, unless they say so themselves.
+    """
+
+    slo_ms: float | None = None
+    min_accuracy: float = 0.0
+    timeout: _Count = 0
+    priority: _Count = 0
+    binary_data_output: bool = False
+
+    def deadline_ms(self) -> float | None:
+        """The deadline in milliseconds, or None for a request without one."""
+        if self.slo_ms is not None:
+            return self.slo_ms
+        return 1e-3 * self.timeout if self.timeout else None
+
+
+class _InputParameters(msgspec.Struct, gc=False):
+    binary_data_size: _Count | None = None
+    shared_memory_region: Any = None
+
+
+class _OutputParameters(msgspec.Struct, gc=False):
+    binary_data: bool | None = None
+    classification: _Count = 0
+    shared_memory_region: Any = None
+
+
+_NO_DATA = msgspec.Raw()
+
+
+class _Input(msgspec.Struct, gc=False):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw = _NO_DATA
+    parameters: _InputParameters | None = None
+
+
+class _Output(msgspec.Struct, gc=False):
+    name: str
+    parameters: _OutputParameters | None = None
+
+
+class _Body(msgspec.Struct, gc=False):
+    inputs: list[_Input]
+    id: str = ""
+    parameters: Parameters | None = None
+    outputs: list[_Output] = []
+
+
+class Wanted(NamedTuple):
+    """An output that a request asks for.
+
+    Args:
+      name: one of `OUTPUTS`.
+      binary: whether its data is binary, not JSON.
+      classes: how many of the most likely classes to tell instead of all logits; 0 tells the logits.
+    """
+
+    name: str
+    binary: bool
+    classes: int
+
+
+class InferRequest(NamedTuple):
+    """A request for inference, checked.
+
+    Args:
+      rows: the inputs, an array (N, ...), or N lists of texts.
+      id: the client's id of the request; "" for none.
+      slo_ms: the deadline in milliseconds; None for a request without one.
+      min_accuracy: the lowest accuracy that the client accepts.
+      wanted: the outputs to send.
+    """
+
+    rows: "np.ndarray | list[list[str]]"
+    id: str
+    slo_ms: float | None
+    min_accuracy: float
+    wanted: Sequence[Wanted]
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+_NO_PARAMETERS, _NO_INPUT_PARAMETERS, _NO_OUTPUT_PARAMETERS = Parameters(), _InputParameters(), _OutputParameters()
+_DEFAULT = {binary: (Wanted(OUTPUT, binary, 0),) for binary in (False, True)}
+
+
+def read(body: bytes, json_length: int | None, tensor: InputTensor) -> InferRequest:
+    """Reads the body of a request for inference.
+
+    Args:
+      body: the body, inflated.
+      json_length: the value of Inference-Header-Content-Length: length of the JSON, 0 for an input alone, None without it.
+      tensor: the input of the model.
+
+    Raises RequestError if the body does not follow the protocol, or does not fit the model.
+
+    >>> body = b'{"inputs": [{"name": "input", "shape": [1, 2], "datatype": "INT32", "data": [3, 4]}]}'
+    >>> read(body, None, InputTensor((2,), np.dtype(np.int32))).rows.tolist()
+    [[3, 4]]
+    """
+    whole = memoryview(body)
+    rest = whole[:0]
+    if json_length is not None:
+        if json_length == 0:
+            return InferRequest(_raw(body, tensor), "", None, 0.0, _DEFAULT[True])
+        if json_length > len(body):
+            raise RequestError(
+                f"Inference-Header-Content-Length is {json_length}, but the body has {len(body)} bytes; "
+                "give the length of the JSON in it"
+            )
+        whole, rest = whole[:json_length], whole[json_length:]
+    try:
+        request = _decode(whole)
+    except tensors.MALFORMED as e:
+        raise RequestError(f"the body is no request for inference: {errors.one_line(e)[:300]}; see docs/serving.md") from e
+    if len(request.inputs) != 1:
+        raise RequestError(f"the request has {len(request.inputs)} inputs, but every model takes one, named 'input'")
+    if len(request.id) > _MOST_ID:
+        raise RequestError(f"the id has {len(request.id)} characters; give at most {_MOST_ID}")
+    parameters = request.parameters or _NO_PARAMETERS
+    rows = _rows(request.inputs[0], rest, tensor)
+    wanted: Sequence[Wanted] = _DEFAULT[parameters.binary_data_output]
+    if request.outputs:
+        wanted = _wanted(request.outputs, parameters.binary_data_output)
+    return InferRequest(rows, request.id, parameters.deadline_ms(), parameters.min_accuracy, wanted)
+
+
+def json_length(headers: Mapping[bytes, bytes]) -> int | None:
+    """The value of the header Inference-Header-Content-Length. Raises RequestError unless it is a whole number."""
+    value = headers.get(b"inference-header-content-length")
+    if value is None:
+        return None
+    if not value.isdigit() or len(value) > 18:
+        raise RequestError(f"Inference-Header-Content-Length is {_shown(value)}, expected the length of the JSON in bytes")
+    return int(value)
+
+
+def slo_of(headers: Mapping[bytes, bytes]) -> float | None:
+    """The deadline in a header, in milliseconds: X-SLO-Ms, or else x-slo-ttft-ms. None without them.
+
+    >>> slo_of({b"x-slo-ms": b"20"}), slo_of({b"x-slo-ttft-ms": b"7.5"}), slo_of({})
+    (20.0, 7.5, None)
+    """
+    name = "X-SLO-Ms"
+    value = headers.get(b"x-slo-ms")
+    if value is None:
+        name = "x-slo-ttft-ms"
+        value = headers.get(b"x-slo-ttft-ms")
+        if value is None:
+            return None
+    if len(value) > 30 or not _NUMBER.fullmatch(value):
+        raise RequestError(f"{name} is {_shown(value)}, expected a number of milliseconds such as 36")
+    return float(value)
+
+
+def _raw(body: bytes, tensor: InputTensor) -> np.ndarray:
+    """The batch of one input that is the whole body."""
+    shape = [1, *tensor.shape]
+    if tensor.any_length:
+        each = tensor.dtype.itemsize * int(np.prod(tensor.shape[1:], dtype=int))
+        if not body or len(body) % each:
+            raise RequestError(f"the body has {len(body)} bytes, expected a multiple of {each}, the bytes of a token")
+        shape[1] = len(body) // each
+    return tensors.from_bytes(tensor, shape, body)
+
+
+def _rows(given: _Input, rest: memoryview, tensor: InputTensor) -> "np.ndarray | list[list[str]]":
+    if given.name != tensor.name:
+        raise RequestError(f"unexpected input '{given.name[:100]}'; every model takes one, named '{tensor.name}'")
+    is_text = given.datatype == "BYTES"
+    if not is_text and given.datatype != tensor.datatype:
+        also = " or BYTES" if tensor.texts else ""
+        raise RequestError(
+            f"input 'input' has datatype '{given.datatype[:20]}', expected {tensor.datatype}{also}; inputs are never cast"
+        )
+    parameters = given.parameters or _NO_INPUT_PARAMETERS
+    if parameters.shared_memory_region is not None:
+        raise RequestError("shared memory is not supported; send the data in the request")
+    if parameters.binary_data_size is None:
+        if given.data is _NO_DATA:
+            raise RequestError("input 'input' has no data; send `data`, or `binary_data_size` and the bytes after the JSON")
+        if rest:
+            raise RequestError(f"{len(rest)} bytes follow the JSON, but input 'input' has no `binary_data_size`; give it")
+        return (tensors.texts_from_json if is_text else tensors.from_json)(tensor, given.shape, given.data)
+    if given.data is not _NO_DATA:
+        raise RequestError("input 'input' has `data` and `binary_data_size`; send one of them")
+    if parameters.binary_data_size != len(rest):
+        raise RequestError(f"binary_data_size is {parameters.binary_data_size}, but {len(rest)} bytes follow the JSON")
+    return (tensors.texts_from_bytes if is_text else tensors.from_bytes)(tensor, given.shape, rest)
+
+
+def _wanted(outputs: Sequence[_Output], binary: bool) -> list[Wanted]:
+    wanted = list[Wanted]()
+    for output in outputs:
+        if output.name not in OUTPUTS:
+            raise RequestError(str(errors.unknown_name("output", output.name, OUTPUTS)))
+        parameters = output.parameters or _NO_OUTPUT_PARAMETERS
+        if parameters.shared_memory_region is not None:
+            raise RequestError("shared memory is not supported; leave out `shared_memory_region`, and the reply has the data")
+        if parameters.classification and output.name != OUTPUT:
+            raise RequestError(f"output '{output.name}' has no classes; ask for the classification of 'output'")
+        is_binary = binary if parameters.binary_data is None else parameters.binary_data
+        wanted.append(Wanted(output.name, is_binary, parameters.classification))
+    if len({output.name for output in wanted}) < len(wanted):
+        raise RequestError("the request names an output twice; name each once")
+    return wanted
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:50].decode("latin-1"))

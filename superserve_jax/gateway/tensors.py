@@ -1,0 +1,238 @@
+"""Tensors of the protocol: from JSON or bytes to arrays, and back. Nothing is cast. No sockets.
+
+JSON data is a list of all elements, flat or nested as the shape. Binary data is row after row in little-endian order. Each
+BYTES element is its length as a 4-byte number, and then its bytes.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from superserve_jax import errors
+
+DTYPES = {
+    "BOOL": np.dtype("?"),
+    **{f"UINT{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
+    **{f"INT{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
+    **{f"FP{8 * n}": np.dtype(f"<f{n}") for n in (2, 4, 8)},
+}
+"""The protocol's name of each dtype. BYTES has none, and the protocol has no name for complex numbers."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for malformed JSON."""
+
+_TYPES = {"b": bool, "u": int, "i": int, "f": float}  # of JSON values, by the kind of the dtype
+_OPENING = re.compile(rb"[\s\[]*")
+_MOST_TEXT = 1 << 18  # characters of the texts of a request; the loop that answers all clients splits them into tokens
+_SHOWN = 100  # characters of a value in an error message
+
+
+class RequestError(errors.SuperServeError, ValueError):
+    """A request does not follow the protocol, or does not fit the model.
+
+    Args:
+      message: the value, what was expected, and the remedy.
+      status: the status of HTTP.
+      headers: headers of the HTTP response, such as "allow".
+    """
+
+    def __init__(self, message: str, *, status: int = 400, headers: Sequence[tuple[bytes, bytes]] = ()):
+        super().__init__(message)
+        self.status, self.headers = status, tuple(headers)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputTensor:
+    """The input of a model, as clients send it.
+
+    Args:
+      shape: the shape of one input, without a batch dimension.
+      dtype: the dtype of inputs.
+      any_length: whether the first dimension of an input may have any length, as for token ids.
+      texts: how many texts an input may have if clients send BYTES; 0 if the model takes none, 2 for pairs.
+
+    >>> images = InputTensor((2, 2), np.dtype(np.uint8))
+    >>> from_json(images, [1, 2, 2], msgspec.Raw(b"[1,2,3,4]")).tolist()
+    [[[1, 2], [3, 4]]]
+    >>> from_bytes(images, [1, 2, 2], bytes((1, 2, 3, 4))).tolist()
+    [[[1, 2], [3, 4]]]
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    any_length: bool = False
+    texts: int = 0
+
+    name = "input"  # of every model's input
+
+    @property
+    def datatype(self) -> str:
+        """The protocol's name of the dtype."""
+        return NAMES[self.dtype]
+
+    @property
+    def dims(self) -> list[int]:
+        """The shape as metadata tells it: -1 for any length."""
+        return [-1, *self.shape[1:]] if self.any_length else [*self.shape]
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises RequestError unless `shape` belongs to a batch of one or more inputs."""
+        if shape and shape[0] >= 1 and tuple(shape[1:]) == self.shape:
+            return
+        if self.any_length and len(shape) == len(self.shape) + 1 and tuple(shape[2:]) == self.shape[1:] and min(shape) >= 1:
+            return
+        raise RequestError(
+            f"input 'input' has shape {_shown([*shape])}, expected {[-1, *self.dims]}; the first dimension is the batch, from "
+            "1 up" + (", and the second one the number of tokens" if self.any_length else "")
+        )
+
+    def check_text_shape(self, shape: Sequence[int]) -> None:
+        """Raises RequestError unless `shape` belongs to a batch of one or more texts, or pairs of texts."""
+        if not self.texts:
+            raise RequestError(f"input 'input' has datatype BYTES, but this model takes {self.datatype} only; send numbers")
+        counts = range(1, self.texts + 1)
+        if not (len(shape) in (1, 2) and shape[0] >= 1 and (len(shape) == 1 or shape[1] in counts)):
+            pairs = ", or [-1, 2] for pairs of texts" if self.texts > 1 else ""
+            raise RequestError(f"texts have shape {_shown([*shape])}, expected [-1], [-1, 1]{pairs}; the first is the batch")
+
+
+def from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> np.ndarray:
+    """A batch (N, ...) from JSON. Raises RequestError for a wrong shape, a wrong type, or a number that does not fit."""
+    tensor.check_shape(shape)
+    try:
+        values = _decoder(_TYPES[tensor.dtype.kind], _depth(data, len(shape)))(data)
+        with np.errstate(over="ignore"):  # `_checked` refuses the infinity
+            array = np.array(values, tensor.dtype)  # raises for a whole number that does not fit
+    except (*MALFORMED, ValueError, OverflowError) as e:
+        raise RequestError(
+            f"the data of input 'input' is no {tensor.datatype} of shape {[*shape]}: {errors.one_line(e)[:300]}; numbers are "
+            "never cast, and true and strings are no numbers"
+        ) from e
+    return _checked(tensor, _reshaped(array, shape))
+
+
+def from_bytes(tensor: InputTensor, shape: Sequence[int], data: bytes | memoryview) -> np.ndarray:
+    """A batch (N, ...) from binary data, without a copy. Raises RequestError for a wrong shape or size."""
+    tensor.check_shape(shape)
+    nbytes = math.prod(shape) * tensor.dtype.itemsize
+    if len(data) != nbytes:
+        raise RequestError(
+            f"input 'input' has {len(data)} bytes, expected {_shown(nbytes)} for shape {_shown([*shape])} of {tensor.datatype}"
+        )
+    if tensor.dtype.kind == "b" and np.frombuffer(data, np.uint8).max() > 1:
+        raise RequestError("input 'input' has a BOOL byte other than 0 and 1; send one of them for each element")
+    return _checked(tensor, np.frombuffer(data, tensor.dtype).reshape(shape))
+
+
+def texts_from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> list[list[str]]:
+    """One list of texts for each input, from JSON. Raises RequestError unless the data is strings of this shape."""
+    tensor.check_text_shape(shape)
+    try:
+        values = _decoder(str, _depth(data, len(shape)))(data)
+    except MALFORMED as e:
+        raise RequestError(f"the data of input 'input' is no list of strings: {errors.one_line(e)[:300]}; send texts") from e
+    if len(shape) > 1 and values and isinstance(values[0], list):
+        if any(len(row) != shape[1] for row in values):
+            raise RequestError(
+                f"the data of input 'input' has rows of other lengths than its shape {[*shape]}; make them agree"
+            )
+        values = [text for row in values for text in row]
+    return _grouped(values, shape)
+
+
+def texts_from_bytes(tensor: InputTensor, shape: Sequence[int], data: bytes | memoryview) -> list[list[str]]:
+    """One list of texts for each input, from binary data. Raises RequestError for a wrong length, or for no UTF-8."""
+    tensor.check_text_shape(shape)
+    texts, at = list[str](), 0
+    while at < len(data):
+        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+        if end > len(data) or len(data) - at < 4:
+            raise RequestError(f"a BYTES element at byte {at} is longer than the data; send its length, and then its bytes")
+        try:
+            texts.append(str(data[at + 4 : end], "utf-8"))
+        except UnicodeDecodeError as e:
+            raise RequestError(f"a BYTES element at byte {at} is no text in UTF-8: {e}; send texts in UTF-8") from e
+        at = end
+    return _grouped(texts, shape)
+
+
+def to_json(values: "np.ndarray | list[str]") -> bytes:
+    """The flat list of all elements. JSON has no infinity and no NaN, so they become null.
+
+    >>> to_json(np.float32([[0.5, np.inf]])), to_json(["a"])
+    (b'[0.5,null]', b'["a"]')
+    """
+    return msgspec.json.encode(values if isinstance(values, list) else values.ravel().tolist())
+
+
+def to_bytes(values: "np.ndarray | list[str]") -> bytes:
+    """All elements as binary data.
+
+    >>> to_bytes(np.uint8([[1, 2]])), to_bytes(["ab"])
+    (b'\\x01\\x02', b'\\x02\\x00\\x00\\x00ab')
+    """
+    if not isinstance(values, list):
+        return values.tobytes()
+    return b"".join(struct.pack("<I", len(data)) + data for data in (text.encode() for text in values))
+
+
+@functools.lru_cache(maxsize=64)
+def _decoder(kind: type, depth: int) -> Any:
+    """Decodes JSON lists of `kind`, nested `depth` times. msgspec is strict: it takes no true or 1.5 for a whole number."""
+    nested: Any = kind
+    for _ in range(depth):
+        nested = list[nested]
+    return msgspec.json.Decoder(nested).decode
+
+
+def _depth(data: msgspec.Raw, dimensions: int) -> int:
+    """How deep a JSON list is nested at its start: 1 if it is flat. Raises RequestError unless that or `dimensions`."""
+    opening: Any = _OPENING.match(memoryview(data))
+    depth = opening[0].count(b"[")
+    if depth not in (1, dimensions):
+        raise RequestError(
+            f"the data of input 'input' has {depth} opening brackets; send a flat list, or a list that is nested {dimensions} "
+            "times as its shape"
+        )
+    return depth
+
+
+def _reshaped(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    if array.ndim > 1 and array.shape != tuple(shape):
+        raise RequestError(f"the data of input 'input' is nested as {[*array.shape]}, but its shape is {_shown([*shape])}")
+    if array.size != math.prod(shape):
+        raise RequestError(f"input 'input' has {array.size} elements, expected as many as shape {_shown([*shape])} holds")
+    return array.reshape(shape)
+
+
+def _checked(tensor: InputTensor, array: np.ndarray) -> np.ndarray:
+    """Raises RequestError for NaN and infinity, also of a JSON number that is too large. Their batch would fail."""
+    if tensor.dtype.kind == "f" and not np.isfinite(array).all():
+        raise RequestError(f"input 'input' has NaN, infinity, or a number beyond {tensor.datatype}; send finite numbers")
+    return array
+
+
+def _grouped(texts: list[str], shape: Sequence[int]) -> list[list[str]]:
+    if len(texts) != math.prod(shape):
+        raise RequestError(f"input 'input' has {len(texts)} texts, expected as many as shape {_shown([*shape])} holds")
+    if (size := sum(map(len, texts))) > _MOST_TEXT:
+        raise RequestError(f"the texts have {size:,} characters, at most {_MOST_TEXT:,} in a request; send fewer of them")
+    each = len(texts) // shape[0]
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def _shown(value: object) -> str:
+    """A value that may be a number with thousands of digits, or a very long list of numbers."""
+    try:
+        text = str(value)
+    except ValueError:  # Python refuses to print a number of more than 4,300 digits
+        return "a huge number"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,425 @@
+"""The application without sockets: paths, documents, inference, errors and their statuses."""
+
+import asyncio
+import gzip
+import json
+import logging
+import threading
+
+import fakes
+import gateways
+import numpy as np
+import prometheus_client.parser
+import pytest
+from fakes import LONG_MS
+from gateways import INFER, call
+
+from superserve_jax import errors
+from superserve_jax.gateway import failures
+from superserve_jax.gateway.app import App
+from superserve_jax.gateway.model import ServedModel
+from superserve_jax.serving import Server
+
+ROW = np.uint8([[[7, 2], [3, 4]]])
+MODEL = "/v2/models/supernet"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with fakes.serve(gateways.engine(), policy="fixed:2") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def app(server):
+    return gateways.app(server)
+
+
+def infer(app, content, path=INFER, **options):
+    return call(app, "POST", path, [content], **options)
+
+
+# -- documents ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gateway_tells_its_extensions(app):
+    found = call(app, "GET", "/v2").json
+    assert found["name"] == "superserve-jax"
+    assert found["extensions"] == [
+        *("binary_tensor_data", "classification", "model_configuration", "parameters", "schedule_policy", "statistics"),
+    ]
+
+
+@pytest.mark.parametrize("version", ["", "/versions/1"])
+def test_a_model_tells_its_input_and_output(app, version):
+    assert call(app, "GET", MODEL + version).json == {
+        "name": "supernet",
+        "versions": ["1"],
+        "platform": "superserve_jax",
+        "inputs": [{"name": "input", "datatype": "UINT8", "shape": [-1, 2, 2]}],
+        "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, 2]}],
+    }
+    config = call(app, "GET", f"{MODEL}{version}/config").json
+    assert config["max_batch_size"] == 4
+    assert config["input"] == [{"name": "input", "data_type": "TYPE_UINT8", "dims": [2, 2]}]
+    assert config["output"] == [{"name": "output", "data_type": "TYPE_FP32", "dims": [2]}]
+    assert config["parameters"]["slo_ms"] == {"string_value": "60000"}
+    assert config["parameters"]["accuracies"] == {"string_value": "0.7,0.75,0.8"}
+
+
+def test_a_model_of_token_ids_tells_that_their_number_varies():
+    profile = fakes.BUCKETED
+    engine = gateways.engine(profile=profile, input_shape=(64,), input_dtype=np.int32)
+    with fakes.serve(engine, profile=profile, policy="fixed:0") as s:
+        app = gateways.app(s)
+        assert call(app, "GET", MODEL).json["inputs"] == [{"name": "input", "datatype": "INT32", "shape": [-1, -1]}]
+        reply = infer(app, gateways.body(np.int32([[5, 6, 7]] * 2)))
+        assert reply.json["outputs"][0]["data"] == [5, 0] * 2
+        assert "at most" not in reply.json
+        error = infer(app, gateways.body(np.ones((1, 65), np.int32))).error
+        assert "expected 1 to 64" in error
+
+
+def test_the_server_and_its_models_are_live_and_ready(app):
+    assert call(app, "GET", "/v2/health/live").json == {"live": True}
+    for path in ("/v2/health/ready", f"{MODEL}/ready", f"{MODEL}/versions/1/ready"):
+        assert call(app, "GET", path).json == {"ready": True}
+    assert call(app, "POST", "/v2/repository/index").json == [
+        {"name": "supernet", "version": "1", "state": "READY", "reason": ""}
+    ]
+
+
+def test_a_closed_server_is_live_but_not_ready():
+    with fakes.serve(gateways.engine()) as s:
+        app = gateways.app(s)
+    assert call(app, "GET", "/v2/health/live").status == 200
+    for path in ("/v2/health/ready", f"{MODEL}/ready"):
+        answer = call(app, "GET", path)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert "not ready" in answer.error
+    [entry] = call(app, "POST", "/v2/repository/index", [b"{}"]).json
+    assert (entry["state"], bool(entry["reason"])) == ("UNAVAILABLE", True)
+    assert call(app, "POST", "/v2/repository/index", [b'{"ready": true}']).json == []
+    answer = infer(app, gateways.body(ROW))
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert "open a new one" in answer.error
+
+
+def test_statistics_count_what_the_server_did():
+    now_s = [0.0]
+
+    def run(subnet, batch_size, inputs):
+        now_s[0] += 0.5 * len(inputs)
+
+    with fakes.serve(gateways.engine(run), clock=lambda: now_s[0]) as s:
+        app = gateways.app(s)  # its first query learns the shape of an output
+        assert infer(app, gateways.body(np.concatenate([ROW] * 3))).status == 200
+        fakes.idle_worker(s)
+        [found] = call(app, "GET", f"{MODEL}/stats").json["model_stats"]
+        assert call(app, "GET", "/v2/models/stats").json["model_stats"] == [
+            found | {"last_inference": pytest.approx(1e12, 1e12)}
+        ]
+    assert (found["inference_count"], found["execution_count"]) == (4, 2)
+    assert found["inference_stats"]["success"] == {"count": 4, "ns": 5_000_000_000}
+    assert found["inference_stats"]["queue"] == {"count": 4, "ns": 0}
+    assert [(b["batch_size"], b["compute_infer"]) for b in found["batch_stats"]] == [
+        (1, {"count": 1, "ns": 500_000_000}),
+        (3, {"count": 1, "ns": 1_500_000_000}),
+    ]
+    assert found["last_inference"] > 1_500_000_000_000
+
+
+@pytest.mark.parametrize("accept", [None, b"application/openmetrics-text; version=1.0.0"])
+def test_metrics_have_the_name_of_the_model(app, accept):
+    answer = call(app, "GET", "/metrics", headers=[] if accept is None else [(b"accept", accept)])
+    assert ("openmetrics" in answer.headers["content-type"]) == (accept is not None)
+    families = prometheus_client.parser.text_string_to_metric_families(answer.content.decode())
+    samples = [sample for family in families for sample in family.samples]
+    assert samples
+    assert {sample.labels["model"] for sample in samples} == {"supernet"}
+
+
+def test_several_models_are_told_apart(server):
+    with fakes.serve(gateways.engine(input_shape=(), input_dtype=np.float32)) as other:
+        app = App({"a": ServedModel("a", server), "b": ServedModel("b", other)}, max_body_bytes=1000)
+        assert infer(app, gateways.body(ROW), "/v2/models/a/infer").json["model_name"] == "a"
+        assert infer(app, gateways.body(np.float32([5])), "/v2/models/b/infer").json["outputs"][0]["data"] == [5, 0]
+        assert [entry["name"] for entry in call(app, "POST", "/v2/repository/index").json] == ["a", "b"]
+        assert len(call(app, "GET", "/v2/models/stats").json["model_stats"]) == 2
+        text = call(app, "GET", "/metrics").content.decode()
+        assert text.count("# TYPE superserve_arrivals_total counter") == 1
+        assert text.count("\nsuperserve_arrivals_total{") == 2
+
+
+# -- paths and methods --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/nothing", "docs/serving.md"),
+        ("GET", "/v2/models", "docs/serving.md"),
+        ("GET", "/v2/models/supernet/nothing", "docs/serving.md"),
+        ("GET", "/v2/models/supernet/", "docs/serving.md"),
+        ("GET", "/v2/models/supernat", "did you mean 'supernet'?"),
+        ("POST", "/v2/models/supernat/infer", "did you mean 'supernet'?"),
+        ("GET", "/v2/models/supernet/versions/2", "its only version is '1'"),
+        ("POST", "/v2/models/supernet/versions/2/infer", "its only version is '1'"),
+        ("GET", "/v2/models/supernet/versions/", "its only version is '1'"),
+        ("GET", "/" + "x" * 100_000, "docs/serving.md"),
+    ],
+    ids=lambda value: value[-40:],
+)
+def test_an_unknown_path_is_404(app, method, path, message):
+    answer = call(app, method, path)
+    assert answer.status == 404
+    assert message in answer.error
+    assert len(answer.error) < 500
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", INFER, "POST"),
+        ("GET", "/v2/repository/index", "POST"),
+        ("POST", "/v2", "GET, HEAD"),
+        ("POST", MODEL, "GET, HEAD"),
+        ("DELETE", "/v2/models/stats", "GET, HEAD"),
+        ("POST", "/metrics", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_405_and_tells_the_right_one(app, method, path, allowed):
+    answer = call(app, method, path)
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+    assert f"use {allowed}" in answer.error
+
+
+def test_a_wrong_body_of_an_index_is_400(app):
+    for wrong in (b"[]", b'{"ready": 1}', b"\xff"):
+        assert "send" in call(app, "POST", "/v2/repository/index", [wrong]).error
+
+
+# -- inference ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_answered_by_the_subnet_of_the_policy(app):
+    found = infer(app, gateways.body(np.uint8([[[7, 2], [3, 4]], [[9, 2], [3, 4]]]), id="a")).json
+    [output] = found["outputs"]
+    assert (output["shape"], output["data"], output["datatype"]) == ([2, 2], [7, 2, 9, 2], "FP32")
+    assert (found["id"], found["model_name"], found["model_version"]) == ("a", "supernet", "1")
+    told = found["parameters"]
+    assert (told["subnet"], told["accuracy"], told["met_slo"]) == ("2,2", 0.8, True)
+    assert 0 <= told["queue_ms"] <= told["latency_ms"]
+
+
+def test_binary_in_and_out(app):
+    content, length = gateways.binary_body(ROW, parameters={"binary_data_output": True})
+    answer = infer(app, content, headers=[(b"inference-header-content-length", b"%d" % length)])
+    assert answer.headers["content-type"] == "application/octet-stream"
+    told = int(answer.headers["inference-header-content-length"])
+    assert np.frombuffer(answer.content[told:], np.float32).tolist() == [7, 2]
+    assert answer.json["outputs"][0]["parameters"] == {"binary_data_size": 8}
+
+
+def test_values_per_row_and_classes_on_request(app):
+    outputs = [{"name": "met_slo"}, {"name": "output", "parameters": {"classification": 1}}]
+    found = infer(app, gateways.body(np.uint8([[[7, 2], [3, 4]], [[1, 2], [3, 4]]]), outputs=outputs)).json["outputs"]
+    assert found[0] == {"name": "met_slo", "datatype": "BOOL", "shape": [2], "data": [True, True]}
+    assert found[1]["data"] == ["7:0:cat", "2:1:dog"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "headers", "slo_ms"),
+    [
+        ({"slo_ms": 5, "timeout": 7000}, {"x-slo-ms": "9"}, 5),
+        ({"timeout": 7000}, {"x-slo-ms": "9"}, 7),
+        ({}, {"x-slo-ms": "9", "x-slo-ttft-ms": "11"}, 9),
+        ({}, {"x-slo-ttft-ms": "11.5"}, 11.5),
+        ({}, {}, None),
+    ],
+)
+def test_the_deadline_of_a_request(server, app, monkeypatch, parameters, headers, slo_ms):
+    asked, real = [], Server.submit
+
+    def submit(self, x, *, slo_ms, min_accuracy):
+        asked.append((slo_ms, min_accuracy))
+        return real(self, x, slo_ms=LONG_MS, min_accuracy=min_accuracy)
+
+    monkeypatch.setattr(Server, "submit", submit)
+    content = gateways.body(ROW, parameters={"min_accuracy": 0.75, **parameters})
+    assert infer(app, content, headers=[(k.encode(), v.encode()) for k, v in headers.items()]).status == 200
+    assert asked == [(slo_ms, 0.75)]
+
+
+def test_a_late_answer_is_200_and_says_so(app):
+    answer = infer(app, gateways.body(ROW, parameters={"slo_ms": 1e-6}))
+    assert (answer.status, answer.json["parameters"]["met_slo"]) == (200, False)
+
+
+def test_an_answer_is_compressed_if_the_client_accepts_that(app):
+    answer = infer(app, gateways.body(np.tile(ROW, (500, 1, 1))), headers=[(b"accept-encoding", b"gzip")])
+    assert answer.headers["content-encoding"] == "gzip"
+    assert json.loads(gzip.decompress(answer.content))["outputs"][0]["shape"] == [500, 2]
+
+
+def test_a_body_may_be_compressed(app):
+    packed = gzip.compress(gateways.body(ROW))
+    assert infer(app, packed, headers=[(b"content-encoding", b"gzip")]).status == 200
+    answer = infer(app, packed, headers=[(b"content-encoding", b"br")])
+    assert answer.status == 415
+    assert "gzip or deflate" in answer.error
+
+
+# -- errors -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"slo_ms": 0}, "slo_ms must be a positive"),
+        ({"slo_ms": -5}, "slo_ms must be a positive"),
+        ({"slo_ms": 1e300}, "slo_ms must be a positive"),
+        ({"min_accuracy": 0.9}, "the best served subnet has 0.8"),
+        ({"slo_ms": True}, "got `bool`"),
+    ],
+)
+def test_a_wrong_parameter_is_400(app, parameters, message):
+    answer = infer(app, gateways.body(ROW, parameters=parameters))
+    assert answer.status == 400
+    assert message in answer.error
+
+
+@pytest.mark.parametrize("headers", [{"x-slo-ms": "fast"}, {"x-slo-ms": "1e999"}, {"inference-header-content-length": "-1"}])
+def test_a_wrong_header_is_400(app, headers):
+    assert infer(app, gateways.body(ROW), headers=[(k.encode(), v.encode()) for k, v in headers.items()]).status == 400
+
+
+def test_a_long_body_is_413(app):
+    answer = infer(app, bytes(2 << 20))
+    assert answer.status == 413
+    assert "1,048,576 bytes" in answer.error
+
+
+def test_a_full_queue_is_429_and_says_when_to_try_again():
+    valve = gateways.Valve()
+    with fakes.serve(gateways.engine(valve), max_queue=1) as s:
+        app = gateways.app(s)
+        with valve.shut(s, ROW[0]):
+            s.submit(ROW[0])
+            answer = infer(app, gateways.body(ROW))
+    assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+    assert "queue" in answer.error
+
+
+def test_an_expired_query_is_504():
+    with fakes.serve(gateways.engine(), expire=True) as s:
+        answer = infer(gateways.app(s), gateways.body(ROW, parameters={"slo_ms": 1e-6}))
+    assert answer.status == 504
+    assert "deadline" in answer.error
+
+
+def test_a_failed_batch_is_500():
+    def fail_on_9(subnet, batch_size, inputs):
+        if any(x.item(0) == 9 for x in inputs):
+            raise RuntimeError("the device burns")
+
+    with fakes.serve(gateways.engine(fail_on_9)) as s:
+        answer = infer(gateways.app(s), gateways.body(np.uint8([[[9, 2], [3, 4]]])))
+    assert answer.status == 500
+    assert "the device burns" in answer.error
+
+
+def test_an_unexpected_error_is_500_and_logged(app, server, monkeypatch, caplog):
+    monkeypatch.setattr(Server, "submit", lambda *_, **__: 1 / 0)
+    with caplog.at_level(logging.ERROR):
+        answer = infer(app, gateways.body(ROW))
+    assert answer.status == 500
+    assert answer.error == "the gateway failed; its log has the reason"
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.InputError, 400),
+        (errors.DeadlineError, 400),
+        (errors.AccuracyFloorError, 400),
+        (errors.QueueFullError, 429),
+        (errors.AdmissionError, 429),
+        (errors.ServerClosedError, 503),
+        (errors.WorkersLostError, 503),
+        (errors.DeadlineExpiredError, 504),
+        (errors.InferenceError, 500),
+        (errors.PolicyError, 500),
+        (KeyError, 500),
+    ],
+)
+def test_every_error_has_its_status(error, status):
+    assert failures.status_of(error("x")) == status
+
+
+# -- clients that go away, and a gateway that closes --------------------------------------------------------------------------
+
+
+def test_a_client_that_goes_away_before_its_body_is_complete_gets_no_answer(app, server):
+    before = server.snapshot()["queries"]["arrived"]
+    assert call(app, "POST", INFER, [b"{", None]) is None
+    assert server.snapshot()["queries"]["arrived"] == before
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_connection_can_cancel_the_queries_that_are_awaited(rows):
+    valve, state = gateways.Valve(), {"queries": []}
+
+    def cancel():
+        fakes.wait_until(lambda: len(state["queries"]) == rows)
+        for query in [*state["queries"]]:
+            query.cancel()
+
+    with fakes.serve(gateways.engine(valve)) as s:
+        app = gateways.app(s)
+        with valve.shut(s, ROW[0]):
+            canceller = threading.Thread(target=cancel)
+            canceller.start()
+            answer = infer(app, gateways.body(np.tile(ROW, (rows, 1, 1))), state=state)
+            canceller.join()
+    assert answer.status == 503
+    assert "cancelled" in answer.error
+    assert state["queries"] == []
+    assert s.snapshot()["queries"]["cancelled"] == rows
+
+
+def test_a_cancelled_task_cancels_its_queries_and_is_answered_503():
+    valve, sent, state = gateways.Valve(), [], {"queries": []}
+
+    async def receive():
+        return {"type": "http.request", "body": gateways.body(ROW), "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async def cancel_it(app):
+        scope = {"type": "http", "path": INFER, "method": "POST", "headers": [], "state": state}
+        task = asyncio.create_task(app(scope, receive, send))
+        while not state["queries"]:
+            await asyncio.sleep(1e-3)
+        [query] = state["queries"]
+        task.cancel()
+        await task
+        return query
+
+    with fakes.serve(gateways.engine(valve)) as s:
+        app = gateways.app(s)
+        with valve.shut(s, ROW[0]):
+            assert asyncio.run(cancel_it(app)).cancelled()
+    assert sent[0]["status"] == 503
+    assert b"the gateway has closed" in sent[1]["body"]
+
+
+def test_a_gateway_that_closes_is_not_ready_but_answers(server):
+    app = gateways.app(server)
+    app.draining = True
+    answer = call(app, "GET", "/v2/health/ready")
+    assert (answer.status, answer.headers["connection"]) == (503, "close")
+    answer = infer(app, gateways.body(ROW))
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
