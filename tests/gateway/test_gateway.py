@@ -1,9 +1,6 @@
-"""The gateway over HTTP: sockets, connections, clients that go away, and closing."""
+"""A gateway opens its port, and closes without losing a request."""
 
 import contextlib
-import gzip
-import http.client
-import socket
 import threading
 
 import fakes
@@ -11,182 +8,13 @@ import gateways
 import numpy as np
 import pytest
 from fakes import WAIT_S
-from gateways import INFER, infer, opened, request
+from gateways import INFER, answers, connect, infer, is_closed, opened, request
 
 from superserve_jax import errors, gateway
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
 HEAD = b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
-
-
-@pytest.fixture(scope="module")
-def door():
-    with opened(gateway_options={"max_body_bytes": 200_000}) as (_, door):
-        yield door
-
-
-def connect(door):
-    host, port = door.url.removeprefix("http://").rsplit(":", 1)
-    return socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT_S)
-
-
-def answers(sock, count=1):
-    """Reads responses from a socket. After them, the connection may still be open."""
-    found = []
-    for _ in range(count):
-        response = http.client.HTTPResponse(sock)
-        response.begin()
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        found.append(gateways.Answer(response.status, headers, response.read()))
-    return found
-
-
-def is_closed(sock):
-    try:
-        return sock.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-# -- requests -----------------------------------------------------------------------------------------------------------------
-
-
-def test_requests_of_every_form_are_answered(door):
-    binary, length = gateways.binary_body(ROW)
-    chunks = iter([CONTENT[:20], CONTENT[20:]])
-    for answer in (
-        infer(door, CONTENT),
-        infer(door, CONTENT, "/v2/models/supernet/versions/1/infer"),
-        infer(door, binary, Inference_Header_Content_Length=length),
-        infer(door, gzip.compress(CONTENT), Content_Encoding="gzip"),
-        infer(door, chunks),
-    ):
-        assert answer.status == 200
-        assert answer.json["outputs"][0]["data"] == [7, 2]
-        assert "server" not in answer.headers
-    raw = infer(door, ROW.tobytes(), Inference_Header_Content_Length=0)
-    assert np.frombuffer(raw.content[int(raw.headers["inference-header-content-length"]) :], np.float32).tolist() == [7, 2]
-
-
-def test_a_connection_serves_many_requests(door):
-    connection = http.client.HTTPConnection(door.url.removeprefix("http://"), timeout=WAIT_S)
-    with contextlib.closing(connection):
-        for method, path, content, status in [
-            ("POST", INFER, CONTENT, 200),
-            ("GET", "/v2/health/ready", None, 200),
-            ("POST", INFER, b"{}", 400),
-            ("GET", "/nothing", None, 404),
-            ("HEAD", "/v2", None, 200),
-            ("POST", INFER, CONTENT, 200),
-        ]:
-            answer = request(door, method, path, content, connection)
-            assert answer.status == status
-            assert "connection" not in answer.headers
-            if method == "HEAD":
-                assert answer.content == b""
-
-
-def test_pipelined_requests_are_answered_in_order(door):
-    with connect(door) as sock:
-        bodies = [gateways.body(np.uint8([[[value, 2], [3, 4]]])) for value in range(5)]
-        sock.sendall(b"".join(HEAD.replace(b"%d" % len(CONTENT), b"%d" % len(body)) + body for body in bodies))
-        assert [answer.json["outputs"][0]["data"][0] for answer in answers(sock, 5)] == [*range(5)]
-
-
-def test_a_client_may_ask_before_it_sends_its_body(door):
-    with connect(door) as sock:
-        sock.sendall(HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
-        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        sock.sendall(CONTENT)
-        assert answers(sock)[0].status == 200
-
-
-def test_a_body_that_is_too_long_is_refused_before_it_is_sent(door):
-    with connect(door) as sock:
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 200001\r\n\r\n" % INFER.encode())
-        assert answers(sock)[0].status == 413
-
-
-def test_a_chunked_body_is_refused_at_the_limit(door):
-    with connect(door) as sock:
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode())
-        for _ in range(3):
-            sock.sendall(b"%x\r\n%b\r\n" % (100_000, bytes(100_000)))
-        assert answers(sock)[0].status == 413
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"nonsense\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00",
-    ],
-)
-def test_what_is_no_http_gets_400_in_json(door, content, caplog):
-    with connect(door) as sock:
-        sock.sendall(content)
-        [answer] = answers(sock)
-        assert answer.status == 400
-        assert "send HTTP/1.1" in answer.error
-        assert is_closed(sock)
-    assert not caplog.records
-    assert infer(door, CONTENT).status == 200
-
-
-def test_many_clients_get_their_own_answers(door):
-    wrong = []
-
-    def client(value):
-        connection = http.client.HTTPConnection(door.url.removeprefix("http://"), timeout=WAIT_S)
-        with contextlib.closing(connection):
-            for _ in range(20):
-                answer = infer(door, gateways.body(np.uint8([[[value, 2], [3, 4]]])), connection=connection)
-                if answer.status != 200 or answer.json["outputs"][0]["data"][0] != value:
-                    wrong.append(answer.content)
-
-    threads = [threading.Thread(target=client, args=(value,)) for value in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-# -- clients that go away -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("requests", [1, 3])
-def test_the_queries_of_a_client_that_goes_away_are_cancelled(requests, caplog):
-    valve = gateways.Valve()
-    with opened(gateways.engine(valve)) as (server, door):
-        with valve.shut(server, ROW[0]):
-            with connect(door) as sock:
-                body = gateways.body(np.tile(ROW, (2, 1, 1)))
-                sock.sendall(requests * (HEAD.replace(b"%d" % len(CONTENT), b"%d" % len(body)) + body))
-                fakes.wait_until(lambda: server.health()["waiting"] == 2)
-            fakes.wait_until(lambda: server.pool.backlog.queue.items()[0].cancelled())
-        fakes.wait_until(lambda: server.snapshot()["queries"]["cancelled"] == 2)
-        assert infer(door, CONTENT).status == 200
-    assert not caplog.records
-
-
-def test_an_answer_that_nobody_reads_is_dropped(caplog):
-    valve = gateways.Valve()
-    with opened(gateways.engine(valve)) as (server, door):
-        with valve.shut(server, ROW[0]), connect(door) as sock:
-            sock.sendall(HEAD + CONTENT)
-            fakes.wait_until(lambda: server.health()["waiting"] == 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close by a reset
-        assert infer(door, CONTENT).status == 200
-    assert not caplog.records
-
-
-# -- opening and closing ------------------------------------------------------------------------------------------------------
 
 
 def test_closing_answers_the_requests_that_have_arrived():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 
 import fakes
@@ -165,3 +166,26 @@ def call(application, method, path, chunks=(b"",), headers=(), state=None):
     found = {name.decode(): value.decode() for name, value in start["headers"]}
     assert int(found["content-length"]) == len(end["body"])
     return Answer(start["status"], found, end["body"])
+
+
+def connect(door):
+    host, port = door.url.removeprefix("http://").rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=fakes.WAIT_S)
+
+
+def answers(sock, count=1):
+    """Reads responses from a socket. After them, the connection may still be open."""
+    found = []
+    for _ in range(count):
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        found.append(Answer(response.status, headers, response.read()))
+    return found
+
+
+def is_closed(sock):
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
