@@ -24,6 +24,7 @@ COMMANDS = {
     "extract": "write one served subnet on its own, as ONNX, StableHLO or safetensors",
     "measure": "measure the latency profile of an export on this machine",
     "replay": "replay bursty traffic on the real server, policy by policy",
+    "serve": "serve an export over the network, by the Open Inference Protocol",
     "compare": "compare policies in the simulator, in the paper's experiments",
     "cache": "show or clear the cache of compiled executables",
 }

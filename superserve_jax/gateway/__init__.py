@@ -22,7 +22,7 @@ for _name in ("uvicorn", "httptools", "uvloop", "prometheus_client"):
     if importlib.util.find_spec(_name) is None:
         raise GatewayImportError(f"the gateway needs the package '{_name}': pip install 'superserve-jax[serve]'")
 
-from superserve_jax.gateway.opened import Gateway  # noqa: E402 - after the check of the packages
+from superserve_jax.gateway.opened import Gateway, check_address  # noqa: E402 - after the check of the packages
 from superserve_jax.gateway.requests import RequestError  # noqa: E402
 
-__all__ = ["Gateway", "GatewayImportError", "RequestError"]
+__all__ = ["Gateway", "GatewayImportError", "RequestError", "check_address"]

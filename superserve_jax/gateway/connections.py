@@ -27,6 +27,12 @@ class Connection(HttpToolsProtocol):
         self._answering: RequestResponseCycle | None = None  # the request that is being answered
         self.app_state = {"queries": self._queries}
 
+    def connection_made(self, transport: Any) -> None:
+        """Opens the connection. If the gateway closes already, it serves one request."""
+        super().connection_made(transport)
+        if getattr(self.app, "draining", False):
+            self.shutdown()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)

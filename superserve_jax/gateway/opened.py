@@ -92,7 +92,7 @@ class Gateway:
             timeout_graceful_shutdown=drain_s,  # pyright: ignore[reportArgumentType] - asyncio.wait_for takes a float
         )
         self._uvicorn = uvicorn.Server(config)
-        self._listener = listener
+        self._listener, self._ended = listener, threading.Event()
         self._thread = threading.Thread(target=self._run, name="superserve-gateway", daemon=True)
         with errors.StartingThreads():
             self._thread.start()
@@ -106,6 +106,12 @@ class Gateway:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def wait(self) -> None:
+        """Waits until another thread closes the gateway. Raises ServerClosedError if an error has ended it."""
+        self._ended.wait()  # not `join`: if a signal's handler raises in it, Python 3.11 takes the thread for ended
+        if not self._app.draining:
+            raise errors.ServerClosedError(f"the gateway at {self.url} ended by an error, see the log; open it again")
+
     def close(self) -> None:
         """Closes the port, answers the requests that have arrived, and ends the thread. It may be called twice.
 
@@ -113,6 +119,7 @@ class Gateway:
         """
         self._app.draining = True
         self._uvicorn.should_exit = True
+        self._ended.wait()
         self._thread.join()
 
     def _run(self) -> None:
@@ -123,6 +130,12 @@ class Gateway:
             _log.exception("the gateway at %s ended by an error", self.url)
         finally:
             self._listener.close()
+            self._ended.set()
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ConfigError if a gateway could not listen there now. A program checks that before it compiles for a minute."""
+    _listen(host, port).close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,110 @@
+"""Serves an export over the network, by the Open Inference Protocol over HTTP.
+
+    superserve serve runs/digits_resnet/export --port 8000 --slo-ms 36
+    superserve serve digits --host 0.0.0.0 --policy fixed:largest
+
+The port opens when the executables are compiled and warm. Then the command prints its address. docs/serving.md lists the paths
+and shows requests with curl and Python. `pip install 'superserve-jax[serve]'` installs what it needs.
+
+SIGTERM or Ctrl-C ends it: it closes the port, answers the requests that have arrived, and exits with status 0. A second Ctrl-C
+ends it at once. Library: gateway.Gateway, serving.server.
+"""
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import tyro
+
+import superserve_jax as ss
+from superserve_jax import cli
+from superserve_jax.dtypes import ComputeDtype
+from superserve_jax.serving.options import check_slo
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Args:
+      export: the export's directory, or the name of an export in the package.
+      host: the address to listen at; 0.0.0.0 takes connections from other machines.
+      port: the port of HTTP; 0 takes a free one.
+      name: the name of the model in paths; by default the name of the export's folder.
+      slo_ms: latency objective of requests without one.
+      policy: the policy, such as slackfit, fixed:largest, or my_file.py:my_policy (see docs/policies.md).
+      batch_sizes: batch sizes to serve with; by default 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if throughput rises.
+      lengths: length buckets of texts; by default powers of two from 16 up to the model's longest length.
+      compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
+      max_queue: how many queries may wait; more are refused with status 429.
+      expire: drop a query that can no longer meet its deadline, with status 504, instead of answering it late.
+      max_body_bytes: the largest body of a request, as it is sent and inflated; longer ones are refused with status 413.
+      drain_s: how long the end waits for requests that are being answered, in seconds.
+    """
+
+    export: Annotated[str, tyro.conf.Positional]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    slo_ms: float = 36.0
+    policy: str = "slackfit"
+    batch_sizes: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    compute_dtype: ComputeDtype = "float32"
+    max_queue: int = 10_000
+    expire: bool = False
+    max_body_bytes: int = 64 << 20
+    drain_s: float = 10.0
+
+
+class _StopError(Exception):
+    """A signal asked the command to end."""
+
+
+def main() -> None:
+    """The command."""
+    options = cli.parse(Options, __doc__)
+    from superserve_jax import gateway  # here, since it needs the extra `serve`, and --help does not
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names}
+
+    check_slo(options.slo_ms)
+    gateway.check_address(options.host, options.port)
+    with contextlib.suppress(_StopError), stopped_by_signals():
+        serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
+        with (
+            ss.Server(options.export, **serving) as server,
+            contextlib.suppress(_StopError),  # the gateway has answered its requests
+            gateway.Gateway(server, **chosen("host", "port", "name", "max_body_bytes", "drain_s")) as opened,
+        ):
+            [name] = opened.models
+            print(f"serving {name} at {opened.url}/v2/models/{name} with {server!r}", flush=True)
+            print(f"try it: curl {opened.url}/v2/models/{name}; SIGTERM or Ctrl-C ends it", flush=True)
+            opened.wait()
+        queries = server.snapshot()["queries"]
+        print(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Lets the first SIGTERM or SIGINT raise _StopError in the main thread.
+
+    After the first one, SIGTERM has no effect, and SIGINT the usual one.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise _StopError
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
