@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from fakes import LONG_MS
 from gateways import INFER, call
+from hypothesis import given
+from hypothesis import strategies as st
 
 from superserve_jax import errors
 from superserve_jax.gateway import failures
@@ -259,3 +261,23 @@ def test_a_gateway_that_closes_is_not_ready_but_answers(server):
     assert (answer.status, answer.headers["connection"]) == (503, "close")
     answer = infer(app, gateways.body(ROW))
     assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+# -- whatever comes -----------------------------------------------------------------------------------------------------------
+
+NAMES = ("inference-header-content-length", "x-slo-ms", "x-slo-ttft-ms", "content-encoding", "accept-encoding", "accept")
+VALUES = st.binary(max_size=6) | st.sampled_from([b"gzip", b"deflate", b"0", b"1", b"90", b"36", b"1e3", b"nan", b"q=0,;"])
+PATHS = ("/v2", "/v2/models/supernet", "/v2/models/stats", "/v2/repository/index", "/v2/health/ready", "/metrics", INFER)
+
+
+@given(
+    st.sampled_from(["GET", "POST", "HEAD", "PUT", "\xff"]),
+    st.sampled_from(PATHS) | st.text(max_size=8).map("/".__add__) | st.text(max_size=8).map("/v2/models/".__add__),
+    st.lists(st.sampled_from([gateways.body(ROW), gateways.body(ROW)[:40], b"", b"{}"]) | st.binary(max_size=20), max_size=3),
+    st.dictionaries(st.sampled_from(NAMES).map(str.encode), VALUES, max_size=3),
+)
+def test_every_request_gets_an_answer_or_an_error_that_is_the_clients(app, method, path, chunks, headers):
+    answer = call(app, method, path, chunks or [b""], headers.items())
+    assert answer.status in (200, 400, 404, 405, 413, 415)
+    if answer.status != 200:
+        assert len(answer.error) > 10
