@@ -32,7 +32,8 @@ MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _TYPES = {"b": bool, "u": int, "i": int, "f": float}  # of JSON values, by the kind of the dtype
 _OPENING = re.compile(rb"[\s\[]*")
-_MOST_TEXT = 1 << 18  # characters of the texts of a request; the loop that answers all clients splits them into tokens
+# Texts of a request, and their characters. The loop that answers all clients splits them into tokens.
+_MOST_TEXTS, _MOST_TEXT = 4096, 1 << 18
 _SHOWN = 100  # characters of a value in an error message
 
 
@@ -103,6 +104,8 @@ class InputTensor:
         if not (len(shape) in (1, 2) and shape[0] >= 1 and (len(shape) == 1 or shape[1] in counts)):
             pairs = ", or [-1, 2] for pairs of texts" if self.texts > 1 else ""
             raise RequestError(f"texts have shape {_shown([*shape])}, expected [-1], [-1, 1]{pairs}; the first is the batch")
+        if math.prod(shape) > _MOST_TEXTS:
+            raise RequestError(f"a request has {_shown(math.prod(shape))} texts; send at most {_MOST_TEXTS:,}")
 
 
 def from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> np.ndarray:
@@ -117,8 +120,8 @@ def from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> n
                 array = np.array(values, tensor.dtype)
     except (ValueError, OverflowError) as e:
         raise RequestError(
-            f"the data of input 'input' has a number beyond {tensor.datatype} ({errors.one_line(e)[:100]}); send smaller numbers, "
-            "since none is cast"
+            f"the data of input 'input' has a number beyond {tensor.datatype} ({errors.one_line(e)[:100]}); send numbers that "
+            "fit, since none is cast"
         ) from e
     return _checked(tensor, array.reshape(shape))
 
@@ -145,8 +148,8 @@ def texts_from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw
 def texts_from_bytes(tensor: InputTensor, shape: Sequence[int], data: bytes | memoryview) -> list[list[str]]:
     """One list of texts for each input, from binary data. Raises RequestError for a wrong length, or for no UTF-8."""
     tensor.check_text_shape(shape)
-    texts, at = list[str](), 0
-    while at < len(data):
+    texts, at, count = list[str](), 0, math.prod(shape)
+    while at < len(data) and len(texts) <= count:
         end = at + 4 + int.from_bytes(data[at : at + 4], "little")
         if end > len(data) or len(data) - at < 4:
             raise RequestError(f"a BYTES element at byte {at} is longer than the data; send its length, and then its bytes")
@@ -155,8 +158,9 @@ def texts_from_bytes(tensor: InputTensor, shape: Sequence[int], data: bytes | me
         except UnicodeDecodeError as e:
             raise RequestError(f"a BYTES element at byte {at} is no text in UTF-8: {e}; send texts in UTF-8") from e
         at = end
-    if len(texts) != math.prod(shape):
-        raise RequestError(f"input 'input' has {len(texts)} texts, expected as many as shape {_shown([*shape])} holds")
+    if len(texts) != count:
+        found = "more" if len(texts) > count else len(texts)
+        raise RequestError(f"input 'input' has {found} texts, expected as many as shape {_shown([*shape])} holds: {count}")
     return _grouped(texts, shape)
 
 
@@ -190,7 +194,7 @@ def _decoder(kind: type, depth: int) -> Any:
 
 
 def _flat_list(kind: type, what: str, shape: Sequence[int], data: msgspec.Raw) -> list[Any]:
-    """All elements of JSON data, flat or nested as `shape`. Raises RequestError for a wrong number of them, or a wrong type."""
+    """All elements of JSON data, flat or nested as `shape`. Raises RequestError for a wrong count or a wrong type."""
     opening: Any = _OPENING.match(memoryview(data))
     depth = opening[0].count(b"[")
     if depth not in (1, len(shape)):

@@ -174,6 +174,7 @@ def test_texts_arrive_as_they_were_sent(texts, form):
         ([1, 1, 1], ["a"]),
         ([], ["a"]),
         ([1], ["a" * 300_000]),
+        ([5000], [""] * 5000),
     ],
 )
 def test_wrong_texts_are_refused(shape, data):
@@ -182,7 +183,11 @@ def test_wrong_texts_are_refused(shape, data):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x01", b"\x01\x00\x00\x00", b"\x02\x00\x00\x00a", b"\xff\xff\xff\xffab", b"\x01\x00\x00\x00\xff"]
+    "data",
+    [
+        *(b"", b"\x01", b"\x01\x00\x00\x00", b"\x02\x00\x00\x00a", b"\xff\xff\xff\xffab"),  # too short
+        *(bytes(400), b"\x01\x00\x00\x00\xff"),  # 100 texts; no UTF-8
+    ],
 )
 def test_wrong_binary_texts_are_refused(data):
     with pytest.raises(RequestError):

@@ -173,11 +173,27 @@ def connect(door):
     return socket.create_connection((host.strip("[]"), int(port)), timeout=fakes.WAIT_S)
 
 
+class _Stream:
+    """A socket for `http.client`, which makes a file for each response. This file stays, with what it has read ahead."""
+
+    def __init__(self, sock):
+        self._file = sock.makefile("rb")
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def makefile(self, *_):
+        return self
+
+    def close(self):
+        pass
+
+
 def answers(sock, count=1):
-    """Reads responses from a socket. After them, the connection may still be open."""
-    found = []
+    """Reads responses from a socket, which stays open."""
+    found, stream = [], _Stream(sock)
     for _ in range(count):
-        response = http.client.HTTPResponse(sock)
+        response = http.client.HTTPResponse(stream)
         response.begin()
         headers = {name.lower(): value for name, value in response.getheaders()}
         found.append(Answer(response.status, headers, response.read()))
