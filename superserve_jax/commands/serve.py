@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli
+from superserve_jax import cli, errors
 from superserve_jax.dtypes import ComputeDtype
+from superserve_jax.gateway.limits import Limits
 from superserve_jax.serving.options import check_slo
 
 
@@ -40,8 +41,7 @@ class Options:
       compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
       max_queue: how many queries may wait; more are refused with status 429.
       expire: drop a query that can no longer meet its deadline, with status 504, instead of answering it late.
-      max_body_bytes: the largest body of a request, as it is sent and inflated; longer ones are refused with status 413.
-      drain_s: how long the end waits for requests that are being answered, in seconds.
+      limits: what clients may do.
     """
 
     export: Annotated[str, tyro.conf.Positional]
@@ -55,12 +55,11 @@ class Options:
     compute_dtype: ComputeDtype = "float32"
     max_queue: int = 10_000
     expire: bool = False
-    max_body_bytes: int = 64 << 20
-    drain_s: float = 10.0
+    limits: tyro.conf.OmitArgPrefixes[Limits] = dataclasses.field(default_factory=Limits)
 
 
-class _StopError(Exception):
-    """A signal asked the command to end."""
+class _StopError(KeyboardInterrupt):
+    """A signal asked the command to end. No `except Exception` on the way swallows it."""
 
 
 def main() -> None:
@@ -78,7 +77,7 @@ def main() -> None:
         with (
             ss.Server(options.export, **serving) as server,
             contextlib.suppress(_StopError),  # the gateway has answered its requests
-            gateway.Gateway(server, **chosen("host", "port", "name", "max_body_bytes", "drain_s")) as opened,
+            gateway.Gateway(server, **chosen("host", "port", "name", "limits")) as opened,
         ):
             [name] = opened.models
             print(f"serving {name} at {opened.url}/v2/models/{name} with {server!r}", flush=True)
@@ -92,7 +91,8 @@ def main() -> None:
 def stopped_by_signals() -> Iterator[None]:
     """Lets the first SIGTERM or SIGINT raise _StopError in the main thread.
 
-    After the first one, SIGTERM has no effect, and SIGINT the usual one.
+    After the first signal, SIGTERM is ignored, and Ctrl-C interrupts at once. If all goes well, both stay so until the process
+    has ended: a second SIGTERM must not change its status.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -105,6 +105,7 @@ def stopped_by_signals() -> Iterator[None]:
         for number in before:
             signal.signal(number, stop)
         yield
-    finally:
+    except errors.SuperServeError:
         for number, handler in before.items():
             signal.signal(number, handler)
+        raise

@@ -3,26 +3,39 @@
     with ss.Server("digits", slo_ms=36) as server, gateway.Gateway(server, port=0) as opened:
         print(opened.url)
 
-Start with `app.py`, the path of a request. `tensors.py`, `requests.py` and `replies.py` are the protocol without sockets:
-bytes to arrays, and replies to bytes. `model.py` has a server under its name. `documents.py` describes a model: its metadata,
-configuration and statistics. `bodies.py` reads and compresses bodies. `failures.py` maps errors to statuses. `opened.py` opens
-the port. It needs some packages: pip install 'superserve-jax[serve]'.
+| to learn about | read |
+|---|---|
+| the path of a request, and all paths | `app.py` |
+| bytes to arrays, and replies to bytes (no sockets) | `tensors.py`, `requests.py`, `replies.py` |
+| a server under its name; metadata, configuration, statistics | `model.py`, `documents.py` |
+| sockets, pipelines, time limits | `connections.py`, `messages.py`, `bodies.py` |
+| what clients may do; errors and their statuses | `limits.py`, `failures.py` |
+| the event loop and its thread, opening and closing | `opened.py` |
+
+It needs some packages: pip install 'superserve-jax[serve]'. `Limits` works without them.
 """
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from superserve_jax import errors
+from superserve_jax.gateway.limits import Limits
+
+if TYPE_CHECKING:
+    from superserve_jax.gateway.opened import Gateway, check_address
+
+__all__ = ["Gateway", "GatewayImportError", "Limits", "check_address"]
 
 
 class GatewayImportError(errors.SuperServeError, ImportError):
     """A package that the gateway needs is not installed."""
 
 
-for _name in ("uvicorn", "httptools", "uvloop", "prometheus_client"):
-    if importlib.util.find_spec(_name) is None:
-        raise GatewayImportError(f"the gateway needs the package '{_name}': pip install 'superserve-jax[serve]'")
-
-from superserve_jax.gateway.opened import Gateway, check_address  # noqa: E402 - after the check of the packages
-from superserve_jax.gateway.requests import RequestError  # noqa: E402
-
-__all__ = ["Gateway", "GatewayImportError", "RequestError", "check_address"]
+def __getattr__(name: str) -> Any:
+    if name not in ("Gateway", "check_address"):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    for package in ("httptools", "uvloop", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise GatewayImportError(f"the gateway needs the package '{package}': pip install 'superserve-jax[serve]'")
+    return getattr(importlib.import_module("superserve_jax.gateway.opened"), name)

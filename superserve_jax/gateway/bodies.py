@@ -1,54 +1,35 @@
-"""Bodies of HTTP messages: reads them up to a limit, inflates and compresses them."""
+"""Bodies of HTTP messages: inflates requests up to a limit, and compresses answers."""
 
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
-from superserve_jax.gateway.tensors import RequestError
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.messages import Answer, Request
 
-_WINDOWS = {b"gzip": 31, b"deflate": 15}  # zlib's window bits: 15 with the header of zlib, 31 with the one of gzip
-_LEAST_BYTES = 1400  # a shorter answer fits into one packet, so there is nothing to gain
+MOST_SMALL = 1 << 20
+"""The longest body of a request that has no tensors."""
+
+_WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's window bits: 31 for gzip's format, 15 for zlib's
+_LEAST_BYTES = 16 << 10  # to compress a shorter answer takes longer than to answer it
 _LEVEL = 1  # zlib's fastest level
+_ACCEPT = (b"accept-encoding", b"gzip, deflate")
+_VARY = (b"vary", b"accept-encoding")
+_BINARY = b"application/octet-stream"
 
 
-class DisconnectedError(Exception):
-    """The client has closed the connection before its request was complete."""
-
-
-async def read(receive: Callable[[], Awaitable[Any]], headers: Mapping[bytes, bytes], most: int) -> bytes:
+def read(request: Request, most: int) -> bytes:
     """The body of a request, inflated.
 
     Args:
-      receive: ASGI's function.
-      headers: the headers of the request, with names in lower case.
+      request: the request.
       most: the limit in bytes, for the body as it is sent and for the inflated one.
 
     Raises:
       RequestError: the body is too long (413), has another coding than gzip and deflate (415), or is damaged (400).
-      DisconnectedError: the client has gone.
     """
-    length = headers.get(b"content-length")
-    if length is not None and int(length) > most:  # the parser of HTTP takes digits only
-        raise _too_long(most)
-    message = await receive()
-    body = message.get("body")
-    if body is None:
-        raise DisconnectedError
-    if len(body) > most:
-        raise _too_long(most)
-    if message["more_body"]:
-        parts, size = [body], len(body)
-        while message["more_body"]:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise DisconnectedError
-            parts.append(message["body"])
-            size += len(parts[-1])
-            if size > most:
-                raise _too_long(most)
-        body = b"".join(parts)
-    coding = headers.get(b"content-encoding")
-    return body if coding is None else inflate(body, coding, most)
+    if len(request.body) > most:
+        raise too_long(most)
+    coding = request.headers.get(b"content-encoding")
+    return request.body if coding is None else inflate(request.body, coding, most)
 
 
 def inflate(body: bytes, coding: bytes, most: int) -> bytes:
@@ -66,45 +47,58 @@ def inflate(body: bytes, coding: bytes, most: int) -> bytes:
         raise RequestError(
             f"Content-Encoding is {coding[:50].decode('latin-1')!r}, expected gzip or deflate; send the body as it is",
             status=415,
+            headers=[_ACCEPT],
         )
-    inflater = zlib.decompressobj(_WINDOWS[coding])
-    try:
-        inflated = inflater.decompress(body, most + 1)
-    except zlib.error as e:
-        raise RequestError(f"the body is not in the format of {coding.decode()}: {e}; compress it again") from e
-    if len(inflated) > most:
-        raise _too_long(most)
-    if not inflater.eof or inflater.unused_data:
-        what = "goes on behind its end" if inflater.eof else "ends too early"
-        raise RequestError(f"the body in the format of {coding.decode()} {what}; compress it as one whole")
-    return inflated
+    parts, left = list[bytes](), most + 1
+    while True:
+        inflater = zlib.decompressobj(_WINDOWS[coding])
+        try:
+            parts.append(inflater.decompress(body, left))
+        except zlib.error as e:
+            raise RequestError(f"the body is not in the format of {coding.decode()}: {e}; compress it again") from e
+        left -= len(parts[-1])
+        if left <= 0:
+            raise too_long(most)
+        if not inflater.eof:
+            raise RequestError(f"the body in the format of {coding.decode()} ends too early; send all of it")
+        body = inflater.unused_data
+        if not body:
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        if _WINDOWS[coding] != _WINDOWS[b"gzip"]:  # only gzip's format allows several members
+            raise RequestError(f"the body in the format of {coding.decode()} has data after its end; compress it as one whole")
 
 
-def compressed(body: bytes, accepted: bytes | None) -> tuple[bytes, bytes | None]:
-    """The body of an answer, compressed if the client accepts that and it is worth it, and its Content-Encoding.
+def compressed(answer: Answer, accepted: bytes) -> Answer:
+    """The answer, compressed if the client accepts that and it is worth it. Tensors hardly shrink, so they stay as they are.
 
     Args:
-      body: the body.
+      answer: the answer.
       accepted: the header Accept-Encoding of the request.
 
-    >>> compressed(bytes(10_000), b"br, gzip")[1], compressed(bytes(10_000), b"gzip;q=0, *")[1], compressed(b"a", b"gzip")[1]
-    (b'gzip', None, None)
+    >>> [compressed(Answer(bytes(20_000)), accepted).headers[1:] for accepted in (b"br, gzip", b"gzip;q=0, *")]
+    [((b'content-encoding', b'gzip'), (b'vary', b'accept-encoding')), ((b'vary', b'accept-encoding'),)]
     """
-    if accepted is None or len(body) < _LEAST_BYTES:
-        return body, None
+    if len(answer.body) < _LEAST_BYTES or answer.headers[0][1] == _BINARY:
+        return answer
     weights = dict(_weighted(choice) for choice in accepted.lower().split(b","))
-    for coding, window in _WINDOWS.items():
+    for coding in (b"gzip", b"deflate"):
         if weights.get(coding, False):
-            deflater = zlib.compressobj(_LEVEL, wbits=window)
-            return deflater.compress(body) + deflater.flush(), coding
-    return body, None
+            deflater = zlib.compressobj(_LEVEL, wbits=_WINDOWS[coding])
+            body = deflater.compress(answer.body) + deflater.flush()
+            return answer._replace(body=body, headers=(*answer.headers, (b"content-encoding", coding), _VARY))
+    return answer._replace(headers=(*answer.headers, _VARY))
 
 
 def _weighted(choice: bytes) -> tuple[bytes, bool]:
     """A coding of Accept-Encoding, and whether the client accepts it: `gzip;q=0` refuses gzip."""
     coding, _, weight = choice.partition(b";")
-    return coding.strip(), weight.replace(b" ", b"").rstrip(b"0") not in (b"q=", b"q=0.", b"q=.")
+    return coding.strip(), b"".join(weight.split()).rstrip(b"0") not in (b"q=", b"q=0.", b"q=.")
 
 
-def _too_long(most: int) -> RequestError:
+def too_long(most: int) -> RequestError:
+    """The error for a body of more than `most` bytes.
+
+    >>> too_long(1024).status
+    413
+    """
     return RequestError(f"the body has more than {most:,} bytes; send fewer inputs in a request", status=413)

@@ -1,6 +1,5 @@
 """What the protocol tells about the gateway and its models, as plain values for JSON. No sockets."""
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,13 @@ from superserve_jax.gateway.model import VERSION, ServedModel
 from superserve_jax.gateway.requests import OUTPUT
 from superserve_jax.serving import prometheus
 
-EXTENSIONS = (*("binary_tensor_data", "classification", "model_configuration", "parameters", "schedule_policy", "statistics"),)
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "parameters",
+    "statistics",
+)
 """The extensions of the protocol that the gateway has."""
 _PLATFORM = "superserve_jax"
 
@@ -66,7 +71,7 @@ def model_statistics(model: ServedModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "version": VERSION,
-        "last_inference": 0 if last_s is None else int(1e3 * (time.time() - last_s)),
+        "last_inference": model.last_inference_ms(sum(sizes.values()), last_s),
         "inference_count": answered,
         "execution_count": sum(sizes.values()),
         "inference_stats": {

@@ -1,12 +1,28 @@
-"""Errors as clients see them: a status of HTTP, and one sentence that says what to do."""
+"""Maps each error to an HTTP status and the message that the client reads."""
 
+import asyncio
 import concurrent.futures
 import logging
+from collections.abc import Sequence
 
 from superserve_jax import errors, foreign
-from superserve_jax.gateway.tensors import RequestError
 
 _log = logging.getLogger(__name__)
+
+
+class RequestError(errors.SuperServeError, ValueError):
+    """A request does not follow the protocol, or does not fit the model.
+
+    Args:
+      message: the value, what was expected, and the remedy.
+      status: the status of HTTP.
+      headers: headers of the HTTP response, such as "allow".
+    """
+
+    def __init__(self, message: str, *, status: int = 400, headers: Sequence[tuple[bytes, bytes]] = ()):
+        super().__init__(message)
+        self.status, self.headers = status, tuple(headers)
+
 
 _STATUSES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.InputError, 400),
@@ -16,12 +32,34 @@ _STATUSES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.ServerClosedError, 503),
     (errors.WorkersLostError, 503),
     (errors.DeadlineExpiredError, 504),
+    (asyncio.CancelledError, 503),
     (concurrent.futures.CancelledError, 503),
 )
 RETRY = (429, 503)
 """The statuses after which a client should try again."""
 RETRY_AFTER = (b"retry-after", b"1")
 """The header that says so. Its unit is seconds, and it must be whole."""
+
+
+class ClosingError(errors.ServerClosedError):
+    """The gateway is closing."""
+
+
+# Errors whose text is meant for the client.
+_FOR_CLIENTS = (
+    *(RequestError, ClosingError),
+    *(errors.InputError, errors.DeadlineError, errors.AccuracyFloorError, errors.NotFiniteError),
+)
+# The text of other errors tells the operator what to do. The client reads this.
+_INSTEAD: tuple[tuple[type[BaseException], str], ...] = (
+    (errors.AdmissionError, "the waiting queries leave no time for this deadline; allow a longer slo_ms, or try again later"),
+    (errors.QueueFullError, "the queue is full; try again later"),
+    (errors.ServerClosedError, "the model's server is closed; try again later, or at another replica"),
+    (errors.WorkersLostError, "the model has no workers; try again later, or at another replica"),
+    (errors.DeadlineExpiredError, "dropped, since its deadline could no longer be met; allow a longer slo_ms"),
+    (asyncio.CancelledError, "the gateway is shutting down; send the request to another replica"),
+    (concurrent.futures.CancelledError, "the query was cancelled before its answer; send it again"),
+)
 
 
 def status_of(error: BaseException) -> int:
@@ -36,10 +74,14 @@ def status_of(error: BaseException) -> int:
 
 
 def message_of(error: BaseException) -> str:
-    """What the client reads. An unexpected error is logged, and the client does not read its text."""
-    if isinstance(error, errors.SuperServeError):
+    """What the client reads. Unexpected errors are logged; the client gets a general message."""
+    if isinstance(error, _FOR_CLIENTS):
         return str(error).encode(errors="replace").decode()
-    if isinstance(error, concurrent.futures.CancelledError):
-        return "the query was cancelled before its answer; send it again"
+    for kind, message in _INSTEAD:
+        if isinstance(error, kind):
+            return message
+    if isinstance(error, errors.SuperServeError):  # the server logs what its engine or policy raised
+        _log.error("a request failed: %s", errors.one_line(error))
+        return "the model failed on this request; the log of the gateway has the reason"
     foreign.log(_log, logging.ERROR, "a request failed in the gateway", error=error)
     return "the gateway failed; its log has the reason"

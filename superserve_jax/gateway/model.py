@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -9,9 +10,10 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.gateway import replies, requests, tensors
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.limits import Limits, body_limit
 from superserve_jax.gateway.requests import InferRequest
-from superserve_jax.gateway.tensors import InputTensor, RequestError
-from superserve_jax.profile import Profile
+from superserve_jax.gateway.tensors import InputTensor
 from superserve_jax.serving.futures import Future, Reply
 from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
@@ -22,6 +24,9 @@ VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _RESERVED = ("stats",)  # the path /v2/models/stats
 _PROBE_MS = 60_000.0
+
+
+_DEFAULT_LIMITS = Limits()
 
 
 @runtime_checkable
@@ -40,14 +45,16 @@ class ServedModel:
     Args:
       name: the name in paths: letters, digits, and the signs _.- inside.
       server: the server. It stays the caller's, who also closes it.
+      limits: the limits of the gateway.
 
     Attributes:
       input: the input of the model.
+      max_body_bytes: the longest body of a request.
 
     Raises ConfigError for a wrong name, for another object than a server, or if the protocol has no name for a dtype.
     """
 
-    def __init__(self, name: str, server: Server):
+    def __init__(self, name: str, server: Server, limits: Limits = _DEFAULT_LIMITS):
         if not isinstance(server, Server):
             raise errors.ConfigError(f"a gateway serves a superserve_jax.Server, got {type(server).__name__}; open one first")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
@@ -59,10 +66,10 @@ class ServedModel:
         if inputs.dtype not in tensors.NAMES:
             raise errors.ConfigError(f"the protocol has no datatype for inputs of {inputs.dtype}; serve another dtype")
         texts = len(inputs.shape) if server.model is not None and inputs.lengths and server.model.vocabulary else 0
-        self.input = InputTensor(inputs.shape, inputs.dtype, any_length=bool(inputs.lengths), texts=texts)
-        self._profiles: tuple[Profile, ...] = ()
-        self._ranks: dict[Subnet, int] = {}
-        self._token_counts: tuple[int, ...] = ()  # number of token ids, and of token types; none for a server of engines
+        most, is_text = server.pool.backlog.most, bool(inputs.lengths)
+        self.input = InputTensor(inputs.shape, inputs.dtype, any_length=is_text, texts=texts, most=most)
+        self._last = 0, 0  # number of batches, and when the last one ended
+        self.max_body_bytes = body_limit(limits, inputs.nbytes)
         self._output = self._probe() if server.model is None else None
 
     def read(self, body: bytes, json_length: int | None) -> InferRequest:
@@ -75,7 +82,7 @@ class ServedModel:
     def submit(self, request: InferRequest, slo_ms: float | None) -> Sequence[Future]:
         """Submits the rows of a request, with its own deadline or else `slo_ms`. Returns a future for each row.
 
-        Raises what `Server.submit` raises.
+        Raises what `Server.submit` raises, and RequestError if the queue has no room for so many rows even when it is empty.
         """
         slo_ms, floor = slo_ms if request.slo_ms is None else request.slo_ms, request.min_accuracy
         rows = request.rows
@@ -83,20 +90,37 @@ class ServedModel:
             rows = self._encoded(rows)
         if len(rows) == 1:
             return (self.server.submit(rows[0], slo_ms=slo_ms, min_accuracy=floor),)
-        return self.server.submit_many(rows, slo_ms=slo_ms, min_accuracy=floor)
+        try:
+            return self.server.submit_many(rows, slo_ms=slo_ms, min_accuracy=floor)
+        except errors.QueueFullError:
+            if not self.server.pool.backlog.could_hold([len(row) for row in rows]):
+                raise RequestError(f"the request has {len(rows)} inputs, too many for the queue; split it") from None
+            raise
 
     def write(self, request: InferRequest, made: Sequence[Reply]) -> tuple[bytes, int | None]:
         """See `replies.write`."""
         return replies.write(self.name, request, made, self.ranks())
 
     def ranks(self) -> dict[Subnet, int]:
-        """The position of each subnet, as in `Server.snapshot`. After a swap, also of the subnets of before."""
-        self._follow_swap()
-        return self._ranks
+        """The position of each subnet, as in `Server.snapshot`. Subnets of an export from before a swap have none."""
+        return self.server.pool.counters.ranks
 
     def output(self) -> tuple[str, list[int]]:
         """Datatype of an output, and its shape without a batch dimension."""
         return self._output or ("FP32", [self.server.model.config.num_classes])
+
+    def last_inference_ms(self, batches: int, ago_s: float | None) -> int:
+        """When the last batch ended, in milliseconds since 1970; 0 before the first one.
+
+        Args:
+          batches: how many have ended. As long as it is the same, so is the result.
+          ago_s: how long ago the last one ended.
+        """
+        if ago_s is None:
+            return 0
+        if batches != self._last[0]:
+            self._last = batches, int(1e3 * (time.time() - ago_s))
+        return self._last[1]
 
     def is_ready(self) -> bool:
         """Whether the server is open and has a worker."""
@@ -110,24 +134,13 @@ class ServedModel:
         rows = replies.stacked([self.server.submit(blank, slo_ms=_PROBE_MS).result(timeout=1e-3 * _PROBE_MS)])
         return tensors.NAMES[rows.dtype], [*rows.shape[1:]]
 
-    def _follow_swap(self) -> None:
-        """Reads from the server what a swap may have changed."""
-        profiles, model = self.server.profiles, self.server.model
-        if profiles is self._profiles:
-            return
-        subnets = dict.fromkeys(row.subnet for profile in profiles for row in profile.rows)
-        self._ranks = {**self._ranks, **{subnet: rank for rank, subnet in enumerate(subnets)}}
-        if model is not None and isinstance(model.config, _TextConfig):
-            self._token_counts = model.config.vocab_size, model.config.token_types
-        self._profiles = profiles
-
     def _check_tokens(self, rows: np.ndarray) -> None:
         """Raises RequestError for a token id or type that the model does not have. It would look up another one."""
-        self._follow_swap()
-        if not self._token_counts:
+        config = None if self.server.model is None else self.server.model.config
+        if not isinstance(config, _TextConfig):
             return
         columns = [rows] if rows.ndim == 2 else [rows[..., 0], rows[..., 1]]
-        for what, values, count in zip(("id", "type"), columns, self._token_counts, strict=False):
+        for what, values, count in zip(("id", "type"), columns, (config.vocab_size, config.token_types), strict=False):
             if values.min() < 0 or values.max() >= count:
                 wrong = values[(values < 0) | (values >= count)][0]
                 raise RequestError(f"input 'input' has the token {what} {wrong}, expected 0 to {count - 1}")

@@ -1,25 +1,27 @@
 """A gateway with an open port: the event loop and its thread, from opening to draining."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
 from collections.abc import Mapping
 
-import uvicorn
 import uvloop
 
 from superserve_jax import errors
 from superserve_jax.gateway.app import App
-from superserve_jax.gateway.connections import Connection
+from superserve_jax.gateway.connections import Connection, Shared
+from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel, default_name
 from superserve_jax.serving.server import Server
 
 _log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 _BACKLOG = 2048  # connections that may wait until the loop accepts them
-_KEEP_ALIVE_S = 75  # an idle connection is closed after this time; clients of the protocol keep theirs for a minute
+_FLUSH_S = 0.2  # how long the last answers may take to be sent
+_JOIN_S = 5.0  # how much longer than its limits a gateway may take to close
+_TICK_S = 1.0  # the longest time between two checks of the time limits
 
 
 class Gateway:
@@ -33,8 +35,7 @@ class Gateway:
       host: the address to listen at. "0.0.0.0" takes connections from other machines.
       port: the port; 0 takes a free one.
       name: the name of the model in paths. None takes `model.default_name`. With a dict, leave it out.
-      max_body_bytes: the limit of a request's body, as it is sent and inflated.
-      drain_s: how long `close` waits for requests that are being answered.
+      limits: what clients may do, see `limits.Limits`.
 
     Attributes:
       url: such as "http://127.0.0.1:8000".
@@ -61,41 +62,29 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 8000,
         name: str | None = None,
-        max_body_bytes: int = MAX_BODY_BYTES,
-        drain_s: float = 10.0,
+        limits: Limits | None = None,
     ):
         if isinstance(server, Mapping) and (name is not None or not server):
             raise errors.ConfigError("give a dict of one or more servers by name, or one server and its name")
         servers = server if isinstance(server, Mapping) else {default_name(server) if name is None else name: server}
-        if not isinstance(max_body_bytes, int) or max_body_bytes < 1:
-            raise errors.ConfigError(f"max_body_bytes must be a whole number from 1 up, got {max_body_bytes!r}")
-        if not isinstance(drain_s, int | float) or not 0 <= drain_s < threading.TIMEOUT_MAX:
-            raise errors.ConfigError(f"drain_s must be a number of seconds from 0 up, got {drain_s!r}")
-        self.models = {name: ServedModel(name, each) for name, each in servers.items()}
-        self._app = App(self.models, max_body_bytes=max_body_bytes)
-        listener = _listen(host, port)
+        self._limits = Limits() if limits is None else limits
+        if not isinstance(self._limits, Limits):
+            raise errors.ConfigError(f"limits must be gateway.Limits, got {type(limits).__name__}")
+        self.models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
+        self._app = App(self.models)
+        self._listener = _listen(host, port)
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(
-            self._app,
-            interface="asgi3",
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=drain_s,  # pyright: ignore[reportArgumentType] - asyncio.wait_for takes a float
-        )
-        self._uvicorn = uvicorn.Server(config)
-        self._listener, self._ended = listener, threading.Event()
+        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self._listener.getsockname()[1]}"
+        self._ended, self._failed = threading.Event(), False
+        self._loop = uvloop.new_event_loop()
+        self._closing = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="superserve-gateway", daemon=True)
-        with errors.StartingThreads():
-            self._thread.start()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._listener.close)
+            stack.callback(self._loop.close)
+            with errors.StartingThreads():
+                self._thread.start()
+            stack.pop_all()
 
     def __repr__(self) -> str:
         return f"<Gateway at {self.url}: {', '.join(self.models)}>"
@@ -106,31 +95,84 @@ class Gateway:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its thread runs."""
+        return not self._ended.is_set()
+
     def wait(self) -> None:
         """Waits until another thread closes the gateway. Raises ServerClosedError if an error has ended it."""
         self._ended.wait()  # not `join`: if a signal's handler raises in it, Python 3.11 takes the thread for ended
-        if not self._app.draining:
+        if self._failed:
             raise errors.ServerClosedError(f"the gateway at {self.url} ended by an error, see the log; open it again")
 
     def close(self) -> None:
         """Closes the port, answers the requests that have arrived, and ends the thread. It may be called twice.
 
-        While it waits, /v2/health/ready answers 503. After `drain_s` seconds, requests without an answer get status 503.
+        1. For `lame_duck_s` seconds it goes on, but /v2/health/ready answers 503, and each answer closes its connection.
+        2. It takes the connections that wait, and closes the port.
+        3. It answers the requests that have arrived. After `drain_s` seconds, requests without an answer get status 503.
         """
         self._app.draining = True
-        self._uvicorn.should_exit = True
-        self._ended.wait()
-        self._thread.join()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._closing.set)
+        limits = self._limits
+        if not self._ended.wait(limits.lame_duck_s + limits.drain_s + _JOIN_S):
+            _log.error("the gateway at %s does not end, since a request keeps its thread busy; its thread is left", self.url)
 
     def _run(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._uvicorn.serve(sockets=[self._listener]))
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve())
         except BaseException:
+            self._failed = True
             _log.exception("the gateway at %s ended by an error", self.url)
         finally:
             self._listener.close()
             self._ended.set()
+
+    async def _serve(self) -> None:
+        limits, loop = self._limits, self._loop
+        shared = Shared(self._app, limits)
+        listening = await loop.create_server(lambda: Connection(shared), sock=self._listener.dup(), backlog=_BACKLOG)
+        ticking = loop.create_task(_tick(shared))
+        await self._closing.wait()
+        await asyncio.sleep(limits.lame_duck_s)
+        listening.close()
+        await self._accept_the_last(shared)
+        self._listener.close()
+        for connection in [*shared.connections]:
+            connection.drain()
+        await shared.emptied(limits.drain_s)
+        shared.expired = True
+        for connection in [*shared.connections]:
+            connection.expire()
+        await shared.emptied(_FLUSH_S)
+        for connection in [*shared.connections]:
+            connection.abort()
+        ticking.cancel()
+
+    async def _accept_the_last(self, shared: Shared) -> None:
+        """Accepts the connections that the system has accepted already. Closing the port would reset them."""
+        self._listener.setblocking(False)
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # none is left
+                return
+            with contextlib.suppress(OSError):
+                await self._loop.connect_accepted_socket(lambda: Connection(shared), sock)
+
+
+async def _tick(shared: Shared) -> None:
+    """Checks the time limits of all connections, again and again."""
+    limits = shared.limits
+    pause_s = min(_TICK_S, *(each / 4 for each in (limits.head_s, limits.body_s, limits.idle_s, limits.write_s)))
+    while True:
+        await asyncio.sleep(pause_s)
+        now_s = shared.loop.time()
+        for connection in [*shared.connections]:
+            connection.check(now_s)
 
 
 def check_address(host: str, port: int) -> None:
@@ -140,6 +182,8 @@ def check_address(host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises ConfigError if that fails."""
+    if not host:
+        raise errors.ConfigError("host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all of this machine")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)

@@ -8,8 +8,8 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.gateway import tensors
+from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.requests import OUTPUT, InferRequest, Wanted
-from superserve_jax.gateway.tensors import RequestError
 from superserve_jax.serving.futures import Reply
 from superserve_jax.subnet import Subnet
 

@@ -12,14 +12,15 @@ msgspec checks the types of all fields, and converts none: true is no number, an
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.gateway import tensors
-from superserve_jax.gateway.tensors import InputTensor, RequestError
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.tensors import InputTensor
 
 OUTPUT = "output"
 """The name of every model's output."""
@@ -28,7 +29,10 @@ OUTPUTS = (OUTPUT, "subnet", "accuracy", "latency_ms", "queue_ms", "met_slo")
 
 _MOST_ID = 1000  # characters of a request's id
 _NUMBER = re.compile(rb"\d+(\.\d*)?([eE][+-]?\d{1,3})?")
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+# Lists of a request are short. The JSON before binary data is short, too.
+_MOST_JSON = 64 << 10
+_LARGE, _MOST_OBJECTS = 1 << 20, 10_000  # a body above so many bytes may have so many objects; each takes memory
 
 
 class Parameters(msgspec.Struct, gc=False):
@@ -55,23 +59,23 @@ class Parameters(msgspec.Struct, gc=False):
         return 1e-3 * self.timeout if self.timeout else None
 
 
+_NO_DATA = msgspec.Raw()
+
+
 class _InputParameters(msgspec.Struct, gc=False):
     binary_data_size: _Count | None = None
-    shared_memory_region: Any = None
+    shared_memory_region: msgspec.Raw = _NO_DATA
 
 
 class _OutputParameters(msgspec.Struct, gc=False):
     binary_data: bool | None = None
     classification: _Count = 0
-    shared_memory_region: Any = None
-
-
-_NO_DATA = msgspec.Raw()
+    shared_memory_region: msgspec.Raw = _NO_DATA
 
 
 class _Input(msgspec.Struct, gc=False):
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], msgspec.Meta(max_length=8)]
     datatype: str
     data: msgspec.Raw = _NO_DATA
     parameters: _InputParameters | None = None
@@ -83,10 +87,10 @@ class _Output(msgspec.Struct, gc=False):
 
 
 class _Body(msgspec.Struct, gc=False):
-    inputs: list[_Input]
+    inputs: Annotated[list[_Input], msgspec.Meta(max_length=16)]
     id: str = ""
     parameters: Parameters | None = None
-    outputs: list[_Output] = []
+    outputs: Annotated[list[_Output], msgspec.Meta(max_length=16)] = []
 
 
 class Wanted(NamedTuple):
@@ -151,10 +155,19 @@ def read(body: bytes, json_length: int | None, tensor: InputTensor) -> InferRequ
                 "give the length of the JSON in it"
             )
         whole, rest = whole[:json_length], whole[json_length:]
+        if rest and json_length > _MOST_JSON:
+            raise RequestError(
+                f"the JSON before the binary data has {json_length:,} bytes, at most {_MOST_JSON:,} are possible"
+            )
+    if len(whole) > _LARGE and body.count(b"{", 0, len(whole)) > _MOST_OBJECTS:
+        raise RequestError(f"the JSON has more than {_MOST_OBJECTS:,} objects; send fewer outputs and parameters")
     try:
         request = _decode(whole)
     except tensors.MALFORMED as e:
-        raise RequestError(f"the body is no request for inference: {errors.one_line(e)[:300]}; see docs/serving.md") from e
+        hint = " (binary data needs the header Inference-Header-Content-Length)" if json_length is None else ""
+        raise RequestError(
+            f"the body is not an inference request: {errors.one_line(e)[:300]}{hint}; see docs/serving.md"
+        ) from e
     if len(request.inputs) != 1:
         raise RequestError(f"the request has {len(request.inputs)} inputs, but every model takes one, named 'input'")
     if len(request.id) > _MOST_ID:
@@ -216,7 +229,7 @@ def _rows(given: _Input, rest: memoryview, tensor: InputTensor) -> "np.ndarray |
             f"input 'input' has datatype '{given.datatype[:20]}', expected {tensor.datatype}{also}; inputs are never cast"
         )
     parameters = given.parameters or _NO_INPUT_PARAMETERS
-    if parameters.shared_memory_region is not None:
+    if parameters.shared_memory_region is not _NO_DATA:
         raise RequestError("shared memory is not supported; send the data in the request")
     if parameters.binary_data_size is None:
         if given.data is _NO_DATA:
@@ -237,7 +250,7 @@ def _wanted(outputs: Sequence[_Output], binary: bool) -> list[Wanted]:
         if output.name not in OUTPUTS:
             raise RequestError(str(errors.unknown_name("output", output.name, OUTPUTS)))
         parameters = output.parameters or _NO_OUTPUT_PARAMETERS
-        if parameters.shared_memory_region is not None:
+        if parameters.shared_memory_region is not _NO_DATA:
             raise RequestError("shared memory is not supported; leave out `shared_memory_region`, and the reply has the data")
         if parameters.classification and output.name != OUTPUT:
             raise RequestError(f"output '{output.name}' has no classes; ask for the classification of 'output'")

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from superserve_jax import errors
+from superserve_jax.gateway.failures import RequestError
 
 DTYPES = {
     "BOOL": np.dtype("?"),
@@ -34,21 +35,9 @@ _TYPES = {"b": bool, "u": int, "i": int, "f": float}  # of JSON values, by the k
 _OPENING = re.compile(rb"[\s\[]*")
 # Texts of a request, and their characters. The loop that answers all clients splits them into tokens.
 _MOST_TEXTS, _MOST_TEXT = 4096, 1 << 18
+_MOST_ESCAPED = 16  # bytes of JSON for a character, with escapes, quotes and commas
+_CHARACTERS = 32  # a number in JSON is usually shorter
 _SHOWN = 100  # characters of a value in an error message
-
-
-class RequestError(errors.SuperServeError, ValueError):
-    """A request does not follow the protocol, or does not fit the model.
-
-    Args:
-      message: the value, what was expected, and the remedy.
-      status: the status of HTTP.
-      headers: headers of the HTTP response, such as "allow".
-    """
-
-    def __init__(self, message: str, *, status: int = 400, headers: Sequence[tuple[bytes, bytes]] = ()):
-        super().__init__(message)
-        self.status, self.headers = status, tuple(headers)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +49,7 @@ class InputTensor:
       dtype: the dtype of inputs.
       any_length: whether the first dimension of an input may have any length, as for token ids.
       texts: how many texts an input may have if clients send BYTES; 0 if the model takes none, 2 for pairs.
+      most: how many inputs a request may have.
 
     >>> images = InputTensor((2, 2), np.dtype(np.uint8))
     >>> from_json(images, [1, 2, 2], msgspec.Raw(b"[1,2,3,4]")).tolist()
@@ -72,6 +62,7 @@ class InputTensor:
     dtype: np.dtype
     any_length: bool = False
     texts: int = 0
+    most: int = 10_000
 
     name = "input"  # of every model's input
 
@@ -86,7 +77,9 @@ class InputTensor:
         return [-1, *self.shape[1:]] if self.any_length else [*self.shape]
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        """Raises RequestError unless `shape` belongs to a batch of one or more inputs."""
+        """Raises RequestError unless `shape` belongs to a batch of one to `most` inputs."""
+        if shape and shape[0] > self.most:
+            raise RequestError(f"the request has {_shown(shape[0])} inputs, but at most {self.most:,} may wait; split it")
         if shape and shape[0] >= 1 and tuple(shape[1:]) == self.shape:
             return
         if self.any_length and len(shape) == len(self.shape) + 1 and tuple(shape[2:]) == self.shape[1:] and min(shape) >= 1:
@@ -104,8 +97,8 @@ class InputTensor:
         if not (len(shape) in (1, 2) and shape[0] >= 1 and (len(shape) == 1 or shape[1] in counts)):
             pairs = ", or [-1, 2] for pairs of texts" if self.texts > 1 else ""
             raise RequestError(f"texts have shape {_shown([*shape])}, expected [-1], [-1, 1]{pairs}; the first is the batch")
-        if math.prod(shape) > _MOST_TEXTS:
-            raise RequestError(f"a request has {_shown(math.prod(shape))} texts; send at most {_MOST_TEXTS:,}")
+        if math.prod(shape) > _MOST_TEXTS or shape[0] > self.most:
+            raise RequestError(f"a request has {_shown(math.prod(shape))} texts; send at most {min(_MOST_TEXTS, self.most):,}")
 
 
 def from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> np.ndarray:
@@ -202,6 +195,12 @@ def _flat_list(kind: type, what: str, shape: Sequence[int], data: msgspec.Raw) -
             f"the data of input 'input' has {depth} opening brackets; send a flat list, or a list that is nested {len(shape)} "
             "times as its shape"
         )
+    count = math.prod(shape)
+    if kind is str and len(data) > _MOST_ESCAPED * _MOST_TEXT:
+        raise RequestError(f"the texts have {len(data):,} bytes of JSON, at most {_MOST_TEXT:,} characters are possible")
+    if kind is not str and len(data) > _CHARACTERS * count and bytes(data).count(b",") + 1 != count:
+        # Decoded, this might take fifty times the memory. Flat and nested lists have as many commas.
+        raise RequestError(f"input 'input' has {len(data):,} bytes of JSON, and not as many elements as its shape; send these")
     try:
         values = _decoder(kind, depth)(data)
     except MALFORMED as e:
@@ -212,7 +211,7 @@ def _flat_list(kind: type, what: str, shape: Sequence[int], data: msgspec.Raw) -
         if {size} != set(map(len, values)):
             raise RequestError(f"the data of input 'input' is not nested as its shape {_shown([*shape])}; make them agree")
         values = [*itertools.chain.from_iterable(values)]
-    if len(values) != math.prod(shape):
+    if len(values) != count:
         raise RequestError(f"input 'input' has {len(values)} elements, expected as many as shape {_shown([*shape])} holds")
     return values
 

@@ -103,6 +103,7 @@ class Backlog:
         self.queue, self.meter = length_queue.make_queue(profile), ArrivalMeter()
         self.best = self.fastest_s = math.inf
         self.retries = Retries(profile, max_tries=options.max_tries)
+        self._profile = profile
         self._has_lengths = len(profile.lengths) > 1
         self._limits = QueueLimits(profile, options, input_bytes=input_bytes)
         self.most = self._limits.most
@@ -112,6 +113,10 @@ class Backlog:
 
     def __len__(self) -> int:
         return sum(map(len, self._queues()))
+
+    def could_hold(self, lengths: Sequence[int]) -> bool:
+        """Whether an empty queue has room for queries of these lengths. Lengths do not count if all inputs have one shape."""
+        return not self._limits.exceeded(length_queue.make_queue(self._profile), len(lengths), lengths)
 
     def items(self) -> list[Query]:
         """Every query, left in place, in no order."""

@@ -90,11 +90,15 @@ class Counters:
       expired: number of queries that were dropped because they could no longer meet their deadline.
       failed: number of queries that were answered with another error.
       requeued: how often a query was put back because its batch failed or its worker left.
+      ranks: the position of each subnet that may run, as in `snapshot`. It never changes, but is replaced. So it may be read
+        without the lock.
       last_end_s: when the last counted batch ended, on the server's clock; None before the first one.
     """
 
     def __init__(self, profile: Profile):
-        self._accuracies = {row.subnet: row.accuracy for row in profile.rows}  # the accuracy of every subnet that may run
+        self._accuracies: dict[Subnet, float] = {}  # of every subnet that may run
+        self.ranks: dict[Subnet, int] = {}
+        self.know(profile)
         self._pending: list[Batch] = []
         self.arrived = self.admitted = self.expired = self.failed = self.requeued = self._cancelled = 0
         # For each subnet: number of batches, of answered queries and of late queries among them, and seconds of its batches.
@@ -118,12 +122,13 @@ class Counters:
         self._before = self._answered()
         self._accuracies.clear()
         self._by_subnet.clear()
-        for profile in profiles:
-            self.know(profile)
+        self.know(*profiles)
 
-    def know(self, profile: Profile) -> None:
-        """Adds the subnets of a profile that are new."""
-        self._accuracies |= {row.subnet: row.accuracy for row in profile.rows if row.subnet not in self._accuracies}
+    def know(self, *profiles: Profile) -> None:
+        """Adds the subnets of profiles that are new."""
+        for profile in profiles:
+            self._accuracies |= {row.subnet: row.accuracy for row in profile.rows if row.subnet not in self._accuracies}
+        self.ranks = {subnet: rank for rank, subnet in enumerate(self._accuracies)}
 
     def _answered(self) -> tuple[int, int]:
         answered, late = (sum(counts[i] for counts in self._by_subnet.values()) for i in (1, 2))

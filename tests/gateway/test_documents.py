@@ -1,5 +1,7 @@
 """What the gateway tells about itself and its models: metadata, readiness, statistics, metrics. And its paths."""
 
+import time
+
 import fakes
 import gateways
 import numpy as np
@@ -26,7 +28,7 @@ def app(server):
 
 
 def infer(app, content, path=INFER):
-    return call(app, "POST", path, [content])
+    return call(app, "POST", path, content)
 
 
 # -- documents ----------------------------------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ def test_the_gateway_tells_its_extensions(app):
     found = call(app, "GET", "/v2").json
     assert found["name"] == "superserve-jax"
     assert found["extensions"] == [
-        *("binary_tensor_data", "classification", "model_configuration", "parameters", "schedule_policy", "statistics"),
+        *("binary_tensor_data", "classification", "model_configuration", "parameters", "statistics"),
     ]
 
 
@@ -65,15 +67,15 @@ def test_a_model_of_token_ids_tells_that_their_number_varies():
         assert call(app, "GET", MODEL).json["inputs"] == [{"name": "input", "datatype": "INT32", "shape": [-1, -1]}]
         reply = infer(app, gateways.body(np.int32([[5, 6, 7]] * 2)))
         assert reply.json["outputs"][0]["data"] == [5, 0] * 2
-        assert "at most" not in reply.json
         error = infer(app, gateways.body(np.ones((1, 65), np.int32))).error
         assert "expected 1 to 64" in error
 
 
 def test_the_server_and_its_models_are_live_and_ready(app):
     assert call(app, "GET", "/v2/health/live").json == {"live": True}
-    for path in ("/v2/health/ready", f"{MODEL}/ready", f"{MODEL}/versions/1/ready"):
-        assert call(app, "GET", path).json == {"ready": True}
+    assert call(app, "GET", "/v2/health/ready").json == {"ready": True}
+    for path in (f"{MODEL}/ready", f"{MODEL}/versions/1/ready"):
+        assert call(app, "GET", path).json == {"name": "supernet", "ready": True}
     assert call(app, "POST", "/v2/repository/index").json == [
         {"name": "supernet", "version": "1", "state": "READY", "reason": ""}
     ]
@@ -86,13 +88,13 @@ def test_a_closed_server_is_live_but_not_ready():
     for path in ("/v2/health/ready", f"{MODEL}/ready"):
         answer = call(app, "GET", path)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-        assert "not ready" in answer.error
-    [entry] = call(app, "POST", "/v2/repository/index", [b"{}"]).json
+        assert "no open server with a worker: supernet" in answer.error
+    [entry] = call(app, "POST", "/v2/repository/index", b"{}").json
     assert (entry["state"], bool(entry["reason"])) == ("UNAVAILABLE", True)
-    assert call(app, "POST", "/v2/repository/index", [b'{"ready": true}']).json == []
+    assert call(app, "POST", "/v2/repository/index", b'{"ready": true}').json == []
     answer = infer(app, gateways.body(ROW))
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-    assert "open a new one" in answer.error
+    assert "the model's server is closed" in answer.error
 
 
 def test_statistics_count_what_the_server_did():
@@ -106,9 +108,8 @@ def test_statistics_count_what_the_server_did():
         assert infer(app, gateways.body(np.concatenate([ROW] * 3))).status == 200
         fakes.idle_worker(s)
         [found] = call(app, "GET", f"{MODEL}/stats").json["model_stats"]
-        assert call(app, "GET", "/v2/models/stats").json["model_stats"] == [
-            found | {"last_inference": pytest.approx(1e12, 1e12)}
-        ]
+        time.sleep(0.002)
+        assert call(app, "GET", "/v2/models/stats").json["model_stats"] == [found]
     assert (found["inference_count"], found["execution_count"]) == (4, 2)
     assert found["inference_stats"]["success"] == {"count": 4, "ns": 5_000_000_000}
     assert found["inference_stats"]["queue"] == {"count": 4, "ns": 0}
@@ -119,10 +120,14 @@ def test_statistics_count_what_the_server_did():
     assert found["last_inference"] > 1_500_000_000_000
 
 
-@pytest.mark.parametrize("accept", [None, b"application/openmetrics-text; version=1.0.0"])
-def test_metrics_have_the_name_of_the_model(app, accept):
-    answer = call(app, "GET", "/metrics", headers=[] if accept is None else [(b"accept", accept)])
-    assert ("openmetrics" in answer.headers["content-type"]) == (accept is not None)
+@pytest.mark.parametrize("version", [None, "1.0.0", "0.0.1", "a", "9", ""])
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/openmetrics-text"])
+def test_metrics_have_the_name_of_the_model(app, kind, version):
+    accept = kind or "*/*"
+    accept = accept if version is None else f"{accept}; version={version}"
+    answer = call(app, "GET", "/metrics", headers=[(b"accept", accept.encode())])
+    assert answer.status == 200
+    assert ("openmetrics" in answer.headers["content-type"]) == (kind == "application/openmetrics-text")
     families = prometheus_client.parser.text_string_to_metric_families(answer.content.decode())
     samples = [sample for family in families for sample in family.samples]
     assert samples
@@ -131,7 +136,7 @@ def test_metrics_have_the_name_of_the_model(app, accept):
 
 def test_several_models_are_told_apart(server):
     with fakes.serve(gateways.engine(input_shape=(), input_dtype=np.float32)) as other:
-        app = App({"a": ServedModel("a", server), "b": ServedModel("b", other)}, max_body_bytes=1000)
+        app = App({"a": ServedModel("a", server), "b": ServedModel("b", other)})
         assert infer(app, gateways.body(ROW), "/v2/models/a/infer").json["model_name"] == "a"
         assert infer(app, gateways.body(np.float32([5])), "/v2/models/b/infer").json["outputs"][0]["data"] == [5, 0]
         assert [entry["name"] for entry in call(app, "POST", "/v2/repository/index").json] == ["a", "b"]
@@ -156,7 +161,7 @@ def test_several_models_are_told_apart(server):
         ("GET", "/v2/models/supernet/versions/2", "its only version is '1'"),
         ("POST", "/v2/models/supernet/versions/2/infer", "its only version is '1'"),
         ("GET", "/v2/models/supernet/versions/", "its only version is '1'"),
-        ("GET", "/" + "x" * 100_000, "docs/serving.md"),
+        ("GET", "/" + "x" * 60_000, "docs/serving.md"),
     ],
     ids=lambda value: value[-40:],
 )
@@ -186,4 +191,4 @@ def test_a_wrong_method_is_405_and_tells_the_right_one(app, method, path, allowe
 
 def test_a_wrong_body_of_an_index_is_400(app):
     for wrong in (b"[]", b'{"ready": 1}', b"\xff"):
-        assert "send" in call(app, "POST", "/v2/repository/index", [wrong]).error
+        assert "send" in call(app, "POST", "/v2/repository/index", wrong).error

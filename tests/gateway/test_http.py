@@ -20,7 +20,7 @@ HEAD = b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.enc
 
 @pytest.fixture(scope="module")
 def door():
-    with opened(gateway_options={"max_body_bytes": 200_000}) as (_, door):
+    with opened(limits={"max_body_bytes": 200_000}) as (_, door):
         yield door
 
 

@@ -55,7 +55,7 @@ def texts(folder):
 
 def logits(served, content):
     """What a gateway answers, as an array."""
-    answer = call(app(served), "POST", "/v2/models/supernet/infer", [content])
+    answer = call(app(served), "POST", "/v2/models/supernet/infer", content)
     assert answer.status == 200, answer.content
     [output] = answer.json["outputs"]
     return np.float32(output["data"]).reshape(output["shape"])
@@ -71,7 +71,7 @@ def test_images_are_answered_as_by_the_model_also_after_a_swap(folder):
                 s.swap(path)
             content, length = binary_body(images)
             header = [(b"inference-header-content-length", b"%d" % length)]
-            found = call(door, "POST", "/v2/models/old/infer", [content], header).json
+            found = call(door, "POST", "/v2/models/old/infer", content, header).json
             assert_close(np.float32(found["outputs"][0]["data"]).reshape(3, 3), np.asarray(ss.load(path)(images)))
             assert (found["parameters"]["accuracy"], found["parameters"]["subnet"]) == (accuracy, "0,0,0")
         assert call(door, "GET", "/v2/models/old").json["outputs"] == [
@@ -100,7 +100,7 @@ def test_texts_and_token_ids_are_answered_as_by_the_model(texts):
     ],
 )
 def test_token_ids_that_the_model_does_not_have_are_refused(texts, ids, message):
-    answer = call(app(texts), "POST", "/v2/models/supernet/infer", [body(np.int32(ids))])
+    answer = call(app(texts), "POST", "/v2/models/supernet/infer", body(np.int32(ids)))
     assert answer.status == 400
     assert message in answer.error
 

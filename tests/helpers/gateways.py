@@ -13,8 +13,10 @@ import numpy as np
 from superserve_jax import gateway
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.gateway.app import App
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.messages import Request
 from superserve_jax.gateway.model import ServedModel
-from superserve_jax.gateway.tensors import RequestError
 
 INFER = "/v2/models/supernet/infer"
 
@@ -62,12 +64,12 @@ def engine(on_run=None, **options):
 
 
 @contextlib.contextmanager
-def opened(*engines, profile=fakes.PROFILE, gateway_options=None, **options):
-    """A server with a gateway in front of it. Yields both."""
+def opened(*engines, profile=fakes.PROFILE, limits=None, gateway_options=None, **options):
+    """A server with a gateway in front of it, with these limits. Yields both."""
     options = {"policy": "fixed:2", **options}
     with (
         fakes.serve(*(engines or [engine(profile=profile)]), profile=profile, **options) as server,
-        gateway.Gateway(server, port=0, **(gateway_options or {})) as door,
+        gateway.Gateway(server, port=0, limits=Limits(**(limits or {})), **(gateway_options or {})) as door,
     ):
         yield server, door
 
@@ -139,33 +141,22 @@ def infer(door, content, path=INFER, **headers):
     return request(door, "POST", path, content, **headers)
 
 
-def app(server, name="supernet", **options):
-    return App({name: ServedModel(name, server)}, **{"max_body_bytes": 1 << 20, **options})
+def app(server, name="supernet", **limits):
+    return App({name: ServedModel(name, server, Limits(**{"max_body_bytes": 1 << 20, **limits}))})
 
 
-def call(application, method, path, chunks=(b"",), headers=(), state=None):
-    """Calls an ASGI application without a socket. The client goes away after the last of `chunks` if that is None."""
-    sent, left = [], list(chunks)
+def message(method, path, content=b"", headers=()):
+    """A request, as a connection makes it. Headers are (name, value) in bytes."""
+    made = Request()
+    made.method, made.target, made.body, made.headers = method, path.encode(), content, dict(headers)
+    return made
 
-    async def receive():
-        chunk = left.pop(0)
-        if chunk is None:
-            return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": chunk, "more_body": bool(left)}
 
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "path": path, "method": method, "headers": list(headers)}
-    if state is not None:
-        scope["state"] = state
-    asyncio.run(application(scope, receive, send))
-    if not sent:
-        return None
-    start, end = sent
-    found = {name.decode(): value.decode() for name, value in start["headers"]}
-    assert int(found["content-length"]) == len(end["body"])
-    return Answer(start["status"], found, end["body"])
+def call(application, method, path, content=b"", headers=()):
+    """Calls an application without a socket."""
+    made = asyncio.run(application.answer(message(method, path, content, headers)))
+    found = {name.decode(): value.decode() for name, value in made.headers}
+    return Answer(made.status, found, made.body)
 
 
 def connect(door):

@@ -1,0 +1,197 @@
+"""Reads the requests of one connection from bytes. The parser is httptools. No sockets.
+
+A request that is complete or refused is handed over. A refused request is the last one of its connection.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+
+from superserve_jax.gateway import bodies
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.messages import Request
+
+_REQUEST_BYTES = 1024  # memory of a request besides its body
+
+
+class Buffered:
+    """The requests in memory, of all connections, and what limits them.
+
+    Args:
+      limits: the limits of the gateway.
+      max_body_bytes: the longest body of any request.
+
+    Attributes:
+      nbytes: their size.
+    """
+
+    def __init__(self, limits: Limits, max_body_bytes: int):
+        self.limits, self.max_body_bytes = limits, max_body_bytes
+        self.nbytes = 0
+
+    def drop(self, request: Request) -> None:
+        """Forgets a request."""
+        self.nbytes -= request.size
+        request.size = 0
+
+
+class Reader:
+    """Reads requests. The parser calls the methods that are named `on_...`.
+
+    Args:
+      buffered: the requests in memory.
+      clock: returns seconds.
+      enter: is called with each request that is complete, or that has an `error`.
+      go_on: is called when a client waits for "100 Continue" before it sends a body.
+
+    Attributes:
+      arriving: the request that is being read.
+      in_body: whether its head is complete.
+      deaf: whether nothing more is read: after a refusal, and after the last request.
+    """
+
+    def __init__(
+        self,
+        buffered: Buffered,
+        clock: Callable[[], float],
+        enter: Callable[[Request], None],
+        go_on: Callable[[], None],
+    ):
+        self._buffered, self._clock, self._enter, self._go_on = buffered, clock, enter, go_on
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self.arriving: Request | None = None
+        self.in_body = self.deaf = False
+        self._raw_left = 0  # bytes of a body that the parser does not read
+        self._fed = 0  # bytes since a head or a part of a body was complete
+
+    def feed(self, data: bytes) -> None:
+        """Reads what has come."""
+        while data and not self.deaf:
+            if self._raw_left:
+                data = self._raw(data)
+                continue
+            self._fed += len(data)
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:  # the client may go on in HTTP/1.1, and so does the gateway
+                data = data[upgrade.args[0] :]
+                continue
+            except httptools.HttpParserError as e:
+                if not self.deaf:
+                    self.refuse(RequestError(f"the request is malformed: {str(e)[:100].rstrip('.')}; send HTTP/1.1"))
+            data = b""
+        if self._fed > self._buffered.limits.max_head_bytes and not self.deaf:
+            self.refuse(self._long_head())
+
+    def refuse(self, error: BaseException) -> None:
+        """Refuses the request that is being read, and everything behind it."""
+        request = self.arriving or Request()
+        self.arriving, self.deaf = None, True
+        request.parts, request.error, request.keep_alive = [], error, False
+        self._enter(request)
+
+    def close(self) -> None:
+        """Forgets the request that is being read."""
+        if self.arriving is not None:
+            self._buffered.drop(self.arriving)
+        self.arriving, self.deaf, self._parser = None, True, None
+
+    # -- called by the parser ---------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if not self.deaf:
+            self.arriving, self.in_body = Request(self._clock()), False
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the target."""
+        if self.arriving is not None:
+            self.arriving.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of the head, or a trailer. Trailers have no effect: a proxy in front does not see them."""
+        request = self.arriving
+        if request is not None and not self.in_body:
+            try:
+                request.add_header(name, value)
+            except RequestError as e:
+                request.error = request.error or e
+
+    def on_headers_complete(self) -> None:
+        """The head is complete. Decides whether the body is read."""
+        request, parser = self.arriving, self._parser
+        if request is None:
+            return
+        self.in_body, self._fed = True, 0
+        request.method, version = parser.get_method().decode(), parser.get_http_version()
+        request.keep_alive = version == "1.1" and parser.should_keep_alive()
+        request.size = _REQUEST_BYTES
+        self._buffered.nbytes += _REQUEST_BYTES
+        headers = request.headers
+        length = int(headers.get(b"content-length", b"0"))
+        if request.head_bytes > self._buffered.limits.max_head_bytes:
+            request.error = self._long_head()
+        elif version not in ("1.1", "1.0"):
+            request.error = RequestError(f"the request is in HTTP/{version}; send HTTP/1.1")
+        elif version == "1.1" and b"host" not in headers:
+            request.error = RequestError("the request has no header Host, which HTTP/1.1 needs; send it")
+        if request.error is None:
+            request.error = self._too_much(length)
+        if request.error is None and parser.should_upgrade():
+            if b"transfer-encoding" in headers or request.method == "CONNECT":
+                request.error = RequestError("the gateway does not upgrade connections; leave out Connection: Upgrade")
+            self._raw_left = length
+        if request.error is not None:
+            self.refuse(request.error)
+        elif b"expect" in headers:
+            self._go_on()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        request = self.arriving
+        if request is None:
+            return
+        self._fed = 0
+        request.parts.append(body)
+        request.size += len(body)
+        self._buffered.nbytes += len(body)
+        if (error := self._too_much(request.size - _REQUEST_BYTES, is_new=False)) is not None:
+            self.refuse(error)
+
+    def on_message_complete(self) -> None:
+        """The request is complete."""
+        request = self.arriving
+        if request is None or self._raw_left:
+            return
+        self.arriving, self._fed = None, 0
+        parts = request.parts
+        request.body = parts[0] if len(parts) == 1 else b"".join(parts)
+        request.parts = []
+        self.deaf = self.deaf or not request.keep_alive
+        self._enter(request)
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _raw(self, data: bytes) -> bytes:
+        """Reads the body of a request that asked for an upgrade. Returns what follows it."""
+        body, rest = data[: self._raw_left], data[self._raw_left :]
+        self._raw_left -= len(body)
+        self.on_body(body)
+        if not self._raw_left:
+            self.on_message_complete()
+        return rest
+
+    def _too_much(self, length: int, *, is_new: bool = True) -> RequestError | None:
+        """The error for a body of so many bytes, or None. A new one is not in memory yet."""
+        buffered = self._buffered
+        if length > buffered.max_body_bytes:
+            return bodies.too_long(buffered.max_body_bytes)
+        if buffered.nbytes + (length if is_new else 0) > buffered.limits.max_buffered_bytes:
+            return RequestError("the gateway has too many requests in memory; try again later", status=503)
+        return None
+
+    def _long_head(self) -> RequestError:
+        most = self._buffered.limits.max_head_bytes
+        return RequestError(f"the head of the request has more than {most:,} bytes; send fewer headers", status=431)
