@@ -72,9 +72,10 @@ def main() -> None:
 
     check_slo(options.slo_ms)
     gateway.check_address(options.host, options.port)
-    with contextlib.suppress(_StopError), stopped_by_signals():
-        serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
+    serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
+    try:
         with (
+            stopped_by_signals(),
             ss.Server(options.export, **serving) as server,
             contextlib.suppress(_StopError),  # the gateway has answered its requests
             gateway.Gateway(server, **chosen("host", "port", "name", "limits")) as opened,
@@ -83,6 +84,9 @@ def main() -> None:
             print(f"serving {name} at {opened.url}/v2/models/{name} with {server!r}", flush=True)
             print(f"try it: curl {opened.url}/v2/models/{name}; SIGTERM or Ctrl-C ends it", flush=True)
             opened.wait()
+    except _StopError:
+        print("ended before the port was open")
+    else:
         queries = server.snapshot()["queries"]
         print(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
 

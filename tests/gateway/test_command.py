@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import fakes
 import gateways
 import jax
 import pytest
@@ -25,55 +26,60 @@ CLIENTS = 4
 
 
 @pytest.fixture
-def started(tiny, tmp_path):
-    """Starts the program on a tiny export. Yields the process, and its address."""
+def path(tiny, tmp_path):
+    """A tiny export with a latency profile."""
     path = write_export(tmp_path / "mine" / "export", tiny, tiny.calibrated[:1])
     kind, [served] = keys.device_kind(jax.devices()[0]), exports.load(path).served
     Profile((1,), (Row(served.subnet, served.accuracy, (1.0,)),), kind).save(exports.profile_path(path, kind))
+    return path
+
+
+@contextlib.contextmanager
+def program(path, *arguments):
+    """Starts the program. Yields the process, and the first line that it prints."""
     command = [sys.executable, "serve/gateway.py", str(path), "--port", "0", "--batch-sizes", "1", "--slo-ms", "500"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "SUPERSERVE_CACHE": ""}, **pipes) as process:
+    environment = {**os.environ, "SUPERSERVE_CACHE": ""}
+    with subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **pipes) as process:
         try:
-            line = process.stdout.readline()
-            yield process, re.search(r"at (\S+)/v2/models/mine ", line)[1]
+            yield process, process.stdout.readline()
         finally:
             process.kill()
 
 
 def send_until_refused(url, answers, wrong, stopping):
-    """Sends requests on one connection after the other, until the port is closed. Collects the answers, and what went wrong.
-
-    When the port closes, the system resets connections that the gateway has not accepted yet.
-    """
+    """Sends requests on one connection after the other, until the port is closed. Collects answers and errors."""
     address, body = url.removeprefix("http://"), gateways.body(random_images(TINY, 1))
     closed = False
     while not closed:
         with contextlib.closing(http.client.HTTPConnection(address, timeout=WAIT_S)) as connection:
-            count, last = 0, False
+            last = False
             try:
                 while not last:
                     connection.request("POST", "/v2/models/mine/infer", body)
                     response = connection.getresponse()
                     content, last = json.loads(response.read()), response.getheader("connection") == "close"
                     answers.append((response.status, *(len(output["data"]) for output in content.get("outputs", []))))
-                    count += 1
             except ConnectionError as error:
                 closed = True
-                if count or not stopping.is_set():
+                if not (isinstance(error, ConnectionRefusedError) and stopping.is_set()):
                     wrong.append(error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_under_load_without_a_lost_request(started, number):
-    process, url = started
+def test_a_signal_ends_it_under_load_without_a_lost_request(path, number):
+    with program(path) as (process, line):
+        check_that_it_ends(process, re.search(r"at (\S+)/v2/models/mine ", line)[1], number)
+
+
+def check_that_it_ends(process, url, number):
     answers, wrong, stopping = [], [], threading.Event()
     arguments = url, answers, wrong, stopping
     clients = [threading.Thread(target=send_until_refused, args=arguments) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
-    while len(answers) < 100:
-        assert process.poll() is None
+    fakes.wait_until(lambda: len(answers) >= 100 or process.poll() is not None)
     stopping.set()
     process.send_signal(number)
     out, err = process.communicate(timeout=WAIT_S)
@@ -83,6 +89,31 @@ def test_a_signal_ends_it_under_load_without_a_lost_request(started, number):
     assert not wrong
     assert set(answers) == {(200, TINY.num_classes)}
     assert f"ended after {len(answers):,} answers" in out
+    assert "Traceback" not in err
+
+
+SWALLOWS = """
+import time
+
+def policy(profile, state):
+    pass
+
+print("starting", flush=True)
+try:
+    time.sleep(60)
+except Exception:
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_while_it_starts(path, tmp_path):
+    (tmp_path / "slow.py").write_text(SWALLOWS)
+    with program(path, "--policy", f"{tmp_path}/slow.py:policy") as (process, line):
+        assert line == "starting\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, out) == (0, "ended before the port was open\n"), err
     assert "Traceback" not in err
 
 

@@ -1,5 +1,6 @@
 """Connections: pipelines, malformed bytes, clients that go away or do not read, and limits."""
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from gateways import INFER, answers, connect, infer, is_closed, opened
 
-from superserve_jax.gateway import messages
+from superserve_jax.gateway import documents, messages
+from superserve_jax.gateway.connections import Connection, Shared
+from superserve_jax.gateway.limits import Limits
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
@@ -151,23 +154,85 @@ def test_a_query_with_a_large_body_is_cancelled_when_its_client_goes_away(pipeli
         fakes.wait_until(lambda: server.pool.backlog.queue.items()[0].cancelled())
 
 
-def test_a_client_that_does_not_read_cannot_keep_the_gateway_open():
+@pytest.fixture
+def large_answer(monkeypatch):
+    """Makes the answer of /v2 larger than the buffers of the system."""
+    monkeypatch.setattr(documents, "server_metadata", lambda: "x" * 20_000_000)
+
+
+@pytest.mark.parametrize("then", [b"", head(), head() + CONTENT, b"nonsense\r\n\r\n"])
+def test_a_client_that_does_not_read_cannot_keep_the_gateway_open(large_answer, then):
     with opened(limits={"drain_s": 0.1}) as (_, door), connect(door) as sock:
-        outputs = [{"name": name} for name in ("output", "subnet", "accuracy", "latency_ms", "queue_ms", "met_slo")]
-        large = gateways.body(np.repeat(ROW, 5000, axis=0), outputs=outputs)
-        sock.settimeout(0.3)
-        with contextlib.suppress(TimeoutError):
-            for _ in range(100):
-                sock.sendall(head(len(large)) + large)
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n" + then)
+        assert sock.recv(1)  # the answer begins
         start_s = time.monotonic()
         door.close()
         assert time.monotonic() - start_s < 2
         assert not door.is_open
 
 
-def test_an_answer_is_one_packet(door, monkeypatch):
+class Wire:
+    """A transport that keeps what is written to it."""
+
+    def __init__(self):
+        self.written, self.closed = [], False
+
+    def write(self, data):
+        self.written.append(bytes(data))
+
+    def is_closing(self):
+        return self.closed
+
+    def close(self):
+        self.closed = True
+
+    def resume_reading(self):
+        pass
+
+
+def test_an_answer_is_one_packet():
+    binary, length = gateways.binary_body(ROW)
+
+    async def serve(app):
+        connection, wire = Connection(Shared(app, Limits())), Wire()
+        connection.connection_made(wire)
+        for content in (head() + CONTENT, head(len(binary), b"Inference-Header-Content-Length: %d" % length) + binary, LIVE):
+            connection.data_received(content)
+            await until(lambda: len(wire.written))
+            [packet] = wire.written
+            wire.written.clear()
+            assert packet.startswith(b"HTTP/1.1 200 OK\r\n")
+        connection.connection_lost(None)
+
+    async def until(condition):
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(1e-3)
+
+    with fakes.serve(gateways.engine()) as s:
+        asyncio.run(serve(gateways.app(s)))
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_requests_in_memory_have_a_limit():
+    with waiting(max_buffered_bytes=300_000, max_body_bytes=250_000) as (_, door, valve):
+        with connect(door) as first, connect(door) as second:
+            first.sendall(head(240_000) + bytes(200_000))  # the rest does not come
+            fakes.wait_until(lambda: status(door, 150_000) == b"503")
+            second.sendall(head(None, b"Transfer-Encoding: chunked") + chunked(bytes(240_000)))
+            [answer] = answers(second)
+            assert (answer.status, answer.headers["retry-after"], answer.headers["connection"]) == (503, "1", "close")
+            assert "too many requests in memory" in answer.error
+        fakes.wait_until(lambda: status(door, 240_000) == b"100")
+        valve.open()
+        assert infer(door, CONTENT + b" " * 200_000).status == 200
+
+
+def status(door, length):
+    """The status of a request that waits before it sends a body of this length: 100, or the one of an error."""
     with connect(door) as sock:
-        for _ in range(20):
-            sock.sendall(head() + CONTENT)
-            assert sock.recv(65536).endswith(b"}]}")
-        assert infer(door, CONTENT).status == 200
+        sock.sendall(head(length, b"Expect: 100-continue"))
+        return sock.recv(1000)[9:12]

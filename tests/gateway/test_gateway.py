@@ -11,6 +11,7 @@ from fakes import WAIT_S
 from gateways import INFER, answers, connect, infer, is_closed, opened, request
 
 from superserve_jax import errors, gateway
+from superserve_jax.gateway import documents
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
@@ -61,6 +62,41 @@ def test_an_idle_connection_may_still_send_a_request_when_the_gateway_closes():
         closing.start()
         fakes.wait_until(lambda: ready_of(sock) == 503)
         assert is_closed(sock)
+        closing.join()
+
+
+def test_new_connections_are_served_for_the_first_seconds_of_closing():
+    with opened(limits={"lame_duck_s": 0.5}) as (_, door):
+        closing = threading.Thread(target=door.close)
+        closing.start()
+        fakes.wait_until(lambda: request(door, "GET", "/v2/health/ready").status == 503)
+        answer = infer(door, CONTENT)
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        closing.join()
+        with pytest.raises(ConnectionRefusedError):
+            connect(door)
+
+
+def test_connections_that_the_system_has_accepted_are_answered_when_the_gateway_closes(monkeypatch):
+    entered, leave = threading.Event(), threading.Event()
+
+    def block():
+        entered.set()
+        assert leave.wait(WAIT_S)
+        return {}
+
+    monkeypatch.setattr(documents, "server_metadata", block)
+    with opened() as (_, door), contextlib.ExitStack() as stack:
+        blocking = stack.enter_context(connect(door))
+        blocking.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert entered.wait(WAIT_S)  # the event loop is busy
+        clients = [stack.enter_context(connect(door)) for _ in range(20)]
+        for sock in clients:
+            sock.sendall(HEAD + CONTENT)
+        closing = threading.Thread(target=door.close)
+        closing.start()
+        leave.set()
+        assert [answers(sock)[0].status for sock in (blocking, *clients)] == [200] * 21
         closing.join()
 
 
