@@ -42,6 +42,11 @@ class Options:
       max_queue: how many queries may wait; more are refused with status 429.
       expire: drop a query that can no longer meet its deadline, with status 504, instead of answering it late.
       limits: what clients may do.
+      token_file: a file with a token, which clients must send as `Authorization: Bearer TOKEN`. Without it, the environment
+        variable SUPERSERVE_TOKEN may hold the token. Health probes need no token.
+      tls_cert: a file in PEM with the certificate of this server and its chain, for TLS.
+      tls_key: a file in PEM with the key of the certificate.
+      access_log: a file to which a line of JSON is appended for each answer, or - for the standard output.
     """
 
     export: Annotated[str, tyro.conf.Positional]
@@ -56,6 +61,10 @@ class Options:
     max_queue: int = 10_000
     expire: bool = False
     limits: tyro.conf.OmitArgPrefixes[Limits] = dataclasses.field(default_factory=Limits)
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    access_log: str | None = None
 
 
 class _StopError(KeyboardInterrupt):
@@ -71,18 +80,21 @@ def main() -> None:
         return {name: getattr(options, name) for name in names}
 
     check_slo(options.slo_ms)
-    gateway.check_address(options.host, options.port)
+    door = chosen("host", "port", "name", "limits", "tls_cert", "tls_key", "access_log")
+    door["token"] = gateway.read_token(options.token_file)
+    gateway.check_options(**door)
     serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
     try:
         with (
             stopped_by_signals(),
             ss.Server(options.export, **serving) as server,
             contextlib.suppress(_StopError),  # the gateway has answered its requests
-            gateway.Gateway(server, **chosen("host", "port", "name", "limits")) as opened,
+            gateway.Gateway(server, **door) as opened,
         ):
             [name] = opened.models
-            print(f"serving {name} at {opened.url}/v2/models/{name} with {server!r}", flush=True)
-            print(f"try it: curl {opened.url}/v2/models/{name}; SIGTERM or Ctrl-C ends it", flush=True)
+            where = "" if options.host in opened.url else f" (and at all addresses of {options.host})"
+            print(f"serving {name} at {opened.url}/v2/models/{name}{where} with {server!r}", flush=True)
+            print(f"try it: curl {opened.url}/v2/health/ready; SIGTERM or Ctrl-C ends it", flush=True)
             opened.wait()
     except _StopError:
         print("ended before the port was open")

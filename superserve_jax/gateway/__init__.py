@@ -8,8 +8,8 @@
 | the path of a request, and all paths | `app.py` |
 | bytes to arrays, and replies to bytes (no sockets) | `tensors.py`, `requests.py`, `replies.py` |
 | a server under its name; metadata, configuration, statistics | `model.py`, `documents.py` |
-| sockets, pipelines, time limits | `connections.py`, `messages.py`, `bodies.py` |
-| what clients may do; errors and their statuses | `limits.py`, `failures.py` |
+| HTTP: bytes to requests, their order, answers, time limits | `reader.py`, `connections.py`, `messages.py`, `bodies.py` |
+| what clients may do; tokens and TLS; errors and their statuses | `limits.py`, `access.py`, `failures.py` |
 | the event loop and its thread, opening and closing | `opened.py` |
 
 It needs some packages: pip install 'superserve-jax[serve]'. `Limits` works without them.
@@ -23,9 +23,11 @@ from superserve_jax import errors
 from superserve_jax.gateway.limits import Limits
 
 if TYPE_CHECKING:
-    from superserve_jax.gateway.opened import Gateway, check_address
+    from superserve_jax.gateway.access import read_token
+    from superserve_jax.gateway.opened import Gateway, check_options
 
-__all__ = ["Gateway", "GatewayImportError", "Limits", "check_address"]
+_LATE = {"Gateway": "opened", "check_options": "opened", "read_token": "access"}  # the modules of these names
+__all__ = ["Gateway", "GatewayImportError", "Limits", "check_options", "read_token"]
 
 
 class GatewayImportError(errors.SuperServeError, ImportError):
@@ -33,9 +35,9 @@ class GatewayImportError(errors.SuperServeError, ImportError):
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Gateway", "check_address"):
+    if name not in _LATE:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     for package in ("httptools", "uvloop", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise GatewayImportError(f"the gateway needs the package '{package}': pip install 'superserve-jax[serve]'")
-    return getattr(importlib.import_module("superserve_jax.gateway.opened"), name)
+    return getattr(importlib.import_module(f"superserve_jax.gateway.{_LATE[name]}"), name)

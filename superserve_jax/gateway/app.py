@@ -26,6 +26,8 @@ from superserve_jax.gateway.model import VERSION, ServedModel, unknown_model
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
 _BINARY = (b"content-type", b"application/octet-stream")
 _GET = ("GET", "HEAD")
+# What takes longer goes to another thread, so that it keeps no other client waiting.
+_SMALL_BODY, _SHORT_TEXTS = 4096, 2000  # compressed bytes, and characters
 
 
 class _IndexBody(msgspec.Struct):
@@ -72,14 +74,22 @@ class App:
             else:
                 answer = self._other(request)
             accepted = request.headers.get(b"accept-encoding")
-            return answer if accepted is None else bodies.compressed(answer, accepted)
+            if accepted is None or len(answer.body) < bodies.WORTH_IT:
+                return answer
+            return await asyncio.to_thread(bodies.compressed, answer, accepted)
         except (Exception, asyncio.CancelledError) as error:
             return messages.failed(error)
 
     async def _infer(self, model: ServedModel, request: Request) -> Answer:
         json_length, slo_ms = requests.json_length(request.headers), requests.slo_of(request.headers)
-        wanted = model.read(bodies.read(request, model.max_body_bytes), json_length)
-        request.body = b""  # JSON is not needed any more
+        if b"content-encoding" in request.headers and len(request.body) > _SMALL_BODY:
+            body = await asyncio.to_thread(bodies.read, request, model.max_body_bytes)
+        else:
+            body = bodies.read(request, model.max_body_bytes)
+        wanted = model.read(body, json_length)
+        request.body = body = b""  # JSON is not needed any more
+        if isinstance(wanted.rows, list) and sum(len(text) for row in wanted.rows for text in row) > _SHORT_TEXTS:
+            wanted = wanted._replace(rows=await asyncio.to_thread(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
         try:
             made = [await query for query in queries]

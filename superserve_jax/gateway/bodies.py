@@ -7,9 +7,10 @@ from superserve_jax.gateway.messages import Answer, Request
 
 MOST_SMALL = 1 << 20
 """The longest body of a request that has no tensors."""
+WORTH_IT = 16 << 10
+"""To compress an answer of fewer bytes takes longer than to make it."""
 
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's window bits: 31 for gzip's format, 15 for zlib's
-_LEAST_BYTES = 16 << 10  # to compress a shorter answer takes longer than to answer it
 _LEVEL = 1  # zlib's fastest level
 _ACCEPT = (b"accept-encoding", b"gzip, deflate")
 _VARY = (b"vary", b"accept-encoding")
@@ -78,7 +79,7 @@ def compressed(answer: Answer, accepted: bytes) -> Answer:
     >>> [compressed(Answer(bytes(20_000)), accepted).headers[1:] for accepted in (b"br, gzip", b"gzip;q=0, *")]
     [((b'content-encoding', b'gzip'), (b'vary', b'accept-encoding')), ((b'vary', b'accept-encoding'),)]
     """
-    if len(answer.body) < _LEAST_BYTES or answer.headers[0][1] == _BINARY:
+    if len(answer.body) < WORTH_IT or answer.headers[0][1] == _BINARY:
         return answer
     weights = dict(_weighted(choice) for choice in accepted.lower().split(b","))
     for coding in (b"gzip", b"deflate"):

@@ -11,10 +11,13 @@ import asyncio
 import collections
 import contextlib
 import logging
+import time
 from typing import Any
 
 from superserve_jax import foreign
 from superserve_jax.gateway import messages
+from superserve_jax.gateway.access import Access
+from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.limits import Limits
@@ -38,23 +41,27 @@ class Shared:
     Args:
       app: answers the requests.
       limits: the limits.
+      access: decides who may send requests.
+      log: the access log.
 
     Attributes:
       connections: all that are open.
       buffered: the requests in memory.
+      closing: whether the port is closed.
       expired: whether `drain_s` is over.
     """
 
-    def __init__(self, app: App, limits: Limits):
-        self.app, self.limits, self.loop = app, limits, asyncio.get_running_loop()
+    def __init__(self, app: App, limits: Limits, access: Access, log: AccessLog | None = None):
+        self.app, self.limits, self.access, self.log = app, limits, access, log
+        self.loop = asyncio.get_running_loop()
         self.buffered = Buffered(limits, app.max_body_bytes)
         self.connections: set[Connection] = set()
-        self.expired = False
+        self.closing = self.expired = False
 
     async def emptied(self, limit_s: float) -> None:
         """Returns when no connection is open, or after `limit_s` seconds."""
-        end_s = self.loop.time() + limit_s
-        while self.connections and self.loop.time() < end_s:
+        end_s = time.monotonic() + limit_s
+        while self.connections and time.monotonic() < end_s:
             await asyncio.sleep(min(_POLL_S, limit_s))
 
 
@@ -68,24 +75,24 @@ class Connection(asyncio.Protocol):
     def __init__(self, shared: Shared):
         self._shared, self._app, self._loop = shared, shared.app, shared.loop
         self._transport: Any = None
-        self._reader = Reader(shared.buffered, shared.loop.time, self._enter, self._go_on)
+        self._reader = Reader(shared.buffered, shared.access, time.monotonic, self._enter, self._go_on)
         self._waiting = collections.deque[Request]()
         self._waiting_bytes = 0
         self._answering: Request | None = None
         self._task: asyncio.Task[None] | None = None
         self._streaming = self._paused = False
         self._writable: asyncio.Event | None = None  # while the client does not read
-        self._since_s = self._loop.time()  # when it became idle, unwritable or closing
+        self._since_s = time.monotonic()  # when it became idle, unwritable or closing
 
     # -- called by the event loop -----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        """Opens the connection. If the gateway is closing, the connection serves at most one request."""
+        """Opens the connection. If the port is closed already, the connection serves at most one request."""
         self._transport = transport
         self._shared.connections.add(self)
         if len(self._shared.connections) > self._shared.limits.max_connections:
             self._reader.refuse(RequestError("the gateway has too many connections; try again later", status=503))
-        elif self._app.draining:
+        elif self._shared.closing:
             self.drain()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -108,7 +115,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client does not read. The next request waits."""
-        self._writable, self._since_s = asyncio.Event(), self._loop.time()
+        self._writable, self._since_s = asyncio.Event(), time.monotonic()
 
     def resume_writing(self) -> None:
         """The client has read."""
@@ -161,7 +168,7 @@ class Connection(asyncio.Protocol):
     def _enter(self, request: Request) -> None:
         """Takes a request that is complete or refused."""
         self._waiting.append(request)
-        self._waiting_bytes += request.size
+        self._waiting_bytes += request.held
         self._next()
         is_full = len(self._waiting) > _MOST_WAITING or self._waiting_bytes > _MOST_WAITING_BYTES
         if is_full and not self._paused and not self._transport.is_closing():
@@ -177,7 +184,7 @@ class Connection(asyncio.Protocol):
         """Starts the next request, if none is being answered and the client reads its answers."""
         while self._waiting and self._task is None and self._writable is None and self._transport is not None:
             request = self._answering = self._waiting.popleft()
-            self._waiting_bytes -= request.size
+            self._waiting_bytes -= request.held
             if request.error is None and self._shared.expired:
                 request.error = _closing()
             if request.error is None:
@@ -206,7 +213,11 @@ class Connection(asyncio.Protocol):
         if self._app.draining and not self._waiting and self._reader.arriving is None:
             request.keep_alive = False
             self._reader.deaf = True
-        self._transport.write(messages.encoded(answer, request))
+        data = messages.encoded(answer, request)
+        self._transport.write(data)
+        if (log := self._shared.log) is not None:
+            client = (self._transport.get_extra_info("peername") or ("",))[0]
+            log.add(client, request, answer, sent=len(data), seconds=time.monotonic() - request.began_s)
 
     async def _send_stream(self, request: Request, stream: Any) -> None:
         """Sends a body in parts, until it ends, its client goes away, or the gateway closes."""
@@ -225,7 +236,7 @@ class Connection(asyncio.Protocol):
 
     def _done(self) -> None:
         """The answer is written. Closes the connection, or waits for the next request."""
-        request, self._answering, self._since_s = self._answering, None, self._loop.time()
+        request, self._answering, self._since_s = self._answering, None, time.monotonic()
         if request is None or self._transport is None:
             return
         self._shared.buffered.drop(request)
@@ -238,7 +249,7 @@ class Connection(asyncio.Protocol):
             arriving.began_s = self._since_s  # its client may have waited for this answer
             if self._reader.in_body and b"expect" in arriving.headers:
                 self._go_on()
-        if self._app.draining:
+        if self._shared.closing:
             self.drain()
 
     def _is_idle(self) -> bool:
@@ -252,7 +263,7 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        self._reader.deaf, self._since_s = True, self._loop.time()
+        self._reader.deaf, self._since_s = True, time.monotonic()
         if linger and transport.can_write_eof():
             transport.write_eof()
             self._loop.call_later(_LINGER_S, transport.close)

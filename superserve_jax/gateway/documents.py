@@ -1,4 +1,4 @@
-"""What the protocol tells about the gateway and its models, as plain values for JSON. No sockets."""
+"""The documents of the protocol (metadata, configuration, statistics) as plain values for JSON. No sockets."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,8 +60,9 @@ def model_config(model: ServedModel) -> dict[str, Any]:
 def model_statistics(model: ServedModel) -> dict[str, Any]:
     """The document of /v2/models/NAME/stats, an entry of `model_stats`.
 
-    The gateway does not measure how long inputs and outputs take to copy, so these times are 0. A batch's time is
-    `compute_infer`.
+    All counts are of rows: a request of 8 rows counts 8 times, also in `success`. The gateway does not measure how long inputs
+    and outputs take to copy, so these times are 0. A batch's time is `compute_infer`. `last_inference` is the end of the last
+    batch.
     """
     snapshot = model.server.snapshot()
     queries, last_s = snapshot["queries"], snapshot["last_batch_s"]

@@ -3,11 +3,14 @@
 import dataclasses
 import math
 import threading
+from typing import Any
 
 from superserve_jax import errors
 
 MOST_BODY_BYTES = 64 << 20
 """The largest default of `Limits.max_body_bytes`."""
+REQUEST_BYTES = 1024
+"""Memory of a request besides its body."""
 _LEAST_BODY_BYTES = 1 << 20
 _ROWS, _JSON_BYTES = 1024, 4  # the default body holds so many inputs as JSON, with so many characters for each byte
 
@@ -29,17 +32,13 @@ class Limits:
       lame_duck_s: seconds in which a closing gateway still takes new connections, and says that it is not ready.
       drain_s: seconds that a closing gateway then waits for requests without an answer.
 
-    Raises ConfigError for a wrong value.
-
-    >>> Limits(drain_s=-1)
-    Traceback (most recent call last):
-    superserve_jax.errors.ConfigError: drain_s must be a number of seconds from 0 up, got -1
+    See `check_limits`.
     """
 
     max_body_bytes: int | None = None
     max_buffered_bytes: int = 256 << 20
     max_head_bytes: int = 64 << 10
-    max_connections: int = 10_000
+    max_connections: int = 1_000
     head_s: float = 10.0
     body_s: float = 60.0
     idle_s: float = 75.0  # clients of the protocol keep a connection for a minute
@@ -47,18 +46,33 @@ class Limits:
     lame_duck_s: float = 0.0
     drain_s: float = 10.0
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name == "max_body_bytes" and value is None:
-                continue
-            if name.endswith("_s"):
-                least = 0.0 if name in ("drain_s", "lame_duck_s") else math.ulp(0.0)
-                if not _is_number(value, (int, float)) or not least <= value < threading.TIMEOUT_MAX:
-                    what = "a number of seconds from 0 up" if not least else "a positive number of seconds"
-                    raise errors.ConfigError(f"{name} must be {what}, got {value!r}")
-            elif not _is_number(value, (int,)) or value < 1:
-                raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
+
+def check_limits(limits: Any) -> Limits:
+    """Returns limits. Raises ConfigError unless they are right.
+
+    >>> check_limits(Limits(drain_s=-1))
+    Traceback (most recent call last):
+    superserve_jax.errors.ConfigError: drain_s must be a number of seconds from 0 up, got -1
+    """
+    if not isinstance(limits, Limits):
+        raise errors.ConfigError(f"limits must be gateway.Limits, got {type(limits).__name__}")
+    for field in dataclasses.fields(limits):
+        name, value = field.name, getattr(limits, field.name)
+        if name == "max_body_bytes" and value is None:
+            continue
+        if name.endswith("_s"):
+            least = 0.0 if name in ("drain_s", "lame_duck_s") else math.ulp(0.0)
+            if not _is_number(value, (int, float)) or not least <= value < threading.TIMEOUT_MAX:
+                what = "a number of seconds from 0 up" if not least else "a positive number of seconds"
+                raise errors.ConfigError(f"{name} must be {what}, got {value!r}")
+        elif not _is_number(value, (int,)) or value < 1:
+            raise errors.ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
+
+    if limits.max_body_bytes is not None and limits.max_buffered_bytes < limits.max_body_bytes + REQUEST_BYTES:
+        raise errors.ConfigError(
+            f"max_buffered_bytes={limits.max_buffered_bytes} has no room for max_body_bytes={limits.max_body_bytes}; raise it"
+        )
+    return limits
 
 
 def body_limit(limits: Limits, input_bytes: int) -> int:
@@ -69,7 +83,8 @@ def body_limit(limits: Limits, input_bytes: int) -> int:
     """
     if limits.max_body_bytes is not None:
         return limits.max_body_bytes
-    return min(max(_ROWS * input_bytes * _JSON_BYTES + (64 << 10), _LEAST_BODY_BYTES), MOST_BODY_BYTES)
+    usual = max(_ROWS * input_bytes * _JSON_BYTES + (64 << 10), _LEAST_BODY_BYTES)
+    return min(usual, MOST_BODY_BYTES, max(limits.max_buffered_bytes - REQUEST_BYTES, 1))
 
 
 def _is_number(value: object, kinds: tuple[type, ...]) -> bool:

@@ -38,15 +38,19 @@ class Request:
       method, target: such as "POST" and b"/v2/models/digits/infer?a=1".
       headers: the headers, with names in lower case. Trailers are not among them.
       body: the body, as it was sent; it is complete when the application gets the request.
-      head_bytes, size: bytes of its head, and its memory so far.
+      head_bytes, received: bytes of its head and of its body so far.
+      held: its bytes in memory.
       keep_alive: whether the connection stays open after the answer.
       error: why it is refused without the application.
     """
 
-    __slots__ = ("began_s", "body", "error", "head_bytes", "headers", "keep_alive", "method", "parts", "size", "target")
+    __slots__ = (
+        *("began_s", "body", "error", "head_bytes", "headers", "held"),
+        *("keep_alive", "method", "parts", "received", "target"),
+    )
 
     def __init__(self, began_s: float = 0.0):
-        self.began_s, self.head_bytes, self.size, self.keep_alive = began_s, 0, 0, True
+        self.began_s, self.head_bytes, self.received, self.held, self.keep_alive = began_s, 0, 0, 0, True
         self.method, self.target, self.body = "", b"", b""
         self.headers: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []

@@ -1,10 +1,11 @@
 """A server under its name: what clients send to it, and what they get."""
 
+import contextlib
 import difflib
 import re
 import time
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,21 +52,21 @@ class ServedModel:
       input: the input of the model.
       max_body_bytes: the longest body of a request.
 
-    Raises ConfigError for a wrong name, for another object than a server, or if the protocol has no name for a dtype.
+    The constructor submits a blank input to a server of engines, and waits for the answer.
+
+    Raises ConfigError for a wrong name, for another object than a server, for a server that does not answer, or if the
+    protocol has no name for a dtype. Raises DataError if texts need a package that is not installed.
     """
 
     def __init__(self, name: str, server: Server, limits: Limits = _DEFAULT_LIMITS):
         if not isinstance(server, Server):
             raise errors.ConfigError(f"a gateway serves a superserve_jax.Server, got {type(server).__name__}; open one first")
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
-            raise errors.ConfigError(
-                f"{name!r} cannot be the name of a model; expected letters, digits, and _.- inside, and not {_RESERVED[0]!r}"
-            )
+        check_name(name)
         self.name, self.server = name, server
         inputs = server.inputs
         if inputs.dtype not in tensors.NAMES:
             raise errors.ConfigError(f"the protocol has no datatype for inputs of {inputs.dtype}; serve another dtype")
-        texts = len(inputs.shape) if server.model is not None and inputs.lengths and server.model.vocabulary else 0
+        texts = 0 if server.model is None else _texts(server.model)
         most, is_text = server.pool.backlog.most, bool(inputs.lengths)
         self.input = InputTensor(inputs.shape, inputs.dtype, any_length=is_text, texts=texts, most=most)
         self._last = 0, 0  # number of batches, and when the last one ended
@@ -73,8 +74,12 @@ class ServedModel:
         self._output = self._probe() if server.model is None else None
 
     def read(self, body: bytes, json_length: int | None) -> InferRequest:
-        """See `requests.read`. Also raises RequestError for a token id that the model does not have."""
+        """See `requests.read`. Also raises RequestError for a token id, or for classes, that the model does not have."""
         request = requests.read(body, json_length, self.input)
+        if any(wanted.classes for wanted in request.wanted):
+            datatype, shape = self.output()
+            if len(shape) != 1 or not datatype.startswith("FP"):
+                raise RequestError("output 'output' is no vector of logits, so it has no classes; leave out `classification`")
         if self.input.any_length and isinstance(request.rows, np.ndarray):
             self._check_tokens(request.rows)
         return request
@@ -87,7 +92,7 @@ class ServedModel:
         slo_ms, floor = slo_ms if request.slo_ms is None else request.slo_ms, request.min_accuracy
         rows = request.rows
         if isinstance(rows, list):
-            rows = self._encoded(rows)
+            rows = self.encoded(rows)
         if len(rows) == 1:
             return (self.server.submit(rows[0], slo_ms=slo_ms, min_accuracy=floor),)
         try:
@@ -128,14 +133,19 @@ class ServedModel:
         return not health["closed"] and health["alive"] > 0
 
     def _probe(self) -> tuple[str, list[int]]:
-        """Submits one blank input to a server of engines, to learn what an output is."""
+        """Submits one blank input to a server of engines, to learn what an output is. It counts in the statistics."""
         shape = (1, *self.input.shape[1:]) if self.input.any_length else self.input.shape
         blank = np.full(shape, int(self.server.inputs.pad_id == 0) if self.input.any_length else 0, self.input.dtype)
-        rows = replies.stacked([self.server.submit(blank, slo_ms=_PROBE_MS).result(timeout=1e-3 * _PROBE_MS)])
+        try:
+            rows = replies.stacked([self.server.submit(blank, slo_ms=_PROBE_MS).result(timeout=1e-3 * _PROBE_MS)])
+        except Exception as e:  # what an engine raises, too
+            raise errors.ConfigError(
+                f"the server of model '{self.name}' does not answer a blank input: {errors.one_line(e)}; give one that serves"
+            ) from e
         return tensors.NAMES[rows.dtype], [*rows.shape[1:]]
 
     def _check_tokens(self, rows: np.ndarray) -> None:
-        """Raises RequestError for a token id or type that the model does not have. It would look up another one."""
+        """Raises RequestError for a token id or type outside the vocabulary. jax would clamp the id and use another token."""
         config = None if self.server.model is None else self.server.model.config
         if not isinstance(config, _TextConfig):
             return
@@ -145,8 +155,8 @@ class ServedModel:
                 wrong = values[(values < 0) | (values >= count)][0]
                 raise RequestError(f"input 'input' has the token {what} {wrong}, expected 0 to {count - 1}")
 
-    def _encoded(self, rows: list[list[str]]) -> np.ndarray:
-        """Token ids of texts, exactly as in training."""
+    def encoded(self, rows: list[list[str]]) -> np.ndarray:
+        """Token ids of texts, exactly as in training. Any thread may call it."""
         firsts = [row[0] for row in rows]
         return self.server.model.encode(firsts, [row[1] for row in rows] if len(rows[0]) > 1 else None)
 
@@ -158,6 +168,14 @@ def unknown_model(name: str, known: Sequence[str]) -> RequestError:
     return RequestError(f"unknown model '{name[:100]}': {hint}Known: {', '.join(sorted(known))}", status=404)
 
 
+def check_name(name: Any) -> None:
+    """Raises ConfigError unless this may be the name of a model."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+        raise errors.ConfigError(
+            f"{name!r} cannot be the name of a model; expected letters, digits, and _.- inside, and not {_RESERVED[0]!r}"
+        )
+
+
 def default_name(server: Server) -> str:
     """The name of a server's model: its export's folder or, if that is called "export", the folder around it.
 
@@ -167,4 +185,16 @@ def default_name(server: Server) -> str:
         return "supernet"
     path = server.model.path.resolve()
     name = path.parent.name if path.name == "export" else path.name
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:100] or "supernet"
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:90] or "supernet"
+    return f"{name}-model" if name in _RESERVED else name
+
+
+def _texts(model: Any) -> int:
+    """How many texts an input may have: 0 without a vocabulary, 2 for pairs. Loads what splits texts into tokens."""
+    if not model.vocabulary:
+        return 0
+    model.encode([""])
+    with contextlib.suppress(errors.InputError):
+        model.encode([""], [""])
+        return 2 if isinstance(model.config, _TextConfig) and model.config.token_types > 1 else 1
+    return 1

@@ -5,15 +5,19 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 import uvloop
 
 from superserve_jax import errors
+from superserve_jax.gateway import access
+from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.connections import Connection, Shared
-from superserve_jax.gateway.limits import Limits
-from superserve_jax.gateway.model import ServedModel, default_name
+from superserve_jax.gateway.limits import Limits, check_limits
+from superserve_jax.gateway.model import ServedModel, check_name, default_name
 from superserve_jax.serving.server import Server
 
 _log = logging.getLogger(__name__)
@@ -36,6 +40,9 @@ class Gateway:
       port: the port; 0 takes a free one.
       name: the name of the model in paths. None takes `model.default_name`. With a dict, leave it out.
       limits: what clients may do, see `limits.Limits`.
+      token: what clients must send in a header, `Authorization: Bearer TOKEN`. Health probes need none. None lets all in.
+      tls_cert, tls_key: files in PEM with a certificate and its key; None serves without TLS.
+      access_log: a file to which a line of JSON is appended for each answer, or "-" for the standard output.
 
     Attributes:
       url: such as "http://127.0.0.1:8000".
@@ -63,25 +70,28 @@ class Gateway:
         port: int = 8000,
         name: str | None = None,
         limits: Limits | None = None,
+        token: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        access_log: str | None = None,
     ):
         if isinstance(server, Mapping) and (name is not None or not server):
             raise errors.ConfigError("give a dict of one or more servers by name, or one server and its name")
         servers = server if isinstance(server, Mapping) else {default_name(server) if name is None else name: server}
-        self._limits = Limits() if limits is None else limits
-        if not isinstance(self._limits, Limits):
-            raise errors.ConfigError(f"limits must be gateway.Limits, got {type(limits).__name__}")
+        self._limits = Limits() if limits is None else check_limits(limits)
         self.models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
+        self._access, self._tls = access.Access(token), access.tls_context(tls_cert, tls_key)
         self._app = App(self.models)
-        self._listener = _listen(host, port)
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self._listener.getsockname()[1]}"
-        self._ended, self._failed = threading.Event(), False
-        self._loop = uvloop.new_event_loop()
-        self._closing = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="superserve-gateway", daemon=True)
+        self._ended, self._closing, self._failed = threading.Event(), asyncio.Event(), False
         with contextlib.ExitStack() as stack:
-            stack.callback(self._listener.close)
+            self._log = None if access_log is None else AccessLog(access_log)
+            if self._log is not None:
+                stack.callback(self._log.close)
+            self._listener = stack.enter_context(_listen(host, port))
+            self.url = _url(host, self._listener.getsockname()[1], secure=self._tls is not None)
+            self._loop = uvloop.new_event_loop()
             stack.callback(self._loop.close)
+            self._thread = threading.Thread(target=self._run, name="superserve-gateway", daemon=True)
             with errors.StartingThreads():
                 self._thread.start()
             stack.pop_all()
@@ -119,6 +129,7 @@ class Gateway:
         limits = self._limits
         if not self._ended.wait(limits.lame_duck_s + limits.drain_s + _JOIN_S):
             _log.error("the gateway at %s does not end, since a request keeps its thread busy; its thread is left", self.url)
+        self._thread.join(_FLUSH_S)
 
     def _run(self) -> None:
         try:
@@ -129,18 +140,29 @@ class Gateway:
             _log.exception("the gateway at %s ended by an error", self.url)
         finally:
             self._listener.close()
+            if self._log is not None:
+                self._log.close()
             self._ended.set()
 
     async def _serve(self) -> None:
         limits, loop = self._limits, self._loop
-        shared = Shared(self._app, limits)
-        listening = await loop.create_server(lambda: Connection(shared), sock=self._listener.dup(), backlog=_BACKLOG)
-        ticking = loop.create_task(_tick(shared))
+        shared = Shared(self._app, limits, self._access, self._log)
+        tls: dict[str, Any] = {}
+        if self._tls is not None:
+            tls = {"ssl": self._tls, "ssl_handshake_timeout": limits.head_s, "ssl_shutdown_timeout": _FLUSH_S}
+        sock = self._listener.dup()
+        listening = await loop.create_server(lambda: Connection(shared), sock=sock, backlog=_BACKLOG, **tls)
+        running = [loop.create_task(_tick(shared))]
+        if self._log is not None:
+            running.append(loop.create_task(_write_log(self._log)))
         await self._closing.wait()
         await asyncio.sleep(limits.lame_duck_s)
         listening.close()
-        await self._accept_the_last(shared)
+        opening = self._accept_the_last(shared, tls)
         self._listener.close()
+        if opening:
+            await asyncio.wait(opening, timeout=limits.drain_s)  # for TLS
+        shared.closing = True
         for connection in [*shared.connections]:
             connection.drain()
         await shared.emptied(limits.drain_s)
@@ -150,18 +172,20 @@ class Gateway:
         await shared.emptied(_FLUSH_S)
         for connection in [*shared.connections]:
             connection.abort()
-        ticking.cancel()
+        for task in (*running, *opening):
+            task.cancel()
 
-    async def _accept_the_last(self, shared: Shared) -> None:
-        """Accepts the connections that the system has accepted already. Closing the port would reset them."""
+    def _accept_the_last(self, shared: Shared, tls: dict[str, Any]) -> list[asyncio.Task[Any]]:
+        """Opens the connections that the system has accepted already. Closing the port would reset them."""
         self._listener.setblocking(False)
+        opening = []
         while True:
             try:
                 sock, _ = self._listener.accept()
             except OSError:  # none is left
-                return
-            with contextlib.suppress(OSError):
-                await self._loop.connect_accepted_socket(lambda: Connection(shared), sock)
+                return opening
+            made = self._loop.connect_accepted_socket(lambda: Connection(shared), sock, **tls)
+            opening.append(self._loop.create_task(_settled(made)))
 
 
 async def _tick(shared: Shared) -> None:
@@ -170,14 +194,49 @@ async def _tick(shared: Shared) -> None:
     pause_s = min(_TICK_S, *(each / 4 for each in (limits.head_s, limits.body_s, limits.idle_s, limits.write_s)))
     while True:
         await asyncio.sleep(pause_s)
-        now_s = shared.loop.time()
+        now_s = time.monotonic()
         for connection in [*shared.connections]:
             connection.check(now_s)
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises ConfigError if a gateway could not listen there now. A program checks that before it compiles for a minute."""
+async def _write_log(log: AccessLog) -> None:
+    """Writes the access log, again and again."""
+    while True:
+        await asyncio.sleep(_TICK_S)
+        await asyncio.to_thread(log.flush)
+
+
+async def _settled(opening: Coroutine[Any, Any, Any]) -> None:
+    """Waits for a connection to open, or to fail."""
+    with contextlib.suppress(OSError):
+        await opening
+
+
+def check_options(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    token: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+    limits: Limits | None = None,
+    **_: Any,
+) -> None:
+    """Raises ConfigError if a gateway with these options could not open now. Ask before you compile for a minute."""
+    if name is not None:
+        check_name(name)
+    if limits is not None:
+        check_limits(limits)
+    access.Access(token)
+    access.tls_context(tls_cert, tls_key)
     _listen(host, port).close()
+
+
+def _url(host: str, port: int, *, secure: bool) -> str:
+    """The address for clients on this machine."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{'https' if secure else 'http'}://{f'[{shown}]' if ':' in shown else shown}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -9,11 +9,10 @@ from typing import Any
 import httptools
 
 from superserve_jax.gateway import bodies
+from superserve_jax.gateway.access import Access
 from superserve_jax.gateway.failures import RequestError
-from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.messages import Request
-
-_REQUEST_BYTES = 1024  # memory of a request besides its body
 
 
 class Buffered:
@@ -33,8 +32,8 @@ class Buffered:
 
     def drop(self, request: Request) -> None:
         """Forgets a request."""
-        self.nbytes -= request.size
-        request.size = 0
+        self.nbytes -= request.held
+        request.held = 0
 
 
 class Reader:
@@ -42,6 +41,7 @@ class Reader:
 
     Args:
       buffered: the requests in memory.
+      access: decides who may send requests.
       clock: returns seconds.
       enter: is called with each request that is complete, or that has an `error`.
       go_on: is called when a client waits for "100 Continue" before it sends a body.
@@ -55,11 +55,13 @@ class Reader:
     def __init__(
         self,
         buffered: Buffered,
+        access: Access,
         clock: Callable[[], float],
         enter: Callable[[Request], None],
         go_on: Callable[[], None],
     ):
-        self._buffered, self._clock, self._enter, self._go_on = buffered, clock, enter, go_on
+        self._buffered, self._access = buffered, access
+        self._clock, self._enter, self._go_on = clock, enter, go_on
         self._parser: Any = httptools.HttpRequestParser(self)
         self.arriving: Request | None = None
         self.in_body = self.deaf = False
@@ -127,8 +129,8 @@ class Reader:
         self.in_body, self._fed = True, 0
         request.method, version = parser.get_method().decode(), parser.get_http_version()
         request.keep_alive = version == "1.1" and parser.should_keep_alive()
-        request.size = _REQUEST_BYTES
-        self._buffered.nbytes += _REQUEST_BYTES
+        request.held = REQUEST_BYTES
+        self._buffered.nbytes += REQUEST_BYTES
         headers = request.headers
         length = int(headers.get(b"content-length", b"0"))
         if request.head_bytes > self._buffered.limits.max_head_bytes:
@@ -137,8 +139,7 @@ class Reader:
             request.error = RequestError(f"the request is in HTTP/{version}; send HTTP/1.1")
         elif version == "1.1" and b"host" not in headers:
             request.error = RequestError("the request has no header Host, which HTTP/1.1 needs; send it")
-        if request.error is None:
-            request.error = self._too_much(length)
+        request.error = request.error or self._access.check(request) or self._too_much(length)
         if request.error is None and parser.should_upgrade():
             if b"transfer-encoding" in headers or request.method == "CONNECT":
                 request.error = RequestError("the gateway does not upgrade connections; leave out Connection: Upgrade")
@@ -155,9 +156,10 @@ class Reader:
             return
         self._fed = 0
         request.parts.append(body)
-        request.size += len(body)
+        request.received += len(body)
+        request.held += len(body)
         self._buffered.nbytes += len(body)
-        if (error := self._too_much(request.size - _REQUEST_BYTES, is_new=False)) is not None:
+        if (error := self._too_much(request.received, is_new=False)) is not None:
             self.refuse(error)
 
     def on_message_complete(self) -> None:

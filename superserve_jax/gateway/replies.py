@@ -13,7 +13,7 @@ from superserve_jax.gateway.requests import OUTPUT, InferRequest, Wanted
 from superserve_jax.serving.futures import Reply
 from superserve_jax.subnet import Subnet
 
-# For each output with one value per input: the name of its datatype.
+# Datatypes of the outputs that have one value per input.
 _FIELDS = {"subnet": "INT32", "accuracy": "FP64", "latency_ms": "FP64", "queue_ms": "FP64", "met_slo": "BOOL"}
 
 
@@ -27,7 +27,7 @@ class OutputTensor(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a response tells about all rows of a request, as its parameters.
+    """The parameters of a response. They summarize all rows.
 
     Args:
       subnet: the positions of the subnets in the profile, one for each row, with commas between them.

@@ -39,9 +39,9 @@ class Parameters(msgspec.Struct, gc=False):
     """The parameters of a request that have an effect. Others are ignored, as the protocol asks.
 
     Args:
-      slo_ms: the deadline, in milliseconds from the arrival.
+      slo_ms: the deadline, in milliseconds from when the request has been read.
       min_accuracy: the lowest accuracy that the client accepts, a fraction of 1.
-      timeout: the deadline in microseconds, without `slo_ms`. 0 is none.
+      timeout: the deadline in microseconds, if there is no `slo_ms`. 0 is none.
       priority: accepted and ignored, since queries are served in the order of their deadlines.
       binary_data_output: whether outputs are binary, unless they say so themselves.
     """
@@ -99,7 +99,7 @@ class Wanted(NamedTuple):
     Args:
       name: one of `OUTPUTS`.
       binary: whether its data is binary, not JSON.
-      classes: how many of the most likely classes to tell instead of all logits; 0 tells the logits.
+      classes: number of top classes to return; 0 returns the logits.
     """
 
     name: str
@@ -135,7 +135,7 @@ def read(body: bytes, json_length: int | None, tensor: InputTensor) -> InferRequ
 
     Args:
       body: the body, inflated.
-      json_length: the value of Inference-Header-Content-Length: length of the JSON, 0 for an input alone, None without it.
+      json_length: JSON length in bytes, from Inference-Header-Content-Length; 0: the body is one raw input; None: no header.
       tensor: the input of the model.
 
     Raises RequestError if the body does not follow the protocol, or does not fit the model.

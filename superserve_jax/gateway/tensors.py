@@ -33,7 +33,7 @@ MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _TYPES = {"b": bool, "u": int, "i": int, "f": float}  # of JSON values, by the kind of the dtype
 _OPENING = re.compile(rb"[\s\[]*")
-# Texts of a request, and their characters. The loop that answers all clients splits them into tokens.
+# Texts of a request, and their characters.
 _MOST_TEXTS, _MOST_TEXT = 4096, 1 << 18
 _MOST_ESCAPED = 16  # bytes of JSON for a character, with escapes, quotes and commas
 _CHARACTERS = 32  # a number in JSON is usually shorter
@@ -51,6 +51,9 @@ class InputTensor:
       texts: how many texts an input may have if clients send BYTES; 0 if the model takes none, 2 for pairs.
       most: how many inputs a request may have.
 
+    Attributes:
+      datatype: the protocol's name of the dtype.
+
     >>> images = InputTensor((2, 2), np.dtype(np.uint8))
     >>> from_json(images, [1, 2, 2], msgspec.Raw(b"[1,2,3,4]")).tolist()
     [[[1, 2], [3, 4]]]
@@ -64,12 +67,12 @@ class InputTensor:
     texts: int = 0
     most: int = 10_000
 
+    datatype: str = dataclasses.field(init=False)
+
     name = "input"  # of every model's input
 
-    @property
-    def datatype(self) -> str:
-        """The protocol's name of the dtype."""
-        return NAMES[self.dtype]
+    def __post_init__(self):
+        object.__setattr__(self, "datatype", NAMES[self.dtype])
 
     @property
     def dims(self) -> list[int]:
@@ -104,7 +107,7 @@ class InputTensor:
 def from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> np.ndarray:
     """A batch (N, ...) from JSON. Raises RequestError for a wrong shape, a wrong type, or a number that does not fit."""
     tensor.check_shape(shape)
-    values = _flat_list(_TYPES[tensor.dtype.kind], tensor.datatype, shape, data)
+    values = _flat_list(_TYPES[tensor.dtype.kind], f"a list of {tensor.datatype}", shape, data)
     try:
         if tensor.dtype.char == "B":  # UINT8, the dtype of images: `bytes` is faster than `np.array`
             array = np.frombuffer(bytes(values), np.uint8)
@@ -135,7 +138,7 @@ def from_bytes(tensor: InputTensor, shape: Sequence[int], data: bytes | memoryvi
 def texts_from_json(tensor: InputTensor, shape: Sequence[int], data: msgspec.Raw) -> list[list[str]]:
     """One list of texts for each input, from JSON. Raises RequestError unless the data is strings of this shape."""
     tensor.check_text_shape(shape)
-    return _grouped(_flat_list(str, "list of strings", shape, data), shape)
+    return _grouped(_flat_list(str, "a list of strings", shape, data), shape)
 
 
 def texts_from_bytes(tensor: InputTensor, shape: Sequence[int], data: bytes | memoryview) -> list[list[str]]:
@@ -205,7 +208,7 @@ def _flat_list(kind: type, what: str, shape: Sequence[int], data: msgspec.Raw) -
         values = _decoder(kind, depth)(data)
     except MALFORMED as e:
         raise RequestError(
-            f"the data of input 'input' is no {what}: {errors.one_line(e)[:300]}; nothing is cast, and true is no number"
+            f"the data of input 'input' is not {what}: {errors.one_line(e)[:300]}; values are not converted"
         ) from e
     for size in shape[1:depth]:
         if {size} != set(map(len, values)):
@@ -217,7 +220,7 @@ def _flat_list(kind: type, what: str, shape: Sequence[int], data: msgspec.Raw) -
 
 
 def _checked(tensor: InputTensor, array: np.ndarray) -> np.ndarray:
-    """Raises RequestError for NaN and infinity, also of a JSON number that is too large. Their batch would fail."""
+    """Raises RequestError for NaN and infinity. The server would fail the whole batch, with other clients' queries."""
     if tensor.dtype.kind == "f" and not np.isfinite(array).all():
         raise RequestError(f"input 'input' has NaN, infinity, or a number beyond {tensor.datatype}; send finite numbers")
     return array

@@ -100,6 +100,14 @@ def test_an_answer_is_compressed_if_the_client_accepts_that(app):
     assert json.loads(gzip.decompress(answer.content))["outputs"][0]["shape"] == [4000, 2]
 
 
+def test_a_large_compressed_body_is_inflated(app):
+    noise = np.random.default_rng(0).integers(0, 256, (4000, 2, 2), np.uint8)
+    packed = gzip.compress(gateways.body(noise))
+    answer = infer(app, packed, headers=[(b"content-encoding", b"gzip")])
+    assert answer.json["outputs"][0]["data"][::2] == noise[:, 0, 0].tolist()
+    assert infer(app, packed[:-1], headers=[(b"content-encoding", b"gzip")]).status == 400
+
+
 def test_a_body_may_be_compressed(app):
     packed = gzip.compress(gateways.body(ROW))
     assert infer(app, packed, headers=[(b"content-encoding", b"gzip")]).status == 200

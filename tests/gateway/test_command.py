@@ -123,6 +123,10 @@ def test_a_signal_ends_it_while_it_starts(path, tmp_path):
         (["nowhere"], "nowhere is not an export"),
         (["digits", "--slo-ms", "0"], "slo_ms must be a positive"),
         (["digits", "--port", "70000"], "cannot listen"),
+        (["digits", "--name", "a/b"], "cannot be the name of a model"),
+        (["digits", "--drain-s", "-1"], "drain_s must be"),
+        (["digits", "--token-file", "nothing"], "cannot read the token"),
+        (["digits", "--tls-cert", "nothing"], "give both"),
     ],
 )
 def test_a_wrong_option_ends_it_with_one_line(run_program, arguments, message):

@@ -130,6 +130,25 @@ def test_a_gateway_has_several_servers_by_name():
         assert repr(door) == f"<Gateway at {door.url}: one, other>"
         for name in servers:
             assert infer(door, CONTENT, f"/v2/models/{name}/infer").json["model_name"] == name
+        servers["one"].close()
+        assert request(door, "GET", "/v2/health/ready").status == 503
+        assert request(door, "GET", "/v2/models/other/ready").status == 200
+        assert infer(door, CONTENT, "/v2/models/other/infer").status == 200
+        assert infer(door, CONTENT, "/v2/models/one/infer").status == 503
+
+
+def test_a_server_that_does_not_answer_is_refused():
+    with (
+        fakes.serve(gateways.engine(fakes.fail)) as server,
+        pytest.raises(errors.ConfigError, match="does not answer a blank"),
+    ):
+        gateway.Gateway(server, port=0)
+
+
+def test_a_gateway_may_listen_on_ipv6():
+    with fakes.serve(gateways.engine()) as server, gateway.Gateway(server, host="::1", port=0) as door:
+        assert door.url.startswith("http://[::1]:")
+        assert infer(door, CONTENT).status == 200
 
 
 @pytest.mark.parametrize(
@@ -161,10 +180,9 @@ def test_wrong_servers_are_refused():
 
 
 def test_an_error_leaves_no_thread_and_no_open_port():
-    before = threading.active_count()
     with fakes.serve(gateways.engine()) as server:
         with pytest.raises(KeyError), gateway.Gateway(server, port=0) as door:
             raise KeyError
         with pytest.raises(ConnectionRefusedError):
             connect(door)
-    fakes.wait_until(lambda: threading.active_count() <= before)
+    assert not [thread for thread in threading.enumerate() if thread.name == "superserve-gateway" and thread.is_alive()]

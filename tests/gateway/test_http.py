@@ -113,6 +113,61 @@ def test_what_is_no_http_gets_400_in_json(door, content, caplog):
     assert infer(door, CONTENT).status == 200
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GET /v2 HTTP/1.1\r\n\r\n", "no header Host"),
+        (b"GET /v2 HTTP/2.0\r\nHost: a\r\n\r\n", "HTTP/2.0; send HTTP/1.1"),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", "does not upgrade"),
+    ],
+)
+def test_http_that_the_gateway_does_not_speak_is_400(door, content, message):
+    with connect(door) as sock:
+        sock.sendall(content)
+        [answer] = answers(sock)
+    assert answer.status == 400
+    assert message in answer.error
+
+
+def test_a_path_may_be_a_whole_address_and_may_have_escapes(door):
+    for target in (b"http://a:80/v2/models/supernet", b"/v2/models/super%6eet?x=y"):
+        with connect(door) as sock:
+            sock.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target)
+            assert answers(sock)[0].json["name"] == "supernet"
+
+
+def test_http_1_0_is_answered_on_one_connection(door):
+    with connect(door) as sock:
+        sock.sendall(b"GET /v2 HTTP/1.0\r\n\r\n" + b"GET /v2 HTTP/1.0\r\n\r\n")
+        [answer] = answers(sock)
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert is_closed(sock)
+
+
+@pytest.mark.parametrize("cut", [None, 30, 250])
+def test_an_upgrade_is_ignored(door, cut):
+    """Java's client and curl ask for HTTP/2 in this way, also with a body."""
+    upgrade = b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQA\r\n\r\n"
+    get = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    content = HEAD.replace(b"\r\n\r\n", upgrade) + CONTENT + get.replace(b"\r\n\r\n", upgrade) + HEAD + CONTENT
+    with connect(door) as sock:
+        for part in (content[:cut], content[cut:] if cut else b""):
+            sock.sendall(part)
+        assert [answer.status for answer in answers(sock, 3)] == [200, 200, 200]
+
+
+def test_a_second_request_may_also_ask_before_it_sends_its_body(door):
+    with connect(door) as sock:
+        sock.sendall(HEAD + CONTENT + HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
+        stream = sock.makefile("rb")
+        assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
+        while not stream.readline().endswith(b"HTTP/1.1 100 Continue\r\n"):
+            pass
+        assert stream.readline() == b"\r\n"
+        sock.sendall(CONTENT)
+        assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
+
+
 def test_many_clients_get_their_own_answers(door):
     wrong = []
 
@@ -150,7 +205,7 @@ def test_the_queries_of_a_client_that_goes_away_are_cancelled(requests, caplog):
     assert not caplog.records
 
 
-def test_an_answer_that_nobody_reads_is_dropped(caplog):
+def test_a_client_that_resets_its_connection_has_gone(caplog):
     valve = gateways.Valve()
     with opened(gateways.engine(valve)) as (server, door):
         with valve.shut(server, ROW[0]), connect(door) as sock:
@@ -159,3 +214,14 @@ def test_an_answer_that_nobody_reads_is_dropped(caplog):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close by a reset
         assert infer(door, CONTENT).status == 200
     assert not caplog.records
+
+
+def test_a_client_that_ends_its_side_has_gone():
+    """The gateway cannot tell it from a client that has closed the connection."""
+    valve = gateways.Valve()
+    with opened(gateways.engine(valve)) as (server, door), valve.shut(server, ROW[0]), connect(door) as sock:
+        sock.sendall(HEAD + CONTENT)
+        fakes.wait_until(lambda: server.health()["waiting"] == 1)
+        sock.shutdown(socket.SHUT_WR)
+        assert is_closed(sock)
+        fakes.wait_until(lambda: server.pool.backlog.queue.items()[0].cancelled())

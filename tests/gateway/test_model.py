@@ -84,3 +84,21 @@ def test_a_wrong_name_is_refused(name):
 def test_a_long_deadline_is_no_error():
     with fakes.serve(gateways.engine()) as s:
         assert infer(gateways.app(s), ROW, parameters={"timeout": int(1e3 * LONG_MS)}).status == 200
+
+
+class Images(gateways.LogitsEngine):
+    """An engine whose outputs are images."""
+
+    def _outputs(self, subnet, inputs):
+        return [np.float32([[1, 2], [3, 4]])] * len(inputs)
+
+
+def test_classes_are_refused_before_the_inference_if_there_are_none():
+    outputs = [{"name": "output", "parameters": {"classification": 1}}]
+    with fakes.serve(fakes.fake(make=Images, input_shape=(2, 2), input_dtype=np.uint8)) as s:
+        app = gateways.app(s)
+        assert infer(app, ROW).json["outputs"][0]["shape"] == [1, 2, 2]
+        before = s.snapshot()["queries"]["arrived"]
+        answer = infer(app, ROW, outputs=outputs)
+        assert (answer.status, s.snapshot()["queries"]["arrived"]) == (400, before)
+        assert "no vector of logits" in answer.error

@@ -1,7 +1,9 @@
 """A gateway in front of real networks: images, token ids, texts, and a swap of the export."""
 
 import json
+import threading
 
+import fakes
 import jax
 import numpy as np
 import pytest
@@ -77,6 +79,45 @@ def test_images_are_answered_as_by_the_model_also_after_a_swap(folder):
         assert call(door, "GET", "/v2/models/old").json["outputs"] == [
             {"name": "output", "datatype": "FP32", "shape": [-1, 3]}
         ]
+
+
+def test_a_swap_under_load_loses_no_request_and_keeps_the_positions_of_subnets(folder):
+    old, new = (write(folder / name, TINY, seed=seed, accuracy=0.5 + seed / 10) for seed, name in ((2, "one"), (3, "other")))
+    found, stop = [], threading.Event()
+
+    def client(door):
+        content = body(random_images(TINY, 1))
+        while not stop.is_set():
+            answer = call(door, "POST", "/v2/models/one/infer", content)
+            found.append((answer.status, answer.json["parameters"]["subnet"], answer.json["parameters"]["accuracy"]))
+
+    with ss.Server(old, batch_sizes=(1,), slo_ms=LONG_MS) as s:
+        clients = [threading.Thread(target=client, args=(app(s, "one"),)) for _ in range(3)]
+        for thread in clients:
+            thread.start()
+        s.swap(new)
+        count = len(found)
+        fakes.wait_until(lambda: len(found) > count + 10)
+        stop.set()
+        for thread in clients:
+            thread.join()
+    assert {status for status, *_ in found} == {200}
+    assert {position for _, position, _ in found} == {"0"}
+    assert {accuracy for *_, accuracy in found} == {0.7, 0.8}
+
+
+def test_long_texts_are_split_in_another_thread(texts, monkeypatch):
+    threads, real = [], ServedModel.encoded
+
+    def encoded(self, rows):
+        threads.append(threading.current_thread())
+        return real(self, rows)
+
+    monkeypatch.setattr(ServedModel, "encoded", encoded)
+    for text in ("good film", "good film " * 1000):
+        given = {"name": "input", "datatype": "BYTES", "shape": [1], "data": [text]}
+        assert logits(texts, json.dumps({"inputs": [given]}).encode()).shape == (1, 3)
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 def test_texts_and_token_ids_are_answered_as_by_the_model(texts):

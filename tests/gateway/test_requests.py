@@ -2,7 +2,6 @@
 
 import json
 import math
-import tracemalloc
 
 import gateways
 import numpy as np
@@ -270,32 +269,3 @@ def test_a_damaged_request_is_read_or_refused(flips, kept, shift):
     for place, value in flips:
         damaged[place] = value
     assert_read_or_refused(bytes(damaged[: kept or None]), JSON_LENGTH + shift)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        json.dumps(with_input(datatype="FP32")).replace("[1, 2, 3, 4, 5, 6, 7, 8]", "[[" + "[]," * 300_000 + "[]]]"),
-        json.dumps(with_input(datatype="FP32")).replace("[1, 2, 3, 4, 5, 6, 7, 8]", "[" + "0.1," * 300_000 + "1]"),
-        json.dumps(with_input()).replace('"inputs"', '"outputs": [' + '{"name":"a"},' * 100_000 + '{"name":"a"}], "inputs"'),
-        json.dumps(with_parameters(x=[[]] * 300_000)),
-        json.dumps(with_outputs({"name": "output", "parameters": {"shared_memory_region": [[]] * 300_000}})),
-    ],
-    ids=["lists", "numbers", "outputs", "parameters", "unread"],
-)
-def test_a_body_does_not_take_much_more_memory_than_its_size(body):
-    body = body.encode()
-    tracemalloc.start()
-    try:
-        for dtype in (np.uint8, np.float32):
-            gateways.tried(read, body, InputTensor((2, 2), np.dtype(dtype)))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2.5 * len(body)
-
-
-def test_the_json_before_binary_data_is_short():
-    content, length = gateways.binary_body(np.uint8(ROWS), id="a", parameters={"x": "y" * 70_000})
-    with pytest.raises(RequestError, match="at most 65,536 are possible"):
-        requests.read(content, length, IMAGE)

@@ -160,7 +160,7 @@ def call(application, method, path, content=b"", headers=()):
 
 
 def connect(door):
-    host, port = door.url.removeprefix("http://").rsplit(":", 1)
+    host, port = door.url.rpartition("://")[2].rsplit(":", 1)
     return socket.create_connection((host.strip("[]"), int(port)), timeout=fakes.WAIT_S)
 
 

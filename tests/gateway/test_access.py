@@ -1,0 +1,206 @@
+"""Who may use a gateway: the token, pages of other sites, TLS. And the access log."""
+
+import contextlib
+import http.client
+import json
+import pathlib
+import socket
+import ssl
+import time
+
+import fakes
+import gateways
+import numpy as np
+import pytest
+from gateways import INFER, answers, connect, infer, is_closed, opened, request
+
+from superserve_jax import errors, gateway
+from superserve_jax.gateway.access import Access, tls_context
+
+ROW = np.uint8([[[7, 2], [3, 4]]])
+CONTENT = gateways.body(ROW)
+DATA = pathlib.Path(__file__).parents[1] / "data"
+TLS = {"tls_cert": str(DATA / "tls_cert.pem"), "tls_key": str(DATA / "tls_key.pem")}
+TOKEN = "a-secret-of-many-letters"
+
+
+# -- the token ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with opened(gateway_options={"token": TOKEN}) as (_, door):
+        yield door
+
+
+@pytest.mark.parametrize(
+    "value", ["", "Bearer", "Bearer ", "Bearer wrong", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "\xff"]
+)
+def test_without_the_token_a_request_is_401(guarded, value):
+    for method, path in (("POST", INFER), ("GET", "/v2"), ("GET", "/metrics"), ("GET", "/v2/models/supernet"), ("GET", "/")):
+        answer = request(guarded, method, path, CONTENT, Authorization=value)
+        assert (answer.status, answer.headers["www-authenticate"]) == (401, 'Bearer realm="superserve"')
+        assert "Authorization: Bearer TOKEN" in answer.error
+
+
+def test_with_the_token_a_request_is_answered(guarded):
+    for value in (f"Bearer {TOKEN}", f"bearer  {TOKEN}"):
+        assert infer(guarded, CONTENT, Authorization=value).status == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/health/ready?a=b",
+        "/v2/models/supernet/ready",
+        "/v2/models/supernet/versions/1/ready",
+    ],
+)
+def test_health_probes_need_no_token(guarded, path):
+    assert request(guarded, "GET", path).status == 200
+
+
+def test_the_token_is_checked_before_the_body_is_read(guarded):
+    with connect(guarded) as sock:
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" % INFER.encode())
+        assert answers(sock)[0].status == 401
+
+
+def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("SUPERSERVE_TOKEN", raising=False)
+    assert gateway.read_token(None) is None
+    monkeypatch.setenv("SUPERSERVE_TOKEN", "from the environment")
+    assert gateway.read_token(None) == "from the environment"
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert gateway.read_token(str(tmp_path / "token")) == TOKEN
+    with pytest.raises(errors.ConfigError, match="cannot read the token"):
+        gateway.read_token(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("token", ["", "short", "with blanks in it ......", "täglich-ein-token", 5, b"x" * 20])
+def test_a_weak_token_is_refused(token):
+    with pytest.raises(errors.ConfigError, match="a token needs 16"):
+        Access(token)
+
+
+def test_a_page_of_another_site_cannot_send_requests(guarded):
+    token = f"Bearer {TOKEN}"
+    assert infer(guarded, CONTENT, Authorization=token, Origin="http://evil.example").status == 403
+    assert infer(guarded, CONTENT, Authorization=token, Origin="null").status == 403
+    assert infer(guarded, CONTENT, Authorization=token, Origin=guarded.url).status == 200
+    assert request(guarded, "GET", "/v2", Authorization=token, Origin="http://evil.example").status == 200
+
+
+# -- TLS ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def secure(door):
+    """A TLS connection to a gateway."""
+    context = ssl.create_default_context(cafile=TLS["tls_cert"])
+    with connect(door) as sock, context.wrap_socket(sock, server_hostname="localhost") as wrapped:
+        yield wrapped
+
+
+def test_requests_over_tls_are_answered():
+    with opened(gateway_options=TLS) as (_, door):
+        assert door.url.startswith("https://127.0.0.1:")
+        context = ssl.create_default_context(cafile=TLS["tls_cert"])
+        address = door.url.removeprefix("https://")
+        connection = http.client.HTTPSConnection(address, timeout=fakes.WAIT_S, context=context)
+        with contextlib.closing(connection):
+            for _ in range(3):
+                assert infer(door, CONTENT, connection=connection).json["outputs"][0]["data"] == [7, 2]
+        with connect(door) as plain:
+            plain.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert is_closed(plain)
+
+
+@pytest.mark.parametrize("kind", ["idle", "waiting", "handshake"])
+def test_tls_connections_do_not_keep_a_gateway_open(kind):
+    valve = gateways.Valve()
+    limits = {"drain_s": 0.3, "head_s": 20}
+    with contextlib.ExitStack() as stack:
+        server, door = stack.enter_context(opened(gateways.engine(valve), gateway_options=TLS, limits=limits))
+        with valve.shut(server, ROW[0]):
+            sock = stack.enter_context(connect(door) if kind == "handshake" else secure(door))
+            if kind == "idle":
+                sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert answers(sock)[0].status == 200
+            elif kind == "waiting":
+                sock.sendall(
+                    b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT)) + CONTENT
+                )
+                fakes.wait_until(lambda: server.health()["waiting"] == 1)
+            start_s = time.monotonic()
+            door.close()
+            assert time.monotonic() - start_s < 1.5
+            if kind == "waiting":
+                assert answers(sock)[0].status == 503
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tls_key": None}, {"tls_cert": None}, {"tls_cert": "nothing.pem"}, {"tls_cert": __file__}, {"tls_key": TLS["tls_cert"]}],
+)
+def test_wrong_files_for_tls_are_refused(change):
+    with pytest.raises(errors.ConfigError, match=r"TLS needs|cannot use the certificate"):
+        tls_context(*(TLS | change).values())
+
+
+# -- the access log -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_access_log_has_a_line_for_each_answer(tmp_path):
+    file = tmp_path / "access.jsonl"
+    with opened(gateway_options={"access_log": str(file), "token": TOKEN}) as (_, door):
+        token = {"Authorization": f"Bearer {TOKEN}"}
+        traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+        infer(door, CONTENT, **token, **traced)
+        request(door, "GET", "/v2?key=secret", **token)
+        request(door, "GET", "/nothing", **token)
+        infer(door, CONTENT)
+        with connect(door) as sock:
+            sock.sendall(b"nonsense\r\n\r\n")
+            answers(sock)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["method"], line["path"], line["status"], line["received"]) for line in lines] == [
+        ("POST", INFER, 200, len(CONTENT)),
+        ("GET", "/v2", 200, 0),
+        ("GET", "/nothing", 404, 0),
+        ("POST", INFER, 401, 0),
+        ("", "", 400, 0),
+    ]
+    assert lines[0]["trace"] == "0af7651916cd43dd8448eb211c80319c"
+    assert {line["client"] for line in lines} == {"127.0.0.1"}
+    assert all(0 <= line["ms"] < 1e4 and line["sent"] > 80 and abs(line["time"] - time.time()) < 60 for line in lines)
+    assert "secret" not in file.read_text()
+
+
+def test_the_access_log_may_be_the_standard_output(capfd):
+    with opened(gateway_options={"access_log": "-"}) as (_, door):
+        request(door, "GET", "/v2")
+    assert json.loads(capfd.readouterr().out)["path"] == "/v2"
+
+
+def test_a_full_disk_does_not_stop_the_gateway(caplog):
+    with opened(gateway_options={"access_log": "/dev/full"}) as (_, door):
+        assert infer(door, CONTENT).status == 200
+    assert "1 lines of the access log are lost" in caplog.text
+
+
+def test_an_access_log_that_cannot_be_written_is_refused(tmp_path):
+    with fakes.serve(gateways.engine()) as s, pytest.raises(errors.ConfigError, match="cannot write the access log"):
+        gateway.Gateway(s, port=0, access_log=str(tmp_path))
+
+
+def test_a_port_that_is_left_by_an_error_is_free(tmp_path):
+    with fakes.serve(gateways.engine()) as s, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        taken.close()
+        with pytest.raises(errors.ConfigError, match="access log"):
+            gateway.Gateway(s, port=port, access_log=str(tmp_path))
+        with gateway.Gateway(s, port=port) as door:
+            assert infer(door, CONTENT).status == 200

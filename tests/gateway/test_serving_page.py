@@ -1,0 +1,69 @@
+"""What docs/serving.md says about the gateway: paths, statuses, limits, and the requests with curl."""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+import subprocess
+
+import fakes
+import gateways
+import numpy as np
+import pytest
+from gateways import opened, request
+
+import superserve_jax
+from superserve_jax.gateway import Limits
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "serving.md").read_text().partition("## Over the network")[2].partition("## Texts and length")[0]
+TABLES = [
+    [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
+]
+PATHS, _, _, STATUSES, LIMITS = TABLES
+
+
+@pytest.fixture(scope="module")
+def door():
+    engine = gateways.engine(input_shape=(32, 32, 1))
+    with fakes.serve(engine, policy="fixed:2") as s, gateways.gateway.Gateway(s, port=0, name="digits") as door:
+        yield door
+
+
+def test_every_path_is_there(door):
+    for path, method, _ in PATHS:
+        content = b"" if method == "POST" else None
+        answer = request(door, method, path.strip("`").replace("NAME", "digits"), content)
+        assert answer.status == (400 if path.endswith("infer`") else 200), path
+
+
+def test_every_status_is_in_the_table():
+    sources = "".join(path.read_text() for path in pathlib.Path(superserve_jax.__file__).parent.glob("gateway/*.py"))
+    known = {*re.findall(r"status=(\d{3})", sources), *re.findall(r"Error, (\d{3})\)", sources), "400", "500"}
+    assert {status for status, _ in STATUSES} == known
+
+
+def test_every_limit_has_its_default():
+    shown = {"64 KiB": 64 << 10, "256 MiB": 256 << 20, "by input": None}
+    found = {f.name: f.default for f in dataclasses.fields(Limits)}
+    told = {flag.strip("`").removeprefix("--").replace("-", "_"): default for flag, default, _ in LIMITS}
+    assert {k: shown[v] if v in shown else float(v.replace(",", "")) for k, v in told.items()} == found
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_requests_with_curl_are_answered(door, tmp_path):
+    [block] = [block for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "image.bin" in block]
+    script = block.replace("localhost:8000", door.url.removeprefix("http://")).replace("curl ", "curl -sSf ")
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"datatype":"FP32","shape":[1, 2],"data":[0.0,2.0]' in done.stdout
+    assert '"inference_count":' in done.stdout
+    head, _, data = (tmp_path / "answer.bin").read_bytes().partition(b"}]}")
+    assert head.startswith(b'{"model_name":"digits"')
+    assert np.frombuffer(data, np.float32).tolist() == [0, 2]
+
+
+def test_the_other_forms_of_a_name_are_there():
+    with opened() as (_, door):
+        assert request(door, "GET", "/v2/models/supernet/versions/1/config").status == 200
