@@ -21,7 +21,7 @@ from superserve_jax import errors
 from superserve_jax.gateway import bodies, documents, messages, requests, tensors
 from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.messages import Answer, Request
-from superserve_jax.gateway.model import VERSION, ServedModel, unknown_model
+from superserve_jax.gateway.model import VERSION, ServedModel, answers_to, find
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
 _BINARY = (b"content-type", b"application/octet-stream")
@@ -91,12 +91,7 @@ class App:
         if isinstance(wanted.rows, list) and sum(len(text) for row in wanted.rows for text in row) > _SHORT_TEXTS:
             wanted = wanted._replace(rows=await asyncio.to_thread(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
-        try:
-            made = [await query for query in queries]
-        except BaseException:
-            for query in queries:
-                query.cancel()
-            raise
+        made = await answers_to(queries)
         body, json_length = model.write(wanted, made)
         if json_length is None:
             return Answer(body)
@@ -118,10 +113,7 @@ class App:
 
     def _about(self, name: str, version: str | None, what: str | None, *, path: str, method: str) -> Answer:
         """Answers a request about one model."""
-        if (model := self._models.get(name)) is None:
-            raise unknown_model(name, [*self._models])
-        if version not in (None, VERSION):
-            raise RequestError(f"model '{name}' has no version {version[:50]!r}; its only version is '{VERSION}'", status=404)
+        model = find(self._models, name, version)
         _check_method(method, path, ("POST",) if what == "infer" else _GET)
         if what == "ready":
             return self._ready([model], {"name": name})

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,7 +75,13 @@ class ServedModel:
 
     def read(self, body: bytes, json_length: int | None) -> InferRequest:
         """See `requests.read`. Also raises RequestError for a token id, or for classes, that the model does not have."""
-        request = requests.read(body, json_length, self.input)
+        return self._fitting(requests.read(body, json_length, self.input))
+
+    def read_fields(self, fields: Mapping[str, Any], data: bytes) -> InferRequest:
+        """See `requests.from_fields`. Also raises RequestError as `read`."""
+        return self._fitting(requests.from_fields(fields, data, self.input))
+
+    def _fitting(self, request: InferRequest) -> InferRequest:
         if any(wanted.classes for wanted in request.wanted):
             datatype, shape = self.output()
             if len(shape) != 1 or not datatype.startswith("FP"):
@@ -161,11 +167,25 @@ class ServedModel:
         return self.server.model.encode(firsts, [row[1] for row in rows] if len(rows[0]) > 1 else None)
 
 
-def unknown_model(name: str, known: Sequence[str]) -> RequestError:
-    """The error for a model that the gateway does not have."""
-    near = difflib.get_close_matches(name[:100], known, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return RequestError(f"unknown model '{name[:100]}': {hint}Known: {', '.join(sorted(known))}", status=404)
+def find(models: Mapping[str, ServedModel], name: str, version: str | None) -> ServedModel:
+    """The model with a name. Raises RequestError (404) for an unknown name, or another version than None and `VERSION`."""
+    if name not in models:
+        near = difflib.get_close_matches(name[:100], models, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise RequestError(f"unknown model '{name[:100]}': {hint}Known: {', '.join(sorted(models))}", status=404)
+    if version not in (None, VERSION):
+        raise RequestError(f"model '{name}' has no version {version[:50]!r}; its only version is '{VERSION}'", status=404)
+    return models[name]
+
+
+async def answers_to(queries: Sequence[Future]) -> list[Reply]:
+    """The replies to the queries of a request. If one fails, or if the task is cancelled, all of them are cancelled."""
+    try:
+        return [await query for query in queries]
+    except BaseException:
+        for query in queries:
+            query.cancel()
+        raise
 
 
 def check_name(name: Any) -> None:

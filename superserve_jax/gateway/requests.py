@@ -12,7 +12,7 @@ msgspec checks the types of all fields, and converts none: true is no number, an
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -168,16 +168,28 @@ def read(body: bytes, json_length: int | None, tensor: InputTensor) -> InferRequ
         raise RequestError(
             f"the body is not an inference request: {errors.one_line(e)[:300]}{hint}; see docs/serving.md"
         ) from e
-    if len(request.inputs) != 1:
-        raise RequestError(f"the request has {len(request.inputs)} inputs, but every model takes one, named 'input'")
-    if len(request.id) > _MOST_ID:
-        raise RequestError(f"the id has {len(request.id)} characters; give at most {_MOST_ID}")
-    parameters = request.parameters or _NO_PARAMETERS
-    rows = _rows(request.inputs[0], rest, tensor)
-    wanted: Sequence[Wanted] = _DEFAULT[parameters.binary_data_output]
-    if request.outputs:
-        wanted = _wanted(request.outputs, parameters.binary_data_output)
-    return InferRequest(rows, request.id, parameters.deadline_ms(), parameters.min_accuracy, wanted)
+    return _checked(request, rest, tensor)
+
+
+def from_fields(fields: Mapping[str, Any], data: bytes, tensor: InputTensor) -> InferRequest:
+    """A request whose fields came in another form than JSON, such as a message of gRPC.
+
+    Args:
+      fields: the fields, with the names and types that they have in JSON. The input has `binary_data_size`.
+      data: the bytes of the input.
+      tensor: the input of the model.
+
+    Raises RequestError as `read`.
+
+    >>> given = {"name": "input", "shape": [1, 2], "datatype": "UINT8", "parameters": {"binary_data_size": 2}}
+    >>> from_fields({"inputs": [given]}, b"\3\4", InputTensor((2,), np.dtype(np.uint8))).rows.tolist()
+    [[3, 4]]
+    """
+    try:
+        request = msgspec.convert(fields, _Body)
+    except msgspec.MsgspecError as e:
+        raise RequestError(f"this is not an inference request: {errors.one_line(e)[:300]}; see docs/serving.md") from e
+    return _checked(request, memoryview(data), tensor)
 
 
 def json_length(headers: Mapping[bytes, bytes]) -> int | None:
@@ -206,6 +218,20 @@ def slo_of(headers: Mapping[bytes, bytes]) -> float | None:
     if len(value) > 30 or not _NUMBER.fullmatch(value):
         raise RequestError(f"{name} is {_shown(value)}, expected a number of milliseconds such as 36")
     return float(value)
+
+
+def _checked(request: _Body, rest: memoryview, tensor: InputTensor) -> InferRequest:
+    """The request, with the bytes that follow its fields."""
+    if len(request.inputs) != 1:
+        raise RequestError(f"the request has {len(request.inputs)} inputs, but every model takes one, named 'input'")
+    if len(request.id) > _MOST_ID:
+        raise RequestError(f"the id has {len(request.id)} characters; give at most {_MOST_ID}")
+    parameters = request.parameters or _NO_PARAMETERS
+    rows = _rows(request.inputs[0], rest, tensor)
+    wanted: Sequence[Wanted] = _DEFAULT[parameters.binary_data_output]
+    if request.outputs:
+        wanted = _wanted(request.outputs, parameters.binary_data_output)
+    return InferRequest(rows, request.id, parameters.deadline_ms(), parameters.min_accuracy, wanted)
 
 
 def _raw(body: bytes, tensor: InputTensor) -> np.ndarray:
