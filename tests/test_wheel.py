@@ -31,6 +31,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert any(n.endswith("licenses/LICENSE") for n in names)
     for name in ("cluttered_digits", "listops"):
         assert f"superserve_jax/training/datasets/{name}/{name}_dataset_builder.py" in names
+    assert "superserve_jax/gateway/grpc/protos/descriptors.binpb" in names
     configs = {path.name for path in (ROOT / "configs").glob("*.py")}
     assert {n.split("/")[-1] for n in names if n.startswith("superserve_jax/shipped/configs/")} == configs
     assert not [n for n in names if "/profiles/" in n]  # they belong to a machine

@@ -1,13 +1,13 @@
-"""Serves an export over the network, by the Open Inference Protocol over HTTP.
+"""Serves an export over the network, by the Open Inference Protocol over HTTP and gRPC.
 
-    superserve serve runs/digits_resnet/export --port 8000 --slo-ms 36
+    superserve serve runs/digits_resnet/export --port 8000 --grpc-port 8001 --slo-ms 36
     superserve serve digits --host 0.0.0.0 --policy fixed:largest
 
-The port opens when the executables are compiled and warm. Then the command prints its address. docs/serving.md lists the paths
-and shows requests with curl and Python. `pip install 'superserve-jax[serve]'` installs what it needs.
+The ports open when the executables are compiled and warm. Then the command prints their addresses. docs/serving.md lists the
+calls and shows requests with curl and Python. `pip install 'superserve-jax[serve]'` installs what it needs.
 
-SIGTERM or Ctrl-C ends it: it closes the port, answers the requests that have arrived, and exits with status 0. A second Ctrl-C
-ends it at once. Library: gateway.Gateway, serving.server.
+SIGTERM or Ctrl-C ends it: it closes the ports, answers the requests that have arrived, and exits with status 0. A second
+Ctrl-C ends it at once. Library: gateway.Gateway, serving.server.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ class Options:
       export: the export's directory, or the name of an export in the package.
       host: the address to listen at; 0.0.0.0 takes connections from other machines.
       port: the port of HTTP; 0 takes a free one.
+      grpc_port: the port of gRPC; 0 takes a free one, and None opens none.
       name: the name of the model in paths; by default the name of the export's folder.
       slo_ms: latency objective of requests without one.
       policy: the policy, such as slackfit, fixed:largest, or my_file.py:my_policy (see docs/policies.md).
@@ -52,6 +53,7 @@ class Options:
     export: Annotated[str, tyro.conf.Positional]
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = 8001
     name: str | None = None
     slo_ms: float = 36.0
     policy: str = "slackfit"
@@ -80,7 +82,7 @@ def main() -> None:
         return {name: getattr(options, name) for name in names}
 
     check_slo(options.slo_ms)
-    door = chosen("host", "port", "name", "limits", "tls_cert", "tls_key", "access_log")
+    door = chosen("host", "port", "grpc_port", "name", "limits", "tls_cert", "tls_key", "access_log")
     door["token"] = gateway.read_token(options.token_file)
     gateway.check_options(**door)
     serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
@@ -94,6 +96,8 @@ def main() -> None:
             [name] = opened.models
             where = "" if options.host in opened.url else f" (and at all addresses of {options.host})"
             print(f"serving {name} at {opened.url}/v2/models/{name}{where} with {server!r}", flush=True)
+            if opened.grpc_target is not None:
+                print(f"gRPC at {opened.grpc_target}")
             print(f"try it: curl {opened.url}/v2/health/ready; SIGTERM or Ctrl-C ends it", flush=True)
             opened.wait()
     except _StopError:

@@ -37,7 +37,7 @@ class GatewayImportError(errors.SuperServeError, ImportError):
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    for package in ("httptools", "uvloop", "prometheus_client"):
+    for package in ("httptools", "uvloop", "grpc", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise GatewayImportError(f"the gateway needs the package '{package}': pip install 'superserve-jax[serve]'")
     return getattr(importlib.import_module(f"superserve_jax.gateway.{_LATE[name]}"), name)

@@ -1,6 +1,7 @@
 """A gateway with an open port: the event loop and its thread, from opening to draining."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import socket
@@ -16,6 +17,7 @@ from superserve_jax.gateway import access
 from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.connections import Connection, Shared
+from superserve_jax.gateway.grpc.port import Port
 from superserve_jax.gateway.limits import Limits, check_limits
 from superserve_jax.gateway.model import ServedModel, check_name, default_name
 from superserve_jax.serving.server import Server
@@ -29,15 +31,16 @@ _TICK_S = 1.0  # the longest time between two checks of the time limits
 
 
 class Gateway:
-    """Serves a server over the network, by the Open Inference Protocol over HTTP (see docs/serving.md).
+    """Serves a server over the network, by the Open Inference Protocol over HTTP and gRPC (see docs/serving.md).
 
-    The event loop runs in a thread of its own, beside the workers' threads. When the constructor returns, the port is open.
+    The event loop runs in a thread of its own, beside the workers' threads. When the constructor returns, the ports are open.
     Make the server first: then its engines are warm, and the gateway is ready at once.
 
     Args:
       server: a server, or a dict of several servers by name.
       host: the address to listen at. "0.0.0.0" takes connections from other machines.
-      port: the port; 0 takes a free one.
+      port: the port of HTTP; 0 takes a free one.
+      grpc_port: the port of gRPC; 0 takes a free one, and None opens none.
       name: the name of the model in paths. None takes `model.default_name`. With a dict, leave it out.
       limits: what clients may do, see `limits.Limits`.
       token: what clients must send in a header, `Authorization: Bearer TOKEN`. Health probes need none. None lets all in.
@@ -46,6 +49,7 @@ class Gateway:
 
     Attributes:
       url: such as "http://127.0.0.1:8000".
+      grpc_target: such as "127.0.0.1:8001"; None without `grpc_port`.
       models: the models by name.
 
     The servers stay the caller's: close them after the gateway.
@@ -68,6 +72,7 @@ class Gateway:
         *,
         host: str = "127.0.0.1",
         port: int = 8000,
+        grpc_port: int | None = None,
         name: str | None = None,
         limits: Limits | None = None,
         token: str | None = None,
@@ -82,11 +87,16 @@ class Gateway:
         self.models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
         self._access, self._tls = access.Access(token), access.tls_context(tls_cert, tls_key)
         self._app = App(self.models)
+        self._grpc_address = None if grpc_port is None else (host, grpc_port)
+        self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC
+        self._tls_files = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
         self._ended, self._closing, self._failed = threading.Event(), asyncio.Event(), False
         with contextlib.ExitStack() as stack:
             self._log = None if access_log is None else AccessLog(access_log)
             if self._log is not None:
                 stack.callback(self._log.close)
+            if grpc_port is not None:
+                _listen(host, grpc_port).close()
             self._listener = stack.enter_context(_listen(host, port))
             self.url = _url(host, self._listener.getsockname()[1], secure=self._tls is not None)
             self._loop = uvloop.new_event_loop()
@@ -95,6 +105,8 @@ class Gateway:
             with errors.StartingThreads():
                 self._thread.start()
             stack.pop_all()
+        number = self._opened.result()
+        self.grpc_target = None if number is None else _target(host, number)
 
     def __repr__(self) -> str:
         return f"<Gateway at {self.url}: {', '.join(self.models)}>"
@@ -117,11 +129,13 @@ class Gateway:
             raise errors.ServerClosedError(f"the gateway at {self.url} ended by an error, see the log; open it again")
 
     def close(self) -> None:
-        """Closes the port, answers the requests that have arrived, and ends the thread. It may be called twice.
+        """Closes the ports, answers the requests that have arrived, and ends the thread. It may be called twice.
 
         1. For `lame_duck_s` seconds it goes on, but /v2/health/ready answers 503, and each answer closes its connection.
         2. It takes the connections that wait, and closes the port.
         3. It answers the requests that have arrived. After `drain_s` seconds, requests without an answer get status 503.
+
+        The same holds for gRPC. There, inferences that come after the first step get status UNAVAILABLE.
         """
         self._app.draining = True
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -135,8 +149,11 @@ class Gateway:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
-        except BaseException:
+        except BaseException as error:
             self._failed = True
+            if not self._opened.done():
+                self._opened.set_exception(error)
+                return
             _log.exception("the gateway at %s ended by an error", self.url)
         finally:
             self._listener.close()
@@ -146,6 +163,7 @@ class Gateway:
 
     async def _serve(self) -> None:
         limits, loop = self._limits, self._loop
+        grpc = await self._open_grpc()
         shared = Shared(self._app, limits, self._access, self._log)
         tls: dict[str, Any] = {}
         if self._tls is not None:
@@ -155,7 +173,9 @@ class Gateway:
         running = [loop.create_task(_tick(shared))]
         if self._log is not None:
             running.append(loop.create_task(_write_log(self._log)))
+        self._opened.set_result(None if grpc is None else grpc.number)
         await self._closing.wait()
+        closing_grpc = None if grpc is None else loop.create_task(grpc.close())
         await asyncio.sleep(limits.lame_duck_s)
         listening.close()
         opening = self._accept_the_last(shared, tls)
@@ -174,6 +194,15 @@ class Gateway:
             connection.abort()
         for task in (*running, *opening):
             task.cancel()
+        if closing_grpc is not None:
+            await closing_grpc
+
+    async def _open_grpc(self) -> Port | None:
+        if self._grpc_address is None:
+            return None
+        port = Port(self.models, self._limits, self._access.is_right, self._tls_files)
+        await port.open(*self._grpc_address)
+        return port
 
     def _accept_the_last(self, shared: Shared, tls: dict[str, Any]) -> list[asyncio.Task[Any]]:
         """Opens the connections that the system has accepted already. Closing the port would reset them."""
@@ -216,6 +245,7 @@ def check_options(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    grpc_port: int | None = None,
     name: str | None = None,
     token: str | None = None,
     tls_cert: str | None = None,
@@ -230,13 +260,20 @@ def check_options(
         check_limits(limits)
     access.Access(token)
     access.tls_context(tls_cert, tls_key)
-    _listen(host, port).close()
+    with contextlib.ExitStack() as stack:
+        for each in (port, grpc_port):
+            if each is not None:
+                stack.enter_context(_listen(host, each))
 
 
 def _url(host: str, port: int, *, secure: bool) -> str:
+    return f"{'https' if secure else 'http'}://{_target(host, port)}"
+
+
+def _target(host: str, port: int) -> str:
     """The address for clients on this machine."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{'https' if secure else 'http'}://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    return f"{f'[{shown}]' if ':' in shown else shown}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -37,7 +37,8 @@ def path(tiny, tmp_path):
 @contextlib.contextmanager
 def program(path, *arguments):
     """Starts the program. Yields the process, and the first line that it prints."""
-    command = [sys.executable, "serve/gateway.py", str(path), "--port", "0", "--batch-sizes", "1", "--slo-ms", "500"]
+    command = [sys.executable, "serve/gateway.py", str(path), "--port", "0", "--grpc-port", "0", "--slo-ms", "500"]
+    command += ["--batch-sizes", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "SUPERSERVE_CACHE": ""}
     with subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **pipes) as process:

@@ -16,7 +16,16 @@ def test_the_compiled_definitions_are_those_of_the_files(tmp_path):
     pytest.importorskip("grpc_tools")
     files = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto") if path.stem != "model_config")
     made = tmp_path / "descriptors.binpb"
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", "--include_imports", f"--descriptor_set_out={made}", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        "-I",
+        ".",
+        "--include_imports",
+        f"--descriptor_set_out={made}",
+        *files,
+    ]
     subprocess.run(command, cwd=PROTOS, check=True)
     expected, found = (descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()) for path in (made, PROTOS / made.name))
     assert {file.name: file for file in found.file} == {file.name: file for file in expected.file}

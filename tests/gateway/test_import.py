@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-PACKAGES = ("httptools", "uvloop", "prometheus_client")
+PACKAGES = ("httptools", "uvloop", "grpc", "prometheus_client")
 BLOCK = f"""
 import importlib.util, sys
 find = importlib.util.find_spec

@@ -1,6 +1,6 @@
 """The gateway's second port: the Open Inference Protocol over gRPC, with grpc.aio in the loop that also serves HTTP. No jax.
 
 `codec.py` translates between messages and the requests and replies of HTTP, so checks, errors and documents are the same.
-`service.py` has the calls, and `standard.py` the services that every gRPC server has: health and reflection. `port.py` opens the
+`service.py` has the calls, `standard.py` the services that every gRPC server has: health and reflection. `port.py` opens the
 port and drains it. `messages.py` makes the classes of messages from `protos/`, which holds the published definitions.
 """

@@ -1,0 +1,108 @@
+"""The port of gRPC: a server of grpc.aio, from opening to draining."""
+
+import asyncio
+import pathlib
+from collections.abc import Mapping
+
+import grpc
+
+from superserve_jax import errors
+from superserve_jax.gateway.grpc import calls
+from superserve_jax.gateway.grpc.service import Service
+from superserve_jax.gateway.grpc.standard import Health, reflection
+from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.model import ServedModel
+
+_MOST_CALLS = 4096
+"""Calls and streams at once. Further ones get status RESOURCE_EXHAUSTED."""
+_QUIET_S, _MOST_QUIET_S = 0.1, 1.0
+"""The port closes when no inference has come for the first time, or at last after the second one."""
+_POLL_S = 0.01
+_LAST_S = 0.5
+"""How long answers may take to be sent, after the last query is answered."""
+
+
+class Port:
+    """Serves models over gRPC, in the event loop of the thread that calls it.
+
+    Args:
+      models: the models by name.
+      limits: what clients may do.
+      allows: whether a call is allowed, see `calls.handler`.
+      tls: the files of a certificate and of its key, in PEM; None serves without TLS.
+
+    Attributes:
+      number: the number of the open port.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        limits: Limits,
+        allows: calls.Allows | None = None,
+        tls: tuple[str, str] | None = None,
+    ):
+        self.number, self._limits, self._tls = 0, limits, tls
+        self._service = Service(models, limits)
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=_MOST_CALLS,
+            options=(
+                ("grpc.max_receive_message_length", max(model.max_body_bytes for model in models.values())),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", _MOST_CALLS),
+                ("grpc.max_allowed_incoming_connections", limits.max_connections),
+                ("grpc.server_handshake_timeout_ms", _ms(limits.head_s)),
+                ("grpc.max_connection_idle_ms", _ms(limits.idle_s)),
+                ("grpc.keepalive_time_ms", _ms(limits.idle_s)),  # ends connections whose client has vanished
+                ("grpc.so_reuseport", 0),  # or two gateways could open the same port
+            ),
+        )
+        reflections = (reflection("v1", allows), reflection("v1alpha", allows))
+        handlers = (self._service.handler(allows), Health(self._service, models).handler(), *reflections)
+        self._server.add_generic_rpc_handlers(handlers)
+
+    async def open(self, host: str, port: int) -> None:
+        """Opens the port. Raises ConfigError if that fails."""
+        try:
+            address = f"{f'[{host}]' if ':' in host else host}:{port}"
+            if self._tls is None:
+                self.number = self._server.add_insecure_port(address)
+            else:
+                cert, key = (pathlib.Path(file).read_bytes() for file in self._tls)
+                self.number = self._server.add_secure_port(address, grpc.ssl_server_credentials([(key, cert)]))
+        except RuntimeError as e:
+            raise errors.ConfigError(
+                f"cannot listen at host {host!r} and gRPC port {port!r}: {errors.one_line(e)}; choose another port, or 0"
+            ) from e
+        await self._server.start()
+
+    async def close(self) -> None:
+        """Answers the inferences that have arrived, and closes the port.
+
+        1. For `lame_duck_s` seconds it goes on, and says that it is not ready.
+        2. It answers the inferences that have arrived. Those that come now get status UNAVAILABLE. After `drain_s` seconds,
+           those without an answer get it, too.
+        3. It closes the port, which ends streams with status UNAVAILABLE.
+        """
+        service, loop = self._service, asyncio.get_running_loop()
+        service.draining = True
+        await asyncio.sleep(self._limits.lame_duck_s)
+        service.closing = True
+        began_s = quiet_since_s = loop.time()
+        refused = 0
+        while True:
+            await asyncio.sleep(_POLL_S)
+            now_s = loop.time()
+            if service.refused > refused:
+                refused, quiet_since_s = service.refused, now_s
+            quiet = now_s > min(quiet_since_s + _QUIET_S, began_s + _MOST_QUIET_S)
+            if (quiet and not service.waiting) or now_s > began_s + self._limits.drain_s:
+                break
+        for query in [*service.waiting]:
+            query.cancel()
+        await self._server.stop(_LAST_S)
+
+
+def _ms(seconds: float) -> int:
+    """Milliseconds, as grpc takes them."""
+    return min(max(int(1e3 * seconds), 1), 2**31 - 1)

@@ -1,0 +1,181 @@
+"""The calls of the service inference.GRPCInferenceService. `calls.handler` makes them calls of gRPC."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import grpc
+
+from superserve_jax import errors
+from superserve_jax.gateway import bodies, documents, requests
+from superserve_jax.gateway.failures import ClosingError, RequestError
+from superserve_jax.gateway.grpc import calls, codec, messages
+from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.model import ServedModel, answers_to, find
+from superserve_jax.gateway.requests import InferRequest
+from superserve_jax.serving.futures import Future
+
+NAME = "inference.GRPCInferenceService"
+MOST_IN_STREAM = 256
+"""Requests of a stream that may wait for their answers. The next one is read when the first of them is answered."""
+
+_PROBES = ("ServerLive", "ServerReady", "ModelReady")
+_Request = messages.named("inference.ModelInferRequest")
+_StreamResponse = messages.named("inference.ModelStreamInferResponse")
+_SLO = {"x-slo-ms": b"x-slo-ms", "x-slo-ttft-ms": b"x-slo-ttft-ms"}  # names in the metadata, and for `requests.slo_of`
+
+
+class _Started(NamedTuple):
+    """A request whose queries wait."""
+
+    message: Any
+    model: ServedModel
+    request: InferRequest
+    queries: tuple[Future, ...]
+    size: int
+
+
+class Service:
+    """The service.
+
+    Args:
+      models: the models by name.
+      limits: what clients may do.
+
+    Attributes:
+      draining: whether the gateway says that it is not ready, since it closes soon.
+      closing: whether new inferences get status UNAVAILABLE.
+      refused: how many inferences got it.
+      waiting: the queries whose calls are not answered yet.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], limits: Limits):
+        self._models, self._limits, self._bytes = models, limits, 0
+        self.draining, self.closing, self.refused = False, False, 0
+        self.waiting = set[Future]()
+
+    def handler(self, allows: calls.Allows | None = None) -> grpc.GenericRpcHandler:
+        """The calls of the protocol that the gateway has. For `allows`, see `calls.handler`; it is not asked about probes."""
+        return calls.handler(
+            NAME,
+            {
+                "ServerLive": lambda _: {"live": True},
+                "ServerReady": lambda _: {"ready": self.is_ready()},
+                "ModelReady": lambda message: {"ready": self.is_ready(self._model(message).name)},
+                "ServerMetadata": lambda _: documents.server_metadata(),
+                "ModelMetadata": lambda message: documents.model_metadata(self._model(message)),
+                "ModelConfig": lambda message: {"config": documents.model_config(self._model(message))},
+                "ModelStatistics": self._statistics,
+                "RepositoryIndex": lambda message: {
+                    "models": documents.repository_index(self._models.values(), ready_only=message.ready)
+                },
+                "ModelInfer": self._infer,
+                "ModelStreamInfer": self._stream,
+            },
+            allows,
+            _PROBES,
+        )
+
+    def is_ready(self, name: str | None = None) -> bool:
+        """Whether a model is ready, or all of them for None."""
+        models = self._models.values() if name is None else [self._models[name]]
+        return not self.draining and all(model.is_ready() for model in models)
+
+    def _model(self, message: Any) -> ServedModel:
+        return find(self._models, message.name, message.version or None)
+
+    def _statistics(self, message: Any) -> dict[str, Any]:
+        models = [self._model(message)] if message.name else self._models.values()
+        return {"model_stats": [documents.model_statistics(model) for model in models]}
+
+    async def _infer(self, context: Any) -> bytes:
+        data = await calls.read(context, self._limits.body_s)
+        left_s = context.time_remaining()
+        if left_s is not None and left_s <= 0:
+            raise errors.DeadlineExpiredError("the deadline of the call had passed when it came")
+        slo_ms = _slo_ms(context)
+        if slo_ms is None and left_s is not None:
+            slo_ms = 1e3 * left_s
+        started = self._start(calls.parsed(_Request, data), len(data), slo_ms)
+        return (await self._finish(started)).SerializeToString()
+
+    def _start(self, message: Any, size: int, slo_ms: float | None) -> _Started:
+        """Submits the queries of a request of `size` bytes."""
+        if self.closing:
+            self.refused += 1
+            raise ClosingError("the gateway is shutting down; send the request to another replica")
+        if self._bytes + size > self._limits.max_buffered_bytes:
+            raise RequestError("too many bytes of requests wait for their answers; try again later", status=503)
+        model = find(self._models, message.model_name, message.model_version or None)
+        if size > model.max_body_bytes:
+            raise bodies.too_long(model.max_body_bytes)
+        request = codec.read(model, message)
+        queries = tuple(model.submit(request, slo_ms))
+        self.waiting.update(queries)
+        self._bytes += size
+        return _Started(message, model, request, queries, size)
+
+    async def _finish(self, started: _Started) -> Any:
+        """The response to a request, when its queries are answered."""
+        try:
+            return codec.write(started.model, started.request, await answers_to(started.queries))
+        finally:
+            self._release(started)
+
+    def _release(self, started: _Started) -> None:
+        self.waiting.difference_update(started.queries)
+        self._bytes -= started.size
+
+    async def _stream(self, context: Any) -> None:
+        """Answers the requests of a stream in their order. An error of one is in its response, and the stream goes on."""
+        slo_ms = _slo_ms(context)
+        started = asyncio.Queue[_Started | tuple[Any, Exception] | None]()  # (message, error) after an error, None at the end
+        slots = asyncio.Semaphore(MOST_IN_STREAM)
+
+        async def read() -> None:
+            try:
+                while await slots.acquire() and isinstance(data := await context.read(), bytes):  # else it is EOF
+                    message = _Request()
+                    try:
+                        message = calls.parsed(_Request, data)
+                        started.put_nowait(self._start(message, len(data), slo_ms))
+                    except Exception as error:
+                        started.put_nowait((message, error))
+            finally:
+                started.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (one := await started.get()) is not None:
+                response = (await self._answer(one)).SerializeToString()
+                async with asyncio.timeout(self._limits.write_s):
+                    await context.write(response)
+                slots.release()
+        except TimeoutError:
+            raise RequestError("the stream ended, since nobody read its answers; read them", status=408) from None
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            while not started.empty():
+                if isinstance(one := started.get_nowait(), _Started):
+                    for query in one.queries:
+                        query.cancel()
+                    self._release(one)
+
+    async def _answer(self, one: _Started | tuple[Any, Exception]) -> Any:
+        """The response of a stream to one request."""
+        response = _StreamResponse()
+        try:
+            if not isinstance(one, _Started):
+                raise one[1]
+            response.infer_response.CopyFrom(await self._finish(one))
+        except Exception as error:
+            response.error_message = calls.text_of(error)
+            response.infer_response.id = one[0].id
+        return response
+
+
+def _slo_ms(context: Any) -> float | None:
+    """The deadline in the metadata of a call, in milliseconds, or None."""
+    found = {_SLO[name]: value for name, value in context.invocation_metadata() if name in _SLO}
+    return requests.slo_of({name: value.encode() for name, value in found.items()}) if found else None

@@ -1,0 +1,106 @@
+"""Services that every server of gRPC has: grpc.health.v1.Health, which load balancers ask, and grpc.reflection.
+
+With reflection, programs such as grpcurl need no .proto files. The packages grpcio-health-checking and grpcio-reflection would
+put their messages into protobuf's default pool, and know no model that becomes ready by itself.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.grpc import calls, messages, service
+from superserve_jax.gateway.grpc.service import Service
+
+_WATCH_S = 0.5
+"""How often a watched status is looked at."""
+_Request, _Response = (messages.named(f"grpc.health.v1.HealthCheck{kind}") for kind in ("Request", "Response"))
+
+
+class Health:
+    """The service grpc.health.v1.Health. It knows "" and the inference service, which mean all models, and each model's name.
+
+    Args:
+      inference: the service whose models it tells about.
+      models: the names of the models.
+    """
+
+    def __init__(self, inference: Service, models: Iterable[str]):
+        self._inference = inference
+        self._names: dict[str, str | None] = {**{name: name for name in models}, "": None, service.NAME: None}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The calls Check, List and Watch."""
+        return calls.handler("grpc.health.v1.Health", {"Check": self._check, "List": self._list, "Watch": self._watch})
+
+    def _status(self, name: str) -> str:
+        if name not in self._names:
+            return "SERVICE_UNKNOWN"
+        return "SERVING" if self._inference.is_ready(self._names[name]) else "NOT_SERVING"
+
+    def _check(self, message: Any) -> dict[str, Any]:
+        if message.service not in self._names:
+            known = ", ".join(repr(name) for name in self._names)
+            raise RequestError(f"unknown service '{message.service[:100]}'; known are {known}", status=404)
+        return {"status": self._status(message.service)}
+
+    def _list(self, _: Any) -> dict[str, Any]:
+        return {"statuses": {name: {"status": self._status(name)} for name in self._names}}
+
+    async def _watch(self, context: Any) -> None:
+        data = await calls.read(context, calls.SMALL_S)
+        name, told = calls.parsed(_Request, data).service, None
+        while True:
+            status = self._status(name)
+            if status != told:
+                await context.write(_Response(status=status).SerializeToString())
+                told = status
+            await asyncio.sleep(_WATCH_S)
+
+
+def reflection(version: str, allows: calls.Allows | None = None) -> grpc.GenericRpcHandler:
+    """The service grpc.reflection, version "v1" or "v1alpha". The two differ in their name only.
+
+    For `allows`, see `calls.handler`.
+    """
+    package = f"grpc.reflection.{version}"
+    request = messages.named(f"{package}.ServerReflectionRequest")
+    response = messages.named(f"{package}.ServerReflectionResponse")
+    names = [service.NAME, "grpc.health.v1.Health", f"{package}.ServerReflection"]
+
+    async def info(context: Any) -> None:
+        while isinstance(data := await context.read(), bytes):  # else it is EOF
+            asked = calls.parsed(request, data)
+            answer = response(valid_host=asked.host, original_request=asked)
+            try:
+                if asked.WhichOneof("message_request") == "list_services":
+                    for name in names:
+                        answer.list_services_response.service.add(name=name)
+                else:
+                    answer.file_descriptor_response.file_descriptor_proto.extend(_files(asked))
+            except KeyError:
+                answer.error_response.error_code = grpc.StatusCode.NOT_FOUND.value[0]
+                answer.error_response.error_message = "no such file, symbol or extension"
+            await context.write(answer.SerializeToString())
+
+    return calls.handler(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows)
+
+
+def _files(asked: Any) -> list[bytes]:
+    """The definition that is asked for, and those that it imports. Raises KeyError if there is none."""
+    kind = asked.WhichOneof("message_request")
+    if kind == "file_by_filename":
+        wanted = messages.POOL.FindFileByName(asked.file_by_filename)
+    elif kind == "file_containing_symbol":
+        wanted = messages.POOL.FindFileContainingSymbol(asked.file_containing_symbol)
+    else:  # no message has extensions
+        raise KeyError(kind)
+    found, left = dict[str, bytes](), [wanted]
+    while left:
+        file = left.pop()
+        if file.name not in found:
+            found[file.name] = file.serialized_pb
+            left += file.dependencies
+    return [*found.values()]
