@@ -8,7 +8,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c constraints.txt)
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: help demo test test-gpu test-gpu-compile lint docs setup shipped
+.PHONY: help demo test clients test-gpu test-gpu-compile lint docs setup shipped
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,8 @@ demo: setup  ## train, export, measure and serve: about nine minutes on 2 cores,
 
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
+
+clients: .venv-clients/.ready  ## make the environment of the tests with tritonclient and perf_analyzer, whose pins differ from ours
 
 test-gpu: .venv-gpu/.ready  ## run the tests that need a GPU, and those of test-gpu-compile; fails without a GPU
 	@.venv-gpu/bin/python -c 'import jax; print(jax.devices("gpu"))' || { \
@@ -42,6 +44,11 @@ shipped: setup  ## train and export again what ss.load("digits") loads
 
 docs: setup  ## build docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+.venv-clients/.ready: tests/data/clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet -r $<
+	touch $@
 
 .venv-gpu/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
