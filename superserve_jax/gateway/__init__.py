@@ -1,4 +1,4 @@
-"""The network API of a server: the Open Inference Protocol (version 2) over HTTP. No jax.
+"""The network API of a server: the Open Inference Protocol (version 2) over HTTP and gRPC. No jax.
 
     with ss.Server("digits", slo_ms=36) as server, gateway.Gateway(server, port=0) as opened:
         print(opened.url)
@@ -10,6 +10,7 @@
 | a server under its name; metadata, configuration, statistics | `model.py`, `documents.py` |
 | HTTP: bytes to requests, their order, answers, time limits | `reader.py`, `connections.py`, `messages.py`, `bodies.py` |
 | what clients may do; tokens and TLS; errors and their statuses | `limits.py`, `access.py`, `failures.py` |
+| the same over gRPC | `grpc/` |
 | the event loop and its thread, opening and closing | `opened.py` |
 
 It needs some packages: pip install 'superserve-jax[serve]'. `Limits` works without them.

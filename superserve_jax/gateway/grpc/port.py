@@ -80,7 +80,7 @@ class Port:
         """Answers the inferences that have arrived, and closes the port.
 
         1. For `lame_duck_s` seconds it goes on, and says that it is not ready.
-        2. It answers the inferences that have arrived. Those that come now get status UNAVAILABLE. After `drain_s` seconds,
+        2. It answers the inferences that have arrived. New ones get status UNAVAILABLE. After `drain_s` seconds,
            those without an answer get it, too.
         3. It closes the port, which ends streams with status UNAVAILABLE.
         """

@@ -89,7 +89,7 @@ def reflection(version: str, allows: calls.Allows | None = None) -> grpc.Generic
 
 
 def _files(asked: Any) -> list[bytes]:
-    """The definition that is asked for, and those that it imports. Raises KeyError if there is none."""
+    """The requested definition, and those that it imports. Raises KeyError if there is none."""
     kind = asked.WhichOneof("message_request")
     if kind == "file_by_filename":
         wanted = messages.POOL.FindFileByName(asked.file_by_filename)
