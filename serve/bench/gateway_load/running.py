@@ -1,0 +1,113 @@
+"""Runs one case: starts its server, plays its traffic, and takes the figures. Repeats it until enough runs count."""
+
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gateway_load import cases, children, http1, http2, messages, open_loop, peers
+from gateway_load.cases import IN_PROCESS, Case
+from gateway_load.children import Child, CpuTimes
+from superserve_jax.simulation.paper_profile import paper_profile
+
+OTHER_CORES, LATENESS_MS = 0.15, 1.0
+"""A run counts if other programs used at most so many cores, and the generator was at most so late at p99."""
+_INPUTS = {"number": messages.SMALL, "image": messages.IMAGE}
+_PATIENCE_S = 10.0
+MEDIANS = ("attainment", "accuracy", "p50_ms", "p99_ms", "server_us", "generator_us", "lateness_p99_ms", "other_cores")
+Run = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How cases are run.
+
+    Args:
+      seconds: the length of bursty traffic.
+      bursts_s: the length of traffic with bursts.
+      connections: connections of HTTP/1.1 to open.
+      grpc_connections: connections of HTTP/2 to open.
+      peer_batches: the largest batch of peers, by subnet.
+      peer_wait_ms: how long peers wait for a full batch.
+      peer_python: the interpreter of the peers' environment.
+      seed: the seed of the first run's arrivals.
+    """
+
+    seconds: float
+    bursts_s: float
+    connections: int
+    grpc_connections: int
+    peer_batches: Sequence[int]
+    peer_wait_ms: int
+    peer_python: pathlib.Path
+    seed: int
+
+
+def run(case: Case, setup: Setup, number: int) -> Run:
+    """Runs a case once. The number of the run determines the arrivals."""
+    trace = case.trace(seconds=setup.seconds if case.qps else setup.bursts_s, seed=setup.seed + number)
+    given = _INPUTS[case.given]
+    only = [] if case.subnet is None else ["--subnet", case.subnet]
+    arguments = [*only, "--shape", *given.shape, "--dtype", given.dtype, "--slo-ms", cases.SLO_MS]
+    if case.server == IN_PROCESS:
+        return in_process(trace.arrivals_s, arguments)
+    if case.is_peer:
+        subnet = case.subnet or 0
+        batch = setup.peer_batches[subnet]
+        with peers.started(
+            case.server, subnet, batch=batch, wait_ms=setup.peer_wait_ms, python=setup.peer_python
+        ) as (child, port):
+            path = peers.PEERS[case.server].path
+            requests = [messages.peer_request(path, i) for i in range(messages.NUMBERS)]
+            found = loaded(child, lambda epoll: http1.Http1(port, epoll, setup.connections), trace.arrivals_s, requests)
+            accuracy = paper_profile().rows[subnet].accuracy
+            return found(messages.read_peer) | {"batch": batch, "accuracy": accuracy}
+    form = "grpc" if case.server == "gRPC" else case.wire
+    requests = [messages.REQUESTS[form](given, i, cases.SLO_MS) for i in range(messages.NUMBERS)]
+    with children.started("child.py", *arguments, *(["--grpc"] if form == "grpc" else [])) as child:
+        ports = child.printed()
+        connect = {
+            "grpc": lambda epoll: http2.Http2(ports["grpc_port"], epoll, setup.grpc_connections),
+        }.get(form, lambda epoll: http1.Http1(ports["port"], epoll, setup.connections))
+        return loaded(child, connect, trace.arrivals_s, requests)(messages.READERS[form])
+
+
+def loaded(child: Child, connect: Callable[..., Any], due_s: np.ndarray, requests: Sequence[bytes]) -> Callable[..., Run]:
+    """Plays a trace on a server. Returns a function that reads the answers and returns the figures."""
+    started = list[CpuTimes]()
+    played = open_loop.play(
+        connect, due_s, requests, patience_s=_PATIENCE_S, on_start=lambda: started.append(CpuTimes.now(child))
+    )
+    used = CpuTimes.now(child).since(started[0], len(due_s))
+    return lambda read: open_loop.figures(played, cases.SLO_MS, read, messages.NUMBERS) | used
+
+
+def in_process(due_s: np.ndarray, arguments: Sequence[Any]) -> Run:
+    """Replays a trace without a network. The CPU time of the server is not told apart from the generator's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "trace.npy"
+        np.save(path, due_s)
+        with children.started("child.py", *arguments, "--trace", path) as child:
+            return child.printed()
+
+
+def counts(found: Mapping[str, Any]) -> bool:
+    """Whether a run was undisturbed, so that it counts."""
+    return found["other_cores"] <= OTHER_CORES and found["lateness_p99_ms"] <= LATENESS_MS
+
+
+def result(runs: Sequence[Run], repeats: int) -> Run:
+    """The medians over the first `repeats` runs that count; if there are fewer, over the least disturbed ones of all.
+
+    Sums of wrong and lost answers are over all runs.
+    """
+    counted = [found for found in runs if counts(found)][:repeats]
+    enough = len(counted) >= repeats
+    chosen = counted if enough else sorted(runs, key=lambda found: found["other_cores"])[:repeats]
+    medians = {name: statistics.median(found[name] for found in chosen) for name in MEDIANS if name in chosen[0]}
+    sums = {name: sum(found.get(name, 0) for found in runs) for name in ("wrong", "lost")}
+    return {**medians, **sums, "runs": len(runs), "counted": len(counted), "quiet": enough}
