@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,9 @@ class Sleeping(FakeEngine):
     The outputs are the first value of the input, and then the subnet's rank.
     """
 
-    def __init__(self, profile: Profile, *, speed: float, **options: Any):
-        super().__init__(profile, speed=speed, **options)
-        seconds = {row.subnet: 1e-3 / speed * np.array(row.latency_ms) for row in profile.rows}
+    def __init__(self, profile: Profile, **options: Any):
+        super().__init__(profile, **options)
+        seconds = {row.subnet: 1e-3 * np.array(row.latency_ms) for row in profile.rows}
         numbers = np.arange(profile.max_batch + 1)
         self._seconds = {subnet: np.interp(numbers, profile.batch_sizes, s).tolist() for subnet, s in seconds.items()}
 
@@ -61,14 +62,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def opened(options: argparse.Namespace) -> Server:
-    """The server with its sleeping engines."""
+def served(
+    subnet: int | None = None,
+    *,
+    shape: Sequence[int] = (1,),
+    dtype: str = "int32",
+    slo_ms: float = 36.0,
+    workers: int = 4,
+    max_queue: int = 100_000,
+    speed: float = 1.0,
+) -> Server:
+    """A server with sleeping engines. The arguments are the options of this program."""
     profile = paper_profile()
-    if options.subnet is not None:
-        profile = Profile(profile.batch_sizes, (profile.rows[options.subnet],), device=profile.device)
-    tensor = {"input_shape": tuple(options.shape), "input_dtype": options.dtype, "speed": options.speed}
-    engines = [Sleeping(profile, name=f"fake:{i}", **tensor) for i in range(options.workers)]
-    return Server.from_engines(engines, profile, slo_ms=options.slo_ms, max_queue=options.max_queue)
+    if subnet is not None:
+        profile = Profile(profile.batch_sizes, (profile.rows[subnet],), device=profile.device)
+    if speed != 1:
+        profile = profile.scaled(1 / speed)
+    tensor = {"input_shape": tuple(shape), "input_dtype": dtype}
+    engines = [Sleeping(profile, name=f"fake:{i}", **tensor) for i in range(workers)]
+    return Server.from_engines(engines, profile, slo_ms=slo_ms, max_queue=max_queue)
 
 
 def in_process(options: argparse.Namespace, server: Server) -> dict[str, Any]:
@@ -97,7 +109,8 @@ def main() -> None:
     stops = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # before any thread starts, so that only `sigwait` gets them
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(opened(options))
+        names = ("subnet", "shape", "dtype", "slo_ms", "workers", "max_queue", "speed")
+        server = stack.enter_context(served(**{name: getattr(options, name) for name in names}))
         if options.trace:
             print(json.dumps(in_process(options, server)), flush=True)
             return

@@ -36,9 +36,13 @@ class Child:
     out: IO[str]
     err: IO[str]
 
+    def text(self) -> str:
+        """What the process has printed."""
+        return _text(self.out)
+
     def printed(self) -> dict[str, Any]:
         """The last line of JSON that the process has printed; {} without one."""
-        lines = [line for line in _text(self.out).splitlines(keepends=True) if line.startswith("{") and line.endswith("\n")]
+        lines = [line for line in self.text().splitlines(keepends=True) if line.startswith("{") and line.endswith("\n")]
         return json.loads(lines[-1]) if lines else {}
 
     def said(self) -> str:
@@ -71,7 +75,7 @@ def started(
     *arguments: Any,
     python: pathlib.Path | str = sys.executable,
     environment: Mapping[str, str] | None = None,
-    is_ready: Callable[[], bool] | None = None,
+    ready: Callable[[Child], object] = Child.printed,
 ) -> Iterator[Child]:
     """Runs a script of this folder until the end of the block.
 
@@ -80,7 +84,7 @@ def started(
       arguments: of the command line.
       python: the interpreter.
       environment: more variables of the environment.
-      is_ready: whether the server is ready. By default it is when it has printed a line of JSON.
+      ready: whether the server is ready, as a true value. By default it is when it has printed a line of JSON.
 
     Raises ConfigError if the script ends, or is not ready in two minutes.
     """
@@ -91,7 +95,7 @@ def started(
         process = subprocess.Popen(command, env=variables, stdout=out, stderr=err, start_new_session=True)
         child, ends_s = Child(process, out, err), time.monotonic() + _START_S
         try:
-            while not (is_ready() if is_ready else child.printed()):
+            while not ready(child):
                 if process.poll() is not None or time.monotonic() > ends_s:
                     last = child.said().strip().splitlines()[-1:] or ["it printed nothing"]
                     raise errors.ConfigError(f"{script} did not start, status {process.poll()}: {last[0]}")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 _READ = 1 << 16
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+"""The end of an answer without a length."""
 
 
 class Http1:
@@ -78,7 +80,7 @@ class Http1:
             data = self._parts.pop(number) + data
         end = data.find(b"\r\n\r\n")
         length = _LENGTH.search(data, 0, end + 4) if end >= 0 else None
-        if length is None or len(data) < end + 4 + int(length[1]):
+        if not (data.endswith(LAST_CHUNK) if length is None else len(data) >= end + 4 + int(length[1])):
             self._parts[number] = data
             return
         query = self._asked.pop(number, None)

@@ -105,6 +105,8 @@ def split(raw: bytes) -> tuple[bytes, bytes]:
     head, end, body = raw.partition(b"\r\n\r\n")
     if not end or head.split(b" ", 2)[1] != b"200":
         raise ValueError(f"expected status 200, got {raw[:300]!r}")
+    if b"\r\ntransfer-encoding: chunked" in head.lower():
+        body = body.partition(b"\r\n")[2].rpartition(b"\r\n0\r\n\r\n")[0]  # peers send one chunk
     return head, body
 
 

@@ -62,7 +62,7 @@ def started(name: str, subnet: int, *, batch: int, wait_ms: int, python: pathlib
     sleeps = {"first_ms": latency_ms[0], "next_ms": (latency_ms[-1] - latency_ms[0]) / (sizes[-1] - 1), "rank": subnet}
     options = json.dumps({**sleeps, "port": port, "batch": batch, "wait_ms": wait_ms, "workers": WORKERS})
 
-    def is_ready() -> bool:
+    def is_ready(_: Child) -> bool:
         request = urllib.request.Request(f"http://127.0.0.1:{port}{PEERS[name].path}", b'{"x": 5}')
         request.add_header("Content-Type", "application/json")
         try:
@@ -72,5 +72,5 @@ def started(name: str, subnet: int, *, batch: int, wait_ms: int, python: pathlib
             return False
 
     environment = {"PEER_OPTIONS": options, "RAY_USAGE_STATS_ENABLED": "0", "LITSERVE_DISABLE_TELEMETRY": "1"}
-    with children.started(f"peer_{name}.py", python=python, environment=environment, is_ready=is_ready) as child:
+    with children.started(f"peer_{name}.py", python=python, environment=environment, ready=is_ready) as child:
         yield child, port
