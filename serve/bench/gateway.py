@@ -5,37 +5,37 @@
     python serve/bench/gateway.py --parts bounds --only HTTP
     python serve/bench/gateway.py --parts rates --peer mosec litserve ray --peer-python peers/bin/python
 
-Four engines sleep as long as the six subnets of `simulation.paper_profile`. Each case runs a server in a process of its own, and
-this process sends the requests. It sends each one when it is due, however late the answers are, and latencies count from then.
-The SLO is 36 ms. Bursty traffic has CV^2 4, and a third of it is evenly spaced. Bursts are steps between 600 and 3,000 queries/s,
-with CV^2 4. The parts:
+Four engines sleep as long as the six subnets of `simulation.paper_profile`. Each case runs a server in a process of its own,
+and this process sends the requests. It sends each one when it is due, however late the answers are, and latencies count from
+then. The SLO is 36 ms. Bursty traffic has CV^2 4, and a third of it is evenly spaced. Bursts are steps between 600 and 3,000
+queries/s, with CV^2 4. The parts:
 - bounds: the cases that have bounds, and the same traffic at the peers and in a server without a network ("in process").
 - bursts: bursts with switching, and with each fixed subnet, here and at the first peer.
 - rates: the highest rate at 0.99 attainment, on a grid with a step of 1.12.
 A peer serves one fixed subnet, by the same sleeps. `--peer-batches` limits its batches.
 
-A run counts if other programs used at most 0.15 cores, and if the generator was at most 1 ms late at p99. Each case is repeated
-until --repeats runs count, at most --tries times. Cases take turns, so that all servers meet the same conditions. With --json,
-results are saved after each run, and a later call with the same options goes on from there. The exit status is 1 if an answer of
-the gateway was wrong or lost.
+A run counts if other programs used at most 0.15 cores, and if the generator was at most 1 ms late at p99. Each case is
+repeated until --repeats runs count, at most --tries times. Cases take turns, so that all servers meet the same conditions.
+With --json, results are saved after each run, and a later call with the same options goes on from there. The exit status is 1
+if an answer of the gateway was wrong or lost.
 Library: gateway.Gateway, serving.server, simulation.traces, loadtest.loadgen.
 """
 
 import dataclasses
-import inspect
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from gateway_load import cases, peers, report, running
+from gateway_load import cases, child, peers, report, running
 from gateway_load.cases import Case
 from gateway_load.running import Run, Setup
 
-from superserve_jax import cli, errors, files, gateway, progress
+from superserve_jax import cli, errors, files, progress
 
 ENOUGH = 0.99
+QUICK = {"seconds": 0.5, "bursts_s": 0.8}
 Part = Literal["bounds", "bursts", "rates"]
 
 
@@ -86,8 +86,10 @@ class Options:
 
     def setup(self) -> Setup:
         """How the cases are run."""
-        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setup)}
-        return Setup(**chosen | ({"seconds": 0.5, "bursts_s": 0.8} if self.quick else {}))
+        chosen: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setup)}
+        if self.quick:
+            chosen |= QUICK
+        return Setup(**chosen)
 
 
 class Runs:
@@ -107,11 +109,10 @@ class Runs:
                 raise errors.ConfigError(f"{options.json} has results of other options; name another file")
             self.found = content["runs"]
 
-    def is_enough(self, case: Case) -> bool:
-        """Whether a case needs no further run."""
-        runs, options = self.found.get(case.name, []), self.options
-        most = 1 if options.quick else options.tries
-        return len(runs) >= most or sum(map(running.counts, runs)) >= options.repeats
+    def is_enough(self, case: Case, tries: int) -> bool:
+        """Whether a case needs no further run, since enough count, or since it has `tries` runs."""
+        runs = self.found.get(case.name, [])
+        return len(runs) >= (1 if self.options.quick else tries) or sum(map(running.counts, runs)) >= self.options.repeats
 
     def add(self, case: Case) -> None:
         """Runs a case once more, and saves the results."""
@@ -138,26 +139,32 @@ def slow(case: Case) -> Case:
     return dataclasses.replace(case, qps=min(case.qps, 200.0))
 
 
-def measure(runs: Runs, chosen: Sequence[Case], description: str) -> None:
-    """Runs cases in turns until each has enough runs that count."""
-    missing = [case for case in chosen if not runs.is_enough(case)]
+def measure(runs: Runs, chosen: Sequence[Case], description: str, tries: int) -> None:
+    """Runs cases in turns until each has enough runs that count, or `tries` runs."""
+    missing = [case for case in chosen if not runs.is_enough(case, tries)]
     while missing:
-        for case in progress.track(missing, description, note=lambda: ""):
+        for case in progress.track(missing, description):
             runs.add(case)
-        missing = [case for case in missing if not runs.is_enough(case)]
+        missing = [case for case in missing if not runs.is_enough(case, tries)]
 
 
-def highest_rate(runs: Runs, rising: Sequence[Case]) -> float:
-    """The highest rate at which the attainment is at least 0.99; 0 if there is none. A search by halves."""
-    low, high = -1, len(rising)  # enough at `low`, and not enough at `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        measure(runs, [rising[middle]], rising[middle].name)
-        if runs.results()[rising[middle].name]["attainment"] >= ENOUGH:
-            low = middle
-        else:
-            high = middle
-    return rising[low].qps if low >= 0 else 0.0
+def highest_rates(runs: Runs, rising: Mapping[tuple[str, str], Sequence[Case]]) -> dict[str, dict[str, float]]:
+    """The highest rate of each server at which the attainment is at least 0.99; 0 if there is none. A search by halves.
+
+    All servers take turns. A disturbance of the machine meets them all, so each case has `repeats` runs, and no more.
+    """
+    known = {key: (-1, len(each)) for key, each in rising.items()}  # enough at the first place, and not at the second
+    while todo := {key: rising[key][(low + high) // 2] for key, (low, high) in known.items() if high - low > 1}:
+        measure(runs, list(todo.values()), "rates", runs.options.repeats)
+        results = runs.results()
+        for key, case in todo.items():
+            low, high = known[key]
+            middle = (low + high) // 2
+            known[key] = (middle, high) if results[case.name]["attainment"] >= ENOUGH else (low, middle)
+    rates: dict[str, dict[str, float]] = {}
+    for (server, which), (low, _) in known.items():
+        rates.setdefault(server, {})[which] = rising[server, which][low].qps if low >= 0 else 0.0
+    return rates
 
 
 def selected(found: Iterable[Case], only: Sequence[str], *, grpc: bool) -> list[Case]:
@@ -170,16 +177,17 @@ def main() -> None:
     """The program."""
     options = cli.parse(Options, __doc__)
     versions = {name: peers.version(name, options.peer_python) for name in options.peer}
-    grpc = "grpc_port" in inspect.signature(gateway.Gateway).parameters
+    grpc = child.has_grpc()
     runs, parts = Runs(options), dict.fromkeys(options.parts)
     print(", ".join(f"{name} {version}" for name, version in versions.items()) or "no peers: see --peer", flush=True)
     tables = {"bounds": cases.of_bounds(options.peer), "bursts": cases.of_bursts(options.peer)}
-    measure(runs, selected((c for part in parts for c in tables.get(part, ())), options.only, grpc=grpc), "cases")
+    chosen = selected((case for part in parts for case in tables.get(part, ())), options.only, grpc=grpc)
+    measure(runs, chosen, "cases", options.tries)
     rates: dict[str, dict[str, float]] = {}
     if "rates" in parts:
-        for (server, which), rising in cases.of_rates(options.peer, grpc=grpc).items():
-            if wanted := selected(rising[:1] if options.quick else rising, options.only, grpc=grpc):
-                rates.setdefault(server, {})[which] = highest_rate(runs, wanted)
+        grid = cases.of_rates(options.peer, grpc=grpc)
+        wanted = {key: selected(each[:1] if options.quick else each, options.only, grpc=grpc) for key, each in grid.items()}
+        rates = highest_rates(runs, {key: each for key, each in wanted.items() if each})
     results = runs.results()
     report.print_cases(results)
     if "bounds" in parts:

@@ -1,12 +1,12 @@
-"""Ends `superserve serve` by SIGTERM under load, again and again. Checks that every accepted request is answered, and the status.
+"""Ends `superserve serve` by SIGTERM under load, again and again, and checks that every accepted request is answered.
 
     python serve/bench/gateway_stops.py
     python serve/bench/gateway_stops.py --times 500 --clients 64 --json runs/stops.json
 
 The command runs with engines that sleep. --clients connections send one request after the other, and as many more are open and
 idle. After a random time, the command gets SIGTERM. The clients go on until no connection is accepted any more. A finding is:
-- a request without an answer, or with a wrong one. A request counts as accepted if its connection was open before SIGTERM, or if
-  an answer has come on it. The system may reset connections that were opened later; they are counted as refused,
+- a request without an answer, or with a wrong one. A request counts as accepted if its connection was open before SIGTERM,
+  or if an answer has come on it. The system may reset connections that were opened later; they are counted as refused,
 - another exit status than 0, no end within --limit-s seconds, or a traceback in the log.
 The exit status is 1 if there is one.
 Library: commands.serve, gateway.Gateway.

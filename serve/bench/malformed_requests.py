@@ -3,11 +3,15 @@
     python serve/bench/malformed_requests.py --json runs/malformed.json
     python serve/bench/malformed_requests.py --case codings 17
 
-The requests have odd headers, methods and paths; JSON with odd values; tensors and parameters that do not fit; damaged bytes;
-bodies that are too long, compressed bombs, wrong chunks; connections that end in the middle, slow clients, and garbage behind
-valid requests. Every attempt has a number, and `--case KIND NUMBER` repeats it. The gateway runs in a process of its own, over
-engines that sleep. A finding is:
-- status 500, or another one that malformed requests must not get; an error that is not JSON with one line of text,
+One file because the attempts, the look at the process and the table belong together.
+
+Over HTTP: odd headers, methods and paths; JSON with odd values; tensors and parameters that do not fit; damaged bytes; bodies
+that are too long, compressed bombs, wrong chunks; connections that end in the middle, slow clients, and garbage behind valid
+requests. Over gRPC: odd frames, headers and prefaces of HTTP/2, floods, and messages that are damaged or do not fit. Every
+attempt has a number, and `--case KIND NUMBER` repeats it. The gateway runs in a process of its own, over engines that sleep. A
+finding is:
+- status 500 (gRPC: INTERNAL, UNKNOWN), or another one that malformed requests must not get; an error that is not JSON with one
+  line of text,
 - no answer, or a connection that stays open after the client has closed its side, for --limit-s seconds,
 - a wrong answer to a valid request, or a valid request that gets none,
 - a traceback in the log, or the end of the process,
@@ -23,11 +27,15 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from gateway_load import attempts, children, http1, malformed, messages, open_loop
+import grpc
+from gateway_load import attempts, attempts_grpc, child, children, http1, malformed, malformed_grpc, messages, odd, open_loop
 from gateway_load.attempts import BrokenRuleError
 from gateway_load.children import Child
+from gateway_load.malformed import Attempt
+from gateway_load.malformed_grpc import Call
 
 from superserve_jax import cli, errors, progress
 from superserve_jax.simulation import traces
@@ -37,6 +45,9 @@ SLO_MS = 36.0
 SHOWN = 20  # findings to print of each kind
 LESS = 0.02  # attainment that may be lost by chance
 TRIES = 3
+GRPC = malformed_grpc.KINDS if child.has_grpc() else {}
+KINDS = (*malformed.KINDS, *GRPC)
+SHARES = {**malformed.SHARES, **malformed_grpc.SHARES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Options:
     """
 
     requests: int = 100_000
-    kinds: tuple[str, ...] = tuple(malformed.KINDS)
+    kinds: tuple[str, ...] = KINDS
     seed: int = 0
     at_once: int = 32
     limit_s: float = 10.0
@@ -70,7 +81,16 @@ class Options:
     def __post_init__(self):
         cli.check_above_zero(self, "requests", "at_once", "limit_s", "limit_mb", "rate", "rate_s")
         for kind in (*self.kinds, *([self.case[0]] if self.case else ())):
-            errors.check_name("kind of attempt", kind, malformed.KINDS)
+            errors.check_name("kind of attempt", kind, KINDS)
+
+
+class Outcome(NamedTuple):
+    """What became of an attempt: its kind and number, the statuses of the answers, and the finding or ""."""
+
+    kind: str
+    number: int
+    statuses: collections.Counter[str]
+    finding: str
 
 
 class Watch:
@@ -80,10 +100,15 @@ class Watch:
         self._child, self._seen = child, 0
         self.memory_mb = [child.memory_mb()]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._child.process.poll() is not None
+
     def findings(self) -> list[str]:
         """What is wrong with the process since the last call."""
-        if (status := self._child.process.poll()) is not None:
-            raise errors.ServerClosedError(f"the process of the gateway ended with status {status}: {self._child.said()[-2_000:]}")
+        if self.has_ended:
+            return ["the process of the gateway has ended"]
         self.memory_mb.append(self._child.memory_mb())
         said = self._child.said()
         new, self._seen = said[self._seen :], len(said)
@@ -96,39 +121,75 @@ class Watch:
 
 def numbered(options: Options) -> list[tuple[str, int]]:
     """Kind and number of each attempt. The kinds take turns."""
-    shares = {kind: malformed.SHARES.get(kind, 1.0) for kind in options.kinds}
+    shares = {kind: SHARES.get(kind, 1.0) for kind in options.kinds}
     each = options.requests / sum(shares.values())
     counts = {kind: max(round(each * share), 1) for kind, share in shares.items()}
     return sorted(((k, i) for k, n in counts.items() for i in range(n)), key=lambda case: case[1] / counts[case[0]])
 
 
-async def make_all(
-    port: int, block: list[tuple[str, int]], options: Options
-) -> list[tuple[str, int, collections.Counter[str], str]]:
-    """Makes the attempts of a block, some at the same time. Returns kind, number, counts of statuses, and the finding or ""."""
-    free = asyncio.Semaphore(options.at_once)
+class Attempts:
+    """Makes attempts in one event loop.
 
-    async def one(kind: str, number: int) -> tuple[str, int, collections.Counter[str], str]:
+    Args:
+      ports: the numbers of the ports, as child.py prints them.
+      options: the options.
+    """
+
+    def __init__(self, ports: Mapping[str, int], options: Options):
+        self._ports, self._options = ports, options
+        self._runner = asyncio.Runner()
+        self._channel: grpc.aio.Channel | None = None
+
+    def close(self) -> None:
+        """Closes the channel of gRPC and the loop."""
+        if self._channel is not None:
+            self._runner.run(self._channel.close())
+        self._runner.close()
+
+    def make(self, block: Sequence[tuple[str, int]]) -> list[Outcome]:
+        """Makes the attempts of a block, some at the same time."""
+        return self._runner.run(self._make_all(block))
+
+    async def _make_all(self, block: Sequence[tuple[str, int]]) -> list[Outcome]:
+        free = asyncio.Semaphore(self._options.at_once)
+        return await asyncio.gather(*(self._make(kind, number, free) for kind, number in block))
+
+    async def _make(self, kind: str, number: int, free: asyncio.Semaphore) -> Outcome:
+        limit_s, statuses, finding = self._options.limit_s, collections.Counter[str](), ""
         async with free:
-            tried = malformed.make(kind, number, options.seed)
             try:
-                async with asyncio.timeout(4 * options.limit_s):
-                    found = await attempts.attempt(port, tried, options.limit_s)
+                async with asyncio.timeout(4 * limit_s):
+                    statuses = await self.make_one(made(kind, number, self._options.seed), is_grpc=kind in GRPC)
             except BrokenRuleError as e:
-                return kind, number, collections.Counter(), str(e)
+                finding = str(e)
             except TimeoutError:
-                return kind, number, collections.Counter(), f"the gateway reads nothing for {4 * options.limit_s:g} s"
+                finding = f"the gateway reads nothing for {4 * limit_s:g} s"
             except OSError as e:
-                return kind, number, collections.Counter(), f"cannot connect: {e}"
-            return kind, number, collections.Counter(str(response.status) for response in found), ""
+                finding = f"cannot connect: {e}"
+        return Outcome(kind, number, statuses, finding)
 
-    return await asyncio.gather(*(one(kind, number) for kind, number in block))
+    async def make_one(self, tried: Attempt | Call, *, is_grpc: bool) -> collections.Counter[str]:
+        """Makes one attempt. Returns the statuses of its answers. Raises BrokenRuleError."""
+        limit_s = self._options.limit_s
+        if isinstance(tried, Call):
+            if self._channel is None:
+                self._channel = attempts_grpc.channel(self._ports["grpc_port"])
+            return await attempts_grpc.call(self._channel, tried, limit_s)
+        if is_grpc:
+            return await attempts_grpc.attempt(self._ports["grpc_port"], tried, limit_s)
+        responses = await attempts.attempt(self._ports["port"], tried, limit_s)
+        return collections.Counter(str(response.status) for response in responses)
+
+
+def made(kind: str, number: int, seed: int) -> Attempt | Call:
+    """The attempt of a kind and a number."""
+    return (malformed_grpc if kind in GRPC else malformed).make(kind, number, seed)
 
 
 def attainment(port: int, options: Options, least: float = 1.0) -> float:
     """The attainment of valid traffic: the best of at most three tries, the last of which reaches `least`."""
     best = 0.0
-    given = messages.Input(malformed.SHAPE, malformed.DTYPE)
+    given = messages.Input(odd.SHAPE, odd.DTYPE)
     requests = [messages.json_request(given, i, SLO_MS) for i in range(messages.NUMBERS)]
     for seed in range(TRIES):
         trace = traces.gamma(rate_qps=options.rate, duration_s=options.rate_s, seed=seed)
@@ -142,76 +203,107 @@ def attainment(port: int, options: Options, least: float = 1.0) -> float:
     return best
 
 
-def repeat(port: int, options: Options, kind: str, number: int) -> int:
+def repeat(ports: Mapping[str, int], options: Options, kind: str, number: int) -> int:
     """Makes one attempt, and prints it. Returns the exit status."""
-    tried = malformed.make(kind, number, options.seed)
-    for step in tried.steps:
+    tried = made(kind, number, options.seed)
+    for step in tried.messages if isinstance(tried, Call) else tried.steps:
         print(f"send {len(step):,} bytes: {step[:3_000]!r}" if isinstance(step, bytes) else f"wait {step:g} s")
-    print(dataclasses.replace(tried, steps=()))
+    print(dataclasses.replace(tried, messages=()) if isinstance(tried, Call) else dataclasses.replace(tried, steps=()))
     try:
-        for response in asyncio.run(attempts.attempt(port, tried, options.limit_s)):
-            print(f"received {response.status} {response.headers}: {response.body[:1_000]!r}")
+        if kind in malformed.KINDS and isinstance(tried, Attempt):
+            for response in asyncio.run(attempts.attempt(ports["port"], tried, options.limit_s)):
+                print(f"received {response.status} {response.headers}: {response.body[:1_000]!r}")
+        else:
+            [outcome] = Attempts(ports, options).make([(kind, number)])
+            print(f"received {dict(outcome.statuses)} {outcome.finding}")
     except BrokenRuleError as e:
         print(f"finding: {e}")
         return 1
     return 0
 
 
+class Findings:
+    """What was seen so far: the statuses by kind, the findings, and the number of attempts."""
+
+    def __init__(self, options: Options):
+        self.statuses = {kind: collections.Counter[str]() for kind in options.kinds}
+        self.found = list[dict[str, object]]()
+        self.count = 0
+
+    def add(self, kind: str, number: int | None, finding: str) -> None:
+        """Adds a finding, and prints the first ones of each kind."""
+        self.found.append({"kind": kind, "number": number, "finding": finding})
+        if self.of_kind(kind) <= SHOWN:
+            print(f"{kind}{'' if number is None else f' {number}'}: {finding}", flush=True)
+
+    def add_all(self, outcomes: Sequence[Outcome]) -> None:
+        """Adds the outcomes of attempts."""
+        for outcome in outcomes:
+            self.count += 1
+            self.statuses[outcome.kind] += outcome.statuses or {"none": 1}
+            if outcome.finding:
+                self.add(outcome.kind, outcome.number, outcome.finding)
+
+    def of_kind(self, kind: str) -> int:
+        """The number of findings of a kind."""
+        return sum(finding["kind"] == kind for finding in self.found)
+
+    def print_table(self) -> None:
+        """Prints a line for each kind."""
+        lines = [("kind", "findings", "answers by status")]
+        for kind, counted in self.statuses.items():
+            shown = ", ".join(f"{status}: {count:,}" for status, count in sorted(counted.items()))
+            lines.append((kind, f"{self.of_kind(kind)}", shown))
+        cli.print_table(lines)
+
+
+def attack(ports: Mapping[str, int], watch: Watch, findings: Findings, options: Options) -> bool:
+    """Makes all attempts. Returns whether Ctrl-C interrupted it."""
+    todo, made_by = numbered(options), Attempts(ports, options)
+    blocks = [todo[i : i + BLOCK] for i in range(0, len(todo), BLOCK)]
+    try:
+        for block in progress.track(blocks, f"blocks of {BLOCK} attempts", note=lambda: f"{len(findings.found)} finding(s)"):
+            findings.add_all(made_by.make(block))
+            for finding in watch.findings():
+                findings.add("process", None, finding)
+            if watch.has_ended:
+                break
+    except KeyboardInterrupt:
+        return True
+    finally:
+        made_by.close()
+    return False
+
+
 def main() -> None:
     """The program."""
     options = cli.parse(Options, __doc__)
-    shape = ("--shape", *malformed.SHAPE, "--dtype", malformed.DTYPE)
-    with children.started("child.py", *shape) as child:
-        port = child.printed()["port"]
+    shape = ("--shape", *odd.SHAPE, "--dtype", odd.DTYPE)
+    with children.started("child.py", *shape, *(["--grpc"] if GRPC else [])) as process:
+        ports = process.printed()
         if options.case is not None:
-            sys.exit(repeat(port, options, *options.case))
-        watch, began_s = Watch(child), time.monotonic()
-        statuses = {kind: collections.Counter[str]() for kind in options.kinds}
-        findings = list[dict[str, object]]()
-
-        def add(kind: str, number: int | None, finding: str) -> None:
-            findings.append({"kind": kind, "number": number, "finding": finding})
-            if sum(f["kind"] == kind for f in findings) <= SHOWN:
-                print(f"{kind}{'' if number is None else f' {number}'}: {finding}", flush=True)
-
-        before, interrupted = attainment(port, options), False
-        after = before
-        todo = numbered(options)
-        blocks: Iterator[list[tuple[str, int]]] = (todo[i : i + BLOCK] for i in range(0, len(todo), BLOCK))
-        try:
-            for block in progress.track(
-                blocks, f"blocks of {BLOCK} attempts", total=-(-len(todo) // BLOCK), note=lambda: f"{len(findings)} finding(s)"
-            ):
-                for kind, number, counted, finding in asyncio.run(make_all(port, block, options)):
-                    statuses[kind] += counted or {"none": 1}
-                    if finding:
-                        add(kind, number, finding)
-                for finding in watch.findings():
-                    add("process", None, finding)
-            after = attainment(port, options, before)
-        except KeyboardInterrupt:
-            interrupted = True
+            sys.exit(repeat(ports, options, *options.case))
+        watch, findings, began_s = Watch(process), Findings(options), time.monotonic()
+        before = after = attainment(ports["port"], options)
+        interrupted = attack(ports, watch, findings, options)
+        if not interrupted and not watch.has_ended:
+            after = attainment(ports["port"], options, before)
         if watch.grown_mb() > options.limit_mb:
-            add("process", None, f"the memory has grown by {watch.grown_mb():.0f} MB")
+            findings.add("process", None, f"the memory has grown by {watch.grown_mb():.0f} MB")
         if after < before - LESS:
-            add("process", None, f"the attainment is {after:.4f}, and was {before:.4f} before")
-        lines = [["kind", "attempts", "findings", "answers by status"]]
-        for kind, counted in statuses.items():
-            made = sum(case[0] == kind for case in todo)
-            shown = ", ".join(f"{status}: {count:,}" for status, count in sorted(counted.items()))
-            lines.append([kind, f"{made:,}", f"{sum(f['kind'] == kind for f in findings)}", shown])
-        cli.print_table(lines)
-        memory = f"{watch.memory_mb[0]:.0f} MB before, {max(watch.memory_mb):.0f} at most, {watch.memory_mb[-1]:.0f} after"
-        print(f"memory of the gateway: {memory}")
-        print(f"attainment at {options.rate:,.0f} valid requests/s: {before:.4f} before, {after:.4f} after")
-        took_s = time.monotonic() - began_s
-        print(f"seed {options.seed}: {len(todo):,} attempts in {took_s:.0f} s{', interrupted' if interrupted else ''}")
-        about = {"seed": options.seed, "attempts": len(todo), "seconds": took_s, "interrupted": interrupted}
-        figures = {"memory_mb": watch.memory_mb, "attainment": {"before": before, "after": after}, "statuses": statuses}
-        cli.write_results(options.json, {**about, **figures, "findings": findings})
-        if (status := child.end()) != 0:
-            add("process", None, f"it ended with status {status} after SIGTERM: {child.said()[-2_000:]}")
-    sys.exit(130 if interrupted else 1 if findings else 0)
+            findings.add("process", None, f"the attainment is {after:.4f}, and was {before:.4f} before")
+        if (status := process.end()) != 0:
+            findings.add("process", None, f"it ended with status {status}: {process.said()[-2_000:]}")
+    findings.print_table()
+    memory = f"{watch.memory_mb[0]:.0f} MB before, {max(watch.memory_mb):.0f} at most, {watch.memory_mb[-1]:.0f} after"
+    print(f"memory of the gateway: {memory}")
+    print(f"attainment at {options.rate:,.0f} valid requests/s: {before:.4f} before, {after:.4f} after")
+    took_s = time.monotonic() - began_s
+    print(f"seed {options.seed}: {findings.count:,} attempts in {took_s:.0f} s{', interrupted' if interrupted else ''}")
+    about = {"seed": options.seed, "attempts": findings.count, "seconds": took_s, "interrupted": interrupted}
+    figures = {"memory_mb": watch.memory_mb, "attainment": {"before": before, "after": after}, "statuses": findings.statuses}
+    cli.write_results(options.json, {**about, **figures, "findings": findings.found})
+    sys.exit(130 if interrupted else 1 if findings.found else 0)
 
 
 if __name__ == "__main__":

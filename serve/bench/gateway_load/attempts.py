@@ -82,7 +82,7 @@ async def attempt(port: int, tried: Attempt, limit_s: float) -> list[Response]:
     responses = Responses(is_head=tried.is_head)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        cut_off = await _send(writer, tried.steps)
+        cut_off = await send(writer, tried.steps)
         if tried.leaves == "closes":
             writer.close()
             return []
@@ -101,12 +101,17 @@ async def attempt(port: int, tried: Attempt, limit_s: float) -> list[Response]:
         judge(tried, responses)
         return responses.found
     finally:
-        with contextlib.suppress(OSError):  # a reset leaves no socket behind that waits for a minute
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-        writer.transport.abort()
+        abort(writer)
 
 
-async def _send(writer: asyncio.StreamWriter, steps: Sequence[bytes | float]) -> bool:
+def abort(writer: asyncio.StreamWriter) -> None:
+    """Closes a connection by a reset, which leaves no socket behind that waits for a minute."""
+    with contextlib.suppress(OSError):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+    writer.transport.abort()
+
+
+async def send(writer: asyncio.StreamWriter, steps: Sequence[bytes | float]) -> bool:
     """Sends the steps. Returns whether the gateway has closed the connection before the last one."""
     try:
         for step in steps:

@@ -6,6 +6,7 @@ replays a trace in this process, and prints a line of JSON with the figures.
 
 import argparse
 import contextlib
+import inspect
 import json
 import signal
 from collections.abc import Sequence
@@ -62,6 +63,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def has_grpc() -> bool:
+    """Whether the gateway has a port of gRPC."""
+    return "grpc_port" in inspect.signature(Gateway).parameters
+
+
 def served(
     subnet: int | None = None,
     *,
@@ -114,11 +120,11 @@ def main() -> None:
         if options.trace:
             print(json.dumps(in_process(options, server)), flush=True)
             return
-        more = {"grpc_port": 0} if options.grpc else {}
+        more: dict[str, Any] = {"grpc_port": 0} if options.grpc else {}
         gateway = stack.enter_context(Gateway(server, port=0, name="supernet", **more))
         ports = {"port": int(gateway.url.rsplit(":", 1)[1])}
         if options.grpc:
-            ports["grpc_port"] = int(gateway.grpc_url.rsplit(":", 1)[1])
+            ports["grpc_port"] = int(gateway.grpc_target.rsplit(":", 1)[1])  # pyright: ignore[reportAttributeAccessIssue]
         print(json.dumps(ports), flush=True)
         signal.sigwait(stops)
 

@@ -1,4 +1,4 @@
-"""Runs `superserve serve` with sleeping engines in place of an export's. It is a program that serve/bench/gateway_stops.py starts.
+"""Runs `superserve serve` with sleeping engines in place of an export's. serve/bench/gateway_stops.py starts it.
 
 Only `superserve_jax.Server` is replaced. So the ports, the signals and the end are those of the command.
 """

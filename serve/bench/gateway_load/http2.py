@@ -114,7 +114,10 @@ class Http2:
         return True
 
     def receive(self, number: int) -> Iterator[tuple[int, bytes]]:
-        """Reads from a socket that has something. Yields each query that has ended, and its message; b"" if it has none."""
+        """Reads from a socket that has something. Yields each query that has ended, and its message.
+
+        Of a call that has failed, it yields words and the headers. If the connection was closed, it yields b"".
+        """
         one = self._made[number]
         try:
             data = one.sock.recv(_READ)
@@ -140,7 +143,7 @@ class Http2:
             if kind == RST_STREAM or (kind in (DATA, HEADERS) and flags & END_STREAM):
                 query, message = one.asked.pop(stream, None), one.messages.pop(stream, b"")
                 if query is not None:
-                    yield query, message if kind == HEADERS else b""  # without trailers, the call has failed
+                    yield query, message if kind == HEADERS and message else b"no answer, frame %d: %b" % (kind, content)
         one.rest = data[at:]
 
     def _control(self, one: _Connection, kind: int, flags: int, stream: int, content: bytes) -> None:

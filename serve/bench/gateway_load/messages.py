@@ -73,7 +73,12 @@ def json_request(given: Input, number: int, slo_ms: float) -> bytes:
 def binary_request(given: Input, number: int, slo_ms: float) -> bytes:
     """A request with a binary input, which also asks for a binary output."""
     x = given.array(number)
-    tensor = {"name": "input", "shape": x.shape, "datatype": DATATYPES[given.dtype], "parameters": {"binary_data_size": x.nbytes}}
+    tensor = {
+        "name": "input",
+        "shape": x.shape,
+        "datatype": DATATYPES[given.dtype],
+        "parameters": {"binary_data_size": x.nbytes},
+    }
     parameters = {"slo_ms": slo_ms, "binary_data_output": True}
     head = json.dumps({"inputs": [tensor], "parameters": parameters}, separators=(",", ":")).encode()
     return http(head + x.tobytes(), headers=(f"Inference-Header-Content-Length: {len(head)}",))
@@ -128,10 +133,10 @@ def _same(outputs: Sequence[float] | np.ndarray) -> float:
 def grpc_request(given: Input, number: int, slo_ms: float) -> bytes:
     """The message of ModelInferRequest with `raw_input_contents`, without gRPC's five bytes in front of it."""
     x = given.array(number)
-    shape = b"".join(_varint(n) for n in x.shape)
-    tensor = _field(1, b"input") + _field(2, DATATYPES[given.dtype].encode()) + _field(3, shape)
-    slo = _field(1, b"slo_ms") + _field(2, b"\x21" + struct.pack("<d", slo_ms))  # field 4 of InferParameter, a double
-    return _field(1, MODEL.encode()) + _field(4, slo) + _field(5, tensor) + _field(7, x.tobytes())
+    shape = b"".join(varint(n) for n in x.shape)
+    tensor = field(1, b"input") + field(2, DATATYPES[given.dtype].encode()) + field(3, shape)
+    slo = field(1, b"slo_ms") + field(2, b"\x21" + struct.pack("<d", slo_ms))  # field 4 of InferParameter, a double
+    return field(1, MODEL.encode()) + field(4, slo) + field(5, tensor) + field(7, x.tobytes())
 
 
 def read_grpc(raw: bytes) -> Answer:
@@ -154,7 +159,7 @@ def read_grpc(raw: bytes) -> Answer:
 def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each field of a message of protobuf. A whole number comes as the bytes of its varint.
 
-    >>> list(fields(_field(7, b"abc")))
+    >>> list(fields(field(7, b"abc")))
     [(7, b'abc')]
     """
     at = 0
@@ -173,11 +178,13 @@ def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         yield tag >> 3, message[start:at]
 
 
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
+def field(number: int, content: bytes) -> bytes:
+    """A field of a message of protobuf that has bytes."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A whole number from 0 up as a varint of protobuf."""
     made = bytearray()
     while value >= 0x80:
         made.append(value & 0x7F | 0x80)

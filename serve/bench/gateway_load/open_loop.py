@@ -1,7 +1,7 @@
-"""Plays a trace over the network: each request is sent when it is due, however late the answers are. Latencies count from then.
+"""Plays a trace over the network: each request is sent when it is due, however late the answers are.
 
-One thread, one epoll, and messages that were made before. So a request costs the generator a few system calls. It keeps the
-bytes of the answers, and looks at them after the run.
+Latencies count from the time at which a request was due. One thread, one epoll, and messages that were made before. So a
+request costs the generator a few system calls. It keeps the bytes of the answers, and looks at them after the run.
 """
 
 import collections
@@ -9,9 +9,10 @@ import dataclasses
 import functools
 import gc
 import select
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,7 +25,10 @@ _PERCENTILE = 99
 class Connections(Protocol):
     """Connections to a server: `http1.Http1` or `http2.Http2`."""
 
-    has_room: bool
+    @property
+    def has_room(self) -> bool:
+        """Whether a request can be sent now."""
+        ...
 
     def send(self, query: int, request: bytes) -> bool:
         """Sends a request. Returns False if that failed."""
@@ -105,7 +109,7 @@ def _play(
     now = -_LEAD_S
     while ended < n and now < end:
         now = time.monotonic() - start
-        while next_due < n and due[next_due] <= now or waiting:
+        while (next_due < n and due[next_due] <= now) or waiting:
             if not connections.has_room:
                 while next_due < n and due[next_due] <= now:
                     lateness[next_due] = now - due[next_due]
@@ -133,8 +137,7 @@ def _play(
                 if answer:
                     done[query] = time.monotonic() - start
     seconds = time.monotonic() - start
-    arrays = (np.array(values) for values in (sent, done, lateness))
-    return Played(due_s, *arrays, answers, seconds, most_open)
+    return Played(due_s, np.array(sent), np.array(done), np.array(lateness), answers, seconds, most_open)
 
 
 def _events(epoll: select.epoll, timeout_s: float) -> list[tuple[int, int]]:
@@ -167,7 +170,7 @@ def check(played: Played, read: Callable[[bytes], Answer], numbers: int) -> tupl
             elif answer.subnet == answer.subnet and answer.subnet != answer.rank:  # no NaN
                 why = f"query {query} got the outputs of subnet {answer.rank}, but the answer names {answer.subnet}"
             accuracy[query] = answer.accuracy
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as e:
             why = f"query {query} got {raw[:300]!r}: {e}"
         if why:
             wrong += 1
@@ -176,7 +179,7 @@ def check(played: Played, read: Callable[[bytes], Answer], numbers: int) -> tupl
     return accuracy, wrong, words
 
 
-def figures(played: Played, slo_ms: float, read: Callable[[bytes], Answer], numbers: int) -> dict[str, float | int | list[str]]:
+def figures(played: Played, slo_ms: float, read: Callable[[bytes], Answer], numbers: int) -> dict[str, Any]:
     """The figures of a run.
 
     Args:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-import litserve
+import litserve  # pyright: ignore[reportMissingImports]
 
 OPTIONS = json.loads(os.environ["PEER_OPTIONS"])
 

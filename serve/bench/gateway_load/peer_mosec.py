@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-import mosec
+import mosec  # pyright: ignore[reportMissingImports]
 
 OPTIONS = json.loads(os.environ["PEER_OPTIONS"])  # mosec starts its workers anew, and they read this file again
 

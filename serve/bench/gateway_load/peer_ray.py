@@ -6,9 +6,9 @@ import signal
 import time
 from typing import Any
 
-import ray
-from ray import serve
-from starlette.requests import Request
+import ray  # pyright: ignore[reportMissingImports]
+from ray import serve  # pyright: ignore[reportMissingImports]
+from starlette.requests import Request  # pyright: ignore[reportMissingImports]
 
 OPTIONS = json.loads(os.environ["PEER_OPTIONS"])
 
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     serve.start(http_options={"host": "127.0.0.1", "port": OPTIONS["port"]})
-    serve.run(Sleeping.bind(), route_prefix="/")
+    serve.run(Sleeping.bind(), route_prefix="/")  # pyright: ignore[reportAttributeAccessIssue]
     signal.sigwait({signal.SIGTERM})
     serve.shutdown()
     ray.shutdown()

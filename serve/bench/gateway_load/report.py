@@ -61,7 +61,9 @@ def print_bounds(results: Mapping[str, Result]) -> None:
 
 def print_rates(rates: Mapping[str, Mapping[str, float]]) -> None:
     """Prints the highest rates at 0.99, and their ratio to the server without a network."""
-    lines = [("server", *(f"{which} subnet: queries/s" + more for which in cases.TOP_RATES for more in ("", ", / in process")))]
+    lines = [
+        ("server", *(f"{which} subnet: queries/s" + more for which in cases.TOP_RATES for more in ("", ", / in process")))
+    ]
     for server, found in rates.items():
         cells = []
         for which in cases.TOP_RATES:

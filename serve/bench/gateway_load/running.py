@@ -58,9 +58,10 @@ def run(case: Case, setup: Setup, number: int) -> Run:
     if case.is_peer:
         subnet = case.subnet or 0
         batch = setup.peer_batches[subnet]
-        with peers.started(
-            case.server, subnet, batch=batch, wait_ms=setup.peer_wait_ms, python=setup.peer_python
-        ) as (child, port):
+        with peers.started(case.server, subnet, batch=batch, wait_ms=setup.peer_wait_ms, python=setup.peer_python) as (
+            child,
+            port,
+        ):
             path = peers.PEERS[case.server].path
             requests = [messages.peer_request(path, i) for i in range(messages.NUMBERS)]
             found = loaded(child, lambda epoll: http1.Http1(port, epoll, setup.connections), trace.arrivals_s, requests)
