@@ -3,10 +3,12 @@
     python serve/bench/gateway_stops.py
     python serve/bench/gateway_stops.py --times 500 --clients 64 --json runs/stops.json
 
-The command runs with engines that sleep. --clients connections send one request after the other, and as many more are open and
-idle. After a random time, the command gets SIGTERM. The clients go on until no connection is accepted any more. A finding is:
+The command runs with engines that sleep. --clients connections send one request after the other, and as many more are idle or
+wait for events. A quarter as many clients call over gRPC. After a random time, the command gets SIGTERM. The clients go on
+until they are refused. A finding is:
 - a request without an answer, or with a wrong one. A request counts as accepted if its connection was open before SIGTERM,
-  or if an answer has come on it. The system may reset connections that were opened later; they are counted as refused,
+  or if an answer has come on it. The system may reset connections that were opened later; they are counted as refused. A call
+  of gRPC counts as accepted if it began a tenth of a second before SIGTERM,
 - another exit status than 0, no end within --limit-s seconds, or a traceback in the log.
 The exit status is 1 if there is one.
 Library: commands.serve, gateway.Gateway.
@@ -23,16 +25,20 @@ import re
 import sys
 import time
 
-from gateway_load import attempts, children, messages
+import grpc
+from gateway_load import attempts, attempts_grpc, children, messages
 from gateway_load.attempts import BrokenRuleError, Responses
 from gateway_load.children import Child
 
 from superserve_jax import cli, progress
 
-ADDRESS = re.compile(r"http://\S+?:(\d+)/v2/models")
+ADDRESS = re.compile(r"http://\S+?:(\d+)/v2/models.*^try it", re.DOTALL | re.MULTILINE)
+GRPC_ADDRESS = re.compile(r"^gRPC at \S+:(\d+)$", re.MULTILINE)
 SOON_S, LATE_S = 0.05, 0.4  # SIGTERM comes at a random time between these
 SLO_MS = 10_000.0
 READ = 1 << 16
+JUST_S = 0.1  # a call that began so shortly before SIGTERM may be refused
+EVENTS = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +68,11 @@ class Load:
 
     Args:
       port: the port of HTTP.
+      grpc_port: the port of gRPC, or None.
     """
 
-    def __init__(self, port: int):
-        self.port = port
+    def __init__(self, port: int, grpc_port: int | None):
+        self.port, self.grpc_port = port, grpc_port
         self.counts: collections.Counter[str] = collections.Counter()
         self.findings: list[str] = []
         self._stopped_s = float("inf")
@@ -101,6 +108,26 @@ class Load:
             finally:
                 writer.transport.abort()
 
+    async def call_all(self, client: int) -> None:
+        """Calls over gRPC, one call after the other. Returns when a call is refused after SIGTERM."""
+        number = client
+        async with attempts_grpc.channel(self.grpc_port or 0) as channel:
+            infer = channel.unary_unary(messages.GRPC_PATH)  # without coders, messages are bytes
+            while True:
+                number = (number + 1) % messages.NUMBERS
+                began_s = time.monotonic()
+                try:
+                    answer = await infer(messages.grpc_request(messages.SMALL, number, SLO_MS), timeout=1e-3 * SLO_MS)
+                except grpc.aio.AioRpcError as e:
+                    if e.code() is not grpc.StatusCode.UNAVAILABLE or began_s < self._stopped_s - JUST_S:
+                        self.findings.append(f"call {number}: {e.code().name}, {e.details()}")
+                    self.counts["refused calls"] += 1
+                    return
+                self.counts["calls"] += 1
+                first = messages.read_grpc_message(answer).number
+                if first != number:
+                    self.findings.append(f"call {number} got the answer of another one: {first}")
+
     async def _answer(self, reader: asyncio.StreamReader, number: int) -> bool:
         """Reads one answer. Returns whether it closes the connection."""
         responses = Responses(is_head=False)
@@ -122,11 +149,16 @@ class Load:
         return response.headers.get("connection", "").lower() == "close"
 
 
-async def stop_under_load(child: Child, port: int, wait_s: float, options: Options) -> tuple[Load, float]:
+async def stop_under_load(child: Child, wait_s: float, options: Options) -> tuple[Load, float]:
     """Sends requests, and SIGTERM after `wait_s` seconds. Returns the clients and the seconds until the end of the process."""
-    load = Load(port)
-    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(options.clients)]
+    [port], grpc_ports = ADDRESS.findall(child.text()), GRPC_ADDRESS.findall(child.text())
+    load = Load(int(port), int(grpc_ports[0]) if grpc_ports else None)
+    idle = [await asyncio.open_connection("127.0.0.1", load.port) for _ in range(options.clients)]
+    for _, writer in idle[::2]:
+        writer.write(EVENTS)
     clients = [asyncio.create_task(load.send_all(i)) for i in range(options.clients)]
+    if load.grpc_port is not None:
+        clients += [asyncio.create_task(load.call_all(i)) for i in range(-(-options.clients // 4))]
     await asyncio.sleep(wait_s)
     load.stopped()
     start_s = time.monotonic()
@@ -152,9 +184,7 @@ def main() -> None:
     rng, counts, findings, took_s = random.Random(options.seed), collections.Counter[str](), list[str](), list[float]()
     for time_number in progress.track(range(options.times), "stops", note=lambda: f"{len(findings)} finding(s)"):
         with children.started("command.py", ready=lambda child: ADDRESS.search(child.text())) as child:
-            address = ADDRESS.search(child.text())
-            assert address is not None
-            load, seconds = asyncio.run(stop_under_load(child, int(address[1]), rng.uniform(SOON_S, LATE_S), options))
+            load, seconds = asyncio.run(stop_under_load(child, rng.uniform(SOON_S, LATE_S), options))
         counts += load.counts
         took_s.append(seconds)
         for finding in load.findings:
@@ -163,6 +193,7 @@ def main() -> None:
     answered = counts["200"] + counts["503"]
     print(f"{options.times} stops under load: {answered:,} requests were answered, {counts['503']:,} of them with 503")
     print(f"{counts['refused']} connections that were opened after SIGTERM were reset")
+    print(f"gRPC: {counts['calls']:,} calls were answered, {counts['refused calls']} were refused after SIGTERM")
     print(f"an end took {max(took_s):.2f} s at most; {len(findings)} finding(s)")
     cli.write_results(options.json, {"times": options.times, "counts": counts, "seconds": took_s, "findings": findings})
     sys.exit(1 if findings else 0)

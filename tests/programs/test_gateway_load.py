@@ -21,9 +21,11 @@ def outputs(number):
     return [number, *[3.0] * 9]
 
 
-def http_answer(number, status=b"200 OK"):
+def http_answer(number, status=b"200 OK", *, chunked=False):
     content = {"parameters": {"subnet": "3", "accuracy": 0.75}, "outputs": [{"data": outputs(number)}]}
     body = json.dumps(content).encode()
+    if chunked:
+        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     return b"HTTP/1.1 %b\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body)
 
 
@@ -76,9 +78,10 @@ def play_http(answer, connections=8, slo_ms=10_000):
     return open_loop.figures(played, slo_ms, messages.read_http, messages.NUMBERS), played
 
 
-def test_all_answers_are_counted_though_they_come_in_pieces():
+@pytest.mark.parametrize("chunked", [False, True])
+def test_all_answers_are_counted_though_they_come_in_pieces(chunked):
     def in_pieces(number):
-        whole = http_answer(number)
+        whole = http_answer(number, chunked=chunked)
         return whole[:50], whole[50:]
 
     found, played = play_http(in_pieces)

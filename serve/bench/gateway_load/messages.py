@@ -144,8 +144,13 @@ def read_grpc(raw: bytes) -> Answer:
     compressed, length = struct.unpack_from(">?I", raw)
     if compressed or length != len(raw) - 5:
         raise ValueError(f"expected one message that is not compressed, got {raw[:50]!r}")
+    return read_grpc_message(raw[5:])
+
+
+def read_grpc_message(message: bytes) -> Answer:
+    """Reads a ModelInferResponse. Raises as `read_grpc`."""
     parameters, outputs = {}, b""
-    for number, value in fields(raw[5:]):
+    for number, value in fields(message):
         if number == 4:
             entry = dict(fields(value))
             [parameters[bytes(entry[1]).decode()]] = dict(fields(entry[2])).values()
