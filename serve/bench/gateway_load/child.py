@@ -25,6 +25,8 @@ from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 
 OUTPUTS = 10
+PERIOD_MS = 1.0
+"""How often the generator of `loadtest.loadgen` wakes up. So it may be late by so much."""
 
 
 class Sleeping(FakeEngine):
@@ -105,6 +107,7 @@ def in_process(options: argparse.Namespace, server: Server) -> dict[str, Any]:
         "p50_ms": float(np.median(answered)),
         "p99_ms": float(np.percentile(answered, 99)),
         "lateness_p99_ms": float(1e3 * np.percentile(run.lateness_s, 99)),
+        "period_ms": PERIOD_MS,
         "other_cores": used["other_cores"],
     }
 
