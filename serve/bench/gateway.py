@@ -16,8 +16,8 @@ A peer serves one fixed subnet, by the same sleeps. `--peer-batches` limits its 
 
 A run counts if other programs used at most 0.15 cores, and if the generator was at most 1 ms late at p99. In process, it wakes
 up once per millisecond, so 2 ms are allowed. Each case is repeated until --repeats runs count, at most --tries times. Cases
-take turns, so that all servers meet the same conditions. With --json, results are saved after each run, and a later call with the same options goes on from there. The exit status is 1
-if an answer of the gateway was wrong or lost.
+take turns, so that all servers meet the same conditions. With --json, results are saved after each run, and a later call with
+the same options goes on from there. The exit status is 1 if an answer of the gateway was wrong or lost.
 Library: gateway.Gateway, serving.server, simulation.traces, loadtest.loadgen.
 """
 
