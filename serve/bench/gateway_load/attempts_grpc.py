@@ -15,6 +15,7 @@ BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DAT
 """The statuses that no call may get."""
 _PATIENCE_S = 0.05
 _READ = 1 << 16
+_OWN = "Internal error from Core"  # so grpcio says that it could not send all messages, since the answer came before
 
 
 def _same(message: bytes) -> bytes:
@@ -41,11 +42,13 @@ async def call(made: grpc.aio.Channel, tried: Call, limit_s: float) -> collectio
                 unary = made.unary_unary(tried.path, **coders)
                 await unary(tried.messages[0], timeout=tried.timeout_s, metadata=tried.metadata)
     except grpc.aio.AioRpcError as e:
-        if e.code() in BROKEN:
+        if e.code() in BROKEN and e.details() != _OWN:
             raise BrokenRuleError(f"status {e.code().name}: {e.details()}") from e
         if e.code() is grpc.StatusCode.DEADLINE_EXCEEDED and tried.timeout_s >= 1:
             raise BrokenRuleError(f"no answer in {tried.timeout_s:g} s") from e
         return collections.Counter({e.code().name: 1})
+    except asyncio.CancelledError as e:  # so grpcio says that the other side has cancelled the call
+        raise BrokenRuleError("the call was cancelled") from e
     except TimeoutError as e:
         raise BrokenRuleError(f"the call has not ended {limit_s:g} s after its deadline") from e
     return collections.Counter({"OK": 1})

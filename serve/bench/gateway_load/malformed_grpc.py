@@ -20,7 +20,6 @@ METHODS = (
 )
 OTHER_PATHS = (
     "/grpc.health.v1.Health/Check",
-    "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/X",
     "/",
     "x",
