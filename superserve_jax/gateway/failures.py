@@ -76,7 +76,7 @@ def status_of(error: BaseException) -> int:
 def message_of(error: BaseException) -> str:
     """What the client reads. Unexpected errors are logged; the client gets a general message."""
     if isinstance(error, _FOR_CLIENTS):
-        return str(error).encode(errors="replace").decode()
+        return errors.one_line(error)  # it may show what the client has sent
     for kind, message in _INSTEAD:
         if isinstance(error, kind):
             return message
