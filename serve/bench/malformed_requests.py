@@ -24,6 +24,7 @@ Library: gateway.Gateway, serving.server.
 import asyncio
 import collections
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -284,7 +285,7 @@ def main() -> None:
         if options.case is not None:
             sys.exit(repeat(ports, options, *options.case))
         watch, findings, began_s = Watch(process), Findings(options), time.monotonic()
-        before = after = attainment(ports["port"], options)
+        before, after = attainment(ports["port"], options), math.nan
         interrupted = attack(ports, watch, findings, options)
         if not interrupted and not watch.has_ended:
             after = attainment(ports["port"], options, before)

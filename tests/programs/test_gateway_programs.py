@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from gateway_load import malformed, odd
+from gateway_load import malformed
 
-ONLY = ("HTTP json, number, switching, bursts", "HTTP binary, image", "in process, number, smallest, 8199")
+ONLY = ("HTTP binary, image", "in process, number, smallest, 8199")
 
 
 @pytest.mark.slow
@@ -53,9 +53,9 @@ def test_an_attempt_is_the_same_whenever_it_is_made(kind):
 
 
 def test_one_attempt_is_repeated_and_printed(run_program):
-    printed = run_program("serve/bench/malformed_requests.py", "--case", "slow", 0).stdout
-    assert "send 1 bytes" in printed or "send 7 bytes" in printed or "send 40 bytes" in printed
-    assert odd.PATHS[0]
+    printed = run_program("serve/bench/malformed_requests.py", "--case", "values", 3).stdout
+    assert "send " in printed
+    assert "received 400" in printed
 
 
 @pytest.mark.slow
