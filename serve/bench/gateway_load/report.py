@@ -97,7 +97,8 @@ def _draw_rates(panel: Any, rates: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _draw_cpu(panel: Any, results: Mapping[str, Result]) -> None:
-    shown = [(name, found["server_us"]) for name, found in results.items() if "server_us" in found and ", smallest, " in name]
+    names = [case.name for case in cases.of_bounds(cases.PEERS) if case.subnet == 0]
+    shown = [(name, results[name]["server_us"]) for name in names if "server_us" in results.get(name, {})]
     bars = panel.barh([name.replace(", smallest", "") for name, _ in shown], [cpu for _, cpu in shown], color="tab:green")
     panel.bar_label(bars, fmt="{:.0f}", padding=2)
     panel.margins(x=0.15)
