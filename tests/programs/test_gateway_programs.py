@@ -53,7 +53,7 @@ def test_an_attempt_is_the_same_whenever_it_is_made(kind):
 
 
 def test_one_attempt_is_repeated_and_printed(run_program):
-    printed = run_program("serve/bench/malformed_requests.py", "--case", "values", 3).stdout
+    printed = run_program("serve/bench/malformed_requests.py", "--case", "values", 112).stdout
     assert "send " in printed
     assert "received 400" in printed
 
