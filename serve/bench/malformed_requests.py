@@ -124,7 +124,7 @@ def numbered(options: Options) -> list[tuple[str, int]]:
     """Kind and number of each attempt. The kinds take turns."""
     shares = {kind: SHARES.get(kind, 1.0) for kind in options.kinds}
     each = options.requests / sum(shares.values())
-    counts = {kind: max(round(each * share), 1) for kind, share in shares.items()}
+    counts = {kind: math.ceil(each * share) for kind, share in shares.items()}
     return sorted(((k, i) for k, n in counts.items() for i in range(n)), key=lambda case: case[1] / counts[case[0]])
 
 

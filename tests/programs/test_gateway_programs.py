@@ -40,7 +40,7 @@ def test_malformed_requests_get_errors_and_nothing_breaks(run_program):
         "serve/bench/malformed_requests.py", "--requests", 2_000, "--rate", 200, "--rate-s", 0.5, json_file=True
     )
     assert done.json["findings"] == []
-    assert done.json["attempts"] == pytest.approx(2_000, rel=0.01)
+    assert done.json["attempts"] >= 2_000
     assert all(done.json["statuses"][kind] for kind in malformed.KINDS)
     assert done.json["statuses"]["pipelines"]["200"] > 100
     assert done.json["statuses"]["values"]["400"] > 50
