@@ -17,11 +17,12 @@ from superserve_jax.gateway import Limits
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text().partition("## Over the network")[2].partition("## Texts and length")[0]
-TABLES = [
-    [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+TABLES = {
+    table.partition("\n")[0]: [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
-]
-PATHS, _, _, STATUSES, LIMITS = TABLES
+}
+PATHS, STATUSES = TABLES["| path | method | answer |"], TABLES["| status | when |"]
+LIMITS = TABLES["| flag | default | meaning |"]
 
 
 @pytest.fixture(scope="module")
