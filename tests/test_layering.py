@@ -52,7 +52,10 @@ ALLOWED = {
         *("serving", "simulation", "scheduling", "engines.base", "engines.fake"),
         *("profile", "subnet", "lengths"),
     ),
-    "gateway": ("serving", "profile", "subnet", "lengths", "vocabulary", "manifest"),
+    "gateway": (
+        *("serving", "profile", "subnet", "lengths", "vocabulary", "manifest"),
+        *("loadtest.loadgen", "simulation.traces"),  # for the demo's traffic
+    ),
     "commands": (
         *("cli", "convert", "engines", "experiments", "exports", "extract", "families", "gateway", "lengths", "loadtest"),
         "manifest",
@@ -81,6 +84,7 @@ LATE = {
     "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
     "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
     "commands": ("superserve_jax.gateway",),
+    "gateway": ("superserve_jax.gateway.demo",),
 }
 
 

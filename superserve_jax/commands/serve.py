@@ -42,6 +42,7 @@ class Options:
       compute_dtype: the dtype to compute in; bfloat16 is for GPUs, and the export needs accuracies in it.
       max_queue: how many queries may wait; more are refused with status 429.
       expire: drop a query that can no longer meet its deadline, with status 504, instead of answering it late.
+      demo: send steady traffic while the live page is open, and show controls for bursts on it.
       limits: what clients may do.
       token_file: a file with a token, which clients must send as `Authorization: Bearer TOKEN`. Without it, the environment
         variable SUPERSERVE_TOKEN may hold the token. Health probes need no token.
@@ -62,6 +63,7 @@ class Options:
     compute_dtype: ComputeDtype = "float32"
     max_queue: int = 10_000
     expire: bool = False
+    demo: bool = False
     limits: tyro.conf.OmitArgPrefixes[Limits] = dataclasses.field(default_factory=Limits)
     token_file: str | None = None
     tls_cert: str | None = None
@@ -82,7 +84,7 @@ def main() -> None:
         return {name: getattr(options, name) for name in names}
 
     check_slo(options.slo_ms)
-    door = chosen("host", "port", "grpc_port", "name", "limits", "tls_cert", "tls_key", "access_log")
+    door = chosen("host", "port", "grpc_port", "name", "limits", "tls_cert", "tls_key", "access_log", "demo")
     door["token"] = gateway.read_token(options.token_file)
     gateway.check_options(**door)
     serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
@@ -98,7 +100,8 @@ def main() -> None:
             print(f"serving {name} at {opened.url}/v2/models/{name}{where} with {server!r}", flush=True)
             if opened.grpc_target is not None:
                 print(f"gRPC at {opened.grpc_target}")
-            print(f"try it: curl {opened.url}/v2/health/ready; SIGTERM or Ctrl-C ends it", flush=True)
+            print(f"the live page is at {opened.url}; try also: curl {opened.url}/v2/health/ready", flush=True)
+            print("SIGTERM or Ctrl-C ends it", flush=True)
             opened.wait()
     except _StopError:
         print("ended before the port was open")

@@ -20,6 +20,7 @@ import prometheus_client.openmetrics.exposition
 from superserve_jax import errors
 from superserve_jax.gateway import bodies, documents, messages, requests, tensors
 from superserve_jax.gateway.failures import ClosingError, RequestError
+from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
 from superserve_jax.gateway.model import VERSION, ServedModel, answers_to, find
 
@@ -39,14 +40,15 @@ class App:
 
     Args:
       models: the models by name.
+      page: the live page; None without one.
 
     Attributes:
       draining: True when the gateway is closing. It is not ready any more.
       max_body_bytes: the longest body of any request.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel]):
-        self._models = dict(models)
+    def __init__(self, models: Mapping[str, ServedModel], page: LivePage | None = None):
+        self._models, self._page = dict(models), page
         self._infer_at = {
             f"/v2/models/{name}{version}/infer".encode(): model
             for name, model in self._models.items()
@@ -106,6 +108,9 @@ class App:
             return _document(documents.repository_index(self._models.values(), ready_only=ready_only))
         if (found := _MODEL.fullmatch(path)) and path != "/v2/models/stats":
             return self._about(*found.groups(), path=path, method=method)
+        if self._page is not None and path in self._page.paths:
+            _check_method(method, path, self._page.paths[path])
+            return self._page.answer(request)
         if path not in self._documents:
             raise RequestError(f"there is no path {path[:200]!r}; docs/serving.md lists all", status=404)
         _check_method(method, path, _GET)

@@ -19,6 +19,7 @@ from superserve_jax.gateway.app import App
 from superserve_jax.gateway.connections import Connection, Shared
 from superserve_jax.gateway.grpc.port import Port
 from superserve_jax.gateway.limits import Limits, check_limits
+from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.model import ServedModel, check_name, default_name
 from superserve_jax.serving.server import Server
 
@@ -46,6 +47,7 @@ class Gateway:
       token: what clients must send in a header, `Authorization: Bearer TOKEN`. Health probes need none. None lets all in.
       tls_cert, tls_key: files in PEM with a certificate and its key; None serves without TLS.
       access_log: a file to which a line of JSON is appended for each answer, or "-" for the standard output.
+      demo: whether the live page has controls that send traffic to the servers.
 
     Attributes:
       url: such as "http://127.0.0.1:8000".
@@ -79,6 +81,7 @@ class Gateway:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         access_log: str | None = None,
+        demo: bool = False,
     ):
         if isinstance(server, Mapping) and (name is not None or not server):
             raise errors.ConfigError("give a dict of one or more servers by name, or one server and its name")
@@ -86,7 +89,8 @@ class Gateway:
         self._limits = Limits() if limits is None else check_limits(limits)
         self.models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
         self._access, self._tls = access.Access(token), access.tls_context(tls_cert, tls_key)
-        self._app = App(self.models)
+        self._page = LivePage(self.models, host=host, demo=demo)
+        self._app = App(self.models, self._page)
         self._grpc_address = None if grpc_port is None else (host, grpc_port)
         self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC
         self._tls_files = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
@@ -138,6 +142,7 @@ class Gateway:
         The same holds for gRPC. There, inferences that come after the first step get status UNAVAILABLE.
         """
         self._app.draining = True
+        self._page.close()
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._closing.set)
         limits = self._limits
@@ -170,6 +175,7 @@ class Gateway:
             tls = {"ssl": self._tls, "ssl_handshake_timeout": limits.head_s, "ssl_shutdown_timeout": _FLUSH_S}
         sock = self._listener.dup()
         listening = await loop.create_server(lambda: Connection(shared), sock=sock, backlog=_BACKLOG, **tls)
+        self._page.start()
         running = [loop.create_task(_tick(shared))]
         if self._log is not None:
             running.append(loop.create_task(_write_log(self._log)))

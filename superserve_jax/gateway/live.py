@@ -1,0 +1,108 @@
+"""The live page: its files, its stream of events, and the demo's control.
+
+The page loads nothing from elsewhere. Its headers forbid that, and also that another page shows it in a frame.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+from superserve_jax import errors
+from superserve_jax.gateway import bodies, origins, tensors
+from superserve_jax.gateway.events import Events
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.messages import Answer, Request
+from superserve_jax.gateway.model import ServedModel, unknown_model
+from superserve_jax.gateway.sampling import Sampler
+
+FOLDER = pathlib.Path(__file__).parent / "page"
+_KINDS = {".html": b"text/html; charset=utf-8", ".js": b"text/javascript", ".css": b"text/css", ".svg": b"image/svg+xml"}
+_SAFE = (
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_VENDORED = "uplot-"
+_DEMO_BYTES = 4096
+
+_Rate = Annotated[float, msgspec.Meta(ge=0.0)]
+
+
+class _Asked(msgspec.Struct):
+    """The body of a request to /demo."""
+
+    model: str
+    steady_qps: _Rate | None = None
+    burst_qps: _Rate | None = None
+
+
+class LivePage:
+    """The page at `/`.
+
+    Args:
+      models: the models by name. It is read once a second, so models may come and go.
+      host: the address that the gateway listens at.
+      demo: whether the page has controls that send traffic to the models that are there now.
+
+    Attributes:
+      paths: the paths that it answers, and their methods.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], *, host: str, demo: bool = False):
+        self._host, self._demos = host, {}
+        self._events = Events(Sampler(models, demo=self._demo_states if demo else None))
+        self._files = {"/": _read(FOLDER / "index.html")}
+        for path in FOLDER.rglob("*"):
+            if path.suffix in _KINDS and path.suffix != ".html":
+                self._files[f"/static/{path.relative_to(FOLDER).as_posix()}"] = _read(path)
+        self.paths: dict[str, tuple[str, ...]] = {**dict.fromkeys(self._files, ("GET", "HEAD")), "/events": ("GET",)}
+        if demo:
+            from superserve_jax.gateway.demo import Demo  # here, since the load generator takes half a second to import
+
+            self._demos = {name: Demo(model, lambda: self._events.open > 0) for name, model in models.items()}
+            self.paths["/demo"] = ("POST",)
+
+    def start(self) -> None:
+        """Starts the samples and the demo's traffic. Called in the event loop."""
+        self._events.start()
+        for demo in self._demos.values():
+            demo.start()
+
+    def close(self) -> None:
+        """Ends the demo's traffic, and takes no new streams. Any thread may call it, also twice."""
+        self._events.closed = True
+        for demo in self._demos.values():
+            demo.close()
+
+    def answer(self, request: Request) -> Answer:
+        """Answers a request to one of `paths`, with one of its methods. Raises RequestError or ClosingError."""
+        path = request.path
+        if path == "/events":
+            return self._events.answer()
+        return self._control(request) if path == "/demo" else self._files[path]
+
+    def _control(self, request: Request) -> Answer:
+        """Changes the demo's traffic. Answers its new state."""
+        origins.check_same_origin(request.headers, host=self._host)
+        body = bodies.read(request, _DEMO_BYTES)
+        try:
+            asked = msgspec.json.decode(body, type=_Asked)
+        except tensors.MALFORMED as e:
+            raise RequestError(
+                f'the body is not a request for traffic: {errors.one_line(e)[:300]}; send {{"model": "a", "burst_qps": 1000}}'
+            ) from e
+        if (demo := self._demos.get(asked.model)) is None:
+            raise unknown_model(asked.model, [*self._demos])
+        demo.set(steady_qps=asked.steady_qps, burst_qps=asked.burst_qps)
+        return Answer(msgspec.json.encode(demo.state()))
+
+    def _demo_states(self) -> dict[str, Any]:
+        return {name: demo.state() for name, demo in self._demos.items()}
+
+
+def _read(path: pathlib.Path) -> Answer:
+    """A file of the page. A vendored one has its version in its path, so a browser may keep it."""
+    cache = b"max-age=31536000, immutable" if path.parent.name.startswith(_VENDORED) else b"no-cache"
+    return Answer(path.read_bytes(), 200, ((b"content-type", _KINDS[path.suffix]), (b"cache-control", cache), *_SAFE))
