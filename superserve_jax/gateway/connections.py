@@ -130,6 +130,8 @@ class Connection(asyncio.Protocol):
         """Closes the connection after the requests that have arrived or, without one, in a moment."""
         if self._streaming and self._task is not None:
             self._task.cancel()
+            if self._writable is not None:  # its client does not read, so the end would never be sent
+                self.abort()
         elif self._is_idle():
             self._loop.call_later(_GRACE_S, self._close_if_idle)
 

@@ -128,7 +128,8 @@ def test_a_page_that_nobody_reads_does_not_hold_the_gateway_up():
     engines = [gateways.engine(name=f"{i:010000}") for i in range(20)]
     with fakes.serve(*engines) as server, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with gateway.Gateway({f"model{i}": server for i in range(40)}, port=0) as door:
+        models, limits = {f"model{i}": server for i in range(40)}, gateway.Limits(drain_s=600)
+        with gateway.Gateway(models, port=0, limits=limits) as door:
             sock.connect(("127.0.0.1", int(door.url.rsplit(":", 1)[1])))
             sock.sendall(b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
             assert sock.recv(4)
