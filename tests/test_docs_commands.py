@@ -21,7 +21,19 @@ from superserve_jax.training.runs import Run
 
 SHELL = ("bash", "sh", "console", "shell")
 PROGRAM = re.compile(r"(superserve|python|make|pip install|(serve|train)/\S+\.py) ?\b")
-OTHER_PROGRAMS = ("git", "cd", "cp", "source", "tensorboard", "mkdir", "curl", "head", "nvidia-smi")  # not ours
+OTHER_PROGRAMS = (
+    "git",
+    "cd",
+    "cp",
+    "source",
+    "tensorboard",
+    "mkdir",
+    "curl",
+    "head",
+    "nvidia-smi",
+    "docker",
+    "kubectl",
+)  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
 EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests"}  # files of the reader, and files that stand for them
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

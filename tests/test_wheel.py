@@ -29,6 +29,8 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert {n.split("/")[0] for n in names} == {"superserve_jax", *[n.split("/")[0] for n in names if ".dist-info/" in n]}
     assert {"superserve_jax/py.typed", "superserve_jax/__init__.pyi"} <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert any(".dist-info/licenses/" in n and n.endswith("/uplot-1.6.32/LICENSE") for n in names)
+    assert {f"superserve_jax/gateway/page/{name}" for name in ("index.html", "live.js", "live.css", "icon.svg")} <= set(names)
     for name in ("cluttered_digits", "listops"):
         assert f"superserve_jax/training/datasets/{name}/{name}_dataset_builder.py" in names
     assert "superserve_jax/gateway/grpc/protos/descriptors.binpb" in names

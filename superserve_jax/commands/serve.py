@@ -2,9 +2,11 @@
 
     superserve serve runs/digits_resnet/export --port 8000 --grpc-port 8001 --slo-ms 36
     superserve serve digits --host 0.0.0.0 --policy fixed:largest
+    superserve serve digits --demo
 
-The ports open when the executables are compiled and warm. Then the command prints their addresses. docs/serving.md lists the
-calls and shows requests with curl and Python. `pip install 'superserve-jax[serve]'` installs what it needs.
+The ports open when the executables are compiled and warm. Then the command prints their addresses. A browser shows a live page
+there. `--demo` sends traffic to look at. docs/serving.md lists the calls and shows requests with curl and Python.
+`pip install 'superserve-jax[serve]'` installs what it needs.
 
 SIGTERM or Ctrl-C ends it: it closes the ports, answers the requests that have arrived, and exits with status 0. A second
 Ctrl-C ends it at once. Library: gateway.Gateway, serving.server.

@@ -115,10 +115,12 @@ def examples(model: ServedModel) -> list[np.ndarray]:
     if not spec.lengths:
         return [rng.integers(0, 2, spec.shape).astype(spec.dtype) for _ in range(_EXAMPLES)]
     token = int(spec.pad_id == 0)  # any token but the padding
-    return [
-        np.full((length, *spec.shape[1:]), token, spec.dtype)
-        for length in rng.integers(1, spec.lengths[-1], _EXAMPLES, endpoint=True)
-    ]
+    made = []
+    for length in rng.integers(1, spec.lengths[-1], _EXAMPLES, endpoint=True):
+        x = np.zeros((length, *spec.shape[1:]), spec.dtype)
+        x.reshape(length, -1)[:, 0] = token  # a second column has token types
+        made.append(x)
+    return made
 
 
 def _rounded(qps: float) -> float:

@@ -4,7 +4,7 @@
 open. A sample becomes JSON once, and every page gets the same bytes. An event is one of
 
     {"samples": [SAMPLE], "now": NOW}                  each second
-    {"about": ABOUT, "samples": [SAMPLE, ...], "now": NOW}    for a new page, and if the models or their subnets change
+    {"about": ABOUT, "samples": [SAMPLE, ...], "now": NOW}    for a new page, and if the models or their accuracies change
 
 Values are by name of the model: SAMPLE is {"t": Unix time, "models": {NAME: what `gained` returns}}.
 """
@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 
 from superserve_jax.gateway.model import ServedModel
-from superserve_jax.subnet import Subnet
 
 KEEP_S = 300
 """Number of seconds, and of samples, that are kept."""
@@ -85,21 +84,23 @@ def gained(before: Mapping[str, Any], now: Mapping[str, Any], *, slo_ms: float) 
     - `qps`: queries that arrived per second.
     - `met`, `late`, `lost`: numbers of queries that were answered in time and late, and that expired, failed or were refused.
     - `accuracy`: mean accuracy of the answers, a fraction of 1; None without answers.
-    - `mix`: number of answers by subnet, under the subnet's position in the profile.
+    - `mix`: number of answers by accuracy of the subnet, such as {"0.9379": 12}. So it stays right after a swap.
     - `p50_ms`, `p99_ms`: percentiles of the latency; None without answers. `batch`: mean queries in a batch; None without one.
     - `busy`: the share of the time in which the workers ran a batch.
     - `waiting`, `running`: numbers of queries. `oldest_ms`: how long the oldest query has waited.
     """
     seconds = now["uptime_s"] - before["uptime_s"]
     queries = {name: now["queries"][name] - before["queries"][name] for name in ("arrived", "met", "late", *_LOST)}
-    mix, busy_s, total = {}, 0.0, 0.0
+    mix: dict[str, int] = {}
+    busy_s, total = 0.0, 0.0
     for place, counts in now["subnets"].items():
         old = before["subnets"].get(place)
         if old is None or old["accuracy"] != counts["accuracy"] or old["batches"] > counts["batches"]:
             old = {"met": 0, "late": 0, "busy_s": 0.0}  # it had no batch before, or a swap has started new counters
         busy_s += counts["busy_s"] - old["busy_s"]
         if answers := counts["met"] + counts["late"] - old["met"] - old["late"]:
-            mix[place] = answers
+            key = _key(counts["accuracy"])
+            mix[key] = mix.get(key, 0) + answers
             total += answers * counts["accuracy"]
     sizes = _by_key(now["batch_sizes"], before["batch_sizes"])
     batches, answered = sum(sizes.values()), sum(mix.values())
@@ -166,14 +167,10 @@ def percentile(edges_s: Sequence[float], counts: Sequence[int], share: float) ->
 
 
 def _description(model: ServedModel, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-    """The SLO, and the accuracy of each subnet, under its position in the profile."""
-    subnets: dict[Subnet, float] = {}
-    for profile in model.server.profiles:
-        for row in profile.rows:
-            subnets.setdefault(row.subnet, row.accuracy)
-    known = {str(place): accuracy for place, accuracy in enumerate(subnets.values())}
-    ran = {place: counts["accuracy"] for place, counts in snapshot["subnets"].items()}  # also of a worker added later
-    return {"slo_ms": model.server.slo_ms, "accuracies": known | ran}
+    """The SLO, and the accuracies of the subnets, as the keys of `mix`."""
+    known = {row.accuracy for profile in model.server.profiles for row in profile.rows}
+    ran = {counts["accuracy"] for counts in snapshot["subnets"].values()}  # also of a worker that was added later
+    return {"slo_ms": model.server.slo_ms, "accuracies": sorted({_key(accuracy) for accuracy in known | ran})}
 
 
 def _state(
@@ -198,6 +195,10 @@ def _state(
         for worker in snapshot["workers"]
     ]
     return {"ready": model.is_ready(), "workers": workers}
+
+
+def _key(accuracy: float) -> str:
+    return f"{accuracy:.4f}"
 
 
 def _by_key(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:

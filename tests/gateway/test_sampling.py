@@ -49,7 +49,7 @@ def test_a_sample_has_what_came_between_two_snapshots():
     )
     found = gained(before, now, slo_ms=36)
     assert (found["qps"], found["met"], found["late"], found["lost"], found["waiting"]) == (10.0, 6, 2, 3, 7)
-    assert found["mix"] == {"0": 6, "1": 2}
+    assert found["mix"] == {"0.7000": 6, "0.8000": 2}
     assert found["accuracy"] == pytest.approx((6 * 0.7 + 2 * 0.8) / 8, abs=1e-5)
     assert found["batch"] == 3.0  # a batch of 1, and two of 4
     assert found["busy"] == pytest.approx((0.4 + 0.4) / 2)
@@ -67,7 +67,12 @@ def test_the_counters_of_subnets_start_again_with_a_swap():
     before = snapshot(met=100, subnets={"0": (0.7, 50, 100, 0, 5.0)})
     fewer = gained(before, snapshot(11.0, met=103, subnets={"0": (0.7, 1, 3, 0, 0.1)}), slo_ms=36)
     other = gained(before, snapshot(11.0, met=300, subnets={"0": (0.6, 90, 200, 0, 0.1)}), slo_ms=36)
-    assert (fewer["mix"], other["mix"], other["accuracy"]) == ({"0": 3}, {"0": 200}, 0.6)
+    assert (fewer["mix"], other["mix"], other["accuracy"]) == ({"0.7000": 3}, {"0.6000": 200}, 0.6)
+
+
+def test_subnets_of_one_accuracy_count_together():
+    now = snapshot(11.0, subnets={"0": (0.70001, 1, 3, 0, 0.1), "4": (0.7, 1, 2, 2, 0.1)})
+    assert gained(snapshot(), now, slo_ms=36)["mix"] == {"0.7000": 7}
 
 
 def test_only_live_workers_count_as_busy():
@@ -118,7 +123,7 @@ def test_the_first_event_describes_the_models_and_the_next_ones_only_add_a_sampl
     with fakes.serve(gateways.engine(), slo_ms=20) as server:
         _, sampler, step = events(server)
         first = step()
-        assert first["about"]["models"] == {"a": {"slo_ms": 20.0, "accuracies": {"0": 0.7, "1": 0.75, "2": 0.8}}}
+        assert first["about"]["models"] == {"a": {"slo_ms": 20.0, "accuracies": ["0.7000", "0.7500", "0.8000"]}}
         assert first["samples"] == [{"t": 0, "models": {}}]
         server.submit(np.zeros((2, 2), np.uint8)).result(fakes.WAIT_S)
         fakes.idle_worker(server)

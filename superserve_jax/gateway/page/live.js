@@ -40,21 +40,21 @@ function accuracy(rows) {
 const about = () => state.about.models[state.model];
 const ofModel = (samples) => samples.map((sample) => sample.models[state.model]).filter(Boolean);
 
+// The keys of all accuracies: of the subnets that may run, and of the ones that have run before a swap.
+const accuracies = () =>
+  [...new Set([...about().accuracies, ...ofModel(state.samples).flatMap((s) => Object.keys(s.mix))])].sort();
+
 // Subnets by accuracy, in at most COLOURS groups of neighbours.
 function groups() {
-  const subnets = Object.entries(about().accuracies).sort((a, b) => a[1] - b[1]);
-  const count = Math.min(subnets.length, COLOURS);
-  const found = Array.from({ length: count }, () => ({ places: [], accuracies: [] }));
-  subnets.forEach(([place, value], i) => {
-    const group = found[Math.floor((i * count) / subnets.length)];
-    group.places.push(place);
-    group.accuracies.push(value);
+  const keys = state.accuracies, count = Math.min(keys.length, COLOURS);
+  return Array.from({ length: count }, (_, i) => {
+    const some = keys.filter((_, j) => Math.floor((j * count) / keys.length) === i);
+    return {
+      keys: some,
+      colour: `--m${count === 1 ? COLOURS - 1 : Math.round((i * (COLOURS - 1)) / (count - 1))}`,
+      label: [...new Set([some[0], some.at(-1)].map((key) => number(100 * key, 1)))].join("–"),
+    };
   });
-  return found.map((group, i) => ({
-    ...group,
-    colour: `--m${count === 1 ? COLOURS - 1 : Math.round((i * (COLOURS - 1)) / (count - 1))}`,
-    label: [...new Set([group.accuracies[0], group.accuracies.at(-1)].map((x) => number(100 * x, 1)))].join("–"),
-  }));
 }
 
 // -- charts ----------------------------------------------------------------------------------------------------------------
@@ -74,8 +74,7 @@ const CHARTS = [
 ];
 
 function accuracyRange() {
-  const values = Object.values(about().accuracies).map((x) => 100 * x);
-  const low = Math.min(...values), high = Math.max(...values);
+  const low = 100 * state.accuracies[0], high = 100 * state.accuracies.at(-1);
   const pad = Math.max(0.08 * (high - low), 0.25);
   return [Math.max(low - pad, 0), Math.min(high + pad, 100)];
 }
@@ -95,7 +94,7 @@ function linesOf(chart) {
   const all = groups();
   const share = (s, some) => {
     const total = sum(Object.values(s.mix), (n) => n);
-    return total ? (100 * sum(some, (g) => sum(g.places, (p) => s.mix[p] || 0))) / total : null;
+    return total ? (100 * sum(some, (g) => sum(g.keys, (key) => s.mix[key] || 0))) / total : null;
   };
   // The most accurate group is at the bottom. Each line is the sum up to its group, painted over the longer ones.
   return all.map((group, i) => ({
@@ -211,6 +210,7 @@ function rebuild() {
   for (const { made } of state.charts) made.destroy();
   $("charts").replaceChildren();
   state.columns = columns();
+  state.accuracies = accuracies();
   state.charts = CHARTS.map(make);
 }
 
@@ -234,13 +234,13 @@ function put(id, text, tone = "") {
 
 function headline() {
   const all = ofModel(state.samples), last = ofModel(state.samples.slice(-HEADLINE_S)), latest = all.at(-1);
-  const { slo_ms, accuracies } = about(), now = state.now.models[state.model];
-  const met = attainment(last), range = Object.values(accuracies).map((x) => 100 * x);
+  const { slo_ms, accuracies: keys } = about(), now = state.now.models[state.model];
+  const met = attainment(last);
   put("attainment", percent(met), met == null || met >= 0.99 ? "" : met >= 0.9 ? "warn-text" : "bad-text");
   put("attainment-note", `SLO ${milliseconds(slo_ms)} ms · 5 min: ${percent(attainment(all))} %`);
   const served = accuracy(last);
   put("accuracy", served == null ? "–" : number(100 * served, 2));
-  put("accuracy-note", `subnets: ${number(Math.min(...range), 1)} to ${number(Math.max(...range), 1)} %`);
+  put("accuracy-note", `subnets: ${number(100 * keys[0], 1)} to ${number(100 * keys.at(-1), 1)} %`);
   put("rate", last.length ? number(sum(last, (s) => s.qps) / last.length) : "–");
   put("rate-note", `peak: ${number(Math.max(0, ...all.map((s) => s.qps)))}`);
   const timed = last.findLast((s) => s.p99_ms != null);
@@ -410,7 +410,11 @@ async function listen() {
       const parts = (text + value).split("\n\n");
       text = parts.pop();
       for (const part of parts) {
-        take(JSON.parse(part.slice("data: ".length)));
+        try {
+          take(JSON.parse(part.slice("data: ".length)));
+        } catch (error) {
+          console.error(error); // a mistake in this program must not look like a lost connection
+        }
         status("Live", "good");
         some = true;
       }
@@ -427,7 +431,6 @@ async function main() {
       some = await listen();
       notice("");
     } catch (error) {
-      if (error instanceof SyntaxError || error instanceof ReferenceError) throw error;
       notice(error instanceof TypeError || error.name === "AbortError" ? "" : error.message);
     }
     if (document.hidden) await once(document, "visibilitychange");
