@@ -34,7 +34,7 @@ class Demo:
 
     With `best` and `fast`, the throughput of all workers with the most accurate and with the fastest subnet:
 
-        steady rate = best / 4        burst = best + (fast - best) / 4        highest rate = 1.25 fast, at most 20,000/s
+        steady rate = best / 4        burst = best + (fast - best) / 8        highest rate = 1.25 fast, at most 20,000/s
 
     Args:
       model: the model.
@@ -49,7 +49,7 @@ class Demo:
         best, fast = (sum(p.throughput_qps(p.rows[rank].subnet) for p in model.server.profiles) for rank in (-1, 0))
         self.most_qps = _rounded(min(1.25 * max(best, fast), _MOST_QPS))
         self._steady_qps = min(_rounded(best / 4), self.most_qps)
-        self._burst_qps, self._until_s = min(_rounded(best + max(fast - best, 0.0) / 4), self.most_qps), 0.0
+        self._burst_qps, self._until_s = min(_rounded(best + max(fast - best, 0.0) / 8), self.most_qps), 0.0
         self._inputs, self._stop = examples(model), threading.Event()
         self._thread = threading.Thread(target=self._run, name="superserve-demo", daemon=True)
 

@@ -111,6 +111,7 @@ def test_text_from_the_server_is_not_html(browser, door):
 def test_accuracy_falls_in_a_burst_and_recovers(browser, door):
     browser.open(door)
     fakes.wait_until(lambda: browser.number("accuracy") > 79.5)
+    browser.run("(s => { s.value = 0.6 * s.max; s.dispatchEvent(new Event('input')) })(document.getElementById('burst'))")
     browser.run("document.getElementById('send').click()")
     fakes.wait_until(lambda: browser.text("send").startswith("Burst"))
     fakes.wait_until(lambda: 0 < browser.number("accuracy") < 79)
