@@ -173,6 +173,25 @@ def test_the_page_connects_again_by_itself_and_says_so(browser):
     browser.complaints()  # of the refused connections
 
 
+def test_an_open_page_asks_for_the_token_if_the_gateway_comes_back_with_one(browser):
+    token = "a-secret-of-many-letters"
+    with gateways.opened() as (server, door):
+        browser.open(door)
+        port = int(door.url.rsplit(":", 1)[1])
+        door.close()
+        with gateway.Gateway(server, port=port, token=token, demo=True):
+            fakes.wait_until(lambda: browser.text("status") == "Token needed")
+            for given, status in (("wrong", "Token needed"), (token, "Live")):
+                browser.run(f"(document.getElementById('token').value = '{given}')")
+                browser.run("document.querySelector('#login button').click()")
+                fakes.wait_until(lambda status=status: browser.text("status") == status)
+            fakes.wait_until(lambda: browser.run("!document.getElementById('demo').hidden"))
+            browser.run("document.getElementById('send').click()")
+            fakes.wait_until(lambda: browser.text("send").startswith("Burst"))
+            browser.run("sessionStorage.clear()")
+    browser.complaints()  # of the refused connections, and of the requests without the token
+
+
 def test_a_visitor_chooses_one_of_several_models(browser):
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(fakes.serve(slo_ms=slo)) for name, slo in (("one", 20), ("other", 50))}

@@ -384,6 +384,7 @@ const once = (target, type) => new Promise((done) => target.addEventListener(typ
 
 async function login() {
   status("Token needed", "");
+  notice(sessionStorage.getItem("token") ? "The token is wrong." : "");
   $("login").hidden = false;
   await once($("login"), "submit");
   sessionStorage.setItem("token", $("token").value);
@@ -399,7 +400,10 @@ async function listen() {
   let timer = setTimeout(() => connection.abort(), SILENCE_MS), some = false;
   try {
     const response = await fetch("events", { headers: authorization(), signal: connection.signal, cache: "no-store" });
-    if (response.status === 401) await login();
+    if (response.status === 401) {
+      await login();
+      return true;
+    }
     if (!response.ok) throw new Error((await response.json()).error);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let text = ""; ;) {
