@@ -5,7 +5,7 @@
     superserve serve digits --demo
 
 The ports open when the executables are compiled and warm. Then the command prints their addresses. A browser shows a live page
-there. `--demo` sends traffic to look at. docs/serving.md lists the calls and shows requests with curl and Python.
+there. `--demo` sends traffic to look at. docs/network.md lists the calls and shows requests with curl and Python.
 `pip install 'superserve-jax[serve]'` installs what it needs.
 
 SIGTERM or Ctrl-C ends it: it closes the ports, answers the requests that have arrived, and exits with status 0. A second

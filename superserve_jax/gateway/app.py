@@ -112,7 +112,7 @@ class App:
             _check_method(method, path, self._page.paths[path])
             return self._page.answer(request)
         if path not in self._documents:
-            raise RequestError(f"there is no path {path[:200]!r}; docs/serving.md lists all", status=404)
+            raise RequestError(f"there is no path {path[:200]!r}; docs/network.md lists all", status=404)
         _check_method(method, path, _GET)
         return self._documents[path](request)
 

@@ -14,7 +14,7 @@ from superserve_jax.gateway import bodies, origins, tensors
 from superserve_jax.gateway.events import Events
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.messages import Answer, Request
-from superserve_jax.gateway.model import ServedModel, unknown_model
+from superserve_jax.gateway.model import ServedModel, find
 from superserve_jax.gateway.sampling import Sampler
 
 FOLDER = pathlib.Path(__file__).parent / "page"
@@ -93,8 +93,7 @@ class LivePage:
             raise RequestError(
                 f'the body is not a request for traffic: {errors.one_line(e)[:300]}; send {{"model": "a", "burst_qps": 1000}}'
             ) from e
-        if (demo := self._demos.get(asked.model)) is None:
-            raise unknown_model(asked.model, [*self._demos])
+        demo = find(self._demos, asked.model)
         demo.set(steady_qps=asked.steady_qps, burst_qps=asked.burst_qps)
         return Answer(msgspec.json.encode(demo.state()))
 

@@ -5,7 +5,7 @@ import difflib
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from superserve_jax.vocabulary import TokenConfig
 
 VERSION = "1"
 """The only version of every model."""
+_Model = TypeVar("_Model")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _RESERVED = ("stats",)  # the path /v2/models/stats
 _PROBE_MS = 60_000.0
@@ -167,8 +168,11 @@ class ServedModel:
         return self.server.model.encode(firsts, [row[1] for row in rows] if len(rows[0]) > 1 else None)
 
 
-def find(models: Mapping[str, ServedModel], name: str, version: str | None) -> ServedModel:
-    """The model with a name. Raises RequestError (404) for an unknown name, or another version than None and `VERSION`."""
+def find(models: Mapping[str, _Model], name: str, version: str | None = None) -> _Model:
+    """The model with a name, or what belongs to it.
+
+    Raises RequestError (404) for an unknown name, or another version than None and `VERSION`.
+    """
     if name not in models:
         near = difflib.get_close_matches(name[:100], models, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""

@@ -32,7 +32,7 @@ _TICK_S = 1.0  # the longest time between two checks of the time limits
 
 
 class Gateway:
-    """Serves a server over the network, by the Open Inference Protocol over HTTP and gRPC (see docs/serving.md).
+    """Serves a server over the network, by the Open Inference Protocol over HTTP and gRPC (see docs/network.md).
 
     The event loop runs in a thread of its own, beside the workers' threads. When the constructor returns, the ports are open.
     Make the server first: then its engines are warm, and the gateway is ready at once.

@@ -166,7 +166,7 @@ def read(body: bytes, json_length: int | None, tensor: InputTensor) -> InferRequ
     except tensors.MALFORMED as e:
         hint = " (binary data needs the header Inference-Header-Content-Length)" if json_length is None else ""
         raise RequestError(
-            f"the body is not an inference request: {errors.one_line(e)[:300]}{hint}; see docs/serving.md"
+            f"the body is not an inference request: {errors.one_line(e)[:300]}{hint}; see docs/network.md"
         ) from e
     return _checked(request, rest, tensor)
 
@@ -188,7 +188,7 @@ def from_fields(fields: Mapping[str, Any], data: bytes, tensor: InputTensor) -> 
     try:
         request = msgspec.convert(fields, _Body)
     except msgspec.MsgspecError as e:
-        raise RequestError(f"this is not an inference request: {errors.one_line(e)[:300]}; see docs/serving.md") from e
+        raise RequestError(f"this is not an inference request: {errors.one_line(e)[:300]}; see docs/network.md") from e
     return _checked(request, memoryview(data), tensor)
 
 

@@ -152,16 +152,16 @@ def test_several_models_are_told_apart(server):
 @pytest.mark.parametrize(
     ("method", "path", "message"),
     [
-        ("GET", "/nothing", "docs/serving.md"),
-        ("GET", "/v2/models", "docs/serving.md"),
-        ("GET", "/v2/models/supernet/nothing", "docs/serving.md"),
-        ("GET", "/v2/models/supernet/", "docs/serving.md"),
+        ("GET", "/nothing", "docs/network.md"),
+        ("GET", "/v2/models", "docs/network.md"),
+        ("GET", "/v2/models/supernet/nothing", "docs/network.md"),
+        ("GET", "/v2/models/supernet/", "docs/network.md"),
         ("GET", "/v2/models/supernat", "did you mean 'supernet'?"),
         ("POST", "/v2/models/supernat/infer", "did you mean 'supernet'?"),
         ("GET", "/v2/models/supernet/versions/2", "its only version is '1'"),
         ("POST", "/v2/models/supernet/versions/2/infer", "its only version is '1'"),
         ("GET", "/v2/models/supernet/versions/", "its only version is '1'"),
-        ("GET", "/" + "x" * 60_000, "docs/serving.md"),
+        ("GET", "/" + "x" * 60_000, "docs/network.md"),
     ],
     ids=lambda value: value[-40:],
 )

@@ -126,8 +126,8 @@ def main() -> None:
         more: dict[str, Any] = {"grpc_port": 0} if options.grpc else {}
         gateway = stack.enter_context(Gateway(server, port=0, name="supernet", **more))
         ports = {"port": int(gateway.url.rsplit(":", 1)[1])}
-        if options.grpc:
-            ports["grpc_port"] = int(gateway.grpc_target.rsplit(":", 1)[1])  # pyright: ignore[reportAttributeAccessIssue]
+        if gateway.grpc_target is not None:
+            ports["grpc_port"] = int(gateway.grpc_target.rsplit(":", 1)[1])
         print(json.dumps(ports), flush=True)
         signal.sigwait(stops)
 
