@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2
 from grpc import StatusCode
 from grpcs import Client, Request, message, opened, refused, values
 
-from superserve_jax.gateway.grpc import service, standard
+from superserve_jax.gateway.grpc import service
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 HEALTH = "grpc.health.v1.Health"
@@ -179,7 +179,6 @@ def test_reflection_describes_the_services(client, version):
     assert names_of(symbol) == ["grpc_service.proto", "model_config.proto"]
     assert names_of(file) == ["model_config.proto"]
     assert {each.error_response.error_code for each in unknown} == {5}
-    assert standard.reflection(version).service_name() == f"grpc.reflection.{version}.ServerReflection"
 
 
 def names_of(response):

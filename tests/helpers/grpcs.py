@@ -3,6 +3,9 @@
 import asyncio
 import functools
 import pathlib
+import re
+import socket
+import struct
 
 import gateways
 import grpc
@@ -127,11 +130,46 @@ class _Context:
 def call(handlers, name, data, left_s=None, metadata=()):
     """Calls a handler with the bytes of a message. Returns the bytes of the response and None, or None and (code, text)."""
 
-    class Details:
-        method, invocation_metadata = f"/{service.NAME}/{name}", metadata
-
     context = _Context(data, left_s, metadata)
     try:
-        return asyncio.run(handlers.service(Details).stream_unary(None, context)), None
+        return asyncio.run(handlers[f"/{service.NAME}/{name}"].stream_unary(None, context)), None
     except _AbortedError:
         return None, context.error
+
+
+# -- HTTP/2 without a library -------------------------------------------------------------------------------------------------
+
+
+def http2(door):
+    """A socket to the port of gRPC, after the first bytes of HTTP/2."""
+    host, port = door.grpc_target.rsplit(":", 1)
+    sock = socket.create_connection((host, int(port)), timeout=WAIT_S)
+    sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b""))
+    return sock
+
+
+def headers(path, stream=1, **metadata):
+    """The bytes that start a call."""
+    named = {b":path": path, b":authority": b"localhost", b"content-type": b"application/grpc", b"te": b"trailers"}
+    named |= {name.encode(): value for name, value in metadata.items()}
+    literals = [b"\0" + bytes((len(name),)) + name + bytes((len(value),)) + value for name, value in named.items()]
+    return _frame(1, 4, stream, b"\x83\x86" + b"".join(literals))  # POST, http
+
+
+def data(content, stream=1, *, ends=True):
+    """The bytes of a message."""
+    return _frame(0, int(ends), stream, struct.pack(">?I", False, len(content)) + content)
+
+
+def status(sock):
+    """The first status of gRPC that comes, as a number."""
+    received = b""
+    while not (found := re.search(rb"grpc-status[\x01\x02](\d+)", received)):
+        part = sock.recv(1 << 16)
+        assert part, received
+        received += part
+    return int(found[1])
+
+
+def _frame(kind, flags, stream, content):
+    return struct.pack(">I", len(content))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + content

@@ -13,8 +13,9 @@ from superserve_jax.gateway import failures
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import messages
 
-# grpc logs a traceback for each answer whose client has gone. Clients could fill the log.
-logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not record.getMessage().startswith("ExecuteBatchError"))
+_FROM_CLIENTS = ("ExecuteBatchError", "Invalid encoding on")
+# grpc logs a traceback for each answer whose client has gone, and for metadata that are not UTF-8. Clients could fill the log.
+logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not str(record.msg).startswith(_FROM_CLIENTS))
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -62,10 +63,10 @@ Allows = Callable[[bytes | None], bool]
 """Whether a call with this `authorization` in its metadata may be answered."""
 
 
-def handler(
+def handlers(
     service: str, calls: Mapping[str, Callable[..., Any]], allows: Allows | None = None, probes: Container[str] = ()
-) -> grpc.GenericRpcHandler:
-    """What a server needs to answer the calls of a service.
+) -> dict[str, grpc.RpcMethodHandler]:
+    """What `taking.Core` needs to answer the calls of a service: a handler for the path of each call.
 
     Args:
       service: the name of the service, such as "grpc.health.v1.Health".
@@ -86,8 +87,8 @@ def handler(
         answer = call if asyncio.iscoroutinefunction(call) else _document(call, request, response)
         streams = method.server_streaming
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        made[name] = make(_reporting(answer, None if name in probes else allows))
-    return grpc.method_handlers_generic_handler(service, made)
+        made[f"/{service}/{name}"] = make(_reporting(answer, None if name in probes else allows))
+    return made
 
 
 async def read(context: Any, within_s: float) -> bytes:

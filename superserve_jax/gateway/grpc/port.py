@@ -1,4 +1,4 @@
-"""The port of gRPC: a server of grpc.aio, from opening to draining."""
+"""The port of gRPC: a server of grpc, from opening to draining."""
 
 import asyncio
 import pathlib
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import grpc
 
 from superserve_jax import errors
-from superserve_jax.gateway.grpc import calls
+from superserve_jax.gateway.grpc import calls, taking
 from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.grpc.standard import Health, reflection
 from superserve_jax.gateway.limits import Limits
@@ -28,7 +28,7 @@ class Port:
     Args:
       models: the models by name.
       limits: what clients may do.
-      allows: whether a call is allowed, see `calls.handler`.
+      allows: whether a call is allowed, see `calls.handlers`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
 
     Attributes:
@@ -44,37 +44,35 @@ class Port:
     ):
         self.number, self._limits, self._tls = 0, limits, tls
         self._service = Service(models, limits)
-        self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=_MOST_CALLS,
-            options=(
-                ("grpc.max_receive_message_length", max(model.max_body_bytes for model in models.values())),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_concurrent_streams", _MOST_CALLS),
-                ("grpc.max_allowed_incoming_connections", limits.max_connections),
-                ("grpc.server_handshake_timeout_ms", _ms(limits.head_s)),
-                ("grpc.max_connection_idle_ms", _ms(limits.idle_s)),
-                ("grpc.keepalive_time_ms", _ms(limits.idle_s)),  # ends connections whose client has vanished
-                ("grpc.so_reuseport", 0),  # or two gateways could open the same port
-            ),
-        )
-        reflections = (reflection("v1", allows), reflection("v1alpha", allows))
-        handlers = (self._service.handler(allows), Health(self._service, models).handler(), *reflections)
-        self._server.add_generic_rpc_handlers(handlers)
+        methods = self._service.handlers(allows) | Health(self._service, models).handlers()
+        for version in ("v1", "v1alpha"):
+            methods |= reflection(version, allows)
+        options = {
+            "grpc.max_receive_message_length": max(model.max_body_bytes for model in models.values()),
+            "grpc.max_send_message_length": -1,
+            "grpc.max_concurrent_streams": _MOST_CALLS,
+            "grpc.max_allowed_incoming_connections": limits.max_connections,
+            "grpc.server_handshake_timeout_ms": _ms(limits.head_s),
+            "grpc.max_connection_idle_ms": _ms(limits.idle_s),
+            "grpc.keepalive_time_ms": _ms(limits.idle_s),  # ends connections whose client has vanished
+            "grpc.so_reuseport": 0,  # or two gateways could open the same port
+        }
+        self._core = taking.Core(methods, _MOST_CALLS, options)
 
     async def open(self, host: str, port: int) -> None:
         """Opens the port. Raises ConfigError if that fails."""
+        address = f"{f'[{host}]' if ':' in host else host}:{port}".encode()
         try:
-            address = f"{f'[{host}]' if ':' in host else host}:{port}"
             if self._tls is None:
-                self.number = self._server.add_insecure_port(address)
+                self.number = self._core.add_insecure_port(address)
             else:
                 cert, key = (pathlib.Path(file).read_bytes() for file in self._tls)
-                self.number = self._server.add_secure_port(address, grpc.ssl_server_credentials([(key, cert)]))
+                self.number = self._core.add_secure_port(address, grpc.ssl_server_credentials([(key, cert)]))
         except RuntimeError as e:
-            raise errors.ConfigError(
-                f"cannot listen at host {host!r} and gRPC port {port!r}: {errors.one_line(e)}; choose another port, or 0"
-            ) from e
-        await self._server.start()
+            raise _cannot_listen(host, port, errors.one_line(e)) from e
+        if self.number == 0:
+            raise _cannot_listen(host, port, "grpc does not say why")
+        await self._core.start()
 
     async def close(self) -> None:
         """Answers the inferences that have arrived, and closes the port.
@@ -100,7 +98,11 @@ class Port:
                 break
         for query in [*service.waiting]:
             query.cancel()
-        await self._server.stop(_LAST_S)
+        await self._core.shutdown(_LAST_S)
+
+
+def _cannot_listen(host: str, port: int, why: str) -> errors.ConfigError:
+    return errors.ConfigError(f"cannot listen at host {host!r} and gRPC port {port!r}: {why}; choose another port, or 0")
 
 
 def _ms(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""The calls of the service inference.GRPCInferenceService. `calls.handler` makes them calls of gRPC."""
+"""The calls of the service inference.GRPCInferenceService. `calls.handlers` makes them calls of gRPC."""
 
 import asyncio
 from collections.abc import Mapping
@@ -54,9 +54,9 @@ class Service:
         self.draining, self.closing, self.refused = False, False, 0
         self.waiting = set[Future]()
 
-    def handler(self, allows: calls.Allows | None = None) -> grpc.GenericRpcHandler:
-        """The calls of the protocol that the gateway has. For `allows`, see `calls.handler`; it is not asked about probes."""
-        return calls.handler(
+    def handlers(self, allows: calls.Allows | None = None) -> dict[str, grpc.RpcMethodHandler]:
+        """The calls of the protocol that the gateway has. For `allows`, see `calls.handlers`; it is not asked about probes."""
+        return calls.handlers(
             NAME,
             {
                 "ServerLive": lambda _: {"live": True},

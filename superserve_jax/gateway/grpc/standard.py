@@ -31,9 +31,9 @@ class Health:
         self._inference = inference
         self._names: dict[str, str | None] = {**{name: name for name in models}, "": None, service.NAME: None}
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """The calls Check, List and Watch."""
-        return calls.handler("grpc.health.v1.Health", {"Check": self._check, "List": self._list, "Watch": self._watch})
+        return calls.handlers("grpc.health.v1.Health", {"Check": self._check, "List": self._list, "Watch": self._watch})
 
     def _status(self, name: str) -> str:
         if name not in self._names:
@@ -60,10 +60,10 @@ class Health:
             await asyncio.sleep(_WATCH_S)
 
 
-def reflection(version: str, allows: calls.Allows | None = None) -> grpc.GenericRpcHandler:
+def reflection(version: str, allows: calls.Allows | None = None) -> dict[str, grpc.RpcMethodHandler]:
     """The service grpc.reflection, version "v1" or "v1alpha". The two differ in their name only.
 
-    For `allows`, see `calls.handler`.
+    For `allows`, see `calls.handlers`.
     """
     package = f"grpc.reflection.{version}"
     request = messages.named(f"{package}.ServerReflectionRequest")
@@ -85,7 +85,7 @@ def reflection(version: str, allows: calls.Allows | None = None) -> grpc.Generic
                 answer.error_response.error_message = "no such file, symbol or extension"
             await context.write(answer.SerializeToString())
 
-    return calls.handler(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows)
+    return calls.handlers(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows)
 
 
 def _files(asked: Any) -> list[bytes]:
