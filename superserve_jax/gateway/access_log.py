@@ -36,21 +36,48 @@ class AccessLog:
         self._lines, self._lost = list[bytes](), 0
 
     def add(self, client: str, request: Request, answer: Answer, *, sent: int, seconds: float) -> None:
-        """Adds a line. The query of the path is left out, since it may hold secrets."""
+        """Adds a line for an answer over HTTP. The query of the path is left out, since it may hold secrets."""
+        self.add_line(
+            client=client,
+            method=request.method,
+            path=request.target.partition(b"?")[0][:500].decode("latin-1"),
+            status=answer.status,
+            received=request.received,
+            sent=sent,
+            seconds=seconds,
+            trace=request.headers.get(b"traceparent", b""),
+        )
+
+    def add_line(
+        self,
+        *,
+        client: str,
+        method: str,
+        path: str,
+        status: int,
+        received: int,
+        sent: int,
+        seconds: float,
+        trace: bytes,
+        grpc: str | None = None,
+    ) -> None:
+        """Adds a line. `grpc` is the name of gRPC's status, such as "NOT_FOUND"; None leaves it out."""
         if len(self._lines) >= _MOST_LINES:
             self._lost += 1
             return
         line: dict[str, Any] = {
             "time": round(time.time(), 3),
             "client": client,
-            "method": request.method,
-            "path": request.target.partition(b"?")[0][:500].decode("latin-1"),
-            "status": answer.status,
-            "received": request.received,
+            "method": method,
+            "path": path,
+            "status": status,
+            "received": received,
             "sent": sent,
             "ms": round(1e3 * seconds, 3),
         }
-        if found := _TRACE.fullmatch(request.headers.get(b"traceparent", b"")):
+        if grpc is not None:
+            line["grpc"] = grpc
+        if found := _TRACE.fullmatch(trace):
             line["trace"] = found[1].decode()
         self._lines.append(msgspec.json.encode(line))
 

@@ -206,7 +206,7 @@ class Gateway:
     async def _open_grpc(self) -> Port | None:
         if self._grpc_address is None:
             return None
-        port = Port(self.models, self._limits, self._access.is_right, self._tls_files)
+        port = Port(self.models, self._limits, self._access.is_right, self._tls_files, self._log)
         await port.open(*self._grpc_address)
         return port
 

@@ -13,7 +13,7 @@ import numpy as np
 from fakes import WAIT_S
 from google.protobuf import message_factory
 
-from superserve_jax.gateway.grpc import messages, service
+from superserve_jax.gateway.grpc import calls, messages, service
 
 opened = functools.partial(gateways.opened, gateway_options={"grpc_port": 0})
 Request = messages.named("inference.ModelInferRequest")
@@ -127,12 +127,12 @@ class _Context:
         raise _AbortedError
 
 
-def call(handlers, name, data, left_s=None, metadata=()):
-    """Calls a handler with the bytes of a message. Returns the bytes of the response and None, or None and (code, text)."""
-
+def call(methods, name, data, left_s=None, metadata=()):
+    """Calls a method with the bytes of a message. Returns the bytes of the response and None, or None and (code, text)."""
     context = _Context(data, left_s, metadata)
+    made = calls.Call(methods[f"/{service.NAME}/{name}"], calls.Calls())
     try:
-        return asyncio.run(handlers[f"/{service.NAME}/{name}"].stream_unary(None, context)), None
+        return asyncio.run(made.stream_unary(None, context)), None
     except _AbortedError:
         return None, context.error
 

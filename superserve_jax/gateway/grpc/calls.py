@@ -1,15 +1,20 @@
 """Calls of gRPC as this package writes them: functions of messages. Their errors become statuses as over HTTP."""
 
 import asyncio
+import contextlib
+import inspect
 import logging
-from collections.abc import Callable, Container, Mapping
-from typing import Any
+import time
+import urllib.parse
+from collections.abc import Callable, Container, Coroutine, Mapping
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import json_format, message_factory
 from google.protobuf.message import DecodeError
 
 from superserve_jax.gateway import failures
+from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import messages
 
@@ -24,6 +29,7 @@ _CODES = {
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -63,68 +69,217 @@ Allows = Callable[[bytes | None], bool]
 """Whether a call with this `authorization` in its metadata may be answered."""
 
 
-def handlers(
+class Method(NamedTuple):
+    """A method of a service.
+
+    Args:
+      path: such as "/grpc.health.v1.Health/Check".
+      answer: gets a call, reads its messages, and returns the bytes of the response. If it `streams`, it writes responses.
+      streams: whether there may be several responses.
+      allows: whether a call is allowed; None allows all.
+    """
+
+    path: str
+    answer: "Callable[[Call], Coroutine[Any, Any, bytes | None]]"
+    streams: bool = False
+    allows: Allows | None = None
+
+
+class Calls:
+    """The calls of a port.
+
+    Args:
+      log: the access log.
+
+    Attributes:
+      open: the calls in progress. Those that wait until their client takes an error are not among them.
+    """
+
+    def __init__(self, log: AccessLog | None = None):
+        self.log, self.open = log, set[Call]()
+        self.ends_s, self._tasks = dict[Call, float](), set[asyncio.Task[Any]]()
+
+    async def watch(self, pause_s: float) -> None:
+        """Ends calls that wait too long for a message, again and again. A timer for each call would cost more."""
+        while True:
+            await asyncio.sleep(pause_s)
+            now_s = time.monotonic()
+            for call in [call for call, end_s in self.ends_s.items() if end_s < now_s]:
+                call.expire()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Starts a task, and keeps it until it ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class Call:
+    """A call in progress. For grpc, it is also the handler, whose function gets a stream of requests.
+
+    grpc would wait without a limit for the request of a call that has only one.
+
+    Args:
+      method: its method.
+      calls: the calls of the port.
+
+    Attributes:
+      context: grpc's context.
+      unanswered: how many messages have no answer yet. While there are some, the call is not idle.
+    """
+
+    __slots__ = (
+        *("_began_s", "_calls", "_logged", "_metadata", "_received", "_sent", "_within_s"),
+        *("context", "method", "unanswered"),
+    )
+    request_deserializer = response_serializer = None
+
+    def __init__(self, method: Method, calls: Calls):
+        self.method, self._calls = method, calls
+        self.context: Any = None
+        self._began_s, self._within_s, self._received, self._sent, self.unanswered = time.monotonic(), 0.0, 0, 0, 0
+        self._logged, self._metadata = False, None
+        calls.open.add(self)
+
+    async def stream_unary(self, _: Any, context: Any) -> bytes | None:
+        """What grpc calls. Errors become statuses."""
+        self.context = context
+        try:
+            allows = self.method.allows
+            if allows is not None and not allows(self._authorization()):
+                raise RequestError("the token is missing or wrong; send metadata authorization: Bearer TOKEN", status=401)
+            made = await self.method.answer(self)
+        except grpc.aio.AbortError:  # by `expire`
+            raise
+        except asyncio.CancelledError:
+            self._log(499, "CANCELLED")
+            raise
+        except Exception as error:
+            await self._fail(error)
+        else:
+            self._sent += len(made or b"")
+            self._log(200, "OK")
+            return made
+
+    stream_stream = stream_unary
+
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The metadata that the client has sent."""
+        if self._metadata is None:
+            self._metadata = self.context.invocation_metadata()
+        return self._metadata
+
+    async def next(self, within_s: float) -> bytes | None:
+        """The next message, or None at the end of them. If none comes within so many seconds, the call ends with an error."""
+        ends_s = self._calls.ends_s
+        self._within_s = within_s
+        ends_s[self] = time.monotonic() + within_s
+        try:
+            # Nothing may cancel this, such as asyncio.timeout: grpc's core would still write to the memory of the operation.
+            data = await self.context.read()
+        finally:
+            ends_s.pop(self, None)
+        if not isinstance(data, bytes):  # it is grpc's sign of the end
+            return None
+        self._received += len(data)
+        return data
+
+    async def read(self, within_s: float) -> bytes:
+        """The message of a call with one message. Raises RequestError if there is none."""
+        data = await self.next(within_s)
+        if data is None:
+            raise RequestError("the call ended without a message; send one")
+        return data
+
+    async def write(self, message: bytes) -> None:
+        """Sends a response of a stream."""
+        await self.context.write(message)
+        self._sent += len(message)
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Starts a task that may outlive the call for a moment."""
+        self._calls.start(work)
+
+    def expire(self) -> None:
+        """Ends the call, since no message has come in time."""
+        if self.unanswered:
+            self._calls.ends_s[self] = time.monotonic() + self._within_s
+            return
+        self._calls.ends_s.pop(self, None)
+        error = RequestError(f"no message came within {self._within_s:g} s; send it at once", status=408)
+
+        async def end() -> None:
+            with contextlib.suppress(grpc.aio.BaseError):  # the client has gone, or it is the error that `abort` raises
+                await self._fail(error)
+
+        self._calls.start(end())
+
+    async def _fail(self, error: BaseException) -> None:
+        code, text = code_of(error), text_of(error)
+        self._log(failures.status_of(error), code.name)
+        self._calls.open.discard(self)  # the client might never take the status
+        await self.context.abort(code, text)
+
+    def _log(self, status: int, code: str) -> None:
+        log = self._calls.log
+        if log is None or self._logged:
+            return
+        self._logged = True
+        trace = next((value for name, value in self.metadata() if name == "traceparent"), "")
+        log.add_line(
+            client=_host(self.context.peer()),
+            method="gRPC",
+            path=self.method.path,
+            status=status,
+            received=self._received,
+            sent=self._sent,
+            seconds=time.monotonic() - self._began_s,
+            trace=trace if isinstance(trace, bytes) else trace.encode(),
+            grpc=code,
+        )
+
+    def _authorization(self) -> bytes | None:
+        found = [value for name, value in self.metadata() if name == "authorization"]
+        return found[0].encode() if len(found) == 1 and isinstance(found[0], str) else None
+
+
+def methods(
     service: str, calls: Mapping[str, Callable[..., Any]], allows: Allows | None = None, probes: Container[str] = ()
-) -> dict[str, grpc.RpcMethodHandler]:
-    """What `taking.Core` needs to answer the calls of a service: a handler for the path of each call.
+) -> dict[str, Method]:
+    """The methods of a service by path.
 
     Args:
       service: the name of the service, such as "grpc.health.v1.Health".
-      calls: the function of each call by name. Calls that are not among them get status UNIMPLEMENTED.
+      calls: the function of each method by name. Methods that are not among them get status UNIMPLEMENTED.
       allows: whether a call is allowed; None allows all.
-      probes: the calls that are always allowed.
+      probes: the methods that are always allowed.
 
-    A function gets the message, and returns the fields of the response as plain values. A coroutine function gets grpc's
-    context. It reads messages with `read` or `context.read`. It returns the bytes of the response, or writes several with
-    `context.write`.
-
-    grpc sees a stream of requests in every call. For a call with one request, it would wait for that without a limit.
+    A function gets the message, and returns the fields of the response as plain values. A coroutine function gets the `Call`,
+    as `Method.answer` does.
     """
-    made = dict[str, grpc.RpcMethodHandler]()
+    made = dict[str, Method]()
     for name, call in calls.items():
         method = messages.POOL.FindMethodByName(f"{service}.{name}")
         request, response = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
-        answer = call if asyncio.iscoroutinefunction(call) else _document(call, request, response)
-        streams = method.server_streaming
-        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        made[f"/{service}/{name}"] = make(_reporting(answer, None if name in probes else allows))
+        answer = call if inspect.iscoroutinefunction(call) else _document(call, request, response)
+        path = f"/{service}/{name}"
+        made[path] = Method(path, answer, method.server_streaming, None if name in probes else allows)
     return made
 
 
-async def read(context: Any, within_s: float) -> bytes:
-    """The next message of a call. Raises RequestError if there is none, or if it takes longer than `within_s`."""
-    try:
-        async with asyncio.timeout(within_s):
-            data = await context.read()
-    except TimeoutError:
-        raise RequestError(f"no message came within {within_s:g} s; send it at once", status=408) from None
-    if not isinstance(data, bytes):  # it is grpc's sign of the end
-        raise RequestError("the call ended without a message; send one")
-    return data
-
-
-def _document(call: Callable[[Any], dict[str, Any]], request: Any, response: Any) -> Callable[..., Any]:
-    async def answer(context: Any) -> bytes:
-        message = parsed(request, await read(context, SMALL_S))
+def _document(call: Callable[[Any], dict[str, Any]], request: Any, response: Any) -> Callable[[Call], Any]:
+    async def answer(made: Call) -> bytes:
+        message = parsed(request, await made.read(SMALL_S))
         return json_format.ParseDict(call(message), response()).SerializeToString()
 
     return answer
 
 
-def _reporting(call: Callable[..., Any], allows: Allows | None) -> Callable[..., Any]:
-    """The call, with its errors as statuses."""
+def _host(peer: str) -> str:
+    """The address in grpc's name of a client.
 
-    async def handle(_: Any, context: Any) -> Any:
-        try:
-            if allows is not None and not allows(_authorization(context)):
-                raise RequestError("the token is missing or wrong; send metadata authorization: Bearer TOKEN", status=401)
-            return await call(context)
-        except Exception as error:
-            await context.abort(code_of(error), text_of(error))
-
-    return handle
-
-
-def _authorization(context: Any) -> bytes | None:
-    found = [value for name, value in context.invocation_metadata() if name == "authorization"]
-    return found[0].encode() if len(found) == 1 else None
+    >>> _host("ipv4:127.0.0.1:4711"), _host("ipv6:%5B::1%5D:4711")
+    ('127.0.0.1', '::1')
+    """
+    return urllib.parse.unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import grpc
 
 from superserve_jax import errors
+from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.grpc import calls, taking
+from superserve_jax.gateway.grpc.calls import Calls
 from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.grpc.standard import Health, reflection
 from superserve_jax.gateway.limits import Limits
@@ -18,6 +20,8 @@ _MOST_CALLS = 4096
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
 """The port closes when no inference has come for the first time, or at last after the second one."""
 _POLL_S = 0.01
+_TICK_S = 1.0
+"""The longest time between two checks of the time limits."""
 _LAST_S = 0.5
 """How long answers may take to be sent, after the last query is answered."""
 
@@ -28,8 +32,9 @@ class Port:
     Args:
       models: the models by name.
       limits: what clients may do.
-      allows: whether a call is allowed, see `calls.handlers`.
+      allows: whether a call is allowed, see `calls.methods`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
+      log: the access log.
 
     Attributes:
       number: the number of the open port.
@@ -41,12 +46,13 @@ class Port:
         limits: Limits,
         allows: calls.Allows | None = None,
         tls: tuple[str, str] | None = None,
+        log: AccessLog | None = None,
     ):
         self.number, self._limits, self._tls = 0, limits, tls
         self._service = Service(models, limits)
-        methods = self._service.handlers(allows) | Health(self._service, models).handlers()
+        methods = self._service.methods(allows) | Health(self._service, models).methods()
         for version in ("v1", "v1alpha"):
-            methods |= reflection(version, allows)
+            methods |= reflection(version, limits.idle_s, allows)
         options = {
             "grpc.max_receive_message_length": max(model.max_body_bytes for model in models.values()),
             "grpc.max_send_message_length": -1,
@@ -57,7 +63,8 @@ class Port:
             "grpc.keepalive_time_ms": _ms(limits.idle_s),  # ends connections whose client has vanished
             "grpc.so_reuseport": 0,  # or two gateways could open the same port
         }
-        self._core = taking.Core(methods, _MOST_CALLS, options)
+        self._calls = Calls(log)
+        self._core = taking.Core(methods, self._calls, _MOST_CALLS, options)
 
     async def open(self, host: str, port: int) -> None:
         """Opens the port. Raises ConfigError if that fails."""
@@ -73,6 +80,9 @@ class Port:
         if self.number == 0:
             raise _cannot_listen(host, port, "grpc does not say why")
         await self._core.start()
+        limits = self._limits
+        pause_s = min(_TICK_S, limits.body_s / 4, limits.idle_s / 4)
+        self._watching = self._calls.start(self._calls.watch(pause_s))
 
     async def close(self) -> None:
         """Answers the inferences that have arrived, and closes the port.
@@ -99,6 +109,7 @@ class Port:
         for query in [*service.waiting]:
             query.cancel()
         await self._core.shutdown(_LAST_S)
+        self._watching.cancel()
 
 
 def _cannot_listen(host: str, port: int, why: str) -> errors.ConfigError:

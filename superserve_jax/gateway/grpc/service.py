@@ -1,6 +1,7 @@
-"""The calls of the service inference.GRPCInferenceService. `calls.handlers` makes them calls of gRPC."""
+"""The calls of the service inference.GRPCInferenceService. `calls.methods` makes them methods of gRPC."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from superserve_jax import errors
 from superserve_jax.gateway import bodies, documents, requests
 from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.grpc import calls, codec, messages
+from superserve_jax.gateway.grpc.calls import Call, Method
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel, answers_to, find
 from superserve_jax.gateway.requests import InferRequest
@@ -54,9 +56,9 @@ class Service:
         self.draining, self.closing, self.refused = False, False, 0
         self.waiting = set[Future]()
 
-    def handlers(self, allows: calls.Allows | None = None) -> dict[str, grpc.RpcMethodHandler]:
-        """The calls of the protocol that the gateway has. For `allows`, see `calls.handlers`; it is not asked about probes."""
-        return calls.handlers(
+    def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
+        """The protocol's methods that the gateway has. For `allows`, see `calls.methods`; it is not asked about probes."""
+        return calls.methods(
             NAME,
             {
                 "ServerLive": lambda _: {"live": True},
@@ -88,12 +90,12 @@ class Service:
         models = [self._model(message)] if message.name else self._models.values()
         return {"model_stats": [documents.model_statistics(model) for model in models]}
 
-    async def _infer(self, context: Any) -> bytes:
-        data = await calls.read(context, self._limits.body_s)
-        left_s = context.time_remaining()
+    async def _infer(self, call: Call) -> bytes:
+        data = await call.read(self._limits.body_s)
+        left_s = call.context.time_remaining()
         if left_s is not None and left_s <= 0:
             raise errors.DeadlineExpiredError("the deadline of the call had passed when it came")
-        slo_ms = _slo_ms(context)
+        slo_ms = _slo_ms(call)
         if slo_ms is None and left_s is not None:
             slo_ms = 1e3 * left_s
         started = self._start(calls.parsed(_Request, data), len(data), slo_ms)
@@ -126,36 +128,41 @@ class Service:
         self.waiting.difference_update(started.queries)
         self._bytes -= started.size
 
-    async def _stream(self, context: Any) -> None:
+    async def _stream(self, call: Call) -> None:
         """Answers the requests of a stream in their order. An error of one is in its response, and the stream goes on."""
-        slo_ms = _slo_ms(context)
+        slo_ms = _slo_ms(call)
         started = asyncio.Queue[_Started | tuple[Any, Exception] | None]()  # (message, error) after an error, None at the end
         slots = asyncio.Semaphore(MOST_IN_STREAM)
+        ended = False
 
         async def read() -> None:
-            try:
-                while await slots.acquire() and isinstance(data := await context.read(), bytes):  # else it is EOF
+            with contextlib.suppress(grpc.aio.BaseError):  # the call has ended
+                while await slots.acquire() and not ended:
+                    data = await call.next(self._limits.idle_s)
+                    if data is None or ended:
+                        break
+                    call.unanswered += 1
                     message = _Request()
                     try:
                         message = calls.parsed(_Request, data)
                         started.put_nowait(self._start(message, len(data), slo_ms))
                     except Exception as error:
                         started.put_nowait((message, error))
-            finally:
-                started.put_nowait(None)
+            started.put_nowait(None)
 
-        reader = asyncio.create_task(read())
+        call.start(read())
         try:
             while (one := await started.get()) is not None:
                 response = (await self._answer(one)).SerializeToString()
                 async with asyncio.timeout(self._limits.write_s):
-                    await context.write(response)
+                    await call.write(response)
+                call.unanswered -= 1
                 slots.release()
         except TimeoutError:
             raise RequestError("the stream ended, since nobody read its answers; read them", status=408) from None
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            ended = True
+            slots.release()
             while not started.empty():
                 if isinstance(one := started.get_nowait(), _Started):
                     for query in one.queries:
@@ -175,7 +182,7 @@ class Service:
         return response
 
 
-def _slo_ms(context: Any) -> float | None:
+def _slo_ms(call: Call) -> float | None:
     """The deadline in the metadata of a call, in milliseconds, or None."""
-    found = {_SLO[name]: value for name, value in context.invocation_metadata() if name in _SLO}
-    return requests.slo_of({name: value.encode() for name, value in found.items()}) if found else None
+    found = {_SLO[name]: str(value).encode() for name, value in call.metadata() if name in _SLO}
+    return requests.slo_of(found) if found else None

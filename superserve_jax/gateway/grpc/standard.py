@@ -12,6 +12,7 @@ import grpc
 
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import calls, messages, service
+from superserve_jax.gateway.grpc.calls import Call, Method
 from superserve_jax.gateway.grpc.service import Service
 
 _WATCH_S = 0.5
@@ -31,9 +32,9 @@ class Health:
         self._inference = inference
         self._names: dict[str, str | None] = {**{name: name for name in models}, "": None, service.NAME: None}
 
-    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
-        """The calls Check, List and Watch."""
-        return calls.handlers("grpc.health.v1.Health", {"Check": self._check, "List": self._list, "Watch": self._watch})
+    def methods(self) -> dict[str, Method]:
+        """The methods Check, List and Watch."""
+        return calls.methods("grpc.health.v1.Health", {"Check": self._check, "List": self._list, "Watch": self._watch})
 
     def _status(self, name: str) -> str:
         if name not in self._names:
@@ -49,29 +50,29 @@ class Health:
     def _list(self, _: Any) -> dict[str, Any]:
         return {"statuses": {name: {"status": self._status(name)} for name in self._names}}
 
-    async def _watch(self, context: Any) -> None:
-        data = await calls.read(context, calls.SMALL_S)
+    async def _watch(self, call: Call) -> None:
+        data = await call.read(calls.SMALL_S)
         name, told = calls.parsed(_Request, data).service, None
         while True:
             status = self._status(name)
             if status != told:
-                await context.write(_Response(status=status).SerializeToString())
+                await call.write(_Response(status=status).SerializeToString())
                 told = status
             await asyncio.sleep(_WATCH_S)
 
 
-def reflection(version: str, allows: calls.Allows | None = None) -> dict[str, grpc.RpcMethodHandler]:
+def reflection(version: str, idle_s: float, allows: calls.Allows | None = None) -> dict[str, Method]:
     """The service grpc.reflection, version "v1" or "v1alpha". The two differ in their name only.
 
-    For `allows`, see `calls.handlers`.
+    A stream without a request for `idle_s` seconds ends. For `allows`, see `calls.methods`.
     """
     package = f"grpc.reflection.{version}"
     request = messages.named(f"{package}.ServerReflectionRequest")
     response = messages.named(f"{package}.ServerReflectionResponse")
     names = [service.NAME, "grpc.health.v1.Health", f"{package}.ServerReflection"]
 
-    async def info(context: Any) -> None:
-        while isinstance(data := await context.read(), bytes):  # else it is EOF
+    async def info(call: Call) -> None:
+        while (data := await call.next(idle_s)) is not None:
             asked = calls.parsed(request, data)
             answer = response(valid_host=asked.host, original_request=asked)
             try:
@@ -83,9 +84,9 @@ def reflection(version: str, allows: calls.Allows | None = None) -> dict[str, gr
             except KeyError:
                 answer.error_response.error_code = grpc.StatusCode.NOT_FOUND.value[0]
                 answer.error_response.error_message = "no such file, symbol or extension"
-            await context.write(answer.SerializeToString())
+            await call.write(answer.SerializeToString())
 
-    return calls.handlers(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows)
+    return calls.methods(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows)
 
 
 def _files(asked: Any) -> list[bytes]:
