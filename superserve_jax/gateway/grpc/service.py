@@ -10,7 +10,7 @@ import grpc
 from superserve_jax import errors
 from superserve_jax.gateway import bodies, documents, requests
 from superserve_jax.gateway.failures import ClosingError, RequestError
-from superserve_jax.gateway.grpc import calls, codec, messages
+from superserve_jax.gateway.grpc import calls, codec, messages, wire
 from superserve_jax.gateway.grpc.calls import Call, Method
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel, answers_to, find
@@ -98,7 +98,7 @@ class Service:
         slo_ms = _slo_ms(call)
         if slo_ms is None and left_s is not None:
             slo_ms = 1e3 * left_s
-        started = self._start(calls.parsed(_Request, data), len(data), slo_ms)
+        started = self._start(_parsed(data), len(data), slo_ms)
         return (await self._finish(started)).SerializeToString()
 
     def _start(self, message: Any, size: int, slo_ms: float | None) -> _Started:
@@ -144,7 +144,7 @@ class Service:
                     call.unanswered += 1
                     message = _Request()
                     try:
-                        message = calls.parsed(_Request, data)
+                        message = _parsed(data)
                         started.put_nowait(self._start(message, len(data), slo_ms))
                     except Exception as error:
                         started.put_nowait((message, error))
@@ -180,6 +180,11 @@ class Service:
             response.error_message = calls.text_of(error)
             response.infer_response.id = one[0].id
         return response
+
+
+def _parsed(data: bytes) -> Any:
+    wire.check_fields(data)
+    return calls.parsed(_Request, data)
 
 
 def _slo_ms(call: Call) -> float | None:
