@@ -1,4 +1,4 @@
-"""The access log: a line of JSON for each answer."""
+"""The access log: a line of JSON for each answer over HTTP, and for each call of gRPC."""
 
 import contextlib
 import logging
@@ -25,7 +25,8 @@ class AccessLog:
       file: where to append the lines; "-" is the standard output.
 
     A line has `time` (seconds since 1970), `client`, `method`, `path`, `status`, the bytes `received` and `sent`, and `ms`
-    from the first byte of the request to the answer. `trace` is the id of the trace in a header traceparent.
+    from the first byte of the request to the answer. `trace` is the id of the trace in a header traceparent. Lines of gRPC
+    also have its status, as `grpc`.
     """
 
     def __init__(self, file: str):

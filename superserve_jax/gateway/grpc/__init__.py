@@ -1,6 +1,8 @@
 """The gateway's second port: the Open Inference Protocol over gRPC, with grpc.aio in the loop that also serves HTTP. No jax.
 
 `codec.py` translates between messages and the requests and replies of HTTP, so checks, errors and documents are the same.
-`service.py` has the calls, `standard.py` the services that every gRPC server has: health and reflection. `port.py` opens the
-port and drains it. `messages.py` makes the classes of messages from `protos/`, which holds the published definitions.
+`service.py` has the calls, `standard.py` the services that every gRPC server has: health and reflection.
+`calls.py` runs a call: token, time limits, status and access log. `taking.py` takes calls from grpc's core.
+`port.py` opens the port and drains it. `wire.py` counts the fields of a message before it is parsed.
+`messages.py` makes the classes of messages from `protos/`, which holds the published definitions.
 """
