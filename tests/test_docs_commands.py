@@ -28,6 +28,8 @@ OTHER_PROGRAMS = (
     "source",
     "tensorboard",
     "mkdir",
+    "chmod",
+    "openssl",
     "curl",
     "head",
     "nvidia-smi",

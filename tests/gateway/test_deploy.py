@@ -80,7 +80,8 @@ def test_the_image_starts_the_gateway():
     assert found["USER"].isdecimal()  # Kubernetes refuses a name if the container must not run as root
     assert json.loads(found["ENTRYPOINT"]) == ["superserve", "serve"]
     options = tyro.cli(Options, args=json.loads(found["CMD"]))
-    assert (options.export, options.host, str(options.port)) == ("digits", "0.0.0.0", found["EXPOSE"])
+    assert (options.export, options.host) == ("digits", "0.0.0.0")
+    assert f"{options.port} {options.grpc_port}" == found["EXPOSE"]
     assert f":{options.port}/v2/health/ready" in found["HEALTHCHECK"]
 
 
