@@ -11,7 +11,12 @@ from program import ROOT, run_program
 from superserve_jax import cli, families
 
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
-PROGRAMS = [path for folder in ("train", "serve") for path in sorted((ROOT / folder).rglob("*.py"))]
+PROGRAMS = [
+    path
+    for folder in ("train", "serve")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.parent.name != "gateway_load"
+]
 EXAMPLE = "docs/examples/my_family.py"
 
 
