@@ -32,7 +32,7 @@ from gateway_load.children import Child
 
 from superserve_jax import cli, progress
 
-ADDRESS = re.compile(r"http://\S+?:(\d+)/v2/models.*^try it", re.DOTALL | re.MULTILINE)
+ADDRESS = re.compile(r"http://\S+?:(\d+)/v2/models.*^SIGTERM or Ctrl-C", re.DOTALL | re.MULTILINE)
 GRPC_ADDRESS = re.compile(r"^gRPC at \S+:(\d+)$", re.MULTILINE)
 SOON_S, LATE_S = 0.05, 0.4  # SIGTERM comes at a random time between these
 SLO_MS = 10_000.0
