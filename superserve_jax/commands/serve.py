@@ -73,6 +73,9 @@ class Options:
     access_log: str | None = None
 
 
+_CHECK_S = 0.5  # the time between two checks for a signal
+
+
 class _StopError(KeyboardInterrupt):
     """A signal asked the command to end. No `except Exception` on the way swallows it."""
 
@@ -90,12 +93,14 @@ def main() -> None:
     door["token"] = gateway.read_token(options.token_file)
     gateway.check_options(**door)
     serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
+    opened = None
     try:
         with (
-            stopped_by_signals(),
+            stopped_by_signals() as signals,
             ss.Server(options.export, **serving) as server,
-            contextlib.suppress(_StopError),  # the gateway has answered its requests
+            signals.noticed(),
             gateway.Gateway(server, **door) as opened,
+            signals.noticed(),  # no second signal interrupts the closing, which answers the requests
         ):
             [name] = opened.models
             where = "" if options.host in opened.url else f" (and at all addresses of {options.host})"
@@ -104,32 +109,63 @@ def main() -> None:
                 print(f"gRPC at {opened.grpc_target}")
             print(f"the live page is at {opened.url}; try also: curl {opened.url}/v2/health/ready", flush=True)
             print("SIGTERM or Ctrl-C ends it", flush=True)
-            opened.wait()
+            while not opened.wait(_CHECK_S):
+                signals.check()
     except _StopError:
-        print("ended before the port was open")
-    else:
-        queries = server.snapshot()["queries"]
-        print(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
+        if opened is None:
+            print("ended before the port was open")
+            return
+    [model] = opened.models.values()
+    queries = model.server.snapshot()["queries"]
+    print(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
+
+
+class Signals:
+    """What SIGTERM and SIGINT have asked for.
+
+    Attributes:
+      came: whether a signal has come.
+    """
+
+    def __init__(self):
+        self.came = False
+
+    def check(self) -> None:
+        """Raises _StopError if a signal has come."""
+        if self.came:
+            raise _StopError
+
+    @contextlib.contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Checks for a signal. After one that ends the block, SIGTERM is ignored, and Ctrl-C interrupts at once."""
+        try:
+            self.check()
+            yield
+        except _StopError:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Lets the first SIGTERM or SIGINT raise _StopError in the main thread.
+def stopped_by_signals() -> Iterator[Signals]:
+    """Lets SIGTERM and SIGINT raise _StopError in the main thread.
 
-    After the first signal, SIGTERM is ignored, and Ctrl-C interrupts at once. If all goes well, both stay so until the process
-    has ended: a second SIGTERM must not change its status.
+    Python drops an error that is raised in a callback of the garbage collector or in `__del__`. So ask `Signals.check` after
+    everything that takes long. If all goes well, the handlers stay until the process has ended: a second SIGTERM must not
+    change its status.
     """
+    signals = Signals()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signals.came = True
         raise _StopError
 
     try:
         for number in before:
             signal.signal(number, stop)
-        yield
+        yield signals
     except errors.SuperServeError:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -126,11 +126,15 @@ class Gateway:
         """Whether its thread runs."""
         return not self._ended.is_set()
 
-    def wait(self) -> None:
-        """Waits until another thread closes the gateway. Raises ServerClosedError if an error has ended it."""
-        self._ended.wait()  # not `join`: if a signal's handler raises in it, Python 3.11 takes the thread for ended
+    def wait(self, limit_s: float | None = None) -> bool:
+        """Waits until another thread closes the gateway, or for `limit_s` seconds. Returns whether it is closed.
+
+        Raises ServerClosedError if an error has ended it.
+        """
+        self._ended.wait(limit_s)  # not `join`: if a signal's handler raises in it, Python 3.11 takes the thread for ended
         if self._failed:
             raise errors.ServerClosedError(f"the gateway at {self.url} ended by an error, see the log; open it again")
+        return not self.is_open
 
     def close(self) -> None:
         """Closes the ports, answers the requests that have arrived, and ends the thread. It may be called twice.

@@ -19,6 +19,7 @@ from program import ROOT
 from tiny import TINY, random_images, write_export
 
 from superserve_jax import exports
+from superserve_jax.commands import serve
 from superserve_jax.engines import keys
 from superserve_jax.profile import Profile, Row
 
@@ -107,15 +108,77 @@ except Exception:
 """
 
 
+DROPS = """
+import gc
+import os
+import signal
+
+def policy(profile, state):
+    pass
+
+def collected(*_):
+    gc.callbacks.remove(collected)
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(100):
+        pass
+
+print("starting", flush=True)
+gc.callbacks.append(collected)
+gc.collect()
+"""
+
+
 @pytest.mark.slow
-def test_a_signal_ends_it_while_it_starts(path, tmp_path):
-    (tmp_path / "slow.py").write_text(SWALLOWS)
+@pytest.mark.parametrize("code", [SWALLOWS, DROPS])
+def test_a_signal_ends_it_while_it_starts(path, tmp_path, code):
+    (tmp_path / "slow.py").write_text(code)
     with program(path, "--policy", f"{tmp_path}/slow.py:policy") as (process, line):
         assert line == "starting\n"
-        process.send_signal(signal.SIGTERM)
+        if code == SWALLOWS:
+            process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out) == (0, "ended before the port was open\n"), err
-    assert "Traceback" not in err
+    assert ("Exception ignored in" if code == DROPS else "") in err
+    assert ("Traceback" in err) == (code == DROPS)  # Python prints the error that it drops
+
+
+class Dropped:
+    """Its end brings a signal, whose error Python drops."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self._number)
+        for _ in range(100):
+            pass
+
+
+@pytest.fixture
+def restored():
+    """Sets the handlers of signals back after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored, number):
+    with serve.stopped_by_signals() as signals:
+        signals.check()
+        Dropped(number)
+        with pytest.raises(KeyboardInterrupt):
+            signals.check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            fakes.wait_until(lambda: False)
+        with pytest.raises(KeyboardInterrupt), signals.noticed():
+            pytest.fail("the signal is not noticed")
+        os.kill(os.getpid(), signal.SIGTERM)  # it is ignored now
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,14 @@ def test_a_server_may_be_closed_before_its_gateway():
         assert request(door, "GET", "/v2/health/live").status == 200
 
 
+def test_waiting_for_a_gateway_may_have_a_limit():
+    with opened() as (_, door):
+        assert not door.wait(0.01)
+        door.close()
+        assert door.wait(0.01)
+        assert door.wait()
+
+
 def test_a_closed_port_is_free_again():
     with opened() as (server, door):
         port = int(door.url.rsplit(":", 1)[1])
