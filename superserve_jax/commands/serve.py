@@ -14,7 +14,9 @@ Ctrl-C ends it at once. Library: gateway.Gateway, serving.server.
 
 import contextlib
 import dataclasses
+import functools
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -50,7 +52,8 @@ class Options:
         variable SUPERSERVE_TOKEN may hold the token. Health probes need no token.
       tls_cert: a file in PEM with the certificate of this server and its chain, for TLS.
       tls_key: a file in PEM with the key of the certificate.
-      access_log: a file to which a line of JSON is appended for each answer, or - for the standard output.
+      access_log: a file to which a line of JSON is appended for each answer, or - for the standard
+        output. Messages then go to the standard error.
     """
 
     export: Annotated[str, tyro.conf.Positional]
@@ -93,6 +96,7 @@ def main() -> None:
     door["token"] = gateway.read_token(options.token_file)
     gateway.check_options(**door)
     serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
+    say = functools.partial(print, flush=True, file=sys.stderr if options.access_log == "-" else sys.stdout)
     opened = None
     try:
         with (
@@ -104,20 +108,20 @@ def main() -> None:
         ):
             [name] = opened.models
             where = "" if options.host in opened.url else f" (and at all addresses of {options.host})"
-            print(f"serving {name} at {opened.url}/v2/models/{name}{where} with {server!r}", flush=True)
+            say(f"serving {name} at {opened.url}/v2/models/{name}{where} with {server!r}")
             if opened.grpc_target is not None:
-                print(f"gRPC at {opened.grpc_target}")
-            print(f"the live page is at {opened.url}; try also: curl {opened.url}/v2/health/ready", flush=True)
-            print("SIGTERM or Ctrl-C ends it", flush=True)
+                say(f"gRPC at {opened.grpc_target}")
+            say(f"the live page is at {opened.url}; try also: curl {opened.url}/v2/health/ready")
+            say("SIGTERM or Ctrl-C ends it")
             while not opened.wait(_CHECK_S):
                 signals.check()
     except _StopError:
         if opened is None:
-            print("ended before the port was open")
+            say("ended before the port was open")
             return
     [model] = opened.models.values()
     queries = model.server.snapshot()["queries"]
-    print(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
+    say(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
 
 
 class Signals:

@@ -180,9 +180,7 @@ class Gateway:
         sock = self._listener.dup()
         listening = await loop.create_server(lambda: Connection(shared), sock=sock, backlog=_BACKLOG, **tls)
         self._page.start()
-        running = [loop.create_task(_tick(shared))]
-        if self._log is not None:
-            running.append(loop.create_task(_write_log(self._log)))
+        ticking = loop.create_task(_tick(shared))
         self._opened.set_result(None if grpc is None else grpc.number)
         await self._closing.wait()
         closing_grpc = None if grpc is None else loop.create_task(grpc.close())
@@ -202,7 +200,7 @@ class Gateway:
         await shared.emptied(_FLUSH_S)
         for connection in [*shared.connections]:
             connection.abort()
-        for task in (*running, *opening):
+        for task in (ticking, *opening):
             task.cancel()
         if closing_grpc is not None:
             await closing_grpc
@@ -236,13 +234,6 @@ async def _tick(shared: Shared) -> None:
         now_s = time.monotonic()
         for connection in [*shared.connections]:
             connection.check(now_s)
-
-
-async def _write_log(log: AccessLog) -> None:
-    """Writes the access log, again and again."""
-    while True:
-        await asyncio.sleep(_TICK_S)
-        await asyncio.to_thread(log.flush)
 
 
 async def _settled(opening: Coroutine[Any, Any, Any]) -> None:

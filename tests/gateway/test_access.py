@@ -1,8 +1,7 @@
-"""Who may use a gateway: the token, pages of other sites, TLS. And the access log."""
+"""Who may use a gateway: the token, pages of other sites, TLS."""
 
 import contextlib
 import http.client
-import json
 import pathlib
 import socket
 import ssl
@@ -148,52 +147,6 @@ def test_tls_connections_do_not_keep_a_gateway_open(kind):
 def test_wrong_files_for_tls_are_refused(change):
     with pytest.raises(errors.ConfigError, match=r"TLS needs|cannot use the certificate"):
         tls_context(*(TLS | change).values())
-
-
-# -- the access log -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_access_log_has_a_line_for_each_answer(tmp_path):
-    file = tmp_path / "access.jsonl"
-    with opened(gateway_options={"access_log": str(file), "token": TOKEN}) as (_, door):
-        token = {"Authorization": f"Bearer {TOKEN}"}
-        traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
-        infer(door, CONTENT, **token, **traced)
-        request(door, "GET", "/v2?key=secret", **token)
-        request(door, "GET", "/nothing", **token)
-        infer(door, CONTENT)
-        with connect(door) as sock:
-            sock.sendall(b"nonsense\r\n\r\n")
-            answers(sock)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(line["method"], line["path"], line["status"], line["received"]) for line in lines] == [
-        ("POST", INFER, 200, len(CONTENT)),
-        ("GET", "/v2", 200, 0),
-        ("GET", "/nothing", 404, 0),
-        ("POST", INFER, 401, 0),
-        ("", "", 400, 0),
-    ]
-    assert lines[0]["trace"] == "0af7651916cd43dd8448eb211c80319c"
-    assert {line["client"] for line in lines} == {"127.0.0.1"}
-    assert all(0 <= line["ms"] < 1e4 and line["sent"] > 80 and abs(line["time"] - time.time()) < 60 for line in lines)
-    assert "secret" not in file.read_text()
-
-
-def test_the_access_log_may_be_the_standard_output(capfd):
-    with opened(gateway_options={"access_log": "-"}) as (_, door):
-        request(door, "GET", "/v2")
-    assert json.loads(capfd.readouterr().out)["path"] == "/v2"
-
-
-def test_a_full_disk_does_not_stop_the_gateway(caplog):
-    with opened(gateway_options={"access_log": "/dev/full"}) as (_, door):
-        assert infer(door, CONTENT).status == 200
-    assert "1 lines of the access log are lost" in caplog.text
-
-
-def test_an_access_log_that_cannot_be_written_is_refused(tmp_path):
-    with fakes.serve(gateways.engine()) as s, pytest.raises(errors.ConfigError, match="cannot write the access log"):
-        gateway.Gateway(s, port=0, access_log=str(tmp_path))
 
 
 def test_a_port_that_is_left_by_an_error_is_free(tmp_path):
