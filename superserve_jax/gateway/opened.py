@@ -95,21 +95,28 @@ class Gateway:
         self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC
         self._tls_files = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
         self._ended, self._closing, self._failed = threading.Event(), asyncio.Event(), False
-        with contextlib.ExitStack() as stack:
-            self._log = None if access_log is None else AccessLog(access_log)
-            if self._log is not None:
-                stack.callback(self._log.close)
+        self._held, self._taken = contextlib.ExitStack(), threading.Lock()  # who gets the lock closes what is held
+        self._log = None
+        try:
+            if access_log is not None:
+                self._log = AccessLog(access_log)
+                self._held.callback(self._log.close)
             if grpc_port is not None:
                 _listen(host, grpc_port).close()
-            self._listener = stack.enter_context(_listen(host, port))
+            self._listener = self._held.enter_context(_listen(host, port))
             self.url = _url(host, self._listener.getsockname()[1], secure=self._tls is not None)
             self._loop = uvloop.new_event_loop()
-            stack.callback(self._loop.close)
+            self._held.callback(self._loop.close)
             self._thread = threading.Thread(target=self._run, name="superserve-gateway", daemon=True)
             with errors.StartingThreads():
                 self._thread.start()
-            stack.pop_all()
-        number = self._opened.result()
+            number = self._opened.result()
+        except BaseException:  # also an error that the handler of a signal raises, at any of these lines
+            if self._taken.acquire(blocking=False):  # the thread does not run yet, and will not
+                self._held.close()
+            else:
+                self.close()
+            raise
         self.grpc_target = None if number is None else _target(host, number)
 
     def __repr__(self) -> str:
@@ -155,6 +162,8 @@ class Gateway:
         self._thread.join(_FLUSH_S)
 
     def _run(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
@@ -165,9 +174,7 @@ class Gateway:
                 return
             _log.exception("the gateway at %s ended by an error", self.url)
         finally:
-            self._listener.close()
-            if self._log is not None:
-                self._log.close()
+            self._held.close()
             self._ended.set()
 
     async def _serve(self) -> None:

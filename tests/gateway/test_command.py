@@ -172,8 +172,7 @@ def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored,
         with pytest.raises(KeyboardInterrupt):
             signals.check()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-            fakes.wait_until(lambda: False)
+            signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt), signals.noticed():
             pytest.fail("the signal is not noticed")
         os.kill(os.getpid(), signal.SIGTERM)  # it is ignored now

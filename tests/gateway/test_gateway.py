@@ -1,6 +1,10 @@
 """A gateway opens its port, and closes without losing a request."""
 
+import asyncio
 import contextlib
+import os
+import signal
+import socket
 import threading
 
 import fakes
@@ -12,6 +16,7 @@ from gateways import INFER, answers, connect, infer, is_closed, opened, request
 
 from superserve_jax import errors, gateway
 from superserve_jax.gateway import documents
+from superserve_jax.gateway.grpc.port import Port
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
@@ -193,4 +198,51 @@ def test_an_error_leaves_no_thread_and_no_open_port():
             raise KeyError
         with pytest.raises(ConnectionRefusedError):
             connect(door)
-    assert not [thread for thread in threading.enumerate() if thread.name == "superserve-gateway" and thread.is_alive()]
+    assert_no_thread_is_left()
+
+
+def assert_no_thread_is_left():
+    names = [thread.name for thread in threading.enumerate() if thread.is_alive()]
+    assert not [name for name in names if name.startswith(("superserve-gateway", "superserve-access-log"))]
+
+
+@pytest.fixture
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_a_signal_while_the_ports_open_leaves_no_thread(monkeypatch, free_port):
+    opening = Port.open
+
+    async def interrupted(port, *address):
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.05)
+        await opening(port, *address)
+
+    monkeypatch.setattr(Port, "open", interrupted)
+    with fakes.serve(gateways.engine()) as server:
+        with pytest.raises(KeyboardInterrupt):
+            gateway.Gateway(server, port=free_port, grpc_port=0)
+        assert_no_thread_is_left()
+        with gateway.Gateway(server, port=free_port) as door:
+            assert infer(door, CONTENT).status == 200
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_while_the_thread_starts_leaves_no_thread(monkeypatch, free_port, tmp_path, when):
+    starting = threading.Thread.start
+
+    def interrupted(thread):
+        if when == "after" or thread.name != "superserve-gateway":
+            starting(thread)
+        if thread.name == "superserve-gateway":
+            raise KeyboardInterrupt
+
+    with fakes.serve(gateways.engine()) as server:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threading.Thread, "start", interrupted)
+            gateway.Gateway(server, port=free_port, grpc_port=0, access_log=str(tmp_path / "log"))
+        assert_no_thread_is_left()
+        with gateway.Gateway(server, port=free_port) as door:
+            assert infer(door, CONTENT).status == 200
