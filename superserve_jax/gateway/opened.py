@@ -12,7 +12,7 @@ from typing import Any
 
 import uvloop
 
-from superserve_jax import errors
+from superserve_jax import errors, foreign
 from superserve_jax.gateway import access
 from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.app import App
@@ -240,7 +240,11 @@ async def _tick(shared: Shared) -> None:
         await asyncio.sleep(pause_s)
         now_s = time.monotonic()
         for connection in [*shared.connections]:
-            connection.check(now_s)
+            try:
+                connection.check(now_s)
+            except Exception as e:  # the limits hold for the other connections
+                foreign.log(_log, logging.ERROR, "the time limits of a connection cannot be checked", error=e)
+                connection.abort()
 
 
 async def _settled(opening: Coroutine[Any, Any, Any]) -> None:

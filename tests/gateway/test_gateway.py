@@ -16,6 +16,7 @@ from gateways import INFER, answers, connect, infer, is_closed, opened, request
 
 from superserve_jax import errors, gateway
 from superserve_jax.gateway import documents
+from superserve_jax.gateway.connections import Connection
 from superserve_jax.gateway.grpc.port import Port
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
@@ -108,6 +109,24 @@ def test_connections_that_the_system_has_accepted_are_answered_when_the_gateway_
 def ready_of(sock):
     sock.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: a\r\n\r\n")
     return answers(sock)[0].status
+
+
+def test_an_error_in_one_connection_keeps_the_time_limits_of_the_others(monkeypatch, caplog):
+    checking, failed = Connection.check, []
+
+    def check(connection, now_s):
+        if not failed:
+            failed.append(connection)
+            raise KeyError("broken")
+        checking(connection, now_s)
+
+    with opened(limits={"idle_s": 0.2}) as (_, door), connect(door) as first:
+        monkeypatch.setattr(Connection, "check", check)
+        assert is_closed(first)
+        with connect(door) as second:
+            assert is_closed(second)
+    assert failed
+    assert "time limits of a connection cannot be checked" in caplog.text
 
 
 def test_a_server_may_be_closed_before_its_gateway():
@@ -240,9 +259,10 @@ def test_a_signal_while_the_thread_starts_leaves_no_thread(monkeypatch, free_por
             raise KeyboardInterrupt
 
     with fakes.serve(gateways.engine()) as server:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(threading.Thread, "start", interrupted)
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             gateway.Gateway(server, port=free_port, grpc_port=0, access_log=str(tmp_path / "log"))
+        monkeypatch.undo()
         assert_no_thread_is_left()
         with gateway.Gateway(server, port=free_port) as door:
             assert infer(door, CONTENT).status == 200
