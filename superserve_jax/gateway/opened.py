@@ -26,6 +26,7 @@ from superserve_jax.serving.server import Server
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 2048  # connections that may wait until the loop accepts them
+_OPENING_S = 1.0  # how long a closing gateway waits for the last TLS handshakes
 _FLUSH_S = 0.2  # how long the last answers may take to be sent
 _JOIN_S = 5.0  # how much longer than its limits a gateway may take to close
 _TICK_S = 1.0  # the longest time between two checks of the time limits
@@ -195,12 +196,13 @@ class Gateway:
         listening.close()
         opening = self._accept_the_last(shared, tls)
         self._listener.close()
+        end_s = time.monotonic() + limits.drain_s
         if opening:
-            await asyncio.wait(opening, timeout=limits.drain_s)  # for TLS
+            await asyncio.wait(opening, timeout=min(_OPENING_S, limits.drain_s))
         shared.closing = True
         for connection in [*shared.connections]:
             connection.drain()
-        await shared.emptied(limits.drain_s)
+        await shared.emptied(end_s - time.monotonic())
         shared.expired = True
         for connection in [*shared.connections]:
             connection.expire()

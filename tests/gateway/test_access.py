@@ -15,6 +15,7 @@ from gateways import INFER, answers, connect, infer, is_closed, opened, request
 
 from superserve_jax import errors, gateway
 from superserve_jax.gateway.access import Access, tls_context
+from superserve_jax.gateway.grpc.port import Port
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
@@ -138,6 +139,32 @@ def test_tls_connections_do_not_keep_a_gateway_open(kind):
             assert time.monotonic() - start_s < 1.5
             if kind == "waiting":
                 assert answers(sock)[0].status == 503
+
+
+def test_silent_tls_connections_do_not_prolong_the_wait_for_answers(monkeypatch):
+    valve, drain_s, silent, closing = gateways.Valve(), 2.0, [], Port.close
+    with contextlib.ExitStack() as stack:
+        options = {"gateway_options": {**TLS, "grpc_port": 0}, "limits": {"drain_s": drain_s, "head_s": 20}}
+        server, door = stack.enter_context(opened(gateways.engine(valve), **options))
+
+        async def connect_late(port):
+            silent.extend(
+                stack.enter_context(connect(door)) for _ in range(3)
+            )  # the system accepts them, and the loop is busy
+            await closing(port)
+
+        monkeypatch.setattr(Port, "close", connect_late)
+        with valve.shut(server, ROW[0]):
+            sock = stack.enter_context(secure(door))
+            sock.sendall(
+                b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT)) + CONTENT
+            )
+            fakes.wait_until(lambda: server.health()["waiting"] == 1)
+            start_s = time.monotonic()
+            door.close()
+            assert drain_s <= time.monotonic() - start_s < 1.5 * drain_s  # two deadlines would be 2 * drain_s
+            assert answers(sock)[0].status == 503
+            assert len(silent) == 3
 
 
 @pytest.mark.parametrize(
