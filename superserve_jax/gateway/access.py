@@ -7,6 +7,7 @@ import re
 import ssl
 
 from superserve_jax import errors
+from superserve_jax.gateway import origins
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.messages import Request
 
@@ -24,18 +25,20 @@ class Access:
 
     Args:
       token: what clients must send as `Authorization: Bearer TOKEN`; None lets everybody in.
+      host: the address that the gateway listens at, to refuse foreign names for it. None accepts all names, as is right with
+        TLS, where browsers check the name.
 
     >>> access = Access("a-secret-of-many-letters")
     >>> access.is_right(b"Bearer a-secret-of-many-letters"), access.is_right(b"Bearer b"), access.is_right(None)
     (True, False, False)
     """
 
-    def __init__(self, token: str | None):
+    def __init__(self, token: str | None, host: str | None = None):
         if token is not None and (not isinstance(token, str) or len(token) < _LEAST_TOKEN or not _is_plain(token)):
             raise errors.ConfigError(
                 f"a token needs {_LEAST_TOKEN} or more ASCII characters without blanks; choose another one"
             )
-        self._token = None if token is None else token.encode()
+        self._token, self._host = None if token is None else token.encode(), host
 
     def is_right(self, authorization: bytes | None) -> bool:
         """Whether the value of a header Authorization has the token. Wrong values take as long as right ones."""
@@ -47,7 +50,8 @@ class Access:
     def check(self, request: Request) -> RequestError | None:
         """The error for a request without the token (401), or for one that a page of another site sends (403)."""
         headers = request.headers
-        if self._token is not None and not self.is_right(headers.get(b"authorization")):
+        has_token = self._token is not None and self.is_right(headers.get(b"authorization"))
+        if self._token is not None and not has_token:
             is_probe = _PROBES.fullmatch(request.target.partition(b"?")[0])
             if is_probe is None:
                 return RequestError(
@@ -55,6 +59,11 @@ class Access:
                     status=401,
                     headers=_CHALLENGE,
                 )
+        if self._host is not None and not has_token:
+            try:
+                origins.check_host(headers, host=self._host)
+            except RequestError as error:
+                return error
         origin = headers.get(b"origin")
         if origin is not None and request.method not in _READING and origin.partition(b"://")[2] != headers.get(b"host"):
             return RequestError("a page of another site has sent this request; send it without a browser", status=403)

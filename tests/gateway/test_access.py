@@ -33,6 +33,12 @@ def guarded():
         yield door
 
 
+@pytest.fixture(scope="module")
+def plain():
+    with opened() as (_, door):
+        yield door
+
+
 @pytest.mark.parametrize(
     "value", ["", "Bearer", "Bearer ", "Bearer wrong", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "\xff"]
 )
@@ -64,7 +70,7 @@ def test_health_probes_need_no_token(guarded, path):
 
 def test_the_token_is_checked_before_the_body_is_read(guarded):
     with connect(guarded) as sock:
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" % INFER.encode())
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" % INFER.encode())
         assert answers(sock)[0].status == 401
 
 
@@ -93,6 +99,46 @@ def test_a_page_of_another_site_cannot_send_requests(guarded):
     assert request(guarded, "GET", "/v2", Authorization=token, Origin="http://evil.example").status == 200
 
 
+# -- names --------------------------------------------------------------------------------------------------------------------
+
+
+def status_for(door, host, start=b"GET /v2", rest=b""):
+    with connect(door) as sock:
+        sock.sendall(start + b" HTTP/1.1\r\n" + (b"Host: %b\r\n" % host) + rest + b"\r\n")
+        return answers(sock)[0].status
+
+
+@pytest.mark.parametrize(
+    "host", [b"evil.example", b"evil.example:8000", b"127.0.0.1.evil.example", b"localhost.evil", b"a b", b"["]
+)
+def test_a_foreign_name_for_a_local_gateway_is_403(plain, host):
+    for start in (b"GET /v2", b"GET /metrics", b"GET /events", b"GET /", b"GET /v2/health/live", b"POST " + INFER.encode()):
+        assert status_for(plain, host, start, b"Origin: http://%b\r\nContent-Length: 0\r\n" % host) == 403
+
+
+@pytest.mark.parametrize(
+    "host", [b"localhost", b"LocalHost:80", b"127.0.0.1:9", b"127.1.2.3", b"[::1]:8000", b"0.0.0.0:80", b"192.168.1.2", b""]
+)
+def test_localhost_and_addresses_are_no_foreign_names(plain, host):
+    assert status_for(plain, host) == 200
+
+
+def test_a_request_of_http_1_0_needs_no_name(plain):
+    with connect(plain) as sock:
+        sock.sendall(b"GET /v2 HTTP/1.0\r\n\r\n")
+        assert answers(sock)[0].status == 200
+
+
+def test_with_the_token_any_name_is_right(guarded):
+    assert status_for(guarded, b"gpu.example", rest=b"Authorization: Bearer %b\r\n" % TOKEN.encode()) == 200
+    assert status_for(guarded, b"gpu.example", b"GET /v2/health/live") == 403
+
+
+def test_a_gateway_for_other_machines_accepts_any_name():
+    with fakes.serve(gateways.engine()) as s, gateway.Gateway(s, host="0.0.0.0", port=0) as door:
+        assert status_for(door, b"gpu.example") == 200
+
+
 # -- TLS ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +159,11 @@ def test_requests_over_tls_are_answered():
         with contextlib.closing(connection):
             for _ in range(3):
                 assert infer(door, CONTENT, connection=connection).json["outputs"][0]["data"] == [7, 2]
+        with secure(door) as sock:
+            sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: gpu.example\r\n\r\n")  # browsers compare it with the certificate
+            assert answers(sock)[0].status == 200
         with connect(door) as plain:
-            plain.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+            plain.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert is_closed(plain)
 
 
@@ -127,11 +176,12 @@ def test_tls_connections_do_not_keep_a_gateway_open(kind):
         with valve.shut(server, ROW[0]):
             sock = stack.enter_context(connect(door) if kind == "handshake" else secure(door))
             if kind == "idle":
-                sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+                sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert answers(sock)[0].status == 200
             elif kind == "waiting":
                 sock.sendall(
-                    b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT)) + CONTENT
+                    b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
+                    + CONTENT
                 )
                 fakes.wait_until(lambda: server.health()["waiting"] == 1)
             start_s = time.monotonic()
@@ -157,7 +207,7 @@ def test_silent_tls_connections_do_not_prolong_the_wait_for_answers(monkeypatch)
         with valve.shut(server, ROW[0]):
             sock = stack.enter_context(secure(door))
             sock.sendall(
-                b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT)) + CONTENT
+                b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT)) + CONTENT
             )
             fakes.wait_until(lambda: server.health()["waiting"] == 1)
             start_s = time.monotonic()

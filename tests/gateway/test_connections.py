@@ -19,12 +19,12 @@ from superserve_jax.gateway.limits import Limits
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
 SIZE = len(CONTENT)
-LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def head(length=SIZE, *lines):
     """The head of a request for inference, with more header lines."""
-    named = b"".join(line + b"\r\n" for line in (b"Host: a", *lines))
+    named = b"".join(line + b"\r\n" for line in (b"Host: localhost", *lines))
     size = b"" if length is None else b"Content-Length: %d\r\n" % length
     return b"POST %b HTTP/1.1\r\n%b%b\r\n" % (INFER.encode(), named, size)
 
@@ -164,7 +164,7 @@ def large_answer(monkeypatch):
 @pytest.mark.parametrize("then", [b"", head(), head() + CONTENT, b"nonsense\r\n\r\n"])
 def test_a_client_that_does_not_read_cannot_keep_the_gateway_open(large_answer, then):
     with opened(limits={"drain_s": 0.1}) as (_, door), connect(door) as sock:
-        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n" + then)
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n" + then)
         assert sock.recv(1)  # the answer begins
         start_s = time.monotonic()
         door.close()

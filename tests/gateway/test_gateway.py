@@ -21,7 +21,7 @@ from superserve_jax.gateway.grpc.port import Port
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
-HEAD = b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
+HEAD = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
 
 
 def test_closing_answers_the_requests_that_have_arrived():
@@ -29,7 +29,7 @@ def test_closing_answers_the_requests_that_have_arrived():
     with opened(gateways.engine(valve)) as (server, door):
         with valve.shut(server, ROW[0]), connect(door) as busy, connect(door) as idle:
             busy.sendall(HEAD + CONTENT)
-            idle.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: a\r\n\r\n")
+            idle.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert answers(idle)[0].status == 200
             fakes.wait_until(lambda: server.health()["waiting"] == 1)
             closing = threading.Thread(target=door.close)
@@ -62,7 +62,7 @@ def test_a_request_that_takes_too_long_gets_503_when_the_gateway_closes(caplog):
 
 def test_an_idle_connection_may_still_send_a_request_when_the_gateway_closes():
     with opened() as (_, door), connect(door) as sock:
-        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answers(sock)
         closing = threading.Thread(target=door.close)
         closing.start()
@@ -94,7 +94,7 @@ def test_connections_that_the_system_has_accepted_are_answered_when_the_gateway_
     monkeypatch.setattr(documents, "server_metadata", block)
     with opened() as (_, door), contextlib.ExitStack() as stack:
         blocking = stack.enter_context(connect(door))
-        blocking.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n")
+        blocking.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert entered.wait(WAIT_S)  # the event loop is busy
         clients = [stack.enter_context(connect(door)) for _ in range(20)]
         for sock in clients:
@@ -107,7 +107,7 @@ def test_connections_that_the_system_has_accepted_are_answered_when_the_gateway_
 
 
 def ready_of(sock):
-    sock.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: a\r\n\r\n")
+    sock.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
     return answers(sock)[0].status
 
 

@@ -15,7 +15,7 @@ from gateways import INFER, answers, connect, infer, is_closed, opened, request
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
-HEAD = b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
+HEAD = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def test_a_client_may_ask_before_it_sends_its_body(door):
 
 def test_a_body_that_is_too_long_is_refused_before_it_is_sent(door):
     with connect(door) as sock:
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 200001\r\n\r\n" % INFER.encode())
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200001\r\n\r\n" % INFER.encode())
         assert answers(sock)[0].status == 413
 
 
 def test_a_chunked_body_is_refused_at_the_limit(door):
     with connect(door) as sock:
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode())
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode())
         for _ in range(3):
             sock.sendall(b"%x\r\n%b\r\n" % (100_000, bytes(100_000)))
         assert answers(sock)[0].status == 413
@@ -96,7 +96,7 @@ def test_a_chunked_body_is_refused_at_the_limit(door):
     [
         b"nonsense\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00",
@@ -117,8 +117,8 @@ def test_what_is_no_http_gets_400_in_json(door, content, caplog):
     ("content", "message"),
     [
         (b"GET /v2 HTTP/1.1\r\n\r\n", "no header Host"),
-        (b"GET /v2 HTTP/2.0\r\nHost: a\r\n\r\n", "HTTP/2.0; send HTTP/1.1"),
-        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", "does not upgrade"),
+        (b"GET /v2 HTTP/2.0\r\nHost: localhost\r\n\r\n", "HTTP/2.0; send HTTP/1.1"),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", "does not upgrade"),
     ],
 )
 def test_http_that_the_gateway_does_not_speak_is_400(door, content, message):
@@ -132,7 +132,7 @@ def test_http_that_the_gateway_does_not_speak_is_400(door, content, message):
 def test_a_path_may_be_a_whole_address_and_may_have_escapes(door):
     for target in (b"http://a:80/v2/models/supernet", b"/v2/models/super%6eet?x=y"):
         with connect(door) as sock:
-            sock.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target)
+            sock.sendall(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target)
             assert answers(sock)[0].json["name"] == "supernet"
 
 
@@ -148,7 +148,7 @@ def test_http_1_0_is_answered_on_one_connection(door):
 def test_an_upgrade_is_ignored(door, cut):
     """Java's client and curl ask for HTTP/2 in this way, also with a body."""
     upgrade = b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQA\r\n\r\n"
-    get = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    get = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     content = HEAD.replace(b"\r\n\r\n", upgrade) + CONTENT + get.replace(b"\r\n\r\n", upgrade) + HEAD + CONTENT
     with connect(door) as sock:
         for part in (content[:cut], content[cut:] if cut else b""):

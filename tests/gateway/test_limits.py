@@ -20,7 +20,7 @@ from superserve_jax.gateway.tensors import InputTensor
 ROWS = np.uint8([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
 GIVEN, FLOATS = {"inputs": [gateways.tensor(ROWS)]}, {"inputs": [gateways.tensor(ROWS, datatype="FP32")]}
 CONTENT = gateways.body(np.uint8([[[7, 2], [3, 4]]]))
-START = b"POST %b HTTP/1.1\r\nHost: a\r\n" % INFER.encode()
+START = b"POST %b HTTP/1.1\r\nHost: localhost\r\n" % INFER.encode()
 SHORT_S = 0.2
 
 
@@ -129,7 +129,7 @@ def test_the_json_before_binary_data_is_short():
 def test_a_slow_request_is_408(limit, content, what):
     with opened(limits={limit: SHORT_S}) as (_, door), connect(door) as sock, connect(door) as second:
         sock.sendall(content)
-        second.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n" + content)
+        second.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + content)
         [answer] = answers(sock)
         assert (answer.status, answer.headers["connection"]) == (408, "close")
         assert f"the {what} took" in answer.error
@@ -144,7 +144,7 @@ def test_a_slow_request_is_answered_within_the_limits():
         assert answers(sock)[0].status == 200
 
 
-@pytest.mark.parametrize("content", [b"", b"\r\n", b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"])
+@pytest.mark.parametrize("content", [b"", b"\r\n", b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_an_idle_connection_is_closed(content):
     with opened(limits={"idle_s": SHORT_S}) as (_, door), connect(door) as sock:
         sock.sendall(content)
@@ -168,7 +168,7 @@ def test_a_connection_that_waits_for_its_answer_is_not_idle():
 def test_a_client_that_does_not_read_is_disconnected(monkeypatch, close):
     monkeypatch.setattr(documents, "server_metadata", lambda: "x" * 20_000_000)
     with opened(limits={"write_s": SHORT_S}) as (_, door), connect(door) as sock:
-        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n" + close + b"\r\n")
+        sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n" + close + b"\r\n")
         time.sleep(4 * SHORT_S)
         with pytest.raises((ConnectionError, gateways.http.client.IncompleteRead)):
             answers(sock)
@@ -181,7 +181,7 @@ def test_connections_beyond_the_limit_get_503():
     with opened(limits={"max_connections": 2}) as (_, door):
         with connect(door) as first, connect(door) as second:
             for sock in (first, second):
-                sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+                sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert answers(sock)[0].status == 200
             with connect(door) as third:
                 [answer] = answers(third)

@@ -52,18 +52,18 @@ def test_an_answer_may_be_a_stream(door, stream):
     stream(count=3)
     for version in (b"1.1", b"1.0"):
         with connect(door) as sock:
-            sock.sendall(b"GET /events HTTP/%b\r\nHost: a\r\n\r\n" % version)
+            sock.sendall(b"GET /events HTTP/%b\r\nHost: localhost\r\n\r\n" % version)
             [answer] = answers(sock)
             assert (answer.content, "content-length" in answer.headers) == (b"0\n1\n2\n", False)
     with connect(door) as sock:
-        sock.sendall(2 * b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
+        sock.sendall(2 * b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert [answer.content for answer in answers(sock, 2)] == [b"0\n1\n2\n"] * 2
 
 
 def test_a_stream_ends_when_its_client_goes_away(door, stream):
     ticks = stream()
     with connect(door) as sock:
-        sock.sendall(b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
+        sock.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert sock.recv(1)
     assert ticks.closed.wait(WAIT_S)
 
@@ -71,7 +71,7 @@ def test_a_stream_ends_when_its_client_goes_away(door, stream):
 def test_a_stream_ends_when_the_gateway_closes(stream):
     ticks = stream()
     with opened() as (_, door), connect(door) as sock:
-        sock.sendall(b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
+        sock.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
         start_s = time.monotonic()
         door.close()
@@ -84,5 +84,5 @@ def test_a_stream_ends_when_the_gateway_closes(stream):
 def test_a_stream_waits_for_its_client_and_ends_if_that_does_not_read(stream):
     ticks = stream(size=1_000_000)
     with opened(limits={"write_s": 0.2}) as (_, door), connect(door) as sock:
-        sock.sendall(b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n")
+        sock.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert ticks.closed.wait(WAIT_S)

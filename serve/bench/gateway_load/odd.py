@@ -158,7 +158,7 @@ def binary(rng: random.Random) -> tuple[bytes, int]:
 def request(body: bytes, *lines: str, method: str = "POST", path: str = PATH, version: str = "HTTP/1.1") -> bytes:
     """A request with a body. Its length is among the headers, unless they have one of transfer-encoding."""
     length = () if any(line.lower().startswith("transfer-encoding") for line in lines) else (f"Content-Length: {len(body)}",)
-    head = "\r\n".join((f"{method} {path} {version}".rstrip(), "Host: x", *lines, *length, "", ""))
+    head = "\r\n".join((f"{method} {path} {version}".rstrip(), "Host: localhost", *lines, *length, "", ""))
     return head.encode("latin-1", "replace") + body
 
 
