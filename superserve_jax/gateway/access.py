@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import ssl
+from collections.abc import Container
 
 from superserve_jax import errors
 from superserve_jax.gateway import origins
@@ -14,7 +15,7 @@ from superserve_jax.gateway.messages import Request
 TOKEN_VARIABLE = "SUPERSERVE_TOKEN"
 """The environment variable that may hold the token."""
 
-_PROBES = re.compile(rb"/v2/health/(live|ready)|/v2/models/[^/?]+(/versions/[^/?]+)?/ready")
+_PROBES = re.compile(rb"/v2/health/(?:live|ready)|/v2/models/([^/?]+)(?:/versions/[^/?]+)?/ready")
 _CHALLENGE = [(b"www-authenticate", b'Bearer realm="superserve"')]
 _LEAST_TOKEN = 16
 _READING = ("GET", "HEAD", "OPTIONS")
@@ -27,18 +28,21 @@ class Access:
       token: what clients must send as `Authorization: Bearer TOKEN`; None lets everybody in.
       host: the address that the gateway listens at, to refuse foreign names for it. None accepts all names, as is right with
         TLS, where browsers check the name.
+      models: the names of the models. Their probes need no token. For other names they do, so that no error tells which
+        models there are.
 
     >>> access = Access("a-secret-of-many-letters")
     >>> access.is_right(b"Bearer a-secret-of-many-letters"), access.is_right(b"Bearer b"), access.is_right(None)
     (True, False, False)
     """
 
-    def __init__(self, token: str | None, host: str | None = None):
+    def __init__(self, token: str | None, host: str | None = None, models: Container[str] = ()):
         if token is not None and (not isinstance(token, str) or len(token) < _LEAST_TOKEN or not _is_plain(token)):
             raise errors.ConfigError(
                 f"a token needs {_LEAST_TOKEN} or more ASCII characters without blanks; choose another one"
             )
         self._token, self._host = None if token is None else token.encode(), host
+        self._models = models
 
     def is_right(self, authorization: bytes | None) -> bool:
         """Whether the value of a header Authorization has the token. Wrong values take as long as right ones."""
@@ -52,8 +56,8 @@ class Access:
         headers = request.headers
         has_token = self._token is not None and self.is_right(headers.get(b"authorization"))
         if self._token is not None and not has_token:
-            is_probe = _PROBES.fullmatch(request.target.partition(b"?")[0])
-            if is_probe is None:
+            probe = _PROBES.fullmatch(request.target.partition(b"?")[0])
+            if probe is None or (probe[1] is not None and probe[1].decode("latin-1") not in self._models):
                 return RequestError(
                     "the token is missing or wrong; send the header Authorization: Bearer TOKEN",
                     status=401,

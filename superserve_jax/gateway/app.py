@@ -129,8 +129,8 @@ class App:
     def _ready(self, models: Iterable[ServedModel], fields: Mapping[str, str]) -> Answer:
         if self.draining:
             raise ClosingError("the gateway is shutting down; send requests to another replica")
-        if waiting := [model.name for model in models if not model.is_ready()]:
-            raise ClosingError(f"these models have no open server with a worker: {', '.join(waiting)}; try again later")
+        if waiting := sum(not model.is_ready() for model in models):  # not their names: a probe needs no token
+            raise ClosingError(f"{waiting} of the models have no open server with a worker; try again later")
         return _document({**fields, "ready": True})
 
     def _metrics(self, request: Request) -> Answer:

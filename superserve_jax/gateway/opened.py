@@ -90,7 +90,7 @@ class Gateway:
         self._limits = Limits() if limits is None else check_limits(limits)
         self.models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
         self._tls = access.tls_context(tls_cert, tls_key)
-        self._access = access.Access(token, host if self._tls is None else None)
+        self._access = access.Access(token, host if self._tls is None else None, self.models)
         self._page = LivePage(self.models, host=host, demo=demo)
         self._app = App(self.models, self._page)
         self._grpc_address = None if grpc_port is None else (host, grpc_port)

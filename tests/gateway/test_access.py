@@ -68,6 +68,20 @@ def test_health_probes_need_no_token(guarded, path):
     assert request(guarded, "GET", path).status == 200
 
 
+def test_without_the_token_nobody_learns_the_names_of_models():
+    with fakes.serve(gateways.engine()) as s, gateway.Gateway({"secret": s}, port=0, token=TOKEN) as door:
+        for path in ("/v2/models/zz/ready", "/v2/models/secre/versions/1/ready", "/v2/models/%73ecret/ready"):
+            answer = request(door, "GET", path)
+            assert answer.status == 401
+            assert "secret" not in answer.error
+        assert request(door, "GET", "/v2/models/secret/ready").status == 200
+        assert request(door, "GET", "/v2/models/zz/ready", Authorization=f"Bearer {TOKEN}").status == 404
+        s.close()
+        answer = request(door, "GET", "/v2/health/ready")
+        assert answer.status == 503
+        assert "secret" not in answer.error
+
+
 def test_the_token_is_checked_before_the_body_is_read(guarded):
     with connect(guarded) as sock:
         sock.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" % INFER.encode())

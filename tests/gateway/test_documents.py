@@ -88,7 +88,7 @@ def test_a_closed_server_is_live_but_not_ready():
     for path in ("/v2/health/ready", f"{MODEL}/ready"):
         answer = call(app, "GET", path)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-        assert "no open server with a worker: supernet" in answer.error
+        assert "no open server with a worker" in answer.error
     [entry] = call(app, "POST", "/v2/repository/index", b"{}").json
     assert (entry["state"], bool(entry["reason"])) == ("UNAVAILABLE", True)
     assert call(app, "POST", "/v2/repository/index", b'{"ready": true}').json == []
