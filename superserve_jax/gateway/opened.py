@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Coroutine, Mapping
@@ -13,8 +12,8 @@ from typing import Any
 import uvloop
 
 from superserve_jax import errors, foreign
-from superserve_jax.gateway import access
-from superserve_jax.gateway.access_log import AccessLog
+from superserve_jax.gateway import access, sockets
+from superserve_jax.gateway.access_log import AccessLog, check_file
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.connections import Connection, Shared
 from superserve_jax.gateway.grpc.port import Port
@@ -25,7 +24,6 @@ from superserve_jax.serving.server import Server
 
 _log = logging.getLogger(__name__)
 
-_BACKLOG = 2048  # connections that may wait until the loop accepts them
 _OPENING_S = 1.0  # how long a closing gateway waits for the last TLS handshakes
 _FLUSH_S = 0.2  # how long the last answers may take to be sent
 _JOIN_S = 5.0  # how much longer than its limits a gateway may take to close
@@ -104,9 +102,9 @@ class Gateway:
                 self._log = AccessLog(access_log)
                 self._held.callback(self._log.close)
             if grpc_port is not None:
-                _listen(host, grpc_port).close()
-            self._listener = self._held.enter_context(_listen(host, port))
-            self.url = _url(host, self._listener.getsockname()[1], secure=self._tls is not None)
+                sockets.listen(host, grpc_port).close()
+            self._listener = self._held.enter_context(sockets.listen(host, port))
+            self.url = sockets.url(host, self._listener.getsockname()[1], secure=self._tls is not None)
             self._loop = uvloop.new_event_loop()
             self._held.callback(self._loop.close)
             self._thread = threading.Thread(target=self._run, name="superserve-gateway", daemon=True)
@@ -119,7 +117,7 @@ class Gateway:
             else:
                 self.close()
             raise
-        self.grpc_target = None if number is None else _target(host, number)
+        self.grpc_target = None if number is None else sockets.target(host, number)
 
     def __repr__(self) -> str:
         return f"<Gateway at {self.url}: {', '.join(self.models)}>"
@@ -187,7 +185,7 @@ class Gateway:
         if self._tls is not None:
             tls = {"ssl": self._tls, "ssl_handshake_timeout": limits.head_s, "ssl_shutdown_timeout": _FLUSH_S}
         sock = self._listener.dup()
-        listening = await loop.create_server(lambda: Connection(shared), sock=sock, backlog=_BACKLOG, **tls)
+        listening = await loop.create_server(lambda: Connection(shared), sock=sock, backlog=sockets.BACKLOG, **tls)
         self._page.start()
         ticking = loop.create_task(_tick(shared))
         self._opened.set_result(None if grpc is None else grpc.number)
@@ -266,6 +264,7 @@ def check_options(
     tls_cert: str | None = None,
     tls_key: str | None = None,
     limits: Limits | None = None,
+    access_log: str | None = None,
     **_: Any,
 ) -> None:
     """Raises ConfigError if a gateway with these options could not open now. Ask before you compile for a minute."""
@@ -275,30 +274,9 @@ def check_options(
         check_limits(limits)
     access.Access(token)
     access.tls_context(tls_cert, tls_key)
+    if access_log is not None:
+        check_file(access_log)
     with contextlib.ExitStack() as stack:
         for each in (port, grpc_port):
             if each is not None:
-                stack.enter_context(_listen(host, each))
-
-
-def _url(host: str, port: int, *, secure: bool) -> str:
-    return f"{'https' if secure else 'http'}://{_target(host, port)}"
-
-
-def _target(host: str, port: int) -> str:
-    """The address for clients on this machine."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{f'[{shown}]' if ':' in shown else shown}:{port}"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises ConfigError if that fails."""
-    if not host:
-        raise errors.ConfigError("host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all of this machine")
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError, TypeError) as e:
-        raise errors.ConfigError(
-            f"cannot listen at host {host!r} and port {port!r}: {errors.one_line(e)}; choose another port, or 0 for a free one"
-        ) from e
+                stack.enter_context(sockets.listen(host, each))

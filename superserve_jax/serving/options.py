@@ -109,8 +109,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def check_options(given: ServerOptions) -> Options:
     """Checks the given options, and adds the defaults of the others.
 
-    Raises UnknownNameError for an unknown name, and ConfigError for an invalid value. `policy` and `slo_ms` are checked where
-    they are used.
+    Raises UnknownNameError for an unknown name, and ConfigError for an invalid value. `slo_ms` is checked where it is used,
+    and so is whether a policy fits a profile.
 
     >>> check_options({"max_queue": 0})
     Traceback (most recent call last):
@@ -124,15 +124,24 @@ def check_options(given: ServerOptions) -> Options:
     for name, (fits, expected) in _CHECKS.items():
         if name in given and not fits(given[name]):
             raise errors.ConfigError(f"{name} must be {expected}, got {foreign.text_of(given[name])}")
-    return Options(**given)
+    options = Options(**given)
+    _check_policy(options.policy)
+    return options
 
 
-def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
-    """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
+def _check_policy(policy: str | Policy) -> None:
+    """Raises ConfigError for a policy that is neither a name nor callable. See also `policies.check_name`."""
     is_name = isinstance(policy, str) and (len(policy) <= _MAX_NAME or policies.is_custom(policy))
     if not callable(policy) and not is_name:
         got = foreign.text_of(policy)[:_MAX_NAME]
         raise errors.ConfigError(f"policy must be a name such as 'slackfit', or a policy, got {got}")
+    if not callable(policy):
+        policies.check_name(policy)
+
+
+def make_policy(policy: str | Policy, *profiles: Profile) -> Policy:
+    """See `policies.create`. Also raises ConfigError for a policy that is neither a name nor callable."""
+    _check_policy(policy)
     return policies.create(policy, *profiles)
 
 

@@ -20,7 +20,7 @@ from tiny import TINY, random_images, write_export
 
 from superserve_jax import exports
 from superserve_jax.commands import serve
-from superserve_jax.engines import keys
+from superserve_jax.engines import keys, prepare
 from superserve_jax.profile import Profile, Row
 
 CLIENTS = 4
@@ -190,9 +190,15 @@ def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored,
         (["digits", "--drain-s", "-1"], "drain_s must be"),
         (["digits", "--token-file", "nothing"], "cannot read the token"),
         (["digits", "--tls-cert", "nothing"], "give both"),
+        (["digits", "--access-log", "nothing/log"], "cannot write the access log"),
+        (["digits", "--policy", "slackfi"], "unknown policy 'slackfi'"),
+        (["digits", "--policy", "nothing.py:policy"], "there is no file"),
     ],
 )
-def test_a_wrong_option_ends_it_with_one_line(run_program, arguments, message):
+def test_a_wrong_option_ends_it_with_one_line_before_it_compiles(run_program, monkeypatch, arguments, message):
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: pytest.fail("it compiles"))
+    if arguments[0] == "nowhere":
+        monkeypatch.undo()
     before = signal.getsignal(signal.SIGTERM)
     error = run_program("serve/gateway.py", *arguments, status=2).stderr
     assert message in error

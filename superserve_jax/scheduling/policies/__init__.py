@@ -31,6 +31,7 @@ __all__ = [
     "Policy",
     "SlackFit",
     "State",
+    "check_name",
     "create",
     "expand",
     "is_custom",
@@ -89,6 +90,23 @@ def labels(policies: Sequence[str]) -> dict[str, str]:
     return {name: label if count[label] == 1 and label not in _KINDS else name for name, label in short.items()}
 
 
+def check_name(policy: str) -> None:
+    """Checks the name of a policy without a profile. `create` finds other errors, such as a number that is too large.
+
+    Raises UnknownNameError for an unknown name, or ConfigError for a file that does not exist.
+
+    >>> check_name("slackfi")
+    Traceback (most recent call last):
+    superserve_jax.errors.UnknownNameError: unknown policy 'slackfi': did you mean 'slackfit'? ...
+    """
+    if is_custom(policy):
+        return custom.check_file(policy)
+    kind, _, number = str(policy).partition(":")
+    if policy not in _FACTORIES and not ((kind in _WITH_BUCKETS or kind == "fixed") and number.isdecimal()):
+        others = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>", "my_file.py:my_policy")
+        raise errors.unknown_name("policy", policy, [*NAMES, *others])
+
+
 def create(policy: str | Policy, *profiles: Profile) -> Policy:
     """Make a policy by name. A callable is returned as it is.
 
@@ -112,12 +130,10 @@ def create(policy: str | Policy, *profiles: Profile) -> Policy:
         return ByProfile(functools.partial(create, policy), *profiles)
     if policy in _FACTORIES:
         return _FACTORIES[policy](profile)
-    kind, _, number = str(policy).partition(":")
-    if kind in _WITH_BUCKETS and number.isdecimal():
+    check_name(policy)
+    kind, _, number = policy.partition(":")
+    if kind in _WITH_BUCKETS:
         return _WITH_BUCKETS[kind](profile, buckets=int(number))
-    if kind != "fixed" or not number.isdecimal():
-        others = ("fixed:<i>", "slackfit-paper:<n>", "slackfit-cumulative:<n>", "my_file.py:my_policy")
-        raise errors.unknown_name("policy", policy, [*NAMES, *others])
     if int(number) >= len(profile.rows):
         last = len(profile.rows) - 1
         raise errors.ConfigError(f"policy '{policy}': the profile has the subnets 0 to {last}; name one of them")

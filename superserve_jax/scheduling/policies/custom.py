@@ -45,8 +45,8 @@ def load(name: str, *profiles: Profile) -> Policy:
     Raises ConfigError: there is no such file, it fails, or a class fails with a profile. UnknownNameError: there is no such
     module, or nothing in it has this name.
     """
-    where, _, attribute = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
-    module = _execute(name, files.user_path(where)) if where.endswith(".py") else _import(name, where)
+    where, attribute = _parts(name)
+    module = _execute(name, _file(name, where)) if where.endswith(".py") else _import(name, where)
     found, is_there = vars(module).get(attribute), callable(vars(module).get(attribute))
     if not is_there:
         own = [n for n, value in vars(module).items() if callable(value) and _is_of(module.__name__, value)]
@@ -55,6 +55,13 @@ def load(name: str, *profiles: Profile) -> Policy:
         raise errors.ConfigError(f"policy '{name}': name a policy of the file, such as {where}:{(own or ['my_policy'])[0]}")
     make = _maker(found)
     return found if make is None else ByProfile(functools.partial(_construct, name, make), *profiles, label=attribute)
+
+
+def check_file(name: str) -> None:
+    """Raises ConfigError if such a name is of a file that does not exist. The file is not executed."""
+    where, _ = _parts(name)
+    if where.endswith(".py"):
+        _file(name, where)
 
 
 def name_and_place(policy: Policy) -> tuple[str, str]:
@@ -80,9 +87,20 @@ def _is_of(module: str, value: Any) -> bool:
     return module in (getattr(value, "__module__", None), type(value).__module__)
 
 
-def _execute(name: str, path: pathlib.Path) -> Any:
+def _parts(name: str) -> tuple[str, str]:
+    """The file or module, and the name in it."""
+    where, _, attribute = name.rpartition(":") if not name.endswith(".py") else (name, "", "")
+    return where, attribute
+
+
+def _file(name: str, where: str) -> pathlib.Path:
+    path = files.user_path(where)
     if not path.is_file():
         raise errors.ConfigError(f"policy '{name}': there is no file {path} in {os.getcwd()}; expected FILE.py:NAME")
+    return path
+
+
+def _execute(name: str, path: pathlib.Path) -> Any:
     with _importing_from(path.parent), _reporting(f"policy '{name}': {path} fails"):
         return foreign.execute(path)
 
