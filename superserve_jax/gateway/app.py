@@ -74,7 +74,7 @@ class App:
             if model is not None and request.method == "POST":
                 answer = await self._infer(model, request)
             else:
-                answer = self._other(request)
+                answer = await self._other(request)
             accepted = request.headers.get(b"accept-encoding")
             if accepted is None or len(answer.body) < bodies.WORTH_IT:
                 return answer
@@ -99,15 +99,15 @@ class App:
             return Answer(body)
         return Answer(body, 200, (_BINARY, (b"inference-header-content-length", b"%d" % json_length)))
 
-    def _other(self, request: Request) -> Answer:
-        """Answers everything but an inference."""
+    async def _other(self, request: Request) -> Answer:
+        """Answers everything but an inference at its usual target."""
         path, method = request.path, request.method
         if path == "/v2/repository/index":
             _check_method(method, path, ("POST",))
             ready_only = _ready_only(bodies.read(request, bodies.MOST_SMALL))
             return _document(documents.repository_index(self._models.values(), ready_only=ready_only))
         if (found := _MODEL.fullmatch(path)) and path != "/v2/models/stats":
-            return self._about(*found.groups(), path=path, method=method)
+            return await self._about(*found.groups(), path=path, request=request)
         if self._page is not None and path in self._page.paths:
             _check_method(method, path, self._page.paths[path])
             return self._page.answer(request)
@@ -116,10 +116,12 @@ class App:
         _check_method(method, path, _GET)
         return self._documents[path](request)
 
-    def _about(self, name: str, version: str | None, what: str | None, *, path: str, method: str) -> Answer:
+    async def _about(self, name: str, version: str | None, what: str | None, *, path: str, request: Request) -> Answer:
         """Answers a request about one model."""
         model = find(self._models, name, version)
-        _check_method(method, path, ("POST",) if what == "infer" else _GET)
+        _check_method(request.method, path, ("POST",) if what == "infer" else _GET)
+        if what == "infer":  # the target has a query or an escape, or is a whole address
+            return await self._infer(model, request)
         if what == "ready":
             return self._ready([model], {"name": name})
         if what == "stats":

@@ -136,6 +136,28 @@ def test_a_path_may_be_a_whole_address_and_may_have_escapes(door):
             assert answers(sock)[0].json["name"] == "supernet"
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/v2/models/supernet/infer?",
+        b"/v2/models/supernet/infer?trace=1",
+        b"/v2/models/super%6eet/%69nfer",
+        b"/v2/models/supernet/versions/%31/infer",
+        b"http://a:80/v2/models/supernet/infer",
+    ],
+)
+def test_an_inference_is_one_however_its_target_is_written(door, target):
+    with connect(door) as sock:
+        for content, status in ((CONTENT, 200), (b"zzzz", 400)):
+            sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (target, len(content), content))
+            [answer] = answers(sock)
+            assert answer.status == status
+            assert status == 400 or answer.json["outputs"][0]["data"] == [7, 2]
+        sock.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target)
+        [answer] = answers(sock)
+        assert (answer.status, answer.headers["allow"]) == (405, "POST")
+
+
 def test_http_1_0_is_answered_on_one_connection(door):
     with connect(door) as sock:
         sock.sendall(b"GET /v2 HTTP/1.0\r\n\r\n" + b"GET /v2 HTTP/1.0\r\n\r\n")
