@@ -9,6 +9,7 @@ An answer wakes the loop from the worker's thread. One wake-up serves all querie
 """
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
 from superserve_jax.gateway.model import VERSION, ServedModel, answers_to, find
+from superserve_jax.gateway.threads import Threads
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
 _BINARY = (b"content-type", b"application/octet-stream")
@@ -64,6 +66,7 @@ class App:
             "/v2/models/stats": lambda _: _statistics(self._models.values()),
             "/metrics": self._metrics,
         }
+        self._threads = Threads((os.cpu_count() or 1) + 4)
         self.draining = False
         self.max_body_bytes = max(model.max_body_bytes for model in self._models.values())
 
@@ -78,20 +81,20 @@ class App:
             accepted = request.headers.get(b"accept-encoding")
             if accepted is None or len(answer.body) < bodies.WORTH_IT:
                 return answer
-            return await asyncio.to_thread(bodies.compressed, answer, accepted)
+            return await self._threads.run(bodies.compressed, answer, accepted)
         except (Exception, asyncio.CancelledError) as error:
             return messages.failed(error)
 
     async def _infer(self, model: ServedModel, request: Request) -> Answer:
         json_length, slo_ms = requests.json_length(request.headers), requests.slo_of(request.headers)
         if b"content-encoding" in request.headers and len(request.body) > _SMALL_BODY:
-            body = await asyncio.to_thread(bodies.read, request, model.max_body_bytes)
+            body = await self._threads.run(bodies.read, request, model.max_body_bytes)
         else:
             body = bodies.read(request, model.max_body_bytes)
         wanted = model.read(body, json_length)
         request.body = body = b""  # JSON is not needed any more
         if isinstance(wanted.rows, list) and sum(len(text) for row in wanted.rows for text in row) > _SHORT_TEXTS:
-            wanted = wanted._replace(rows=await asyncio.to_thread(model.encoded, wanted.rows))
+            wanted = wanted._replace(rows=await self._threads.run(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
         made = await answers_to(queries)
         body, json_length = model.write(wanted, made)

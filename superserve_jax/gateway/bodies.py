@@ -11,6 +11,8 @@ WORTH_IT = 16 << 10
 """To compress an answer of fewer bytes takes longer than to make it."""
 
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's window bits: 31 for gzip's format, 15 for zlib's
+_PIECE = 16 << 10  # compressed bytes that are inflated at once
+_MOST_MEMBERS = 1000  # of a body in gzip's format; usual ones have one, and each takes time
 _LEVEL = 1  # zlib's fastest level
 _ACCEPT = (b"accept-encoding", b"gzip, deflate")
 _VARY = (b"vary", b"accept-encoding")
@@ -50,23 +52,28 @@ def inflate(body: bytes, coding: bytes, most: int) -> bytes:
             status=415,
             headers=[_ACCEPT],
         )
-    parts, left = list[bytes](), most + 1
-    while True:
-        inflater = zlib.decompressobj(_WINDOWS[coding])
+    name, whole, at, inflater = coding.decode(), memoryview(body), 0, zlib.decompressobj(_WINDOWS[coding])
+    parts, left, members = list[bytes](), most + 1, 1
+    while at < len(whole):
+        if inflater.eof:
+            if _WINDOWS[coding] != _WINDOWS[b"gzip"]:  # only gzip's format allows several members
+                raise RequestError(f"the body in the format of {name} has data after its end; compress it as one whole")
+            if members == _MOST_MEMBERS:
+                raise RequestError(f"the body has more than {members:,} members of gzip; compress it as one whole")
+            inflater, members = zlib.decompressobj(_WINDOWS[coding]), members + 1
+        # A piece, not all that is left: at the end of a member, zlib copies what it was given and has not used.
+        piece = whole[at : at + _PIECE]
         try:
-            parts.append(inflater.decompress(body, left))
+            parts.append(inflater.decompress(piece, left))
         except zlib.error as e:
-            raise RequestError(f"the body is not in the format of {coding.decode()}: {e}; compress it again") from e
+            raise RequestError(f"the body is not in the format of {name}: {e}; compress it again") from e
+        at += len(piece) - len(inflater.unused_data)
         left -= len(parts[-1])
         if left <= 0:
             raise too_long(most)
-        if not inflater.eof:
-            raise RequestError(f"the body in the format of {coding.decode()} ends too early; send all of it")
-        body = inflater.unused_data
-        if not body:
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        if _WINDOWS[coding] != _WINDOWS[b"gzip"]:  # only gzip's format allows several members
-            raise RequestError(f"the body in the format of {coding.decode()} has data after its end; compress it as one whole")
+    if not inflater.eof:
+        raise RequestError(f"the body in the format of {name} ends too early; send all of it")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def compressed(answer: Answer, accepted: bytes) -> Answer:

@@ -62,6 +62,20 @@ def test_the_members_of_a_gzip_file_are_one_body_with_one_limit():
     assert error.status == 413
 
 
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=200))
+def test_members_may_end_anywhere(members):
+    assert read(b"".join(map(gzip.compress, members)), 100_000, coding="gzip") == (b"".join(members), None)
+
+
+def test_a_body_of_very_many_members_is_refused():
+    """A member of 20 bytes takes a microsecond, and 64 MiB have three million of them."""
+    whole, error = read(gzip.compress(b"") * 1000, 100_000, coding="gzip")
+    assert (whole, error) == (b"", None)
+    _, error = read(gzip.compress(b"") * 1001, 100_000, coding="gzip")
+    assert error.status == 400
+    assert "more than 1,000 members" in str(error)
+
+
 def test_identity_is_no_coding():
     assert read(b"abc", coding="Identity") == (b"abc", None)
 

@@ -1,0 +1,63 @@
+"""Threads for work that would keep the event loop from its other clients: inflate, compress, parse, split texts.
+
+Not those of `asyncio.to_thread`: Python waits for them when the loop and the process end, however long their work takes.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from superserve_jax import errors
+
+_T = TypeVar("_T")
+
+
+class Threads:
+    """Runs functions in daemon threads, each in a new one. The process does not wait for them at its end.
+
+    Args:
+      most: how many may run at a time. The next ones wait, in their order.
+
+    >>> asyncio.run(Threads(1).run(sum, [1, 2]))
+    3
+    """
+
+    def __init__(self, most: int):
+        self._free = asyncio.Semaphore(most)
+
+    async def run(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Returns what the function returns, or raises what it raises.
+
+        If the task is cancelled, a function that waits is not started. One that runs goes on, and its result is dropped.
+        """
+        await self._free.acquire()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            self._free.release()
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                result = function(*arguments)
+            except BaseException as e:
+                error = e
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, result, error)
+
+        try:
+            with errors.StartingThreads():
+                threading.Thread(target=work, name="superserve-work", daemon=True).start()
+        except BaseException:
+            self._free.release()
+            raise
+        return await future
