@@ -46,7 +46,7 @@ class App:
 
     Attributes:
       draining: True when the gateway is closing. It is not ready any more.
-      max_body_bytes: the longest body of any request.
+      max_body_bytes: the longest body of an inference, for any model.
     """
 
     def __init__(self, models: Mapping[str, ServedModel], page: LivePage | None = None):

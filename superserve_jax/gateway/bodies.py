@@ -5,8 +5,8 @@ import zlib
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.messages import Answer, Request
 
-MOST_SMALL = 1 << 20
-"""The longest body of a request that has no tensors."""
+MOST_SMALL = 4096
+"""The longest body of a request that is no inference."""
 WORTH_IT = 16 << 10
 """To compress an answer of fewer bytes takes longer than to make it."""
 
@@ -109,4 +109,5 @@ def too_long(most: int) -> RequestError:
     >>> too_long(1024).status
     413
     """
-    return RequestError(f"the body has more than {most:,} bytes; send fewer inputs in a request", status=413)
+    remedy = "send fewer inputs in a request" if most > MOST_SMALL else "send a shorter one"
+    return RequestError(f"the body has more than {most:,} bytes; {remedy}", status=413)

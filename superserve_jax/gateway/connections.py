@@ -170,7 +170,7 @@ class Connection(asyncio.Protocol):
     def _enter(self, request: Request) -> None:
         """Takes a request that is complete or refused."""
         self._waiting.append(request)
-        self._waiting_bytes += request.held
+        self._waiting_bytes += request.held + request.head_bytes
         self._next()
         is_full = len(self._waiting) > _MOST_WAITING or self._waiting_bytes > _MOST_WAITING_BYTES
         if is_full and not self._paused and not self._transport.is_closing():
@@ -186,7 +186,7 @@ class Connection(asyncio.Protocol):
         """Starts the next request, if none is being answered and the client reads its answers."""
         while self._waiting and self._task is None and self._writable is None and self._transport is not None:
             request = self._answering = self._waiting.popleft()
-            self._waiting_bytes -= request.held
+            self._waiting_bytes -= request.held + request.head_bytes
             if request.error is None and self._shared.expired:
                 request.error = _closing()
             if request.error is None:

@@ -14,13 +14,16 @@ from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.messages import Request
 
+_BODILESS = ("GET", "HEAD")
+_PROBES = ("/live", "/ready")  # the ends of paths that need no token
+
 
 class Buffered:
-    """The requests in memory, of all connections, and what limits them.
+    """The requests with bodies in memory, of all connections, and what limits them.
 
     Args:
       limits: the limits of the gateway.
-      max_body_bytes: the longest body of any request.
+      max_body_bytes: the longest body of an inference.
 
     Attributes:
       nbytes: their size.
@@ -65,6 +68,7 @@ class Reader:
         self._parser: Any = httptools.HttpRequestParser(self)
         self.arriving: Request | None = None
         self.in_body = self.deaf = False
+        self._most = 0  # bytes of the body of `arriving`
         self._raw_left = 0  # bytes of a body that the parser does not read
         self._fed = 0  # bytes since a head or a part of a body was complete
 
@@ -111,6 +115,7 @@ class Reader:
         """A part of the target."""
         if self.arriving is not None:
             self.arriving.target += url
+            self.arriving.head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A line of the head, or a trailer. Trailers have no effect: a proxy in front does not see them."""
@@ -129,8 +134,6 @@ class Reader:
         self.in_body, self._fed = True, 0
         request.method, version = parser.get_method().decode(), parser.get_http_version()
         request.keep_alive = version == "1.1" and parser.should_keep_alive()
-        request.held = REQUEST_BYTES
-        self._buffered.nbytes += REQUEST_BYTES
         headers = request.headers
         length = int(headers.get(b"content-length", b"0"))
         if request.head_bytes > self._buffered.limits.max_head_bytes:
@@ -139,7 +142,7 @@ class Reader:
             request.error = RequestError(f"the request is in HTTP/{version}; send HTTP/1.1")
         elif version == "1.1" and b"host" not in headers:
             request.error = RequestError("the request has no header Host, which HTTP/1.1 needs; send it")
-        request.error = request.error or self._access.check(request) or self._too_much(length)
+        request.error = request.error or self._access.check(request) or self._check_body(request, length)
         if request.error is None and parser.should_upgrade():
             if b"transfer-encoding" in headers or request.method == "CONNECT":
                 request.error = RequestError("the gateway does not upgrade connections; leave out Connection: Upgrade")
@@ -185,11 +188,32 @@ class Reader:
             self.on_message_complete()
         return rest
 
+    def _check_body(self, request: Request, length: int) -> RequestError | None:
+        """The error for the head of a request with a body that is too long, or that has no use. Sets its limit.
+
+        A request without a body is not counted in `Buffered`. So probes are answered although it is full.
+        """
+        if not length and b"transfer-encoding" not in request.headers:
+            return None
+        is_inference = request.method == "POST" and request.target.endswith(b"/infer") and b"?" not in request.target
+        if not is_inference:  # or its target is an unusual one
+            try:
+                path = request.path
+            except RequestError as e:
+                return e
+            if request.method in _BODILESS or path.endswith(_PROBES):
+                return RequestError(f"{request.method} {path[:200]} takes no body; leave it out")
+            is_inference = request.method == "POST" and path.endswith("/infer")
+        self._most = self._buffered.max_body_bytes if is_inference else bodies.MOST_SMALL
+        request.held = REQUEST_BYTES
+        self._buffered.nbytes += REQUEST_BYTES
+        return self._too_much(length)
+
     def _too_much(self, length: int, *, is_new: bool = True) -> RequestError | None:
         """The error for a body of so many bytes, or None. A new one is not in memory yet."""
         buffered = self._buffered
-        if length > buffered.max_body_bytes:
-            return bodies.too_long(buffered.max_body_bytes)
+        if length > self._most:
+            return bodies.too_long(self._most)
         if buffered.nbytes + (length if is_new else 0) > buffered.limits.max_buffered_bytes:
             return RequestError("the gateway has too many requests in memory; try again later", status=503)
         return None

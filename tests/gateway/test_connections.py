@@ -232,6 +232,14 @@ def test_the_requests_in_memory_have_a_limit():
         assert infer(door, CONTENT + b" " * 200_000).status == 200
 
 
+def test_requests_without_bodies_are_answered_although_the_memory_is_full():
+    with opened(limits={"max_buffered_bytes": 19_100, "max_body_bytes": 18_000}) as (_, door), connect(door) as sock:
+        sock.sendall(head(18_000) + bytes(17_900))  # the rest does not come
+        fakes.wait_until(lambda: status(door, 200) == b"503")
+        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/supernet", "/metrics"):
+            assert gateways.request(door, "GET", path).status == 200
+
+
 def status(door, length):
     """The status of a request that waits before it sends a body of this length: 100, or the one of an error."""
     with connect(door) as sock:

@@ -24,14 +24,14 @@ def opened():
         yield both
 
 
-def ask(door, origin="same", content=None, host=None, method="POST", **values):
+def ask(door, origin="same", content=None, host=None, **values):
     """A request for traffic, as the page sends it."""
     own = door.url.removeprefix("http://")
     headers = {"content_type": "application/json", "host": host or own}
     if origin is not None:
         headers["origin"] = f"http://{host or own}" if origin == "same" else origin
     body = json.dumps({"model": "supernet", **values}) if content is None else content
-    return request(door, method, "/demo", body.encode(), **headers)
+    return request(door, "POST", "/demo", body.encode(), **headers)
 
 
 def arrived(server):
@@ -101,7 +101,7 @@ def test_a_wrong_request_is_refused(opened, content, message):
 
 
 def test_other_methods_are_refused(opened):
-    answer = ask(opened[1], method="GET")
+    answer = request(opened[1], "GET", "/demo")
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
 
 

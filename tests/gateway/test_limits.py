@@ -82,6 +82,37 @@ def test_the_answer_to_a_long_body_arrives_although_the_client_still_sends(door)
             assert time.monotonic() - start_s < 2
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "length", "status"),
+    [
+        ("POST", INFER, 10_000, 400),
+        ("POST", f"{INFER}?a=b", 10_000, 400),
+        ("POST", INFER.replace("infer", "%69nfer"), 10_000, 400),
+        ("POST", "/v2/repository/index", 4096, 400),
+        ("POST", "/v2/repository/index", 4097, 413),
+        ("POST", "/v2/repository/index?a=/infer", 4097, 413),
+        ("PUT", INFER, 4097, 413),
+        ("PUT", INFER, 4096, 405),
+        ("POST", "/v2/health/live?/infer", 1, 400),
+        ("POST", "/v2/models/supernet/ready", 1, 400),
+        ("GET", "/v2", 1, 400),
+        ("HEAD", "/v2/health/live", 1, 400),
+        ("GET", "/v2", None, 400),
+        ("GET", "/v2", 0, 200),
+    ],
+)
+def test_only_inferences_have_long_bodies(door, method, path, length, status):
+    """A request with a body that has no use is refused before it sends the body."""
+    lines = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
+    with connect(door) as sock:
+        sock.sendall(b"%b %b HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % (method.encode(), path.encode(), lines))
+        if status in (405, 200) or length in (10_000, 4096):
+            sock.sendall(b"z" * length)
+        head = sock.recv(1000)
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert (b"takes no body; leave it out" in head) == (length in (1, None) and method != "HEAD")
+
+
 # -- memory of one request ----------------------------------------------------------------------------------------------------
 
 
