@@ -99,11 +99,10 @@ class Connection(asyncio.Protocol):
         """Cancels the queries of the client that has gone."""
         self._shared.connections.discard(self)
         self._reader.close()
-        for request in (self._answering, *self._waiting):
-            if request is not None:
-                self._shared.buffered.drop(request)
+        self._forget_waiting()
+        if self._answering is not None:
+            self._shared.buffered.drop(self._answering)
         self._transport = self._answering = None
-        self._waiting.clear()
         if self._writable is not None:
             self._writable.set()
         if self._task is not None:
@@ -154,15 +153,16 @@ class Connection(asyncio.Protocol):
         limits, waited_s, arriving = self._shared.limits, now_s - self._since_s, self._reader.arriving
         if self._transport is None:
             return
-        if self._writable is not None or self._transport.is_closing():
-            if waited_s > limits.write_s:
-                self.abort()
-        elif arriving is not None and self._answering is None:
+        if (self._writable is not None or self._transport.is_closing()) and waited_s > limits.write_s:
+            return self.abort()
+        if self._transport.is_closing():
+            return
+        if arriving is not None and (arriving.received or self._answering is None):  # not: its client waits for the answer
             arriving_s = now_s - arriving.began_s
             if arriving_s > (limits.body_s if self._reader.in_body else limits.head_s):
                 what = "body" if self._reader.in_body else "head"
                 self._reader.refuse(RequestError(f"the {what} took {arriving_s:.0f} s; send it faster", status=408))
-        elif self._is_idle() and waited_s > limits.idle_s:
+        elif self._is_idle() and self._writable is None and waited_s > limits.idle_s:
             self._close()
 
     # -- inside -----------------------------------------------------------------------------------------------------------
@@ -215,6 +215,11 @@ class Connection(asyncio.Protocol):
         if self._app.draining and not self._waiting and self._reader.arriving is None:
             request.keep_alive = False
             self._reader.deaf = True
+        if answer.stream is not None:  # it may last for ever, so nothing may wait behind it
+            request.keep_alive = False
+            self._reader.stop()
+            self._forget_waiting()
+            self._resume_reading()  # or the connection would not notice that its client goes away
         data = messages.encoded(answer, request)
         self._transport.write(data)
         if (log := self._shared.log) is not None:
@@ -232,9 +237,7 @@ class Connection(asyncio.Protocol):
                     if self._transport is None:
                         return
                     if part and has_body:
-                        self._transport.write(b"%x\r\n%b\r\n" % (len(part), part) if request.keep_alive else part)
-        if self._transport is not None and request.keep_alive and has_body:
-            self._transport.write(b"0\r\n\r\n")
+                        self._transport.write(part)
 
     def _done(self) -> None:
         """The answer is written. Closes the connection, or waits for the next request."""
@@ -244,15 +247,24 @@ class Connection(asyncio.Protocol):
         self._shared.buffered.drop(request)
         if not request.keep_alive:
             return self._close(linger=request.error is not None)
-        if self._paused and not self._transport.is_closing():
-            self._paused = False
-            self._transport.resume_reading()
+        self._resume_reading()
         if (arriving := self._reader.arriving) is not None and not self._waiting:
             arriving.began_s = self._since_s  # its client may have waited for this answer
             if self._reader.in_body and b"expect" in arriving.headers:
                 self._go_on()
         if self._shared.closing:
             self.drain()
+
+    def _resume_reading(self) -> None:
+        if self._paused and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _forget_waiting(self) -> None:
+        for request in self._waiting:
+            self._shared.buffered.drop(request)
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     def _is_idle(self) -> bool:
         return self._reader.arriving is None and self._answering is None and not self._waiting

@@ -90,8 +90,9 @@ class Answer(NamedTuple):
     Args:
       body: the body.
       status: the status.
-      headers: the headers, without those that the connection adds: content-length, transfer-encoding and connection.
-      stream: sends the body in parts instead. It is closed when the client goes away, or when the gateway closes.
+      headers: the headers, without those that the connection adds: content-length and connection.
+      stream: sends the body in parts instead. It is closed when the client goes away, or when the gateway closes. It is the
+        last answer of its connection.
     """
 
     body: bytes = b""
@@ -112,8 +113,6 @@ def encoded(answer: Answer, request: Request) -> bytes:
     lines = [_LINES[status], *(b"%b: %b\r\n" % header for header in headers)]
     if stream is None:
         lines.append(b"content-length: %d\r\n" % len(body))
-    elif request.keep_alive:
-        lines.append(b"transfer-encoding: chunked\r\n")
     if not request.keep_alive:
         lines.append(b"connection: close\r\n")
     lines += (b"\r\n", b"" if request.method == "HEAD" else body)

@@ -52,7 +52,7 @@ class Reader:
     Attributes:
       arriving: the request that is being read.
       in_body: whether its head is complete.
-      deaf: whether nothing more is read: after a refusal, and after the last request.
+      deaf: whether nothing more is read: after a refusal, after the last request, and behind a stream.
     """
 
     def __init__(
@@ -96,13 +96,19 @@ class Reader:
         request = self.arriving or Request()
         self.arriving, self.deaf = None, True
         request.parts, request.error, request.keep_alive = [], error, False
+        self._buffered.drop(request)
         self._enter(request)
 
-    def close(self) -> None:
-        """Forgets the request that is being read."""
+    def stop(self) -> None:
+        """Reads nothing more, and forgets the request that is being read."""
         if self.arriving is not None:
             self._buffered.drop(self.arriving)
-        self.arriving, self.deaf, self._parser = None, True, None
+        self.arriving, self.deaf = None, True
+
+    def close(self) -> None:
+        """Stops, when the connection is closed."""
+        self.stop()
+        self._parser = None
 
     # -- called by the parser ---------------------------------------------------------------------------------------------
 

@@ -240,6 +240,15 @@ def test_requests_without_bodies_are_answered_although_the_memory_is_full():
             assert gateways.request(door, "GET", path).status == 200
 
 
+def test_a_slow_body_behind_a_request_without_an_answer_is_refused():
+    with waiting(max_buffered_bytes=300_000, max_body_bytes=250_000, body_s=0.2) as (_, door, valve), connect(door) as sock:
+        sock.sendall(head() + CONTENT + head(240_000) + bytes(200_000))  # the rest does not come
+        fakes.wait_until(lambda: status(door, 150_000) == b"503")
+        fakes.wait_until(lambda: status(door, 150_000) == b"100")  # while the first request still waits
+        valve.open()
+        assert [answer.status for answer in answers(sock, 2)] == [200, 408]
+
+
 def status(door, length):
     """The status of a request that waits before it sends a body of this length: 100, or the one of an error."""
     with connect(door) as sock:
