@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._streaming = self._paused = False
         self._writable: asyncio.Event | None = None  # while the client does not read
-        self._since_s = time.monotonic()  # when it became idle, unwritable or closing
+        self._opened_s = self._since_s = time.monotonic()  # the second: when it became idle, unwritable or closing
 
     # -- called by the event loop -----------------------------------------------------------------------------------------
 
@@ -162,8 +162,10 @@ class Connection(asyncio.Protocol):
             if arriving_s > (limits.body_s if self._reader.in_body else limits.head_s):
                 what = "body" if self._reader.in_body else "head"
                 self._reader.refuse(RequestError(f"the {what} took {arriving_s:.0f} s; send it faster", status=408))
-        elif self._is_idle() and self._writable is None and waited_s > limits.idle_s:
-            self._close()
+        elif self._is_idle() and self._writable is None:
+            is_new = self._since_s == self._opened_s
+            if waited_s > (min(limits.head_s, limits.idle_s) if is_new else limits.idle_s):
+                self._close()
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 

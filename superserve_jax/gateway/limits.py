@@ -25,9 +25,10 @@ class Limits:
       max_buffered_bytes: how many bytes of requests with bodies may be in memory at once; one more gets status 503.
       max_head_bytes: the longest head of a request, which is its first line and its headers; longer ones get status 431.
       max_connections: how many connections may be open; one more gets status 503.
-      head_s: seconds from the first byte of a request to the end of its head; then it gets status 408.
+      head_s: seconds from the first byte of a request to the end of its head; then it gets status 408. A new connection
+        without a byte is closed after as long.
       body_s: seconds from the first byte of a request to its last one; then it gets status 408.
-      idle_s: seconds after which a connection without a request is closed.
+      idle_s: seconds after which a connection without a request is closed, when it has had one.
       write_s: seconds after which a connection is closed if its client does not read the answers.
       lame_duck_s: seconds in which a closing gateway still takes new connections, and says that it is not ready.
       drain_s: seconds that a closing gateway then waits for requests without an answer.

@@ -184,6 +184,20 @@ def test_an_idle_connection_is_closed(content):
         assert is_closed(sock)
 
 
+@pytest.mark.parametrize("content", [b"", b"\r\n"])
+def test_a_new_connection_without_a_request_is_closed_early(content):
+    """Such connections need no token, and there are only so many."""
+    live = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    with opened(limits={"head_s": SHORT_S}) as (_, door), connect(door) as sock, connect(door) as used:
+        used.sendall(live)
+        assert answers(used)[0].status == 200
+        sock.sendall(content)
+        assert is_closed(sock)
+        time.sleep(2 * SHORT_S)
+        used.sendall(live)
+        assert answers(used)[0].status == 200
+
+
 def test_a_connection_that_waits_for_its_answer_is_not_idle():
     valve = gateways.Valve()
     row = np.uint8([[7, 2], [3, 4]])
