@@ -14,6 +14,7 @@ from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.messages import Request
 
+_CHUNKED = b"chunked"
 _BODILESS = ("GET", "HEAD")
 _PROBES = ("/live", "/ready")  # the ends of paths that need no token
 
@@ -148,6 +149,13 @@ class Reader:
             request.error = RequestError(f"the request is in HTTP/{version}; send HTTP/1.1")
         elif version == "1.1" and b"host" not in headers:
             request.error = RequestError("the request has no header Host, which HTTP/1.1 needs; send it")
+        elif headers.get(b"transfer-encoding", _CHUNKED).lower() != _CHUNKED:
+            request.error = RequestError("Transfer-Encoding is not chunked; compress with Content-Encoding", status=501)
+        if b"expect" in headers:
+            if version == "1.0":
+                del headers[b"expect"]  # a client of HTTP/1.0 does not know the status 100
+            elif headers[b"expect"].lower() != b"100-continue":
+                request.error = request.error or RequestError("Expect is not 100-continue; leave it out", status=417)
         request.error = request.error or self._access.check(request) or self._check_body(request, length)
         if request.error is None and parser.should_upgrade():
             if b"transfer-encoding" in headers or request.method == "CONNECT":

@@ -129,6 +129,37 @@ def test_http_that_the_gateway_does_not_speak_is_400(door, content, message):
     assert message in answer.error
 
 
+@pytest.mark.parametrize(
+    ("lines", "status", "message"),
+    [
+        ([b"Transfer-Encoding: gzip, chunked"], 501, "Content-Encoding"),
+        ([b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked"], 501, "Content-Encoding"),
+        ([b"Content-Length: 1", b"Expect: 200-ok"], 417, "leave it out"),
+    ],
+)
+def test_an_unknown_coding_or_expectation_is_refused(door, lines, status, message):
+    with connect(door) as sock:
+        sock.sendall(b"\r\n".join([b"POST %b HTTP/1.1" % INFER.encode(), b"Host: a", *lines, b"", b""]))
+        [answer] = answers(sock)
+    assert answer.status == status
+    assert message in answer.error
+
+
+def test_codings_and_expectations_have_no_case(door):
+    with connect(door) as sock:
+        lines = b"Transfer-Encoding: Chunked\r\nExpect: 100-Continue\r\n\r\n"
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\n%b" % (INFER.encode(), lines))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(CONTENT), CONTENT))
+        assert answers(sock)[0].status == 200
+
+
+def test_a_client_of_http_1_0_gets_no_100(door):
+    with connect(door) as sock:
+        sock.sendall(HEAD.replace(b"/1.1", b"/1.0").replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") + CONTENT)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_a_path_may_be_a_whole_address_and_may_have_escapes(door):
     for target in (b"http://a:80/v2/models/supernet", b"/v2/models/super%6eet?x=y"):
         with connect(door) as sock:
