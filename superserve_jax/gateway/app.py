@@ -31,6 +31,7 @@ _BINARY = (b"content-type", b"application/octet-stream")
 _GET = ("GET", "HEAD")
 # What takes longer goes to another thread, so that it keeps no other client waiting.
 _SMALL_BODY, _SHORT_TEXTS = 4096, 2000  # compressed bytes, and characters
+_SHORT_JSON, _FEW_ROWS = 1 << 18, 256  # bytes of a request, and rows of an answer
 
 
 class _IndexBody(msgspec.Struct):
@@ -67,6 +68,7 @@ class App:
             "/metrics": self._metrics,
         }
         self._threads = Threads((os.cpu_count() or 1) + 4)
+        self._json_thread = Threads(1)  # it often holds Python's lock, so more would only harm
         self.draining = False
         self.max_body_bytes = max(model.max_body_bytes for model in self._models.values())
 
@@ -91,13 +93,19 @@ class App:
             body = await self._threads.run(bodies.read, request, model.max_body_bytes)
         else:
             body = bodies.read(request, model.max_body_bytes)
-        wanted = model.read(body, json_length)
+        if len(body) > _SHORT_JSON and (json_length is None or json_length > _SHORT_JSON):
+            wanted = await self._json_thread.run(model.read, body, json_length)
+        else:
+            wanted = model.read(body, json_length)
         request.body = body = b""  # JSON is not needed any more
         if isinstance(wanted.rows, list) and sum(len(text) for row in wanted.rows for text in row) > _SHORT_TEXTS:
             wanted = wanted._replace(rows=await self._threads.run(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
         made = await answers_to(queries)
-        body, json_length = model.write(wanted, made)
+        if len(made) > _FEW_ROWS:
+            body, json_length = await self._json_thread.run(model.write, wanted, made)
+        else:
+            body, json_length = model.write(wanted, made)
         if json_length is None:
             return Answer(body)
         return Answer(body, 200, (_BINARY, (b"inference-header-content-length", b"%d" % json_length)))

@@ -9,9 +9,10 @@ import gateways
 import numpy as np
 import pytest
 from fakes import WAIT_S
-from gateways import connect, opened
+from gateways import answers, connect, opened
 
 from superserve_jax.gateway import bodies
+from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.threads import Threads
 
 
@@ -82,3 +83,26 @@ def test_a_body_that_takes_long_to_inflate_does_not_keep_the_gateway_open(slow, 
         door.close()
         assert time.monotonic() - start_s < 2
         assert not door.is_open
+
+
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_long_json_is_read_and_written_in_a_thread(monkeypatch, what):
+    """Others are answered at that time, and the connection's next request waits for its turn."""
+    real, hold = getattr(ServedModel, what), threading.Event()
+
+    def held(self, *arguments):
+        assert hold.wait(WAIT_S)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ServedModel, what, held)
+    body = gateways.body(np.full((300, 32, 32), 7, np.uint8))
+    live = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    with opened(gateways.engine(input_shape=(32, 32))) as (_, door), connect(door) as sock:
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (gateways.INFER.encode(), len(body)))
+        sock.sendall(body + live)
+        for _ in range(3):
+            assert gateways.request(door, "GET", "/v2/health/live").status == 200
+            time.sleep(0.02)
+        hold.set()
+        first, second = answers(sock, 2)
+        assert (first.json["outputs"][0]["shape"], second.json) == ([300, 2], {"live": True})
