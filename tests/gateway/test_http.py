@@ -139,7 +139,7 @@ def test_http_that_the_gateway_does_not_speak_is_400(door, content, message):
 )
 def test_an_unknown_coding_or_expectation_is_refused(door, lines, status, message):
     with connect(door) as sock:
-        sock.sendall(b"\r\n".join([b"POST %b HTTP/1.1" % INFER.encode(), b"Host: a", *lines, b"", b""]))
+        sock.sendall(b"\r\n".join([b"POST %b HTTP/1.1" % INFER.encode(), b"Host: localhost", *lines, b"", b""]))
         [answer] = answers(sock)
     assert answer.status == status
     assert message in answer.error
@@ -148,7 +148,7 @@ def test_an_unknown_coding_or_expectation_is_refused(door, lines, status, messag
 def test_codings_and_expectations_have_no_case(door):
     with connect(door) as sock:
         lines = b"Transfer-Encoding: Chunked\r\nExpect: 100-Continue\r\n\r\n"
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\n%b" % (INFER.encode(), lines))
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b" % (INFER.encode(), lines))
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(CONTENT), CONTENT))
         assert answers(sock)[0].status == 200
@@ -180,11 +180,13 @@ def test_a_path_may_be_a_whole_address_and_may_have_escapes(door):
 def test_an_inference_is_one_however_its_target_is_written(door, target):
     with connect(door) as sock:
         for content, status in ((CONTENT, 200), (b"zzzz", 400)):
-            sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (target, len(content), content))
+            sock.sendall(
+                b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (target, len(content), content)
+            )
             [answer] = answers(sock)
             assert answer.status == status
             assert status == 400 or answer.json["outputs"][0]["data"] == [7, 2]
-        sock.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target)
+        sock.sendall(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target)
         [answer] = answers(sock)
         assert (answer.status, answer.headers["allow"]) == (405, "POST")
 

@@ -75,7 +75,7 @@ def test_a_body_that_takes_long_to_inflate_does_not_keep_the_gateway_open(slow, 
     body = gzip.compress(np.random.default_rng(0).bytes(10_000))
     with opened(limits={"drain_s": 0.1}) as (_, door), connect(door) as sock:
         sock.sendall(
-            b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b"
+            b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b"
             % (gateways.INFER.encode(), len(body), body)
         )
         assert slow.began.wait(WAIT_S)
@@ -96,9 +96,11 @@ def test_long_json_is_read_and_written_in_a_thread(monkeypatch, what):
 
     monkeypatch.setattr(ServedModel, what, held)
     body = gateways.body(np.full((300, 32, 32), 7, np.uint8))
-    live = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    live = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with opened(gateways.engine(input_shape=(32, 32))) as (_, door), connect(door) as sock:
-        sock.sendall(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (gateways.INFER.encode(), len(body)))
+        sock.sendall(
+            b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (gateways.INFER.encode(), len(body))
+        )
         sock.sendall(body + live)
         for _ in range(3):
             assert gateways.request(door, "GET", "/v2/health/live").status == 200
