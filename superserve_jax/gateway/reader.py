@@ -14,7 +14,6 @@ from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.messages import Request
 
-_CHUNKED = b"chunked"
 _BODILESS = ("GET", "HEAD")
 _PROBES = ("/live", "/ready")  # the ends of paths that need no token
 
@@ -149,22 +148,15 @@ class Reader:
             request.error = RequestError(f"the request is in HTTP/{version}; send HTTP/1.1")
         elif version == "1.1" and b"host" not in headers:
             request.error = RequestError("the request has no header Host, which HTTP/1.1 needs; send it")
-        elif headers.get(b"transfer-encoding", _CHUNKED).lower() != _CHUNKED:
-            request.error = RequestError("Transfer-Encoding is not chunked; compress with Content-Encoding", status=501)
-        if b"expect" in headers:
-            if version == "1.0":
-                del headers[b"expect"]  # a client of HTTP/1.0 does not know the status 100
-            elif headers[b"expect"].lower() != b"100-continue":
-                request.error = request.error or RequestError("Expect is not 100-continue; leave it out", status=417)
         request.error = request.error or self._access.check(request) or self._check_body(request, length)
         if request.error is None and parser.should_upgrade():
             if b"transfer-encoding" in headers or request.method == "CONNECT":
                 request.error = RequestError("the gateway does not upgrade connections; leave out Connection: Upgrade")
             self._raw_left = length
+        if request.error is None and b"expect" in headers:
+            self._expect(request, version)
         if request.error is not None:
             self.refuse(request.error)
-        elif b"expect" in headers:
-            self._go_on()
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -202,13 +194,26 @@ class Reader:
             self.on_message_complete()
         return rest
 
+    def _expect(self, request: Request, version: str) -> None:
+        """Asks a client for the body that it holds back."""
+        if version == "1.0":
+            del request.headers[b"expect"]  # a client of HTTP/1.0 does not know the status 100
+        elif request.headers[b"expect"].lower() == b"100-continue":
+            self._go_on()
+        else:
+            request.error = RequestError("Expect is not 100-continue; leave it out", status=417)
+
     def _check_body(self, request: Request, length: int) -> RequestError | None:
         """The error for the head of a request with a body that is too long, or that has no use. Sets its limit.
 
         A request without a body is not counted in `Buffered`. So probes are answered although it is full.
         """
-        if not length and b"transfer-encoding" not in request.headers:
-            return None
+        coding = request.headers.get(b"transfer-encoding")
+        if coding is None:
+            if not length:
+                return None
+        elif coding.lower() != b"chunked":
+            return RequestError("Transfer-Encoding is not chunked; compress with Content-Encoding", status=501)
         is_inference = request.method == "POST" and request.target.endswith(b"/infer") and b"?" not in request.target
         if not is_inference:  # or its target is an unusual one
             try:
