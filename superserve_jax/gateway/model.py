@@ -1,7 +1,6 @@
 """A server under its name: what clients send to it, and what they get."""
 
 import contextlib
-import difflib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -26,8 +25,6 @@ _Model = TypeVar("_Model")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _RESERVED = ("stats",)  # the path /v2/models/stats
 _PROBE_MS = 60_000.0
-
-
 _DEFAULT_LIMITS = Limits()
 
 
@@ -174,9 +171,7 @@ def find(models: Mapping[str, _Model], name: str, version: str | None = None) ->
     Raises RequestError (404) for an unknown name, or another version than None and `VERSION`.
     """
     if name not in models:
-        near = difflib.get_close_matches(name[:100], models, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise RequestError(f"unknown model '{name[:100]}': {hint}Known: {', '.join(sorted(models))}", status=404)
+        raise RequestError(str(errors.unknown_name("model", name, models)), status=404)
     if version not in (None, VERSION):
         raise RequestError(f"model '{name}' has no version {version[:50]!r}; its only version is '{VERSION}'", status=404)
     return models[name]
