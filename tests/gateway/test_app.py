@@ -22,17 +22,6 @@ from superserve_jax.serving import Server
 ROW = np.uint8([[[7, 2], [3, 4]]])
 
 
-@pytest.fixture(scope="module")
-def server():
-    with fakes.serve(gateways.engine(), policy="fixed:2") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def app(server):
-    return gateways.app(server)
-
-
 def infer(app, content, path=INFER, **options):
     return call(app, "POST", path, content, **options)
 

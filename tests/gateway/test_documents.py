@@ -16,17 +16,6 @@ ROW = np.uint8([[[7, 2], [3, 4]]])
 MODEL = "/v2/models/supernet"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with fakes.serve(gateways.engine(), policy="fixed:2") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def app(server):
-    return gateways.app(server)
-
-
 def infer(app, content, path=INFER):
     return call(app, "POST", path, content)
 
