@@ -172,7 +172,7 @@ def parts_of_workers(parts: Mapping[int, int], workers: int) -> dict[int, int]:
     A worker with one core computes the parts one after another. It needs executables for fewer sizes of parts, which makes its
     start shorter: a size runs as two parts of half the size, if it is not the largest, and if its half is a size, too.
 
-    >>> parts_of_workers({1: 1, 2: 1, 4: 2, 8: 4, 16: 8}, workers=cores())
+    >>> parts_of_workers({1: 1, 2: 1, 4: 2, 8: 4, 16: 8}, workers=max(2, cores()))
     {1: 1, 2: 2, 4: 2, 8: 8, 16: 8}
     """
     if not parts or workers == 1:

@@ -5,7 +5,7 @@ The path of an inference, all in the thread of the event loop until the query is
     ServedModel.read -> ServedModel.submit -> await the futures -> ServedModel.write -> one answer
 
 An answer wakes the loop from the worker's thread. One wake-up serves all queries that are answered before the loop runs (see
-`serving.futures`). No framework, since it would cost more than this whole path.
+`serving.futures`).
 """
 
 import asyncio

@@ -8,7 +8,7 @@ from superserve_jax.gateway.messages import Answer, Request
 MOST_SMALL = 4096
 """The longest body of a request that is no inference."""
 WORTH_IT = 16 << 10
-"""To compress an answer of fewer bytes takes longer than to make it."""
+"""Answers of fewer bytes are not compressed."""
 
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's window bits: 31 for gzip's format, 15 for zlib's
 _PIECE = 16 << 10  # compressed bytes that are inflated at once

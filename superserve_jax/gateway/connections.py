@@ -1,7 +1,7 @@
 """Connections of HTTP/1.1: requests in their order, one answer for each, and time limits.
 
-Our own protocol instead of uvicorn's, which has neither these limits nor these rules. A subclass would override nearly all of
-its private methods. Our own also takes less time for a request.
+This is a protocol of asyncio on the parser httptools. uvicorn's has neither these limits nor these rules, and a subclass would
+override nearly all of its private methods.
 
 One request at a time is with the application, in `_task`. The next ones wait in `_waiting`. When a client goes away, its task
 is cancelled, and so are the queries that the task awaits.

@@ -59,7 +59,7 @@ class LivePage:
                 self._files[f"/static/{path.relative_to(FOLDER).as_posix()}"] = _read(path)
         self.paths: dict[str, tuple[str, ...]] = {**dict.fromkeys(self._files, ("GET", "HEAD")), "/events": ("GET",)}
         if demo:
-            from superserve_jax.gateway.demo import Demo  # here, since the load generator takes half a second to import
+            from superserve_jax.gateway.demo import Demo  # here, since importing the load generator takes long
 
             self._demos = {name: Demo(model, lambda: self._events.open > 0) for name, model in models.items()}
             self.paths["/demo"] = ("POST",)

@@ -18,7 +18,7 @@ from superserve_jax.gateway.model import ServedModel
 _MOST_CALLS = 4096
 """Calls and streams at once. Further ones get status RESOURCE_EXHAUSTED."""
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
-"""The port closes when no inference has come for the first time, or at last after the second one."""
+"""A closing port refuses inferences. It closes when none has come for `_QUIET_S`, and at last after `_MOST_QUIET_S`."""
 _POLL_S = 0.01
 _TICK_S = 1.0
 """The longest time between two checks of the time limits."""
