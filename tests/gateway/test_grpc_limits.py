@@ -12,7 +12,7 @@ import numpy as np
 from grpc import StatusCode
 from grpcs import Client, message, opened, refused, values
 
-from superserve_jax.gateway.grpc import service
+from superserve_jax.gateway.grpc import calls, service
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 INFER, STREAM = (f"/{service.NAME}/{name}" for name in ("ModelInfer", "ModelStreamInfer"))
@@ -55,7 +55,7 @@ def test_a_stream_that_waits_for_an_answer_is_not_idle():
 
 
 def test_a_stream_whose_answers_nobody_reads_leaves_its_place(monkeypatch, caplog):
-    monkeypatch.setattr("superserve_jax.gateway.grpc.port._MOST_CALLS", 1)
+    monkeypatch.setitem(calls.MOST_OPEN, "inference", 1)
     engine = fakes.fake(make=Large, input_shape=(2, 2), input_dtype=np.uint8)
     alone = {"grpc.use_local_subchannel_pool": 1, "grpc.max_receive_message_length": -1}
     with opened(engine, limits={"write_s": 0.5}) as (_, door), Client(door, **alone) as client, Client(door, **alone) as other:
@@ -67,7 +67,7 @@ def test_a_stream_whose_answers_nobody_reads_leaves_its_place(monkeypatch, caplo
 
         def is_full():
             try:
-                return not other.call("ServerLive").live
+                return not other.infer(message(ROW))
             except grpcs.grpc.RpcError as error:
                 return error.details() == "too many calls are in progress; try again later"
 

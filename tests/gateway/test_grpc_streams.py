@@ -5,7 +5,6 @@ import threading
 
 import fakes
 import gateways
-import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
@@ -103,39 +102,6 @@ def test_a_message_that_does_not_come_is_not_waited_for():
         assert "no message came within 0.1 s" in text
         assert refused(method, iter([]), timeout=fakes.WAIT_S)[0] is StatusCode.INVALID_ARGUMENT
         assert values(client.infer(message(ROW))).tolist() == [[7, 2]]
-
-
-class Large(gateways.LogitsEngine):
-    """An engine with long outputs."""
-
-    def _outputs(self, subnet, inputs):
-        return [np.zeros(100_000, np.float32) for _ in inputs]
-
-
-def test_a_stream_whose_answers_nobody_reads_does_not_keep_its_memory(caplog):
-    size = len(message(ROW).SerializeToString())
-    engine = fakes.fake(make=Large, input_shape=(2, 2), input_dtype=np.uint8)
-    limits = {"write_s": 1.0, "max_buffered_bytes": 50 * size}
-    options = {"grpc.max_receive_message_length": -1}
-    with opened(engine, limits=limits) as (_, door), Client(door) as client, Client(door, **options) as other:
-        stop = threading.Event()
-
-        def requests():
-            yield from itertools.repeat(message(ROW), 200)
-            stop.wait(fakes.WAIT_S)
-
-        def is_full():
-            try:
-                return not other.infer(message(ROW))
-            except grpc.RpcError as error:
-                return error.code() is StatusCode.UNAVAILABLE
-
-        call = client.stream(requests())
-        fakes.wait_until(is_full)
-        fakes.wait_until(lambda: not is_full())
-        call.cancel()
-        stop.set()
-    assert not caplog.records
 
 
 # -- health and reflection ----------------------------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ _CODES = {
 }
 SMALL_S = 10.0
 """How long a small message may take."""
+MOST_OPEN = {"inference": 4096, "standing": 256, "short": 1024}
+"""How many calls of each kind may be open at once. Further ones get status RESOURCE_EXHAUSTED.
+
+Calls that stand open need no messages, and some need no token. So each kind has places of its own.
+"""
 _MOST_TEXT = 1000  # characters of an error; clients refuse metadata of more than 8 KiB
 
 
@@ -76,13 +81,17 @@ class Method(NamedTuple):
       path: such as "/grpc.health.v1.Health/Check".
       answer: gets a call, reads its messages, and returns the bytes of the response. If it `streams`, it writes responses.
       streams: whether there may be several responses.
-      allows: whether a call is allowed; None allows all.
+      allows: whether a call has the token; None allows all.
+      probe: whether it is answered without the token, too. What it does not know, it then says only to calls with the token.
+      kind: a key of `MOST_OPEN`.
     """
 
     path: str
     answer: "Callable[[Call], Coroutine[Any, Any, bytes | None]]"
     streams: bool = False
     allows: Allows | None = None
+    probe: bool = False
+    kind: str = "short"
 
 
 class Calls:
@@ -92,11 +101,11 @@ class Calls:
       log: the access log.
 
     Attributes:
-      open: the calls in progress. Those that wait until their client takes an error are not among them.
+      open: the calls in progress, by kind. Those that wait until their client takes an error are not among them.
     """
 
     def __init__(self, log: AccessLog | None = None):
-        self.log, self.open = log, set[Call]()
+        self.log, self.open = log, {kind: set[Call]() for kind in MOST_OPEN}
         self.ends_s, self._tasks = dict[Call, float](), set[asyncio.Task[Any]]()
 
     async def watch(self, pause_s: float) -> None:
@@ -106,6 +115,10 @@ class Calls:
             now_s = time.monotonic()
             for call in [call for call, end_s in self.ends_s.items() if end_s < now_s]:
                 call.expire()
+
+    def leave(self, call: "Call") -> None:
+        """Gives the place of a call to others."""
+        self.open[call.method.kind].discard(call)
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Starts a task, and keeps it until it ends."""
@@ -140,15 +153,14 @@ class Call:
         self.context: Any = None
         self._began_s, self._within_s, self._received, self._sent, self.unanswered = time.monotonic(), 0.0, 0, 0, 0
         self._logged, self._metadata = False, None
-        calls.open.add(self)
+        calls.open[method.kind].add(self)
 
     async def stream_unary(self, _: Any, context: Any) -> bytes | None:
         """What grpc calls. Errors become statuses."""
         self.context = context
         try:
-            allows = self.method.allows
-            if allows is not None and not allows(self._authorization()):
-                raise RequestError("the token is missing or wrong; send metadata authorization: Bearer TOKEN", status=401)
+            if not self.method.probe and not self.has_token():
+                raise _without_token()
             made = await self.method.answer(self)
         except grpc.aio.AbortError:  # by `expire`
             raise
@@ -156,13 +168,19 @@ class Call:
             self._log(499, "CANCELLED")
             raise
         except Exception as error:
-            await self._fail(error)
+            tells_names = failures.status_of(error) == 404 and not self.has_token()
+            await self._fail(_without_token() if tells_names else error)
         else:
             self._sent += len(made or b"")
             self._log(200, "OK")
             return made
 
     stream_stream = stream_unary
+
+    def has_token(self) -> bool:
+        """Whether the call has the token, or none is needed."""
+        allows = self.method.allows
+        return allows is None or allows(self._authorization())
 
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """The metadata that the client has sent."""
@@ -218,7 +236,7 @@ class Call:
     async def _fail(self, error: BaseException) -> None:
         code, text = code_of(error), text_of(error)
         self._log(failures.status_of(error), code.name)
-        self._calls.open.discard(self)  # the client might never take the status
+        self._calls.leave(self)  # the client might never take the status
         await self.context.abort(code, text)
 
     def _log(self, status: int, code: str) -> None:
@@ -245,15 +263,21 @@ class Call:
 
 
 def methods(
-    service: str, calls: Mapping[str, Callable[..., Any]], allows: Allows | None = None, probes: Container[str] = ()
+    service: str,
+    calls: Mapping[str, Callable[..., Any]],
+    allows: Allows | None = None,
+    *,
+    probes: Container[str] = (),
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Method]:
     """The methods of a service by path.
 
     Args:
       service: the name of the service, such as "grpc.health.v1.Health".
       calls: the function of each method by name. Methods that are not among them get status UNIMPLEMENTED.
-      allows: whether a call is allowed; None allows all.
-      probes: the methods that are always allowed.
+      allows: whether a call has the token; None allows all.
+      probes: the methods that need no token, see `Method.probe`.
+      kinds: the kind of each method that is not short, see `Method.kind`.
 
     A function gets the message, and returns the fields of the response as plain values. A coroutine function gets the `Call`,
     as `Method.answer` does.
@@ -264,8 +288,12 @@ def methods(
         request, response = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
         answer = call if inspect.iscoroutinefunction(call) else _document(call, request, response)
         path = f"/{service}/{name}"
-        made[path] = Method(path, answer, method.server_streaming, None if name in probes else allows)
+        made[path] = Method(path, answer, method.server_streaming, allows, name in probes, (kinds or {}).get(name, "short"))
     return made
+
+
+def _without_token() -> RequestError:
+    return RequestError("the token is missing or wrong; send metadata authorization: Bearer TOKEN", status=401)
 
 
 def _document(call: Callable[[Any], dict[str, Any]], request: Any, response: Any) -> Callable[[Call], Any]:

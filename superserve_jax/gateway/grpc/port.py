@@ -15,8 +15,6 @@ from superserve_jax.gateway.grpc.standard import Health, reflection
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel
 
-_MOST_CALLS = 4096
-"""Calls and streams at once. Further ones get status RESOURCE_EXHAUSTED."""
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
 """A closing port refuses inferences. It closes when none has come for `_QUIET_S`, and at last after `_MOST_QUIET_S`."""
 _POLL_S = 0.01
@@ -32,7 +30,7 @@ class Port:
     Args:
       models: the models by name.
       limits: what clients may do.
-      allows: whether a call is allowed, see `calls.methods`.
+      allows: whether a call has the token, see `calls.methods`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
       log: the access log.
 
@@ -50,13 +48,13 @@ class Port:
     ):
         self.number, self._limits, self._tls = 0, limits, tls
         self._service = Service(models, limits)
-        methods = self._service.methods(allows) | Health(self._service, models).methods()
+        methods = self._service.methods(allows) | Health(self._service, models).methods(allows)
         for version in ("v1", "v1alpha"):
             methods |= reflection(version, limits.idle_s, allows)
         options = {
             "grpc.max_receive_message_length": max(model.max_body_bytes for model in models.values()),
             "grpc.max_send_message_length": -1,
-            "grpc.max_concurrent_streams": _MOST_CALLS,
+            "grpc.max_concurrent_streams": sum(calls.MOST_OPEN.values()),
             "grpc.max_allowed_incoming_connections": limits.max_connections,
             "grpc.server_handshake_timeout_ms": _ms(limits.head_s),
             "grpc.max_connection_idle_ms": _ms(limits.idle_s),
@@ -64,7 +62,7 @@ class Port:
             "grpc.so_reuseport": 0,  # or two gateways could open the same port
         }
         self._calls = Calls(log)
-        self._core = taking.Core(methods, self._calls, _MOST_CALLS, options)
+        self._core = taking.Core(methods, self._calls, options)
 
     async def open(self, host: str, port: int) -> None:
         """Opens the port. Raises ConfigError if that fails."""

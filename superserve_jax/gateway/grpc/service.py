@@ -57,7 +57,7 @@ class Service:
         self.waiting = set[Future]()
 
     def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
-        """The protocol's methods that the gateway has. For `allows`, see `calls.methods`; it is not asked about probes."""
+        """The protocol's methods that the gateway has. For `allows`, see `calls.methods`."""
         return calls.methods(
             NAME,
             {
@@ -75,7 +75,8 @@ class Service:
                 "ModelStreamInfer": self._stream,
             },
             allows,
-            _PROBES,
+            probes=_PROBES,
+            kinds=dict.fromkeys(("ModelInfer", "ModelStreamInfer"), "inference"),
         )
 
     def is_ready(self, name: str | None = None) -> bool:
@@ -189,5 +190,10 @@ def _parsed(data: bytes) -> Any:
 
 def _slo_ms(call: Call) -> float | None:
     """The deadline in the metadata of a call, in milliseconds, or None."""
-    found = {_SLO[name]: str(value).encode() for name, value in call.metadata() if name in _SLO}
+    found = dict[bytes, bytes]()
+    for name, value in call.metadata():
+        if name in _SLO:
+            if _SLO[name] in found:
+                raise RequestError(f"the metadata {name} are repeated; send them once")
+            found[_SLO[name]] = str(value).encode()
     return requests.slo_of(found) if found else None

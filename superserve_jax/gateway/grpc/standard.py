@@ -18,6 +18,7 @@ from superserve_jax.gateway.grpc.service import Service
 _WATCH_S = 0.5
 """How often a watched status is looked at."""
 _Request, _Response = (messages.named(f"grpc.health.v1.HealthCheck{kind}") for kind in ("Request", "Response"))
+_ListRequest, _ListResponse = (messages.named(f"grpc.health.v1.HealthList{kind}") for kind in ("Request", "Response"))
 
 
 class Health:
@@ -32,9 +33,10 @@ class Health:
         self._inference = inference
         self._names: dict[str, str | None] = {**{name: name for name in models}, "": None, service.NAME: None}
 
-    def methods(self) -> dict[str, Method]:
-        """The methods Check, List and Watch."""
-        return calls.methods("grpc.health.v1.Health", {"Check": self._check, "List": self._list, "Watch": self._watch})
+    def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
+        """The methods Check, List and Watch. For `allows`, see `calls.methods`. Without the token, List tells no names."""
+        made = {"Check": self._check, "List": self._list, "Watch": self._watch}
+        return calls.methods("grpc.health.v1.Health", made, allows, probes=made, kinds={"Watch": "standing"})
 
     def _status(self, name: str) -> str:
         if name not in self._names:
@@ -43,16 +45,23 @@ class Health:
 
     def _check(self, message: Any) -> dict[str, Any]:
         if message.service not in self._names:
-            known = ", ".join(repr(name) for name in self._names)
-            raise RequestError(f"unknown service '{message.service[:100]}'; known are {known}", status=404)
+            raise self._unknown(message.service)
         return {"status": self._status(message.service)}
 
-    def _list(self, _: Any) -> dict[str, Any]:
-        return {"statuses": {name: {"status": self._status(name)} for name in self._names}}
+    async def _list(self, call: Call) -> bytes:
+        calls.parsed(_ListRequest, await call.read(calls.SMALL_S))
+        statuses = {name: _Response(status=self._status(name)) for name in (self._names if call.has_token() else ("",))}
+        return _ListResponse(statuses=statuses).SerializeToString()
+
+    def _unknown(self, name: str) -> RequestError:
+        known = ", ".join(repr(name) for name in self._names)
+        return RequestError(f"unknown service '{name[:100]}'; known are {known}", status=404)
 
     async def _watch(self, call: Call) -> None:
         data = await call.read(calls.SMALL_S)
         name, told = calls.parsed(_Request, data).service, None
+        if name not in self._names and not call.has_token():
+            raise self._unknown(name)
         while True:
             status = self._status(name)
             if status != told:
@@ -86,7 +95,7 @@ def reflection(version: str, idle_s: float, allows: calls.Allows | None = None) 
                 answer.error_response.error_message = "no such file, symbol or extension"
             await call.write(answer.SerializeToString())
 
-    return calls.methods(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows)
+    return calls.methods(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows, kinds={"ServerReflectionInfo": "standing"})
 
 
 def _files(asked: Any) -> list[bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 from grpc._cython import cygrpc  # pyright: ignore[reportAttributeAccessIssue]
 
 from superserve_jax.gateway.failures import RequestError
-from superserve_jax.gateway.grpc.calls import Call, Calls, Method
+from superserve_jax.gateway.grpc.calls import MOST_OPEN, Call, Calls, Method
 
 
 class Core(cygrpc.AioServer):
@@ -23,12 +23,11 @@ class Core(cygrpc.AioServer):
     Args:
       methods: the methods by path.
       calls: the calls in progress.
-      most: how many there may be. Further ones get status RESOURCE_EXHAUSTED.
       options: options of grpc's core.
     """
 
-    def __init__(self, methods: Mapping[str, Method], calls: Calls, most: int, options: Mapping[str, int]):
-        self._methods, self._calls, self._most = methods, calls, most
+    def __init__(self, methods: Mapping[str, Method], calls: Calls, options: Mapping[str, int]):
+        self._methods, self._calls = methods, calls
         super().__init__(asyncio.get_running_loop(), None, (), None, tuple(options.items()), None)
         self.add_registered_method_handlers(dict.fromkeys(methods))
 
@@ -41,16 +40,17 @@ class Core(cygrpc.AioServer):
         loop, calls = asyncio.get_running_loop(), self._calls
         method = _UNKNOWN if path is None else self._methods[path.decode()]
         handle = cygrpc._handle_stream_stream_rpc if method.streams else cygrpc._handle_stream_unary_rpc  # noqa: SLF001
+        taken, most = calls.open[method.kind], MOST_OPEN[method.kind]
         while True:
             state = await (self._request_call() if path is None else self._request_registered_call(path))
-            call = Call(method if len(calls.open) < self._most else method._replace(answer=_too_many), calls)
+            call = Call(method if len(taken) < most else method._replace(answer=_too_many), calls)
             calls.start(self._run(call, handle(call, state, loop), state, loop))
 
     async def _run(self, call: Call, work: Coroutine[Any, Any, None], state: Any, loop: asyncio.AbstractEventLoop) -> None:
         try:
             await cygrpc._schedule_rpc_coro(work, state, loop, call.method.path)  # noqa: SLF001
         finally:
-            self._calls.open.discard(call)
+            self._calls.leave(call)
 
 
 async def _unknown(_: Call) -> None:
