@@ -2,21 +2,17 @@
 
 import asyncio
 import contextlib
-import inspect
 import logging
 import time
 import urllib.parse
-from collections.abc import Callable, Container, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 import grpc
-from google.protobuf import json_format, message_factory
-from google.protobuf.message import DecodeError
 
 from superserve_jax.gateway import failures
 from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.failures import RequestError
-from superserve_jax.gateway.grpc import messages
 
 _FROM_CLIENTS = ("ExecuteBatchError", "Invalid encoding on")
 # grpc logs a traceback for each answer whose client has gone, and for metadata that are not UTF-8. Clients could fill the log.
@@ -55,19 +51,6 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 def text_of(error: BaseException) -> str:
     """What the client reads about an error."""
     return failures.message_of(error)[:_MOST_TEXT]
-
-
-def parsed(kind: Any, data: bytes) -> Any:
-    """The message in `data`. Raises RequestError if there is none.
-
-    Args:
-      kind: the class of the message.
-      data: the serialized message.
-    """
-    try:
-        return kind.FromString(data)
-    except DecodeError as e:
-        raise RequestError(f"the data is no {kind.DESCRIPTOR.full_name} in the format of protobuf; send one") from e
 
 
 Allows = Callable[[bytes | None], bool]
@@ -262,46 +245,8 @@ class Call:
         return found[0].encode() if len(found) == 1 and isinstance(found[0], str) else None
 
 
-def methods(
-    service: str,
-    calls: Mapping[str, Callable[..., Any]],
-    allows: Allows | None = None,
-    *,
-    probes: Container[str] = (),
-    kinds: Mapping[str, str] | None = None,
-) -> dict[str, Method]:
-    """The methods of a service by path.
-
-    Args:
-      service: the name of the service, such as "grpc.health.v1.Health".
-      calls: the function of each method by name. Methods that are not among them get status UNIMPLEMENTED.
-      allows: whether a call has the token; None allows all.
-      probes: the methods that need no token, see `Method.probe`.
-      kinds: the kind of each method that is not short, see `Method.kind`.
-
-    A function gets the message, and returns the fields of the response as plain values. A coroutine function gets the `Call`,
-    as `Method.answer` does.
-    """
-    made = dict[str, Method]()
-    for name, call in calls.items():
-        method = messages.POOL.FindMethodByName(f"{service}.{name}")
-        request, response = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
-        answer = call if inspect.iscoroutinefunction(call) else _document(call, request, response)
-        path = f"/{service}/{name}"
-        made[path] = Method(path, answer, method.server_streaming, allows, name in probes, (kinds or {}).get(name, "short"))
-    return made
-
-
 def _without_token() -> RequestError:
     return RequestError("the token is missing or wrong; send metadata authorization: Bearer TOKEN", status=401)
-
-
-def _document(call: Callable[[Any], dict[str, Any]], request: Any, response: Any) -> Callable[[Call], Any]:
-    async def answer(made: Call) -> bytes:
-        message = parsed(request, await made.read(SMALL_S))
-        return json_format.ParseDict(call(message), response()).SerializeToString()
-
-    return answer
 
 
 def _host(peer: str) -> str:

@@ -30,7 +30,7 @@ class Port:
     Args:
       models: the models by name.
       limits: what clients may do.
-      allows: whether a call has the token, see `calls.methods`.
+      allows: whether a call has the token, see `methods.of_service`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
       log: the access log.
 

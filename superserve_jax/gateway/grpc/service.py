@@ -1,4 +1,4 @@
-"""The calls of the service inference.GRPCInferenceService. `calls.methods` makes them methods of gRPC."""
+"""The calls of the service inference.GRPCInferenceService. `methods.of_service` makes them methods of gRPC."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ import grpc
 from superserve_jax import errors
 from superserve_jax.gateway import bodies, documents, requests
 from superserve_jax.gateway.failures import ClosingError, RequestError
-from superserve_jax.gateway.grpc import calls, codec, messages, wire
+from superserve_jax.gateway.grpc import calls, codec, messages, methods, wire
 from superserve_jax.gateway.grpc.calls import Call, Method
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel, answers_to, find
@@ -57,8 +57,8 @@ class Service:
         self.waiting = set[Future]()
 
     def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
-        """The protocol's methods that the gateway has. For `allows`, see `calls.methods`."""
-        return calls.methods(
+        """The protocol's methods that the gateway has. For `allows`, see `methods.of_service`."""
+        return methods.of_service(
             NAME,
             {
                 "ServerLive": lambda _: {"live": True},
@@ -185,7 +185,7 @@ class Service:
 
 def _parsed(data: bytes) -> Any:
     wire.check_fields(data)
-    return calls.parsed(_Request, data)
+    return methods.parsed(_Request, data)
 
 
 def _slo_ms(call: Call) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from superserve_jax.gateway.failures import RequestError
-from superserve_jax.gateway.grpc import calls, messages, service
+from superserve_jax.gateway.grpc import calls, messages, methods, service
 from superserve_jax.gateway.grpc.calls import Call, Method
 from superserve_jax.gateway.grpc.service import Service
 
@@ -34,9 +34,9 @@ class Health:
         self._names: dict[str, str | None] = {**{name: name for name in models}, "": None, service.NAME: None}
 
     def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
-        """The methods Check, List and Watch. For `allows`, see `calls.methods`. Without the token, List tells no names."""
+        """The methods Check, List and Watch. `allows`: see `methods.of_service`. Without the token, List tells no names."""
         made = {"Check": self._check, "List": self._list, "Watch": self._watch}
-        return calls.methods("grpc.health.v1.Health", made, allows, probes=made, kinds={"Watch": "standing"})
+        return methods.of_service("grpc.health.v1.Health", made, allows, probes=made, kinds={"Watch": "standing"})
 
     def _status(self, name: str) -> str:
         if name not in self._names:
@@ -49,7 +49,7 @@ class Health:
         return {"status": self._status(message.service)}
 
     async def _list(self, call: Call) -> bytes:
-        calls.parsed(_ListRequest, await call.read(calls.SMALL_S))
+        methods.parsed(_ListRequest, await call.read(calls.SMALL_S))
         statuses = {name: _Response(status=self._status(name)) for name in (self._names if call.has_token() else ("",))}
         return _ListResponse(statuses=statuses).SerializeToString()
 
@@ -59,7 +59,7 @@ class Health:
 
     async def _watch(self, call: Call) -> None:
         data = await call.read(calls.SMALL_S)
-        name, told = calls.parsed(_Request, data).service, None
+        name, told = methods.parsed(_Request, data).service, None
         if name not in self._names and not call.has_token():
             raise self._unknown(name)
         while True:
@@ -73,7 +73,7 @@ class Health:
 def reflection(version: str, idle_s: float, allows: calls.Allows | None = None) -> dict[str, Method]:
     """The service grpc.reflection, version "v1" or "v1alpha". The two differ in their name only.
 
-    A stream without a request for `idle_s` seconds ends. For `allows`, see `calls.methods`.
+    A stream without a request for `idle_s` seconds ends. For `allows`, see `methods.of_service`.
     """
     package = f"grpc.reflection.{version}"
     request = messages.named(f"{package}.ServerReflectionRequest")
@@ -82,7 +82,7 @@ def reflection(version: str, idle_s: float, allows: calls.Allows | None = None) 
 
     async def info(call: Call) -> None:
         while (data := await call.next(idle_s)) is not None:
-            asked = calls.parsed(request, data)
+            asked = methods.parsed(request, data)
             answer = response(valid_host=asked.host, original_request=asked)
             try:
                 if asked.WhichOneof("message_request") == "list_services":
@@ -95,7 +95,9 @@ def reflection(version: str, idle_s: float, allows: calls.Allows | None = None) 
                 answer.error_response.error_message = "no such file, symbol or extension"
             await call.write(answer.SerializeToString())
 
-    return calls.methods(f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows, kinds={"ServerReflectionInfo": "standing"})
+    return methods.of_service(
+        f"{package}.ServerReflection", {"ServerReflectionInfo": info}, allows, kinds={"ServerReflectionInfo": "standing"}
+    )
 
 
 def _files(asked: Any) -> list[bytes]:
