@@ -7,9 +7,10 @@
 
 Four engines sleep as long as the six subnets of `simulation.paper_profile`. Each case runs a server in a process of its own,
 and this process sends the requests. It sends each one when it is due, however late the answers are, and latencies count from
-then. The SLO is 36 ms. Bursty traffic has CV^2 4, and a third of it is evenly spaced. Bursts are steps between 600 and 3,000
-queries/s, with CV^2 4. The parts:
-- bounds: the cases that have bounds, and the same traffic at the peers and in a server without a network ("in process").
+then. The SLO is 36 ms. Bursty traffic has CV^2 4, and a third of it is evenly spaced. Bursts are 3 s at 600 queries/s and 1 s
+at 3,000, again and again, with CV^2 4. The parts:
+- bounds: the cases that have bounds, and the same traffic at the peers, in a server without a network ("in process"), and in
+  the simulator, where only the engines take time ("simulation").
 - bursts: bursts with switching, and with each fixed subnet, here and at the first peer.
 - rates: the highest rate at 0.99 attainment, on a grid with a step of 1.12.
 A peer serves one fixed subnet, by the same sleeps. `--peer-batches` limits its batches.

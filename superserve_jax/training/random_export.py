@@ -40,7 +40,8 @@ def export_of(path: str | os.PathLike[str], *, subnets: int) -> Iterator[pathlib
 def export(config: FamilyConfig, path: str | os.PathLike[str], *, subnets: int) -> pathlib.Path:
     """Exports a network with random weights; returns the path.
 
-    All statistics are 1 and all accuracies 0. Only the sizes are realistic; the logits mean nothing.
+    All statistics are 1. In place of an accuracy, a subnet has its FLOPs / the FLOPs of the largest subnet, so that policies
+    have a choice. Only the sizes are realistic; the logits mean nothing.
 
     Args:
       config: the family's config.
@@ -50,7 +51,8 @@ def export(config: FamilyConfig, path: str | os.PathLike[str], *, subnets: int) 
     chosen = subnet_list(config, subnets)
     model = SuperNet.create(config, seed=0)
     model.statistics = {s: np.ones((2, programs.sliced(config, s).statistics_size), np.float32) for s in chosen}
-    served = [Served(s, 0.0, None, config.flops(s), config.num_params(s)) for s in chosen]
+    most = config.flops(config.space().largest())
+    served = [Served(s, config.flops(s) / most, None, config.flops(s), config.num_params(s)) for s in chosen]
     return exports.export(path, model, served, measured="not measured: fresh weights")
 
 

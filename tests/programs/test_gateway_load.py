@@ -169,3 +169,26 @@ def test_every_bound_belongs_to_a_case_of_the_default_run():
     bound = cases.BOUNDS[0]
     assert bound.holds(0.99)
     assert not bound.holds(float("nan"))
+
+
+def test_in_the_simulation_only_the_engines_take_time():
+    [case] = [each for each in cases.of_bounds(()) if each.server == cases.SIMULATED and each.subnet is None]
+    found = running.simulated(case, case.trace(seconds=8.0, seed=0))
+    assert running.counts(found)
+    assert found["attainment"] > 0.999
+    assert 0.792 < found["accuracy"] < 0.8016
+
+
+def test_bursts_are_the_last_of_every_four_steps():
+    [case] = {bound.case for bound in cases.BOUNDS if bound.case.server == "HTTP" and bound.case.subnet is None}
+    arrivals = case.trace(seconds=8.0, seed=0).arrivals_s
+    per_step = np.bincount(arrivals.astype(int), minlength=8)
+    assert (per_step[[3, 7]] > 2500).all()
+    assert (np.delete(per_step, [3, 7]) < 900).all()
+
+
+def test_the_part_of_a_run_that_belongs_to_some_queries():
+    due_s = np.arange(4.0)
+    played = open_loop.Played(due_s, due_s + 1, due_s + 2, due_s / 8, [b"a", b"b", b"c", b""], 5.0, 2)
+    part = played.of(np.array([False, True, False, True]))
+    assert (part.due_s.tolist(), part.answers, part.done_s.tolist()) == ([1.0, 3.0], [b"b", b""], [3.0, 5.0])

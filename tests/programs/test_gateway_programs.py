@@ -4,6 +4,7 @@ import json
 
 import pytest
 from gateway_load import malformed
+from small_exports import IMAGES, write
 
 ONLY = ("HTTP binary, image", "in process, number, smallest, 8199")
 
@@ -64,3 +65,16 @@ def test_after_sigterm_every_accepted_request_is_answered(run_program):
     assert done.json["findings"] == []
     assert done.json["counts"]["200"] > 20
     assert "2 stops under load" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_models_are_measured_alone_and_at_once(run_program, tmp_path):
+    export = write(tmp_path / "export", IMAGES)
+    options = ("--share", 0.01, "--seconds", 1, "--repeats", 1, "--connections", 16)
+    done = run_program("serve/bench/two_models.py", export, export, *options, json_file=True)
+    assert [*done.json["runs"]] == ["first, alone", "second, alone", "first, both at once", "second, both at once"]
+    for name, [run] in done.json["runs"].items():
+        assert (run["wrong"], run["lost"]) == (0, 0), name
+        assert run["queries"] > 10
+        assert run["accuracy"] >= 0.5
+    assert "wrong or lost answers: 0" in done.stdout

@@ -11,9 +11,9 @@ from superserve_jax.simulation.paper_profile import paper_profile
 from superserve_jax.simulation.traces import Trace
 
 SLO_MS = 36.0
-CALM_QPS, BURST_QPS, STEP_S = 600.0, 3000.0, 1.0
+CALM_QPS, BURST_QPS, STEP_S, BURST_EVERY = 600.0, 3000.0, 1.0, 4
 CV2 = 4.0
-IN_PROCESS = "in process"
+IN_PROCESS, SIMULATED = "in process", "simulation"
 RATE_STEP = 1.12
 TOP_RATES = {"smallest": 8199.0, "largest": 1337.0}
 """A rate on the grid of each subnet. Two neighbours on the grid differ by the factor `RATE_STEP`."""
@@ -24,7 +24,8 @@ class Case:
     """A server under one traffic.
 
     Args:
-      server: "HTTP" or "gRPC" for this project's gateway, "in process" for its server without a network, or a peer's name.
+      server: "HTTP" or "gRPC" for this project's gateway, "in process" for its server without a network, "simulation" for the
+        simulator, in which nothing but the engines takes time, or a peer's name.
       wire: the form of a request: "json" or "binary".
       given: the input: "number" or "image" (32x32x1).
       subnet: the rank of the only subnet that is served; None for switching by the default policy.
@@ -41,7 +42,7 @@ class Case:
     def name(self) -> str:
         """Words that name the case, for tables and for --only."""
         traffic = f"{self.qps:.0f}/s" if self.qps else "bursts"
-        form = "" if self.server == IN_PROCESS or self.server in PEERS else f" {self.wire}"
+        form = f" {self.wire}" if self.server in ("HTTP", "gRPC") else ""
         return f"{self.server}{form}, {self.given}, {subnet_name(self.subnet)}, {traffic}"
 
     @property
@@ -50,12 +51,13 @@ class Case:
         return self.server in PEERS
 
     def trace(self, *, seconds: float, seed: int) -> Trace:
-        """The traffic. Bursts last twice as long as bursty traffic, and at least four steps."""
+        """The traffic. Bursts are the last of every four steps. A step is a second, or less so that there are four."""
         if self.qps:
             rates = {"base_qps": self.qps / 3, "burst_qps": 2 * self.qps / 3}
             return traces.bursty(**rates, cv2=CV2, duration_s=seconds, slo_ms=SLO_MS, seed=seed)
-        step_s = min(STEP_S, seconds / 4)
-        steps = [(CALM_QPS, BURST_QPS)[i % 2] for i in range(max(round(seconds / step_s), 2))]
+        step_s = min(STEP_S, seconds / BURST_EVERY)
+        calm, burst = [CALM_QPS] * (BURST_EVERY - 1), [BURST_QPS]
+        steps = (calm + burst) * max(round(seconds / step_s / BURST_EVERY), 1)
         return traces.steps(rates_qps=steps, step_s=step_s, cv2=CV2, slo_ms=SLO_MS, seed=seed)
 
 
@@ -112,12 +114,13 @@ BOUNDS = (
 
 
 def of_bounds(peers: Iterable[str]) -> list[Case]:
-    """The cases that have bounds, and the same traffic in process and at the peers."""
+    """The cases that have bounds, and the same traffic in process, in the simulation and at the peers."""
     own = list(dict.fromkeys(bound.case for bound in BOUNDS))
-    others = [Case(server, "json", "number", 0, 8199) for server in (IN_PROCESS, *peers)]
-    others += [Case(server, "json", "number", LARGEST, qps) for server in (IN_PROCESS, *peers) for qps in (1066, 1194, 1337)]
+    compared = (IN_PROCESS, SIMULATED, *peers)
+    others = [Case(server, "json", "number", 0, 8199) for server in compared]
+    others += [Case(server, "json", "number", LARGEST, qps) for server in compared for qps in (1066, 1194, 1337)]
     others += [Case(server, "json", "number", 0, 2000) for server in peers]
-    return [*own, *others, Case(IN_PROCESS, "json", "number", None, 0)]
+    return [*own, *others, *(Case(server, "json", "number", None, 0) for server in (IN_PROCESS, SIMULATED))]
 
 
 def of_bursts(peers: Iterable[str]) -> list[Case]:
@@ -134,7 +137,7 @@ def of_rates(peers: Iterable[str], *, grpc: bool) -> dict[tuple[str, str], list[
     for server, wire in (*forms, *((peer, "json") for peer in peers)):
         for which, subnet in (("smallest", 0), ("largest", LARGEST)):
             rates = [TOP_RATES[which] * RATE_STEP**step for step in range(-20, 3)]
-            name = server if server == IN_PROCESS or server in PEERS else f"{server} {wire}"
+            name = f"{server} {wire}" if server in ("HTTP", "gRPC") else server
             made[name, which] = [Case(server, wire, "number", subnet, round(qps)) for qps in rates]
     return made
 

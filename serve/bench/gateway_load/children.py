@@ -76,6 +76,7 @@ def started(
     python: pathlib.Path | str = sys.executable,
     environment: Mapping[str, str] | None = None,
     ready: Callable[[Child], object] = Child.printed,
+    start_s: float = _START_S,
 ) -> Iterator[Child]:
     """Runs a script of this folder until the end of the block.
 
@@ -85,15 +86,16 @@ def started(
       python: the interpreter.
       environment: more variables of the environment.
       ready: whether the server is ready, as a true value. By default it is when it has printed a line of JSON.
+      start_s: how many seconds it may take to be ready.
 
-    Raises ConfigError if the script ends, or is not ready in two minutes.
+    Raises ConfigError if the script ends, or is not ready in time.
     """
     path = os.pathsep.join(p for p in (str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")) if p)
     variables = {**os.environ, "PYTHONPATH": path, **(environment or {})}
     command = [str(python), str(HERE / script), *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, env=variables, stdout=out, stderr=err, start_new_session=True)
-        child, ends_s = Child(process, out, err), time.monotonic() + _START_S
+        child, ends_s = Child(process, out, err), time.monotonic() + start_s
         try:
             while not ready(child):
                 if process.poll() is not None or time.monotonic() > ends_s:

@@ -19,14 +19,14 @@ OUTPUTS = 10
 MODEL = "supernet"
 PATH = f"/v2/models/{MODEL}/infer"
 GRPC_PATH = "/inference.GRPCInferenceService/ModelInfer"
-DATATYPES = {"int32": "INT32", "uint8": "UINT8"}
+DATATYPES = {"int32": "INT32", "uint8": "UINT8", "float32": "FP32"}
 
 
 class Answer(NamedTuple):
     """What an answer says.
 
     Args:
-      number: the first output.
+      number: the first output; NaN if nothing is known about outputs.
       rank: the second output, the rank of the subnet.
       subnet: the rank of the subnet by the answer's parameters; NaN for a peer.
       accuracy: the accuracy by the answer's parameters; NaN for a peer.
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
 
 
 class Input(NamedTuple):
-    """The input of the served model: its shape without the batch, and its dtype ("int32" or "uint8")."""
+    """The input of the served model: its shape without the batch, and its dtype, a key of `DATATYPES`."""
 
     shape: tuple[int, ...] = (1,)
     dtype: str = "int32"
@@ -70,7 +70,7 @@ def json_request(given: Input, number: int, slo_ms: float) -> bytes:
     return http(json.dumps({"inputs": [tensor], "parameters": {"slo_ms": slo_ms}}, separators=(",", ":")).encode())
 
 
-def binary_request(given: Input, number: int, slo_ms: float) -> bytes:
+def binary_request(given: Input, number: int, slo_ms: float, path: str = PATH) -> bytes:
     """A request with a binary input, which also asks for a binary output."""
     x = given.array(number)
     tensor = {
@@ -81,7 +81,7 @@ def binary_request(given: Input, number: int, slo_ms: float) -> bytes:
     }
     parameters = {"slo_ms": slo_ms, "binary_data_output": True}
     head = json.dumps({"inputs": [tensor], "parameters": parameters}, separators=(",", ":")).encode()
-    return http(head + x.tobytes(), headers=(f"Inference-Header-Content-Length: {len(head)}",))
+    return http(head + x.tobytes(), path, headers=(f"Inference-Header-Content-Length: {len(head)}",))
 
 
 def peer_request(path: str, number: int) -> bytes:
@@ -97,6 +97,13 @@ def read_http(raw: bytes) -> Answer:
         return _answer(content, content["outputs"][0]["data"])
     length = int(head.lower().split(b"inference-header-content-length:")[1].split(b"\r\n")[0])
     return _answer(json.loads(body[:length]), np.frombuffer(body[length:], "<f4"))
+
+
+def read_any(raw: bytes) -> Answer:
+    """Reads an answer of the gateway with any binary outputs, of which nothing is known. Raises as `read_http`."""
+    head, body = split(raw)
+    length = int(head.lower().split(b"inference-header-content-length:")[1].split(b"\r\n")[0])
+    return Answer(math.nan, math.nan, accuracy=json.loads(body[:length])["parameters"]["accuracy"])
 
 
 def read_peer(raw: bytes) -> Answer:

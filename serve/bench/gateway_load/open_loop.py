@@ -64,6 +64,12 @@ class Played:
     seconds: float
     most_open: int
 
+    def of(self, chosen: np.ndarray) -> "Played":
+        """The part of some queries. `chosen` is a mask of shape (queries,)."""
+        answers = [answer for answer, is_chosen in zip(self.answers, chosen.tolist(), strict=True) if is_chosen]
+        due_s, sent_s, done_s, lateness_s = (each[chosen] for each in (self.due_s, self.sent_s, self.done_s, self.lateness_s))
+        return Played(due_s, sent_s, done_s, lateness_s, answers, self.seconds, self.most_open)
+
 
 def play(
     connect: Callable[[select.epoll], Connections],
@@ -163,7 +169,7 @@ def check(played: Played, read: Callable[[bytes], Answer], numbers: int) -> tupl
             continue
         try:
             answer, why = read(raw), ""
-            if answer.number != query % numbers:
+            if answer.number == answer.number and answer.number != query % numbers:
                 why = f"query {query} sent {query % numbers} and got {answer.number}"
             elif answer.subnet == answer.subnet and answer.subnet != answer.rank:  # no NaN
                 why = f"query {query} got the outputs of subnet {answer.rank}, but the answer names {answer.subnet}"

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from gateway_load import cases, children, http1, http2, messages, open_loop, peers
-from gateway_load.cases import IN_PROCESS, Case
+from gateway_load.cases import IN_PROCESS, SIMULATED, Case
 from gateway_load.children import Child, CpuTimes
 from gateway_load.messages import Answer
 from gateway_load.open_loop import Connections
 from superserve_jax.simulation.paper_profile import paper_profile
+from superserve_jax.simulation.simulator import Cluster, simulate
+from superserve_jax.simulation.traces import Trace
 
 OTHER_CORES, LATENESS_MS = 0.15, 1.0
 """A run counts if other programs used at most so many cores, and the generator was at most so late at p99."""
@@ -55,6 +57,8 @@ class Setup:
 def run(case: Case, setup: Setup, number: int) -> Run:
     """Runs a case once. The number of the run determines the arrivals."""
     trace = case.trace(seconds=setup.seconds if case.qps else setup.bursts_s, seed=setup.seed + number)
+    if case.server == SIMULATED:
+        return simulated(case, trace)
     given = _INPUTS[case.given]
     only = [] if case.subnet is None else ["--subnet", case.subnet]
     arguments = [*only, "--shape", *given.shape, "--dtype", given.dtype, "--slo-ms", cases.SLO_MS]
@@ -108,6 +112,24 @@ def in_process(due_s: np.ndarray, arguments: Sequence[Any]) -> Run:
         np.save(path, due_s)
         with children.started("child.py", *arguments, "--trace", path) as child:
             return child.printed()
+
+
+def simulated(case: Case, trace: Trace) -> Run:
+    """Simulates a case with four engines: the figures of a server and a network that take no time."""
+    profile = paper_profile()
+    if case.subnet is not None:
+        profile = dataclasses.replace(profile, rows=(profile.rows[case.subnet],))
+    found = simulate(profile, "slackfit", trace, cluster=Cluster(workers=peers.WORKERS))
+    latency_ms = 1e3 * (found.finish_s - trace.arrivals_s)
+    return {
+        "queries": len(trace),
+        "attainment": found.attainment,
+        "accuracy": found.mean_accuracy,
+        "p50_ms": float(np.median(latency_ms)),
+        "p99_ms": float(np.percentile(latency_ms, 99)),
+        "lateness_p99_ms": 0.0,
+        "other_cores": 0.0,
+    }
 
 
 def counts(found: Mapping[str, Any]) -> bool:
