@@ -9,7 +9,6 @@ An answer wakes the loop from the worker's thread. One wake-up serves all querie
 """
 
 import asyncio
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import prometheus_client
 import prometheus_client.openmetrics.exposition
 
 from superserve_jax import errors
-from superserve_jax.gateway import bodies, documents, messages, requests, tensors
+from superserve_jax.gateway import bodies, documents, messages, requests, tensors, threads
 from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
@@ -29,9 +28,7 @@ from superserve_jax.gateway.threads import Threads
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
 _BINARY = (b"content-type", b"application/octet-stream")
 _GET = ("GET", "HEAD")
-# What takes longer goes to another thread, so that it keeps no other client waiting.
-_SMALL_BODY, _SHORT_TEXTS = 4096, 2000  # compressed bytes, and characters
-_SHORT_JSON, _FEW_ROWS = 1 << 18, 256  # bytes of a request, and rows of an answer
+_SMALL_BODY = 4096  # compressed bytes that are inflated in the event loop
 
 
 class _IndexBody(msgspec.Struct):
@@ -67,7 +64,7 @@ class App:
             "/v2/models/stats": lambda _: _statistics(self._models.values()),
             "/metrics": self._metrics,
         }
-        self._threads = Threads((os.cpu_count() or 1) + 4)
+        self._threads = Threads(threads.MOST)
         self._json_thread = Threads(1)  # it often holds Python's lock, so more would only harm
         self.draining = False
         self.max_body_bytes = max(model.max_body_bytes for model in self._models.values())
@@ -93,16 +90,16 @@ class App:
             body = await self._threads.run(bodies.read, request, model.max_body_bytes)
         else:
             body = bodies.read(request, model.max_body_bytes)
-        if len(body) > _SHORT_JSON and (json_length is None or json_length > _SHORT_JSON):
+        if len(body) > threads.SHORT_BYTES and (json_length is None or json_length > threads.SHORT_BYTES):
             wanted = await self._json_thread.run(model.read, body, json_length)
         else:
             wanted = model.read(body, json_length)
         request.body = body = b""  # JSON is not needed any more
-        if isinstance(wanted.rows, list) and sum(len(text) for row in wanted.rows for text in row) > _SHORT_TEXTS:
+        if wanted.has_long_texts():
             wanted = wanted._replace(rows=await self._threads.run(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
         made = await answers_to(queries)
-        if len(made) > _FEW_ROWS:
+        if len(made) > threads.FEW_ROWS:
             body, json_length = await self._json_thread.run(model.write, wanted, made)
         else:
             body, json_length = model.write(wanted, made)

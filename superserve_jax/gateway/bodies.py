@@ -19,6 +19,13 @@ _VARY = (b"vary", b"accept-encoding")
 _BINARY = b"application/octet-stream"
 
 
+def small(data: bytes) -> bytes:
+    """The body of a request that is no inference. Raises RequestError (413) if it is long."""
+    if len(data) > MOST_SMALL:
+        raise too_long(MOST_SMALL)
+    return data
+
+
 def read(request: Request, most: int) -> bytes:
     """The body of a request, inflated.
 

@@ -22,7 +22,8 @@ class Limits:
     Args:
       max_body_bytes: the longest body of an inference, as it is sent and inflated; longer ones get status 413. None takes the
         size of 1,024 inputs as JSON, between 1 and 64 MiB. Other requests have at most 4 KiB.
-      max_buffered_bytes: how many bytes of requests with bodies may be in memory at once; one more gets status 503.
+      max_buffered_bytes: how many bytes of requests with bodies may be in memory at once, over HTTP and gRPC together; one
+        more gets status 503.
       max_head_bytes: the longest head of a request, which is its first line and its headers; longer ones get status 431.
       max_connections: how many connections may be open; one more gets status 503.
       head_s: seconds from the first byte of a request to the end of its head; then it gets status 408. A new connection

@@ -1,6 +1,7 @@
 """A server under its name: what clients send to it, and what they get."""
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -117,6 +118,11 @@ class ServedModel:
     def output(self) -> tuple[str, list[int]]:
         """Datatype of an output, and its shape without a batch dimension."""
         return self._output or ("FP32", [self.server.model.config.num_classes])
+
+    def answer_bytes(self, rows: int) -> int:
+        """The bytes of the outputs for so many rows."""
+        datatype, shape = self.output()
+        return rows * math.prod(shape) * tensors.DTYPES[datatype].itemsize
 
     def last_inference_ms(self, batches: int, ago_s: float | None) -> int:
         """When the last batch ended, in milliseconds since 1970; 0 before the first one.

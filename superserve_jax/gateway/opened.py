@@ -20,6 +20,7 @@ from superserve_jax.gateway.grpc.port import Port
 from superserve_jax.gateway.limits import Limits, check_limits
 from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.model import ServedModel, check_name, default_name
+from superserve_jax.gateway.reader import Buffered
 from superserve_jax.serving.server import Server
 
 _log = logging.getLogger(__name__)
@@ -179,8 +180,8 @@ class Gateway:
 
     async def _serve(self) -> None:
         limits, loop = self._limits, self._loop
-        grpc = await self._open_grpc()
         shared = Shared(self._app, limits, self._access, self._log)
+        grpc = await self._open_grpc(shared.buffered)
         tls: dict[str, Any] = {}
         if self._tls is not None:
             tls = {"ssl": self._tls, "ssl_handshake_timeout": limits.head_s, "ssl_shutdown_timeout": _FLUSH_S}
@@ -213,10 +214,10 @@ class Gateway:
         if closing_grpc is not None:
             await closing_grpc
 
-    async def _open_grpc(self) -> Port | None:
+    async def _open_grpc(self, buffered: Buffered) -> Port | None:
         if self._grpc_address is None:
             return None
-        port = Port(self.models, self._limits, self._access.is_right, self._tls_files, self._log)
+        port = Port(self.models, self._limits, buffered, self._access.is_right, self._tls_files, self._log)
         await port.open(*self._grpc_address)
         return port
 

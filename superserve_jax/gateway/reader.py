@@ -19,7 +19,7 @@ _PROBES = ("/live", "/ready")  # the ends of paths that need no token
 
 
 class Buffered:
-    """The requests with bodies in memory, of all connections, and what limits them.
+    """The requests with bodies in memory, of all connections and of both ports, and what limits them.
 
     Args:
       limits: the limits of the gateway.
@@ -37,6 +37,11 @@ class Buffered:
         """Forgets a request."""
         self.nbytes -= request.held
         request.held = 0
+
+
+def no_room() -> RequestError:
+    """The error for a request that has no room in memory."""
+    return RequestError("the gateway has too many requests in memory; try again later", status=503)
 
 
 class Reader:
@@ -234,7 +239,7 @@ class Reader:
         if length > self._most:
             return bodies.too_long(self._most)
         if buffered.nbytes + (length if is_new else 0) > buffered.limits.max_buffered_bytes:
-            return RequestError("the gateway has too many requests in memory; try again later", status=503)
+            return no_room()
         return None
 
     def _long_head(self) -> RequestError:

@@ -28,6 +28,7 @@ OUTPUTS = (OUTPUT, "subnet", "accuracy", "latency_ms", "queue_ms", "met_slo")
 """The outputs that a request may name. All but the first are fields of `serving.Reply`, with one value per input."""
 
 _MOST_ID = 1000  # characters of a request's id
+_SHORT_TEXTS = 2000  # characters; to split more of them into tokens would keep other clients waiting
 _NUMBER = re.compile(rb"\d+(\.\d*)?([eE][+-]?\d{1,3})?")
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 # Lists of a request are short. The JSON before binary data is short, too.
@@ -123,6 +124,11 @@ class InferRequest(NamedTuple):
     slo_ms: float | None
     min_accuracy: float
     wanted: Sequence[Wanted]
+
+    def has_long_texts(self) -> bool:
+        """Whether its texts must be encoded in another thread than that of the event loop."""
+        rows = self.rows
+        return isinstance(rows, list) and sum(len(text) for row in rows for text in row) > _SHORT_TEXTS
 
 
 _decode = msgspec.json.Decoder(_Body).decode

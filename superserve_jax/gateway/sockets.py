@@ -1,6 +1,10 @@
-"""Listening sockets, and the addresses that clients use."""
+"""Listening sockets, the addresses that clients use, and the end of a connection that a library owns."""
 
+import contextlib
+import os
 import socket
+import stat
+from collections.abc import Container
 
 from superserve_jax import errors
 
@@ -38,3 +42,20 @@ def target(host: str, port: int) -> str:
     """
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{f'[{shown}]' if ':' in shown else shown}:{port}"
+
+
+def disconnect(port: int, peers: Container[tuple[str, int]]) -> None:
+    """Ends connections to a port of this process, although a library owns their sockets and has no function for this.
+
+    Args:
+      port: the port.
+      peers: host and port of the clients.
+    """
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # it has just been closed, or is not connected
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as sock:  # the library may close its descriptor at any time
+                    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockname()[1] == port:
+                        host, number, *_ = sock.getpeername()
+                        if (host.removeprefix("::ffff:"), number) in peers:
+                            sock.shutdown(socket.SHUT_RDWR)

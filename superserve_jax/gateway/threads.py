@@ -5,6 +5,7 @@ Not those of `asyncio.to_thread`: Python waits for them when the loop and the pr
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,11 @@ from typing import Any, TypeVar
 from superserve_jax import errors
 
 _T = TypeVar("_T")
+
+MOST = (os.cpu_count() or 1) + 4
+"""How many threads may work at a time, if they do not hold Python's lock for long."""
+SHORT_BYTES, FEW_ROWS = 1 << 18, 256
+"""Bytes of a request, and rows of an answer, that are read and written in the event loop. Longer ones keep others waiting."""
 
 
 class Threads:

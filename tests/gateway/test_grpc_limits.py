@@ -1,6 +1,5 @@
 """Time limits of gRPC calls, their number, and their lines in the access log."""
 
-import itertools
 import json
 import threading
 import time
@@ -12,17 +11,10 @@ import numpy as np
 from grpc import StatusCode
 from grpcs import Client, message, opened, refused, values
 
-from superserve_jax.gateway.grpc import calls, service
+from superserve_jax.gateway.grpc import service
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 INFER, STREAM = (f"/{service.NAME}/{name}" for name in ("ModelInfer", "ModelStreamInfer"))
-
-
-class Large(gateways.LogitsEngine):
-    """An engine with long outputs."""
-
-    def _outputs(self, subnet, inputs):
-        return [np.zeros(100_000, np.float32) for _ in inputs]
 
 
 def endless(stop):
@@ -52,31 +44,6 @@ def test_a_stream_that_waits_for_an_answer_is_not_idle():
         assert values(next(stream).infer_response).tolist() == [[7, 2]]
         assert refused(next, stream)[0] is StatusCode.DEADLINE_EXCEEDED
         stop.set()
-
-
-def test_a_stream_whose_answers_nobody_reads_leaves_its_place(monkeypatch, caplog):
-    monkeypatch.setitem(calls.MOST_OPEN, "inference", 1)
-    engine = fakes.fake(make=Large, input_shape=(2, 2), input_dtype=np.uint8)
-    alone = {"grpc.use_local_subchannel_pool": 1, "grpc.max_receive_message_length": -1}
-    with opened(engine, limits={"write_s": 0.5}) as (_, door), Client(door, **alone) as client, Client(door, **alone) as other:
-        stop = threading.Event()
-
-        def requests():
-            yield from itertools.repeat(message(ROW), 100)
-            stop.wait(fakes.WAIT_S)
-
-        def is_full():
-            try:
-                return not other.infer(message(ROW))
-            except grpcs.grpc.RpcError as error:
-                return error.details() == "too many calls are in progress; try again later"
-
-        call = client.stream(requests())
-        fakes.wait_until(is_full)
-        fakes.wait_until(lambda: not is_full())
-        call.cancel()
-        stop.set()
-    assert not caplog.records
 
 
 def test_a_message_that_does_not_come_to_an_end_is_not_waited_for(caplog):

@@ -14,6 +14,8 @@ from fakes import WAIT_S
 from google.protobuf import message_factory
 
 from superserve_jax.gateway.grpc import calls, messages, service
+from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.reader import Buffered
 
 opened = functools.partial(gateways.opened, gateway_options={"grpc_port": 0})
 Request = messages.named("inference.ModelInferRequest")
@@ -130,7 +132,7 @@ class _Context:
 def call(methods, name, data, left_s=None, metadata=()):
     """Calls a method with the bytes of a message. Returns the bytes of the response and None, or None and (code, text)."""
     context = _Context(data, left_s, metadata)
-    made = calls.Call(methods[f"/{service.NAME}/{name}"], calls.Calls())
+    made = calls.Call(methods[f"/{service.NAME}/{name}"], calls.Calls(Buffered(Limits(), 1 << 20)))
     try:
         return asyncio.run(made.stream_unary(None, context)), None
     except _AbortedError:

@@ -5,30 +5,24 @@ import contextlib
 import logging
 import time
 import urllib.parse
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple
 
 import grpc
 
-from superserve_jax.gateway import failures
+from superserve_jax import foreign
+from superserve_jax.gateway import bodies, failures, reader, sockets
 from superserve_jax.gateway.access_log import AccessLog
 from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.grpc import statuses
+from superserve_jax.gateway.reader import Buffered
+
+_log = logging.getLogger(__name__)
 
 _FROM_CLIENTS = ("ExecuteBatchError", "Invalid encoding on")
 # grpc logs a traceback for each answer whose client has gone, and for metadata that are not UTF-8. Clients could fill the log.
 logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not str(record.msg).startswith(_FROM_CLIENTS))
 
-_CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    404: grpc.StatusCode.NOT_FOUND,
-    408: grpc.StatusCode.DEADLINE_EXCEEDED,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    501: grpc.StatusCode.UNIMPLEMENTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 SMALL_S = 10.0
 """How long a small message may take."""
 MOST_OPEN = {"inference": 4096, "standing": 256, "short": 1024}
@@ -36,21 +30,7 @@ MOST_OPEN = {"inference": 4096, "standing": 256, "short": 1024}
 
 Calls that stand open need no messages, and some need no token. So each kind has places of its own.
 """
-_MOST_TEXT = 1000  # characters of an error; clients refuse metadata of more than 8 KiB
-
-
-def code_of(error: BaseException) -> grpc.StatusCode:
-    """The status of gRPC for an error. It follows from the status of HTTP.
-
-    >>> code_of(RequestError("wrong")), code_of(ValueError("why"))
-    (<StatusCode.INVALID_ARGUMENT: (3, 'invalid argument')>, <StatusCode.INTERNAL: (13, 'internal')>)
-    """
-    return _CODES.get(failures.status_of(error), grpc.StatusCode.INTERNAL)
-
-
-def text_of(error: BaseException) -> str:
-    """What the client reads about an error."""
-    return failures.message_of(error)[:_MOST_TEXT]
+_TICK_S = 1.0  # the longest time between two checks of the time limits
 
 
 Allows = Callable[[bytes | None], bool]
@@ -81,27 +61,50 @@ class Calls:
     """The calls of a port.
 
     Args:
+      buffered: the requests in memory, of this port and of HTTP.
       log: the access log.
 
     Attributes:
       open: the calls in progress, by kind. Those that wait until their client takes an error are not among them.
+      reads_s, writes_s: when calls end that wait for a message, or until their client reads an answer.
     """
 
-    def __init__(self, log: AccessLog | None = None):
-        self.log, self.open = log, {kind: set[Call]() for kind in MOST_OPEN}
-        self.ends_s, self._tasks = dict[Call, float](), set[asyncio.Task[Any]]()
+    def __init__(self, buffered: Buffered, log: AccessLog | None = None):
+        self.buffered, self.log, self.open = buffered, log, {kind: set[Call]() for kind in MOST_OPEN}
+        self.reads_s, self.writes_s, self._tasks = dict[Call, float](), dict[Call, float](), set[asyncio.Task[Any]]()
 
-    async def watch(self, pause_s: float) -> None:
-        """Ends calls that wait too long for a message, again and again. A timer for each call would cost more."""
+    async def watch(self, port: int) -> None:
+        """Enforces the time limits, again and again. A timer for each call would cost more.
+
+        Args:
+          port: the number of the port.
+        """
+        limits = self.buffered.limits
+        pause_s = min(_TICK_S, limits.body_s / 4, limits.idle_s / 4, limits.write_s / 4)
         while True:
             await asyncio.sleep(pause_s)
             now_s = time.monotonic()
-            for call in [call for call, end_s in self.ends_s.items() if end_s < now_s]:
-                call.expire()
+            try:
+                for call in _late(self.reads_s, now_s):
+                    call.expire()
+                if late := _late(self.writes_s, now_s):
+                    sockets.disconnect(port, {call.peer() for call in late})
+                    for call in late:
+                        self.writes_s[call] = now_s + limits.write_s
+            except Exception as e:  # the limits hold for later calls
+                foreign.log(_log, logging.ERROR, "the time limits of calls cannot be checked", error=e)
 
     def leave(self, call: "Call") -> None:
         """Gives the place of a call to others."""
         self.open[call.method.kind].discard(call)
+
+    def end(self, call: "Call") -> None:
+        """Forgets a call, whose client has taken the last answer or has gone."""
+        self.leave(call)
+        call.count(-call.held)
+        call.ended = True
+        self.reads_s.pop(call, None)
+        self.writes_s.pop(call, None)
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Starts a task, and keeps it until it ends."""
@@ -122,12 +125,14 @@ class Call:
 
     Attributes:
       context: grpc's context.
+      held: its bytes in memory.
+      ended: whether it is over.
       unanswered: how many messages have no answer yet. While there are some, the call is not idle.
     """
 
     __slots__ = (
         *("_began_s", "_calls", "_logged", "_metadata", "_received", "_sent", "_within_s"),
-        *("context", "method", "unanswered"),
+        *("context", "ended", "held", "method", "unanswered"),
     )
     request_deserializer = response_serializer = None
 
@@ -135,7 +140,7 @@ class Call:
         self.method, self._calls = method, calls
         self.context: Any = None
         self._began_s, self._within_s, self._received, self._sent, self.unanswered = time.monotonic(), 0.0, 0, 0, 0
-        self._logged, self._metadata = False, None
+        self._logged, self._metadata, self.held, self.ended = False, None, 0, False
         calls.open[method.kind].add(self)
 
     async def stream_unary(self, _: Any, context: Any) -> bytes | None:
@@ -147,7 +152,7 @@ class Call:
             made = await self.method.answer(self)
         except grpc.aio.AbortError:  # by `expire`
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.BaseError):  # the client has gone
             self._log(499, "CANCELLED")
             raise
         except Exception as error:
@@ -156,6 +161,7 @@ class Call:
         else:
             self._sent += len(made or b"")
             self._log(200, "OK")
+            self._writes()
             return made
 
     stream_stream = stream_unary
@@ -173,7 +179,7 @@ class Call:
 
     async def next(self, within_s: float) -> bytes | None:
         """The next message, or None at the end of them. If none comes within so many seconds, the call ends with an error."""
-        ends_s = self._calls.ends_s
+        ends_s = self._calls.reads_s
         self._within_s = within_s
         ends_s[self] = time.monotonic() + within_s
         try:
@@ -193,21 +199,46 @@ class Call:
             raise RequestError("the call ended without a message; send one")
         return data
 
+    async def read_small(self) -> bytes:
+        """As `read`, for a message that is no inference."""
+        return bodies.small(await self.read(SMALL_S))
+
     async def write(self, message: bytes) -> None:
-        """Sends a response of a stream."""
-        await self.context.write(message)
+        """Sends a response of a stream. If the client does not read it within `write_s` seconds, its connection ends."""
+        self._writes()
+        try:
+            await self.context.write(message)
+        finally:
+            self._calls.writes_s.pop(self, None)
         self._sent += len(message)
 
-    def start(self, work: Coroutine[Any, Any, Any]) -> None:
+    def hold(self, nbytes: int) -> None:
+        """Counts bytes of a request, until the call ends or they are taken off. Raises RequestError if there is no room."""
+        buffered = self._calls.buffered
+        if buffered.nbytes + nbytes > buffered.limits.max_buffered_bytes:
+            raise reader.no_room()
+        self.count(nbytes)
+
+    def count(self, nbytes: int) -> None:
+        """Counts bytes in memory or, if the number is negative, takes them off. It asks for no room."""
+        if not self.ended:
+            self.held += nbytes
+            self._calls.buffered.nbytes += nbytes
+
+    def peer(self) -> tuple[str, int]:
+        """Host and port of the client."""
+        return _address(self.context.peer())
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Starts a task that may outlive the call for a moment."""
-        self._calls.start(work)
+        return self._calls.start(work)
 
     def expire(self) -> None:
         """Ends the call, since no message has come in time."""
         if self.unanswered:
-            self._calls.ends_s[self] = time.monotonic() + self._within_s
+            self._calls.reads_s[self] = time.monotonic() + self._within_s
             return
-        self._calls.ends_s.pop(self, None)
+        self._calls.reads_s.pop(self, None)
         error = RequestError(f"no message came within {self._within_s:g} s; send it at once", status=408)
 
         async def end() -> None:
@@ -217,10 +248,14 @@ class Call:
         self._calls.start(end())
 
     async def _fail(self, error: BaseException) -> None:
-        code, text = code_of(error), text_of(error)
+        code, text = statuses.code_of(error), statuses.text_of(error)
         self._log(failures.status_of(error), code.name)
         self._calls.leave(self)  # the client might never take the status
+        self._writes()
         await self.context.abort(code, text)
+
+    def _writes(self) -> None:
+        self._calls.writes_s[self] = time.monotonic() + self._calls.buffered.limits.write_s
 
     def _log(self, status: int, code: str) -> None:
         log = self._calls.log
@@ -229,7 +264,7 @@ class Call:
         self._logged = True
         trace = next((value for name, value in self.metadata() if name == "traceparent"), "")
         log.add_line(
-            client=_host(self.context.peer()),
+            client=self.peer()[0],
             method="gRPC",
             path=self.method.path,
             status=status,
@@ -249,10 +284,15 @@ def _without_token() -> RequestError:
     return RequestError("the token is missing or wrong; send metadata authorization: Bearer TOKEN", status=401)
 
 
-def _host(peer: str) -> str:
-    """The address in grpc's name of a client.
+def _late(ends_s: Mapping[Call, float], now_s: float) -> list[Call]:
+    return [call for call, end_s in ends_s.items() if end_s < now_s]
 
-    >>> _host("ipv4:127.0.0.1:4711"), _host("ipv6:%5B::1%5D:4711")
-    ('127.0.0.1', '::1')
+
+def _address(peer: str) -> tuple[str, int]:
+    """Host and port in grpc's name of a client.
+
+    >>> _address("ipv4:127.0.0.1:4711"), _address("ipv6:%5B::1%5D:4711")
+    (('127.0.0.1', 4711), ('::1', 4711))
     """
-    return urllib.parse.unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+    host, _, port = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")
+    return host.strip("[]"), int(port)

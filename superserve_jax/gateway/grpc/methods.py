@@ -57,7 +57,7 @@ def parsed(kind: Any, data: bytes) -> Any:
 
 def _document(call: Callable[[Any], dict[str, Any]], request: Any, response: Any) -> Callable[[Call], Any]:
     async def answer(made: Call) -> bytes:
-        message = parsed(request, await made.read(calls.SMALL_S))
+        message = parsed(request, await made.read_small())
         return json_format.ParseDict(call(message), response()).SerializeToString()
 
     return answer

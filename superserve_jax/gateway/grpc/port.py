@@ -14,12 +14,11 @@ from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.grpc.standard import Health, reflection
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel
+from superserve_jax.gateway.reader import Buffered
 
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
 """A closing port refuses inferences. It closes when none has come for `_QUIET_S`, and at last after `_MOST_QUIET_S`."""
 _POLL_S = 0.01
-_TICK_S = 1.0
-"""The longest time between two checks of the time limits."""
 _LAST_S = 0.5
 """How long answers may take to be sent, after the last query is answered."""
 
@@ -30,6 +29,7 @@ class Port:
     Args:
       models: the models by name.
       limits: what clients may do.
+      buffered: the requests in memory, of this port and of HTTP.
       allows: whether a call has the token, see `methods.of_service`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
       log: the access log.
@@ -42,6 +42,7 @@ class Port:
         self,
         models: Mapping[str, ServedModel],
         limits: Limits,
+        buffered: Buffered,
         allows: calls.Allows | None = None,
         tls: tuple[str, str] | None = None,
         log: AccessLog | None = None,
@@ -61,7 +62,7 @@ class Port:
             "grpc.keepalive_time_ms": _ms(limits.idle_s),  # ends connections whose client has vanished
             "grpc.so_reuseport": 0,  # or two gateways could open the same port
         }
-        self._calls = Calls(log)
+        self._calls = Calls(buffered, log)
         self._core = taking.Core(methods, self._calls, options)
 
     async def open(self, host: str, port: int) -> None:
@@ -78,9 +79,7 @@ class Port:
         if self.number == 0:
             raise _cannot_listen(host, port, "grpc does not say why")
         await self._core.start()
-        limits = self._limits
-        pause_s = min(_TICK_S, limits.body_s / 4, limits.idle_s / 4)
-        self._watching = self._calls.start(self._calls.watch(pause_s))
+        self._watching = self._calls.start(self._calls.watch(self.number))
 
     async def close(self) -> None:
         """Answers the inferences that have arrived, and closes the port.
@@ -104,8 +103,7 @@ class Port:
             quiet = now_s > min(quiet_since_s + _QUIET_S, began_s + _MOST_QUIET_S)
             if (quiet and not service.waiting) or now_s > began_s + self._limits.drain_s:
                 break
-        for query in [*service.waiting]:
-            query.cancel()
+        service.cancel()
         await self._core.shutdown(_LAST_S)
         self._watching.cancel()
 

@@ -1,40 +1,54 @@
 """The calls of the service inference.GRPCInferenceService. `methods.of_service` makes them methods of gRPC."""
 
 import asyncio
-import contextlib
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
 from superserve_jax import errors
-from superserve_jax.gateway import bodies, documents, requests
+from superserve_jax.gateway import bodies, documents, requests, threads
 from superserve_jax.gateway.failures import ClosingError, RequestError
-from superserve_jax.gateway.grpc import calls, codec, messages, methods, wire
-from superserve_jax.gateway.grpc.calls import Call, Method
-from superserve_jax.gateway.limits import Limits
+from superserve_jax.gateway.grpc import codec, messages, methods, statuses, wire
+from superserve_jax.gateway.grpc.calls import Allows, Call, Method
+from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.model import ServedModel, answers_to, find
 from superserve_jax.gateway.requests import InferRequest
+from superserve_jax.gateway.threads import Threads
 from superserve_jax.serving.futures import Future
 
 NAME = "inference.GRPCInferenceService"
 MOST_IN_STREAM = 256
 """Requests of a stream that may wait for their answers. The next one is read when the first of them is answered."""
 
+_MOST_ID = 1000  # characters of an id that an error repeats
 _PROBES = ("ServerLive", "ServerReady", "ModelReady")
 _Request = messages.named("inference.ModelInferRequest")
 _StreamResponse = messages.named("inference.ModelStreamInferResponse")
 _SLO = {"x-slo-ms": b"x-slo-ms", "x-slo-ttft-ms": b"x-slo-ttft-ms"}  # names in the metadata, and for `requests.slo_of`
 
 
-class _Started(NamedTuple):
-    """A request whose queries wait."""
+class _Work:
+    """A request, from its message to its response.
 
-    message: Any
-    model: ServedModel
-    request: InferRequest
-    queries: tuple[Future, ...]
-    size: int
+    Attributes:
+      id: its id.
+      held: its bytes in memory, with those of its answer.
+      error: what the client of a stream reads, if there are no queries.
+    """
+
+    __slots__ = ("error", "held", "id", "model", "queries", "request")
+
+    def __init__(self, id: str = "", error: str = ""):
+        self.id, self.error, self.held, self.queries = id, error, 0, tuple[Future, ...]()
+        self.model: ServedModel
+        self.request: InferRequest
+
+    def cancel(self) -> None:
+        """Cancels its queries."""
+        for query in self.queries:
+            query.cancel()
 
 
 class Service:
@@ -48,15 +62,17 @@ class Service:
       draining: whether the gateway says that it is not ready, since it closes soon.
       closing: whether new inferences get status UNAVAILABLE.
       refused: how many inferences got it.
-      waiting: the queries whose calls are not answered yet.
+      waiting: the requests that are not answered yet.
     """
 
     def __init__(self, models: Mapping[str, ServedModel], limits: Limits):
-        self._models, self._limits, self._bytes = models, limits, 0
+        self._models, self._limits = models, limits
+        self._encoding = Threads(threads.MOST)
+        self._reading = Threads(1)  # it often holds Python's lock, so more would only harm
         self.draining, self.closing, self.refused = False, False, 0
-        self.waiting = set[Future]()
+        self.waiting = set[_Work]()
 
-    def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
+    def methods(self, allows: Allows | None = None) -> dict[str, Method]:
         """The protocol's methods that the gateway has. For `allows`, see `methods.of_service`."""
         return methods.of_service(
             NAME,
@@ -91,101 +107,141 @@ class Service:
         models = [self._model(message)] if message.name else self._models.values()
         return {"model_stats": [documents.model_statistics(model) for model in models]}
 
+    def cancel(self) -> None:
+        """Cancels the queries of all requests."""
+        for work in self.waiting:
+            work.cancel()
+
     async def _infer(self, call: Call) -> bytes:
         data = await call.read(self._limits.body_s)
-        left_s = call.context.time_remaining()
-        if left_s is not None and left_s <= 0:
+        if _left_s(call) <= 0:
             raise errors.DeadlineExpiredError("the deadline of the call had passed when it came")
-        slo_ms = _slo_ms(call)
-        if slo_ms is None and left_s is not None:
-            slo_ms = 1e3 * left_s
-        started = self._start(_parsed(data), len(data), slo_ms)
-        return (await self._finish(started)).SerializeToString()
+        slo_ms, work = _slo_ms(call), _Work()
+        try:
+            await self._read(call, work, data)
+            if slo_ms is None and (left_s := _left_s(call)) < math.inf:
+                slo_ms = 1e3 * left_s
+            self._submit(call, work, slo_ms)
+            return (await self._response(work)).SerializeToString()
+        finally:
+            self.waiting.discard(work)  # its bytes count until the client has taken the response
 
-    def _start(self, message: Any, size: int, slo_ms: float | None) -> _Started:
-        """Submits the queries of a request of `size` bytes."""
+    async def _read(self, call: Call, work: _Work, data: bytes) -> None:
+        """Reads a request. Long ones are read in other threads."""
         if self.closing:
             self.refused += 1
             raise ClosingError("the gateway is shutting down; send the request to another replica")
-        if self._bytes + size > self._limits.max_buffered_bytes:
-            raise RequestError("too many bytes of requests wait for their answers; try again later", status=503)
-        model = find(self._models, message.model_name, message.model_version or None)
-        if size > model.max_body_bytes:
-            raise bodies.too_long(model.max_body_bytes)
-        request = codec.read(model, message)
-        queries = tuple(model.submit(request, slo_ms))
-        self.waiting.update(queries)
-        self._bytes += size
-        return _Started(message, model, request, queries, size)
+        nbytes = len(data) + REQUEST_BYTES
+        call.hold(nbytes)
+        work.held = nbytes
+        self.waiting.add(work)
+        if len(data) > threads.SHORT_BYTES:
+            await self._reading.run(self._parse, work, data)
+        else:
+            self._parse(work, data)
+        if work.request.has_long_texts():
+            rows = await self._encoding.run(work.model.encoded, work.request.rows)
+            work.request = work.request._replace(rows=rows)
 
-    async def _finish(self, started: _Started) -> Any:
+    def _parse(self, work: _Work, data: bytes) -> None:
+        """Reads a request in any thread."""
+        wire.check_fields(data)
+        message = methods.parsed(_Request, data)
+        work.id = message.id[:_MOST_ID]
+        work.model = find(self._models, message.model_name, message.model_version or None)
+        if len(data) > work.model.max_body_bytes:
+            raise bodies.too_long(work.model.max_body_bytes)
+        work.request = codec.read(work.model, message)
+
+    def _submit(self, call: Call, work: _Work, slo_ms: float | None) -> None:
+        """Submits the queries of a request that has been read."""
+        work.queries = tuple(work.model.submit(work.request, slo_ms))
+        nbytes = work.model.answer_bytes(len(work.queries))
+        work.held += nbytes
+        call.count(nbytes)
+
+    async def _response(self, work: _Work) -> Any:
         """The response to a request, when its queries are answered."""
-        try:
-            return codec.write(started.model, started.request, await answers_to(started.queries))
-        finally:
-            self._release(started)
+        made = await answers_to(work.queries)
+        if len(made) > threads.FEW_ROWS:
+            return await self._reading.run(codec.write, work.model, work.request, made)
+        return codec.write(work.model, work.request, made)
 
-    def _release(self, started: _Started) -> None:
-        self.waiting.difference_update(started.queries)
-        self._bytes -= started.size
+    def _drop(self, call: Call, work: _Work) -> None:
+        """Forgets a request of a stream."""
+        self.waiting.discard(work)
+        call.count(-work.held)
+        work.held = 0
 
     async def _stream(self, call: Call) -> None:
         """Answers the requests of a stream in their order. An error of one is in its response, and the stream goes on."""
         slo_ms = _slo_ms(call)
-        started = asyncio.Queue[_Started | tuple[Any, Exception] | None]()  # (message, error) after an error, None at the end
+        started = asyncio.Queue[_Work | None]()  # None at the end
         slots = asyncio.Semaphore(MOST_IN_STREAM)
         ended = False
 
         async def read() -> None:
-            with contextlib.suppress(grpc.aio.BaseError):  # the call has ended
+            try:
                 while await slots.acquire() and not ended:
                     data = await call.next(self._limits.idle_s)
                     if data is None or ended:
                         break
                     call.unanswered += 1
-                    message = _Request()
+                    work = _Work()
                     try:
-                        message = _parsed(data)
-                        started.put_nowait(self._start(message, len(data), slo_ms))
+                        await self._read(call, work, data)
+                        if not ended:
+                            self._submit(call, work, slo_ms)
                     except Exception as error:
-                        started.put_nowait((message, error))
-            started.put_nowait(None)
+                        self._drop(call, work)
+                        work = _Work(work.id, statuses.text_of(error))  # the error itself would hold the message
+                    if ended:
+                        self._drop(call, work)
+                        break
+                    started.put_nowait(work)
+            except grpc.aio.BaseError:  # the call has ended
+                pass
+            finally:
+                started.put_nowait(None)
 
-        call.start(read())
+        reading = call.start(read())
         try:
-            while (one := await started.get()) is not None:
-                response = (await self._answer(one)).SerializeToString()
-                async with asyncio.timeout(self._limits.write_s):
-                    await call.write(response)
+            while (work := await started.get()) is not None:
+                try:
+                    await call.write(await self._answer(work))
+                finally:
+                    self._drop(call, work)
                 call.unanswered -= 1
                 slots.release()
-        except TimeoutError:
-            raise RequestError("the stream ended, since nobody read its answers; read them", status=408) from None
+            await reading  # raises what it raised
         finally:
             ended = True
             slots.release()
             while not started.empty():
-                if isinstance(one := started.get_nowait(), _Started):
-                    for query in one.queries:
-                        query.cancel()
-                    self._release(one)
+                if (work := started.get_nowait()) is not None:
+                    work.cancel()
+                    self._drop(call, work)
 
-    async def _answer(self, one: _Started | tuple[Any, Exception]) -> Any:
+    async def _answer(self, work: _Work) -> bytes:
         """The response of a stream to one request."""
         response = _StreamResponse()
         try:
-            if not isinstance(one, _Started):
-                raise one[1]
-            response.infer_response.CopyFrom(await self._finish(one))
+            if work.error:
+                response.error_message, response.infer_response.id = work.error, work.id
+            else:
+                response.infer_response.CopyFrom(await self._response(work))
         except Exception as error:
-            response.error_message = calls.text_of(error)
-            response.infer_response.id = one[0].id
-        return response
+            response.error_message = statuses.text_of(error)
+            response.infer_response.id = work.id
+        finally:
+            self.waiting.discard(work)  # its bytes count until the client has taken the response
+        return response.SerializeToString()
 
 
-def _parsed(data: bytes) -> Any:
-    wire.check_fields(data)
-    return methods.parsed(_Request, data)
+def _left_s(call: Call) -> float:
+    """The time until the deadline of a call; infinity without one."""
+    left_s = call.context.time_remaining()
+    return math.inf if left_s is None else left_s
 
 
 def _slo_ms(call: Call) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from superserve_jax.gateway import bodies
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import calls, messages, methods, service
 from superserve_jax.gateway.grpc.calls import Call, Method
@@ -49,7 +50,7 @@ class Health:
         return {"status": self._status(message.service)}
 
     async def _list(self, call: Call) -> bytes:
-        methods.parsed(_ListRequest, await call.read(calls.SMALL_S))
+        methods.parsed(_ListRequest, await call.read_small())
         statuses = {name: _Response(status=self._status(name)) for name in (self._names if call.has_token() else ("",))}
         return _ListResponse(statuses=statuses).SerializeToString()
 
@@ -58,8 +59,7 @@ class Health:
         return RequestError(f"unknown service '{name[:100]}'; known are {known}", status=404)
 
     async def _watch(self, call: Call) -> None:
-        data = await call.read(calls.SMALL_S)
-        name, told = methods.parsed(_Request, data).service, None
+        name, told = methods.parsed(_Request, await call.read_small()).service, None
         if name not in self._names and not call.has_token():
             raise self._unknown(name)
         while True:
@@ -82,7 +82,7 @@ def reflection(version: str, idle_s: float, allows: calls.Allows | None = None) 
 
     async def info(call: Call) -> None:
         while (data := await call.next(idle_s)) is not None:
-            asked = methods.parsed(request, data)
+            asked = methods.parsed(request, bodies.small(data))
             answer = response(valid_host=asked.host, original_request=asked)
             try:
                 if asked.WhichOneof("message_request") == "list_services":

@@ -50,7 +50,7 @@ class Core(cygrpc.AioServer):
         try:
             await cygrpc._schedule_rpc_coro(work, state, loop, call.method.path)  # noqa: SLF001
         finally:
-            self._calls.leave(call)
+            self._calls.end(call)
 
 
 async def _unknown(_: Call) -> None:
