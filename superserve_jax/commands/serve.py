@@ -1,8 +1,15 @@
-"""Serves an export over the network, by the Open Inference Protocol over HTTP and gRPC.
+"""Serves exports over the network, by the Open Inference Protocol over HTTP and gRPC.
 
     superserve serve runs/digits_resnet/export --port 8000 --grpc-port 8001 --slo-ms 36
     superserve serve digits --host 0.0.0.0 --policy fixed:largest
     superserve serve digits --demo
+    superserve serve digits other=runs/demo/export
+    superserve serve --models exports
+
+Each argument is EXPORT or NAME=EXPORT. NAME is the name of the model in paths. By default, it is the name of the folder. If
+that is called `export`, it is the name of the folder around it. All models get the same options, and share the devices.
+
+With `--models DIR`, clients may load the exports right below DIR while the command runs, and unload models.
 
 The ports open when the executables are compiled and warm. Then the command prints their addresses. A browser shows a live page
 there. `--demo` sends traffic to look at. docs/network.md lists the calls and shows requests with curl and Python.
@@ -15,9 +22,12 @@ Ctrl-C ends it at once. Library: gateway.Gateway, serving.server.
 import contextlib
 import dataclasses
 import functools
+import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +36,9 @@ import superserve_jax as ss
 from superserve_jax import cli, errors
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.gateway.limits import Limits
+from superserve_jax.manifest import read_manifest
 from superserve_jax.serving.options import check_slo
+from superserve_jax.serving.server import Server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +46,12 @@ class Options:
     """Options.
 
     Args:
-      export: the export's directory, or the name of an export in the package.
+      exports: exports, each as EXPORT or NAME=EXPORT. EXPORT is a directory, or the name of an export in the package.
+      models: a folder. Clients may load the exports right below it by name, and unload models. Without a token, they may do so
+        only if the host is an address of this machine only.
       host: the address to listen at; 0.0.0.0 takes connections from other machines.
       port: the port of HTTP; 0 takes a free one.
       grpc_port: the port of gRPC; 0 takes a free one, and None opens none.
-      name: the name of the model in paths; by default the name of the export's folder.
       slo_ms: latency objective of requests without one.
       policy: the policy, such as slackfit, fixed:largest, or my_file.py:my_policy (see docs/policies.md).
       batch_sizes: batch sizes to serve with; by default 1, 2, 4, 8 and 16, and on GPUs also 32 and 64 if throughput rises.
@@ -56,11 +69,11 @@ class Options:
         output. Messages then go to the standard error.
     """
 
-    export: Annotated[str, tyro.conf.Positional]
+    exports: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    models: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int | None = 8001
-    name: str | None = None
     slo_ms: float = 36.0
     policy: str = "slackfit"
     batch_sizes: tuple[int, ...] | None = None
@@ -92,23 +105,33 @@ def main() -> None:
         return {name: getattr(options, name) for name in names}
 
     check_slo(options.slo_ms)
-    door = chosen("host", "port", "grpc_port", "name", "limits", "tls_cert", "tls_key", "access_log", "demo")
-    door["token"] = gateway.read_token(options.token_file)
+    paths = gateway.named(options.exports)
+    if not paths and options.models is None:
+        raise errors.ConfigError("give an export, such as digits, or --models with a folder of exports")
+    door = chosen("host", "port", "grpc_port", "limits", "tls_cert", "tls_key", "access_log", "demo")
+    door |= {"token": gateway.read_token(options.token_file), "models_dir": options.models}
     gateway.check_options(**door)
+    for path in paths.values():
+        read_manifest(path)  # or a wrong path would be seen only when the models before it are compiled
     serving = chosen("slo_ms", "policy", "max_queue", "expire", "batch_sizes", "lengths", "compute_dtype")
+    door["open_model"] = functools.partial(ss.Server, **serving)
     say = functools.partial(print, flush=True, file=sys.stderr if options.access_log == "-" else sys.stdout)
     opened = None
     try:
         with (
             stopped_by_signals() as signals,
-            ss.Server(options.export, **serving) as server,
+            contextlib.ExitStack() as servers,
             signals.noticed(),
-            gateway.Gateway(server, **door) as opened,
+            gateway.Gateway(opened_by_name(paths, door["open_model"], servers, signals), **door) as opened,
             signals.noticed(),  # no second signal interrupts the closing, which answers the requests
         ):
-            [name] = opened.models
             where = "" if options.host in opened.url else f" (and at all addresses of {options.host})"
-            say(f"serving {name} at {opened.url}/v2/models/{name}{where} with {server!r}")
+            for name, model in opened.models.items():
+                say(f"serving {name} at {opened.url}/v2/models/{name}{where} with {model.server!r}")
+            if len(opened.models) > 1:
+                say("the models share the devices, and each one is scheduled as if it were alone (see docs/network.md)")
+            if options.models is not None:
+                say(f"clients may load the exports in {options.models} at {opened.url}/v2/repository/models/NAME/load")
             if opened.grpc_target is not None:
                 say(f"gRPC at {opened.grpc_target}")
             say(f"the live page is at {opened.url}; try also: curl {opened.url}/v2/health/ready")
@@ -119,9 +142,34 @@ def main() -> None:
         if opened is None:
             say("ended before the port was open")
             return
-    [model] = opened.models.values()
-    queries = model.server.snapshot()["queries"]
-    say(f"ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
+    for name, model in opened.models.items():
+        queries = model.server.snapshot()["queries"]
+        say(f"{name}: ended after {queries['met'] + queries['late']:,} answers, {queries['met']:,} of them in time")
+    if opened.models.is_compiling:  # Python would wait for the threads of the compiler, for up to a minute
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def opened_by_name(
+    paths: Mapping[str, str], open_model: Callable[[str], Server], servers: contextlib.ExitStack, signals: "Signals"
+) -> dict[str, Server]:
+    """Opens a server of each export. The stack closes them; it does not keep one that a client has unloaded.
+
+    Raises what `open_model` raises, and _StopError after a signal.
+    """
+    found = {}
+    for name, path in paths.items():
+        found[name] = open_model(path)
+        servers.callback(_close, weakref.ref(found[name]))
+        signals.check()
+    return found
+
+
+def _close(server: Callable[[], Server | None]) -> None:
+    if (opened := server()) is not None:
+        opened.close(drain=False)  # the gateway has answered the requests
 
 
 class Signals:

@@ -7,6 +7,7 @@
 |---|---|
 | the path of a request, and all paths | `app.py` |
 | bytes to arrays, and replies to bytes (no sockets) | `tensors.py`, `requests.py`, `replies.py` |
+| the models, which clients may load and unload | `repository.py`, `folder.py` |
 | a server under its name; metadata, configuration, statistics | `model.py`, `documents.py` |
 | HTTP: bytes to requests, their order, answers, time limits | `reader.py`, `connections.py`, `messages.py`, `bodies.py` |
 | what clients may do; tokens and TLS; errors and their statuses | `limits.py`, `access.py`, `failures.py` |
@@ -26,10 +27,12 @@ from superserve_jax.gateway.limits import Limits
 
 if TYPE_CHECKING:
     from superserve_jax.gateway.access import read_token
+    from superserve_jax.gateway.model import named
     from superserve_jax.gateway.opened import Gateway, check_options
 
-_LATE = {"Gateway": "opened", "check_options": "opened", "read_token": "access"}  # the modules of these names
-__all__ = ["Gateway", "GatewayImportError", "Limits", "check_options", "read_token"]
+# The modules of these names.
+_LATE = {"Gateway": "opened", "check_options": "opened", "named": "model", "read_token": "access"}
+__all__ = ["Gateway", "GatewayImportError", "Limits", "check_options", "named", "read_token"]
 
 
 class GatewayImportError(errors.SuperServeError, ImportError):

@@ -11,7 +11,7 @@ An answer wakes the loop from the worker's thread. One wake-up serves all querie
 import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import prometheus_client
@@ -23,23 +23,32 @@ from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
 from superserve_jax.gateway.model import VERSION, ServedModel, answers_to, find
+from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.threads import Threads
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
+_CHANGE = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
 _BINARY = (b"content-type", b"application/octet-stream")
 _GET = ("GET", "HEAD")
 _SMALL_BODY = 4096  # compressed bytes that are inflated in the event loop
+
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
 class _IndexBody(msgspec.Struct):
     ready: bool = False
 
 
+class _ChangeBody(msgspec.Struct):
+    parameters: dict[str, Any] = {}
+
+
 class App:
     """The application.
 
     Args:
-      models: the models by name.
+      models: the models, which may come and go.
       page: the live page; None without one.
 
     Attributes:
@@ -47,18 +56,14 @@ class App:
       max_body_bytes: the longest body of an inference, for any model.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], page: LivePage | None = None):
-        self._models, self._page = dict(models), page
-        self._infer_at = {
-            f"/v2/models/{name}{version}/infer".encode(): model
-            for name, model in self._models.items()
-            for version in ("", f"/versions/{VERSION}")
-        }
+    def __init__(self, models: Repository, page: LivePage | None = None):
+        self._models, self._page = models, page
+        self._infer_of, self._infer_at = self._infer_targets()
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(documents.Metrics(self._models))
         self._documents: dict[str, Callable[[Request], Answer]] = {
-            "/v2": lambda _: _document(documents.server_metadata()),
-            "/v2/": lambda _: _document(documents.server_metadata()),
+            "/v2": self._metadata,
+            "/v2/": self._metadata,
             "/v2/health/live": lambda _: _document({"live": True}),
             "/v2/health/ready": lambda _: self._ready(self._models.values(), {}),
             "/v2/models/stats": lambda _: _statistics(self._models.values()),
@@ -67,11 +72,13 @@ class App:
         self._threads = Threads(threads.MOST)
         self._json_thread = Threads(1)  # it often holds Python's lock, so more would only harm
         self.draining = False
-        self.max_body_bytes = max(model.max_body_bytes for model in self._models.values())
+        self.max_body_bytes = models.max_body_bytes
 
     async def answer(self, request: Request) -> Answer:
         """Answers one request. Every error becomes an answer, also that the task is cancelled."""
         try:
+            if self._infer_of is not self._models.now:
+                self._infer_of, self._infer_at = self._infer_targets()
             model = self._infer_at.get(request.target)
             if model is not None and request.method == "POST":
                 answer = await self._infer(model, request)
@@ -83,6 +90,11 @@ class App:
             return await self._threads.run(bodies.compressed, answer, accepted)
         except (Exception, asyncio.CancelledError) as error:
             return messages.failed(error)
+
+    def _infer_targets(self) -> tuple[Mapping[str, ServedModel], dict[bytes, ServedModel]]:
+        """The models now, and the usual targets of their inferences."""
+        now, versions = self._models.now, ("", f"/versions/{VERSION}")
+        return now, {f"/v2/models/{name}{version}/infer".encode(): now[name] for name in now for version in versions}
 
     async def _infer(self, model: ServedModel, request: Request) -> Answer:
         json_length, slo_ms = requests.json_length(request.headers), requests.slo_of(request.headers)
@@ -112,8 +124,14 @@ class App:
         path, method = request.path, request.method
         if path == "/v2/repository/index":
             _check_method(method, path, ("POST",))
-            ready_only = _ready_only(bodies.read(request, bodies.MOST_SMALL))
-            return _document(documents.repository_index(self._models.values(), ready_only=ready_only))
+            ready_only = _body(request, _IndexBody, "an index", '{"ready": true}').ready
+            return _document(await self._models.index(ready_only=ready_only))
+        if found := _CHANGE.fullmatch(path):
+            _check_method(method, path, ("POST",))
+            name, what = found.groups()
+            parameters = _body(request, _ChangeBody, f"{what}ing a model", '{"parameters": {}}').parameters
+            await (self._models.load if what == "load" else self._models.unload)(name, parameters)
+            return _document({})
         if (found := _MODEL.fullmatch(path)) and path != "/v2/models/stats":
             return await self._about(*found.groups(), path=path, request=request)
         if self._page is not None and path in self._page.paths:
@@ -143,6 +161,9 @@ class App:
             raise ClosingError(f"{waiting} of the models have no open server with a worker; try again later")
         return _document({**fields, "ready": True})
 
+    def _metadata(self, _: Request) -> Answer:
+        return _document(documents.server_metadata(can_change=self._models.can_change))
+
     def _metrics(self, request: Request) -> Answer:
         is_open = b"application/openmetrics-text" in request.headers.get(b"accept", b"")
         form = prometheus_client.openmetrics.exposition if is_open else prometheus_client
@@ -165,11 +186,12 @@ def _check_method(method: str, path: str, allowed: Sequence[str]) -> None:
         )
 
 
-def _ready_only(body: bytes) -> bool:
-    """The field `ready` of a request for the index. An empty body asks for all models."""
+def _body(request: Request, kind: type[_Body], about: str, example: str) -> _Body:
+    """The small body of a request. An empty one has the defaults."""
+    body = bodies.read(request, bodies.MOST_SMALL)
     try:
-        return bool(body) and msgspec.json.decode(body, type=_IndexBody).ready
+        return msgspec.json.decode(body or b"{}", type=kind)
     except tensors.MALFORMED as e:
         raise RequestError(
-            f'the body is not a request for an index: {errors.one_line(e)[:300]}; send {{"ready": true}}, or nothing'
+            f"the body is not a request for {about}: {errors.one_line(e)[:300]}; send {example}, or nothing"
         ) from e

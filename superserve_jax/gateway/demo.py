@@ -41,11 +41,12 @@ class Demo:
       is_watched: returns whether somebody looks at the page. If not, there is no traffic.
 
     Attributes:
+      model: the model.
       most_qps: the highest rate that may be asked for.
     """
 
     def __init__(self, model: ServedModel, is_watched: Callable[[], bool]):
-        self._server, self._is_watched = model.server, is_watched
+        self.model, self._server, self._is_watched = model, model.server, is_watched
         best, fast = (sum(p.throughput_qps(p.rows[rank].subnet) for p in model.server.profiles) for rank in (-1, 0))
         self.most_qps = _rounded(min(1.25 * max(best, fast), _MOST_QPS))
         self._steady_qps = min(_rounded(best / 4), self.most_qps)
@@ -77,9 +78,13 @@ class Demo:
         if burst_qps is not None:
             self._burst_qps, self._until_s = burst_qps, time.monotonic() + BURST_S
 
+    def stop(self) -> None:
+        """Ends the traffic soon, without waiting for that."""
+        self._stop.set()
+
     def close(self) -> None:
         """Ends the traffic. Its last queries are still answered."""
-        self._stop.set()
+        self.stop()
         if self._thread.ident is not None:
             self._thread.join()
 

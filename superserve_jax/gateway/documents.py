@@ -17,13 +17,19 @@ EXTENSIONS = (
     "parameters",
     "statistics",
 )
-"""The extensions of the protocol that the gateway has."""
+"""The extensions of the protocol that every gateway has."""
+_REPOSITORY = "model_repository"
 _PLATFORM = "superserve_jax"
 
 
-def server_metadata() -> dict[str, Any]:
-    """The document of /v2."""
-    return {"name": "superserve-jax", "version": superserve_jax.__version__, "extensions": [*EXTENSIONS]}
+def server_metadata(*, can_change: bool = False) -> dict[str, Any]:
+    """The document of /v2.
+
+    Args:
+      can_change: whether clients can load and unload models.
+    """
+    extensions = [*EXTENSIONS, *([_REPOSITORY] if can_change else [])]
+    return {"name": "superserve-jax", "version": superserve_jax.__version__, "extensions": extensions}
 
 
 def model_metadata(model: ServedModel) -> dict[str, Any]:
@@ -95,26 +101,6 @@ def model_statistics(model: ServedModel) -> dict[str, Any]:
             for size, count in sizes.items()
         ],
     }
-
-
-def repository_index(models: Iterable[ServedModel], *, ready_only: bool = False) -> list[dict[str, str]]:
-    """The document of /v2/repository/index: the models, and whether each is ready.
-
-    Args:
-      models: the models of the gateway.
-      ready_only: whether to leave out models that are not ready.
-    """
-    states = [(model.name, model.is_ready()) for model in models]
-    return [
-        {
-            "name": name,
-            "version": VERSION,
-            "state": "READY" if ready else "UNAVAILABLE",
-            "reason": "" if ready else "the server is closed, or has no workers",
-        }
-        for name, ready in states
-        if ready or not ready_only
-    ]
 
 
 class Metrics(registry.Collector):

@@ -42,7 +42,7 @@ class LivePage:
     """The page at `/`.
 
     Args:
-      models: the models by name. It is read once a second, so models may come and go.
+      models: the models by name. They are read once a second, so they may come and go.
       host: the address that the gateway listens at.
       demo: whether the page has controls that send traffic to the models that are there now.
 
@@ -51,7 +51,7 @@ class LivePage:
     """
 
     def __init__(self, models: Mapping[str, ServedModel], *, host: str, demo: bool = False):
-        self._host, self._demos = host, {}
+        self._host, self._models, self._demos = host, models, dict[str, Any]()
         self._events = Events(Sampler(models, demo=self._demo_states if demo else None))
         self._files = {"/": _read(FOLDER / "index.html")}
         for path in FOLDER.rglob("*"):
@@ -61,19 +61,17 @@ class LivePage:
         if demo:
             from superserve_jax.gateway.demo import Demo  # here, since importing the load generator takes long
 
-            self._demos = {name: Demo(model, lambda: self._events.open > 0) for name, model in models.items()}
+            self._make_demo = lambda model: Demo(model, lambda: self._events.open > 0)
             self.paths["/demo"] = ("POST",)
 
     def start(self) -> None:
-        """Starts the samples and the demo's traffic. Called in the event loop."""
+        """Starts the samples, and with them the demo's traffic. Called in the event loop."""
         self._events.start()
-        for demo in self._demos.values():
-            demo.start()
 
     def close(self) -> None:
         """Ends the demo's traffic, and takes no new streams. Any thread may call it, also twice."""
         self._events.closed = True
-        for demo in self._demos.values():
+        for demo in [*self._demos.values()]:
             demo.close()
 
     def answer(self, request: Request) -> Answer:
@@ -98,6 +96,14 @@ class LivePage:
         return Answer(msgspec.json.encode(demo.state()))
 
     def _demo_states(self) -> dict[str, Any]:
+        """The state of each demo. Called once a second: first starts and ends demos, as models have come and gone."""
+        models, before = dict(self._models.items()), self._demos
+        self._demos = {name: demo for name, demo in before.items() if models.get(name) is demo.model}
+        for name in before.keys() - self._demos.keys():
+            before[name].stop()
+        for name in [] if self._events.closed else models.keys() - self._demos.keys():
+            self._demos[name] = self._make_demo(models[name])
+            self._demos[name].start()
         return {name: demo.state() for name, demo in self._demos.items()}
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
+import pathlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -193,25 +195,58 @@ async def answers_to(queries: Sequence[Future]) -> list[Reply]:
         raise
 
 
+def may_be_name(name: Any) -> bool:
+    """Whether this may be the name of a model."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and name not in _RESERVED
+
+
 def check_name(name: Any) -> None:
     """Raises ConfigError unless this may be the name of a model."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+    if not may_be_name(name):
         raise errors.ConfigError(
             f"{name!r} cannot be the name of a model; expected letters, digits, and _.- inside, and not {_RESERVED[0]!r}"
         )
 
 
 def default_name(server: Server) -> str:
-    """The name of a server's model: its export's folder or, if that is called "export", the folder around it.
+    """The name of a server's model, as `name_of_export`; "supernet" for a server of engines."""
+    return "supernet" if not isinstance(server, Server) or server.model is None else name_of_export(server.model.path)
 
-    Examples: "digits" for the export in the package, "demo" for runs/demo/export, "supernet" for a server of engines.
+
+def name_of_export(path: str | os.PathLike[str]) -> str:
+    """The name of an export: its folder or, if that is called "export", the folder around it.
+
+    >>> name_of_export("digits"), name_of_export("runs/demo/export")
+    ('digits', 'demo')
     """
-    if not isinstance(server, Server) or server.model is None:
-        return "supernet"
-    path = server.model.path.resolve()
+    path = pathlib.Path(path).resolve()
     name = path.parent.name if path.name == "export" else path.name
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-")[:90] or "supernet"
     return f"{name}-model" if name in _RESERVED else name
+
+
+def named(exports: Iterable[str]) -> dict[str, str]:
+    """The exports of a command line by name. Each is "EXPORT" or "NAME=EXPORT".
+
+    A text with a separator of folders before its first "=" is a path.
+
+    >>> named(["digits", "other=runs/demo/export"])
+    {'digits': 'digits', 'other': 'runs/demo/export'}
+
+    Raises ConfigError for a wrong name, and for a name that comes twice.
+    """
+    found = dict[str, str]()
+    for text in exports:
+        name, is_named, path = text.partition("=")
+        if not is_named or os.sep in name:
+            name, path = name_of_export(text), text
+        check_name(name)
+        if name in found:
+            raise errors.ConfigError(
+                f"{found[name]} and {path} would both have the name '{name}'; give one of them another name: other={path}"
+            )
+        found[name] = path
+    return found
 
 
 def _texts(model: Any) -> int:

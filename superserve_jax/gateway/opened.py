@@ -16,11 +16,14 @@ from superserve_jax.gateway import access, sockets
 from superserve_jax.gateway.access_log import AccessLog, check_file
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.connections import Connection, Shared
+from superserve_jax.gateway.folder import Folder
 from superserve_jax.gateway.grpc.port import Port
 from superserve_jax.gateway.limits import Limits, check_limits
 from superserve_jax.gateway.live import LivePage
-from superserve_jax.gateway.model import ServedModel, check_name, default_name
+from superserve_jax.gateway.model import ServedModel, default_name
+from superserve_jax.gateway.origins import is_local
 from superserve_jax.gateway.reader import Buffered
+from superserve_jax.gateway.repository import OpenModel, Repository
 from superserve_jax.serving.server import Server
 
 _log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class Gateway:
     Make the server first: then its engines are warm, and the gateway is ready at once.
 
     Args:
-      server: a server, or a dict of several servers by name.
+      server: a server, or a dict of several servers by name. With `models_dir`, it may be empty.
       host: the address to listen at. "0.0.0.0" takes connections from other machines.
       port: the port of HTTP; 0 takes a free one.
       grpc_port: the port of gRPC; 0 takes a free one, and None opens none.
@@ -48,13 +51,16 @@ class Gateway:
       tls_cert, tls_key: files in PEM with a certificate and its key; None serves without TLS.
       access_log: a file to which a line of JSON is appended for each answer, or "-" for the standard output.
       demo: whether the live page has controls that send traffic to the servers.
+      models_dir: a folder. Clients may load the exports right below it, by the names of their folders, and unload models.
+        Without a token, they may do so only if `host` is an address of this machine only.
+      open_model: opens the server of a loaded model, from the path of its export.
 
     Attributes:
       url: such as "http://127.0.0.1:8000".
       grpc_target: such as "127.0.0.1:8001"; None without `grpc_port`.
-      models: the models by name.
+      models: the models by name, a `repository.Repository`. It shows at any time which ones there are.
 
-    The servers stay the caller's: close them after the gateway.
+    The servers stay the caller's: close them after the gateway. The gateway closes the servers that clients have loaded.
 
     Raises ConfigError if an argument is wrong, or if the port cannot be opened.
 
@@ -82,12 +88,16 @@ class Gateway:
         tls_key: str | None = None,
         access_log: str | None = None,
         demo: bool = False,
+        models_dir: str | None = None,
+        open_model: OpenModel = Server,
     ):
-        if isinstance(server, Mapping) and (name is not None or not server):
+        if isinstance(server, Mapping) and (name is not None or not (server or models_dir)):
             raise errors.ConfigError("give a dict of one or more servers by name, or one server and its name")
         servers = server if isinstance(server, Mapping) else {default_name(server) if name is None else name: server}
         self._limits = Limits() if limits is None else check_limits(limits)
-        self.models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
+        models = {name: ServedModel(name, each, self._limits) for name, each in servers.items()}
+        may_change = token is not None or is_local(host)
+        self.models = Repository(models, models_dir, open_model, limits=self._limits, may_change=may_change)
         self._tls = access.tls_context(tls_cert, tls_key)
         self._access = access.Access(token, host if self._tls is None else None, self.models)
         self._page = LivePage(self.models, host=host, demo=demo)
@@ -175,6 +185,8 @@ class Gateway:
                 return
             _log.exception("the gateway at %s ended by an error", self.url)
         finally:
+            self._page.close()  # again, since a demo may just have started
+            self.models.close()
             self._held.close()
             self._ended.set()
 
@@ -191,6 +203,7 @@ class Gateway:
         ticking = loop.create_task(_tick(shared))
         self._opened.set_result(None if grpc is None else grpc.number)
         await self._closing.wait()
+        self.models.end()
         closing_grpc = None if grpc is None else loop.create_task(grpc.close())
         await asyncio.sleep(limits.lame_duck_s)
         listening.close()
@@ -260,19 +273,19 @@ def check_options(
     host: str = "127.0.0.1",
     port: int = 8000,
     grpc_port: int | None = None,
-    name: str | None = None,
     token: str | None = None,
     tls_cert: str | None = None,
     tls_key: str | None = None,
     limits: Limits | None = None,
     access_log: str | None = None,
+    models_dir: str | None = None,
     **_: Any,
 ) -> None:
     """Raises ConfigError if a gateway with these options could not open now. Ask before you compile for a minute."""
-    if name is not None:
-        check_name(name)
     if limits is not None:
         check_limits(limits)
+    if models_dir is not None:
+        Folder(models_dir)
     access.Access(token)
     access.tls_context(tls_cert, tls_key)
     if access_log is not None:

@@ -2,13 +2,16 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 
 import fakes
 import gateways
@@ -36,13 +39,13 @@ def path(tiny, tmp_path):
 
 
 @contextlib.contextmanager
-def program(path, *arguments):
+def program(*arguments):
     """Starts the program. Yields the process, and the first line that it prints."""
-    command = [sys.executable, "serve/gateway.py", str(path), "--port", "0", "--grpc-port", "0", "--slo-ms", "500"]
+    command = [sys.executable, "serve/gateway.py", *map(str, arguments), "--port", "0", "--grpc-port", "0", "--slo-ms", "500"]
     command += ["--batch-sizes", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "SUPERSERVE_CACHE": ""}
-    with subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **pipes) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
         try:
             yield process, process.stdout.readline()
         finally:
@@ -142,6 +145,65 @@ def test_a_signal_ends_it_while_it_starts(path, tmp_path, code):
     assert ("Traceback" in err) == (code == DROPS)  # Python prints the error that it drops
 
 
+SLEEPS = """
+import pathlib
+import time
+
+def policy(profile, state):
+    pass
+
+if (pathlib.Path(__file__).parent / "sleeps").exists():
+    print("sleeping", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_models_are_loaded_while_it_runs_and_a_signal_ends_it_during_a_load(path, tmp_path):
+    for name in ("one", "other"):
+        shutil.copytree(path, tmp_path / "exports" / name)
+    (tmp_path / "slow.py").write_text(SLEEPS)
+
+    def load(name):
+        with contextlib.suppress(ConnectionError), contextlib.closing(http.client.HTTPConnection(address)) as connection:
+            connection.request("POST", f"/v2/repository/models/{name}/load")
+            found.append(connection.getresponse().status)
+
+    with program("--models", tmp_path / "exports", "--policy", f"{tmp_path}/slow.py:policy") as (process, line):
+        assert line.startswith(f"clients may load the exports in {tmp_path / 'exports'} at http://")
+        address, found = re.search(r"http://([^/]+)/", line)[1], []
+        load("one")
+        assert found == [200]
+        (tmp_path / "sleeps").touch()
+        other = threading.Thread(target=load, args=("other",))
+        other.start()
+        while process.stdout.readline() != "sleeping\n":
+            pass
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=WAIT_S)
+        other.join()
+    assert (process.returncode, found) == (0, [200, 503]), err
+    assert out == "one: ended after 0 answers, 0 of them in time\n"
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_it_serves_several_exports_and_says_what_each_has_answered(path):
+    with program(f"first={path}", path) as (process, line):
+        lines = [line, *itertools.takewhile(lambda line: not line.startswith("SIGTERM"), process.stdout)]
+        assert [line for line in lines if line.startswith("the models share the devices")]
+        url = re.search(r"serving first at (\S+)/v2/models/first ", line)[1]
+        for name, count in (("first", 2), ("mine", 1)):
+            for _ in range(count):
+                request = urllib.request.Request(f"{url}/v2/models/{name}/infer", gateways.body(random_images(TINY, 1)))
+                with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                    assert json.load(answer)["model_name"] == name
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, err
+    assert re.findall(r"(\w+): ended after (\d+) answers", out) == [("first", "2"), ("mine", "1")]
+
+
 class Dropped:
     """Its end brings a signal, whose error Python drops."""
 
@@ -186,7 +248,13 @@ def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored,
         (["nowhere"], "nowhere is not an export"),
         (["digits", "--slo-ms", "0"], "slo_ms must be a positive"),
         (["digits", "--port", "70000"], "cannot listen"),
-        (["digits", "--name", "a/b"], "cannot be the name of a model"),
+        (["stats=digits"], "'stats' cannot be the name of a model"),
+        (["=digits"], "'' cannot be the name of a model"),
+        (["digits", "a=digits", "a=runs/other"], "digits and runs/other would both have the name 'a'"),
+        (["digits", "digits"], "would both have the name 'digits'"),
+        (["digits", "other=nowhere"], "nowhere is not an export"),
+        ([], "give an export, such as digits, or --models"),
+        (["--models", "nowhere"], "there is no folder 'nowhere'"),
         (["digits", "--drain-s", "-1"], "drain_s must be"),
         (["digits", "--token-file", "nothing"], "cannot read the token"),
         (["digits", "--tls-cert", "nothing"], "give both"),
@@ -197,8 +265,6 @@ def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored,
 )
 def test_a_wrong_option_ends_it_with_one_line_before_it_compiles(run_program, monkeypatch, arguments, message):
     monkeypatch.setattr(prepare, "prepare", lambda *_, **__: pytest.fail("it compiles"))
-    if arguments[0] == "nowhere":
-        monkeypatch.undo()
     before = signal.getsignal(signal.SIGTERM)
     error = run_program("serve/gateway.py", *arguments, status=2).stderr
     assert message in error

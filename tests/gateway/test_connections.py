@@ -158,7 +158,7 @@ def test_a_query_with_a_large_body_is_cancelled_when_its_client_goes_away(pipeli
 @pytest.fixture
 def large_answer(monkeypatch):
     """Makes the answer of /v2 larger than the buffers of the system."""
-    monkeypatch.setattr(documents, "server_metadata", lambda: "x" * 20_000_000)
+    monkeypatch.setattr(documents, "server_metadata", lambda **_: "x" * 20_000_000)
 
 
 @pytest.mark.parametrize("then", [b"", head(), head() + CONTENT, b"nonsense\r\n\r\n"])

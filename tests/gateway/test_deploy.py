@@ -80,7 +80,7 @@ def test_the_image_starts_the_gateway():
     assert found["USER"].isdecimal()  # Kubernetes refuses a name if the container must not run as root
     assert json.loads(found["ENTRYPOINT"]) == ["superserve", "serve"]
     options = tyro.cli(Options, args=json.loads(found["CMD"]))
-    assert (options.export, options.host) == ("digits", "0.0.0.0")
+    assert (options.exports, options.host) == (("digits",), "0.0.0.0")
     assert f"{options.port} {options.grpc_port}" == found["EXPOSE"]
     assert f":{options.port}/v2/health/ready" in found["HEALTHCHECK"]
 
@@ -103,7 +103,7 @@ def test_kserve_starts_the_gateway():
     [container] = RUNTIME["spec"]["containers"]
     assert container["name"] == "kserve-container"
     options = tyro.cli(Options, args=[arg.replace("{{.Name}}", "digits") for arg in container["args"]])
-    assert (options.export, options.host, options.name) == ("/mnt/models", "0.0.0.0", "digits")
+    assert (options.exports, options.host) == (("digits=/mnt/models",), "0.0.0.0")
     assert [port["containerPort"] for port in container["ports"]] == [options.port]
     for probe, path in (("startupProbe", "ready"), ("readinessProbe", "ready"), ("livenessProbe", "live")):
         assert container[probe]["httpGet"] == {"path": f"/v2/health/{path}", "port": options.port}

@@ -86,7 +86,7 @@ def test_new_connections_are_served_for_the_first_seconds_of_closing():
 def test_connections_that_the_system_has_accepted_are_answered_when_the_gateway_closes(monkeypatch):
     entered, leave = threading.Event(), threading.Event()
 
-    def block():
+    def block(**_):
         entered.set()
         assert leave.wait(WAIT_S)
         return {}

@@ -15,6 +15,7 @@ from grpcs import Client, message, opened, refused, values
 from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel
+from superserve_jax.gateway.repository import Repository
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 
@@ -148,7 +149,7 @@ def test_an_unexpected_error_is_logged_and_not_told(caplog):
             raise KeyError("secret")
 
     with fakes.serve(gateways.engine()) as server:
-        handlers = Service({"supernet": BrokenModel("supernet", server)}, Limits()).methods()
+        handlers = Service(Repository({"supernet": BrokenModel("supernet", server)}), Limits()).methods()
         _, (code, text) = grpcs.call(handlers, "ModelInfer", message(ROW).SerializeToString())
     assert code is StatusCode.INTERNAL
     assert "secret" not in text
@@ -188,7 +189,7 @@ def test_the_first_deadline_that_is_given_counts():
 def test_a_call_without_time_left_is_not_submitted():
     with fakes.serve(gateways.engine()) as server:
         handlers, data = (
-            Service({"supernet": ServedModel("supernet", server)}, Limits()).methods(),
+            Service(Repository({"supernet": ServedModel("supernet", server)}), Limits()).methods(),
             message(ROW).SerializeToString(),
         )
         before = server.snapshot()["queries"]["arrived"]

@@ -211,7 +211,7 @@ def test_a_connection_that_waits_for_its_answer_is_not_idle():
 
 @pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
 def test_a_client_that_does_not_read_is_disconnected(monkeypatch, close):
-    monkeypatch.setattr(documents, "server_metadata", lambda: "x" * 20_000_000)
+    monkeypatch.setattr(documents, "server_metadata", lambda **_: "x" * 20_000_000)
     with opened(limits={"write_s": SHORT_S}) as (_, door), connect(door) as sock:
         sock.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n" + close + b"\r\n")
         time.sleep(4 * SHORT_S)

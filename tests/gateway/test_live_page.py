@@ -12,6 +12,7 @@ from gateways import call
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.live import FOLDER, LivePage
 from superserve_jax.gateway.model import ServedModel
+from superserve_jax.gateway.repository import Repository
 
 OWN = ("index.html", "live.js", "live.css", "icon.svg")
 UPLOT = {
@@ -26,7 +27,7 @@ UPLOT = {
 def app():
     with fakes.serve(gateways.engine()) as server:
         models = {"supernet": ServedModel("supernet", server)}
-        yield App(models, LivePage(models, host="127.0.0.1"))
+        yield App(Repository(models), LivePage(models, host="127.0.0.1"))
 
 
 def get(app, path, **headers):

@@ -1,5 +1,7 @@
 """A gateway in front of real networks: images, token ids, texts, and a swap of the export."""
 
+import dataclasses
+import functools
 import json
 import threading
 
@@ -7,11 +9,13 @@ import fakes
 import jax
 import numpy as np
 import pytest
+import repositories
 from fakes import LONG_MS
-from gateways import app, binary_body, body, call
+from gateways import app, binary_body, body, call, infer
 from tiny import TINY, assert_close, random_images, random_params, random_statistics
 
 import superserve_jax as ss
+from superserve_jax import gateway
 from superserve_jax.engines import keys
 from superserve_jax.exports import Served, export, profile_path
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -151,3 +155,29 @@ def test_a_model_has_the_name_of_its_export(texts):
     found = call(app(texts), "GET", "/v2/models/supernet").json
     assert found["inputs"] == [{"name": "input", "datatype": "INT32", "shape": [-1, -1, 2]}]
     assert ServedModel("x", texts).input.texts == 2
+
+
+@pytest.mark.slow
+def test_clients_load_a_real_export_and_its_successor(folder):
+    exports = folder / "exports"
+    write(exports / "mine", TINY, seed=0, accuracy=0.5)
+    images = random_images(TINY, 2)
+    open_model = functools.partial(ss.Server, batch_sizes=(1,), slo_ms=LONG_MS)
+    with gateway.Gateway({}, port=0, models_dir=str(exports), open_model=open_model) as door:
+        for seed, accuracy in enumerate((0.5, 0.5, 0.6)):
+            if accuracy == 0.6:
+                write(exports / "mine", TINY, seed=seed, accuracy=accuracy)
+            answer = repositories.change(door, "mine")
+            assert (answer.status, answer.content) == (200, b"{}")
+            server = door.models["mine"].server
+            found = infer(door, body(images), "/v2/models/mine/infer").json
+            assert_close(np.float32(found["outputs"][0]["data"]).reshape(2, 3), np.asarray(ss.load(exports / "mine")(images)))
+            assert found["parameters"]["accuracy"] == accuracy
+        assert server.snapshot()["queries"]["met"] == 3 * len(images)  # the swaps have kept the server
+        write(exports / "mine", dataclasses.replace(TINY, channels=3, mean=(0.4,) * 3, std=(0.3,) * 3), accuracy=0.7)
+        answer = repositories.change(door, "mine")
+        assert (answer.status, "model 'mine' cannot be loaded" in answer.error) == (400, True)
+        assert infer(door, body(images), "/v2/models/mine/infer").status == 200
+        assert repositories.change(door, "mine", "unload").status == 200
+        assert repositories.change(door, "mine").status == 200
+        assert door.models["mine"].input.dims == [9, 9, 3]

@@ -17,6 +17,7 @@ from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.messages import Request
 from superserve_jax.gateway.model import ServedModel
+from superserve_jax.gateway.repository import Repository
 
 INFER = "/v2/models/supernet/infer"
 
@@ -142,7 +143,7 @@ def infer(door, content, path=INFER, **headers):
 
 
 def app(server, name="supernet", **limits):
-    return App({name: ServedModel(name, server, Limits(**{"max_body_bytes": 1 << 20, **limits}))})
+    return App(Repository({name: ServedModel(name, server, Limits(**{"max_body_bytes": 1 << 20, **limits}))}))
 
 
 def message(method, path, content=b"", headers=()):

@@ -20,6 +20,6 @@ def sleeping(export: str, *, slo_ms: float, **_: Any) -> Server:
 
 if __name__ == "__main__":
     grpc = ("--grpc-port", "0") if child.has_grpc() else ()
-    sys.argv[1:1] = ["serve", "digits", "--port", "0", *grpc, "--name", "supernet"]
+    sys.argv[1:1] = ["serve", "supernet=digits", "--port", "0", *grpc]
     with mock.patch.object(superserve_jax, "Server", sleeping, create=True):
         commands.main()

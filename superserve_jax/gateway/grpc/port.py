@@ -2,7 +2,6 @@
 
 import asyncio
 import pathlib
-from collections.abc import Mapping
 
 import grpc
 
@@ -13,8 +12,8 @@ from superserve_jax.gateway.grpc.calls import Calls
 from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.grpc.standard import Health, reflection
 from superserve_jax.gateway.limits import Limits
-from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.reader import Buffered
+from superserve_jax.gateway.repository import Repository
 
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
 """A closing port refuses inferences. It closes when none has come for `_QUIET_S`, and at last after `_MOST_QUIET_S`."""
@@ -27,7 +26,7 @@ class Port:
     """Serves models over gRPC, in the event loop of the thread that calls it.
 
     Args:
-      models: the models by name.
+      models: the models, which may come and go.
       limits: what clients may do.
       buffered: the requests in memory, of this port and of HTTP.
       allows: whether a call has the token, see `methods.of_service`.
@@ -40,7 +39,7 @@ class Port:
 
     def __init__(
         self,
-        models: Mapping[str, ServedModel],
+        models: Repository,
         limits: Limits,
         buffered: Buffered,
         allows: calls.Allows | None = None,
@@ -53,7 +52,7 @@ class Port:
         for version in ("v1", "v1alpha"):
             methods |= reflection(version, limits.idle_s, allows)
         options = {
-            "grpc.max_receive_message_length": max(model.max_body_bytes for model in models.values()),
+            "grpc.max_receive_message_length": models.max_body_bytes,
             "grpc.max_send_message_length": -1,
             "grpc.max_concurrent_streams": sum(calls.MOST_OPEN.values()),
             "grpc.max_allowed_incoming_connections": limits.max_connections,

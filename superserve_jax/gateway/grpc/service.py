@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -10,10 +9,11 @@ import grpc
 from superserve_jax import errors
 from superserve_jax.gateway import bodies, documents, requests, threads
 from superserve_jax.gateway.failures import ClosingError, RequestError
-from superserve_jax.gateway.grpc import codec, messages, methods, statuses, wire
+from superserve_jax.gateway.grpc import codec, messages, methods, repository, statuses, wire
 from superserve_jax.gateway.grpc.calls import Allows, Call, Method
 from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.model import ServedModel, answers_to, find
+from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.requests import InferRequest
 from superserve_jax.gateway.threads import Threads
 from superserve_jax.serving.futures import Future
@@ -23,6 +23,10 @@ MOST_IN_STREAM = 256
 """Requests of a stream that may wait for their answers. The next one is read when the first of them is answered."""
 
 _MOST_ID = 1000  # characters of an id that an error repeats
+_KINDS = {
+    **dict.fromkeys(("ModelInfer", "ModelStreamInfer"), "inference"),
+    **dict.fromkeys(repository.CHANGES, "standing"),
+}
 _PROBES = ("ServerLive", "ServerReady", "ModelReady")
 _Request = messages.named("inference.ModelInferRequest")
 _StreamResponse = messages.named("inference.ModelStreamInferResponse")
@@ -55,7 +59,7 @@ class Service:
     """The service.
 
     Args:
-      models: the models by name.
+      models: the models, which may come and go.
       limits: what clients may do.
 
     Attributes:
@@ -65,7 +69,7 @@ class Service:
       waiting: the requests that are not answered yet.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], limits: Limits):
+    def __init__(self, models: Repository, limits: Limits):
         self._models, self._limits = models, limits
         self._encoding = Threads(threads.MOST)
         self._reading = Threads(1)  # it often holds Python's lock, so more would only harm
@@ -80,19 +84,17 @@ class Service:
                 "ServerLive": lambda _: {"live": True},
                 "ServerReady": lambda _: {"ready": self.is_ready()},
                 "ModelReady": lambda message: {"ready": self.is_ready(self._model(message).name)},
-                "ServerMetadata": lambda _: documents.server_metadata(),
+                "ServerMetadata": lambda _: documents.server_metadata(can_change=self._models.can_change),
                 "ModelMetadata": lambda message: documents.model_metadata(self._model(message)),
                 "ModelConfig": lambda message: {"config": documents.model_config(self._model(message))},
                 "ModelStatistics": self._statistics,
-                "RepositoryIndex": lambda message: {
-                    "models": documents.repository_index(self._models.values(), ready_only=message.ready)
-                },
+                **repository.answers(self._models),
                 "ModelInfer": self._infer,
                 "ModelStreamInfer": self._stream,
             },
             allows,
             probes=_PROBES,
-            kinds=dict.fromkeys(("ModelInfer", "ModelStreamInfer"), "inference"),
+            kinds=_KINDS,
         )
 
     def is_ready(self, name: str | None = None) -> bool:

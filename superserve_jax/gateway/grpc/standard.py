@@ -5,7 +5,7 @@ put their messages into protobuf's default pool, and know no model that becomes 
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -15,9 +15,11 @@ from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import calls, messages, methods, service
 from superserve_jax.gateway.grpc.calls import Call, Method
 from superserve_jax.gateway.grpc.service import Service
+from superserve_jax.gateway.model import ServedModel
 
 _WATCH_S = 0.5
 """How often a watched status is looked at."""
+_ALL = "", service.NAME  # they mean all models
 _Request, _Response = (messages.named(f"grpc.health.v1.HealthCheck{kind}") for kind in ("Request", "Response"))
 _ListRequest, _ListResponse = (messages.named(f"grpc.health.v1.HealthList{kind}") for kind in ("Request", "Response"))
 
@@ -27,12 +29,11 @@ class Health:
 
     Args:
       inference: the service whose models it tells about.
-      models: the names of the models.
+      models: the models by name, which may come and go.
     """
 
-    def __init__(self, inference: Service, models: Iterable[str]):
-        self._inference = inference
-        self._names: dict[str, str | None] = {**{name: name for name in models}, "": None, service.NAME: None}
+    def __init__(self, inference: Service, models: Mapping[str, ServedModel]):
+        self._inference, self._models = inference, models
 
     def methods(self, allows: calls.Allows | None = None) -> dict[str, Method]:
         """The methods Check, List and Watch. `allows`: see `methods.of_service`. Without the token, List tells no names."""
@@ -40,27 +41,30 @@ class Health:
         return methods.of_service("grpc.health.v1.Health", made, allows, probes=made, kinds={"Watch": "standing"})
 
     def _status(self, name: str) -> str:
-        if name not in self._names:
+        if name not in self._names():
             return "SERVICE_UNKNOWN"
-        return "SERVING" if self._inference.is_ready(self._names[name]) else "NOT_SERVING"
+        return "SERVING" if self._inference.is_ready(None if name in _ALL else name) else "NOT_SERVING"
+
+    def _names(self) -> list[str]:
+        return [*self._models, *_ALL]
 
     def _check(self, message: Any) -> dict[str, Any]:
-        if message.service not in self._names:
+        if message.service not in self._names():
             raise self._unknown(message.service)
         return {"status": self._status(message.service)}
 
     async def _list(self, call: Call) -> bytes:
         methods.parsed(_ListRequest, await call.read_small())
-        statuses = {name: _Response(status=self._status(name)) for name in (self._names if call.has_token() else ("",))}
+        statuses = {name: _Response(status=self._status(name)) for name in (self._names() if call.has_token() else ("",))}
         return _ListResponse(statuses=statuses).SerializeToString()
 
     def _unknown(self, name: str) -> RequestError:
-        known = ", ".join(repr(name) for name in self._names)
+        known = ", ".join(repr(name) for name in self._names())
         return RequestError(f"unknown service '{name[:100]}'; known are {known}", status=404)
 
     async def _watch(self, call: Call) -> None:
         name, told = methods.parsed(_Request, await call.read_small()).service, None
-        if name not in self._names and not call.has_token():
+        if name not in self._names() and not call.has_token():
             raise self._unknown(name)
         while True:
             status = self._status(name)

@@ -1,0 +1,81 @@
+"""What happens while a model is loaded or unloaded: to other models, to other clients, and when the gateway closes."""
+
+import fakes
+import gateways
+import numpy as np
+import pytest
+import repositories
+from gateways import connect, infer, request
+from repositories import Background, Opener, change, opened, states
+
+ROW = np.uint8([[[7, 2], [3, 4]]])
+CONTENT = gateways.body(ROW)
+FIRST = "/v2/models/first/infer"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return repositories.write(tmp_path_factory.mktemp("repository"))
+
+
+def test_a_load_disturbs_no_other_model(folder):
+    opener = Opener()
+    with opened(folder, opener, servers=["other"]) as door, opener.shut(), Background(change, door, "first") as load:
+        assert opener.entered.wait(fakes.WAIT_S)
+        assert states(door)["first"] == "LOADING"
+        assert infer(door, CONTENT, "/v2/models/other/infer").status == 200
+        assert infer(door, CONTENT, FIRST).status == 404
+        assert request(door, "GET", "/v2/health/ready").status == 200
+        opener.gate.set()
+    assert load.result.status == 200
+
+
+def test_a_second_load_waits_for_the_first_one(folder):
+    opener = Opener()
+    with opened(folder, opener) as door:
+        with opener.shut(), Background(change, door, "first") as first, Background(change, door, "first") as second:
+            assert opener.entered.wait(fakes.WAIT_S)
+            opener.gate.set()
+        assert [first.result.status, second.result.status] == [200, 200]
+        assert len(opener.opened) == 1
+
+
+def test_a_load_goes_on_if_its_client_goes_away(folder):
+    opener = Opener()
+    with opened(folder, opener) as door, opener.shut():
+        with connect(door) as sock:
+            sock.sendall(b"POST /v2/repository/models/first/load HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+            assert opener.entered.wait(fakes.WAIT_S)
+        opener.gate.set()
+        fakes.wait_until(lambda: states(door)["first"] == "READY")
+
+
+def test_the_gateway_closes_during_a_load(folder):
+    opener = Opener()
+    with opened(folder, opener, servers=["other"]) as door, opener.shut():
+        with Background(change, door, "first") as first, Background(change, door, "second") as second:
+            assert opener.entered.wait(fakes.WAIT_S)
+            fakes.wait_until(lambda: [*states(door).values()] == ["LOADING", "READY", "LOADING"])
+            door.close()
+        assert [each.result.status for each in (first, second)] == [503, 503]
+        assert "shutting down" in first.result.error
+        opener.gate.set()
+        fakes.wait_until(lambda: opener.opened and opener.opened[0].health()["closed"])
+    assert len(opener.opened) == 1
+
+
+def test_an_unload_answers_the_queries_that_were_accepted(folder):
+    valve = gateways.Valve()
+    opener = Opener(valve)
+    with opened(folder, opener) as door:
+        change(door, "first")
+        [server] = opener.opened
+        with valve.shut(server, ROW[0]), Background(infer, door, CONTENT, FIRST) as waiting:
+            fakes.wait_until(lambda: server.health()["waiting"] == 1)
+            with Background(change, door, "first", "unload") as unload:
+                fakes.wait_until(lambda: states(door)["first"] == "UNLOADING")
+                assert infer(door, CONTENT, FIRST).status == 404
+                assert unload.is_running
+                valve.open()
+        assert (waiting.result.status, unload.result.status) == (200, 200)
+        assert server.health()["closed"]
