@@ -18,7 +18,7 @@ from superserve_jax.gateway.model import ServedModel
 ROW = np.uint8([[[7, 2], [3, 4]]])
 
 
-def broken(*_):
+def broken(*_, **__):
     raise KeyError("secret")
 
 
