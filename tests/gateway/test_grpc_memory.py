@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import socket
 import threading
+import tracemalloc
 
 import fakes
 import gateways
@@ -12,7 +14,7 @@ import pytest
 from grpc import RpcError, StatusCode
 from grpcs import Client, message, opened, refused, values
 
-from superserve_jax.gateway import bodies, connections
+from superserve_jax.gateway import bodies, connections, sockets
 from superserve_jax.gateway.grpc import calls, service
 from superserve_jax.gateway.reader import Buffered
 
@@ -122,6 +124,25 @@ def test_the_answers_of_requests_count(buffered):
         assert values(call.result(fakes.WAIT_S)).shape == (1, 100_000)
 
 
+@pytest.mark.parametrize("way", ["calls", "stream"])
+def test_a_waiting_request_is_in_memory_once(buffered, way):
+    size, count, valve = 1000, 8, gateways.Valve()
+    rows = np.ones((1, size, size), np.uint8)
+    engine = gateways.engine(valve, input_shape=(size, size))
+    with opened(engine) as (server, door), Client(door) as client, valve.shut(server, rows[0]):
+        made = message(rows)
+        with idle(itertools.repeat(made, count)) as requests:
+            tracemalloc.start()
+            try:
+                started = [client.start(made) for _ in range(count)] if way == "calls" else [client.stream(requests)]
+                fakes.wait_until(lambda: server.health()["waiting"] == count)
+                fakes.wait_until(lambda: tracemalloc.get_traced_memory()[0] < 1.6 * count * rows.nbytes)
+            finally:
+                tracemalloc.stop()
+        for call in started:
+            call.cancel()
+
+
 @pytest.mark.parametrize("name", ["ServerLive", "ServerMetadata"])
 def test_a_long_message_that_is_no_inference_is_refused(name):
     with opened() as (_, door), Client(door) as client:
@@ -164,3 +185,19 @@ def test_a_stream_whose_answers_nobody_reads_keeps_neither_its_place_nor_its_mem
         fakes.wait_until(lambda: server.health()["waiting"] == 0)
         fakes.wait_until(lambda: buffered[0].nbytes == 0)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_the_connections_of_named_peers_end(host):
+    """Not those of other clients, and not those to other ports."""
+    with sockets.listen(host, 0) as server, sockets.listen(host, 0) as foreign, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(each.getsockname()[:2])) for each in (server, server, foreign)]
+        for each in (server, server, foreign):
+            stack.enter_context(each.accept()[0])
+        named = {client.getsockname()[:2] for client in (clients[0], clients[2])}
+        sockets.disconnect(server.getsockname()[1], named)
+        assert clients[0].recv(1) == b""
+        for client in clients[1:]:
+            client.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                client.recv(1)

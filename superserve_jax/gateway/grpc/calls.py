@@ -295,4 +295,4 @@ def _address(peer: str) -> tuple[str, int]:
     (('127.0.0.1', 4711), ('::1', 4711))
     """
     host, _, port = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), int(port or 0)  # grpc's name may be "unknown"

@@ -111,7 +111,7 @@ class Service:
 
     def cancel(self) -> None:
         """Cancels the queries of all requests."""
-        for work in self.waiting:
+        for work in [*self.waiting]:
             work.cancel()
 
     async def _infer(self, call: Call) -> bytes:
@@ -121,6 +121,7 @@ class Service:
         slo_ms, work = _slo_ms(call), _Work()
         try:
             await self._read(call, work, data)
+            del data  # the arrays have their own copy
             if slo_ms is None and (left_s := _left_s(call)) < math.inf:
                 slo_ms = 1e3 * left_s
             self._submit(call, work, slo_ms)
@@ -197,6 +198,7 @@ class Service:
                     except Exception as error:
                         self._drop(call, work)
                         work = _Work(work.id, statuses.text_of(error))  # the error itself would hold the message
+                    del data  # the arrays have their own copy
                     if ended:
                         self._drop(call, work)
                         break
