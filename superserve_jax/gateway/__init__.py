@@ -13,7 +13,7 @@
 | what clients may do; tokens and TLS; errors and their statuses | `limits.py`, `access.py`, `failures.py` |
 | the same over gRPC | `grpc/` |
 | the live page: its files, figures, streams, and the demo | `live.py`, `sampling.py`, `events.py`, `demo.py` |
-| the event loop and its thread, opening and closing | `opened.py` |
+| the event loop and its thread, opening and closing; new connections | `opened.py`, `accepting.py` |
 
 It needs some packages: pip install 'superserve-jax[serve]'. `Limits` works without them.
 """

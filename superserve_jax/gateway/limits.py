@@ -25,7 +25,8 @@ class Limits:
       max_buffered_bytes: how many bytes of requests with bodies may be in memory at once, over HTTP and gRPC together; one
         more gets status 503.
       max_head_bytes: the longest head of a request, which is its first line and its headers; longer ones get status 431.
-      max_connections: how many connections may be open; one more gets status 503.
+      max_connections: how many connections may be open; one more gets status 503. With TLS, as many more may be in their
+        handshake; one more is closed.
       head_s: seconds from the first byte of a request to the end of its head; then it gets status 408. A new connection
         without a byte is closed after as long.
       body_s: seconds from the first byte of a request to its last one; then it gets status 408.

@@ -3,16 +3,18 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import uvloop
 
 from superserve_jax import errors, foreign
 from superserve_jax.gateway import access, sockets
+from superserve_jax.gateway.accepting import Accepting
 from superserve_jax.gateway.access_log import AccessLog, check_file
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.connections import Connection, Shared
@@ -194,11 +196,9 @@ class Gateway:
         limits, loop = self._limits, self._loop
         shared = Shared(self._app, limits, self._access, self._log)
         grpc = await self._open_grpc(shared.buffered)
-        tls: dict[str, Any] = {}
-        if self._tls is not None:
-            tls = {"ssl": self._tls, "ssl_handshake_timeout": limits.head_s, "ssl_shutdown_timeout": _FLUSH_S}
-        sock = self._listener.dup()
-        listening = await loop.create_server(lambda: Connection(shared), sock=sock, backlog=sockets.BACKLOG, **tls)
+        times = {"handshake_s": limits.head_s, "shutdown_s": _FLUSH_S}
+        connect = functools.partial(Connection, shared)
+        accepting = Accepting(self._listener, connect, most=limits.max_connections, tls=self._tls, **times)
         self._page.start()
         ticking = loop.create_task(_tick(shared))
         self._opened.set_result(None if grpc is None else grpc.number)
@@ -206,12 +206,10 @@ class Gateway:
         self.models.end()
         closing_grpc = None if grpc is None else loop.create_task(grpc.close())
         await asyncio.sleep(limits.lame_duck_s)
-        listening.close()
-        opening = self._accept_the_last(shared, tls)
-        self._listener.close()
+        accepting.stop()
         end_s = time.monotonic() + limits.drain_s
-        if opening:
-            await asyncio.wait(opening, timeout=min(_OPENING_S, limits.drain_s))
+        if accepting.opening:
+            await asyncio.wait([*accepting.opening], timeout=min(_OPENING_S, limits.drain_s))
         shared.closing = True
         for connection in [*shared.connections]:
             connection.drain()
@@ -222,7 +220,7 @@ class Gateway:
         await shared.emptied(_FLUSH_S)
         for connection in [*shared.connections]:
             connection.abort()
-        for task in (ticking, *opening):
+        for task in (ticking, *accepting.opening):
             task.cancel()
         if closing_grpc is not None:
             await closing_grpc
@@ -233,18 +231,6 @@ class Gateway:
         port = Port(self.models, self._limits, buffered, self._access.is_right, self._tls_files, self._log)
         await port.open(*self._grpc_address)
         return port
-
-    def _accept_the_last(self, shared: Shared, tls: dict[str, Any]) -> list[asyncio.Task[Any]]:
-        """Opens the connections that the system has accepted already. Closing the port would reset them."""
-        self._listener.setblocking(False)
-        opening = []
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:  # none is left
-                return opening
-            made = self._loop.connect_accepted_socket(lambda: Connection(shared), sock, **tls)
-            opening.append(self._loop.create_task(_settled(made)))
 
 
 async def _tick(shared: Shared) -> None:
@@ -260,12 +246,6 @@ async def _tick(shared: Shared) -> None:
             except Exception as e:  # the limits hold for the other connections
                 foreign.log(_log, logging.ERROR, "the time limits of a connection cannot be checked", error=e)
                 connection.abort()
-
-
-async def _settled(opening: Coroutine[Any, Any, Any]) -> None:
-    """Waits for a connection to open, or to fail."""
-    with contextlib.suppress(OSError):
-        await opening
 
 
 def check_options(
