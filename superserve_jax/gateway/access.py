@@ -63,14 +63,13 @@ class Access:
                     status=401,
                     headers=_CHALLENGE,
                 )
-        if self._host is not None and not has_token:
-            try:
+        try:
+            if self._host is not None and not has_token:
                 origins.check_host(headers, host=self._host)
-            except RequestError as error:
-                return error
-        origin = headers.get(b"origin")
-        if origin is not None and request.method not in _READING and origin.partition(b"://")[2] != headers.get(b"host"):
-            return RequestError("a page of another site has sent this request; send it without a browser", status=403)
+            if request.method not in _READING:
+                origins.check_site(headers)
+        except RequestError as error:
+            return error
         return None
 
 

@@ -102,7 +102,7 @@ class Gateway:
         self.models = Repository(models, models_dir, open_model, limits=self._limits, may_change=may_change)
         self._tls = access.tls_context(tls_cert, tls_key)
         self._access = access.Access(token, host if self._tls is None else None, self.models)
-        self._page = LivePage(self.models, host=host, demo=demo)
+        self._page = LivePage(self.models, demo=demo)
         self._app = App(self.models, self._page)
         self._grpc_address = None if grpc_port is None else (host, grpc_port)
         self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC

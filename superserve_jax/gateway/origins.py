@@ -2,10 +2,10 @@
 
 Two checks, since a browser sends what any page asks for:
 
-- For what changes something, the header `Origin` names the page. It must be the address that the request was sent to, the
-  header `Host`.
-- A foreign name may lead to 127.0.0.1 (DNS rebinding). Then both headers have that name. So a gateway that listens at an
-  address of this machine only refuses foreign names in `Host`.
+- Browsers say whether a request comes from a page of the same site: in the header `Sec-Fetch-Site`, and older ones by
+  `Origin`, the address of the page. Pages cannot change these headers.
+- A foreign name may lead to 127.0.0.1 (DNS rebinding). Then the page seems to be the gateway's own. So a gateway that listens
+  at an address of this machine only refuses foreign names in `Host`.
 """
 
 import functools
@@ -16,28 +16,28 @@ from collections.abc import Mapping
 from superserve_jax.gateway.failures import RequestError
 
 
-def check_same_origin(headers: Mapping[bytes, bytes], *, host: str) -> None:
-    """Raises RequestError (403) unless the request comes from a page of this gateway.
+def check_site(headers: Mapping[bytes, bytes]) -> None:
+    """Raises RequestError (403) if a page of another site has sent a request. Ask it about requests that change something.
+
+    Other programs than browsers send neither header. Behind a proxy, `Origin` and `Host` may differ. So `Sec-Fetch-Site`
+    counts first. Browsers send it to addresses with https and to this machine.
 
     Args:
       headers: the headers of the request, with names in lower case.
-      host: the address that the gateway listens at.
 
-    >>> check_same_origin({b"host": b"localhost:8000", b"origin": b"http://localhost:8000"}, host="127.0.0.1")
-    >>> check_same_origin({b"host": b"localhost:8000", b"origin": b"http://evil.example"}, host="127.0.0.1")
+    >>> check_site({b"host": b"gpu.example"})
+    >>> check_site({b"host": b"127.0.0.1:8000", b"origin": b"https://gpu.example", b"sec-fetch-site": b"same-origin"})
+    >>> check_site({b"host": b"localhost:8000", b"origin": b"http://evil.example"})
     Traceback (most recent call last):
-    superserve_jax.gateway.failures.RequestError: the header Origin is 'http://evil.example', but Host is 'localhost:8000'; ...
+    superserve_jax.gateway.failures.RequestError: a page of another site has sent this request; send it without a browser
     """
-    origin, asked = (headers.get(name, b"").decode("latin-1").lower()[:200] for name in (b"origin", b"host"))
-    scheme, _, rest = origin.partition("://")
-    if scheme not in ("http", "https") or not asked or rest != asked:
-        raise RequestError(
-            f"the header Origin is {origin!r}, but Host is {asked!r}; only the gateway's own page may do this", status=403
-        )
-    if is_local(host) and not is_local(_name_in(asked)):
-        raise RequestError(
-            f"the header Host is {asked!r}, but the gateway listens at {host!r}; open it under that address", status=403
-        )
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if site is not None:
+        is_own = site in (b"same-origin", b"none")  # none: the user has typed the address
+    else:
+        is_own = origin is None or origin.partition(b"://")[2].lower() == headers.get(b"host", b"").lower()
+    if not is_own:
+        raise RequestError("a page of another site has sent this request; send it without a browser", status=403)
 
 
 def check_host(headers: Mapping[bytes, bytes], *, host: str) -> None:
@@ -46,7 +46,8 @@ def check_host(headers: Mapping[bytes, bytes], *, host: str) -> None:
     "localhost" and all addresses are no foreign names. Nor is a missing header, since browsers send it.
 
     Args:
-      headers, host: see `check_same_origin`.
+      headers: the headers of the request, with names in lower case.
+      host: the address that the gateway listens at.
 
     >>> check_host({b"host": b"localhost:8000"}, host="127.0.0.1")
     >>> check_host({b"host": b"evil.example"}, host="127.0.0.1")

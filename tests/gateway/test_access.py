@@ -113,6 +113,17 @@ def test_a_page_of_another_site_cannot_send_requests(guarded):
     assert request(guarded, "GET", "/v2", Authorization=token, Origin="http://evil.example").status == 200
 
 
+@pytest.mark.parametrize(
+    ("site", "status"), [("same-origin", 200), ("none", 200), ("same-site", 403), ("cross-site", 403), ("", 403)]
+)
+def test_what_browsers_say_about_the_page_counts_before_its_address(plain, site, status):
+    own, proxy = plain.url, "https://gpu.example"  # behind a proxy, the address of the page is not in Host
+    for origin in (own, proxy):
+        assert infer(plain, CONTENT, Origin=origin, Sec_Fetch_Site=site).status == status
+    assert infer(plain, CONTENT, Origin=proxy).status == 403
+    assert request(plain, "GET", "/v2", Sec_Fetch_Site=site).status == 200
+
+
 # -- names --------------------------------------------------------------------------------------------------------------------
 
 

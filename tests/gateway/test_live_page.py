@@ -27,7 +27,7 @@ UPLOT = {
 def app():
     with fakes.serve(gateways.engine()) as server:
         models = {"supernet": ServedModel("supernet", server)}
-        yield App(Repository(models), LivePage(models, host="127.0.0.1"))
+        yield App(Repository(models), LivePage(models))
 
 
 def get(app, path, **headers):
