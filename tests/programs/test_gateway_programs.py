@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from gateway_load import malformed
+from gateway_load import attempts, malformed
 from small_exports import IMAGES, write
 
 ONLY = ("HTTP binary, image", "in process, number, smallest, 8199")
@@ -45,6 +45,16 @@ def test_malformed_requests_get_errors_and_nothing_breaks(run_program):
     assert all(done.json["statuses"][kind] for kind in malformed.KINDS)
     assert done.json["statuses"]["pipelines"]["200"] > 100
     assert done.json["statuses"]["values"]["400"] > 50
+
+
+def test_a_stream_of_events_is_an_answer_and_other_answers_need_a_length():
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\nconnection: close\r\n\r\n"
+    responses = attempts.Responses(is_head=False)
+    for part in (head % b"text/event-stream" + b"data: 1\r\n\r\n", b"data: 2\r\n\r\n"):
+        responses.feed(part)
+    assert ([each.status for each in responses.found], responses.rest) == ([200], b"")
+    with pytest.raises(attempts.BrokenRuleError, match="no length"):
+        attempts.Responses(is_head=False).feed(head % b"application/json")
 
 
 @pytest.mark.parametrize("kind", malformed.KINDS)

@@ -46,10 +46,12 @@ class Responses:
     def __init__(self, *, is_head: bool):
         self.found: list[Response] = []
         self.rest = b""
-        self._is_head = is_head
+        self._is_head, self._is_stream = is_head, False
 
     def feed(self, data: bytes) -> None:
         """Adds bytes. Raises BrokenRuleError if they are no HTTP."""
+        if self._is_stream:  # it lasts until the connection ends
+            return
         self.rest += data
         while b"\r\n\r\n" in self.rest:
             head, _, body = self.rest.partition(b"\r\n\r\n")
@@ -59,7 +61,10 @@ class Responses:
                 raise BrokenRuleError(f"an answer begins with {first[:200]!r}")
             named = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
             status = int(words[1])
-            length = 0 if status < 200 or self._is_head else int(named.get("content-length", -1))
+            self._is_stream = named.get("content-type") == "text/event-stream" and named.get("connection") == "close"
+            if self._is_stream:
+                body = b""
+            length = 0 if status < 200 or self._is_head or self._is_stream else int(named.get("content-length", -1))
             if length < 0:
                 raise BrokenRuleError(f"an answer has no length: {head[:300]!r}")
             if len(body) < length:
