@@ -7,6 +7,7 @@ import clients
 import gateways
 import grpcs
 import pytest
+import repositories
 from clients import ROOT
 from pages import PAGES
 
@@ -41,6 +42,14 @@ def address(door, kind):
 def test_tritonclient_works_unchanged(door, kind, checks):
     found = clients.run("python", ROOT / "tests/helpers/triton_checks.py", kind, address(door, kind)).split()
     assert sorted(found) == sorted(checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_tritonclient_loads_and_unloads_models(kind, tmp_path):
+    with repositories.opened(repositories.write(tmp_path), grpc_port=0) as door:
+        found = clients.run("python", ROOT / "tests/helpers/triton_checks.py", f"{kind}-repository", address(door, kind))
+    assert found.split() == ["repository"]
 
 
 @pytest.mark.slow

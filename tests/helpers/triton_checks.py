@@ -1,12 +1,14 @@
 """Calls a gateway with tritonclient, unchanged, and checks the answers. It runs in the environment of `make clients`.
 
-    python triton_checks.py http|http-aio|grpc|grpc-aio ADDRESS
+    python triton_checks.py http|http-aio|grpc|grpc-aio|http-repository|grpc-repository ADDRESS
 
 It prints the name of each check that has passed. The gateway has a model "supernet", whose inputs are UINT8 (2, 2), and whose
-output is (the input's first value, the subnet's rank). An input that begins with `SLOW` takes a second.
+output is (the input's first value, the subnet's rank). An input that begins with `SLOW` takes a second. With "-repository", it
+has no model, and may load a model "first".
 """
 
 import asyncio
+import importlib
 import queue
 import sys
 import time
@@ -206,11 +208,40 @@ async def check_grpc_aio(target):
     done("aio")
 
 
+def check_repository(module, address):
+    """Loads and unloads a model, with the calls that HTTP and gRPC have in common."""
+    client = module.InferenceServerClient(address)
+    as_json = {"as_json": True} if module.__name__.endswith("grpc") else {}
+
+    def states():
+        index = client.get_model_repository_index(**as_json)
+        return {model["name"]: model["state"] for model in (index["models"] if as_json else index)}
+
+    assert "model_repository" in client.get_server_metadata(**as_json)["extensions"]
+    assert states()["first"] == "UNAVAILABLE"
+    fails("unknown model 'first'", client.infer, "first", given(module, 7))
+    client.load_model("first")
+    assert states()["first"] == "READY"
+    assert client.is_model_ready("first")
+    check_first_values(client.infer("first", given(module, 7)), 7)
+    client.load_model("first")
+    client.unload_model("first")
+    assert states()["first"] == "UNAVAILABLE"
+    client.load_model("first")
+    client.unload_model("first", unload_dependents=True)
+    fails("unknown model 'nowhere'", client.load_model, "nowhere")
+    fails("unknown parameter 'config'", client.load_model, "first", config="{}")
+    fails("unknown parameter", client.load_model, "first", config="{}", files={"file:1/model": b"a"})
+    done("repository")
+
+
 if __name__ == "__main__":
     kind, address = sys.argv[1:]
     began_s = time.monotonic()
-    check = {"http": check_http, "grpc": check_grpc, "http-aio": check_http_aio, "grpc-aio": check_grpc_aio}[kind]
-    if kind.endswith("aio"):
+    check = {"http": check_http, "grpc": check_grpc, "http-aio": check_http_aio, "grpc-aio": check_grpc_aio}.get(kind)
+    if kind.endswith("repository"):
+        check_repository(importlib.import_module(f"tritonclient.{kind.partition('-')[0]}"), address)
+    elif kind.endswith("aio"):
         asyncio.run(check(address))
     else:
         check(address)
