@@ -30,19 +30,20 @@ class Access:
         TLS, where browsers check the name.
       models: the names of the models. Their probes need no token. For other names they do, so that no error tells which
         models there are.
+      public: the targets that anybody may read without the token.
 
     >>> access = Access("a-secret-of-many-letters")
     >>> access.is_right(b"Bearer a-secret-of-many-letters"), access.is_right(b"Bearer b"), access.is_right(None)
     (True, False, False)
     """
 
-    def __init__(self, token: str | None, host: str | None = None, models: Container[str] = ()):
+    def __init__(self, token: str | None, host: str | None = None, models: Container[str] = (), public: Container[bytes] = ()):
         if token is not None and (not isinstance(token, str) or len(token) < _LEAST_TOKEN or not _is_plain(token)):
             raise errors.ConfigError(
                 f"a token needs {_LEAST_TOKEN} or more ASCII characters without blanks; choose another one"
             )
         self._token, self._host = None if token is None else token.encode(), host
-        self._models = models
+        self._models, self._public = models, public
 
     def is_right(self, authorization: bytes | None) -> bool:
         """Whether the value of a header Authorization has the token. Wrong values take as long as right ones."""
@@ -56,8 +57,10 @@ class Access:
         headers = request.headers
         has_token = self._token is not None and self.is_right(headers.get(b"authorization"))
         if self._token is not None and not has_token:
-            probe = _PROBES.fullmatch(request.target.partition(b"?")[0])
-            if probe is None or (probe[1] is not None and probe[1].decode("latin-1") not in self._models):
+            target = request.target.partition(b"?")[0]
+            probe = _PROBES.fullmatch(target)
+            is_public = target in self._public and request.method in _READING
+            if not is_public and (probe is None or (probe[1] is not None and probe[1].decode("latin-1") not in self._models)):
                 return RequestError(
                     "the token is missing or wrong; send the header Authorization: Bearer TOKEN",
                     status=401,

@@ -47,6 +47,7 @@ class LivePage:
 
     Attributes:
       paths: the paths that it answers, and their methods.
+      public: the targets of its files. They need no token: they have no figures, and the page asks for the token.
     """
 
     def __init__(self, models: Mapping[str, ServedModel], *, demo: bool = False):
@@ -56,6 +57,7 @@ class LivePage:
         for path in FOLDER.rglob("*"):
             if path.suffix in _KINDS and path.suffix != ".html":
                 self._files[f"/static/{path.relative_to(FOLDER).as_posix()}"] = _read(path)
+        self.public = frozenset(path.encode() for path in self._files)
         self.paths: dict[str, tuple[str, ...]] = {**dict.fromkeys(self._files, ("GET", "HEAD")), "/events": ("GET",)}
         if demo:
             from superserve_jax.gateway.demo import Demo  # here, since importing the load generator takes long

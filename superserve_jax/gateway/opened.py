@@ -101,8 +101,8 @@ class Gateway:
         may_change = token is not None or is_local(host)
         self.models = Repository(models, models_dir, open_model, limits=self._limits, may_change=may_change)
         self._tls = access.tls_context(tls_cert, tls_key)
-        self._access = access.Access(token, host if self._tls is None else None, self.models)
         self._page = LivePage(self.models, demo=demo)
+        self._access = access.Access(token, host if self._tls is None else None, self.models, self._page.public)
         self._app = App(self.models, self._page)
         self._grpc_address = None if grpc_port is None else (host, grpc_port)
         self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC

@@ -43,7 +43,8 @@ def plain():
     "value", ["", "Bearer", "Bearer ", "Bearer wrong", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "\xff"]
 )
 def test_without_the_token_a_request_is_401(guarded, value):
-    for method, path in (("POST", INFER), ("GET", "/v2"), ("GET", "/metrics"), ("GET", "/v2/models/supernet"), ("GET", "/")):
+    reads = ("/v2", "/metrics", "/v2/models/supernet", "/events", "/static/nothing")
+    for method, path in (("POST", INFER), ("POST", "/"), *(("GET", path) for path in reads)):
         answer = request(guarded, method, path, CONTENT, Authorization=value)
         assert (answer.status, answer.headers["www-authenticate"]) == (401, 'Bearer realm="superserve"')
         assert "Authorization: Bearer TOKEN" in answer.error
@@ -52,6 +53,12 @@ def test_without_the_token_a_request_is_401(guarded, value):
 def test_with_the_token_a_request_is_answered(guarded):
     for value in (f"Bearer {TOKEN}", f"bearer  {TOKEN}"):
         assert infer(guarded, CONTENT, Authorization=value).status == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/?a=b", "/static/live.js", "/static/icon.svg", "/static/uplot-1.6.32/uPlot.min.css"])
+def test_the_files_of_the_live_page_need_no_token(guarded, path):
+    assert request(guarded, "GET", path).status == 200
+    assert request(guarded, "GET", path, Host="evil.example").status == 403
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import shutil
 import fakes
 import gateways
 import pytest
+import repositories
 from fakes import WAIT_S
 
 from superserve_jax import gateway
@@ -34,13 +35,13 @@ class Browser:
     def __init__(self, driver):
         self.driver = driver
 
-    def open(self, door, *, width=1280, dark=False):
+    def open(self, door, *, width=1280, dark=False, status="Live"):
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         media = {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         self.driver.get(door.url)
-        fakes.wait_until(lambda: self.text("status") == "Live")
+        fakes.wait_until(lambda: self.text("status") == status)
 
     def run(self, script):
         return self.driver.execute_script(f"return {script}")
@@ -190,6 +191,43 @@ def test_an_open_page_asks_for_the_token_if_the_gateway_comes_back_with_one(brow
             fakes.wait_until(lambda: browser.text("send").startswith("Burst"))
             browser.run("sessionStorage.clear()")
     browser.complaints()  # of the refused connections, and of the requests without the token
+
+
+def test_a_page_opens_without_the_token_and_asks_for_it(browser):
+    token = "a-secret-of-many-letters"
+    with gateways.opened(gateway_options={"token": token}) as (_, door):
+        browser.open(door, status="Token needed")
+        assert browser.run("sessionStorage.getItem('token')") is None
+        browser.run(f"(document.getElementById('token').value = '{token}')")
+        browser.run("document.querySelector('#login button').click()")
+        fakes.wait_until(lambda: browser.text("status") == "Live")
+        browser.open(door)  # it has kept the token
+        assert browser.run("document.getElementById('login').hidden")
+        browser.run("sessionStorage.clear()")
+    browser.complaints()  # of the request without the token
+
+
+def test_models_come_and_go(browser, tmp_path):
+    folder = repositories.write(tmp_path)
+    with repositories.opened(folder, demo=True) as door:
+        browser.open(door)
+        fakes.wait_until(lambda: browser.run("!document.getElementById('none').hidden"))
+        assert browser.run("document.querySelector('main').hidden")
+        assert repositories.change(door, "second").status == 200
+        fakes.wait_until(lambda: browser.driver.title == "SuperServe: second")
+        fakes.wait_until(lambda: browser.run("!document.getElementById('demo').hidden"))
+        assert browser.run("document.querySelectorAll('#charts canvas').length") == CHARTS
+        assert browser.run("[...document.querySelectorAll('canvas')].every(c => c.width > 100 && c.height > 50)")
+        assert repositories.change(door, "first").status == 200
+        fakes.wait_until(lambda: browser.run("!document.getElementById('choose').hidden"))
+        assert browser.driver.title == "SuperServe: second"
+        assert repositories.change(door, "second", "unload").status == 200
+        fakes.wait_until(lambda: browser.driver.title == "SuperServe: first")
+        assert browser.run("document.getElementById('choose').hidden")
+        assert repositories.change(door, "first", "unload").status == 200
+        fakes.wait_until(lambda: browser.run("!document.getElementById('none').hidden"))
+        assert browser.driver.title == "SuperServe"
+        assert not browser.complaints()
 
 
 def test_a_visitor_chooses_one_of_several_models(browser):

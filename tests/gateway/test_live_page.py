@@ -14,7 +14,8 @@ from superserve_jax.gateway.live import FOLDER, LivePage
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
 
-OWN = ("index.html", "live.js", "live.css", "icon.svg")
+MODULES = ("live.js", "charts.js", "controls.js", "panels.js", "state.js", "stream.js")
+OWN = ("index.html", "live.css", "icon.svg", *MODULES)
 UPLOT = {
     "uPlot.iife.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
     "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
@@ -43,8 +44,12 @@ def test_the_page_is_html_that_may_load_only_from_the_gateway(app):
 
 def test_every_file_that_the_page_names_is_there(app):
     named = re.findall(r'(?:src|href)="(static/[^"]*)"', get(app, "/").content.decode())
-    assert {name.rsplit("/", 1)[1] for name in named} == {*OWN, *UPLOT} - {"index.html", "LICENSE"}
-    for name in named:
+    scripts = [get(app, f"/static/{name}").content.decode() for name in MODULES]
+    imported = {
+        f"static/{name}" for script in scripts for name in re.findall(r'^import .* from "\./(\w+\.js)";$', script, re.M)
+    }
+    assert {name.rsplit("/", 1)[1] for name in {*named, *imported}} == {*OWN, *UPLOT} - {"index.html", "LICENSE"}
+    for name in {*named, *imported}:
         file = get(app, f"/{name}")
         assert file.status == 200
         assert file.content == (FOLDER / name.removeprefix("static/")).read_bytes()
