@@ -1,7 +1,9 @@
 """Clients load and unload the exports of a folder, over HTTP."""
 
+import gc
 import json
 import urllib.request
+import weakref
 
 import fakes
 import gateways
@@ -191,6 +193,28 @@ def test_a_load_replaces_a_server_that_is_closed(folder):
         assert states(door)["first"] == "UNAVAILABLE"
         assert change(door, "first").status == 200
         assert infer(door, CONTENT, FIRST).status == 200
+
+
+def test_nothing_keeps_a_server_that_is_unloaded(folder):
+    opener, servers = Opener(), []
+
+    def open_model(path):
+        server = opener(path)
+        opener.opened.clear()
+        servers.append(weakref.ref(server))
+        return server
+
+    def is_gone():
+        gc.collect()
+        return servers[0]() is None
+
+    with opened(folder, open_model) as door:
+        change(door, "first")
+        assert infer(door, CONTENT, FIRST).status == 200
+        assert not is_gone()
+        change(door, "first", "unload")
+        assert infer(door, CONTENT, FIRST).status == 404  # the application looks at the models with the next request
+        fakes.wait_until(is_gone)
 
 
 def test_the_body_limit_is_for_every_model_that_may_come(folder):
