@@ -7,6 +7,7 @@ are. So clients could begin any number of them.
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Callable
@@ -25,10 +26,10 @@ class Accepting:
     Args:
       listener: a socket that listens.
       connect: makes the protocol of a connection.
-      most: how many connections may be opening at once. Further ones are closed.
+      most: how many TLS handshakes there may be at once. Further connections are closed.
       handshake_s: how many seconds a TLS handshake may take.
       shutdown_s: how many seconds the end of TLS may take.
-      tls: None without TLS.
+      tls: None without TLS. Then each connection opens at once, so `most` has no effect.
 
     Attributes:
       opening: the connections that are not open yet.
@@ -44,7 +45,8 @@ class Accepting:
         shutdown_s: float,
         tls: ssl.SSLContext | None,
     ):
-        self._listener, self._connect, self._most, self._loop = listener, connect, most, asyncio.get_running_loop()
+        self._listener, self._connect, self._loop = listener, connect, asyncio.get_running_loop()
+        self._most = math.inf if tls is None else most
         self._tls = (
             {} if tls is None else {"ssl_handshake_timeout": handshake_s, "ssl_shutdown_timeout": shutdown_s, "ssl": tls}
         )
