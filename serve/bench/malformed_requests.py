@@ -3,8 +3,6 @@
     python serve/bench/malformed_requests.py --json runs/malformed.json
     python serve/bench/malformed_requests.py --case codings 17
 
-One file because the attempts, the look at the process and the table belong together.
-
 Over HTTP: odd headers, methods and paths; JSON with odd values; tensors and parameters that do not fit; damaged bytes; bodies
 that are too long, compressed bombs, wrong chunks; connections that end in the middle, slow clients, and garbage behind valid
 requests. Over gRPC: odd frames, headers and prefaces of HTTP/2, floods, and messages that are damaged or do not fit. Every
@@ -29,12 +27,11 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import grpc
 from gateway_load import attempts, attempts_grpc, child, children, http1, malformed, malformed_grpc, messages, odd, open_loop
 from gateway_load.attempts import BrokenRuleError
-from gateway_load.children import Child
+from gateway_load.findings import Findings, Outcome, Watch
 from gateway_load.malformed import Attempt
 from gateway_load.malformed_grpc import Call
 
@@ -43,7 +40,6 @@ from superserve_jax.simulation import traces
 
 BLOCK = 200  # attempts between two looks at the process
 SLO_MS = 36.0
-SHOWN = 20  # findings to print of each kind
 LESS = 0.02  # attainment that may be lost by chance
 TRIES = 3
 GRPC = malformed_grpc.KINDS if child.has_grpc() else {}
@@ -83,41 +79,6 @@ class Options:
         cli.check_above_zero(self, "requests", "at_once", "limit_s", "limit_mb", "rate", "rate_s")
         for kind in (*self.kinds, *([self.case[0]] if self.case else ())):
             errors.check_name("kind of attempt", kind, KINDS)
-
-
-class Outcome(NamedTuple):
-    """What became of an attempt: its kind and number, the statuses of the answers, and the finding or ""."""
-
-    kind: str
-    number: int
-    statuses: collections.Counter[str]
-    finding: str
-
-
-class Watch:
-    """Looks at the gateway's process: whether it runs, what it logs, and how much memory it has."""
-
-    def __init__(self, child: Child):
-        self._child, self._seen = child, 0
-        self.memory_mb = [child.memory_mb()]
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the process has ended."""
-        return self._child.process.poll() is not None
-
-    def findings(self) -> list[str]:
-        """What is wrong with the process since the last call."""
-        if self.has_ended:
-            return ["the process of the gateway has ended"]
-        self.memory_mb.append(self._child.memory_mb())
-        said = self._child.said()
-        new, self._seen = said[self._seen :], len(said)
-        return [f"the log has a traceback: {new[-3_000:]}"] if "Traceback" in new else []
-
-    def grown_mb(self) -> float:
-        """The memory that has come since a fifth of the looks."""
-        return self.memory_mb[-1] - max(self.memory_mb[: max(len(self.memory_mb) // 5, 2)])
 
 
 def numbered(options: Options) -> list[tuple[str, int]]:
@@ -223,41 +184,6 @@ def repeat(ports: Mapping[str, int], options: Options, kind: str, number: int) -
     return 0
 
 
-class Findings:
-    """What was seen so far: the statuses by kind, the findings, and the number of attempts."""
-
-    def __init__(self, options: Options):
-        self.statuses = {kind: collections.Counter[str]() for kind in options.kinds}
-        self.found = list[dict[str, object]]()
-        self.count = 0
-
-    def add(self, kind: str, number: int | None, finding: str) -> None:
-        """Adds a finding, and prints the first ones of each kind."""
-        self.found.append({"kind": kind, "number": number, "finding": finding})
-        if self.of_kind(kind) <= SHOWN:
-            print(f"{kind}{'' if number is None else f' {number}'}: {finding}", flush=True)
-
-    def add_all(self, outcomes: Sequence[Outcome]) -> None:
-        """Adds the outcomes of attempts."""
-        for outcome in outcomes:
-            self.count += 1
-            self.statuses[outcome.kind] += outcome.statuses or {"none": 1}
-            if outcome.finding:
-                self.add(outcome.kind, outcome.number, outcome.finding)
-
-    def of_kind(self, kind: str) -> int:
-        """The number of findings of a kind."""
-        return sum(finding["kind"] == kind for finding in self.found)
-
-    def print_table(self) -> None:
-        """Prints a line for each kind."""
-        lines = [("kind", "findings", "answers by status")]
-        for kind, counted in self.statuses.items():
-            shown = ", ".join(f"{status}: {count:,}" for status, count in sorted(counted.items()))
-            lines.append((kind, f"{self.of_kind(kind)}", shown))
-        cli.print_table(lines)
-
-
 def attack(ports: Mapping[str, int], watch: Watch, findings: Findings, options: Options) -> bool:
     """Makes all attempts. Returns whether Ctrl-C interrupted it."""
     todo, made_by = numbered(options), Attempts(ports, options)
@@ -284,7 +210,7 @@ def main() -> None:
         ports = process.printed()
         if options.case is not None:
             sys.exit(repeat(ports, options, *options.case))
-        watch, findings, began_s = Watch(process), Findings(options), time.monotonic()
+        watch, findings, began_s = Watch(process), Findings(options.kinds), time.monotonic()
         before, after = attainment(ports["port"], options), math.nan
         interrupted = attack(ports, watch, findings, options)
         if not interrupted and not watch.has_ended:
