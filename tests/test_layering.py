@@ -84,7 +84,7 @@ LATE = {
     "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
     "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
     "commands": ("superserve_jax.gateway",),
-    "gateway": ("superserve_jax.gateway.demo",),
+    "gateway": ("opentelemetry", "superserve_jax.gateway.demo"),
 }
 
 

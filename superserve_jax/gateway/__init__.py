@@ -12,6 +12,7 @@
 | HTTP: bytes to requests, their order, answers, time limits | `reader.py`, `connections.py`, `messages.py`, `bodies.py` |
 | what clients may do; tokens and TLS; errors and their statuses | `limits.py`, `access.py`, `failures.py` |
 | the same over gRPC | `grpc/` |
+| what is told about requests: the access log, and spans of OpenTelemetry | `access_log.py`, `spans.py` |
 | the live page: its files, figures, streams, and the demo | `live.py`, `sampling.py`, `events.py`, `demo.py` |
 | the event loop and its thread, opening and closing; new connections | `opened.py`, `accepting.py` |
 

@@ -24,6 +24,7 @@ from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
 from superserve_jax.gateway.model import VERSION, ServedModel, answers_to, find
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.gateway.spans import Spans
 from superserve_jax.gateway.threads import Threads
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
@@ -50,14 +51,15 @@ class App:
     Args:
       models: the models, which may come and go.
       page: the live page; None without one.
+      spans: makes the spans of inferences; None makes none.
 
     Attributes:
       draining: True when the gateway is closing. It is not ready any more.
       max_body_bytes: the longest body of an inference, for any model.
     """
 
-    def __init__(self, models: Repository, page: LivePage | None = None):
-        self._models, self._page = models, page
+    def __init__(self, models: Repository, page: LivePage | None = None, spans: Spans | None = None):
+        self._models, self._page, self._spans = models, page, spans
         self._infer_of, self._infer_at = self._infer_targets()
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(documents.Metrics(self._models))
@@ -76,6 +78,15 @@ class App:
 
     async def answer(self, request: Request) -> Answer:
         """Answers one request. Every error becomes an answer, also that the task is cancelled."""
+        if self._spans is None:
+            return await self._answer(request)
+        request.span = self._spans.http(request)
+        answer = await self._answer(request)
+        if request.span is not None:
+            request.span.end_http(answer.status)
+        return answer
+
+    async def _answer(self, request: Request) -> Answer:
         try:
             if self._infer_of is not self._models.now:
                 self._infer_of, self._infer_at = self._infer_targets()
@@ -89,6 +100,8 @@ class App:
                 return answer
             return await self._threads.run(bodies.compressed, answer, accepted)
         except (Exception, asyncio.CancelledError) as error:
+            if request.span is not None:
+                request.span.set_error(error)
             return messages.failed(error)
 
     def _infer_targets(self) -> tuple[Mapping[str, ServedModel], dict[bytes, ServedModel]]:
@@ -111,6 +124,8 @@ class App:
             wanted = wanted._replace(rows=await self._threads.run(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
         made = await answers_to(queries)
+        if request.span is not None:
+            request.span.set_replies(made, model.ranks())
         if len(made) > threads.FEW_ROWS:
             body, json_length = await self._json_thread.run(model.write, wanted, made)
         else:

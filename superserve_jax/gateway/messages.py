@@ -3,13 +3,16 @@
 import http
 import urllib.parse
 from collections.abc import AsyncIterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import httptools
 import msgspec
 
 from superserve_jax.gateway import failures
 from superserve_jax.gateway.failures import RequestError
+
+if TYPE_CHECKING:
+    from superserve_jax.gateway.spans import Span
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -21,7 +24,7 @@ _JSON_ONLY = (JSON,)
 _JSON_START = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 
 # Lines of these headers belong together.
-_LISTS = (b"accept", b"accept-encoding", b"connection", b"transfer-encoding")
+_LISTS = (b"accept", b"accept-encoding", b"connection", b"tracestate", b"transfer-encoding")
 # With two of these, a proxy might read the one and the gateway the other.
 _SINGLE = frozenset(
     (b"authorization", b"content-encoding", b"content-length", b"expect", b"host", b"inference-header-content-length")
@@ -42,11 +45,12 @@ class Request:
       held: its bytes in memory.
       keep_alive: whether the connection stays open after the answer.
       error: why it is refused without the application.
+      span: the span of an inference; None unless the gateway makes spans.
     """
 
     __slots__ = (
         *("began_s", "body", "error", "head_bytes", "headers", "held"),
-        *("keep_alive", "method", "parts", "received", "target"),
+        *("keep_alive", "method", "parts", "received", "span", "target"),
     )
 
     def __init__(self, began_s: float = 0.0):
@@ -55,6 +59,7 @@ class Request:
         self.headers: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []
         self.error: BaseException | None = None
+        self.span: Span | None = None
 
     def add_header(self, name: bytes, value: bytes) -> None:
         """Adds a line of the head. Raises RequestError if one that counts is repeated."""

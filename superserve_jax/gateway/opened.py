@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from superserve_jax import errors, foreign
-from superserve_jax.gateway import access, sockets
+from superserve_jax.gateway import access, sockets, spans
 from superserve_jax.gateway.accepting import Accepting
 from superserve_jax.gateway.access_log import AccessLog, check_file
 from superserve_jax.gateway.app import App
@@ -103,7 +103,8 @@ class Gateway:
         self._tls = access.tls_context(tls_cert, tls_key)
         self._page = LivePage(self.models, demo=demo)
         self._access = access.Access(token, host if self._tls is None else None, self.models, self._page.public)
-        self._app = App(self.models, self._page)
+        self._spans = spans.find()
+        self._app = App(self.models, self._page, self._spans)
         self._grpc_address = None if grpc_port is None else (host, grpc_port)
         self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC
         self._tls_files = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
@@ -228,7 +229,7 @@ class Gateway:
     async def _open_grpc(self, buffered: Buffered) -> Port | None:
         if self._grpc_address is None:
             return None
-        port = Port(self.models, self._limits, buffered, self._access.is_right, self._tls_files, self._log)
+        port = Port(self.models, self._limits, buffered, self._access.is_right, self._tls_files, self._log, self._spans)
         await port.open(*self._grpc_address)
         return port
 

@@ -14,6 +14,7 @@ from superserve_jax.gateway.grpc.standard import Health, reflection
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.reader import Buffered
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.gateway.spans import Spans
 
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
 """A closing port refuses inferences. It closes when none has come for `_QUIET_S`, and at last after `_MOST_QUIET_S`."""
@@ -32,6 +33,7 @@ class Port:
       allows: whether a call has the token, see `methods.of_service`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
       log: the access log.
+      spans: makes the spans of inferences; None makes none.
 
     Attributes:
       number: the number of the open port.
@@ -45,9 +47,10 @@ class Port:
         allows: calls.Allows | None = None,
         tls: tuple[str, str] | None = None,
         log: AccessLog | None = None,
+        spans: Spans | None = None,
     ):
         self.number, self._limits, self._tls = 0, limits, tls
-        self._service = Service(models, limits)
+        self._service = Service(models, limits, spans)
         methods = self._service.methods(allows) | Health(self._service, models).methods(allows)
         for version in ("v1", "v1alpha"):
             methods |= reflection(version, limits.idle_s, allows)

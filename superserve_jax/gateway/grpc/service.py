@@ -15,6 +15,7 @@ from superserve_jax.gateway.limits import REQUEST_BYTES, Limits
 from superserve_jax.gateway.model import ServedModel, answers_to, find
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.requests import InferRequest
+from superserve_jax.gateway.spans import Span, Spans
 from superserve_jax.gateway.threads import Threads
 from superserve_jax.serving.futures import Future
 
@@ -40,19 +41,27 @@ class _Work:
       id: its id.
       held: its bytes in memory, with those of its answer.
       error: what the client of a stream reads, if there are no queries.
+      span: its span, until that ends; None unless the gateway makes spans.
     """
 
-    __slots__ = ("error", "held", "id", "model", "queries", "request")
+    __slots__ = ("error", "held", "id", "model", "queries", "request", "span")
 
     def __init__(self, id: str = "", error: str = ""):
         self.id, self.error, self.held, self.queries = id, error, 0, tuple[Future, ...]()
         self.model: ServedModel
         self.request: InferRequest
+        self.span: Span | None = None
 
     def cancel(self) -> None:
         """Cancels its queries."""
         for query in self.queries:
             query.cancel()
+
+    def end_span(self, error: BaseException | None = None) -> None:
+        """Ends its span. None means that it has its response. Later calls have no effect."""
+        if self.span is not None:
+            self.span.end_grpc(error)
+            self.span = None
 
 
 class Service:
@@ -61,6 +70,7 @@ class Service:
     Args:
       models: the models, which may come and go.
       limits: what clients may do.
+      spans: makes the spans of inferences; None makes none.
 
     Attributes:
       draining: whether the gateway says that it is not ready, since it closes soon.
@@ -69,8 +79,8 @@ class Service:
       waiting: the requests that are not answered yet.
     """
 
-    def __init__(self, models: Repository, limits: Limits):
-        self._models, self._limits = models, limits
+    def __init__(self, models: Repository, limits: Limits, spans: Spans | None = None):
+        self._models, self._limits, self._spans = models, limits, spans
         self._encoding = Threads(threads.MOST)
         self._reading = Threads(1)  # it often holds Python's lock, so more would only harm
         self.draining, self.closing, self.refused = False, False, 0
@@ -115,17 +125,24 @@ class Service:
             work.cancel()
 
     async def _infer(self, call: Call) -> bytes:
-        data = await call.read(self._limits.body_s)
-        if _left_s(call) <= 0:
-            raise errors.DeadlineExpiredError("the deadline of the call had passed when it came")
-        slo_ms, work = _slo_ms(call), _Work()
+        data, work = await call.read(self._limits.body_s), _Work()
+        if self._spans is not None:
+            work.span = self._spans.grpc("ModelInfer", call.metadata())
         try:
+            if _left_s(call) <= 0:
+                raise errors.DeadlineExpiredError("the deadline of the call had passed when it came")
+            slo_ms = _slo_ms(call)
             await self._read(call, work, data)
             del data  # the arrays have their own copy
             if slo_ms is None and (left_s := _left_s(call)) < math.inf:
                 slo_ms = 1e3 * left_s
             self._submit(call, work, slo_ms)
-            return (await self._response(work)).SerializeToString()
+            response = (await self._response(work)).SerializeToString()
+            work.end_span()
+            return response
+        except BaseException as error:
+            work.end_span(error)
+            raise
         finally:
             self.waiting.discard(work)  # its bytes count until the client has taken the response
 
@@ -151,6 +168,8 @@ class Service:
         wire.check_fields(data)
         message = methods.parsed(_Request, data)
         work.id = message.id[:_MOST_ID]
+        if work.span is not None:
+            work.span.set_model(message.model_name)
         work.model = find(self._models, message.model_name, message.model_version or None)
         if len(data) > work.model.max_body_bytes:
             raise bodies.too_long(work.model.max_body_bytes)
@@ -166,12 +185,15 @@ class Service:
     async def _response(self, work: _Work) -> Any:
         """The response to a request, when its queries are answered."""
         made = await answers_to(work.queries)
+        if work.span is not None:
+            work.span.set_replies(made, work.model.ranks())
         if len(made) > threads.FEW_ROWS:
             return await self._reading.run(codec.write, work.model, work.request, made)
         return codec.write(work.model, work.request, made)
 
     def _drop(self, call: Call, work: _Work) -> None:
-        """Forgets a request of a stream."""
+        """Forgets a request of a stream. One without a response was cancelled."""
+        work.end_span(asyncio.CancelledError())
         self.waiting.discard(work)
         call.count(-work.held)
         work.held = 0
@@ -191,11 +213,14 @@ class Service:
                         break
                     call.unanswered += 1
                     work = _Work()
+                    if self._spans is not None:
+                        work.span = self._spans.grpc("ModelStreamInfer", call.metadata())
                     try:
                         await self._read(call, work, data)
                         if not ended:
                             self._submit(call, work, slo_ms)
                     except Exception as error:
+                        work.end_span(error)
                         self._drop(call, work)
                         work = _Work(work.id, statuses.text_of(error))  # the error itself would hold the message
                     del data  # the arrays have their own copy
@@ -234,7 +259,9 @@ class Service:
                 response.error_message, response.infer_response.id = work.error, work.id
             else:
                 response.infer_response.CopyFrom(await self._response(work))
+            work.end_span()
         except Exception as error:
+            work.end_span(error)
             response.error_message = statuses.text_of(error)
             response.infer_response.id = work.id
         finally:
