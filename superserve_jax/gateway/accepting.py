@@ -1,7 +1,7 @@
-"""Accepts the connections of a port, and limits those that are not open yet.
+"""Accepts the connections of a port, and limits how many TLS handshakes there may be at once.
 
-With TLS, a connection is open after its handshake. `create_server` of an event loop does not tell how many handshakes there
-are. So clients could begin any number of them.
+`create_server` of an event loop reports a connection only after its handshake. With it, a client could begin any number of
+handshakes.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Accepting:
         self._resume()
 
     def stop(self) -> None:
-        """Accepts those that the system has accepted already, which a closed port would reset, and closes the port."""
+        """Accepts the connections that wait in the system's queue, and closes the port. Closing alone would reset them."""
         self._loop.remove_reader(self._listener)
         while self._accept_some():
             pass

@@ -93,7 +93,7 @@ class AccessLog:
         self._lines.append(msgspec.json.encode(line))
 
     def close(self) -> None:
-        """Writes the rest, and closes the file. A reader of a pipe that does not read keeps it for a second at most."""
+        """Writes the rest, and closes the file. It waits a second at most, in case the file is a pipe that nobody reads."""
         self._closed.set()
         self._thread.join(_LAST_S)
         if self._thread.is_alive():
@@ -131,7 +131,7 @@ def check_file(file: str) -> None:
 
 
 def _opened(file: str) -> int:
-    """The descriptor of the file. Not a file object: the end of the process would wait for its lock, if a write hangs."""
+    """The descriptor of the file. If a write hung in a file object, the process would wait for its lock at the end."""
     try:
         return os.dup(1) if file == "-" else os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except (OSError, ValueError, TypeError) as e:

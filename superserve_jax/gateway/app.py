@@ -1,11 +1,12 @@
 """The gateway as an application: from a request of HTTP to an answer. No sockets.
 
-The path of an inference, all in the thread of the event loop until the query is in the server's queue:
+The path of an inference:
 
     ServedModel.read -> ServedModel.submit -> await the futures -> ServedModel.write -> one answer
 
-An answer wakes the loop from the worker's thread. One wake-up serves all queries that are answered before the loop runs (see
-`serving.futures`).
+All steps run in the thread of the event loop. Only long work runs in other threads: long JSON, long texts, and compression.
+The worker's thread wakes the loop when the server has answered a query. One wake-up serves all queries that are answered
+before the loop runs (see `serving.futures`).
 """
 
 import asyncio
@@ -77,7 +78,7 @@ class App:
         self.max_body_bytes = models.max_body_bytes
 
     async def answer(self, request: Request) -> Answer:
-        """Answers one request. Every error becomes an answer, also that the task is cancelled."""
+        """Answers one request. Errors become answers, too, and so does the cancellation of the task."""
         if self._spans is None:
             return await self._answer(request)
         request.span = self._spans.http(request)

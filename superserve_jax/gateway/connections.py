@@ -3,8 +3,8 @@
 This is a protocol of asyncio on the parser httptools. uvicorn's has neither these limits nor these rules, and a subclass would
 override nearly all of its private methods.
 
-One request at a time is with the application, in `_task`. The next ones wait in `_waiting`. When a client goes away, its task
-is cancelled, and so are the queries that the task awaits.
+The application answers one request of a connection at a time, in `_task`. Later requests wait in `_waiting`. If the client
+closes the connection, the task is cancelled, and so are the queries that the task awaits.
 """
 
 import asyncio
@@ -45,10 +45,10 @@ class Shared:
       log: the access log.
 
     Attributes:
-      connections: all that are open.
+      connections: the open connections.
       buffered: the requests in memory.
       closing: whether the port is closed.
-      expired: whether `drain_s` is over.
+      expired: whether the closing gateway has waited for `drain_s` seconds.
     """
 
     def __init__(self, app: App, limits: Limits, access: Access, log: AccessLog | None = None):
@@ -113,11 +113,11 @@ class Connection(asyncio.Protocol):
         self._reader.feed(data)
 
     def pause_writing(self) -> None:
-        """The client does not read. The next request waits."""
+        """The client does not read its answers. So the next request waits."""
         self._writable, self._since_s = asyncio.Event(), time.monotonic()
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """The client has read its answers."""
         if self._writable is not None:
             self._writable.set()
             self._writable = None
@@ -126,7 +126,7 @@ class Connection(asyncio.Protocol):
     # -- called by the gateway --------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Closes the connection after the requests that have arrived or, without one, in a moment."""
+        """Closes the connection when the requests that have arrived are answered. An idle one is closed after `_GRACE_S`."""
         if self._streaming and self._task is not None:
             self._task.cancel()
             if self._writable is not None:  # its client does not read, so the end would never be sent
@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
             self._loop.call_later(_GRACE_S, self._close_if_idle)
 
     def expire(self) -> None:
-        """Answers 503 to what has no answer yet. `Shared.expired` is set."""
+        """Answers the rest of the requests with status 503. Set `Shared.expired` before."""
         if self._reader.arriving is not None:
             self._reader.refuse(_closing())
         if self._task is not None:
@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _go_on(self) -> None:
-        """Asks for the body of a client that waits for this, unless the answer to an earlier request comes first."""
+        """Sends "100 Continue" to a client that waits for it. If an earlier request has no answer yet, that comes first."""
         if self._answering is None and not self._waiting:
             self._transport.write(_CONTINUE)
 

@@ -67,8 +67,8 @@ def model_statistics(model: ServedModel) -> dict[str, Any]:
     """The document of /v2/models/NAME/stats, an entry of `model_stats`.
 
     All counts are of rows: a request of 8 rows counts 8 times, also in `success`. The gateway does not measure how long inputs
-    and outputs take to copy, so these times are 0. A batch's time is `compute_infer`. `last_inference` is the end of the last
-    batch.
+    and outputs take to copy, so these times are 0. `compute_infer` is the time of the batches. `last_inference` is the end of
+    the last batch.
     """
     snapshot = model.server.snapshot()
     queries, last_s = snapshot["queries"], snapshot["last_batch_s"]

@@ -55,7 +55,7 @@ class Events:
         self._tick(loop)
 
     def answer(self) -> Answer:
-        """A stream of events: what is kept, and then each new sample.
+        """A stream of events: first the samples of the last minutes, and then each new one.
 
         Raises ClosingError if the gateway closes, or RequestError (503) if too many streams are open.
         """

@@ -45,7 +45,7 @@ class Folder:
         """
         path = self._path / name
         if not self._is_below(path):
-            known = self.exports() - {name}  # without a link to elsewhere
+            known = self.exports() - {name}  # a link to elsewhere is not among the exports
             raise RequestError(str(errors.unknown_name("model", name, known)), status=404)
         try:
             read_manifest(path)
@@ -54,7 +54,7 @@ class Folder:
         return path.resolve()
 
     def _is_below(self, path: pathlib.Path) -> bool:
-        """Whether this is a folder right below. A link may lead to another one right below, and nowhere else."""
+        """Whether this is a folder right below, or a link to one. Links to other places do not count."""
         try:
             return path.resolve(strict=True).parent == self._path and path.is_dir()
         except (OSError, RuntimeError):  # it is missing, or a link to itself

@@ -23,7 +23,7 @@ _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() 
 _JSON_ONLY = (JSON,)
 _JSON_START = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 
-# Lines of these headers belong together.
+# Several lines of one of these headers are joined.
 _LISTS = (b"accept", b"accept-encoding", b"connection", b"tracestate", b"transfer-encoding")
 # With two of these, a proxy might read the one and the gateway the other.
 _SINGLE = frozenset(

@@ -53,7 +53,8 @@ class ServedModel:
       input: the input of the model.
       max_body_bytes: the longest body of a request.
 
-    The constructor submits a blank input to a server of engines, and waits for the answer.
+    A server of engines has no export that tells its outputs. So the constructor submits a blank input, and waits for the
+    answer.
 
     Raises ConfigError for a wrong name, for another object than a server, for a server that does not answer, or if the
     protocol has no name for a dtype. Raises DataError if texts need a package that is not installed.
@@ -75,7 +76,7 @@ class ServedModel:
         self._output = self._probe() if server.model is None else None
 
     def read(self, body: bytes, json_length: int | None) -> InferRequest:
-        """See `requests.read`. Also raises RequestError for a token id, or for classes, that the model does not have."""
+        """See `requests.read`. Also raises RequestError for an unknown token id, or if the model has no classes to return."""
         return self._fitting(requests.read(body, json_length, self.input))
 
     def read_fields(self, fields: Mapping[str, Any], data: bytes) -> InferRequest:

@@ -1,6 +1,6 @@
 """Refuses requests that a page of another site has made a browser send.
 
-Two checks, since a browser sends what any page asks for:
+Two checks are needed, since a browser sends what any page asks for:
 
 - Browsers say whether a request comes from a page of the same site: in the header `Sec-Fetch-Site`, and older ones by
   `Origin`, the address of the page. Pages cannot change these headers.

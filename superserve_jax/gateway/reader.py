@@ -19,14 +19,14 @@ _PROBES = ("/live", "/ready")  # the ends of paths that need no token
 
 
 class Buffered:
-    """The requests with bodies in memory, of all connections and of both ports, and what limits them.
+    """Counts the bytes of the requests with bodies that are in memory, over all connections of both ports.
 
     Args:
       limits: the limits of the gateway.
       max_body_bytes: the longest body of an inference.
 
     Attributes:
-      nbytes: their size.
+      nbytes: the bytes of these requests together.
     """
 
     def __init__(self, limits: Limits, max_body_bytes: int):
@@ -34,7 +34,7 @@ class Buffered:
         self.nbytes = 0
 
     def drop(self, request: Request) -> None:
-        """Forgets a request."""
+        """Subtracts the bytes of a request."""
         self.nbytes -= request.held
         request.held = 0
 
@@ -56,8 +56,8 @@ class Reader:
 
     Attributes:
       arriving: the request that is being read.
-      in_body: whether its head is complete.
-      deaf: whether nothing more is read: after a refusal, after the last request, and behind a stream.
+      in_body: whether the head of that request is complete.
+      deaf: whether further bytes are ignored: after a refusal, after the last request, and behind a stream.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Reader:
         self.arriving, self.deaf = None, True
 
     def close(self) -> None:
-        """Stops, when the connection is closed."""
+        """Stops for good. Called when the connection is closed."""
         self.stop()
         self._parser = None
 
@@ -209,9 +209,9 @@ class Reader:
             request.error = RequestError("Expect is not 100-continue; leave it out", status=417)
 
     def _check_body(self, request: Request, length: int) -> RequestError | None:
-        """The error for the head of a request with a body that is too long, or that has no use. Sets its limit.
+        """Sets the limit of a request's body. Returns an error if the body is too long or not allowed.
 
-        A request without a body is not counted in `Buffered`. So probes are answered although it is full.
+        A request without a body is not counted in `Buffered`. So probes are answered even if `Buffered` is full.
         """
         coding = request.headers.get(b"transfer-encoding")
         if coding is None:
@@ -234,7 +234,7 @@ class Reader:
         return self._too_much(length)
 
     def _too_much(self, length: int, *, is_new: bool = True) -> RequestError | None:
-        """The error for a body of so many bytes, or None. A new one is not in memory yet."""
+        """The error for a body of so many bytes, or None. `is_new`: its bytes are not in `Buffered` yet."""
         buffered = self._buffered
         if length > self._most:
             return bodies.too_long(self._most)

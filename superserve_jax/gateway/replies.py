@@ -30,9 +30,9 @@ class Summary(NamedTuple):
     """The parameters of a response. They summarize all rows.
 
     Args:
-      subnet: the positions of the subnets in the profile, one for each row, with commas between them.
-      accuracy: the lowest profiled accuracy of a row.
-      latency_ms, queue_ms: the longest times of a row.
+      subnet: the position in the profile of each row's subnet, separated by commas.
+      accuracy: the lowest accuracy of the rows' subnets, a fraction of 1.
+      latency_ms, queue_ms: the longest time of a row, in milliseconds.
       met_slo: whether all rows were in time.
     """
 
@@ -65,7 +65,7 @@ def summary(replies: Sequence[Reply], ranks: Mapping[Subnet, int]) -> Summary:
 def output(wanted: Wanted, replies: Sequence[Reply], ranks: Mapping[Subnet, int]) -> OutputTensor:
     """One output for all rows. See `summary` for the arguments.
 
-    Raises RequestError if the classes of an output without classes are wanted.
+    Raises RequestError if the request asks for classes, but the output has none.
 
     >>> made = [Reply(np.float32([0.1, 0.9]), Subnet((1,)), 0.7, True, 3.0, 1.0, 2.0, 4, ("cat", "dog"))]
     >>> output(Wanted("output", False, 1), made, {}).values

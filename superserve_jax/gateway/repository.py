@@ -32,7 +32,7 @@ OpenModel = Callable[[str], Server]
 _CLOSE_S = 1.0  # how long a loaded server may take to close, when the gateway has closed
 _THREADS = 8  # that look at the folder, swap, and close servers
 _NO_LIMITS = Limits()
-# What the operator can do about. The text is for the client, too.
+# Errors that the operator can do something about. The client reads their text, too.
 _REFUSALS = (errors.ConfigError, errors.DataError, errors.ExportError, errors.NotCalibratedError, errors.ProfileError)
 
 
@@ -106,10 +106,10 @@ class Repository(Mapping[str, ServedModel]):
         return [entry for entry in found if entry["state"] == "READY" or not ready_only]
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Opens a server of the export in a folder. Returns when it is ready.
+        """Opens a server for an export in the folder. Returns when the server is ready.
 
-        If the model is there already, and its export has changed, the server swaps the new one in (see `Server.swap`). If the
-        export is unchanged, nothing is done, unless the server has no workers any more. Then another one is opened.
+        If the model is there already, a changed export is swapped in (see `Server.swap`). With an unchanged export, nothing
+        is done, unless the server has no workers any more. Then another server is opened.
 
         Args:
           name: the name of the folder, and of the model.

@@ -42,7 +42,7 @@ class Parameters(msgspec.Struct, gc=False):
     Args:
       slo_ms: the deadline, in milliseconds from when the request has been read.
       min_accuracy: the lowest accuracy that the client accepts, a fraction of 1.
-      timeout: the deadline in microseconds, if there is no `slo_ms`. 0 is none.
+      timeout: the deadline in microseconds, if there is no `slo_ms`. 0 means no deadline.
       priority: accepted and ignored, since queries are served in the order of their deadlines.
       binary_data_output: whether outputs are binary, unless they say so themselves.
     """
@@ -209,7 +209,7 @@ def json_length(headers: Mapping[bytes, bytes]) -> int | None:
 
 
 def slo_of(headers: Mapping[bytes, bytes]) -> float | None:
-    """The deadline in a header, in milliseconds: X-SLO-Ms, or else x-slo-ttft-ms. None without them.
+    """The SLO in a header, in milliseconds: X-SLO-Ms, or else x-slo-ttft-ms. None without them.
 
     >>> slo_of({b"x-slo-ms": b"20"}), slo_of({b"x-slo-ttft-ms": b"7.5"}), slo_of({})
     (20.0, 7.5, None)

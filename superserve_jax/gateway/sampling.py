@@ -1,6 +1,6 @@
 """What servers did in each of the last 300 seconds, as the live page shows it. No sockets, no thread.
 
-`Sampler.step` compares the counters of now with the ones of a second ago. It is called once a second, however many pages are
+`Sampler.step` compares the server's counters with those of a second ago. It is called once a second, however many pages are
 open. A sample becomes JSON once, and every page gets the same bytes. An event is one of
 
     {"samples": [SAMPLE], "now": NOW}                  each second

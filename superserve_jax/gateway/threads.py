@@ -1,6 +1,6 @@
-"""Threads for work that would keep the event loop from its other clients: inflate, compress, parse, split texts.
+"""Threads for long work, during which the event loop serves other clients: inflate, compress, parse, split texts.
 
-Not those of `asyncio.to_thread`: Python waits for them when the loop and the process end, however long their work takes.
+`asyncio.to_thread` is not used. When the loop or the process ends, Python waits for its threads, however long they work.
 """
 
 import asyncio
