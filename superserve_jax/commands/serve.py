@@ -128,8 +128,6 @@ def main() -> None:
             where = "" if options.host in opened.url else f" (and at all addresses of {options.host})"
             for name, model in opened.models.items():
                 say(f"serving {name} at {opened.url}/v2/models/{name}{where} with {model.server!r}")
-            if len(opened.models) > 1:
-                say("the models share the devices, and each one is scheduled as if it were alone (see docs/network.md)")
             if options.models is not None:
                 say(f"clients may load the exports in {options.models} at {opened.url}/v2/repository/models/NAME/load")
             if opened.grpc_target is not None:

@@ -72,11 +72,10 @@ class Repository(Mapping[str, ServedModel]):
         self.max_body_bytes = max(bodies) if folder is None else max([*bodies, body_limit(limits, MOST_BODY_BYTES)])
         self._threads, self._compiling, self._ended = Threads(_THREADS), Threads(1), False
         self._locks, self._tasks = dict[str, asyncio.Lock](), set[asyncio.Task[None]]()
-        self._states, self._reasons = (
-            dict[str, str](),
-            dict[str, str](),
-        )  # what happens to a name, and why the last load failed
+        self._states = dict[str, str]()  # what happens to a name
+        self._reasons = dict[str, str]()  # why the last load failed
         self._owning, self._owned, self._closed = threading.Lock(), set[Server](), False  # servers that clients have loaded
+        self._tell_shared()
 
     def __getitem__(self, name: str) -> ServedModel:
         return self.now[name]
@@ -226,6 +225,19 @@ class Repository(Mapping[str, ServedModel]):
             self._reasons[name] = f"it could not be loaded ({type(e).__name__}); the log of the gateway has the reason"
             raise
         _log.info("model '%s' is loaded", name)
+        self._tell_shared()
+
+    def _tell_shared(self) -> None:
+        """Warns about devices that several models use."""
+        users = dict[str, list[str]]()
+        for name, model in self.now.items():
+            for device in {worker["name"] for worker in model.server.snapshot()["workers"]}:
+                users.setdefault(device, []).append(name)
+        for device, names in users.items():
+            if len(names) > 1:
+                _log.warning(
+                    "%s share %s, and each is scheduled as if it were alone (see docs/models.md)", ", ".join(names), device
+                )
 
     async def _compile(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the thread that compiles."""

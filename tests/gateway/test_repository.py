@@ -52,6 +52,14 @@ def test_a_model_is_loaded_serves_and_is_unloaded(folder):
     assert [server.health()["closed"] for server in opener.opened] == [True, True]
 
 
+def test_a_load_warns_about_a_device_that_models_share(folder, caplog):
+    with opened(folder) as door:
+        assert change(door, "first").status == 200
+        assert "as if it were alone" not in caplog.text
+        assert change(door, "second").status == 200
+        assert "first, second share fake:0, and each is scheduled as if it were alone" in caplog.text
+
+
 def test_a_model_from_the_start_may_be_unloaded_and_is_not_replaced_by_another_export(folder):
     with opened(folder, servers=["first", "other"]) as door:
         answer = change(door, "first")
