@@ -20,7 +20,7 @@ from superserve_jax.training.config import load_config
 from superserve_jax.training.runs import Run
 
 SHELL = ("bash", "sh", "console", "shell")
-PROGRAM = re.compile(r"(superserve|python|make|pip install|(serve|train)/\S+\.py) ?\b")
+PROGRAM = re.compile(r"(superserve(?!\.)|python|make|pip install|(serve|train)/\S+\.py) ?\b")
 OTHER_PROGRAMS = (
     "git",
     "cd",
@@ -35,6 +35,7 @@ OTHER_PROGRAMS = (
     "nvidia-smi",
     "docker",
     "kubectl",
+    "opentelemetry-instrument",
 )  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
 EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests"}  # files of the reader, and files that stand for them
