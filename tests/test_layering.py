@@ -27,6 +27,7 @@ ALLOWED = {
     "experiments": ("simulation", "scheduling", "profile", "subnet", "plots", "progress"),
     "layers": ("ops",),
     "supernets": ("ops", "layers", "subnet", "space", "vocabulary"),
+    "tracing": ("ops", "subnet"),
     "families": ("ops", "layers", "supernets", "subnet", "space", "lengths", "vocabulary"),
     "exports": ("families", "supernets", "subnet", "space", "vocabulary", "manifest"),
     "convert": ("exports", "families", "supernets", "subnet", "space", "vocabulary", "manifest"),

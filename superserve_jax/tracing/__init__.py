@@ -1,0 +1,25 @@
+"""Traces a function once and runs it at other sizes, so that any network becomes a SuperNet.
+
+    traced = tracing.trace(function, params, inputs)
+    traced.groups                                               # axes of parameters that change together
+    traced.evaluate(params, inputs, {"fc1.kernel[1]": 64})      # with the first 64 channels of that axis
+
+The function's jaxpr names every operation. A rule for each primitive tells which axes are the same. What remains are groups
+of axes that change together. To run at other sizes, the same operations are evaluated on smaller or masked arrays.
+
+| to learn about | read |
+|---|---|
+| symbolic lengths of axes: leaves, products, sums | `dims.py` |
+| a program as data, and how a jaxpr becomes one | `graph.py`, `jaxprs.py` |
+| what each primitive says about axes, and how it runs at other sizes | `rules/` |
+| which axes are the same; what can change, and what cannot and why | `relations.py`, `traced.py` |
+| sizes, masks and cuts | `sizes.py` |
+| running sliced, bucketed or masked | `evaluation.py` |
+| means, whose divisor follows the sizes; numbers that may come from a size | `means.py`, `suspects.py` |
+| file and line in error messages and reasons | `places.py` |
+"""
+
+from superserve_jax.tracing.suspects import Suspect
+from superserve_jax.tracing.traced import Fixed, Group, Place, Traced, Traces, trace
+
+__all__ = ["Fixed", "Group", "Place", "Suspect", "Traced", "Traces", "trace"]

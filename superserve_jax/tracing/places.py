@@ -1,0 +1,34 @@
+"""File and line of the user's code that an operation comes from."""
+
+import importlib.util
+import pathlib
+from types import TracebackType
+
+from jax.extend import core
+
+_LIBRARIES = tuple(
+    str(pathlib.Path(spec.origin).parent) + "/"
+    for spec in (importlib.util.find_spec(name) for name in ("jax", "jaxlib", "flax", "superserve_jax.tracing"))
+    if spec is not None and spec.origin is not None
+)
+UNKNOWN = "an unknown place"
+
+
+def of_equation(equation: core.JaxprEqn) -> str | None:
+    """Such as "model.py:12". None if only libraries made the operation, as inside of a jitted function of jax."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_LIBRARIES):
+            return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
+    return None
+
+
+def of_error(error: BaseException) -> str:
+    """The last line of the user's code in the traceback of an error."""
+    found, traceback = UNKNOWN, error.__traceback__
+    while isinstance(traceback, TracebackType):
+        name = traceback.tb_frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES):
+            found = f"{pathlib.Path(name).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found

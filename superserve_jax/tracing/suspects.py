@@ -1,0 +1,110 @@
+"""Finds numbers and new axes that may come from a size. They keep their values at other sizes, so the user should look.
+
+In `q * d**-0.5`, a jaxpr holds only 0.25 and not the d that it came from. `jnp.ones_like(x).sum(-1)` counts the entries of a
+new axis, which nothing connects with x.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+
+from superserve_jax.tracing import means
+from superserve_jax.tracing.dims import Dim, leaves
+from superserve_jax.tracing.graph import Graph, Node, Scalar, Value, all_graphs, all_nodes
+
+_FORMS = {
+    "n": lambda n: n,
+    "1 / n": lambda n: 1 / n,
+    "n ** 0.5": lambda n: n**0.5,
+    "n ** -0.5": lambda n: n**-0.5,
+    "n ** 0.25": lambda n: n**0.25,
+    "n ** -0.25": lambda n: n**-0.25,
+    "n - 1": lambda n: n - 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """A number that may have been computed from a size that can change.
+
+    Args:
+      where: file and line.
+      number: its value, which is the same at all sizes.
+      form: how it would follow from the size n, such as "n ** -0.5".
+      size: n.
+      groups: names of the groups whose sizes make up n.
+    """
+
+    where: str
+    number: float
+    form: str
+    size: int
+    groups: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where}: {self.number:g} may be {self.form} of n = {self.size}, the size of {' and '.join(self.groups)}. "
+            "It stays the same at other sizes"
+        )
+
+
+def find(graph: Graph, names: Mapping[Dim, str], mean: Collection[Node]) -> tuple[Suspect, ...]:
+    """All suspects of a graph.
+
+    Args:
+      graph: a related graph.
+      names: the name of each leaf that can change.
+      mean: nodes whose number is known to be that of a mean's entries.
+    """
+    sizes = _sizes(graph, names)
+    found = [suspect for node in all_nodes(graph) if node not in mean for suspect in _of_numbers(node, sizes)]
+    return tuple(dict.fromkeys([*found, *_of_new_axes(graph, names, sizes)]))
+
+
+def _sizes(graph: Graph, names: Mapping[Dim, str]) -> dict[int, tuple[str, ...]]:
+    """The sizes of all axes that can change, and the groups of each."""
+    found: dict[int, dict[str, None]] = {}
+    for dim in _all_dims(graph):
+        groups = {names[leaf]: None for leaf in leaves(dim) if leaf in names}
+        if groups and dim.size > 1:
+            found.setdefault(dim.size, {}).update(groups)
+    return {size: tuple(groups) for size, groups in found.items()}
+
+
+def _all_dims(graph: Graph) -> Iterator[Dim]:
+    for inner in all_graphs(graph):
+        for node in inner.nodes:
+            for operand in (*node.inputs, *node.outputs):
+                yield from operand.dims
+
+
+def _of_numbers(node: Node, sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Suspect]:
+    for operand in node.inputs:
+        if not isinstance(operand, Scalar) or operand.value.dtype == bool:
+            continue
+        number = abs(operand.value)
+        for size, groups in sizes.items():
+            form = next((form for form, function in _FORMS.items() if means.is_near(number, function(size))), None)
+            if form is not None and float(number) not in (0.0, 1.0):
+                yield Suspect(node.where, float(operand.value), form, size, groups)
+
+
+def _of_new_axes(graph: Graph, names: Mapping[Dim, str], sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Suspect]:
+    """Sums over an axis that the program makes itself, and that is as long as one that can change."""
+    given = {leaf for inner in all_graphs(graph) for value in inner.constants for dim in value.dims for leaf in leaves(dim)}
+    given.update(leaf for value in graph.inputs for dim in value.dims for leaf in leaves(dim))
+    for node in all_nodes(graph):
+        for dim in _reduced(node):
+            if dim.size in sizes and not given.intersection(leaves(dim)) and not any(leaf in names for leaf in leaves(dim)):
+                yield Suspect(node.where, float(dim.size), "n", dim.size, sizes[dim.size])
+
+
+def _reduced(node: Node) -> list[Dim]:
+    """The axes over which a node sums."""
+    first = node.inputs[0] if node.inputs else None
+    if not isinstance(first, Value):
+        return []
+    if node.name.startswith("reduce_") and "axes" in node.params:
+        return [first.dims[axis] for axis in node.params["axes"]]
+    if node.name == "dot_general":
+        return [first.dims[axis] for axis in node.params["dimension_numbers"][0][0]]
+    return []

@@ -1,0 +1,241 @@
+"""A function that was traced once and can run at other sizes."""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from superserve_jax import errors, ops
+from superserve_jax.tracing import jaxprs, means, places, relations, suspects
+from superserve_jax.tracing.dims import Dim, fix, leaves
+from superserve_jax.tracing.evaluation import Evaluation
+from superserve_jax.tracing.graph import Graph, Value
+from superserve_jax.tracing.sizes import Sizes
+from superserve_jax.tracing.suspects import Suspect
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """An axis of a parameter."""
+
+    parameter: str
+    axis: int
+
+    def __str__(self) -> str:
+        return f"{self.parameter}[{self.axis}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Axes of parameters that can only change together.
+
+    Args:
+      name: the first parameter that has the axis, such as "fc.kernel[1]". If other groups are merged into the same axis, their
+        numbers follow: "qkv[1].0" and "qkv[1].1".
+      size: the size in the whole network.
+      places: all axes of parameters that this group belongs to.
+    """
+
+    name: str
+    size: int
+    places: tuple[Place, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """An axis of a parameter, or a part of it, that keeps its size.
+
+    Args:
+      place: the axis.
+      size: the size of the axis, or of the part.
+      reason: why, with file and line.
+    """
+
+    place: Place
+    size: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place} keeps its {self.size} entries: {self.reason}"
+
+
+class Traced:
+    """A function of parameters and inputs that can run at other sizes. `trace` makes it.
+
+    - `groups`: {name: the axes of parameters that change together}.
+    - `fixed`: axes of parameters that cannot change, and why.
+    - `suspects`: numbers that may have been computed from a size, and do not follow it.
+
+    Threads may share it.
+    """
+
+    def __init__(self, graph: Graph, parameters: Mapping[str, Value], trees: tuple[Any, Any, Any]):
+        self._graph, self._parameters = graph, dict(parameters)
+        self._params_tree, self._inputs_tree, self._outputs_tree = trees
+        self._leaves, self.groups = _groups(self._parameters)
+        self.fixed = _fixed(self._parameters)
+        self._means = means.find(graph)
+        names = {leaf: name for name, leaf in self._leaves.items()}
+        self.suspects: tuple[Suspect, ...] = suspects.find(graph, names, self._means.keys())
+
+    def evaluate(self, params: Any, inputs: Any, sizes: Mapping[str, ops.Size]) -> Any:
+        """The function's result at other sizes. Can be jitted and differentiated.
+
+        Args:
+          params: the parameters of the whole network, or what `cut` makes of them at these sizes.
+          inputs: the inputs, of the traced shapes and dtypes.
+          sizes: the size of each group, by its name: an int, or a pair of a limit and a traced int32. A group that is left out
+            keeps its whole size.
+
+        Raises:
+          UnknownNameError: no group has this name.
+          ConfigError: a size is not from 1 to the whole size.
+          InputError: a parameter or an input has another shape or dtype, or another structure, than those traced.
+        """
+        evaluation = Evaluation(self._sizes(sizes), self._means)
+        given = self._checked(params, self._params_tree, "params")
+        values = list(self._parameters.values())
+        for name, x, value in zip(self._parameters, given, values, strict=True):
+            _check_array(f"parameter '{name}'", x, value, (value.shape, evaluation.shape(value)))
+        arguments = self._checked(inputs, self._inputs_tree, "inputs")
+        for i, (x, value) in enumerate(zip(arguments, self._graph.inputs[len(values) :], strict=True)):
+            _check_array(f"input {i}", x, value, (value.shape,))
+        cut = [evaluation.parameter(x, value) for x, value in zip(given, values, strict=True)]
+        zeros = [True] * len(self._graph.inputs)  # the axes of inputs do not change
+        return jax.tree.unflatten(self._outputs_tree, evaluation.run(self._graph, [*cut, *arguments], zeros))
+
+    def cut(self, params: Any, sizes: Mapping[str, ops.Size]) -> Any:
+        """The parameters of the smaller network: those of the whole network, cut to the limits of `sizes`."""
+        limits = self._sizes({name: size[0] if isinstance(size, tuple) else size for name, size in sizes.items()})
+        given = self._checked(params, self._params_tree, "params")
+        cut = [limits.cut(x, value.dims) for x, value in zip(given, self._parameters.values(), strict=True)]
+        return jax.tree.unflatten(self._params_tree, cut)
+
+    def _sizes(self, sizes: Mapping[str, ops.Size]) -> Sizes:
+        found = {}
+        for name, size in sizes.items():
+            errors.check_name("group of axes", name, self.groups)
+            whole = self.groups[name].size
+            limit = size[0] if isinstance(size, tuple) else size
+            if not isinstance(limit, int | np.integer) or not 1 <= limit <= whole:
+                raise errors.ConfigError(
+                    f"the size of '{name}' is {size!r}; give an int from 1 to {whole}, or a pair of "
+                    "such an int and a traced int32"
+                )
+            found[self._leaves[name]] = (int(limit), size[1]) if isinstance(size, tuple) else int(limit)
+        return Sizes(found)
+
+    def _checked(self, tree: Any, expected: Any, what: str) -> list[Any]:
+        found, structure = jax.tree.flatten(tree)
+        if structure != expected:
+            raise errors.InputError(f"{what} have the structure {structure}; the function was traced with {expected}")
+        return found
+
+
+def _check_array(what: str, x: Any, value: Value, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if np.shape(x) not in shapes or x.dtype != value.dtype:
+        raise errors.InputError(
+            f"{what} has shape {np.shape(x)} and dtype {x.dtype}; the function was traced with {value.shape} and "
+            f"{value.dtype}. Trace it again for other inputs"
+        )
+
+
+def _parts(parameters: Mapping[str, Value]) -> list[tuple[Dim, Place, int, int]]:
+    """(leaf, place, number of the leaf in its axis, number of leaves of the axis) of every axis of every parameter."""
+    found = []
+    for name, value in parameters.items():
+        for axis, dim in enumerate(value.dims):
+            inner = leaves(dim)
+            found += [(leaf, Place(name, axis), i, len(inner)) for i, leaf in enumerate(inner) if leaf.size > 1]
+    return found
+
+
+def _groups(parameters: Mapping[str, Value]) -> tuple[dict[str, Dim], dict[str, Group]]:
+    found: dict[Dim, list[tuple[Place, int, int]]] = {}
+    for leaf, place, number, count in _parts(parameters):
+        if leaf.fixed is None:
+            found.setdefault(leaf, []).append((place, number, count))
+    named, groups = {}, {}
+    for leaf, uses in found.items():
+        # the name is that of an axis of its own if there is one, rather in a matrix than in a bias
+        place, number, count = min(uses, key=lambda use: (use[2], -len(parameters[use[0].parameter].dims)))
+        name = str(place) if count == 1 else f"{place}.{number}"
+        named[name] = leaf
+        groups[name] = Group(name, leaf.size, tuple(dict.fromkeys(place for place, _, _ in uses)))
+    return named, groups
+
+
+def _fixed(parameters: Mapping[str, Value]) -> tuple[Fixed, ...]:
+    found = [Fixed(place, leaf.size, leaf.fixed) for leaf, place, _, _ in _parts(parameters) if leaf.fixed is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def trace(function: Callable[[Any, Any], Any], params: Any, inputs: Any) -> Traced:
+    """Traces a function once, and finds out which axes of its parameters can change.
+
+    Args:
+      function: `function(params, inputs)`, a pure function whose shapes follow from those of its arguments.
+      params: the parameters of the whole network, or their shapes and dtypes: a dict of arrays, also nested.
+      inputs: the inputs, or their shapes and dtypes: one array, or a dict or list of arrays.
+
+    Raises:
+      ConfigError: the function looks at the numbers of its arguments, for example in an `if`.
+
+    >>> import jax.numpy as jnp
+    >>> def mlp(params, x):
+    ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+    >>> params = {"w1": jnp.ones((2, 8)), "w2": jnp.ones((8, 3))}
+    >>> traced = trace(mlp, params, jnp.ones((1, 2)))
+    >>> traced.groups["w1[1]"].places
+    (Place(parameter='w1', axis=1), Place(parameter='w2', axis=0))
+    >>> traced.evaluate(params, jnp.ones((1, 2)), {"w1[1]": 4}).shape
+    (1, 3)
+    """
+    flat, params_tree = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(params, inputs)
+    except jax.errors.ConcretizationTypeError as e:
+        raise errors.ConfigError(
+            f"the function looks at the numbers of its arguments at {places.of_error(e)}, but tracing knows only shapes; use "
+            "jnp.where or lax.cond there"
+        ) from e
+    graph = jaxprs.graph_of(closed)
+    for value in graph.inputs[len(flat) :]:
+        for dim in value.dims:
+            fix(dim, "an input has this axis")
+    relations.relate(graph)
+    for operand in graph.outputs:
+        for dim in operand.dims:
+            fix(dim, "the result has this axis")
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
+    parameters = dict(zip(names, graph.inputs[: len(flat)], strict=True))
+    return Traced(graph, parameters, (params_tree, jax.tree.structure(inputs), jax.tree.structure(shapes)))
+
+
+class Traces:
+    """The traces of one function, one for each combination of shapes and dtypes. Threads may share it.
+
+    >>> import jax.numpy as jnp
+    >>> traces = Traces(lambda params, x: x * params["scale"])
+    >>> params = {"scale": jnp.ones(())}
+    >>> traces.of(params, jnp.ones(3)) is traces.of(params, jnp.zeros(3))
+    True
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any]):
+        self._function = function
+        self._traces: dict[Any, Traced] = {}
+        self._lock = threading.RLock()  # held while tracing, so that two threads do not trace the same
+
+    def of(self, params: Any, inputs: Any) -> Traced:
+        """The trace for arguments of these shapes and dtypes."""
+        flat, tree = jax.tree.flatten((params, inputs))
+        key = (tree, tuple((x.shape, x.dtype) for x in flat))
+        with self._lock:
+            if key not in self._traces:
+                shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+                self._traces[key] = trace(self._function, *jax.tree.unflatten(tree, shapes))
+            return self._traces[key]
