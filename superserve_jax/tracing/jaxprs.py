@@ -27,16 +27,17 @@ _ARITHMETIC = ("abs", "add", "convert_element_type", "div", "eq", "ge", "gt", "i
 _ARITHMETIC += ("ne", "neg", "pow", "rsqrt", "select_n", "sqrt", "square", "sub")
 
 
-def graph_of(closed: core.ClosedJaxpr, *, inline_custom: bool = False) -> Graph:
+def graph_of(closed: core.ClosedJaxpr, where: str = places.UNKNOWN, *, inline_custom: bool = False) -> Graph:
     """The graph of a jaxpr.
 
     Args:
       closed: the jaxpr.
+      where: the place of operations that have no place of their own.
       inline_custom: inlines functions with derivatives of their own too, so the derivative of their formula counts.
     """
     builder = _Builder(inline_custom)
     inputs = [_value(var) for var in closed.jaxpr.invars]
-    outputs = builder.inline(closed.jaxpr, closed.consts, inputs, places.UNKNOWN)
+    outputs = builder.inline(closed.jaxpr, closed.consts, inputs, where)
     return Graph(inputs, outputs, builder.nodes, builder.constants)
 
 
@@ -62,7 +63,7 @@ class _Builder:
         known.update((var, self._constant(const)) for var, const in zip(jaxpr.constvars, consts, strict=True))
 
         def read(atom: Any) -> Operand:
-            return self._constant(atom.val, atom.aval.dtype) if isinstance(atom, core.Literal) else known[atom]
+            return self._constant(atom.val, _shape(atom).dtype) if isinstance(atom, core.Literal) else known[atom]
 
         for equation in jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]
@@ -88,11 +89,11 @@ class _Builder:
         outputs = [_value(var) for var in equation.outvars]
         node = Node(equation.primitive, dict(params), inputs, outputs, where)
         if name == "scan":
-            node.bodies = (graph_of(params["jaxpr"], inline_custom=self._inline_custom),)
+            node.bodies = (graph_of(params["jaxpr"], where, inline_custom=self._inline_custom),)
         elif name in REMAT:
             node.bodies = (self._body(params, inputs, where),)
         elif name in (*CUSTOM_JVP, *CUSTOM_VJP):
-            node.bodies = (self._body(params, inputs, where), _derivative(equation))
+            node.bodies = (self._body(params, inputs, where), _derivative(equation, where))
         self.nodes.append(node)
         return outputs
 
@@ -125,13 +126,13 @@ def is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _derivative(equation: core.JaxprEqn) -> Graph:
+def _derivative(equation: core.JaxprEqn, where: str) -> Graph:
     """The derivative that a custom_jvp or a custom_vjp defines, traced at the sizes of the whole network.
 
     Its inputs are all operands of the call, then the tangents of those that are floats. For a custom_vjp, the cotangents of
     the outputs that are floats. It returns the tangents of these outputs, or the cotangents of these operands.
     """
-    operands = [core.Var(atom.aval) for atom in equation.invars]
+    operands: list[Any] = [core.Var(atom.aval) for atom in equation.invars]
     info = core.DebugInfo("derivative", equation.primitive.name, ("",) * len(operands), ("",) * len(equation.outvars))
     jaxpr = core.Jaxpr([], operands, list(equation.outvars), [equation.replace(invars=operands)], debug_info=info)
     call = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
@@ -157,4 +158,4 @@ def _derivative(equation: core.JaxprEqn) -> Graph:
     results = list(map(_shape, equation.outvars))
     seeds = [like[i] for i in floats_in] if is_jvp else [results[i] for i in floats_out]
     closed = jax.make_jaxpr(forward if is_jvp else backward)(like, seeds)
-    return graph_of(closed, inline_custom=True)
+    return graph_of(closed, where, inline_custom=True)

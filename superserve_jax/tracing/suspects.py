@@ -84,6 +84,8 @@ def _of_numbers(node: Node, sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Su
         number = abs(operand.value)
         for size, groups in sizes.items():
             form = next((form for form, function in _FORMS.items() if means.is_near(number, function(size))), None)
+            if form == "n - 1" and node.name != "div":  # such as the last index; ddof=1 divides
+                continue
             if form is not None and float(number) not in (0.0, 1.0):
                 yield Suspect(node.where, float(operand.value), form, size, groups)
 

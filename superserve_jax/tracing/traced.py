@@ -10,9 +10,9 @@ import numpy as np
 
 from superserve_jax import errors, ops
 from superserve_jax.tracing import jaxprs, means, places, relations, suspects
-from superserve_jax.tracing.dims import Dim, fix, leaves
+from superserve_jax.tracing.dims import Dim, fix, leaves, unify
 from superserve_jax.tracing.evaluation import Evaluation
-from superserve_jax.tracing.graph import Graph, Value
+from superserve_jax.tracing.graph import Graph, Operand, Value
 from superserve_jax.tracing.sizes import Sizes
 from superserve_jax.tracing.suspects import Suspect
 
@@ -33,8 +33,8 @@ class Group:
     """Axes of parameters that can only change together.
 
     Args:
-      name: the first parameter that has the axis, such as "fc.kernel[1]". If other groups are merged into the same axis, their
-        numbers follow: "qkv[1].0" and "qkv[1].1".
+      name: one of the axes, such as "fc.kernel[1]". If that axis consists of several groups, a number follows: "qkv[1].0" and
+        "qkv[1].1".
       size: the size in the whole network.
       places: all axes of parameters that this group belongs to.
     """
@@ -72,9 +72,10 @@ class Traced:
     Threads may share it.
     """
 
-    def __init__(self, graph: Graph, parameters: Mapping[str, Value], trees: tuple[Any, Any, Any]):
+    def __init__(self, graph: Graph, parameters: Mapping[str, Value], trees: tuple[Any, Any, Any], updates: int):
         self._graph, self._parameters = graph, dict(parameters)
         self._params_tree, self._inputs_tree, self._outputs_tree = trees
+        self._updates = updates  # the last outputs are new values of parameters
         self._leaves, self.groups = _groups(self._parameters)
         self.fixed = _fixed(self._parameters)
         self._means = means.find(graph)
@@ -89,6 +90,9 @@ class Traced:
           inputs: the inputs, of the traced shapes and dtypes.
           sizes: the size of each group, by its name: an int, or a pair of a limit and a traced int32. A group that is left out
             keeps its whole size.
+
+        Returns:
+          what the function returns. Updates have the limits as their sizes, with zeros beyond the active sizes.
 
         Raises:
           UnknownNameError: no group has this name.
@@ -105,7 +109,11 @@ class Traced:
             _check_array(f"input {i}", x, value, (value.shape,))
         cut = [evaluation.parameter(x, value) for x, value in zip(given, values, strict=True)]
         zeros = [True] * len(self._graph.inputs)  # the axes of inputs do not change
-        return jax.tree.unflatten(self._outputs_tree, evaluation.run(self._graph, [*cut, *arguments], zeros))
+        outputs = evaluation.run(self._graph, [*cut, *arguments], zeros)
+        first = len(outputs) - self._updates
+        for i, operand in enumerate(self._graph.outputs[first:], first):
+            outputs[i] = evaluation.mask(outputs[i], operand, range(outputs[i].ndim), 0)
+        return jax.tree.unflatten(self._outputs_tree, outputs)
 
     def cut(self, params: Any, sizes: Mapping[str, ops.Size]) -> Any:
         """The parameters of the smaller network: those of the whole network, cut to the limits of `sizes`."""
@@ -160,12 +168,17 @@ def _groups(parameters: Mapping[str, Value]) -> tuple[dict[str, Dim], dict[str, 
             found.setdefault(leaf, []).append((place, number, count))
     named, groups = {}, {}
     for leaf, uses in found.items():
-        # the name is that of an axis of its own if there is one, rather in a matrix than in a bias
-        place, number, count = min(uses, key=lambda use: (use[2], -len(parameters[use[0].parameter].dims)))
+        # rather an axis of its own than a merged one, a matrix than a bias, and what a matrix makes than what it reads
+        place, number, count = min(uses, key=lambda use: (use[2], *_rank(use[0], parameters)))
         name = str(place) if count == 1 else f"{place}.{number}"
         named[name] = leaf
         groups[name] = Group(name, leaf.size, tuple(dict.fromkeys(place for place, _, _ in uses)))
     return named, groups
+
+
+def _rank(place: Place, parameters: Mapping[str, Value]) -> tuple[bool, bool]:
+    axes = len(parameters[place.parameter].shape)
+    return axes == 1, place.axis != axes - 1
 
 
 def _fixed(parameters: Mapping[str, Value]) -> tuple[Fixed, ...]:
@@ -173,16 +186,21 @@ def _fixed(parameters: Mapping[str, Value]) -> tuple[Fixed, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def trace(function: Callable[[Any, Any], Any], params: Any, inputs: Any) -> Traced:
+def trace(function: Callable[[Any, Any], Any], params: Any, inputs: Any, *, has_updates: bool = False) -> Traced:
     """Traces a function once, and finds out which axes of its parameters can change.
 
     Args:
       function: `function(params, inputs)`, a pure function whose shapes follow from those of its arguments.
-      params: the parameters of the whole network, or their shapes and dtypes: a dict of arrays, also nested.
+      params: the parameters of the whole network, or their shapes and dtypes: a dict of arrays, also nested. The running
+        statistics of a BatchNorm count as parameters.
       inputs: the inputs, or their shapes and dtypes: one array, or a dict or list of arrays.
+      has_updates: the function returns a pair of its result and new values of some parameters, such as running statistics:
+        a dict like `params`, with these parameters only. Axes of the result cannot change, but those of new values can.
 
     Raises:
-      ConfigError: the function looks at the numbers of its arguments, for example in an `if`.
+      ConfigError: the function looks at the numbers of its arguments, for example in an `if`. Or a new value has another shape
+        than its parameter.
+      UnknownNameError: a new value has the name of no parameter.
 
     >>> import jax.numpy as jnp
     >>> def mlp(params, x):
@@ -203,16 +221,38 @@ def trace(function: Callable[[Any, Any], Any], params: Any, inputs: Any) -> Trac
             "jnp.where or lax.cond there"
         ) from e
     graph = jaxprs.graph_of(closed)
-    for value in graph.inputs[len(flat) :]:
-        for dim in value.dims:
-            fix(dim, "an input has this axis")
-    relations.relate(graph)
-    for operand in graph.outputs:
-        for dim in operand.dims:
-            fix(dim, "the result has this axis")
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
+    names = [_name(path) for path, _ in flat]
     parameters = dict(zip(names, graph.inputs[: len(flat)], strict=True))
-    return Traced(graph, parameters, (params_tree, jax.tree.structure(inputs), jax.tree.structure(shapes)))
+    for value in graph.inputs[len(flat) :]:
+        _fix_all(value, "an input has this axis")
+    relations.relate(graph)
+    updates = jax.tree_util.tree_flatten_with_path(shapes[1])[0] if has_updates else []
+    results = len(graph.outputs) - len(updates)
+    for operand in graph.outputs[:results]:
+        _fix_all(operand, "the result has this axis")
+    for (path, _), operand in zip(updates, graph.outputs[results:], strict=True):
+        _tie_update(_name(path), operand, parameters)
+    trees = (params_tree, jax.tree.structure(inputs), jax.tree.structure(shapes))
+    return Traced(graph, parameters, trees, len(updates))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _fix_all(operand: Operand, reason: str) -> None:
+    for dim in operand.dims:
+        fix(dim, reason)
+
+
+def _tie_update(name: str, operand: Operand, parameters: Mapping[str, Value]) -> None:
+    """A new value of a parameter has the parameter's axes."""
+    errors.check_name("parameter with a new value", name, parameters)
+    new, old = [dim.size for dim in operand.dims], list(parameters[name].shape)
+    if new != old:
+        raise errors.ConfigError(f"the new value of '{name}' has shape {new}; give it the parameter's shape, {old}")
+    for a, b in zip(operand.dims, parameters[name].dims, strict=True):
+        unify(a, b, f"the new value of '{name}'")
 
 
 class Traces:
@@ -225,8 +265,8 @@ class Traces:
     True
     """
 
-    def __init__(self, function: Callable[[Any, Any], Any]):
-        self._function = function
+    def __init__(self, function: Callable[[Any, Any], Any], *, has_updates: bool = False):
+        self._function, self._has_updates = function, has_updates
         self._traces: dict[Any, Traced] = {}
         self._lock = threading.RLock()  # held while tracing, so that two threads do not trace the same
 
@@ -237,5 +277,5 @@ class Traces:
         with self._lock:
             if key not in self._traces:
                 shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
-                self._traces[key] = trace(self._function, *jax.tree.unflatten(tree, shapes))
+                self._traces[key] = trace(self._function, *jax.tree.unflatten(tree, shapes), has_updates=self._has_updates)
             return self._traces[key]

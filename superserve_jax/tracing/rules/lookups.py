@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from superserve_jax.tracing.graph import Node
-from superserve_jax.tracing.rules.base import Rule, bind, fix_axes, tie, tie_all
+from superserve_jax.tracing.rules.base import Rule, bind, fix_axes, fix_node, tie, tie_all
 
 if TYPE_CHECKING:
     from superserve_jax.tracing.evaluation import Evaluation
@@ -62,8 +62,16 @@ def relate_random(node: Node) -> None:
         fix_axes(operand.dims, node, what)
 
 
+def relate_bits(node: Node) -> None:
+    """The bits of a number may be those of another number that is infinite, so no axis changes. Random numbers use this."""
+    if len(node.inputs[0].dims) == len(node.outputs[0].dims):
+        tie_all(node.inputs[0].dims, node.outputs[0].dims, node)
+    fix_node(node)
+
+
 RULES = {
     "gather": Rule(relate_gather, evaluate_gather),
     "iota": Rule(relate_iota, evaluate_iota),
+    "bitcast_convert_type": Rule(relate_bits),
     **dict.fromkeys(("random_bits", "threefry2x32"), Rule(relate_random)),
 }
