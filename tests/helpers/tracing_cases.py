@@ -130,7 +130,7 @@ SHAPES = {
     "tile": Case(
         lambda p, x: jnp.tile(x @ p["a"], (1, p["b"].shape[0])) @ p["b"].reshape(-1, 3),
         {"a": (6, 8), "b": (2, 8, 3)},
-        ("b[0]", "b[1]"),
+        ("a[1]", "b[0]"),
     ),
 }
 
@@ -275,7 +275,7 @@ def _scan(p, x):
 
 
 CALLS = {
-    "scan": Case(_scan, {**TWO_LAYERS, "w": (2, 8, 8), "c": (8,), "d": (2, 8)}, ("w[1]",)),
+    "scan": Case(_scan, {**TWO_LAYERS, "w": (2, 8, 8), "c": (8,), "d": (2, 8)}, ("a[1]",)),
     "remat2": hidden(jax.checkpoint(lambda h: jnp.exp(h) / jnp.exp(h).sum(1, keepdims=True))),
     "custom_jvp_call": hidden(twice),
     "custom_jvp_call: relu": hidden(lambda h: jax.nn.relu(h * (h > 0.1))),

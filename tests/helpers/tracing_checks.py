@@ -70,10 +70,10 @@ def check(function, params, inputs, sizes=None, *, traced=None, small=None, has_
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def compute(params, small):
-        found = {"small": value_and_gradients(function, small, inputs)}
+        found = {"small": value_and_gradients(function, small, inputs, has_updates)}
         for form, given in forms.items():
             evaluate = functools.partial(traced.evaluate, sizes=given)
-            result, gradients = value_and_gradients(evaluate, params, inputs)
+            result, gradients = value_and_gradients(evaluate, params, inputs, has_updates)
             if has_updates:
                 result = result[0], traced.cut(_placed(traced, params, result[1], given), sizes)
             found[form] = result, gradients, traced.cut(gradients, sizes)
@@ -102,12 +102,12 @@ def _outside(gradient, inside):
     return float(np.nan_to_num(rest, nan=np.inf).max(initial=0))
 
 
-def value_and_gradients(function, params, inputs):
-    """The result, and the gradients of a weighted sum of its float arrays."""
+def value_and_gradients(function, params, inputs, has_updates=False):
+    """The result, and the gradients of a weighted sum of its float arrays (without updates, whose shapes may differ)."""
 
     def loss(params):
         result = function(params, inputs)
-        floats = [y for y in jax.tree.leaves(result) if jnp.issubdtype(y.dtype, jnp.floating)]
+        floats = [y for y in jax.tree.leaves(result[0] if has_updates else result) if jnp.issubdtype(y.dtype, jnp.floating)]
         return sum(jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))) for y in floats), result
 
     gradients, result = jax.grad(loss, has_aux=True)(params)
