@@ -10,7 +10,6 @@ from tracing_cases import CASES, X
 
 from superserve_jax import ops, tracing
 
-TOLERANCE = 1e-6
 # Options of XLA for programs that run once: they compile several times as fast.
 FAST = {
     "xla_backend_optimization_level": 0,
@@ -115,13 +114,13 @@ def value_and_gradients(function, params, inputs, has_updates=False):
 
 
 def assert_close(found, expected, what):
-    """Equal up to 1e-6 of the largest entry."""
+    """Equal up to 1e-6 of the largest entry; in float64, up to 1e-10."""
     assert found.shape == expected.shape, what
     assert found.dtype == expected.dtype, what
-    scale = max(1.0, float(np.abs(np.nan_to_num(np.asarray(expected, np.float32))).max(initial=0)))
-    np.testing.assert_allclose(
-        np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=what
-    )
+    tolerance = 1e-10 if found.dtype == np.float64 else 1e-6
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    scale = max(1.0, float(np.abs(np.nan_to_num(expected)).max(initial=0)))
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale, err_msg=what)
 
 
 def primitives(function, *arguments):

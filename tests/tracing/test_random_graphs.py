@@ -129,14 +129,17 @@ def network(steps):
 
 
 def check_network(steps, seed):
+    """In float64, because functions that are infinite at 0 make rounding errors large."""
     function, shapes = network(steps)
-    params = random_params(shapes, seed)
-    traced = tracing.trace(function, params, X, has_updates=True)
-    assert traced.groups
-    check(function, params, X, random_sizes(traced, seed), traced=traced, has_updates=True)
+    with jax.enable_x64(True):
+        x = X.astype(jnp.float64)
+        params = jax.tree.map(lambda array: array.astype(jnp.float64), random_params(shapes, seed))
+        traced = tracing.trace(function, params, x, has_updates=True)
+        assert traced.groups
+        check(function, params, x, random_sizes(traced, seed), traced=traced, has_updates=True)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(networks, st.integers(0, 100))
 def test_a_random_network_at_other_sizes_is_the_small_network(steps, seed):
     check_network(steps, seed)
