@@ -217,7 +217,8 @@ class Repository(Mapping[str, ServedModel]):
             if model is not None:
                 await self._unload(name)
             self._states[name] = "LOADING"
-            self.now = {**self.now, name: await self._compile(self._open, name, path)}
+            opened = await self._compile(self._open, name, path)
+            self.now = {**self.now, name: opened}  # in one step: other models may have come and gone meanwhile
         except _REFUSALS as e:
             self._reasons[name] = errors.one_line(e)
             raise RequestError(f"model '{name}' cannot be loaded: {errors.one_line(e)}") from e

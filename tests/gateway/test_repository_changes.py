@@ -79,3 +79,14 @@ def test_an_unload_answers_the_queries_that_were_accepted(folder):
                 valve.open()
         assert (waiting.result.status, unload.result.status) == (200, 200)
         assert server.health()["closed"]
+
+
+def test_models_that_are_loaded_at_once_are_all_there(folder):
+    opener = Opener()
+    with opened(folder, opener, servers=["other"]) as door:
+        with opener.shut(), Background(change, door, "first") as first, Background(change, door, "second") as second:
+            fakes.wait_until(lambda: [*states(door).values()] == ["LOADING", "READY", "LOADING"])
+            assert change(door, "other", "unload").status == 200
+            opener.gate.set()
+        assert [first.result.status, second.result.status] == [200, 200]
+        assert {*door.models} == {"first", "second"}
