@@ -23,7 +23,7 @@ from superserve_jax.gateway import bodies, documents, messages, requests, tensor
 from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
-from superserve_jax.gateway.model import VERSION, ServedModel, answers_to, find
+from superserve_jax.gateway.model import ServedModel, answers_to, find
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.spans import Spans
 from superserve_jax.gateway.threads import Threads
@@ -61,7 +61,6 @@ class App:
 
     def __init__(self, models: Repository, page: LivePage | None = None, spans: Spans | None = None):
         self._models, self._page, self._spans = models, page, spans
-        self._infer_of, self._infer_at = self._infer_targets()
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(documents.Metrics(self._models))
         self._documents: dict[str, Callable[[Request], Answer]] = {
@@ -89,9 +88,7 @@ class App:
 
     async def _answer(self, request: Request) -> Answer:
         try:
-            if self._infer_of is not self._models.now:
-                self._infer_of, self._infer_at = self._infer_targets()
-            model = self._infer_at.get(request.target)
+            model = self._models.by_target.get(request.target)
             if model is not None and request.method == "POST":
                 answer = await self._infer(model, request)
             else:
@@ -104,11 +101,6 @@ class App:
             if request.span is not None:
                 request.span.set_error(error)
             return messages.failed(error)
-
-    def _infer_targets(self) -> tuple[Mapping[str, ServedModel], dict[bytes, ServedModel]]:
-        """The models now, and the usual targets of their inferences."""
-        now, versions = self._models.now, ("", f"/versions/{VERSION}")
-        return now, {f"/v2/models/{name}{version}/infer".encode(): now[name] for name in now for version in versions}
 
     async def _infer(self, model: ServedModel, request: Request) -> Answer:
         json_length, slo_ms = requests.json_length(request.headers), requests.slo_of(request.headers)

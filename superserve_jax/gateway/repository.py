@@ -48,6 +48,7 @@ class Repository(Mapping[str, ServedModel]):
 
     Attributes:
       now: the models at this moment. Each change replaces this dict by another one.
+      by_target: the models at this moment, by the usual targets of their inferences over HTTP.
       can_change: whether clients can load and unload models.
       max_body_bytes: the longest body of an inference, for any model that is there or may be loaded.
       is_compiling: whether a thread opens a server, or swaps an export in.
@@ -64,7 +65,8 @@ class Repository(Mapping[str, ServedModel]):
         limits: Limits = _NO_LIMITS,
         may_change: bool = False,
     ):
-        self.now = dict(models)
+        self.now, self.by_target = dict[str, ServedModel](), dict[bytes, ServedModel]()
+        self._replace(models)
         self._folder = None if folder is None else Folder(folder)
         self._open_model, self._limits, self._may_change = open_model, limits, may_change
         self.can_change, self.is_compiling = may_change and folder is not None, False
@@ -152,6 +154,14 @@ class Repository(Mapping[str, ServedModel]):
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 
+    def _replace(self, models: Mapping[str, ServedModel]) -> None:
+        self.now = dict(models)
+        self.by_target = {
+            f"/v2/models/{name}{version}/infer".encode(): model
+            for name, model in models.items()
+            for version in ("", f"/versions/{VERSION}")
+        }
+
     def _entry(self, name: str) -> dict[str, str]:
         model, state = self.now.get(name), self._states.get(name)
         if state is None and model is not None and model.is_ready():
@@ -218,7 +228,7 @@ class Repository(Mapping[str, ServedModel]):
                 await self._unload(name)
             self._states[name] = "LOADING"
             opened = await self._compile(self._open, name, path)
-            self.now = {**self.now, name: opened}  # in one step: other models may have come and gone meanwhile
+            self._replace({**self.now, name: opened})  # not in one line: other models may come and go during the `await`
         except _REFUSALS as e:
             self._reasons[name] = errors.one_line(e)
             raise RequestError(f"model '{name}' cannot be loaded: {errors.one_line(e)}") from e
@@ -270,7 +280,7 @@ class Repository(Mapping[str, ServedModel]):
         model = self.now.get(name)
         if model is None:
             return
-        self.now = {key: value for key, value in self.now.items() if key != name}
+        self._replace({key: value for key, value in self.now.items() if key != name})
         self._states[name] = "UNLOADING"
         await self._threads.run(functools.partial(model.server.close, timeout_s=self._limits.drain_s))
         with self._owning:
