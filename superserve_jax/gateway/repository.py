@@ -3,7 +3,8 @@
 The models change in the event loop only. Threads open, swap and close the servers, since this takes long. Loads and unloads of
 one name wait for each other. Only one server is opened at a time: to compile for two at once would slow down both.
 
-A load goes on if its client goes away. If the gateway closes, clients that wait for a load or an unload get an error at once.
+A load that has begun goes on if its client goes away. If the gateway closes, clients that wait for a load or an unload get an
+error at once.
 The thread that opens a server cannot be interrupted; it closes the server when it is open.
 """
 
@@ -12,7 +13,7 @@ import functools
 import logging
 import pathlib
 import threading
-from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Coroutine, ItemsView, Iterator, Mapping, ValuesView
 from typing import Any
 
 from superserve_jax import errors
@@ -194,22 +195,27 @@ class Repository(Mapping[str, ServedModel]):
                 raise RequestError(f"{parameter} is {str(value)[:50]!r}, expected {known[parameter].__name__}")
         return self._folder
 
-    async def _alone(self, name: str, work: Callable[[], Any]) -> None:
-        """Runs a load or an unload after the earlier ones of this name. It goes on if the caller is cancelled."""
+    async def _alone(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs a load or an unload after the earlier ones of this name.
 
-        async def run() -> None:
-            async with self._locks.setdefault(name, asyncio.Lock()):
-                try:
-                    await work()
-                finally:
-                    self._states.pop(name, None)
-
+        If the caller is cancelled, what runs goes on. What still waits for an earlier one is dropped.
+        """
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        await lock.acquire()
         if self._ended:
+            lock.release()
             raise _closing()
-        task = asyncio.get_running_loop().create_task(run())
+        task = asyncio.get_running_loop().create_task(work())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # its caller may have gone
+
+        def done(_: object) -> None:
+            self._tasks.discard(task)
+            self._states.pop(name, None)
+            lock.release()
+            if not task.cancelled():
+                task.exception()  # marks it as seen, since the caller may have gone
+
+        task.add_done_callback(done)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:

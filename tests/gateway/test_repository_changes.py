@@ -1,5 +1,7 @@
 """What happens while a model is loaded or unloaded: to other models, to other clients, and when the gateway closes."""
 
+import asyncio
+
 import fakes
 import gateways
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import repositories
 from gateways import connect, infer, request
 from repositories import Background, Opener, change, opened, states
+
+from superserve_jax.gateway.repository import Repository
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
@@ -48,6 +52,28 @@ def test_a_load_goes_on_if_its_client_goes_away(folder):
             assert opener.entered.wait(fakes.WAIT_S)
         opener.gate.set()
         fakes.wait_until(lambda: states(door)["first"] == "READY")
+
+
+def test_what_still_waits_is_dropped_if_its_client_goes_away(folder):
+    opener = Opener()
+
+    async def run():
+        models = Repository({}, str(folder), opener, may_change=True)
+        await models.load("first", {})
+        with opener.shut():
+            second = asyncio.create_task(models.load("second", {}))
+            assert await asyncio.to_thread(opener.entered.wait, fakes.WAIT_S)
+            again = asyncio.create_task(models.load("first", {}))
+            while "LOADING" not in [entry["state"] for entry in await models.index() if entry["name"] == "first"]:
+                await asyncio.sleep(0.01)
+            unload = asyncio.create_task(models.unload("first", {}))
+            await asyncio.sleep(0)
+            unload.cancel()
+        await asyncio.gather(second, again)
+        assert {*models} == {"first", "second"}
+        models.close()
+
+    asyncio.run(run())
 
 
 def test_the_gateway_closes_during_a_load(folder):
