@@ -8,7 +8,6 @@ error at once.
 The thread that opens a server cannot be interrupted; it closes the server when it is open.
 """
 
-import asyncio
 import functools
 import logging
 import pathlib
@@ -17,11 +16,13 @@ from collections.abc import Callable, Coroutine, ItemsView, Iterator, Mapping, V
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax.gateway.failures import ClosingError, RequestError
+from superserve_jax.gateway import turns
+from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.folder import Folder
 from superserve_jax.gateway.limits import MOST_BODY_BYTES, Limits, body_limit
 from superserve_jax.gateway.model import VERSION, ServedModel, check_name
 from superserve_jax.gateway.threads import Threads
+from superserve_jax.gateway.turns import Turns
 from superserve_jax.manifest import read_manifest
 from superserve_jax.serving.server import Server
 
@@ -73,8 +74,7 @@ class Repository(Mapping[str, ServedModel]):
         self.can_change, self.is_compiling = may_change and folder is not None, False
         bodies = [model.max_body_bytes for model in models.values()]
         self.max_body_bytes = max(bodies) if folder is None else max([*bodies, body_limit(limits, MOST_BODY_BYTES)])
-        self._threads, self._compiling, self._ended = Threads(_THREADS), Threads(1), False
-        self._locks, self._tasks = dict[str, asyncio.Lock](), set[asyncio.Task[None]]()
+        self._threads, self._compiling, self._turns = Threads(_THREADS), Threads(1), Turns()
         self._states = dict[str, str]()  # what happens to a name
         self._reasons = dict[str, str]()  # why the last load failed
         self._owning, self._owned, self._closed = threading.Lock(), set[Server](), False  # servers that clients have loaded
@@ -141,9 +141,7 @@ class Repository(Mapping[str, ServedModel]):
 
     def end(self) -> None:
         """Ends the loads and unloads in progress, because the gateway closes. Called in the event loop."""
-        self._ended = True
-        for task in self._tasks:
-            task.cancel()
+        self._turns.end()
 
     def close(self) -> None:
         """Closes the servers that clients have loaded, also those that open later. Any thread may call it, also twice."""
@@ -196,32 +194,15 @@ class Repository(Mapping[str, ServedModel]):
         return self._folder
 
     async def _alone(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs a load or an unload after the earlier ones of this name.
+        """Runs a load or an unload after the earlier ones of this name."""
 
-        If the caller is cancelled, what runs goes on. What still waits for an earlier one is dropped.
-        """
-        lock = self._locks.setdefault(name, asyncio.Lock())
-        await lock.acquire()
-        if self._ended:
-            lock.release()
-            raise _closing()
-        task = asyncio.get_running_loop().create_task(work())
-        self._tasks.add(task)
+        async def run() -> None:
+            try:
+                await work()
+            finally:
+                self._states.pop(name, None)
 
-        def done(_: object) -> None:
-            self._tasks.discard(task)
-            self._states.pop(name, None)
-            lock.release()
-            if not task.cancelled():
-                task.exception()  # marks it as seen, since the caller may have gone
-
-        task.add_done_callback(done)
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not task.cancelled():
-                raise
-            raise _closing() from None
+        await self._turns.run(name, run)
 
     async def _load(self, name: str, path: pathlib.Path) -> None:
         self._states[name] = "LOADING"
@@ -275,7 +256,7 @@ class Repository(Mapping[str, ServedModel]):
             model = ServedModel(name, server, self._limits)
             with self._owning:
                 if self._closed:
-                    raise _closing()
+                    raise turns.closing()
                 self._owned.add(server)
         except BaseException:
             server.close(drain=False)
@@ -301,7 +282,3 @@ def _reload(model: ServedModel, path: pathlib.Path) -> None:
         raise errors.ConfigError("a model with this name is served from elsewhere; unload it first")
     if served.manifest["sha256"] != read_manifest(path)["sha256"]:
         model.server.swap(path)
-
-
-def _closing() -> ClosingError:
-    return ClosingError("the gateway is shutting down; send the request to another replica")
