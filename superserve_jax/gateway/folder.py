@@ -32,8 +32,7 @@ class Folder:
 
     def exports(self) -> set[str]:
         """The names of the exports."""
-        found = [path for path in self._path.iterdir() if (path / MANIFEST_NAME).is_file() and self._is_below(path)]
-        return {path.name for path in found if may_be_name(path.name)}
+        return {path.name for path in self._path.iterdir() if may_be_name(path.name) and self._is_export(path)}
 
     def find(self, name: str) -> pathlib.Path:
         """The directory of an export, without links.
@@ -52,6 +51,12 @@ class Folder:
         except errors.ExportError as e:
             raise RequestError(errors.one_line(e)) from e
         return path.resolve()
+
+    def _is_export(self, path: pathlib.Path) -> bool:
+        try:
+            return self._is_below(path) and (path / MANIFEST_NAME).is_file()
+        except OSError:  # it may not be read, such as the folder lost+found of a disk
+            return False
 
     def _is_below(self, path: pathlib.Path) -> bool:
         """Whether this is a folder right below, or a link to one. Links to other places do not count."""

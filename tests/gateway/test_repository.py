@@ -1,7 +1,9 @@
 """Clients load and unload the exports of a folder, over HTTP."""
 
+import errno
 import gc
 import json
+import pathlib
 import urllib.request
 import weakref
 
@@ -96,6 +98,21 @@ def test_only_exports_right_below_the_folder_may_be_loaded(folder, name, status,
         answer = change(door, name, what)
         assert (answer.status, message in answer.error) == (status, True), answer.error
         assert not door.models
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other_one(folder, monkeypatch):
+    real = pathlib.Path.is_file
+
+    def is_file(path):
+        if path.parent.name == "empty":
+            raise PermissionError(errno.EACCES, "permission denied")
+        return real(path)
+
+    monkeypatch.setattr(pathlib.Path, "is_file", is_file)
+    with opened(folder) as door:
+        assert states(door) == {"first": "UNAVAILABLE", "second": "UNAVAILABLE"}
+        assert change(door, "nowhere").status == 404
+        assert "permission denied" in change(door, "empty").error
 
 
 @pytest.mark.parametrize(
