@@ -60,7 +60,7 @@ def test_calls_beyond_the_limit_are_refused(monkeypatch):
         assert all(values(call.result(fakes.WAIT_S)).tolist() == [[7, 2]] for call in started)
 
 
-def test_calls_that_stand_open_do_not_take_the_places_of_inferences(monkeypatch):
+def test_calls_that_stand_open_do_not_take_the_places_of_others(monkeypatch):
     for kind in calls.MOST_OPEN:
         monkeypatch.setitem(calls.MOST_OPEN, kind, 2)
     with opened() as (_, door), Client(door) as client:
@@ -69,6 +69,8 @@ def test_calls_that_stand_open_do_not_take_the_places_of_inferences(monkeypatch)
         assert refused(next, client.call("Watch", HEALTH))[0] is StatusCode.RESOURCE_EXHAUSTED
         reflect, _ = client.method("ServerReflectionInfo", "grpc.reflection.v1.ServerReflection")
         assert refused(next, reflect(iter([]), timeout=fakes.WAIT_S))[0] is StatusCode.RESOURCE_EXHAUSTED
+        code, text = refused(client.call, "RepositoryModelLoad", model_name="supernet")
+        assert (code, "--models DIR" in text) == (StatusCode.INVALID_ARGUMENT, True)
         assert values(client.infer(message(ROW))).tolist() == [[7, 2]]
         assert client.call("Check", HEALTH).status == 1
 

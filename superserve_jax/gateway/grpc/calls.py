@@ -25,7 +25,7 @@ logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not str(record
 
 SMALL_S = 10.0
 """How long a small message may take."""
-MOST_OPEN = {"inference": 4096, "standing": 256, "short": 1024}
+MOST_OPEN = {"inference": 4096, "change": 64, "standing": 256, "short": 1024}
 """How many calls of each kind may be open at once. Further ones get status RESOURCE_EXHAUSTED.
 
 Calls that stand open need no messages, and some need no token. So each kind has places of its own.

@@ -26,7 +26,7 @@ MOST_IN_STREAM = 256
 _MOST_ID = 1000  # characters of an id that an error repeats
 _KINDS = {
     **dict.fromkeys(("ModelInfer", "ModelStreamInfer"), "inference"),
-    **dict.fromkeys(repository.CHANGES, "standing"),
+    **dict.fromkeys(repository.CHANGES, "change"),
 }
 _PROBES = ("ServerLive", "ServerReady", "ModelReady")
 _Request = messages.named("inference.ModelInferRequest")
