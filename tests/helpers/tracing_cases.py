@@ -145,6 +145,12 @@ def _rotated(h):
     return jnp.concatenate([-h[:, half:], h[:, :half]], axis=1) + 0.3 * h
 
 
+def _some_heads(p, x):
+    h = x @ p["a"].reshape(6, -1)
+    columns = p["b"].shape[0] * p["b"].shape[1]
+    return h[:, :columns] @ p["b"].reshape(columns, -1), jnp.exp(h[:, columns:]) @ p["c"].reshape(h.shape[1] - columns, -1)
+
+
 PARTS = {
     "concatenate": Case(
         lambda p, x: jnp.concatenate([x @ p["a"], x, jnp.tanh(x @ p["b"])], axis=1) @ p["c"],
@@ -159,6 +165,7 @@ PARTS = {
         {"a": (6, 8), "b": (5, 2), "c": (3, 2)},
         ("b[0]", "c[0]"),
     ),
+    "slice: of merged axes": Case(_some_heads, {"a": (6, 4, 3), "b": (1, 3, 2), "c": (3, 3, 2)}, ("a[2]", "b[0]", "c[0]")),
     "pad": Case(
         lambda p, x: jnp.pad(x @ p["a"], ((0, 0), (0, p["b"].shape[0] - p["a"].shape[1])), constant_values=2) @ p["b"],
         {"a": (6, 5), "b": (9, 3)},
@@ -274,7 +281,15 @@ def _scan(p, x):
     return h @ p["b"], outputs
 
 
+def _carried_parameter(p, x):
+    """The carried value is a parameter first, and so zero beyond its active size. Later it is not."""
+    h, _ = lax.scan(lambda h, row: (jnp.exp(h) + p["e"], h.sum() + row.sum()), p["c"], x)
+    sums = lax.scan(lambda h, row: (jnp.cos(h), h.sum() + row.sum()), p["c"], x)[1]
+    return (x @ p["a"] * h) @ p["b"], sums
+
+
 CALLS = {
+    "scan: carries a parameter": Case(_carried_parameter, {**TWO_LAYERS, "c": (8,), "e": (8,)}, ("a[1]",)),
     "scan": Case(_scan, {**TWO_LAYERS, "w": (2, 8, 8), "c": (8,), "d": (2, 8)}, ("a[1]",)),
     "remat2": hidden(jax.checkpoint(lambda h: jnp.exp(h) / jnp.exp(h).sum(1, keepdims=True))),
     "custom_jvp_call": hidden(twice),
