@@ -165,7 +165,7 @@ PARTS = {
         {"a": (6, 8), "b": (5, 2), "c": (3, 2)},
         ("b[0]", "c[0]"),
     ),
-    "slice: of merged axes": Case(_some_heads, {"a": (6, 4, 3), "b": (1, 3, 2), "c": (3, 3, 2)}, ("a[2]", "b[0]", "c[0]")),
+    "slice: of merged axes": Case(_some_heads, {"a": (6, 5, 3), "b": (2, 3, 2), "c": (3, 3, 2)}, ("a[2]", "b[0]", "c[0]")),
     "pad": Case(
         lambda p, x: jnp.pad(x @ p["a"], ((0, 0), (0, p["b"].shape[0] - p["a"].shape[1])), constant_values=2) @ p["b"],
         {"a": (6, 5), "b": (9, 3)},

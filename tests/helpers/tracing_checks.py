@@ -14,8 +14,9 @@ from superserve_jax import ops, tracing
 FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
+if jax.__version_info__ < (0, 12):  # later versions lack the option
+    FAST["xla_cpu_use_fusion_emitters"] = False
 
 
 def random_params(shapes, seed=0):

@@ -26,10 +26,19 @@ def _tie_arrays(a: Sequence[Operand], b: Sequence[Operand], node: Node) -> None:
             tie_all(x.dims, y.dims, node)
 
 
+def _scan_counts(node: Node) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried. jax 0.12 has them in one parameter."""
+    p = node.params
+    if "num_consts" in p:
+        return p["num_consts"], p["num_carry"]
+    consts, carry, _ = p["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
+
+
 def relate_scan(node: Node) -> None:
     """Constants and carried values keep their axes. The axis over which the scan runs is fixed."""
     (body,) = node.bodies
-    consts, carry = node.params["num_consts"], node.params["num_carry"]
+    consts, carry = _scan_counts(node)
     whole = consts + carry
     _tie_arrays(node.inputs[:whole], body.inputs[:whole], node)
     _tie_arrays(node.outputs[:carry], body.outputs[:carry], node)
@@ -45,7 +54,7 @@ def relate_scan(node: Node) -> None:
 def evaluate_scan(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
     """A scan over the body at these sizes."""
     (body,), p = node.bodies, node.params
-    consts, carry = p["num_consts"], p["num_carry"]
+    consts, carry = _scan_counts(node)
     whole = consts + carry
     zeros = [at.is_zero_beyond(operand) for operand in node.inputs]
     zeros[consts:whole] = [False] * carry  # the body computes the next ones

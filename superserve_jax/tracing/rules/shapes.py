@@ -71,6 +71,14 @@ def relate_stack(node: Node) -> None:
         tie_all(operand.dims, out, node)
 
 
+def relate_unstack(node: Node) -> None:
+    """The opposite of a stack. jax 0.12 has it where Python iterates over an array."""
+    rest = list(node.inputs[0].dims)
+    fix_axes([rest.pop(node.params["axis"])], node)
+    for output in node.outputs:
+        tie_all(rest, output.dims, node)
+
+
 def relate_tile(node: Node) -> None:
     """An axis is repeated: copy 0 of all entries, then copy 1, and so on."""
     for before, after, times in zip(node.inputs[0].dims, node.outputs[0].dims, node.params["reps"], strict=True):
@@ -89,5 +97,6 @@ RULES = {
     "squeeze": Rule(relate_squeeze, moves=True),
     "reshape": Rule(relate_reshape, evaluate_reshape, moves=True),
     "stack": Rule(relate_stack, moves=True),
+    "unstack": Rule(relate_unstack, moves=True),
     "tile": Rule(relate_tile, evaluate_tile),
 }
