@@ -1,4 +1,4 @@
-"""One small function for each of jax's primitives that has a rule.
+"""One small function for each of jax's primitives that has a rule. One file because a test checks that none is missing.
 
 The key of a case is the primitive's name, perhaps with a note behind a colon. A case has a function of parameters and the
 input `X`, the parameters' shapes, and the names of the groups that should be found.
