@@ -37,7 +37,7 @@ from superserve_jax import cli, errors
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.manifest import read_manifest
-from superserve_jax.serving.options import check_slo
+from superserve_jax.serving.options import check_options, check_slo
 from superserve_jax.serving.server import Server
 
 
@@ -105,6 +105,8 @@ def main() -> None:
         return {name: getattr(options, name) for name in names}
 
     check_slo(options.slo_ms)
+    # With --models, a server may open much later.
+    check_options({"policy": options.policy, "max_queue": options.max_queue, "expire": options.expire})
     paths = gateway.named(options.exports)
     if not paths and options.models is None:
         raise errors.ConfigError("give an export, such as digits, or --models with a folder of exports")

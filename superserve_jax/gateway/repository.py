@@ -35,7 +35,10 @@ _CLOSE_S = 1.0  # how long a loaded server may take to close, when the gateway h
 _THREADS = 8  # that look at the folder, swap, and close servers
 _NO_LIMITS = Limits()
 # Errors that the operator can do something about. The client reads their text, too.
-_REFUSALS = (errors.ConfigError, errors.DataError, errors.ExportError, errors.NotCalibratedError, errors.ProfileError)
+_REFUSALS = (
+    *(errors.ConfigError, errors.DataError, errors.ExportError, errors.NotCalibratedError, errors.ProfileError),
+    errors.UnknownNameError,
+)
 
 
 class Repository(Mapping[str, ServedModel]):

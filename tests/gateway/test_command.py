@@ -259,6 +259,8 @@ def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored,
         (["digits", "--access-log", "nothing/log"], "cannot write the access log"),
         (["digits", "--policy", "slackfi"], "unknown policy 'slackfi'"),
         (["digits", "--policy", "nothing.py:policy"], "there is no file"),
+        (["--models", "/", "--policy", "slackfi", "--port", "70000"], "unknown policy 'slackfi'"),
+        (["--models", "/", "--max-queue", "0", "--port", "70000"], "max_queue must be"),
     ],
 )
 def test_a_wrong_option_ends_it_with_one_line_before_it_compiles(run_program, monkeypatch, arguments, message):

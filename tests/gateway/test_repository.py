@@ -178,6 +178,7 @@ def test_a_page_of_another_site_may_load_nothing(folder):
             "model 'first' cannot be loaded: the policy is wrong",
             "the policy is",
         ),
+        (errors.UnknownNameError("unknown policy 'a'"), 400, "unknown policy 'a'", "unknown policy 'a'"),
         (errors.ExportError("weights/0 is damaged"), 400, "weights/0 is damaged", "weights/0 is damaged"),
         (RuntimeError("secret"), 500, "the gateway failed; its log has the reason", "(RuntimeError)"),
     ],
