@@ -72,8 +72,10 @@ class Accepting:
         for _ in range(_AT_ONCE):
             try:
                 sock, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except BlockingIOError:
                 return False
+            except ConnectionAbortedError:  # this client has gone; others may wait behind it
+                continue
             except OSError as e:
                 _log.error("no connection can be accepted now, which is tried again: %s", errors.one_line(e))
                 self._loop.remove_reader(self._listener)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import http.client
+import os
 import pathlib
 import socket
 import ssl
@@ -53,14 +54,14 @@ def test_without_tls_a_connection_too_many_gets_an_answer():
 
 
 class Failing(socket.socket):
-    """A socket that cannot accept a connection, as if too many files were open, for the first `faults` times."""
+    """A socket that cannot accept a connection, for the first `faults` times."""
 
-    faults = 1
+    faults, number = 1, errno.EMFILE
 
     def accept(self):
         if self.faults:
             self.faults -= 1
-            raise OSError(errno.EMFILE, "too many open files")
+            raise OSError(self.number, os.strerror(self.number))
         return super().accept()
 
 
@@ -102,4 +103,23 @@ def test_without_tls_connections_that_come_together_all_open():
 def test_an_error_of_the_system_is_logged_and_accepting_goes_on(monkeypatch, caplog):
     monkeypatch.setattr("superserve_jax.gateway.accepting._RETRY_S", 0.05)
     assert accept(Failing(), clients=1, most=4) == 1
-    assert "too many open files" in caplog.text
+    assert os.strerror(errno.EMFILE).lower() in caplog.text.lower()
+
+
+def test_clients_behind_one_that_has_gone_are_accepted_when_the_port_closes():
+    Seen.made = []
+    listener = Failing()
+    listener.number = errno.ECONNABORTED
+
+    async def run():
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            accepting = Accepting(listener, Seen, most=1, handshake_s=1.0, shutdown_s=1.0, tls=None)
+            accepting.stop()
+            await asyncio.gather(*accepting.opening)
+            for transport in Seen.made:
+                transport.close()
+
+    asyncio.run(run())
+    assert len(Seen.made) == 1
