@@ -11,7 +11,7 @@ import numpy as np
 from grpc import StatusCode
 from grpcs import Client, message, opened, refused, values
 
-from superserve_jax.gateway.grpc import service
+from superserve_jax.gateway.grpc import codec, service
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 INFER, STREAM = (f"/{service.NAME}/{name}" for name in ("ModelInfer", "ModelStreamInfer"))
@@ -44,6 +44,22 @@ def test_a_stream_that_waits_for_an_answer_is_not_idle():
         assert values(next(stream).infer_response).tolist() == [[7, 2]]
         assert refused(next, stream)[0] is StatusCode.DEADLINE_EXCEEDED
         stop.set()
+
+
+def test_calls_wait_while_the_event_loop_is_busy(monkeypatch):
+    count, busy_s, read = 3000, 1.0, codec.read
+
+    def slow_once(*arguments):
+        monkeypatch.setattr(codec, "read", read)
+        time.sleep(busy_s)
+        return read(*arguments)
+
+    with opened() as (_, door), Client(door) as client:
+        method, _ = client.method("ModelInfer")
+        assert values(client.infer(message(ROW))).tolist() == [[7, 2]]
+        monkeypatch.setattr(codec, "read", slow_once)
+        waiting = [method.future(message(ROW), timeout=fakes.WAIT_S) for _ in range(count)]
+        assert {call.code() for call in waiting} == {StatusCode.OK}
 
 
 def test_a_message_that_does_not_come_to_an_end_is_not_waited_for(caplog):

@@ -16,6 +16,8 @@ from superserve_jax.gateway.reader import Buffered
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.spans import Spans
 
+_MOST_PENDING = 1 << 14
+"""Calls that may wait until the event loop takes them. grpc answers further ones with CANCELLED, by default from 1,000 on."""
 _QUIET_S, _MOST_QUIET_S = 0.1, 1.0
 """A closing port refuses inferences. It closes when none has come for `_QUIET_S`, and at last after `_MOST_QUIET_S`."""
 _POLL_S = 0.01
@@ -58,6 +60,8 @@ class Port:
             "grpc.max_receive_message_length": models.max_body_bytes,
             "grpc.max_send_message_length": -1,
             "grpc.max_concurrent_streams": sum(calls.MOST_OPEN.values()),
+            "grpc.server.max_pending_requests": _MOST_PENDING,
+            "grpc.server.max_pending_requests_hard_limit": _MOST_PENDING,
             "grpc.max_allowed_incoming_connections": limits.max_connections,
             "grpc.server_handshake_timeout_ms": _ms(limits.head_s),
             "grpc.max_connection_idle_ms": _ms(limits.idle_s),
