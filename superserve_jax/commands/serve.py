@@ -134,7 +134,9 @@ def main() -> None:
                 say(f"clients may load the exports in {options.models} at {opened.url}/v2/repository/models/NAME/load")
             if opened.grpc_target is not None:
                 say(f"gRPC at {opened.grpc_target}")
-            say(f"the live page is at {opened.url}; try also: curl {opened.url}/v2/health/ready")
+            # with TLS, curl may not trust the certificate
+            hint = "" if options.tls_cert else f"; try also: curl {opened.url}/v2/health/ready"
+            say(f"the live page is at {opened.url}{hint}")
             say("SIGTERM or Ctrl-C ends it")
             while not opened.wait(_CHECK_S):
                 signals.check()

@@ -22,7 +22,7 @@ export function headline() {
   put("queue", latest ? number(latest.waiting) : "–");
   put("queue-note", `mean batch: ${number(last.findLast((s) => s.batch != null)?.batch, 1)}`);
   const alive = now.workers.filter((w) => ALIVE.includes(w.state)), known = now.workers.filter((w) => w.state !== "removed");
-  put("healthy", `${alive.filter((w) => condition(w)[1] === "good").length} / ${known.length}`, now.ready ? "" : "bad-text");
+  put("healthy", `${alive.filter((w) => condition(w)[1] !== "bad").length} / ${known.length}`, now.ready ? "" : "bad-text");
   put("healthy-note", now.ready ? `busy: ${number(last.length ? (100 * sum(last, (s) => s.busy)) / last.length : null)} %` : "not ready");
 }
 
