@@ -23,9 +23,11 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
@@ -90,6 +92,7 @@ class Options:
 
 
 _CHECK_S = 0.5  # the time between two checks for a signal
+_REPEAT_S = 0.5  # signals that follow each other faster are one: `timeout`, for example, passes on what a group has got, too
 
 
 class _StopError(KeyboardInterrupt):
@@ -179,10 +182,11 @@ class Signals:
 
     Attributes:
       came: whether a signal has come.
+      last_s: when the last one came, on the clock `time.monotonic`.
     """
 
     def __init__(self):
-        self.came = False
+        self.came, self.last_s = False, -math.inf
 
     def check(self) -> None:
         """Raises _StopError if a signal has come."""
@@ -213,8 +217,9 @@ def stopped_by_signals() -> Iterator[Signals]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(*_: object) -> None:
-        signals.came = True
-        raise _StopError
+        before_s, signals.came, signals.last_s = signals.last_s, True, time.monotonic()
+        if signals.last_s - before_s > _REPEAT_S:
+            raise _StopError
 
     try:
         for number in before:

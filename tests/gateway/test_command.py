@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import fakes
@@ -52,21 +53,25 @@ def program(*arguments):
 
 
 def send_until_refused(url, answers, wrong, stopping):
-    """Sends requests on one connection after the other, until the port is closed. Collects answers and errors."""
+    """Sends requests on one connection after the other, until the port is closed. Collects answers and errors.
+
+    The system may reset a connection that opens while the port closes.
+    """
     address, body = url.removeprefix("http://"), gateways.body(random_images(TINY, 1))
     closed = False
     while not closed:
         with contextlib.closing(http.client.HTTPConnection(address, timeout=WAIT_S)) as connection:
-            last = False
+            last, opens_late = False, stopping.is_set()
             try:
                 while not last:
                     connection.request("POST", "/v2/models/mine/infer", body)
                     response = connection.getresponse()
                     content, last = json.loads(response.read()), response.getheader("connection") == "close"
                     answers.append((response.status, *(len(output["data"]) for output in content.get("outputs", []))))
+                    opens_late = False
             except ConnectionError as error:
                 closed = True
-                if not (isinstance(error, ConnectionRefusedError) and stopping.is_set()):
+                if not (opens_late or (isinstance(error, ConnectionRefusedError) and stopping.is_set())):
                     wrong.append(error)
 
 
@@ -225,7 +230,8 @@ def restored():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored, number):
+def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored, monkeypatch, number):
+    monkeypatch.setattr(serve, "_REPEAT_S", 0.0)
     with serve.stopped_by_signals() as signals:
         signals.check()
         Dropped(number)
@@ -238,6 +244,26 @@ def test_a_signal_that_python_drops_is_noticed_and_the_next_one_raises(restored,
         os.kill(os.getpid(), signal.SIGTERM)  # it is ignored now
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def two_signals():
+    """Gets two signals at once, and then takes a moment in a `finally`, as functions of Python's library do."""
+    both = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    try:
+        for number in both:
+            os.kill(os.getpid(), number)
+    finally:
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        finally:
+            time.sleep(0.01)
+
+
+def test_a_signal_that_comes_twice_raises_once(restored):
+    with serve.stopped_by_signals(), pytest.raises(KeyboardInterrupt) as caught:
+        two_signals()
+    assert caught.value.__context__ is None
 
 
 @pytest.mark.parametrize(
