@@ -202,7 +202,7 @@ def main() -> None:
     runs.save(rates=rates, versions=versions)
     if options.json is not None:
         print(f"results: {options.json}")
-    faults = [name for name, r in results.items() if name.startswith(("HTTP", "gRPC")) and r["wrong"] + r["lost"]]
+    faults = [name for name, r in results.items() if name.startswith(cases.OWN) and r["wrong"] + r["lost"]]
     sys.exit(1 if faults else 0)
 
 

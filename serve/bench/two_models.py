@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from gateway_load import cases, children, http1, messages, open_loop
+from gateway_load import cases, children, http1, messages, open_loop, report
 from gateway_load.children import CpuTimes
 
 from superserve_jax import cli, files, progress
@@ -33,6 +33,7 @@ from superserve_jax.simulation import traces
 from superserve_jax.training import random_export
 
 TOGETHER = "both at once"
+SHOWN = ("SLO attainment", "accuracy", "p50 ms", "p99 ms", "generator late, p99 ms", "other programs, cores")
 FIGURES = ("attainment", "accuracy", "p50_ms", "p99_ms", "lateness_p99_ms", "other_cores")
 _START_S, _PATIENCE_S = 1800.0, 10.0  # the child may compile for minutes
 
@@ -106,15 +107,7 @@ def main() -> None:
     faults = sum(run["wrong"] + run["lost"] for each in runs.values() for run in each)
     rates = ", ".join(f"{model.name} {options.share * model.qps:,.0f}/s" for model in models)
     print(f"Medians of {options.repeats} runs, SLO {options.slo_ms:g} ms. Mean rates: {rates}.")
-    columns = {
-        "model": lambda r: r["name"],
-        "SLO attainment": lambda r: f"{r['attainment']:.4f}",
-        "accuracy": lambda r: f"{100 * r['accuracy']:.2f} %",
-        "p50 ms": lambda r: f"{r['p50_ms']:.1f}",
-        "p99 ms": lambda r: f"{r['p99_ms']:.1f}",
-        "generator late, p99 ms": lambda r: f"{r['lateness_p99_ms']:.2f}",
-        "other programs, cores": lambda r: f"{r['other_cores']:.2f}",
-    }
+    columns = {"model": lambda r: r["name"], **{name: report.COLUMNS[name] for name in SHOWN}}
     cli.print_columns(columns, ({"name": name, **found} for name, found in results.items()))
     print(f"wrong or lost answers: {faults}")
     if options.json is not None:

@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
     def expire(self) -> None:
         """Answers the rest of the requests with status 503. Set `Shared.expired` before."""
         if self._reader.arriving is not None:
-            self._reader.refuse(_closing())
+            self._reader.refuse(ClosingError())
         if self._task is not None:
             self._loop.call_soon(self._task.cancel)  # not now: a task that has not begun would end without an answer
         else:
@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
             request = self._answering = self._waiting.popleft()
             self._waiting_bytes -= request.held + request.head_bytes
             if request.error is None and self._shared.expired:
-                request.error = _closing()
+                request.error = ClosingError()
             if request.error is None:
                 self._task = self._loop.create_task(self._answer(request))
             else:
@@ -285,7 +285,3 @@ class Connection(asyncio.Protocol):
             self._loop.call_later(_LINGER_S, transport.close)
         else:
             transport.close()
-
-
-def _closing() -> ClosingError:
-    return ClosingError("the gateway is shutting down; send the request to another replica")

@@ -41,8 +41,14 @@ RETRY_AFTER = (b"retry-after", b"1")
 """The header that says so. Its unit is seconds, and it must be whole."""
 
 
+_CLOSING = "the gateway is shutting down; send the request to another replica"
+
+
 class ClosingError(errors.ServerClosedError):
     """The gateway is closing."""
+
+    def __init__(self, message: str = _CLOSING):
+        super().__init__(message)
 
 
 # Errors whose text is meant for the client.
@@ -57,7 +63,7 @@ _INSTEAD: tuple[tuple[type[BaseException], str], ...] = (
     (errors.ServerClosedError, "the model's server is closed; try again later, or at another replica"),
     (errors.WorkersLostError, "the model has no workers; try again later, or at another replica"),
     (errors.DeadlineExpiredError, "dropped, since its deadline could no longer be met; allow a longer slo_ms"),
-    (asyncio.CancelledError, "the gateway is shutting down; send the request to another replica"),
+    (asyncio.CancelledError, _CLOSING),
     (concurrent.futures.CancelledError, "the query was cancelled before its answer; send it again"),
 )
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Coroutine, ItemsView, Iterator, Mapping, V
 from typing import Any
 
 from superserve_jax import errors
-from superserve_jax.gateway import turns
-from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.folder import Folder
 from superserve_jax.gateway.limits import MOST_BODY_BYTES, Limits, body_limit
 from superserve_jax.gateway.model import VERSION, ServedModel, check_name
@@ -259,7 +258,7 @@ class Repository(Mapping[str, ServedModel]):
             model = ServedModel(name, server, self._limits)
             with self._owning:
                 if self._closed:
-                    raise turns.closing()
+                    raise ClosingError
                 self._owned.add(server)
         except BaseException:
             server.close(drain=False)

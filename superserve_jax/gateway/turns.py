@@ -30,7 +30,7 @@ class Turns:
         await lock.acquire()
         if self._ended:
             lock.release()
-            raise closing()
+            raise ClosingError
         task = asyncio.get_running_loop().create_task(work())
         self._tasks.add(task)
 
@@ -46,15 +46,10 @@ class Turns:
         except asyncio.CancelledError:
             if not task.cancelled():
                 raise
-            raise closing() from None
+            raise ClosingError from None
 
     def end(self) -> None:
         """Cancels all tasks. Their callers get ClosingError, and so do later ones."""
         self._ended = True
         for task in self._tasks:
             task.cancel()
-
-
-def closing() -> ClosingError:
-    """The error for a client that waits, when the gateway closes."""
-    return ClosingError("the gateway is shutting down; send the request to another replica")

@@ -13,6 +13,8 @@ from superserve_jax.simulation.traces import Trace
 SLO_MS = 36.0
 CALM_QPS, BURST_QPS, STEP_S, BURST_EVERY = 600.0, 3000.0, 1.0, 4
 CV2 = 4.0
+OWN = ("HTTP", "gRPC")
+"""The servers that are this project's gateway."""
 IN_PROCESS, SIMULATED = "in process", "simulation"
 RATE_STEP = 1.12
 TOP_RATES = {"smallest": 8199.0, "largest": 1337.0}
@@ -42,7 +44,7 @@ class Case:
     def name(self) -> str:
         """Words that name the case, for tables and for --only."""
         traffic = f"{self.qps:.0f}/s" if self.qps else "bursts"
-        form = f" {self.wire}" if self.server in ("HTTP", "gRPC") else ""
+        form = f" {self.wire}" if self.server in OWN else ""
         return f"{self.server}{form}, {self.given}, {subnet_name(self.subnet)}, {traffic}"
 
     @property
@@ -137,7 +139,7 @@ def of_rates(peers: Iterable[str], *, grpc: bool) -> dict[tuple[str, str], list[
     for server, wire in (*forms, *((peer, "json") for peer in peers)):
         for which, subnet in (("smallest", 0), ("largest", LARGEST)):
             rates = [TOP_RATES[which] * RATE_STEP**step for step in range(-20, 3)]
-            name = f"{server} {wire}" if server in ("HTTP", "gRPC") else server
+            name = f"{server} {wire}" if server in OWN else server
             made[name, which] = [Case(server, wire, "number", subnet, round(qps)) for qps in rates]
     return made
 

@@ -53,7 +53,7 @@ def print_bounds(results: Mapping[str, Result]) -> None:
         value = cases.figure_of(results, bound.case, bound.figure)
         about = bound.case.name, SHOWN[bound.figure], f"{bound.sign} {bound.bound:g}"
         lines.append((*about, "" if value != value else f"{value:.4g}", held(bound, results)))
-    faults = sum(found["wrong"] + found["lost"] for name, found in results.items() if name.startswith(("HTTP", "gRPC")))
+    faults = sum(found["wrong"] + found["lost"] for name, found in results.items() if name.startswith(cases.OWN))
     lines.append(("all cases of the gateway", "wrong or lost answers", "at most 0", f"{faults}", "NO" if faults else "yes"))
     print("\nBounds")
     cli.print_table(lines, left=2)

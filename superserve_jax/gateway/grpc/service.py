@@ -150,7 +150,7 @@ class Service:
         """Reads a request. Long ones are read in other threads."""
         if self.closing:
             self.refused += 1
-            raise ClosingError("the gateway is shutting down; send the request to another replica")
+            raise ClosingError
         nbytes = len(data) + REQUEST_BYTES
         call.hold(nbytes)
         work.held = nbytes

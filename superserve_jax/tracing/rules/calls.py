@@ -4,7 +4,7 @@ The axes inside of the function are those outside. At other sizes, the function'
 of a new scan, checkpoint, custom_jvp or custom_vjp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -56,7 +56,7 @@ def evaluate_scan(node: Node, values: Sequence[Any], at: "Evaluation") -> list[j
     (body,), p = node.bodies, node.params
     consts, carry = _scan_counts(node)
     whole = consts + carry
-    zeros = [at.is_zero_beyond(operand) for operand in node.inputs]
+    zeros = _zeros(node, at)
     zeros[consts:whole] = [False] * carry  # the body computes the next ones
 
     def step(carried: tuple[Any, ...], rows: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -81,15 +81,21 @@ def relate_call(node: Node) -> None:
     _tie_arrays(node.outputs, body.outputs, node)
 
 
+def _function(node: Node, zeros: Sequence[bool], at: "Evaluation") -> Callable[..., tuple[jax.Array, ...]]:
+    """The function that a node calls, at these sizes."""
+    return lambda *values: tuple(at.run(node.bodies[0], values, zeros))
+
+
+def _zeros(node: Node, at: "Evaluation") -> list[bool]:
+    """Which operands of a node are zero beyond their active sizes."""
+    return [at.is_zero_beyond(operand) for operand in node.inputs]
+
+
 def evaluate_checkpoint(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
     """The function at these sizes, whose intermediate values are still computed again for the gradient."""
-    zeros = [at.is_zero_beyond(operand) for operand in node.inputs]
-
-    def call(*values: Any) -> list[jax.Array]:
-        return at.run(node.bodies[0], values, zeros)
-
+    call = _function(node, _zeros(node, at), at)
     kept = jax.checkpoint(call, prevent_cse=node.params["prevent_cse"], policy=node.params["policy"])  # pyright: ignore
-    return kept(*values)
+    return list(kept(*values))
 
 
 def _floats(operands: Sequence[Operand | Any]) -> list[Any]:
@@ -119,12 +125,8 @@ def relate_vjp(node: Node) -> None:
 
 def evaluate_jvp(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
     """The function at these sizes, with its own derivative at these sizes."""
-    body, derivative = node.bodies
-    zeros = [at.is_zero_beyond(operand) for operand in node.inputs]
-
-    @jax.custom_jvp
-    def call(*values: Any) -> tuple[jax.Array, ...]:
-        return tuple(at.run(body, values, zeros))
+    derivative, zeros = node.bodies[1], _zeros(node, at)
+    call = jax.custom_jvp(_function(node, zeros, at))
 
     def forward(values: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         seeds = [tangent for value, tangent in zip(values, tangents, strict=True) if is_float(value.dtype)]
@@ -138,12 +140,8 @@ def evaluate_jvp(node: Node, values: Sequence[Any], at: "Evaluation") -> list[ja
 
 def evaluate_vjp(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
     """The function at these sizes, with its own derivative at these sizes. The derivative computes the function again."""
-    body, derivative = node.bodies
-    zeros = [at.is_zero_beyond(operand) for operand in node.inputs]
-
-    @jax.custom_vjp
-    def call(*values: Any) -> tuple[jax.Array, ...]:
-        return tuple(at.run(body, values, zeros))
+    derivative, zeros = node.bodies[1], _zeros(node, at)
+    call = jax.custom_vjp(_function(node, zeros, at))
 
     def forward(*values: Any) -> tuple[Any, Any]:
         return call(*values), values
