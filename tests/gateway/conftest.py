@@ -1,8 +1,9 @@
-"""A server of an engine whose answers are worked out by hand, and the application on it."""
+"""A server of an engine whose answers are worked out by hand, the application on it, and a folder with exports."""
 
 import fakes
 import gateways
 import pytest
+import repositories
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,9 @@ def server():
 @pytest.fixture(scope="module")
 def app(server):
     return gateways.app(server)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with exports, as `repositories.write` makes it."""
+    return repositories.write(tmp_path_factory.mktemp("repository"))

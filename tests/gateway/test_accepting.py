@@ -5,19 +5,15 @@ import contextlib
 import errno
 import http.client
 import os
-import pathlib
 import socket
 import ssl
 import time
 import urllib.request
 
 import fakes
-from gateways import answers, connect, is_closed, opened
+from gateways import TLS, answers, connect, is_closed, opened
 
 from superserve_jax.gateway.accepting import Accepting
-
-DATA = pathlib.Path(__file__).parents[1] / "data"
-TLS = {"tls_cert": str(DATA / "tls_cert.pem"), "tls_key": str(DATA / "tls_key.pem")}
 
 
 def test_silent_tls_handshakes_are_limited_and_end_after_head_s():

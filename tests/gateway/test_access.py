@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import pathlib
 import socket
 import ssl
 import time
@@ -11,7 +10,7 @@ import fakes
 import gateways
 import numpy as np
 import pytest
-from gateways import INFER, answers, connect, infer, is_closed, opened, request
+from gateways import INFER, TLS, answers, connect, infer, is_closed, opened, request
 
 from superserve_jax import errors, gateway
 from superserve_jax.gateway.access import Access, tls_context
@@ -19,8 +18,6 @@ from superserve_jax.gateway.grpc.port import Port
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
-DATA = pathlib.Path(__file__).parents[1] / "data"
-TLS = {"tls_cert": str(DATA / "tls_cert.pem"), "tls_key": str(DATA / "tls_key.pem")}
 TOKEN = "a-secret-of-many-letters"
 
 

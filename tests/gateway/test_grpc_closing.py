@@ -120,9 +120,8 @@ def test_two_gateways_in_a_process_answer(caplog):
 
 
 def test_a_token_and_tls_are_for_both_ports():
-    files = {"tls_cert": str(DATA / "tls_cert.pem"), "tls_key": str(DATA / "tls_key.pem")}
-    options = {"token": "a-secret-of-many-letters", "grpc_port": 0, **files}
-    with opened(gateway_options=options) as (_, door), Client(door, files["tls_cert"]) as client:
+    options = {"token": "a-secret-of-many-letters", "grpc_port": 0, **gateways.TLS}
+    with opened(gateway_options=options) as (_, door), Client(door, gateways.TLS["tls_cert"]) as client:
         assert client.call("ServerReady").ready
         assert client.call("Check", "grpc.health.v1.Health").status == 1
         for metadata in ((), [("authorization", "Bearer wrong")], [("x", "Bearer a-secret-of-many-letters")]):

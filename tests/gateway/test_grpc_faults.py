@@ -124,13 +124,19 @@ def test_what_takes_long_keeps_no_other_client_waiting_and_keeps_its_place(monke
     assert [len(values(each)) for each in found] == [len(rows), 1]
 
 
-def test_a_request_that_is_still_read_when_its_client_goes_is_not_submitted(monkeypatch):
+def held_read():
+    """An event, and a `codec.read` that waits for it."""
     hold, real = threading.Event(), codec.read
 
     def held(model, made):
         assert hold.wait(fakes.WAIT_S)
         return real(model, made)
 
+    return hold, held
+
+
+def test_a_request_that_is_still_read_when_its_client_goes_is_not_submitted(monkeypatch):
+    hold, held = held_read()
     rows = np.full((300, 32, 32), 7, np.uint8)
     with opened(gateways.engine(input_shape=(32, 32))) as (server, door), Client(door) as client:
         before = server.snapshot()["queries"]["arrived"]
@@ -148,12 +154,7 @@ def test_a_request_that_is_still_read_when_its_client_goes_is_not_submitted(monk
 
 
 def test_closing_answers_requests_that_are_still_read(monkeypatch):
-    hold, real = threading.Event(), codec.read
-
-    def held(model, made):
-        assert hold.wait(fakes.WAIT_S)
-        return real(model, made)
-
+    hold, held = held_read()
     rows = np.full((300, 32, 32), 7, np.uint8)
     with opened(gateways.engine(input_shape=(32, 32))) as (_, door), Client(door) as client:
         monkeypatch.setattr(codec, "read", held)

@@ -4,18 +4,12 @@ import fakes
 import grpc
 import numpy as np
 import pytest
-import repositories
 from grpcs import Client, message, refused
 from repositories import Opener, opened
 
 HEALTH = "grpc.health.v1.Health"
 ROW = np.uint8([[[7, 2], [3, 4]]])
 LOAD, UNLOAD = "RepositoryModelLoad", "RepositoryModelUnload"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return repositories.write(tmp_path_factory.mktemp("repository"))
 
 
 def test_a_model_is_loaded_serves_and_is_unloaded(folder):

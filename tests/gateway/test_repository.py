@@ -11,7 +11,6 @@ import fakes
 import gateways
 import numpy as np
 import pytest
-import repositories
 from gateways import infer, request
 from repositories import Opener, change, opened, states
 
@@ -21,11 +20,6 @@ ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
 FIRST = "/v2/models/first/infer"
 TOKEN = "a-secret-of-many-letters"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return repositories.write(tmp_path_factory.mktemp("repository"))
 
 
 def test_a_model_is_loaded_serves_and_is_unloaded(folder):

@@ -5,8 +5,6 @@ import asyncio
 import fakes
 import gateways
 import numpy as np
-import pytest
-import repositories
 from gateways import connect, infer, request
 from repositories import Background, Opener, change, opened, states
 
@@ -15,11 +13,6 @@ from superserve_jax.gateway.repository import Repository
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
 FIRST = "/v2/models/first/infer"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return repositories.write(tmp_path_factory.mktemp("repository"))
 
 
 def test_a_load_disturbs_no_other_model(folder):

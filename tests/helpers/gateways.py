@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import pathlib
 import socket
 import threading
 
@@ -19,6 +20,8 @@ from superserve_jax.gateway.messages import Request
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
 
+DATA = pathlib.Path(__file__).parents[1] / "data"
+TLS = {"tls_cert": str(DATA / "tls_cert.pem"), "tls_key": str(DATA / "tls_key.pem")}
 INFER = "/v2/models/supernet/infer"
 
 
