@@ -92,7 +92,8 @@ class Options:
 
 
 _CHECK_S = 0.5  # the time between two checks for a signal
-_REPEAT_S = 0.5  # signals that follow each other faster are one: `timeout`, for example, passes on what a group has got, too
+_REPEAT_S = 0.5
+"""A signal that comes sooner after another one is a copy of it. The program `timeout`, for example, can send a copy."""
 
 
 class _StopError(KeyboardInterrupt):
