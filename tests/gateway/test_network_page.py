@@ -1,4 +1,4 @@
-"""What docs/network.md says about the gateway: paths, statuses, limits, and the requests with curl."""
+"""What docs/network.md and docs/grpc.md say about the gateway: paths, calls, statuses, limits, and the requests with curl."""
 
 import dataclasses
 import pathlib
@@ -15,15 +15,21 @@ from gateways import opened, request
 
 import superserve_jax
 from superserve_jax.gateway import Limits
+from superserve_jax.gateway.failures import RequestError
+from superserve_jax.gateway.grpc import statuses
+from superserve_jax.gateway.grpc.service import Service
+from superserve_jax.gateway.grpc.standard import Health, reflection
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "network.md").read_text()
+GRPC_PAGE = (ROOT / "docs" / "grpc.md").read_text()
 TABLES = {
     table.partition("\n")[0]: [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", PAGE + GRPC_PAGE, re.MULTILINE)
 }
 PATHS, STATUSES = TABLES["| path | method | answer |"], TABLES["| status | when |"]
 LIMITS = TABLES["| flag | default | meaning |"]
+SERVICES, GRPC_STATUSES = TABLES["| service | calls |"], TABLES["| status | HTTP | when |"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +56,19 @@ def test_every_status_is_in_the_table():
     sources = "".join(path.read_text() for path in pathlib.Path(superserve_jax.__file__).parent.glob("gateway/*.py"))
     known = {*re.findall(r"status=(\d{3})", sources), *re.findall(r"Error, (\d{3})\)", sources), "400", "500"}
     assert {status for status, _ in STATUSES} == known
+
+
+def test_every_call_of_grpc_is_in_the_table(door):
+    inference = Service(door.models, Limits())
+    paths = {*inference.methods(), *Health(inference, door.models).methods(), *reflection("v1", 1.0)}
+    told = {f"/{service.split('`')[1]}/{call}" for service, calls in SERVICES for call in re.findall(r"`([A-Z]\w+)`", calls)}
+    assert {path.replace(".v1.ServerReflection", ".v1") for path in paths} == told
+
+
+def test_every_status_of_grpc_has_its_status_of_http():
+    for code, status, _ in GRPC_STATUSES:
+        assert statuses.code_of(RequestError("wrong", status=int(status))).name == code.strip("`")
+    assert {status for _, status, _ in GRPC_STATUSES} < {status for status, _ in STATUSES}
 
 
 def test_every_limit_has_its_default():

@@ -54,7 +54,7 @@ class Core(cygrpc.AioServer):
 
 
 async def _unknown(_: Call) -> None:
-    raise RequestError("there is no such method; docs/network.md lists them", status=501)
+    raise RequestError("there is no such method; docs/grpc.md lists them", status=501)
 
 
 async def _too_many(_: Call) -> None:
