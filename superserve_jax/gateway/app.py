@@ -26,7 +26,7 @@ from superserve_jax.gateway.messages import Answer, Request
 from superserve_jax.gateway.model import ServedModel, answers_to, find
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.spans import Spans
-from superserve_jax.gateway.threads import Threads
+from superserve_jax.gateway.threads import LongWork
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]*))?(?:/(ready|config|stats|infer))?")
 _CHANGE = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
@@ -51,6 +51,7 @@ class App:
 
     Args:
       models: the models, which may come and go.
+      work: the threads for long work.
       page: the live page; None without one.
       spans: makes the spans of inferences; None makes none.
 
@@ -59,8 +60,8 @@ class App:
       max_body_bytes: the longest body of an inference, for any model.
     """
 
-    def __init__(self, models: Repository, page: LivePage | None = None, spans: Spans | None = None):
-        self._models, self._page, self._spans = models, page, spans
+    def __init__(self, models: Repository, work: LongWork, page: LivePage | None = None, spans: Spans | None = None):
+        self._models, self._work, self._page, self._spans = models, work, page, spans
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(documents.Metrics(self._models))
         self._documents: dict[str, Callable[[Request], Answer]] = {
@@ -71,8 +72,6 @@ class App:
             "/v2/models/stats": lambda _: _statistics(self._models.values()),
             "/metrics": self._metrics,
         }
-        self._threads = Threads(threads.MOST)
-        self._json_thread = Threads(1)  # it often holds Python's lock, so more would only harm
         self.draining = False
         self.max_body_bytes = models.max_body_bytes
 
@@ -96,7 +95,7 @@ class App:
             accepted = request.headers.get(b"accept-encoding")
             if accepted is None or len(answer.body) < bodies.WORTH_IT:
                 return answer
-            return await self._threads.run(bodies.compressed, answer, accepted)
+            return await self._work.many.run(bodies.compressed, answer, accepted)
         except (Exception, asyncio.CancelledError) as error:
             if request.span is not None:
                 request.span.set_error(error)
@@ -105,22 +104,22 @@ class App:
     async def _infer(self, model: ServedModel, request: Request) -> Answer:
         json_length, slo_ms = requests.json_length(request.headers), requests.slo_of(request.headers)
         if b"content-encoding" in request.headers and len(request.body) > _SMALL_BODY:
-            body = await self._threads.run(bodies.read, request, model.max_body_bytes)
+            body = await self._work.many.run(bodies.read, request, model.max_body_bytes)
         else:
             body = bodies.read(request, model.max_body_bytes)
         if len(body) > threads.SHORT_BYTES and (json_length is None or json_length > threads.SHORT_BYTES):
-            wanted = await self._json_thread.run(model.read, body, json_length)
+            wanted = await self._work.one.run(model.read, body, json_length)
         else:
             wanted = model.read(body, json_length)
         request.body = body = b""  # JSON is not needed any more
         if wanted.has_long_texts():
-            wanted = wanted._replace(rows=await self._threads.run(model.encoded, wanted.rows))
+            wanted = wanted._replace(rows=await self._work.many.run(model.encoded, wanted.rows))
         queries = model.submit(wanted, slo_ms)
         made = await answers_to(queries)
         if request.span is not None:
             request.span.set_replies(made, model.ranks())
         if len(made) > threads.FEW_ROWS:
-            body, json_length = await self._json_thread.run(model.write, wanted, made)
+            body, json_length = await self._work.one.run(model.write, wanted, made)
         else:
             body, json_length = model.write(wanted, made)
         if json_length is None:

@@ -26,6 +26,7 @@ from superserve_jax.gateway.model import ServedModel, default_name
 from superserve_jax.gateway.origins import is_local
 from superserve_jax.gateway.reader import Buffered
 from superserve_jax.gateway.repository import OpenModel, Repository
+from superserve_jax.gateway.threads import LongWork
 from superserve_jax.serving.server import Server
 
 _log = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ class Gateway:
         self._tls = access.tls_context(tls_cert, tls_key)
         self._page = LivePage(self.models, demo=demo)
         self._access = access.Access(token, host if self._tls is None else None, self.models, self._page.public)
-        self._spans = spans.find()
-        self._app = App(self.models, self._page, self._spans)
+        self._spans, self._work = spans.find(), LongWork()
+        self._app = App(self.models, self._work, self._page, self._spans)
         self._grpc_address = None if grpc_port is None else (host, grpc_port)
         self._opened = concurrent.futures.Future[int | None]()  # resolves to the port of gRPC
         self._tls_files = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
@@ -229,7 +230,8 @@ class Gateway:
     async def _open_grpc(self, buffered: Buffered) -> Port | None:
         if self._grpc_address is None:
             return None
-        port = Port(self.models, self._limits, buffered, self._access.is_right, self._tls_files, self._log, self._spans)
+        told = self._access.is_right, self._tls_files, self._log, self._spans
+        port = Port(self.models, self._limits, buffered, self._work, *told)
         await port.open(*self._grpc_address)
         return port
 

@@ -14,8 +14,7 @@ from superserve_jax import errors
 
 _T = TypeVar("_T")
 
-MOST = (os.cpu_count() or 1) + 4
-"""How many threads may work at a time, if they do not hold Python's lock for long."""
+_MOST = (os.cpu_count() or 1) + 4  # threads for work that does not hold Python's lock for long
 SHORT_BYTES, FEW_ROWS = 1 << 18, 256
 """Bytes of a request, and rows of an answer, that are read and written in the event loop. Longer ones keep others waiting."""
 
@@ -67,3 +66,15 @@ class Threads:
             self._free.release()
             raise
         return await future
+
+
+class LongWork:
+    """The threads of one gateway for the long work of both ports.
+
+    Attributes:
+      many: for functions that release Python's lock most of the time: inflate, compress, split texts into tokens.
+      one: a single thread, for functions that hold the lock: read and write long messages. More would only harm.
+    """
+
+    def __init__(self):
+        self.many, self.one = Threads(_MOST), Threads(1)

@@ -12,6 +12,7 @@ from gateways import INFER, call
 from superserve_jax.gateway.app import App
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.gateway.threads import LongWork
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 MODEL = "/v2/models/supernet"
@@ -126,7 +127,7 @@ def test_metrics_have_the_name_of_the_model(app, kind, version):
 
 def test_several_models_are_told_apart(server):
     with fakes.serve(gateways.engine(input_shape=(), input_dtype=np.float32)) as other:
-        app = App(Repository({"a": ServedModel("a", server), "b": ServedModel("b", other)}))
+        app = App(Repository({"a": ServedModel("a", server), "b": ServedModel("b", other)}), LongWork())
         assert infer(app, gateways.body(ROW), "/v2/models/a/infer").json["model_name"] == "a"
         assert infer(app, gateways.body(np.float32([5])), "/v2/models/b/infer").json["outputs"][0]["data"] == [5, 0]
         assert [entry["name"] for entry in call(app, "POST", "/v2/repository/index").json] == ["a", "b"]

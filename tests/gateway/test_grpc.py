@@ -16,6 +16,7 @@ from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.gateway.threads import LongWork
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 
@@ -149,7 +150,7 @@ def test_an_unexpected_error_is_logged_and_not_told(caplog):
             raise KeyError("secret")
 
     with fakes.serve(gateways.engine()) as server:
-        handlers = Service(Repository({"supernet": BrokenModel("supernet", server)}), Limits()).methods()
+        handlers = Service(Repository({"supernet": BrokenModel("supernet", server)}), Limits(), LongWork()).methods()
         _, (code, text) = grpcs.call(handlers, "ModelInfer", message(ROW).SerializeToString())
     assert code is StatusCode.INTERNAL
     assert "secret" not in text
@@ -189,7 +190,7 @@ def test_the_first_deadline_that_is_given_counts():
 def test_a_call_without_time_left_is_not_submitted():
     with fakes.serve(gateways.engine()) as server:
         handlers, data = (
-            Service(Repository({"supernet": ServedModel("supernet", server)}), Limits()).methods(),
+            Service(Repository({"supernet": ServedModel("supernet", server)}), Limits(), LongWork()).methods(),
             message(ROW).SerializeToString(),
         )
         before = server.snapshot()["queries"]["arrived"]

@@ -17,6 +17,7 @@ from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.tensors import InputTensor
+from superserve_jax.gateway.threads import LongWork
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 
@@ -143,5 +144,5 @@ def test_whatever_a_client_sends_is_its_own_error(model, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = bytes(content[: data.draw(st.sampled_from([None, -1, 20]))])
     for sent in (content, data.draw(st.binary(max_size=40))):
-        _, error = grpcs.call(Service(Repository({"supernet": model}), Limits()).methods(), "ModelInfer", sent)
+        _, error = grpcs.call(Service(Repository({"supernet": model}), Limits(), LongWork()).methods(), "ModelInfer", sent)
         assert error is None or error[0] in (StatusCode.INVALID_ARGUMENT, StatusCode.NOT_FOUND)

@@ -13,6 +13,7 @@ from superserve_jax.gateway.app import App
 from superserve_jax.gateway.live import FOLDER, LivePage
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.gateway.threads import LongWork
 
 MODULES = ("live.js", "charts.js", "controls.js", "panels.js", "state.js", "stream.js")
 OWN = ("index.html", "live.css", "icon.svg", *MODULES)
@@ -28,7 +29,7 @@ UPLOT = {
 def app():
     with fakes.serve(gateways.engine()) as server:
         models = {"supernet": ServedModel("supernet", server)}
-        yield App(Repository(models), LivePage(models))
+        yield App(Repository(models), LongWork(), LivePage(models))
 
 
 def get(app, path, **headers):

@@ -19,6 +19,7 @@ from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import statuses
 from superserve_jax.gateway.grpc.service import Service
 from superserve_jax.gateway.grpc.standard import Health, reflection
+from superserve_jax.gateway.threads import LongWork
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "network.md").read_text()
@@ -59,7 +60,7 @@ def test_every_status_is_in_the_table():
 
 
 def test_every_call_of_grpc_is_in_the_table(door):
-    inference = Service(door.models, Limits())
+    inference = Service(door.models, Limits(), LongWork())
     paths = {*inference.methods(), *Health(inference, door.models).methods(), *reflection("v1", 1.0)}
     told = {f"/{service.split('`')[1]}/{call}" for service, calls in SERVICES for call in re.findall(r"`([A-Z]\w+)`", calls)}
     assert {path.replace(".v1.ServerReflection", ".v1") for path in paths} == told

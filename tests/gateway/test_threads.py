@@ -6,6 +6,7 @@ import threading
 import time
 
 import gateways
+import grpcs
 import numpy as np
 import pytest
 from fakes import WAIT_S
@@ -108,3 +109,33 @@ def test_long_json_is_read_and_written_in_a_thread(monkeypatch, what):
         hold.set()
         first, second = answers(sock, 2)
         assert (first.json["outputs"][0]["shape"], second.json) == ([300, 2], {"live": True})
+
+
+def test_both_ports_share_the_thread_for_long_messages(monkeypatch):
+    """So two of them never hold Python's lock at once."""
+    over_http, over_grpc, hold = threading.Event(), threading.Event(), threading.Event()
+    real, real_grpc = ServedModel.read, ServedModel.read_fields
+
+    def read(self, *arguments):
+        over_http.set()
+        assert hold.wait(WAIT_S)
+        return real(self, *arguments)
+
+    def read_fields(self, *arguments):
+        over_grpc.set()
+        return real_grpc(self, *arguments)
+
+    monkeypatch.setattr(ServedModel, "read", read)
+    monkeypatch.setattr(ServedModel, "read_fields", read_fields)
+    inputs = np.full((300, 32, 32), 7, np.uint8)
+    body = gateways.body(inputs)
+    with grpcs.opened(gateways.engine(input_shape=(32, 32))) as (_, door), connect(door) as sock, grpcs.Client(door) as client:
+        sock.sendall(
+            b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (gateways.INFER.encode(), len(body), body)
+        )
+        assert over_http.wait(WAIT_S)
+        waiting = client.start(grpcs.message(inputs))
+        assert not over_grpc.wait(0.2)
+        hold.set()
+        assert grpcs.values(waiting.result(WAIT_S)).shape == (300, 2)
+        assert [answer.status for answer in answers(sock)] == [200]

@@ -19,6 +19,7 @@ from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.messages import Request
 from superserve_jax.gateway.model import ServedModel
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.gateway.threads import LongWork
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 TLS = {"tls_cert": str(DATA / "tls_cert.pem"), "tls_key": str(DATA / "tls_key.pem")}
@@ -146,7 +147,8 @@ def infer(door, content, path=INFER, **headers):
 
 
 def app(server, name="supernet", **limits):
-    return App(Repository({name: ServedModel(name, server, Limits(**{"max_body_bytes": 1 << 20, **limits}))}))
+    models = Repository({name: ServedModel(name, server, Limits(**{"max_body_bytes": 1 << 20, **limits}))})
+    return App(models, LongWork())
 
 
 def message(method, path, content=b"", headers=()):

@@ -15,6 +15,7 @@ from superserve_jax.gateway.limits import Limits
 from superserve_jax.gateway.reader import Buffered
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.spans import Spans
+from superserve_jax.gateway.threads import LongWork
 
 _MOST_PENDING = 1 << 14
 """Calls that may wait until the event loop takes them. grpc answers further ones with CANCELLED, by default from 1,000 on."""
@@ -32,6 +33,7 @@ class Port:
       models: the models, which may come and go.
       limits: what clients may do.
       buffered: the requests in memory, of this port and of HTTP.
+      work: the threads for long work, of this port and of HTTP.
       allows: whether a call has the token, see `methods.of_service`.
       tls: the files of a certificate and of its key, in PEM; None serves without TLS.
       log: the access log.
@@ -46,13 +48,14 @@ class Port:
         models: Repository,
         limits: Limits,
         buffered: Buffered,
+        work: LongWork,
         allows: calls.Allows | None = None,
         tls: tuple[str, str] | None = None,
         log: AccessLog | None = None,
         spans: Spans | None = None,
     ):
         self.number, self._limits, self._tls = 0, limits, tls
-        self._service = Service(models, limits, spans)
+        self._service = Service(models, limits, work, spans)
         methods = self._service.methods(allows) | Health(self._service, models).methods(allows)
         for version in ("v1", "v1alpha"):
             methods |= reflection(version, limits.idle_s, allows)

@@ -16,7 +16,7 @@ from superserve_jax.gateway.model import ServedModel, answers_to, find
 from superserve_jax.gateway.repository import Repository
 from superserve_jax.gateway.requests import InferRequest
 from superserve_jax.gateway.spans import Span, Spans
-from superserve_jax.gateway.threads import Threads
+from superserve_jax.gateway.threads import LongWork
 from superserve_jax.serving.futures import Future
 
 NAME = "inference.GRPCInferenceService"
@@ -70,6 +70,7 @@ class Service:
     Args:
       models: the models, which may come and go.
       limits: what clients may do.
+      work: the threads for long work.
       spans: makes the spans of inferences; None makes none.
 
     Attributes:
@@ -79,10 +80,8 @@ class Service:
       waiting: the requests that are not answered yet.
     """
 
-    def __init__(self, models: Repository, limits: Limits, spans: Spans | None = None):
-        self._models, self._limits, self._spans = models, limits, spans
-        self._encoding = Threads(threads.MOST)
-        self._reading = Threads(1)  # it often holds Python's lock, so more would only harm
+    def __init__(self, models: Repository, limits: Limits, work: LongWork, spans: Spans | None = None):
+        self._models, self._limits, self._work, self._spans = models, limits, work, spans
         self.draining, self.closing, self.refused = False, False, 0
         self.waiting = set[_Work]()
 
@@ -156,11 +155,11 @@ class Service:
         work.held = nbytes
         self.waiting.add(work)
         if len(data) > threads.SHORT_BYTES:
-            await self._reading.run(self._parse, work, data)
+            await self._work.one.run(self._parse, work, data)
         else:
             self._parse(work, data)
         if work.request.has_long_texts():
-            rows = await self._encoding.run(work.model.encoded, work.request.rows)
+            rows = await self._work.many.run(work.model.encoded, work.request.rows)
             work.request = work.request._replace(rows=rows)
 
     def _parse(self, work: _Work, data: bytes) -> None:
@@ -188,7 +187,7 @@ class Service:
         if work.span is not None:
             work.span.set_replies(made, work.model.ranks())
         if len(made) > threads.FEW_ROWS:
-            return await self._reading.run(codec.write, work.model, work.request, made)
+            return await self._work.one.run(codec.write, work.model, work.request, made)
         return codec.write(work.model, work.request, made)
 
     def _drop(self, call: Call, work: _Work) -> None:
