@@ -112,17 +112,19 @@ class DeadlineExpiredError(SuperServeError, TimeoutError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
-    """An error for an unknown name, which suggests the nearest known name.
+    """An error for an unknown name, which suggests the nearest known name if there is one.
 
     >>> print(unknown_name("policy", "slakfit", ["slackfit", "fixed"]))
     unknown policy 'slakfit': did you mean 'slackfit'? Known: fixed, slackfit
+    >>> print(unknown_name("policy", "best", ["slackfit", "fixed"]))
+    unknown policy 'best'; known: fixed, slackfit
     """
     names, name = sorted(known), str(name)
     name = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     name = name if name.isprintable() else ascii(name)[1:-1]
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    return UnknownNameError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or '(none)'}")
+    end = f": did you mean '{close[0]}'? Known" if close else "; known"
+    return UnknownNameError(f"unknown {kind} '{name}'{end}: {', '.join(names) or '(none)'}")
 
 
 def check_name(kind: str, name: object, known: Collection[str]) -> None:

@@ -57,5 +57,5 @@ def test_a_reply_has_the_name_of_its_class_from_the_engine():
 def test_an_unknown_option_fails_at_once_with_the_nearest_name(given, meant):
     with pytest.raises(errors.UnknownNameError, match=f"unknown option '{given}': did you mean '{meant}'"):
         ss.Server("digits", **{given: 1})
-    with pytest.raises(errors.UnknownNameError, match="unknown option 'batch_sizes': Known"):
+    with pytest.raises(errors.UnknownNameError, match="unknown option 'batch_sizes'; known"):
         check_options({"batch_sizes": (1,)})

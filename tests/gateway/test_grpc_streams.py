@@ -44,7 +44,7 @@ def test_an_error_is_told_in_its_place_and_the_stream_goes_on(client):
     found = [*client.stream(iter(made))]
     assert [response.infer_response.id for response in found] == [*"01234"]
     assert [bool(response.error_message) for response in found] == [False, True, False, True, False]
-    assert found[1].error_message == "unknown model 'other': Known: supernet"
+    assert found[1].error_message == "unknown model 'other'; known: supernet"
 
 
 def test_a_stream_has_a_limit_of_waiting_requests():

@@ -64,14 +64,14 @@ def test_a_model_from_the_start_may_be_unloaded_and_is_not_replaced_by_another_e
         assert change(door, "first").status == 200
         assert change(door, "other", "unload").status == 200
         answer = change(door, "other")
-        assert (answer.status, answer.error) == (404, "unknown model 'other': Known: damaged, first, second")
+        assert (answer.status, answer.error) == (404, "unknown model 'other'; known: damaged, first, second")
         assert [*door.models] == ["first"]
 
 
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
-        ("nowhere", 404, "unknown model 'nowhere': Known: damaged, first, second"),
+        ("nowhere", 404, "unknown model 'nowhere'; known: damaged, first, second"),
         ("fist", 404, "did you mean 'first'?"),
         ("link", 404, "unknown model 'link'"),
         ("loop", 404, "unknown model 'loop'"),

@@ -60,7 +60,7 @@ class Health:
 
     def _unknown(self, name: str) -> RequestError:
         known = ", ".join(repr(name) for name in self._names())
-        return RequestError(f"unknown service '{name[:100]}'; known are {known}", status=404)
+        return RequestError(f"unknown service '{name[:100]}'; known: {known}", status=404)
 
     async def _watch(self, call: Call) -> None:
         name, told = methods.parsed(_Request, await call.read_small()).service, None

@@ -86,7 +86,7 @@ def test_a_class_makes_one_policy_for_each_profile(file):
     ("name", "error", "message"),
     [
         ("my file.py:functoin", errors.UnknownNameError, "unknown policy in my file.py: 'functoin': did you mean 'function'"),
-        ("my file.py:number", errors.UnknownNameError, "'number'.*Known: .*Broken"),
+        ("my file.py:number", errors.UnknownNameError, "'number'; known: .*Broken"),
         ("my file.py", errors.ConfigError, r"name a policy of the file, such as my file\.py:function"),
         ("my file.py:", errors.ConfigError, r"name a policy of the file, such as my file\.py:function"),
         ("my file.py:Broken", errors.ConfigError, r"cannot be made for a profile of 3 subnets, see my file\.py:\d+, `self"),
