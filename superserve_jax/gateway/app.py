@@ -19,7 +19,7 @@ import prometheus_client
 import prometheus_client.openmetrics.exposition
 
 from superserve_jax import errors
-from superserve_jax.gateway import bodies, documents, messages, requests, tensors, threads
+from superserve_jax.gateway import bodies, documents, failures, messages, requests, tensors, threads
 from superserve_jax.gateway.failures import ClosingError, RequestError
 from superserve_jax.gateway.live import LivePage
 from superserve_jax.gateway.messages import Answer, Request
@@ -82,7 +82,7 @@ class App:
         request.span = self._spans.http(request)
         answer = await self._answer(request)
         if request.span is not None:
-            request.span.end_http(answer.status)
+            request.span.end_http(failures.CLIENT_LEFT if request.left else answer.status)
         return answer
 
     async def _answer(self, request: Request) -> Answer:

@@ -101,6 +101,7 @@ class Connection(asyncio.Protocol):
         self._reader.close()
         self._forget_waiting()
         if self._answering is not None:
+            self._answering.left = True
             self._shared.buffered.drop(self._answering)
         self._transport = self._answering = None
         if self._writable is not None:

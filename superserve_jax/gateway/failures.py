@@ -35,6 +35,8 @@ _STATUSES: tuple[tuple[type[BaseException], int], ...] = (
     (asyncio.CancelledError, 503),
     (concurrent.futures.CancelledError, 503),
 )
+CLIENT_LEFT = 499
+"""Stands in logs and spans for the status of a request whose client has gone away. No client gets it."""
 RETRY = (429, 503)
 """The statuses after which a client should try again."""
 RETRY_AFTER = (b"retry-after", b"1")

@@ -45,12 +45,13 @@ class Request:
       held: its bytes in memory.
       keep_alive: whether the connection stays open after the answer.
       error: why it is refused without the application.
+      left: whether its client has gone away before the answer.
       span: the span of an inference; None unless the gateway makes spans.
     """
 
     __slots__ = (
         *("began_s", "body", "error", "head_bytes", "headers", "held"),
-        *("keep_alive", "method", "parts", "received", "span", "target"),
+        *("keep_alive", "left", "method", "parts", "received", "span", "target"),
     )
 
     def __init__(self, began_s: float = 0.0):
@@ -59,6 +60,7 @@ class Request:
         self.headers: dict[bytes, bytes] = {}
         self.parts: list[bytes] = []
         self.error: BaseException | None = None
+        self.left = False
         self.span: Span | None = None
 
     def add_header(self, name: bytes, value: bytes) -> None:

@@ -35,7 +35,7 @@ def exporter(monkeypatch):
 
 
 def opened(*engines, **options):
-    return gateways.opened(*engines, gateway_options={"grpc_port": 0, **options})
+    return gateways.opened(*engines, gateway_options={"grpc_port": 0}, **options)
 
 
 def ended(exporter, count=1):
@@ -147,6 +147,25 @@ def test_cancelled_inferences_have_spans_that_end(exporter):
         fakes.wait_until(lambda: server.snapshot()["queries"]["arrived"] == before + 8)
         stream.cancel()
         assert {span.attributes["rpc.response.status_code"] for span in ended(exporter, 3)} == {"CANCELLED"}
+
+
+def test_a_client_that_leaves_is_no_fault_of_the_gateway_over_http(exporter):
+    valve = gateways.Valve()
+    with opened(gateways.engine(valve), limits={"drain_s": 0.1}) as (server, door), valve.shut(server, ROWS[0]):
+        head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
+        with gateways.connect(door) as leaving:
+            leaving.sendall(head + CONTENT)
+            fakes.wait_until(lambda: server.health()["waiting"] == 2)
+        [span] = ended(exporter)
+        assert span.attributes["http.response.status_code"] == 499
+        assert span.status.status_code is trace.StatusCode.UNSET
+        with gateways.connect(door) as staying:
+            staying.sendall(head + CONTENT)
+            fakes.wait_until(lambda: server.health()["waiting"] == 2)
+            door.close()
+            [span] = ended(exporter)
+        assert span.attributes["http.response.status_code"] == 503
+        assert span.status.status_code is trace.StatusCode.ERROR
 
 
 @pytest.mark.parametrize(

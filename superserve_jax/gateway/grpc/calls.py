@@ -153,7 +153,7 @@ class Call:
         except grpc.aio.AbortError:  # by `expire`
             raise
         except (asyncio.CancelledError, grpc.aio.BaseError):  # the client has gone
-            self._log(499, "CANCELLED")
+            self._log(failures.CLIENT_LEFT, "CANCELLED")
             raise
         except Exception as error:
             tells_names = failures.status_of(error) == 404 and not self.has_token()
