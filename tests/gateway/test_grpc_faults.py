@@ -12,6 +12,7 @@ from grpc import RpcError, StatusCode
 from grpcs import Client, Request, message, opened, refused, values
 
 from superserve_jax.gateway import documents
+from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.grpc import calls, codec, service
 from superserve_jax.gateway.model import ServedModel
 
@@ -42,6 +43,18 @@ def test_an_unexpected_error_leaves_its_place(monkeypatch, caplog, name):
         assert client.call("ServerReady").ready
     assert "secret" in caplog.text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize(("sign", "count"), [("e", 1400), ("%", 1400), ("\u20ac", 666), ("\U0001f600", 500)], ids=range(4))
+def test_a_long_error_reaches_the_client(monkeypatch, sign, count):
+    """Signs other than ASCII are longer on their way: clients refuse metadata of more than 8 KiB."""
+
+    def refuse(**_):
+        raise RequestError(1400 * sign)
+
+    with opened() as (_, door), Client(door) as client:
+        monkeypatch.setattr(documents, "server_metadata", refuse)
+        assert refused(client.call, "ServerMetadata") == (StatusCode.INVALID_ARGUMENT, count * sign)
 
 
 def test_an_unexpected_error_of_a_stream_is_in_its_place(monkeypatch, caplog):

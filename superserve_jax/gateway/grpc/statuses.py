@@ -16,7 +16,7 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_MOST_TEXT = 1000  # characters of an error; clients refuse metadata of more than 8 KiB
+_MOST_BYTES = 2000  # of an error; grpc sends up to 3 bytes for each, and clients refuse metadata of more than 8 KiB
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
@@ -29,5 +29,9 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 
 def text_of(error: BaseException) -> str:
-    """What the client reads about an error."""
-    return failures.message_of(error)[:_MOST_TEXT]
+    """What the client reads about an error. A long text is cut.
+
+    >>> len(text_of(failures.RequestError("\u20ac" * 1400)))  # three bytes each
+    666
+    """
+    return failures.message_of(error).encode()[:_MOST_BYTES].decode(errors="ignore")
