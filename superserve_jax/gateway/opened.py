@@ -55,7 +55,7 @@ class Gateway:
       access_log: a file to which a line of JSON is appended for each answer, or "-" for the standard output.
       demo: whether the live page has controls that send traffic to the servers.
       models_dir: a folder. Clients may load the exports right below it, by the names of their folders, and unload models.
-        Without a token, they may do so only if `host` is an address of this machine only.
+        Without a token, they may do so only if `host` is an address of this machine only. No server may have two names.
       open_model: opens the server of a loaded model, from the path of its export.
 
     Attributes:

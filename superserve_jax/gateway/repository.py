@@ -57,7 +57,7 @@ class Repository(Mapping[str, ServedModel]):
       max_body_bytes: the longest body of an inference, for any model that is there or may be loaded.
       is_compiling: whether a thread opens a server, or swaps an export in.
 
-    Raises ConfigError if there is no such folder.
+    Raises ConfigError if there is no such folder, or if a server has two names although clients may unload one of them.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class Repository(Mapping[str, ServedModel]):
         self.now, self.by_target = dict[str, ServedModel](), dict[bytes, ServedModel]()
         self._replace(models)
         self._folder = None if folder is None else Folder(folder)
+        if folder is not None:
+            _check_distinct(models)
         self._open_model, self._limits, self._may_change = open_model, limits, may_change
         self.can_change, self.is_compiling = may_change and folder is not None, False
         bodies = [model.max_body_bytes for model in models.values()]
@@ -275,6 +277,16 @@ class Repository(Mapping[str, ServedModel]):
         with self._owning:
             self._owned.discard(model.server)
         _log.info("model '%s' is unloaded", name)
+
+
+def _check_distinct(models: Mapping[str, ServedModel]) -> None:
+    """Raises ConfigError if a server has two names: to unload one of them would close it for both."""
+    names = dict[Server, str]()
+    for name, model in models.items():
+        if (other := names.setdefault(model.server, name)) != name:
+            raise errors.ConfigError(
+                f"'{other}' and '{name}' are one server, and an unload of one would close both; open a server for each name"
+            )
 
 
 def _reload(model: ServedModel, path: pathlib.Path) -> None:

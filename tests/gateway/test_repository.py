@@ -272,3 +272,11 @@ def test_a_gateway_needs_a_server_or_a_folder(folder):
         gateway.Gateway({}, port=0)
     with pytest.raises(errors.ConfigError, match="there is no folder"):
         gateway.Gateway({}, port=0, models_dir=str(folder / "file"))
+
+
+def test_a_server_that_may_be_unloaded_has_only_one_name(folder):
+    with fakes.serve(gateways.engine()) as server:
+        with pytest.raises(errors.ConfigError, match="'one' and 'other' are one server"):
+            gateway.Gateway({"one": server, "other": server}, port=0, models_dir=str(folder))
+        with gateway.Gateway({"one": server, "other": server}, port=0) as door:
+            assert {*door.models} == {"one", "other"}
