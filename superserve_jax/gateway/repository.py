@@ -214,7 +214,7 @@ class Repository(Mapping[str, ServedModel]):
         model = self.now.get(name)
         try:
             if model is not None and model.is_ready():
-                return await self._compile(_reload, model, path)
+                return await self._compile(_reload, model, path, model.server in self._owned)
             if model is not None:
                 await self._unload(name)
             self._states[name] = "LOADING"
@@ -289,10 +289,11 @@ def _check_distinct(models: Mapping[str, ServedModel]) -> None:
             )
 
 
-def _reload(model: ServedModel, path: pathlib.Path) -> None:
+def _reload(model: ServedModel, path: pathlib.Path, is_loaded: bool) -> None:
     """Swaps an export in, unless it is the one that is served. Called in a thread."""
     served = model.server.model
-    if served is None or served.path.resolve() != path:
+    # The name of a model that clients have loaded may be a link, which now leads to another export of the folder.
+    if served is None or (not is_loaded and served.path.resolve() != path):
         raise errors.ConfigError("a model with this name is served from elsewhere; unload it first")
     if served.manifest["sha256"] != read_manifest(path)["sha256"]:
         model.server.swap(path)

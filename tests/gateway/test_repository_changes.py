@@ -1,6 +1,7 @@
-"""What happens while a model is loaded or unloaded: to other models, to other clients, and when the gateway closes."""
+"""Models are loaded again, and loaded or unloaded while others are served, clients leave, or the gateway closes."""
 
 import asyncio
+import shutil
 
 import fakes
 import gateways
@@ -8,7 +9,10 @@ import numpy as np
 from gateways import connect, infer, request
 from repositories import Background, Opener, change, opened, states
 
+from superserve_jax import files
 from superserve_jax.gateway.repository import Repository
+from superserve_jax.manifest import read_manifest
+from superserve_jax.serving.server import Server
 
 ROW = np.uint8([[[7, 2], [3, 4]]])
 CONTENT = gateways.body(ROW)
@@ -109,3 +113,22 @@ def test_models_that_are_loaded_at_once_are_all_there(folder):
             opener.gate.set()
         assert [first.result.status, second.result.status] == [200, 200]
         assert {*door.models} == {"first", "second"}
+
+
+def test_a_link_that_leads_to_another_export_is_like_a_changed_export(folder, tmp_path, monkeypatch):
+    exports, link, swapped = tmp_path / "exports", tmp_path / "exports" / "live", []
+    shutil.copytree(folder / "first", exports / "first")
+    shutil.copytree(folder / "first", exports / "second")
+    changed = {**read_manifest(exports / "second"), "training": {"lr": 7}}
+    files.write_json(exports / "second" / "manifest.json", {**changed, "sha256": files.digest(changed)})
+    link.symlink_to("first")
+    monkeypatch.setattr(Server, "swap", lambda _, path: swapped.append(path.name))
+    with opened(exports) as door:
+        for target, expected in (("first", []), ("first", []), ("second", ["second"])):
+            link.unlink()
+            link.symlink_to(target)
+            assert change(door, "live").status == 200
+            assert swapped == expected
+        link.unlink()
+        link.symlink_to(folder / "second")  # below another folder
+        assert change(door, "live").status == 404
