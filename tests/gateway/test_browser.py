@@ -130,6 +130,14 @@ def test_a_slider_changes_the_steady_traffic_for_all_pages(browser, door):
     fakes.wait_until(lambda: browser.text("steady-qps") == chosen)
 
 
+def test_a_slider_follows_the_highest_rate_of_its_model(browser, door):
+    browser.open(door)
+    fakes.wait_until(lambda: browser.run("!document.getElementById('demo').hidden"))
+    most = browser.run("document.getElementById('steady').max")
+    browser.run("(document.getElementById('steady').max = '1')")  # as of another export that was there before
+    fakes.wait_until(lambda: browser.run("document.getElementById('steady').max") == most)
+
+
 @pytest.mark.parametrize("width", [320, 390, 760, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_fits_the_screen(browser, door, width, dark):

@@ -10,8 +10,8 @@ export function demo() {
   $("demo").hidden = !told;
   if (!told) return;
   for (const [id, qps] of [["steady", told.steady_qps], ["burst", told.burst_qps]]) {
-    const slider = $(id), fresh = slider.dataset.model !== state.model;
-    if (fresh) {
+    const slider = $(id), fresh = slider.dataset.model !== state.model || Number(slider.max) !== told.most_qps;
+    if (fresh) { // another model, or another export under its name
       slider.max = told.most_qps;
       slider.step = told.most_qps / 200;
       slider.dataset.model = state.model;
