@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tracing_models import convolution
 
 X = jnp.asarray(np.random.default_rng(7).normal(size=(4, 6)), jnp.float32)
 IMAGE = X.reshape(1, 2, 2, 6)
+MESH = Mesh(np.asarray(jax.devices("cpu")[:1]), ("devices",))
 TWO_LAYERS = {"a": (6, 8), "b": (8, 3)}
 HEADS = {"a": (6, 3, 4), "b": (3, 4, 2)}
 
@@ -50,6 +52,8 @@ ONE = {
     "cbrt": lambda h, u: lax.cbrt(u),
     "ceil": lambda h, u: lax.ceil(h),
     "clamp": lambda h, u: lax.clamp(0.1, h, 0.5),
+    "complex": lambda h, u: lax.real(lax.complex(h, u) * lax.complex(u, h)),
+    "conj": lambda h, u: lax.imag(lax.conj(lax.complex(h, u))),
     "convert_element_type": lambda h, u: h.astype(jnp.float16),
     "copy": lambda h, u: jnp.copy(h),
     "cos": lambda h, u: jnp.cos(h),
@@ -63,6 +67,7 @@ ONE = {
     "exp2": lambda h, u: lax.exp2(h),
     "expm1": lambda h, u: jnp.expm1(h),
     "floor": lambda h, u: jnp.floor(h),
+    "imag": lambda h, u: lax.imag(lax.complex(u, h)),
     "integer_pow": lambda h, u: u**-3,
     "is_finite": lambda h, u: jnp.isfinite(h),
     "lgamma": lambda h, u: lax.lgamma(u),
@@ -103,7 +108,8 @@ ONE = {
         }.items()
     },
     "not": lambda h, u: ~(h > u),
-    "real": lambda h, u: lax.real(lax.complex(X.sum() * 0, 1.0)) + h,
+    "real": lambda h, u: lax.real(lax.complex(u, h)),
+    "sharding_constraint": lambda h, u: lax.with_sharding_constraint(h, NamedSharding(MESH, PartitionSpec(None, "devices"))),
 }
 
 
@@ -233,6 +239,8 @@ REDUCTIONS = {
     "sort": hidden(lambda h: jnp.sort(h, 1), ()),
     "sort: of another axis": hidden(lambda h: jnp.sort(h, 0)),
     "top_k": hidden(lambda h: lax.top_k(h, h.shape[1])[0], ()),
+    "fft": hidden(lambda h: jnp.fft.rfft(h, axis=0).real),
+    "fft: of the axis": hidden(lambda h: jnp.fft.fft(h, axis=1).imag, ()),
     "reduce_window_max": hidden(lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (2, 1), (1, 1), "SAME")),
     "reduce_window_min": hidden(lambda h: lax.reduce_window(h, jnp.inf, lax.min, (2, 1), (1, 1), "VALID")),
     "reduce_window_sum": hidden(lambda h: lax.reduce_window(h, 0.0, lax.add, (2, 1), (2, 1), "VALID")),
@@ -244,6 +252,12 @@ LOOKUPS = {
         lambda p, x: jnp.tanh(p["a"][jnp.asarray([[0, 5], [3, 3]])]) @ p["b"], {"a": (7, 8), "b": (8, 2)}, ("a[1]",)
     ),
     "gather: of the axis": hidden(lambda h: h[:, jnp.asarray([0, 2, 1, 3, 4, 5, 7, 6])], ()),
+    "scatter": hidden(lambda h: h.at[jnp.asarray([1, 3])].set(jnp.exp(h[:2]))),
+    "scatter: of the axis": hidden(lambda h: h.at[:, 1].set(h[:, 0]), ()),
+    "scatter: of a row for each row": hidden(lambda h: jax.vmap(lambda row, i: row.at[i].set(2.0))(h, jnp.arange(4)), ()),
+    "scatter-add": hidden(lambda h: h.at[jnp.asarray([0, 2, 2])].add(jnp.exp(h[:3]))),
+    "scatter-sub": hidden(lambda h: h.at[1].subtract(3.0)),
+    "scatter-mul": hidden(lambda h: h.at[1].multiply(h[2], unique_indices=True)),
     "iota": hidden(lambda h: h + jnp.arange(h.shape[1]), ()),
     "iota: of another axis": hidden(lambda h: h + lax.broadcasted_iota(jnp.float32, h.shape, 0)),
     "bitcast_convert_type": hidden(lambda h: h + 1e-9 * lax.bitcast_convert_type(h, jnp.int32), ()),

@@ -8,7 +8,7 @@
 | concatenate, split, slice, pad | `parts.py` |
 | matrix products and convolutions | `contractions.py` |
 | sums, maxima, and others along an axis | `reductions.py` |
-| look-ups, counting and random numbers | `lookups.py` |
+| look-ups, writing into places, counting and random numbers | `lookups.py` |
 | scan, checkpoint, and functions with derivatives of their own | `calls.py` |
 
 A primitive without a rule keeps all its axes at their sizes. The names are those of jax 0.10 to 0.12.

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from superserve_jax.tracing.evaluation import Evaluation
 
 FINITE = (
-    *("abs", "add", "add_any", "and", "atan", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "eq", "erf"),
-    *("erfc", "floor", "ge", "gt", "is_finite", "le", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not", "or"),
-    *("real", "imag", "reduce_precision", "round", "select_n", "shift_left", "shift_right_arithmetic"),
-    *("shift_right_logical", "sign", "sin", "square", "stop_gradient", "sub", "tanh", "xor", "asinh"),
+    *("abs", "add", "add_any", "and", "asinh", "atan", "ceil", "clamp", "complex", "conj", "convert_element_type", "copy"),
+    *("copy_p", "cos", "eq", "erf", "erfc", "floor", "ge", "gt", "imag", "is_finite", "le", "logistic", "lt", "max", "min"),
+    *("mul", "name", "ne", "neg", "not", "or", "real", "reduce_precision", "round", "select_n", "shift_left"),
+    *("shift_right_arithmetic", "shift_right_logical", "sign", "sin", "square", "stop_gradient", "sub", "tanh", "xor"),
 )
 # The harmless operands. None: this operand may hold any finite number.
 HARMLESS: dict[str, tuple[float | None, ...]] = {
@@ -52,6 +52,12 @@ def relate_each(node: Node) -> None:
     for operand, output in zip(node.inputs, node.outputs, strict=True):
         for a, b in zip(operand.dims, output.dims, strict=True):
             tie(a, b, node)
+
+
+def evaluate_same(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
+    """Returns the operands. A sharding says where an array lies. It may not fit a smaller array."""
+    del node, at
+    return list(values)
 
 
 def evaluate_harmless(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
@@ -95,4 +101,5 @@ RULES = {
     "div": Rule(relate, evaluate_division),
     "mul": Rule(relate, evaluate_product),
     "optimization_barrier": Rule(relate_each, moves=True),
+    "sharding_constraint": Rule(relate_each, evaluate_same, moves=True),
 }

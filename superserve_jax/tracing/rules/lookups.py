@@ -1,4 +1,4 @@
-"""Rules of look-ups in tables, of axes that are numbered, and of random numbers."""
+"""Rules of look-ups in tables, of writing into places of an array, of axes that are numbered, and of random numbers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,23 @@ def evaluate_gather(node: Node, values: Sequence[Any], at: "Evaluation") -> list
     return bind(node, values, slice_sizes=tuple(sizes))
 
 
+def relate_scatter(node: Node) -> None:
+    """Writes into places, such as `x.at[i].set(y)`. Axes with places are fixed. An axis that is written as a whole is free."""
+    numbers, what = node.params["dimension_numbers"], "an axis that is written in places"
+    array, indices, update = (operand.dims for operand in node.inputs)
+    tie_all(array, node.outputs[0].dims, node)
+    apart = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    windows = zip((axis for axis in range(len(array)) if axis not in apart), numbers.update_window_dims, strict=True)
+    written = {axis: update[window] for axis, window in windows}
+    for axis, dim in enumerate(array):
+        if axis in written and written[axis].size == dim.size and axis not in numbers.scatter_dims_to_operand_dims:
+            tie(dim, written[axis], node)
+        else:
+            fix_axes([dim, *([written[axis]] if axis in written else [])], node, what)
+    fix_axes([indices[-1], *(indices[axis] for axis in numbers.scatter_indices_batching_dims)], node, what)
+    tie_all(indices[:-1], [dim for axis, dim in enumerate(update) if axis not in numbers.update_window_dims], node)
+
+
 def relate_iota(node: Node) -> None:
     """An axis that is numbered is fixed. Axes along which the numbers repeat are free."""
     fix_axes([node.outputs[0].dims[node.params["dimension"]]], node, "an axis is numbered (arange, one-hot, positions)")
@@ -71,6 +88,7 @@ def relate_bits(node: Node) -> None:
 
 RULES = {
     "gather": Rule(relate_gather, evaluate_gather),
+    **dict.fromkeys(("scatter", "scatter-add", "scatter-sub", "scatter-mul"), Rule(relate_scatter)),
     "iota": Rule(relate_iota, evaluate_iota),
     "bitcast_convert_type": Rule(relate_bits),
     **dict.fromkeys(("random_bits", "threefry2x32"), Rule(relate_random)),

@@ -1,7 +1,7 @@
 """Rules of sums, maxima and others along an axis.
 
 A reduction may run along an axis that changes: entries beyond its active size become the neutral number, such as 0 in a
-sum. A sort, a cumulative sum or the place of a maximum fixes its axis.
+sum. A sort, a cumulative sum, a Fourier transform or the place of a maximum fixes its axis.
 """
 
 from collections.abc import Sequence
@@ -74,6 +74,14 @@ def relate_along(node: Node) -> None:
             tie_all(operand.dims, [*first[:axis], operand.dims[axis], *first[axis + 1 :]], node)
 
 
+def relate_fft(node: Node) -> None:
+    """A Fourier transform works along the last axes, which are fixed."""
+    before, after = node.inputs[0].dims, node.outputs[0].dims
+    first = len(before) - len(node.params["fft_lengths"])
+    tie_all(before[:first], after[:first], node)
+    fix_axes([*before[first:], *after[first:]], node)
+
+
 def relate_window(node: Node) -> None:
     """Pooling. An axis with a window of 1 stays the same. All others are fixed."""
     p = node.params
@@ -92,5 +100,6 @@ RULES = {
     **{name: Rule(relate_reduction, evaluate_reduction) for name in NEUTRAL},
     **dict.fromkeys(("argmax", "argmin"), Rule(relate_place)),
     **dict.fromkeys(_ALONG, Rule(relate_along)),
+    "fft": Rule(relate_fft),
     **dict.fromkeys(_WINDOWS, Rule(relate_window)),
 }

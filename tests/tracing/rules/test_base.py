@@ -18,7 +18,6 @@ OTHER_NAMES = {
     "copy_p",
     "threefry2x32",
     "add_any",
-    "imag",
     "reduce_window",
     "unstack",
 }
