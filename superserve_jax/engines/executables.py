@@ -211,7 +211,9 @@ def trace_slicer(
         params = dict(zip(takes, values, strict=True))
         params |= program.fold(params, *statistics) if form.folded else {}
         specs = (form.spec(program, name, shape) for name, shape in leaves)
-        return tuple(programs.cut(params[name], s.shape).astype(s.dtype) for (name, _), s in zip(leaves, specs, strict=True))
+        return tuple(
+            program.cut(name, params[name], s.shape).astype(s.dtype) for (name, _), s in zip(leaves, specs, strict=True)
+        )
 
     sharding: Any = SingleDeviceSharding(device)
     out = tuple(_format(device, layout, len(layout)) for layout in layouts) if layouts else sharding

@@ -30,7 +30,7 @@ from superserve_jax import errors, layers, ops
 from superserve_jax.lengths import check_ascending
 from superserve_jax.space import Axis, SearchSpace, check_depths
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import Units
+from superserve_jax.supernets.family import UnitAxis, Units
 
 _PROJECTIONS = ("query", "key", "value")
 
@@ -167,10 +167,10 @@ class DynaBERTConfig:
         """The heads and the neurons of each layer."""
         found = []
         for layer in (f"layers.{i}" for i in range(self.num_layers)):
-            heads = [(f"{layer}.{n}.kernel", 1) for n in _PROJECTIONS] + [(f"{layer}.{n}.bias", 0) for n in _PROJECTIONS]
-            found.append(Units(self.heads[-1], tuple(heads), (f"{layer}.attention_out.kernel", 0)))
-            neurons = ((f"{layer}.ffn_in.kernel", 1), (f"{layer}.ffn_in.bias", 0))
-            found.append(Units(self.ffn[-1], neurons, (f"{layer}.ffn_out.kernel", 0)))
+            heads = [UnitAxis(f"{layer}.{n}.{p}", axis) for p, axis in (("kernel", 1), ("bias", 0)) for n in _PROJECTIONS]
+            found.append(Units(self.heads[-1], tuple(heads), (UnitAxis(f"{layer}.attention_out.kernel", 0),)))
+            neurons = (UnitAxis(f"{layer}.ffn_in.kernel", 1), UnitAxis(f"{layer}.ffn_in.bias", 0))
+            found.append(Units(self.ffn[-1], neurons, (UnitAxis(f"{layer}.ffn_out.kernel", 0),)))
         return found
 
     def _kept(self, subnet: Subnet) -> list[tuple[int, int]]:

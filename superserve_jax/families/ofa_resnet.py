@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Num
 from superserve_jax import errors, layers, ops
 from superserve_jax.space import Axis, SearchSpace, check_depths
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import Fold, Units
+from superserve_jax.supernets.family import Fold, UnitAxis, Units
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -159,7 +159,8 @@ class OFAResNetConfig:
             for i in range(2 if self.block == "bottleneck" else 1):
                 conv = f"blocks.{b}.convs.{i}"
                 writers = ((f"{conv}.conv.kernel", 3), (f"{conv}.norm.scale", 0), (f"{conv}.norm.bias", 0))
-                found.append(Units(sizes[f"block{b}.mid"], writers, (f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)))
+                reader = UnitAxis(f"blocks.{b}.convs.{i + 1}.conv.kernel", 2)
+                found.append(Units(sizes[f"block{b}.mid"], tuple(UnitAxis(*writer) for writer in writers), (reader,)))
         return found
 
     def folds(self) -> list[Fold]:

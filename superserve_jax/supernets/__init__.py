@@ -4,8 +4,8 @@ Read `family.py` first, then `programs.py`. Call `check` to verify a family that
 """
 
 from superserve_jax.supernets.checking import check
-from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig, Units
+from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig, UnitAxis, Units
 from superserve_jax.supernets.programs import Program
 from superserve_jax.supernets.supernet import SuperNet
 
-__all__ = ["FamilyConfig", "Program", "RewirableConfig", "SequenceConfig", "SuperNet", "Units", "check"]
+__all__ = ["FamilyConfig", "Program", "RewirableConfig", "SequenceConfig", "SuperNet", "UnitAxis", "Units", "check"]

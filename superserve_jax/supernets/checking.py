@@ -16,7 +16,7 @@ import math
 import pathlib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax
@@ -31,7 +31,7 @@ from superserve_jax import errors, layers
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet, envelope_of
 from superserve_jax.supernets import programs, registry
-from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig
+from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig, TracedConfig
 
 _SIZED, _TRACED = 16, 3  # numbers of subnets whose sizes are checked, and that are traced
 _TOLERANCE = 1e-3  # relative to the largest value; a missing mask causes larger differences
@@ -121,7 +121,7 @@ def _check_methods(config: FamilyConfig) -> None:
     if isinstance(config, RewirableConfig):
         spec = programs.param_spec(config)
         for units in config.units():
-            for name, axis in (*units.writers, units.reader):
+            for name, axis, _ in (*units.writers, *units.readers):
                 length = spec[name].shape[axis] if name in spec and axis < len(spec[name].shape) else 0
                 expected = f"a multiple of the {units.count} units"
                 demand(length > 0 and length % units.count == 0, f"units(): axis {axis} of {name}", length, expected)
@@ -186,13 +186,20 @@ def _check_counts(config: FamilyConfig, subnet: Subnet) -> None:
         gate = 0 in subnet.gates and name not in sizes
         hint = ". If the norm is in a block that the subnet drops, the network ignores the gate" if gate else ""
         demand(sizes.get(name) == norms.get(name), f"norm_sizes: '{name}'", sizes.get(name), runs + hint)
-    weights = programs.read_shapes(jaxpr.jaxpr, sorted(programs.param_spec(config))).values()
+    weights = _weights(config, subnet, jaxpr)
     products, read = multiply_adds(jaxpr.jaxpr), sum(math.prod(shape) for shape in weights)
     for name, value, what, counted in (
         ("flops", config.flops(subnet), "multiply-adds of its program", products),
         ("num_params", config.num_params(subnet), "weights that its program reads", read),
     ):
         demand(type(value) is int and value == counted, name, repr(value), f"the {what}, the int {counted}")
+
+
+def _weights(config: FamilyConfig, subnet: Subnet, jaxpr: Any) -> Iterable[tuple[int, ...]]:
+    """The shapes of the weights that a subnet's program reads."""
+    if isinstance(config, TracedConfig):
+        return config.shapes(config.sizes(subnet)).values()
+    return programs.read_shapes(jaxpr.jaxpr, sorted(programs.param_spec(config))).values()
 
 
 def _check_traced_sizes(config: FamilyConfig, *, training: bool) -> None:
@@ -281,7 +288,10 @@ def _compare(
 
 
 def multiply_adds(jaxpr: Any) -> int:
-    """Multiply-adds of the matrix products and convolutions of a jaxpr. Products with zero padding count."""
+    """Multiply-adds of the matrix products and convolutions of a jaxpr. Products with zero padding count.
+
+    Of several branches, the one with the most products counts.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -296,8 +306,9 @@ def multiply_adds(jaxpr: Any) -> int:
             inner = jax.tree.leaves(
                 list(equation.params.values()), is_leaf=lambda p: isinstance(p, jax.extend.core.ClosedJaxpr)
             )
+            counts = [multiply_adds(p.jaxpr) for p in inner if isinstance(p, jax.extend.core.ClosedJaxpr)]
             turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += turns * sum(multiply_adds(p.jaxpr) for p in inner if isinstance(p, jax.extend.core.ClosedJaxpr))
+            total += max(counts) if equation.primitive.name == "cond" else turns * sum(counts)
     return total
 
 

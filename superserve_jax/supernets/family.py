@@ -6,7 +6,8 @@ family offers. The other Protocols are optional parts. Test for a part with `isi
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -63,6 +64,26 @@ class FamilyConfig(Protocol):
         ...
 
 
+class UnitAxis(NamedTuple):
+    """An axis of a parameter that holds units.
+
+    `path` is the parameter's dotted path, and `axis` the number of the axis. Row i of `entries`, an int array (count, n), has
+    the places of unit i along the axis. None means that the units follow each other, each with length / count entries.
+    """
+
+    path: str
+    axis: int
+    entries: np.ndarray | None = None
+
+    def places(self, count: int, length: int) -> np.ndarray:
+        """The places of each of `count` units along the axis of this length, int (count, n).
+
+        >>> UnitAxis("kernel", 0).places(2, 6).tolist()
+        [[0, 1, 2], [3, 4, 5]]
+        """
+        return np.arange(length).reshape(count, -1) if self.entries is None else self.entries
+
+
 @dataclasses.dataclass(frozen=True)
 class Units:
     """Units of one layer: what its elastic width counts, such as heads, neurons or channels. A subnet runs the first units.
@@ -71,14 +92,13 @@ class Units:
 
     Args:
       count: number of units.
-      writers: (dotted path, axis) of each parameter that produces the units. The axis holds the units one after another,
-        each with length / count consecutive entries.
-      reader: (dotted path, axis) of the weight that their output is multiplied with next.
+      writers: the axes of all parameters that produce the units.
+      readers: the axes of all weights that the units are multiplied with next.
     """
 
     count: int
-    writers: tuple[tuple[str, int], ...]
-    reader: tuple[str, int]
+    writers: tuple[UnitAxis, ...]
+    readers: tuple[UnitAxis, ...]
 
 
 @runtime_checkable
@@ -113,6 +133,28 @@ class FoldableConfig(FamilyConfig, Protocol):
 
     def folds(self) -> list[Fold]:
         """All norms that may be folded, each at most once."""
+        ...
+
+
+@runtime_checkable
+class TracedConfig(FamilyConfig, Protocol):
+    """A family whose network follows from traced code. Its subnets may read other entries than the first ones of an axis."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of what the code computes. Runs and exports keep it, so that they are not read with other code."""
+        ...
+
+    def shapes(self, sizes: dict[str, int], /) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that a network of these sizes reads, by dotted path."""
+        ...
+
+    def cut(self, name: str, value: jax.Array, sizes: dict[str, int], /) -> jax.Array:
+        """The part of a parameter that a network of these sizes reads. The network also accepts this part alone."""
+        ...
+
+    def norm_entries(self, sizes: dict[str, int], limits: dict[str, int], /) -> Mapping[str, np.ndarray]:
+        """For each norm of `norm_sizes(sizes)`, where its channels are among those of a network of sizes `limits`."""
         ...
 
 

@@ -24,7 +24,7 @@ from flax import nnx
 
 from superserve_jax import layers, ops
 from superserve_jax.subnet import Subnet, envelope_of
-from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig
+from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig, TracedConfig
 
 Params = Mapping[str, jax.Array]
 Shape = tuple[int, ...]
@@ -85,17 +85,25 @@ class Program:
         if subnet == self.envelope:
             return statistics
         padded = np.stack([np.zeros(self.statistics_size, np.float32), np.ones(self.statistics_size, np.float32)])
-        start = 0
-        for name, n in self.config.norm_sizes(self.config.sizes(subnet)).items():
-            padded[:, self.offsets[name] : self.offsets[name] + n] = statistics[:, start : start + n]
-            start += n
+        padded[:, self._places(subnet)] = statistics
         return padded
 
     def cut_statistics(self, padded: np.ndarray, subnet: Subnet) -> np.ndarray:
         """The inverse of `pad_statistics`: cuts (2, N) to the statistics (2, n) of a subnet."""
-        sizes = self.config.norm_sizes(self.config.sizes(subnet))
-        parts = [padded[:, self.offsets[name] : self.offsets[name] + n] for name, n in sizes.items()]
-        return np.concatenate([np.zeros((2, 0), np.float32), *parts], axis=1)
+        return padded[:, self._places(subnet)]
+
+    def _places(self, subnet: Subnet) -> np.ndarray:
+        """Where the statistics of a subnet are among those of this program, int (n,)."""
+        sizes = self.config.sizes(subnet)
+        if isinstance(self.config, TracedConfig):
+            entries = self.config.norm_entries(sizes, self.limits)
+        else:
+            entries = {name: np.arange(n) for name, n in self.config.norm_sizes(sizes).items()}
+        return np.concatenate([np.arange(0), *(self.offsets[name] + places for name, places in entries.items())])
+
+    def cut(self, name: str, value: jax.Array, shape: Shape) -> jax.Array:
+        """The part of a parameter that this program reads. `shape` is its shape, as `used_leaves` gives it."""
+        return self.config.cut(name, value, self.limits) if isinstance(self.config, TracedConfig) else cut(value, shape)
 
     # -- the functions to compile ---------------------------------------------------------------------------------------
 
@@ -232,9 +240,12 @@ def used_leaves(program: Program, *, folded: bool = False) -> dict[str, Shape]:
     """The smallest shape that a program needs of each parameter that it reads. `folded` means `Program.infer_folded`.
 
     WeightSlice reads the first entries along every axis. So a program reads the same values from parameters that are cut to
-    these shapes, and needs no change.
+    these shapes, and needs no change. The parts may be other entries in a traced family, see `Program.cut`.
     """
     spec = param_spec(program.config)
+    if isinstance(program.config, TracedConfig):
+        shapes = program.config.shapes(program.limits)
+        return {name: shapes[name] for name in sorted(shapes)}
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
     infer = program.infer_folded if folded else program.infer

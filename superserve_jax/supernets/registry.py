@@ -19,10 +19,12 @@ from typing import Any
 
 from superserve_jax import errors, foreign
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import FamilyConfig
+from superserve_jax.supernets.family import FamilyConfig, TracedConfig
 
 ENTRY_POINTS = "superserve_jax.families"
 """The group of the entry points that name families."""
+
+_DIGEST = "digest"
 
 _BUILT_IN = "superserve_jax.families."
 
@@ -58,7 +60,9 @@ def is_built_in(config_class: type) -> bool:
 
 def config_to_json(config: FamilyConfig) -> dict[str, Any]:
     """A family's config as a dict for `json.dump`."""
-    return {"family": config.family, **{f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}}
+    fields = {f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    digest = {_DIGEST: config.digest} if isinstance(config, TracedConfig) else {}
+    return {"family": config.family, **digest, **fields}
 
 
 @errors.refusing(errors.ConfigError, "not the config of a family as config_to_json writes it")
@@ -72,12 +76,18 @@ def config_from_json(data: Mapping[str, Any]) -> FamilyConfig:
     name: Any = data.get("family")
     if name not in _FAMILIES:
         _find(name)
-    fields = {k: _from_plain(v) for k, v in data.items() if k != "family"}
+    fields = {k: _from_plain(v) for k, v in data.items() if k not in ("family", _DIGEST)}
     known = {f.name for f in dataclasses.fields(_FAMILIES[name])}
     for field in fields:
         errors.check_name(f"field of {name}'s config", field, known)
     with errors.refusing(errors.ConfigError, f"the config of family '{name}' does not fit"):
-        return _FAMILIES[name](**fields)
+        config = _FAMILIES[name](**fields)
+    if isinstance(config, TracedConfig) and data.get(_DIGEST, config.digest) != config.digest:
+        raise errors.ConfigError(
+            f"the code of family '{name}' computes something else now (digest {config.digest}) than when this was written "
+            f"({data[_DIGEST]}); use the code of that time, or train and export again"
+        )
+    return config
 
 
 def _find(name: Any) -> None:

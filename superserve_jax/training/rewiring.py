@@ -10,7 +10,7 @@ subnet still computes the same function. Statistics must be calibrated again. A 
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
-from superserve_jax.supernets.family import RewirableConfig
+from superserve_jax.supernets.family import RewirableConfig, UnitAxis, Units
 from superserve_jax.supernets.programs import Program
 from superserve_jax.training import losses
 from superserve_jax.training.data import DatasetLike
@@ -85,11 +85,18 @@ def reorder(config: RewirableConfig, state: Any, orders: Sequence[np.ndarray]) -
 def _moved(config: RewirableConfig, arrays: Params, orders: Sequence[np.ndarray]) -> dict[str, jax.Array]:
     moved = dict(arrays)
     for units, order in zip(config.units(), orders, strict=True):
-        for name, axis in (*units.writers, units.reader):
-            size = moved[name].shape[axis] // units.count
-            places = (np.asarray(order)[:, None] * size + np.arange(size)).ravel()
-            moved[name] = jnp.take(jnp.asarray(moved[name]), places, axis=axis)
+        for name, axis, places in _places(units, (*units.writers, *units.readers), moved):
+            source = np.arange(moved[name].shape[axis])
+            source[places] = places[np.asarray(order)]
+            moved[name] = jnp.take(jnp.asarray(moved[name]), source, axis=axis)
     return moved
+
+
+def _places(units: Units, axes: Iterable[UnitAxis], params: Params) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(parameter, axis, places of the units along it) of some axes of units."""
+    for units_axis in axes:
+        length = params[units_axis.path].shape[units_axis.axis]
+        yield units_axis.path, units_axis.axis, units_axis.places(units.count, length)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -103,7 +110,9 @@ def _changes(program: Program, params: Params, inputs: jax.Array, labels: jax.Ar
     changes = []
     assert isinstance(program.config, RewirableConfig)
     for units in program.config.units():
-        name, axis = units.reader
-        products = jnp.moveaxis(grads[name] * params[name], axis, 0)
-        changes.append(jnp.sum(products.reshape(units.count, -1), 1))
+        change = jnp.zeros(units.count)
+        for name, axis, places in _places(units, units.readers, params):
+            products = jnp.moveaxis(grads[name] * params[name], axis, 0)[places]
+            change += jnp.sum(products.reshape(units.count, -1), 1)
+        changes.append(change)
     return changes

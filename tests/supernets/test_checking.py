@@ -22,7 +22,7 @@ from superserve_jax.families.dynabert import DynaBERT, DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.supernets import checking
-from superserve_jax.supernets.family import Units
+from superserve_jax.supernets.family import UnitAxis, Units
 from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig
 
@@ -75,7 +75,7 @@ BROKEN = {
     ),
     "classes": ({"create": lambda c, rngs: MLP(MLPConfig(num_classes=7), rngs=rngs)}, r"logits' shape of .* is \(1, 7\)"),
     "units": (
-        {"units": lambda c: [Units(3, (("first.linear.bias", 0),), ("x", 0))]},
+        {"units": lambda c: [Units(3, (UnitAxis("first.linear.bias", 0),), (UnitAxis("x", 0),))]},
         r"units\(\): axis 0 of first.linear.bias is 16",
     ),
     "an exception": (

@@ -73,7 +73,7 @@ def test_an_importance_is_the_change_of_the_loss_without_the_unit():
     batch = batches_of(BERT, 1)
     params, largest, share = random_params(BERT), BERT.space().largest(), 1e-2
     for units, values in zip(BERT.units(), rewiring.importances(BERT, params, batch), strict=True):
-        name, axis = units.reader
+        [(name, axis, _)] = units.readers
         assert axis == 0
         size = params[name].shape[0] // units.count
         for i in (0, units.count - 1):
