@@ -2,7 +2,7 @@
 
 - **Inlined**: calls of jitted functions. jax shares one jaxpr between all calls of a function; here each call gets its own
   values.
-- **Kept, with bodies**: scan, checkpoint (remat), and functions with a derivative of their own (custom_jvp, custom_vjp).
+- **Kept, with bodies**: scan, cond, checkpoint (remat), and functions with a derivative of their own (custom_jvp, custom_vjp).
   relu is such a function: its derivative at 0 is 0, and that of its formula is 1/2.
 - **Computed now**: operations on numbers alone. For example, `jnp.var` divides by `n - 0`, which becomes `n`.
 """
@@ -90,6 +90,8 @@ class _Builder:
         node = Node(equation.primitive, dict(params), inputs, outputs, where)
         if name == "scan":
             node.bodies = (graph_of(params["jaxpr"], where, inline_custom=self._inline_custom),)
+        elif name == "cond":
+            node.bodies = tuple(graph_of(branch, where, inline_custom=self._inline_custom) for branch in params["branches"])
         elif name in REMAT:
             node.bodies = (self._body(params, inputs, where),)
         elif name in (*CUSTOM_JVP, *CUSTOM_VJP):

@@ -295,6 +295,12 @@ def _scan(p, x):
     return h @ p["b"], outputs
 
 
+def _cond(p, x):
+    h = x @ p["a"]
+    branches = lambda h: jnp.exp(h) + p["c"], lambda h: h - h.mean(-1, keepdims=True)
+    return lax.cond(x.sum() > 0, *branches, lax.cond(x.sum() < 0, *branches, h)) @ p["b"]
+
+
 def _carried_parameter(p, x):
     """The carried value is a parameter first, and so zero beyond its active size. Later it is not."""
     h, _ = lax.scan(lambda h, row: (jnp.exp(h) + p["e"], h.sum() + row.sum()), p["c"], x)
@@ -303,6 +309,7 @@ def _carried_parameter(p, x):
 
 
 CALLS = {
+    "cond": Case(_cond, {**TWO_LAYERS, "c": (8,)}, ("a[1]",)),
     "scan: carries a parameter": Case(_carried_parameter, {**TWO_LAYERS, "c": (8,), "e": (8,)}, ("a[1]",)),
     "scan": Case(_scan, {**TWO_LAYERS, "w": (2, 8, 8), "c": (8,), "d": (2, 8)}, ("a[1]",)),
     "remat2": hidden(jax.checkpoint(lambda h: jnp.exp(h) / jnp.exp(h).sum(1, keepdims=True))),

@@ -45,7 +45,7 @@ FOUND = {  # {group: (size, parameters that it cuts)}
     },
     "tied": {
         "block.down[0]": (6, "block.down block.gate_up"),
-        "block.down[1]": (8, "block.down block.gate_up block.scale embedding positions"),
+        "embedding[1]": (8, "block.down block.gate_up block.scale embedding positions"),
     },
     "unet": {"down[1]": (4, "down middle up"), "middle[0].1": (5, "middle"), "middle[1]": (5, "middle up")},
 }

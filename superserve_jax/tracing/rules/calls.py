@@ -1,7 +1,7 @@
-"""Rules of primitives that call functions: scan, checkpoint, and functions with derivatives of their own.
+"""Rules of primitives that call functions: scan, cond, checkpoint, and functions with derivatives of their own.
 
 The axes inside of the function are those outside. At other sizes, the function's graph is evaluated in the same way, inside
-of a new scan, checkpoint, custom_jvp or custom_vjp.
+of a new scan, switch, checkpoint, custom_jvp or custom_vjp.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def _tie_arrays(a: Sequence[Operand], b: Sequence[Operand], node: Node) -> None:
             tie_all(x.dims, y.dims, node)
 
 
-def _scan_counts(node: Node) -> tuple[int, int]:
+def scan_counts(node: Node) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried. jax 0.12 has them in one parameter."""
     p = node.params
     if "num_consts" in p:
@@ -38,7 +38,7 @@ def _scan_counts(node: Node) -> tuple[int, int]:
 def relate_scan(node: Node) -> None:
     """Constants and carried values keep their axes. The axis over which the scan runs is fixed."""
     (body,) = node.bodies
-    consts, carry = _scan_counts(node)
+    consts, carry = scan_counts(node)
     whole = consts + carry
     _tie_arrays(node.inputs[:whole], body.inputs[:whole], node)
     _tie_arrays(node.outputs[:carry], body.outputs[:carry], node)
@@ -54,7 +54,7 @@ def relate_scan(node: Node) -> None:
 def evaluate_scan(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
     """A scan over the body at these sizes."""
     (body,), p = node.bodies, node.params
-    consts, carry = _scan_counts(node)
+    consts, carry = scan_counts(node)
     whole = consts + carry
     zeros = _zeros(node, at)
     zeros[consts:whole] = [False] * carry  # the body computes the next ones
@@ -72,6 +72,20 @@ def evaluate_scan(node: Node, values: Sequence[Any], at: "Evaluation") -> list[j
         unroll=p["unroll"],
     )
     return [*carried, *stacked]
+
+
+def relate_cond(node: Node) -> None:
+    """All branches have the operands and the outputs of the node. The first operand is the number of the branch."""
+    for body in node.bodies:
+        _tie_arrays(node.inputs[1:], body.inputs, node)
+        _tie_arrays(node.outputs, body.outputs, node)
+
+
+def evaluate_cond(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
+    """A switch between the branches at these sizes."""
+    zeros = _zeros(node, at)[1:]
+    branches = [lambda *operands, body=body: tuple(at.run(body, operands, zeros)) for body in node.bodies]
+    return list(lax.switch(values[0], branches, *values[1:]))
 
 
 def relate_call(node: Node) -> None:
@@ -158,6 +172,7 @@ def evaluate_vjp(node: Node, values: Sequence[Any], at: "Evaluation") -> list[ja
 
 RULES = {
     "scan": Rule(relate_scan, evaluate_scan),
+    "cond": Rule(relate_cond, evaluate_cond),
     **dict.fromkeys(REMAT, Rule(relate_call, evaluate_checkpoint)),
     **dict.fromkeys(CUSTOM_JVP, Rule(relate_jvp, evaluate_jvp)),
     **dict.fromkeys(CUSTOM_VJP, Rule(relate_vjp, evaluate_vjp)),
