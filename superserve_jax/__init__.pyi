@@ -38,6 +38,7 @@ from .space import Axis as Axis, SearchSpace as SearchSpace
 from .subnet import Subnet as Subnet
 from .supernets.family import FamilyConfig as FamilyConfig
 from .supernets.supernet import SuperNet as SuperNet
+from .tracing.elastic import elastic as elastic
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import train as train
 from .training.runs import Run as Run

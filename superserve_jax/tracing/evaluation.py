@@ -8,6 +8,8 @@
 
 Invariant: beyond its active size, a value may hold any finite number. Parameters are zero there. So an operation on single
 entries needs no mask. A sum, a product of matrices, or a maximum along an axis masks its operand first.
+
+A gate tells whether a block runs. If it does not, the block's output is its input.
 """
 
 import math
@@ -17,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from superserve_jax import ops
+from superserve_jax.tracing.blocks import Block
 from superserve_jax.tracing.dims import Dim
 from superserve_jax.tracing.graph import Graph, Node, Operand, Value
 from superserve_jax.tracing.rules import rule_of
@@ -29,38 +33,92 @@ class Evaluation:
     Args:
       sizes: the sizes of the leaves.
       means: the nodes that divide by a number of entries, and the axes whose entries they count.
+      gates: the gate of each block that may be left out. A static gate decides now.
+      skip: whether a block with a traced gate branches, as in `ops.layer_select`.
     """
 
-    def __init__(self, sizes: Sizes, means: Mapping[Node, Sequence[Dim]]):
+    def __init__(
+        self,
+        sizes: Sizes,
+        means: Mapping[Node, Sequence[Dim]],
+        gates: Mapping[Block, ops.Size] | None = None,
+        *,
+        skip: bool = True,
+    ):
         self._sizes = sizes
         self._means = means
+        self._gates = {block.graph.nodes[block.start]: (block, gate) for block, gate in (gates or {}).items()}
+        self._skip = skip
         self._zero: set[Value] = set()  # values that are zero beyond their active sizes
+        self._top: Graph | None = None
+        self.left: dict[str, jax.Array] = {}
+        """The outputs of the blocks with gates, by path, without those inside of a scan."""
 
     def run(self, graph: Graph, inputs: Sequence[Any], zeros: Sequence[bool]) -> list[jax.Array]:
-        """The outputs of a graph.
+        """The outputs of a graph. Outputs that only a left-out block computes are zeros.
 
         Args:
           graph: the program.
           inputs: its arguments, cut to the limits.
           zeros: for each argument, whether it is zero beyond its active sizes.
         """
-        known = dict(zip(graph.inputs, inputs, strict=True))
-        self._zero.update(value for value, zero in zip(graph.inputs, zeros, strict=True) if zero)
-        for value, constant in graph.constants.items():
-            known[value] = self.parameter(constant, value)
+        return self.run_with(graph, {}, inputs, zeros)
 
-        def read(operand: Operand) -> Any:
-            return known[operand] if isinstance(operand, Value) else operand.value
+    def run_with(
+        self, graph: Graph, whole: Mapping[Value, Any], inputs: Sequence[Any], zeros: Sequence[bool]
+    ) -> list[jax.Array]:
+        """As `run`. The first arguments are arrays of the whole network, which are cut when an operation reads them."""
+        self._top = self._top or graph
+        rest = [value for value in graph.inputs if value not in whole]
+        known = _Known(self, {**whole, **graph.constants}, dict(zip(rest, inputs, strict=True)))
+        self._zero.update(value for value, zero in zip(rest, zeros, strict=True) if zero)
+        self._run(graph, 0, len(graph.nodes), known)
+        return [self._output(y, known) for y in graph.outputs]
 
-        for node in graph.nodes:
-            rule = rule_of(node.name)
-            outputs = rule.evaluate(node, [read(operand) for operand in node.inputs], self)
-            known.update(zip(node.outputs, outputs, strict=True))
-            if rule.moves and all(map(self.is_zero_beyond, node.inputs)):
-                self._zero.update(node.outputs)
-        return [known[y] if isinstance(y, Value) else jnp.asarray(y.value) for y in graph.outputs]
+    def _output(self, operand: Operand, known: "_Known") -> jax.Array:
+        """An output. Zeros if only a block that was left out computes it."""
+        if isinstance(operand, Value) and not known.has(operand):
+            return jnp.zeros(self.shape(operand), operand.dtype)
+        return jnp.asarray(known.read(operand))
 
-    def parameter(self, x: jax.Array, value: Value) -> jax.Array:
+    def _run(self, graph: Graph, start: int, stop: int, known: "_Known") -> None:
+        """Runs the nodes from `start` to before `stop`."""
+        while start < stop:
+            node = graph.nodes[start]
+            self._run_node(node, known)
+            if node in self._gates:
+                block, gate = self._gates[node]
+                self._run_block(block, gate, known)
+                start = block.stop
+            start += 1
+
+    def _run_node(self, node: Node, known: "_Known") -> None:
+        rule = rule_of(node.name)
+        outputs = rule.evaluate(node, [known.read(operand) for operand in node.inputs], self)
+        known.values.update(zip(node.outputs, outputs, strict=True))
+        if rule.moves and all(map(self.is_zero_beyond, node.inputs)):
+            self._zero.update(node.outputs)
+
+    def _run_block(self, block: Block, gate: ops.Size, known: "_Known") -> None:
+        """LayerSelect. Runs what follows the first mark of a block, if its gate is on."""
+        entered = block.graph.nodes[block.start].outputs[0]
+        keeps_zero = self.is_zero_beyond(entered)
+
+        def run(x: jax.Array) -> jax.Array:
+            inner = known.copy() if not isinstance(gate, int) and self._skip else known
+            inner.values[entered] = x
+            self._run(block.graph, block.start + 1, block.stop + 1, inner)
+            return inner.read(block.left)
+
+        left = ops.layer_select(gate, run, known.read(entered), skip=self._skip)
+        known.values[block.left] = left
+        if block.graph is self._top:  # values inside of a scan cannot be read from outside
+            self.left[block.path] = left
+        passes, runs = gate != 1, gate != 0
+        is_zero = (not passes or keeps_zero) and (not runs or self.is_zero_beyond(block.left))
+        (self._zero.add if is_zero else self._zero.discard)(block.left)
+
+    def parameter(self, x: Any, value: Value) -> jax.Array:
         """An array of the whole network, cut to its limits, with zeros beyond its active sizes."""
         if x.shape != self.shape(value):
             x = self._sizes.cut(x, value.dims)
@@ -105,3 +163,33 @@ class Evaluation:
         if isinstance(count, int):
             return None if count == whole else count
         return jnp.asarray(count, jnp.float32)
+
+
+class _Known:
+    """The arrays that a run knows so far.
+
+    Args:
+      evaluation: cuts arrays of the whole network.
+      whole: arrays of the whole network, or cut ones. They are cut when they are first read. One that no operation reads need
+        not be an array.
+      values: all other arrays.
+    """
+
+    def __init__(self, evaluation: Evaluation, whole: Mapping[Value, Any], values: dict[Value, Any]):
+        self._evaluation, self._whole, self.values = evaluation, whole, values
+
+    def has(self, operand: Operand) -> bool:
+        """Whether an operand is known."""
+        return not isinstance(operand, Value) or operand in self.values or operand in self._whole
+
+    def read(self, operand: Operand) -> Any:
+        """The array of an operand."""
+        if not isinstance(operand, Value):
+            return operand.value
+        if operand not in self.values:
+            self.values[operand] = self._evaluation.parameter(self._whole[operand], operand)
+        return self.values[operand]
+
+    def copy(self) -> "_Known":
+        """The same, for a branch, whose values must not be read outside of it."""
+        return _Known(self._evaluation, self._whole, dict(self.values))

@@ -17,10 +17,60 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from superserve_jax import ops
 from superserve_jax.tracing.dims import Dim, factors, leaves, resolve, terms
+
+
+def positions(dim: Dim, sizes: Mapping[Dim, int], limits: Mapping[Dim, int]) -> np.ndarray:
+    """Where the entries of a smaller axis are in memory, int (active,). All sizes are ints; see `Sizes`.
+
+    >>> from superserve_jax.tracing.dims import Dim, product
+    >>> heads, features = Dim(2), Dim(3)
+    >>> positions(product([heads, features]), {features: 2}, {}).tolist()
+    [0, 1, 3, 4]
+    """
+    dim = resolve(dim)
+    if dim.kind == "leaf":
+        return np.arange(sizes.get(dim, dim.size))
+    inner = [positions(part, sizes, limits) for part in dim.parts]
+    at = Sizes(limits)
+    lengths = [at.limit(part) for part in dim.parts]
+    if dim.kind == "sum":
+        begins = itertools.accumulate(lengths, initial=0)
+        return np.concatenate([part + begin for part, begin in zip(inner, begins, strict=False)])
+    whole = inner[0]
+    for part, length in zip(inner[1:], lengths[1:], strict=True):
+        whole = (whole[:, None] * length + part[None, :]).reshape(-1)
+    return whole
+
+
+def entries_of(dim: Dim, leaf: Dim) -> np.ndarray:
+    """The entries of an axis by the entry of one of its leaves that they belong to, int (size of the leaf, number).
+
+    >>> from superserve_jax.tracing.dims import Dim, product
+    >>> heads, features = Dim(2), Dim(3)
+    >>> entries_of(product([heads, features]), features).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    numbers = _numbers(dim, resolve(leaf))
+    return np.stack([np.flatnonzero(numbers == i) for i in range(resolve(leaf).size)])
+
+
+def _numbers(dim: Dim, leaf: Dim) -> np.ndarray:
+    """For each entry of an axis, the entry of `leaf` that it belongs to, or -1."""
+    dim = resolve(dim)
+    if dim.kind == "leaf":
+        return np.arange(dim.size) if dim is leaf else np.full(dim.size, -1)
+    inner = [_numbers(part, leaf) for part in dim.parts]
+    if dim.kind == "sum":
+        return np.concatenate(inner)
+    whole = inner[0]
+    for part in inner[1:]:
+        whole = np.maximum(whole[:, None], part[None, :]).reshape(-1)
+    return whole
 
 
 class Sizes:

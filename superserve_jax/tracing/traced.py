@@ -1,7 +1,6 @@
 """A function that was traced once and can run at other sizes."""
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, ops
-from superserve_jax.tracing import jaxprs, means, places, relations, suspects
+from superserve_jax.tracing import blocks, jaxprs, means, places, relations, suspects
 from superserve_jax.tracing.dims import Dim, fix, leaves, unify
 from superserve_jax.tracing.evaluation import Evaluation
 from superserve_jax.tracing.graph import Graph, Operand, Value
@@ -68,61 +67,91 @@ class Traced:
     - `groups`: {name: the axes of parameters that change together}.
     - `fixed`: axes of parameters that cannot change, and why.
     - `suspects`: numbers that may have been computed from a size, and do not follow it.
+    - `blocks`: {path: the operations between two marks}, see `blocks.py`.
+    - `graph`, `parameters`: the program, and the values in it that are the parameters.
 
     Threads may share it.
     """
 
     def __init__(self, graph: Graph, parameters: Mapping[str, Value], trees: tuple[Any, Any, Any], updates: int):
-        self._graph, self._parameters = graph, dict(parameters)
+        self.graph, self.parameters = graph, dict(parameters)
         self._params_tree, self._inputs_tree, self._outputs_tree = trees
         self._updates = updates  # the last outputs are new values of parameters
-        self._leaves, self.groups = _groups(self._parameters)
-        self.fixed = _fixed(self._parameters)
+        self.leaves, self.groups = _groups(self.parameters)
+        self.fixed = _fixed(self.parameters)
         self._means = means.find(graph)
-        names = {leaf: name for name, leaf in self._leaves.items()}
+        self.blocks: dict[str, blocks.Block] = blocks.find(graph, graph.outputs[: len(graph.outputs) - updates])
+        names = {leaf: name for name, leaf in self.leaves.items()}
         self.suspects: tuple[Suspect, ...] = suspects.find(graph, names, self._means.keys())
 
-    def evaluate(self, params: Any, inputs: Any, sizes: Mapping[str, ops.Size]) -> Any:
-        """The function's result at other sizes. Can be jitted and differentiated.
+    def evaluate(
+        self,
+        params: Any,
+        inputs: Any,
+        sizes: Mapping[str, ops.Size],
+        gates: Mapping[str, ops.Size] | None = None,
+        *,
+        skip: bool = True,
+    ) -> Any:
+        """The function's result at other sizes. Can be jitted and differentiated. See `run` for the arguments."""
+        return self.run(params, inputs, sizes, gates, skip=skip)[0]
+
+    def run(
+        self,
+        params: Any,
+        inputs: Any,
+        sizes: Mapping[str, ops.Size],
+        gates: Mapping[str, ops.Size] | None = None,
+        *,
+        skip: bool = True,
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """The function's result at other sizes, and the outputs of the blocks in `gates`.
 
         Args:
-          params: the parameters of the whole network, or what `cut` makes of them at these sizes.
+          params: the parameters of the whole network, or what `cut` makes of them at these sizes. One that is not read may be
+            a jax.ShapeDtypeStruct.
           inputs: the inputs, of the traced shapes and dtypes.
           sizes: the size of each group, by its name: an int, or a pair of a limit and a traced int32. A group that is left out
             keeps its whole size.
+          gates: 1 or 0 for each block, by its path, or a pair as in `ops.layer_select`. A block that is left out runs.
+          skip: as in `ops.layer_select`.
 
         Returns:
           what the function returns. Updates have the limits as their sizes, with zeros beyond the active sizes.
 
         Raises:
-          UnknownNameError: no group has this name.
+          UnknownNameError: no group or block has this name.
           ConfigError: a size is not from 1 to the whole size.
           InputError: a parameter or an input has another shape or dtype, or another structure, than those traced.
         """
-        evaluation = Evaluation(self._sizes(sizes), self._means)
+        for path in gates or {}:
+            errors.check_name("block", path, self.blocks)
+        chosen = {self.blocks[path]: gate for path, gate in (gates or {}).items()}
+        evaluation = Evaluation(self.sizes(sizes), self._means, chosen, skip=skip)
         given = self._checked(params, self._params_tree, "params")
-        values = list(self._parameters.values())
-        for name, x, value in zip(self._parameters, given, values, strict=True):
+        values = list(self.parameters.values())
+        for name, x, value in zip(self.parameters, given, values, strict=True):
             _check_array(f"parameter '{name}'", x, value, (value.shape, evaluation.shape(value)))
         arguments = self._checked(inputs, self._inputs_tree, "inputs")
-        for i, (x, value) in enumerate(zip(arguments, self._graph.inputs[len(values) :], strict=True)):
+        for i, (x, value) in enumerate(zip(arguments, self.graph.inputs[len(values) :], strict=True)):
             _check_array(f"input {i}", x, value, (value.shape,))
-        cut = [evaluation.parameter(x, value) for x, value in zip(given, values, strict=True)]
-        zeros = [True] * len(self._graph.inputs)  # the axes of inputs do not change
-        outputs = evaluation.run(self._graph, [*cut, *arguments], zeros)
+        whole = dict(zip(values, given, strict=True))
+        zeros = [True] * len(arguments)  # the axes of inputs do not change
+        outputs = evaluation.run_with(self.graph, whole, arguments, zeros)
         first = len(outputs) - self._updates
-        for i, operand in enumerate(self._graph.outputs[first:], first):
+        for i, operand in enumerate(self.graph.outputs[first:], first):
             outputs[i] = evaluation.mask(outputs[i], operand, range(outputs[i].ndim), 0)
-        return jax.tree.unflatten(self._outputs_tree, outputs)
+        return jax.tree.unflatten(self._outputs_tree, outputs), evaluation.left
 
     def cut(self, params: Any, sizes: Mapping[str, ops.Size]) -> Any:
         """The parameters of the smaller network: those of the whole network, cut to the limits of `sizes`."""
-        limits = self._sizes({name: size[0] if isinstance(size, tuple) else size for name, size in sizes.items()})
+        limits = self.sizes({name: size[0] if isinstance(size, tuple) else size for name, size in sizes.items()})
         given = self._checked(params, self._params_tree, "params")
-        cut = [limits.cut(x, value.dims) for x, value in zip(given, self._parameters.values(), strict=True)]
+        cut = [limits.cut(x, value.dims) for x, value in zip(given, self.parameters.values(), strict=True)]
         return jax.tree.unflatten(self._params_tree, cut)
 
-    def _sizes(self, sizes: Mapping[str, ops.Size]) -> Sizes:
+    def sizes(self, sizes: Mapping[str, ops.Size]) -> Sizes:
+        """The sizes of all leaves, from those of groups, by name."""
         found = {}
         for name, size in sizes.items():
             errors.check_name("group of axes", name, self.groups)
@@ -133,7 +162,7 @@ class Traced:
                     f"the size of '{name}' is {size!r}; give an int from 1 to {whole}, or a pair of "
                     "such an int and a traced int32"
                 )
-            found[self._leaves[name]] = (int(limit), size[1]) if isinstance(size, tuple) else int(limit)
+            found[self.leaves[name]] = (int(limit), size[1]) if isinstance(size, tuple) else int(limit)
         return Sizes(found)
 
     def _checked(self, tree: Any, expected: Any, what: str) -> list[Any]:
@@ -168,7 +197,8 @@ def _groups(parameters: Mapping[str, Value]) -> tuple[dict[str, Dim], dict[str, 
             found.setdefault(leaf, []).append((place, number, count))
     named, groups = {}, {}
     for leaf, uses in found.items():
-        # rather an axis of its own than a merged one, a matrix than a bias, and what a matrix makes than what it reads
+        # Rather an axis of its own than a merged one, a matrix than a bias, what a matrix makes than what it reads, and a
+        # layer of the module than one of its submodules.
         place, number, count = min(uses, key=lambda use: (use[2], *_rank(use[0], parameters)))
         name = str(place) if count == 1 else f"{place}.{number}"
         named[name] = leaf
@@ -176,9 +206,9 @@ def _groups(parameters: Mapping[str, Value]) -> tuple[dict[str, Dim], dict[str, 
     return named, groups
 
 
-def _rank(place: Place, parameters: Mapping[str, Value]) -> tuple[bool, bool]:
+def _rank(place: Place, parameters: Mapping[str, Value]) -> tuple[bool, bool, int]:
     axes = len(parameters[place.parameter].shape)
-    return axes == 1, place.axis != axes - 1
+    return axes == 1, place.axis != axes - 1, place.parameter.count(".")
 
 
 def _fixed(parameters: Mapping[str, Value]) -> tuple[Fixed, ...]:
@@ -253,29 +283,3 @@ def _tie_update(name: str, operand: Operand, parameters: Mapping[str, Value]) ->
         raise errors.ConfigError(f"the new value of '{name}' has shape {new}; give it the parameter's shape, {old}")
     for a, b in zip(operand.dims, parameters[name].dims, strict=True):
         unify(a, b, f"the new value of '{name}'")
-
-
-class Traces:
-    """The traces of one function, one for each combination of shapes and dtypes. Threads may share it.
-
-    >>> import jax.numpy as jnp
-    >>> traces = Traces(lambda params, x: x * params["scale"])
-    >>> params = {"scale": jnp.ones(())}
-    >>> traces.of(params, jnp.ones(3)) is traces.of(params, jnp.zeros(3))
-    True
-    """
-
-    def __init__(self, function: Callable[[Any, Any], Any], *, has_updates: bool = False):
-        self._function, self._has_updates = function, has_updates
-        self._traces: dict[Any, Traced] = {}
-        self._lock = threading.RLock()  # held while tracing, so that two threads do not trace the same
-
-    def of(self, params: Any, inputs: Any) -> Traced:
-        """The trace for arguments of these shapes and dtypes."""
-        flat, tree = jax.tree.flatten((params, inputs))
-        key = (tree, tuple((x.shape, x.dtype) for x in flat))
-        with self._lock:
-            if key not in self._traces:
-                shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
-                self._traces[key] = trace(self._function, *jax.tree.unflatten(tree, shapes), has_updates=self._has_updates)
-            return self._traces[key]

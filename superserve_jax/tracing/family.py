@@ -1,0 +1,136 @@
+"""What a family gets from its traced module: all members of a family's config, and the network."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from superserve_jax import layers, ops
+from superserve_jax.space import SearchSpace
+from superserve_jax.subnet import Subnet
+from superserve_jax.supernets.family import TracedConfig, Units
+from superserve_jax.tracing.found import Found
+from superserve_jax.tracing.modules import Call, Source
+from superserve_jax.tracing.network import Network
+from superserve_jax.tracing.options import Options
+from superserve_jax.tracing.units import units_of
+
+
+class ElasticConfig(TracedConfig):
+    """The members of a family that follow from a traced module. `ss.elastic.family` adds them to a config's class.
+
+    The class has `build(rngs)` and `input_spec(batch)`, and may have `call(module, inputs)` or `call(module, inputs, train)`.
+    """
+
+    options: ClassVar[Options] = Options()
+    call: ClassVar[Call | None] = None
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The module, freshly initialised."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> Network:
+        """The traced module."""
+        return _network(self)
+
+    @property
+    def found(self) -> Found:
+        """What can change in the module, and what cannot and why."""
+        return self.network.found
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the logits."""
+        return self.network.num_classes
+
+    @property
+    def digest(self) -> str:
+        """A digest of the axes that can change and of what they cut."""
+        found = self.found
+        shapes = {name: [list(s.shape), str(s.dtype)] for name, s in self.network.source.specs.items()}
+        axes = [[a.name, a.kind, a.block, list(a.sizes), list(map(str, a.places))] for a in found.axes]
+        stages = [[s.name, list(s.blocks), list(s.depths)] for s in found.stages]
+        content = json.dumps([shapes, axes, stages, list(self.network.norms)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The network of maximum size, freshly initialised by `build`."""
+        return ElasticModule(self, Source(self.build(rngs), self.call).values)
+
+    def space(self) -> SearchSpace:
+        """The search space. Choices are ratios of the whole sizes."""
+        return self.network.space
+
+    def sizes(self, subnet: Subnet, /) -> dict[str, int]:
+        """The sizes of a subnet by name: a gate for each block, and the number of entries of each elastic axis."""
+        return self.network.sizes(subnet)
+
+    def norm_sizes(self, sizes: Mapping[str, int], /) -> dict[str, int]:
+        """Channels of each norm with statistics that a subnet of these sizes runs."""
+        return self.network.norm_sizes(sizes)
+
+    def norm_entries(self, sizes: Mapping[str, int], limits: Mapping[str, int], /) -> Mapping[str, Any]:
+        """For each norm of `norm_sizes(sizes)`, where its channels are among those of a network of sizes `limits`."""
+        return self.network.norm_entries(sizes, limits)
+
+    def flops(self, subnet: Subnet, /) -> int:
+        """Multiply-adds of one input in matrix products and convolutions. Products with zero padding count."""
+        return self.network.flops(self.sizes(subnet))
+
+    def num_params(self, subnet: Subnet, /) -> int:
+        """Number of weights that the subnet needs on its own, without statistics."""
+        return sum(jnp.zeros(shape, bool).size for shape in self.shapes(self.sizes(subnet)).values())
+
+    def shapes(self, sizes: Mapping[str, int], /) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that a network of these sizes reads."""
+        return self.network.shapes(sizes)
+
+    def cut(self, name: str, value: jax.Array, sizes: Mapping[str, int], /) -> jax.Array:
+        """The part of a parameter that a network of these sizes reads."""
+        return self.network.cut(name, value, sizes)
+
+    def units(self) -> list[Units]:
+        """The heads, neurons and channels that training may sort by importance."""
+        return units_of(self.network)
+
+
+@functools.lru_cache(maxsize=16)
+def _network(config: ElasticConfig) -> Network:
+    module = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    return Network(Source(module, config.call), config.input_spec(1), config.options)
+
+
+class ElasticModule(nnx.Module):
+    """The parameters of a traced module, under its own paths. It is called as the modules of all families are.
+
+    Args:
+      config: the family's config.
+      values: the parameters, by dotted path.
+    """
+
+    def __init__(self, config: ElasticConfig, values: Mapping[str, Any]):
+        self._config = config
+        tree: dict[str, Any] = {}
+        for path, value in values.items():
+            *folders, last = path.split(".")
+            node = tree
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[last] = value
+        for name, value in tree.items():
+            setattr(self, name, _module(value))
+
+    def __call__(self, inputs: Any, sizes: Mapping[str, ops.Size], stats: layers.BatchStats | layers.StoredStats) -> jax.Array:
+        """Logits (B, classes)."""
+        params = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+        return self._config.network.run(params, inputs, sizes, stats)
+
+
+def _module(value: Any) -> Any:
+    return nnx.Dict({name: _module(inner) for name, inner in value.items()}) if isinstance(value, dict) else nnx.Param(value)
