@@ -16,7 +16,7 @@ from tiny import TINY, random_params, random_statistics, write_export
 from superserve_jax import exports
 from superserve_jax.supernets.supernet import SuperNet
 
-collect_ignore = ["helpers", "data"]
+collect_ignore = ["helpers", "data", "elastic/models"]
 # No time limits, since a machine may stand still in any example. Every run tries the same examples; with
 # `--hypothesis-profile long`, it tries many more, and others in each run.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
