@@ -56,12 +56,12 @@ class Source:
         self.lists = _lists(module)
         """Paths of submodules of one class that stand one after another: {path of the list: paths of its elements}."""
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters."""
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.values.items()}
 
-    @property
+    @functools.cached_property
     def statistics(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the means and variances of all norms: {"bn.mean": ..., "bn.var": ...}."""
         return {f"{n}.{kind}": jax.ShapeDtypeStruct(s, jnp.float32) for n, s in self.norms.items() for kind in ("mean", "var")}

@@ -210,9 +210,9 @@ class Network:
         if isinstance(stats, layers.BatchStats):
             output, new = result if with_updates else (result, {})
             stats.recorded |= {norm: (_float32(new[f"{norm}.mean"]), _float32(new[f"{norm}.var"])) for norm in running if new}
-            if all(
-                leaf.fixed for path in left for dim in traced.blocks[path].left.dims for leaf in leaves(dim) if leaf.size > 1
-            ):
+            elastic = {traced.leaves[axis.group] for axis in self.elastic}
+            ends = [dim for path in left for dim in traced.blocks[path].left.dims]
+            if not elastic.intersection(leaf for dim in ends for leaf in leaves(dim)):
                 stats.hidden += [(_gate(gates[path]), left[path]) for path in self.blocks if path in left]
             return output
         return result
