@@ -1,4 +1,4 @@
-"""A module with fused queries, keys and values through the rest of the library: low precision, rewiring, slices, the server."""
+"""A module with fused queries, keys and values through the library: low precision, rewiring, slices, the server."""
 
 import jax
 import jax.numpy as jnp
