@@ -1,4 +1,4 @@
-"""A BERT in plain Flax NNX, made elastic, equals DynaBERT, whose elastic layers are written by hand. Also in length buckets."""
+"""A BERT in plain Flax NNX, made elastic, equals the hand-written DynaBERT, also in length buckets."""
 
 import dataclasses
 
