@@ -343,7 +343,8 @@ def _trace(config: FamilyConfig, subnet: Subnet, inputs: jax.ShapeDtypeStruct) -
 
 def _text(program: Any) -> tuple[str, list[Any]]:
     """A traced program and its constants, without the addresses of Python objects."""
-    constants = [np.asarray(c) for c in program.consts]
+    is_key = (jnp.issubdtype(c.dtype, jax.dtypes.prng_key) for c in program.consts)
+    constants = [np.asarray(jax.random.key_data(c) if key else c) for c, key in zip(program.consts, is_key, strict=True)]
     return re.sub(r" at 0x[0-9a-f]+", "", str(program)), [(c.dtype, c.shape, c.tobytes()) for c in constants]
 
 

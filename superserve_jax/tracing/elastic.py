@@ -15,7 +15,6 @@ A family has a name and a config, so it can be trained from configs, exported an
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -75,8 +74,8 @@ class Elastic:
           module: a Flax NNX module that returns one array (batch, classes). If it was made by `nnx.eval_shape`, the SuperNet
             can tell what is elastic, but not run.
           input_spec: shape and dtype of the module's input. The first axis is the batch.
-          name: the family's name in runs and exports; by default the name of the module's class. Another process calls
-            `ss.elastic` with this name before it reads them.
+          name: the family's name in runs and exports; by default the name of the module's class in small letters. Another
+            process calls `ss.elastic` with this name before it reads them.
           call: `call(module, inputs)` or `call(module, inputs, train)`, if the module is not called as `module(inputs)`.
           axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. Kinds are
             "heads", "expand", "width" and "head_dim". By default, heads and expand have the ratios 0.25, 0.5, 0.75 and 1.
@@ -102,7 +101,7 @@ class Elastic:
         ((2, 3), (4, 8))
         """
         source = Source(module, call)
-        family_name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(module).__name__).lower()
+        family_name = name or type(module).__name__.lower()
         given = _module_config(module, input_spec, call)
         options = Options(axes or {}, depth or {}, rule, divisor, method)
         kind = _register(family_name, given, options)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from superserve_jax import layers, ops
+from superserve_jax import errors, layers, ops
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets.family import TracedConfig, Units
+from superserve_jax.tracing.blocks import dotted
 from superserve_jax.tracing.found import Found
 from superserve_jax.tracing.modules import Call, Source
 from superserve_jax.tracing.network import Network
@@ -102,8 +103,30 @@ class ElasticConfig(TracedConfig):
 
 @functools.lru_cache(maxsize=16)
 def _network(config: ElasticConfig) -> Network:
+    return Network(Source(_without_weights(config), config.call), config.input_spec(1), config.options)
+
+
+def _without_weights(config: ElasticConfig) -> nnx.Module:
+    """The config's module, with shapes in place of parameters and statistics, and with the numbers of all other variables."""
     module = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-    return Network(Source(module, config.call), config.input_spec(1), config.options)
+    constants = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.BatchStat))
+    if nnx.to_flat_state(nnx.state(module, constants)):
+        with jax.ensure_compile_time_eval():  # the first use of a network may be inside of a jitted function
+            # The compiler leaves out what only makes parameters.
+            nnx.update(module, jax.jit(lambda: _numbers(nnx.state(config.build(nnx.Rngs(0)), constants)))())
+    for path, variable in nnx.to_flat_state(nnx.state(module, constants)):
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct) and not isinstance(variable, nnx.RngState):
+            raise errors.ConfigError(
+                f"'{dotted(path)}' has a shape, but no numbers. Only parameters may be without: make the module itself, not "
+                f"nnx.eval_shape of it, or make '{dotted(path)}' an nnx.Param"
+            )
+    return module
+
+
+def _numbers(state: nnx.State) -> nnx.State:
+    """A state without variables that have only a shape."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(p, v) for p, v in flat if not isinstance(v.get_value(), jax.ShapeDtypeStruct)])
 
 
 class ElasticModule(nnx.Module):

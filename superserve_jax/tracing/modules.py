@@ -79,7 +79,7 @@ class Source:
             given = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
             statistics = [(path, nnx.BatchStat(params[name])) for name, path in self._statistics_paths.items()]
             state = nnx.from_flat_state(given), nnx.from_flat_state(statistics)
-            module = nnx.merge(self._graphdef, *state, self._others)
+            module = nnx.merge(self._graphdef, *state, self._others, copy=True)
             _prepare(module, training=training, dtype=dtype)
             for method in dict.fromkeys(paths.values()):
                 blocks.mark(module, {path for path in paths if paths[path] == method}, method)
@@ -95,7 +95,7 @@ class Source:
         """A module with other arrays. Its own code may expect other shapes than they have."""
         given = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
         rows = [(path, nnx.BatchStat(statistics[name])) for name, path in self._statistics_paths.items()]
-        return nnx.merge(self._graphdef, nnx.from_flat_state(given), nnx.from_flat_state(rows), self._others)
+        return nnx.merge(self._graphdef, nnx.from_flat_state(given), nnx.from_flat_state(rows), self._others, copy=True)
 
     def run(self, module: nnx.Module, inputs: Any) -> Any:
         """Calls a module that `module` returned, in inference."""

@@ -119,6 +119,32 @@ def test_a_call_and_its_flag_reach_the_module():
     np.testing.assert_allclose(logits, 2 * program.infer(net.params, x, statistics, jnp.zeros(0, jnp.int32)), rtol=1e-5)
 
 
+class Buffers(nnx.Module):
+    """Has variables that are no parameters: some numbers, a counter, and random keys that the call draws."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(8, 16, rngs=rngs)
+        self.fc2 = nnx.Linear(16, 3, rngs=rngs)
+        self.offsets = nnx.Variable(rngs.normal((8,)))
+        self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.rngs = rngs.fork()
+
+    def __call__(self, x):
+        self.count[...] += 1
+        x = (x + self.offsets[...]) * self.count[...] + jax.random.normal(self.rngs.params(), x.shape)
+        return self.fc2(nnx.relu(self.fc1(x)))
+
+
+def test_variables_that_are_no_parameters_keep_their_numbers():
+    x = jnp.ones((2, 8))
+    net = make(Buffers(nnx.Rngs(3)))
+    assert net.space.size == 4
+    expected = Buffers(nnx.Rngs(3))(x)
+    np.testing.assert_allclose(net(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(net(x), expected, rtol=1e-5)  # each call begins with the same numbers
+    supernets.check(net.config)
+
+
 def test_check_finds_a_number_that_comes_from_a_size():
     class Scaled(Net):
         def __call__(self, x):
@@ -176,6 +202,17 @@ def test_a_family_is_a_config():
     ):
         with pytest.raises(errors.ConfigError, match=message):
             ss.elastic.family("bad")(bad)
+
+
+def test_an_analysis_may_begin_while_another_function_is_traced():
+    @dataclasses.dataclass(frozen=True)
+    class Config(_Fields):
+        def build(self, rngs):
+            return Buffers(rngs)
+
+    config = ss.elastic.family("buffers")(Config)(3)
+    jax.eval_shape(lambda: jnp.zeros(config.num_classes))
+    supernets.check(config, run=False)
 
 
 def test_an_export_is_loaded_by_a_process_that_imports_the_module(tmp_path):

@@ -42,6 +42,12 @@ class FixedNorm(Net):
         return self.head(self.blocks[0].norm(self.stem(x), use_running_average=True))
 
 
+class Offset(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.offset = nnx.Variable(jnp.ones(8))
+
+
 class Rigid(nnx.Module):
     def __init__(self):
         self.scale = nnx.Param(jnp.ones(8))
@@ -82,6 +88,11 @@ def test_misuse_is_refused(module: Any, options: dict[str, Any], error: type[Exc
         module = module(nnx.Rngs(0)) if issubclass(module, Net) else module()
     with pytest.raises(error, match=message):
         make(module, **options)
+
+
+def test_shapes_in_place_of_numbers_that_the_code_reads_are_refused():
+    with pytest.raises(errors.ConfigError, match=r"'offset' has a shape, but no numbers.*nnx.eval_shape.*nnx.Param"):
+        make(nnx.eval_shape(lambda: Offset(nnx.Rngs(0))))
 
 
 def test_an_input_spec_without_a_batch_axis_is_refused():
