@@ -3,11 +3,11 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from superserve_jax import errors, layers, ops
@@ -86,7 +86,7 @@ class ElasticConfig(TracedConfig):
 
     def num_params(self, subnet: Subnet, /) -> int:
         """Number of weights that the subnet needs on its own, without statistics."""
-        return sum(jnp.zeros(shape, bool).size for shape in self.shapes(self.sizes(subnet)).values())
+        return sum(math.prod(shape) for shape in self.shapes(self.sizes(subnet)).values())
 
     def shapes(self, sizes: Mapping[str, int], /) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters that a network of these sizes reads."""
