@@ -2,7 +2,7 @@
 
 | kind | axis |
 |---|---|
-| heads | a batch axis of a product of two activations, as in attention |
+| heads | a batch axis of a product of two activations, as in attention. Or heads of queries that share a head of keys |
 | head_dim | another axis of such a product: the features of queries, keys and values |
 | width | a residual stream: an activation that sums the results of several layers |
 | expand | any other axis inside of the network, such as the hidden units of an MLP |
@@ -27,6 +27,9 @@ class Uses:
 
     `heads`, `head_dim` and `width` hold leaves of these kinds. `summed` holds leaves over which a product or a reduction sums.
     `read` has, for each parameter, the leaves over which a product of this parameter with an activation sums.
+
+    `scores` holds products of two activations, such as queries times keys. `shared` holds the other axes of scores that are
+    multiplied by values: tokens, and heads of queries that share a head of keys. A layer reads the heads, but not the tokens.
     """
 
     heads: set[Dim] = dataclasses.field(default_factory=set)
@@ -34,9 +37,13 @@ class Uses:
     width: set[Dim] = dataclasses.field(default_factory=set)
     summed: set[Dim] = dataclasses.field(default_factory=set)
     read: dict[str, set[Dim]] = dataclasses.field(default_factory=dict)
+    scores: set[object] = dataclasses.field(default_factory=set)
+    shared: set[Dim] = dataclasses.field(default_factory=set)
 
     def kind(self, leaf: Dim) -> str:
         """The kind of a leaf."""
+        if leaf in self.shared and any(leaf in read for read in self.read.values()):
+            return "heads"
         return next((kind for kind in KINDS[:3] if leaf in getattr(self, kind)), "expand")
 
 
@@ -133,6 +140,12 @@ def _product(node: Node, given: Sequence[_Source], found: Uses) -> None:
         heads = set(_leaves(batch))
         found.heads.update(heads)
         found.head_dim.update(leaf for leaf in _leaves([*a, *b]) if leaf not in heads)
+        if all(leaf.fixed for leaf in _leaves(summed) if leaf.size > 1):  # over tokens, not over features
+            for source, operand in zip(given, node.inputs, strict=True):
+                if source.makers & found.scores:
+                    found.shared.update(_leaves(operand.dims))
+        if summed:
+            found.scores.add(node)
 
 
 def _leaves(dims: Iterable[Dim]) -> list[Dim]:
