@@ -37,6 +37,7 @@ _SIZED, _TRACED = 16, 3  # numbers of subnets whose sizes are checked, and that 
 _TOLERANCE = 1e-3  # relative to the largest value; a missing mask causes larger differences
 _BATCH = 4
 _LIBRARIES = tuple(str(pathlib.Path(str(module.__file__)).parent) for module in (errors, jax, flax, np))
+_JAXPRS = (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)  # the second one is that of jax.checkpoint
 
 
 def check(config: FamilyConfig, *, run: bool = True) -> None:
@@ -303,10 +304,8 @@ def multiply_adds(jaxpr: Any) -> int:
             out_channels = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             total += equation.outvars[0].aval.size * kernel.size // out_channels
         else:
-            inner = jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda p: isinstance(p, jax.extend.core.ClosedJaxpr)
-            )
-            counts = [multiply_adds(p.jaxpr) for p in inner if isinstance(p, jax.extend.core.ClosedJaxpr)]
+            inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: isinstance(p, _JAXPRS))
+            counts = [multiply_adds(getattr(p, "jaxpr", p)) for p in inner if isinstance(p, _JAXPRS)]
             turns = equation.params["length"] if equation.primitive.name == "scan" else 1
             total += max(counts) if equation.primitive.name == "cond" else turns * sum(counts)
     return total

@@ -202,6 +202,22 @@ def test_a_family_is_a_config():
             ss.elastic.family("bad")(bad)
 
 
+def test_blocks_may_be_checkpointed():
+    class Checkpointed(Net):
+        def __call__(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = nnx.remat(lambda block, x: block(x))(block, x)
+            return self.head(x)
+
+    module = Checkpointed(nnx.Rngs(0))
+    for block in module.blocks:
+        block.norm = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+    net = make(module)
+    assert net.space == make().space
+    supernets.check(net.config)
+
+
 def test_an_analysis_may_begin_while_another_function_is_traced():
     @dataclasses.dataclass(frozen=True)
     class Config(_Fields):
