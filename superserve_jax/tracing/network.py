@@ -125,11 +125,15 @@ class Network:
 
     @functools.cached_property
     def _positions(self) -> dict[str, list[ElasticAxis]]:
-        """The elastic axes by their names in the search space. Those outside of blocks have names of their own."""
+        """The elastic axes by their names in the search space. A name has axes of blocks only, or axes outside of blocks only.
+
+        A name is the kind, if most axes of this kind are at this place: widths outside of blocks, and all others inside.
+        """
         groups: dict[str, list[ElasticAxis]] = {}
         for axis in self.elastic:
-            is_outside = axis.block not in self.blocks and axis.kind != "width" and bool(self.blocks)
-            groups.setdefault(f"{axis.kind}_outside" if is_outside else axis.kind, []).append(axis)
+            place = "" if not self.blocks else "_inside" if axis.block in self.blocks else "_outside"
+            usual = "_outside" if axis.kind == "width" else "_inside"
+            groups.setdefault(axis.kind + (place if place != usual else ""), []).append(axis)
         return groups
 
     def sizes(self, subnet: Subnet) -> dict[str, int]:

@@ -90,18 +90,6 @@ def test_shapes_are_enough_to_analyse():
     assert net.config.flops(net.space.smallest()) == 8 * 8 + 2 * 2 * 8 * 4 + 8 * 3
 
 
-def test_a_block_that_changes_the_stream_is_kept_with_a_reason():
-    class Plain(Block):
-        def __call__(self, x):
-            return self.fc2(nnx.relu(self.fc1(x)))
-
-    module = Net(nnx.Rngs(0))
-    module.blocks = nnx.List([Plain(8, 16, rngs=nnx.Rngs(1)) for _ in range(2)])
-    net = make(module)
-    assert net.found.stages == ()
-    assert "blocks.0 always runs: its output is not added to its input" in str(net.found)
-
-
 def test_a_call_and_its_flag_reach_the_module():
     class Training(Net):
         def __call__(self, x, offset, training: bool):

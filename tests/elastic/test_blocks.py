@@ -1,0 +1,65 @@
+"""Blocks of a module that a subnet may leave out."""
+
+from elastic_nets import Block, Net, make
+from flax import nnx
+
+from superserve_jax import supernets
+
+
+def test_a_block_that_changes_the_stream_is_kept_with_a_reason():
+    class Plain(Block):
+        def __call__(self, x):
+            return self.fc2(nnx.relu(self.fc1(x)))
+
+    module = Net(nnx.Rngs(0))
+    module.blocks = nnx.List([Plain(8, 16, rngs=nnx.Rngs(1)) for _ in range(2)])
+    net = make(module)
+    assert net.found.stages == ()
+    assert "blocks.0 always runs: its output is not added to its input" in str(net.found)
+
+
+def test_blocks_may_be_called_by_another_method():
+    class Named(Block):
+        def apply(self, x):
+            return Block.__call__(self, x)
+
+    class Caller(Net):
+        def __call__(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block.apply(x)
+            return self.head(x)
+
+    module = Caller(nnx.Rngs(0))
+    module.blocks = nnx.List([Named(8, 16, rngs=nnx.Rngs(i)) for i in range(2)])
+    assert make(module).found.stages == ()
+    net = make(module, method="apply")
+    assert net.space.depths == ((1, 2),)
+    supernets.check(net.config, run=False)
+
+
+def test_axes_inside_and_outside_of_blocks_have_names_of_their_own():
+    class Two(Block):
+        """A stream of its own inside of a block."""
+
+        def __init__(self, *args, rngs):
+            super().__init__(*args, rngs=rngs)
+            self.beside = nnx.Linear(8, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.fc2(nnx.relu(self.fc1(x)) + self.beside(x))
+
+    class Deep(Net):
+        def __call__(self, x):
+            return super().__call__(self.last(nnx.relu(self.first(x))))
+
+    module = Deep(nnx.Rngs(0))
+    module.blocks = nnx.List([Two(8, 16, rngs=nnx.Rngs(i)) for i in range(2)])
+    module.first, module.last = nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    net = make(module, axes={"width": (0.5, 1.0)})
+    assert {axis.name: axis.blocks for axis in net.space.axes} == {
+        "width": None,
+        "width_inside": (0, 1),
+        "expand_outside": None,
+    }
+    supernets.check(net.config)
