@@ -28,6 +28,7 @@ from superserve_jax.tracing.traces import Traces
 
 _BATCH = 2  # of the trace that decides what is elastic
 _DEPTH = "depth "
+_UNSEEN = "it is called in inference, but not in training"
 
 
 class Network:
@@ -67,17 +68,18 @@ class Network:
         self.num_classes = self._check_output(traces[0])
         self._check_statistics(traces[-1])
         reasons = [{path: block.reason for path, block in traced.blocks.items()} for traced in traces]
-        merged = {path: next((r[path] for r in reasons if r.get(path)), None) for path in reasons[0]}
+        merged = {path: next(filter(None, (r.get(path, _UNSEEN) for r in reasons)), None) for path in reasons[0]}
         stages, kept = stages_of(self.source.lists, merged)
         axes = axes_of(traces[0], stages)
-        alike = [a for a in axes if all(t.groups.get(a.group, a).places == a.places for t in traces)]
+        alike = [a for a in axes if all(a.group in t.groups and t.groups[a.group].places == a.places for t in traces)]
+        of_training = [f for f in traces[-1].fixed if any(f.place in a.places for a in axes if a not in alike)]
         self.options.check_patterns(alike, stages)
         depths = [dataclasses.replace(s, depths=self.options.depths(s)) for s in stages]
         sized = [dataclasses.replace(a, sizes=self.options.sizes(a)) for a in alike]
         suspects = {s for s in traces[0].suspects if set(s.groups) & {a.group for a in sized if len(a.sizes) > 1}}
         ordered = tuple(s for s in traces[0].suspects if s in suspects)
         total = sum(math.prod(s.shape) for s in self.source.specs.values())
-        return Found(tuple(sized), tuple(depths), kept, traces[0].fixed, ordered, total)
+        return Found(tuple(sized), tuple(depths), kept, (*traces[0].fixed, *of_training), ordered, total)
 
     def _check_output(self, traced: Traced) -> int:
         shapes = [tuple(dim.size for dim in operand.dims) for operand in traced.graph.outputs]

@@ -1,5 +1,6 @@
 """Blocks of a module that a subnet may leave out."""
 
+import jax.numpy as jnp
 from elastic_nets import Block, Net, make
 from flax import nnx
 
@@ -63,3 +64,16 @@ def test_axes_inside_and_outside_of_blocks_have_names_of_their_own():
         "expand_outside": None,
     }
     supernets.check(net.config)
+
+
+def test_an_axis_that_training_fixes_is_not_elastic():
+    class Sorted(Net):
+        def __call__(self, x, train: bool):
+            inner = self.blocks[0].fc1(self.blocks[1].norm(self.stem(x)))
+            inner = jnp.sort(inner, axis=-1) if train else inner
+            return self.head(self.blocks[1].fc2(self.blocks[1].fc1(self.blocks[0].fc2(inner))))
+
+    net = make(Sorted(nnx.Rngs(0)))
+    assert {axis.name for axis in net.found.axes} == {"blocks.0.fc2", "blocks.1.fc1", "stem"}
+    assert "sort at test_blocks.py" in str(net.found)
+    supernets.check(net.config, run=False)
