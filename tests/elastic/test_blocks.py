@@ -74,6 +74,6 @@ def test_an_axis_that_training_fixes_is_not_elastic():
             return self.head(self.blocks[1].fc2(self.blocks[1].fc1(self.blocks[0].fc2(inner))))
 
     net = make(Sorted(nnx.Rngs(0)))
-    assert {axis.name for axis in net.found.axes} == {"blocks.0.fc2", "blocks.1.fc1", "stem"}
+    assert {axis.name for axis in net.found.axes} == {"blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2", "stem"}
     assert "sort at test_blocks.py" in str(net.found)
     supernets.check(net.config, run=False)
