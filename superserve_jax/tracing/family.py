@@ -107,26 +107,37 @@ def _network(config: ElasticConfig) -> Network:
 
 
 def _without_weights(config: ElasticConfig) -> nnx.Module:
-    """The config's module, with shapes in place of parameters and statistics, and with the numbers of all other variables."""
-    module = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-    constants = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.BatchStat))
-    if nnx.to_flat_state(nnx.state(module, constants)):
+    """The config's module, with shapes in place of parameters and statistics, and with the numbers of all other arrays."""
+    definitions = []
+
+    def parts() -> tuple[nnx.State, nnx.State]:
+        definition, weights, others = nnx.split(config.build(nnx.Rngs(0)), nnx.Any(nnx.Param, nnx.BatchStat), ...)
+        definitions.append(definition)
+        return weights, others
+
+    weights, others = jax.eval_shape(parts)
+    leaves = dict(nnx.to_flat_state(others))
+    if leaves:
         with jax.ensure_compile_time_eval():  # the first use of a network may be inside of a jitted function
             # The compiler leaves out what only makes parameters.
-            nnx.update(module, jax.jit(lambda: _numbers(nnx.state(config.build(nnx.Rngs(0)), constants)))())
-    for path, variable in nnx.to_flat_state(nnx.state(module, constants)):
-        if isinstance(variable.get_value(), jax.ShapeDtypeStruct) and not isinstance(variable, nnx.RngState):
+            leaves |= nnx.to_flat_state(jax.jit(lambda: _numbers(parts()[1]))())
+    for path, leaf in leaves.items():
+        if _has_only_a_shape(leaf) and not isinstance(leaf, nnx.RngState):
             raise errors.ConfigError(
                 f"'{dotted(path)}' has a shape, but no numbers. Only parameters may be without: make the module itself, not "
                 f"nnx.eval_shape of it, or make '{dotted(path)}' an nnx.Param"
             )
-    return module
+    return nnx.merge(definitions[-1], weights, nnx.from_flat_state(list(leaves.items())))
 
 
 def _numbers(state: nnx.State) -> nnx.State:
-    """A state without variables that have only a shape."""
-    flat = nnx.to_flat_state(state)
-    return nnx.from_flat_state([(p, v) for p, v in flat if not isinstance(v.get_value(), jax.ShapeDtypeStruct)])
+    """A state without arrays that have only a shape."""
+    return nnx.from_flat_state([(path, leaf) for path, leaf in nnx.to_flat_state(state) if not _has_only_a_shape(leaf)])
+
+
+def _has_only_a_shape(leaf: Any) -> bool:
+    """Whether a variable, or an array that is an attribute without one, has no numbers."""
+    return isinstance(leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf, jax.ShapeDtypeStruct)
 
 
 class ElasticModule(nnx.Module):

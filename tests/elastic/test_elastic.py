@@ -106,18 +106,21 @@ def test_a_call_and_its_flag_reach_the_module():
 
 
 class Buffers(nnx.Module):
-    """Has variables that are no parameters: some numbers, a counter, and random keys that the call draws."""
+    """Has variables and plain arrays that are no parameters: some numbers, a counter, and random keys that the call draws."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(8, 16, rngs=rngs)
         self.fc2 = nnx.Linear(16, 3, rngs=rngs)
         self.offsets = nnx.Variable(rngs.normal((8,)))
         self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.plain = jnp.arange(8.0)
+        self.tables = nnx.data({("a", 1): np.arange(8.0)})
         self.rngs = rngs.fork()
 
     def __call__(self, x):
         self.count[...] += 1
-        x = (x + self.offsets[...]) * self.count[...] + jax.random.normal(self.rngs.params(), x.shape)
+        x = (x + self.offsets[...] + self.plain) * self.count[...] * self.tables["a", 1]
+        x += jax.random.normal(self.rngs.params(), x.shape)
         return self.fc2(nnx.relu(self.fc1(x)))
 
 
