@@ -155,7 +155,8 @@ def _users(graph: Graph, results: Collection[Any]) -> dict[Any, float]:
 def _reason(block: Block, last: dict[Any, float]) -> str | None:
     before = [resolve(dim) for dim in block.entered.dims]
     after = [resolve(dim) for dim in block.left.dims]
-    if any(a is not b for a, b in zip(before, after, strict=True) if a.size != 1):
+    is_same = all(a is b for a, b in zip(before, after, strict=True) if a.size != 1)
+    if not is_same or block.left not in _carriers(block.nodes, {block.entered}):
         return "its output is not added to its input, so without it the network would compute something else"
     made = {value for node in block.nodes for value in node.outputs} - {block.left}
     if any(last.get(value, -1) > block.stop for value in made):
@@ -164,3 +165,20 @@ def _reason(block: Block, last: dict[Any, float]) -> str | None:
     if not any(node.name in _MIXING for node in inner):
         return "it has no matrix product or convolution"
     return None
+
+
+def _carriers(nodes: Sequence[Node], start: Collection[Any]) -> set[Any]:
+    """The values that some values reach without a matrix product or convolution, such as `x + f(x)` from x."""
+    found = set(start)
+    for node in nodes:
+        reached = [value in found for value in node.inputs]
+        if node.name in _MIXING or not any(reached):
+            continue
+        carried = [True] * len(node.outputs)
+        for body in node.bodies:
+            first = len(reached) - len(body.inputs)  # the index of a branch is no argument
+            arguments = {v for v, is_reached in zip(body.inputs, reached[first:], strict=True) if is_reached}
+            inner = _carriers(body.nodes, arguments)
+            carried = [was and value in inner for was, value in zip(carried, body.outputs, strict=True)]
+        found.update(value for value, is_carried in zip(node.outputs, carried, strict=True) if is_carried)
+    return found

@@ -19,6 +19,23 @@ def test_a_block_that_changes_the_stream_is_kept_with_a_reason():
     assert "blocks.0 always runs: its output is not added to its input" in str(net.found)
 
 
+def test_a_block_whose_caller_adds_the_input_is_kept():
+    """Without it, `x + block(x)` would be `2 * x`."""
+
+    class Outside(Net):
+        def __call__(self, x):
+            x = self.stem(x)
+            for layer in self.layers:
+                x = x + layer(x)
+            return self.head(x)
+
+    module = Outside(nnx.Rngs(0))
+    module.layers = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)])
+    net = make(module, axes={"width": (0.5, 1.0)})
+    assert net.found.stages == ()
+    assert "its output is not added to its input" in net.found.kept["layers.0"]
+
+
 def test_blocks_may_be_called_by_another_method():
     class Named(Block):
         def apply(self, x):
