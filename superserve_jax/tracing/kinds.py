@@ -28,9 +28,8 @@ class Uses:
     `heads`, `head_dim` and `width` hold leaves of these kinds. `summed` holds leaves over which a product or a reduction sums.
     `read` has, for each parameter, the leaves over which a product of this parameter with an activation sums.
 
-    `scores` has, for each product of two activations such as queries times keys, the axes that only one of them has. If one of
-    these is summed over in a product with values, `shared` holds all others: tokens, and heads of queries that share a head of
-    keys. A layer reads the heads, but not the tokens.
+    `scores` holds products of two activations, such as queries times keys. `shared` holds the other axes of scores that are
+    multiplied by values: tokens, and heads of queries that share a head of keys. A layer reads the heads, but not the tokens.
     """
 
     heads: set[Dim] = dataclasses.field(default_factory=set)
@@ -38,7 +37,7 @@ class Uses:
     width: set[Dim] = dataclasses.field(default_factory=set)
     summed: set[Dim] = dataclasses.field(default_factory=set)
     read: dict[str, set[Dim]] = dataclasses.field(default_factory=dict)
-    scores: dict[object, set[Dim]] = dataclasses.field(default_factory=dict)
+    scores: set[object] = dataclasses.field(default_factory=set)
     shared: set[Dim] = dataclasses.field(default_factory=set)
 
     def kind(self, leaf: Dim) -> str:
@@ -141,13 +140,12 @@ def _product(node: Node, given: Sequence[_Source], found: Uses) -> None:
         heads = set(_leaves(batch))
         found.heads.update(heads)
         found.head_dim.update(leaf for leaf in _leaves([*a, *b]) if leaf not in heads)
-        inner = {leaf for leaf in _leaves(summed) if leaf.size > 1}
-        if inner and all(leaf.fixed for leaf in inner):  # over tokens, not over features
+        if all(leaf.fixed for leaf in _leaves(summed) if leaf.size > 1):  # over tokens, not over features
             for source, operand in zip(given, node.inputs, strict=True):
-                if any(inner <= found.scores.get(maker, set()) for maker in source.makers):
+                if source.makers & found.scores:
                     found.shared.update(_leaves(operand.dims))
-        if inner:
-            found.scores[node] = {*_leaves([*a, *b])} - heads - inner
+        if summed:
+            found.scores.add(node)
 
 
 def _leaves(dims: Iterable[Dim]) -> list[Dim]:

@@ -60,9 +60,9 @@ class Case:
             if jax.dtypes.issubdtype(spec.dtype, jax.dtypes.prng_key):
                 return jax.random.key(0)
             if not jnp.issubdtype(spec.dtype, jnp.floating):
-                return jnp.zeros(spec.shape, spec.dtype)
+                return jnp.asarray(np.zeros(spec.shape, spec.dtype))
             around = 1 if {"scale", "weight", "var"} & set(path) else 0
-            return jnp.asarray(around + 0.2 * rng.standard_normal(spec.shape), spec.dtype)
+            return jnp.asarray((around + 0.2 * rng.standard_normal(spec.shape)).astype(spec.dtype))
 
         graphdef, state = nnx.split(nnx.eval_shape(lambda: self.build(sizes, nnx.Rngs(0))))
         flat = [(path, variable.replace(value(path, variable.get_value()))) for path, variable in nnx.to_flat_state(state)]

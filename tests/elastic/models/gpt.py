@@ -99,7 +99,7 @@ def shrink(shapes, *, values):
     )
 
 
-def _case(name, attention, values):
+def _case(name, attention, values, **options):
     return Case(
         name=name,
         build=functools.partial(GPT, attention),
@@ -109,9 +109,9 @@ def _case(name, attention, values):
         dtype="int32",
         vocab=VOCAB,
         blocks=(r"h(\d+)\.",),
-        options={"axes": {"heads": None, "expand": (0.5, 1.0), "width": (0.5, 1.0)}},
+        options={"axes": {"expand": (0.5, 1.0), "width": (0.5, 1.0)}, **options},
     )
 
 
 FUSED = _case("gpt_fused", FusedAttention, "c_proj")
-SEPARATE = _case("gpt_separate", SeparateAttention, "proj")
+SEPARATE = _case("gpt_separate", SeparateAttention, "proj", rule="every_other")

@@ -14,9 +14,12 @@ VOCAB, LENGTH = 16, 8
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
+    """`value_dim` is the size of one head's values. Queries and keys have heads of 8, which the rotation needs."""
+
     dim: int = 32
     heads: tuple[int, ...] = (4, 4, 4)
     kv_heads: tuple[int, ...] = (2, 2, 4)
+    value_dim: tuple[int, ...] = (8, 8, 8)
     hidden: tuple[int, ...] = (48, 64, 32)
 
 
@@ -42,11 +45,11 @@ def rotate(x):
 
 
 class Attention(nnx.Module):
-    def __init__(self, dim, heads, kv_heads, head_dim, *, rngs):
+    def __init__(self, dim, heads, kv_heads, head_dim, value_dim, *, rngs):
         self.wq = weight(rngs, dim, heads, head_dim)
         self.wk = weight(rngs, dim, kv_heads, head_dim)
-        self.wv = weight(rngs, dim, kv_heads, head_dim)
-        self.wo = weight(rngs, heads, head_dim, dim)
+        self.wv = weight(rngs, dim, kv_heads, value_dim)
+        self.wo = weight(rngs, heads, value_dim, dim)
         self.group = heads // kv_heads
 
     def __call__(self, x):
@@ -70,9 +73,9 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, dim, heads, kv_heads, hidden, *, rngs):
+    def __init__(self, dim, heads, kv_heads, value_dim, hidden, *, rngs):
         self.attention_norm, self.ffn_norm = RMSNorm(dim), RMSNorm(dim)
-        self.attention = Attention(dim, heads, kv_heads, 8, rngs=rngs)
+        self.attention = Attention(dim, heads, kv_heads, 8, value_dim, rngs=rngs)
         self.feed_forward = FeedForward(dim, hidden, rngs=rngs)
 
     def __call__(self, x):
@@ -83,7 +86,7 @@ class Layer(nnx.Module):
 class Llama(nnx.Module):
     def __init__(self, args: Sizes, rngs: nnx.Rngs):
         self.embed = weight(rngs, VOCAB, args.dim)
-        per_layer = zip(args.heads, args.kv_heads, args.hidden, strict=True)
+        per_layer = zip(args.heads, args.kv_heads, args.value_dim, args.hidden, strict=True)
         self.layers = nnx.List([Layer(args.dim, *sizes, rngs=rngs) for sizes in per_layer])
         self.norm = RMSNorm(args.dim)
         self.output = weight(rngs, args.dim, VOCAB)
@@ -101,6 +104,7 @@ def shrink(shapes):
         shapes["embed"][1],
         sizes_of(shapes, "layers.{}.attention.wq", layers, 1),
         sizes_of(shapes, "layers.{}.attention.wk", layers, 1),
+        sizes_of(shapes, "layers.{}.attention.wv", layers, 2),
         sizes_of(shapes, "layers.{}.feed_forward.w1", layers, 1),
     )
 
@@ -114,5 +118,5 @@ CASE = Case(
     dtype="int32",
     vocab=VOCAB,
     blocks=(r"layers\.(\d+)\.",),
-    options={"axes": {"heads": None, "expand": (0.5, 1.0), "width": (0.5, 1.0)}},
+    options={"axes": {"expand": (0.5, 1.0), "width": (0.5, 1.0), "head_dim": (0.5, 1.0)}, "rule": "every_other"},
 )

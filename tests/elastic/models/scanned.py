@@ -67,5 +67,5 @@ CASE = Case(
     shape=(8,),
     dtype="int32",
     vocab=VOCAB,
-    options={"axes": {"heads": None, "expand": (0.5, 1.0), "width": (0.5, 1.0)}},
+    options={"axes": {"expand": (0.5, 1.0), "width": (0.5, 1.0)}},
 )

@@ -81,5 +81,5 @@ CASE = Case(
     shrink=shrink,
     shape=(8, 8, 3),
     blocks=(r"blocks\.(\d+)\.",),
-    options={"axes": {"heads": None, "expand": (0.5, 1.0), "width": (0.5, 1.0)}},
+    options={"axes": {"expand": (0.5, 1.0), "width": (0.5, 1.0)}},
 )
