@@ -28,8 +28,9 @@ class Uses:
     `heads`, `head_dim` and `width` hold leaves of these kinds. `summed` holds leaves over which a product or a reduction sums.
     `read` has, for each parameter, the leaves over which a product of this parameter with an activation sums.
 
-    `scores` holds products of two activations, such as queries times keys. `shared` holds the other axes of scores that are
-    multiplied by values: tokens, and heads of queries that share a head of keys. A layer reads the heads, but not the tokens.
+    `scores` has, for each product of two activations such as queries times keys, the axes that only one of them has. If one of
+    these is summed over in a product with values, `shared` holds all others: tokens, and heads of queries that share a head of
+    keys. A layer reads the heads, but not the tokens.
     """
 
     heads: set[Dim] = dataclasses.field(default_factory=set)
@@ -37,7 +38,7 @@ class Uses:
     width: set[Dim] = dataclasses.field(default_factory=set)
     summed: set[Dim] = dataclasses.field(default_factory=set)
     read: dict[str, set[Dim]] = dataclasses.field(default_factory=dict)
-    scores: set[object] = dataclasses.field(default_factory=set)
+    scores: dict[object, set[Dim]] = dataclasses.field(default_factory=dict)
     shared: set[Dim] = dataclasses.field(default_factory=set)
 
     def kind(self, leaf: Dim) -> str:
@@ -140,12 +141,13 @@ def _product(node: Node, given: Sequence[_Source], found: Uses) -> None:
         heads = set(_leaves(batch))
         found.heads.update(heads)
         found.head_dim.update(leaf for leaf in _leaves([*a, *b]) if leaf not in heads)
-        if all(leaf.fixed for leaf in _leaves(summed) if leaf.size > 1):  # over tokens, not over features
+        inner = {leaf for leaf in _leaves(summed) if leaf.size > 1}
+        if inner and all(leaf.fixed for leaf in inner):  # over tokens, not over features
             for source, operand in zip(given, node.inputs, strict=True):
-                if source.makers & found.scores:
+                if any(inner <= found.scores.get(maker, set()) for maker in source.makers):
                     found.shared.update(_leaves(operand.dims))
-        if summed:
-            found.scores.add(node)
+        if inner:
+            found.scores[node] = {*_leaves([*a, *b])} - heads - inner
 
 
 def _leaves(dims: Iterable[Dim]) -> list[Dim]:

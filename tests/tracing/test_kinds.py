@@ -7,7 +7,7 @@ import pytest
 from superserve_jax import tracing
 from superserve_jax.tracing import kinds
 
-X = jax.ShapeDtypeStruct((1, 5, 6), "float32")
+X = jax.ShapeDtypeStruct((2, 5, 6), "float32")
 
 
 def shared_keys(p, x):
@@ -20,7 +20,7 @@ def shared_keys(p, x):
 def grouped_queries(p, x):
     q, k, v = jnp.einsum("btd,dkgh->btkgh", x, p["q"]), jnp.einsum("btd,dkh->btkh", x, p["k"]), x @ p["v"]
     weights = jax.nn.softmax(jnp.tanh(jnp.einsum("btkgh,bskh->btkgs", q, k)))
-    found = jnp.einsum("btkgs,bskh->btkgh", weights, v.reshape(1, 5, p["k"].shape[1], -1))
+    found = jnp.einsum("btkgs,bskh->btkgh", weights, v.reshape(2, 5, p["k"].shape[1], -1))
     return jnp.einsum("btkgh,kgho->bto", found, p["out"])
 
 
@@ -28,6 +28,13 @@ def linear(p, x):
     """Keys meet values first, so the features of values are an axis of this product, but they are no heads."""
     memory = jnp.einsum("bsh,bsv->bhv", jnp.exp(x @ p["k"]), x @ p["v"])
     return jnp.einsum("bth,bhv->btv", jnp.exp(x @ p["q"]), memory) @ p["out"]
+
+
+def state_space(p, x):
+    """As in Mamba: the state of a part of the sequence is summed over the parts before it. Its features are no heads."""
+    states = jnp.einsum("btn,bth->bhn", x @ p["k"], x @ p["v"])
+    decays = jnp.exp(-jnp.einsum("btd,ctd->cb", x, x))
+    return jnp.einsum("ctn,chn->cth", x @ p["q"], jnp.einsum("cb,bhn->chn", decays, states)) @ p["out"]
 
 
 def learned_queries(p, x):
@@ -50,6 +57,11 @@ CASES = {
     ),
     "linear": (
         linear,
+        {"q": (6, 3), "k": (6, 3), "v": (6, 7), "out": (7, 2)},
+        {"q[1]": "head_dim", "v[1]": "head_dim"},
+    ),
+    "state space": (
+        state_space,
         {"q": (6, 3), "k": (6, 3), "v": (6, 7), "out": (7, 2)},
         {"q[1]": "head_dim", "v[1]": "head_dim"},
     ),
