@@ -66,9 +66,7 @@ def test_a_wrong_join_is_found(monkeypatch):
             contractions.unify(a, b, node.where)
 
     rules = contractions.RULES | {"dot_general": contractions.Rule(relate, contractions.evaluate_dot)}
-    monkeypatch.setattr(
-        "superserve_jax.tracing.relations.rule_of", lambda name: rules.get(name) or tracing.rules.rule_of(name)
-    )
+    monkeypatch.setattr(relations, "rule_of", lambda name: rules.get(name) or rule_of(name))
     assert len(tracing.trace(function, params, inputs).groups) == 1
 
 
