@@ -175,7 +175,7 @@ def _carriers(nodes: Sequence[Node], start: Collection[Any]) -> set[Any]:
         if node.name in _MIXING or not any(reached):
             continue
         carried = [True] * len(node.outputs)
-        for body in node.bodies:
+        for body in node.bodies if node.name == "cond" else node.bodies[:1]:  # others are derivatives
             first = len(reached) - len(body.inputs)  # the index of a branch is no argument
             arguments = {v for v, is_reached in zip(body.inputs, reached[first:], strict=True) if is_reached}
             inner = _carriers(body.nodes, arguments)

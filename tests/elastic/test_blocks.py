@@ -19,6 +19,16 @@ def test_a_block_that_changes_the_stream_is_kept_with_a_reason():
     assert "blocks.0 always runs: its output is not added to its input" in str(net.found)
 
 
+def test_functions_may_be_applied_to_the_sum_of_a_block():
+    class Activated(Block):
+        def __call__(self, x):
+            return nnx.silu(nnx.relu(super().__call__(x)))
+
+    module = Net(nnx.Rngs(0))
+    module.blocks = nnx.List([Activated(8, 16, rngs=nnx.Rngs(i)) for i in range(3)])
+    assert make(module).space == make().space
+
+
 def test_a_block_whose_caller_adds_the_input_is_kept():
     """Without it, `x + block(x)` would be `2 * x`."""
 
