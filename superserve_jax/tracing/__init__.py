@@ -21,7 +21,7 @@ of axes that change together. To run at other sizes, the same operations are eva
 | what each primitive says about axes, and how it runs at other sizes | `rules/` |
 | which axes are the same; what can change, and what cannot and why | `relations.py`, `traced.py`, `traces.py` |
 | sizes, masks and cuts | `sizes.py` |
-| running sliced, bucketed or masked | `evaluation.py` |
+| running sliced, bucketed or masked | `evaluation.py`, `infinities.py` |
 | means, whose divisor follows the sizes; numbers that may come from a size | `means.py`, `suspects.py` |
 | file and line in error messages and reasons | `places.py` |
 """

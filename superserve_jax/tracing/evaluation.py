@@ -13,13 +13,14 @@ A gate tells whether a block runs. If it does not, the block's output is its inp
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from superserve_jax import ops
+from superserve_jax.tracing import infinities
 from superserve_jax.tracing.blocks import Block
 from superserve_jax.tracing.dims import Dim
 from superserve_jax.tracing.graph import Graph, Node, Operand, Value
@@ -33,6 +34,7 @@ class Evaluation:
     Args:
       sizes: the sizes of the leaves.
       means: the nodes that divide by a number of entries, and the axes whose entries they count.
+      infinite: values that are infinite by the program's text, see `infinities.py`.
       gates: the gate of each block that may be left out. A static gate decides now.
       skip: whether a block with a traced gate branches, as in `ops.layer_select`.
     """
@@ -41,12 +43,14 @@ class Evaluation:
         self,
         sizes: Sizes,
         means: Mapping[Node, Sequence[Dim]],
+        infinite: Collection[Value] = (),
         gates: Mapping[Block, ops.Size] | None = None,
         *,
         skip: bool = True,
     ):
         self._sizes = sizes
         self._means = means
+        self._infinite = infinite
         self._gates = {block.graph.nodes[block.start]: (block, gate) for block, gate in (gates or {}).items()}
         self._skip = skip
         self._zero: set[Value] = set()  # values that are zero beyond their active sizes
@@ -94,7 +98,12 @@ class Evaluation:
 
     def _run_node(self, node: Node, known: "_Known") -> None:
         rule = rule_of(node.name)
-        outputs = rule.evaluate(node, [known.read(operand) for operand in node.inputs], self)
+        values = [known.read(operand) for operand in node.inputs]
+        if not infinities.copies(node):  # what computes with infinite numbers must get finite ones beyond the active size
+            for i, (operand, x) in enumerate(zip(node.inputs, values, strict=True)):
+                if operand in self._infinite:
+                    values[i] = self.mask(x, operand, range(x.ndim), 0)
+        outputs = rule.evaluate(node, values, self)
         known.values.update(zip(node.outputs, outputs, strict=True))
         if rule.moves and all(map(self.is_zero_beyond, node.inputs)):
             self._zero.update(node.outputs)

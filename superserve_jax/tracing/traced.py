@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, ops
-from superserve_jax.tracing import blocks, jaxprs, means, places, relations, suspects
+from superserve_jax.tracing import blocks, infinities, jaxprs, means, places, relations, suspects
 from superserve_jax.tracing.dims import Dim, fix, leaves, unify
 from superserve_jax.tracing.evaluation import Evaluation
 from superserve_jax.tracing.graph import Graph, Operand, Value
@@ -80,6 +80,7 @@ class Traced:
         self.leaves, self.groups = _groups(self.parameters)
         self.fixed = _fixed(self.parameters)
         self._means = means.find(graph)
+        self._infinite = infinities.find(graph)
         self.blocks: dict[str, blocks.Block] = blocks.find(graph, graph.outputs[: len(graph.outputs) - updates])
         names = {leaf: name for name, leaf in self.leaves.items()}
         self.suspects: tuple[Suspect, ...] = suspects.find(graph, names, self._means.keys())
@@ -127,7 +128,7 @@ class Traced:
         for path in gates or {}:
             errors.check_name("block", path, self.blocks)
         chosen = {self.blocks[path]: gate for path, gate in (gates or {}).items()}
-        evaluation = Evaluation(self.sizes(sizes), self._means, chosen, skip=skip)
+        evaluation = Evaluation(self.sizes(sizes), self._means, self._infinite, chosen, skip=skip)
         given = self._checked(params, self._params_tree, "params")
         values = list(self.parameters.values())
         for name, x, value in zip(self.parameters, given, values, strict=True):

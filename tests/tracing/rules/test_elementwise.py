@@ -38,3 +38,14 @@ def test_an_array_of_other_numbers_fixes_its_axes():
     numbers = jnp.linspace(0, 1, 8)
     found = reasons(lambda p, x: (x @ p["a"] + numbers) @ p["b"], {"a": (6, 8), "b": (8, 2)})
     assert found["a[1]"] == "an array of shape (8,) that the function makes without its parameters"
+
+
+def test_an_infinite_number_of_the_code_stays_out_of_what_is_beyond_the_active_size():
+    """The largest of some numbers is -inf if all of them are left out. Beyond the active size, all are, because they are 0."""
+
+    def function(p, x):
+        h = abs(x @ p["a"])
+        lowest = jnp.full((4, 8), -jnp.inf)[:, : h.shape[1]]
+        return jnp.where(h > 0.001, h, lowest).max(0) @ p["b"], jnp.where(h > 0.001, h, -jnp.inf).max(0) @ p["b"]
+
+    check(function, random_params({"a": (6, 8), "b": (8, 2)}), X)
