@@ -19,17 +19,13 @@ from flax import nnx
 from models import CASES
 from models.case import dotted, params_of
 from tiny import assert_close
+from tracing_checks import FAST
 
 import superserve_jax as ss
 from superserve_jax.supernets import programs
 
 BATCH = 3
-FAST_COMPILATION = {  # it takes a quarter of the time
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-jit = functools.partial(jax.jit, compiler_options=FAST_COMPILATION)
+jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 @pytest.fixture(autouse=True)
