@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -18,6 +19,7 @@ PROGRAMS = [
     if path.parent.name != "gateway_load"
 ]
 EXAMPLE = "docs/examples/my_family.py"
+ELASTIC = "docs/examples/my_elastic.py"
 
 
 @pytest.fixture
@@ -122,3 +124,41 @@ def test_the_example_of_the_docs_goes_from_training_to_a_profile(digits_dir, tmp
     assert "--import my_file.py" in error
     measure = ("--repeats", 2, "--no-load", "--batch-sizes", 1)
     run_program("serve/measure.py", workdir / "export", *measure, "--import", EXAMPLE, fresh=True)
+
+
+LOADS = """
+import sys
+import numpy as np
+import superserve_jax as ss
+from superserve_jax.foreign import import_module
+
+images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)
+try:
+    ss.load(sys.argv[2])
+except ss.ExportError as e:
+    print(e)
+import_module(sys.argv[1])
+model, run = ss.load(sys.argv[2]), ss.Run.open(sys.argv[3]).model()
+for subnet in model.subnets:
+    np.testing.assert_array_equal(model(images, subnet), run(images, subnet))
+with ss.Server(model, slo_ms=1000, batch_sizes=(1,)) as server:
+    answers = [server.submit(image).result(timeout=60) for image in images]
+for image, answer in zip(images, answers):
+    np.testing.assert_allclose(answer.output, model(image[None], answer.subnet)[0], rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_a_plain_module_goes_from_training_to_a_server(digits_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERSERVE_IMPORT", "")
+    export, workdir = tmp_path / "run" / "export", tmp_path / "run"
+    small = ("--data.data-dir", digits_dir, "--data.validation", 60, "--model.width", 4, "--batch-size", 32, "--epochs", 0.7)
+    fast = ("--buckets", 1, "--eval-every", 0, "--calibration-examples", 60, "--search.candidates", 2, "--search.examples", 60)
+    done = run_program("train/supernet.py", ELASTIC, *small, *fast, "--workdir", workdir, "--import", ELASTIC)
+    assert "training: 5 done" in done.stderr  # the rewiring is before the third
+    monkeypatch.setenv("SUPERSERVE_IMPORT", "")  # the program has set it, for programs that it starts
+    command = [sys.executable, "-c", LOADS, ELASTIC, str(export), str(workdir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "unknown family 'my_elastic'" in done.stdout
+    assert "--import my_file.py" in done.stdout
