@@ -13,6 +13,7 @@ of axes that change together. To run at other sizes, the same operations are eva
 |---|---|
 | `ss.elastic`: the API, and a family's config | `elastic.py`, `family.py`, `options.py` |
 | a module as a function; its blocks, which may be left out | `modules.py`, `blocks.py` |
+| the check of new running statistics | `statistics.py` |
 | the search space, the programs and the costs of a traced module | `network.py`, `products.py`, `units.py` |
 | what was found: kinds of axes, stages, the report | `found.py`, `kinds.py` |
 | the comparison with the module's own code | `agreement.py` |

@@ -129,8 +129,8 @@ def _prepare(module: nnx.Module, *, training: bool, dtype: Any) -> None:
             layer.rate = 0.0
         elif isinstance(layer, nnx.MultiHeadAttention):
             layer.dropout_rate = 0.0
-        elif isinstance(layer, nnx.BatchNorm) and training:
-            layer.momentum = 0.0  # so that the new running statistics are those of the batch
+        elif training and hasattr(layer, "momentum") and isinstance(getattr(layer, "mean", None), nnx.BatchStat):
+            layer.momentum = 0.0  # pyright: ignore - so that the new running statistics are those of the batch
         if dtype is not None and getattr(layer, "dtype", 0) is None:
             layer.dtype = dtype  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -17,7 +17,7 @@ import numpy as np
 from superserve_jax import errors, layers, ops
 from superserve_jax.space import Axis, SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.tracing import products
+from superserve_jax.tracing import products, statistics
 from superserve_jax.tracing.dims import Dim, leaves
 from superserve_jax.tracing.found import ElasticAxis, Found, axes_of, stages_of
 from superserve_jax.tracing.modules import Source
@@ -65,8 +65,8 @@ class Network:
         self.norms = tuple(n for n in self.source.norms if traces[0].parameters[f"{n}.mean"] in read)
         if self.norms:
             traces.append(self.traced(spec, training=True))
+            statistics.check(traces[-1], sorted(self.source.statistics), self.norms)
         self.num_classes = self._check_output(traces[0])
-        self._check_statistics(traces[-1])
         reasons = [{path: block.reason for path, block in traced.blocks.items()} for traced in traces]
         merged = {path: next(filter(None, (r.get(path, _UNSEEN) for r in reasons)), None) for path in reasons[0]}
         stages, kept = stages_of(self.source.lists, merged)
@@ -89,15 +89,6 @@ class Network:
                 "SuperNet returns one array (batch, classes). Give `call`, such as call=lambda module, x: module(x)[0]"
             )
         return shapes[0][1]
-
-    def _check_statistics(self, traced: Traced) -> None:
-        """Raises ConfigError if a norm does not update its statistics in training."""
-        for norm in self.norms:
-            if any(output is traced.parameters[f"{norm}.mean"] for output in traced.graph.outputs):
-                raise errors.ConfigError(
-                    f"in training, the module does not update '{norm}.mean': its code sets use_running_average itself. Give "
-                    "`call`, such as call=lambda module, x, train: module(x, train), that passes the flag on"
-                )
 
     @functools.cached_property
     def elastic(self) -> tuple[ElasticAxis, ...]:
@@ -184,9 +175,10 @@ class Network:
         """The trace for one input, in inference."""
         return self.traced(self.input_spec(1))
 
-    def _is_off(self, path: str, sizes: Mapping[str, Any]) -> bool:
-        """Whether something at this path belongs to a block that is left out."""
-        return any(path.startswith(f"{b}.") and sizes[f"{_DEPTH}{b}"] == 0 for b in self.blocks)
+    def _running(self, gates: Mapping[str, Any]) -> list[str]:
+        """The norms that run if the blocks with gate 0 are left out."""
+        read, values = products.read_values(self.reference, gates), self.reference.parameters
+        return [norm for norm in self.norms if values[f"{norm}.mean"] in read]
 
     # -- running --------------------------------------------------------------------------------------------------------
 
@@ -204,7 +196,7 @@ class Network:
         traced = self.traced(jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), training=with_updates, dtypes=dtypes)
         groups, gates = self._chosen(sizes)
         limits = traced.sizes({name: ops.limit(size) for name, size in groups.items()})
-        running = {norm for norm in self.norms if not self._is_off(norm, sizes)}
+        running = self._running(gates)
         rows: dict[str, Any] = {}
         for norm in self.source.norms:
             length = limits.limit(traced.parameters[f"{norm}.mean"].dims[0])
@@ -229,7 +221,7 @@ class Network:
         """The entries of each norm's statistics in a network of these sizes."""
         at = Sizes(self._leaves(sizes))
         values = self.reference.parameters
-        return {n: at.limit(values[f"{n}.mean"].dims[0]) for n in self.norms if not self._is_off(n, sizes)}
+        return {n: at.limit(values[f"{n}.mean"].dims[0]) for n in self._running(self._chosen(sizes)[1])}
 
     def norm_entries(self, sizes: Mapping[str, int], limits: Mapping[str, int]) -> dict[str, np.ndarray]:
         """For each norm of `norm_sizes(sizes)`, where its entries are among those of a network of sizes `limits`."""

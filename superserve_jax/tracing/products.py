@@ -2,30 +2,37 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from superserve_jax.tracing.graph import Graph, Node, Value
 from superserve_jax.tracing.sizes import Sizes
 from superserve_jax.tracing.traced import Traced
 
 
-def running(traced: Traced, gates: Mapping[str, int]) -> list[Node]:
-    """The nodes of the outermost graph that run if the blocks with gate 0 are left out."""
-    return _running(traced.graph, traced, gates)
+def read_values(traced: Traced, gates: Mapping[str, Any]) -> set[Value]:
+    """The values that some operation reads, or that are results. Blocks with gate 0 read nothing."""
+    return _read_values(traced.graph, traced, gates)
 
 
-def _running(graph: Graph, traced: Traced, gates: Mapping[str, int]) -> list[Node]:
-    spans = [
-        range(block.start + 1, block.stop + 1)
-        for path, block in traced.blocks.items()
-        if block.graph is graph and gates.get(path, 1) == 0
-    ]
-    return [node for i, node in enumerate(graph.nodes) if not any(i in span for span in spans)]
+def _read_values(graph: Graph, traced: Traced, gates: Mapping[str, Any]) -> set[Value]:
+    read = [*graph.outputs]
+    for node in _running(graph, traced, gates):
+        branches = [(node.inputs[1:], body) for body in node.bodies] if node.name == "cond" else []
+        calls = branches or [(node.inputs, body) for body in node.bodies[:1]]
+        read += node.inputs[:1] if branches else [] if calls else node.inputs
+        for operands, body in calls:
+            inner = _read_values(body, traced, gates)
+            read += [operand for operand, value in zip(operands, body.inputs, strict=True) if value in inner]
+    return {operand for operand in read if isinstance(operand, Value)}
 
 
-def read_values(traced: Traced, gates: Mapping[str, int]) -> set[Value]:
-    """The values that some operation reads, or that are results."""
-    found = {value for node in running(traced, gates) for value in node.inputs if isinstance(value, Value)}
-    return found | {value for value in traced.graph.outputs if isinstance(value, Value)}
+def _running(graph: Graph, traced: Traced, gates: Mapping[str, Any]) -> list[Node]:
+    """The nodes of a graph that run if the blocks with gate 0 are left out."""
+    left_out = set[int]()
+    for path, block in traced.blocks.items():
+        if block.graph is graph and gates.get(path, 1) == 0:
+            left_out.update(range(block.start + 1, block.stop + 1))
+    return [node for i, node in enumerate(graph.nodes) if i not in left_out]
 
 
 def multiply_adds(traced: Traced, at: Sizes, gates: Mapping[str, int]) -> int:

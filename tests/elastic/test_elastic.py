@@ -134,6 +134,51 @@ def test_variables_that_are_no_parameters_keep_their_numbers():
     supernets.check(net.config)
 
 
+class OwnNorm(nnx.Module):
+    """A norm that a user has written, with an nnx.BatchNorm's attributes."""
+
+    def __init__(self):
+        self.mean, self.var, self.momentum = nnx.BatchStat(jnp.zeros(8)), nnx.BatchStat(jnp.ones(8)), 0.9
+
+    def __call__(self, x, train):
+        if train:
+            for statistic, new in ((self.mean, x.mean(0)), (self.var, x.var(0))):
+                statistic[...] = self.momentum * statistic[...] + (1 - self.momentum) * new
+        return (x - self.mean[...]) / jnp.sqrt(self.var[...] + 1e-5)
+
+
+class NormOutside(Net):
+    """The last block holds a norm, which is called behind all blocks, also if the block is left out."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.blocks[2].outer = OwnNorm()
+
+    def __call__(self, x, train=False):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.blocks[2].outer(x, train))
+
+
+def test_a_norm_runs_where_it_is_called_and_its_statistics_are_those_of_the_batch():
+    net = make(NormOutside(nnx.Rngs(0)))
+    x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    program = programs.sliced(net.config, net.space.subnet(depth=(2,)))
+    assert [*program.offsets] == ["blocks.0.norm", "blocks.1.norm", "blocks.2.outer"]
+    [_, statistics] = program.train(net.params, x, jnp.zeros(0, jnp.int32))
+    module = NormOutside(nnx.Rngs(0))
+    module.blocks = nnx.List([*module.blocks][:2])
+    h = x @ module.stem.kernel
+    np.testing.assert_allclose(statistics[0, :8], h.mean(0), atol=1e-5)
+    for block in module.blocks:
+        block.dropout.rate = 0.0
+        h = block(h)
+    np.testing.assert_allclose(statistics[:, 16:], [h.mean(0), h.var(0)], atol=1e-5)
+    own = program.infer(net.params, x, statistics, jnp.zeros(0, jnp.int32))
+    np.testing.assert_allclose(own, module.head((h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-5)), atol=1e-4)
+
+
 def test_check_finds_a_number_that_comes_from_a_size():
     class Scaled(Net):
         def __call__(self, x):

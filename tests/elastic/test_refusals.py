@@ -42,6 +42,34 @@ class FixedNorm(Net):
         return self.head(self.blocks[0].norm(self.stem(x), use_running_average=True))
 
 
+class OneNormForAll(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        for block in self.blocks:
+            block.norm = self.blocks[0].norm
+
+
+class Decaying(nnx.Module):
+    """A norm whose statistics are those of several batches."""
+
+    def __init__(self):
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(8)), nnx.BatchStat(jnp.ones(8))
+
+    def __call__(self, x, train):
+        if train:
+            self.mean[...] = 0.9 * self.mean[...] + 0.1 * x.mean(0)
+        return (x - self.mean[...]) / self.var[...]
+
+
+class DecayingNet(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.norm = Decaying()
+
+    def __call__(self, x, train: bool):
+        return self.head(self.norm(self.stem(x), train))
+
+
 class Offset(Net):
     def __init__(self, rngs):
         super().__init__(rngs)
@@ -70,6 +98,13 @@ class Rigid(nnx.Module):
         ),
         (OwnStatistics, {}, errors.ConfigError, "'seen' is an nnx.BatchStat.*only the mean and var.*nnx.Variable"),
         (FixedNorm, {}, errors.ConfigError, "does not update 'blocks.0.norm.mean'.*use_running_average.*call=lambda"),
+        (
+            OneNormForAll,
+            {},
+            errors.ConfigError,
+            "norm 'blocks.0.norm' is called more than once.*a norm of its own for each call",
+        ),
+        (DecayingNet, {}, errors.ConfigError, "'norm.mean' keeps a part of its old value.*attribute `momentum`"),
         (Rigid, {}, errors.ConfigError, r"nothing of this module is elastic(.|\n)*scale\[0\] \(8\): an input has this axis"),
         (Net, {"axes": {"blocks.*.fc3": (4,)}}, errors.UnknownNameError, "unknown axis 'blocks.*.fc3'.*blocks.0.fc1"),
         (Net, {"axes": {"expand": (32,)}}, errors.ConfigError, "'blocks.0.fc1' has 16 entries, so it cannot have 32.*ratio"),
