@@ -5,11 +5,15 @@ new axis, which nothing connects with x.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+from jax.core import Tracer
 
 from superserve_jax.tracing import means
 from superserve_jax.tracing.dims import Dim, leaves
-from superserve_jax.tracing.graph import Graph, Node, Scalar, Value, all_graphs, all_nodes
+from superserve_jax.tracing.graph import Graph, Node, Operand, Scalar, Value, all_graphs, all_nodes
 
 _FORMS = {
     "n": lambda n: n,
@@ -19,6 +23,7 @@ _FORMS = {
     "n ** 0.25": lambda n: n**0.25,
     "n ** -0.25": lambda n: n**-0.25,
     "n - 1": lambda n: n - 1,
+    "log(n)": math.log,
 }
 
 
@@ -56,7 +61,8 @@ def find(graph: Graph, names: Mapping[Dim, str], mean: Collection[Node]) -> tupl
       mean: nodes whose number is known to be that of a mean's entries.
     """
     sizes = _sizes(graph, names)
-    found = [suspect for node in all_nodes(graph) if node not in mean for suspect in _of_numbers(node, sizes)]
+    constants: dict[Operand, np.ndarray] = {v: x for inner in all_graphs(graph) for v, x in _equal_numbers(inner)}
+    found = [suspect for node in all_nodes(graph) if node not in mean for suspect in _of_numbers(node, constants, sizes)]
     return tuple(dict.fromkeys([*found, *_of_new_axes(graph, names, sizes)]))
 
 
@@ -77,17 +83,29 @@ def _all_dims(graph: Graph) -> Iterator[Dim]:
                 yield from operand.dims
 
 
-def _of_numbers(node: Node, sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Suspect]:
+def _equal_numbers(graph: Graph) -> Iterator[tuple[Value, np.ndarray]]:
+    """Arrays of the program's text that hold one number only, such as `np.full(n, 1 / n)`, and this number."""
+    for value, constant in graph.constants.items():
+        if not isinstance(constant, Tracer) and isinstance(value.dtype, np.dtype):
+            numbers = np.asarray(constant)
+            if numbers.size and (numbers == numbers.flat[0]).all():
+                yield value, np.asarray(numbers.flat[0])
+
+
+def _of_numbers(
+    node: Node, constants: Mapping[Operand, np.ndarray], sizes: Mapping[int, tuple[str, ...]]
+) -> Iterator[Suspect]:
     for operand in node.inputs:
-        if not isinstance(operand, Scalar) or operand.value.dtype == bool:
+        value = operand.value if isinstance(operand, Scalar) else constants.get(operand)
+        if value is None or value.dtype == bool:
             continue
-        number = abs(operand.value)
+        number = abs(value)
         for size, groups in sizes.items():
             form = next((form for form, function in _FORMS.items() if means.is_near(number, function(size))), None)
             if form == "n - 1" and node.name != "div":  # such as the last index; ddof=1 divides
                 continue
             if form is not None and float(number) not in (0.0, 1.0):
-                yield Suspect(node.where, float(operand.value), form, size, groups)
+                yield Suspect(node.where, float(value), form, size, groups)
 
 
 def _of_new_axes(graph: Graph, names: Mapping[Dim, str], sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Suspect]:

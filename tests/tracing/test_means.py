@@ -1,7 +1,10 @@
 """The divisor of a mean follows the sizes. Other numbers that may come from a size are reported."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tracing_cases import X
 from tracing_checks import check, random_params
@@ -42,7 +45,9 @@ SUSPECTS = {
     "scale": (lambda h: h * h.shape[1] ** -0.5, 8**-0.5, "n ** -0.5"),
     "square root": (lambda h: h * h.shape[1] ** 0.5, 8**0.5, "n ** 0.5"),
     "fourth root": (lambda h: h * h.shape[1] ** -0.25, 8**-0.25, "n ** -0.25"),
+    "logarithm": (lambda h: h / math.log(h.shape[1]), math.log(8), "log(n)"),
     "constant": (lambda h: h / 8, 8, "n"),
+    "array of one number": (lambda h: h * np.full(h.shape[1], 1 / h.shape[1], np.float32), 1 / 8, "1 / n"),
     "computed in jax": (lambda h: h / jnp.sqrt(jnp.float32(h.shape[1])), 8**0.5, "n ** 0.5"),
     "sample variance": (lambda h: h * h.var(1, keepdims=True, ddof=1), 7, "n - 1"),
     "ones": (lambda h: h / jnp.ones_like(h).sum(1, keepdims=True), 8, "n"),
