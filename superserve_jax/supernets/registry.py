@@ -48,6 +48,11 @@ def register(config_class: type) -> type:
     return config_class
 
 
+def registered(name: str) -> type | None:
+    """The class of the family with this name. None if no family has it."""
+    return _FAMILIES.get(name)
+
+
 def is_registered(config: FamilyConfig) -> bool:
     """Whether the name of a config's family is known."""
     return config.family in _FAMILIES

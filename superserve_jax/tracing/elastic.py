@@ -74,7 +74,7 @@ class Elastic:
           module: a Flax NNX module that returns one array (batch, classes). If it was made by `nnx.eval_shape`, the SuperNet
             can tell what is elastic, but not run.
           input_spec: shape and dtype of the module's input. The first axis is the batch.
-          name: the family's name in runs and exports; by default the name of the module's class in small letters. Another
+          name: the family's name in runs and exports; by default "elastic_" and the name of its class. Another
             process calls `ss.elastic` with this name before it reads them.
           call: `call(module, inputs)` or `call(module, inputs, train)`, if the module is not called as `module(inputs)`.
           axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. Kinds are
@@ -101,7 +101,10 @@ class Elastic:
         ((2, 3), (4, 8))
         """
         source = Source(module, call)
-        family_name = name or type(module).__name__.lower()
+        family_name = name or f"elastic_{type(module).__name__.lower()}"
+        old = registry.registered(family_name)
+        if old is not None and old.__module__ != __name__:
+            raise errors.ConfigError(f"family '{family_name}' exists already ({old.__qualname__}); give another name")
         given = _module_config(module, input_spec, call)
         options = Options(axes or {}, depth or {}, rule, divisor, method)
         kind = _register(family_name, given, options)

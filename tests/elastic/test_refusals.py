@@ -134,3 +134,10 @@ def test_an_input_spec_without_a_batch_axis_is_refused():
     for spec in ((1, 8), jax.ShapeDtypeStruct((), "float32")):
         with pytest.raises(errors.ConfigError, match=r"input_spec must be a jax.ShapeDtypeStruct with a batch axis"):
             ss.elastic(Net(nnx.Rngs(0)), spec)  # type: ignore[arg-type]
+
+
+def test_the_name_of_another_family_is_refused():
+    with pytest.raises(errors.ConfigError, match=r"family 'dynabert' exists already .*; give another name"):
+        make(name="dynabert")
+    assert make().config.family == "elastic_net"
+    assert make().config.family == "elastic_net"  # a cell of a notebook may run again
