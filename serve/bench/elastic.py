@@ -121,7 +121,8 @@ def _alternate(
 ) -> tuple[list[float], tuple[float, float]]:
     """Times two functions in turns. Returns the ratio of each pair of times, and both medians, in seconds."""
     times: tuple[list[float], list[float]] = ([], [])
-    first(), second()
+    first()
+    second()
     for i in range(repeats):
         for call, seconds in list(zip((first, second), times, strict=True))[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
