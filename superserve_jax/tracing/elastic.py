@@ -74,7 +74,7 @@ class Elastic:
           module: a Flax NNX module that returns one array (batch, classes). If it was made by `nnx.eval_shape`, the SuperNet
             can tell what is elastic, but not run.
           input_spec: shape and dtype of the module's input. The first axis is the batch.
-          name: the family's name in runs and exports; by default "elastic_" and the name of its class. Another
+          name: the family's name in runs and exports; by default such as "elastic_mlp", for a class MLP. Another
             process calls `ss.elastic` with this name before it reads them.
           call: `call(module, inputs)` or `call(module, inputs, train)`, if the module is not called as `module(inputs)`.
           axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. Kinds are
