@@ -17,7 +17,7 @@ from superserve_jax.extract.extraction import BATCH, CONTRACT_KEY, TOKENS, Extra
 from superserve_jax.extract.onnx_graph import Graph
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
-from superserve_jax.supernets.family import SequenceConfig
+from superserve_jax.supernets.family import SequenceConfig, TracedConfig
 
 Format = Literal["onnx", "stablehlo", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -66,6 +66,11 @@ def content(subnet: Extraction, format: Format) -> bytes:
       UnknownNameError: there is no such format.
     """
     errors.check_name("format", format, FORMATS)
+    if format != "safetensors" and isinstance(subnet.config, TracedConfig):
+        raise errors.ExportError(
+            f"family '{subnet.config.family}' is traced for each batch size, so format {format} cannot hold it; give the "
+            "format safetensors for its weights"
+        )
     if format == "onnx" and type(subnet.config) not in _BUILDERS:  # a subclass may compute something else
         known = " and ".join(config.family for config in _BUILDERS)
         raise errors.ExportError(

@@ -125,7 +125,7 @@ class Program:
         A caller may leave out parameters of other layers. Then they are also missing in the result.
         """
         shapes = used_leaves(self, folded=True)
-        found = {name: cut(params[name], shape) for name, shape in shapes.items() if name in params}
+        found = {name: self.cut(name, params[name], shape) for name, shape in shapes.items() if name in params}
         for norm, fold in self.folds.items():
             [n], start = shapes[fold.bias], self.offsets[norm]
             mean, var = statistics[:, start : start + n]

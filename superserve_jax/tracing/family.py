@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from superserve_jax import errors, layers, ops
@@ -161,9 +162,9 @@ class ElasticModule(nnx.Module):
             setattr(self, name, _module(value))
 
     def __call__(self, inputs: Any, sizes: Mapping[str, ops.Size], stats: layers.BatchStats | layers.StoredStats) -> jax.Array:
-        """Logits (B, classes)."""
+        """Logits, float32 (B, classes)."""
         params = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(self, nnx.Param))}
-        return self._config.network.run(params, inputs, sizes, stats)
+        return self._config.network.run(params, inputs, sizes, stats).astype(jnp.float32)
 
 
 def _module(value: Any) -> Any:

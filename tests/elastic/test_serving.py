@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import superserve_jax as ss
+from superserve_jax import errors, extract
 from superserve_jax.supernets import programs
 from superserve_jax.training import rewiring
 
@@ -134,3 +135,22 @@ def test_the_server_answers_as_the_model_does(net, tmp_path):
         for row in x:
             reply = server.submit(row).result(timeout=60)
             np.testing.assert_allclose(reply.output, model(row[None], reply.subnet)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_float32():
+    module = nnx.Linear(8, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    module = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), module)
+    assert ss.elastic(module, jax.ShapeDtypeStruct((1, 6), "float32"))(jnp.ones((2, 6))).dtype == jnp.float32
+
+
+def test_a_subnet_is_extracted_as_weights_only(net, tmp_path):
+    small = net.space.smallest()
+    calibrated(net, [small])
+    served = ss.Served(small, 0.5, 0.5, flops=net.config.flops(small), params=net.config.num_params(small))
+    subnet = extract.take(ss.load(ss.export(tmp_path / "export", net, [served], measured="not at all")))
+    weights = {name: x for name, x in net.extract(small).items() if x is not None}
+    assert {name: value.shape for name, value in subnet.params.items()} == {name: x.shape for name, x in weights.items()}
+    np.testing.assert_array_equal(subnet.params["blocks.0.qkv.kernel"], weights["blocks.0.qkv.kernel"])
+    for format in ("onnx", "stablehlo"):
+        with pytest.raises(errors.ExportError, match=f"family 'fused' is traced.*{format}.*safetensors"):
+            extract.content(subnet, format)
