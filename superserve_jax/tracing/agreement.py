@@ -38,7 +38,7 @@ def check(net: SuperNet, subnets: int) -> int:
         lengths = {norm: shape[0] for norm, shape in network.source.norms.items()} | net.config.norm_sizes(sizes)
         rows = {f"{norm}.{kind}": fill(n, np.float32) for norm, n in lengths.items() for kind, fill in _FRESH.items()}
         try:
-            found = np.asarray(network.source.run(network.source.module(params, rows), inputs))
+            found = np.asarray(network.source.run(network.source.module({**params, **rows}), inputs))
         except (TypeError, ValueError):
             continue  # the code expects the whole sizes
         compared += 1

@@ -1,12 +1,12 @@
 """Blocks that a smaller network may leave out: marks them while a module is traced, and finds them in the graph.
 
-A block is a call of a submodule, such as one layer of a transformer. While its module is traced, its first argument and its
+A block is a call of a submodule, such as one layer of a transformer. While its module is traced, its first array and its
 output carry `name` operations, which compute nothing. So the operations between the two are the block.
 """
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,11 +77,14 @@ def _marked_class(kind: type, method: str) -> type:
 
     @functools.wraps(call)
     def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args or not isinstance(args[0], jax.Array):
+        given = {**dict(enumerate(args)), **kwargs}
+        first = next((key for key, x in given.items() if isinstance(x, jax.Array)), None)
+        if first is None:
             return call(self, *args, **kwargs)
         path = getattr(self, _PATH)
-        entered = checkpoint_name(args[0], _ENTER + path)
-        outputs, tree = jax.tree.flatten(call(self, entered, *args[1:], **kwargs))
+        given[first] = entered = checkpoint_name(given[first], _ENTER + path)
+        result = call(self, *(given[i] for i in range(len(args))), **{name: given[name] for name in kwargs})
+        outputs, tree = jax.tree.flatten(result)
         alike = [i for i, y in enumerate(outputs) if isinstance(y, jax.Array) and _is_like(y, entered)]
         if alike:
             outputs[alike[0]] = checkpoint_name(outputs[alike[0]], _EXIT + path)
@@ -114,9 +117,10 @@ def find(graph: Graph, results: Collection[Any]) -> dict[str, Block]:
     found: dict[str, list[Block]] = {}
     for inner in all_graphs(graph):
         users = _users(inner, results if inner is graph else inner.outputs)
+        made = {value: i for i, node in enumerate(inner.nodes) for value in node.outputs}
         for path, start, stop in _spans(inner):
             block = Block(path, inner, start, stop, None)
-            found.setdefault(path, []).append(dataclasses.replace(block, reason=_reason(block, users)))
+            found.setdefault(path, []).append(dataclasses.replace(block, reason=_reason(block, users, made)))
     twice = "it is called more than once"
     return {
         path: found[path][0] if len(found[path]) == 1 else dataclasses.replace(found[path][0], reason=twice)
@@ -152,12 +156,20 @@ def _users(graph: Graph, results: Collection[Any]) -> dict[Any, float]:
     return last
 
 
-def _reason(block: Block, last: dict[Any, float]) -> str | None:
-    before = [resolve(dim) for dim in block.entered.dims]
-    after = [resolve(dim) for dim in block.left.dims]
-    is_same = all(a is b for a, b in zip(before, after, strict=True) if a.size != 1)
-    if not is_same or block.left not in _carriers(block.nodes, {block.entered}):
+def _reason(block: Block, last: Mapping[Any, float], made_by: Mapping[Any, int]) -> str | None:
+    """Why a smaller network cannot leave the block out.
+
+    Args:
+      block: the block.
+      last: for each value, the number of the last node that reads it.
+      made_by: for each value, the number of the node that makes it. Inputs of the graph are left out.
+    """
+    if not _reaches(block, block.entered):
         return "its output is not added to its input, so without it the network would compute something else"
+    others = {value for node in block.nodes for value in node.inputs if isinstance(value, Value)}
+    since = range(made_by.get(block.entered, -1) + 1, block.start)
+    if any(made_by.get(value) in since and _reaches(block, value) for value in others):
+        return "its output is also added to another argument than its first one, so it is unknown which of them would remain"
     made = {value for node in block.nodes for value in node.outputs} - {block.left}
     if any(last.get(value, -1) > block.stop for value in made):
         return "more than its first output is used later"
@@ -165,6 +177,13 @@ def _reason(block: Block, last: dict[Any, float]) -> str | None:
     if not any(node.name in _MIXING for node in inner):
         return "it has no matrix product or convolution"
     return None
+
+
+def _reaches(block: Block, value: Value) -> bool:
+    """Whether a value has the axes of the block's output, and reaches it without a matrix product or convolution."""
+    before, after = ([resolve(dim) for dim in v.dims] for v in (value, block.left))
+    is_same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True) if a.size != 1)
+    return is_same and value.shape == block.left.shape and block.left in _carriers(block.nodes, {value})
 
 
 def _carriers(nodes: Sequence[Node], start: Collection[Any]) -> set[Any]:

@@ -34,6 +34,9 @@ from typing import Literal
 
 Kind = Literal["leaf", "product", "sum"]
 
+_MOST_PARTS = 32
+"""Into how many parts two axes may be divided so that they fit. An axis of more parts has sizes that nobody wants."""
+
 
 class Dim:
     """The length of an axis.
@@ -155,7 +158,10 @@ def unify(a: Dim, b: Dim, where: str) -> None:
         a.link = b
         if a.fixed:
             fix(b, a.fixed)
-    elif _align(a, b, where):
+    elif (reason := _fixed_wholly(a) or _fixed_wholly(b)) or _align(a, b, where):
+        if reason:  # then the parts are of no interest
+            fix(a, reason)
+            fix(b, reason)
         a, b = resolve(a), resolve(b)
         if a is not b:
             a.link = b
@@ -163,6 +169,12 @@ def unify(a: Dim, b: Dim, where: str) -> None:
         reason = f"one axis is divided in two ways that do not fit, at {where}"
         fix(a, reason)
         fix(b, reason)
+
+
+def _fixed_wholly(dim: Dim) -> str | None:
+    """Why an axis keeps its size, if all of its leaves do."""
+    reasons = [leaf.fixed for leaf in leaves(dim)]
+    return reasons[0] if all(reasons) else None
 
 
 def _align(a: Dim, b: Dim, where: str) -> bool:
@@ -178,7 +190,7 @@ def _align_parts(a: Dim, b: Dim, where: str) -> bool:
     It walks along both lists of parts. If one part is larger than the part that it meets, it is refined (a leaf), or it meets
     as many parts of the other list as make up its size.
     """
-    kind = a.kind
+    kind, refined = a.kind, 0
     left, right = _flat(a, kind)[::-1], _flat(b, kind)[::-1]  # the next part is at the end
     while left and right:
         x, y = _flat(left.pop(), kind), _flat(right.pop(), kind)  # a part may have been refined since
@@ -190,6 +202,9 @@ def _align_parts(a: Dim, b: Dim, where: str) -> bool:
         (large, small), others = ((x[0], y[0]), right) if x[0].size > y[0].size else ((y[0], x[0]), left)
         if large.kind == "leaf":
             if kind == "product" and large.size % small.size:
+                return False
+            refined += 1
+            if refined > _MOST_PARTS:  # such as an axis that is shifted by one entry and added to itself
                 return False
             rest = large.size // small.size if kind == "product" else large.size - small.size
             left.append(x[0])

@@ -48,10 +48,14 @@ class Source:
             raise errors.ConfigError(f"expected a Flax NNX module, got {type(module).__name__}: {module!r:.100}")
         self._call = _with_train(call) if call is not None else functools.partial(_call_module, flags=_flags(type(module)))
         self._graphdef, params, statistics, self._others = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-        self._paths = {dotted(path): path for path, _ in nnx.to_flat_state(params)}
-        self._statistics_paths = {dotted(path): path for path, _ in nnx.to_flat_state(statistics)}
-        self.values = {dotted(path): v.get_value() for path, v in nnx.to_flat_state(params)}
+        self._variables = [*nnx.to_flat_state(params), *nnx.to_flat_state(statistics)]
+        self.values = {dotted(path): v.get_raw_value() for path, v in nnx.to_flat_state(params)}
         """The module's parameters, or their shapes: {dotted path: array}."""
+        for name, value in self.values.items():
+            if not hasattr(value, "shape"):
+                raise errors.ConfigError(
+                    f"'{name}' is an nnx.Param that holds a {type(value).__name__}; make each array an nnx.Param"
+                )
         self.norms = _norms(nnx.to_flat_state(statistics))
         self.lists = _lists(module)
         """Paths of submodules of one class that stand one after another: {path of the list: paths of its elements}."""
@@ -76,10 +80,7 @@ class Source:
         """
 
         def function(params: Mapping[str, Any], inputs: Any) -> Any:
-            given = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
-            statistics = [(path, nnx.BatchStat(params[name])) for name, path in self._statistics_paths.items()]
-            state = nnx.from_flat_state(given), nnx.from_flat_state(statistics)
-            module = nnx.merge(self._graphdef, *state, self._others, copy=True)
+            module = self.module(params)
             _prepare(module, training=training, dtype=dtype)
             for method in dict.fromkeys(paths.values()):
                 blocks.mark(module, {path for path in paths if paths[path] == method}, method)
@@ -87,15 +88,15 @@ class Source:
             if not training:
                 return output
             new = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
-            return output, {dotted(path): v.get_value() for path, v in new}
+            return output, {dotted(path): v.get_raw_value() for path, v in new}
 
         return function
 
-    def module(self, params: Mapping[str, Any], statistics: Mapping[str, Any]) -> nnx.Module:
-        """A module with other arrays. Its own code may expect other shapes than they have."""
-        given = [(path, nnx.Param(params[name])) for name, path in self._paths.items()]
-        rows = [(path, nnx.BatchStat(statistics[name])) for name, path in self._statistics_paths.items()]
-        return nnx.merge(self._graphdef, nnx.from_flat_state(given), nnx.from_flat_state(rows), self._others, copy=True)
+    def module(self, values: Mapping[str, Any]) -> nnx.Module:
+        """A module with other parameters and statistics. Its own code may expect other shapes than they have."""
+        # a copy keeps the variable's class
+        given = [(path, variable.copy(values[dotted(path)])) for path, variable in self._variables]
+        return nnx.merge(self._graphdef, nnx.from_flat_state(given), self._others, copy=True)
 
     def run(self, module: nnx.Module, inputs: Any) -> Any:
         """Calls a module that `module` returned, in inference."""

@@ -214,6 +214,10 @@ def _rank(place: Place, parameters: Mapping[str, Value]) -> tuple[bool, bool, in
 
 def _fixed(parameters: Mapping[str, Value]) -> tuple[Fixed, ...]:
     found = [Fixed(place, leaf.size, leaf.fixed) for leaf, place, _, _ in _parts(parameters) if leaf.fixed is not None]
+    for name, value in parameters.items():
+        for axis, dim in enumerate(value.dims):
+            if dim.size > 1 and all(leaf.size == 1 for leaf in leaves(dim)):
+                found.append(Fixed(Place(name, axis), dim.size, "its entries are used one by one"))
     return tuple(dict.fromkeys(found))
 
 

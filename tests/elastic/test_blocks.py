@@ -46,6 +46,41 @@ def test_a_block_whose_caller_adds_the_input_is_kept():
     assert "its output is not added to its input" in net.found.kept["layers.0"]
 
 
+class Conditioned(Block):
+    def __call__(self, condition, x):
+        return super().__call__(x) + condition
+
+
+class Conditions(Net):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.blocks = nnx.List([Conditioned(8, 16, rngs=rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        first = x = self.stem(x)
+        for block in self.blocks:
+            x = block(first, x)
+        return self.head(x)
+
+
+def test_a_block_of_two_streams_is_kept():
+    """Without the last block, its first argument would remain, and not what the other blocks have computed."""
+    net = make(Conditions(nnx.Rngs(0)))
+    assert {*net.found.kept} == {"blocks.1", "blocks.2"}
+    assert "unknown which of them would remain" in net.found.kept["blocks.2"]
+
+
+def test_blocks_may_be_called_with_keywords():
+    class Keywords(Net):
+        def __call__(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x=x)
+            return self.head(x)
+
+    assert make(Keywords(nnx.Rngs(0))).space == make().space
+
+
 def test_blocks_may_be_called_by_another_method():
     class Named(Block):
         def apply(self, x):

@@ -70,6 +70,14 @@ class DecayingNet(Net):
         return self.head(self.norm(self.stem(x), train))
 
 
+class Tree(nnx.Module):
+    def __init__(self):
+        self.weights = nnx.Param({"a": jnp.ones((8, 4)), "b": jnp.ones((4, 3))})
+
+    def __call__(self, x):
+        return x @ self.weights["a"] @ self.weights["b"]
+
+
 class Offset(Net):
     def __init__(self, rngs):
         super().__init__(rngs)
@@ -105,6 +113,7 @@ class Rigid(nnx.Module):
             "norm 'blocks.0.norm' is called more than once.*a norm of its own for each call",
         ),
         (DecayingNet, {}, errors.ConfigError, "'norm.mean' keeps a part of its old value.*attribute `momentum`"),
+        (Tree, {}, errors.ConfigError, "'weights' is an nnx.Param that holds a dict; make each array an nnx.Param"),
         (Rigid, {}, errors.ConfigError, r"nothing of this module is elastic(.|\n)*scale\[0\] \(8\): an input has this axis"),
         (Net, {"axes": {"blocks.*.fc3": (4,)}}, errors.UnknownNameError, "unknown axis 'blocks.*.fc3'.*blocks.0.fc1"),
         (Net, {"axes": {"expand": (32,)}}, errors.ConfigError, "'blocks.0.fc1' has 16 entries, so it cannot have 32.*ratio"),

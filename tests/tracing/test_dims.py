@@ -44,6 +44,24 @@ def test_a_fixed_axis_fixes_what_it_meets():
     assert [leaf.fixed for leaf in leaves(b)] == ["the first reason"] * 2
 
 
+def test_the_parts_of_fixed_axes_are_not_compared():
+    a, b = total([Dim(1), Dim(4_999)]), total([Dim(4_999), Dim(1)])
+    fix(a, "tokens")
+    unify(a, b, HERE)
+    assert fixed(a, b)
+    assert resolve(a) is resolve(b)
+    assert len(leaves(a)) == 2
+
+
+def test_an_axis_in_too_many_parts_is_fixed():
+    """A channel axis that is shifted by one entry and added to itself."""
+    axis = Dim(5_000)
+    rest, last = cut(axis, 0, 4_999, HERE), cut(axis, 4_999, 5_000, HERE)
+    unify(axis, total([last, rest]), HERE)
+    assert fixed(axis)
+    assert len(leaves(axis)) < 100
+
+
 def test_products_refine_each_other():
     a, b, c = Dim(8), Dim(2), Dim(16)
     unify(product([a, c]), product([b, Dim(4), Dim(16)]), HERE)

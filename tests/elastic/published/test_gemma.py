@@ -229,7 +229,8 @@ def test_heads_hidden_units_and_blocks_are_elastic(published):
 def test_features_that_positions_turn_and_different_tokens_are_fixed(published):
     sizes, _, net = published
     reasons = {fixed.reason.partition(" at ")[0]: fixed.size for fixed in net.found.fixed}
-    reasons.pop("unstack", None)  # how jax 0.12 takes the two parts of a matrix
+    # the two matrices of a gated unit, or keys and values; jax 0.12 takes them with `unstack`
+    assert {reasons.pop(reason, 2) for reason in ("its entries are used one by one", "unstack")} == {2}
     assert reasons == {
         "a look-up": sizes.tokens,
         "an axis is numbered (arange, one-hot, positions)": sizes.head_dim // 2,

@@ -39,3 +39,8 @@ def test_a_cut_inside_of_a_merged_axis_fixes_it():
         {"a": (3, 4), "b": (6, 2), "c": (3,), "d": (4,)},
     )
     assert found["a[0]"] == found["a[1]"] == "a merged axis is cut inside of a block, at test_parts.py"
+
+
+def test_an_axis_in_single_entries_keeps_its_size_with_a_reason():
+    found = reasons(lambda p, x: (x @ p["a"] + jnp.roll(x @ p["a"], 1, 1)) @ p["b"], {"a": (6, 8), "b": (8, 2)})
+    assert found["a[1]"] == found["b[0]"] == "its entries are used one by one"
