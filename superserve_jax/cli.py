@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
-        print(e or "interrupted", file=sys.stderr)
+        print(str(e) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,6 +14,7 @@ import superserve_jax
 from superserve_jax import cli, errors
 
 COMMANDS = {
+    "prepare": "prepare the dataset mnist or fashion_mnist, without TensorFlow",
     "train": "train a SuperNet from a config, then search, calibrate, evaluate and export it",
     "convert": "make a run from published weights instead",
     "search": "choose the subnets of a run to serve",

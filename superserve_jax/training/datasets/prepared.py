@@ -1,19 +1,18 @@
 """Prepared TFDS datasets by name, read without TensorFlow and without a network.
 
-`cluttered_digits` and `listops` are made at first use. The user must prepare any other dataset first, which for most of them
-needs TensorFlow and a download. The error for a dataset that is not prepared gives the commands.
+`cluttered_digits` and `listops` are made at first use. `prepare` makes `mnist` and `fashion_mnist`. The user must prepare any
+other dataset first, which for most of them needs TensorFlow and a download. The error for a dataset that is not prepared gives
+the commands.
 """
 
 import bisect
-import contextlib
 import difflib
 import itertools
-import logging
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -22,14 +21,12 @@ import tensorflow_datasets as tfds
 from superserve_jax import errors, files
 from superserve_jax.training.data import fingerprints, streams
 from superserve_jax.training.data.streams import Records
-from superserve_jax.training.datasets import glue
+from superserve_jax.training.datasets import glue, making, mnist
 from superserve_jax.training.datasets.cluttered_digits.cluttered_digits_dataset_builder import ClutteredDigits
 from superserve_jax.training.datasets.listops.listops_dataset_builder import Listops
 
-_log = logging.getLogger(__name__)
-
 _OWN = (ClutteredDigits.name, Listops.name)
-_WELL_KNOWN = (*_OWN, "cifar10", "imagenet2012", "glue")
+_WELL_KNOWN = (*_OWN, *mnist.NAMES, "cifar10", "imagenet2012", "glue")
 _NAME = re.compile(r"\w+(/[\w.+-]*\w)?")
 _MAX_CLASSES = 100_000
 
@@ -57,7 +54,7 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     """
     builder = _find(name, data_dir)
     if not builder.info.splits and builder.name in _OWN:
-        _make(builder)
+        making.make(builder)
         builder = _find(name, data_dir)  # a builder reads the disk only when it is constructed
     if not builder.info.splits and pathlib.Path(builder.data_dir).exists():
         raise _damaged(builder, f"{builder.data_dir} has no dataset_info.json")
@@ -71,6 +68,33 @@ def load(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
             f"array_record. Remove that folder or choose another data_dir, then: {_command(name, data_dir)}"
         )
     return builder
+
+
+def prepare(name: str, folder: str | None = None, data_dir: str | None = None) -> tuple[tfds.core.DatasetBuilder, bool]:
+    """Makes a dataset that can be made without TensorFlow: `mnist`, `fashion_mnist`, and our own.
+
+    Args:
+      name: a TFDS name.
+      folder: the four files of mnist or fashion_mnist. None downloads them.
+      data_dir: where TFDS keeps its datasets; None means TFDS' own default, ~/tensorflow_datasets.
+
+    Returns:
+      The builder, and whether the dataset was there already. Then nothing is changed.
+
+    Raises:
+      UnknownNameError: TFDS knows no such dataset. DataError: the files cannot be used, the dataset cannot be written, or it
+      must be prepared in another way, which the message gives.
+    """
+    if folder is not None and name not in mnist.NAMES:
+        raise errors.ConfigError(
+            f"files can be given for {' and '.join(mnist.NAMES)}, got '{name}'; leave out the folder {folder}"
+        )
+    check_name(name)
+    was_there = pathlib.Path(_find(name, data_dir).data_dir).exists()
+    if name in mnist.NAMES and not was_there:
+        examples = mnist.download(name) if folder is None else mnist.read_folder(name, folder)
+        making.make(mnist.builder(name, examples, _expanded(data_dir)))
+    return load(name, data_dir), was_there
 
 
 class Stored:
@@ -179,7 +203,7 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
 
 
 def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    expanded = None if data_dir is None else str(files.user_path(data_dir))
+    expanded = _expanded(data_dir)
     folder = files.user_path(expanded or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")) / name
     if _NAME.fullmatch(name):
         for odd in (f for f in folder.rglob("*") if not f.is_file() and not f.is_dir()):  # TFDS would wait for a pipe
@@ -204,26 +228,8 @@ def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         ) from e
 
 
-def _make(builder: tfds.core.DatasetBuilder) -> None:
-    """Prepares one of our own datasets.
-
-    TFDS writes into a temporary folder and renames it at the end, so a killed process leaves nothing that looks complete. If
-    two processes prepare at once, the second cannot rename its folder to one that exists. It then uses the first one's.
-    The process that holds the lock of the dataset's folder removes what killed processes left.
-    """
-    offline = tfds.download.DownloadConfig(try_download_gcs=False)
-    tfds.disable_progress_bar()  # our builders show their progress in one line, TFDS in twenty
-    try:
-        with _cleaned(pathlib.Path(builder.data_path)):
-            builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD, download_config=offline)
-    except (OSError, RuntimeError) as e:  # the native writer of array_record raises RuntimeError
-        if not (builder.data_path / "dataset_info.json").exists():
-            raise errors.DataError(
-                f"dataset '{builder.name}' could not be written to {builder.data_dir}: {e}. "
-                f"Free space there, check that the folder can be written, or choose another data_dir"
-            ) from e
-    finally:
-        tfds.enable_progress_bar()
+def _expanded(data_dir: str | None) -> str | None:
+    return None if data_dir is None else str(files.user_path(data_dir))
 
 
 def _damaged(builder: tfds.core.DatasetBuilder, problem: str) -> errors.DataError:
@@ -236,28 +242,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-@contextlib.contextmanager
-def _cleaned(target: pathlib.Path) -> Iterator[None]:
-    """Locks the folder above `target`, and removes the unfinished copies of `target` in it.
-
-    If another process holds the lock, it is writing such a copy now. Then nothing is removed.
-    """
-    folder = target.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(files.locked(folder))
-        except BlockingIOError:
-            _log.info("another process is making %s, too", target)
-        else:
-            for unfinished in folder.glob(f"incomplete.??????_{target.name}"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        yield
-
-
 def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder | None, data_dir: str | None) -> str:
     """The commands that prepare a dataset. `builder` is None if TFDS cannot describe the dataset."""
     about = f"dataset '{name}' is not prepared in {data_dir if builder is None else builder.data_dir}."
+    if name in mnist.NAMES:
+        return f"{about} {mnist.how_to_prepare(name, _command(name, data_dir))}"
     if (task := glue.task_of(name)) is not None:
         about += f" {glue.how_to_get(task)}"
     lines = [
@@ -273,6 +262,8 @@ def _how_to_prepare(name: str, builder: tfds.core.DatasetBuilder | None, data_di
 
 
 def _command(name: str, data_dir: str | None) -> str:
+    if name in mnist.NAMES:
+        return f"superserve prepare {name}" + ("" if data_dir is None else f" --data-dir {shlex.quote(data_dir)}")
     where = "" if data_dir is None else f", data_dir='{data_dir}'"
     return (
         f'python -c "import tensorflow_datasets as tfds; '
