@@ -58,6 +58,7 @@ class Node:
       inputs: what it reads.
       outputs: what it computes.
       where: file and line in the user's code.
+      is_activation: whether a function such as `jax.nn.gelu` made it.
       bodies: functions that it calls, such as the body of a scan.
     """
 
@@ -66,6 +67,7 @@ class Node:
     inputs: list[Operand]
     outputs: list[Value]
     where: str
+    is_activation: bool = False
     bodies: tuple["Graph", ...] = ()
 
     @property

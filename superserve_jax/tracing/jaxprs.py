@@ -87,7 +87,7 @@ class _Builder:
         if name in _ARITHMETIC and (number := _computed(equation, inputs)) is not None:
             return [number]
         outputs = [_value(var) for var in equation.outvars]
-        node = Node(equation.primitive, dict(params), inputs, outputs, where)
+        node = Node(equation.primitive, dict(params), inputs, outputs, where, places.is_activation(equation))
         if name == "scan":
             node.bodies = (graph_of(params["jaxpr"], where, inline_custom=self._inline_custom),)
         elif name == "cond":

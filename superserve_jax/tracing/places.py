@@ -1,7 +1,9 @@
 """File and line of the user's code that an operation comes from."""
 
 import importlib.util
+import itertools
 import pathlib
+import re
 from types import TracebackType
 
 from jax.extend import core
@@ -12,6 +14,8 @@ _LIBRARIES = tuple(
     if spec is not None and spec.origin is not None
 )
 UNKNOWN = "an unknown place"
+_ACTIVATIONS = re.compile(r"celu|elu|gelu|hard_(sigmoid|silu|tanh)|leaky_relu|mish|relu6|selu|softplus|sparse_plus|squareplus")
+"""Functions of `jax.nn` whose code has numbers."""
 
 
 def of_equation(equation: core.JaxprEqn) -> str | None:
@@ -21,6 +25,13 @@ def of_equation(equation: core.JaxprEqn) -> str | None:
         if not frame.file_name.startswith(_LIBRARIES):
             return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
     return None
+
+
+def is_activation(equation: core.JaxprEqn) -> bool:
+    """Whether a function such as `jax.nn.gelu` made the operation. Its numbers never come from a size."""
+    traceback = equation.source_info.traceback
+    frames = itertools.takewhile(lambda frame: frame.file_name.startswith(_LIBRARIES), traceback.frames if traceback else ())
+    return any(_ACTIVATIONS.fullmatch(frame.function_name) for frame in frames)
 
 
 def of_error(error: BaseException) -> str:

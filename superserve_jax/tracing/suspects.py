@@ -95,7 +95,7 @@ def _equal_numbers(graph: Graph) -> Iterator[tuple[Value, np.ndarray]]:
 def _of_numbers(
     node: Node, constants: Mapping[Operand, np.ndarray], sizes: Mapping[int, tuple[str, ...]]
 ) -> Iterator[Suspect]:
-    for operand in node.inputs:
+    for operand in () if node.is_activation else node.inputs:
         value = operand.value if isinstance(operand, Scalar) else constants.get(operand)
         if value is None or value.dtype == bool:
             continue
@@ -110,11 +110,13 @@ def _of_numbers(
 
 def _of_new_axes(graph: Graph, names: Mapping[Dim, str], sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Suspect]:
     """Sums over an axis that the program makes itself, and that is as long as one that can change."""
-    given = {leaf for inner in all_graphs(graph) for value in inner.constants for dim in value.dims for leaf in leaves(dim)}
-    given.update(leaf for value in graph.inputs for dim in value.dims for leaf in leaves(dim))
+    made = [node for node in all_nodes(graph) if node.name in ("broadcast_in_dim", "iota")]
+    new = {leaf for node in made for value in node.outputs for dim in value.dims for leaf in leaves(dim)}
+    given = [*graph.inputs, *(value for inner in all_graphs(graph) for value in inner.constants)]
+    new -= {leaf for value in given for dim in value.dims for leaf in leaves(dim)}
     for node in all_nodes(graph):
         for dim in _reduced(node):
-            if dim.size in sizes and not given.intersection(leaves(dim)) and not any(leaf in names for leaf in leaves(dim)):
+            if dim.size in sizes and new.issuperset(leaves(dim)) and not any(leaf in names for leaf in leaves(dim)):
                 yield Suspect(node.where, float(dim.size), "n", dim.size, sizes[dim.size])
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tracing_cases import X
 from tracing_checks import check, random_params
 
@@ -77,3 +78,21 @@ def test_a_size_of_two_merged_groups_is_reported():
 
 def test_other_numbers_are_not_reported():
     assert not tracing.trace(hidden(lambda h: jax.nn.gelu(h) * 3 + 0.3), random_params(SHAPES), X).suspects
+
+
+def test_numbers_of_activations_are_not_reported():
+    """GELU has the number 0.5, which is 4 ** -0.5."""
+    shapes = {"a": (6, 4), "b": (4, 2)}
+    assert not tracing.trace(hidden(lambda h: jax.nn.gelu(nnx.silu(h), approximate=False)), random_params(shapes), X).suspects
+    assert tracing.trace(hidden(lambda h: 0.5 * jax.nn.gelu(h)), random_params(shapes), X).suspects
+
+
+def test_spatial_axes_as_long_as_an_axis_of_channels_are_not_reported():
+    def function(p, x):
+        images = jnp.broadcast_to(x[:, None, :, None], (len(x), 6, 6, 1))
+        h = jax.lax.conv_general_dilated(images, p["a"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return h.sum((1, 2)) @ p["b"]
+
+    traced = tracing.trace(function, random_params({"a": (3, 3, 1, 4), "b": (4, 2)}), X)  # the images become 4 x 4
+    assert [group.size for group in traced.groups.values()] == [4]
+    assert not traced.suspects
