@@ -142,7 +142,7 @@ class TracedConfig(FamilyConfig, Protocol):
 
     @property
     def digest(self) -> str:
-        """A digest of what the code computes. Runs and exports keep it, so that they are not read with other code."""
+        """A digest of what tracing found. Runs and exports keep it, so that code of another structure does not read them."""
         ...
 
     def shapes(self, sizes: dict[str, int], /) -> dict[str, tuple[int, ...]]:

@@ -45,12 +45,12 @@ class Block:
 
     @property
     def entered(self) -> Any:
-        """The block's input, as the graph knows it."""
+        """The block's input: the operand of its first mark."""
         return self.graph.nodes[self.start].inputs[0]
 
     @property
     def left(self) -> Value:
-        """The block's output."""
+        """The block's output: what its last mark returns."""
         return self.graph.nodes[self.stop].outputs[0]
 
 
@@ -148,7 +148,7 @@ def _spans(graph: Graph) -> Iterator[tuple[str, int, int]]:
 
 
 def _users(graph: Graph, results: Collection[Any]) -> dict[Any, float]:
-    """For each value, the number of the last node that reads it."""
+    """For each value, the number of the last node that reads it. Infinity for results."""
     last: dict[Any, float] = {}
     for i, node in enumerate(graph.nodes):
         last.update(dict.fromkeys(node.inputs, float(i)))
@@ -194,7 +194,7 @@ def _carriers(nodes: Sequence[Node], start: Collection[Any]) -> set[Any]:
         if node.name in _MIXING or not any(reached):
             continue
         carried = [True] * len(node.outputs)
-        for body in node.bodies if node.name == "cond" else node.bodies[:1]:  # others are derivatives
+        for body in node.bodies if node.name == "cond" else node.bodies[:1]:  # the other bodies are derivatives
             first = len(reached) - len(body.inputs)  # the index of a branch is no argument
             arguments = {v for v, is_reached in zip(body.inputs, reached[first:], strict=True) if is_reached}
             inner = _carriers(body.nodes, arguments)

@@ -81,6 +81,18 @@ def leaves(dim: Dim) -> list[Dim]:
     return [dim] if dim.kind == "leaf" else [leaf for part in dim.parts for leaf in leaves(part)]
 
 
+def is_squared(dim: Dim, leaf: Dim) -> bool:
+    """Whether a leaf occurs in several factors of a product, as in `(h[:, :, None] * h[:, None, :]).reshape(len(h), -1)`.
+
+    >>> leaf = Dim(4)
+    >>> is_squared(product([leaf, leaf]), leaf), is_squared(total([leaf, leaf]), leaf)
+    (True, False)
+    """
+    parts = resolve(dim).parts
+    is_twice = resolve(dim).kind == "product" and sum(leaf in leaves(part) for part in parts) > 1
+    return is_twice or any(is_squared(part, leaf) for part in parts)
+
+
 def factors(dim: Dim) -> list[Dim]:
     """The factors of a product, none of them a product itself. `[dim]` for another dim."""
     return _flat(dim, "product")

@@ -73,9 +73,9 @@ class Elastic:
         Args:
           module: a Flax NNX module that returns one array (batch, classes). If it was made by `nnx.eval_shape`, the SuperNet
             can tell what is elastic, but not run.
-          input_spec: shape and dtype of the module's input. The first axis is the batch.
-          name: the family's name in runs and exports; by default such as "elastic_mlp", for a class MLP. Another
-            process calls `ss.elastic` with this name before it reads them.
+          input_spec: shape and dtype of the module's input. The first axis is the batch, of any size.
+          name: the family's name in runs and exports. The default for a class MLP is "elastic_mlp". Another process calls
+            `ss.elastic` with this name before it reads them.
           call: `call(module, inputs)` or `call(module, inputs, train)`, if the module is not called as `module(inputs)`.
           axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. Kinds are
             "heads", "expand", "width" and "head_dim". By default, heads and expand have the ratios 0.25, 0.5, 0.75 and 1.
@@ -150,8 +150,8 @@ class Elastic:
     def check(net: SuperNet, *, subnets: int = 4) -> int:
         """Runs the module's own code on the parameters of some subnets, and compares the results.
 
-        This finds numbers that the code computes from a size, such as `head_dim ** -0.5`. A module that stores its sizes, such
-        as a number of heads, cannot run with smaller parameters. Then nothing is compared.
+        This finds numbers that the code computes from a size, such as `h.shape[-1] ** 0.5`. A module that stores its sizes,
+        such as a number of heads, cannot run with fewer. Such subnets are not compared.
 
         Args:
           net: a SuperNet of a traced module.

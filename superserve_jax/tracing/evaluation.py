@@ -34,7 +34,7 @@ class Evaluation:
     Args:
       sizes: the sizes of the leaves.
       means: the nodes that divide by a number of entries, and the axes whose entries they count.
-      infinite: values that are infinite by the program's text, see `infinities.py`.
+      infinite: constants that are infinite, and copies of them, see `infinities.py`.
       gates: the gate of each block that may be left out. A static gate decides now.
       skip: whether a block with a traced gate branches, as in `ops.layer_select`.
     """
@@ -109,7 +109,7 @@ class Evaluation:
             self._zero.update(node.outputs)
 
     def _run_block(self, block: Block, gate: ops.Size, known: "_Known") -> None:
-        """LayerSelect. Runs what follows the first mark of a block, if its gate is on."""
+        """Runs what follows the first mark of a block, if its gate is on. The paper calls this LayerSelect."""
         entered = block.graph.nodes[block.start].outputs[0]
         keeps_zero = self.is_zero_beyond(entered)
 

@@ -53,7 +53,7 @@ class ElasticConfig(TracedConfig):
 
     @property
     def digest(self) -> str:
-        """A digest of the axes that can change and of what they cut."""
+        """A digest of parameters, axes, blocks and norms. It does not see other changes of the code."""
         found = self.found
         shapes = {name: [list(s.shape), str(s.dtype)] for name, s in self.network.source.specs.items()}
         axes = [[a.name, a.kind, a.block, list(a.sizes), list(map(str, a.places))] for a in found.axes]

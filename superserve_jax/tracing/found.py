@@ -92,6 +92,8 @@ class Found:
 
     def _depth(self) -> Iterable[str]:
         yield "depth:"
+        if not self.stages and not self.kept:
+            yield "  no blocks were found"
         for stage in self.stages:
             depths = ", ".join(map(str, stage.depths)) if len(stage.depths) > 1 else f"{len(stage.blocks)} (not elastic)"
             yield f"  {stage.name}: {depths} of {len(stage.blocks)} blocks"
@@ -170,7 +172,7 @@ def stages_of(
             part = "" if len(run) == len(called) else f"[{first}:{first + len(run)}]"
             stages.append(Stage(f"{name}{part}", tuple(run)))
         kept |= {path: reason for path in called if (reason := reasons[path]) is not None}
-    chosen: list[Stage] = []  # of lists inside of each other, that with more blocks
+    chosen: list[Stage] = []  # of nested lists, the one with more blocks
     for stage in sorted(stages, key=lambda s: (-len(s.blocks), len(s.name))):
         inner = (f"{a}." for s in chosen for a in s.blocks)
         outer = tuple(f"{a}." for a in stage.blocks)

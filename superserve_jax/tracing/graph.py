@@ -1,6 +1,6 @@
 """A traced program as data: values, and nodes that compute values from values.
 
-`trace.py` makes a `Graph` from a jaxpr. Calls of jitted functions are inlined, so the nodes of a graph are one flat list.
+`jaxprs.py` makes a `Graph` from a jaxpr. Calls of jitted functions are inlined, so the nodes of a graph are one flat list.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Finds values that are infinite, or not a number, in the program's text, such as the -inf of `jnp.where(keep, x, -jnp.inf)`.
+"""Finds constants that are infinite or not a number, such as the -inf of `jnp.where(keep, x, -jnp.inf)`.
 
-Beyond its active size, a value must be finite: a product with a masked weight multiplies it with zero.
+Beyond its active size, a value must be finite: a masked weight is zero there, and zero times infinity is not a number.
 """
 
 from collections.abc import Collection
@@ -17,7 +17,7 @@ _COPYING = ("broadcast_in_dim", "pad", "tile")
 
 
 def find(graph: Graph) -> frozenset[Value]:
-    """The values of a graph and of its bodies that hold such numbers before any operation computes with them."""
+    """The values of a graph and of its bodies that are such constants, or copies of them."""
     found: set[Value] = set()
     for inner in all_graphs(graph):
         found.update(value for value, constant in inner.constants.items() if not _is_finite(constant))

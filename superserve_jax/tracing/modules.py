@@ -8,9 +8,9 @@
 |---|---|
 | nnx.Param | a parameter |
 | nnx.BatchStat | a parameter, too. In training, the function returns the statistics of the batch as its new values |
-| all other variables (buffers, random keys) | arrays of the program's text |
+| all other variables (buffers, random keys) | constants of the program |
 
-Dropout is off, because its random numbers would be others at other sizes.
+Dropout is off: random numbers depend on the shape, so a smaller network would drop other units.
 """
 
 import functools
@@ -28,7 +28,7 @@ from superserve_jax.tracing.blocks import dotted, natural
 
 Call = Callable[..., Any]
 _FLAGS = {"train": True, "training": True, "is_training": True, "use_running_average": False, "inference": False}
-"""Names of arguments that say whether a call trains, and whether they are true then."""
+"""Names of arguments that say whether a call trains: {name: its value in training}."""
 
 
 class Source:
@@ -36,16 +36,19 @@ class Source:
 
     Args:
       module: the module, or its shapes as `nnx.eval_shape` makes them. It is not changed.
-      call: `call(module, inputs)` or `call(module, inputs, train)`. None calls the module. An argument such as `train` of its
-        `__call__` is given then.
+      call: `call(module, inputs)` or `call(module, inputs, train)`. None calls `module(inputs)`, with an argument such as
+        `train` if its `__call__` has one.
 
     Raises:
-      ConfigError: the module is no nnx.Module, or has batch statistics that are not those of a norm over one axis.
+      ConfigError: the module is no nnx.Module, or needs several inputs, or has batch statistics that are not those of a norm
+        over one axis.
     """
 
     def __init__(self, module: nnx.Module, call: Call | None = None):
         if not isinstance(module, nnx.Module):
             raise errors.ConfigError(f"expected a Flax NNX module, got {type(module).__name__}: {module!r:.100}")
+        if call is None:
+            _check_arguments(type(module))
         self._call = _with_train(call) if call is not None else functools.partial(_call_module, flags=_flags(type(module)))
         self._graphdef, params, statistics, self._others = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
         self._variables = [*nnx.to_flat_state(params), *nnx.to_flat_state(statistics)]
@@ -58,7 +61,7 @@ class Source:
                 )
         self.norms = _norms(nnx.to_flat_state(statistics))
         self.lists = _lists(module)
-        """Paths of submodules of one class that stand one after another: {path of the list: paths of its elements}."""
+        """Lists of submodules of one class: {path of the list: paths of its elements}. See `_lists`."""
 
     @functools.cached_property
     def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -120,6 +123,18 @@ def _flags(kind: type) -> tuple[str, ...]:
     """The arguments of a class's `__call__` that say whether it trains."""
     names = inspect.signature(kind.__call__).parameters
     return tuple(name for name in (*_FLAGS, "deterministic") if name in names)
+
+
+def _check_arguments(kind: type) -> None:
+    """Raises ConfigError if a class's `__call__` needs more than the inputs and arguments such as `train`."""
+    parameters = [*inspect.signature(kind.__call__).parameters.values()][1:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    inputs = [name for name in needed if name not in (*_FLAGS, "deterministic")]
+    if len(inputs) > 1:
+        raise errors.ConfigError(
+            f"{kind.__name__}.__call__ needs the arguments {inputs}, but it is called with one array of inputs. Pack them "
+            "into one array, and give `call`, such as call=lambda module, x: module(x[:, :6], x[:, 6:])"
+        )
 
 
 def _prepare(module: nnx.Module, *, training: bool, dtype: Any) -> None:

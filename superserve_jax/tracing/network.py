@@ -120,7 +120,8 @@ class Network:
     def _positions(self) -> dict[str, list[ElasticAxis]]:
         """The elastic axes by their names in the search space. A name has axes of blocks only, or axes outside of blocks only.
 
-        A name is the kind, if most axes of this kind are at this place: widths outside of blocks, and all others inside.
+        At its usual place, an axis has the name of its kind: widths outside of blocks, all others inside. Elsewhere, the name
+        ends in "_inside" or "_outside".
         """
         groups: dict[str, list[ElasticAxis]] = {}
         for axis in self.elastic:

@@ -20,9 +20,9 @@ def relate(graph: Graph) -> None:
 
 
 def _fix_constant(value: Value, constant: jax.Array) -> None:
-    """An array of the program's text keeps its sizes, except along axes where all its entries are equal.
+    """A constant array keeps its sizes, except along axes where all its entries are equal.
 
-    A program would make other numbers for another size, as ALiBi does for its slopes.
+    For another size, the code may make other numbers. An example are the slopes of ALiBi.
     """
     traced = isinstance(constant, Tracer)
     numbers = np.zeros(0) if traced or not isinstance(value.dtype, np.dtype) else np.asarray(constant)

@@ -1,4 +1,4 @@
-"""Checks that the new running statistics of each norm are those of one batch.
+"""Checks that a norm's new running statistics come from one batch alone.
 
 A norm such as nnx.BatchNorm computes `momentum * old + (1 - momentum) * batch`, and the library sets its momentum to 0. So a
 new value depends on the old one by one product with 0. If the norm is called twice, there are two such products.
@@ -15,7 +15,7 @@ _MANY = 2
 
 
 def check(traced: Traced, names: Sequence[str], norms: Iterable[str]) -> None:
-    """Raises ConfigError if the statistics of a norm are not those of one batch.
+    """Raises ConfigError if the statistics of a norm do not come from one batch alone.
 
     Args:
       traced: the module in training.

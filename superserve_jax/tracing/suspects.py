@@ -1,7 +1,9 @@
-"""Finds numbers and new axes that may come from a size. They keep their values at other sizes, so the user should look.
+"""Finds suspects: numbers that the code may have computed from a size.
 
-In `q * d**-0.5`, a jaxpr holds only 0.25 and not the d that it came from. `jnp.ones_like(x).sum(-1)` counts the entries of a
-new axis, which nothing connects with x.
+A suspect keeps its value at other sizes, so the user should look at it. There are two sorts:
+
+- A number. For `h * h.shape[-1] ** -0.5`, a jaxpr holds only 0.25, and not the size 16 that it came from.
+- A sum over a new axis. `jnp.ones_like(x).sum(-1)` counts the entries of an axis that nothing connects with x.
 """
 
 import dataclasses
@@ -58,7 +60,7 @@ def find(graph: Graph, names: Mapping[Dim, str], mean: Collection[Node]) -> tupl
     Args:
       graph: a related graph.
       names: the name of each leaf that can change.
-      mean: nodes whose number is known to be that of a mean's entries.
+      mean: nodes that divide by the number of entries of a mean. Their numbers follow the sizes, so they are no suspects.
     """
     sizes = _sizes(graph, names)
     constants: dict[Operand, np.ndarray] = {v: x for inner in all_graphs(graph) for v, x in _equal_numbers(inner)}
@@ -84,7 +86,7 @@ def _all_dims(graph: Graph) -> Iterator[Dim]:
 
 
 def _equal_numbers(graph: Graph) -> Iterator[tuple[Value, np.ndarray]]:
-    """Arrays of the program's text that hold one number only, such as `np.full(n, 1 / n)`, and this number."""
+    """Constant arrays whose entries are all equal, such as `np.full(n, 1 / n)`, and their number."""
     for value, constant in graph.constants.items():
         if not isinstance(constant, Tracer) and isinstance(value.dtype, np.dtype):
             numbers = np.asarray(constant)

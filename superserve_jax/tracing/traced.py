@@ -145,14 +145,14 @@ class Traced:
         return jax.tree.unflatten(self._outputs_tree, outputs), evaluation.left
 
     def cut(self, params: Any, sizes: Mapping[str, ops.Size]) -> Any:
-        """The parameters of the smaller network: those of the whole network, cut to the limits of `sizes`."""
+        """The parameters of the smaller network: the whole network's, cut to the limits of `sizes`."""
         limits = self.sizes({name: size[0] if isinstance(size, tuple) else size for name, size in sizes.items()})
         given = self._checked(params, self._params_tree, "params")
         cut = [limits.cut(x, value.dims) for x, value in zip(given, self.parameters.values(), strict=True)]
         return jax.tree.unflatten(self._params_tree, cut)
 
     def sizes(self, sizes: Mapping[str, ops.Size]) -> Sizes:
-        """The sizes of all leaves, from those of groups, by name."""
+        """The sizes of all leaves. `sizes` has the sizes of groups, by name."""
         found = {}
         for name, size in sizes.items():
             errors.check_name("group of axes", name, self.groups)
@@ -198,8 +198,7 @@ def _groups(parameters: Mapping[str, Value]) -> tuple[dict[str, Dim], dict[str, 
             found.setdefault(leaf, []).append((place, number, count))
     named, groups = {}, {}
     for leaf, uses in found.items():
-        # Rather an axis of its own than a merged one, a matrix than a bias, what a matrix makes than what it reads, and a
-        # layer of the module than one of its submodules.
+        # The name is preferably a whole axis, of a matrix, the last one (what the matrix makes), with the shortest path.
         place, number, count = min(uses, key=lambda use: (use[2], *_rank(use[0], parameters)))
         name = str(place) if count == 1 else f"{place}.{number}"
         named[name] = leaf

@@ -2,19 +2,24 @@
 
 from superserve_jax.supernets.family import UnitAxis, Units
 from superserve_jax.tracing import kinds
-from superserve_jax.tracing.dims import Dim, leaves
+from superserve_jax.tracing.dims import Dim, is_squared, leaves
 from superserve_jax.tracing.graph import Value
 from superserve_jax.tracing.network import Network
 from superserve_jax.tracing.sizes import entries_of
 
 
 def units_of(network: Network) -> list[Units]:
-    """The units of each elastic axis that some weights read. They may be interleaved along an axis."""
+    """The units of each elastic axis that some weights read. They may be interleaved along an axis.
+
+    An axis that is multiplied with itself has no units: each entry of the product belongs to two of them.
+    """
     traced = network.reference
     read = kinds.uses(traced.graph, traced.parameters).read
     found = []
     for axis in network.elastic:
         leaf = traced.leaves[axis.group]
+        if any(is_squared(dim, leaf) for value in traced.parameters.values() for dim in value.dims):
+            continue
         writers, readers = [], []
         for name, value in traced.parameters.items():
             if name not in network.source.specs:  # statistics are calibrated again

@@ -105,6 +105,21 @@ def test_a_call_and_its_flag_reach_the_module():
     np.testing.assert_allclose(logits, 2 * program.infer(net.params, x, statistics, jnp.zeros(0, jnp.int32)), rtol=1e-5)
 
 
+def test_an_axis_that_is_multiplied_with_itself_is_elastic_but_not_sorted():
+    class Products(Net):
+        def __call__(self, x):
+            h = nnx.relu(self.stem(x))
+            return self.head((h[:, :, None] * h[:, None, :]).reshape(len(x), -1))
+
+    module = Products(nnx.Rngs(0))
+    module.head = nnx.Linear(64, 3, rngs=nnx.Rngs(0))
+    net = make(module)
+    assert net.space.size == 4
+    assert net.config.units() == []
+    assert ss.elastic.check(net) == 4
+    supernets.check(net.config, run=False)
+
+
 def test_check_finds_a_number_that_comes_from_a_size():
     class Scaled(Net):
         def __call__(self, x):

@@ -22,6 +22,11 @@ class Flat(Net):
         return super().__call__(x).sum(-1)
 
 
+class TwoInputs(Net):
+    def __call__(self, x, y, train: bool, *, scale=1.0):
+        return super().__call__(x + scale * y)
+
+
 class Decides(Net):
     def __call__(self, x):
         if x.sum() > 0:
@@ -97,6 +102,12 @@ class Rigid(nnx.Module):
     [
         ("a string", {}, errors.ConfigError, "expected a Flax NNX module, got str"),
         (Two, {}, errors.ConfigError, r"returns arrays of the shapes .*lambda module, x: module\(x\)\[0\]"),
+        (
+            TwoInputs,
+            {},
+            errors.ConfigError,
+            r"TwoInputs.__call__ needs the arguments \['x', 'y'\], but.*one array.*call=lambda module, x: module\(",
+        ),
         (Flat, {}, errors.ConfigError, r"one array \(batch, classes\)"),
         (
             Decides,

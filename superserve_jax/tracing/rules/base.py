@@ -38,7 +38,7 @@ class Rule:
     """How the library treats a primitive.
 
     Args:
-      relate: states which axes of a node's operands and outputs are the same, and fixes those that cannot change.
+      relate: states which axes of a node's operands and outputs are the same, and fixes the axes that cannot change.
       evaluate: computes the outputs at other sizes. An operation that mixes the entries of an axis masks them first.
       moves: the primitive only moves entries. So if its operands are zero beyond their active sizes, so are its outputs.
     """

@@ -1,4 +1,4 @@
-"""Rules of functions of single entries, such as add and exp. All axes of their operands are those of their output.
+"""Rules of functions of single entries, such as add and exp. Their operands and their output have the same axes.
 
 An entry beyond the active size may hold any finite number, and must stay finite: in a gradient it is multiplied with zero,
 and zero times infinity is not a number. So functions that are not finite everywhere get a harmless number there.
@@ -37,7 +37,7 @@ _MOVING = ("convert_element_type", "copy", "copy_p", "name", "stop_gradient", "n
 
 
 def relate(node: Node) -> None:
-    """All axes of all operands are those of the output. A number has no axes, and an axis of length 1 is repeated."""
+    """All operands and the output have the same axes. A number has no axes, and an axis of length 1 is repeated."""
     out = node.outputs[0].dims
     if any(operand.dims and len(operand.dims) != len(out) for operand in node.inputs):
         fix_node(node)
@@ -75,7 +75,7 @@ def harmless(node: Node, values: Sequence[Any], at: "Evaluation") -> list[Any]:
 
 
 def evaluate_division(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
-    """A mean divides by its number of entries, which is that of this evaluation."""
+    """A mean divides by its number of entries at these sizes."""
     x, count = values[0], at.count(node)
     if count is not None:
         return bind(node, [x, _number(count, x.dtype)])

@@ -63,7 +63,7 @@ def relate_scatter(node: Node) -> None:
 
 
 def relate_iota(node: Node) -> None:
-    """An axis that is numbered is fixed. Axes along which the numbers repeat are free."""
+    """The axis with the numbers 0, 1, 2, ... is fixed. Axes along which they repeat are free."""
     fix_axes([node.outputs[0].dims[node.params["dimension"]]], node, "an axis is numbered (arange, one-hot, positions)")
 
 
@@ -80,7 +80,7 @@ def relate_random(node: Node) -> None:
 
 
 def relate_bits(node: Node) -> None:
-    """The bits of a number may be those of another number that is infinite, so no axis changes. Random numbers use this."""
+    """Read as another dtype, the bits of a finite number may be infinite. So no axis changes. Random numbers use this."""
     if len(node.inputs[0].dims) == len(node.outputs[0].dims):
         tie_all(node.inputs[0].dims, node.outputs[0].dims, node)
     fix_node(node)
