@@ -7,8 +7,8 @@ The first command downloads the dataset from the addresses that TFDS knows. --fi
 train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz. The files are
 checked, and any other order of their images is allowed.
 
-TFDS's own builder writes the dataset, so `tfds.load` finds it, too. If it is there already, nothing changes. After Ctrl-C
-nothing is left. The datasets cluttered_digits and listops are made at first use, or by this command.
+TFDS's own builder writes the dataset, so `tfds.data_source` finds it, too. If it is there already, nothing changes. After
+Ctrl-C nothing is left. The datasets cluttered_digits and listops are made at first use, or by this command.
 Library: training.datasets.prepared.prepare (training.datasets.mnist).
 """
 

@@ -1,7 +1,8 @@
 """MNIST and Fashion-MNIST: TFDS's own builders get their examples from the four idx files, without TensorFlow.
 
 TFDS itself needs TensorFlow for two things: to read these files and to encode the images. `builder` does both with NumPy and
-Pillow. Name, version, features, order and pixels are the same, so `tfds.load` finds the dataset as if TFDS had prepared it.
+Pillow. Name, version, features, pixels, labels and order are the same, so `tfds.data_source` finds the dataset as if TFDS had
+prepared it with TensorFlow. (`tfds.load` reads no array_record, whoever wrote it.)
 """
 
 import hashlib
