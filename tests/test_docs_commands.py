@@ -38,7 +38,8 @@ OTHER_PROGRAMS = (
     "opentelemetry-instrument",
 )  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
-EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests"}  # files of the reader, and files that stand for them
+# files of the reader, and files that stand for them
+EXAMPLES = {"my_config.py": "configs/debug.py", "my-classifier": "tests", "my-vit": "tests"}
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 

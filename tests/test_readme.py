@@ -3,6 +3,7 @@
 import bert_directory
 import jax
 import pytest
+import vit_directory
 from pages import PAGES, ROOT
 from tiny import write_export
 
@@ -11,6 +12,12 @@ from superserve_jax.engines import keys
 from superserve_jax.profile import Profile, Row
 
 PYTHON = [block.text for page in PAGES for block in page.blocks if block.language == "python"]
+
+SMALLER = {
+    "16, 32, 32, 1": "16, 9, 9, 1",
+    '"digits"': '"runs/demo/export"',
+    "num_heads=12, depths=(6, 9, 12)": "num_heads=3, depths=(2, 3)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +34,11 @@ def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, cache, monk
     kind = keys.device_kind(jax.devices()[0])
     Profile((1, 2, 4, 8, 16), tuple(rows), kind).save(exports.profile_path(export, kind))  # or a server measures one
     bert_directory.write(tmp_path / "my-classifier")
+    vit_directory.save("timm_vit", tmp_path / "vit_base_patch16_224.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SUPERSERVE_CACHE", str(cache))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for trained, small in (("16, 32, 32, 1", "16, 9, 9, 1"), ('"digits"', '"runs/demo/export"')):
+    for trained, small in SMALLER.items():
         code = code.replace(trained, small)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()

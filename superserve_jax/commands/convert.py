@@ -3,11 +3,13 @@
     superserve convert my-classifier --workdir runs/reviews
     superserve convert ofa_resnet50 ofa_resnet50.pth --workdir runs/ofa_resnet50
 
-A **directory** that Hugging Face's `save_pretrained` wrote needs no config. A BERT sequence classifier becomes a DynaBERT: its
-sizes, class names, vocabulary and case come from the directory. The run gets an export at once, which serves the classifier
-as it is, with unknown accuracy. With labelled texts it also serves smaller subnets, and their accuracies are measured:
+A **directory** that Hugging Face's `save_pretrained` wrote needs no config. A BERT sequence classifier becomes a DynaBERT. A
+ViT, DeiT or DINOv2 that classifies images becomes a ViT. Sizes, class names, and how inputs are made come from the directory.
+The run gets an export at once, which serves the classifier as it is, with unknown accuracy. With labelled texts or images it
+also serves smaller subnets, and their accuracies are measured:
 
     superserve convert my-classifier --texts reviews.csv --workdir runs/reviews-subnets
+    superserve convert my-vit --images pets --workdir runs/pets-subnets
 
 Heads and neurons are then sorted by importance, and a search chooses the subnets. Nothing is trained. `superserve train RUN`
 trains the run further. docs/convert.md lists what is supported. `superserve convert DIRECTORY --help` lists the options.
@@ -22,14 +24,16 @@ Library: convert.from_pretrained, convert.weights, training.runs.Run.convert.
 
 import dataclasses
 import pathlib
-import tempfile
 from typing import Annotated, Any
 
 import tyro
 
-from superserve_jax import cli, convert, errors, files
-from superserve_jax.convert import Pretrained
-from superserve_jax.training import data, runs, stages
+from superserve_jax import cli, convert, errors
+from superserve_jax.commands import convert_data
+from superserve_jax.commands.convert_data import DirectoryOptions
+from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.families.vit import ViTConfig
+from superserve_jax.training import runs, stages
 from superserve_jax.training.config import (
     DistillConfig,
     OptimConfig,
@@ -39,18 +43,26 @@ from superserve_jax.training.config import (
     config_to_json,
     load_config,
 )
-from superserve_jax.training.data import Dataset, TextFileConfig
 from superserve_jax.training.runs import Run
 
-# How a converted classifier is trained further: the published recipe of DynaBERT, as in configs/dynabert_sst2.py.
-RECIPE: dict[str, Any] = {
-    "optim": OptimConfig(name="adamw", lr=2e-5, schedule="cosine", warmup=0.1, weight_decay=0.01, clip_norm=1.0),
-    "phases": (Phase(elastic=("heads", "ffn"), rewire=True), Phase()),
-    "distill": DistillConfig(hidden=0.1),
-    "epochs": 6,
-    "batch_size": 32,
-    "random_subnets": 2,
+_STEPS = {"epochs": 6, "batch_size": 32, "random_subnets": 2}
+RECIPES: dict[str, dict[str, Any]] = {
+    # The published recipe of DynaBERT, as in configs/dynabert_sst2.py.
+    DynaBERTConfig.family: {
+        "optim": OptimConfig(name="adamw", lr=2e-5, schedule="cosine", warmup=0.1, weight_decay=0.01, clip_norm=1.0),
+        "phases": (Phase(elastic=("heads", "ffn"), rewire=True), Phase()),
+        "distill": DistillConfig(hidden=0.1),
+        **_STEPS,
+    },
+    # The same for a ViT, with a usual rate of fine-tuning.
+    ViTConfig.family: {
+        "optim": OptimConfig(name="adamw", lr=5e-5, schedule="cosine", warmup=0.1, weight_decay=0.05, clip_norm=1.0),
+        "phases": (Phase(elastic=("heads", "expand"), rewire=True), Phase()),
+        "distill": DistillConfig(hidden=0.1),
+        **_STEPS,
+    },
 }
+"""How a converted classifier is trained further, by family."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,39 +79,6 @@ class Options:
     weights: Annotated[pathlib.Path, tyro.conf.Positional]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     workdir: pathlib.Path | None = None
-    json: pathlib.Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DirectoryOptions:
-    """Options for a directory of Hugging Face.
-
-    Args:
-      texts: labelled texts: a file (.csv, .tsv, .jsonl, .parquet), or a folder with train.csv and test.csv.
-      text: the name of the column of texts.
-      second: the name of the column of second texts, for pairs.
-      label: the name of the column of labels. A label is the name of a class or its number.
-      candidates: number of subnets that the search tries.
-      examples: number of texts on which the search compares subnets.
-      workdir: the run's folder; runs/NAME with the directory's name if left out.
-      max_length: the longest text in tokens, longer ones are cut; if left out, as many as model and tokenizer can take.
-      depths: allowed numbers of layers; if left out, from half of them to all.
-      heads: allowed numbers of attention heads of a layer; if left out, quarters of all heads.
-      ffn: allowed numbers of feed-forward neurons of a layer; if left out, quarters of all neurons.
-      json: write a description to this file.
-    """
-
-    texts: pathlib.Path | None = None
-    text: str = "text"
-    second: str | None = None
-    label: str = "label"
-    candidates: int = 60
-    examples: int = 1000
-    workdir: pathlib.Path | None = None
-    max_length: int | None = None
-    depths: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    ffn: tuple[int, ...] | None = None
     json: pathlib.Path | None = None
 
 
@@ -121,31 +100,30 @@ def convert_weights(options: Options) -> None:
 
 def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
     """Makes a run and an export from a directory that `save_pretrained` wrote."""
-    cli.refuse_without(options, "texts", "text", "second", "label", "candidates", "examples")
-    space = {name: getattr(options, name) for name in ("max_length", "depths", "heads", "ffn")}
-    found = convert.from_pretrained(path, **space)
+    cli.refuse_without(options, "texts", "text", "second", "label")
+    if options.images is None:
+        cli.refuse_without(options, "texts", "candidates", "examples")
+    names = ("max_length", "image_size", "depths", "heads", "ffn")
+    found = convert.from_pretrained(path, **{name: getattr(options, name) for name in names})
     workdir = runs.check_workdir(options.workdir or pathlib.Path("runs") / path.resolve().name)
-    texts = None if options.texts is None else text_config(found, options.texts, options, workdir)
     config = TrainConfig(
         name=path.resolve().name,
-        model=found.model.config,
-        data=texts,
+        model=found.config,
+        data=convert_data.config_of(found, options, workdir),
         search=SearchConfig(candidates=options.candidates, examples=options.examples),
-        **RECIPE,
+        **RECIPES[found.config.family],
     )
-    runs.check_unused(config, workdir)  # before texts are read and units are sorted, which can take minutes
+    runs.check_unused(config, workdir)  # before data is read and units are sorted, which can take minutes
     model = found.model
-    if texts is not None and found.vocabulary is not None:
-        tokens = found.vocabulary.to_text().encode()
-        dataset = open_texts(texts, config, tokens)
+    if config.data is not None:
+        found, dataset = convert_data.open(found, config)
         print("sorting heads and neurons by importance")
-        model = stages.sorted_by_importance(model, dataset, seed=config.seed)
-        files.write_bytes(workdir / runs.VOCABULARY, tokens)
+        model = stages.sorted_by_importance(found.model, dataset, seed=config.seed)
+        convert_data.keep_vocabulary(found, workdir)
     run = Run.convert(config, workdir, model)
     print(report(run, options.json))
-    words = "none, so inputs are token ids" if found.vocabulary is None else f"{len(found.vocabulary.tokens):,} tokens"
-    print(f"classes: {', '.join(found.class_names)}\nvocabulary: {words}; texts of up to {found.config.max_length} tokens")
-    if texts is not None:
+    print(f"classes: {', '.join(found.class_names)}\n{convert_data.describe(found)}")
+    if config.data is not None:
         stages.search(run)
         stages.calibrate(run)
         served = stages.evaluate(run)
@@ -155,42 +133,12 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
         print(f"export: {export} serves these subnets")
     else:
         export = found.export(run.workdir / "export", training=config_to_json(config))
+        kind, option = ("texts", "--texts FILE") if isinstance(found.config, DynaBERTConfig) else ("images", "--images FOLDER")
         print(
             f"export: {export} serves the classifier as it is. Its accuracy is unknown. Smaller subnets are not served, "
-            "because nobody can tell how well they answer without labelled texts (--texts FILE)"
+            f"because nobody can tell how well they answer without labelled {kind} ({option})"
         )
     print(f"go on with `superserve measure {export}`")
-
-
-def text_config(found: Pretrained, texts: pathlib.Path, options: DirectoryOptions, workdir: pathlib.Path) -> TextFileConfig:
-    """The config of the user's labelled texts. It reads the vocabulary from the run's folder, where it is not written yet."""
-    if found.vocabulary is None:
-        raise errors.ConversionError("--texts needs a tokenizer in the directory: tokenizer.json or vocab.txt; save it there")
-    return TextFileConfig(
-        str(files.user_path(texts).absolute()),
-        text=options.text,
-        second=options.second,
-        label=options.label,
-        class_names=found.class_names,
-        max_length=found.config.max_length,
-        token_types=2 if found.config.token_types > 1 else 1,
-        vocabulary=str(workdir.absolute() / runs.VOCABULARY),
-        lowercase=found.vocabulary.lowercase,
-    )
-
-
-def open_texts(texts: TextFileConfig, config: TrainConfig, tokens: bytes) -> Dataset:
-    """Opens the texts before the run's folder is made. So texts that cannot be used leave no folder behind.
-
-    Args:
-      texts: the config of the texts.
-      config: the run's config.
-      tokens: the content of the vocabulary file.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / runs.VOCABULARY
-        files.write_bytes(file, tokens)
-        return data.open(dataclasses.replace(texts, vocabulary=str(file)), config.model)
 
 
 def report(run: Run, json: pathlib.Path | None) -> str:

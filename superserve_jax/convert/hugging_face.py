@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.convert import state_dict
+from superserve_jax.convert import choices, state_dict
 from superserve_jax.convert.state_dict import Source
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.supernets import programs
@@ -71,9 +71,9 @@ def bert(
         max_length=positions if max_length is None else max_length,
         token_types=sizes["token_types"],
         hidden_size=_sizes(weights)["hidden_size"] or num_heads,
-        depths=choices("depths", depths, range(1, sizes["depths"] + 1)),
-        heads=choices("heads", heads, range(1, num_heads + 1)),
-        ffn=choices("ffn", ffn, sorted({max(1, neurons * k // n) for k, n in shares})),
+        depths=choices.checked("depths", depths, range(1, sizes["depths"] + 1)),
+        heads=choices.checked("heads", heads, range(1, num_heads + 1)),
+        ffn=choices.checked("ffn", ffn, sorted({max(1, neurons * k // n) for k, n in shares})),
     )
     if config.max_length > positions:
         raise errors.ConfigError(f"the weights have {positions} positions, fewer than max_length={max_length}")
@@ -93,14 +93,6 @@ def fill(config: DynaBERTConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
     )
     found["embeddings.positions"] = found["embeddings.positions"][: config.max_length]
     return SuperNet(config, {name: jnp.array(value) for name, value in found.items()})
-
-
-def choices(name: str, given: Sequence[int] | None, offered: Sequence[int]) -> tuple[int, ...]:
-    """The choices of an axis: `given`, or `offered` if `given` is None. The largest must be the size of the weights."""
-    found = tuple(sorted(set(offered if given is None else given)))
-    if not found or found[-1] != offered[-1]:
-        raise errors.ConfigError(f"the largest of {name} must be the size of the weights, {offered[-1]}; got {list(found)}")
-    return found
 
 
 def _sizes(weights: Mapping[str, np.ndarray]) -> dict[str, int | None]:

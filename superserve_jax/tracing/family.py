@@ -29,8 +29,12 @@ class ElasticConfig(TracedConfig):
     The class has `build(rngs)` and `input_spec(batch)`, and may have `call(module, inputs)` or `call(module, inputs, train)`.
     """
 
-    options: ClassVar[Options] = Options()
     call: ClassVar[Call | None] = None
+
+    @property
+    def options(self) -> Options:
+        """What is elastic. The decorator replaces it; a config of this library may compute it from its fields."""
+        return Options()
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module, freshly initialised."""

@@ -103,7 +103,7 @@ def test_fields_that_hugging_face_leaves_out_have_its_defaults(copy):
         ),
         ({"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]}, "DistilBert.*no token types"),
         ({"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}, "GPT2.*it is a decoder"),
-        ({"model_type": "new"}, "'new' is not supported; supported is BertForSequenceClassification"),
+        ({"model_type": "new"}, "'new' is not supported; supported are BertForSequenceClassification"),
         ({"model_type": None}, "of model_type None is not supported"),
         ({"model_type": ["bert"]}, r"of model_type \['bert'\] is not supported"),
         ({"architectures": ["BertForMaskedLM"]}, r"BertForMaskedLM is not supported.*Fine-tune the model"),

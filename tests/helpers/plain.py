@@ -12,15 +12,16 @@ def whole_space(config):
     if space.rule == "first":
         return list(space.enumerate())
     every = itertools.product((0, 1), repeat=space.num_blocks)
-    choices = [itertools.product(*axis.choices) for axis in space.axes]
-    named = itertools.product([g for g in every if sum(g) in config.depths], *map(list, choices))
-    return list(dict.fromkeys(space.subnet(gates=gates, heads=heads, ffn=ffn) for gates, heads, ffn in named))
+    choices = [list(itertools.product(*axis.choices)) for axis in space.axes]
+    named = itertools.product([g for g in every if sum(g) in config.depths], *choices)
+    names = ["gates", *(axis.name for axis in space.axes)]
+    return list(dict.fromkeys(space.subnet(**dict(zip(names, values, strict=True))) for values in named))
 
 
 def network(config, params, subnet, inputs, statistics):
     """Logits of a subnet of any built-in family."""
-    if config.family == "dynabert":  # its norms need no statistics
-        return dynabert(config, params, subnet, inputs)
+    if config.family in ("dynabert", "vit"):  # their norms need no statistics
+        return (dynabert if config.family == "dynabert" else vit)(config, params, subnet, inputs)
     return ofa_resnet(config, params, subnet, inputs, statistics)
 
 
@@ -98,13 +99,71 @@ def dynabert(config, params, subnet, inputs):
                 y = y + scores / scores.sum(-1, keepdims=True) @ v @ params[f"{layer}.attention_out.kernel"][part]
             x = layer_norm(x + y, params, f"{layer}.attention_norm", config.eps)
             y = x @ params[f"{layer}.ffn_in.kernel"][:, :neurons] + params[f"{layer}.ffn_in.bias"][:neurons]
-            y = y * (1 + special.erf(y / np.sqrt(2))) / 2 @ params[f"{layer}.ffn_out.kernel"][:neurons]
+            y = gelu(y) @ params[f"{layer}.ffn_out.kernel"][:neurons]
             x = layer_norm(x + y + params[f"{layer}.ffn_out.bias"], params, f"{layer}.ffn_norm", config.eps)
         pooled = np.tanh(x[0] @ params["pooler.kernel"] + params["pooler.bias"])
         logits.append(pooled @ params["classifier.kernel"] + params["classifier.bias"])
     return np.stack(logits)
 
 
+def vit(config, params, subnet, images):
+    """The subnet as a plain ViT with small weights, without this library's operators. One image and head at a time."""
+    axes, whole = dict(subnet.axes), config.widths[-1]
+    d, side, logits = round(axes.get("width", (1.0,))[0] * whole), config.image_size // config.patch, []
+
+    def norm(x, name):
+        return layer_norm(x, params, name, config.eps)
+
+    def scaled(y, name):
+        return y * params[name][:d] if name in params else y
+
+    for image in images:
+        pixels = (image / 255.0 - np.array(config.mean)) / np.array(config.std)
+        cells = pixels.reshape(side, config.patch, side, config.patch, -1).swapaxes(1, 2).reshape(side**2, -1)
+        x = cells @ params["patches.kernel"][..., :d].reshape(-1, d) + params["patches.bias"][:d]
+        x = x + params["positions"][0, :, :d]
+        x = np.concatenate([params["tokens"][0, :, :d], x]) if config.tokens else x
+        for i in np.flatnonzero(subnet.gates):
+            block, heads = f"blocks.{i}", round(axes["heads"][i] * config.heads[-1])
+            inner, y = norm(x, f"{block}.norm1"), params[f"{block}.attention.out.bias"][:d]
+            for h in range(heads):
+                q, k, v = (
+                    inner @ params[f"{block}.attention.{n}.kernel"][:d, h] + params[f"{block}.attention.{n}.bias"][h]
+                    for n in ("query", "key", "value")
+                )
+                scores = np.exp(q @ k.T / np.sqrt(whole / config.heads[-1]))
+                y = y + scores / scores.sum(-1, keepdims=True) @ v @ params[f"{block}.attention.out.kernel"][h, :, :d]
+            x = x + scaled(y, f"{block}.scale1")
+            neurons = round(axes["expand"][i] * config.mlp[-1])
+            y = norm(x, f"{block}.norm2") @ params[f"{block}.fc1.kernel"][:d, :neurons] + params[f"{block}.fc1.bias"][:neurons]
+            y = gelu(y) @ params[f"{block}.fc2.kernel"][:neurons, :d] + params[f"{block}.fc2.bias"][:d]
+            x = x + scaled(y, f"{block}.scale2")
+        if config.pool == "mean_norm":
+            x = norm(x[config.tokens :].mean(0), "norm")
+        else:
+            x = norm(x, "norm")
+        logits.append(vit_head(config, params, x))
+    return np.stack(logits)
+
+
+def vit_head(config, params, x):
+    """Logits of normalised tokens; of their mean for mean_norm."""
+    kernel, bias, d = params["head.kernel"], params["head.bias"], x.shape[-1]
+    if config.pool == "mean_norm":
+        return x @ kernel[:d] + bias
+    mean = x[config.tokens :].mean(0)
+    if config.pool == "mean":
+        return mean @ kernel[:d] + bias
+    first = x[0] @ kernel[:d] + bias
+    if config.pool == "token_mean":
+        return first + mean @ kernel[config.widths[-1] :][:d]
+    return first if config.pool == "token" else (first + x[1] @ params["head2.kernel"][:d] + params["head2.bias"]) / 2
+
+
+def gelu(x):
+    return x * (1 + special.erf(x / np.sqrt(2))) / 2
+
+
 def layer_norm(x, params, name, eps):
-    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
-    return y * params[f"{name}.scale"] + params[f"{name}.bias"]
+    y, d = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps), x.shape[-1]
+    return y * params[f"{name}.scale"][:d] + params[f"{name}.bias"][:d]

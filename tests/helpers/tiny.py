@@ -10,6 +10,7 @@ from superserve_jax import exports
 from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.families.vit import ViTConfig
 from superserve_jax.supernets import programs
 
 TINY = OFAResNetConfig(
@@ -73,6 +74,20 @@ def live_bytes(device=None):
 
 TINY_BERT = DynaBERTConfig(
     num_classes=3, vocab_size=11, max_length=6, hidden_size=8, depths=(1, 2, 3), heads=(1, 2), ffn=(3, 5), eps=1e-5
+)
+
+TINY_VIT = ViTConfig(
+    num_classes=3,
+    image_size=6,
+    channels=1,
+    patch=2,
+    widths=(4, 8),
+    depths=(1, 2),
+    heads=(1, 2),
+    mlp=(3, 5),
+    layer_scale=0.5,
+    mean=(0.4,),
+    std=(0.3,),
 )
 
 

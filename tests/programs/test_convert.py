@@ -8,8 +8,10 @@ import bert_directory
 import jax
 import numpy as np
 import pytest
+import vit_directory
+from PIL import Image
 from published import assert_same_model, ofa_state
-from tiny import assert_same_arrays, random_params, random_statistics
+from tiny import assert_close, assert_same_arrays, random_images, random_params, random_statistics
 
 import superserve_jax as ss
 from superserve_jax import errors
@@ -96,6 +98,35 @@ def test_a_directory_of_hugging_face_becomes_a_run_and_a_server_without_a_config
     assert "was converted without texts; convert into another folder with --texts FILE" in done.stderr
     done = run_program("train/convert.py", path, "--label", "sentiment", "--workdir", tmp_path / "other", status=2)
     assert "--label sentiment has no effect without --texts; give both or neither" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_directory_of_a_vit_becomes_a_run_and_a_server_and_with_images_smaller_subnets_are_served(run_program, tmp_path):
+    path, network = vit_directory.write("hf_vit", tmp_path / "vit"), vit_directory.converted("hf_vit")
+    done = run_program("train/convert.py", path, "--workdir", tmp_path / "run", json_file=True)
+    assert "classes: cat, dog, fish, horse, owl\ninputs: raw images of 24x24 pixels, 3 channels, uint8" in done.stdout
+    assert "without labelled images (--images FOLDER)" in done.stdout
+    assert done.json["params"] == network.config.num_params(network.space.largest())
+    images = random_images(network.config, 2)
+    assert_close(ss.load(tmp_path / "run" / "export")(images), network(images))
+
+    rng = np.random.default_rng(0)
+    for name in reversed(vit_directory.META["class_names"]):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(tmp_path / "pets" / name / f"{i}.png")
+    command = ("train/convert.py", path, "--workdir", tmp_path / "subnets", "--candidates", 4)
+    done = run_program(*command, "--images", tmp_path / "pets")
+    assert "sorting heads and neurons by importance" in done.stdout
+    assert all(s.accuracy is not None for s in ss.load(tmp_path / "subnets" / "export").served)
+    assert_close(Run.open(tmp_path / "subnets").model()(images), network(images), 1e-4)
+
+    texts = bert_directory.write_texts(tmp_path / "texts.csv")
+    done = run_program(*command[:3], tmp_path / "other", "--texts", texts, status=2)
+    assert "--texts does not fit: this network classifies images; give --images" in done.stderr
+    (tmp_path / "pets" / "cat").rename(tmp_path / "pets" / "cats")
+    done = run_program(*command[:3], tmp_path / "other", "--images", tmp_path / "pets", status=2)
+    assert "Missing in the data: cat; unknown to the classifier: cats" in done.stderr
     assert not (tmp_path / "other").exists()
 
 

@@ -14,19 +14,20 @@ from flax import nnx
 from jax import lax
 from mlp_family import MLP, Layer, MLPConfig
 from plain import whole_space
-from tiny import CONFIGS, TINY, TINY_BERT
+from tiny import CONFIGS, TINY, TINY_BERT, TINY_VIT
 
 import superserve_jax as ss
 from superserve_jax import errors, ops, supernets
 from superserve_jax.families.dynabert import DynaBERT, DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.families.subset import SingleSubnetConfig
+from superserve_jax.families.vit import ViTConfig
 from superserve_jax.supernets import checking
 from superserve_jax.supernets.family import UnitAxis, Units
 from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig
 
-FAMILIES = {**CONFIGS, "transformer": TINY_BERT, "mlp": MLPConfig()}
+FAMILIES = {**CONFIGS, "transformer": TINY_BERT, "vit": TINY_VIT, "mlp": MLPConfig()}
 
 
 @pytest.mark.parametrize(
@@ -39,12 +40,12 @@ def test_families_pass_without_compiling(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [OFAResNetConfig(), DynaBERTConfig()], ids=["OFA-ResNet50", "DynaBERT"])
+@pytest.mark.parametrize("config", [OFAResNetConfig(), DynaBERTConfig(), ViTConfig()], ids=["OFA-ResNet50", "DynaBERT", "ViT"])
 def test_the_published_networks_pass_without_compiling(config):
     supernets.check(config, run=False)
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in [*CONFIGS, "transformer"]), "mlp"])
+@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in [*CONFIGS, "transformer", "vit"]), "mlp"])
 def test_families_pass(kind):
     supernets.check(FAMILIES[kind])
 

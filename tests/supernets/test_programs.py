@@ -6,15 +6,15 @@ import numpy as np
 import plain
 import pytest
 from plain import whole_space
-from tiny import CONFIGS, TINY_BERT, assert_close, random_images, random_params, random_statistics, random_tokens
+from tiny import CONFIGS, TINY_BERT, TINY_VIT, assert_close, random_images, random_params, random_statistics, random_tokens
 
 from superserve_jax.supernets import programs
 from superserve_jax.training.sampling import Sampler
 
 
-@pytest.fixture(params=[*CONFIGS, "transformer"])
+@pytest.fixture(params=[*CONFIGS, "transformer", "vit"])
 def config(request):
-    return {**CONFIGS, "transformer": TINY_BERT}[request.param]
+    return {**CONFIGS, "transformer": TINY_BERT, "vit": TINY_VIT}[request.param]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIGS, TINY_BERT, random_images, random_params, random_tokens
+from tiny import CONFIGS, TINY_BERT, TINY_VIT, random_images, random_params, random_tokens
 
 from superserve_jax import errors
 from superserve_jax.supernets import programs
@@ -15,7 +15,7 @@ from superserve_jax.training import losses, rewiring
 from superserve_jax.training.config import OptimConfig
 
 BERT = dataclasses.replace(TINY_BERT, heads=(1, 2, 4), ffn=(2, 5))
-FAMILIES = {"dynabert": BERT, **CONFIGS}
+FAMILIES = {"dynabert": BERT, "vit": TINY_VIT, **CONFIGS}
 
 
 def batches_of(config, count=2, size=6):
