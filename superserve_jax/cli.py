@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -59,6 +60,17 @@ def _import_modules(arguments: Sequence[str]) -> list[str]:
         before = os.environ.get(foreign.IMPORT)
         os.environ[foreign.IMPORT] = os.pathsep.join([*([before] if before else []), *names])
     return left
+
+
+def command(name: str, *arguments: object) -> str:
+    """A command to type next, with the `--import` options of this one.
+
+    >>> command("measure", pathlib.Path("runs/my run/export"))
+    "superserve measure 'runs/my run/export'"
+    """
+    modules = filter(None, os.environ.get(foreign.IMPORT, "").split(os.pathsep))
+    options = [word for module in dict.fromkeys(modules) for word in ("--import", module)]
+    return shlex.join(["superserve", name, *map(str, arguments), *options])
 
 
 def _expanded(argument: str) -> str:

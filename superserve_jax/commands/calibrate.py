@@ -49,4 +49,4 @@ def main() -> None:
         f"statistics each{less}"
     )
     cli.write_results(options.json, {"subnets": len(sizes), "statistics_bytes": sizes, "weights_bytes": weights})
-    print(f"go on with `superserve evaluate {run.workdir}`")
+    print(f"go on with `{cli.command('evaluate', run.workdir)}`")

@@ -95,7 +95,7 @@ def convert_weights(options: Options) -> None:
     """Makes a run from a config and a weight file."""
     model = convert.weights(options.weights, options.config.model)  # before the run: unfit weights leave no folder behind
     run = Run.convert(options.config, options.workdir or pathlib.Path("runs") / options.config.name, model)
-    print(f"{report(run, options.json)}; go on with `superserve search {run.workdir}`")
+    print(f"{report(run, options.json)}; go on with `{cli.command('search', run.workdir)}`")
 
 
 def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
@@ -138,7 +138,7 @@ def convert_directory(path: pathlib.Path, options: DirectoryOptions) -> None:
             f"export: {export} serves the classifier as it is. Its accuracy is unknown. Smaller subnets are not served, "
             f"because nobody can tell how well they answer without labelled {kind} ({option})"
         )
-    print(f"go on with `superserve measure {export}`")
+    print(f"go on with `{cli.command('measure', export)}`")
 
 
 def report(run: Run, json: pathlib.Path | None) -> str:

@@ -49,7 +49,7 @@ def main() -> None:
     options = cli.parse(Options, __doc__)
     run = Run.open(options.run)
     report(run, stages.evaluate(run, bfloat16=options.bfloat16), options.json)
-    print(f"go on with `superserve export {run.workdir}`")
+    print(f"go on with `{cli.command('export', run.workdir)}`")
 
 
 def report(run: Run, served: list[Served], json: pathlib.Path | None) -> None:

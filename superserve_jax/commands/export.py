@@ -55,5 +55,5 @@ def main() -> None:
     )
     print(
         f"{path}: {len(model.served)} served subnets, {size / 2**20:.1f} MiB; {statistics:,} bytes of statistics, "
-        f"{weights:,} of weights; go on with `superserve measure {path}`"
+        f"{weights:,} of weights; go on with `{cli.command('measure', path)}`"
     )

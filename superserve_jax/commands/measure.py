@@ -155,9 +155,10 @@ def measure(options: Options, model: Model, device: Device, kind: str, lengths: 
     replaced = " (replaces the one measured before)" if path.exists() else ""
     profile.save(path)  # last, so that a read-only export loses nothing of what was measured
     dtype = options.compute_dtype
-    option, argument = ("", "") if dtype == "float32" else (f" --compute-dtype {dtype}", f", compute_dtype={dtype!r}")
+    option, argument = ([], "") if dtype == "float32" else (["--compute-dtype", dtype], f", compute_dtype={dtype!r}")
+    following = "replay" if model.manifest["training"].get("data") else "serve"  # a replay needs labelled inputs
     print(
-        f"profile: {path}{replaced}; go on with `superserve replay {model.path}{option}`, or serve: "
+        f"profile: {path}{replaced}; go on with `{cli.command(following, model.path, *option)}`, or serve it from Python: "
         f"superserve_jax.Server({str(model.path)!r}{argument})"
     )
 

@@ -58,4 +58,4 @@ def main() -> None:
     )
     if latency:
         print(f"latencies are predicted; mean error, cross-validated: {100 * found['latency_error']:.1f} %")
-    print(f"plot: {run.workdir / 'search.png'}; go on with `superserve calibrate {run.workdir}`")
+    print(f"plot: {run.workdir / 'search.png'}; go on with `{cli.command('calibrate', run.workdir)}`")

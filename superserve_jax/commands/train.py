@@ -47,7 +47,7 @@ def main() -> None:
     _, options = cli.options_after_path(_defaults, __doc__)
     run = ss.train(options.config, options.workdir or pathlib.Path("runs") / options.config.name)
     if options.train_only:
-        print(f"trained: {run.workdir}; go on with `superserve search {run.workdir}`")
+        print(f"trained: {run.workdir}; go on with `{cli.command('search', run.workdir)}`")
         return
     stages.search(run)
     stages.calibrate(run)
@@ -55,8 +55,8 @@ def main() -> None:
     path = stages.export(run)
     evaluate.report(run, served, options.json)
     print(
-        f"metrics and plots: {run.workdir}\nexport: {path}; measure its latencies with `superserve measure {path}`, then try "
-        f"it with `superserve replay {path}`, or serve it from Python: superserve_jax.Server({str(path)!r})"
+        f"metrics and plots: {run.workdir}\nexport: {path}; measure its latencies with `{cli.command('measure', path)}`, then "
+        f"try it with `{cli.command('replay', path)}`, or serve it from Python: superserve_jax.Server({str(path)!r})"
     )
 
 

@@ -211,9 +211,8 @@ def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
             _check_sizes(config, len(served), sum(f["bytes"] for f in manifest["files"].values()))
     except errors.SuperServeError as e:
         reason = errors.one_line(e)
-        raise errors.ExportError(
-            f"{file} does not describe a SuperNet that this version can build: {reason}; export again"
-        ) from e
+        remedy = "" if isinstance(e, errors.UnknownNameError) or reason.endswith("export again") else "; export again"
+        raise errors.ExportError(f"{file} does not describe a SuperNet that this version can build: {reason}{remedy}") from e
     verify_files(payload, manifest["files"])
     calibrated = statistics.read(payload / "statistics.npz", config)
     if missing := [s.subnet for s in served if s.subnet not in calibrated]:

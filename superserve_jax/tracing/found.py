@@ -3,11 +3,11 @@
 import dataclasses
 import fnmatch
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from superserve_jax.tracing import kinds
 from superserve_jax.tracing.blocks import natural
+from superserve_jax.tracing.listing import some, unnumbered
 from superserve_jax.tracing.suspects import Suspect
 from superserve_jax.tracing.traced import Fixed, Group, Place, Traced
 
@@ -85,9 +85,9 @@ class Found:
         alike: dict[str, int] = {}  # axes of blocks that differ only in the block's number share a line
         for axis in self.axes:
             choices = ", ".join(map(str, axis.sizes)) if len(axis.sizes) > 1 else f"{axis.size} (not elastic)"
-            places = list(dict.fromkeys(_unnumbered(str(place)) for place in axis.places))
-            line = f"{axis.kind:<9} {axis.name}: {choices}; cuts {_some(places)}"
-            alike[_unnumbered(line)] = alike.get(_unnumbered(line), 0) + 1
+            places = list(dict.fromkeys(unnumbered(str(place)) for place in axis.places))
+            line = f"{axis.kind:<9} {axis.name}: {choices}; cuts {some(places)}"
+            alike[unnumbered(line)] = alike.get(unnumbered(line), 0) + 1
         yield from (f"  {line}{f' ({count} times)' if count > 1 else ''}" for line, count in alike.items())
 
     def _depth(self) -> Iterable[str]:
@@ -104,26 +104,12 @@ class Found:
         yield "axes that keep their sizes:"
         by_reason: dict[str, dict[str, None]] = {}
         for fixed in self.fixed:
-            by_reason.setdefault(fixed.reason, {})[_unnumbered(f"{fixed.place} ({fixed.size})")] = None
+            by_reason.setdefault(fixed.reason, {})[unnumbered(f"{fixed.place} ({fixed.size})")] = None
         for reason, places in by_reason.items():
-            yield f"  {_some(list(places))}: {reason}"
+            yield f"  {some(list(places))}: {reason}"
         if self.suspects:
             yield "numbers that may come from a size:"
             yield from (f"  {suspect}" for suspect in self.suspects)
-
-
-def _some(items: Sequence[object]) -> str:
-    """The first items as text, and the number of the others."""
-    return ", ".join(map(str, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
-
-
-def _unnumbered(text: str) -> str:
-    """A text with "*" for the numbers in paths.
-
-    >>> _unnumbered("blocks.3.fc1.kernel[1]")
-    'blocks.*.fc1.kernel[1]'
-    """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
 
 
 def axes_of(traced: Traced, stages: Sequence[Stage]) -> tuple[ElasticAxis, ...]:

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from superserve_jax.tracing import means
 from superserve_jax.tracing.dims import Dim, leaves
 from superserve_jax.tracing.graph import Graph, Node, Operand, Scalar, Value, all_graphs, all_nodes
+from superserve_jax.tracing.listing import some, unnumbered
 
 _FORMS = {
     "n": lambda n: n,
@@ -48,8 +49,9 @@ class Suspect:
     groups: tuple[str, ...]
 
     def __str__(self) -> str:
+        axes = some(list(dict.fromkeys(map(unnumbered, self.groups))))
         return (
-            f"{self.where}: {self.number:g} may be {self.form} of n = {self.size}, the size of {' and '.join(self.groups)}. "
+            f"{self.where}: {self.number:g} may be {self.form} of n = {self.size}, the size of {axes}. "
             "It stays the same at other sizes"
         )
 

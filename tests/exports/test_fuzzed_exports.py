@@ -65,7 +65,7 @@ def serve_again_in_another_form(manifest):
         (lambda m: m.update(files={k: None for k in m["files"]}), "damaged"),
         (lambda m: m.update(files={k: "\ud800" for k in m["files"]}), "damaged"),
         (lambda m: m.update(class_names=None), "damaged"),
-        (lambda m: m["config"].update(family="other"), "unknown family 'other'.*--import my_module"),
+        (lambda m: m["config"].update(family="other"), "unknown family 'other'(?!.*export again).*--import my_module"),
         (lambda m: m["config"].update(num_classes=5), "does not fit the config"),
         (lambda m: m["config"].update(image_size="x"), "image_size must be a whole number"),
         (lambda m: m["served"][0].update(subnet={"gates": [1]}), "gates must be 2 values"),

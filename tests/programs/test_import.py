@@ -156,6 +156,7 @@ def test_a_plain_module_goes_from_training_to_a_server(digits_dir, tmp_path, mon
     fast = ("--buckets", 1, "--eval-every", 0, "--calibration-examples", 60, "--search.candidates", 2, "--search.examples", 60)
     done = run_program("train/supernet.py", ELASTIC, *small, *fast, "--workdir", workdir, "--import", ELASTIC)
     assert "training: 5 done" in done.stderr  # the rewiring is before the third
+    assert f"`superserve measure {workdir / 'export'} --import {ROOT / ELASTIC}`" in done.stdout
     monkeypatch.setenv("SUPERSERVE_IMPORT", "")  # the program has set it, for programs that it starts
     command = [sys.executable, "-c", LOADS, ELASTIC, str(export), str(workdir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)

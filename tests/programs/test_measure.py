@@ -17,7 +17,9 @@ PROFILE = Profile((1, 2), tuple(Row(Subnet((i,)), a, ms) for i, (a, ms) in enume
 def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, monkeypatch, tmp_path):
     served = [Served(r.subnet, r.accuracy, None, flops=1, params=1) for r in PROFILE.rows]
     config = types.SimpleNamespace(flops=lambda subnet: 1)
-    model = types.SimpleNamespace(path=tmp_path, config=config, subnets=[r.subnet for r in PROFILE.rows], served=served)
+    training = {"training": {"data": None}}
+    subnets = [r.subnet for r in PROFILE.rows]
+    model = types.SimpleNamespace(path=tmp_path, manifest=training, config=config, subnets=subnets, served=served)
     model.accuracies = lambda compute_dtype: {r.subnet: r.accuracy for r in PROFILE.rows}
     monkeypatch.setattr(ss, "load", lambda path: model)
     engine = {"DeviceEngine": lambda _, device, **options: types.SimpleNamespace(device=device, **options)}
@@ -27,9 +29,12 @@ def test_what_slackfit_needs_is_checked_on_all_that_was_measured(run_program, mo
     options = ("--batch-sizes", 1, 2, "--slicing", "kept")
     files = ("--plot", tmp_path / "plot.png", "--plot-flops", tmp_path / "flops.png")
     measure = ("serve/measure.py", tmp_path, *options)
-    assert f"profile: {tmp_path}/profile.json; go on with" in run_program(*measure, patches=engine).stdout
+    printed = run_program(*measure, patches=engine).stdout
+    assert f"profile: {tmp_path}/profile.json; go on with `superserve serve {tmp_path}`" in printed
+    training["training"] = {"data": {"name": "mnist"}}
     printed = run_program(*measure, *files, patches=engine).stdout
-    assert f"profile: {tmp_path}/profile.json (replaces the one measured before); go on with" in printed
+    replaces = f"profile: {tmp_path}/profile.json (replaces the one measured before)"
+    assert f"{replaces}; go on with `superserve replay {tmp_path}`" in printed
     assert f"plot: {tmp_path}/plot.png" in printed
     assert (tmp_path / "flops.png").read_bytes().startswith(b"\x89PNG")
     assert "3 of 4 subnets worth serving" in printed
