@@ -64,8 +64,9 @@ from superserve_jax import families
 from superserve_jax.engines import keys
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.families.vit import ViTConfig
 
-for built_in in OFAResNetConfig, DynaBERTConfig:
+for built_in in OFAResNetConfig, DynaBERTConfig, ViTConfig:
     families.register(type(built_in.__name__, (built_in,), {"__module__": __name__}))
 assert keys.is_foreign(families.config_from_json({"family": built_in.family}))
 """

@@ -15,13 +15,20 @@ import numpy as np
 import pytest
 from cached import answer, smallest
 from mlp_family import MLPConfig
-from tiny import TINY
+from tiny import TINY, TINY_BERT, TINY_VIT
 
 from superserve_jax.engines import cache, executables, keys
 from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.supernets import programs
 
 pytestmark = pytest.mark.usefixtures("root")
+
+
+def test_the_families_of_this_package_are_known():
+    assert not any(
+        map(keys.is_foreign, (TINY, TINY_BERT, TINY_VIT, SingleSubnetConfig(TINY_VIT, TINY_VIT.space().smallest())))
+    )
+    assert keys.is_foreign(MLPConfig())
 
 
 def test_a_second_start_loads_what_the_first_compiled_and_traces_nothing(root, compilations):

@@ -10,6 +10,7 @@ from tiny import TINY_VIT, assert_close, random_images, random_params
 
 import superserve_jax as ss
 from superserve_jax import errors
+from superserve_jax.extract import extraction
 from superserve_jax.families.vit import ViTConfig
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
@@ -64,6 +65,11 @@ def test_hidden_states_are_recorded_unless_the_width_is_elastic():
         program, smallest = programs.masked(config), config.space().smallest()
         _, hidden = program.train_hidden(random_params(config), random_images(config, 2), program.active(smallest))
         assert len(hidden) == count
+
+
+def test_an_extracted_subnet_says_how_its_inputs_are_made():
+    about = extraction.input_contract(TINY_VIT, has_network=False)["about"]
+    assert about.startswith("Raw pixels from 0 to 255, channels last. Compute (x / 255 - mean) / std first")
 
 
 def test_training_takes_values_of_the_model_from_the_data():
