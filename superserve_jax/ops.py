@@ -1,5 +1,7 @@
 """SubNetAct's three operators as pure functions: LayerSelect, WeightSlice, SubnetNorm (SuperServe, NSDI 2025, section 3).
 
+A fourth one is KernelSelect, the elastic kernel size of once-for-all (Cai et al., ICLR 2020, section 3.3).
+
 The type of a `Size` decides how an operator runs:
 
 - A Python int (**sliced**): the weight is sliced to that static size. Nothing is masked.
@@ -12,7 +14,7 @@ to know only its own size, never the size of its input.
 Axis letters: C channels; `*axes` any axes before them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,46 @@ def layer_select(gate: Size, block: Callable[[jax.Array], jax.Array], x: jax.Arr
     if skip:
         return lax.cond(gate[1] > 0, block, lambda x: x, x)
     return jnp.where(gate[1] > 0, block(x), x)
+
+
+def kernel_select(kernel: jax.Array, transforms: Mapping[int, jax.Array | None], size: Size) -> jax.Array:
+    """KernelSelect: a kernel of another size, made of a large one.
+
+    The centre of a kernel, times a matrix, is the next smaller kernel. So a kernel of 7x7 gives one of 5x5, and that one gives
+    one of 3x3. All channels share the matrices. They are summed without a matrix product, so they keep float32's precision.
+
+    Args:
+      kernel: n spatial axes of one size K, and then the axes of the input and the output channels.
+      transforms: {a smaller size k: a matrix (k^n, k^n) of the flattened kernel, or None for the centre alone}.
+      size: K, or a size of `transforms`. An int k gives a kernel of this size. A pair (limit, active) gives a kernel as large
+        as the limit, with the kernel of the active size in its centre and zeros around it.
+
+    >>> kernel_select(jnp.arange(5.0).reshape(5, 1, 1), {3: 2 * jnp.eye(3)}, 3).ravel().tolist()
+    [2.0, 4.0, 6.0]
+    >>> kernel_select(jnp.arange(5.0).reshape(5, 1, 1), {3: None}, (5, jnp.int32(3))).ravel().tolist()
+    [0.0, 1.0, 2.0, 3.0, 0.0]
+    """
+    top = limit(size)
+    for k in sorted((k for k in transforms if top <= k < kernel.shape[0]), reverse=True):
+        kernel = _smaller_kernel(kernel, k, transforms[k])
+    if isinstance(size, int):
+        return kernel
+    selected = smaller = kernel
+    for k in sorted((k for k in transforms if k < top), reverse=True):
+        smaller = _smaller_kernel(smaller, k, transforms[k])
+        around = [((top - k) // 2,) * 2] * (kernel.ndim - 2) + [(0, 0)] * 2
+        selected = jnp.where(size[1] <= k, jnp.pad(smaller, around), selected)
+    return selected
+
+
+def _smaller_kernel(kernel: jax.Array, size: int, matrix: jax.Array | None) -> jax.Array:
+    axes = kernel.ndim - 2
+    start = (kernel.shape[0] - size) // 2
+    centre = kernel[(slice(start, start + size),) * axes]
+    if matrix is None:
+        return centre
+    flat = centre.reshape(-1, *kernel.shape[axes:]).astype(jnp.float32)
+    return jnp.sum(matrix.astype(jnp.float32)[:, :, None, None] * flat, axis=1).reshape(centre.shape).astype(kernel.dtype)
 
 
 def batch_statistics(x: Float[Array, "*axes C"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:

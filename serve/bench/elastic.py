@@ -60,7 +60,7 @@ def main() -> None:
     subnet = space.subnet(depth=(options.depth,), expand=options.mlp / config.mlp)
     params = programs.initial_params(config, 0)
     program = programs.sliced(config, subnet)
-    cut = {n: program.cut(n, params[n], shape) for n, shape in programs.used_leaves(program).items()}
+    cut = {n: program.cut(n, params, shape) for n, shape in programs.used_leaves(program).items()}
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, config.input_spec(options.batch).shape), jnp.uint8)
     rest = jnp.zeros((2, 0)), jnp.zeros(0, jnp.int32)
     small = dataclasses.replace(config, depth=options.depth, mlp=options.mlp)

@@ -205,15 +205,13 @@ def trace_slicer(
       layouts: the layouts of the slices; `()` for XLA's default ones.
     """
     full, statistics = programs.param_spec(program.config), jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
-    takes = tuple(name for name, _ in leaves) + tuple(fold.scale for fold in program.folds.values() if form.folded)
+    takes = program.sources(name for name, _ in leaves) + tuple(fold.scale for fold in program.folds.values() if form.folded)
 
     def slices(values: tuple[jax.Array, ...], *statistics: jax.Array) -> tuple[jax.Array, ...]:
         params = dict(zip(takes, values, strict=True))
         params |= program.fold(params, *statistics) if form.folded else {}
         specs = (form.spec(program, name, shape) for name, shape in leaves)
-        return tuple(
-            program.cut(name, params[name], s.shape).astype(s.dtype) for (name, _), s in zip(leaves, specs, strict=True)
-        )
+        return tuple(program.cut(name, params, s.shape).astype(s.dtype) for (name, _), s in zip(leaves, specs, strict=True))
 
     sharding: Any = SingleDeviceSharding(device)
     out = tuple(_format(device, layout, len(layout)) for layout in layouts) if layouts else sharding

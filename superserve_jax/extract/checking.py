@@ -75,7 +75,7 @@ def logits(model: Model, subnet: Extraction, inputs: np.ndarray) -> np.ndarray:
     """Logits of the subnet's program without folding, as the server computes them."""
     program = subnet.program
     shapes = programs.used_leaves(program)
-    weights = {name: np.asarray(program.cut(name, model.params[name], shape)) for name, shape in shapes.items()}
+    weights = {name: np.asarray(program.cut(name, model.params, shape)) for name, shape in shapes.items()}
     rest = model.statistics_of(program.envelope), program.active(program.envelope)
     return np.asarray(_infer(program, weights, inputs, *rest))
 

@@ -6,7 +6,7 @@ family offers. The other Protocols are optional parts. Test for a part with `isi
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -145,12 +145,22 @@ class TracedConfig(FamilyConfig, Protocol):
         """A digest of what tracing found. Runs and exports keep it, so that code of another structure does not read them."""
         ...
 
-    def shapes(self, sizes: dict[str, int], /) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters that a network of these sizes reads, by dotted path."""
+    def shapes(self, sizes: dict[str, int], traced: Collection[str] = (), /) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that a network of these sizes reads, by dotted path.
+
+        `traced` names sizes that are limits: the network may run at smaller ones.
+        """
         ...
 
-    def cut(self, name: str, value: jax.Array, sizes: dict[str, int], /) -> jax.Array:
-        """The part of a parameter that a network of these sizes reads. The network also accepts this part alone."""
+    def cut(self, name: str, params: Mapping[str, Any], sizes: dict[str, int], traced: Collection[str] = (), /) -> jax.Array:
+        """What a network of these sizes reads of a parameter. The network also accepts this part alone.
+
+        `params` holds the whole network's parameters. `traced` is that of `shapes`.
+        """
+        ...
+
+    def sources(self, name: str, traced: Collection[str] = (), /) -> tuple[str, ...]:
+        """The parameters of which `cut` makes one."""
         ...
 
     def norm_entries(self, sizes: dict[str, int], limits: dict[str, int], /) -> Mapping[str, np.ndarray]:

@@ -101,9 +101,17 @@ class Program:
             entries = {name: np.arange(n) for name, n in self.config.norm_sizes(sizes).items()}
         return np.concatenate([np.arange(0), *(self.offsets[name] + places for name, places in entries.items())])
 
-    def cut(self, name: str, value: jax.Array, shape: Shape) -> jax.Array:
+    def cut(self, name: str, params: Params, shape: Shape) -> jax.Array:
         """The part of a parameter that this program reads. `shape` is its shape, as `used_leaves` gives it."""
-        return self.config.cut(name, value, self.limits) if isinstance(self.config, TracedConfig) else cut(value, shape)
+        if isinstance(self.config, TracedConfig):
+            return self.config.cut(name, params, self.limits, self.traced)
+        return cut(params[name], shape)
+
+    def sources(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The parameters of which `cut` makes those with these names."""
+        if not isinstance(self.config, TracedConfig):
+            return tuple(names)
+        return tuple(dict.fromkeys(source for name in names for source in self.config.sources(name, self.traced)))
 
     # -- the functions to compile ---------------------------------------------------------------------------------------
 
@@ -125,7 +133,7 @@ class Program:
         A caller may leave out parameters of other layers. Then they are also missing in the result.
         """
         shapes = used_leaves(self, folded=True)
-        found = {name: self.cut(name, params[name], shape) for name, shape in shapes.items() if name in params}
+        found = {name: self.cut(name, params, shape) for name, shape in shapes.items() if name in params}
         for norm, fold in self.folds.items():
             [n], start = shapes[fold.bias], self.offsets[norm]
             mean, var = statistics[:, start : start + n]
@@ -244,7 +252,7 @@ def used_leaves(program: Program, *, folded: bool = False) -> dict[str, Shape]:
     """
     spec = param_spec(program.config)
     if isinstance(program.config, TracedConfig):
-        shapes = program.config.shapes(program.limits)
+        shapes = program.config.shapes(program.limits, program.traced)
         return {name: shapes[name] for name in sorted(shapes)}
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)

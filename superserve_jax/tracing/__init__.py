@@ -20,15 +20,17 @@ of axes that change together. To run at other sizes, the same operations are eva
 | symbolic lengths of axes: leaves, products, sums | `dims.py` |
 | a program as data, and how a jaxpr becomes one | `graph.py`, `jaxprs.py` |
 | what each primitive says about axes, and how it runs at other sizes | `rules/` |
-| which axes are the same; what can change, and what cannot and why | `relations.py`, `traced.py`, `traces.py` |
+| which axes are the same; what can change, and what cannot and why | `relations.py`, `groups.py`, `traced.py`, `traces.py` |
 | sizes, masks and cuts | `sizes.py` |
 | running sliced, bucketed or masked | `evaluation.py`, `infinities.py` |
+| kernels of several sizes | `kernels.py` |
 | means, whose divisor follows the sizes; numbers that may come from a size | `means.py`, `suspects.py` |
 | file and line in error messages and reasons | `places.py` |
 """
 
+from superserve_jax.tracing.groups import Fixed, Group, Place
 from superserve_jax.tracing.suspects import Suspect
-from superserve_jax.tracing.traced import Fixed, Group, Place, Traced, trace
+from superserve_jax.tracing.traced import Traced, trace
 from superserve_jax.tracing.traces import Traces
 
 __all__ = ["Fixed", "Group", "Place", "Suspect", "Traced", "Traces", "trace"]

@@ -30,7 +30,7 @@ def check(net: SuperNet, subnets: int) -> int:
         if any(size == 0 for size in sizes.values()):
             subnet = net.space.subnet(**dict[str, Any](subnet.axes))
             sizes = net.config.sizes(subnet)
-        params = {name: network.cut(name, jnp.asarray(x), sizes) for name, x in net.params.items()}
+        params = {name: network.cut(name, net.params, sizes) for name in net.params}
         program = programs.sliced(net.config, subnet)
         statistics = np.stack([np.zeros(program.statistics_size, np.float32), np.ones(program.statistics_size, np.float32)])
         active = jnp.asarray(program.active(subnet))

@@ -46,15 +46,26 @@ class Dim:
       kind: "leaf", "product" or "sum".
       parts: the factors of a product, or the terms of a sum.
       fixed: why a leaf keeps its size, or None if it can change.
+      steps: the only sizes that a leaf can have, ascending. Only the sizes of kernels have steps, see `kernels.py`. Their
+        smaller sizes are not the first entries. All other leaves have `()`.
     """
 
-    __slots__ = ("fixed", "kind", "link", "parts", "size")
+    __slots__ = ("fixed", "kind", "link", "parts", "size", "steps")
 
-    def __init__(self, size: int, kind: Kind = "leaf", parts: Sequence["Dim"] = (), *, fixed: str | None = None):
+    def __init__(
+        self,
+        size: int,
+        kind: Kind = "leaf",
+        parts: Sequence["Dim"] = (),
+        *,
+        fixed: str | None = None,
+        steps: Sequence[int] = (),
+    ):
         self.size = int(size)
         self.kind: Kind = kind
         self.parts = tuple(parts)
         self.fixed = fixed
+        self.steps = tuple(steps)
         self.link: Dim | None = None  # the dim that replaces this one
 
     def __repr__(self) -> str:

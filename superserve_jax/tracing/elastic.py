@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from superserve_jax import errors
@@ -29,6 +28,7 @@ from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.tracing import agreement
 from superserve_jax.tracing.family import ElasticConfig
 from superserve_jax.tracing.found import Found
+from superserve_jax.tracing.kernels import kernel_select
 from superserve_jax.tracing.modules import Call, Source
 from superserve_jax.tracing.options import Choices, Options
 
@@ -49,11 +49,13 @@ class ElasticNet(SuperNet):
         """The parameters of a subnet: {the path in the module: array}. None for a parameter that the subnet does not read."""
         sizes = self.config.sizes(self.space.validate(subnet))
         read = self.config.shapes(sizes)
-        return {n: self.config.cut(n, jnp.asarray(x), sizes) if n in read else None for n, x in self.params.items()}
+        return {n: self.config.cut(n, self.params, sizes) if n in read else None for n in self.params}
 
 
 class Elastic:
     """`ss.elastic`, see the docstring of its module."""
+
+    kernel_select = staticmethod(kernel_select)
 
     def __call__(
         self,
@@ -78,7 +80,8 @@ class Elastic:
             `ss.elastic` with this name before it reads them.
           call: `call(module, inputs)` or `call(module, inputs, train)`, if the module is not called as `module(inputs)`.
           axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. Kinds are
-            "heads", "expand", "width" and "head_dim". By default, heads and expand have the ratios 0.25, 0.5, 0.75 and 1.
+            "heads", "expand", "width", "head_dim" and "kernel". By default, heads and expand have the ratios 0.25, 0.5, 0.75
+            and 1, and kernels of `kernel_select` have all of their sizes.
           depth: {a stage's name: numbers of blocks to keep, or None for all of them}. "*" names all stages. By default, a
             stage keeps at least half of its blocks.
           rule: which blocks a smaller depth keeps: "first" or "every_other".
@@ -97,7 +100,7 @@ class Elastic:
         ...         return self.fc2(nnx.relu(self.fc1(x)))
         >>> net = Elastic()(MLP(nnx.Rngs(0)), jax.ShapeDtypeStruct((1, 4), "float32"))
         >>> small = net.space.subnet(expand=0.5)
-        >>> net(jnp.ones((2, 4)), small).shape, net.extract(small)["fc1.kernel"].shape
+        >>> net(jax.numpy.ones((2, 4)), small).shape, net.extract(small)["fc1.kernel"].shape
         ((2, 3), (4, 8))
         """
         source = Source(module, call)

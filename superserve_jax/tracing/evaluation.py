@@ -128,8 +128,11 @@ class Evaluation:
         (self._zero.add if is_zero else self._zero.discard)(block.left)
 
     def parameter(self, x: Any, value: Value) -> jax.Array:
-        """An array of the whole network, cut to its limits, with zeros beyond its active sizes."""
-        if x.shape != self.shape(value):
+        """An array of the whole network, cut to its limits, with zeros beyond its active sizes.
+
+        A kernel may have been made smaller before, see `kernels.py`.
+        """
+        if any(now > then for now, then in zip(x.shape, self.shape(value), strict=True)):
             x = self._sizes.cut(x, value.dims)
         x = self.mask(x, value, range(x.ndim), 0)
         self._zero.add(value)
@@ -142,6 +145,11 @@ class Evaluation:
     def limit(self, dim: Dim) -> int:
         """The length of an axis in memory."""
         return self._sizes.limit(dim)
+
+    def size(self, dim: Dim) -> ops.Size:
+        """The limit of an axis, or a pair of its limit and its traced active size."""
+        active = self._sizes.active(dim)
+        return active if isinstance(active, int) else (self.limit(dim), active)
 
     def position(self, dim: Dim, start: int) -> int:
         """Where entry `start` of an axis of the whole network is in memory."""

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -93,13 +93,19 @@ class ElasticConfig(TracedConfig):
         """Number of weights that the subnet needs on its own, without statistics."""
         return sum(math.prod(shape) for shape in self.shapes(self.sizes(subnet)).values())
 
-    def shapes(self, sizes: Mapping[str, int], /) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters that a network of these sizes reads."""
-        return self.network.shapes(sizes)
+    def shapes(self, sizes: Mapping[str, int], traced: Collection[str] = (), /) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that a network of these sizes reads. The sizes in `traced` may become smaller."""
+        return self.network.shapes(sizes, traced)
 
-    def cut(self, name: str, value: jax.Array, sizes: Mapping[str, int], /) -> jax.Array:
-        """The part of a parameter that a network of these sizes reads."""
-        return self.network.cut(name, value, sizes)
+    def cut(
+        self, name: str, params: Mapping[str, Any], sizes: Mapping[str, int], traced: Collection[str] = (), /
+    ) -> jax.Array:
+        """A parameter of a network of these sizes, made of the whole network's. The sizes in `traced` may become smaller."""
+        return self.network.cut(name, params, sizes, traced)
+
+    def sources(self, name: str, traced: Collection[str] = (), /) -> tuple[str, ...]:
+        """The parameters of which `cut` makes one."""
+        return self.network.sources(name, traced)
 
     def units(self) -> list[Units]:
         """The heads, neurons and channels that training may sort by importance."""

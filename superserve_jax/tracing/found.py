@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from superserve_jax.tracing import kinds
 from superserve_jax.tracing.blocks import natural
+from superserve_jax.tracing.groups import Fixed, Group, Place
 from superserve_jax.tracing.listing import some, unnumbered
 from superserve_jax.tracing.suspects import Suspect
-from superserve_jax.tracing.traced import Fixed, Group, Place, Traced
+from superserve_jax.tracing.traced import Traced
 
 _PARTS = ("kernel", "bias", "scale", "embedding", "weight")
 """Names of parameters that only say which part of a layer they are."""
@@ -23,10 +24,11 @@ class ElasticAxis:
       name: the layer that makes the axis, such as "blocks.0.fc1". A number follows if it makes several.
       group: the name of `Traced.groups`.
       size: the size in the whole network.
-      kind: "heads", "head_dim", "width" or "expand", see `kinds.py`.
+      kind: "heads", "head_dim", "width", "kernel" or "expand", see `kinds.py`.
       block: the block that holds all of the axes. None if there is no such block that can be left out.
       places: the axes of parameters and statistics.
       sizes: the sizes that a subnet may have, ascending. One size if the axis is not elastic.
+      steps: the only sizes that a kernel can have, ascending. `()` for all other axes.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ElasticAxis:
     block: str | None
     places: tuple[Place, ...]
     sizes: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
 
     def matches(self, pattern: str) -> bool:
         """Whether a pattern names the axis: its kind, or a pattern such as "blocks.*.fc1"."""
@@ -122,12 +125,15 @@ def axes_of(traced: Traced, stages: Sequence[Stage]) -> tuple[ElasticAxis, ...]:
         if leaf in uses.summed:
             name = _name(group, names)
             names.add(name)
-            found.append(ElasticAxis(name, group.name, group.size, uses.kind(leaf), _block(group, blocks), group.places))
+            kind, block = uses.kind(leaf), _block(group, blocks)
+            found.append(ElasticAxis(name, group.name, group.size, kind, block, group.places, steps=group.steps))
     return tuple(found)
 
 
 def _name(group: Group, taken: set[str]) -> str:
     path = group.name.partition("[")[0]
+    if group.steps:
+        return path  # channels have the name of the layer
     layer, _, part = path.rpartition(".")
     base = layer if layer and part in _PARTS else path
     numbered = (f"{base}#{i}" for i in itertools.count(2))

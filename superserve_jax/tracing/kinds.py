@@ -5,6 +5,7 @@
 | heads | a batch axis of a product of two activations, as in attention. Or heads of queries that share a head of keys |
 | head_dim | another axis of such a product: the features of queries, keys and values |
 | width | a residual stream: an activation that sums the results of several layers |
+| kernel | the size of a convolution's kernel, see `kernels.py` |
 | expand | any other axis inside of the network, such as the hidden units of an MLP |
 
 An activation is a value that depends on the input. A weight depends on parameters only.
@@ -17,7 +18,7 @@ from superserve_jax.tracing.dims import Dim, leaves
 from superserve_jax.tracing.graph import Graph, Node, Operand, Value
 from superserve_jax.tracing.rules.calls import scan_counts
 
-KINDS = ("heads", "head_dim", "width", "expand")
+KINDS = ("heads", "head_dim", "width", "expand", "kernel")
 _LOOKUPS = ("gather", "dynamic_slice", "take")
 
 
@@ -43,6 +44,8 @@ class Uses:
 
     def kind(self, leaf: Dim) -> str:
         """The kind of a leaf."""
+        if leaf.steps:
+            return "kernel"
         if leaf in self.shared and any(leaf in read for read in self.read.values()):
             return "heads"
         return next((kind for kind in KINDS[:3] if leaf in getattr(self, kind)), "expand")

@@ -7,7 +7,7 @@ statistics, in training. All traces must agree on the axes that are elastic.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,9 +17,10 @@ import numpy as np
 from superserve_jax import errors, layers, ops
 from superserve_jax.space import Axis, SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.tracing import products, statistics
+from superserve_jax.tracing import kernels, products, statistics
 from superserve_jax.tracing.dims import Dim, leaves
 from superserve_jax.tracing.found import ElasticAxis, Found, axes_of, stages_of
+from superserve_jax.tracing.graph import Value
 from superserve_jax.tracing.modules import Source
 from superserve_jax.tracing.options import Options
 from superserve_jax.tracing.sizes import Sizes, positions
@@ -235,17 +236,41 @@ class Network:
         groups, gates = self._chosen(sizes)
         return products.multiply_adds(self.reference, self.reference.sizes(groups), gates)
 
-    def shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters that a network of these sizes reads."""
-        groups, gates = self._chosen(sizes)
+    def shapes(self, sizes: Mapping[str, int], traced: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that a network of these sizes reads. The sizes in `traced` may become smaller."""
+        (groups, gates), whole = self._chosen(sizes), self._whole(traced)
         at = self.reference.sizes(groups)
-        read = products.read_values(self.reference, gates)
-        values = {name: self.reference.parameters[name] for name in self.source.specs}
-        return {name: tuple(map(at.limit, value.dims)) for name, value in values.items() if value in read}
+        read = products.read_values(self.reference, gates, whole)
+        names = [name for name in self.source.specs if self.reference.parameters[name] in read]
+        return {name: tuple(map(at.limit, self.reference.dims_of(name, whole))) for name in names}
 
-    def cut(self, name: str, value: jax.Array, sizes: Mapping[str, int]) -> jax.Array:
-        """A parameter of a network of these sizes."""
-        return Sizes(self._leaves(sizes)).cut(value, self.reference.parameters[name].dims)
+    def cut(self, name: str, params: Mapping[str, Any], sizes: Mapping[str, int], traced: Collection[str] = ()) -> jax.Array:
+        """A parameter of a network of these sizes. The sizes in `traced` may become smaller."""
+        value = self.reference.parameters[name]
+        at = Sizes(self._leaves(sizes))
+        x = at.cut(jnp.asarray(params[name]), value.dims)
+        if not self._is_small_kernel(value, traced):
+            return x
+        node = self.reference.selections[value]
+        transforms = kernels.transforms(node, [params[source] for source in self.sources(name, traced)])
+        return ops.kernel_select(x, transforms, at.limit(kernels.size_of(node)))
+
+    def sources(self, name: str, traced: Collection[str] = ()) -> tuple[str, ...]:
+        """The parameters of which `cut` makes one: itself, and the matrices of a kernel."""
+        value = self.reference.parameters[name]
+        if not self._is_small_kernel(value, traced):
+            return (name,)
+        names = {operand: name for name, operand in self.reference.parameters.items()}
+        return tuple(names[operand] for operand in self.reference.selections[value].inputs if isinstance(operand, Value))
+
+    def _is_small_kernel(self, value: Value, traced: Collection[str]) -> bool:
+        """Whether a small network has a parameter in the size that `kernel_select` makes of it."""
+        node = self.reference.selections.get(value)
+        return node is not None and kernels.size_of(node) not in self._whole(traced)
+
+    def _whole(self, traced: Collection[str]) -> set[Dim]:
+        """The sizes of kernels that are traced. Their programs read the whole kernel and its matrices."""
+        return {self.reference.leaves[axis.group] for axis in self.elastic if axis.steps and axis.name in traced}
 
 
 def _float32(x: jax.Array) -> jax.Array:

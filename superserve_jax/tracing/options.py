@@ -12,7 +12,7 @@ from superserve_jax.tracing.kinds import KINDS
 Choices = Sequence[float] | Sequence[int] | None
 
 AXES: dict[str, Choices] = {"heads": (0.25, 0.5, 0.75, 1.0), "expand": (0.25, 0.5, 0.75, 1.0)}
-"""What is elastic by default, besides the depth."""
+"""What is elastic by default, besides the depth and the sizes of kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Options:
 
     Args:
       axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. A pattern wins over
-        a kind, and a later entry over an earlier one. Kinds that are not named have the ratios of `AXES`.
+        a kind, and a later entry over an earlier one. Kinds that are not named have the ratios of `AXES`, and kernels have
+        all of their sizes.
       depth: {a pattern of stages' names: numbers of blocks to keep, or None for all of them}. Stages that are not named keep
         at least half of their blocks.
       rule: which blocks of a stage a smaller depth keeps: "first" or "every_other".
@@ -60,7 +61,7 @@ class Options:
 
     def sizes(self, axis: ElasticAxis) -> tuple[int, ...]:
         """The sizes of an axis, ascending. The last one is that of the whole network."""
-        choices = {**AXES, **self.axes}.get(axis.kind)
+        choices: Choices = {"kernel": axis.steps, **AXES, **self.axes}.get(axis.kind)
         for pattern, wanted in self.axes.items():
             if pattern not in KINDS and axis.matches(pattern):
                 choices = wanted
@@ -100,6 +101,8 @@ def _check_choices(what: str, pattern: Any, choices: Any) -> None:
 
 
 def _size(choice: float, axis: ElasticAxis, step: int) -> int:
+    if axis.steps and choice not in axis.steps:
+        raise errors.ConfigError(f"kernel '{axis.name}' has the sizes {axis.steps}, so it cannot have {choice!r}")
     if isinstance(choice, int):
         if not 1 <= choice <= axis.size:
             raise errors.ConfigError(

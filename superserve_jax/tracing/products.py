@@ -1,27 +1,33 @@
 """Counts the multiply-adds of a trace at other sizes, and finds the values that it reads."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from superserve_jax.tracing import kernels
+from superserve_jax.tracing.dims import Dim
 from superserve_jax.tracing.graph import Graph, Node, Value
 from superserve_jax.tracing.sizes import Sizes
 from superserve_jax.tracing.traced import Traced
 
 
-def read_values(traced: Traced, gates: Mapping[str, Any]) -> set[Value]:
-    """The values that some operation reads, or that are results. Blocks with gate 0 read nothing."""
-    return _read_values(traced.graph, traced, gates)
+def read_values(traced: Traced, gates: Mapping[str, Any], whole: Collection[Dim] = ()) -> set[Value]:
+    """The values that some operation reads, or that are results. Blocks with gate 0 read nothing.
+
+    A kernel of one size needs no matrices. `whole` holds the sizes of kernels that need them.
+    """
+    return _read_values(traced.graph, traced, gates, whole)
 
 
-def _read_values(graph: Graph, traced: Traced, gates: Mapping[str, Any]) -> set[Value]:
+def _read_values(graph: Graph, traced: Traced, gates: Mapping[str, Any], whole: Collection[Dim]) -> set[Value]:
     read = [*graph.outputs]
     for node in _running(graph, traced, gates):
         branches = [(node.inputs[1:], body) for body in node.bodies] if node.name == "cond" else []
         calls = branches or [(node.inputs, body) for body in node.bodies[:1]]
-        read += node.inputs[:1] if branches else [] if calls else node.inputs
+        is_small_kernel = node.name == kernels.NAME and kernels.size_of(node) not in whole
+        read += node.inputs[:1] if branches or is_small_kernel else [] if calls else node.inputs
         for operands, body in calls:
-            inner = _read_values(body, traced, gates)
+            inner = _read_values(body, traced, gates, whole)
             read += [operand for operand, value in zip(operands, body.inputs, strict=True) if value in inner]
     return {operand for operand in read if isinstance(operand, Value)}
 

@@ -1,64 +1,18 @@
 """A function that was traced once and can run at other sizes."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from superserve_jax import errors, ops
-from superserve_jax.tracing import blocks, infinities, jaxprs, means, places, relations, suspects
-from superserve_jax.tracing.dims import Dim, fix, leaves, unify
+from superserve_jax.tracing import blocks, groups, infinities, jaxprs, kernels, means, places, relations, suspects
+from superserve_jax.tracing.dims import Dim, fix, unify
 from superserve_jax.tracing.evaluation import Evaluation
 from superserve_jax.tracing.graph import Graph, Operand, Value
 from superserve_jax.tracing.sizes import Sizes
 from superserve_jax.tracing.suspects import Suspect
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """An axis of a parameter."""
-
-    parameter: str
-    axis: int
-
-    def __str__(self) -> str:
-        return f"{self.parameter}[{self.axis}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Axes of parameters that can only change together.
-
-    Args:
-      name: one of the axes, such as "fc.kernel[1]". If that axis consists of several groups, a number follows: "qkv[1].0" and
-        "qkv[1].1".
-      size: the size in the whole network.
-      places: all axes of parameters that this group belongs to.
-    """
-
-    name: str
-    size: int
-    places: tuple[Place, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """An axis of a parameter, or a part of it, that keeps its size.
-
-    Args:
-      place: the axis.
-      size: the size of the axis, or of the part.
-      reason: why, with file and line.
-    """
-
-    place: Place
-    size: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.place} keeps its {self.size} entries: {self.reason}"
 
 
 class Traced:
@@ -68,6 +22,7 @@ class Traced:
     - `fixed`: axes of parameters that cannot change, and why.
     - `suspects`: numbers that may have been computed from a size, and do not follow it.
     - `blocks`: {path: the operations between two marks}, see `blocks.py`.
+    - `selections`: {a parameter: the `kernel_select` that makes smaller kernels of it}, see `kernels.py`.
     - `graph`, `parameters`: the program, and the values in it that are the parameters.
 
     Threads may share it.
@@ -77,8 +32,10 @@ class Traced:
         self.graph, self.parameters = graph, dict(parameters)
         self._params_tree, self._inputs_tree, self._outputs_tree = trees
         self._updates = updates  # the last outputs are new values of parameters
-        self.leaves, self.groups = _groups(self.parameters)
-        self.fixed = _fixed(self.parameters)
+        self.selections = kernels.settle(graph, parameters)
+        sizes = {value: kernels.size_of(node) for value, node in self.selections.items()}
+        self.leaves, self.groups = groups.find(self.parameters, sizes)
+        self.fixed = groups.fixed(self.parameters, sizes)
         self._means = means.find(graph)
         self._infinite = infinities.find(graph)
         self.blocks: dict[str, blocks.Block] = blocks.find(graph, graph.outputs[: len(graph.outputs) - updates])
@@ -132,7 +89,8 @@ class Traced:
         given = self._checked(params, self._params_tree, "params")
         values = list(self.parameters.values())
         for name, x, value in zip(self.parameters, given, values, strict=True):
-            _check_array(f"parameter '{name}'", x, value, (value.shape, evaluation.shape(value)))
+            small = tuple(map(evaluation.limit, self.dims_of(name)))
+            _check_array(f"parameter '{name}'", x, value, (value.shape, evaluation.shape(value), small))
         arguments = self._checked(inputs, self._inputs_tree, "inputs")
         for i, (x, value) in enumerate(zip(arguments, self.graph.inputs[len(values) :], strict=True)):
             _check_array(f"input {i}", x, value, (value.shape,))
@@ -143,6 +101,11 @@ class Traced:
         for i, operand in enumerate(self.graph.outputs[first:], first):
             outputs[i] = evaluation.mask(outputs[i], operand, range(outputs[i].ndim), 0)
         return jax.tree.unflatten(self._outputs_tree, outputs), evaluation.left
+
+    def dims_of(self, name: str, whole: Collection[Dim] = ()) -> list[Dim]:
+        """The axes of a parameter in a small network. A kernel has a size of its own, unless this size is in `whole`."""
+        node = self.selections.get(self.parameters[name])
+        return (self.parameters[name] if node is None or kernels.size_of(node) in whole else node.outputs[0]).dims
 
     def cut(self, params: Any, sizes: Mapping[str, ops.Size]) -> Any:
         """The parameters of the smaller network: the whole network's, cut to the limits of `sizes`."""
@@ -156,13 +119,15 @@ class Traced:
         found = {}
         for name, size in sizes.items():
             errors.check_name("group of axes", name, self.groups)
-            whole = self.groups[name].size
+            whole, steps = self.groups[name].size, self.groups[name].steps
             limit = size[0] if isinstance(size, tuple) else size
             if not isinstance(limit, int | np.integer) or not 1 <= limit <= whole:
                 raise errors.ConfigError(
                     f"the size of '{name}' is {size!r}; give an int from 1 to {whole}, or a pair of "
                     "such an int and a traced int32"
                 )
+            if steps and limit not in steps:
+                raise errors.ConfigError(f"the size of the kernel '{name}' is {limit}; it can be one of {steps}")
             found[self.leaves[name]] = (int(limit), size[1]) if isinstance(size, tuple) else int(limit)
         return Sizes(found)
 
@@ -179,45 +144,6 @@ def _check_array(what: str, x: Any, value: Value, shapes: tuple[tuple[int, ...],
             f"{what} has shape {np.shape(x)} and dtype {x.dtype}; the function was traced with {value.shape} and "
             f"{value.dtype}. Trace it again for other inputs"
         )
-
-
-def _parts(parameters: Mapping[str, Value]) -> list[tuple[Dim, Place, int, int]]:
-    """(leaf, place, number of the leaf in its axis, number of leaves of the axis) of every axis of every parameter."""
-    found = []
-    for name, value in parameters.items():
-        for axis, dim in enumerate(value.dims):
-            inner = leaves(dim)
-            found += [(leaf, Place(name, axis), i, len(inner)) for i, leaf in enumerate(inner) if leaf.size > 1]
-    return found
-
-
-def _groups(parameters: Mapping[str, Value]) -> tuple[dict[str, Dim], dict[str, Group]]:
-    found: dict[Dim, list[tuple[Place, int, int]]] = {}
-    for leaf, place, number, count in _parts(parameters):
-        if leaf.fixed is None:
-            found.setdefault(leaf, []).append((place, number, count))
-    named, groups = {}, {}
-    for leaf, uses in found.items():
-        # The name is preferably a whole axis, of a matrix, the last one (what the matrix makes), with the shortest path.
-        place, number, count = min(uses, key=lambda use: (use[2], *_rank(use[0], parameters)))
-        name = str(place) if count == 1 else f"{place}.{number}"
-        named[name] = leaf
-        groups[name] = Group(name, leaf.size, tuple(dict.fromkeys(place for place, _, _ in uses)))
-    return named, groups
-
-
-def _rank(place: Place, parameters: Mapping[str, Value]) -> tuple[bool, bool, int]:
-    axes = len(parameters[place.parameter].shape)
-    return axes == 1, place.axis != axes - 1, place.parameter.count(".")
-
-
-def _fixed(parameters: Mapping[str, Value]) -> tuple[Fixed, ...]:
-    found = [Fixed(place, leaf.size, leaf.fixed) for leaf, place, _, _ in _parts(parameters) if leaf.fixed is not None]
-    for name, value in parameters.items():
-        for axis, dim in enumerate(value.dims):
-            if dim.size > 1 and all(leaf.size == 1 for leaf in leaves(dim)):
-                found.append(Fixed(Place(name, axis), dim.size, "its entries are used one by one"))
-    return tuple(dict.fromkeys(found))
 
 
 def trace(function: Callable[[Any, Any], Any], params: Any, inputs: Any, *, has_updates: bool = False) -> Traced:

@@ -7,6 +7,7 @@
 | broadcast, transpose, reshape, and new axes | `shapes.py` |
 | concatenate, split, slice, pad | `parts.py` |
 | matrix products and convolutions | `contractions.py` |
+| kernels of several sizes | `selections.py` |
 | sums, maxima, and others along an axis | `reductions.py` |
 | look-ups, writing into places, counting and random numbers | `lookups.py` |
 | scan, checkpoint, and functions with derivatives of their own | `calls.py` |
@@ -14,7 +15,7 @@
 A primitive without a rule keeps all its axes at their sizes. The names are those of jax 0.10 to 0.12.
 """
 
-from superserve_jax.tracing.rules import calls, contractions, elementwise, lookups, parts, reductions, shapes
+from superserve_jax.tracing.rules import calls, contractions, elementwise, lookups, parts, reductions, selections, shapes
 from superserve_jax.tracing.rules.base import UNKNOWN, Rule
 
 RULES: dict[str, Rule] = {
@@ -22,6 +23,7 @@ RULES: dict[str, Rule] = {
     **shapes.RULES,
     **parts.RULES,
     **contractions.RULES,
+    **selections.RULES,
     **reductions.RULES,
     **lookups.RULES,
     **calls.RULES,

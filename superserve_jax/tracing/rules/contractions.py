@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from superserve_jax.tracing.dims import Dim, product, unify
+from superserve_jax.tracing.dims import Dim, product, resolve, unify
 from superserve_jax.tracing.graph import Node
 from superserve_jax.tracing.rules.base import Rule, bind, fix_axes, fix_node, tie, tie_all
 
@@ -42,7 +42,8 @@ def relate_convolution(node: Node) -> None:
         fix_node(node)
         return
     fix_axes([x[axis] for axis in numbers.lhs_spec[2:]], node, "a spatial axis of a convolution")
-    fix_axes([kernel[axis] for axis in numbers.rhs_spec[2:]], node, "the size of a kernel")
+    for i, axis in enumerate(numbers.rhs_spec[2:]):
+        _relate_kernel_size(node, i, kernel[axis])
     fix_axes([out[axis] for axis in numbers.out_spec[2:]], node, "a spatial axis of a convolution")
     unify(x[numbers.lhs_spec[0]], out[numbers.out_spec[0]], node.where)
     channels, kernel_in, kernel_out = x[numbers.lhs_spec[1]], kernel[numbers.rhs_spec[1]], kernel[numbers.rhs_spec[0]]
@@ -55,8 +56,27 @@ def relate_convolution(node: Node) -> None:
     tie(kernel_out, out[numbers.out_spec[1]], node)
 
 
+def _relate_kernel_size(node: Node, i: int, size: Dim) -> None:
+    """A kernel's size is fixed, unless it comes from `kernel_select` and the padding may follow it."""
+    steps, most = resolve(size).steps, size.size
+    if not steps:
+        fix_axes([size], node, "the size of a kernel")
+    elif node.params["lhs_dilation"][i] != 1:
+        fix_axes([size], node, "the kernel of a transposed convolution")
+    elif min(node.params["padding"][i]) < (most - steps[0]) // 2 * node.params["rhs_dilation"][i]:
+        fix_axes([size], node, "a padding that is too small for smaller kernels")
+
+
+def _padding(node: Node, at: "Evaluation") -> tuple[tuple[int, int], ...]:
+    """The padding for the kernel's sizes: the output keeps its size."""
+    p, kernel = node.params, node.inputs[1].dims
+    sizes = [kernel[axis] for axis in p["dimension_numbers"].rhs_spec[2:]]
+    less = [(dim.size - at.limit(dim)) // 2 * step for dim, step in zip(sizes, p["rhs_dilation"], strict=True)]
+    return tuple((low - cut, high - cut) for (low, high), cut in zip(p["padding"], less, strict=True))
+
+
 def evaluate_convolution(node: Node, values: Sequence[Any], at: "Evaluation") -> list[jax.Array]:
-    """As `evaluate_dot`. The number of groups follows the sizes."""
+    """As `evaluate_dot`. The number of groups and the padding follow the sizes."""
     numbers = node.params["dimension_numbers"]
     x, kernel = node.inputs
     channels, per_group = x.dims[numbers.lhs_spec[1]], kernel.dims[numbers.rhs_spec[1]]
@@ -65,9 +85,10 @@ def evaluate_convolution(node: Node, values: Sequence[Any], at: "Evaluation") ->
             at.mask(values[0], x, (numbers.lhs_spec[1],), 0),
             at.mask(values[1], kernel, (numbers.rhs_spec[1],), 0),
         ]
-    if node.params["feature_group_count"] == 1:
-        return bind(node, values)
-    return bind(node, values, feature_group_count=at.limit(channels) // at.limit(per_group))
+    groups = node.params["feature_group_count"]
+    if groups != 1:
+        groups = at.limit(channels) // at.limit(per_group)
+    return bind(node, values, feature_group_count=groups, padding=_padding(node, at))
 
 
 RULES = {

@@ -20,6 +20,7 @@ OTHER_NAMES = {
     "add_any",
     "reduce_window",
     "unstack",
+    "kernel_select",  # test_selections.py
 }
 
 
