@@ -93,6 +93,21 @@ def module_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA compiles in less time, and its code runs slower, in this process and in programs that it starts.
+
+    For files whose tests do not depend on how XLA rounds. Not for tests that compare bits of this process with those of
+    another one, because functions that this process has compiled before stay as they are.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def tiny():
     """A SuperNet of basic blocks. Its smallest, a middle and its largest subnet have random statistics."""

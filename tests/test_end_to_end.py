@@ -12,9 +12,10 @@ import time
 import pytest
 
 import superserve_jax as ss
+from superserve_jax.commands import replay_setup
 
 ROOT = pathlib.Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def test_measuring_and_replaying_give_a_table_a_plot_and_json(run_program, train
     assert done.json["verdict"]["policy"]["name"] == "slackfit"
     assert (tmp_path / "p.png").stat().st_size > 1000
 
+    monkeypatch.setattr(replay_setup, "TIMING_S", 0.2)  # the next replays run in this process
     options = ["--seconds", "4", "--policies", "slackfit", "fixed:0", "--simulate"]
     done = run_program(*replay, *options, json_file=True)
     assert done.json["trace"].startswith("bursts of ")

@@ -70,8 +70,9 @@ def steps(folder, name):
 
 
 @pytest.mark.slow
-def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path):
-    settings: dict = {"epochs": 4.0, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
+def test_a_process_killed_again_and_again_ends_with_bit_equal_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in less time
+    settings: dict = {"epochs": 2.4, "checkpoint_every": 3, "log_every": 1, "ema": 0.9, "random_subnets": 2}
     settings["phases"] = [{"share": 1, "elastic": ["depth"]}, {"share": 2, "rewire": True}]
     finish(start(tmp_path, "undisturbed", **settings))
     rng, deaths = np.random.default_rng(0), 0
@@ -226,10 +227,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, tmp_p
 
 
 @pytest.mark.slow
-def test_one_and_eight_devices_have_the_same_losses(tmp_path):
+def test_one_and_eight_devices_have_the_same_losses(tmp_path, monkeypatch):
     """The recipe has every part: a teacher, phases, rewiring, an average, validation."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in less time
     settings: dict = {
-        "epochs": 2.0,
+        "epochs": 1.2,
         "log_every": 1,
         "random_subnets": 2,
         "checkpoint_every": 100,
@@ -243,13 +245,13 @@ def test_one_and_eight_devices_have_the_same_losses(tmp_path):
     for name, devices in (("one", 1), ("eight", 8)):
         finish(start(tmp_path, name, devices=devices, **settings))
     one, eight = (Run.open(tmp_path / name).metrics() for name in ("one", "eight"))
-    assert len(one) == len(eight) == 20
+    assert len(one) == len(eight) == 12
     for a, b in zip(one, eight, strict=True):
         assert a.keys() == b.keys()
         for key in {"loss", "loss_smallest"} & a.keys():
             assert b[key] == pytest.approx(a[key], abs=1e-4), a["step"]
     assert "loss_smallest" in one[-1]
-    assert len({m["loss"] for m in one}) == 20
+    assert len({m["loss"] for m in one}) == 12
 
 
 def test_a_batch_that_the_devices_cannot_divide_is_refused(config, monkeypatch, tmp_path):
