@@ -30,7 +30,7 @@ from superserve_jax.tracing.family import ElasticConfig
 from superserve_jax.tracing.found import Found
 from superserve_jax.tracing.kernels import kernel_select
 from superserve_jax.tracing.modules import Call, Source
-from superserve_jax.tracing.options import Choices, Options
+from superserve_jax.tracing.options import Choices, Follows, Options
 
 C = TypeVar("C", bound=type)
 
@@ -69,6 +69,7 @@ class Elastic:
         rule: str = "first",
         divisor: int = 1,
         method: str = "__call__",
+        follows: Follows | None = None,
     ) -> ElasticNet:
         """Makes a SuperNet of a module. The SuperNet has the module's weights, and the module is not changed.
 
@@ -87,6 +88,9 @@ class Elastic:
           rule: which blocks a smaller depth keeps: "first" or "every_other".
           divisor: sizes that come from ratios are multiples of it, except numbers of heads.
           method: the method by which the module calls its blocks.
+          follows: {a pattern of axes' names: (the name of another axis, a function)}, such as {"blocks.*.squeeze":
+            ("blocks.*.expand", lambda n: n // 4)}. These axes have no choice of their own: their size is the function of the
+            other axis's size. Each "*" in the other name stands for what the pattern's "*" matched.
 
         Raises:
           ConfigError: the module cannot be traced, returns something else, or has nothing that is elastic.
@@ -109,7 +113,7 @@ class Elastic:
         if old is not None and old.__module__ != __name__:
             raise errors.ConfigError(f"family '{family_name}' exists already ({old.__qualname__}); give another name")
         given = _module_config(module, input_spec, call)
-        options = Options(axes or {}, depth or {}, rule, divisor, method)
+        options = Options(axes or {}, depth or {}, rule, divisor, method, follows or {})
         kind = _register(family_name, given, options)
         return ElasticNet(kind(), source.values)
 
@@ -122,6 +126,7 @@ class Elastic:
         rule: str = "first",
         divisor: int = 1,
         method: str = "__call__",
+        follows: Follows | None = None,
     ) -> Callable[[C], C]:
         """A class decorator that makes a family of SuperNets from a frozen dataclass.
 
@@ -130,11 +135,11 @@ class Elastic:
 
         Args:
           name: the family's name in runs and exports.
-          axes, depth, rule, divisor, method: as in `ss.elastic`.
+          axes, depth, rule, divisor, method, follows: as in `ss.elastic`.
 
         Raises ConfigError if the class is no frozen dataclass, or lacks a method.
         """
-        options = Options(axes or {}, depth or {}, rule, divisor, method)
+        options = Options(axes or {}, depth or {}, rule, divisor, method, follows or {})
 
         def decorate(cls: C) -> C:
             params = getattr(cls, "__dataclass_params__", None)

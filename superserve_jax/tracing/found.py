@@ -29,6 +29,7 @@ class ElasticAxis:
       places: the axes of parameters and statistics.
       sizes: the sizes that a subnet may have, ascending. One size if the axis is not elastic.
       steps: the only sizes that a kernel can have, ascending. `()` for all other axes.
+      leader: the name of the axis that this one follows: `sizes` has a size for each of its sizes. None if it follows none.
     """
 
     name: str
@@ -39,6 +40,12 @@ class ElasticAxis:
     places: tuple[Place, ...]
     sizes: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
+    leader: str | None = None
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether subnets have several sizes."""
+        return len(set(self.sizes)) > 1
 
     def matches(self, pattern: str) -> bool:
         """Whether a pattern names the axis: its kind, or a pattern such as "blocks.*.fc1"."""
@@ -87,7 +94,8 @@ class Found:
         yield "elastic axes:"
         alike: dict[str, int] = {}  # axes of blocks that differ only in the block's number share a line
         for axis in self.axes:
-            choices = ", ".join(map(str, axis.sizes)) if len(axis.sizes) > 1 else f"{axis.size} (not elastic)"
+            choices = ", ".join(map(str, axis.sizes)) if axis.is_elastic else f"{axis.size} (not elastic)"
+            choices += f", with {axis.leader}" if axis.leader and axis.is_elastic else ""
             places = list(dict.fromkeys(unnumbered(str(place)) for place in axis.places))
             line = f"{axis.kind:<9} {axis.name}: {choices}; cuts {some(places)}"
             alike[unnumbered(line)] = alike.get(unnumbered(line), 0) + 1

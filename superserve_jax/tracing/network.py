@@ -76,8 +76,8 @@ class Network:
         of_training = [f for f in traces[-1].fixed if any(f.place in a.places for a in axes if a not in alike)]
         self.options.check_patterns(alike, stages)
         depths = [dataclasses.replace(s, depths=self.options.depths(s)) for s in stages]
-        sized = [dataclasses.replace(a, sizes=self.options.sizes(a)) for a in alike]
-        suspects = {s for s in traces[0].suspects if set(s.groups) & {a.group for a in sized if len(a.sizes) > 1}}
+        sized = self.options.sized(alike)
+        suspects = {s for s in traces[0].suspects if set(s.groups) & {a.group for a in sized if a.is_elastic}}
         ordered = tuple(s for s in traces[0].suspects if s in suspects)
         total = sum(math.prod(s.shape) for s in self.source.specs.values())
         return Found(tuple(sized), tuple(depths), kept, (*traces[0].fixed, *of_training), ordered, total)
@@ -94,7 +94,7 @@ class Network:
     @functools.cached_property
     def elastic(self) -> tuple[ElasticAxis, ...]:
         """The axes that have several sizes."""
-        return tuple(axis for axis in self.found.axes if len(axis.sizes) > 1)
+        return tuple(axis for axis in self.found.axes if axis.is_elastic)
 
     @functools.cached_property
     def blocks(self) -> tuple[str, ...]:
@@ -119,13 +119,17 @@ class Network:
 
     @functools.cached_property
     def _positions(self) -> dict[str, list[ElasticAxis]]:
-        """The elastic axes by their names in the search space. A name has axes of blocks only, or axes outside of blocks only.
+        """The elastic axes with a choice of their own, by their names in the search space.
+
+        A name has axes of blocks only, or axes outside of blocks only.
 
         At its usual place, an axis has the name of its kind: widths outside of blocks, all others inside. Elsewhere, the name
         ends in "_inside" or "_outside".
         """
         groups: dict[str, list[ElasticAxis]] = {}
         for axis in self.elastic:
+            if axis.leader:
+                continue
             place = "" if not self.blocks else "_inside" if axis.block in self.blocks else "_outside"
             usual = "_outside" if axis.kind == "width" else "_inside"
             groups.setdefault(axis.kind + (place if place != usual else ""), []).append(axis)
@@ -136,6 +140,10 @@ class Network:
         sizes = {f"{_DEPTH}{block}": gate for block, gate in zip(self.blocks, subnet.gates, strict=True)}
         for name, group in self._positions.items():
             sizes |= {axis.name: round(ratio * axis.size) for axis, ratio in zip(group, subnet[name], strict=True)}
+        leaders = {axis.name: axis for axis in self.elastic}
+        for axis in self.elastic:
+            if axis.leader:
+                sizes[axis.name] = axis.sizes[leaders[axis.leader].sizes.index(sizes[axis.leader])]
         return sizes
 
     # -- tracing --------------------------------------------------------------------------------------------------------

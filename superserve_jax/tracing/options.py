@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from superserve_jax import errors
@@ -10,6 +11,7 @@ from superserve_jax.tracing.found import ElasticAxis, Stage
 from superserve_jax.tracing.kinds import KINDS
 
 Choices = Sequence[float] | Sequence[int] | None
+Follows = Mapping[str, tuple[str, Callable[[int], int]]]
 
 AXES: dict[str, Choices] = {"heads": (0.25, 0.5, 0.75, 1.0), "expand": (0.25, 0.5, 0.75, 1.0)}
 """What is elastic by default, besides the depth and the sizes of kernels."""
@@ -28,6 +30,8 @@ class Options:
       rule: which blocks of a stage a smaller depth keeps: "first" or "every_other".
       divisor: sizes that come from ratios are multiples of it, except numbers of heads.
       method: the method by which the module calls its blocks.
+      follows: {a pattern of axes' names: (the name of another axis, a function)}. The axes have no choice of their own. Their
+        size is the function of the other axis's size. A "*" in the other name stands for what the pattern's "*" matched.
     """
 
     axes: Mapping[str, Choices] = dataclasses.field(default_factory=dict)
@@ -35,16 +39,20 @@ class Options:
     rule: str = "first"
     divisor: int = 1
     method: str = "__call__"
+    follows: Follows = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         errors.check_name("rule", self.rule, ["first", "every_other"])
         if not isinstance(self.divisor, int) or self.divisor < 1:
             raise errors.ConfigError(f"divisor must be a whole number from 1 up, got {self.divisor!r}")
-        for name in ("axes", "depth"):
+        for name in ("axes", "depth", "follows"):
             if not isinstance(getattr(self, name), Mapping):
                 raise errors.ConfigError(f"{name} must be a dict, such as {_EXAMPLES[name]}; got {getattr(self, name)!r}")
         for pattern, choices in self.axes.items():
             _check_choices("axes", pattern, choices)
+        for pattern, tie in self.follows.items():
+            if not (isinstance(tie, Sequence) and len(tie) == 2 and isinstance(tie[0], str) and callable(tie[1])):
+                raise errors.ConfigError(f"follows must be a dict such as {_EXAMPLES['follows']}; got {tie!r} for {pattern!r}")
         for pattern, choices in self.depth.items():
             _check_choices("depth", pattern, choices)
             if choices is not None and not all(isinstance(n, int) for n in choices):
@@ -52,12 +60,38 @@ class Options:
 
     def check_patterns(self, axes: Sequence[ElasticAxis], stages: Sequence[Stage]) -> None:
         """Raises UnknownNameError for a pattern that names nothing."""
+        for pattern in self.follows:
+            if not any(_captured(pattern, axis.name) for axis in axes):
+                raise errors.unknown_name("axis", pattern, [axis.name for axis in axes])
         for pattern in self.axes:
             if pattern not in KINDS and not any(axis.matches(pattern) for axis in axes):
                 raise errors.unknown_name("axis", pattern, [*KINDS, *(axis.name for axis in axes)])
         for pattern in self.depth:
             if not any(_matches(stage, pattern) for stage in stages):
                 raise errors.unknown_name("stage of blocks", pattern, [stage.name for stage in stages])
+
+    def sized(self, axes: Sequence[ElasticAxis]) -> list[ElasticAxis]:
+        """The axes with their sizes."""
+        own = {axis.name: dataclasses.replace(axis, sizes=self.sizes(axis)) for axis in axes}
+        return [self._following(axis, own) or axis for axis in own.values()]
+
+    def _following(self, axis: ElasticAxis, own: Mapping[str, ElasticAxis]) -> ElasticAxis | None:
+        """An axis with the sizes that follow another one. None if it has a choice of its own."""
+        for pattern, (other, function) in self.follows.items():
+            if (match := _captured(pattern, axis.name)) is not None:
+                for text in match.groups():
+                    other = other.replace("*", text, 1)
+                errors.check_name("axis", other, own)
+                if any(_captured(p, other) for p in self.follows):
+                    raise errors.ConfigError(f"axis '{axis.name}' follows '{other}', which follows another one; name that one")
+                sizes = tuple(function(size) for size in own[other].sizes)
+                if list(sizes) != sorted(sizes) or sizes[-1] != axis.size or not all(_is_size(n) for n in sizes):
+                    raise errors.ConfigError(
+                        f"axis '{axis.name}' of {axis.size} entries would have the sizes {sizes} where '{other}' has "
+                        f"{own[other].sizes}; expected whole numbers from 1 to {axis.size}, ascending, the last {axis.size}"
+                    )
+                return dataclasses.replace(axis, sizes=sizes, leader=other)
+        return None
 
     def sizes(self, axis: ElasticAxis) -> tuple[int, ...]:
         """The sizes of an axis, ascending. The last one is that of the whole network."""
@@ -85,7 +119,20 @@ class Options:
         return tuple(sorted({*choices, count}))
 
 
-_EXAMPLES = {"axes": '{"heads": None, "expand": (0.25, 0.5, 1.0)}', "depth": '{"blocks": (6, 9, 12)}'}
+_EXAMPLES = {
+    "follows": '{"blocks.*.squeeze": ("blocks.*.expand", lambda n: n // 4)}',
+    "axes": '{"heads": None, "expand": (0.25, 0.5, 1.0)}',
+    "depth": '{"blocks": (6, 9, 12)}',
+}
+
+
+def _captured(pattern: str, name: str) -> re.Match[str] | None:
+    """The match of a pattern with a name; its groups are what each "*" stands for."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), name)
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 
 def _matches(stage: Stage, pattern: str) -> bool:
