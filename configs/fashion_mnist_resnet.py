@@ -38,7 +38,7 @@ def get_config() -> TrainConfig:
         ),
         data=DataConfig(name="fashion_mnist", validation=5000, image_size=28, channels=1, shift=2, flip=True, cache=True),
         optim=OptimConfig(name="adamw", lr=4e-3, schedule="cosine", weight_decay=0.05),
-        epochs=20,
+        epochs=30,
         batch_size=128,
         label_smoothing=0.1,
         calibration_examples=4096,
