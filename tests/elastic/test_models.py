@@ -130,10 +130,10 @@ def program_and_subnets(name, kind):
         return programs.sliced(net.config, middle), [middle]
     if kind == "bucketed":
         return programs.bucketed(net.config, [low, middle]), [low, middle]
-    return programs.masked(net.config), [low, middle]
+    return programs.masked(net.config), [low, middle, net.space.largest()]
 
 
-@pytest.mark.parametrize("kind", ["masked", "sliced"])
+@pytest.mark.parametrize("kind", ["masked", "sliced", "bucketed"])
 def test_a_subnet_infers_what_the_small_network_infers(name, kind):
     net = elastic(name)
     program, subnets = program_and_subnets(name, kind)
@@ -144,7 +144,7 @@ def test_a_subnet_infers_what_the_small_network_infers(name, kind):
         assert_close(logits, expected(name, subnet)["infer"])
 
 
-@pytest.mark.parametrize("kind", ["masked", "bucketed"])
+@pytest.mark.parametrize("kind", ["masked", "sliced", "bucketed"])
 def test_a_subnet_trains_as_the_small_network_trains(name, kind):
     """Logits, batch statistics and gradients agree. Outside of the subnet, gradients are exactly zero."""
     net = elastic(name)
