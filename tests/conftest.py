@@ -93,6 +93,16 @@ def module_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_functions():
+    """A file of tests leaves no traced and compiled functions behind. In the end they would be millions of objects.
+
+    Every garbage collection visits all objects, and hundreds of tests collect garbage.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """XLA compiles in less time, and its code runs slower, in this process and in programs that it starts.
