@@ -6,7 +6,17 @@
 
 Writes search.json and search.png into the run's folder. Go on with `superserve calibrate`. Ctrl-C keeps the candidates in
 search.jsonl; the same command goes on from there. The defaults come from the run's config: see `superserve search RUN --help`.
-Library: training.stages.search (training.search, training.latency, training.calibration, training.evaluation).
+
+With --under, it searches for the most accurate subnet under constraints, which hold together:
+
+    superserve search runs/digits_resnet --under latency=5ms size=20MB flops=1G
+    superserve search runs/digits_resnet --under latency=5ms --latency-table h100.json --serve
+
+A predictor learns from evaluated subnets, and its error on held-out subnets is printed. The best subnets are evaluated on
+validation examples. Writes constrained.json. --serve also adds the best subnet to the served ones.
+
+Library: training.stages.search (training.search, training.latency, training.calibration, training.evaluation) and
+training.constrained.search_under (training.constraints, training.predictor, training.evolution, training.latency_table).
 """
 
 import dataclasses
@@ -14,12 +24,21 @@ import pathlib
 import time
 from typing import Annotated
 
+import jax
 import tyro
 
-from superserve_jax import cli
-from superserve_jax.training import stages
+from superserve_jax import cli, errors
+from superserve_jax.dtypes import ComputeDtype
+from superserve_jax.engines import keys
+from superserve_jax.training import constrained, stages
 from superserve_jax.training.config import SearchConfig
+from superserve_jax.training.constrained import Report, Settings, Winner
+from superserve_jax.training.constraints import Constraints
+from superserve_jax.training.latency_table import LatencyTable
 from superserve_jax.training.runs import Run
+
+_PARETO_ONLY = ("candidates", "cost", "served", "tolerance")  # fields of SearchConfig
+_UNDER_ONLY = ("samples", "predictions", "winners", "dtype", "latency_table", "serve")  # fields of Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +47,25 @@ class Options:
 
     Args:
       search: the settings of the search.
-      json: write the chosen subnets to this file.
+      under: search under constraints, such as latency=5ms size=20MB flops=1G. One, two or three of them. FLOPs are the
+        multiply-adds of one input; latency is that of a batch of --latency-batch.
+      samples: with --under, number of evaluated subnets that the predictor learns from.
+      predictions: with --under, number of subnets that the search compares by predictions.
+      winners: with --under, number of the best subnets that are evaluated.
+      dtype: with --under, dtype of the weights, for their size.
+      latency_table: with --under latency=..., a table that the same command wrote on another device.
+      serve: with --under, add the best subnet to the subnets that the run serves.
+      json: write the chosen subnets, or the report of --under, to this file.
     """
 
     search: Annotated[SearchConfig, tyro.conf.arg(name="")]
+    under: tuple[str, ...] = ()
+    samples: int = Settings.samples
+    predictions: int = Settings.predictions
+    winners: int = Settings.winners
+    dtype: ComputeDtype = Settings.dtype
+    latency_table: pathlib.Path | None = None
+    serve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: pathlib.Path | None = None
 
 
@@ -39,7 +73,19 @@ def main() -> None:
     """The command."""
     workdir, options = cli.options_after_path(lambda path: Options(Run.open(path).config.search), __doc__)
     run = Run.open(workdir)
+    default = run.config.search
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, search=options.search))
+    cli.refuse_without(options, "under", *_UNDER_ONLY)
+    if options.under:
+        for name in _PARETO_ONLY:
+            if (value := getattr(options.search, name)) != getattr(default, name):
+                raise errors.ConfigError(f"--{name} {value} has no effect with --under; leave out one of them")
+        _search_under(run, options)
+    else:
+        _search(run, options)
+
+
+def _search(run: Run, options: Options) -> None:
     start = time.monotonic()
     chosen = stages.search(run)
     seconds = time.monotonic() - start
@@ -59,3 +105,62 @@ def main() -> None:
     if latency:
         print(f"latencies are predicted; mean error, cross-validated: {100 * found['latency_error']:.1f} %")
     print(f"plot: {run.workdir / 'search.png'}; go on with `{cli.command('calibrate', run.workdir)}`")
+
+
+def _search_under(run: Run, options: Options) -> None:
+    constraints = Constraints.parse(options.under)
+    if options.latency_table and constraints.latency_ms is None:
+        raise errors.ConfigError("--latency-table has no effect without a limit of the latency, such as --under latency=5ms")
+    start = time.monotonic()
+    report = constrained.search_under(
+        run,
+        constraints,
+        Settings(options.samples, options.predictions, options.winners, options.dtype),
+        table=LatencyTable.read(options.latency_table) if options.latency_table else None,
+        device=keys.device_kind(jax.devices()[0]),
+    )
+    _print(report, time.monotonic() - start)
+    cli.write_results(options.json, report.to_json())
+    if options.serve:
+        constrained.serve(run, report.best.subnet)
+        print(f"the best subnet is now among those to serve; go on with `{cli.command('calibrate', run.workdir)}`")
+
+
+def _print(report: Report, seconds: float) -> None:
+    """Prints what was found, how good the predictions are, and the table of the evaluated subnets."""
+    evolved, drawn = report.predictions
+    print(f"under {report.constraints}: {evolved} subnets by evolution and {drawn} random ones in {seconds:.0f} s")
+    print(
+        f"accuracy predictor, held-out subnets of {report.samples}: RMSE {100 * report.rmse:.2f} points, "
+        f"Kendall tau {report.kendall_tau:.3f}"
+    )
+    if report.latency:
+        print(
+            f"latency table of '{report.latency['device']}', batch {report.latency['batch']}: mean error of a prediction, "
+            f"cross-validated: {100 * report.latency['error']:.1f} %"
+        )
+    measured = any(w.measured_ms is not None for w in report.rows)
+    columns = {
+        "found by": lambda w: w.found_by,
+        "subnet": lambda w: f"{w.subnet!r}",
+        **({"predicted ms": lambda w: f"{w.costs.latency_ms:.3f}"} if report.latency else {}),
+        **({"measured ms": lambda w: f"{w.measured_ms:.3f}"} if measured else {}),
+        "MB": lambda w: f"{w.costs.size_bytes / 1e6:.3f}",
+        "MFLOPs": lambda w: f"{w.costs.flops / 1e6:.2f}",
+        "predicted": lambda w: f"{100 * w.predicted:.2f} %",
+        "validation accuracy": lambda w: f"{100 * w.accuracy:.2f} %",
+    }
+    cli.print_columns(columns, report.rows, left=2)
+    print(f"standard error of an accuracy: {100 * report.standard_error:.2f} points")
+    if report.best_evaluated:
+        print(f"best of evolution, {_difference(report.winners[0], report.best_evaluated)} the best subnet of the samples")
+    print(f"best of evolution, {_difference(report.winners[0], report.control[0])} the best of the random search")
+    print(f"chosen, by {report.best.found_by}: {report.best.subnet!r}")
+    limit = report.constraints.latency_ms
+    if limit is not None and report.best.measured_ms is not None and report.best.measured_ms > limit:
+        print(f"every subnet measured above {limit:g} ms: give a lower limit, or measure on an idle machine")
+
+
+def _difference(one: Winner, other: Winner) -> str:
+    points = 100 * (one.accuracy - other.accuracy)
+    return f"{abs(points):.2f} points {'below' if points < 0 else 'above'}"

@@ -17,6 +17,9 @@ One file because each stage reads what an earlier one wrote.
 | wandb.json, wandb/ | the id and the local files of a Weights & Biases run |
 | search.json, search.png | the candidates, and the subnets to serve |
 | search.jsonl | the candidates one by one, so that an interrupted search can go on |
+| constrained.json | the result of a search under constraints |
+| constrained.jsonl | the subnets that these searches evaluated |
+| latency_tables/ | latencies of some subnets, one file for each device and batch size |
 | statistics.npz | SubnetNorm statistics of the calibrated subnets |
 | evaluation.json | test accuracies of the served subnets |
 | export/ | the export |
@@ -235,7 +238,7 @@ class Run:
 
     def forget_stages(self) -> None:
         """Removes the results of search, calibration and evaluation: further training changes the weights."""
-        for name in ("search.json", _STATISTICS, "evaluation.json"):
+        for name in ("search.json", "constrained.json", _STATISTICS, "evaluation.json"):
             (self.workdir / name).unlink(missing_ok=True)
 
     def statistics(self) -> dict[Subnet, np.ndarray]:

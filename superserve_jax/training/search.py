@@ -80,19 +80,25 @@ def evolutionary_search(
       known: candidates of an interrupted search. Their accuracies are not measured again.
     """
     cost_of, within, known = cost or model.config.flops, space or model.space, known or {}
-    inputs, on_device = jax.device_put(images), jax.device_put(list(batches))
-
-    def judge(subnet: Subnet) -> Candidate:
-        judged = SuperNet(model.config, model.params, calibration.calibrate(model, [subnet], inputs))
-        (accuracy,) = evaluation.accuracy(judged, [subnet], lambda: on_device)
-        return Candidate(subnet, cost_of(subnet), accuracy)
-
+    measure = accuracy_of(model, images, batches)
     tried: dict[Subnet, Candidate] = {}  # by the subnet of `within`, whose canonical form can differ from the model's
     for subnet in _proposals(model.config, within, tried, min(candidates, within.size), seed, tied):
         whole = model.space.validate(subnet)
-        candidate = known[whole] if whole in known else judge(whole)
+        candidate = known[whole] if whole in known else Candidate(whole, cost_of(whole), measure(whole))
         tried[subnet] = dataclasses.replace(candidate, subnet=subnet)
         yield candidate
+
+
+def accuracy_of(model: SuperNet, images: np.ndarray, batches: Iterable[Mapping[str, np.ndarray]]) -> Callable[[Subnet], float]:
+    """A function that measures the accuracy of a subnet with its own statistics. The arguments are those of the search."""
+    inputs, on_device = jax.device_put(images), jax.device_put(list(batches))
+
+    def measure(subnet: Subnet) -> float:
+        calibrated = SuperNet(model.config, model.params, calibration.calibrate(model, [subnet], inputs))
+        (accuracy,) = evaluation.accuracy(calibrated, [subnet], lambda: on_device)
+        return accuracy
+
+    return measure
 
 
 # -- proposals ----------------------------------------------------------------------------------------------------------
@@ -266,6 +272,14 @@ class SearchLog:
         """Appends a candidate that is not known yet."""
         if candidate.subnet not in self.known:
             files.append(self._path, (json.dumps(candidate.to_json()) + "\n").encode())
+
+
+def evaluated(path: pathlib.Path, settings: Mapping[str, Any]) -> dict[Subnet, float]:
+    """The accuracies in a search.jsonl that has the given settings; other settings may differ. Empty without such a file."""
+    with errors.refusing(errors.ConfigError, f"{path} is damaged; remove it"):
+        found, _, known = _parse(path)
+    same = bool(found) and all(found.get(name) == value for name, value in settings.items())
+    return {c.subnet: c.accuracy for c in known} if same else {}
 
 
 def _parse(path: pathlib.Path) -> tuple[dict[str, Any], dict[Subnet, float], list[Candidate]]:

@@ -41,12 +41,7 @@ def search(run: Run) -> list[Candidate]:
     images, _ = dataset.arrays("train", limit=settings.calibration_examples)
     batches = validation.batches(dataset, settings)
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
-    depends_on = {
-        "model": config_to_json(run.config)["model"],
-        "weights": _digest(model.params),
-        "data": _digest({"inputs": images}, *batches),
-        "cost": settings.cost,
-    }
+    depends_on = {**accuracies_depend_on(run, model, images, batches), "cost": settings.cost}
     if timed:
         depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
     space = run.config.last_phase.space(model.config)
@@ -72,7 +67,7 @@ def search(run: Run) -> list[Candidate]:
         log.add(candidate)
         tried.append(candidate)
     best, examples = max(c.accuracy for c in tried), min(settings.examples, dataset.num_examples("validation"))
-    error = _standard_error(best, examples)
+    error = standard_error(best, examples)
     chosen = choose_served(
         tried,
         settings.served,
@@ -97,6 +92,17 @@ def search(run: Run) -> list[Candidate]:
     title = f"Search of {run.config.name}"
     plots.search(cloud, front, served, run.workdir / "search.png", cost=label, error=error, title=title)
     return chosen
+
+
+def accuracies_depend_on(
+    run: Run, model: SuperNet, images: np.ndarray, batches: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Everything that the validation accuracies of a search depend on, as plain values: network, weights and examples."""
+    return {
+        "model": config_to_json(run.config)["model"],
+        "weights": _digest(model.params),
+        "data": _digest({"inputs": images}, *batches),
+    }
 
 
 def sorted_by_importance(model: SuperNet, dataset: DatasetLike, *, seed: int = 0) -> SuperNet:
@@ -226,11 +232,12 @@ def precision(run: Run, served: Sequence[Served]) -> str:
     count = total // 2 if half else total
     middle = statistics.median(s.accuracy for s in served if s.accuracy is not None)
     source = f"about {count:,} test examples, one half of the {total:,}" if half else f"all {total:,} test examples"
-    error = 100 * _standard_error(middle, count)
+    error = 100 * standard_error(middle, count)
     return f"test accuracies are those on {source}; standard error of an accuracy: {error:.1f} points"
 
 
-def _standard_error(accuracy: float, examples: int) -> float:
+def standard_error(accuracy: float, examples: int) -> float:
+    """The standard error of an accuracy that was measured on so many examples."""
     return math.sqrt(accuracy * (1 - accuracy) / examples)
 
 
