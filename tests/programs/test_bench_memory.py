@@ -26,6 +26,8 @@ ONE_BLOCK = dataclasses.replace(  # these tests compile thirty programs
     TINY, image_size=8, stem_depths=(1,), stage_widths=(16,), strides=(1,), depths=((1,),), expand_ratios=(0.25, 0.5, 1.0)
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):

@@ -21,7 +21,7 @@ from superserve_jax.training.config import load_config
 from superserve_jax.training.runs import Run
 from superserve_jax.training.step import SandwichStep
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 CONFIG = """
 from superserve_jax.families.ofa_resnet import OFAResNetConfig

@@ -12,6 +12,7 @@ from superserve_jax.exports import profile_path
 from superserve_jax.profile import Profile, Row
 
 IMAGES = random_images(TINY, 12)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

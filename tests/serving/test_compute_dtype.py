@@ -16,7 +16,7 @@ from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 IMAGES = random_images(TINY, 3)
 
 

@@ -28,6 +28,7 @@ def get_config():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_same_command_with_the_new_path_trains_nothing_and_records_the_path(run_program, tmp_path, monkeypatch):
     for k, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         (tmp_path / "old" / name).mkdir(parents=True)

@@ -116,6 +116,7 @@ def test_an_expression_longer_than_the_inputs_is_refused_and_not_cut_off(folder)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_ends_in_an_export_that_reads_expressions(folder, tmp_path):
     config = TrainConfig(
         name="tiny",
