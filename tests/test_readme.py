@@ -2,6 +2,7 @@
 
 import bert_directory
 import jax
+import numpy as np
 import pytest
 import vit_directory
 from pages import PAGES, ROOT
@@ -17,6 +18,9 @@ SMALLER = {
     "16, 32, 32, 1": "16, 9, 9, 1",
     '"digits"': '"runs/demo/export"',
     "num_heads=12, depths=(6, 9, 12)": "num_heads=3, depths=(2, 3)",
+    '"ofa_mbv3_d234_e346_k357_w1.0.pth", width_mult=1.0': '"ofa_mobilenet.npz", width_mult=0.1',
+    '"depth_list": [2, 3, 4]': '"depth_list": [2, 3]',
+    '"d": [2, 3, 4, 2, 3]': '"d": [2, 3, 2, 2, 3]',
 }
 
 
@@ -35,6 +39,9 @@ def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, cache, monk
     Profile((1, 2, 4, 8, 16), tuple(rows), kind).save(exports.profile_path(export, kind))  # or a server measures one
     bert_directory.write(tmp_path / "my-classifier")
     vit_directory.save("timm_vit", tmp_path / "vit_base_patch16_224.safetensors")
+    with np.load(ROOT / "tests" / "data" / "ofa_mobilenet_small.npz") as file:
+        state = {name.removeprefix("state/"): value for name, value in file.items() if name.startswith("state/")}
+    np.savez(tmp_path / "ofa_mobilenet.npz", **state)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SUPERSERVE_CACHE", str(cache))
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -29,7 +29,7 @@ import superserve_jax
 from superserve_jax import families, files
 from superserve_jax.engines import cpu_clients
 from superserve_jax.engines.cpu_clients import Device
-from superserve_jax.families import dynabert, ofa_resnet, subset, vit
+from superserve_jax.families import dynabert, ofa_mobilenet, ofa_resnet, subset, vit
 from superserve_jax.supernets.family import FamilyConfig
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ UNTRACED = {"convert", "experiments", "exports", "loadtest", "scheduling", "serv
 """The packages from which no program can be traced. Edits there keep all executables."""
 
 # Other files in the folder of families come from users, and may import code from anywhere.
-_OWN = {dynabert.__name__, ofa_resnet.__name__, subset.__name__, vit.__name__}
+_OWN = {family.__name__ for family in (dynabert, ofa_mobilenet, ofa_resnet, subset, vit)}
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _KERNELS = ("jax-cuda", "jax-rocm", "libtpu", "nvidia-")  # how the names of packages with kernels begin

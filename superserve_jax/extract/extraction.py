@@ -11,6 +11,7 @@ import numpy as np
 
 from superserve_jax import errors, families, ops
 from superserve_jax.exports import Model
+from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.families.vit import ViTConfig
 from superserve_jax.supernets import programs
@@ -149,7 +150,7 @@ def input_contract(config: FamilyConfig, *, has_network: bool = True) -> dict[st
         names = ("max_length", "vocab_size", "pad_id", "token_types")
         return {**found, "about": about, **{name: getattr(config, name) for name in names}}
     about = "Raw inputs as the server takes them, with a batch axis in front."
-    if isinstance(config, OFAResNetConfig | ViTConfig):
+    if isinstance(config, OFAResNetConfig | OFAMobileNetConfig | ViTConfig):
         by_itself = "The network itself scales and normalises them with mean and std."
         first = "Compute (x / 255 - mean) / std first; mean and std are in config."
         raw = f"Raw pixels from 0 to 255, channels last. {by_itself if has_network else first}"

@@ -1,4 +1,5 @@
-"""The families of SuperNets, by name. `ofa_resnet.py`, `dynabert.py` and `vit.py` are the built-in ones.
+"""The families of SuperNets, by name. The built-in ones are `ofa_resnet.py`,
+`ofa_mobilenet.py`, `dynabert.py` and `vit.py`.
 
 To add a family:
 
@@ -8,8 +9,8 @@ To add a family:
 3. Give every program `--import my_module`, or name the family as an entry point (see `supernets/registry.py`). A family in a
    file of this folder needs neither, since every file here is imported.
 
-docs/families.md explains each step, with an example. `ofa_resnet.py` is the full example. `vit.py` is a plain module, which
-`tracing` makes elastic.
+docs/families.md explains each step, with an example. `ofa_resnet.py` is the full example. `vit.py` and
+`ofa_mobilenet.py` are plain modules, which `tracing` makes elastic.
 """
 
 import importlib

@@ -140,10 +140,8 @@ def axes_of(traced: Traced, stages: Sequence[Stage]) -> tuple[ElasticAxis, ...]:
 
 def _name(group: Group, taken: set[str]) -> str:
     path = group.name.partition("[")[0]
-    if group.steps:
-        return path  # channels have the name of the layer
     layer, _, part = path.rpartition(".")
-    base = layer if layer and part in _PARTS else path
+    base = layer if layer and part in _PARTS and not group.steps else path  # a kernel's channels have the layer's name
     numbered = (f"{base}#{i}" for i in itertools.count(2))
     return base if base not in taken else next(name for name in numbered if name not in taken)
 

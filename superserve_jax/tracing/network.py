@@ -146,6 +146,12 @@ class Network:
                 sizes[axis.name] = axis.sizes[leaders[axis.leader].sizes.index(sizes[axis.leader])]
         return sizes
 
+    def subnet(self, sizes: Mapping[str, int]) -> Subnet:
+        """The inverse of `sizes`. It takes no notice of sizes that follow others, and of axes that are not elastic."""
+        gates = [sizes[f"{_DEPTH}{block}"] for block in self.blocks]
+        ratios = {name: [sizes[axis.name] / axis.size for axis in group] for name, group in self._positions.items()}
+        return self.space.subnet(gates=gates, **ratios)
+
     # -- tracing --------------------------------------------------------------------------------------------------------
 
     def input_spec(self, batch: int) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,59 @@
+"""OFA-MobileNetV3: its published sizes, its choices, and impossible configs. Logits: `convert/test_ofa_mobilenet.py`."""
+
+import dataclasses
+
+import pytest
+
+from superserve_jax import errors, supernets
+from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
+
+TINY = OFAMobileNetConfig(image_size=32, width_mult=0.1, depths=(1, 2), expand_ratios=(3.0, 6.0), kernel_sizes=(3, 5))
+
+
+def test_the_default_config_is_the_published_network():
+    """The numbers are those of once-for-all's own subnets of width 1.0, from `get_active_subnet`."""
+    config = OFAMobileNetConfig()
+    space = config.space()
+    largest, smallest = space.largest(), space.smallest()
+    assert (config.num_params(largest), config.flops(largest)) == (7_664_760, 566_170_656)
+    assert (config.num_params(smallest), config.flops(smallest)) == (3_410_792, 121_278_672)
+    assert space.size == pytest.approx(2.2e19, rel=0.02)  # once-for-all: more than 1e19
+    assert config.subnet(kernel_sizes=7, expand_ratios=6, depths=4) == largest
+    assert config.subnet(kernel_sizes=[3] * 20, expand_ratios=3, depths=(2,) * 5) == smallest
+
+
+def test_the_width_of_squeeze_and_excite_follows_the_expand_ratio():
+    config = OFAMobileNetConfig()
+    sizes = config.sizes(config.subnet(kernel_sizes=7, expand_ratios=4, depths=4))
+    assert (sizes["stages.4.1.depthwise"], sizes["stages.4.1.squeeze.reduce"]) == (640, 160)
+    assert (sizes["stages.1.0.depthwise"], sizes["stages.1.0.squeeze.reduce"]) == (96, 24)
+
+
+def test_a_network_without_choices_of_one_kind_is_possible():
+    config = dataclasses.replace(TINY, kernel_sizes=(3,), depths=(1,))
+    assert [axis.name for axis in config.space().axes] == ["expand"]
+    assert config.space().depths == ()
+
+
+def test_a_small_network_passes_the_checks_of_families():
+    supernets.check(TINY, run=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel_sizes": (4, 6)}, "kernel_sizes must be odd"),
+        ({"kernel_sizes": (5, 3)}, "kernel_sizes"),
+        ({"expand_ratios": ()}, "expand_ratios must be positive and ascending"),
+        ({"depths": (0, 2)}, "depths"),
+        ({"width_mult": 0.0}, "width_mult must be positive"),
+        ({"width_mult": 0.05}, "two stages of stride 1 have .* channels"),
+        ({"strides": (2, 2)}, "strides needs 5 whole numbers"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
+        ({"mean": (0.5,)}, "mean needs 3 values"),
+        ({"num_classes": 0}, "num_classes must be a whole number from 1 up"),
+    ],
+)
+def test_an_impossible_config_is_refused(change, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        dataclasses.replace(TINY, **change)
