@@ -9,7 +9,8 @@ import pytest
 from superserve_jax import __version__, commands
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = {path.stem for path in (ROOT / "superserve_jax" / "commands").glob("*.py")} - {"__init__", "replay_setup"}
+HELPERS = {"__init__", "convert_data", "replay_setup"}
+MODULES = {path.stem for path in (ROOT / "superserve_jax" / "commands").glob("*.py")} - HELPERS
 PROGRAMS = sorted([*ROOT.glob("train/*.py"), *ROOT.glob("serve/*.py")])
 
 
