@@ -18,7 +18,7 @@ REMEDIES = ("free space there, or choose", "Free space there", "choose another d
 
 
 @pytest.fixture(scope="module")
-def attempts(tmp_path_factory):
+def attempts(quick_compilation, tmp_path_factory):
     folder = tmp_path_factory.mktemp("disk") / "disk"
     folder.mkdir()
     mount = [*NEW_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(folder)]

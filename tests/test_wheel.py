@@ -72,6 +72,7 @@ def test_the_installed_wheel_serves_a_first_query_without_the_clone(environment,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_installed_command_trains_a_config_by_its_name(environment, tmp_path):
     command = [environment / "superserve", "train", "debug", "--workdir", "run", "--data.data-dir", "data"]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)

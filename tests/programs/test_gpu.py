@@ -8,6 +8,7 @@ import gpu
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = """
 from superserve_jax.families.ofa_resnet import OFAResNetConfig

@@ -20,6 +20,7 @@ PROGRAMS = [
 ]
 EXAMPLE = "docs/examples/my_family.py"
 ELASTIC = "docs/examples/my_elastic.py"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

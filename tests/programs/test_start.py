@@ -3,7 +3,7 @@
 import pytest
 from small_exports import IMAGES, write
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def test_cold_and_warm_starts_of_a_foreign_family_are_measured(run_program, tmp_path):
