@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shlex
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,12 +203,22 @@ def splits(builder: tfds.core.DatasetBuilder, validation: int) -> dict[str, str]
     return {**found, "test": test} if test else found
 
 
+def _is_odd(path: pathlib.Path) -> bool:
+    """Whether a path is neither a file nor a folder. One that another process has removed meanwhile is not odd."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return path.is_symlink()
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     expanded = _expanded(data_dir)
     folder = files.user_path(expanded or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")) / name
     if _NAME.fullmatch(name):
-        for odd in (f for f in folder.rglob("*") if not f.is_file() and not f.is_dir()):  # TFDS would wait for a pipe
-            raise errors.DataError(f"{odd} is not a regular file; remove {folder}, and prepare the dataset again")
+        for path in (pathlib.Path(parent, file) for parent, _, found in os.walk(folder) for file in found):
+            if _is_odd(path):  # TFDS would wait for a pipe
+                raise errors.DataError(f"{path} is not a regular file; remove {folder}, and prepare the dataset again")
     try:
         return tfds.builder(name, data_dir=expanded, try_gcs=False)
     except tfds.core.DatasetNotFoundError:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -58,6 +59,13 @@ def test_two_that_prepare_at_once_both_get_the_dataset(tmp_path, monkeypatch):
     with ThreadPoolExecutor(2) as threads:
         builders = list(threads.map(prepared.load, ["cluttered_digits"] * 2, [str(tmp_path)] * 2))
     assert [builder.info.splits["train"].num_examples for builder in builders] == [5, 5]
+
+
+def test_a_file_that_another_process_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "NUM_IMAGES", {"train": 5, "test": 2})
+    prepared.load("cluttered_digits", str(tmp_path))
+    monkeypatch.setattr(os, "walk", lambda folder: [(str(folder), [], ["removed"])])
+    assert prepared.load("cluttered_digits", str(tmp_path)).info.splits["train"].num_examples == 5
 
 
 def test_the_remains_of_a_killed_preparation_are_removed(tmp_path, monkeypatch):
