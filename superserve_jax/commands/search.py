@@ -121,6 +121,11 @@ def _search_under(run: Run, options: Options) -> None:
     )
     _print(report, time.monotonic() - start)
     cli.write_results(options.json, report.to_json())
+    if options.serve and not report.is_within(report.best):
+        raise errors.ConfigError(
+            f"--serve: all subnets that were timed are above the limit of {report.constraints.latency_ms:g} ms; the fastest one "
+            f"takes {report.best.measured_ms:.3g} ms. Nothing more is served; allow more, or give a lower limit of flops, too"
+        )
     if options.serve:
         constrained.serve(run, report.best.subnet)
         print(f"the best subnet is now among those to serve; go on with `{cli.command('calibrate', run.workdir)}`")

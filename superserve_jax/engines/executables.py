@@ -171,7 +171,8 @@ def trace_program(
       options: the compiler's options; None takes `compiler.options`.
     """
     full, used = programs.param_spec(program.config), programs.used_leaves(program, folded=form.folded)
-    leaves = tuple((name, shape if form.kept else full[name].shape) for name, shape in used.items())
+    whole = {name: full[name].shape for name in program.sources(used)}
+    leaves = tuple((used if form.kept else whole).items())
     names = tuple(name for name, _ in leaves)
 
     def infer(values: tuple[jax.Array, ...], inputs: jax.Array, statistics: jax.Array, active: jax.Array) -> jax.Array:

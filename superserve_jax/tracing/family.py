@@ -60,7 +60,10 @@ class ElasticConfig(TracedConfig):
         """A digest of parameters, axes, blocks and norms. It does not see other changes of the code."""
         found = self.found
         shapes = {name: [list(s.shape), str(s.dtype)] for name, s in self.network.source.specs.items()}
-        axes = [[a.name, a.kind, a.block, list(a.sizes), list(map(str, a.places))] for a in found.axes]
+        axes: list[list[Any]] = [[a.name, a.kind, a.block, list(a.sizes), list(map(str, a.places))] for a in found.axes]
+        for line, axis in zip(axes, found.axes, strict=True):
+            line += [f"follows {axis.leader}"] if axis.leader else []
+            line += [list(axis.steps)] if axis.steps else []
         stages = [[s.name, list(s.blocks), list(s.depths)] for s in found.stages]
         content = json.dumps([shapes, axes, stages, list(self.network.norms)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]

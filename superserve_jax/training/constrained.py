@@ -110,10 +110,16 @@ class Report:
 
     @property
     def best(self) -> Winner:
-        """The most accurate subnet of the report. Its measured latency, if any, is within the limit unless all are above."""
+        """The most accurate subnet that is within the limits. If all measured latencies are above, the fastest subnet."""
+        within = [w for w in self.rows if self.is_within(w)]
+        if within:
+            return max(within, key=lambda w: w.accuracy)
+        return min(self.rows, key=lambda w: w.measured_ms or 0.0)
+
+    def is_within(self, winner: Winner) -> bool:
+        """Whether the measured latency of a subnet of the report is within the limit. All other costs are."""
         limit = self.constraints.latency_ms
-        within = [w for w in self.rows if limit is None or w.measured_ms is None or w.measured_ms <= limit]
-        return max(within or self.rows, key=lambda w: w.accuracy)
+        return limit is None or winner.measured_ms is None or winner.measured_ms <= limit
 
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dump`."""

@@ -75,6 +75,24 @@ def test_subnets_are_the_same_code_built_small(net):
         assert_close(run(net.params, x, jnp.ones((2, 0)), masked.active(subnet)), expected)
 
 
+class Chain(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b, self.c = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.c(nnx.relu(self.b(nnx.relu(self.a(x)))))))
+
+
+def test_the_digest_tells_which_axis_is_followed():
+    """The axes, their sizes and their places are the same."""
+    digests = set()
+    for name in ("a", "b"):
+        net = ss.elastic(Chain(nnx.Rngs(0)), SPEC, follows={"c": (name, lambda n: n)}, name=f"chain_{name}")
+        digests.add(net.config.digest)
+    assert len(digests) == 2
+
+
 def test_an_axis_that_follows_a_whole_one_is_whole():
     net = make(axes={"blocks.0.expand": None})
     assert {a.name: a.sizes for a in net.found.axes if "reduce" in a.name} == {

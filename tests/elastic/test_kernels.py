@@ -200,7 +200,8 @@ def test_rewiring_keeps_the_whole_network_and_small_kernels(net):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_server_answers_as_the_model_does(net, tmp_path):
+@pytest.mark.parametrize("slicing", ["kept", "in_call"])
+def test_the_server_answers_as_the_model_does(net, slicing, tmp_path):
     chosen = sorted(subnets(net)[1:], key=net.config.flops)
     net = supernets.SuperNet(net.config, dict(net.params))
     for subnet in chosen:
@@ -209,7 +210,7 @@ def test_the_server_answers_as_the_model_does(net, tmp_path):
     cost = [{"flops": net.config.flops(s), "params": net.config.num_params(s)} for s in chosen]
     served = [ss.Served(s, accuracy=0.5 + i / 10, accuracy_shared=0.5, **cost[i]) for i, s in enumerate(chosen)]
     model = ss.load(ss.export(tmp_path / "export", net, served, measured="not at all"))
-    with ss.Server(model, slo_ms=10_000, batch_sizes=(2,)) as server:
+    with ss.Server(model, slo_ms=10_000, batch_sizes=(2,), slicing=slicing) as server:
         for row in inputs():
             reply = server.submit(row).result(timeout=60)
             assert_close(reply.output, model(row[None], reply.subnet)[0])

@@ -298,6 +298,25 @@ def test_a_latency_is_measured_once_and_its_table_names_the_device(run, monkeypa
     assert all(w.measured_ms is None and w.costs.latency_ms <= 3.0 for w in other.rows)
 
 
+def test_if_all_winners_measure_above_the_limit_the_fastest_is_the_best_and_none_is_served(run, monkeypatch, run_program):
+    """The table says that subnets are fast, but they are slow when they are timed alone."""
+    times = {"calls": 0}
+
+    def measure(model, subnets, *, batch):
+        times["calls"] += 1
+        slow = 100.0 if times["calls"] > 1 else 1.0
+        return {s: slow * (1.0 + model.config.flops(s) / model.config.flops(model.space.largest())) for s in subnets}
+
+    monkeypatch.setattr(latency, "measure", measure)
+    report = search_under(run, Constraints(latency_ms=1.9), FEW, device="My Card")
+    assert report.best.measured_ms == min(w.measured_ms for w in report.rows)
+    assert not report.is_within(report.best)
+    times["calls"] = 0
+    few = ("--samples", 14, "--predictions", 60, "--winners", 2, "--serve")
+    done = run_program("train/search.py", run.workdir, "--under", "latency=1.9ms", *few, status=2)
+    assert "--serve: all subnets that were timed are above the limit of 1.9 ms; the fastest one takes" in done.stderr
+
+
 def test_a_constraint_that_no_subnet_meets_is_refused_before_any_evaluation(run, count_calls):
     calls = count_calls(evaluation, "accuracy")
     with pytest.raises(errors.ConfigError, match=r"no subnet has size <= 1e-06 MB: the smallest one has .* MB; allow more"):
