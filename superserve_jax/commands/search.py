@@ -123,8 +123,8 @@ def _search_under(run: Run, options: Options) -> None:
     cli.write_results(options.json, report.to_json())
     if options.serve and not report.is_within(report.best):
         raise errors.ConfigError(
-            f"--serve: all subnets that were timed are above the limit of {report.constraints.latency_ms:g} ms; the fastest one "
-            f"takes {report.best.measured_ms:.3g} ms. Nothing more is served; allow more, or give a lower limit of flops, too"
+            f"--serve: all subnets that were timed are above the limit of {report.constraints.latency_ms:g} ms; the fastest "
+            f"one takes {report.best.measured_ms:.3g} ms. Nothing is served; allow more, or limit the flops, too"
         )
     if options.serve:
         constrained.serve(run, report.best.subnet)

@@ -177,7 +177,8 @@ def _hugging_face(prefix: str, weights: Mapping[str, np.ndarray]) -> Names:
 def _timm(weights: Mapping[str, np.ndarray]) -> Names:
     tokens = tuple(name for name in ("cls_token", "dist_token", "reg_token") if name in weights)
     has_fc_norm, has_two_heads = "fc_norm.weight" in weights, "head_dist.weight" in weights
-    pools: tuple[Pool, ...] = ("tokens",) if has_two_heads else ("mean_norm",) if has_fc_norm else ("token", "mean")
+    pools: tuple[Pool, ...] = ("token", "mean") if "cls_token" in tokens else ("mean",)
+    pools = ("tokens",) if has_two_heads else ("mean_norm",) if has_fc_norm else pools
     return Names(
         what="timm's vision transformer",
         layers={
@@ -193,6 +194,6 @@ def _timm(weights: Mapping[str, np.ndarray]) -> Names:
         positions="pos_embed",
         with_positions=None,
         eps=1e-6,
-        pools=pools if tokens or pools != ("token", "mean") else ("mean",),
+        pools=pools,
         antialias=True,
     )

@@ -85,10 +85,12 @@ class Options:
                 if any(_captured(p, other) for p in self.follows):
                     raise errors.ConfigError(f"axis '{axis.name}' follows '{other}', which follows another one; name that one")
                 sizes = tuple(function(size) for size in own[other].sizes)
-                if list(sizes) != sorted(sizes) or sizes[-1] != axis.size or not all(_is_size(n) for n in sizes):
+                is_possible = all(_is_size(n) and n in (axis.steps or [n]) for n in sizes)
+                if list(sizes) != sorted(sizes) or sizes[-1] != axis.size or not is_possible:
+                    wanted = f"some of {axis.steps}" if axis.steps else f"whole numbers from 1 to {axis.size}"
                     raise errors.ConfigError(
                         f"axis '{axis.name}' of {axis.size} entries would have the sizes {sizes} where '{other}' has "
-                        f"{own[other].sizes}; expected whole numbers from 1 to {axis.size}, ascending, the last {axis.size}"
+                        f"{own[other].sizes}; expected {wanted}, ascending, the last {axis.size}"
                     )
                 return dataclasses.replace(axis, sizes=sizes, leader=other)
         return None

@@ -86,6 +86,16 @@ def test_the_space_can_be_chosen():
     assert_same_arrays(again.params, model.params)
 
 
+def test_a_network_of_timm_with_registers_and_no_class_token_has_the_mean():
+    """As vit_so150m_patch16_reg4_gap_256. Its first token is a register, which classifies nothing."""
+    state = state_of("timm_vit")
+    state["reg_token"] = state.pop("cls_token")
+    options = {"num_heads": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert convert.vit(state, **options).config.pool == "mean"
+    with pytest.raises(errors.ConfigError, match="pool='mean', got 'token'"):
+        convert.vit(state, **options, pool="token")
+
+
 # -- errors -------------------------------------------------------------------------------------------------------------
 
 

@@ -233,6 +233,12 @@ def test_the_sizes_of_kernels_can_be_chosen():
         make(axes={"kernel": (0.5, 1.0)})
 
 
+def test_a_kernel_that_follows_an_axis_has_the_sizes_of_its_matrices():
+    sizes = {4: 2, 8: 4, 12: 6, 16: 7}
+    with pytest.raises(errors.ConfigError, match=r"would have the sizes \(2, .*some of \(3, 5, 7\), ascending, the last 7"):
+        make(follows={"blocks.0.depthwise.kernel": ("blocks.0.depthwise", sizes.__getitem__)})
+
+
 def test_kernels_that_are_not_elastic_need_no_matrices():
     net = make(axes={"kernel": None})
     assert net.config.num_params(net.largest) == sum(x.size for name, x in net.params.items() if ".to." not in name)
