@@ -1,6 +1,6 @@
 """Predicts the validation accuracies of subnets from the subnets that were evaluated.
 
-Evaluating a subnet takes a large part of a second or more, and a prediction takes a few microseconds. So a search under
+Evaluating a subnet takes a large part of a second or more, and a prediction takes milliseconds. So a search under
 constraints can compare thousands of subnets and evaluate only the best ones (Once-for-All, Cai et al., ICLR 2020).
 """
 
