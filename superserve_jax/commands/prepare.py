@@ -8,7 +8,7 @@ train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.g
 checked, and any other order of their images is allowed.
 
 TFDS's own builder writes the dataset, so `tfds.data_source` finds it, too. If it is there already, nothing changes. After
-Ctrl-C nothing is left. The datasets cluttered_digits and listops are made at first use, or by this command.
+Ctrl-C no file is left. The datasets cluttered_digits and listops are made at first use, or by this command.
 Library: training.datasets.prepared.prepare (training.datasets.mnist).
 """
 
