@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.convert import state_dict
+from superserve_jax.convert import once_for_all_state, state_dict
+from superserve_jax.convert.once_for_all_state import CLASSIFIER, ascending, num_classes
 from superserve_jax.convert.state_dict import Source
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.space import Axis, SearchSpace
@@ -24,7 +24,6 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 _BASE_DEPTHS = (2, 2, 4, 2)
-_CLASSIFIER = ("classifier.linear.linear", "classifier.linear")
 _IGNORED = ("image_size", "r")  # a subnet dictionary may name a resolution; here the config determines it
 
 
@@ -57,22 +56,18 @@ def ofa_resnet(
       ConversionError: weights are missing, surplus, not finite or of another shape. The message names them.
       ConfigError: an argument is impossible.
     """
-    if (mean is None) != (std is None):
-        raise errors.ConfigError(f"give mean and std together, or neither; got mean={mean} and std={std}")
+    options = once_for_all_state.pixel_options(mean, std)
     weights = state_dict.read(state)
-    depths = _ascending(depth_list)
+    depths = ascending(depth_list)
     if not depths or not all(isinstance(d, int) and d >= 0 for d in depths):
         raise errors.ConfigError(f"depth_list must hold whole numbers from 0 up, got {depth_list}")
-    options: dict[str, Any] = {"input_dtype": "float32"}
-    if mean is not None and std is not None:
-        options = {"mean": tuple(mean), "std": tuple(std)}
     config = OFAResNetConfig(
-        num_classes=_num_classes(weights),
+        num_classes=num_classes(weights),
         image_size=image_size,
         stem_depths=(0, 1) if len(depths) > 1 else (1,),
         depths=tuple(tuple(base + d for d in depths) for base in _BASE_DEPTHS),
-        expand_ratios=_ascending(expand_ratio_list),
-        width_mults=_ascending(width_mult_list),
+        expand_ratios=ascending(expand_ratio_list),
+        width_mults=ascending(width_mult_list),
         **options,
     )
     return fill(config, weights)
@@ -92,10 +87,7 @@ def fill(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> SuperNet
         f"width_mult_list={list(config.width_mults)}",
         hint="was the network made with these lists?",
     )
-    largest = config.space().largest()
-    norms = config.norm_sizes(config.sizes(largest))
-    statistics = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
-    return SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: statistics})
+    return once_for_all_state.supernet(config, found)
 
 
 def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
@@ -143,10 +135,6 @@ def ofa_arch(subnet: Subnet, space: SearchSpace) -> dict[str, list]:
     }
 
 
-def _ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
-    return tuple(sorted(set(np.atleast_1d(np.asarray(values)).tolist())))
-
-
 def _axes(space: SearchSpace) -> tuple[list[int], Axis, Axis]:
     """(depth_list, expand axis, width axis) of a search space. Raises SubnetError for the space of another network."""
     lists = {tuple(d - base for d in depths) for depths, base in zip(space.depths[1:], _BASE_DEPTHS, strict=False)}
@@ -170,12 +158,6 @@ def _positions(arch: Mapping[str, Any], name: str, count: int) -> list[Any]:
     return values
 
 
-def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
-    """The number of outputs of the classifier. If there is no classifier, a later error says so."""
-    shapes = [weights[n].shape for p in _CLASSIFIER for n in (f"{p}.bias", f"{p}.weight") if n in weights]
-    return next((shape[0] for shape in shapes if shape and shape[0]), 1000)
-
-
 def _check_sizes(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Raises ConversionError if the weights are of an OFA-ResNet with other sizes than the config.
 
@@ -196,7 +178,7 @@ def _check_sizes(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> 
     state_dict.check_sizes(
         "an OFA-ResNet50",
         {
-            "model.num_classes": (_num_classes(weights), config.num_classes),
+            "model.num_classes": (num_classes(weights), config.num_classes),
             "the number of blocks (the sum of the largest of model.depths)": (blocks or None, last + 1),
             f"{config.stage_widths[-1]} x the largest of model.width_mults": (outer, sizes["stage3.out"]),
             f"{outer} x the largest of model.expand_ratios": (inner, sizes[f"block{last}.mid"]),
@@ -220,7 +202,7 @@ def _sources(config: OFAResNetConfig) -> dict[str, Source]:
         ):
             sources[ours] = Source((f"{theirs}.bn.bn.{name}", f"{theirs}.bn.{name}"), shapes[kernel][-1:])
     for ours, name, axes in (("classifier.kernel", "weight", (1, 0)), ("classifier.bias", "bias", None)):
-        sources[ours] = Source(tuple(f"{p}.{name}" for p in _CLASSIFIER), shapes[ours], axes)
+        sources[ours] = Source(tuple(f"{p}.{name}" for p in CLASSIFIER), shapes[ours], axes)
     return sources
 
 

@@ -7,18 +7,17 @@ and "d" a depth per stage.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.convert import state_dict
+from superserve_jax.convert import once_for_all_state, state_dict
+from superserve_jax.convert.once_for_all_state import ascending, num_classes
 from superserve_jax.convert.state_dict import Source
 from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
-_CLASSIFIER = ("classifier.linear", "classifier.linear.linear")
 _IGNORED = ("image_size", "r", "wid")  # a subnet dictionary may name a resolution or a width; here the config determines both
 
 
@@ -52,19 +51,15 @@ def ofa_mobilenet(
       ConversionError: weights are missing, surplus, not finite or of another shape. The message names them.
       ConfigError: an argument is impossible.
     """
-    if (mean is None) != (std is None):
-        raise errors.ConfigError(f"give mean and std together, or neither; got mean={mean} and std={std}")
+    options = once_for_all_state.pixel_options(mean, std)
     weights = state_dict.read(state)
-    options: dict[str, Any] = {"input_dtype": "float32"}
-    if mean is not None and std is not None:
-        options = {"mean": tuple(mean), "std": tuple(std)}
     config = OFAMobileNetConfig(
-        num_classes=_num_classes(weights),
+        num_classes=num_classes(weights),
         image_size=image_size,
         width_mult=float(width_mult),
-        kernel_sizes=_ascending(ks_list),
-        expand_ratios=_ascending(expand_ratio_list),
-        depths=_ascending(depth_list),
+        kernel_sizes=ascending(ks_list),
+        expand_ratios=ascending(expand_ratio_list),
+        depths=ascending(depth_list),
         **options,
     )
     return fill(config, weights)
@@ -84,10 +79,7 @@ def fill(config: OFAMobileNetConfig, weights: Mapping[str, np.ndarray]) -> Super
         f"depth_list={list(config.depths)} and width_mult={config.width_mult}",
         hint="was the network made with these arguments?",
     )
-    largest = config.space().largest()
-    norms = config.norm_sizes(config.sizes(largest))
-    statistics = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
-    return SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: statistics})
+    return once_for_all_state.supernet(config, found)
 
 
 def ofa_mobilenet_subnet(arch: Mapping[str, Any], config: OFAMobileNetConfig) -> Subnet:
@@ -111,16 +103,6 @@ def ofa_mobilenet_subnet(arch: Mapping[str, Any], config: OFAMobileNetConfig) ->
         raise errors.SubnetError(f"a subnet dictionary needs 'ks', 'e' and 'd'; it lacks {missing}")
     ks, e, d = (np.asarray(arch[name]).tolist() for name in ("ks", "e", "d"))
     return config.subnet(kernel_sizes=ks, expand_ratios=e, depths=d)
-
-
-def _ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
-    return tuple(sorted(set(np.atleast_1d(np.asarray(values)).tolist())))
-
-
-def _num_classes(weights: Mapping[str, np.ndarray]) -> int:
-    """The number of outputs of the classifier. If there is no classifier, a later error says so."""
-    shapes = [weights[n].shape for p in _CLASSIFIER for n in (f"{p}.bias", f"{p}.weight") if n in weights]
-    return next((shape[0] for shape in shapes if shape and shape[0]), 1000)
 
 
 def _sources(config: OFAMobileNetConfig) -> dict[str, Source]:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from superserve_jax import errors
-from superserve_jax.convert import choices, folder, hugging_face, labels, tokenizer
+from superserve_jax.convert import choices, folder, hugging_face, labels, settings, tokenizer
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
@@ -122,11 +122,5 @@ def _check_supported(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
             f"{path}: {architecture} is not supported, because it is not a classifier of texts; supported is {_SUPPORTED}. "
             "Fine-tune the model as one, and save it again"
         )
-    wrong = []
-    for name, values in _SETTINGS.items():
-        found = fields.get(name, values[0])
-        if found not in values:
-            why = f": {_EXPLAINED[name]}" if name in _EXPLAINED else ""
-            wrong.append(f"{name} is {found!r} instead of {values[-1] if values[0] is None else values[0]!r}{why}")
-    if wrong:
+    if wrong := settings.unsupported(fields, _SETTINGS, _EXPLAINED):
         raise errors.ConversionError(f"{path}: this BERT is not supported, {'; '.join(wrong)}")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from superserve_jax import errors
-from superserve_jax.convert import choices, folder, labels, vision_transformer
+from superserve_jax.convert import choices, folder, labels, settings, vision_transformer
 from superserve_jax.families.vit import Pool, ViTConfig
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -132,13 +132,7 @@ def _check_supported(path: pathlib.Path, fields: Mapping[str, Any]) -> tuple[str
             f"{path}: {architecture} is not supported, because it is not a classifier of images; supported is "
             f"{' and '.join(known)}. Fine-tune the model as one, and save it again"
         )
-    wrong = []
-    for name, values in _SETTINGS.items():
-        found = fields.get(name, values[0])
-        if found not in values:
-            why = f": {_EXPLAINED[name]}" if name in _EXPLAINED else ""
-            wrong.append(f"{name} is {found!r} instead of {values[-1] if values[0] is None else values[0]!r}{why}")
-    if wrong:
+    if wrong := settings.unsupported(fields, _SETTINGS, _EXPLAINED):
         raise errors.ConversionError(f"{path}: this {kind} is not supported, {'; '.join(wrong)}")
     return kind, architecture
 
