@@ -15,7 +15,7 @@ from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.families.vit import ViTConfig
 from superserve_jax.supernets import programs
-from superserve_jax.supernets.family import FamilyConfig, SequenceConfig
+from superserve_jax.supernets.family import FamilyConfig, SequenceConfig, TracedConfig
 from superserve_jax.supernets.programs import Program
 
 CONTRACT_FORMAT = "superserve-jax subnet"
@@ -116,7 +116,7 @@ def take(model: Model, index: int = -1) -> Extraction:
         "class_names": model.class_names,
         "vocabulary": {**model.manifest["vocabulary"], "tokens": model.vocabulary} if model.vocabulary else None,
         "sizes": program.limits,
-        "norm_epsilon": ops.EPS,
+        "norm_epsilon": None if isinstance(model.config, TracedConfig) else ops.EPS,
         "config": families.config_to_json(model.config),
     }
     return Extraction(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from superserve_jax import ops
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
 from superserve_jax.vocabulary import TokenConfig
@@ -119,12 +120,14 @@ class Fold:
       kernel: dotted path of the convolution's kernel. Its last axis is the output channels. No other layer reads it.
       scale: dotted path of the norm's scale.
       bias: dotted path of the norm's bias.
+      eps: what the norm adds to a variance.
     """
 
     norm: str
     kernel: str
     scale: str
     bias: str
+    eps: float = ops.EPS
 
 
 @runtime_checkable

@@ -137,8 +137,8 @@ class Program:
         for norm, fold in self.folds.items():
             [n], start = shapes[fold.bias], self.offsets[norm]
             mean, var = statistics[:, start : start + n]
-            kernel, scale, bias = found[fold.kernel], cut(params[fold.scale], (n,)), found[fold.bias]
-            found[fold.kernel], found[fold.bias] = ops.fold_norm(kernel, mean, var, scale, bias)
+            kernel, scale, bias = found[fold.kernel], self.cut(fold.scale, params, (n,)), found[fold.bias]
+            found[fold.kernel], found[fold.bias] = ops.fold_norm(kernel, mean, var, scale, bias, eps=fold.eps)
         return found
 
     def train(self, params: Params, inputs: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -253,7 +253,8 @@ def used_leaves(program: Program, *, folded: bool = False) -> dict[str, Shape]:
     spec = param_spec(program.config)
     if isinstance(program.config, TracedConfig):
         shapes = program.config.shapes(program.limits, program.traced)
-        return {name: shapes[name] for name in sorted(shapes)}
+        unread = {fold.scale for fold in program.folds.values()} if folded else set[str]()
+        return {name: shapes[name] for name in sorted(shapes.keys() - unread)}
     statistics = jax.ShapeDtypeStruct((2, program.statistics_size), jnp.float32)
     active = jax.ShapeDtypeStruct((len(program.traced),), jnp.int32)
     infer = program.infer_folded if folded else program.infer

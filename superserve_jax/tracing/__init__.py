@@ -24,6 +24,7 @@ of axes that change together. To run at other sizes, the same operations are eva
 | sizes, masks and cuts | `sizes.py` |
 | running sliced, bucketed or masked | `evaluation.py`, `infinities.py` |
 | kernels of several sizes | `kernels.py` |
+| norms that engines fold into convolutions | `folding.py` |
 | means, whose divisor follows the sizes; numbers that may come from a size | `means.py`, `suspects.py` |
 | file and line in error messages and reasons | `places.py` |
 """

@@ -23,6 +23,7 @@ from superserve_jax import ops
 from superserve_jax.tracing import infinities
 from superserve_jax.tracing.blocks import Block
 from superserve_jax.tracing.dims import Dim
+from superserve_jax.tracing.folding import Foldable
 from superserve_jax.tracing.graph import Graph, Node, Operand, Value
 from superserve_jax.tracing.rules import rule_of
 from superserve_jax.tracing.sizes import Sizes
@@ -36,6 +37,7 @@ class Evaluation:
       means: the nodes that divide by a number of entries, and the axes whose entries they count.
       infinite: constants that are infinite, and copies of them, see `infinities.py`.
       gates: the gate of each block that may be left out. A static gate decides now.
+      folded: the norms that are folded.
       skip: whether a block with a traced gate branches, as in `ops.layer_select`.
     """
 
@@ -46,6 +48,7 @@ class Evaluation:
         infinite: Collection[Value] = (),
         gates: Mapping[Block, ops.Size] | None = None,
         *,
+        folded: Iterable[Foldable] = (),
         skip: bool = True,
     ):
         self._sizes = sizes
@@ -53,6 +56,9 @@ class Evaluation:
         self._infinite = infinite
         self._gates = {block.graph.nodes[block.start]: (block, gate) for block, gate in (gates or {}).items()}
         self._skip = skip
+        folded = list(folded)
+        self._left_out = frozenset[Node]().union(*(norm.nodes for norm in folded))
+        self._instead: dict[Operand, Operand] = {norm.scaled: norm.convolved for norm in folded}
         self._zero: set[Value] = set()  # values that are zero beyond their active sizes
         self._top: Graph | None = None
         self.left: dict[str, jax.Array] = {}
@@ -97,8 +103,10 @@ class Evaluation:
             start += 1
 
     def _run_node(self, node: Node, known: "_Known") -> None:
+        if node in self._left_out:
+            return
         rule = rule_of(node.name)
-        values = [known.read(operand) for operand in node.inputs]
+        values = [known.read(self._instead.get(operand, operand)) for operand in node.inputs]
         if not infinities.copies(node):  # what computes with infinite numbers must get finite ones beyond the active size
             for i, (operand, x) in enumerate(zip(node.inputs, values, strict=True)):
                 if operand in self._infinite:

@@ -14,7 +14,7 @@ from flax import nnx
 from superserve_jax import errors, layers, ops
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import TracedConfig, Units
+from superserve_jax.supernets.family import Fold, TracedConfig, Units
 from superserve_jax.tracing.blocks import dotted
 from superserve_jax.tracing.found import Found
 from superserve_jax.tracing.modules import Call, Source
@@ -109,6 +109,10 @@ class ElasticConfig(TracedConfig):
     def sources(self, name: str, traced: Collection[str] = (), /) -> tuple[str, ...]:
         """The parameters of which `cut` makes one."""
         return self.network.sources(name, traced)
+
+    def folds(self) -> list[Fold]:
+        """The norms that engines may fold into the convolution before them."""
+        return [foldable.fold for norm, foldable in self.network.reference.foldable.items() if norm in self.network.norms]
 
     def units(self) -> list[Units]:
         """The heads, neurons and channels that training may sort by importance."""

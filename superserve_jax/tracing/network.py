@@ -213,14 +213,15 @@ class Network:
         groups, gates = self._chosen(sizes)
         limits = traced.sizes({name: ops.limit(size) for name, size in groups.items()})
         running = self._running(gates)
+        folded = [norm for norm in running if isinstance(stats, layers.FoldedStats) and norm in stats.folded]
         rows: dict[str, Any] = {}
         for norm in self.source.norms:
             length = limits.limit(traced.parameters[f"{norm}.mean"].dims[0])
             mean, var = jnp.zeros(length), jnp.ones(length)
-            if norm in running and isinstance(stats, layers.StoredStats):
+            if norm in running and norm not in folded and isinstance(stats, layers.StoredStats):
                 mean, var = stats(norm, mean)
             rows |= {f"{norm}.mean": mean, f"{norm}.var": var}
-        result, left = traced.run({**params, **rows}, inputs, groups, gates, skip=not training)
+        result, left = traced.run({**params, **rows}, inputs, groups, gates, folded=folded, skip=not training)
         if isinstance(stats, layers.BatchStats):
             output, new = result if with_updates else (result, {})
             stats.recorded |= {norm: (_float32(new[f"{norm}.mean"]), _float32(new[f"{norm}.var"])) for norm in running if new}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from superserve_jax import errors, ops
-from superserve_jax.tracing import blocks, groups, infinities, jaxprs, kernels, means, places, relations, suspects
+from superserve_jax.tracing import blocks, folding, groups, infinities, jaxprs, kernels, means, places, relations, suspects
 from superserve_jax.tracing.dims import Dim, fix, unify
 from superserve_jax.tracing.evaluation import Evaluation
 from superserve_jax.tracing.graph import Graph, Operand, Value
@@ -23,6 +23,7 @@ class Traced:
     - `suspects`: numbers that may have been computed from a size, and do not follow it.
     - `blocks`: {path: the operations between two marks}, see `blocks.py`.
     - `selections`: {a parameter: the `kernel_select` that makes smaller kernels of it}, see `kernels.py`.
+    - `foldable`: {the path of a norm: how it is folded into a convolution}, see `folding.py`.
     - `graph`, `parameters`: the program, and the values in it that are the parameters.
 
     Threads may share it.
@@ -39,6 +40,7 @@ class Traced:
         self._means = means.find(graph)
         self._infinite = infinities.find(graph)
         self.blocks: dict[str, blocks.Block] = blocks.find(graph, graph.outputs[: len(graph.outputs) - updates])
+        self.foldable = folding.find(graph, self.parameters)
         names = {leaf: name for name, leaf in self.leaves.items()}
         self.suspects: tuple[Suspect, ...] = suspects.find(graph, names, self._means.keys())
 
@@ -61,6 +63,7 @@ class Traced:
         sizes: Mapping[str, ops.Size],
         gates: Mapping[str, ops.Size] | None = None,
         *,
+        folded: Collection[str] = (),
         skip: bool = True,
     ) -> tuple[Any, dict[str, jax.Array]]:
         """The function's result at other sizes, and the outputs of the blocks in `gates`.
@@ -72,6 +75,7 @@ class Traced:
           sizes: the size of each group, by its name: an int, or a pair of a limit and a traced int32. A group that is left out
             keeps its whole size.
           gates: 1 or 0 for each block, by its path, or a pair as in `ops.layer_select`. A block that is left out runs.
+          folded: the norms of `foldable` that are folded: their kernels and biases are those of `ops.fold_norm`.
           skip: as in `ops.layer_select`.
 
         Returns:
@@ -85,7 +89,8 @@ class Traced:
         for path in gates or {}:
             errors.check_name("block", path, self.blocks)
         chosen = {self.blocks[path]: gate for path, gate in (gates or {}).items()}
-        evaluation = Evaluation(self.sizes(sizes), self._means, self._infinite, chosen, skip=skip)
+        norms = [self.foldable[norm] for norm in folded]
+        evaluation = Evaluation(self.sizes(sizes), self._means, self._infinite, chosen, folded=norms, skip=skip)
         given = self._checked(params, self._params_tree, "params")
         values = list(self.parameters.values())
         for name, x, value in zip(self.parameters, given, values, strict=True):

@@ -9,9 +9,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.layout import Layout
 from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, random_tokens
 
+import superserve_jax as ss
 from superserve_jax.engines import executables, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, default_slice_bytes
 from superserve_jax.supernets.supernet import SuperNet
@@ -85,6 +87,37 @@ def test_a_transformer_with_other_layouts_gives_the_same_outputs():
     for subnet in engine.subnets:
         assert_close(engine.run(subnet, 2, list(tokens)), model(tokens, subnet))
         assert_close(engine.run(subnet, 1, [tokens[1, :3]]), model(tokens[1:], subnet))
+
+
+class Plain(nnx.Module):
+    """A module that `ss.elastic` makes a SuperNet of."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv, self.out = (nnx.Conv(c, 8, (3, 3), use_bias=False, rngs=rngs) for c in (3, 8))
+        self.norm, self.last = (nnx.BatchNorm(8, rngs=rngs) for _ in range(2))
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        return self.head(nnx.relu(self.last(self.out(x))).mean((1, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("reversed_axes")
+def test_the_norms_of_a_traced_module_are_folded_too(dtype):
+    net = ss.elastic(Plain(), jax.ShapeDtypeStruct((1, 6, 6, 3), "float32"), name="prepared plain module")
+    subnets = [net.space.smallest(), net.space.largest()]
+    model = SuperNet(net.config, random_params(net.config), {s: random_statistics(net.config, s) for s in subnets})
+    images = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    engine = make(model, subnets, compute_dtype=dtype)
+    for _, bucket in engine.calls.values():
+        assert bucket.is_folded
+        assert "scale" not in " ".join(bucket.weights)
+    for subnet in subnets:
+        expected = model(images, subnet)
+        error = np.abs(np.stack(engine.run(subnet, 2, list(images))) - expected).max() / np.abs(expected).max()
+        assert error < (1e-5 if dtype == "float32" else 0.05)
 
 
 def test_slices_that_exceed_the_budget_are_not_prepared(model):
