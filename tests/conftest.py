@@ -85,6 +85,20 @@ def digits_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def listops_dir(tmp_path_factory):
+    """A TFDS folder with a small listops in it: 300 training texts, 60 test texts."""
+    from superserve_jax.training import data  # noqa: F401 - as above
+    from superserve_jax.training.datasets import prepared
+    from superserve_jax.training.datasets.listops import grammar
+
+    folder = tmp_path_factory.mktemp("tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "NUM_EXAMPLES", {"train": 300, "test": 60})
+        prepared.load("listops", str(folder))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def module_cache(tmp_path_factory):
     """One cache of executables for a test file, so that a test loads what an earlier one has compiled."""

@@ -9,12 +9,13 @@
 | `vit.py` | patches, a class token, `nnx.MultiHeadAttention` and GELU |
 | `gpt.py` | causal attention with one fused or three separate projections, and tied embeddings |
 | `llama.py` | einsum, rotary positions, grouped queries, SwiGLU and an RMSNorm of its own |
+| `decoder.py` | the Llama of `docs/examples/listops_llama.py`, on texts with padding |
 | `mobilenet.py` | inverted residuals with depthwise convolutions, and squeeze-and-excite |
 | `branches.py` | branches that are concatenated and merged, as in Inception and in DenseNet |
 | `scanned.py` | a `jax.lax.scan` over stacked layers |
 """
 
-from models import branches, cnn, gpt, llama, mlp, mobilenet, resnet, scanned, vit
+from models import branches, cnn, decoder, gpt, llama, mlp, mobilenet, resnet, scanned, vit
 from models.case import Case
 
 CASES = {
@@ -27,6 +28,7 @@ CASES = {
         gpt.FUSED,
         gpt.SEPARATE,
         llama.CASE,
+        decoder.CASE,
         mobilenet.CASE,
         branches.CASE,
         scanned.CASE,

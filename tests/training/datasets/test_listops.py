@@ -14,7 +14,6 @@ from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.training import data, loop, stages
 from superserve_jax.training.config import SearchConfig, TrainConfig
 from superserve_jax.training.data import TextConfig, halves
-from superserve_jax.training.datasets import prepared
 from superserve_jax.training.datasets.listops import grammar
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -23,16 +22,6 @@ ROOT = pathlib.Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def examples():
     return list(grammar.generate())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A TFDS folder with a small listops in it."""
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "NUM_EXAMPLES", {"train": 300, "test": 60})
-        prepared.load("listops", str(folder))
-    return str(folder)
 
 
 def work_out(text):
@@ -94,8 +83,8 @@ def test_no_value_is_so_frequent_that_guessing_it_helps(examples):
     assert counts.max() < 0.15
 
 
-def test_inputs_are_token_ids_behind_cls_padded_to_the_length(folder):
-    dataset = data.open(TextConfig("listops", folder, validation=50, max_length=32))
+def test_inputs_are_token_ids_behind_cls_padded_to_the_length(listops_dir):
+    dataset = data.open(TextConfig("listops", listops_dir, validation=50, max_length=32))
     assert sizes(dataset) == [250, 50, 60]
     batch = next(dataset.train(8, seed=0))
     assert (batch["inputs"].shape, batch["inputs"].dtype, batch["label"].dtype) == ((8, 32), np.int32, np.int32)
@@ -106,24 +95,24 @@ def test_inputs_are_token_ids_behind_cls_padded_to_the_length(folder):
         assert work_out(text)[0] == label
 
 
-def test_a_resumed_stream_goes_on_exactly(folder):
-    assert_resumes(data.open(TextConfig("listops", folder, validation=50)), 33, 9)
+def test_a_resumed_stream_goes_on_exactly(listops_dir):
+    assert_resumes(data.open(TextConfig("listops", listops_dir, validation=50)), 33, 9)
 
 
-def test_an_expression_longer_than_the_inputs_is_refused_and_not_cut_off(folder):
+def test_an_expression_longer_than_the_inputs_is_refused_and_not_cut_off(listops_dir):
     with pytest.raises(errors.InputError, match="a text may have 7 tokens here"):
-        data.open(TextConfig("listops", folder, validation=50, max_length=8)).arrays("train")
+        data.open(TextConfig("listops", listops_dir, validation=50, max_length=8)).arrays("train")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_run_ends_in_an_export_that_reads_expressions(folder, tmp_path):
+def test_a_run_ends_in_an_export_that_reads_expressions(listops_dir, tmp_path):
     config = TrainConfig(
         name="tiny",
         model=DynaBERTConfig(
             num_classes=10, vocab_size=17, max_length=32, token_types=1, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(8,)
         ),
-        data=TextConfig("listops", folder, validation=50),
+        data=TextConfig("listops", listops_dir, validation=50),
         epochs=0.1,
         batch_size=8,
         buckets=1,
