@@ -17,7 +17,7 @@ PACKAGE = ROOT / "superserve_jax"
 # Every module may also import dtypes, errors, files and foreign. A name with a dot allows only that module.
 ALLOWED = {
     **dict.fromkeys(("dtypes", "errors", "files", "foreign", "shipped", "subnet", "lengths"), ()),
-    **dict.fromkeys(("cli", "progress", "plots", "ops"), ()),
+    **dict.fromkeys(("cli", "progress", "plots", "machine", "ops"), ()),
     "manifest": ("shipped",),
     "space": ("subnet",),
     "vocabulary": ("subnet",),
@@ -39,6 +39,7 @@ ALLOWED = {
         "subnet",
         "space",
         "vocabulary",
+        "machine",
         "manifest",
         "plots",
         "progress",
@@ -46,7 +47,7 @@ ALLOWED = {
     ),
     "engines": (
         *("exports", "families", "supernets", "ops", "layers"),
-        *("profile", "subnet", "lengths", "manifest", "progress"),
+        *("profile", "subnet", "lengths", "machine", "manifest", "progress"),
     ),
     "serving": ("scheduling", "profile", "subnet", "lengths", "manifest", "engines.base", "engines.fake"),
     "loadtest": (
@@ -59,14 +60,14 @@ ALLOWED = {
     ),
     "commands": (
         *("cli", "convert", "engines", "experiments", "exports", "extract", "families", "gateway", "lengths", "loadtest"),
-        "manifest",
+        *("machine", "manifest"),
         *("plots", "profile", "progress", "scheduling", "serving", "shipped", "simulation", "subnet", "training"),
     ),
 }
 # These packages and modules work in a process that has no jax.
 NO_JAX = (
     *("dtypes", "errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
-    *("cli", "progress", "plots"),
+    *("cli", "progress", "plots", "machine"),
     *("scheduling", "simulation", "experiments", "serving", "loadtest", "gateway"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )

@@ -8,8 +8,7 @@ import vit_directory
 from pages import PAGES, ROOT
 from tiny import write_export
 
-from superserve_jax import exports
-from superserve_jax.engines import keys
+from superserve_jax import exports, machine
 from superserve_jax.profile import Profile, Row
 
 PYTHON = [block.text for page in PAGES for block in page.blocks if block.language == "python"]
@@ -35,7 +34,7 @@ def test_python_in_the_texts_is_short_and_runs(code, tiny, tmp_path, cache, monk
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     export = write_export(tmp_path / "runs" / "demo" / "export", tiny, accuracy=0.7, class_names=("a", "b", "c"))
     rows = [Row(s.subnet, s.accuracy, (1.0, 1.2, 1.5, 2.0, 3.0)) for s in exports.load(export).served[-1:]]
-    kind = keys.device_kind(jax.devices()[0])
+    kind = machine.device_kind(jax.devices()[0])
     Profile((1, 2, 4, 8, 16), tuple(rows), kind).save(exports.profile_path(export, kind))  # or a server measures one
     bert_directory.write(tmp_path / "my-classifier")
     vit_directory.save("timm_vit", tmp_path / "vit_base_patch16_224.safetensors")

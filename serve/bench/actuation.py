@@ -35,8 +35,7 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, exports, files, progress
-from superserve_jax.engines import keys
+from superserve_jax import cli, errors, exports, files, machine, progress
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.keys import Device
 from superserve_jax.exports import Model
@@ -185,7 +184,7 @@ def measure(
         measured: Times = collections.defaultdict(lambda: no_times)
         measured.update({key: ms[WARM_UP_ROUNDS:rounds_done] for key, ms in times.items()})
         return {
-            "device": keys.device_kind(device),
+            "device": machine.device_kind(device),
             "measured": model.manifest["measured"],
             "rounds": rounds_done - WARM_UP_ROUNDS,
             "page_cache_dropped": dropped,

@@ -11,8 +11,8 @@ import mutations
 import numpy as np
 
 import superserve_jax as ss
-from superserve_jax import errors, exports, files
-from superserve_jax.engines import executables, keys, prepare
+from superserve_jax import errors, exports, files, machine
+from superserve_jax.engines import executables, prepare
 from superserve_jax.exports import Model, Served, statistics
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
@@ -81,7 +81,7 @@ class DamagedFiles:
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.undamaged = folder, dict[pathlib.Path, bytes]()
-        self.device_kind = keys.device_kind(jax.devices()[0])
+        self.device_kind = machine.device_kind(jax.devices()[0])
         self.models = [self._export("images", IMAGES, None), self._export("texts", TEXTS, WORDS)]
         for name, text in (("arrivals.csv", ARRIVALS), ("invocations.csv", INVOCATIONS)):
             (folder / name).write_text(text)

@@ -48,8 +48,8 @@ import overlap
 import tyro
 from gpu_results import Results
 
-from superserve_jax import cli, errors, exports
-from superserve_jax.engines import keys, prepare, profiling
+from superserve_jax import cli, errors, exports, machine
+from superserve_jax.engines import prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Model
 from superserve_jax.loadtest import loadgen
@@ -350,7 +350,7 @@ def stage_serving(options: Options, save: Save) -> dict[str, Any]:
     example, found = np.zeros(engine.input_shape, engine.input_dtype), dict[str, Any](batch_sizes=sizes)
     for mode, overlaps in {"overlap": True, "no overlap": False}.items():
         engine.overlap = overlaps  # decides what `measure` measures
-        measured = profiling.measure(engine, accuracies, sizes, device=keys.device_kind(device), repeats=repeats)
+        measured = profiling.measure(engine, accuracies, sizes, device=machine.device_kind(device), repeats=repeats)
         [table] = measured.each_length
         profile = measured.monotone()
         fastest = profile.only(by_cost[:1])

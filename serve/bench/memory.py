@@ -49,8 +49,8 @@ import jax
 import psutil
 import tyro
 
-from superserve_jax import cli, exports, files
-from superserve_jax.engines import keys, prepare, subnet_buckets
+from superserve_jax import cli, exports, files, machine
+from superserve_jax.engines import prepare, subnet_buckets
 from superserve_jax.engines.device import SLICES_SHARE, DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.experiments import hand_tuned
@@ -367,7 +367,7 @@ def measure_all(options: Options, save: Callable[[dict[str, Any]], None]) -> dic
     *in_place, reference = measured
     batch_size, length = to_measure[0].shape
     return {
-        "device": keys.device_kind(jax.devices()[0]),
+        "device": machine.device_kind(jax.devices()[0]),
         "measured": model.manifest["measured"],
         "shape": f"batch {batch_size}" + (f", length {length}" if length else ""),
         "shown_flops": [model.config.flops(s) for s in to_measure[0].shown],

@@ -26,8 +26,8 @@ import jax
 import numpy as np
 import tyro
 
-from superserve_jax import cli, errors, files
-from superserve_jax.engines import keys, prepare, profiling
+from superserve_jax import cli, errors, files, machine
+from superserve_jax.engines import prepare, profiling
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.loadtest import loadgen
@@ -130,7 +130,7 @@ def exported(options: Options) -> Iterator[dict[str, Any]]:
         return {"qps": throughput(target, example, options.queries)}
 
     for both in both_ways(measure, options.rounds):
-        yield {"batch_ms": batch_ms, "device": keys.device_kind(device), **both}
+        yield {"batch_ms": batch_ms, "device": machine.device_kind(device), **both}
 
 
 def measure(options: Options, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:

@@ -43,8 +43,8 @@ import numpy as np
 import psutil
 import tyro
 
-from superserve_jax import cli, errors, exports, extract, progress
-from superserve_jax.engines import cpu_clients, cpu_workers, keys
+from superserve_jax import cli, errors, exports, extract, machine, progress
+from superserve_jax.engines import cpu_clients, cpu_workers
 from superserve_jax.exports import Model
 from superserve_jax.extract import checking
 from superserve_jax.extract.onnx_graph import Graph
@@ -351,7 +351,7 @@ def main() -> None:
             about = {"network": str(path), "family": model.config.family, "parts": parts}
             networks.append({**about, "peak_gflops": peaks, "cases": found})
             (report_throughput if options.throughput else report)(networks[-1], names)
-    device, physical = keys.device_kind(jax.devices()[0]), psutil.cpu_count(logical=False)
+    device, physical = machine.device_kind(jax.devices()[0]), psutil.cpu_count(logical=False)
     about = {"device": device, "cores": cores, "physical_cores": physical, "load_before": load, "versions": versions}
     print(f"\n{device}; {cores} logical CPUs for this process, {physical or 'unknown'} physical cores in the machine")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))

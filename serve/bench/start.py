@@ -30,8 +30,8 @@ import jax
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, exports
-from superserve_jax.engines import default_batch_sizes, keys, prepare, subnet_buckets
+from superserve_jax import cli, exports, machine
+from superserve_jax.engines import default_batch_sizes, prepare, subnet_buckets
 from superserve_jax.profile import Profile, Row, check_batch_sizes
 from superserve_jax.training import random_export
 
@@ -105,7 +105,7 @@ def main() -> None:
         export, cache = pathlib.Path(folder) / "export", str(pathlib.Path(folder) / "cache")
         shutil.copytree(source, export)  # a copy, because it may get an estimated profile
         device = jax.devices()[0]
-        batch_sizes = given or default_batch_sizes.to_serve(export, {keys.device_kind(device): device})
+        batch_sizes = given or default_batch_sizes.to_serve(export, {machine.device_kind(device): device})
         count = ensure_profile(export, batch_sizes)
         starts = [start(export, batch_sizes, cache, foreign=options.foreign) for _ in range(1 + options.warm)]
         cached = sum(f.stat().st_size for f in pathlib.Path(cache).glob("*.bin"))
@@ -117,7 +117,7 @@ def main() -> None:
         ]
     )
     family = "a foreign family" if options.foreign else "a family of this package"
-    print(f"{count} executables of {family}, {cached / 1e6:.0f} MB in the cache, on {keys.device_kind(jax.devices()[0])}")
+    print(f"{count} executables of {family}, {cached / 1e6:.0f} MB in the cache, on {machine.device_kind(jax.devices()[0])}")
     figures = {"foreign": options.foreign, "executables": count, "cache_bytes": cached, "cold_s": cold, "warm_s": starts[1:]}
     cli.write_results(options.json, figures)
 
@@ -125,7 +125,7 @@ def main() -> None:
 def ensure_profile(export: pathlib.Path, batch_sizes: tuple[int, ...]) -> int:
     """Gives an export without a latency profile an estimated one. Returns the number of executables of its server."""
     model = ss.load(export)
-    kind = keys.device_kind(jax.devices()[0])
+    kind = machine.device_kind(jax.devices()[0])
     lengths = prepare.check_lengths(model.config, None)
     stored = prepare.stored_profile(model, kind, batch_sizes, lengths)
     if stored is None:

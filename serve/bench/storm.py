@@ -36,8 +36,7 @@ import jax
 import numpy as np
 from guarantees import Guarantee, end, in_words
 
-from superserve_jax import cli, exports
-from superserve_jax.engines import keys
+from superserve_jax import cli, exports, machine
 from superserve_jax.exports import Served
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
 from superserve_jax.loadtest import agents, endurance
@@ -222,7 +221,7 @@ def replaced_export() -> Iterator[ReplacedExport]:
             exports.export(path, models[version], served, measured="not measured: random weights")
 
         replace(0)
-        kind = keys.device_kind(jax.devices()[0])
+        kind = machine.device_kind(jax.devices()[0])
         Profile((1, 4), (Row(subnet, 0.5, (1.0, 2.0)),), kind).save(exports.profile_path(path, kind))
         export = ReplacedExport(
             open=functools.partial(Server, path, batch_sizes=(1, 4), slo_ms=1_000.0, tune_runtime=False),

@@ -29,13 +29,12 @@ import numpy as np
 import tyro
 
 import superserve_jax as ss
-from superserve_jax import cli, exports, plots
+from superserve_jax import cli, exports, machine, plots
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines import (
     cpu_clients,
     cpu_workers,
     default_batch_sizes,
-    keys,
     measuring,
     prepare,
     profiling,
@@ -108,7 +107,7 @@ def main() -> None:
     model.accuracies(options.compute_dtype)
     lengths = prepare.check_lengths(model.config, options.lengths)
     kinds = {
-        keys.device_kind(device): device for device in jax.devices()[::-1]
+        machine.device_kind(device): device for device in jax.devices()[::-1]
     }  # reversed, so that the first device of a kind remains
     for kind, device in kinds.items():
         measure(options, model, device, kind, lengths)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import errors
+from superserve_jax import errors, machine
 
 try:
     from jaxlib import xla_client
@@ -43,15 +43,10 @@ _devices: dict[
 _threads_of: dict[Any, int] = {}  # by client
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def threads_of(device: Device) -> int:
     """The number of threads that compute on a CPU device."""
     with _lock:
-        return _threads_of.setdefault(device.client, int(os.environ.get(_THREADS) or cores()))
+        return _threads_of.setdefault(device.client, int(os.environ.get(_THREADS) or machine.cores()))
 
 
 def are_supported() -> bool:
@@ -76,17 +71,17 @@ class Share:
         """The device that computes a whole batch. One worker takes jax's own device."""
         if self.workers == 1:
             return jax.devices("cpu")[0]
-        threads = max(1, cores() // self.workers)
+        threads = max(1, machine.cores() // self.workers)
         return create(threads, self.index, inline=True)
 
     @property
     def lanes(self) -> tuple[Device, ...]:
         """The lanes. The first one computes in the calling thread.
 
-        >>> [threads_of(lane) for lane in Share(0, workers=cores()).lanes]
+        >>> [threads_of(lane) for lane in Share(0, workers=machine.cores()).lanes]
         [1]
         """
-        cores_each, most = max(1, cores() // self.workers), max(1, MOST_LANES // self.workers)
+        cores_each, most = max(1, machine.cores() // self.workers), max(1, MOST_LANES // self.workers)
         threads = -(-cores_each // most)
         count = cores_each // threads
         return tuple(create(threads, self.index * count + i, inline=i == 0) for i in range(count))
@@ -94,8 +89,8 @@ class Share:
 
 def check_workers(workers: int | None) -> None:
     """Raises ConfigError unless `workers` is None, or from 1 to the number of cores."""
-    if workers is not None and not (type(workers) is int and 1 <= workers <= cores()):
-        raise errors.ConfigError(f"cpu_workers must be from 1 to {cores()}, the number of cores, got {workers!r}")
+    if workers is not None and not (type(workers) is int and 1 <= workers <= machine.cores()):
+        raise errors.ConfigError(f"cpu_workers must be from 1 to {machine.cores()}, the number of cores, got {workers!r}")
 
 
 def create(threads: int, index: int, *, inline: bool = False) -> Device:
@@ -172,7 +167,7 @@ def parts_of_workers(parts: Mapping[int, int], workers: int) -> dict[int, int]:
     A worker with one core computes the parts one after another. It needs executables for fewer sizes of parts, which makes its
     start shorter: a size runs as two parts of half the size, if it is not the largest, and if its half is a size, too.
 
-    >>> parts_of_workers({1: 1, 2: 1, 4: 2, 8: 4, 16: 8}, workers=max(2, cores()))
+    >>> parts_of_workers({1: 1, 2: 1, 4: 2, 8: 4, 16: 8}, workers=max(2, machine.cores()))
     {1: 1, 2: 2, 4: 2, 8: 8, 16: 8}
     """
     if not parts or workers == 1:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from superserve_jax import machine
 from superserve_jax.engines import cpu_clients, profiling
 from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine
@@ -92,7 +93,7 @@ def faster_workers(
       rounds: the number of times that everything is measured.
       **options: other arguments of `DeviceEngine`.
     """
-    several = min(cpu_clients.cores(), cpu_clients.MOST_LANES)
+    several = min(machine.cores(), cpu_clients.MOST_LANES)
     if several == 1:
         return 1, 1.0
     chosen, sizes = evenly_spaced(subnet_list, model.config.flops, _MEASURED), sorted({batch_sizes[0], batch_sizes[-1]})

@@ -26,7 +26,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import superserve_jax
-from superserve_jax import families, files
+from superserve_jax import families, files, machine
 from superserve_jax.engines import cpu_clients
 from superserve_jax.engines.cpu_clients import Device
 from superserve_jax.families import dynabert, ofa_mobilenet, ofa_resnet, subset, vit
@@ -121,7 +121,7 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
     if sources_digest is None:
         return None
     is_cpu = device.platform == "cpu"
-    features = cpu_info("flags") or cpu_info("Features") if is_cpu else ""  # "Features" on ARM
+    features = machine.cpu_info("flags") or machine.cpu_info("Features") if is_cpu else ""  # "Features" on ARM
     return {
         "format": _FORMAT,
         "config": families.config_to_json(config),
@@ -133,13 +133,6 @@ def common_key(config: FamilyConfig, device: Device) -> dict[str, Any] | None:
         "features": " ".join(sorted(features.split())),
         "threads": cpu_clients.threads_of(device) if is_cpu else 0,  # XLA divides loops among them when it compiles
     }
-
-
-def device_kind(device: Device) -> str:
-    """The kind of a device, which names its latency profile: a card's name, or a CPU's model and number of cores."""
-    if device.platform != "cpu":
-        return device.device_kind
-    return f"cpu {cpu_info('model name') or 'unknown'} {cpu_clients.cores()} cores"
 
 
 def versions(device: Device) -> dict[str, Any]:
@@ -190,14 +183,3 @@ def _constants(program: Any) -> Iterator[Any]:
         for value in inner:
             if isinstance(value, ClosedJaxpr | Jaxpr):
                 yield from _constants(value)
-
-
-@functools.cache
-def cpu_info(field: str) -> str:
-    """A field of the first processor in Linux's /proc/cpuinfo, such as "model name" or "flags"; "" if there is none.
-
-    Machine code depends on the flags, and psutil gives neither these nor the model name.
-    """
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from superserve_jax import machine
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import keys, profiling
+from superserve_jax.engines import profiling
 from superserve_jax.engines.device import DeviceEngine, Slicing
 from superserve_jax.engines.keys import Device
 from superserve_jax.engines.profiling import Background
@@ -37,7 +38,7 @@ def measure(
       background: see `profiling.measure`.
       beside: see `profiling.measure`.
     """
-    accuracies, kind = model.accuracies(engine.compute_dtype), keys.device_kind(engine.device)
+    accuracies, kind = model.accuracies(engine.compute_dtype), machine.device_kind(engine.device)
     calls = {"repeats": repeats, "background": background, "beside": beside}
     measured = profiling.measure(engine, accuracies, engine.batch_sizes, device=kind, **calls)
     how: dict[str, Any] = {"slicing": engine.slicing, "parts": engine.parts, "cpu_workers": 1 + len(beside)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from superserve_jax import errors, exports
+from superserve_jax import errors, exports, machine
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines import cpu_clients, default_batch_sizes, executables, keys, measuring, subnet_buckets, threads
 from superserve_jax.engines.cpu_clients import Share
@@ -74,7 +74,7 @@ def prepare(
     cpu_workers = _check_cpu_workers(cpu_workers, devices, are_given=are_given)
     lengths = check_lengths(model.config, lengths)
 
-    kinds = [keys.device_kind(d.device if isinstance(d, Share) else d) for d in devices]
+    kinds = [machine.device_kind(d.device if isinstance(d, Share) else d) for d in devices]
     of_kinds = {kind: jax.devices("cpu")[0] if isinstance(d, Share) else d for kind, d in zip(kinds, devices, strict=True)}
     batch_sizes = chosen or default_batch_sizes.to_serve(model.path, of_kinds, compute_dtype)
     stored = {kind: stored_profile(model, kind, batch_sizes, lengths, compute_dtype) for kind in of_kinds}

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from superserve_jax import errors, exports, plots, progress
+from superserve_jax import errors, exports, machine, plots, progress
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.exports import Served
 from superserve_jax.families.subset import SingleSubnetConfig
@@ -43,7 +43,11 @@ def search(run: Run) -> list[Candidate]:
     timed = latency.spread(model.config, _TIMED, seed=run.config.seed) if settings.cost == "latency" else []
     depends_on = {**accuracies_depend_on(run, model, images, batches), "cost": settings.cost}
     if timed:
-        depends_on |= {"latency_batch": settings.latency_batch, "device": jax.devices()[0].device_kind, "timed": len(timed)}
+        depends_on |= {
+            "latency_batch": settings.latency_batch,
+            "device": machine.device_kind(jax.devices()[0]),
+            "timed": len(timed),
+        }
     space = run.config.last_phase.space(model.config)
     log = SearchLog(
         run.workdir / "search.jsonl",

@@ -6,8 +6,8 @@ import jax
 import pytest
 from small_exports import IMAGES, write
 
-from superserve_jax import exports
-from superserve_jax.engines import default_batch_sizes, keys, measuring, prepare
+from superserve_jax import exports, machine
+from superserve_jax.engines import default_batch_sizes, measuring, prepare
 from superserve_jax.profile import Profile, Row
 
 UP_TO_16, UP_TO_64 = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)
@@ -70,7 +70,7 @@ def test_batch_sizes_that_gain_nothing_are_dropped_if_nobody_asked_for_them(mode
 
 def test_batch_sizes_of_a_stored_profile_that_gain_nothing_are_not_served(model, monkeypatch):
     made = []
-    stored = profile(model, UP_TO_64, kind=keys.device_kind(CPU), gains_up_to=32)
+    stored = profile(model, UP_TO_64, kind=machine.device_kind(CPU), gains_up_to=32)
     stored.save(exports.profile_path(model.path, stored.device))
     monkeypatch.setattr(default_batch_sizes, "candidates", lambda devices: UP_TO_64)
     monkeypatch.setattr(prepare, "make_engine", lambda model, device, profile, **_: made.append(profile.batch_sizes))

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxlib import xla_client
 from tiny import TINY, assert_close, random_images, random_params, random_statistics
 
-from superserve_jax import errors
+from superserve_jax import errors, machine
 from superserve_jax.engines import cache, cpu_clients, keys
 from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine
@@ -31,7 +31,7 @@ def model():
 
 def engine_in_parts(model, lanes=2):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_clients, "cores", lambda: lanes)
+        patch.setattr(machine, "cores", lambda: lanes)
         return DeviceEngine(model, Share(), subnet_list=SUBNETS, batch_sizes=(1, 4), parts={4: 2})
 
 
@@ -79,7 +79,7 @@ def test_the_environment_is_as_before_after_a_device_is_made_and_after_an_error(
 
 
 def test_workers_that_are_no_number_of_cores_are_refused(monkeypatch):
-    monkeypatch.setattr(cpu_clients, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
     for workers in (None, 1, 2, 3, 4):
         cpu_clients.check_workers(workers)
     for workers in (0, -1, 5, True, 2.0, "2", [2]):
@@ -89,7 +89,7 @@ def test_workers_that_are_no_number_of_cores_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 7, 16, 64])
 def test_workers_divide_the_cores_and_never_share_one(monkeypatch, cores):
-    monkeypatch.setattr(cpu_clients, "cores", lambda: cores)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
     monkeypatch.setattr(cpu_clients, "create", lambda threads, index, *, inline=False: (threads, index, inline))
     for workers in range(1, cores + 1):
         each = [Share(i, workers).lanes for i in range(workers)]

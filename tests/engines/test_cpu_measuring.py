@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fakes import PROFILE, SUBNETS, WAIT_S, fake, several, wait_until
 
+from superserve_jax import machine
 from superserve_jax.engines import cpu_clients, cpu_workers, profiling
 from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.profile import Profile
@@ -23,7 +24,7 @@ def cores(monkeypatch):
     """Sets the number of cores: two, unless the test calls it."""
 
     def set_to(count):
-        monkeypatch.setattr(cpu_clients, "cores", lambda: count)
+        monkeypatch.setattr(machine, "cores", lambda: count)
 
     set_to(2)
     return set_to

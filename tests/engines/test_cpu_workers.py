@@ -11,6 +11,7 @@ import pytest
 from fakes import threads
 from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, random_tokens
 
+from superserve_jax import machine
 from superserve_jax.engines import cpu_clients, cpu_workers, subnet_buckets
 from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.engines.device import DeviceEngine
@@ -35,12 +36,12 @@ def model():
 @pytest.fixture
 def cores(monkeypatch):
     """Sets the number of cores."""
-    return lambda count: monkeypatch.setattr(cpu_clients, "cores", lambda: count)
+    return lambda count: monkeypatch.setattr(machine, "cores", lambda: count)
 
 
 def make(model, *, parts=None, lanes=2, subnet_list=SUBNETS, batch_sizes=SIZES, **options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_clients, "cores", lambda: lanes)
+        patch.setattr(machine, "cores", lambda: lanes)
         return DeviceEngine(model, Share(), subnet_list=subnet_list, batch_sizes=batch_sizes, parts=parts, **options)
 
 

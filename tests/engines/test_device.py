@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, random_statistics, write_export
 
-from superserve_jax import errors, exports
-from superserve_jax.engines import keys, measuring, prepare, subnet_buckets
+from superserve_jax import errors, exports, machine
+from superserve_jax.engines import measuring, prepare, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, default_slice_bytes
 from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
@@ -140,7 +140,7 @@ def test_unknown_slicing_is_refused_before_anything_is_compiled(make, options, m
 
 
 def test_a_stored_profile_says_how_to_make_the_engine_and_a_foreign_one_is_ignored(model, tmp_path, caplog):
-    device, kind = jax.devices()[0], keys.device_kind(jax.devices()[0])
+    device, kind = jax.devices()[0], machine.device_kind(jax.devices()[0])
     loaded = exports.load(write_export(tmp_path / "export", model, sorted(CHOSEN, key=TINY.flops), step=0.02))
     way, ratio = measuring.faster_slicing(loaded, device, (2,), repeats=1)
     assert way == ("kept" if ratio > 1.03 else "in_call")

@@ -6,12 +6,12 @@ import jax
 import pytest
 from small_exports import IMAGES, TEXTS, WORDS, write
 
-from superserve_jax import errors, exports
-from superserve_jax.engines import keys, prepare
+from superserve_jax import errors, exports, machine
+from superserve_jax.engines import prepare
 from superserve_jax.profile import Profile, Row
 from superserve_jax.subnet import Subnet
 
-DEVICE, KIND = jax.devices()[0], keys.device_kind(jax.devices()[0])
+DEVICE, KIND = jax.devices()[0], machine.device_kind(jax.devices()[0])
 SMALLEST, LARGEST = IMAGES.space().smallest(), IMAGES.space().largest()
 SHORTEST = TEXTS.space().smallest()
 

@@ -21,9 +21,9 @@ from fakes import WAIT_S
 from program import ROOT
 from tiny import TINY, random_images, write_export
 
-from superserve_jax import exports
+from superserve_jax import exports, machine
 from superserve_jax.commands import serve
-from superserve_jax.engines import keys, prepare
+from superserve_jax.engines import prepare
 from superserve_jax.profile import Profile, Row
 
 CLIENTS = 4
@@ -33,7 +33,7 @@ CLIENTS = 4
 def path(tiny, tmp_path):
     """A tiny export with a latency profile."""
     path = write_export(tmp_path / "mine" / "export", tiny, tiny.calibrated[:1])
-    kind, [served] = keys.device_kind(jax.devices()[0]), exports.load(path).served
+    kind, [served] = machine.device_kind(jax.devices()[0]), exports.load(path).served
     Profile((1,), (Row(served.subnet, served.accuracy, (1.0,)),), kind).save(exports.profile_path(path, kind))
     return path
 

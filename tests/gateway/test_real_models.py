@@ -15,8 +15,7 @@ from gateways import app, binary_body, body, call, infer
 from tiny import TINY, assert_close, random_images, random_params, random_statistics
 
 import superserve_jax as ss
-from superserve_jax import gateway
-from superserve_jax.engines import keys
+from superserve_jax import gateway, machine
 from superserve_jax.exports import Served, export, profile_path
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.gateway.model import ServedModel, default_name
@@ -38,7 +37,7 @@ def write(folder, config, *, seed=0, accuracy=0.5, vocabulary=None):
     model = SuperNet(config, random_params(config, seed), statistics)
     served = [Served(subnet, accuracy, None, 1, 1)]
     export(folder, model, served, measured="random weights", class_names=("a", "b", "c"), vocabulary=vocabulary)
-    kind, rows = keys.device_kind(jax.devices()[0]), (Row(subnet, accuracy, (1.0,)),)
+    kind, rows = machine.device_kind(jax.devices()[0]), (Row(subnet, accuracy, (1.0,)),)
     Profile((1,), **({"rows_at": {7: rows}} if vocabulary else {"rows": rows}), device=kind).save(profile_path(folder, kind))
     return folder
 

@@ -4,7 +4,7 @@ import jax
 from tiny import TINY, random_params, random_statistics, write_export
 
 import superserve_jax as ss
-from superserve_jax.engines import keys
+from superserve_jax import machine
 from superserve_jax.exports import profile_path
 from superserve_jax.profile import Profile, Row
 from superserve_jax.supernets.supernet import SuperNet
@@ -22,6 +22,6 @@ def write(folder, seed, **changes):
 
 
 def store(folder, **changes):
-    kind, model = keys.device_kind(jax.devices()[0]), ss.load(folder)
+    kind, model = machine.device_kind(jax.devices()[0]), ss.load(folder)
     rows = (Row(s.subnet, s.accuracy, (1.0 + i, 2.0 + i)) for i, s in enumerate(model.served))
     Profile(SIZES, tuple(rows), kind, **changes).save(profile_path(folder, kind))

@@ -6,8 +6,8 @@ import pytest
 from tiny import TINY, random_images
 from two_workers import SIZES, SUBNETS, write
 
+from superserve_jax import machine
 from superserve_jax.commands import replay_setup
-from superserve_jax.engines import cpu_clients, keys
 from superserve_jax.exports import profile_path
 from superserve_jax.profile import Profile, Row
 
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch):
-    monkeypatch.setattr(cpu_clients, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
 
 
 @pytest.mark.slow
 def test_measure_writes_the_given_number_of_workers_and_a_replay_follows_it(tmp_path, run_program, monkeypatch):
     monkeypatch.setenv("SUPERSERVE_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "measured", 6)
-    kind = keys.device_kind(jax.devices()[0])
+    kind = machine.device_kind(jax.devices()[0])
     profile_path(path, kind).unlink()
     sizes = ("--batch-sizes", *SIZES)
     done = run_program("serve/measure.py", path, *sizes, "--repeats", 2, "--cpu-workers", 2, json_file=True)

@@ -13,8 +13,8 @@ import small_exports
 from fakes import LONG_MS, PROFILE, SUBNETS, WAIT_S, always, by_slack, idle_worker, outcomes, serve, wait_until, worker, x
 
 import superserve_jax as ss
-from superserve_jax import errors
-from superserve_jax.engines import base, keys
+from superserve_jax import errors, machine
+from superserve_jax.engines import base
 from superserve_jax.engines.fake import FakeDevice, FakeEngine
 from superserve_jax.exports import profile_path
 from superserve_jax.profile import Profile, Row
@@ -242,7 +242,7 @@ def shared_bucket(tmp_path_factory):
     served = ss.load(path).served
     small, large = sorted((s.subnet for s in served), key=lambda s: sum(s.gates))
     rows = tuple(Row(s.subnet, s.accuracy, (1.0, 1.5)) for s in served)
-    kind = keys.device_kind(jax.devices()[0])
+    kind = machine.device_kind(jax.devices()[0])
     Profile((1, 2), rows, kind).with_envelopes({small: large, large: large}).save(profile_path(path, kind))
     return path, small, large
 

@@ -10,8 +10,8 @@ from fakes import LONG_MS, WAIT_S
 from tiny import TINY, assert_close, random_images, random_params, random_statistics
 
 import superserve_jax as ss
-from superserve_jax import errors, exports
-from superserve_jax.engines import keys, profiling
+from superserve_jax import errors, exports, machine
+from superserve_jax.engines import profiling
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served
 from superserve_jax.supernets.supernet import SuperNet
@@ -65,7 +65,7 @@ def test_a_reply_has_the_dtype_and_its_accuracy_also_after_a_swap(folders):
 
 def test_each_dtype_has_a_profile_of_its_own(folders, run_program, caplog):
     measure = ("serve/measure.py", folders / "new", "--batch-sizes", 1, "--slicing", "kept", "--repeats", 1)
-    paths = [exports.profile_path(folders / "new", keys.device_kind(jax.devices()[0]), d) for d in ("float32", "bfloat16")]
+    paths = [exports.profile_path(folders / "new", machine.device_kind(jax.devices()[0]), d) for d in ("float32", "bfloat16")]
     run_program(*measure)
     whole = paths[0].read_bytes()
     assert str(paths[1]) in run_program(*measure, "--compute-dtype", "bfloat16").stdout

@@ -15,8 +15,8 @@ from fakes import BUCKETED, PROFILE, SUBNETS, WAIT_S, fake, outcomes, serve, sev
 from small_exports import IMAGES, write
 from tiny import TINY, live_bytes, random_images, random_statistics
 
-from superserve_jax import errors, exports
-from superserve_jax.engines import keys, prepare
+from superserve_jax import errors, exports, machine
+from superserve_jax.engines import prepare
 from superserve_jax.engines.base import Wrapper
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.engines.fake import FakeDevice
@@ -138,7 +138,7 @@ def main():
     """The program of the last test, for a process with eight devices. Prints the names of the devices that answered."""
     devices, batch, kinds = jax.devices(), 4, ("left", "right")
     kind_of = {device: kinds[device.id % 2] for device in devices}
-    keys.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
+    machine.device_kind = kind_of.__getitem__  # two kinds of devices, profiled apart
     with tempfile.TemporaryDirectory() as folder:
         model = exports.load(write(pathlib.Path(folder) / "export", IMAGES))
     # One kind has a profile with one subnet, the other with another: each holds only the executables that it needs.

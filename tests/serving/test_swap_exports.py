@@ -16,7 +16,7 @@ from fakes import LONG_MS, WAIT_S, threads, traffic, wait_until
 from tiny import TINY, live_bytes, random_images, random_params, random_statistics
 
 import superserve_jax as ss
-from superserve_jax import errors
+from superserve_jax import errors, machine
 from superserve_jax.engines import executables, keys, prepare
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.exports import Served, export, profile_path
@@ -31,7 +31,7 @@ def write(folder, seed, *, accuracy, config=TINY, which="smallest"):
     subnet = getattr(config.space(), which)()
     model = SuperNet(config, random_params(config, seed), {subnet: random_statistics(config, subnet, seed)})
     export(folder, model, [Served(subnet, accuracy, None, 1, 1)], measured="random weights")
-    kind = keys.device_kind(jax.devices()[0])
+    kind = machine.device_kind(jax.devices()[0])
     Profile((1,), (Row(subnet, accuracy, (1.0,)),), kind).save(profile_path(folder, kind))
     return folder
 

@@ -8,8 +8,8 @@ import pytest
 from tiny import assert_close, random_params
 
 import superserve_jax as ss
-from superserve_jax import errors, exports
-from superserve_jax.engines import executables, keys, measuring, prepare
+from superserve_jax import errors, exports, machine
+from superserve_jax.engines import executables, measuring, prepare
 from superserve_jax.engines.device import DeviceEngine
 from superserve_jax.exports import Served
 from superserve_jax.families.dynabert import DynaBERTConfig
@@ -126,7 +126,7 @@ def test_a_stored_profile_serves_some_of_its_lengths_and_no_others(tmp_path):
     model = export(tmp_path / "export", CONFIG)
     device = jax.devices()[0]
     engine = DeviceEngine(model, device, subnet_list=model.subnets, batch_sizes=(1,), lengths=LENGTHS)
-    kind = keys.device_kind(device)
+    kind = machine.device_kind(device)
     measured = measuring.measure(model, engine, repeats=2)
     measured.save(exports.profile_path(model.path, kind))
     assert prepare.prepare(model, batch_sizes=(1,), lengths=LENGTHS)[2] == [measured]

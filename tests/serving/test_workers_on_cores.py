@@ -13,8 +13,8 @@ from tiny import TINY, assert_close, live_bytes, random_images
 from two_workers import SIZES, store, write
 
 import superserve_jax as ss
-from superserve_jax import errors
-from superserve_jax.engines import cpu_clients, keys, measuring, prepare
+from superserve_jax import errors, machine
+from superserve_jax.engines import measuring, prepare
 from superserve_jax.engines.cpu_clients import Share
 from superserve_jax.exports import profile_path
 from superserve_jax.serving.server import Server
@@ -24,7 +24,7 @@ IMAGES = random_images(TINY, 12)
 
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch):
-    monkeypatch.setattr(cpu_clients, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_another_number_of_workers_is_measured_again_with_a_warning(folders, whi
 
 def test_without_a_profile_there_is_one_worker(folders, cached, caplog):
     path = write(cached / "unmeasured", 4)
-    profile_path(path, keys.device_kind(jax.devices()[0])).unlink()
+    profile_path(path, machine.device_kind(jax.devices()[0])).unlink()
     with opened(path) as s:
         assert (names(s), s.profile.parts, s.profile.cpu_workers) == (["cpu:0"], {}, 1)
         check(s, path)
@@ -139,7 +139,7 @@ def test_workers_of_one_thread_need_no_parts(cached):
 
 
 def test_workers_with_several_cores_each_answer_as_the_model_does(folders, monkeypatch):
-    monkeypatch.setattr(cpu_clients, "cores", lambda: 5)
+    monkeypatch.setattr(machine, "cores", lambda: 5)
     store(folders[0], parts={2: 1}, cpu_workers=2)  # the number of cores is part of the profile's name
     with opened(folders[0]) as s:
         assert [len(e.lanes) for e in engines_of(s)] == [2, 2]

@@ -9,12 +9,13 @@ import math
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 from noise import MODEL, Noise, assert_same_state, metrics_of
 
 import superserve_jax as ss
-from superserve_jax import errors
+from superserve_jax import errors, machine
 from superserve_jax.subnet import Subnet
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.programs import Program
@@ -148,6 +149,8 @@ def test_a_search_over_latency_times_subnets_once_and_says_how_far_off_it_is(con
     best = max(c["accuracy"] for c in found["candidates"])
     assert found["standard_error"] == pytest.approx((best * (1 - best) / run.config.search.examples) ** 0.5)
     assert 0 < chosen[0].cost <= chosen[-1].cost
+    first = json.loads((run.workdir / "search.jsonl").read_text().splitlines()[0])
+    assert first["settings"]["device"] == machine.device_kind(jax.devices()[0])  # jax calls every CPU "cpu"
     monkeypatch.setattr(latency, "measure", lambda *_, **__: pytest.fail("timed again"))
     assert stages.search(run) == chosen
     costs = [config.model.flops(s) for s in run.served()]
