@@ -24,15 +24,14 @@ import pathlib
 import time
 from typing import Annotated
 
-import jax
 import tyro
 
 from superserve_jax import cli, errors
 from superserve_jax.dtypes import ComputeDtype
-from superserve_jax.engines import keys
 from superserve_jax.training import constrained, stages
 from superserve_jax.training.config import SearchConfig
-from superserve_jax.training.constrained import Report, Settings, Winner
+from superserve_jax.training.constrained import Settings
+from superserve_jax.training.constrained_report import Report, Winner
 from superserve_jax.training.constraints import Constraints
 from superserve_jax.training.latency_table import LatencyTable
 from superserve_jax.training.runs import Run
@@ -52,8 +51,9 @@ class Options:
       samples: with --under, number of evaluated subnets that the predictor learns from.
       predictions: with --under, number of subnets that the search compares by predictions.
       winners: with --under, number of the best subnets that are evaluated.
-      dtype: with --under, dtype of the weights, for their size.
-      latency_table: with --under latency=..., a table that the same command wrote on another device.
+      dtype: with --under, the dtype that subnets compute in, for their size.
+      latency_table: with --under latency=..., a table that the same command wrote on another device, for batches of
+        --latency-batch.
       serve: with --under, add the best subnet to the subnets that the run serves.
       json: write the chosen subnets, or the report of --under, to this file.
     """
@@ -76,13 +76,33 @@ def main() -> None:
     default = run.config.search
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, search=options.search))
     cli.refuse_without(options, "under", *_UNDER_ONLY)
-    if options.under:
-        for name in _PARETO_ONLY:
-            if (value := getattr(options.search, name)) != getattr(default, name):
-                raise errors.ConfigError(f"--{name} {value} has no effect with --under; leave out one of them")
-        _search_under(run, options)
+    constraints = Constraints.parse(options.under) if options.under else None
+    _refuse_unused(options, default, constraints)
+    if constraints:
+        _search_under(run, options, constraints)
     else:
         _search(run, options)
+
+
+def _refuse_unused(options: Options, default: SearchConfig, constraints: Constraints | None) -> None:
+    """Raises ConfigError for an option that differs from the run's config and has no effect."""
+    given = {name: value for name, value in vars(options.search).items() if value != getattr(default, name)}
+    if constraints is None:
+        if "latency_batch" in given and options.search.cost != "latency":
+            raise errors.ConfigError(
+                f"--latency-batch {given['latency_batch']} has no effect without --cost latency; give both or neither"
+            )
+        return
+    for name in _PARETO_ONLY:
+        if name in given:
+            raise errors.ConfigError(f"--{name} {given[name]} has no effect with --under; leave out one of them")
+    of_latency = {"latency-batch": given.get("latency_batch"), "latency-table": options.latency_table}
+    for name, value in of_latency.items():
+        if value is not None and constraints.latency_ms is None:
+            raise errors.ConfigError(
+                f"--{name} {value} has no effect without a limit of the latency, such as --under latency=5ms; give both or "
+                "neither"
+            )
 
 
 def _search(run: Run, options: Options) -> None:
@@ -107,17 +127,13 @@ def _search(run: Run, options: Options) -> None:
     print(f"plot: {run.workdir / 'search.png'}; go on with `{cli.command('calibrate', run.workdir)}`")
 
 
-def _search_under(run: Run, options: Options) -> None:
-    constraints = Constraints.parse(options.under)
-    if options.latency_table and constraints.latency_ms is None:
-        raise errors.ConfigError("--latency-table has no effect without a limit of the latency, such as --under latency=5ms")
+def _search_under(run: Run, options: Options, constraints: Constraints) -> None:
     start = time.monotonic()
     report = constrained.search_under(
         run,
         constraints,
         Settings(options.samples, options.predictions, options.winners, options.dtype),
         table=LatencyTable.read(options.latency_table) if options.latency_table else None,
-        device=keys.device_kind(jax.devices()[0]),
     )
     _print(report, time.monotonic() - start)
     cli.write_results(options.json, report.to_json())
@@ -133,12 +149,15 @@ def _search_under(run: Run, options: Options) -> None:
 
 def _print(report: Report, seconds: float) -> None:
     """Prints what was found, how good the predictions are, and the table of the evaluated subnets."""
-    evolved, drawn = report.predictions
-    print(f"under {report.constraints}: {evolved} subnets by evolution and {drawn} random ones in {seconds:.0f} s")
-    print(
-        f"accuracy predictor, held-out subnets of {report.samples}: RMSE {100 * report.rmse:.2f} points, "
-        f"Kendall tau {report.kendall_tau:.3f}"
-    )
+    if report.rmse is None or report.kendall_tau is None:
+        print(f"under {report.constraints}: all networks of the search space, {report.samples} subnets, in {seconds:.0f} s")
+    else:
+        evolved, drawn = report.predictions
+        print(f"under {report.constraints}: {evolved} subnets by evolution and {drawn} random ones in {seconds:.0f} s")
+        print(
+            f"accuracy predictor, held-out subnets of {report.samples}: RMSE {100 * report.rmse:.2f} points, "
+            f"Kendall tau {report.kendall_tau:.3f}"
+        )
     if report.latency:
         print(
             f"latency table of '{report.latency['device']}', batch {report.latency['batch']}: mean error of a prediction, "
@@ -152,14 +171,15 @@ def _print(report: Report, seconds: float) -> None:
         **({"measured ms": lambda w: f"{w.measured_ms:.3f}"} if measured else {}),
         "MB": lambda w: f"{w.costs.size_bytes / 1e6:.3f}",
         "MFLOPs": lambda w: f"{w.costs.flops / 1e6:.2f}",
-        "predicted": lambda w: f"{100 * w.predicted:.2f} %",
+        **({"predicted": lambda w: f"{100 * w.predicted:.2f} %"} if report.rmse is not None else {}),
         "validation accuracy": lambda w: f"{100 * w.accuracy:.2f} %",
     }
     cli.print_columns(columns, report.rows, left=2)
     print(f"standard error of an accuracy: {100 * report.standard_error:.2f} points")
     if report.best_evaluated:
         print(f"best of evolution, {_difference(report.winners[0], report.best_evaluated)} the best subnet of the samples")
-    print(f"best of evolution, {_difference(report.winners[0], report.control[0])} the best of the random search")
+    if report.control:
+        print(f"best of evolution, {_difference(report.winners[0], report.control[0])} the best of the random search")
     print(f"chosen, by {report.best.found_by}: {report.best.subnet!r}")
     limit = report.constraints.latency_ms
     if limit is not None and report.best.measured_ms is not None and report.best.measured_ms > limit:

@@ -163,6 +163,11 @@ class DynaBERTConfig:
         embeddings = (self.vocab_size + self.max_length + self.token_types + 2) * d
         return embeddings + sum(per_layer) + (d + 1) * (d + self.num_classes)
 
+    def num_vector_params(self, subnet: Subnet) -> int:
+        """How many of these weights are in vectors: biases, and the scales of norms."""
+        d = self.hidden_size
+        return 2 * d + sum(3 * attention + ffn + 6 * d for attention, ffn in self._kept(subnet)) + d + self.num_classes
+
     def units(self) -> list[Units]:
         """The heads and the neurons of each layer."""
         found = []

@@ -152,6 +152,10 @@ class OFAResNetConfig:
         convs = sum(k * k * c_in * c_out + 2 * c_out for _, k, c_in, c_out, _ in self._convs(sizes))
         return convs + (sizes[f"stage{len(self.depths) - 1}.out"] + 1) * self.num_classes
 
+    def num_vector_params(self, subnet: Subnet) -> int:
+        """How many of these weights are in vectors: scale and bias of each norm, and the classifier's bias."""
+        return 2 * sum(self.norm_sizes(self.sizes(subnet)).values()) + self.num_classes
+
     def units(self) -> list[Units]:
         """The inner channels of each block, after each of its convolutions except the last."""
         sizes, found = self.sizes(self.space().largest()), []

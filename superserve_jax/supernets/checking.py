@@ -31,7 +31,7 @@ from superserve_jax import errors, layers
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet, envelope_of
 from superserve_jax.supernets import programs, registry
-from superserve_jax.supernets.family import FamilyConfig, RewirableConfig, SequenceConfig, TracedConfig
+from superserve_jax.supernets.family import CountedConfig, FamilyConfig, RewirableConfig, SequenceConfig, TracedConfig
 
 _SIZED, _TRACED = 16, 3  # numbers of subnets whose sizes are checked, and that are traced
 _TOLERANCE = 1e-3  # relative to the largest value; a missing mask causes larger differences
@@ -187,12 +187,17 @@ def _check_counts(config: FamilyConfig, subnet: Subnet) -> None:
         gate = 0 in subnet.gates and name not in sizes
         hint = ". If the norm is in a block that the subnet drops, the network ignores the gate" if gate else ""
         demand(sizes.get(name) == norms.get(name), f"norm_sizes: '{name}'", sizes.get(name), runs + hint)
-    weights = _weights(config, subnet, jaxpr)
+    weights = list(_weights(config, subnet, jaxpr))
     products, read = multiply_adds(jaxpr.jaxpr), sum(math.prod(shape) for shape in weights)
-    for name, value, what, counted in (
+    counts = [
         ("flops", config.flops(subnet), "multiply-adds of its program", products),
         ("num_params", config.num_params(subnet), "weights that its program reads", read),
-    ):
+    ]
+    if isinstance(config, CountedConfig):
+        in_vectors = sum(math.prod(shape) for shape in weights if len(shape) < 2)
+        what = "weights in vectors that its program reads"
+        counts.append(("num_vector_params", config.num_vector_params(subnet), what, in_vectors))
+    for name, value, what, counted in counts:
         demand(type(value) is int and value == counted, name, repr(value), f"the {what}, the int {counted}")
 
 

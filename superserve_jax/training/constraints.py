@@ -1,13 +1,18 @@
 """Constraints on a subnet: the largest latency, size and number of multiply-adds. Also the costs that they limit."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import FamilyConfig
+from superserve_jax.supernets import programs
+from superserve_jax.supernets.family import CountedConfig, FamilyConfig
 
 _DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
@@ -17,7 +22,6 @@ _UNITS = {  # in lower case, with their factors
     "flops": {prefix + end: factor for prefix, factor in _DECIMAL.items() for end in ("", "flop", "flops")},
 }
 _EXAMPLES = {"latency": "5ms", "size": "20MB", "flops": "1G"}
-_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _STATISTICS_BYTES = 8  # of a channel: its mean and its variance in float32
 
 
@@ -27,7 +31,7 @@ class Costs:
 
     Args:
       flops: multiply-adds of one input.
-      size_bytes: weights and statistics, see `size_bytes`.
+      size_bytes: bytes of weights and statistics, see `constraints.size_bytes`.
       latency_ms: milliseconds of one batch.
     """
 
@@ -93,6 +97,21 @@ class Constraints:
         )
         return all(cost is None or limit is None or cost <= limit for cost, limit in pairs)
 
+    def check_reachable(self, costs: Costs, *, margin: float = 1.0) -> None:
+        """Raises ConfigError if the costs of the smallest subnet are above a limit.
+
+        Args:
+          costs: the costs. A latency of None is within any limit.
+          margin: the latency times this factor must be within its limit.
+        """
+        time = costs.latency_ms
+        if self.hold_for(costs if time is None else dataclasses.replace(costs, latency_ms=time * margin)):
+            return
+        has = f"{costs.flops / 1e6:.4g} M multiply-adds, {costs.size_bytes / 1e6:.4g} MB"
+        if time is not None:
+            has += f", {time:.3g} ms by prediction, and {time * margin:.3g} ms with the margin for its error"
+        raise errors.ConfigError(f"no subnet has {self}: the smallest one has {has}; allow more")
+
     def __str__(self) -> str:
         size = None if self.size_bytes is None else self.size_bytes / 1e6
         flops = None if self.flops is None else self.flops / 1e6
@@ -122,9 +141,26 @@ class CostModel:
 
 
 def size_bytes(config: FamilyConfig, subnet: Subnet, dtype: ComputeDtype = "float32") -> int:
-    """Bytes that a subnet needs on its own: its weights in `dtype`, and mean and variance of each channel in float32."""
+    """Bytes that a subnet needs on its own if it computes in `dtype`: its weights, and mean and variance of each channel.
+
+    In bfloat16, matrices and kernels take two bytes per weight. Vectors (biases, scales of norms) and statistics stay float32.
+    """
     channels = sum(config.norm_sizes(config.sizes(subnet)).values())
-    return config.num_params(subnet) * _WEIGHT_BYTES[dtype] + channels * _STATISTICS_BYTES
+    return _weight_bytes(config, subnet, dtype) + channels * _STATISTICS_BYTES
+
+
+def _weight_bytes(config: FamilyConfig, subnet: Subnet, dtype: ComputeDtype) -> int:
+    """Bytes of the weights that a subnet reads, in the dtypes of `programs.weight_spec`."""
+    full = programs.param_spec(config)
+    if all(spec.dtype == np.float32 for spec in full.values()):  # then two sums are enough, and no program is traced
+        count = config.num_params(subnet)
+        if dtype == "float32":
+            return 4 * count
+        if isinstance(config, CountedConfig):
+            return 2 * (count + config.num_vector_params(subnet))
+    shapes = programs.used_leaves(programs.sliced(config, subnet))
+    read = (programs.weight_spec(jax.ShapeDtypeStruct(shape, full[name].dtype), dtype) for name, shape in shapes.items())
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in read)
 
 
 def _number(name: str, text: str) -> float:

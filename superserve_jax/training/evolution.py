@@ -5,8 +5,7 @@ search: it has two objectives, no constraint, and evaluates every candidate.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy.stats import qmc
@@ -29,12 +28,17 @@ Predict = Callable[[Sequence[Subnet]], list[float]]
 """Predicts the accuracies of subnets."""
 
 
+def network(config: FamilyConfig, subnet: Subnet) -> Hashable:
+    """The sizes of a subnet. Two subnets of equal sizes are one network."""
+    return tuple(config.sizes(subnet).items())
+
+
 def spread(
     config: FamilyConfig, count: int, *, seed: int, space: SearchSpace | None = None, tied: bool = False
 ) -> list[Subnet]:
     """`count` different networks to evaluate: the smallest, the largest, and random ones spread over the logarithm of FLOPs.
 
-    A larger count only adds subnets at the end. A small space gives fewer. Two subnets of equal sizes are one network.
+    A larger count only adds subnets at the end. A small space gives fewer.
 
     Args:
       config: the family's config.
@@ -46,9 +50,9 @@ def spread(
     within = space or config.space()
     ends = [within.smallest(), within.largest()]
     drawn = itertools.chain(ends, itertools.islice(_random(within, seed, tied), _POOL))
-    networks: dict[Any, Subnet] = {}
+    networks: dict[Hashable, Subnet] = {}
     for subnet in drawn:
-        networks.setdefault(tuple(config.sizes(subnet).items()), subnet)
+        networks.setdefault(network(config, subnet), subnet)
     left = list(networks.values())
     costs = np.log([config.flops(s) for s in left])
     low, high = costs[:2] if len(left) > 1 else (costs[0], costs[0])

@@ -32,10 +32,9 @@ class AccuracyPredictor:
       accuracies: the measured accuracies of at least ten different networks, as fractions.
 
     Attributes:
-      held_out: predicted accuracies of the same subnets, each by a regression that has not seen the subnet (10 folds). Subnets
-        of equal sizes are the same network, so they are held out together.
-      rmse: root mean squared error of `held_out`.
-      kendall_tau: rank correlation of `held_out` with the measured accuracies; 0 if all are equal.
+      rmse: root mean squared error for subnets that were held out (10 folds). Subnets of equal sizes are the same network, so
+        they are held out together.
+      kendall_tau: rank correlation of these predictions with the measured accuracies; 0 if all are equal.
 
     Raises:
       ConfigError: there are too few networks.
@@ -68,7 +67,7 @@ class AccuracyPredictor:
         unseen = np.asarray(
             model_selection.cross_val_predict(self._model, features, measured, cv=folds, groups=of_network), np.float64
         )
-        self.held_out = dict(zip(accuracies, unseen.tolist(), strict=True))
+        self._held_out = dict(zip(map(tuple, features.tolist()), unseen.tolist(), strict=True))
         self.rmse = float(np.sqrt(np.mean((unseen - measured) ** 2)))
         is_flat = np.ptp(unseen) < 1e-9 or np.ptp(measured) == 0
         tau: Any = scipy.stats.kendalltau(unseen, measured)[0]
@@ -78,6 +77,11 @@ class AccuracyPredictor:
     def __call__(self, subnet_list: Sequence[Subnet]) -> list[float]:
         """The predicted accuracies of subnets, as fractions."""
         return self._model.predict(self._features(subnet_list)).tolist() if subnet_list else []
+
+    def unseen(self, subnet_list: Sequence[Subnet]) -> list[float]:
+        """The predicted accuracies of subnets, each by a regression that has not seen the network."""
+        features = map(tuple, self._features(subnet_list).tolist())
+        return [self._held_out.get(of, value) for of, value in zip(features, self(subnet_list), strict=True)]
 
     def _features(self, subnet_list: Sequence[Subnet]) -> np.ndarray:
         return np.array([self._features_of(s) for s in subnet_list])

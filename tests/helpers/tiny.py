@@ -33,6 +33,10 @@ CONFIGS = {
     "basic": TINY,
     "bottleneck": dataclasses.replace(TINY, block="bottleneck", stem_pool=True, image_size=13),
 }
+# Many subnets, to search in.
+WIDE = dataclasses.replace(
+    TINY, stage_widths=(16, 32), depths=((1, 2, 3), (1, 2, 3)), width_mults=(0.25, 0.5, 0.75, 1.0), image_size=16
+)
 
 
 def random_params(config, seed=0):

@@ -74,6 +74,10 @@ BROKEN = {
         {"num_params": lambda c, s: MLPConfig.flops(c, s)},
         r"num_params of .* is 592, expected the weights .* the int 626",
     ),
+    "vectors": (
+        {"num_vector_params": lambda c, s: 1},
+        r"num_vector_params of .* is 1, expected the weights in vectors that its program reads, the int 34",
+    ),
     "classes": ({"create": lambda c, rngs: MLP(MLPConfig(num_classes=7), rngs=rngs)}, r"logits' shape of .* is \(1, 7\)"),
     "units": (
         {"units": lambda c: [Units(3, (UnitAxis("first.linear.bias", 0),), (UnitAxis("x", 0),))]},

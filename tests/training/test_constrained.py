@@ -1,4 +1,4 @@
-"""Search under constraints: limits, the accuracy predictor, evolution, latency tables, and the whole search on a short run.
+"""Search under constraints: the accuracy predictor, evolution, and the whole search on a short run.
 
 One file because its parts share a network with a made-up accuracy.
 """
@@ -9,27 +9,25 @@ import re
 
 import numpy as np
 import pytest
-from tiny import TINY
+from noise import Noise
+from tiny import TINY, WIDE
 
-from superserve_jax import errors
+from superserve_jax import errors, families, machine
 from superserve_jax.training import (
     calibration,
     constrained,
     evaluation,
     evolution,
     latency,
-    latency_table,
     stages,
     validation,
 )
+from superserve_jax.training.config import Phase
 from superserve_jax.training.constrained import Settings, search_under
-from superserve_jax.training.constraints import Constraints, Costs, size_bytes
+from superserve_jax.training.constraints import Constraints
 from superserve_jax.training.latency_table import LatencyTable
 from superserve_jax.training.predictor import AccuracyPredictor
 
-WIDE = dataclasses.replace(
-    TINY, stage_widths=(16, 32), depths=((1, 2, 3), (1, 2, 3)), width_mults=(0.25, 0.5, 0.75, 1.0), image_size=16
-)
 SPACE = WIDE.space()
 
 
@@ -39,59 +37,6 @@ def made_up(subnet):
     narrow = 0.4 / sizes["stage0.out"] + 0.8 / sizes["stage1.out"]
     uneven = 0.1 * abs(np.log(sizes["stage1.out"] / sizes["stage0.out"] / 2))
     return float(0.95 - 0.3 / sum(subnet.gates) - narrow - uneven)
-
-
-# -- constraints --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (["latency=5ms"], Constraints(latency_ms=5.0)),
-        (["latency=250us", "size=20MB", "flops=1G"], Constraints(0.25, 20e6, 1e9)),
-        (["latency=.5S"], Constraints(latency_ms=500.0)),
-        (["size=1.5MiB"], Constraints(size_bytes=1.5 * 2**20)),
-        (["size=900kb", "flops=2e6"], Constraints(size_bytes=9e5, flops=2e6)),
-        (["flops=3 MFLOPs"], Constraints(flops=3e6)),
-    ],
-)
-def test_constraints_are_read_from_texts_with_units(texts, expected):
-    assert Constraints.parse(texts) == expected
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["latency=5"], "latency must be a number above 0, with its unit, such as latency=5ms; got '5'"),
-        (["size=20"], "with its unit, such as size=20MB; got '20'"),
-        (["flops=fast"], "flops must be a number above 0, such as flops=1G; got 'fast'"),
-        (["latency=-5ms"], "got '-5ms'"),
-        (["latency=5MB"], "got '5MB'"),
-        (["size"], "got ''"),
-        (["flops=0"], "flops must be above 0 and finite, got 0"),
-        (["flops=1e400"], "flops must be above 0 and finite, got inf"),
-        (["latancy=5ms"], "unknown constraint 'latancy': did you mean 'latency'"),
-        (["flops=1G", "flops=2G"], "'flops' is given twice"),
-        ([], "at least one limit"),
-    ],
-)
-def test_a_wrong_constraint_is_refused_with_an_example(texts, message):
-    with pytest.raises((errors.ConfigError, errors.UnknownNameError)) as caught:
-        Constraints.parse(texts)
-    assert message in str(caught.value)
-
-
-def test_several_constraints_hold_together():
-    under = Constraints(latency_ms=5.0, size_bytes=100.0, flops=10.0)
-    assert under.hold_for(Costs(10, 100, 5.0))
-    assert not any(under.hold_for(costs) for costs in (Costs(11, 100, 5.0), Costs(10, 101, 5.0), Costs(10, 100, 5.1)))
-
-
-def test_the_size_is_that_of_the_weights_and_statistics_of_the_subnet_alone():
-    for subnet in (SPACE.smallest(), SPACE.largest()):
-        channels = sum(WIDE.norm_sizes(WIDE.sizes(subnet)).values())
-        assert size_bytes(WIDE, subnet) == 4 * WIDE.num_params(subnet) + 2 * 4 * channels
-        assert size_bytes(WIDE, subnet, "bfloat16") == 2 * WIDE.num_params(subnet) + 2 * 4 * channels
 
 
 # -- predictor and evolution --------------------------------------------------------------------------------------------
@@ -120,6 +65,19 @@ def test_the_error_comes_from_subnets_that_were_held_out():
     assert abs(found.kendall_tau) < 0.4  # an error on the same subnets would hide that there is nothing to learn
     assert found.rmse > 0.15
     assert AccuracyPredictor(WIDE, dict.fromkeys(noise, 0.5)).kendall_tau == 0.0
+
+
+def test_the_prediction_of_a_network_that_was_learned_from_is_one_of_a_regression_without_it():
+    rng = np.random.default_rng(0)
+    coarse = dataclasses.replace(WIDE, divisor=8)  # several subnets are one network
+    learned, spare = (spread := evolution.spread(coarse, 60, seed=1))[:50], spread[50:]
+    found = AccuracyPredictor(coarse, {s: float(rng.uniform(0.1, 0.9)) for s in learned})
+    assert found.unseen(spare) == found(spare)
+    assert np.abs(np.subtract(found.unseen(learned), found(learned))).min() > 0
+    networks = {evolution.network(coarse, s): s for s in learned}
+    drawn = (SPACE.sample(3, k) for k in range(2_000))
+    twin = next(s for s in drawn if s not in learned and evolution.network(coarse, s) in networks)
+    assert found.unseen([twin]) == found.unseen([networks[evolution.network(coarse, twin)]]) != found([twin])
 
 
 def test_too_few_subnets_for_a_predictor_are_refused():
@@ -179,43 +137,6 @@ def test_a_space_with_few_subnets_under_the_constraint_gives_nearly_all_of_them(
         found = set(find(space, lambda s: s in under, values, count=10_000, seed=0))
         assert found <= under
         assert len(found) > 0.9 * len(under)
-
-
-# -- latency tables -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def table():
-    """A table in which each million multiply-adds takes a millisecond."""
-    latencies = {s: 1.0 + WIDE.flops(s) / 1e6 for s in latency.spread(WIDE, 20, seed=0)}
-    return LatencyTable("card", 1, latency_table._plain(WIDE), latencies)  # noqa: SLF001
-
-
-def test_a_latency_table_is_the_same_after_writing_and_reading(table, tmp_path):
-    table.write(tmp_path / "table.json")
-    read = LatencyTable.read(tmp_path / "table.json")
-    assert read == table
-    assert json.loads((tmp_path / "table.json").read_text())["device"] == "card"
-    unseen = SPACE.sample(5, 5)
-    assert read.predictor(WIDE)(unseen) == pytest.approx(1.0 + WIDE.flops(unseen) / 1e6, rel=0.05)
-
-
-def test_a_table_of_another_network_is_refused(table):
-    with pytest.raises(errors.ConfigError, match="the latency table of 'card' is of another network than the run"):
-        table.predictor(TINY)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "x"}', None])
-def test_a_file_that_is_no_latency_table_is_refused(text, table, tmp_path):
-    path = tmp_path / "table.json"
-    table.write(path)
-    if text is None:
-        text = path.read_text().replace('"ms": ', '"ms": -')
-    path.write_text(text)
-    with pytest.raises(errors.ConfigError, match=r"table\.json"):
-        LatencyTable.read(path)
-    with pytest.raises(errors.ConfigError, match="no latency table"):
-        LatencyTable.read(tmp_path / "missing.json")
 
 
 # -- the whole search on a short run --------------------------------------------------------------------------------------
@@ -317,11 +238,75 @@ def test_if_all_winners_measure_above_the_limit_the_fastest_is_the_best_and_none
     assert "--serve: all subnets that were timed are above the limit of 1.9 ms; the fastest one takes" in done.stderr
 
 
-def test_a_constraint_that_no_subnet_meets_is_refused_before_any_evaluation(run, count_calls):
+@pytest.mark.parametrize(
+    ("limits", "told"), [({"size_bytes": 1.0}, "size <= 1e-06 MB"), ({"flops": 10.0}, "FLOPs <= 1e-05 M")]
+)
+def test_a_constraint_that_no_subnet_meets_is_refused_before_anything_is_timed_or_evaluated(run, limits, told, count_calls):
+    calls = count_calls(evaluation, "accuracy"), count_calls(latency, "measure")
+    with pytest.raises(errors.ConfigError, match=rf"no subnet has latency <= 5 ms, {told}: the smallest one has .* MB; allow"):
+        search_under(run, Constraints(latency_ms=5.0, **limits), FEW)
+    assert calls == ([], [])
+
+
+def test_a_latency_that_only_the_margin_makes_unreachable_is_refused_with_the_margin(run, monkeypatch, count_calls):
+    """The predicted latency of the smallest subnet is within the limit, and with the margin it is not."""
+    noise = np.random.default_rng(0)
+    monkeypatch.setattr(latency, "measure", lambda model, subnets, *, batch: {s: noise.uniform(1, 9) for s in subnets})
+    with pytest.raises(errors.ConfigError) as caught:
+        search_under(run, Constraints(latency_ms=0.01), FEW, device="My Card")
+    low, high = map(float, re.findall(r"([\d.]+) ms by prediction, and ([\d.]+) ms with the margin", str(caught.value))[0])
     calls = count_calls(evaluation, "accuracy")
-    with pytest.raises(errors.ConfigError, match=r"no subnet has size <= 1e-06 MB: the smallest one has .* MB; allow more"):
-        search_under(run, Constraints(size_bytes=1.0), FEW)
+    assert high > 1.2 * low
+    limit = (low + high) / 2
+    with pytest.raises(errors.ConfigError, match=rf"no subnet has latency <= {limit:g} ms: .* and {high:.3g} ms with the"):
+        search_under(run, Constraints(latency_ms=limit), FEW, device="My Card")
     assert not calls
+
+
+def test_the_latency_table_of_this_machine_has_the_name_that_its_profiles_have(run, monkeypatch):
+    monkeypatch.setattr(machine, "device_kind", lambda device: f"a name for {device.platform}")
+    monkeypatch.setattr(latency, "measure", lambda model, subnets, *, batch: {s: 1.0 + s["width"][0] for s in subnets})
+    report = search_under(run, Constraints(latency_ms=50.0), FEW)
+    assert report.latency["device"] == "a name for cpu"
+    assert (run.workdir / "latency_tables" / "a-name-for-cpu-batch1.json").is_file()
+    assert all(w.measured_ms is not None for w in report.rows)
+
+
+def test_a_latency_table_of_other_batches_or_without_a_limit_of_the_latency_is_refused(run):
+    config = run.config.model
+    model = json.loads(json.dumps(families.config_to_json(config)))
+    table = LatencyTable("card", 16, model, {s: 1.0 + s["width"][0] for s in latency.spread(config, 20, seed=0)})
+    with pytest.raises(errors.ConfigError, match=r"is of batches of 16, and the limit is .* of 1; give --latency-batch 16"):
+        search_under(run, Constraints(latency_ms=50.0), FEW, table=table)
+    with pytest.raises(errors.ConfigError, match="a latency table has no effect without a limit of the latency"):
+        search_under(run, Constraints(flops=1e9), FEW, table=table)
+
+
+def test_all_networks_of_a_small_space_are_evaluated_and_nothing_is_predicted(run, half):
+    phase = Phase(elastic=("width",))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, phases=(phase,)))
+    four = [run.config.model.space().validate(s) for s in phase.space(run.config.model).enumerate()]
+    for _ in range(2):  # the second time, all of them are known
+        report = search_under(run, half, dataclasses.replace(FEW, samples=10))
+        assert report.samples == len(four) == 4
+        assert (report.rmse, report.kendall_tau, report.predictions) == (None, None, (0, 0))
+        assert {w.subnet for w in report.rows} == {s for s in four if run.config.model.flops(s) <= half.flops}
+        assert all(w.found_by == "evaluated" and w.predicted is None for w in report.rows)
+        assert report.best.accuracy == max(w.accuracy for w in report.rows)
+        assert json.loads((run.workdir / "constrained.json").read_text()) == json.loads(json.dumps(report.to_json()))
+
+
+def test_the_test_split_is_not_read(run, half, monkeypatch):
+    for name in ("arrays", "eval"):
+        real = getattr(Noise, name)
+
+        def read(self, split, *arguments, real=real, **options):
+            assert split != "test"
+            return real(self, split, *arguments, **options)
+
+        monkeypatch.setattr(Noise, name, read)
+    (run.workdir / "inputs.json").unlink(missing_ok=True)  # the fingerprints of all splits, with which every stage begins
+    assert search_under(run, half, FEW).rows
 
 
 def test_the_command_prints_the_errors_of_the_predictions_and_serves_the_winner(run, half, run_program):
@@ -335,6 +320,16 @@ def test_the_command_prints_the_errors_of_the_predictions_and_serves_the_winner(
     assert [s.to_json() for s in run.served()] == [found["subnet"]]
 
 
+def test_the_command_says_that_a_small_space_was_evaluated_whole(run, run_program):
+    config = json.loads((run.workdir / "config.json").read_text())
+    config["phases"] = [dataclasses.asdict(Phase(elastic=("width",)))]
+    (run.workdir / "config.json").write_text(json.dumps(config))
+    done = run_program("train/search.py", run.workdir, "--under", "flops=1G")
+    assert "under FLOPs <= 1000 M: all networks of the search space, 4 subnets, in " in done.stdout
+    assert len(re.findall(r"^evaluated +Subnet\(", done.stdout, re.MULTILINE)) == 4
+    assert "predict" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -342,7 +337,9 @@ def test_the_command_prints_the_errors_of_the_predictions_and_serves_the_winner(
         (("--under", "flops=1G", "--candidates", "7"), "--candidates 7 has no effect with --under; leave out one of them"),
         (("--samples", "7"), "--samples 7 has no effect without --under; give both or neither"),
         (("--under", "flops=1G", "--samples", "1"), "samples must be int >= 10, got 1"),
-        (("--under", "flops=1G", "--latency-table", "x.json"), "--latency-table has no effect without a limit"),
+        (("--under", "flops=1G", "--latency-table", "x.json"), "--latency-table x.json has no effect without a limit"),
+        (("--under", "size=1MB", "--latency-batch", "16"), "--latency-batch 16 has no effect without a limit of the latency"),
+        (("--latency-batch", "16"), "--latency-batch 16 has no effect without --cost latency; give both or neither"),
     ],
 )
 def test_the_command_refuses_options_in_one_line(options, message, run, run_program):
