@@ -72,7 +72,7 @@ def main() -> None:
         compiled = lowered.compile()
         results.append({"operations": lowered.as_text().count(" = "), "logits": np.asarray(compiled(*arguments))})
         calls.append(lambda compiled=compiled, arguments=arguments: jax.block_until_ready(compiled(*arguments)))
-    ratios, medians = _alternate(*calls, repeats=options.repeats)
+    ratios, medians = alternate(*calls, repeats=options.repeats)
     difference = float(np.abs(results[0]["logits"] - results[1]["logits"]).max() / np.abs(results[1]["logits"]).max())
     print(f"ss.elastic traced {config.num_params(space.largest()):,} parameters in {trace_s:.2f} s")
     cli.print_table(
@@ -116,9 +116,7 @@ def _small(
     return run, {name: renamed[name] for name in paths}
 
 
-def _alternate(
-    first: Callable[[], Any], second: Callable[[], Any], *, repeats: int
-) -> tuple[list[float], tuple[float, float]]:
+def alternate(first: Callable[[], Any], second: Callable[[], Any], *, repeats: int) -> tuple[list[float], tuple[float, float]]:
     """Times two functions in turns. Returns the ratio of each pair of times, and both medians, in seconds."""
     times: tuple[list[float], list[float]] = ([], [])
     first()
