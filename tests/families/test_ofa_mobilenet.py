@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+from tiny import assert_close, random_images, random_params, random_statistics, write_export
 
+import superserve_jax as ss
 from superserve_jax import errors, supernets
 from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
+from superserve_jax.supernets.supernet import SuperNet
 
 TINY = OFAMobileNetConfig(image_size=32, width_mult=0.1, depths=(1, 2), expand_ratios=(3.0, 6.0), kernel_sizes=(3, 5))
 
@@ -37,6 +41,27 @@ def test_a_network_without_choices_of_one_kind_is_possible():
 
 def test_a_small_network_passes_the_checks_of_families():
     supernets.check(TINY, run=False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_it_is_exported_measured_and_served(run_program, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERSERVE_CACHE", str(tmp_path / "cache"))  # so that only `measure` compiles
+    config = dataclasses.replace(TINY, image_size=16)
+    mixed = config.subnet(kernel_sizes=[3, 5] * 5, expand_ratios=3, depths=(1, 2, 1, 2, 1))
+    subnets = [mixed, config.space().largest()]
+    model = SuperNet(config, random_params(config), {s: random_statistics(config, s) for s in subnets})
+    path = write_export(tmp_path / "export", model)
+    options = ("--batch-sizes", 2, "--repeats", 2, "--slicing", "kept", "--keep-all", "--no-load")
+    whole_batches = {"choose_cores": lambda *_, **__: (1, {})}
+    found = run_program("serve/measure.py", path, *options, patches=whole_batches, json_file=True).json
+    assert [len(row["latency_ms"]) for row in found["rows"]] == [1, 1]
+    loaded, images = ss.load(path), random_images(config, 2)
+    assert loaded.config == config
+    for i, subnet in enumerate(subnets):
+        with ss.Server(path, slo_ms=10_000, batch_sizes=(2,), tune_runtime=False, policy=f"fixed:{i}") as server:
+            replies = [future.result(timeout=60) for future in server.submit_many(list(images))]
+        assert [reply.subnet for reply in replies] == [subnet, subnet]
+        assert_close(np.stack([reply.output for reply in replies]), loaded(images, subnet))
 
 
 @pytest.mark.parametrize(
