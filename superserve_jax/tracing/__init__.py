@@ -16,6 +16,7 @@ of axes that change together. To run at other sizes, the same operations are eva
 | the check of new running statistics | `statistics.py` |
 | the search space, the programs and the costs of a traced module | `network.py`, `products.py`, `units.py` |
 | what was found: kinds of axes, stages, the report | `found.py`, `kinds.py`, `listing.py` |
+| the patterns by which users name axes and stages | `patterns.py` |
 | the comparison with the module's own code | `agreement.py` |
 | symbolic lengths of axes: leaves, products, sums | `dims.py` |
 | a program as data, and how a jaxpr becomes one | `graph.py`, `jaxprs.py` |

@@ -175,7 +175,7 @@ def unify(a: Dim, b: Dim, where: str) -> None:
         raise AssertionError(f"axes of {a.size} and {b.size} entries cannot be one axis ({where})")
     if a is b or a.size <= 1:
         return
-    if b.kind == "leaf":
+    if b.kind == "leaf" and not (a.kind == "leaf" and b.steps):  # the size of a kernel keeps its steps
         a, b = b, a
     if a.kind == "leaf":
         a.link = b

@@ -82,9 +82,9 @@ class Elastic:
           call: `call(module, inputs)` or `call(module, inputs, train)`, if the module is not called as `module(inputs)`.
           axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. Kinds are
             "heads", "expand", "width", "head_dim" and "kernel". By default, heads and expand have the ratios 0.25, 0.5, 0.75
-            and 1, and kernels of `kernel_select` have all of their sizes.
-          depth: {a stage's name: numbers of blocks to keep, or None for all of them}. "*" names all stages. By default, a
-            stage keeps at least half of its blocks.
+            and 1, and kernels of `kernel_select` have all of their sizes. In a pattern, "*" stands for any text.
+          depth: {a pattern of stages' names: numbers of blocks to keep, or None for all of them}. By default, a stage keeps
+            at least half of its blocks.
           rule: which blocks a smaller depth keeps: "first" or "every_other".
           divisor: sizes that come from ratios are multiples of it, except numbers of heads.
           method: the method by which the module calls its blocks.
@@ -93,8 +93,9 @@ class Elastic:
             other axis's size. Each "*" in the other name stands for what the pattern's "*" matched.
 
         Raises:
-          ConfigError: the module cannot be traced, returns something else, or has nothing that is elastic.
-          UnknownNameError: an entry of `axes` or `depth` names nothing.
+          ConfigError: the module cannot be traced, returns something else, or has nothing that is elastic. Or an entry of
+            `axes` names only axes of `follows`.
+          UnknownNameError: an entry of `axes`, `depth` or `follows` names nothing.
 
         >>> class MLP(nnx.Module):
         ...     def __init__(self, rngs):

@@ -1,14 +1,13 @@
 """What tracing found in a module: the axes that can change, the blocks that can be left out, and the reasons for the rest."""
 
 import dataclasses
-import fnmatch
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from superserve_jax.tracing import kinds
+from superserve_jax.tracing import kinds, patterns
 from superserve_jax.tracing.blocks import natural
 from superserve_jax.tracing.groups import Fixed, Group, Place
-from superserve_jax.tracing.listing import some, unnumbered
+from superserve_jax.tracing.listing import some, starred, without_shared_numbers
 from superserve_jax.tracing.suspects import Suspect
 from superserve_jax.tracing.traced import Traced
 
@@ -48,8 +47,8 @@ class ElasticAxis:
         return len(set(self.sizes)) > 1
 
     def matches(self, pattern: str) -> bool:
-        """Whether a pattern names the axis: its kind, or a pattern such as "blocks.*.fc1"."""
-        return pattern == self.kind or fnmatch.fnmatchcase(self.name, pattern)
+        """Whether a pattern names the axis: its kind, or a pattern such as "blocks.*.fc1", see `patterns.py`."""
+        return pattern == self.kind or patterns.match(pattern, self.name) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,10 @@ class Stage:
     name: str
     blocks: tuple[str, ...]
     depths: tuple[int, ...] = ()
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern names the stage, or the whole list that it is a part of."""
+        return any(patterns.match(pattern, name) is not None for name in (self.name, self.name.partition("[")[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +95,12 @@ class Found:
 
     def _axes(self) -> Iterable[str]:
         yield "elastic axes:"
-        alike: dict[str, int] = {}  # axes of blocks that differ only in the block's number share a line
+        every = {str(p) for p in (*(f.place for f in self.fixed), *(place for axis in self.axes for place in axis.places))}
+        alike: dict[str, list[str]] = {}  # axes of blocks that differ only in the block's number share a line
         for axis in self.axes:
-            choices = ", ".join(map(str, axis.sizes)) if axis.is_elastic else f"{axis.size} (not elastic)"
-            choices += f", with {axis.leader}" if axis.leader and axis.is_elastic else ""
-            places = list(dict.fromkeys(unnumbered(str(place)) for place in axis.places))
-            line = f"{axis.kind:<9} {axis.name}: {choices}; cuts {some(places)}"
-            alike[unnumbered(line)] = alike.get(unnumbered(line), 0) + 1
-        yield from (f"  {line}{f' ({count} times)' if count > 1 else ''}" for line, count in alike.items())
+            names = [axis.name, axis.leader or axis.name, *starred(map(str, axis.places), every)]
+            alike.setdefault(_line(axis, *without_shared_numbers(names)), []).append(_line(axis, *names))
+        yield from (f"  {line} ({len(own)} times)" if len(own) > 1 else f"  {own[0]}" for line, own in alike.items())
 
     def _depth(self) -> Iterable[str]:
         yield "depth:"
@@ -113,14 +114,23 @@ class Found:
 
     def _rest(self) -> Iterable[str]:
         yield "axes that keep their sizes:"
+        sizes = [(place, axis.size) for axis in self.axes for place in axis.places]
+        every = {f"{place} ({size})" for place, size in (*sizes, *((f.place, f.size) for f in self.fixed))}
         by_reason: dict[str, dict[str, None]] = {}
         for fixed in self.fixed:
-            by_reason.setdefault(fixed.reason, {})[unnumbered(f"{fixed.place} ({fixed.size})")] = None
+            by_reason.setdefault(fixed.reason, {})[f"{fixed.place} ({fixed.size})"] = None
         for reason, places in by_reason.items():
-            yield f"  {some(list(places))}: {reason}"
+            yield f"  {some(starred(places, every))}: {reason}"
         if self.suspects:
             yield "numbers that may come from a size:"
             yield from (f"  {suspect}" for suspect in self.suspects)
+
+
+def _line(axis: ElasticAxis, name: str, leader: str, *places: str) -> str:
+    """The line of an axis in the report. Names of the axis, of its leader and of its places may have "*" for numbers."""
+    choices = ", ".join(map(str, axis.sizes)) if axis.is_elastic else f"{axis.size} (not elastic)"
+    choices += f", with {leader}" if axis.leader and axis.is_elastic else ""
+    return f"{axis.kind:<9} {name}: {choices}; cuts {some(places)}"
 
 
 def axes_of(traced: Traced, stages: Sequence[Stage]) -> tuple[ElasticAxis, ...]:

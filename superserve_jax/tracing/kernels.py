@@ -111,8 +111,8 @@ def _reason(node: Node, nodes: Sequence[Node], graph: Graph, parameters: set[Val
     if len(readers) > 1 or node.inputs[0] in graph.outputs:
         return "the kernel is used more than once"
     size = size_of(node)
-    if not size.steps:
-        return "the kernel is added to an array of its size"
+    if size.kind != "leaf":
+        return "the size of the kernel is that of an axis of several parts"
     others = (n for n in nodes if n is not node and any(size in leaves(dim) for dim in _read(n)))
     name = next((n.name for n in others if n.name not in _COPYING), None)
     return f"more than a convolution reads the kernel ({name})" if name else None

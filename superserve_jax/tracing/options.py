@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from superserve_jax import errors
+from superserve_jax.tracing import patterns
 from superserve_jax.tracing.found import ElasticAxis, Stage
 from superserve_jax.tracing.kinds import KINDS
 
@@ -19,12 +19,12 @@ AXES: dict[str, Choices] = {"heads": (0.25, 0.5, 0.75, 1.0), "expand": (0.25, 0.
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user asks for.
+    """What a user asks for. `patterns.py` says what a pattern names.
 
     Args:
       axes: {a kind, or a pattern of axes' names: ratios (floats), sizes (ints), or None for not elastic}. A pattern wins over
         a kind, and a later entry over an earlier one. Kinds that are not named have the ratios of `AXES`, and kernels have
-        all of their sizes.
+        all of their sizes. A pattern that names only axes of `follows` is refused.
       depth: {a pattern of stages' names: numbers of blocks to keep, or None for all of them}. Stages that are not named keep
         at least half of their blocks.
       rule: which blocks of a stage a smaller depth keeps: "first" or "every_other".
@@ -61,13 +61,19 @@ class Options:
     def check_patterns(self, axes: Sequence[ElasticAxis], stages: Sequence[Stage]) -> None:
         """Raises UnknownNameError for a pattern that names nothing."""
         for pattern in self.follows:
-            if not any(_captured(pattern, axis.name) for axis in axes):
+            if all(patterns.match(pattern, axis.name) is None for axis in axes):
                 raise errors.unknown_name("axis", pattern, [axis.name for axis in axes])
         for pattern in self.axes:
-            if pattern not in KINDS and not any(axis.matches(pattern) for axis in axes):
+            named = [axis.name for axis in axes if axis.matches(pattern)]
+            if pattern not in KINDS and not named:
                 raise errors.unknown_name("axis", pattern, [*KINDS, *(axis.name for axis in axes)])
+            if pattern not in KINDS and all(map(self._tie, named)):
+                raise errors.ConfigError(
+                    f"axes {pattern!r} names only axes that follow others, such as '{named[0]}', so it has no effect; leave "
+                    "it out, or the axes out of `follows`"
+                )
         for pattern in self.depth:
-            if not any(_matches(stage, pattern) for stage in stages):
+            if not any(stage.matches(pattern) for stage in stages):
                 raise errors.unknown_name("stage of blocks", pattern, [stage.name for stage in stages])
 
     def sized(self, axes: Sequence[ElasticAxis]) -> list[ElasticAxis]:
@@ -77,22 +83,29 @@ class Options:
 
     def _following(self, axis: ElasticAxis, own: Mapping[str, ElasticAxis]) -> ElasticAxis | None:
         """An axis with the sizes that follow another one. None if it has a choice of its own."""
+        if (tie := self._tie(axis.name)) is None:
+            return None
+        other, function = tie
+        errors.check_name("axis", other, own)
+        if self._tie(other):
+            raise errors.ConfigError(f"axis '{axis.name}' follows '{other}', which follows another one; name that one")
+        sizes = tuple(function(size) for size in own[other].sizes)
+        is_possible = all(_is_size(n) and n in (axis.steps or [n]) for n in sizes)
+        if list(sizes) != sorted(sizes) or sizes[-1] != axis.size or not is_possible:
+            wanted = f"some of {axis.steps}" if axis.steps else f"whole numbers from 1 to {axis.size}"
+            raise errors.ConfigError(
+                f"axis '{axis.name}' of {axis.size} entries would have the sizes {sizes} where '{other}' has "
+                f"{own[other].sizes}; expected {wanted}, ascending, the last {axis.size}"
+            )
+        return dataclasses.replace(axis, sizes=sizes, leader=other)
+
+    def _tie(self, name: str) -> tuple[str, Callable[[int], int]] | None:
+        """The axis that an axis follows, and the function of its size. None if it follows none."""
         for pattern, (other, function) in self.follows.items():
-            if (match := _captured(pattern, axis.name)) is not None:
-                for text in match.groups():
+            if (texts := patterns.match(pattern, name)) is not None:
+                for text in texts:
                     other = other.replace("*", text, 1)
-                errors.check_name("axis", other, own)
-                if any(_captured(p, other) for p in self.follows):
-                    raise errors.ConfigError(f"axis '{axis.name}' follows '{other}', which follows another one; name that one")
-                sizes = tuple(function(size) for size in own[other].sizes)
-                is_possible = all(_is_size(n) and n in (axis.steps or [n]) for n in sizes)
-                if list(sizes) != sorted(sizes) or sizes[-1] != axis.size or not is_possible:
-                    wanted = f"some of {axis.steps}" if axis.steps else f"whole numbers from 1 to {axis.size}"
-                    raise errors.ConfigError(
-                        f"axis '{axis.name}' of {axis.size} entries would have the sizes {sizes} where '{other}' has "
-                        f"{own[other].sizes}; expected {wanted}, ascending, the last {axis.size}"
-                    )
-                return dataclasses.replace(axis, sizes=sizes, leader=other)
+                return other, function
         return None
 
     def sizes(self, axis: ElasticAxis) -> tuple[int, ...]:
@@ -112,7 +125,7 @@ class Options:
         count = len(stage.blocks)
         choices: Sequence[int] | None = range(math.ceil(count / 2), count + 1)
         for pattern, wanted in self.depth.items():
-            if _matches(stage, pattern):
+            if stage.matches(pattern):
                 choices = wanted
         if choices is None:
             return (count,)
@@ -128,17 +141,8 @@ _EXAMPLES = {
 }
 
 
-def _captured(pattern: str, name: str) -> re.Match[str] | None:
-    """The match of a pattern with a name; its groups are what each "*" stands for."""
-    return re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), name)
-
-
 def _is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= 1
-
-
-def _matches(stage: Stage, pattern: str) -> bool:
-    return pattern in ("*", stage.name) or stage.name.partition("[")[0] == pattern
 
 
 def _check_choices(what: str, pattern: Any, choices: Any) -> None:

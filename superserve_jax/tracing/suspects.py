@@ -16,7 +16,7 @@ from jax.core import Tracer
 from superserve_jax.tracing import means
 from superserve_jax.tracing.dims import Dim, leaves
 from superserve_jax.tracing.graph import Graph, Node, Operand, Scalar, Value, all_graphs, all_nodes
-from superserve_jax.tracing.listing import some, unnumbered
+from superserve_jax.tracing.listing import some, starred
 
 _FORMS = {
     "n": lambda n: n,
@@ -29,6 +29,9 @@ _FORMS = {
     "log(n)": math.log,
 }
 
+_Groups = tuple[tuple[str, ...], tuple[str, ...]]
+"""Names of groups, and the same names with "*" for numbers of blocks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Suspect:
@@ -40,6 +43,7 @@ class Suspect:
       form: how it would follow from the size n, such as "n ** -0.5".
       size: n.
       groups: names of the groups whose sizes make up n.
+      described: the same names, with "*" for the numbers of blocks if all blocks are among them.
     """
 
     where: str
@@ -47,11 +51,11 @@ class Suspect:
     form: str
     size: int
     groups: tuple[str, ...]
+    described: tuple[str, ...]
 
     def __str__(self) -> str:
-        axes = some(list(dict.fromkeys(map(unnumbered, self.groups))))
         return (
-            f"{self.where}: {self.number:g} may be {self.form} of n = {self.size}, the size of {axes}. "
+            f"{self.where}: {self.number:g} may be {self.form} of n = {self.size}, the size of {some(self.described)}. "
             "It stays the same at other sizes"
         )
 
@@ -70,14 +74,14 @@ def find(graph: Graph, names: Mapping[Dim, str], mean: Collection[Node]) -> tupl
     return tuple(dict.fromkeys([*found, *_of_new_axes(graph, names, sizes)]))
 
 
-def _sizes(graph: Graph, names: Mapping[Dim, str]) -> dict[int, tuple[str, ...]]:
+def _sizes(graph: Graph, names: Mapping[Dim, str]) -> dict[int, _Groups]:
     """The sizes of all axes that can change, and the groups of each."""
     found: dict[int, dict[str, None]] = {}
     for dim in _all_dims(graph):
         groups = {names[leaf]: None for leaf in leaves(dim) if leaf in names}
         if groups and dim.size > 1:
             found.setdefault(dim.size, {}).update(groups)
-    return {size: tuple(groups) for size, groups in found.items()}
+    return {size: (tuple(groups), tuple(starred(groups, set(names.values())))) for size, groups in found.items()}
 
 
 def _all_dims(graph: Graph) -> Iterator[Dim]:
@@ -96,9 +100,7 @@ def _equal_numbers(graph: Graph) -> Iterator[tuple[Value, np.ndarray]]:
                 yield value, np.asarray(numbers.flat[0])
 
 
-def _of_numbers(
-    node: Node, constants: Mapping[Operand, np.ndarray], sizes: Mapping[int, tuple[str, ...]]
-) -> Iterator[Suspect]:
+def _of_numbers(node: Node, constants: Mapping[Operand, np.ndarray], sizes: Mapping[int, _Groups]) -> Iterator[Suspect]:
     for operand in () if node.is_activation else node.inputs:
         value = operand.value if isinstance(operand, Scalar) else constants.get(operand)
         if value is None or value.dtype == bool:
@@ -109,10 +111,10 @@ def _of_numbers(
             if form == "n - 1" and node.name != "div":  # such as the last index; ddof=1 divides
                 continue
             if form is not None and float(number) not in (0.0, 1.0):
-                yield Suspect(node.where, float(value), form, size, groups)
+                yield Suspect(node.where, float(value), form, size, *groups)
 
 
-def _of_new_axes(graph: Graph, names: Mapping[Dim, str], sizes: Mapping[int, tuple[str, ...]]) -> Iterator[Suspect]:
+def _of_new_axes(graph: Graph, names: Mapping[Dim, str], sizes: Mapping[int, _Groups]) -> Iterator[Suspect]:
     """Sums over an axis that the program makes itself, and that is as long as one that can change."""
     made = [node for node in all_nodes(graph) if node.name in ("broadcast_in_dim", "iota")]
     new = {leaf for node in made for value in node.outputs for dim in value.dims for leaf in leaves(dim)}
@@ -121,7 +123,7 @@ def _of_new_axes(graph: Graph, names: Mapping[Dim, str], sizes: Mapping[int, tup
     for node in all_nodes(graph):
         for dim in _reduced(node):
             if dim.size in sizes and new.issuperset(leaves(dim)) and not any(leaf in names for leaf in leaves(dim)):
-                yield Suspect(node.where, float(dim.size), "n", dim.size, sizes[dim.size])
+                yield Suspect(node.where, float(dim.size), "n", dim.size, *sizes[dim.size])
 
 
 def _reduced(node: Node) -> list[Dim]:

@@ -36,6 +36,23 @@ def test_what_is_found():
     assert "an input has this axis" in report
 
 
+def test_the_report_hides_numbers_of_blocks_only_if_all_of_them_are_meant():
+    layers = [nnx.Linear(8, 12, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(12, 3, rngs=nnx.Rngs(1))]
+    report = str(make(nnx.Sequential(*layers)).found)
+    assert "expand    layers.0: 3, 6, 9, 12; cuts layers.0.bias[0], layers.0.kernel[1], layers.2.kernel[0]\n" in report
+    assert "layers.0.kernel[0] (8): an input has this axis" in report
+    assert "layers.2.bias[0] (3), layers.2.kernel[1] (3): the result has this axis" in report
+    module = Net(nnx.Rngs(0))
+    module.blocks[1].fc2 = nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0))
+    report = str(make(module, axes={"blocks.1.fc1": None}).found)
+    assert "expand    blocks.*.fc1: 4, 8, 12, 16; cuts blocks.*.fc1.bias[0]" in report
+    assert "blocks.*.fc2.kernel[0] (2 times)" in report
+    assert "expand    blocks.1.fc1: 16 (not elastic); cuts blocks.1.fc1.bias[0]" in report
+    assert "width     stem: 8 (not elastic); cuts blocks.*.fc1.kernel[0], blocks.*.fc2.bias[0], " in report
+    shown = [line for line in report.splitlines() if "(not elastic)" in line]
+    assert len(shown) == 2
+
+
 def test_kinds_patterns_and_depth_choose():
     net = make(
         axes={"expand": (0.5, 1.0), "blocks.1.*": None, "blocks.2.fc1": (3, 16), "width": (4, 8)}, depth={"blocks": (1, 3)}

@@ -53,7 +53,7 @@ def test_the_axes_have_no_choice_of_their_own(net):
     assert [(axis.name, len(axis.choices)) for axis in net.space.axes] == [("expand", 2)]
     sizes = net.config.sizes(net.space.subnet(expand=(0.25, 0.5)))
     assert [sizes[f"blocks.{i}.{name}"] for i in range(2) for name in ("expand", "reduce")] == [6, 2, 8, 2]
-    assert "blocks.*.reduce: 2, 3, 6, with blocks.*.expand; cuts" in str(net.found)
+    assert "blocks.0.reduce: 2, 3, 6, with blocks.0.expand; cuts" in str(net.found)
     supernets.check(net.config)
 
 
@@ -101,6 +101,27 @@ def test_an_axis_that_follows_a_whole_one_is_whole():
     }
 
 
+def test_axes_and_follows_have_the_same_patterns():
+    follows = {"*.reduce": ("*.expand", lambda n: max(2, n // 4))}
+    net = make(follows, axes={"*.expand": (0.5, 1.0), "blocks.1*": (0.25, 1.0)})
+    sizes = {axis.name: axis.sizes for axis in net.found.axes if axis.block}
+    assert sizes == {
+        "blocks.0.expand": (12, 24),
+        "blocks.0.reduce": (3, 6),
+        "blocks.1.expand": (4, 16),
+        "blocks.1.reduce": (2, 4),
+    }
+    for pattern in ("blocks.?.expand", "blocks.[01].expand", "blocks.0.expan[d]"):
+        with pytest.raises(errors.UnknownNameError, match="unknown axis"):
+            make(axes={pattern: None})
+
+
+@pytest.mark.parametrize("pattern", ["blocks.*.reduce", "blocks.0.reduce", "*reduce"])
+def test_a_choice_for_an_axis_that_follows_another_is_refused(pattern):
+    with pytest.raises(errors.ConfigError, match=r"only axes that follow others, such as 'blocks.0.reduce'.*leave it out"):
+        make(axes={pattern: (0.5, 1.0)})
+
+
 @pytest.mark.parametrize(
     ("follows", "error", "message"),
     [
@@ -110,6 +131,7 @@ def test_an_axis_that_follows_a_whole_one_is_whole():
         ({"blocks.*.reduce": ("blocks.*.expand", lambda n: 30 - n)}, errors.ConfigError, "ascending"),
         ({"blocks.*.reduce": ("blocks.*.expand", lambda n: n / 4)}, errors.ConfigError, "whole numbers"),
         ({"blocks.*.reduce": ("blocks.*.reduce", lambda n: n)}, errors.ConfigError, "follows another one"),
+        ({"blocks.?.reduce": ("blocks.0.expand", lambda n: n // 4)}, errors.UnknownNameError, "blocks.\\?.reduce"),
         (["blocks.*.reduce"], errors.ConfigError, "follows must be a dict, such as"),
         ({"blocks.*.reduce": "blocks.*.expand"}, errors.ConfigError, "follows must be a dict such as"),
     ],

@@ -30,6 +30,14 @@ def test_unified_leaves_are_one():
     assert resolve(a) is resolve(b) is resolve(c)
 
 
+def test_the_size_of_a_kernel_keeps_its_steps_when_it_meets_an_axis():
+    for of_kernel, other in ((Dim(7, steps=(3, 5, 7)), Dim(7)), (Dim(5, steps=(3, 5)), Dim(5, fixed="a reason"))):
+        for first, second in ((of_kernel, other), (other, of_kernel)):
+            unify(first, second, HERE)
+            assert resolve(first) is resolve(second) is of_kernel
+        assert of_kernel.fixed == other.fixed
+
+
 def test_axes_of_length_one_stay_apart():
     a, b = Dim(1), Dim(1)
     unify(a, b, HERE)

@@ -14,7 +14,8 @@ from tracing_checks import FAST, random_params
 from superserve_jax import errors, ops, tracing
 from superserve_jax.tracing.kernels import kernel_select
 
-SHAPES = {"a": (2, 6), "w": (7, 7, 1, 6), "to5": (25, 25), "to3": (9, 9), "b": (6, 3)}
+SHAPES = {"a": (2, 6), "w": (7, 7, 1, 6), "to5": (25, 25), "to3": (9, 9), "b": (6, 3), "more": (7, 7, 1, 6)}
+DIVIDED = {"w9": (9, 9, 1, 6), "parts": (3, 3, 9, 1, 6)}
 IMAGES = np.random.default_rng(3).normal(size=(2, 9, 8, 2)).astype(np.float32)
 SIZES = (3, 5, 7)
 
@@ -139,6 +140,21 @@ FIXED = {
         lambda p, x: depthwise(x @ p["a"], select(p) - select(p).mean(), PADDED),
         "the kernel is used more than once",
     ),
+    "added to": (
+        lambda p, x: depthwise(x @ p["a"], select(p) + p["more"], PADDED),
+        r"more than a convolution reads the kernel \(add\)",
+    ),
+    "added": (
+        lambda p, x: depthwise(x @ p["a"], p["more"] + select(p), PADDED),
+        r"more than a convolution reads the kernel \(add\)",
+    ),
+    "of a divided size": (
+        lambda p, x: (
+            depthwise(x @ p["a"], k := kernel_select(p["w9"], {3: p["to3"]}), ((4, 4), (4, 4)))
+            + (k + jnp.tanh(p["parts"]).reshape(9, 9, 1, 6)).mean((0, 1, 2))
+        ),
+        "the size of the kernel is that of an axis of several parts",
+    ),
     "normalised": (
         lambda p, x: depthwise(x @ p["a"], jnp.exp(select(p)), PADDED),
         r"more than a convolution reads the kernel \(exp\)",
@@ -169,12 +185,13 @@ def test_a_kernel_that_is_used_in_another_way_keeps_its_size(name):
     def whole(p, x):
         return run(p, x).mean((1, 2)) @ p["b"]
 
-    params = random_params(SHAPES)
+    params = random_params(SHAPES | DIVIDED)
     traced = tracing.trace(whole, params, IMAGES)
-    assert "w" not in traced.groups
+    kernel = "w9" if name == "of a divided size" else "w"
+    assert kernel not in traced.groups
     found = {str(f.place): f.reason for f in traced.fixed}
-    assert found["w[0]"] == found["w[1]"]
-    assert re.match(reason, found["w[0]"]), found["w[0]"]
+    assert found[f"{kernel}[0]"] == found[f"{kernel}[1]"]
+    assert re.match(reason, found[f"{kernel}[0]"]), found[f"{kernel}[0]"]
     np.testing.assert_allclose(traced.evaluate(params, IMAGES, {}), whole(params, IMAGES), rtol=1e-5, atol=1e-5)
 
 
