@@ -1,6 +1,7 @@
 """Serves a sleeping model with Ray Serve, for `serve/bench/gateway.py --peer ray`. It needs nothing of this project."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -30,7 +31,7 @@ class Sleeping:
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(http_options={"host": "127.0.0.1", "port": OPTIONS["port"]})
     serve.run(Sleeping.bind(), route_prefix="/")  # pyright: ignore[reportAttributeAccessIssue]
     signal.sigwait({signal.SIGTERM})
