@@ -19,6 +19,8 @@ def read(path: pathlib.Path, names: Mapping[str, str] | None, count: int | None)
     Raises:
       ConversionError: there are fewer than two classes, or their ids are not 0, 1, 2 and so on.
     """
+    if names is None and count is not None and count > _MOST_CLASSES:
+        raise errors.ConversionError(f"{path}: num_labels must be at most {_MOST_CLASSES:,}, got {count}; save it again")
     if names is None:
         names = {str(i): f"LABEL_{i}" for i in range(2 if count is None else count)}
     if len(names) < 2:

@@ -6,7 +6,6 @@ Each other depth is added to the base depth of a stage.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -94,7 +93,8 @@ def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
     """The subnet that one of once-for-all's dictionaries describes.
 
     Args:
-      arch: the dictionary with "d", "e" and "w", each a list, or one number for all positions.
+      arch: the dictionary with "d", "e" and "w", each a list, or one number for all positions. In "e", values of blocks that
+        do not run have no meaning, and once-for-all sometimes writes 0.
       space: the search space of a SuperNet from `ofa_resnet`.
 
     Raises:
@@ -106,14 +106,10 @@ def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
     (0.65, 1.0, 1.0, 1.0, 1.0, 1.0)
     """
     depth_list, expand, width = _axes(space)
-    for name in arch:
-        errors.check_name("entry of a subnet dictionary", name, ["d", "e", "w", *_IGNORED])
-    d = _positions(arch, "d", len(_BASE_DEPTHS) + 1)
-    e = _positions(arch, "e", len(expand.choices))
-    w = _positions(arch, "w", len(width.choices))
-    for name, values, known in (("d", d, depth_list), ("w", w, range(len(width.choices[0])))):
-        if bad := [v for v in values if v not in known]:
-            raise errors.SubnetError(f"'{name}' of a subnet dictionary must be among {list(known)}, got {bad[0]!r}")
+    counts = {"d": len(_BASE_DEPTHS) + 1, "e": len(expand.choices), "w": len(width.choices)}
+    d, e, w = once_for_all_state.lists_of(arch, counts, ignored=_IGNORED).values()
+    once_for_all_state.check_values("d", d, depth_list)
+    once_for_all_state.check_values("w", w, range(len(width.choices[0])))
     depth = [int(d[0] == depth_list[-1]), *(base + v for base, v in zip(_BASE_DEPTHS, d[1:], strict=True))]
     return space.subnet(depth=depth, expand=e, width=[c[int(i)] for c, i in zip(width.choices, w, strict=True)])
 
@@ -145,17 +141,6 @@ def _axes(space: SearchSpace) -> tuple[list[int], Axis, Axis]:
             f"depth_list for all stages; this one has the depths {space.depths} and the axes {list(axes)}"
         )
     return list(lists.pop()), axes["expand"], axes["width"]
-
-
-def _positions(arch: Mapping[str, Any], name: str, count: int) -> list[Any]:
-    if name not in arch:
-        raise errors.SubnetError(f"a subnet dictionary needs 'd', 'e' and 'w'; got {list(arch)}")
-    values = [arch[name]] * count if np.ndim(arch[name]) == 0 else list(arch[name])
-    if len(values) != count:
-        raise errors.SubnetError(f"'{name}' of a subnet dictionary needs {count} values, got {len(values)}: {values}")
-    if bad := [v for v in values if not isinstance(v, int | float | np.number) or not math.isfinite(v)]:
-        raise errors.SubnetError(f"'{name}' of a subnet dictionary must hold numbers, got {bad[0]!r}")
-    return values
 
 
 def _check_sizes(config: OFAResNetConfig, weights: Mapping[str, np.ndarray]) -> None:

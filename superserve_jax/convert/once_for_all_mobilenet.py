@@ -86,7 +86,8 @@ def ofa_mobilenet_subnet(arch: Mapping[str, Any], config: OFAMobileNetConfig) ->
     """The subnet that one of once-for-all's dictionaries describes.
 
     Args:
-      arch: the dictionary with "ks", "e" and "d", each a list, or one number for all positions.
+      arch: the dictionary with "ks", "e" and "d", each a list, or one number for all positions. In "ks" and "e", values of
+        blocks that do not run have no meaning, and once-for-all sometimes writes 0.
       config: the config of a SuperNet from `ofa_mobilenet`.
 
     Raises:
@@ -97,12 +98,15 @@ def ofa_mobilenet_subnet(arch: Mapping[str, Any], config: OFAMobileNetConfig) ->
     >>> ofa_mobilenet_subnet({"ks": 3, "e": 4, "d": [2, 3, 2, 2, 4]}, config).gates
     (1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 1, 1, 1)
     """
-    for name in arch:
-        errors.check_name("entry of a subnet dictionary", name, ["ks", "e", "d", *_IGNORED])
-    if missing := [name for name in ("ks", "e", "d") if name not in arch]:
-        raise errors.SubnetError(f"a subnet dictionary needs 'ks', 'e' and 'd'; it lacks {missing}")
-    ks, e, d = (np.asarray(arch[name]).tolist() for name in ("ks", "e", "d"))
-    return config.subnet(kernel_sizes=ks, expand_ratios=e, depths=d)
+    blocks, deepest = config.num_blocks, config.depths[-1]
+    given = once_for_all_state.lists_of(arch, {"ks": blocks, "e": blocks, "d": blocks // deepest}, ignored=_IGNORED)
+    once_for_all_state.check_values("d", given["d"], config.depths)
+    chosen: dict[str, list[Any]] = {}
+    for name, choices in (("ks", config.kernel_sizes), ("e", config.expand_ratios)):
+        runs = (i % deepest < given["d"][i // deepest] for i in range(blocks))
+        chosen[name] = [value if run else choices[0] for value, run in zip(given[name], runs, strict=True)]
+        once_for_all_state.check_values(name, chosen[name], choices)
+    return config.subnet(kernel_sizes=chosen["ks"], expand_ratios=chosen["e"], depths=[int(d) for d in given["d"]])
 
 
 def _sources(config: OFAMobileNetConfig) -> dict[str, Source]:

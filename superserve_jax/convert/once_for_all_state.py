@@ -1,6 +1,7 @@
-"""What the state dicts and the arguments of once-for-all's networks have in common."""
+"""What the state dicts, the arguments and the subnet dictionaries of once-for-all's networks have in common."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,3 +49,55 @@ def supernet(config: FamilyConfig, found: dict[str, np.ndarray]) -> SuperNet:
     norms = config.norm_sizes(config.sizes(largest))
     statistics = np.concatenate([np.stack([found.pop(f"{n}.mean"), found.pop(f"{n}.var")]) for n in norms], axis=1)
     return SuperNet(config, {name: jnp.array(value) for name, value in found.items()}, {largest: statistics})
+
+
+def lists_of(arch: Mapping[str, Any], counts: Mapping[str, int], *, ignored: Collection[str]) -> dict[str, list[float]]:
+    """The lists of a subnet dictionary. A single number is repeated.
+
+    Args:
+      arch: the dictionary.
+      counts: the number of values of each list.
+      ignored: names of other entries, which are not read.
+
+    Raises:
+      SubnetError: `arch` is no dictionary, lacks a list, or has one of other values than so many numbers.
+      UnknownNameError: `arch` has another entry.
+
+    >>> lists_of({"ks": [3, 5], "d": 2}, {"ks": 2, "d": 3}, ignored=())
+    {'ks': [3, 5], 'd': [2, 2, 2]}
+    """
+    *first, last = map(repr, counts)
+    known = f"{', '.join(first)} and {last}"
+    if not isinstance(arch, Mapping):
+        raise errors.SubnetError(f"a subnet dictionary has the entries {known}, got {arch!r}")
+    for name in arch:
+        errors.check_name("entry of a subnet dictionary", name, [*counts, *ignored])
+    if missing := [name for name in counts if name not in arch]:
+        raise errors.SubnetError(f"a subnet dictionary needs {known}; it lacks {missing}")
+    return {name: _list(name, arch[name], count) for name, count in counts.items()}
+
+
+def check_values(name: str, values: Sequence[float], choices: Collection[float]) -> None:
+    """Raises SubnetError unless the values of a list of a subnet dictionary are among the choices."""
+    if bad := [value for value in values if value not in choices]:
+        raise errors.SubnetError(f"'{name}' of a subnet dictionary must be among {list(choices)}, got {bad[0]!r}")
+
+
+def _list(name: str, value: Any, count: int) -> list[float]:
+    """A list of `count` numbers, of a list or of one number."""
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    values = list(plain) if isinstance(plain, list | tuple) else [plain] * count
+    if bad := [v for v in values if not _is_number(v)]:
+        raise errors.SubnetError(f"'{name}' of a subnet dictionary must hold numbers, got {bad[0]!r}")
+    if len(values) != count:
+        raise errors.SubnetError(f"'{name}' of a subnet dictionary needs {count} values, got {len(values)}: {values}")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False

@@ -12,6 +12,7 @@ import msgspec
 
 from superserve_jax import errors
 from superserve_jax.convert import choices, folder, hugging_face, labels, settings, tokenizer
+from superserve_jax.convert.settings import Ratio, Size
 from superserve_jax.families.dynabert import DynaBERTConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
@@ -58,15 +59,15 @@ class _Config(msgspec.Struct):
 
     id2label: dict[str, str] | None = None
     num_labels: int | None = None
-    vocab_size: int = 30522
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    vocab_size: Size = 30522
+    max_position_embeddings: Size = 512
+    type_vocab_size: Size = 2
+    hidden_size: Size = 768
+    num_hidden_layers: Size = 12
+    num_attention_heads: Size = 12
+    intermediate_size: Size = 3072
     pad_token_id: int | None = 0
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: Ratio = 1e-12
 
 
 def read(

@@ -12,6 +12,7 @@ import msgspec
 
 from superserve_jax import errors
 from superserve_jax.convert import choices, folder, labels, settings, vision_transformer
+from superserve_jax.convert.settings import Ratio, Size
 from superserve_jax.families.vit import Pool, ViTConfig
 from superserve_jax.supernets.supernet import SuperNet
 
@@ -46,24 +47,24 @@ class _Config(msgspec.Struct):
 
     id2label: dict[str, str] | None = None
     num_labels: int | None = None
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    mlp_ratio: float = 4.0
-    image_size: int = 224
-    patch_size: int | None = None
-    num_channels: int = 3
-    num_register_tokens: int = 4
-    layerscale_value: float = 1.0
-    layer_norm_eps: float | None = None
+    hidden_size: Size = 768
+    num_hidden_layers: Size = 12
+    num_attention_heads: Size = 12
+    intermediate_size: Size = 3072
+    mlp_ratio: Ratio = 4.0
+    image_size: Size = 224
+    patch_size: Size | None = None
+    num_channels: Size = 3
+    num_register_tokens: Size = 4
+    layerscale_value: Ratio = 1.0
+    layer_norm_eps: Ratio | None = None
 
 
 class _Side(msgspec.Struct):
     """Height and width of images. Without them, `shortest_edge` may be given, and images are not square."""
 
-    height: int | None = None
-    width: int | None = None
+    height: Size | None = None
+    width: Size | None = None
 
 
 class _Pixels(msgspec.Struct):
@@ -74,8 +75,8 @@ class _Pixels(msgspec.Struct):
     do_rescale: bool = True
     rescale_factor: float = _PIXEL
     do_normalize: bool = True
-    size: _Side | int | None = None
-    crop_size: _Side | int | None = None
+    size: _Side | Size | None = None
+    crop_size: _Side | Size | None = None
     do_center_crop: bool = False
 
 
@@ -102,9 +103,11 @@ def read(
     class_names = labels.read(file, found.id2label, found.num_labels)
     mean, std = _normalisation(pixel_file, pixels, found.num_channels)
     neurons = int(found.hidden_size * found.mlp_ratio) if is_dino else found.intermediate_size
+    if image_size is None:
+        image_size = (_side(pixels) if is_dino else None) or found.image_size
     config = ViTConfig(
         num_classes=len(class_names),
-        image_size=image_size or (_side(pixels) if is_dino else None) or found.image_size,
+        image_size=image_size,
         channels=found.num_channels,
         patch=found.patch_size or (14 if is_dino else 16),
         widths=(found.hidden_size,),
@@ -126,7 +129,7 @@ def _check_supported(path: pathlib.Path, fields: Mapping[str, Any]) -> tuple[str
     kind = fields["model_type"]
     known = ARCHITECTURES[kind]
     names = fields.get("architectures") or list(known)
-    architecture = names[0] if isinstance(names, list) and names else names
+    architecture = str(names[0] if isinstance(names, list) and names else names)
     if architecture not in known:
         raise errors.ConversionError(
             f"{path}: {architecture} is not supported, because it is not a classifier of images; supported is "
@@ -139,7 +142,7 @@ def _check_supported(path: pathlib.Path, fields: Mapping[str, Any]) -> tuple[str
 
 def _normalisation(path: pathlib.Path, pixels: _Pixels, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel. Raises ConversionError for other steps than those of ViT."""
-    if not pixels.do_rescale or abs(pixels.rescale_factor - _PIXEL) > 1e-6:
+    if not (pixels.do_rescale and abs(pixels.rescale_factor - _PIXEL) <= 1e-6):
         raise errors.ConversionError(
             f"{path}: pixels must be scaled by 1 / 255, got do_rescale={pixels.do_rescale} and rescale_factor="
             f"{pixels.rescale_factor}; convert the weights alone, by convert.vit"

@@ -1,7 +1,14 @@
-"""The settings in a config.json of Hugging Face that change what a network computes."""
+"""What may be in a config.json of Hugging Face: types of its numbers, and settings that change what a network computes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+"""A number of channels, layers, tokens or pixels. A larger one is damage. It would take memory before it is compared."""
+Ratio = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+"""A number above 0, and not infinite."""
 
 
 def unsupported(fields: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]], explained: Mapping[str, str]) -> list[str]:

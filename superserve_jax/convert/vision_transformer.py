@@ -14,6 +14,7 @@ from superserve_jax.families.vit import Pool, ViTConfig
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
+_MOST_PATCHES = 1 << 16  # attention over more tokens needs more memory than any machine has
 _POSITIONS = "positions of tokens and patches"  # our name for the table in the weights, until it is divided
 
 
@@ -94,6 +95,11 @@ def fill(config: ViTConfig, weights: Mapping[str, np.ndarray]) -> SuperNet:
             f"the classifier of {names.what} has pool={' or '.join(map(repr, names.pools))}, got {config.pool!r}"
         )
     _check_sizes(config, sizes, names)
+    if config.patches > _MOST_PATCHES:
+        raise errors.ConfigError(
+            f"images of {config.image_size}x{config.image_size} pixels have {config.patches:,} patches of {config.patch}x"
+            f"{config.patch}, more than {_MOST_PATCHES:,}; give a smaller image_size"
+        )
     shapes = {name: spec.shape for name, spec in programs.param_spec(config).items()}
     found = state_dict.take(
         weights,

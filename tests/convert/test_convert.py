@@ -187,6 +187,9 @@ def test_a_subnet_dictionary_means_the_same_as_in_once_for_all():
     assert subnet["expand"][:4] == (0.2, 0.25, 0.2, 0.2)  # blocks that do not run have the smallest ratio
     assert convert.ofa_arch(subnet, space)["d"] == [0, 0, 1, 2, 0]
     assert convert.ofa_subnet({"d": 2, "e": 0.35, "w": 2}, space) == space.largest()
+    zeros = [ratio * int(gate) for ratio, gate in zip(arch["e"], subnet.gates[1:], strict=True)]
+    assert zeros.count(0) == 5
+    assert convert.ofa_subnet({**arch, "e": zeros}, space) == subnet
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,14 @@ def test_a_subnet_dictionary_means_the_same_as_in_once_for_all():
         ({"w": 0.65}, "'w'"),
         ({"e": 0.3}, "0.3 is not one of"),
         ({"e": [None] * 18}, "'e' of a subnet dictionary must hold numbers, got None"),
+        ({"e": None}, "'e' of a subnet dictionary must hold numbers, got None"),
+        ({"e": [[0.2], [0.2, 0.25]]}, r"'e' of a subnet dictionary must hold numbers, got \[0.2\]"),
+        ({"e": "0.2"}, "must hold numbers, got '0.2'"),
+        ({"e": float("nan")}, "must hold numbers, got nan"),
+        ({"e": 10**400}, "must hold numbers, got 1000"),
+        ({"d": True}, "must hold numbers, got True"),
+        ({"d": {}}, "must hold numbers, got {}"),
+        ({"e": [0] * 18}, "0.0 is not one of"),
         ({"ks": 3}, "unknown entry of a subnet dictionary 'ks'"),
     ],
 )
@@ -209,8 +220,10 @@ def test_a_subnet_dictionary_that_does_not_fit_is_refused(change, message):
 
 
 def test_a_subnet_dictionary_needs_all_its_entries_and_the_right_space():
-    with pytest.raises(errors.SubnetError, match="needs 'd', 'e' and 'w'"):
+    with pytest.raises(errors.SubnetError, match=r"needs 'd', 'e' and 'w'; it lacks \['w'\]"):
         convert.ofa_subnet({"d": 2, "e": 0.35}, OFAResNetConfig().space())
+    with pytest.raises(errors.SubnetError, match=r"has the entries 'd', 'e' and 'w', got \[2\]"):
+        convert.ofa_subnet([2], OFAResNetConfig().space())
     for space in (BERT.space(), dataclasses.replace(OFA, depths=((2,), (2, 3), (4,), (2,))).space()):
         with pytest.raises(errors.SubnetError, match="need the space of an OFA-ResNet50"):
             convert.ofa_subnet({"d": 0, "e": 0.25, "w": 0}, space)

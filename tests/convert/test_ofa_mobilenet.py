@@ -97,14 +97,31 @@ def test_a_config_that_once_for_all_does_not_have_is_refused(model, state):
         convert.weights(state, dataclasses.replace(model.config, stem_stride=1))
 
 
+def test_values_of_blocks_that_do_not_run_have_no_meaning(model):
+    """once-for-all writes 0 for some of them."""
+    arch = {"ks": [3, 5, 7] * 5, "e": [4, 3, 4] * 5, "d": [2, 3, 2, 2, 3]}
+    expected = convert.ofa_mobilenet_subnet(arch, model.config)
+    runs = [i % 3 < arch["d"][i // 3] for i in range(15)]
+    assert runs.count(False) == 3
+    for skipped in (0, -1, 99):
+        odd = {name: [v if run else skipped for v, run in zip(arch[name], runs, strict=True)] for name in ("ks", "e")}
+        assert convert.ofa_mobilenet_subnet({**arch, **odd}, model.config) == expected
+        assert convert.ofa_mobilenet_subnet({**arch, "ks": np.array(odd["ks"])}, model.config) == expected
+
+
 @pytest.mark.parametrize(
     ("arch", "error", "message"),
     [
         ({"ks": 3, "e": 4}, errors.SubnetError, "it lacks \\['d'\\]"),
         ({"ks": 3, "e": 4, "d": 2, "w": 1}, errors.UnknownNameError, "'w'"),
-        ({"ks": 4, "e": 4, "d": 2}, errors.SubnetError, r"kernel_sizes must be one or 15 of \[3, 5, 7\], got 4"),
-        ({"ks": 3, "e": [4, 3], "d": 2}, errors.SubnetError, "expand_ratios must be one or 15"),
-        ({"ks": 3, "e": 4, "d": [2, 2, 2, 2, 4]}, errors.SubnetError, "depths must be one or 5"),
+        ({"ks": 4, "e": 4, "d": 2}, errors.SubnetError, r"'ks' of a subnet dictionary must be among \[3, 5, 7\], got 4"),
+        ({"ks": 3, "e": [4, 3], "d": 2}, errors.SubnetError, r"'e' of a subnet dictionary needs 15 values, got 2: \[4, 3\]"),
+        ({"ks": 3, "e": 4, "d": [2, 2, 2, 2, 4]}, errors.SubnetError, r"'d' of a subnet dictionary must be among .*, got 4"),
+        ({"ks": 0, "e": 4, "d": 2}, errors.SubnetError, r"'ks' of a subnet dictionary must be among \[3, 5, 7\], got 0"),
+        ({"ks": None, "e": 4, "d": 2}, errors.SubnetError, "'ks' of a subnet dictionary must hold numbers, got None"),
+        ({"ks": 3, "e": [4, None], "d": 2}, errors.SubnetError, "'e' of a subnet dictionary must hold numbers, got None"),
+        ({"ks": [[3], [3, 5]], "e": 4, "d": 2}, errors.SubnetError, r"must hold numbers, got \[3\]"),
+        (None, errors.SubnetError, "has the entries 'ks', 'e' and 'd', got None"),
     ],
 )
 def test_impossible_subnet_dictionaries_are_refused(model, arch, error, message):

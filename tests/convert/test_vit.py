@@ -4,6 +4,7 @@ One file because all tests read the same fixture, which `tests/data/make_vit_sma
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -205,9 +206,46 @@ def test_a_network_that_is_no_vit_is_refused_by_name(name, fields, message, tmp_
     assert "\n" not in str(caught.value)
 
 
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels")
+OF_DINOV2 = ("mlp_ratio", "layerscale_value", "num_register_tokens", "layer_norm_eps")
+
+
+@pytest.mark.parametrize("value", [-1, 0, 10**12, 10**400, math.nan, math.inf, -math.inf, 1.5e300, "3"])
+@pytest.mark.parametrize("field", [*NUMBERS, *OF_DINOV2, "intermediate_size"])
+def test_an_impossible_number_is_refused_with_its_name(field, value, tmp_path):
+    name = "hf_dinov2_with_registers" if field in OF_DINOV2 else "hf_vit"
+    with pytest.raises(errors.ConversionError, match=rf"config.json is not the config of a .*{field}"):
+        convert.from_pretrained(write(name, tmp_path / "vit", config={field: value}))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"id2label": None, "num_labels": -3}, "a classifier needs two or more labels"),
+        ({"id2label": None, "num_labels": 10**12}, "num_labels must be at most 100,000, got 1000000000000"),
+        ({"id2label": None, "num_labels": math.nan}, "is not the config of a"),
+        ({"architectures": [["ViTForImageClassification"]]}, "is not supported, because it is not a classifier of images"),
+        ({"image_size": 2**19}, r"images of 524288x524288 pixels have 4,294,967,296 patches of 8x8, more than 65,536"),
+    ],
+)
+def test_other_impossible_values_are_refused(fields, message, tmp_path):
+    with pytest.raises((errors.ConversionError, errors.ConfigError), match=message):
+        convert.from_pretrained(write("hf_vit", tmp_path / "vit", config=fields))
+
+
+@pytest.mark.parametrize("image_size", [0, -8, 25, 8 * 10**6])
+def test_an_impossible_size_of_images_is_refused(image_size, tmp_path):
+    with pytest.raises(errors.ConfigError, match=f"image_size.* got {image_size}|images of {image_size}x.*smaller image_size"):
+        convert.from_pretrained(write("hf_vit", tmp_path / "vit"), image_size=image_size)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rescale_factor": math.nan}, "pixels must be scaled by 1 / 255, got .*rescale_factor=nan"),
+        ({"image_mean": math.nan}, "mean must be finite"),
+        ({"crop_size": {"height": -24, "width": -24}}, "is not the config of an image processor.*height"),
+        ({"size": 10**12}, "is not the config of an image processor.*size"),
         ({"rescale_factor": 0.5}, "pixels must be scaled by 1 / 255, got .*rescale_factor=0.5"),
         ({"do_rescale": False}, "do_rescale=False"),
         ({"image_mean": None}, "has no image_mean or no image_std"),
