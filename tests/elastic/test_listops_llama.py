@@ -5,12 +5,12 @@ import pathlib
 
 import numpy as np
 import pytest
-from examples import FOLDER, example
 from tiny import assert_close
 
 import superserve_jax as ss
+from superserve_jax import foreign
 
-EXAMPLE = FOLDER / "listops_llama.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "listops_llama.py"
 DATA = pathlib.Path(__file__).parents[1] / "data"
 LAYERS = {
     "attention.query": "self_attn.q_proj",
@@ -59,7 +59,7 @@ def test_every_subnet_computes_what_transformers_computes_with_a_network_of_its_
     about, arrays = fixture
     whole, *_ = about["subnets"]
     sizes = {name: whole[name] for name in ("width", "kv_heads", "group", "hidden")}
-    config = example("listops_llama").LlamaConfig(**about["sizes"], **sizes, depth=len(whole["blocks"]))
+    config = foreign.import_module(str(EXAMPLE)).LlamaConfig(**about["sizes"], **sizes, depth=len(whole["blocks"]))
     net = ss.SuperNet(config, weights(arrays, whole["blocks"]))
     subnets = [subnet_of(config, sizes) for sizes in about["subnets"]]
     assert subnets[0] == net.space.largest()

@@ -1,13 +1,15 @@
 """The Llama of docs/examples: `nnx.Linear`, `jax.nn.dot_product_attention`, padding, and the state of the last real token."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
-from examples import example
 from flax import nnx
 
 from models.case import Case, Shapes, kept, sizes_of
+from superserve_jax import foreign
 
+EXAMPLE = pathlib.Path(__file__).parents[3] / "docs" / "examples" / "listops_llama.py"
 HEAD_DIM, VOCAB, LENGTH = 8, 12, 9
 
 
@@ -22,7 +24,7 @@ class Sizes:
 
 
 def build(sizes: Sizes, rngs: nnx.Rngs) -> nnx.Module:
-    llama = example("listops_llama")
+    llama = foreign.import_module(str(EXAMPLE))
     config = llama.LlamaConfig(vocab_size=VOCAB, max_length=LENGTH, width=sizes.width, depth=1, head_dim=HEAD_DIM)
     network = llama.Llama(config, rngs=rngs)
     blocks = zip(sizes.kv_heads, sizes.group, sizes.hidden, strict=True)
