@@ -10,6 +10,7 @@ from .errors import (
     DataError as DataError,
     DeadlineError as DeadlineError,
     DeadlineExpiredError as DeadlineExpiredError,
+    EngineLostError as EngineLostError,
     ExportError as ExportError,
     InferenceError as InferenceError,
     InputError as InputError,

@@ -103,6 +103,10 @@ class NotFiniteError(InferenceError):
     """The engine's outputs are NaN or infinite. A server then finds out whether input, subnet or device is at fault."""
 
 
+class EngineLostError(SuperServeError, ConnectionError):
+    """The engine's process or host is gone or silent. Its batches say nothing about their inputs."""
+
+
 class PolicyError(InferenceError):
     """A policy raised, hung, or returned something that is no decision for the profile."""
 

@@ -72,16 +72,36 @@ class Overlapping(Engine, Protocol):
         ...
 
 
+class Remote(Overlapping, Protocol):
+    """An engine in another process, perhaps on another host. A call takes time, and the process may be lost.
+
+    `launch`, and the functions of `Launched`, raise EngineLostError if the process is gone, or silent for longer than the
+    batch can take. Then the worker leaves. Its batches go back to the queue, and do not count as failed.
+
+    Attributes:
+      lead_s: how long before its device is done the next batch must be handed over.
+      place: what `Server.add_worker` takes to make the engine again, once the process answers. None if it never will.
+    """
+
+    lead_s: float
+    place: Any
+
+
 class Launched(NamedTuple):
     """A batch in flight on a device.
 
     Args:
       wait: blocks until the device has computed the batch.
       outputs: returns the outputs, as `Engine.run` does. It is called once, after `wait`.
+      in_time: of a `Remote` engine: blocks until the batch is computed or takes suspiciously long. Returns whether it is
+        computed. Called once, before `wait`.
+      device_s: of a `Remote` engine: the time that the device itself took, in seconds. Called after `outputs`.
     """
 
     wait: Callable[[], object]
     outputs: Callable[[], Sequence[Any]]
+    in_time: Callable[[], bool] | None = None
+    device_s: Callable[[], float] | None = None
 
 
 def check_outputs(logits: np.ndarray, count: int) -> None:

@@ -106,7 +106,7 @@ def gained(before: Mapping[str, Any], now: Mapping[str, Any], *, slo_ms: float) 
     batches, answered = sum(sizes.values()), sum(mix.values())
     latencies = [new - old for new, old in zip(now["latency_s"]["counts"], before["latency_s"]["counts"], strict=True)]
     histogram = split(now["latency_s"]["edges"], latencies, at_s=1e-3 * slo_ms, above=queries["late"])
-    alive = sum(worker["state"] not in ("left", "abandoned", "removed") for worker in now["workers"])
+    alive = sum(worker["state"] not in ("left", "lost", "abandoned", "removed") for worker in now["workers"])
     return {
         "qps": round(queries["arrived"] / seconds, 1),
         "met": queries["met"],

@@ -92,8 +92,8 @@ class OddEngine(Wrapper):
 
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `engines.base.Overlapping.launch`."""
-        wait, outputs = self._inner.launch(subnet, batch_size, inputs)  # type: ignore[attr-defined]
-        return Launched(wait, lambda: self._spoil(outputs(), subnet))
+        launched = self._inner.launch(subnet, batch_size, inputs)  # type: ignore[attr-defined]
+        return launched._replace(outputs=lambda: self._spoil(launched.outputs(), subnet))
 
     def _spoil(self, outputs: Sequence[Any], subnet: Subnet) -> Any:
         rng = self._rng

@@ -158,9 +158,11 @@ class _Recorded(Wrapper):
 
     def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
         """See `engines.base.Overlapping.launch`."""
-        wait, outputs = cast(Overlapping, self._inner).launch(subnet, batch_size, inputs)
+        launched = cast(Overlapping, self._inner).launch(subnet, batch_size, inputs)
         keys = self._started(inputs)
-        return Launched(lambda: self._guarded(keys, wait), lambda: self._finished(keys, outputs))
+        return launched._replace(
+            wait=lambda: self._guarded(keys, launched.wait), outputs=lambda: self._finished(keys, launched.outputs)
+        )
 
     def _started(self, inputs: list[np.ndarray]) -> tuple[int, ...]:
         keys = tuple(x.item() for x in inputs)

@@ -61,7 +61,7 @@ _MOST_NOTES = 100_000  # with more unread notes, clients wait for the checker
 _ODD = 0.1  # the share of bursts with a done-callback that misbehaves
 _LIMIT_S = 0.5  # the time limit of the close while queries wait
 LATE_S = 10.0  # such a close may return so much later, since signal handlers interrupt it
-_GONE = ("left", "abandoned", "removed")  # states of workers in `Server.health`
+_GONE = ("left", "lost", "abandoned", "removed")  # states of workers in `Server.health`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from superserve_jax.serving import futures
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.retries import Retry
 from superserve_jax.serving.threads import Outbox
+
+if TYPE_CHECKING:
+    from superserve_jax.serving.lost import Suspicion
 
 _PATIENCE = 20  # see `Flight.patience_s`
 _NEARLY = 0.9  # the next batch is taken after this share of the expected latency
@@ -49,6 +52,11 @@ class Failure(NamedTuple):
         True
         """
         return base.is_out_of_memory(self.error, self.text)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the engine itself is gone."""
+        return isinstance(self.error, errors.EngineLostError)
 
     @property
     def not_finite(self) -> bool:
@@ -94,6 +102,7 @@ class Flight:
       failure: the error of the engine.
       ready_s: when the device was done with a launched batch.
       waited_s: how long the worker waited until `ready_s`.
+      device_s: the time that the device itself took, if the engine tells.
       shared: whether another batch was on the device at the same time.
     """
 
@@ -108,6 +117,7 @@ class Flight:
     failure: Failure | None = None
     ready_s: float | None = None
     waited_s: float = 0.0
+    device_s: float | None = None
     shared: bool = False
 
     def __post_init__(self):
@@ -127,11 +137,18 @@ class Flight:
         except BaseException as error:
             self.failure = Failure.of(error)
 
-    def compute(self, engine: Engine, size: int, clock: Callable[[], float], blanks: Sequence[Any] = ()) -> list[Any]:
+    def compute(
+        self,
+        engine: Engine,
+        size: int,
+        clock: Callable[[], float],
+        blanks: Sequence[Any] = (),
+        suspicion: "Suspicion | None" = None,
+    ) -> list[Any]:
         """Runs the batch, or waits for it if it was launched. Returns the outputs, one for each query.
 
         If the engine raises, the error is kept in `failure` and the result is an empty list. A flight without queries runs
-        the inputs `blanks`.
+        the inputs `blanks`. `suspicion` is raised while the engine may be lost.
         """
         if self.failure is not None:
             return []
@@ -140,17 +157,28 @@ class Flight:
                 inputs = [query.inputs for query in self.batch] or [*blanks]
                 outputs = list(engine.run(self.row.subnet, size, inputs))
             else:
-                asked_s = clock()
-                self.launched.wait()
+                asked_s, launched = clock(), self.launched
+                if suspicion is not None and launched.in_time is not None and not launched.in_time():
+                    suspicion.raised()
+                launched.wait()
                 self.ready_s = clock()
                 self.waited_s = self.ready_s - asked_s
-                outputs = list(self.launched.outputs())
+                outputs = list(launched.outputs())
+                if launched.device_s is not None:
+                    self.device_s = launched.device_s()
             if len(outputs) != (expected := self.count or len(blanks)):
                 raise errors.InferenceError(f"{len(outputs)} outputs for {expected} inputs; an engine returns one for each")
             return outputs
         except BaseException as error:
             self.failure = Failure.of(error)
             return []
+        finally:
+            if suspicion is not None:
+                suspicion.clear()
+
+    def took_s(self, finish_s: float) -> float:
+        """How long the batch took on the device, as far as the host knows."""
+        return finish_s - self.started_s if self.device_s is None else self.device_s
 
 
 def refill(waiting: Queue, profile: Profile, row: Row, batch: list[Query], outbox: Outbox) -> list[Query]:
@@ -195,9 +223,10 @@ class OverlapPace:
         self.device_s: dict[float, float] = {}
         self.host_s = 0.0
 
-    def wake_s(self, started_s: float, profiled_s: float) -> float:
+    def wake_s(self, started_s: float, profiled_s: float, engine: Engine | None = None) -> float:
         """When to take the next batch, given when the device began with the last one. At once if none like it was measured."""
-        return started_s + _NEARLY * self.device_s.get(profiled_s, 0.0) - self.host_s
+        lead_s = getattr(engine, "lead_s", 0.0)  # only a `Remote` engine has one
+        return started_s + _NEARLY * self.device_s.get(profiled_s, 0.0) - self.host_s - lead_s
 
     def done_s(self, started_s: float, profiled_s: float) -> float:
         """When the device will be done with a batch. If none like it was measured, this follows the profile."""

@@ -20,6 +20,7 @@ from superserve_jax.serving import runtime, threads
 from superserve_jax.serving.backlog import Backlog
 from superserve_jax.serving.flight import Failure, Flight
 from superserve_jax.serving.futures import Query
+from superserve_jax.serving.lost import Lost
 from superserve_jax.serving.members import Members
 from superserve_jax.serving.options import Options
 from superserve_jax.serving.policy_call import PolicyCall
@@ -45,6 +46,7 @@ class Pool:
       make_policy: makes the policy for a profile.
       options: see `options.ServerOptions`.
       input_bytes: size of one input of the longest length.
+      again: returns `Server.add_worker`, or None if the server is gone. For lost workers, see `lost.py`.
 
     Attributes, besides the parts of the pool:
       pause_s: how long a worker pauses after its first failed batch; n times as long after n failed batches in a row.
@@ -60,6 +62,7 @@ class Pool:
         options: Options,
         *,
         input_bytes: int,
+        again: Callable[[], Callable[[Any], object] | None] = lambda: None,
     ):
         self.make_policy = functools.lru_cache(make_policy)  # workers with equal profiles share a policy
         for profile in profiles:  # may raise; nothing has been started yet
@@ -68,7 +71,7 @@ class Pool:
 
         self.lock = threading.RLock()
         self.is_held_here = threads.held_here(self.lock)
-        self.policy_call, self.swaps = PolicyCall(self), Swaps(self)
+        self.policy_call, self.swaps, self.lost = PolicyCall(self), Swaps(self), Lost(self, again)
         self.idle, self.changed = IdleWorkers(self.lock), threading.Condition(self.lock)
         self.outbox = Outbox(self.lock)
 
@@ -220,6 +223,7 @@ class Pool:
         self.outbox.empty_within(left_s(_LAST_S))
         for thread in (*(worker.thread for worker in workers if worker.gone != "abandoned"), self._watchdog.thread):
             thread.join(left_s(2 * _LAST_S))
+        self.lost.join(left_s(2 * _LAST_S))
 
     def stop(self, *, drain: bool, timeout_s: float | None = None) -> None:
         """Admits nothing from now on. Workers leave when nothing waits; without `drain`, everything that waits fails now."""
@@ -311,6 +315,11 @@ class Pool:
         with self.lock:
             self.changed.wait_for(lambda: self.closing or not worker.alive, seconds)
 
+    def pause_until_closed(self, seconds: float) -> None:
+        """Waits, but no longer than until the pool closes."""
+        with self.lock:
+            self.changed.wait_for(lambda: self.closing, seconds)
+
     def leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
         """Takes workers out of service for good. If none is alive afterwards, all waiting queries fail with `reason()`."""
         with self.lock:
@@ -323,7 +332,7 @@ class Pool:
                 self.members.retire(worker, gone)
                 self.locked_offer()
                 worker.locked_leave(hung=gone == "abandoned")
-        if not self.members.alive:
+        if not self.members.alive and not self.lost.expected:
             self.backlog.fail_all(reason)
         self.locked_notify_all()
         if self.closing:
@@ -384,5 +393,5 @@ class Pool:
     def locked_check_serving(self, what: str) -> None:
         """Raises ServerClosedError or WorkersLostError if no worker will take a batch."""
         self._check_open(what)
-        if not self.members.alive:
+        if not self.members.alive and not self.lost.expected:
             raise self.members.lost_error()

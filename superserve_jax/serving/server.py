@@ -40,7 +40,8 @@ Rules
 
 Failures: a failed batch runs again on another worker, and then in smaller parts, until the bad input has failed alone
 (`retries.py`). After a failure the worker runs blank inputs. If they fail too, the worker or the subnet is at fault
-(`blame.py`). The worker leaves after `max_failures` such batches in a row. Out of memory, its batches become smaller.
+(`blame.py`). The worker leaves after `max_failures` such batches in a row. Out of memory, its batches become smaller. If an
+engine in another process is lost, its worker leaves at once, and a thread adds it again when the process is back (`lost.py`).
 
 All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
 server's memory but none of its threads. Every call raises there at once, also `result` of older futures; `close` does nothing.
@@ -60,6 +61,7 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
 from superserve_jax.serving import background, futures, threads
 from superserve_jax.serving.futures import Future, Query
+from superserve_jax.serving.makers import GivenEngines, LocalMaker
 from superserve_jax.serving.options import (
     InputSpec,
     Options,
@@ -91,7 +93,6 @@ class Server:
       **options: see `options.ServerOptions`: policy, slo_ms, max_queue, expire, and others.
 
     Attributes:
-      model: the model; None for a server of engines.
       profiles, profile: the workers' latency profiles at the start or the last swap, and the first of these.
       inputs, slo_ms: the inputs that it takes, an `options.InputSpec`, and the SLO of queries that are submitted without one.
       pool: the state that the server's threads share.
@@ -135,14 +136,11 @@ class Server:
         cpu_workers: int | None = None,
         **options: Unpack[ServerOptions],
     ):
-        from superserve_jax.engines import prepare  # here, since it imports jax
-
-        self._with_settings = prepare.kept_settings()
         checked = check_options(options)  # before anything that takes long
-        self._slicing = {"slicing": slicing, "slice_bytes": slice_bytes}
-        given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices, **self._slicing}
+        given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices}
+        given |= {"slicing": slicing, "slice_bytes": slice_bytes}
         given |= {"compute_dtype": compute_dtype, "cpu_workers": cpu_workers}
-        self.model, engines, profiles = prepare.prepare(path_or_model, background=background_traffic, **given)
+        self._maker, engines, profiles = LocalMaker.open(path_or_model, background_traffic, **given)
         self._open(engines, profiles, checked)
 
     @classmethod
@@ -157,7 +155,7 @@ class Server:
           **options: see `options.ServerOptions`.
         """
         self = cls.__new__(cls)
-        self.model, self._slicing, self._with_settings = None, {}, contextlib.nullcontext
+        self._maker = GivenEngines()
         self._open(engines, profile, check_options(options))
         return self
 
@@ -178,8 +176,13 @@ class Server:
         self._changing = threading.RLock()
         self._is_changing_here = threads.held_here(self._changing)
         options, make = load_policy(options, each)
-        self.pool = Pool(engines, each, make, options, input_bytes=nbytes)
+        self.pool = Pool(engines, each, make, options, input_bytes=nbytes, again=weakref.WeakMethod(self.add_worker))
         weakref.finalize(self, self.pool.dropped).atexit = False
+
+    @property
+    def model(self) -> Any:
+        """The model; None for a server of engines."""
+        return self._maker.model
 
     def __repr__(self) -> str:
         family = "engines" if self.model is None else self.model.config.family
@@ -264,16 +267,11 @@ class Server:
         if self._interrupts():
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
             return getattr(engine_or_device, "name", "")
-        with self._changing, self._with_settings():
+        with self._changing, self._maker.settings():
             new, profile = engine_or_device, profile or self.profile
             profiles_of_workers([self.profile, profile], 2)
             if not hasattr(new, "run"):
-                if self.model is None or self.profile.cpu_workers > 1:
-                    reason = "cannot make one" if self.model is None else "makes none, since its workers divide the cores"
-                    raise errors.ConfigError(f"expected an engine, got {foreign.text_of(new)}; this server {reason}")
-                from superserve_jax.engines import prepare  # here, since it imports jax
-
-                new = prepare.make_engine(self.model, new, profile, **self._slicing)
+                new, profile = self._maker.engine(new, profile)
             if (spec := InputSpec.of(new)) != self.inputs:
                 raise errors.ConfigError(
                     f"{new.name} takes {spec}, the workers of this server take {self.inputs}; they must agree"
@@ -326,24 +324,12 @@ class Server:
         """
         if self._interrupts():
             return self.pool.defer(functools.partial(self.swap, path_or_model))
-        if self.model is None:
-            raise errors.ConfigError("a server opened with engines has no model to replace; add and remove workers instead")
-        from superserve_jax.engines import prepare  # here, since it imports jax
-
-        with self._changing, self._with_settings():
+        with self._changing, self._maker.settings():
             workers = self.pool.swaps.swappable()
-            devices = [getattr(getattr(worker, "engine", None), "place", None) for worker in workers]
-            if None in devices:
-                name = workers[devices.index(None)].name
-                raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")
-            model = prepare.load(path_or_model)
-            prepare.check_same_inputs(self.model, model, self.inputs.lengths)
-            same: dict[str, Any] = {"batch_sizes": self.profile.batch_sizes, "lengths": self.inputs.lengths or None}
-            same |= {"compute_dtype": self.profile.compute_dtype, **self._slicing}
-            _, engines, profiles = prepare.prepare(model, devices=devices, background=background_traffic, **same)
+            maker, engines, profiles = self._maker.successor(path_or_model, workers, self.profile)
             each = profiles_of_workers(profiles, len(engines))
             old = self.pool.swaps.swap(workers, engines, each)
-            self.model, self.profiles, self.profile = model, tuple(each), each[0]
+            self._maker, self.profiles, self.profile = maker, tuple(each), each[0]
         self.pool.swaps.wait()
         del old  # here, since to free a device's memory may take long
 
@@ -360,10 +346,11 @@ class Server:
         - `waiting`, `running`: numbers of queries. `closed`: whether the server was closed.
         - `per_worker`: a dict for each present worker and about 16 that have gone; `workers`: its length. A present worker's
           `state` is "idle", "deciding" (in a policy object), "running" or "answering" (in done-callbacks). Then it is "left"
-          (it failed too often, or the server was closed), "abandoned" (it was stuck) or "removed". `name`, `last_error`.
-          `batches`: how many it answered; `failures`: how many failed on it; `running_s`: how long its batch has run.
-          `max_batch`: its largest batch size, smaller after it ran out of memory. `slowdown`: how many times slower than its
-          profile it is (see `scheduling.speeds`). `out_of_service`: subnets whose outputs are not finite (see `blame`).
+          (it failed too often, or the server was closed), "lost" (its process is gone, see `lost`), "abandoned" (it was stuck)
+          or "removed". `name`, `last_error`. `batches`: how many it answered; `failures`: how many failed on it; `running_s`:
+          how long its batch has run. `max_batch`: its largest batch size, smaller after it ran out of memory. `slowdown`: how
+          many times slower than its profile it is (see `scheduling.speeds`). `out_of_service`: subnets whose outputs are not
+          finite (see `blame`).
         """
         return self.pool.health()
 

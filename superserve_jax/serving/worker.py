@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -20,6 +21,7 @@ from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving import futures
 from superserve_jax.serving.blame import Blame
 from superserve_jax.serving.flight import Failure, Flight, OverlapPace, may_overlap, refill
+from superserve_jax.serving.lost import Suspicion
 from superserve_jax.serving.policy_call import OutdatedError
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.subnet import Subnet
@@ -32,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 _AT_ONCE_S = 2e-5  # a shorter wait for the device, after a sleep, means that the worker woke up too late
 
-Gone = Literal["", "left", "abandoned", "removed"]
+Gone = Literal["", "left", "lost", "abandoned", "removed"]
 
 
 @final
@@ -76,8 +78,7 @@ class Worker:
         self._strikes = 0  # failed batches in a row that were this worker's fault
         self.blame = Blame(pool)
         self._last_failure: Failure | None = None
-
-    # -- the thread -------------------------------------------------------------------------------------------------------
+        self._suspicion = Suspicion(pool, weakref.ref(self))
 
     def _run(self) -> None:
         pool = self._pool
@@ -91,7 +92,7 @@ class Worker:
             failure = Failure.of(error)
             foreign.forget_frames(error)
             with pool.lock:
-                self._locked_note(failure)
+                self.locked_note(failure)
         finally:
             pool.leave([self], "left", pool.members.lost_error)
             del self.engine, self.policy  # their memory is free now, while the health can still be read
@@ -125,7 +126,7 @@ class Worker:
             return self._land(first)
         pool, flight = self._pool, None
         profiled_s = 1e-3 * first.row.latency_ms[first.place]
-        wake_s, asked_s = self.overlap_pace.wake_s(first.started_s, profiled_s), pool.clock()
+        wake_s, asked_s = self.overlap_pace.wake_s(first.started_s, profiled_s, self.engine), pool.clock()
         slept = wake_s > asked_s
         if slept:
             time.sleep(wake_s - asked_s)
@@ -149,8 +150,6 @@ class Worker:
             outbox.empty()
             self._watched_s += clock() - since_s
             self._in_callbacks = False
-
-    # -- decisions --------------------------------------------------------------------------------------------------------
 
     def _locked_settle(self) -> None:
         """Removes the flight that the last turn answered, and counts it. Done only now, since a turn begins with the lock."""
@@ -205,9 +204,7 @@ class Worker:
         """The outputs of a batch, or of blank inputs; `flight.failure` is set if there are none."""
         if flight.launched is None and flight.failure is None:
             flight.started_s = self._watched_s = self._pool.clock()
-        return flight.compute(self.engine, self._sizes[flight.place], self._pool.clock, blanks)
-
-    # -- answers ----------------------------------------------------------------------------------------------------------
+        return flight.compute(self.engine, self._sizes[flight.place], self._pool.clock, blanks, self._suspicion)
 
     def _land(self, flight: Flight, *, slept: bool = False) -> bool:
         """Gets a batch's outputs and answers its queries. False when the worker must leave.
@@ -226,7 +223,7 @@ class Worker:
         profiled_ms = row.latency_ms[flight.place]
         too_late = slept and flight.waited_s < _AT_ONCE_S
         if self.present and not too_late:  # the index of an absent worker may belong to another one now
-            pool.members.fleet.observe(self.index, profiled_ms, 1e3 * (finish_s - start_s))
+            pool.members.fleet.observe(self.index, profiled_ms, 1e3 * flight.took_s(finish_s))
         if ready_s is not None:
             self.overlap_pace.observe_device(1e-3 * profiled_ms, None if too_late else ready_s - start_s)
         # Do as much as possible before the first answer: after it, its client competes for the interpreter.
@@ -243,6 +240,8 @@ class Worker:
 
     def _failed(self, flight: Flight, failure: Failure) -> bool:
         """Gives a failed batch back. False when the worker must leave."""
+        if failure.lost:
+            return self._pool.lost.leave(self, failure)
         pool, size = self._pool, self._sizes[flight.place]
         message = f"{self.name} failed on a batch of {flight.count}: {failure.text}"
         foreign.log(_log, logging.WARNING, "%s", message, error=failure.error if flight.retry is None else None)
@@ -256,7 +255,7 @@ class Worker:
             smaller = profile, pool.make_policy(profile)
         with pool.lock:
             self._failed_batches += 1
-            self._locked_note(failure)
+            self.locked_note(failure)
             pool.members.failures += 1
             pool.idle.wake_all()  # not every worker may run a retry
             if flight in self.flights:  # else the worker was abandoned, which gave its batches back
@@ -342,7 +341,7 @@ class Worker:
         if hung:
             ran_s = pool.policy_call.ran_s(now_s) if in_policy else now_s - self._watched_s if self.flights else 0.0
             what = f"the policy, called by {self.name}," if in_policy else self.name
-            self._locked_note(Failure.of(TimeoutError(f"{what} has not returned for {ran_s:.3g} s")))
+            self.locked_note(Failure.of(TimeoutError(f"{what} has not returned for {ran_s:.3g} s")))
         if in_policy:
             pool.policy_call.locked_forget()
         flights, self.flights = self.flights, []
@@ -388,7 +387,8 @@ class Worker:
             return "answering"
         return "deciding" if self._pool.policy_call.thread is self.thread else "running" if self.flights else "idle"
 
-    def _locked_note(self, failure: Failure) -> None:
+    def locked_note(self, failure: Failure) -> None:
+        """Remembers a failure as the last one."""
         self._pool.outbox.drop(self._last_failure)
         self._last_failure = failure
         self._pool.members.note(failure)
