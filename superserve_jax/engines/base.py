@@ -76,7 +76,7 @@ class Remote(Overlapping, Protocol):
     """An engine in another process, perhaps on another host. A call takes time, and the process may be lost.
 
     `launch`, and the functions of `Launched`, raise EngineLostError if the process is gone, or silent for longer than the
-    batch can take. Then the worker leaves. Its batches go back to the queue, and do not count as failed.
+    batch can take, and before the server's `stall_s` is over. Then the worker leaves. Its batches are tried again.
 
     Attributes:
       lead_s: how long before its device is done the next batch must be handed over.

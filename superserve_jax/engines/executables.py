@@ -210,9 +210,10 @@ def trace_slicer(
 
     def slices(values: tuple[jax.Array, ...], *statistics: jax.Array) -> tuple[jax.Array, ...]:
         params = dict(zip(takes, values, strict=True))
-        params |= program.fold(params, *statistics) if form.folded else {}
-        specs = (form.spec(program, name, shape) for name, shape in leaves)
-        return tuple(program.cut(name, params, s.shape).astype(s.dtype) for (name, _), s in zip(leaves, specs, strict=True))
+        folded = program.fold(params, *statistics) if form.folded else {}  # cut already
+        specs = {name: form.spec(program, name, shape) for name, shape in leaves}
+        cut = (folded[n] if n in folded else program.cut(n, params, spec.shape) for n, spec in specs.items())
+        return tuple(value.astype(spec.dtype) for value, spec in zip(cut, specs.values(), strict=True))
 
     sharding: Any = SingleDeviceSharding(device)
     out = tuple(_format(device, layout, len(layout)) for layout in layouts) if layouts else sharding

@@ -13,6 +13,7 @@ from superserve_jax import errors, families, ops
 from superserve_jax.exports import Model
 from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
 from superserve_jax.families.ofa_resnet import OFAResNetConfig
+from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.families.vit import ViTConfig
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import FamilyConfig, SequenceConfig, TracedConfig
@@ -100,6 +101,7 @@ def take(model: Model, index: int = -1) -> Extraction:
     served = model.served[index]
     program, statistics = programs.sliced(model.config, served.subnet), model.statistics_of(served.subnet)
     folded = _fold(program, dict(model.params), statistics)
+    network = model.config.model if isinstance(model.config, SingleSubnetConfig) else model.config
     contract = {
         "format": CONTRACT_FORMAT,
         "schema": CONTRACT_SCHEMA,
@@ -116,7 +118,7 @@ def take(model: Model, index: int = -1) -> Extraction:
         "class_names": model.class_names,
         "vocabulary": {**model.manifest["vocabulary"], "tokens": model.vocabulary} if model.vocabulary else None,
         "sizes": program.limits,
-        "norm_epsilon": None if isinstance(model.config, TracedConfig) else ops.EPS,
+        "norm_epsilon": None if isinstance(network, TracedConfig) else ops.EPS,
         "config": families.config_to_json(model.config),
     }
     return Extraction(

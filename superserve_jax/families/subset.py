@@ -10,7 +10,7 @@ from flax import nnx
 from superserve_jax import errors
 from superserve_jax.space import SearchSpace
 from superserve_jax.subnet import Subnet
-from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig, SequenceConfig
+from superserve_jax.supernets.family import FamilyConfig, Fold, FoldableConfig, SequenceConfig, TracedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,10 @@ class SingleSubnetConfig:
         return self.model.norm_sizes(sizes)
 
     def folds(self) -> list[Fold]:
-        """The norms of the whole family that can be folded."""
-        return self.model.folds() if isinstance(self.model, FoldableConfig) else []
+        """The norms of the whole family that can be folded. None of a traced family, whose channels need not be the first."""
+        return (
+            self.model.folds() if isinstance(self.model, FoldableConfig) and not isinstance(self.model, TracedConfig) else []
+        )
 
     def flops(self, _: Subnet) -> int:
         """Multiply-adds of `subnet`."""

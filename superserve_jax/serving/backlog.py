@@ -140,16 +140,20 @@ class Backlog:
         if self._limits.exceeded(self.queue, len(queries), lengths):
             self._limits.make_room(self.queue, len(queries), lengths, self._discard)
         self.meter.shorten(first.submitted_s, 1e3 * (first.deadline_s - first.submitted_s))
-        if self._admission is not None and not self._admission.admits(
-            self.queue,
-            fleet,
-            first.submitted_s,
-            first.deadline_s,
-            shortest_ms=self.meter.slo_ms,
-            count=len(queries),
-            floor=first.floor,
-            length=max(lengths, default=0),
-            idle=idle and not len(self.queue),
+        if (
+            self._admission is not None
+            and fleet.strength()[1]
+            and not self._admission.admits(
+                self.queue,
+                fleet,
+                first.submitted_s,
+                first.deadline_s,
+                shortest_ms=self.meter.slo_ms,
+                count=len(queries),
+                floor=first.floor,
+                length=max(lengths, default=0),
+                idle=idle and not len(self.queue),
+            )
         ):
             raise errors.AdmissionError(_NOT_ADMITTED)
         self.queue.push_all(first.deadline_s, queries, first.floor, lengths)
@@ -179,6 +183,9 @@ class Backlog:
           hung: whether the batch never came back.
         """
         self._outbox.drop(flight)
+        if failure.lost:
+            flight.batch = self._unexpired(flight.batch, now_s)
+            now_s = -math.inf  # late is better than never
         live = sum(not query.done() for query in flight.batch)
         hopeless = self.retries.failed(flight.batch, flight.retry, worker, now_s=now_s, workers=workers, hung=hung)
         self._counters.failed += len(hopeless)
@@ -202,6 +209,14 @@ class Backlog:
         self.queue.drop_late(self._discard)
         while (head := self.queue.head()) is not None and head.done():
             self._outbox.drop(self.queue.pop(1))
+
+    def _unexpired(self, queries: Sequence[Query], now_s: float) -> list[Query]:
+        """The queries that may still be answered. With `expire`, late ones fail."""
+        late = {query for query in queries if self._expire and query.deadline_s <= now_s and not query.done()}
+        self._counters.expired += len(late)
+        for query in late:
+            self._outbox.fail(query, errors.DeadlineExpiredError(_EXPIRED))
+        return [query for query in queries if query not in late]
 
     def fail_all(self, reason: Callable[[], errors.SuperServeError]) -> None:
         """Fails all waiting queries."""

@@ -72,7 +72,7 @@ class Blame:
         if subnet not in self.out:
             blanks = [np.zeros_like(query.inputs) for query in flight.batch]
             again = worker.run_blanks(flight.row, flight.place, blanks)
-            if again is None:
+            if again is None or again.lost:  # the next batch finds out that the engine is lost
                 return "retry"
             foreign.log(_log, logging.WARNING, "%s fails on blank inputs, too: %s", worker.name, again.text)
             if not (failure.not_finite and again.not_finite and self._any_other_works(worker, subnet, blanks[:1])):

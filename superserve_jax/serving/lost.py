@@ -2,19 +2,21 @@
 
 1. A batch takes longer than usual, so the worker's engine is **suspect**. Policies do not count the worker meanwhile.
 2. The engine raises EngineLostError, so it is **lost**. The worker leaves at once. Its batches go back to the queue and do not
-   count as failed. So queries are answered late rather than never.
-3. A thread waits until the process answers again, and adds a worker for it. If no other worker is alive, queries wait for it,
-   but only for half a minute.
+   count as failures of a worker. So queries are answered late rather than never. A query may be what kills the process. So
+   its batches become groups of retries, each runs alone (`retries.py`), and the bad query is given up in the end.
+3. A thread waits until the process answers again, and adds a worker for it. If no other worker is alive, queries wait for it
+   about half a minute.
 """
 
 import functools
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from superserve_jax import errors, foreign
+from superserve_jax import foreign
 from superserve_jax.serving import threads
 from superserve_jax.serving.flight import Failure
 from superserve_jax.serving.makers import Place
@@ -27,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _HOPE_S = 30.0  # for so long, queries wait for a lost worker if there is no other one
 _LOOK_S = 0.2  # how often a waiting thread looks whether the server has been closed
-_PAUSE_S = 1.0  # after a worker could not be made
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a worker could not be made; each pause is twice as long as the one before
 
 
 class Suspicion:
@@ -85,30 +87,41 @@ class Lost:
             worker.locked_note(failure)
             comes_back = comes_back and worker.alive and not pool.closing
             self.expected += comes_back
-        pool.leave([worker], "lost", pool.members.lost_error)
-        if place is not None and comes_back:
-            try:
+        try:
+            pool.leave([worker], "lost", pool.members.lost_error)
+            if place is not None and comes_back:
                 thread = threads.start(functools.partial(self._bring_back, place), f"superserve-return-{worker.name}")
-            except errors.ThreadStartError:
+                with pool.lock:
+                    self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+                comes_back = False  # the thread hopes from now on
+        finally:
+            if comes_back:
                 self._give_up_hope()
-                raise
-            with pool.lock:
-                self._threads = [*(t for t in self._threads if t.is_alive()), thread]
         return False
 
-    def join(self, timeout_s: float | None) -> None:
-        """Waits until no thread waits for a process any more. The pool is closed, so that takes no longer than one look."""
+    def join(self) -> None:
+        """Waits for the threads that wait for a process. The pool is closed, so they end after one look.
+
+        A thread that makes an engine ends by itself when that is done, since a closed pool takes no worker. It may need a lock
+        of the caller, so nobody waits for it.
+        """
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout_s)
+                thread.join(2 * _LOOK_S)
 
     def _bring_back(self, place: Place) -> None:
         pool = self._pool
-        end_s, hopes = pool.clock() + _HOPE_S, True
+        end_s, hopes, pause_s = pool.clock() + _HOPE_S, True, _PAUSE_S
         try:
             while not pool.closing:
-                if self._is_added(place):
-                    return
+                start_s = time.monotonic()
+                if self._is_up(place):
+                    if self._is_added(place):
+                        return
+                    pool.pause_until_closed(pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                elif (left_s := start_s + _LOOK_S - time.monotonic()) > 0:  # it answered at once that it is not up
+                    pool.pause_until_closed(left_s)
                 if hopes and pool.clock() > end_s:
                     hopes = False
                     self._give_up_hope()
@@ -116,19 +129,26 @@ class Lost:
             if hopes:
                 self._give_up_hope()
 
+    def _is_up(self, place: Place) -> bool:
+        try:
+            return place.is_up(_LOOK_S)
+        except BaseException as error:
+            self._warn(error)
+            return False
+
     def _is_added(self, place: Place) -> bool:
         """Tries to add a worker. True also if nobody wants one any more."""
         try:
-            if not place.is_up(_LOOK_S):
-                return False
             if (add := self._add()) is not None:
                 add(place)
         except BaseException as error:
-            if not self._pool.closing:
-                foreign.log(_log, logging.WARNING, "a lost worker could not be added again: %s", foreign.text_of(error))
-                self._pool.pause_until_closed(_PAUSE_S)
+            self._warn(error)
             return False
         return True
+
+    def _warn(self, error: BaseException) -> None:
+        if not self._pool.closing:
+            foreign.log(_log, logging.WARNING, "a lost worker could not be added again: %s", foreign.text_of(error))
 
     def _give_up_hope(self) -> None:
         """Queries do not wait for this worker any longer."""

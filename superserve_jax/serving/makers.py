@@ -126,9 +126,8 @@ class LocalMaker:
         from superserve_jax.engines import prepare  # here, since it imports jax
 
         places = [getattr(getattr(worker, "engine", None), "place", None) for worker in workers]
-        if None in places:
-            name = workers[places.index(None)].name
-            raise errors.ConfigError(f"worker {name} was added as an engine; remove it first. If it has left, swap again")
+        if odd := [w.name for w, place in zip(workers, places, strict=True) if place is None or hasattr(place, "make_engine")]:
+            raise errors.ConfigError(f"worker {odd[0]} was added as an engine; remove it first. If it has left, swap again")
         model = prepare.load(path_or_model)
         prepare.check_same_inputs(self.model, model, profile.lengths)
         same: dict[str, Any] = {"batch_sizes": profile.batch_sizes, "lengths": profile.lengths or None}

@@ -223,7 +223,7 @@ class Pool:
         self.outbox.empty_within(left_s(_LAST_S))
         for thread in (*(worker.thread for worker in workers if worker.gone != "abandoned"), self._watchdog.thread):
             thread.join(left_s(2 * _LAST_S))
-        self.lost.join(left_s(2 * _LAST_S))
+        self.lost.join()
 
     def stop(self, *, drain: bool, timeout_s: float | None = None) -> None:
         """Admits nothing from now on. Workers leave when nothing waits; without `drain`, everything that waits fails now."""
@@ -306,9 +306,8 @@ class Pool:
 
     def locked_retry(self, worker: Worker, flight: Flight, failure: Failure, *, hung: bool = False) -> None:
         """See `Backlog.retry`."""
-        self.backlog.retry(
-            flight, failure, worker=worker.index, name=worker.name, workers=self.members.alive, now_s=self.clock(), hung=hung
-        )
+        where = {"worker": worker.index, "name": worker.name, "workers": self.members.alive}
+        self.backlog.retry(flight, failure, **where, now_s=self.clock(), hung=hung)
 
     def pause(self, worker: Worker, seconds: float) -> None:
         """Waits, but no longer than until the pool closes or the worker is removed."""

@@ -74,8 +74,7 @@ class Worker:
         self._answered: Batch | None = None  # an answered batch that the counters do not know yet
         self._watched_s = 0.0  # since when the first flight may be stuck
         self._free_s = 0.0  # when the device was done with the last batch
-        self._batches = self._failed_batches = 0
-        self._strikes = 0  # failed batches in a row that were this worker's fault
+        self._batches = self._failed_batches = self._strikes = 0  # strikes: failures in a row that were this worker's fault
         self.blame = Blame(pool)
         self._last_failure: Failure | None = None
         self._suspicion = Suspicion(pool, weakref.ref(self))
@@ -131,8 +130,9 @@ class Worker:
         if slept:
             time.sleep(wake_s - asked_s)
         with pool.lock:
-            # A worker that must leave or change over, or whose last batch failed, answers its batch first.
-            if self.alive and self.overlaps and self.successor is None and not self._strikes and pool.locked_has_work(self):
+            # A worker that must leave or change over, or whose last batch failed, answers its batch first. A retry runs alone.
+            can = self.alive and self.overlaps and self.successor is None and not self._strikes and first.retry is None
+            if can and pool.locked_has_work(self) and pool.locked_find_retry(self) is None:
                 now_s = pool.clock()
                 flight = self._locked_take(now_s, max(now_s, self.overlap_pace.done_s(first.started_s, profiled_s)))
         self._make_calls()
@@ -243,8 +243,8 @@ class Worker:
         if failure.lost:
             return self._pool.lost.leave(self, failure)
         pool, size = self._pool, self._sizes[flight.place]
-        message = f"{self.name} failed on a batch of {flight.count}: {failure.text}"
-        foreign.log(_log, logging.WARNING, "%s", message, error=failure.error if flight.retry is None else None)
+        text, error = f"failed on a batch of {flight.count}: {failure.text}", failure.error if flight.retry is None else None
+        foreign.log(_log, logging.WARNING, "%s %s", self.name, text, error=error)
         foreign.forget_frames(failure.error)
         flight.launched = None
         too_large = failure.out_of_memory and (size > self._sizes[0] or flight.shared)
@@ -331,8 +331,8 @@ class Worker:
     def locked_leave(self, *, hung: bool) -> None:
         """Takes the worker out of service, and gives its batches back.
 
-        Only the batch that the worker was handing over, waiting for or answering counts as failed. A batch behind it never
-        started, and goes back to where it came from.
+        Only the batch that the worker was handing over, waiting for or answering counts as failed. One behind it never began,
+        and goes back to where it came from. Either may have killed a lost process, so both are tried again.
         """
         pool, now_s = self._pool, self._pool.clock()
         self.present = False
@@ -349,7 +349,7 @@ class Worker:
         if busy is None and flights and ((hung and not in_policy) or self._landed):
             busy = flights[0]
         for flight in flights:
-            if flight is busy and self._last_failure is not None:
+            if (flight is busy or self.gone == "lost") and self._last_failure is not None:
                 pool.locked_retry(self, flight, self._last_failure, hung=hung)
             else:
                 pool.backlog.give_back(flight, self.index)

@@ -86,7 +86,11 @@ def find(graph: Graph, parameters: Mapping[str, Value]) -> dict[str, Foldable]:
         if term.what == "norm" and term.norm and term.kernel and term.convolved:
             scaled = next(x for x in node.inputs if isinstance(x, Value) and terms[x].what == "scaled")
             fold = Fold(term.norm, term.kernel, f"{term.norm}.scale", f"{term.norm}.bias", term.eps or 0.0)
-            if leaves(parameters[fold.kernel].dims[-1]) == leaves(parameters[fold.scale].dims[0]):
+            channels = [parameters[f"{term.norm}.{part}"].dims for part in ("mean", "var", "scale", "bias")]
+            is_fitting = (scaled.shape, scaled.dtype) == (term.convolved.shape, term.convolved.dtype)
+            if is_fitting and all(
+                len(dims) == 1 and leaves(dims[0]) == leaves(parameters[fold.kernel].dims[-1]) for dims in channels
+            ):
                 found[term.norm] = Foldable(fold, scaled, term.convolved, terms[scaled].nodes)
         elif reads[node.outputs[0]] == 1:
             terms[node.outputs[0]] = term

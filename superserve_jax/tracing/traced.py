@@ -82,13 +82,15 @@ class Traced:
           what the function returns. Updates have the limits as their sizes, with zeros beyond the active sizes.
 
         Raises:
-          UnknownNameError: no group or block has this name.
+          UnknownNameError: no group or block has this name, or no norm that can be folded.
           ConfigError: a size is not from 1 to the whole size.
           InputError: a parameter or an input has another shape or dtype, or another structure, than those traced.
         """
         for path in gates or {}:
             errors.check_name("block", path, self.blocks)
         chosen = {self.blocks[path]: gate for path, gate in (gates or {}).items()}
+        for norm in folded:
+            errors.check_name("norm that can be folded", norm, self.foldable)
         norms = [self.foldable[norm] for norm in folded]
         evaluation = Evaluation(self.sizes(sizes), self._means, self._infinite, chosen, folded=norms, skip=skip)
         given = self._checked(params, self._params_tree, "params")

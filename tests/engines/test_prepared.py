@@ -7,6 +7,7 @@ import collections
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +17,9 @@ from tiny import TINY, TINY_BERT, assert_close, random_images, random_params, ra
 import superserve_jax as ss
 from superserve_jax.engines import executables, subnet_buckets
 from superserve_jax.engines.device import DeviceEngine, default_slice_bytes
+from superserve_jax.families.ofa_mobilenet import OFAMobileNetConfig
+from superserve_jax.families.subset import SingleSubnetConfig
+from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
 CHOSEN = list(TINY.space().enumerate())[::45]
@@ -118,6 +122,35 @@ def test_the_norms_of_a_traced_module_are_folded_too(dtype):
         expected = model(images, subnet)
         error = np.abs(np.stack(engine.run(subnet, 2, list(images))) - expected).max() / np.abs(expected).max()
         assert error < (1e-5 if dtype == "float32" else 0.05)
+
+
+def test_norms_fold_into_kernels_that_are_smaller():
+    config = OFAMobileNetConfig(image_size=16, width_mult=0.1, depths=(1, 2), expand_ratios=(3.0,), kernel_sizes=(3, 5))
+    subnets = [config.space().smallest(), config.space().sample(0, 1)]
+    model = SuperNet(config, random_params(config), {s: random_statistics(config, s) for s in subnets})
+    images = random_images(config, 2)
+    engine = make(model, subnets, batch_sizes=(2,))
+    assert all(bucket.is_folded for _, bucket in engine.calls.values())
+    for subnet in subnets:
+        assert_close(np.stack(engine.run(subnet, 2, list(images))), model(images, subnet))
+
+
+def test_a_single_subnet_of_a_traced_family_folds_nothing():
+    class Split(Plain):
+        def __call__(self, x):
+            first, second = jnp.split(nnx.relu(self.norm(self.conv(x))), 2, axis=-1)
+            return self.head(nnx.relu(self.last(self.out(jnp.concatenate([second, first], -1)))).mean((1, 2)))
+
+    spec = jax.ShapeDtypeStruct((1, 6, 6, 3), "float32")
+    net = ss.elastic(Split(), spec, name="split module", axes={"expand": (0.5, 1.0), "width": (0.5, 1.0)})
+    single = SingleSubnetConfig(net.config, net.space.smallest())
+    program = programs.sliced(single, single.space().largest())
+    assert program.folds == {}
+    params, rows = random_params(net.config), random_statistics(net.config, net.space.smallest())
+    images = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    none = program.active(program.envelope)
+    found = program.infer_folded(program.fold(params, rows), images, rows, none)
+    assert_close(found, SuperNet(net.config, params, {net.space.smallest(): rows})(images, net.space.smallest()))
 
 
 def test_slices_that_exceed_the_budget_are_not_prepared(model):

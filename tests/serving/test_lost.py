@@ -30,6 +30,9 @@ class Place:
         return self.engine, profile
 
 
+KILLER = 99.0
+
+
 class RemoteDevice(FakeDevice):
     """A device in another process."""
 
@@ -46,6 +49,8 @@ class RemoteDevice(FakeDevice):
         if self.dead.is_set():
             raise errors.EngineLostError("the process is gone")
         launched = super().launch(*batch)
+        if KILLER in [float(one) for one in batch[2]]:
+            self.dead.set()
 
         def in_time():
             return self.answers.wait(0.0)
@@ -115,6 +120,84 @@ def test_queries_wait_for_the_only_worker_and_are_answered_late():
         only.is_back.set()
         assert outcomes([*waiting, late]) == list(range(9))
         wait_until(lambda: s.snapshot()["queries"]["late"] == 9)
+
+
+def test_a_query_that_kills_its_process_is_given_up_and_the_others_are_answered():
+    some = places(2)
+    for place in some:
+        place.is_back.set()
+    with serve(some) as s:
+        futures = s.submit_many(x([0, 1, KILLER, 2, 3, 4, 5, 6]), slo_ms=1.0)
+        with pytest.raises(errors.InferenceError, match="the process is gone"):
+            futures[2].result(WAIT_S)
+        assert outcomes(futures[:2] + futures[3:]) == [0, 1, 2, 3, 4, 5, 6]
+        wait_until(lambda: s.health()["alive"] == 2)
+
+
+def test_late_queries_of_a_lost_process_expire_if_the_server_drops_late_ones():
+    [only] = places(1)
+    with serve([only], expire=True) as s:
+        only.engine.answers.clear()
+        future = s.submit(x(0), slo_ms=50.0)
+        wait_until(lambda: s.snapshot()["running"] == 1)
+        time.sleep(0.06)
+        only.engine.dead.set()
+        with pytest.raises(errors.DeadlineExpiredError):
+            future.result(WAIT_S)
+        wait_until(lambda: s.snapshot()["queries"]["expired"] == 1)
+
+
+def test_a_process_that_is_lost_while_it_runs_blank_inputs_counts_as_lost():
+    first, second = places(2)
+    with serve([first, second], max_failures=1) as s:
+        launch = first.engine.launch
+
+        def fail(*batch):
+            first.engine.launch = launch
+            first.engine.dead.set()
+            raise ValueError("no")
+
+        first.engine.launch = fail
+        while states(s)["far:0"] != "lost":
+            outcomes(s.submit_many(x(range(8))))
+        assert states(s)["far:1"] == "idle" or s.health()["alive"] == 1
+
+
+def test_a_place_that_answers_at_once_is_not_asked_in_a_busy_loop():
+    [only] = places(1)
+    asked = []
+    only.is_up = lambda timeout_s: bool(asked.append(time.monotonic()))
+    with serve([only]) as s:
+        only.engine.dead.set()
+        s.submit(x(0))
+        wait_until(lambda: len(asked) >= 3)
+        assert asked[2] - asked[0] > 0.3
+        s.close(drain=False)
+
+
+def test_closing_does_not_wait_for_a_return_that_needs_a_lock_of_the_caller():
+    [only] = places(1)
+    with serve([only]) as s:
+        only.engine.dead.set()
+        s.submit(x(0))
+        wait_until(lambda: states(s)["far:0"] == "lost")
+        with s._changing:  # noqa: SLF001 - as a signal handler during a swap
+            only.is_back.set()
+            time.sleep(0.3)
+            s.close(drain=False)
+        wait_until(lambda: not any(t.name.startswith("superserve-return") for t in threading.enumerate()))
+        assert only.made == 1 or s.health()["alive"] == 0
+
+
+def test_queries_are_admitted_while_no_worker_is_counted():
+    [only] = places(1)
+    with serve([only], admission=True) as s:
+        only.engine.answers.clear()
+        first = s.submit(x(0))
+        wait_until(lambda: s.pool.members.fleet.strength()[1] == 0)
+        second = s.submit(x(1))
+        only.engine.answers.set()
+        assert outcomes([first, second]) == [0, 1]
 
 
 def test_queries_fail_if_the_only_worker_does_not_come_back_in_time(monkeypatch):
