@@ -93,6 +93,7 @@ class Server:
       **options: see `options.ServerOptions`: policy, slo_ms, max_queue, expire, and others.
 
     Attributes:
+      model: the model; None for a server of engines.
       profiles, profile: the workers' latency profiles at the start or the last swap, and the first of these.
       inputs, slo_ms: the inputs that it takes, an `options.InputSpec`, and the SLO of queries that are submitted without one.
       pool: the state that the server's threads share.
@@ -172,17 +173,13 @@ class Server:
         if (nbytes := self.inputs.nbytes) > options.max_queue_bytes:
             raise errors.ConfigError(f"max_queue_bytes={options.max_queue_bytes}, but one input has {nbytes} bytes; raise it")
         self.profiles, self.profile = tuple(each), each[0]
+        self.model: Any = self._maker.model
         self.slo_ms, self._clock = check_slo(options.slo_ms), options.clock
         self._changing = threading.RLock()
         self._is_changing_here = threads.held_here(self._changing)
         options, make = load_policy(options, each)
         self.pool = Pool(engines, each, make, options, input_bytes=nbytes, again=weakref.WeakMethod(self.add_worker))
         weakref.finalize(self, self.pool.dropped).atexit = False
-
-    @property
-    def model(self) -> Any:
-        """The model; None for a server of engines."""
-        return self._maker.model
 
     def __repr__(self) -> str:
         family = "engines" if self.model is None else self.model.config.family
@@ -329,7 +326,7 @@ class Server:
             maker, engines, profiles = self._maker.successor(path_or_model, workers, self.profile)
             each = profiles_of_workers(profiles, len(engines))
             old = self.pool.swaps.swap(workers, engines, each)
-            self._maker, self.profiles, self.profile = maker, tuple(each), each[0]
+            self._maker, self.model, self.profiles, self.profile = maker, maker.model, tuple(each), each[0]
         self.pool.swaps.wait()
         del old  # here, since to free a device's memory may take long
 
