@@ -71,32 +71,29 @@ def no_test_hangs():
         yield
 
 
+def _small_dataset(folder, name, module, attribute, counts):
+    """Makes a dataset with fewer examples in a TFDS folder, and returns the folder."""
+    from superserve_jax.training import data  # noqa: F401 - `prepared` cannot be imported before it
+    from superserve_jax.training.datasets import prepared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"superserve_jax.training.datasets.{module}.{attribute}", counts)
+        prepared.load(name, str(folder))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A TFDS folder with a small cluttered_digits in it: 300 training images, 90 test images."""
-    from superserve_jax.training import data  # noqa: F401 - `prepared` cannot be imported before it
-    from superserve_jax.training.datasets import prepared
-    from superserve_jax.training.datasets.cluttered_digits import render
-
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "NUM_IMAGES", {"train": 300, "test": 90})
-        prepared.load("cluttered_digits", str(folder))
-    return str(folder)
+    counts = {"train": 300, "test": 90}
+    return _small_dataset(tmp_path_factory.mktemp("tfds"), "cluttered_digits", "cluttered_digits.render", "NUM_IMAGES", counts)
 
 
 @pytest.fixture(scope="session")
 def listops_dir(tmp_path_factory):
     """A TFDS folder with a small listops in it: 300 training texts, 60 test texts."""
-    from superserve_jax.training import data  # noqa: F401 - as above
-    from superserve_jax.training.datasets import prepared
-    from superserve_jax.training.datasets.listops import grammar
-
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "NUM_EXAMPLES", {"train": 300, "test": 60})
-        prepared.load("listops", str(folder))
-    return str(folder)
+    counts = {"train": 300, "test": 60}
+    return _small_dataset(tmp_path_factory.mktemp("tfds"), "listops", "listops.grammar", "NUM_EXAMPLES", counts)
 
 
 @pytest.fixture(scope="module")

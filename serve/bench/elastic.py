@@ -13,8 +13,8 @@ import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,34 +64,58 @@ def main() -> None:
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, config.input_spec(options.batch).shape), jnp.uint8)
     rest = jnp.zeros((2, 0)), jnp.zeros(0, jnp.int32)
     small = dataclasses.replace(config, depth=options.depth, mlp=options.mlp)
-    small_run, small_params = _small(small, cut, subnet.gates)
-    results: list[Any] = []
-    calls = []
-    for function, arguments in ((program.infer, (cut, images, *rest)), (small_run, (small_params, images))):
-        lowered = jax.jit(function).lower(*arguments)
-        compiled = lowered.compile()
-        results.append({"operations": lowered.as_text().count(" = "), "logits": np.asarray(compiled(*arguments))})
-        calls.append(lambda compiled=compiled, arguments=arguments: jax.block_until_ready(compiled(*arguments)))
-    ratios, medians = alternate(*calls, repeats=options.repeats)
-    difference = float(np.abs(results[0]["logits"] - results[1]["logits"]).max() / np.abs(results[1]["logits"]).max())
+    run_small, small_params = _small(small, cut, subnet.gates)
+    whole, built = compiled(program.infer, (cut, images, *rest)), compiled(run_small, (small_params, images))
     print(f"ss.elastic traced {config.num_params(space.largest()):,} parameters in {trace_s:.2f} s")
-    cli.print_table(
-        [
-            ("program", "parameters", "operations", "median ms"),
-            *(
-                (name, f"{sum(x.size for x in weights.values()):,}", f"{result['operations']}", f"{1e3 * median:.1f}")
-                for name, weights, result, median in zip(
-                    ("subnet, sliced", "built small"), (cut, small_params), results, medians, strict=True
-                )
-            ),
-        ]
-    )
-    operations = results[0]["operations"] / results[1]["operations"]
+    rows = [("subnet, sliced", whole, f"{_count(cut):,}"), ("built small", built, f"{_count(small_params):,}")]
+    found = compare("sliced / small", rows, "parameters", repeats=options.repeats)
+    cli.write_results(options.json, {"trace_s": trace_s, **found})
+
+
+class Compiled(NamedTuple):
+    """A compiled program: the number of its operations, its logits, and its call, which waits for the result."""
+
+    operations: int
+    logits: np.ndarray
+    call: Callable[[], Any]
+
+
+def compiled(function: Callable[..., jax.Array], arguments: tuple[Any, ...]) -> Compiled:
+    """Compiles a function for its arguments, and calls it once."""
+    lowered = jax.jit(function).lower(*arguments)
+    program = lowered.compile()
+    operations, logits = lowered.as_text().count(" = "), np.asarray(program(*arguments))
+    return Compiled(operations, logits, lambda: jax.block_until_ready(program(*arguments)))
+
+
+def compare(what: str, rows: Sequence[tuple[str, Compiled, str]], column: str, *, repeats: int) -> dict[str, Any]:
+    """Prints a table of two programs, and the first one divided by the second one. They take turns.
+
+    Args:
+      what: names the ratio.
+      rows: name, program and one more value of each.
+      column: the heading of this value.
+      repeats: how often each runs.
+
+    Returns:
+      the ratios "operations" and "latency" (one for each turn), and the "difference" of the logits.
+    """
+    (_, first, _), (_, second, _) = rows
+    ratios, medians = _alternate(first.call, second.call, repeats=repeats)
+    lines = [("program", column, "operations", "median ms")]
+    for (name, program, value), median in zip(rows, medians, strict=True):
+        lines.append((name, value, f"{program.operations}", f"{1e3 * median:.1f}"))
+    cli.print_table(lines)
+    operations, difference = first.operations / second.operations, np.abs(first.logits - second.logits).max()
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
-    print(f"sliced / small: operations {operations:.3f}, latency {middle:.3f} (quartiles {low:.3f} and {high:.3f})")
-    print(f"largest difference of the logits / largest logit: {difference:.1e}")
-    found = {"trace_s": trace_s, "operations": operations, "latency": ratios, "difference": difference}
-    cli.write_results(options.json, found)
+    relative = float(difference / np.abs(second.logits).max())
+    print(f"{what}: operations {operations:.3f}, latency {middle:.3f} (quartiles {low:.3f} and {high:.3f})")
+    print(f"largest difference of the logits / largest logit: {relative:.1e}")
+    return {"operations": operations, "latency": ratios, "difference": relative}
+
+
+def _count(params: dict[str, jax.Array]) -> int:
+    return sum(x.size for x in params.values())
 
 
 def _small(
@@ -116,7 +140,9 @@ def _small(
     return run, {name: renamed[name] for name in paths}
 
 
-def alternate(first: Callable[[], Any], second: Callable[[], Any], *, repeats: int) -> tuple[list[float], tuple[float, float]]:
+def _alternate(
+    first: Callable[[], Any], second: Callable[[], Any], *, repeats: int
+) -> tuple[list[float], tuple[float, float]]:
     """Times two functions in turns. Returns the ratio of each pair of times, and both medians, in seconds."""
     times: tuple[list[float], list[float]] = ([], [])
     first()

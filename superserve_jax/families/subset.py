@@ -72,9 +72,9 @@ class SingleSubnetConfig:
 
     def folds(self) -> list[Fold]:
         """The norms of the whole family that can be folded. None of a traced family, whose channels need not be the first."""
-        return (
-            self.model.folds() if isinstance(self.model, FoldableConfig) and not isinstance(self.model, TracedConfig) else []
-        )
+        if isinstance(self.model, TracedConfig) or not isinstance(self.model, FoldableConfig):
+            return []
+        return self.model.folds()
 
     def flops(self, _: Subnet) -> int:
         """Multiply-adds of `subnet`."""

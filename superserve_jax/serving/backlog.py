@@ -204,8 +204,7 @@ class Backlog:
         if self._expire:
             for query in self.queue.pop_before(now_s + self.fastest_s):
                 if not self._discard(query):
-                    self._counters.expired += 1
-                    self._outbox.fail(query, errors.DeadlineExpiredError(_EXPIRED))
+                    self._drop_expired(query)
         self.queue.drop_late(self._discard)
         while (head := self.queue.head()) is not None and head.done():
             self._outbox.drop(self.queue.pop(1))
@@ -213,10 +212,13 @@ class Backlog:
     def _unexpired(self, queries: Sequence[Query], now_s: float) -> list[Query]:
         """The queries that may still be answered. With `expire`, late ones fail."""
         late = {query for query in queries if self._expire and query.deadline_s <= now_s and not query.done()}
-        self._counters.expired += len(late)
         for query in late:
-            self._outbox.fail(query, errors.DeadlineExpiredError(_EXPIRED))
+            self._drop_expired(query)
         return [query for query in queries if query not in late]
+
+    def _drop_expired(self, query: Query) -> None:
+        self._counters.expired += 1
+        self._outbox.fail(query, errors.DeadlineExpiredError(_EXPIRED))
 
     def fail_all(self, reason: Callable[[], errors.SuperServeError]) -> None:
         """Fails all waiting queries."""

@@ -142,13 +142,13 @@ class Flight:
         engine: Engine,
         size: int,
         clock: Callable[[], float],
+        suspicion: "Suspicion",
         blanks: Sequence[Any] = (),
-        suspicion: "Suspicion | None" = None,
     ) -> list[Any]:
         """Runs the batch, or waits for it if it was launched. Returns the outputs, one for each query.
 
         If the engine raises, the error is kept in `failure` and the result is an empty list. A flight without queries runs
-        the inputs `blanks`. `suspicion` is raised while the engine may be lost.
+        the inputs `blanks`. `suspicion` is raised as long as the engine may be lost.
         """
         if self.failure is not None:
             return []
@@ -158,7 +158,7 @@ class Flight:
                 outputs = list(engine.run(self.row.subnet, size, inputs))
             else:
                 asked_s, launched = clock(), self.launched
-                if suspicion is not None and launched.in_time is not None and not launched.in_time():
+                if launched.in_time is not None and not launched.in_time():
                     suspicion.raised()
                 launched.wait()
                 self.ready_s = clock()
@@ -173,8 +173,7 @@ class Flight:
             self.failure = Failure.of(error)
             return []
         finally:
-            if suspicion is not None:
-                suspicion.clear()
+            suspicion.clear()
 
     def took_s(self, finish_s: float) -> float:
         """How long the batch took on the device, as far as the host knows."""

@@ -12,7 +12,6 @@ import functools
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +32,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a worker could not be made; each
 
 
 class Suspicion:
-    """Whether the engine of one worker may be lost. Only the worker's thread calls it.
+    """Whether the engine of a worker may be lost during one batch. Only the worker's thread calls it.
 
     Args:
       pool: the pool.
@@ -42,14 +41,14 @@ class Suspicion:
 
     __slots__ = ("_is_raised", "_pool", "_worker")
 
-    def __init__(self, pool: "Pool", worker: "weakref.ref[Worker]"):
+    def __init__(self, pool: "Pool", worker: "Worker"):
         self._pool, self._worker, self._is_raised = pool, worker, False
 
     def raised(self) -> None:
         """A batch is late."""
         with self._pool.lock:
-            if (worker := self._worker()) is not None and worker.present:
-                self._pool.members.fleet.leave(worker.index)
+            if self._worker.present:
+                self._pool.members.fleet.leave(self._worker.index)
         self._is_raised = True
 
     def clear(self) -> None:
@@ -57,8 +56,8 @@ class Suspicion:
         if self._is_raised:
             self._is_raised = False
             with self._pool.lock:
-                if (worker := self._worker()) is not None and worker.alive:
-                    self._pool.members.fleet.come_back(worker.index)
+                if self._worker.alive:
+                    self._pool.members.fleet.come_back(self._worker.index)
 
 
 class Lost:

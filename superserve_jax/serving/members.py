@@ -130,5 +130,18 @@ class Members:
             "failures": self.failures,
             "last_error": None if self._last_failure is None else self._last_failure.text,
             "running": sum(flight.count for worker in self.workers if worker.present for flight in worker.flights),
-            "per_worker": [worker.health(now_s) for worker in self.workers],
+            "per_worker": [self._health_of(worker, now_s) for worker in self.workers],
+        }
+
+    def _health_of(self, worker: Worker, now_s: float) -> dict[str, Any]:
+        return {
+            "name": worker.name,
+            "state": worker.state,
+            "batches": worker.batches,
+            "failures": worker.failed_batches,
+            "max_batch": worker.profile.max_batch,
+            "out_of_service": worker.blame.health(),
+            "slowdown": self.fleet.slowdown(worker.index) if worker.present else 1.0,
+            "last_error": None if worker.last_failure is None else worker.last_failure.text,
+            "running_s": now_s - worker.watched_s if worker.flights else 0.0,
         }

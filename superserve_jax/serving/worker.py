@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -54,6 +53,9 @@ class Worker:
       successor: after a swap, the engine, profile and policy for the next batches.
       alive, present: see `members.Members`.
       gone: why the worker takes no more batches; "" until then.
+      batches, failed_batches: how many it answered, and how many failed on it.
+      watched_s: since when the first flight may be stuck.
+      last_failure: its last error.
     """
 
     def __init__(self, pool: "Pool", engine: Engine, profile: Profile, policy: Policy, *, name: str, index: int):
@@ -72,12 +74,14 @@ class Worker:
         self._landed = False  # the first flight has its outputs, but is still among the flights
         self._in_callbacks = False  # done-callbacks of other queries run in this thread
         self._answered: Batch | None = None  # an answered batch that the counters do not know yet
-        self._watched_s = 0.0  # since when the first flight may be stuck
+        self.watched_s = 0.0
         self._free_s = 0.0  # when the device was done with the last batch
-        self._batches = self._failed_batches = self._strikes = 0  # strikes: failures in a row that were this worker's fault
+        self.batches = self.failed_batches = 0
+        self._strikes = 0  # failed batches in a row that were this worker's fault
         self.blame = Blame(pool)
-        self._last_failure: Failure | None = None
-        self._suspicion = Suspicion(pool, weakref.ref(self))
+        self.last_failure: Failure | None = None
+
+    # -- the thread -------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         pool = self._pool
@@ -148,8 +152,10 @@ class Worker:
         if outbox.entries:
             self._in_callbacks, since_s = True, clock()
             outbox.empty()
-            self._watched_s += clock() - since_s
+            self.watched_s += clock() - since_s
             self._in_callbacks = False
+
+    # -- decisions --------------------------------------------------------------------------------------------------------
 
     def _locked_settle(self) -> None:
         """Removes the flight that the last turn answered, and counts it. Done only now, since a turn begins with the lock."""
@@ -173,7 +179,7 @@ class Worker:
         waiting, meter = (backlog.queue, backlog.meter) if retry is None else (retry.waiting, ArrivalMeter())
         if len(waiting):
             if not self.flights:
-                self._watched_s = now_s  # `locked_excuse` adds the time that the policy takes
+                self.watched_s = now_s  # `locked_excuse` adds the time that the policy takes
             try:
                 pace = pool.members.fleet.pace(self.index)
                 decide = pool.policy_call.locked_asker(self)
@@ -197,14 +203,17 @@ class Worker:
         """Hands a batch to the device."""
         flight.started_s = self._pool.clock()
         if not flight.shared:
-            self._watched_s = flight.started_s
+            self.watched_s = flight.started_s
         flight.launch(self.engine, self._sizes[flight.place])
 
     def _compute(self, flight: Flight, blanks: Sequence[Any] = ()) -> list[Any]:
         """The outputs of a batch, or of blank inputs; `flight.failure` is set if there are none."""
         if flight.launched is None and flight.failure is None:
-            flight.started_s = self._watched_s = self._pool.clock()
-        return flight.compute(self.engine, self._sizes[flight.place], self._pool.clock, blanks, self._suspicion)
+            flight.started_s = self.watched_s = self._pool.clock()
+        suspicion = Suspicion(self._pool, self)
+        return flight.compute(self.engine, self._sizes[flight.place], self._pool.clock, suspicion, blanks)
+
+    # -- answers ----------------------------------------------------------------------------------------------------------
 
     def _land(self, flight: Flight, *, slept: bool = False) -> bool:
         """Gets a batch's outputs and answers its queries. False when the worker must leave.
@@ -219,7 +228,7 @@ class Worker:
         finish_s, start_s, ready_s = pool.clock(), flight.started_s, flight.ready_s
         self._free_s, self._landed = finish_s if ready_s is None else ready_s, True
         self._strikes = 0
-        self._batches += 1
+        self.batches += 1
         profiled_ms = row.latency_ms[flight.place]
         too_late = slept and flight.waited_s < _AT_ONCE_S
         if self.present and not too_late:  # the index of an absent worker may belong to another one now
@@ -254,7 +263,7 @@ class Worker:
             profile = self.profile.at([b for b in self._sizes if b <= size // 2] or self._sizes[:1])
             smaller = profile, pool.make_policy(profile)
         with pool.lock:
-            self._failed_batches += 1
+            self.failed_batches += 1
             self.locked_note(failure)
             pool.members.failures += 1
             pool.idle.wake_all()  # not every worker may run a retry
@@ -292,7 +301,7 @@ class Worker:
             if not self.alive:
                 return None
             self.flights.insert(0, blank)
-            self._watched_s = blank.started_s
+            self.watched_s = blank.started_s
         self._compute(blank, blanks)
         with pool.lock:
             if blank in self.flights:
@@ -339,7 +348,7 @@ class Worker:
         self.locked_succeed(None)
         in_policy = pool.policy_call.thread is self.thread
         if hung:
-            ran_s = pool.policy_call.ran_s(now_s) if in_policy else now_s - self._watched_s if self.flights else 0.0
+            ran_s = pool.policy_call.ran_s(now_s) if in_policy else now_s - self.watched_s if self.flights else 0.0
             what = f"the policy, called by {self.name}," if in_policy else self.name
             self.locked_note(Failure.of(TimeoutError(f"{what} has not returned for {ran_s:.3g} s")))
         if in_policy:
@@ -349,14 +358,14 @@ class Worker:
         if busy is None and flights and ((hung and not in_policy) or self._landed):
             busy = flights[0]
         for flight in flights:
-            if (flight is busy or self.gone == "lost") and self._last_failure is not None:
-                pool.locked_retry(self, flight, self._last_failure, hung=hung)
+            if (flight is busy or self.gone == "lost") and self.last_failure is not None:
+                pool.locked_retry(self, flight, self.last_failure, hung=hung)
             else:
                 pool.backlog.give_back(flight, self.index)
 
     def locked_excuse(self, seconds: float) -> None:
         """Does not count a time against the engine."""
-        self._watched_s += seconds
+        self.watched_s += seconds
 
     def locked_is_stuck(self, now_s: float, excused_s: float) -> bool:
         """Whether the first flight or the policy takes too long. `excused_s` does not count: the process stood still."""
@@ -365,36 +374,26 @@ class Worker:
         if not self.flights or self._landed or self._in_callbacks:  # the thread is in done-callbacks, not in the engine
             return False
         if excused_s:
-            self._watched_s = min(self._watched_s + excused_s, now_s)
-        return now_s - self._watched_s > self.flights[0].patience_s(self._pool.options.stall_s)
+            self.watched_s = min(self.watched_s + excused_s, now_s)
+        return now_s - self.watched_s > self.flights[0].patience_s(self._pool.options.stall_s)
 
-    def health(self, now_s: float) -> dict[str, Any]:
-        """See `Server.health`."""
-        return {
-            "name": self.name,
-            "state": self.gone or self._doing(),
-            "batches": self._batches,
-            "failures": self._failed_batches,
-            "max_batch": self.profile.max_batch,
-            "out_of_service": self.blame.health(),
-            "slowdown": self._pool.members.fleet.slowdown(self.index) if self.present else 1.0,
-            "last_error": None if self._last_failure is None else self._last_failure.text,
-            "running_s": now_s - self._watched_s if self.flights else 0.0,
-        }
-
-    def _doing(self) -> str:
+    @property
+    def state(self) -> str:
+        """What the worker does now, or why it is gone. See `Server.health`."""
+        if self.gone:
+            return self.gone
         if self._landed or self._in_callbacks:
             return "answering"
         return "deciding" if self._pool.policy_call.thread is self.thread else "running" if self.flights else "idle"
 
     def locked_note(self, failure: Failure) -> None:
         """Remembers a failure as the last one."""
-        self._pool.outbox.drop(self._last_failure)
-        self._last_failure = failure
+        self._pool.outbox.drop(self.last_failure)
+        self.last_failure = failure
         self._pool.members.note(failure)
 
     def _locked_next_begins(self, since_s: float, now_s: float) -> None:
         """Notes that the device works on the next flight, not earlier than `since_s`. Its time limit starts at `now_s`."""
-        self._watched_s = now_s
+        self.watched_s = now_s
         for flight in self.flights:
             flight.started_s = max(flight.started_s, since_s)

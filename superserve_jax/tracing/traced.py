@@ -1,5 +1,6 @@
 """A function that was traced once and can run at other sizes."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from superserve_jax import errors, ops
 from superserve_jax.tracing import blocks, folding, groups, infinities, jaxprs, kernels, means, places, relations, suspects
 from superserve_jax.tracing.dims import Dim, fix, unify
 from superserve_jax.tracing.evaluation import Evaluation
+from superserve_jax.tracing.folding import Foldable
 from superserve_jax.tracing.graph import Graph, Operand, Value
 from superserve_jax.tracing.sizes import Sizes
 from superserve_jax.tracing.suspects import Suspect
@@ -40,9 +42,13 @@ class Traced:
         self._means = means.find(graph)
         self._infinite = infinities.find(graph)
         self.blocks: dict[str, blocks.Block] = blocks.find(graph, graph.outputs[: len(graph.outputs) - updates])
-        self.foldable = folding.find(graph, self.parameters)
         names = {leaf: name for name, leaf in self.leaves.items()}
         self.suspects: tuple[Suspect, ...] = suspects.find(graph, names, self._means.keys())
+
+    @functools.cached_property
+    def foldable(self) -> dict[str, Foldable]:
+        """See the class."""
+        return folding.find(self.graph, self.parameters)
 
     def evaluate(
         self,
