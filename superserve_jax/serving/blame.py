@@ -17,7 +17,8 @@ of a query's floor, is taken out of service as usual.
 
 import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ class Blame:
         subnet, kept = flight.row.subnet, self._fixed and flight.reason != "floor"
         if subnet not in self.out:
             blanks = [np.zeros_like(query.inputs) for query in flight.batch]
-            again = worker.run_blanks(flight.row, flight.place, blanks)
+            again = self._run_blanks(worker, flight.row, flight.place, blanks)
             if again is None or again.lost:  # the next batch finds out that the engine is lost
                 return "retry"
             foreign.log(_log, logging.WARNING, "%s fails on blank inputs, too: %s", worker.name, again.text)
@@ -85,9 +86,23 @@ class Blame:
     def _any_other_works(self, worker: "Worker", subnet: Subnet, blanks: list[np.ndarray]) -> bool:
         others = (row for row in worker.profile.rows if row.subnet != subnet and row.subnet not in self.out)
         for row in sorted(others, key=lambda row: row.latency_ms[0])[:_TRIED]:
-            if worker.run_blanks(row, 0, blanks) is None:
+            if self._run_blanks(worker, row, 0, blanks) is None:
                 return True
         return False
+
+    def _run_blanks(self, worker: "Worker", row: Row, place: int, blanks: Sequence[np.ndarray]) -> Failure | None:
+        """Runs inputs of zeros, and returns the failure. None also if the worker is to leave."""
+        pool, underway = self._pool, worker.underway
+        blank = Flight(row, (), place, None, "", pool.clock())  # the watchdog must see it, since it may hang
+        with pool.lock:
+            if not worker.alive:
+                return None
+            underway.flights.insert(0, blank)
+            underway.watched_s = blank.started_s
+        worker.compute(blank, blanks)
+        with pool.lock:
+            underway.remove(blank, free_s=-math.inf, now_s=pool.clock())  # the next flight began before the blank inputs
+        return blank.failure
 
     def _take_out(self, worker: "Worker", cause: Cause, *, kept: bool) -> None:
         """Takes a subnet out of service, unless the worker has left or changes to another export."""

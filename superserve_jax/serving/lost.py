@@ -83,7 +83,7 @@ class Lost:
         foreign.forget_frames(failure.error)
         comes_back = hasattr(place, "is_up")
         with pool.lock:
-            worker.locked_note(failure)
+            worker.failures.locked_note(failure)
             comes_back = comes_back and worker.alive and not pool.closing
             self.expected += comes_back
         try:

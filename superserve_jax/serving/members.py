@@ -129,7 +129,7 @@ class Members:
             "abandoned": self.abandoned,
             "failures": self.failures,
             "last_error": None if self._last_failure is None else self._last_failure.text,
-            "running": sum(flight.count for worker in self.workers if worker.present for flight in worker.flights),
+            "running": sum(flight.count for worker in self.workers if worker.present for flight in worker.underway.flights),
             "per_worker": [self._health_of(worker, now_s) for worker in self.workers],
         }
 
@@ -138,10 +138,10 @@ class Members:
             "name": worker.name,
             "state": worker.state,
             "batches": worker.batches,
-            "failures": worker.failed_batches,
+            "failures": worker.failures.count,
             "max_batch": worker.profile.max_batch,
             "out_of_service": worker.blame.health(),
             "slowdown": self.fleet.slowdown(worker.index) if worker.present else 1.0,
-            "last_error": None if worker.last_failure is None else worker.last_failure.text,
-            "running_s": now_s - worker.watched_s if worker.flights else 0.0,
+            "last_error": None if (last := worker.failures.last) is None else last.text,
+            "running_s": worker.underway.ran_s(now_s),
         }

@@ -75,7 +75,7 @@ class PolicyCall:
             return dispatch.decide(*question)
         finally:
             self._pool.lock.acquire()
-            worker.locked_excuse(self.ran_s(self._pool.clock()))
+            worker.underway.excuse(self.ran_s(self._pool.clock()))
             self._locked_end()
             if not worker.alive or worker.successor is not None:
                 raise OutdatedError

@@ -225,7 +225,7 @@ def test_a_worker_with_a_broken_device_pauses_even_if_batches_wait():
 
     def burn(*batch):
         if any(i > 0 for i in batch[2]):  # not of blank inputs
-            under_way.append(len(s.pool.members.workers[1].flights))
+            under_way.append(len(s.pool.members.workers[1].underway.flights))
         fakes.fail()
 
     gate = Gate()
