@@ -59,14 +59,12 @@ Traffic = Callable[[float], contextlib.AbstractContextManager[None]]
 
 
 class GivenEngines:
-    """The maker of a server that was opened with engines. It can make engines at a `Place` only."""
+    """The maker of a server that was opened with engines. It makes no engines."""
 
     model = None
 
     def engine(self, device: Any, profile: Profile) -> tuple[Engine, Profile]:
         """See `Maker.engine`."""
-        if hasattr(device, "make_engine"):
-            return device.make_engine(profile)
         raise errors.ConfigError(f"expected an engine, got {foreign.text_of(device)}; this server cannot make one")
 
     def successor(
@@ -108,8 +106,6 @@ class LocalMaker:
 
     def engine(self, device: Any, profile: Profile) -> tuple[Engine, Profile]:
         """See `Maker.engine`."""
-        if hasattr(device, "make_engine"):
-            return device.make_engine(profile)
         if profile.cpu_workers > 1:
             what = foreign.text_of(device)
             raise errors.ConfigError(

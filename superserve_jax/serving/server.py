@@ -251,8 +251,8 @@ class Server:
         """Adds a worker while serving. A server that has lost all its workers serves again afterwards.
 
         Args:
-          engine_or_device: an engine like the others. If the server was opened with a model, it may be a jax device: the
-            calling thread then makes the executables first.
+          engine_or_device: an engine like the others, or a process that makes one (see `makers.Place`). If the server was
+            opened with a model, it may be a jax device: the calling thread then makes the executables first.
           profile: the worker's latencies. None takes the latencies of the first worker.
 
         Returns:
@@ -266,15 +266,16 @@ class Server:
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
             return getattr(engine_or_device, "name", "")
         with self._changing, self._maker.settings():
-            new, profile = engine_or_device, profile or self.profile
-            profiles_of_workers([self.profile, profile], 2)
+            new, latencies = engine_or_device, profile or self.profile
+            profiles_of_workers([self.profile, latencies], 2)
             if not hasattr(new, "run"):
-                new, profile = self._maker.engine(new, profile)
+                is_place = hasattr(new, "make_engine")  # see `makers.Place`
+                new, latencies = new.make_engine(latencies) if is_place else self._maker.engine(new, latencies)
             if (spec := InputSpec.of(new)) != self.inputs:
                 raise errors.ConfigError(
                     f"{new.name} takes {spec}, the workers of this server take {self.inputs}; they must agree"
                 )
-            return self.pool.add(new, profile)
+            return self.pool.add(new, latencies)
 
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving. Returns when it has finished its batch and its thread has ended.
