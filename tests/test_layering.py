@@ -54,6 +54,10 @@ ALLOWED = {
         *("serving", "simulation", "scheduling", "engines.base", "engines.fake"),
         *("profile", "subnet", "lengths"),
     ),
+    "remote": (
+        *("serving", "simulation", "scheduling", "engines.base"),
+        *("profile", "subnet", "lengths", "manifest"),
+    ),
     "gateway": (
         *("serving", "profile", "subnet", "lengths", "vocabulary", "manifest"),
         *("loadtest.loadgen", "simulation.traces"),  # for the demo's traffic
@@ -68,7 +72,7 @@ ALLOWED = {
 NO_JAX = (
     *("dtypes", "errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
     *("cli", "progress", "plots", "machine"),
-    *("scheduling", "simulation", "experiments", "serving", "loadtest", "gateway"),
+    *("scheduling", "simulation", "experiments", "serving", "loadtest", "gateway", "remote"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )
 BLOCKED = ["jax", "jaxlib", "flax", "tensorflow", "tensorflow_datasets"]
@@ -86,6 +90,7 @@ LATE = {
     "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
     "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
     "commands": ("superserve_jax.gateway",),
+    "remote": ("ray", "jax", "superserve_jax.engines.prepare", "superserve_jax.remote.maker"),
     "gateway": ("opentelemetry", "superserve_jax.gateway.demo"),
 }
 

@@ -58,6 +58,22 @@ Settings = Callable[[], contextlib.AbstractContextManager[None]]
 Traffic = Callable[[float], contextlib.AbstractContextManager[None]]
 
 
+def open_export(
+    path_or_model: Any, traffic: Traffic, *, devices: Sequence[Any] | None, **given: Any
+) -> tuple[Maker, Sequence[Engine], list[Profile]]:
+    """A maker for an export, and an engine and a profile for each device.
+
+    Args:
+      path_or_model: see `Server`.
+      traffic: see `server.background_traffic`.
+      devices: the devices. If they are places in other processes, their `open_server` does it.
+      **given: the other arguments of `prepare.prepare`.
+    """
+    if isinstance(devices, Sequence) and devices and hasattr(devices[0], "open_server"):
+        return devices[0].open_server(path_or_model, devices, **given)
+    return LocalMaker.open(path_or_model, traffic, devices=devices, **given)
+
+
 class GivenEngines:
     """The maker of a server that was opened with engines. It makes no engines."""
 

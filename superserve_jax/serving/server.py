@@ -60,9 +60,8 @@ from superserve_jax import errors, foreign
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, profiles_of_workers
-from superserve_jax.serving import background, futures, threads
+from superserve_jax.serving import background, futures, makers, threads
 from superserve_jax.serving.futures import Future, Query
-from superserve_jax.serving.makers import GivenEngines, LocalMaker
 from superserve_jax.serving.options import (
     InputSpec,
     Options,
@@ -142,7 +141,7 @@ class Server:
         given: dict[str, Any] = {"batch_sizes": batch_sizes, "lengths": lengths, "devices": devices}
         given |= {"slicing": slicing, "slice_bytes": slice_bytes}
         given |= {"compute_dtype": compute_dtype, "cpu_workers": cpu_workers}
-        self._maker, engines, profiles = LocalMaker.open(path_or_model, background_traffic, **given)
+        self._maker, engines, profiles = makers.open_export(path_or_model, background_traffic, **given)
         self._open(engines, profiles, checked)
 
     @classmethod
@@ -157,7 +156,7 @@ class Server:
           **options: see `options.ServerOptions`.
         """
         self = cls.__new__(cls)
-        self._maker = GivenEngines()
+        self._maker = makers.GivenEngines()
         self._open(engines, profile, check_options(options))
         return self
 

@@ -1,0 +1,176 @@
+"""Devices in other processes: what users give to a server. Ray is imported late."""
+
+import hashlib
+import itertools
+import logging
+import pickle
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from superserve_jax import errors
+from superserve_jax.engines.base import Engine
+from superserve_jax.profile import Profile
+from superserve_jax.remote import host
+from superserve_jax.remote.engine import RemoteEngine
+from superserve_jax.remote.host import Failed, Make, Opened
+
+_log = logging.getLogger(__name__)
+
+_WARN_S = 60.0  # after so long, a log message says that an engine is not ready yet
+_OPEN_S = 600.0  # an actor may wait for a free host, compile everything, and measure a profile
+_THREADS = 3  # two for batches; one for an engine that is made meanwhile, as in a swap, and for pings
+_NAMESPACE = "superserve_jax"
+
+
+class RayDevice:
+    """A process that Ray starts, and the device in it. See `ray_device`.
+
+    Attributes:
+      label: the name of its workers: its own name, or "ray:" and a number.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, options: dict[str, Any], name: str = ""):
+        self.options, self.name = options, name
+        self.label = name or f"ray:{next(self._numbers)}"
+        self._key, self._make = "", None
+        self._actor: Any = None
+        self._ping: Any = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        given = [f"{key}={value!r}" for key, value in {**self.options, **({"name": self.name} if self.name else {})}.items()]
+        return f"ray_device({', '.join(given)})"
+
+    @property
+    def actor(self) -> Any:
+        """Ray's handle of the actor. The first use starts the actor."""
+        with self._lock:
+            if self._actor is None:
+                self._actor = _start(self.options, self.name)
+            return self._actor
+
+    @staticmethod
+    def open_server(path: Any, devices: Sequence["RayDevice"], **options: Any) -> Any:
+        """See `serving.makers.open_export`."""
+        from superserve_jax.remote.maker import RemoteMaker  # here, since it imports this module
+
+        return RemoteMaker.open(path, devices, **options)
+
+    # -- engines --------------------------------------------------------------------------------------------------------
+
+    def begin(self, key: str, make: Make) -> Any:
+        """Begins to make an engine in the actor. `finish` takes the result. So several devices work at the same time."""
+        self._key, self._make = hashlib.sha256(key.encode()).hexdigest()[:16], make
+        return self.actor.open.remote(self._key, make)
+
+    def finish(self, begun: Any) -> tuple[Engine, Profile]:
+        """The engine and its profile. Raises what making it raised, EngineLostError, and ConfigError if versions differ."""
+        import ray
+        from ray import exceptions
+
+        try:
+            done, _ = ray.wait([begun], timeout=_WARN_S)
+            if not done:
+                _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
+            opened: Any = ray.get(begun, timeout=_OPEN_S)
+        except exceptions.GetTimeoutError:
+            raise errors.EngineLostError(
+                f"{self} was not ready after {_OPEN_S:.0f} s; does the cluster have room for it? `ray status` shows it"
+            ) from None
+        except exceptions.RayError as error:
+            raise errors.EngineLostError(f"{self} cannot be started: {errors.one_line(error)}") from error
+        if isinstance(opened, Failed):
+            raise pickle.loads(opened.error)
+        _check_versions(opened)
+        engine = RemoteEngine(self, self.actor, self._key, opened)
+        return engine, engine.profile
+
+    def make_engine(self, profile: Profile) -> tuple[Engine, Profile]:
+        """See `serving.makers.Place`. The export is the last one that this device was given."""
+        if self._make is None:
+            raise errors.ConfigError(f"{self} has no export yet; open a server with it, or add it to a server with an export")
+        engine, own = self.finish(self.actor.open.remote(self._key, self._make))
+        if [row.subnet for row in own.rows] != [row.subnet for row in profile.rows]:
+            raise errors.ProfileError(
+                f"{self} serves other subnets than the first worker; measure both kinds of devices again"
+            )
+        return engine, own
+
+    def is_up(self, timeout_s: float) -> bool:
+        """See `serving.makers.Place`."""
+        import ray
+        from ray import exceptions
+
+        try:
+            self._ping = self._ping or self.actor.ping.remote()
+            done, _ = ray.wait([self._ping], timeout=timeout_s)
+            if done:
+                ping, self._ping = self._ping, None
+                ray.get(ping)
+            return bool(done)
+        except exceptions.ActorUnavailableError:
+            self._ping = None
+        except exceptions.RayError:  # the actor is dead for good, for example killed by `ray.kill`
+            self._ping = None
+            with self._lock:
+                self._actor = None
+        return False
+
+
+def ray_device(*, name: str = "", **options: Any) -> RayDevice:
+    """A device in a process that Ray starts, as a worker of a server.
+
+    Args:
+      name: with a name, the process outlives this one. Another router that gives the same name takes it over, with the
+        engine that it holds.
+      **options: options of the actor in Ray's own terms: num_gpus, num_cpus, resources, runtime_env, scheduling_strategy.
+
+    Raises ConfigError for an option that this library sets itself.
+
+    >>> ray_device(num_gpus=1)
+    ray_device(num_gpus=1)
+    """
+    ours = {"max_restarts", "max_task_retries", "max_concurrency", "lifetime", "get_if_exists", "namespace"}
+    if odd := sorted(ours & options.keys()):
+        raise errors.ConfigError(f"superserve_jax sets {odd[0]} itself; leave it out")
+    return RayDevice(options, name)
+
+
+def ray_devices(count: int, *, name: str = "", **options: Any) -> list[RayDevice]:
+    """Several devices with the same options, see `ray_device`. A name gets a number: "cell-0", "cell-1", ...
+
+    >>> [device.name for device in ray_devices(2, name="cell")]
+    ['cell-0', 'cell-1']
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise errors.ConfigError(f"count must be a whole number from 1 up, got {count!r}")
+    return [ray_device(name=f"{name}-{i}" if name else "", **options) for i in range(count)]
+
+
+def _start(options: dict[str, Any], name: str) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise errors.ConfigError("devices in other processes need Ray: pip install 'superserve-jax[ray]'") from error
+
+    if not ray.is_initialized():
+        raise errors.ConfigError(
+            'this process has not joined a cluster of Ray yet; call ray.init("auto") for the cluster of this host, or '
+            'ray.init(address="local") to start one on this machine alone'
+        )
+    # Ray must not run a batch again: only the server knows whether its queries still want an answer.
+    ours: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": _THREADS}
+    if name:
+        ours |= {"name": name, "namespace": _NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    return ray.remote(host.Host).options(**ours, **options).remote()
+
+
+def _check_versions(opened: Opened) -> None:
+    for name, version in host.versions().items():
+        if opened.versions.get(name) != version:
+            raise errors.ConfigError(
+                f"{opened.host} has {name} {opened.versions.get(name)}, this process has {version}; install the same version"
+            )

@@ -1,0 +1,192 @@
+"""The engine in the router: it sends batches to an actor, and finds out when the actor is lost. Ray is imported late.
+
+Ray restarts actors, but tells too late that one is silent. So the engine has a patience of its own. A batch should be back
+after the 99th percentile of its latency, plus the time of a call. Soon afterwards the engine is suspect. After three times
+that, it is lost.
+"""
+
+import contextlib
+import pickle
+import statistics
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.engines.base import Launched, check_outputs
+from superserve_jax.lengths import length_bucket
+from superserve_jax.profile import Profile
+from superserve_jax.remote import packing
+from superserve_jax.remote.host import Answer, Failed, Opened
+from superserve_jax.subnet import Subnet
+
+if TYPE_CHECKING:
+    from superserve_jax.remote.devices import RayDevice
+
+_WARM_UPS = 5  # calls; the first calls of a process are slow
+_SUSPECT_S, _LOST_S = 0.04, 0.12  # the least time after the expected end of a batch
+_SUSPECT, _LOST = 1.0, 3.0  # the same, as multiples of the batch's p99
+_LEAST_WAIT_S = 0.02  # after the router itself stood still, an answer may be on its way
+
+
+class RemoteEngine:
+    """See `engines.base.Remote`.
+
+    Args:
+      place: the device that made it.
+      actor: Ray's handle of the actor.
+      key: the key of the engine in the actor.
+      opened: what `Host.open` answered.
+
+    Attributes:
+      profile: the profile of the engine in the actor.
+      call_s: how long a call takes beside the time of the device.
+      pid: the actor's process, on `host`.
+      opened: see above.
+    """
+
+    overlap = True
+
+    def __init__(self, place: "RayDevice", actor: Any, key: str, opened: Opened):
+        self.place, self._actor, self._key = place, actor, key
+        self.opened, self.host, self.pid = opened, opened.host, opened.pid
+        self.name = place.label
+        self.input_shape, self.input_dtype = opened.input_shape, np.dtype(opened.input_dtype)
+        self.lengths, self.pad_id = opened.lengths, opened.pad_id
+        self.class_names, self.compute_dtype = opened.class_names, opened.compute_dtype
+        self.profile = Profile.from_json(opened.profile)
+        self._rank = {row.subnet: rank for rank, row in enumerate(self.profile.rows)}
+        self._p99_s = {
+            (row.subnet, size, table.lengths[0] if table.lengths else 0): 1e-3 * p99
+            for table in self.profile.each_length
+            for row in table.rows
+            for size, p99 in zip(table.batch_sizes, row.p99_ms, strict=True)
+        }
+        self._is_lost = threading.Event()
+        self._until_s = 0.0  # when the last batch should be back
+        self.call_s = self.lead_s = 0.0
+        weakref.finalize(self, _drop, actor, key, opened.use).atexit = False
+        self.call_s = self.lead_s = self._warm_up()
+
+    def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
+        """See `Engine.run`."""
+        launched = self.launch(subnet, batch_size, inputs)
+        launched.wait()
+        return launched.outputs()
+
+    def launch(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Launched:
+        """See `Overlapping.launch`."""
+        length = length_bucket(self.lengths, inputs) if self.lengths else 0
+        p99_s = self._p99_s[subnet, batch_size, length]
+        call = self._call(subnet, batch_size, inputs, p99_s)
+        return Launched(call.wait, call.outputs, call.in_time, call.device_s)
+
+    def _call(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray], p99_s: float) -> "_Call":
+        if self._is_lost.is_set():
+            raise errors.EngineLostError(f"{self.name} has been lost")
+        self._until_s = max(time.monotonic(), self._until_s) + p99_s + self.call_s
+        try:
+            ref = self._actor.run.remote(self._key, self._rank[subnet], batch_size, packing.pack(inputs))
+        except _ray_errors() as error:
+            raise self.lost(error) from None
+        return _Call(self, ref, len(inputs), p99_s, self._until_s)
+
+    def lost(self, error: BaseException) -> errors.EngineLostError:
+        """Notes that the actor is lost, and returns the error for it."""
+        self._is_lost.set()
+        reason = "has not answered in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}"
+        return errors.EngineLostError(f"{self.name} on {self.host} is lost: {reason}")
+
+    def _warm_up(self) -> float:
+        """Makes some calls with blank inputs, so that no query pays for the first ones. Returns the time of a call."""
+        fastest, size = self.profile.fastest().subnet, self.profile.max_batch
+        shape = (self.lengths[0], *self.input_shape[1:]) if self.lengths else self.input_shape
+        blank = np.full(shape, self.pad_id if self.lengths else 0, self.input_dtype)
+        took_s = []
+        for _ in range(_WARM_UPS):
+            start_s = time.monotonic()
+            call = self._call(fastest, size, [blank] * size, 10.0)
+            try:
+                call.wait()
+                call.outputs()
+            except errors.EngineLostError:
+                raise
+            except Exception:  # any exception: the server finds out what the engine cannot do
+                return 0.0
+            took_s.append(max(0.0, time.monotonic() - start_s - call.device_s()))
+        self._until_s = 0.0
+        return statistics.median(took_s)
+
+
+class _Call:
+    """A batch on its way. One thread uses it."""
+
+    def __init__(self, engine: RemoteEngine, ref: Any, count: int, p99_s: float, until_s: float):
+        self._engine, self._ref, self._count, self._p99_s, self._until_s = engine, ref, count, p99_s, until_s
+        self._answer: Any = None
+        self._error: BaseException | None = None
+
+    def in_time(self) -> bool:
+        """See `Launched.in_time`."""
+        return self._arrives(self._until_s + max(_SUSPECT_S, _SUSPECT * self._p99_s))
+
+    def wait(self) -> None:
+        """See `Launched.wait`."""
+        if (
+            self._answer is None
+            and self._error is None
+            and not self._arrives(self._until_s + max(_LOST_S, _LOST * self._p99_s))
+        ):
+            self._error = self._engine.lost(TimeoutError())
+        if self._error is not None:
+            raise self._error
+
+    def outputs(self) -> Sequence[Any]:
+        """See `Launched.outputs`."""
+        outputs = self._answer.outputs
+        if isinstance(outputs, np.ndarray) and outputs.dtype.kind == "f":
+            check_outputs(outputs, self._count)
+        return list(outputs)
+
+    def device_s(self) -> float:
+        """See `Launched.device_s`."""
+        return self._answer.device_s
+
+    def _arrives(self, end_s: float) -> bool:
+        """Waits for the answer until `end_s`. Returns whether it is there, or never will be."""
+        import ray
+        from ray import exceptions
+
+        try:
+            answer: Any = ray.get(self._ref, timeout=max(_LEAST_WAIT_S, end_s - time.monotonic()))
+        except exceptions.GetTimeoutError:
+            return False
+        except _ray_errors() as error:
+            self._error = self._engine.lost(error)
+            return True
+        if isinstance(answer, Failed):
+            self._error = pickle.loads(answer.error)
+            if isinstance(self._error, errors.EngineLostError):
+                self._engine.lost(self._error)
+        elif isinstance(answer, Answer) and isinstance(answer.device_s, float):
+            self._answer = answer
+        else:
+            self._error = errors.InferenceError(f"{self._engine.name} answered {answer!r:.100}; expected outputs")
+        return True
+
+
+def _drop(actor: Any, key: str, use: int) -> None:
+    """Frees the engine in the actor, if the actor still lives."""
+    with contextlib.suppress(Exception):  # any exception: this may run while Ray or the interpreter ends
+        actor.drop.remote(key, use)
+
+
+def _ray_errors() -> tuple[type[BaseException], ...]:
+    """What Ray raises if an actor, its host or the connection is gone."""
+    from ray import exceptions
+
+    return (exceptions.RayError,)

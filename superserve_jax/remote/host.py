@@ -1,0 +1,196 @@
+"""What runs in an actor: an engine, and the calls of a router. No Ray, and jax only where an export is opened.
+
+A router sends at most two batches at a time. Two threads serve them. While the device computes one batch, the other thread
+unpacks the inputs of the next one and hands them to the device. A third thread makes the engine of the next export in a swap.
+"""
+
+import dataclasses
+import os
+import pickle
+import platform
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import superserve_jax
+from superserve_jax import errors, foreign, manifest
+from superserve_jax.engines.base import Engine
+from superserve_jax.profile import Profile
+from superserve_jax.remote import packing
+from superserve_jax.remote.packing import Packed
+
+Make = Callable[[], tuple[Engine, Profile]]
+"""Makes an engine and its profile, in the actor."""
+
+_PLAIN = ("builtins.", "superserve_jax.")  # errors of these packages can be read without jax
+
+
+class Answer(NamedTuple):
+    """The outputs of a batch, see `packing.pack_outputs`, and the time that the device took."""
+
+    outputs: Any
+    device_s: float
+
+
+class Failed(NamedTuple):
+    """An error, pickled. An error of another library is a RuntimeError with its text, since a router need not have it."""
+
+    error: bytes
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failed":
+        """Makes the answer of an error."""
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        if kind.startswith(_PLAIN):
+            try:
+                data = pickle.dumps(error)
+                pickle.loads(data)
+                return cls(data)
+            except Exception:  # any exception: pickling runs code of the error's class
+                pass
+        return cls(pickle.dumps(RuntimeError(foreign.text_of(error))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a router must know about an engine in an actor.
+
+    Args:
+      name, input_shape, input_dtype, lengths, pad_id, class_names, compute_dtype: see `Engine`.
+      profile: the engine's profile, as `Profile.to_json` writes it.
+      versions: {a name such as "superserve-jax": its version}.
+      host, pid: where the actor runs.
+      use: how often this engine was opened, see `Host.drop`.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    input_dtype: str
+    lengths: tuple[int, ...]
+    pad_id: int
+    class_names: tuple[str, ...]
+    compute_dtype: str
+    profile: dict[str, Any]
+    versions: dict[str, str]
+    host: str
+    pid: int
+    use: int
+
+
+def versions() -> dict[str, str]:
+    """The versions that a router and its actors must have in common."""
+    return {"superserve-jax": superserve_jax.__version__, "Python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def open_export(path: str, digest: str, options: dict[str, Any]) -> tuple[Engine, Profile]:
+    """An engine for an export, on the first device that jax has in this process.
+
+    Args:
+      path: the export's directory on this host.
+      digest: the manifest's SHA-256 in the router.
+      options: arguments of `prepare.prepare`.
+
+    Raises ExportError if there is no such export, or if it is another one than the router's.
+    """
+    found = manifest.read_manifest(path)["sha256"]
+    if found != digest:
+        raise errors.ExportError(
+            f"{path} on {socket.gethostname()} is another export ({found[:12]}) than on the router ({digest[:12]}); copy the "
+            "router's export there"
+        )
+    import jax
+
+    from superserve_jax.engines import prepare
+
+    _, engines, profiles = prepare.prepare(path, devices=jax.devices()[:1], **options)
+    return engines[0], profiles[0]
+
+
+class Host:
+    """The engines of one actor, by key. There are two of them during a swap."""
+
+    def __init__(self):
+        self._engines: dict[str, _Turns] = {}
+        self._opening = threading.Lock()
+
+    def ping(self) -> int:
+        """The id of the process. An answer means that the process is up."""
+        return os.getpid()
+
+    def open(self, key: str, make: Make) -> Opened | Failed:
+        """Makes an engine, unless there is one with this key."""
+        try:
+            with self._opening:
+                if key not in self._engines:
+                    self._engines[key] = _Turns(*make())
+                turns = self._engines[key]
+                turns.uses += 1
+                use = turns.uses
+            engine, profile = turns.engine, turns.profile
+            return Opened(
+                engine.name,
+                tuple(engine.input_shape),
+                engine.input_dtype.str,
+                tuple(engine.lengths),
+                engine.pad_id,
+                tuple(getattr(engine, "class_names", ())),
+                getattr(engine, "compute_dtype", profile.compute_dtype),
+                profile.to_json(),
+                versions(),
+                socket.gethostname(),
+                os.getpid(),
+                use,
+            )
+        except BaseException as error:
+            return Failed.of(error)
+
+    def run(self, key: str, rank: int, batch_size: int, packed: Packed) -> Answer | Failed:
+        """Computes a batch. `rank` is the subnet's place in the profile."""
+        try:
+            turns = self._engines.get(key)
+            if turns is None:
+                raise errors.EngineLostError("the process was started again, and has no engine yet")
+            return turns.run(rank, batch_size, packing.unpack(packed))
+        except BaseException as error:
+            return Failed.of(error)
+
+    def drop(self, key: str, use: int) -> None:
+        """Frees an engine, unless it was opened again since."""
+        with self._opening:
+            if (turns := self._engines.get(key)) is not None and turns.uses == use:
+                del self._engines[key]
+
+
+class _Turns:
+    """One engine, which two threads use in turns. The first to come is the first to finish."""
+
+    def __init__(self, engine: Engine, profile: Profile):
+        self.engine, self.profile = engine, profile
+        self._subnets = [row.subnet for row in profile.rows]
+        self._launching, self._finishing = threading.Lock(), threading.Lock()
+        self._free_s = 0.0  # when the device was done with the last batch
+        self.uses = 0
+
+    def run(self, rank: int, batch_size: int, inputs: list[Any]) -> Answer:
+        """The outputs of a batch."""
+        engine: Any = self.engine
+        launched, outputs = None, []
+        with self._launching:
+            begin_s = time.monotonic()
+            if getattr(engine, "overlap", False):
+                launched = engine.launch(self._subnets[rank], batch_size, inputs)
+            self._finishing.acquire()  # before another thread may launch, so that the order stays
+        try:
+            if launched is None:
+                begin_s = time.monotonic()
+                outputs = engine.run(self._subnets[rank], batch_size, inputs)
+            else:
+                launched.wait()
+                outputs = launched.outputs()
+            now_s = time.monotonic()
+            device_s, self._free_s = now_s - max(begin_s, self._free_s), now_s
+            return Answer(packing.pack_outputs(outputs), device_s)
+        finally:
+            self._finishing.release()

@@ -1,0 +1,55 @@
+"""Engines for actors. Ray pickles this module by value, because actors cannot import it."""
+
+import functools
+import os
+import sys
+import time
+
+import numpy as np
+
+from superserve_jax import errors
+from superserve_jax.engines.fake import FakeDevice
+from superserve_jax.simulation.paper_profile import paper_profile
+
+SHAPE = (1024,)
+
+
+class Odd(FakeDevice):
+    """A device that does something odd for some inputs: the first number of an input says what."""
+
+    POISON, SEGFAULT, NONSENSE, MEMORY, NAN = 200, 201, 202, 203, 204
+
+    def launch(self, subnet, batch_size, inputs):
+        first = {x.item(0) for x in inputs}
+        if self.POISON in first:
+            raise ValueError("poison")
+        if self.SEGFAULT in first:
+            os.kill(os.getpid(), 11)
+        if self.MEMORY in first and batch_size > 4:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        if self.NAN in first:
+            raise errors.NotFiniteError("outputs [0] of 1 are NaN")
+        launched = super().launch(subnet, batch_size, inputs)
+        if self.NONSENSE in first:
+            return launched._replace(outputs=lambda: [launched.outputs()])
+        return launched
+
+
+def make(kind=Odd, speed=1.0, clock_off_s=0.0):
+    """An engine that sleeps as long as the paper's profile says, and the profile."""
+    if clock_off_s:
+        monotonic = time.monotonic
+        time.monotonic = lambda: monotonic() + clock_off_s
+    profile = paper_profile()
+    return kind(profile, input_shape=SHAPE, input_dtype=np.uint8, speed=speed), profile
+
+
+def maker(**options):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return functools.partial(make, **options)
+
+
+def x(value):
+    return np.full(SHAPE, value, np.uint8)

@@ -1,0 +1,102 @@
+"""A server on actors of Ray: answers, faults of an engine, and lost actors."""
+
+import os
+import signal
+import time
+
+import actors
+import fakes
+import pytest
+from actors import Odd, x
+
+import superserve_jax as ss
+from superserve_jax import errors, remote
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+
+WAIT_S = 60.0
+
+
+def engines_of(devices, **options):
+    begun = [device.begin(repr(options), actors.maker(**options)) for device in devices]
+    return [device.finish(one)[0] for device, one in zip(devices, begun, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def devices():
+    found = remote.ray_devices(2, num_cpus=0)
+    engines_of(found)
+    return found
+
+
+def serve(devices, **options):
+    engines = engines_of(devices)
+    profiles = [engine.profile for engine in engines]
+    return engines, ss.Server.from_engines(engines, profiles, slo_ms=60_000.0, **options)
+
+
+def values(futures):
+    return [f.result(WAIT_S).output[0] for f in futures]
+
+
+def test_answers_are_those_of_the_engine(devices):
+    _, server = serve(devices)
+    with server as s:
+        assert values(s.submit_many([x(i) for i in range(100)])) == list(range(100))
+        assert s.health()["failures"] == 0
+
+
+def test_a_poisoned_input_fails_alone(devices):
+    _, server = serve(devices)
+    with server as s:
+        futures = s.submit_many([x(i) for i in (1, 2, Odd.POISON, 3)])
+        with pytest.raises(errors.InferenceError, match="poison"):
+            futures[2].result(WAIT_S)
+        assert values(futures[:2] + futures[3:]) == [1, 2, 3]
+        assert s.health()["alive"] == 2
+
+
+def test_a_batch_that_is_too_large_for_the_memory_becomes_smaller(devices):
+    _, server = serve(devices)
+    with server as s:
+        assert values(s.submit_many([x(Odd.MEMORY) for _ in range(16)])) == [Odd.MEMORY] * 16
+        assert min(w["max_batch"] for w in s.health()["per_worker"]) <= 8
+
+
+def test_outputs_that_do_not_fit_the_inputs_count_as_a_failure(devices):
+    _, server = serve(devices)
+    with server as s:
+        first, second = s.submit_many([x(Odd.NONSENSE)] * 2)
+        assert len(first.result(WAIT_S).output) == len(second.result(WAIT_S).output) == 1  # each was right alone
+        assert s.health()["failures"] > 0
+        assert values(s.submit_many([x(i) for i in range(8)])) == list(range(8))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGSTOP, "segfault"])
+def test_a_lost_actor_costs_no_query_and_comes_back(devices, kill):
+    engines, server = serve(devices)
+    with server as s:
+        values(s.submit_many([x(i) for i in range(64)]))
+        futures = s.submit_many([x(i) for i in range(64)])
+        pid = engines[0].pid
+        if kill == "segfault":
+            futures.append(s.submit(x(Odd.SEGFAULT)))
+        else:
+            os.kill(pid, kill)
+        futures += s.submit_many([x(i) for i in range(64)])
+        fakes.wait_until(lambda: s.health()["alive"] == 1 or kill == "segfault")
+        if kill == signal.SIGSTOP:
+            time.sleep(0.5)
+            os.kill(pid, signal.SIGCONT)
+        good = futures[:64] + futures[-64:]
+        assert values(good) == [*range(64)] * 2
+        fakes.wait_until(lambda: s.health()["alive"] == 2)
+        assert values(s.submit_many([x(i) for i in range(64)])) == list(range(64))
+
+
+def test_a_host_whose_clock_is_wrong_by_an_hour():
+    device = remote.ray_device(num_cpus=0)
+    [engine] = engines_of([device], clock_off_s=3600.0)
+    with ss.Server.from_engines([engine], engine.profile, slo_ms=60_000.0) as s:
+        assert values(s.submit_many([x(i) for i in range(32)])) == list(range(32))
+        assert s.health()["alive"] == 1

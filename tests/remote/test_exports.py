@@ -1,0 +1,138 @@
+"""A server on actors of Ray that open an export: logits, swaps, another router, and what is refused."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import actors
+import jax
+import numpy as np
+import pytest
+from pages import ROOT
+from tiny import TINY, random_images, random_params, random_statistics, write_export
+
+import superserve_jax as ss
+from superserve_jax import errors, exports, machine, remote
+from superserve_jax.profile import Profile, Row
+from superserve_jax.remote import host
+from superserve_jax.supernets.supernet import SuperNet
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+
+WAIT_S = 60.0
+ROUTER = """
+import json, os, pathlib, sys
+sys.modules["jax"] = None  # a router needs no jax
+import numpy as np, ray
+import superserve_jax as ss
+
+address, path, images = sys.argv[1:]
+ray.init(address, log_to_driver=False, logging_level=40)
+server = ss.Server(path, devices=ss.ray_devices(1, name="kept", num_cpus=0), policy="fixed:0", slo_ms=60_000.0)
+outputs = [future.result(60.0).output.tolist() for future in server.submit_many(list(np.load(images)))]
+print(json.dumps([server.pool.members.workers[0].engine.pid, outputs]), flush=True)
+os._exit(9)
+"""
+
+
+def export_of(folder, seed):
+    """A tiny export with a profile of this machine."""
+    chosen = [TINY.space().smallest(), TINY.space().largest()]
+    statistics = {s: random_statistics(TINY, s) for s in chosen}
+    path = write_export(folder, SuperNet(TINY, random_params(TINY, seed), statistics))
+    kind = machine.device_kind(jax.devices()[0])
+    rows = tuple(Row(s, 0.5 + 0.1 * i, (5.0 + i, 9.0 + i)) for i, s in enumerate(chosen))
+    Profile((1, 4), rows, kind).save(exports.profile_path(path, kind))
+    return path
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return [export_of(tmp_path_factory.mktemp("exports") / f"export{seed}", seed) for seed in (0, 1)]
+
+
+def assert_answers(found, path, images):
+    """Checks outputs of the smallest subnet."""
+    model = ss.load(path)
+    np.testing.assert_allclose(found, model(images, model.subnets[0]), rtol=1e-4, atol=1e-4)
+
+
+def engine_of(server) -> Any:
+    return server.pool.members.workers[0].engine
+
+
+def outputs(server, images):
+    return [f.result(WAIT_S).output for f in server.submit_many(images)]
+
+
+def test_a_real_export_gives_the_logits_of_a_local_engine_also_after_a_swap_and_a_kill(paths):
+    images = random_images(TINY, 24)
+    first, second = paths
+    with ss.Server(first, devices=ss.ray_devices(1, num_cpus=0), policy="fixed:0", slo_ms=60_000.0) as s:
+        assert s.model is None
+        assert_answers(outputs(s, images), first, images)
+        s.swap(second)
+        assert_answers(outputs(s, images), second, images)
+        [name] = [w["name"] for w in s.health()["per_worker"]]
+        os.kill(engine_of(s).pid, signal.SIGKILL)
+        assert_answers(outputs(s, images), second, images)
+        assert [w["name"] for w in s.health()["per_worker"] if w["state"] != "lost"] == [name]
+        with pytest.raises(errors.ConfigError, match=r"expected an engine or ss\.ray_device"):
+            s.add_worker(jax.devices()[0])
+
+
+def test_a_second_router_takes_over_the_engines_of_one_that_died(paths, cluster, tmp_path):
+    import ray
+
+    images = random_images(TINY, 6)
+    np.save(tmp_path / "images.npy", images)
+    command = [sys.executable, "-c", ROUTER, cluster, str(paths[0]), str(tmp_path / "images.npy")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 9, first.stderr
+    pid, found = json.loads(first.stdout.splitlines()[-1])
+    assert_answers(found, paths[0], images)
+
+    [device] = ss.ray_devices(1, name="kept", num_cpus=0)
+    with ss.Server(paths[0], devices=[device], policy="fixed:0", slo_ms=60_000.0) as s:
+        engine = engine_of(s)
+        assert engine.pid == pid
+        assert engine.opened.use == 2, "the engine was made again"
+        assert_answers(outputs(s, images), paths[0], images)
+    ray.kill(device.actor)
+
+
+def test_an_export_that_differs_on_the_host_is_refused(paths):
+    make = functools.partial(host.open_export, str(paths[0]), "0" * 64, {})
+    device = remote.ray_device(num_cpus=0)
+    with pytest.raises(errors.ExportError, match="is another export"):
+        device.finish(device.begin("other", make))
+
+
+def test_the_example_of_the_page_runs(paths, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "export").symlink_to(paths[0])
+    monkeypatch.chdir(tmp_path)
+    code = (ROOT / "docs" / "examples" / "several_hosts.py").read_text()
+    smaller = {'ray.init("auto")': "", "16, num_gpus=1": "1, num_cpus=0", "num_gpus=1": "num_cpus=0", "(32, 32, 1)": "TINY"}
+    for text, small in smaller.items():
+        assert text in code
+        code = code.replace(text, small)
+    exec(code, {"TINY": (TINY.image_size, TINY.image_size, TINY.channels)})
+    assert capsys.readouterr().out.startswith("Reply(")
+
+
+def test_a_model_instead_of_a_path_is_refused(paths):
+    with pytest.raises(errors.ConfigError, match=r"give model\.path"):
+        ss.Server(ss.load(paths[0]), devices=ss.ray_devices(1, num_cpus=0))
+
+
+def test_versions_that_differ_are_refused_by_name(monkeypatch):
+    device = remote.ray_device(num_cpus=0)
+    begun = device.begin("version", actors.maker())
+    monkeypatch.setattr("superserve_jax.remote.host.versions", lambda: {"superserve-jax": "9.9"})
+    with pytest.raises(errors.ConfigError, match=r"has superserve-jax 0\.1\.0, this process has 9\.9"):
+        device.finish(begun)
