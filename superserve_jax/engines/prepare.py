@@ -125,6 +125,12 @@ def prepare(
     return model, [engines[i] for i in range(len(devices))], [profiles[kind] for kind in kinds]
 
 
+def on_first_device(path: str, **options: Any) -> tuple[DeviceEngine, Profile]:
+    """An engine for an export on the first device of this process, and its profile. `options` are those of `prepare`."""
+    _, [engine], [profile] = prepare(path, devices=jax.devices()[:1], **options)
+    return engine, profile
+
+
 def kept_settings() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Returns a function whose context manager applies the settings that jax has in this thread now."""
     return functools.partial(keys.with_settings, keys.settings())

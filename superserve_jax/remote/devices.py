@@ -13,7 +13,8 @@ from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.remote import host
 from superserve_jax.remote.engine import RemoteEngine
-from superserve_jax.remote.host import Failed, Make, Opened
+from superserve_jax.remote.host import Failed, Opened
+from superserve_jax.serving.makers import Source
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class RayDevice:
     def __init__(self, options: dict[str, Any], name: str = ""):
         self.options, self.name = options, name
         self.label = name or f"ray:{next(self._numbers)}"
-        self._key, self._make = "", None
+        self._source: Source | None = None  # of the last engine
+        self._keys: dict[str, str] = {}  # {what an engine was made from: its key in the actor}
         self._actor: Any = None
         self._ping: Any = None
         self._lock = threading.Lock()
@@ -52,26 +54,27 @@ class RayDevice:
                 self._actor = _start(self.options, self.name)
             return self._actor
 
-    @staticmethod
-    def open_server(path: Any, devices: Sequence["RayDevice"], **options: Any) -> Any:
-        """See `serving.makers.open_export`."""
+    def open_server(self, path: Any, devices: Sequence[Any], options: dict[str, Any]) -> Any:
+        """See `serving.makers.Place`."""
         from superserve_jax.remote.maker import RemoteMaker  # here, since it imports this module
 
-        return RemoteMaker.open(path, devices, **options)
+        return RemoteMaker.open(path, devices, options)
 
-    # -- engines --------------------------------------------------------------------------------------------------------
+    def make_engine(self, source: Any) -> tuple[Engine, Profile]:
+        """See `serving.makers.Place`. `source` is a `Source` or None.
 
-    def begin(self, key: str, make: Make) -> Any:
-        """Begins to make an engine in the actor. `finish` takes the result. So several devices work at the same time."""
-        self._key, self._make = hashlib.sha256(key.encode()).hexdigest()[:16], make
-        return self.actor.open.remote(self._key, make)
-
-    def finish(self, begun: Any) -> tuple[Engine, Profile]:
-        """The engine and its profile. Raises what making it raised, EngineLostError, and ConfigError if versions differ."""
-        import ray
+        Raises what opening the export raised there, EngineLostError, and ConfigError if versions differ.
+        """
+        actor, source = self.actor, source or self._source
+        if source is None:
+            raise errors.ConfigError(f"{self} has no export; open a server with it, or add it to a server with an export")
+        text = repr(source)
+        key = self._keys.setdefault(text, hashlib.sha256(text.encode()).hexdigest()[:16])
+        import ray  # now we know that it is installed
         from ray import exceptions
 
         try:
+            begun = actor.open.remote(key, source)
             done, _ = ray.wait([begun], timeout=_WARN_S)
             if not done:
                 _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
@@ -85,19 +88,10 @@ class RayDevice:
         if isinstance(opened, Failed):
             raise pickle.loads(opened.error)
         _check_versions(opened)
-        engine = RemoteEngine(self, self.actor, self._key, opened)
+        engine = RemoteEngine(self, actor, key, opened)
+        self._source = source.at(engine.profile)
+        self._keys.setdefault(repr(self._source), key)  # the engine has these sizes already
         return engine, engine.profile
-
-    def make_engine(self, profile: Profile) -> tuple[Engine, Profile]:
-        """See `serving.makers.Place`. The export is the last one that this device was given."""
-        if self._make is None:
-            raise errors.ConfigError(f"{self} has no export yet; open a server with it, or add it to a server with an export")
-        engine, own = self.finish(self.actor.open.remote(self._key, self._make))
-        if [row.subnet for row in own.rows] != [row.subnet for row in profile.rows]:
-            raise errors.ProfileError(
-                f"{self} serves other subnets than the first worker; measure both kinds of devices again"
-            )
-        return engine, own
 
     def is_up(self, timeout_s: float) -> bool:
         """See `serving.makers.Place`."""

@@ -11,18 +11,15 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import superserve_jax
-from superserve_jax import errors, foreign, manifest
+from superserve_jax import errors, foreign
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.remote import packing
 from superserve_jax.remote.packing import Packed
-
-Make = Callable[[], tuple[Engine, Profile]]
-"""Makes an engine and its profile, in the actor."""
+from superserve_jax.serving.makers import Source
 
 _PLAIN = ("builtins.", "superserve_jax.")  # errors of these packages can be read without jax
 
@@ -84,30 +81,6 @@ def versions() -> dict[str, str]:
     return {"superserve-jax": superserve_jax.__version__, "Python": ".".join(platform.python_version_tuple()[:2])}
 
 
-def open_export(path: str, digest: str, options: dict[str, Any]) -> tuple[Engine, Profile]:
-    """An engine for an export, on the first device that jax has in this process.
-
-    Args:
-      path: the export's directory on this host.
-      digest: the manifest's SHA-256 in the router.
-      options: arguments of `prepare.prepare`.
-
-    Raises ExportError if there is no such export, or if it is another one than the router's.
-    """
-    found = manifest.read_manifest(path)["sha256"]
-    if found != digest:
-        raise errors.ExportError(
-            f"{path} on {socket.gethostname()} is another export ({found[:12]}) than on the router ({digest[:12]}); copy the "
-            "router's export there"
-        )
-    import jax
-
-    from superserve_jax.engines import prepare
-
-    _, engines, profiles = prepare.prepare(path, devices=jax.devices()[:1], **options)
-    return engines[0], profiles[0]
-
-
 class Host:
     """The engines of one actor, by key. There are two of them during a swap."""
 
@@ -119,12 +92,12 @@ class Host:
         """The id of the process. An answer means that the process is up."""
         return os.getpid()
 
-    def open(self, key: str, make: Make) -> Opened | Failed:
+    def open(self, key: str, source: Source) -> Opened | Failed:
         """Makes an engine, unless there is one with this key."""
         try:
             with self._opening:
                 if key not in self._engines:
-                    self._engines[key] = _Turns(*make())
+                    self._engines[key] = _Turns(*source.open())
                 turns = self._engines[key]
                 turns.uses += 1
                 use = turns.uses

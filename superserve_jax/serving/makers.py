@@ -3,14 +3,17 @@
 | maker | of a server that was opened with |
 |---|---|
 | `GivenEngines` | engines |
-| `LocalMaker` | an export, on devices of this process |
+| `LocalMaker` | an export, on devices of this process; processes may be added |
+| `remote.maker.RemoteMaker` | an export, on processes of Ray |
 """
 
 import contextlib
+import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from superserve_jax import errors, foreign
+from superserve_jax import errors, foreign, manifest
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 
@@ -18,16 +21,73 @@ if TYPE_CHECKING:
     from superserve_jax.serving.worker import Worker
 
 
-class Place(Protocol):
-    """A process that can hold an engine, such as an actor of Ray."""
+class Source(NamedTuple):
+    """An export as other processes open it.
 
-    def make_engine(self, profile: Profile) -> tuple[Engine, Profile]:
-        """An engine with the subnets, batch sizes and length buckets of a profile, and its own profile."""
+    Args:
+      path: the export's directory, the same on every host.
+      digest: the SHA-256 in its manifest.
+      options: arguments of `prepare.prepare`, as sorted pairs.
+    """
+
+    path: str
+    digest: str
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, path: Any, digest: str, **options: Any) -> "Source":
+        """Makes a source."""
+        return cls(str(path), digest, tuple(sorted(options.items())))
+
+    def at(self, profile: Profile) -> "Source":
+        """The same with the batch sizes, length buckets and dtype of a profile."""
+        sizes = {"batch_sizes": profile.batch_sizes, "lengths": profile.lengths or None}
+        return self.of(self.path, self.digest, **{**dict(self.options), **sizes, "compute_dtype": profile.compute_dtype})
+
+    def open(self) -> tuple[Engine, Profile]:
+        """An engine and its profile, on the first device that jax has in this process.
+
+        Raises ExportError if there is no such export, or if another one is at the path.
+        """
+        found = manifest.read_manifest(self.path)["sha256"]
+        if found != self.digest:
+            raise errors.ExportError(
+                f"{self.path} on {socket.gethostname()} is another export ({found[:12]}) than on the router "
+                f"({self.digest[:12]}); copy the router's export there"
+            )
+        from superserve_jax.engines import prepare  # here, since it imports jax
+
+        return prepare.on_first_device(self.path, **dict(self.options))
+
+
+class Place(Protocol):
+    """A process that can hold engines, such as an actor of Ray."""
+
+    def make_engine(self, source: Source | None) -> tuple[Engine, Profile]:
+        """An engine and its own profile. Without a source, the engine that the process had last."""
         ...
 
     def is_up(self, timeout_s: float) -> bool:
         """Whether the process answers. Waits for an answer, at most so long."""
         ...
+
+    def open_server(
+        self, path: Any, devices: "Sequence[Any]", options: dict[str, Any]
+    ) -> "tuple[Maker, Sequence[Engine], list[Profile]]":
+        """A maker for an export, and an engine and a profile for each device. `options` are arguments of `prepare.prepare`."""
+        ...
+
+
+def is_place(device: Any) -> bool:
+    """Whether a device is a `Place`."""
+    return hasattr(device, "make_engine")
+
+
+def make_all(places: Sequence[Place], source: Source) -> tuple[list[Engine], list[Profile]]:
+    """An engine and a profile for each place, made at the same time."""
+    with ThreadPoolExecutor(max(1, len(places))) as threads:
+        made = list(threads.map(lambda place: place.make_engine(source), places))
+    return [engine for engine, _ in made], [profile for _, profile in made]
 
 
 class Maker(Protocol):
@@ -41,6 +101,10 @@ class Maker(Protocol):
 
     def engine(self, device: Any, profile: Profile) -> tuple[Engine, Profile]:
         """An engine on another device, with the subnets, batch sizes and length buckets of a profile, and its own profile."""
+        ...
+
+    def source(self, profile: Profile) -> Source | None:
+        """What a `Place` needs to make such an engine. None if there is no export."""
         ...
 
     def successor(
@@ -66,12 +130,20 @@ def open_export(
     Args:
       path_or_model: see `Server`.
       traffic: see `server.background_traffic`.
-      devices: the devices. If they are places in other processes, their `open_server` does it.
+      devices: the devices. With a `Place` first, all must be places.
       **given: the other arguments of `prepare.prepare`.
     """
-    if isinstance(devices, Sequence) and devices and hasattr(devices[0], "open_server"):
-        return devices[0].open_server(path_or_model, devices, **given)
+    if isinstance(devices, Sequence) and devices and is_place(devices[0]):
+        return devices[0].open_server(path_or_model, devices, given)
     return LocalMaker.open(path_or_model, traffic, devices=devices, **given)
+
+
+def places_of(workers: "Sequence[Worker]") -> list[Any]:
+    """The devices and places of workers. Raises ConfigError for a worker that was added as an engine."""
+    places = [getattr(getattr(worker, "engine", None), "place", None) for worker in workers]
+    if odd := [worker.name for worker, place in zip(workers, places, strict=True) if place is None]:
+        raise errors.ConfigError(f"worker {odd[0]} was added as an engine; remove it first. If it has left, swap again")
+    return places
 
 
 class GivenEngines:
@@ -82,6 +154,9 @@ class GivenEngines:
     def engine(self, device: Any, profile: Profile) -> tuple[Engine, Profile]:
         """See `Maker.engine`."""
         raise errors.ConfigError(f"expected an engine, got {foreign.text_of(device)}; this server cannot make one")
+
+    def source(self, profile: Profile) -> None:
+        """See `Maker.source`."""
 
     def successor(
         self, path_or_model: Any, workers: "Sequence[Worker]", profile: Profile
@@ -131,18 +206,28 @@ class LocalMaker:
 
         return prepare.make_engine(self.model, device, profile, **self._slicing), profile
 
+    def source(self, profile: Profile) -> Source:
+        """See `Maker.source`."""
+        return Source.of(self.model.path, self.model.manifest["sha256"], **self._slicing).at(profile)
+
     def successor(
         self, path_or_model: Any, workers: "Sequence[Worker]", profile: Profile
     ) -> tuple[Maker, Sequence[Engine], list[Profile]]:
         """See `Maker.successor`."""
         from superserve_jax.engines import prepare  # here, since it imports jax
 
-        places = [getattr(getattr(worker, "engine", None), "place", None) for worker in workers]
-        if odd := [w.name for w, place in zip(workers, places, strict=True) if place is None or hasattr(place, "make_engine")]:
-            raise errors.ConfigError(f"worker {odd[0]} was added as an engine; remove it first. If it has left, swap again")
+        places = places_of(workers)
         model = prepare.load(path_or_model)
         prepare.check_same_inputs(self.model, model, profile.lengths)
+        maker = LocalMaker(model, self.settings, self._traffic, **self._slicing)
         same: dict[str, Any] = {"batch_sizes": profile.batch_sizes, "lengths": profile.lengths or None}
-        same |= {"compute_dtype": profile.compute_dtype, "devices": places, "background": self._traffic}
-        _, engines, profiles = prepare.prepare(model, **same, **self._slicing)
-        return LocalMaker(model, self.settings, self._traffic, **self._slicing), engines, profiles
+        same |= {"compute_dtype": profile.compute_dtype, "background": self._traffic}
+        if here := [place for place in places if not is_place(place)]:
+            _, engines, profiles = prepare.prepare(model, devices=here, **same, **self._slicing)
+        else:
+            engines, profiles = [], []
+        elsewhere = [place for place in places if is_place(place)]
+        more = make_all(elsewhere, maker.source(profile))
+        parts = [iter(zip(*made, strict=True)) for made in ((engines, profiles), more)]
+        made = [next(parts[is_place(place)]) for place in places]
+        return maker, [engine for engine, _ in made], [one for _, one in made]

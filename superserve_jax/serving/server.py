@@ -268,8 +268,10 @@ class Server:
             new, latencies = engine_or_device, profile or self.profile
             profiles_of_workers([self.profile, latencies], 2)
             if not hasattr(new, "run"):
-                is_place = hasattr(new, "make_engine")  # see `makers.Place`
-                new, latencies = new.make_engine(latencies) if is_place else self._maker.engine(new, latencies)
+                if makers.is_place(new):
+                    new, latencies = new.make_engine(self._maker.source(latencies))
+                else:
+                    new, latencies = self._maker.engine(new, latencies)
             if (spec := InputSpec.of(new)) != self.inputs:
                 raise errors.ConfigError(
                     f"{new.name} takes {spec}, the workers of this server take {self.inputs}; they must agree"

@@ -1,6 +1,5 @@
 """Engines for actors. Ray pickles this module by value, because actors cannot import it."""
 
-import functools
 import os
 import sys
 import time
@@ -44,11 +43,23 @@ def make(kind=Odd, speed=1.0, clock_off_s=0.0):
     return kind(profile, input_shape=SHAPE, input_dtype=np.uint8, speed=speed), profile
 
 
-def maker(**options):
-    from ray import cloudpickle
+class Fake:
+    """What an actor makes such an engine from, see `serving.makers.Source`."""
 
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return functools.partial(make, **options)
+    def __init__(self, **options):
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self._options = options
+
+    def __repr__(self):
+        return f"Fake({self._options})"
+
+    def at(self, profile):
+        return self
+
+    def open(self):
+        return make(**self._options)
 
 
 def x(value):

@@ -11,6 +11,7 @@ from actors import Odd, x
 
 import superserve_jax as ss
 from superserve_jax import errors, remote
+from superserve_jax.serving import makers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -18,8 +19,7 @@ WAIT_S = 60.0
 
 
 def engines_of(devices, **options):
-    begun = [device.begin(repr(options), actors.maker(**options)) for device in devices]
-    return [device.finish(one)[0] for device, one in zip(devices, begun, strict=True)]
+    return makers.make_all(devices, actors.Fake(**options))[0]
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,7 @@ import pytest
 import superserve_jax as ss
 from superserve_jax import errors, remote
 from superserve_jax.remote import devices, packing
-
-
-def make():
-    raise AssertionError("nothing is made")
+from superserve_jax.serving.makers import Source
 
 
 @pytest.mark.parametrize("options", [{"max_restarts": 1}, {"lifetime": "detached"}])
@@ -36,14 +33,14 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_ray)
     with pytest.raises(errors.ConfigError, match=r"need Ray: pip install 'superserve-jax\[ray\]'"):
-        remote.ray_device().begin("key", make)
+        remote.ray_device().make_engine(Source.of("digits", "0" * 64))
 
 
 def test_without_a_cluster_the_error_says_how_to_join_one(monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(errors.ConfigError, match=r'call ray\.init\("auto"\)'):
-        remote.ray_device().begin("key", make)
+        remote.ray_device().make_engine(Source.of("digits", "0" * 64))
 
 
 def test_devices_of_two_kinds_are_refused(tmp_path):

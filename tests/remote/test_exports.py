@@ -1,6 +1,5 @@
 """A server on actors of Ray that open an export: logits, swaps, another router, and what is refused."""
 
-import functools
 import json
 import os
 import signal
@@ -16,9 +15,9 @@ from pages import ROOT
 from tiny import TINY, random_images, random_params, random_statistics, write_export
 
 import superserve_jax as ss
-from superserve_jax import errors, exports, machine, remote
+from superserve_jax import errors, exports, machine
 from superserve_jax.profile import Profile, Row
-from superserve_jax.remote import host
+from superserve_jax.serving.makers import Source
 from superserve_jax.supernets.supernet import SuperNet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
@@ -85,6 +84,20 @@ def test_a_real_export_gives_the_logits_of_a_local_engine_also_after_a_swap_and_
             s.add_worker(jax.devices()[0])
 
 
+def test_an_actor_beside_a_device_of_this_process(paths):
+    images = random_images(TINY, 24)
+    with ss.Server(paths[0], devices=jax.devices()[:1], policy="fixed:0", slo_ms=60_000.0) as s:
+        name = s.add_worker(ss.ray_device(num_cpus=0))
+        for path in paths:
+            if path is paths[1]:
+                s.swap(path)
+            assert_answers(outputs(s, images), path, images)
+        [first, second] = s.pool.members.workers
+        s.remove_worker(first.name)
+        assert second.name == name
+        assert_answers(outputs(s, images), paths[1], images)
+
+
 def test_a_second_router_takes_over_the_engines_of_one_that_died(paths, cluster, tmp_path):
     import ray
 
@@ -106,10 +119,8 @@ def test_a_second_router_takes_over_the_engines_of_one_that_died(paths, cluster,
 
 
 def test_an_export_that_differs_on_the_host_is_refused(paths):
-    make = functools.partial(host.open_export, str(paths[0]), "0" * 64, {})
-    device = remote.ray_device(num_cpus=0)
     with pytest.raises(errors.ExportError, match="is another export"):
-        device.finish(device.begin("other", make))
+        ss.ray_device(num_cpus=0).make_engine(Source.of(paths[0], "0" * 64))
 
 
 def test_the_example_of_the_page_runs(paths, tmp_path, monkeypatch, capsys):
@@ -131,8 +142,6 @@ def test_a_model_instead_of_a_path_is_refused(paths):
 
 
 def test_versions_that_differ_are_refused_by_name(monkeypatch):
-    device = remote.ray_device(num_cpus=0)
-    begun = device.begin("version", actors.maker())
     monkeypatch.setattr("superserve_jax.remote.host.versions", lambda: {"superserve-jax": "9.9"})
     with pytest.raises(errors.ConfigError, match=r"has superserve-jax 0\.1\.0, this process has 9\.9"):
-        device.finish(begun)
+        ss.ray_device(num_cpus=0).make_engine(actors.Fake())

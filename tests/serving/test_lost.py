@@ -24,10 +24,10 @@ class Place:
     def is_up(self, timeout_s):
         return self.is_back.wait(timeout_s)
 
-    def make_engine(self, profile):
+    def make_engine(self, source):
         self.made += 1
-        self.engine = RemoteDevice(self, profile)
-        return self.engine, profile
+        self.engine = RemoteDevice(self, fakes.PROFILE)
+        return self.engine, fakes.PROFILE
 
 
 KILLER = 99.0
@@ -72,7 +72,7 @@ def places(count, **options):
 
 
 def serve(some, **options):
-    return fakes.serve(*(place.make_engine(fakes.PROFILE)[0] for place in some), **options)
+    return fakes.serve(*(place.make_engine(None)[0] for place in some), **options)
 
 
 def states(s):
@@ -221,11 +221,11 @@ def test_an_engine_that_cannot_be_made_again_is_tried_again(monkeypatch):
     with serve([only]) as s:
         make, tries = only.make_engine, []
 
-        def fail_twice(profile):
+        def fail_twice(source):
             tries.append(1)
             if len(tries) < 3:
                 raise errors.EngineLostError("again")
-            return make(profile)
+            return make(source)
 
         only.make_engine = fail_twice
         only.engine.dead.set()
