@@ -6,6 +6,8 @@
    worker gets a **strike**. A batch without one removes the strikes. The worker pauses after each strike, and leaves after
    `max_failures` of them.
 4. The engine or the policy hangs: the watchdog abandons the worker. Its batches run again on other workers.
+
+A worker whose engine is in another process may come back after 1 and 4.
 """
 
 import logging
@@ -48,7 +50,7 @@ class Failures:
     def handle(self, worker: "Worker", flight: Flight, failure: Failure) -> bool:
         """Gives a failed batch back. False when the worker must leave. The worker's thread calls this, without the lock."""
         if failure.lost:
-            return self._pool.lost.leave(worker, failure)
+            return self._lost(worker, failure)
         text, error = f"failed on a batch of {flight.count}: {failure.text}", failure.error if flight.retry is None else None
         foreign.log(_log, logging.WARNING, "%s %s", worker.name, text, error=error)
         foreign.forget_frames(failure.error)
@@ -56,6 +58,16 @@ class Failures:
         if failure.out_of_memory and (flight.place > 0 or flight.shared):
             return self._too_large(worker, flight, failure)
         return self._try_again(worker, flight, failure)
+
+    def _lost(self, worker: "Worker", failure: Failure) -> bool:
+        """Takes the worker out of service, and its batches run elsewhere. Returns False: it must leave."""
+        pool = self._pool
+        foreign.log(_log, logging.WARNING, "%s is lost: %s", worker.name, failure.text)
+        foreign.forget_frames(failure.error)
+        with pool.lock:
+            self.locked_note(failure)
+        pool.leave([worker], "lost", pool.members.lost_error)
+        return False
 
     def _too_large(self, worker: "Worker", flight: Flight, failure: Failure) -> bool:
         """Two batches at once, or one of this size, need too much memory. So the worker runs one at once, or smaller ones."""
@@ -95,7 +107,8 @@ class Failures:
             return False
         if pool.members.alive > 1 and not worker.underway.flights:
             # A broken device fails at once and is free again. Without a pause it would take most of the batches.
-            pool.pause(worker, pool.pause_s * self.strikes)
+            with pool.lock:
+                pool.changed.wait_for(lambda: pool.closing or not worker.alive, pool.pause_s * self.strikes)
         return True
 
     def locked_leave(self, worker: "Worker", *, hung: bool) -> None:

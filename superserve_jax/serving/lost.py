@@ -1,23 +1,24 @@
-"""Lost workers: their engine is in another process, which died or is silent. No jax.
+"""Lost workers: their engine is in another process, which died, is silent or hangs. No jax.
 
 1. A batch takes longer than usual, so the worker's engine is **suspect**. Policies do not count the worker meanwhile.
 2. The engine raises EngineLostError, so it is **lost**. The worker leaves at once. Its batches go back to the queue and do not
    count as failures of a worker. So queries are answered late rather than never. A query may be what kills the process. So
    its batches become groups of retries, each runs alone (`retries.py`), and the bad query is given up in the end.
+   Or the engine hangs longer than `stall_s`, and the watchdog abandons the worker.
 3. A thread waits until the process answers again, and adds a worker for it. If no other worker is alive, queries wait for it
    about half a minute.
 """
 
+import dataclasses
 import functools
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from superserve_jax import foreign
-from superserve_jax.serving import threads
-from superserve_jax.serving.flight import Failure
+from superserve_jax.engines.base import Engine
 from superserve_jax.serving.makers import Place
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ _log = logging.getLogger(__name__)
 _HOPE_S = 30.0  # for so long, queries wait for a lost worker if there is no other one
 _LOOK_S = 0.2  # how often a waiting thread looks whether the server has been closed
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # after a worker could not be made; each pause is twice as long as the one before
+
+
+def place_of(engine: Engine) -> Place | None:
+    """The process that holds an engine and can make it again. None for an engine of this process."""
+    place = getattr(engine, "place", None)
+    return place if hasattr(place, "is_up") else None
 
 
 class Suspicion:
@@ -60,73 +67,89 @@ class Suspicion:
                     self._pool.members.fleet.come_back(self._worker.index)
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class _Return:
+    """A worker that may come back.
+
+    Args:
+      place: the process of its engine.
+      name: its name.
+      hope_s: until then, queries wait for it.
+      thread: waits for the process; None until it runs.
+    """
+
+    place: Place
+    name: str
+    hope_s: float
+    thread: threading.Thread | None = None
+
+
 class Lost:
     """The lost workers of a pool that may come back.
 
     Args:
       pool: the pool.
       add: returns the function that makes a worker at a place; None once there is no server any more.
-
-    Attributes:
-      expected: how many lost workers the waiting queries hope for. Read and written under the pool's lock.
     """
 
     def __init__(self, pool: "Pool", add: Callable[[], Callable[[Any], object] | None]):
         self._pool, self._add = pool, add
-        self.expected = 0
-        self._threads: list[threading.Thread] = []
+        self._returns: list[_Return] = []
 
-    def leave(self, worker: "Worker", failure: Failure) -> bool:
-        """Takes a worker out of service whose engine is lost. Its own thread calls this. Returns False: it must leave."""
-        pool, place = self._pool, cast(Place | None, getattr(worker.engine, "place", None))
-        foreign.log(_log, logging.WARNING, "%s is lost: %s", worker.name, failure.text)
-        foreign.forget_frames(failure.error)
-        comes_back = hasattr(place, "is_up")
+    def locked_expect(self, worker: "Worker") -> None:
+        """Begins to wait for a worker that is about to leave, if its engine is in another process and is why it leaves."""
+        pool = self._pool
+        if worker.place is None or not worker.alive or self._is_over() or pool.policy_call.thread is worker.thread:
+            return
+        returns = _Return(worker.place, worker.name, pool.clock() + _HOPE_S)
+        self._returns.append(returns)
+        pool.defer(functools.partial(self._bring_back, returns))
+
+    def locked_is_hoped(self) -> bool:
+        """Whether the waiting queries may still hope for a lost worker. At the interpreter's exit they stay unanswered."""
+        now_s = self._pool.clock()
+        return self._pool.exits or any(one.hope_s > now_s for one in self._returns)
+
+    def check(self) -> None:
+        """Fails the waiting queries if no worker is alive, and they have waited long enough for a lost one."""
+        pool = self._pool
         with pool.lock:
-            worker.failures.locked_note(failure)
-            comes_back = comes_back and worker.alive and not pool.closing
-            self.expected += comes_back
-        try:
-            pool.leave([worker], "lost", pool.members.lost_error)
-            if place is not None and comes_back:
-                thread = threads.start(functools.partial(self._bring_back, place), f"superserve-return-{worker.name}")
-                with pool.lock:
-                    self._threads = [*(t for t in self._threads if t.is_alive()), thread]
-                comes_back = False  # the thread hopes from now on
-        finally:
-            if comes_back:
-                self._give_up_hope()
-        return False
+            if not pool.members.alive and not self.locked_is_hoped():
+                pool.backlog.fail_all(pool.members.lost_error)
+        pool.outbox.empty()
 
     def join(self) -> None:
-        """Waits for the threads that wait for a process. The pool is closed, so they end after one look.
+        """Waits for the threads that wait for a process. The pool is closed or exits, so they end after one look.
 
-        A thread that makes an engine ends by itself when that is done, since a closed pool takes no worker. It may need a lock
+        A thread that makes an engine ends by itself when that is done, since such a pool takes no worker. It may need a lock
         of the caller, so nobody waits for it.
         """
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(2 * _LOOK_S)
+        end_s = time.monotonic() + 2 * _LOOK_S
+        for one in (*self._returns,):
+            if one.thread is not None and one.thread is not threading.current_thread():
+                one.thread.join(max(end_s - time.monotonic(), 0.0))
 
-    def _bring_back(self, place: Place) -> None:
-        pool = self._pool
-        end_s, hopes, pause_s = pool.clock() + _HOPE_S, True, _PAUSE_S
+    def _bring_back(self, one: _Return) -> None:
+        one.thread = threading.current_thread()
+        one.thread.name = f"superserve-return-{one.name}"
+        pause_s = _PAUSE_S
         try:
-            while not pool.closing:
+            while not self._is_over():
                 start_s = time.monotonic()
-                if self._is_up(place):
-                    if self._is_added(place):
+                if self._is_up(one.place):
+                    if self._is_added(one.place):
                         return
-                    pool.pause_until_closed(pause_s)
+                    self._pause(pause_s)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 elif (left_s := start_s + _LOOK_S - time.monotonic()) > 0:  # it answered at once that it is not up
-                    pool.pause_until_closed(left_s)
-                if hopes and pool.clock() > end_s:
-                    hopes = False
-                    self._give_up_hope()
+                    self._pause(left_s)
         finally:
-            if hopes:
-                self._give_up_hope()
+            with self._pool.lock:
+                self._returns.remove(one)
+            self.check()
+
+    def _is_over(self) -> bool:
+        return self._pool.closing or self._pool.exits
 
     def _is_up(self, place: Place) -> bool:
         try:
@@ -145,15 +168,10 @@ class Lost:
             return False
         return True
 
-    def _warn(self, error: BaseException) -> None:
-        if not self._pool.closing:
-            foreign.log(_log, logging.WARNING, "a lost worker could not be added again: %s", foreign.text_of(error))
+    def _pause(self, seconds: float) -> None:
+        with self._pool.lock:
+            self._pool.changed.wait_for(self._is_over, seconds)
 
-    def _give_up_hope(self) -> None:
-        """Queries do not wait for this worker any longer."""
-        pool = self._pool
-        with pool.lock:
-            self.expected -= 1
-            if not pool.members.alive and not self.expected:
-                pool.backlog.fail_all(pool.members.lost_error)
-        pool.outbox.empty()
+    def _warn(self, error: BaseException) -> None:
+        if not self._is_over():
+            foreign.log(_log, logging.WARNING, "a lost worker could not be added again: %s", foreign.text_of(error))

@@ -51,6 +51,7 @@ class Pool:
     Attributes, besides the parts of the pool:
       pause_s: how long a worker pauses after its first failed batch; n times as long after n failed batches in a row.
       idle: the workers that wait for work.
+      closing, exits: whether the pool is closed, and whether the interpreter exits.
       changed: other threads wait for it until workers have left or changed over, or a user's policy has returned.
     """
 
@@ -78,7 +79,7 @@ class Pool:
         self.counters = Counters(profiles[0])
         self.backlog = Backlog(profiles[0], options, input_bytes=input_bytes, outbox=self.outbox, counters=self.counters)
         self.members = Members(self.outbox, correct=options.follow_drift)
-        self.closing = False
+        self.closing = self.exits = False
 
         self._opened_s = self.clock()
         self.process = ProcessTies(self._end, tune_runtime=options.tune_runtime)
@@ -162,6 +163,8 @@ class Pool:
                 worker.thread.start()
             with self.lock:
                 self._check_open("takes no workers")
+                if self.exits:
+                    raise errors.ServerClosedError("the interpreter exits, so the server takes no workers")
                 self.outbox.drop(self.members.workers)  # it keeps a worker that is replaced
                 self.members.join(worker)
                 self.locked_offer()
@@ -309,16 +312,6 @@ class Pool:
         where = {"worker": worker.index, "name": worker.name, "workers": self.members.alive}
         self.backlog.retry(flight, failure, **where, now_s=self.clock(), hung=hung)
 
-    def pause(self, worker: Worker, seconds: float) -> None:
-        """Waits, but no longer than until the pool closes or the worker is removed."""
-        with self.lock:
-            self.changed.wait_for(lambda: self.closing or not worker.alive, seconds)
-
-    def pause_until_closed(self, seconds: float) -> None:
-        """Waits, but no longer than until the pool closes."""
-        with self.lock:
-            self.changed.wait_for(lambda: self.closing, seconds)
-
     def leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
         """Takes workers out of service for good. If none is alive afterwards, all waiting queries fail with `reason()`."""
         with self.lock:
@@ -328,10 +321,12 @@ class Pool:
     def _locked_leave(self, workers: Iterable[Worker], gone: Gone, reason: Callable[[], errors.SuperServeError]) -> None:
         for worker in workers:
             if worker.present:
+                if gone in ("lost", "abandoned"):
+                    self.lost.locked_expect(worker)
                 self.members.retire(worker, gone)
                 self.locked_offer()
                 worker.locked_leave(hung=gone == "abandoned")
-        if not self.members.alive and not self.lost.expected:
+        if not self.members.alive and not self.lost.locked_is_hoped():
             self.backlog.fail_all(reason)
         self.locked_notify_all()
         if self.closing:
@@ -377,12 +372,14 @@ class Pool:
         if self.process.is_fork():
             return
         with self.lock:
+            self.exits = True
             for worker in self.members.workers:
                 worker.locked_retire()
-            self.idle.wake_all()
+            self.locked_notify_all()
             self.changed.wait_for(lambda: not self.members.any_present(), _EXIT_S)
         for worker in self.members.workers:
             worker.thread.join(0 if worker.present else _EXIT_S)
+        self.lost.join()
         runtime.wait_for_collection(_EXIT_S)
 
     def _check_open(self, what: str) -> None:
@@ -392,5 +389,5 @@ class Pool:
     def locked_check_serving(self, what: str) -> None:
         """Raises ServerClosedError or WorkersLostError if no worker will take a batch."""
         self._check_open(what)
-        if not self.members.alive and not self.lost.expected:
+        if not self.members.alive and not self.lost.locked_is_hoped():
             raise self.members.lost_error()

@@ -41,8 +41,8 @@ Rules
 Failures (`failures.py`): a failed batch runs again on another worker, and then in smaller parts, until the bad input has
 failed alone (`retries.py`). After a failure the worker runs blank inputs. If they fail too, the worker or the subnet is at
 fault (`blame.py`). The worker leaves after `max_failures` such batches in a row. Out of memory, its batches become smaller. If
-an engine in another process is lost, its worker leaves at once, and a thread adds it again when the process is back
-(`lost.py`).
+an engine in another process is lost, its worker leaves at once, and if it hangs, after `stall_s`. A thread then adds it again
+when the process answers (`lost.py`).
 
 All threads are daemons, so an open server does not keep the interpreter alive; `Pool` ends the workers at exit. A fork has the
 server's memory but none of its threads. Every call raises there at once, also `result` of older futures; `close` does nothing.

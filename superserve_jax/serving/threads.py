@@ -162,7 +162,8 @@ class IdleWorkers:
 
 
 class Watchdog:
-    """Sleeps until its bell rings, at most `stall_s` / 4. Then it makes deferred calls and abandons stuck workers.
+    """Sleeps until its bell rings, at most `stall_s` / 4. Then it makes deferred calls, abandons stuck workers, and fails
+    queries that have waited too long for a lost worker.
 
     It also collects frozen garbage while no server of the process is used (see `runtime`).
 
@@ -210,6 +211,7 @@ class Watchdog:
             # A wake-up that is more than a period late: the whole process stood still, for example because it was suspended.
             late_s = time.monotonic() - due_s
             self._pool.abandon_stuck(excused_s=late_s if late_s > self._period_s else 0.0)
+            self._pool.lost.check()
             self._pool.outbox.empty_within(0.0)
             arrived, self._arrived = self._arrived, self._pool.counters.arrived
             used = arrived != self._arrived or self._pool.idle.count < self._pool.members.alive

@@ -21,7 +21,7 @@ from superserve_jax.serving import futures
 from superserve_jax.serving.blame import Blame
 from superserve_jax.serving.failures import Failures
 from superserve_jax.serving.flight import Failure, Flight, OverlapPace, may_overlap, refill
-from superserve_jax.serving.lost import Suspicion
+from superserve_jax.serving.lost import Suspicion, place_of
 from superserve_jax.serving.policy_call import OutdatedError
 from superserve_jax.serving.telemetry import Batch
 from superserve_jax.serving.underway import Underway
@@ -57,6 +57,7 @@ class Worker:
       batches: how many it answered.
       sizes: the padded batch sizes. They stay, while the profile may lose the largest.
       overlaps: whether it hands over a batch while the last one runs.
+      place: the process of the engine, if the engine is in another one.
     """
 
     def __init__(self, pool: "Pool", engine: Engine, profile: Profile, policy: Policy, *, name: str, index: int):
@@ -70,7 +71,7 @@ class Worker:
         self.batches = 0
         self._pool, self.sizes = pool, profile.batch_sizes
         self._places = [profile.batch_index(count) for count in range(profile.max_batch + 1)]
-        self.overlaps = may_overlap(engine, pool.options.overlap)
+        self.overlaps, self.place = may_overlap(engine, pool.options.overlap), place_of(engine)
         self.overlap_pace = OverlapPace()
         self._last_subnet: Subnet | None = None
         self._answered: Batch | None = None  # an answered batch that the counters do not know yet
@@ -93,7 +94,7 @@ class Worker:
                 self.failures.locked_note(failure)
         finally:
             pool.leave([self], "left", pool.members.lost_error)
-            del self.engine, self.policy  # their memory is free now, while the health can still be read
+            del self.engine, self.policy, self.place  # their memory is free now, while the health can still be read
 
     def _turn(self) -> bool:
         """Takes at most one batch, and answers at most one. False when the worker must leave."""
@@ -247,7 +248,7 @@ class Worker:
         pool.outbox.drop((self.engine, self.policy))
         self.engine, self.profile, self.policy = successor
         self.successor = self._last_subnet = None
-        self.overlaps = may_overlap(self.engine, pool.options.overlap)
+        self.overlaps, self.place = may_overlap(self.engine, pool.options.overlap), place_of(self.engine)
         self.failures.strikes, self.overlap_pace, self.blame.out = 0, OverlapPace(), {}
         pool.changed.notify_all()
 
