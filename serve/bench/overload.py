@@ -34,7 +34,7 @@ from superserve_jax.profile import Profile
 from superserve_jax.serving.futures import Future
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import paper_profile, simulator, traces
-from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.traces import Trace
 
 X = np.zeros((), np.float32)

@@ -20,7 +20,7 @@ from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import expand
 from superserve_jax.simulation import azure, recorded, traces
-from superserve_jax.simulation.simulator import Cluster, Outage, Stall
+from superserve_jax.simulation.cluster import Cluster, Outage, Stall
 from superserve_jax.simulation.traces import Trace
 
 SLO_MS = 36.0

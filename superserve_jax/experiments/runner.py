@@ -35,8 +35,9 @@ from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Decision, State
 from superserve_jax.simulation import bounds, metrics, simulator
 from superserve_jax.simulation.bounds import Bound
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.metrics import Series
-from superserve_jax.simulation.simulator import Cluster, SimulationResult
+from superserve_jax.simulation.simulator import SimulationResult
 from superserve_jax.simulation.traces import Trace
 
 SUSTAINED = 0.999

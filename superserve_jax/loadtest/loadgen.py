@@ -19,9 +19,10 @@ from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import State
 from superserve_jax.serving.futures import Future
 from superserve_jax.simulation import metrics, simulator
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.metrics import ReplaySummary, Series
 from superserve_jax.simulation.patience import Patience
-from superserve_jax.simulation.simulator import Cluster, SimulationResult
+from superserve_jax.simulation.simulator import SimulationResult
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 

@@ -34,8 +34,9 @@ from superserve_jax.profile import Profile
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import simulator
+from superserve_jax.simulation.cluster import Cluster, Outage, Stall
 from superserve_jax.simulation.metrics import ReplaySummary
-from superserve_jax.simulation.simulator import Cluster, Outage, SimulationResult, Stall
+from superserve_jax.simulation.simulator import SimulationResult
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 

@@ -3,9 +3,9 @@
 It runs the server's own queue, `dispatch`, `admission`, `speeds` and policies. Only time is simulated: a batch takes its
 profiled latency, and the clock jumps from one event to the next. So a minute of traffic takes about a second.
 
-This is one file because a run reads all of `Cluster` and fills all of `SimulationResult`.
+This is one file because a run fills all of `SimulationResult`. `cluster` describes the simulated server.
 
-An event is an arrival, the end of a batch, or a planned failure. `_Simulation.run` is the loop over the events:
+An event is an arrival, the end of a batch, or a planned failure. `Simulation.run` is the loop over the events:
 
     1. Jump to the next event. While all workers are busy, arrivals are no events: nothing happens to them before a batch ends.
     2. Put the queries that have arrived by now into the queue.
@@ -15,6 +15,7 @@ An event is an arrival, the end of a batch, or a planned failure. `_Simulation.r
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -33,85 +34,11 @@ from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.simulation import metrics, patience
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.traces import Trace
 
 MET, LATE, EXPIRED, REFUSED = range(4)
 """Outcomes of a query: answered by its deadline, answered later, given up without an answer, refused on arrival."""
-
-
-class Outage(NamedTuple):
-    """A worker is gone from `from_s` to `until_s`. Its running batch goes back to the queue."""
-
-    worker: int
-    from_s: float
-    until_s: float = math.inf
-
-
-class Stall(NamedTuple):
-    """The whole server is stopped. Nothing is dispatched, and batches that end meanwhile are answered at `until_s`."""
-
-    from_s: float
-    until_s: float
-
-
-class Slowdown(NamedTuple):
-    """Batches that start between `from_s` and `until_s` take `factor` times as long. `worker` None means all workers."""
-
-    factor: float
-    from_s: float
-    until_s: float = math.inf
-    worker: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """The simulated server: its workers, its options, and its planned failures.
-
-    Args:
-      workers: number of workers.
-      overhead_ms: time added to the latency of every batch. The policy does not see it.
-      noise: standard deviation of the logarithm of the latencies.
-      actuation_ms: time added to a batch whose subnet differs from the worker's last one, as in a server that loads models.
-      max_queue: number of waiting queries from which on new queries are refused.
-      expire: whether to give up a query that would be late even alone on the fastest subnet. If False, it is served late.
-      admission: whether to refuse a query on arrival if its deadline cannot be met (see `scheduling.admission`).
-      outages: the workers that leave, when they leave, and when they return.
-      stalls: the times at which the whole server is stopped.
-      slowdowns: the times at which workers are slower than their profile.
-      follow_drift: whether to correct the policy's state for workers that run slower than their profile (see
-        `scheduling.speeds`).
-    """
-
-    workers: int = 8
-    overhead_ms: float = 0.0
-    noise: float = 0.0
-    actuation_ms: float = 0.0
-    max_queue: float = math.inf
-    expire: bool = False
-    admission: bool = False
-    outages: tuple[Outage, ...] = ()
-    stalls: tuple[Stall, ...] = ()
-    slowdowns: tuple[Slowdown, ...] = ()
-    follow_drift: bool = True
-
-    def __post_init__(self):
-        if self.workers < 1:
-            raise errors.ConfigError(f"workers must be 1 or more, got {self.workers}")
-        for name in ("overhead_ms", "noise", "actuation_ms", "max_queue"):
-            if not getattr(self, name) >= 0:
-                raise errors.ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        workers = range(self.workers)
-        wrong = [
-            *(event for event in (*self.outages, *self.stalls, *self.slowdowns) if not 0 <= event.from_s < event.until_s),
-            *(outage for outage in self.outages if outage.worker not in workers),
-            *(stall for stall in self.stalls if stall.until_s == math.inf),
-            *(slow for slow in self.slowdowns if slow.worker not in (None, *workers) or not 0 < slow.factor < math.inf),
-        ]
-        if wrong:
-            raise errors.ConfigError(
-                f"{wrong[0]} is impossible: it must begin before it ends, on a worker from 0 to {self.workers - 1}; "
-                "a stall must end, and a slowdown needs a positive and finite factor"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,11 +104,25 @@ def simulate(
     >>> result.attainment, round(result.mean_accuracy, 4)
     (1.0, 0.7382)
     """
-    cluster = cluster or Cluster()
-    profiles = profiles_of_workers(profile, cluster.workers)
-    made, own = policies.create(policy, *profiles), callable(policy) or policies.is_custom(policy)
+    with watched(policy, stall_s) as decide:
+        simulation = Simulation(profile, policy, cluster or Cluster(), seed=seed, decide=decide)
+        simulation.extend(*columns(trace))
+        simulation.run()
+        return simulation.result(trace)
+
+
+@contextlib.contextmanager
+def watched(policy: str | Policy, stall_s: float = 5.0) -> Iterator[dispatch.Decide]:
+    """A function that asks a policy. While this is open, it ends a policy of your own that takes longer than `stall_s`."""
+    own = callable(policy) or policies.is_custom(policy)
     with patience.Patience(stall_s if own else math.inf) as watch:
-        return _Simulation(profiles, made, trace, cluster, seed, watch.decide if own else dispatch.decide).result()
+        yield watch.decide if own else dispatch.decide
+
+
+def columns(trace: Trace) -> tuple[np.ndarray, ...]:
+    """Arrivals and deadlines in seconds, SLOs in milliseconds, floors and lengths of all queries: arguments of `extend`."""
+    arrivals_s, *others = np.broadcast_arrays(trace.arrivals_s, trace.slo_ms, trace.floors, trace.lengths)
+    return arrivals_s, trace.deadlines_s, *others
 
 
 class _Batch(NamedTuple):
@@ -192,42 +133,53 @@ class _Batch(NamedTuple):
     start_s: float
     accuracy: float
     profiled_ms: float
-    actuation_ms: float
+    begin_s: float  # from when on the server counts its latency
 
 
-class _Simulation:
-    """The state of one run. An event is a heap entry (time, number, method, argument). Unique numbers break ties."""
+class Simulation:
+    """One run, which can be continued. An event is a heap entry (time, number, method, argument). Unique numbers break ties.
+
+    Args:
+      profile: one profile for all workers, or one for each.
+      policy: a policy, or its name.
+      cluster: the workers, options and failures.
+      seed: seed of the latency noise.
+      decide: how the policy is asked (see `watched`).
+    """
 
     def __init__(
-        self, profiles: list[Profile], policy: Policy, trace: Trace, cluster: Cluster, seed: int, decide: dispatch.Decide
+        self,
+        profile: Profile | Sequence[Profile],
+        policy: str | Policy,
+        cluster: Cluster,
+        *,
+        seed: Any = 0,
+        decide: dispatch.Decide = dispatch.decide,
     ):
-        self.profiles, self.policy, self.trace, self.cluster, self.decide = profiles, policy, trace, cluster, decide
-        profile = profiles[0]  # all profiles have the same batch sizes and lengths
-        self.fleet = Fleet(profiles, correct=cluster.follow_drift)
+        self.profiles, self.cluster, self.decide = profiles_of_workers(profile, cluster.workers), cluster, decide
+        self.policy = policies.create(policy, *self.profiles)
+        first = self.profiles[0]  # all profiles have the same batch sizes and lengths
+        self.fleet = Fleet(self.profiles, correct=cluster.follow_drift)
         self.factors = _latency_factors(cluster.noise, seed)
-        self.padded = [profile.batch_index(n) for n in range(profile.max_batch + 1)]
-        self.fastest_s = 1e-3 * min(p.at_length(0).fastest().latency_ms[0] for p in profiles)
-        self.arrivals: list[float] = [*trace.arrivals_s.tolist(), math.inf]
-        self.deadlines: list[float] = trace.deadlines_s.tolist()
-        best = min(p.rows[-1].accuracy for p in profiles)
-        if np.any(np.greater(trace.floors, best)):
-            raise errors.AccuracyFloorError(f"a floor of {np.max(trace.floors)} is above the best subnet's {best}; lower it")
-        self.floors: list[float] = np.broadcast_to(trace.floors, trace.arrivals_s.shape).tolist()
-        if profile.lengths and np.any(np.greater(trace.lengths, profile.lengths[-1])):
-            longest = profile.lengths[-1]
-            raise errors.InputError(f"a query of {np.max(trace.lengths)} tokens, but the longest length bucket has {longest}")
-        self.lengths: list[int] = np.broadcast_to(trace.lengths, trace.arrivals_s.shape).tolist()
-        self.mixed = np.ndim(trace.slo_ms) > 0
-        self.slo_ms: list[float] = np.atleast_1d(trace.slo_ms).tolist()
+        self.padded = [first.batch_index(n) for n in range(first.max_batch + 1)]
+        self.fastest_s = 1e-3 * min(p.at_length(0).fastest().latency_ms[0] for p in self.profiles)
+        self.half_trip_s, self.lead_s = 5e-4 * cluster.round_trip_ms, 1e-3 * cluster.lead_ms
+        self.arrivals: list[float] = [math.inf]
+        self.deadlines: list[float] = []
+        self.slo_ms: list[float] = []
+        self.floors: list[float] = []
+        self.lengths: list[int] = []
         self.arrived = 0
-        self.queue = length_queue.make_queue(profile)
+        self.queue = length_queue.make_queue(first)
         self.meter = ArrivalMeter()
-        self.admission = Admission(profile)
+        self.admission = Admission(first)
 
         self.idle = collections.deque(range(cluster.workers))
-        self.running: list[_Batch | None] = [None] * cluster.workers
+        self.running: list[collections.deque[_Batch]] = [collections.deque() for _ in range(cluster.workers)]
+        self.device_free_s = [0.0] * cluster.workers  # when each device is done with the batches that it got
         self.last_subnet: list[Any] = [None] * cluster.workers
-        self.outages = [0] * cluster.workers  # for each worker, the number of outages that it is in, since they may overlap
+        # For each worker, the number of outages that it is in, since they may overlap, and of those that nobody may know of.
+        self.outages, self.silent = [0] * cluster.workers, [0] * cluster.workers
         self.stalled_until_s = 0.0
         # Finished batches as flat lists of numbers, which the garbage collector need not visit.
         self.answered: list[int] = []  # queries of all batches, one batch after another
@@ -237,40 +189,61 @@ class _Simulation:
         self.refused: list[int] = []
 
         # Sentinels: the last arrival and the last event have time infinity.
-        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self.stall, None)]
+        self.events: list[tuple[float, int, Callable[[float, Any], None], Any]] = [(math.inf, 0, self._stall, None)]
         self.numbers = itertools.count(1)
         for outage in cluster.outages:
-            self.at(outage.from_s, self.leave, outage.worker)
+            self._at(outage.from_s, self._fall_silent, outage.worker)
+            self._at(outage.from_s + outage.noticed_s, self._leave, outage.worker)
             if outage.until_s < math.inf:
-                self.at(outage.until_s, self.come_back, outage.worker)
+                self._at(outage.until_s, self._come_back, outage.worker)
         for stall in cluster.stalls:
-            self.at(stall.from_s, self.stall, stall.until_s)
+            self._at(stall.from_s, self._stall, stall.until_s)
 
-    def run(self) -> None:
+    def extend(
+        self, arrivals_s: np.ndarray, deadlines_s: np.ndarray, slo_ms: np.ndarray, floors: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """Adds queries. They arrive after those that were added before, and not before the time up to which it has run.
+
+        Raises AccuracyFloorError and InputError for queries that the profiles cannot serve.
+        """
+        best, buckets = min(p.rows[-1].accuracy for p in self.profiles), self.profiles[0].lengths
+        if np.any(floors > best):
+            raise errors.AccuracyFloorError(f"a floor of {np.max(floors)} is above the best subnet's {best}; lower it")
+        if buckets and np.any(lengths > buckets[-1]):
+            raise errors.InputError(f"a query of {np.max(lengths)} tokens, but the longest length bucket has {buckets[-1]}")
+        self.arrivals[-1:] = [*arrivals_s.tolist(), math.inf]
+        self.deadlines += deadlines_s.tolist()
+        self.slo_ms += _list(slo_ms)
+        self.floors += _list(floors)
+        self.lengths += lengths.tolist()
+
+    @property
+    def unanswered(self) -> int:
+        """Number of added queries without an answer."""
+        return len(self.arrivals) - 1 - len(self.answered) - len(self.expired) - len(self.refused)
+
+    def run(self, until_s: float = math.inf) -> None:
+        """Runs to a time. What happens at this time is left for the next call."""
         arrivals, events, waiting, idle = self.arrivals, self.events, self.queue, self.idle
         while True:
             now_s = events[0][0]
             if idle and arrivals[self.arrived] < now_s:
                 now_s = min(now_s, max(arrivals[self.arrived], self.stalled_until_s))
-            if now_s == math.inf:
+            if now_s >= until_s:
                 break
             if arrivals[self.arrived] <= now_s:
-                self.admit(now_s)
+                self._admit(now_s)
             while events[0][0] <= now_s:
                 _, _, happens, argument = heapq.heappop(events)
                 happens(now_s, argument)
             if now_s >= self.stalled_until_s:
                 while idle and len(waiting):
-                    self.dispatch(now_s)
-        # No event is left: all queries are answered, or all workers have left for good.
-        events.clear()  # events refer to methods of this object; without this reference cycle it is freed at once
-        self.expired += waiting.drain()
-        self.refused += range(self.arrived, len(arrivals) - 1)
+                    self._dispatch(now_s)
 
-    def at(self, time_s: float, happens: Callable[[float, Any], None], argument: Any) -> None:
+    def _at(self, time_s: float, happens: Callable[[float, Any], None], argument: Any) -> None:
         heapq.heappush(self.events, (time_s, next(self.numbers), happens, argument))
 
-    def admit(self, now_s: float) -> None:
+    def _admit(self, now_s: float) -> None:
         """Put the queries that have arrived by now into the queue, or refuse them."""
         first = self.arrived
         self.arrived = end = bisect.bisect_right(self.arrivals, now_s, first)
@@ -280,14 +253,14 @@ class _Simulation:
             end = admitted
         push, deadlines, floors, tokens = self.queue.push, self.deadlines, self.floors, self.lengths
         if first < end:
-            self.meter.shorten(now_s, min(self.slo_ms[first:end]) if self.mixed else self.slo_ms[0])
+            self.meter.shorten(now_s, min(self.slo_ms[first:end]))
         for i in range(first, end):
-            if self.cluster.admission and not self.admits(i):
+            if self.cluster.admission and not self._admits(i):
                 self.refused.append(i)
             else:
                 push(deadlines[i], i, floors[i], tokens[i])
 
-    def admits(self, i: int) -> bool:
+    def _admits(self, i: int) -> bool:
         """Whether a query is admitted. It may have arrived before now, but nothing else has happened since its arrival."""
         return self.admission.admits(
             self.queue,
@@ -300,7 +273,7 @@ class _Simulation:
             idle=bool(self.idle) and not len(self.queue),
         )
 
-    def dispatch(self, now_s: float) -> None:
+    def _dispatch(self, now_s: float) -> None:
         """Let one idle worker take a batch."""
         waiting = self.queue
         if self.cluster.expire:
@@ -312,61 +285,85 @@ class _Simulation:
         turn = Turn(waiting, self.meter, self.policy, self.profiles[worker], pace, last, worker, self.decide)
         row, queries, _ = dispatch.next_batch(turn, now_s)
         profiled_ms = row.latency_ms[self.padded[len(queries)]]
-        latency_ms = profiled_ms * next(self.factors) * self.slowdown(worker, now_s) + self.cluster.overhead_ms
+        latency_ms = profiled_ms * next(self.factors) * self._slowdown(worker, now_s) + self.cluster.overhead_ms
         actuation_ms = 0.0
         if row.subnet != last:
             actuation_ms = self.cluster.actuation_ms
             self.last_subnet[worker] = row.subnet
-        batch = _Batch(worker, queries, now_s, row.accuracy, profiled_ms, actuation_ms)
-        self.running[worker] = batch
-        self.at(now_s + 1e-3 * (latency_ms + actuation_ms), self.finish, batch)
+        begin_s = max(now_s + self.half_trip_s, self.device_free_s[worker])
+        self.device_free_s[worker] = done_s = begin_s + 1e-3 * (latency_ms + actuation_ms)
+        counts_s = (begin_s if self.lead_s else now_s) + 1e-3 * actuation_ms
+        batch = _Batch(worker, queries, now_s, row.accuracy, profiled_ms, counts_s)
+        self.running[worker].append(batch)
+        self._at(done_s + self.half_trip_s, self._finish, batch)
+        if self.lead_s:
+            self._at(done_s + self.half_trip_s - self.lead_s, self._take_next, batch)
 
-    def slowdown(self, worker: int, now_s: float) -> float:
+    def _slowdown(self, worker: int, now_s: float) -> float:
         """The factor on the latency of a batch that starts now."""
         slowdowns = self.cluster.slowdowns
         return math.prod([s.factor for s in slowdowns if s.worker in (None, worker) and s.from_s <= now_s < s.until_s])
 
-    def finish(self, now_s: float, batch: _Batch) -> None:
-        if self.running[batch.worker] is not batch:
-            return  # the batch's worker left meanwhile
+    def _take_next(self, now_s: float, batch: _Batch) -> None:
+        """A worker with this batch as its last one may take another one."""
+        running = self.running[batch.worker]
+        if running and running[-1] is batch:  # else the worker left meanwhile
+            self.idle.append(batch.worker)
+
+    def _finish(self, now_s: float, batch: _Batch) -> None:
+        worker, running = batch.worker, self.running[batch.worker]
+        if self.silent[worker] or not running or running[0] is not batch:
+            return  # the batch's worker is gone, or was gone meanwhile
         if now_s < self.stalled_until_s:
-            self.at(self.stalled_until_s, self.finish, batch)
+            self._at(self.stalled_until_s, self._finish, batch)
             return
-        self.running[batch.worker] = None
-        self.fleet.observe(batch.worker, batch.profiled_ms, 1e3 * (now_s - batch.start_s) - batch.actuation_ms)
-        self.idle.append(batch.worker)
+        running.popleft()
+        end_s = now_s - self.half_trip_s if self.lead_s else now_s
+        self.fleet.observe(worker, batch.profiled_ms, 1e3 * (end_s - batch.begin_s))
+        if not self.lead_s:
+            self.idle.append(worker)
         self.answered += batch.queries
         self.sizes.append(len(batch.queries))
-        self.batches += (batch.worker, batch.start_s, now_s, batch.accuracy)
+        self.batches += (worker, batch.start_s, now_s, batch.accuracy)
 
-    def stall(self, now_s: float, until_s: float) -> None:
+    def _stall(self, now_s: float, until_s: float) -> None:
         self.stalled_until_s = max(self.stalled_until_s, until_s)
-        self.at(until_s, lambda *_: None, None)  # an event that does nothing, so that the loop dispatches at `until_s`
+        self._at(until_s, lambda *_: None, None)  # an event that does nothing, so that the loop dispatches at `until_s`
 
-    def leave(self, now_s: float, worker: int) -> None:
+    def _fall_silent(self, now_s: float, worker: int) -> None:
+        self.silent[worker] += 1
+
+    def _leave(self, now_s: float, worker: int) -> None:
         self.outages[worker] += 1
         if self.outages[worker] > 1:
             return
         self.fleet.leave(worker)
-        batch, self.running[worker], self.last_subnet[worker] = self.running[worker], None, None
-        if batch is None:
+        batches, self.running[worker], self.last_subnet[worker] = self.running[worker], collections.deque(), None
+        if worker in self.idle:
             self.idle.remove(worker)
-            return
-        for i in batch.queries:  # as in the server, a query is not tried again after its deadline
-            if self.deadlines[i] > now_s:
+        for i in itertools.chain.from_iterable(batch.queries for batch in batches):
+            if self.deadlines[i] > now_s:  # as in the server, a query is not tried again after its deadline
                 self.queue.push(self.deadlines[i], i, self.floors[i], self.lengths[i])
             else:
                 self.expired.append(i)
 
-    def come_back(self, now_s: float, worker: int) -> None:
+    def _come_back(self, now_s: float, worker: int) -> None:
         self.outages[worker] -= 1
+        self.silent[worker] -= 1
         if not self.outages[worker]:
             self.fleet.come_back(worker)
+            self.device_free_s[worker] = now_s
             self.idle.append(worker)
 
-    def result(self) -> SimulationResult:
-        self.run()
-        n = len(self.trace)
+    def result(self, trace: Trace) -> SimulationResult:
+        """Ends a run that has no more events. `trace` has all queries that were added, in their order.
+
+        If all workers have left for good, the waiting queries are given up.
+        """
+        self.events.clear()  # events refer to methods of this object; without this reference cycle it is freed at once
+        self.expired += self.queue.drain()
+        self.refused += range(self.arrived, len(self.arrivals) - 1)
+        n = len(trace)
         start_s, finish_s, accuracy = np.full(n, np.inf), np.full(n, np.inf), np.full(n, np.nan)
         batch, worker = np.zeros(n, np.int32), np.full(n, -1, np.int32)
         outcome = np.full(n, LATE, np.uint8)
@@ -375,11 +372,16 @@ class _Simulation:
         columns = np.array(self.batches).reshape(-1, 4).T
         for array, column in zip((worker, start_s, finish_s, accuracy), columns, strict=True):
             array[order] = np.repeat(column, sizes)
-        deadline_s = self.trace.deadlines_s
+        deadline_s = trace.deadlines_s
         outcome[finish_s <= deadline_s] = MET
         outcome[self.expired] = EXPIRED
         outcome[self.refused] = REFUSED
-        return SimulationResult(self.trace.arrivals_s, deadline_s, start_s, finish_s, accuracy, batch, worker, outcome)
+        return SimulationResult(trace.arrivals_s, deadline_s, start_s, finish_s, accuracy, batch, worker, outcome)
+
+
+def _list(values: np.ndarray) -> list[float]:
+    """The values as a list. Equal values are one object, since each object takes memory."""
+    return values[:1].tolist() * len(values) if (values == values[:1]).all() else values.tolist()
 
 
 def _latency_factors(spread: float, seed: int) -> Iterator[float]:

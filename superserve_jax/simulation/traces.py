@@ -77,8 +77,16 @@ class Trace:
         >>> len(gamma(rate_qps=100.0, duration_s=1.0, cv2=0).mixed(slo_ms={20.0: 1, 50.0: 1}).first(3).slo_ms)
         3
         """
+        return self.some(slice(count))
+
+    def some(self, which: np.ndarray | slice) -> "Trace":
+        """Some of the queries: their numbers in ascending order, or a slice.
+
+        >>> gamma(rate_qps=10.0, cv2=0, duration_s=0.5).some(np.array([0, 4])).arrivals_s.tolist()
+        [0.1, 0.5]
+        """
         values = {name: getattr(self, name) for name in ("arrivals_s", "slo_ms", "floors", "lengths")}
-        return dataclasses.replace(self, **{name: v[:count] if np.ndim(v) else v for name, v in values.items()})
+        return dataclasses.replace(self, **{name: v[which] if np.ndim(v) else v for name, v in values.items()})
 
     @errors.refusing(errors.ConfigError, "a mix must be a dict from values to shares, and the seed a whole number from 0 up")
     def mixed(

@@ -10,7 +10,7 @@ from superserve_jax import errors
 from superserve_jax.experiments import paper_table, presets, runner
 from superserve_jax.scheduling import policies
 from superserve_jax.simulation import simulator
-from superserve_jax.simulation.simulator import Cluster, Outage
+from superserve_jax.simulation.cluster import Cluster, Outage
 
 KEYS = {"preset", "trace", "scale", "policy", "seed", "attainment", "accuracy", "fluid_accuracy"}
 

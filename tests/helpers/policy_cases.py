@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision, State
 from superserve_jax.simulation import paper_profile, simulator
-from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 

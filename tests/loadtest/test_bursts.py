@@ -9,7 +9,7 @@ from superserve_jax.loadtest import bursts
 from superserve_jax.loadtest.verdict import Outcome, compare_with_fixed
 from superserve_jax.profile import Profile, Row
 from superserve_jax.simulation import simulator
-from superserve_jax.simulation.simulator import Cluster, Slowdown
+from superserve_jax.simulation.cluster import Cluster, Slowdown
 from superserve_jax.subnet import Subnet
 
 # Ten subnets like those of the demo: accuracy from 90 to 94.9 %, latency from 0.6 to 2.2 ms at batch size 16.

@@ -24,7 +24,7 @@ from superserve_jax.scheduling.policies import Decision
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.serving.server import Server
 from superserve_jax.simulation import bounds, simulator, traces
-from superserve_jax.simulation.simulator import Cluster, Outage
+from superserve_jax.simulation.cluster import Cluster, Outage
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 

@@ -17,7 +17,7 @@ from superserve_jax.scheduling.policies import SlackFit
 from superserve_jax.scheduling.queue import DeadlineQueue
 from superserve_jax.scheduling.speeds import Fleet, Pace, SlowdownEstimate
 from superserve_jax.simulation import simulator, traces
-from superserve_jax.simulation.simulator import Cluster, Outage, Slowdown, Stall
+from superserve_jax.simulation.cluster import Cluster, Outage, Slowdown, Stall
 
 TIMES_MS = st.floats(0.5, 50.0)
 

@@ -15,7 +15,7 @@ from superserve_jax.serving.backlog import QueueLimits
 from superserve_jax.serving.futures import Query
 from superserve_jax.serving.options import Options
 from superserve_jax.simulation import paper_profile, simulator, traces
-from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.cluster import Cluster
 
 PAPER = paper_profile.paper_profile()
 CAPACITY = 8 * PAPER.throughput_qps(PAPER.rows[0].subnet)

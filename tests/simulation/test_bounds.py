@@ -10,7 +10,7 @@ from superserve_jax import errors
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
 from superserve_jax.simulation import bounds, paper_profile, simulator, traces
-from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 

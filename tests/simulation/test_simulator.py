@@ -16,7 +16,7 @@ from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling import policies
 from superserve_jax.scheduling.policies import Decision, PaperSlackFit, SlackFit, State
 from superserve_jax.simulation import simulator, traces
-from superserve_jax.simulation.simulator import Cluster, Outage, Stall
+from superserve_jax.simulation.cluster import Cluster, Outage, Stall
 from superserve_jax.simulation.traces import Trace
 from superserve_jax.subnet import Subnet
 

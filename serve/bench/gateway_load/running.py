@@ -15,8 +15,9 @@ from gateway_load.cases import IN_PROCESS, SIMULATED, Case
 from gateway_load.children import Child, CpuTimes
 from gateway_load.messages import Answer
 from gateway_load.open_loop import Connections
+from superserve_jax.simulation.cluster import Cluster
 from superserve_jax.simulation.paper_profile import paper_profile
-from superserve_jax.simulation.simulator import Cluster, simulate
+from superserve_jax.simulation.simulator import simulate
 from superserve_jax.simulation.traces import Trace
 
 OTHER_CORES, LATENESS_MS = 0.15, 1.0

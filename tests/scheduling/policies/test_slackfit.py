@@ -9,7 +9,7 @@ from policy_cases import PAPER, SLOWED, choose, make_profile, profiles, qps, sta
 from superserve_jax.scheduling.policies import Decision, SlackFit, State
 from superserve_jax.scheduling.policies.base import Table
 from superserve_jax.simulation import simulator, traces
-from superserve_jax.simulation.simulator import Cluster
+from superserve_jax.simulation.cluster import Cluster
 
 
 @given(data=st.data())
