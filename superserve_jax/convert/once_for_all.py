@@ -93,8 +93,8 @@ def ofa_subnet(arch: Mapping[str, Any], space: SearchSpace) -> Subnet:
     """The subnet that one of once-for-all's dictionaries describes.
 
     Args:
-      arch: the dictionary with "d", "e" and "w", each a list, or one number for all positions. In "e", values of blocks that
-        do not run have no meaning, and once-for-all sometimes writes 0.
+      arch: the dictionary with "d", "e" and "w", each a list, tuple, range or array, or one number for all positions. In "e",
+        values of blocks that do not run have no meaning, and once-for-all sometimes writes 0.
       space: the search space of a SuperNet from `ofa_resnet`.
 
     Raises:

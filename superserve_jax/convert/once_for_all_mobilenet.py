@@ -86,8 +86,8 @@ def ofa_mobilenet_subnet(arch: Mapping[str, Any], config: OFAMobileNetConfig) ->
     """The subnet that one of once-for-all's dictionaries describes.
 
     Args:
-      arch: the dictionary with "ks", "e" and "d", each a list, or one number for all positions. In "ks" and "e", values of
-        blocks that do not run have no meaning, and once-for-all sometimes writes 0.
+      arch: the dictionary with "ks", "e" and "d", each a list, tuple, range or array, or one number for all positions. In
+        "ks" and "e", values of blocks that do not run have no meaning, and once-for-all sometimes writes 0.
       config: the config of a SuperNet from `ofa_mobilenet`.
 
     Raises:

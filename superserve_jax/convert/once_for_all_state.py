@@ -18,10 +18,17 @@ CLASSIFIER = ("classifier.linear.linear", "classifier.linear")
 def ascending(values: Sequence[Any] | float) -> tuple[Any, ...]:
     """The different values of an argument that is a list or a single number, ascending.
 
-    >>> ascending([7, 3, 5, 3]), ascending(4)
-    ((3, 5, 7), (4,))
+    Raises ConfigError for anything else.
+
+    >>> ascending([7, 3, 5, 3]), ascending(4), ascending(range(2, 5))
+    ((3, 5, 7), (4,), (2, 3, 4))
     """
-    return tuple(sorted(set(np.atleast_1d(np.asarray(values)).tolist())))
+    expected = f"expected a number or a list of numbers, got {values!r:.100}"
+    with errors.refusing(errors.ConfigError, expected):
+        found = np.atleast_1d(np.asarray(values))
+    if found.ndim > 1 or found.dtype.kind not in "iuf":
+        raise errors.ConfigError(expected)
+    return tuple(sorted(set(found.tolist())))
 
 
 def pixel_options(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
@@ -52,7 +59,9 @@ def supernet(config: FamilyConfig, found: dict[str, np.ndarray]) -> SuperNet:
 
 
 def lists_of(arch: Mapping[str, Any], counts: Mapping[str, int], *, ignored: Collection[str]) -> dict[str, list[float]]:
-    """The lists of a subnet dictionary. A single number is repeated.
+    """The lists of a subnet dictionary. As in once-for-all, a single number is repeated, and a tuple or an array is a list.
+
+    once-for-all also takes None. It then keeps the value of the subnet before. Here there is none.
 
     Args:
       arch: the dictionary.
@@ -63,8 +72,8 @@ def lists_of(arch: Mapping[str, Any], counts: Mapping[str, int], *, ignored: Col
       SubnetError: `arch` is no dictionary, lacks a list, or has one of other values than so many numbers.
       UnknownNameError: `arch` has another entry.
 
-    >>> lists_of({"ks": [3, 5], "d": 2}, {"ks": 2, "d": 3}, ignored=())
-    {'ks': [3, 5], 'd': [2, 2, 2]}
+    >>> lists_of({"ks": (3, 5), "e": range(3, 5), "d": 2}, {"ks": 2, "e": 2, "d": 3}, ignored=())
+    {'ks': [3, 5], 'e': [3, 4], 'd': [2, 2, 2]}
     """
     *first, last = map(repr, counts)
     known = f"{', '.join(first)} and {last}"
@@ -86,7 +95,7 @@ def check_values(name: str, values: Sequence[float], choices: Collection[float])
 def _list(name: str, value: Any, count: int) -> list[float]:
     """A list of `count` numbers, of a list or of one number."""
     plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-    values = list(plain) if isinstance(plain, list | tuple) else [plain] * count
+    values: list[Any] = list(plain) if isinstance(plain, list | tuple | range) else [plain] * count
     if bad := [v for v in values if not _is_number(v)]:
         raise errors.SubnetError(f"'{name}' of a subnet dictionary must hold numbers, got {bad[0]!r}")
     if len(values) != count:

@@ -109,6 +109,23 @@ def test_values_of_blocks_that_do_not_run_have_no_meaning(model):
         assert convert.ofa_mobilenet_subnet({**arch, "ks": np.array(odd["ks"])}, model.config) == expected
 
 
+def test_a_subnet_dictionary_may_have_a_number_or_any_kind_of_list(model):
+    expected = convert.ofa_mobilenet_subnet({"ks": [5] * 15, "e": [4] * 15, "d": [2, 3, 2, 3, 2]}, model.config)
+    for e in (4, 4.0, np.int64(4), np.array(4), (4,) * 15, np.full(15, 4), np.full(15, 4.0), [np.float32(4)] * 15):
+        arch = {"ks": (5,) * 15, "e": e, "d": (2, 3, 2, 3, 2), "wid": None, "r": [224]}
+        assert convert.ofa_mobilenet_subnet(arch, model.config) == expected
+
+
+def test_the_lists_of_a_network_may_be_ranges(about, state, model):
+    lists = {name: about[name] for name in ARGUMENTS} | {"ks_list": range(7, 2, -2), "depth_list": range(2, 4)}
+    assert convert.ofa_mobilenet(state, **lists).config == model.config
+    with pytest.raises(errors.ConfigError, match=r"expected a number or a list of numbers, got \[\[2\], \[2, 3\]\]"):
+        convert.ofa_mobilenet(state, **lists | {"depth_list": [[2], [2, 3]]})
+    for odd in ([[2, 3]], {2, 3}, "3", None, [True], [2, "3"]):
+        with pytest.raises(errors.ConfigError, match="expected a number or a list of numbers"):
+            convert.ofa_mobilenet(state, **lists | {"depth_list": odd})
+
+
 @pytest.mark.parametrize(
     ("arch", "error", "message"),
     [
