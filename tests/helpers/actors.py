@@ -34,13 +34,13 @@ class Odd(FakeDevice):
         return launched
 
 
-def make(kind=Odd, speed=1.0, clock_off_s=0.0):
+def make(kind=Odd, speed=1.0, clock_off_s=0.0, shape=SHAPE, dtype=np.uint8):
     """An engine that sleeps as long as the paper's profile says, and the profile."""
     if clock_off_s:
         monotonic = time.monotonic
         time.monotonic = lambda: monotonic() + clock_off_s
     profile = paper_profile()
-    return kind(profile, input_shape=SHAPE, input_dtype=np.uint8, speed=speed), profile
+    return kind(profile, input_shape=shape, input_dtype=dtype, speed=speed), profile
 
 
 class Fake:
