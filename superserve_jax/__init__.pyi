@@ -32,6 +32,7 @@ from .exports.directory import export as export, load as load
 from .exports.model import Model as Model, Served as Served
 from .profile import Profile as Profile, Row as Row
 from .remote.devices import RayDevice as RayDevice, ray_device as ray_device, ray_devices as ray_devices
+from .scaling.autoscaler import Autoscaler as Autoscaler
 from .scheduling.policies.base import Decision as Decision, State as State
 from .serving.futures import Future as Future, Reply as Reply
 from .serving.options import ServerOptions as ServerOptions

@@ -58,6 +58,7 @@ ALLOWED = {
         *("serving", "simulation", "scheduling", "engines.base"),
         *("profile", "subnet", "lengths", "manifest"),
     ),
+    "scaling": ("serving", "simulation", "scheduling", "profile"),
     "gateway": (
         *("serving", "profile", "subnet", "lengths", "vocabulary", "manifest"),
         *("loadtest.loadgen", "simulation.traces"),  # for the demo's traffic
@@ -72,7 +73,7 @@ ALLOWED = {
 NO_JAX = (
     *("dtypes", "errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
     *("cli", "progress", "plots", "machine"),
-    *("scheduling", "simulation", "experiments", "serving", "loadtest", "gateway", "remote"),
+    *("scheduling", "simulation", "experiments", "serving", "loadtest", "scaling", "gateway", "remote"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )
 BLOCKED = ["jax", "jaxlib", "flax", "tensorflow", "tensorflow_datasets"]
