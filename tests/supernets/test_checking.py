@@ -27,6 +27,8 @@ from superserve_jax.supernets.family import UnitAxis, Units
 from superserve_jax.training import data
 from superserve_jax.training.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FAMILIES = {**CONFIGS, "transformer": TINY_BERT, "vit": TINY_VIT, "mlp": MLPConfig()}
 
 

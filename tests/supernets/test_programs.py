@@ -11,6 +11,8 @@ from tiny import CONFIGS, TINY_BERT, TINY_VIT, assert_close, random_images, rand
 from superserve_jax.supernets import programs
 from superserve_jax.training.sampling import Sampler
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(params=[*CONFIGS, "transformer", "vit"])
 def config(request):
