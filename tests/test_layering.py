@@ -17,7 +17,7 @@ PACKAGE = ROOT / "superserve_jax"
 # Every module may also import dtypes, errors, files and foreign. A name with a dot allows only that module.
 ALLOWED = {
     **dict.fromkeys(("dtypes", "errors", "files", "foreign", "shipped", "subnet", "lengths"), ()),
-    **dict.fromkeys(("cli", "progress", "plots", "machine", "ops"), ()),
+    **dict.fromkeys(("cli", "progress", "plots", "machine", "ops", "image_files"), ()),
     "manifest": ("shipped",),
     "space": ("subnet",),
     "vocabulary": ("subnet",),
@@ -44,19 +44,23 @@ ALLOWED = {
         "plots",
         "progress",
         "shipped",
+        "image_files",
     ),
     "engines": (
         *("exports", "families", "supernets", "ops", "layers"),
         *("profile", "subnet", "lengths", "machine", "manifest", "progress"),
     ),
-    "serving": ("scheduling", "profile", "subnet", "lengths", "manifest", "engines.base", "engines.fake"),
+    "serving": (
+        *("scheduling", "profile", "subnet", "lengths", "manifest", "image_files"),
+        *("engines.base", "engines.fake"),
+    ),
     "loadtest": (
         *("serving", "simulation", "scheduling", "engines.base", "engines.fake"),
         *("profile", "subnet", "lengths"),
     ),
     "remote": (
         *("serving", "simulation", "scheduling", "engines.base"),
-        *("profile", "subnet", "lengths", "manifest"),
+        *("profile", "subnet", "lengths", "manifest", "image_files"),
     ),
     "scaling": ("serving", "simulation", "scheduling", "profile"),
     "gateway": (
@@ -72,7 +76,7 @@ ALLOWED = {
 # These packages and modules work in a process that has no jax.
 NO_JAX = (
     *("dtypes", "errors", "files", "foreign", "shipped", "subnet", "space", "lengths", "vocabulary", "manifest", "profile"),
-    *("cli", "progress", "plots", "machine"),
+    *("cli", "progress", "plots", "machine", "image_files"),
     *("scheduling", "simulation", "experiments", "serving", "loadtest", "scaling", "gateway", "remote"),
     *("engines", "engines.base", "engines.fake", "engines.subnet_buckets", "engines.profiling"),
 )
@@ -89,9 +93,9 @@ LATE = {
     "scheduling": ("scipy",),
     "simulation": ("scipy",),
     "training": ("pyarrow", "sklearn", "tensorboardX", "tensorflow_datasets", "PIL", "importlib_resources", "wandb"),
-    "serving": ("prometheus_client", "superserve_jax.engines.prepare"),
+    "serving": ("prometheus_client", "superserve_jax.engines.prepare", "superserve_jax.image_files"),
     "commands": ("superserve_jax.gateway",),
-    "remote": ("ray", "jax", "superserve_jax.engines.prepare", "superserve_jax.remote.maker"),
+    "remote": ("ray", "superserve_jax.image_files", "superserve_jax.remote.maker"),
     "gateway": ("opentelemetry", "superserve_jax.gateway.demo"),
 }
 

@@ -22,6 +22,7 @@ from superserve_jax.lengths import length_bucket
 from superserve_jax.profile import Profile
 from superserve_jax.remote import packing
 from superserve_jax.remote.host import Answer, Failed, Opened
+from superserve_jax.serving.options import InputSpec
 from superserve_jax.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class RemoteEngine:
 
     Attributes:
       profile: the profile of the engine in the actor.
+      decodes: whether inputs may be image files, which the actor decodes.
       call_s: how long a call takes beside the time of the device.
       pid: the actor's process, on `host`.
       opened: see above.
@@ -57,6 +59,8 @@ class RemoteEngine:
         self.name = place.label
         self.input_shape, self.input_dtype = opened.input_shape, np.dtype(opened.input_dtype)
         self.lengths, self.pad_id = opened.lengths, opened.pad_id
+        self.decodes = InputSpec.of(self).is_image
+        self._ndim = len(self.input_shape) if self.decodes else None
         self.class_names, self.compute_dtype = opened.class_names, opened.compute_dtype
         self.profile = Profile.from_json(opened.profile)
         self._rank = {row.subnet: rank for rank, row in enumerate(self.profile.rows)}
@@ -90,7 +94,7 @@ class RemoteEngine:
             raise errors.EngineLostError(f"{self.name} has been lost")
         self._until_s = max(time.monotonic(), self._until_s) + p99_s + self.call_s
         try:
-            ref = self._actor.run.remote(self._key, self._rank[subnet], batch_size, packing.pack(inputs))
+            ref = self._actor.run.remote(self._key, self._rank[subnet], batch_size, packing.pack(inputs, ndim=self._ndim))
         except _ray_errors() as error:
             raise self.lost(error) from None
         return _Call(self, ref, len(inputs), p99_s, self._until_s)

@@ -125,7 +125,7 @@ class Host:
             turns = self._engines.get(key)
             if turns is None:
                 raise errors.EngineLostError("the process was started again, and has no engine yet")
-            return turns.run(rank, batch_size, packing.unpack(packed))
+            return turns.run(rank, batch_size, packing.unpack(packed, tuple(turns.engine.input_shape)))
         except BaseException as error:
             return Failed.of(error)
 

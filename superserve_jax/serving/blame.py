@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from superserve_jax import errors, foreign
+from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile, Row
 from superserve_jax.scheduling.policies import Decision, Fixed, Policy, State
 from superserve_jax.serving.flight import Failure, Flight
@@ -71,7 +72,7 @@ class Blame:
         """What follows from a failed batch. The worker calls it without the lock."""
         subnet, kept = flight.row.subnet, self._fixed and flight.reason != "floor"
         if subnet not in self.out:
-            blanks = [np.zeros_like(query.inputs) for query in flight.batch]
+            blanks = [_blank(worker.engine, query.inputs) for query in flight.batch]
             again = self._run_blanks(worker, flight.row, flight.place, blanks)
             if again is None or again.lost:  # the next batch finds out that the engine is lost
                 return "retry"
@@ -160,3 +161,9 @@ class Blame:
             {"subnet": cause.row.subnet.to_json(), "accuracy": cause.row.accuracy, "cause": cause.text}
             for cause in self.out.values()
         ]
+
+
+def _blank(engine: Engine, x: np.ndarray) -> np.ndarray:
+    """An input of zeros. `x` may be an image file, which zeros are not."""
+    shape = x.shape if x.ndim == len(engine.input_shape) else engine.input_shape
+    return np.zeros(shape, engine.input_dtype)

@@ -157,7 +157,7 @@ def load_policy(options: Options, profiles: Sequence[Profile]) -> tuple[Options,
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InputSpec:
-    """Shape, dtype and lengths of the inputs of an engine (see `engines.base.Engine`).
+    """Shape, dtype and lengths of the inputs of an engine (see `engines.base.Engine`), and whether it decodes image files.
 
     `check` reads the fields for each query. Slots are faster to read than the fields of a named tuple.
     """
@@ -166,11 +166,18 @@ class InputSpec:
     dtype: np.dtype
     lengths: tuple[int, ...]
     pad_id: int
+    decodes: bool = dataclasses.field(default=False, compare=False)
 
     @classmethod
     def of(cls, engine: Engine) -> "InputSpec":
         """The inputs that `engine` takes."""
-        return cls(tuple(engine.input_shape), np.dtype(engine.input_dtype), tuple(engine.lengths), engine.pad_id)
+        sizes = tuple(engine.input_shape), np.dtype(engine.input_dtype), tuple(engine.lengths)
+        return cls(*sizes, engine.pad_id, getattr(engine, "decodes", False))
+
+    @property
+    def is_image(self) -> bool:
+        """Whether inputs are square images of pixels, grey or RGB."""
+        return len(self.shape) == 3 and self.shape[0] == self.shape[1] and self.shape[2] in (1, 3) and self.dtype == np.uint8
 
     @property
     def nbytes(self) -> int:
@@ -180,8 +187,13 @@ class InputSpec:
     def check(self, x: Any) -> np.ndarray:
         """Returns `x` as an array, without padding at its end. Raises InputError for another shape or dtype.
 
-        Inputs are never cast: a cast of pixels between 0..255 and 0..1 would give wrong answers without an error.
+        Inputs are never cast: a cast of pixels between 0..255 and 0..1 would give wrong answers without an error. The bytes of
+        a PNG or JPEG file are decoded here, or by the engine: then the array holds the bytes.
         """
+        if type(x) is bytes and self.is_image:
+            from superserve_jax import image_files  # here, since it imports Pillow
+
+            return np.frombuffer(image_files.check_file(x), np.uint8) if self.decodes else image_files.from_file(x, self.shape)
         array = x if type(x) is np.ndarray else _as_array(x)
         if self.lengths and array.ndim and array.shape[1:] == self.shape[1:] and array.dtype == self.dtype:
             array = trim_padding(array, self.pad_id)
@@ -208,7 +220,7 @@ class InputSpec:
         height, _, channels = self.shape
         return (
             f"Read the file of an image with superserve_jax.training.data.read_image(path, image_size={height}, "
-            f"channels={channels}), and submit the array"
+            f"channels={channels}), and submit the array. Or submit the bytes of a PNG or JPEG file"
         )
 
 

@@ -276,6 +276,8 @@ class Server:
                 raise errors.ConfigError(
                     f"{new.name} takes {spec}, the workers of this server take {self.inputs}; they must agree"
                 )
+            if self.inputs.decodes and not spec.decodes:
+                raise errors.ConfigError(f"{new.name} cannot decode image files, which this server passes on to its workers")
             return self.pool.add(new, latencies)
 
     def remove_worker(self, name: str) -> None:

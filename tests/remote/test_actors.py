@@ -1,16 +1,20 @@
 """A server on actors of Ray: answers, faults of an engine, and lost actors."""
 
+import io
 import os
 import signal
 import time
 
 import actors
 import fakes
+import numpy as np
+import PIL.Image
 import pytest
 from actors import Odd, x
 
 import superserve_jax as ss
 from superserve_jax import errors, remote
+from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.serving import makers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
@@ -29,8 +33,14 @@ def devices():
     return found
 
 
-def serve(devices, **options):
-    engines = engines_of(devices)
+def png(value, size=12):
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def serve(devices, *, shape=actors.SHAPE, **options):
+    engines = engines_of(devices, shape=shape)
     profiles = [engine.profile for engine in engines]
     return engines, ss.Server.from_engines(engines, profiles, slo_ms=60_000.0, **options)
 
@@ -54,6 +64,19 @@ def test_a_poisoned_input_fails_alone(devices):
             futures[2].result(WAIT_S)
         assert values(futures[:2] + futures[3:]) == [1, 2, 3]
         assert s.health()["alive"] == 2
+
+
+def test_image_files_are_decoded_in_the_process_and_a_damaged_one_fails_alone(devices):
+    engines, server = serve(devices, shape=(8, 8, 3))
+    with server as s:
+        array = np.full((8, 8, 3), 9, np.uint8)
+        futures = s.submit_many([png(1), array, png(2, size=40), png(3)[:40], array, png(4)])
+        with pytest.raises(errors.InferenceError, match="cannot be read as an image"):
+            futures.pop(3).result(WAIT_S)
+        assert values(futures) == [1, 9, 2, 9, 4]
+        assert s.health()["alive"] == 2
+        with pytest.raises(errors.ConfigError, match="cannot decode image files"):
+            s.add_worker(FakeDevice(engines[0].profile, input_shape=(8, 8, 3), input_dtype=np.uint8))
 
 
 def test_a_batch_that_is_too_large_for_the_memory_becomes_smaller(devices):

@@ -1,9 +1,10 @@
-"""Image transforms in NumPy and Pillow: shift and flip whole batches, crop and resize single images."""
+"""Random changes of training images: shift and flip whole batches, crop single images."""
 
 import math
 
 import numpy as np
-import PIL.Image
+
+from superserve_jax import image_files
 
 EVAL_SHARE = 0.875  # part of the shorter side; usual on ImageNet, where 256 pixels are cropped to 224
 _MIN_AREA, _MAX_AREA = 0.08, 1.0  # area of a random resized crop, as part of the image (Szegedy et al., 2015)
@@ -40,25 +41,5 @@ def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) 
         crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < crop_h <= h and 0 < crop_w <= w:
             top, left = rng.integers(h - crop_h + 1), rng.integers(w - crop_w + 1)
-            return _resize(image[top : top + crop_h, left : left + crop_w], size)
-    return centre_crop(image, size)
-
-
-def centre_crop(image: np.ndarray, size: int, *, share: float = 1.0) -> np.ndarray:
-    """The central square of an image (H, W, C), scaled to (size, size, C). Its side is `share` times the shorter side.
-
-    >>> centre_crop(np.zeros((30, 40, 3), np.uint8), 16).shape
-    (16, 16, 3)
-    """
-    h, w, _ = image.shape
-    side = max(1, round(share * min(h, w)))
-    top, left = (h - side) // 2, (w - side) // 2
-    return _resize(image[top : top + side, left : left + side], size)
-
-
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    if image.shape[0] == image.shape[1] == size:
-        return image
-    picture = PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    resized = np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
-    return resized.reshape(size, size, image.shape[2])
+            return image_files.resize(image[top : top + crop_h, left : left + crop_w], size)
+    return image_files.centre_crop(image, size)

@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from superserve_jax import errors, files, progress
+from superserve_jax import errors, files, image_files, progress
 from superserve_jax.training.data import fingerprints, fit, images, problems, splits
 from superserve_jax.training.data.images import ImageConfig
 from superserve_jax.training.data.streams import Dataset, Records
@@ -229,9 +229,9 @@ def _check(stamps: tuple[tuple[str, int, int], ...]) -> dict[str, int | str]:
         except OSError as e:
             return f"cannot be read: {e.strerror or e}"
         try:
-            return min(images.decode(content, 1).shape[:2])
+            return min(image_files.decode(content, 1).shape[:2])
         except Exception as e:  # any exception: Pillow raises many kinds for damaged files
-            return f"cannot be decoded: {images.reason(e)}"
+            return f"cannot be decoded: {image_files.reason(e)}"
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         states = progress.track(pool.map(check, stamps), "checking images", total=len(stamps))

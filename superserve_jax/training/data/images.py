@@ -4,17 +4,14 @@ Pixels stay uint8. The model normalises them, so that serving cannot differ from
 """
 
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import tensorflow_datasets as tfds
 
-from superserve_jax import errors, files
+from superserve_jax import errors, files, image_files
 from superserve_jax.training import fields
 from superserve_jax.training.data import augment
 from superserve_jax.training.data.streams import Batch, Dataset, Example, Records
@@ -157,11 +154,11 @@ def records_of(
     def read(i: int, rng: np.random.Generator | None = None) -> Example:
         file, label = read_file(i)
         try:
-            image = decode(file, config.channels)
+            image = image_files.decode(file, config.channels)
         except Exception as e:  # any exception: Pillow raises many kinds for damaged files
-            raise errors.DataError(f"{where(i)} cannot be decoded: {reason(e)}; replace or remove it") from e
+            raise errors.DataError(f"{where(i)} cannot be decoded: {image_files.reason(e)}; replace or remove it") from e
         if rng is None:
-            return augment.centre_crop(image, config.image_size, share=share), label
+            return image_files.centre_crop(image, config.image_size, share=share), label
         return augment.random_resized_crop(image, config.image_size, rng), label
 
     shape = (config.image_size, config.image_size, config.channels)
@@ -185,34 +182,14 @@ def read_image(
     Raises DataError if the file cannot be read or is not an image.
 
     >>> import tempfile
+    >>> import PIL.Image
     >>> with tempfile.NamedTemporaryFile(suffix=".png") as file:
     ...     PIL.Image.new("RGB", (40, 30)).save(file.name)
     ...     read_image(file.name, image_size=16).shape
     (16, 16, 3)
     """
     try:
-        image = decode(files.read_bytes(path), channels)
+        image = image_files.decode(files.read_bytes(path), channels)
     except Exception as e:  # any exception: Pillow raises many kinds for damaged files
-        raise errors.DataError(f"{path} cannot be read as an image: {reason(e)}; expected a PNG, JPEG, ...") from e
-    return augment.centre_crop(image, image_size, share=share)
-
-
-def reason(e: Exception) -> str:
-    """Why a file cannot be read or decoded, in one line. Pillow's own text names a buffer in memory."""
-    return "its content is no image" if isinstance(e, PIL.UnidentifiedImageError) else errors.one_line(e)
-
-
-def decode(file: bytes, channels: int) -> np.ndarray:
-    """A PNG, JPEG or other image file as uint8 (H, W, C). The file may have other channels.
-
-    The image is turned as its EXIF data says. Transparent pixels become white. 16-bit grey values keep their upper 8 bits.
-    """
-    with PIL.Image.open(io.BytesIO(file)) as opened:
-        image = PIL.ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):
-            image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
+        raise errors.DataError(f"{path} cannot be read as an image: {image_files.reason(e)}; expected a PNG, JPEG, ...") from e
+    return image_files.centre_crop(image, image_size, share=share)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from superserve_jax import image_files
 from superserve_jax.training.data import augment
 
 
@@ -39,6 +40,6 @@ def test_a_flip_mirrors_about_half_of_the_images_and_leaves_the_others():
 @pytest.mark.parametrize("size", [(60, 40), (300, 20), (5, 200), (1, 1)])
 def test_crops_have_the_size_that_was_asked_for(size):
     image = np.full((*size, 3), 7, np.uint8)
-    for crop in (augment.random_resized_crop(image, 16, np.random.default_rng(0)), augment.centre_crop(image, 16)):
+    for crop in (augment.random_resized_crop(image, 16, np.random.default_rng(0)), image_files.centre_crop(image, 16)):
         assert crop.shape == (16, 16, 3)
         assert (crop == 7).all()

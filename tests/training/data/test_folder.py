@@ -14,9 +14,9 @@ import pytest
 from small_datasets import sizes
 from tiny import TINY
 
-from superserve_jax import errors
+from superserve_jax import errors, image_files
 from superserve_jax.training import data
-from superserve_jax.training.data import FolderConfig, images
+from superserve_jax.training.data import FolderConfig
 
 
 def write(root, layout, count=20):
@@ -249,14 +249,14 @@ def test_a_warning_lists_at_most_50_images_that_are_left_out(damaged, caplog):
 def test_images_are_decoded_once_for_all_stages_of_a_program(damaged, monkeypatch):
     (damaged / "train" / "b" / "4.png").touch()  # another time than in other tests
     opened(damaged, skip_bad=True)
-    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_files, "decode", lambda *_: pytest.fail("decoded again"))
     opened(damaged, skip_bad=True)
 
 
 def test_later_stages_decode_no_image_before_they_use_it(damaged, monkeypatch):
     (damaged / "train" / "b" / "6.png").touch()  # another time than in other tests
     with monkeypatch.context() as patch:
-        patch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
+        patch.setattr(image_files, "decode", lambda *_: pytest.fail("decoded"))
         dataset = opened(damaged, decode=False)
     with pytest.raises(errors.DataError, match=r"test/b/5\.png cannot be decoded"):
         dataset.arrays("test")

@@ -1,0 +1,40 @@
+"""Image files as queries of a server on engines of this process: they are decoded in `submit`."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+from fakes import PROFILE, WAIT_S, always
+
+from superserve_jax import errors
+from superserve_jax.engines.fake import FakeEngine
+from superserve_jax.serving.server import Server
+
+
+def png(value, size=12):
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def serve(shape, **options):
+    return Server.from_engines([FakeEngine(PROFILE, input_shape=shape, **options)], PROFILE, policy=always(0), slo_ms=1e4)
+
+
+def test_the_bytes_of_a_file_and_an_array_give_the_same_answer():
+    with serve((8, 8, 3), input_dtype=np.uint8) as s:
+        replies = [s.submit(x).result(WAIT_S) for x in (png(7), np.full((8, 8, 3), 7, np.uint8))]
+    assert [r.output for r in replies] == [(7, 0), (7, 0)]
+
+
+@pytest.mark.parametrize("x", [b"", b"GIF89a", png(7)[:40]])
+def test_other_bytes_are_refused_at_once(x):
+    with serve((8, 8, 3), input_dtype=np.uint8) as s, pytest.raises(errors.InputError, match=r"bytes"):
+        s.submit(x)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 4, 3), (8, 8, 2)])
+def test_a_server_without_square_images_takes_no_files(shape):
+    with serve(shape, input_dtype=np.uint8) as s, pytest.raises(errors.InputError, match=r"expected \("):
+        s.submit(png(7))
