@@ -106,7 +106,7 @@ class Autoscaler:
         self.close()
 
     def close(self) -> None:
-        """Ends its thread. A worker that is still starting is dropped when it is ready; nobody waits for it."""
+        """Ends its thread, after a simulation that is running. A worker that still starts is dropped when it is ready."""
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
