@@ -115,12 +115,17 @@ def forget_compiled_functions():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
+def quick_compilation(request):
     """XLA compiles in less time, and its code runs slower, in this process and in programs that it starts.
+
+    Not with `-m gpu`: on a GPU, the tests run what users run.
 
     For files whose tests do not depend on how XLA rounds. Not for tests that compare bits of this process with those of
     another one, because functions that this process has compiled before stay as they are.
     """
+    if wants_gpu(request.config):
+        yield
+        return
     before = jax.config.read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

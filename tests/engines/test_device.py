@@ -17,6 +17,8 @@ from superserve_jax.engines.device import DeviceEngine, default_slice_bytes
 from superserve_jax.profile import Profile
 from superserve_jax.supernets.supernet import SuperNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CHOSEN = list(TINY.space().enumerate())[::20]
 IMAGES = random_images(TINY, 2)
 

@@ -22,6 +22,8 @@ from superserve_jax.families.subset import SingleSubnetConfig
 from superserve_jax.supernets import programs
 from superserve_jax.supernets.supernet import SuperNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CHOSEN = list(TINY.space().enumerate())[::45]
 IMAGES = random_images(TINY, 2)
 
