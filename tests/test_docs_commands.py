@@ -36,6 +36,7 @@ OTHER_PROGRAMS = (
     "docker",
     "kubectl",
     "opentelemetry-instrument",
+    "serve",
 )  # not ours
 FOLDERS = ("configs", "docs", "serve", "superserve_jax", "tests", "train")
 # files of the reader, and files that stand for them

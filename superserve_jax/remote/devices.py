@@ -11,7 +11,7 @@ from typing import Any
 from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
-from superserve_jax.remote import host
+from superserve_jax.remote import actors, host
 from superserve_jax.remote.engine import RemoteEngine
 from superserve_jax.remote.host import Failed, Opened
 from superserve_jax.serving.makers import Source
@@ -21,7 +21,6 @@ _log = logging.getLogger(__name__)
 _WARN_S = 60.0  # after so long, a log message says that an engine is not ready yet
 _OPEN_S = 600.0  # an actor may wait for a free host, compile everything, and measure a profile
 _THREADS = 3  # two for batches; one for an engine that is made meanwhile, as in a swap, and for pings
-_NAMESPACE = "superserve_jax"
 
 
 class RayDevice:
@@ -51,7 +50,7 @@ class RayDevice:
         """Ray's handle of the actor. The first use starts the actor."""
         with self._lock:
             if self._actor is None:
-                self._actor = _start(self.options, self.name)
+                self._actor = actors.start(host.Host, options=self.options, name=self.name, at_once=_THREADS)
             return self._actor
 
     def open_server(self, path: Any, devices: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -142,24 +141,6 @@ def ray_devices(count: int, *, name: str = "", **options: Any) -> list[RayDevice
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise errors.ConfigError(f"count must be a whole number from 1 up, got {count!r}")
     return [ray_device(name=f"{name}-{i}" if name else "", **options) for i in range(count)]
-
-
-def _start(options: dict[str, Any], name: str) -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise errors.ConfigError("devices in other processes need Ray: pip install 'superserve-jax[ray]'") from error
-
-    if not ray.is_initialized():
-        raise errors.ConfigError(
-            'this process has not joined a cluster of Ray yet; call ray.init("auto") for the cluster of this host, or '
-            'ray.init(address="local") to start one on this machine alone'
-        )
-    # Ray must not run a batch again: only the server knows whether its queries still want an answer.
-    ours: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": _THREADS}
-    if name:
-        ours |= {"name": name, "namespace": _NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    return ray.remote(host.Host).options(**ours, **options).remote()
 
 
 def _check_versions(opened: Opened) -> None:

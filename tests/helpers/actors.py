@@ -8,6 +8,7 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeDevice
+from superserve_jax.serving.server import Server
 from superserve_jax.simulation.paper_profile import paper_profile
 
 SHAPE = (1024,)
@@ -43,14 +44,18 @@ def make(kind=Odd, speed=1.0, clock_off_s=0.0, shape=SHAPE, dtype=np.uint8):
     return kind(profile, input_shape=shape, input_dtype=dtype, speed=speed), profile
 
 
-class Fake:
-    """What an actor makes such an engine from, see `serving.makers.Source`."""
+class Sent:
+    """Options that are sent to an actor, with this module."""
 
     def __init__(self, **options):
         from ray import cloudpickle
 
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self._options = options
+
+
+class Fake(Sent):
+    """What an actor makes such an engine from, see `serving.makers.Source`."""
 
     def __repr__(self):
         return f"Fake({self._options})"
@@ -60,6 +65,16 @@ class Fake:
 
     def open(self):
         return make(**self._options)
+
+
+class FakeServer(Sent):
+    """What a router makes a server with such an engine from, see `remote.router.Router`."""
+
+    def __call__(self):
+        if error := self._options.get("error"):
+            raise error
+        engine, profile = make(**self._options)
+        return Server.from_engines([engine], profile, slo_ms=60_000.0)
 
 
 def x(value):

@@ -1,5 +1,7 @@
 """A server on actors of Ray that open an export: logits, swaps, another router, and what is refused."""
 
+import asyncio
+import functools
 import json
 import os
 import signal
@@ -15,7 +17,7 @@ from pages import ROOT
 from tiny import TINY, random_images, random_params, random_statistics, write_export
 
 import superserve_jax as ss
-from superserve_jax import errors, exports, machine
+from superserve_jax import errors, exports, machine, remote
 from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.makers import Source
 from superserve_jax.supernets.supernet import SuperNet
@@ -118,22 +120,53 @@ def test_a_second_router_takes_over_the_engines_of_one_that_died(paths, cluster,
     ray.kill(device.actor)
 
 
+def test_a_router_that_is_an_actor_itself(paths):
+    images = random_images(TINY, 24)
+    opening = functools.partial(
+        remote.open_cell, paths[0], 1, device={"num_cpus": 0}, policy="fixed:0", slo_ms=60_000.0
+    )  # no named actors, so they end with the router
+    router = remote.start_router(opening)
+
+    async def answers():
+        replies = await remote.Collector([router], slo_ms=60_000.0).submit_many(list(images))
+        return [reply.output for reply in replies], (await router.about()).subnets
+
+    found, subnets = asyncio.run(answers())
+    assert_answers(found, paths[0], images)
+    assert subnets == tuple(ss.load(paths[0]).subnets)
+
+
 def test_an_export_that_differs_on_the_host_is_refused(paths):
     with pytest.raises(errors.ExportError, match="is another export"):
         ss.ray_device(num_cpus=0).make_engine(Source.of(paths[0], "0" * 64))
 
 
-def test_the_example_of_the_page_runs(paths, tmp_path, monkeypatch, capsys):
+EXAMPLES = {
+    "several_hosts.py": {"16, num_gpus=1": "1, num_cpus=0", "num_gpus=1": "num_cpus=0", "(32, 32, 1)": "SHAPE"},
+    "cell.py": {
+        "8, name=": "1, name=",
+        "num_gpus=1": "num_cpus=0",
+        'host="0.0.0.0"': "port=0",
+        "signal.sigwait({signal.SIGTERM})": "ray.kill(devices[0].actor)",
+    },
+    "collector.py": {"8, device": "1, device", "num_gpus": "num_cpus", "range(2)": "range(1)", "32, 32, 1": "*SHAPE"},
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_of_the_page_runs(name, paths, tmp_path, monkeypatch, capsys):
+    if name == "cell.py":
+        pytest.importorskip("httptools")
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "export").symlink_to(paths[0])
     monkeypatch.chdir(tmp_path)
-    code = (ROOT / "docs" / "examples" / "several_hosts.py").read_text()
-    smaller = {'ray.init("auto")': "", "16, num_gpus=1": "1, num_cpus=0", "num_gpus=1": "num_cpus=0", "(32, 32, 1)": "TINY"}
-    for text, small in smaller.items():
+    code = (ROOT / "docs" / "examples" / name).read_text()
+    for text, small in {'ray.init("auto")': "", "runs/demo": f"{tmp_path}/runs/demo", **EXAMPLES[name]}.items():
         assert text in code
         code = code.replace(text, small)
-    exec(code, {"TINY": (TINY.image_size, TINY.image_size, TINY.channels)})
-    assert capsys.readouterr().out.startswith("Reply(")
+    exec(code, {"SHAPE": (TINY.image_size, TINY.image_size, TINY.channels)})
+    assert capsys.readouterr().out.startswith(("Reply(", "http://"))
+    remote.stop_router("cell-0")
 
 
 def test_a_model_instead_of_a_path_is_refused(paths):

@@ -1,0 +1,38 @@
+"""Starts actors of Ray, which is imported late."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from superserve_jax import errors
+
+NAMESPACE = "superserve_jax"
+"""The namespace of actors with a name."""
+
+
+def start(kind: type, *arguments: Any, options: Mapping[str, Any], name: str, at_once: int) -> Any:
+    """Starts an actor, and returns Ray's handle of it. With a name that an actor has already, returns that actor.
+
+    Args:
+      kind: the class of the actor.
+      arguments: of the class.
+      options: options in Ray's own terms.
+      name: with a name, the actor outlives this process.
+      at_once: how many calls may run at the same time: in threads, or as tasks if the methods of the class are coroutines.
+
+    Raises ConfigError if Ray is not installed, or if this process has not joined a cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise errors.ConfigError("devices in other processes need Ray: pip install 'superserve-jax[ray]'") from error
+
+    if not ray.is_initialized():
+        raise errors.ConfigError(
+            'this process has not joined a cluster of Ray yet; call ray.init("auto") for the cluster of this host, or '
+            'ray.init(address="local") to start one on this machine alone'
+        )
+    # Ray must not make a call again: only the caller knows whether its queries still want an answer.
+    ours: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": at_once}
+    if name:
+        ours |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    return ray.remote(kind).options(**ours, **options).remote(*arguments)
