@@ -6,7 +6,8 @@
 
 The day has the calls per minute of a file of Azure Functions 2019, scaled to a mean rate. The default is a sample of 762
 functions. It has many short bursts, and its nights are hardly calmer than its days. `--night` makes them calmer.
-A second of traffic represents each minute (see `scaling.day`), so the figures depend on the seed and not on the machine.
+A quarter of a second of traffic (`--sample-s`) represents each minute, see `scaling.day`. So the figures depend on the seed
+and not on the machine.
 Latencies are those of `simulation.paper_profile`, 1.9 times slower. It recalls the paper's GPUs: from memory, unverified.
 "Served accuracy" counts missed deadlines as 0. A "turn" is a worker that is added after one was removed, or removed after one
 was added.

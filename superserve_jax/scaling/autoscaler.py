@@ -106,7 +106,7 @@ class Autoscaler:
         self.close()
 
     def close(self) -> None:
-        """Ends its thread, after a simulation that is running. A worker that still starts is dropped when it is ready."""
+        """Ends its thread. A simulation that is running ends first. A worker that still starts is dropped when it is ready."""
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -125,6 +125,8 @@ class Autoscaler:
         self._stepped_s, before, self._seen = now_s, self._seen, seen
         present = [worker["name"] for worker in seen["workers"] if worker["state"] in _PRESENT]
         by = self._controller.step(now_s, _served(before, seen), alive=len(present), starting=starting)
+        if self._stopped.is_set():
+            return  # it was closed meanwhile, and the rest of the simulations was left out
         if by > 0 and now_s >= self._retry_s:
             for _ in range(by):
                 self._order()
@@ -135,7 +137,7 @@ class Autoscaler:
         while not self._stopped.wait(_LOOK_S):
             try:
                 self.look()
-            except errors.SuperServeError as error:
+            except Exception as error:
                 foreign.log(_log, logging.WARNING, "the autoscaler failed: %s", foreign.text_of(error))
 
     def _order(self) -> None:
@@ -168,6 +170,8 @@ class Autoscaler:
         foreign.log(_log, logging.INFO, "%s was removed", name)
 
     def _forecast(self, workers: int, seconds: float) -> Sequence[Served]:
+        if self._stopped.is_set():
+            return ()
         arrivals = self._recent.seconds(seconds)
         slowdowns = [w["slowdown"] for w in self._server.health()["per_worker"] if w["state"] in _PRESENT]
         if not arrivals or not slowdowns:

@@ -103,7 +103,7 @@ class Controller:
             self._readings.append((begin_s, served))
         if workers < goal.least:
             return self._change(now_s, goal.least - workers)
-        if workers > goal.most and alive > 1:
+        if alive > goal.most and not starting:  # a worker that has just joined may count as starting as well
             return self._change(now_s, -1)
         while len(self._readings) > 1 and self._readings[1][0] <= now_s - goal.low_s:
             self._readings.popleft()

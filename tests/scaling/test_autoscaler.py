@@ -162,6 +162,38 @@ def test_a_worker_that_is_ready_after_the_end_is_dropped():
         assert alive(server) == ["fake:0"]
 
 
+def test_an_unexpected_error_is_logged_and_the_thread_goes_on(monkeypatch, caplog):
+    snapshot, calls = Server.snapshot, iter(range(10**9))
+
+    def fails_first(server):
+        if not next(calls):
+            raise ZeroDivisionError("once")
+        return snapshot(server)
+
+    with open_server("fixed:largest") as server, caplog.at_level(logging.WARNING):
+        monkeypatch.setattr(Server, "snapshot", fails_first)
+        with Autoscaler(server, lambda: engine(1), target_accuracy=0.75, least=2, most=2):
+            wait_until(lambda: len(alive(server)) == 2)
+    assert "the autoscaler failed: ZeroDivisionError('once')" in caplog.text
+
+
+def test_closing_ends_a_series_of_simulations_and_starts_no_worker(clock, monkeypatch):
+    asked, made = [], []
+
+    def ask(question):
+        asked.append(question.workers)
+        scaler.close()
+        return question.answer()
+
+    monkeypatch.setattr(Question, "ask", ask)
+    with open_server("fixed:smallest") as server:
+        scaler = Autoscaler(
+            server, lambda: made.append(1), target_accuracy=0.75, most=8, policy="fixed:smallest", clock=clock, **TIMES
+        )
+        pass_time(scaler, server, clock, 7)
+    assert (len(asked), made) == (1, [])
+
+
 def test_nothing_is_started_for_a_closed_server(clock):
     server = open_server("fixed:largest")
     scaler = Autoscaler(server, lambda: pytest.fail("a node was started"), target_accuracy=0.75, least=2, most=2, clock=clock)

@@ -81,6 +81,11 @@ def test_bounds_are_kept_at_once():
     assert run([0.80], alive=9) == [-1]
 
 
+def test_a_worker_that_counts_as_alive_and_as_starting_does_not_exceed_the_bound():
+    assert run([0.80], alive=8, starting=1) == [0]
+    assert run([0.80], alive=9, starting=1) == [0]
+
+
 def test_without_queries_workers_are_removed_only_if_the_simulator_knows_the_traffic():
     controller = Controller(GOAL, lambda workers, seconds: [Served()] * 20)
     steps = [controller.step(MINUTE * i, Served(), alive=5, starting=0) for i in range(12)]
