@@ -11,7 +11,10 @@ class Outage(NamedTuple):
     """A worker is gone from `from_s` to `until_s`. Its running batches go back to the queue.
 
     A host with several workers is lost by one outage for each of them. A worker in another process may be silent before the
-    server knows that it is gone: for `noticed_s` seconds it still gets batches, and answers none.
+    server knows that it is gone: for `noticed_s` seconds it still gets batches, at most two, and answers none.
+
+    As in the server, a query is not tried again after its deadline, unless its worker's process was lost. So if `noticed_s` is
+    above 0, it is answered late, or given up with `expire`.
     """
 
     worker: int

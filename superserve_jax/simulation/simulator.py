@@ -34,7 +34,7 @@ from superserve_jax.scheduling.dispatch import Turn
 from superserve_jax.scheduling.policies import Policy
 from superserve_jax.scheduling.speeds import Fleet
 from superserve_jax.simulation import metrics, patience
-from superserve_jax.simulation.cluster import Cluster
+from superserve_jax.simulation.cluster import Cluster, Outage
 from superserve_jax.simulation.traces import Trace
 
 MET, LATE, EXPIRED, REFUSED = range(4)
@@ -176,6 +176,7 @@ class Simulation:
 
         self.idle = collections.deque(range(cluster.workers))
         self.running: list[collections.deque[_Batch]] = [collections.deque() for _ in range(cluster.workers)]
+        self.full: set[int] = set()  # workers with two batches that could take another one but for this limit
         self.device_free_s = [0.0] * cluster.workers  # when each device is done with the batches that it got
         self.last_subnet: list[Any] = [None] * cluster.workers
         # For each worker, the number of outages that it is in, since they may overlap, and of those that nobody may know of.
@@ -193,7 +194,7 @@ class Simulation:
         self.numbers = itertools.count(1)
         for outage in cluster.outages:
             self._at(outage.from_s, self._fall_silent, outage.worker)
-            self._at(outage.from_s + outage.noticed_s, self._leave, outage.worker)
+            self._at(outage.from_s + outage.noticed_s, self._leave, outage)
             if outage.until_s < math.inf:
                 self._at(outage.until_s, self._come_back, outage.worker)
         for stall in cluster.stalls:
@@ -305,10 +306,10 @@ class Simulation:
         return math.prod([s.factor for s in slowdowns if s.worker in (None, worker) and s.from_s <= now_s < s.until_s])
 
     def _take_next(self, now_s: float, batch: _Batch) -> None:
-        """A worker with this batch as its last one may take another one."""
+        """A worker with this batch as its last one may take another one. As in the server, it has at most two at a time."""
         running = self.running[batch.worker]
         if running and running[-1] is batch:  # else the worker left meanwhile
-            self.idle.append(batch.worker)
+            (self.idle.append if len(running) == 1 else self.full.add)(batch.worker)
 
     def _finish(self, now_s: float, batch: _Batch) -> None:
         worker, running = batch.worker, self.running[batch.worker]
@@ -320,7 +321,8 @@ class Simulation:
         running.popleft()
         end_s = now_s - self.half_trip_s if self.lead_s else now_s
         self.fleet.observe(worker, batch.profiled_ms, 1e3 * (end_s - batch.begin_s))
-        if not self.lead_s:
+        if not self.lead_s or worker in self.full:
+            self.full.discard(worker)
             self.idle.append(worker)
         self.answered += batch.queries
         self.sizes.append(len(batch.queries))
@@ -333,16 +335,19 @@ class Simulation:
     def _fall_silent(self, now_s: float, worker: int) -> None:
         self.silent[worker] += 1
 
-    def _leave(self, now_s: float, worker: int) -> None:
+    def _leave(self, now_s: float, outage: Outage) -> None:
+        worker = outage.worker
         self.outages[worker] += 1
         if self.outages[worker] > 1:
             return
         self.fleet.leave(worker)
         batches, self.running[worker], self.last_subnet[worker] = self.running[worker], collections.deque(), None
+        self.full.discard(worker)
         if worker in self.idle:
             self.idle.remove(worker)
+        late = outage.noticed_s > 0 and not self.cluster.expire  # as in the server, which answers what a lost process had
         for i in itertools.chain.from_iterable(batch.queries for batch in batches):
-            if self.deadlines[i] > now_s:  # as in the server, a query is not tried again after its deadline
+            if late or self.deadlines[i] > now_s:
                 self.queue.push(self.deadlines[i], i, self.floors[i], self.lengths[i])
             else:
                 self.expired.append(i)

@@ -28,9 +28,17 @@ def test_an_early_hand_over_hides_the_round_trip(lead_ms, finish_ms):
     assert ms(result.finish_s) == finish_ms
 
 
-def test_at_most_two_batches_are_under_way_to_one_worker():
-    result = serve([0] * 6, round_trip_ms=4.0, lead_ms=4.0)
+@pytest.mark.parametrize(
+    ("trip_ms", "finish_ms"),
+    [
+        (4.0, [14, 24, 34, 44, 54, 64]),
+        (30.0, [40, 50, 80, 90, 120, 130]),  # a third batch must wait for the first answer
+    ],
+)
+def test_at_most_two_batches_are_under_way_to_one_worker(trip_ms, finish_ms):
+    result = serve([0] * 6, round_trip_ms=trip_ms, lead_ms=trip_ms)
     starts, ends = ms(result.start_s), ms(result.finish_s)
+    assert ends == finish_ms
     assert max(sum(s <= at < e for s, e in zip(starts, ends, strict=True)) for at in starts) == 2
 
 
@@ -61,6 +69,23 @@ def test_an_idle_worker_that_is_silent_still_gets_a_batch():
 def test_batches_that_were_handed_over_early_are_given_back_as_well():
     result = serve([0, 0], round_trip_ms=4.0, lead_ms=4.0, outages=(Outage(0, 0.011, 0.050),))
     assert ms(result.start_s) == [50, 60]
+
+
+def test_a_silent_worker_gets_at_most_two_batches():
+    policy = Always(0, 1)
+    silent = Outage(0, 0.005, 0.500, noticed_s=0.300)
+    result = simulate(TEN, policy, [0] * 20, slo_ms=1000.0, round_trip_ms=4.0, lead_ms=4.0, outages=(silent,))
+    assert sum(state.now_s < 0.3 for state in policy.states) == 2
+    assert min(ms(result.start_s)) == 500
+
+
+def test_queries_of_a_lost_worker_are_answered_late_unless_they_expire():
+    silent = Outage(0, 0.005, noticed_s=0.150)
+    late = serve([0], workers=2, outages=(silent,))
+    assert (late.outcome.tolist(), ms(late.start_s)) == ([simulator.LATE], [155])
+    assert serve([0], workers=2, outages=(silent,), expire=True).outcome.tolist() == [simulator.EXPIRED]
+    known_at_once = serve([0] * 12, outages=(Outage(0, 0.115, 0.200),))  # while the last one runs, which is late already
+    assert known_at_once.outcome[-1] == simulator.EXPIRED
 
 
 @pytest.mark.parametrize("workers", [1, 8])
