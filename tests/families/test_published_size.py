@@ -17,6 +17,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "ofa_resnet50.py"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_published_network_is_built_exported_loaded_and_run(tmp_path):
     config = load_config(CONFIG).model
     space = config.space()

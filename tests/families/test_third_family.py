@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 from mlp_family import MLPConfig
 from tiny import assert_close, random_images
 
@@ -13,6 +14,7 @@ from superserve_jax.training.config import SearchConfig, TrainConfig
 from superserve_jax.training.data import DataConfig
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_it_is_trained_searched_exported_and_served(tmp_path, digits_dir):
     config = TrainConfig(
         name="mlp",

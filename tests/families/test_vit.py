@@ -18,6 +18,8 @@ from superserve_jax.training import data, stages
 from superserve_jax.training.config import DistillConfig, Phase, SearchConfig, TrainConfig
 from superserve_jax.training.template import from_data
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VARIANTS = {
     "DeiT": {"tokens": 2, "pool": "token"},
     "distilled DeiT": {"tokens": 2, "pool": "tokens"},

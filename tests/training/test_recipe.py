@@ -22,6 +22,8 @@ from superserve_jax.training.data import DataConfig
 from superserve_jax.training.sampling import Sampler
 from superserve_jax.training.step import Recipe, SandwichStep
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BERT = DynaBERTConfig(
     num_classes=3, vocab_size=20, max_length=6, token_types=1, hidden_size=8, depths=(1, 2), heads=(1, 2), ffn=(4, 8)
 )

@@ -14,6 +14,8 @@ from superserve_jax.supernets import programs
 from superserve_jax.training import losses, rewiring
 from superserve_jax.training.config import OptimConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BERT = dataclasses.replace(TINY_BERT, heads=(1, 2, 4), ffn=(2, 5))
 FAMILIES = {"dynabert": BERT, "vit": TINY_VIT, **CONFIGS}
 
