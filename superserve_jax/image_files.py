@@ -8,7 +8,7 @@ import PIL.ImageOps
 
 from superserve_jax import errors
 
-MOST_PIXELS = 50_000_000
+MOST_PIXELS = 16_000_000
 """The largest image that a server decodes. A small file can hold a huge one."""
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # of PNG and JPEG

@@ -19,6 +19,7 @@ MANIFEST_FORMAT = "superserve_jax export"
 MANIFEST_SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 RUN_CONFIG = "config.json"
+VOCABULARY = "vocabulary.txt"  # in the payload of an export of a text model
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_BYTES = 1 << 40  # of one file; more than any device holds

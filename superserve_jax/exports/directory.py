@@ -40,6 +40,7 @@ from superserve_jax.manifest import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
     MANIFEST_SCHEMA,
+    VOCABULARY,
     files_of,
     find,
     is_manifest,
@@ -52,7 +53,6 @@ from superserve_jax.supernets.family import FamilyConfig
 from superserve_jax.supernets.supernet import SuperNet
 from superserve_jax.vocabulary import Vocabulary
 
-_VOCABULARY = "vocabulary.txt"
 _PAYLOAD = re.compile(r"payload-([0-9a-f]{16}|part\.[0-9]+)")
 # Limits on the files of an export: by which factor they may be smaller than the weights (Orbax compresses), how many bytes
 # they may hold besides weights and statistics, and how many bytes the description of one subnet may take.
@@ -145,7 +145,7 @@ def _write_payload(
             raise errors.ExportError(f"the weights could not be written to {path}: {problem}; make room on the disk") from e
         statistics.write(part / "statistics.npz", calibrated)
         if vocabulary is not None:
-            (part / _VOCABULARY).write_bytes(vocabulary.to_text().encode())
+            (part / VOCABULARY).write_bytes(vocabulary.to_text().encode())
         contents = {str(f.relative_to(part)): _describe(f) for f in files_of(part)}
         for folder in (part, *(f for f in part.rglob("*") if f.is_dir())):
             _sync_directory(folder)
@@ -219,7 +219,7 @@ def _load(path: pathlib.Path, manifest: dict[str, Any]) -> Model:
         raise errors.ExportError(
             f"{payload / 'statistics.npz'} lacks the statistics of the served {missing[0].to_json()}; export again"
         )
-    vocabulary = _read_vocabulary(payload / _VOCABULARY, manifest.get("vocabulary"), config)
+    vocabulary = _read_vocabulary(payload / VOCABULARY, manifest.get("vocabulary"), config)
     params = _read_weights((payload / "weights").absolute(), config)
     _check_finite(params, calibrated, str(path))
     return Model(path, manifest, served, vocabulary, config, params, calibrated)
@@ -352,7 +352,7 @@ def _check_ours(path: pathlib.Path) -> None:
 
 def _is_payload(folder: pathlib.Path) -> bool:
     """Whether `export` made this folder: it has the name of a payload, and so have all files in it."""
-    known = {"weights", "statistics.npz", _VOCABULARY}
+    known = {"weights", "statistics.npz", VOCABULARY}
     return (
         _PAYLOAD.fullmatch(folder.name) is not None
         and folder.is_dir()

@@ -19,7 +19,8 @@ def start(kind: type, *arguments: Any, options: Mapping[str, Any], name: str, at
       name: with a name, the actor outlives this process.
       at_once: how many calls may run at the same time: in threads, or as tasks if the methods of the class are coroutines.
 
-    Raises ConfigError if Ray is not installed, or if this process has not joined a cluster.
+    Raises ConfigError if Ray is not installed, if this process has not joined a cluster, or if Ray refuses
+    an option.
     """
     try:
         import ray
@@ -35,4 +36,5 @@ def start(kind: type, *arguments: Any, options: Mapping[str, Any], name: str, at
     ours: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": at_once}
     if name:
         ours |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    return ray.remote(kind).options(**ours, **options).remote(*arguments)
+    with errors.refusing(errors.ConfigError, f"Ray does not take the options {dict(options)}"):
+        return ray.remote(kind).options(**ours, **options).remote(*arguments)

@@ -64,7 +64,14 @@ class RayDevice:
 
         Raises what opening the export raised there, EngineLostError, and ConfigError if versions differ.
         """
-        actor, source = self.actor, source or self._source
+        try:
+            return self._made(self.actor, source or self._source)
+        except _ActorGone:  # for good, for example by `ray.kill`; the next one starts anew
+            with self._lock:
+                self._actor = None
+            return self._made(self.actor, source or self._source)
+
+    def _made(self, actor: Any, source: Source | None) -> tuple[Engine, Profile]:
         if source is None:
             raise errors.ConfigError(f"{self} has no export; open a server with it, or add it to a server with an export")
         text = repr(source)
@@ -77,11 +84,13 @@ class RayDevice:
             done, _ = ray.wait([begun], timeout=_WARN_S)
             if not done:
                 _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
-            opened: Any = ray.get(begun, timeout=_OPEN_S)
+            opened: Any = ray.get(begun, timeout=_OPEN_S - _WARN_S)
         except exceptions.GetTimeoutError:
             raise errors.EngineLostError(
                 f"{self} was not ready after {_OPEN_S:.0f} s; does the cluster have room for it? `ray status` shows it"
             ) from None
+        except exceptions.ActorDiedError as error:
+            raise _ActorGone(f"{self} cannot be started: {errors.one_line(error)}") from error
         except exceptions.RayError as error:
             raise errors.EngineLostError(f"{self} cannot be started: {errors.one_line(error)}") from error
         if isinstance(opened, Failed):
@@ -113,12 +122,16 @@ class RayDevice:
         return False
 
 
+class _ActorGone(errors.EngineLostError):
+    """Ray does not start the actor again."""
+
+
 def ray_device(*, name: str = "", **options: Any) -> RayDevice:
     """A device in a process that Ray starts, as a worker of a server.
 
     Args:
-      name: with a name, the process outlives this one. Another router that gives the same name takes it over, with the
-        engine that it holds.
+      name: with a name, the process outlives this one. If this process dies, another router that gives the same name takes
+        it over, with the engine that it holds.
       **options: options of the actor in Ray's own terms: num_gpus, num_cpus, resources, runtime_env, scheduling_strategy.
 
     Raises ConfigError for an option that this library sets itself.

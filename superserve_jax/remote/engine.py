@@ -49,6 +49,7 @@ class RemoteEngine:
       call_s: how long a call takes beside the time of the device.
       pid: the actor's process, on `host`.
       opened: see above.
+      answered_s: when the last answer came.
     """
 
     overlap = True
@@ -71,9 +72,9 @@ class RemoteEngine:
             for size, p99 in zip(table.batch_sizes, row.p99_ms, strict=True)
         }
         self._is_lost = threading.Event()
-        self._until_s = 0.0  # when the last batch should be back
+        self.answered_s = 0.0
         self.call_s = self.lead_s = 0.0
-        weakref.finalize(self, _drop, actor, key, opened.use).atexit = False
+        weakref.finalize(self, _drop, actor, key, opened.token).atexit = False
         self.call_s = self.lead_s = self._warm_up()
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
@@ -92,12 +93,12 @@ class RemoteEngine:
     def _call(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray], p99_s: float) -> "_Call":
         if self._is_lost.is_set():
             raise errors.EngineLostError(f"{self.name} has been lost")
-        self._until_s = max(time.monotonic(), self._until_s) + p99_s + self.call_s
+        now_s = time.monotonic()
         try:
             ref = self._actor.run.remote(self._key, self._rank[subnet], batch_size, packing.pack(inputs, ndim=self._ndim))
         except _ray_errors() as error:
             raise self.lost(error) from None
-        return _Call(self, ref, len(inputs), p99_s, self._until_s)
+        return _Call(self, ref, len(inputs), now_s, p99_s)
 
     def lost(self, error: BaseException) -> errors.EngineLostError:
         """Notes that the actor is lost, and returns the error for it."""
@@ -122,28 +123,27 @@ class RemoteEngine:
             except Exception:  # any exception: the server finds out what the engine cannot do
                 return 0.0
             took_s.append(max(0.0, time.monotonic() - start_s - call.device_s()))
-        self._until_s = 0.0
         return statistics.median(took_s)
 
 
 class _Call:
     """A batch on its way. One thread uses it."""
 
-    def __init__(self, engine: RemoteEngine, ref: Any, count: int, p99_s: float, until_s: float):
-        self._engine, self._ref, self._count, self._p99_s, self._until_s = engine, ref, count, p99_s, until_s
+    def __init__(self, engine: RemoteEngine, ref: Any, count: int, sent_s: float, p99_s: float):
+        self._engine, self._ref, self._count, self._sent_s, self._p99_s = engine, ref, count, sent_s, p99_s
         self._answer: Any = None
         self._error: BaseException | None = None
 
     def in_time(self) -> bool:
         """See `Launched.in_time`."""
-        return self._arrives(self._until_s + max(_SUSPECT_S, _SUSPECT * self._p99_s))
+        return self._arrives(self._expected_s() + max(_SUSPECT_S, _SUSPECT * self._p99_s))
 
     def wait(self) -> None:
         """See `Launched.wait`."""
         if (
             self._answer is None
             and self._error is None
-            and not self._arrives(self._until_s + max(_LOST_S, _LOST * self._p99_s))
+            and not self._arrives(self._expected_s() + max(_LOST_S, _LOST * self._p99_s))
         ):
             self._error = self._engine.lost(TimeoutError())
         if self._error is not None:
@@ -160,6 +160,10 @@ class _Call:
         """See `Launched.device_s`."""
         return self._answer.device_s
 
+    def _expected_s(self) -> float:
+        """When the answer should be there. The device began when the batch before was done."""
+        return max(self._sent_s, self._engine.answered_s) + self._p99_s + self._engine.call_s
+
     def _arrives(self, end_s: float) -> bool:
         """Waits for the answer until `end_s`. Returns whether it is there, or never will be."""
         import ray
@@ -172,6 +176,7 @@ class _Call:
         except _ray_errors() as error:
             self._error = self._engine.lost(error)
             return True
+        self._engine.answered_s = time.monotonic()
         if isinstance(answer, Failed):
             self._error = pickle.loads(answer.error)
             if isinstance(self._error, errors.EngineLostError):
@@ -183,10 +188,10 @@ class _Call:
         return True
 
 
-def _drop(actor: Any, key: str, use: int) -> None:
+def _drop(actor: Any, key: str, token: str) -> None:
     """Frees the engine in the actor, if the actor still lives."""
     with contextlib.suppress(Exception):  # any exception: this may run while Ray or the interpreter ends
-        actor.drop.remote(key, use)
+        actor.drop.remote(key, token)
 
 
 def _ray_errors() -> tuple[type[BaseException], ...]:

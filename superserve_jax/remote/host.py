@@ -11,6 +11,7 @@ import platform
 import socket
 import threading
 import time
+import uuid
 from typing import Any, NamedTuple
 
 import superserve_jax
@@ -59,7 +60,7 @@ class Opened:
       profile: the engine's profile, as `Profile.to_json` writes it.
       versions: {a name such as "superserve-jax": its version}.
       host, pid: where the actor runs.
-      use: how often this engine was opened, see `Host.drop`.
+      token: names this opening of the engine, see `Host.drop`.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Opened:
     versions: dict[str, str]
     host: str
     pid: int
-    use: int
+    token: str
 
 
 def versions() -> dict[str, str]:
@@ -92,6 +93,10 @@ class Host:
         """The id of the process. An answer means that the process is up."""
         return os.getpid()
 
+    def keys(self) -> list[str]:
+        """The keys of its engines."""
+        return list(self._engines)
+
     def open(self, key: str, source: Source) -> Opened | Failed:
         """Makes an engine, unless there is one with this key."""
         try:
@@ -99,8 +104,8 @@ class Host:
                 if key not in self._engines:
                     self._engines[key] = _Turns(*source.open())
                 turns = self._engines[key]
-                turns.uses += 1
-                use = turns.uses
+                token = uuid.uuid4().hex
+                turns.tokens.add(token)
             engine, profile = turns.engine, turns.profile
             return Opened(
                 engine.name,
@@ -114,7 +119,7 @@ class Host:
                 versions(),
                 socket.gethostname(),
                 os.getpid(),
-                use,
+                token,
             )
         except BaseException as error:
             return Failed.of(error)
@@ -129,11 +134,13 @@ class Host:
         except BaseException as error:
             return Failed.of(error)
 
-    def drop(self, key: str, use: int) -> None:
-        """Frees an engine, unless it was opened again since."""
+    def drop(self, key: str, token: str) -> None:
+        """Frees an engine when all that opened it have dropped it."""
         with self._opening:
-            if (turns := self._engines.get(key)) is not None and turns.uses == use:
-                del self._engines[key]
+            if (turns := self._engines.get(key)) is not None and token in turns.tokens:
+                turns.tokens.remove(token)
+                if not turns.tokens:
+                    del self._engines[key]
 
 
 class _Turns:
@@ -144,7 +151,7 @@ class _Turns:
         self._subnets = [row.subnet for row in profile.rows]
         self._launching, self._finishing = threading.Lock(), threading.Lock()
         self._free_s = 0.0  # when the device was done with the last batch
-        self.uses = 0
+        self.tokens: set[str] = set()
 
     def run(self, rank: int, batch_size: int, inputs: list[Any]) -> Answer:
         """The outputs of a batch."""

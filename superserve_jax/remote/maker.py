@@ -30,7 +30,9 @@ class RemoteMaker:
             raise errors.ConfigError("devices in other processes need the path of an export, got a model; give model.path")
         found = manifest.find(path).absolute()
         self._options = options
-        self._source = Source.of(found, manifest.read_manifest(found)["sha256"], **options)
+        about = manifest.read_manifest(found)
+        self._source = Source.of(found, about["sha256"], **options)
+        self._vocabulary = about["files"].get(manifest.VOCABULARY)
 
     @classmethod
     def open(cls, path: Any, devices: Sequence[Any], options: dict[str, Any]) -> tuple[Maker, Sequence[Engine], list[Profile]]:
@@ -57,6 +59,11 @@ class RemoteMaker:
         """See `Maker.successor`."""
         places = makers.places_of(workers)
         maker = RemoteMaker(path_or_model, self._options)
+        if maker._vocabulary != self._vocabulary:
+            raise errors.ConfigError(
+                f"{maker._source.path} has another vocabulary than {self._source.path}, so it would read the same token ids "
+                "as other texts; open another server for it"
+            )
         return maker, *makers.make_all(places, maker.source(profile))
 
     def settings(self) -> contextlib.AbstractContextManager[None]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_DECODERS = ThreadPoolExecutor(8, thread_name_prefix="superserve-decode")  # Pillow decodes without the interpreter's lock
+_DECODERS = ThreadPoolExecutor(4, thread_name_prefix="superserve-decode")  # Pillow decodes without the interpreter's lock
 
 
 class Packed(NamedTuple):

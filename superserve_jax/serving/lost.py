@@ -136,9 +136,10 @@ class Lost:
         try:
             while not self._is_over():
                 start_s = time.monotonic()
-                if self._is_up(one.place):
-                    if self._is_added(one.place):
-                        return
+                is_up = self._is_up(one.place)
+                if is_up and self._is_added(one.place):
+                    return
+                if is_up is not False:  # something raised
                     self._pause(pause_s)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 elif (left_s := start_s + _LOOK_S - time.monotonic()) > 0:  # it answered at once that it is not up
@@ -151,12 +152,13 @@ class Lost:
     def _is_over(self) -> bool:
         return self._pool.closing or self._pool.exits
 
-    def _is_up(self, place: Place) -> bool:
+    def _is_up(self, place: Place) -> bool | None:
+        """Whether the process answers. None if its place raised an error."""
         try:
-            return place.is_up(_LOOK_S)
+            return bool(place.is_up(_LOOK_S))
         except BaseException as error:
             self._warn(error)
-            return False
+            return None
 
     def _is_added(self, place: Place) -> bool:
         """Tries to add a worker. True also if nobody wants one any more."""

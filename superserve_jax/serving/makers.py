@@ -84,9 +84,13 @@ def is_place(device: Any) -> bool:
 
 
 def make_all(places: Sequence[Place], source: Source) -> tuple[list[Engine], list[Profile]]:
-    """An engine and a profile for each place, made at the same time."""
+    """An engine and a profile for each place, made at the same time. All have the batch sizes of the first one."""
     with ThreadPoolExecutor(max(1, len(places))) as threads:
         made = list(threads.map(lambda place: place.make_engine(source), places))
+        for i, (_, profile) in enumerate(made):  # each may have chosen its sizes itself
+            first = made[0][1]
+            if (profile.batch_sizes, profile.lengths) != (first.batch_sizes, first.lengths):
+                made[i] = places[i].make_engine(source.at(first))
     return [engine for engine, _ in made], [profile for _, profile in made]
 
 
@@ -208,7 +212,7 @@ class LocalMaker:
 
     def source(self, profile: Profile) -> Source:
         """See `Maker.source`."""
-        return Source.of(self.model.path, self.model.manifest["sha256"], **self._slicing).at(profile)
+        return Source.of(self.model.path.absolute(), self.model.manifest["sha256"], **self._slicing).at(profile)
 
     def successor(
         self, path_or_model: Any, workers: "Sequence[Worker]", profile: Profile

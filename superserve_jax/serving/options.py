@@ -184,6 +184,13 @@ class InputSpec:
         """Size of one input of the longest length."""
         return math.prod((*self.lengths[-1:], *self.shape[bool(self.lengths) :])) * self.dtype.itemsize
 
+    def check_engine(self, engine: Engine) -> None:
+        """Raises ConfigError unless an engine takes these inputs."""
+        if (spec := self.of(engine)) != self:
+            raise errors.ConfigError(f"{engine.name} takes {spec}, the workers of this server take {self}; they must agree")
+        if self.decodes and not spec.decodes:
+            raise errors.ConfigError(f"{engine.name} cannot decode image files, which this server passes on to its workers")
+
     def check(self, x: Any) -> np.ndarray:
         """Returns `x` as an array, without padding at its end. Raises InputError for another shape or dtype.
 
@@ -193,7 +200,9 @@ class InputSpec:
         if type(x) is bytes and self.is_image:
             from superserve_jax import image_files  # here, since it imports Pillow
 
-            return np.frombuffer(image_files.check_file(x), np.uint8) if self.decodes else image_files.from_file(x, self.shape)
+            if self.decodes and len(x) <= self.nbytes:  # a larger file would take more room in the queue than its pixels
+                return np.frombuffer(image_files.check_file(x), np.uint8)
+            return image_files.from_file(x, self.shape)
         array = x if type(x) is np.ndarray else _as_array(x)
         if self.lengths and array.ndim and array.shape[1:] == self.shape[1:] and array.dtype == self.dtype:
             array = trim_padding(array, self.pad_id)

@@ -49,6 +49,7 @@ server's memory but none of its threads. Every call raises there at once, also `
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import threading
@@ -166,7 +167,8 @@ class Server:
             specs = {InputSpec.of(e) for e in engines}
         if len(specs) != 1:
             raise errors.ConfigError(f"a server needs engines for the same inputs; got {len(engines)} engines for {[*specs]}")
-        [self.inputs] = specs
+        [spec] = specs
+        self.inputs = dataclasses.replace(spec, decodes=all(InputSpec.of(e).decodes for e in engines))
         each = profiles_of_workers(profile, len(engines))
         if (ours := [*self.inputs.lengths]) != (theirs := [*each[0].lengths]):
             raise errors.ConfigError(f"engines have length buckets {ours}, profile {theirs}; they must agree")
@@ -252,7 +254,8 @@ class Server:
         Args:
           engine_or_device: an engine like the others, or a process that makes one (see `makers.Place`). If the server was
             opened with a model, it may be a jax device: the calling thread then makes the executables first.
-          profile: the worker's latencies. None takes the latencies of the first worker.
+          profile: the worker's latencies. None takes the latencies of the first worker. An engine in another process has its
+            own, and takes only batch sizes and lengths from here.
 
         Returns:
           The worker's name: the engine's name, with a number if another worker has that name.
@@ -264,21 +267,23 @@ class Server:
         if self._interrupts():
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
             return getattr(engine_or_device, "name", "")
+        new, latencies = engine_or_device, profile or self.profile
+        profiles_of_workers([self.profile, latencies], 2)
+        while makers.is_place(new):  # no lock is held, since a process may take minutes to start
+            maker = self._maker
+            engine, own = new.make_engine(maker.source(latencies))
+            with self._changing:
+                if maker is self._maker:  # else there was a swap meanwhile
+                    return self._add(engine, own)
         with self._changing, self._maker.settings():
-            new, latencies = engine_or_device, profile or self.profile
-            profiles_of_workers([self.profile, latencies], 2)
             if not hasattr(new, "run"):
-                if makers.is_place(new):
-                    new, latencies = new.make_engine(self._maker.source(latencies))
-                else:
-                    new, latencies = self._maker.engine(new, latencies)
-            if (spec := InputSpec.of(new)) != self.inputs:
-                raise errors.ConfigError(
-                    f"{new.name} takes {spec}, the workers of this server take {self.inputs}; they must agree"
-                )
-            if self.inputs.decodes and not spec.decodes:
-                raise errors.ConfigError(f"{new.name} cannot decode image files, which this server passes on to its workers")
-            return self.pool.add(new, latencies)
+                new, latencies = self._maker.engine(new, latencies)
+            return self._add(new, latencies)
+
+    def _add(self, engine: Engine, profile: Profile) -> str:
+        self.inputs.check_engine(engine)
+        profiles_of_workers([self.profile, profile], 2)
+        return self.pool.add(engine, profile)
 
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving. Returns when it has finished its batch and its thread has ended.
@@ -329,6 +334,8 @@ class Server:
         with self._changing, self._maker.settings():
             workers = self.pool.swaps.swappable()
             maker, engines, profiles = self._maker.successor(path_or_model, workers, self.profile)
+            for engine in engines:
+                self.inputs.check_engine(engine)
             each = profiles_of_workers(profiles, len(engines))
             old = self.pool.swaps.swap(workers, engines, each)
             self._maker, self.model, self.profiles, self.profile = maker, maker.model, tuple(each), each[0]

@@ -64,7 +64,10 @@ class Swaps:
                     "a swap in a done-callback would wait for the worker that runs the callback; call it in another thread"
                 )
             pool.locked_check_serving("cannot be swapped")
-            return tuple(worker for worker in pool.members.workers if worker.alive)
+            workers = tuple(worker for worker in pool.members.workers if worker.alive)
+            if not workers:  # all are lost, and may come back
+                raise pool.members.lost_error()
+            return workers
 
     def swap(self, workers: "Sequence[Worker]", engines: Sequence[Engine], profiles: Sequence[Profile]) -> list[Engine]:
         """Gives each of `workers` that is still alive a successor, or raises and changes nothing.
@@ -92,6 +95,8 @@ class Swaps:
         with pool.lock:
             pool.locked_check_serving("cannot be swapped")
             successors = {worker: s for worker, s in zip(workers, new, strict=True) if worker.alive}
+            if not successors:
+                raise pool.members.lost_error()
             old = [worker.engine for worker in successors]
             pool.outbox.drop(pool.make_policy)
             pool.make_policy = make_policy

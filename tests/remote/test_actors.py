@@ -1,5 +1,6 @@
 """A server on actors of Ray: answers, faults of an engine, and lost actors."""
 
+import gc
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ import superserve_jax as ss
 from superserve_jax import errors, remote
 from superserve_jax.engines.fake import FakeDevice
 from superserve_jax.serving import makers
+from superserve_jax.simulation.paper_profile import paper_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -39,10 +41,9 @@ def png(value, size=12):
     return file.getvalue()
 
 
-def serve(devices, *, shape=actors.SHAPE, **options):
-    engines = engines_of(devices, shape=shape)
-    profiles = [engine.profile for engine in engines]
-    return engines, ss.Server.from_engines(engines, profiles, slo_ms=60_000.0, **options)
+def serve(devices, **made):
+    engines = engines_of(devices, **made)
+    return engines, ss.Server.from_engines(engines, [engine.profile for engine in engines], slo_ms=60_000.0)
 
 
 def values(futures):
@@ -115,6 +116,65 @@ def test_a_lost_actor_costs_no_query_and_comes_back(devices, kill):
         assert values(good) == [*range(64)] * 2
         fakes.wait_until(lambda: s.health()["alive"] == 2)
         assert values(s.submit_many([x(i) for i in range(64)])) == list(range(64))
+
+
+def test_a_silent_process_is_lost_soon_also_after_a_long_time_at_full_load(devices):
+    engines, server = serve(devices, speed=20.0)  # each batch is done long before its profiled p99
+    with server as s:
+        values(s.submit_many([x(i % 200) for i in range(6_400)]))
+        os.kill(engines[0].pid, signal.SIGSTOP)
+        futures = s.submit_many([x(i) for i in range(64)])
+        start_s = time.monotonic()
+        fakes.wait_until(lambda: s.health()["alive"] == 1)
+        took_s = time.monotonic() - start_s
+        os.kill(engines[0].pid, signal.SIGCONT)
+        assert values(futures) == list(range(64))
+    assert took_s < 2.0  # 200 batches have been 200 * 7 ms early or more; the patience for one is 0.2 s
+
+
+def test_two_servers_share_the_engine_of_a_process(devices):
+    [_, first], [_, second] = serve(devices, speed=3.0), serve(devices, speed=3.0)
+    with first as s:
+        with second as other:
+            assert values(other.submit_many([x(i) for i in range(32)])) == list(range(32))
+        del second, other
+        gc.collect()
+        time.sleep(0.2)  # for the calls that drop the engines
+        assert values(s.submit_many([x(i) for i in range(32)])) == list(range(32))
+        assert s.health()["failures"] == 0
+
+
+def test_a_device_whose_process_was_ended_starts_a_new_one():
+    import ray
+
+    device = remote.ray_device(num_cpus=0)
+    [first] = engines_of([device])
+    ray.kill(device.actor)
+    [second] = engines_of([device])
+    assert first.pid != second.pid
+
+
+def test_all_engines_get_the_batch_sizes_of_the_first():
+    """Each process chooses its own, if nobody says which."""
+    made, profile = [], paper_profile()
+    smaller = profile.at(profile.batch_sizes[:2])
+
+    class Chooses:
+        def __init__(self, own):
+            self.own = own
+
+        def make_engine(self, source):
+            made.append(source)
+            return None, self.own if isinstance(source, Any) else source
+
+    class Any:
+        def at(self, first):
+            return first
+
+    anything = Any()
+    _, profiles = makers.make_all([Chooses(profile), Chooses(smaller), Chooses(profile)], anything)
+    assert profiles == [profile] * 3
+    assert made == [anything] * 3 + [profile]
 
 
 def test_a_host_whose_clock_is_wrong_by_an_hour():

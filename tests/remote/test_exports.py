@@ -1,6 +1,7 @@
 """A server on actors of Ray that open an export: logits, swaps, another router, and what is refused."""
 
 import asyncio
+import dataclasses
 import functools
 import json
 import os
@@ -40,11 +41,11 @@ os._exit(9)
 """
 
 
-def export_of(folder, seed):
+def export_of(folder, seed, config=TINY):
     """A tiny export with a profile of this machine."""
-    chosen = [TINY.space().smallest(), TINY.space().largest()]
-    statistics = {s: random_statistics(TINY, s) for s in chosen}
-    path = write_export(folder, SuperNet(TINY, random_params(TINY, seed), statistics))
+    chosen = [config.space().smallest(), config.space().largest()]
+    statistics = {s: random_statistics(config, s) for s in chosen}
+    path = write_export(folder, SuperNet(config, random_params(config, seed), statistics))
     kind = machine.device_kind(jax.devices()[0])
     rows = tuple(Row(s, 0.5 + 0.1 * i, (5.0 + i, 9.0 + i)) for i, s in enumerate(chosen))
     Profile((1, 4), rows, kind).save(exports.profile_path(path, kind))
@@ -86,9 +87,18 @@ def test_a_real_export_gives_the_logits_of_a_local_engine_also_after_a_swap_and_
             s.add_worker(jax.devices()[0])
 
 
-def test_an_actor_beside_a_device_of_this_process(paths):
+def test_a_swap_to_other_inputs_is_refused(paths, tmp_path):
+    other = dataclasses.replace(TINY, image_size=TINY.image_size + 4)
+    with ss.Server(paths[0], devices=ss.ray_devices(1, num_cpus=0), policy="fixed:0", slo_ms=60_000.0) as s:
+        with pytest.raises(errors.ConfigError, match="they must agree"):
+            s.swap(export_of(tmp_path / "other", 0, other))
+        assert_answers(outputs(s, random_images(TINY, 4)), paths[0], random_images(TINY, 4))
+
+
+def test_an_actor_beside_a_device_of_this_process(paths, monkeypatch):
     images = random_images(TINY, 24)
-    with ss.Server(paths[0], devices=jax.devices()[:1], policy="fixed:0", slo_ms=60_000.0) as s:
+    monkeypatch.chdir(paths[0].parent)
+    with ss.Server(paths[0].name, devices=jax.devices()[:1], policy="fixed:0", slo_ms=60_000.0) as s:
         name = s.add_worker(ss.ray_device(num_cpus=0))
         for path in paths:
             if path is paths[1]:
@@ -115,7 +125,7 @@ def test_a_second_router_takes_over_the_engines_of_one_that_died(paths, cluster,
     with ss.Server(paths[0], devices=[device], policy="fixed:0", slo_ms=60_000.0) as s:
         engine = engine_of(s)
         assert engine.pid == pid
-        assert engine.opened.use == 2, "the engine was made again"
+        assert len(ray.get(device.actor.keys.remote())) == 1, "the engine was made again"
         assert_answers(outputs(s, images), paths[0], images)
     ray.kill(device.actor)
 

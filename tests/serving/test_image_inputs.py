@@ -38,3 +38,21 @@ def test_other_bytes_are_refused_at_once(x):
 def test_a_server_without_square_images_takes_no_files(shape):
     with serve(shape, input_dtype=np.uint8) as s, pytest.raises(errors.InputError, match=r"expected \("):
         s.submit(png(7))
+
+
+def test_files_are_decoded_here_unless_all_engines_decode_them():
+    engines = [FakeEngine(PROFILE, input_shape=(8, 8, 3), input_dtype=np.uint8, name=f"fake:{i}") for i in range(2)]
+    engines[0].decodes = True
+    with Server.from_engines(engines, PROFILE, policy=always(0), slo_ms=1e4) as s:
+        replies = [s.submit(png(7)).result(WAIT_S) for _ in range(8)]
+    assert [r.output for r in replies] == [(7, 0)] * 8
+
+
+def test_a_file_that_is_larger_than_its_pixels_is_decoded_here():
+    engine = FakeEngine(PROFILE, input_shape=(8, 8, 3), input_dtype=np.uint8)
+    engine.decodes = True
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file, "PNG")
+    with Server.from_engines([engine], PROFILE, policy=always(0), slo_ms=1e4) as s:
+        assert s.inputs.check(file.getvalue()).shape == (8, 8, 3)
+        assert s.inputs.check(png(7)).ndim == 1
