@@ -188,10 +188,11 @@ def run(options: Options, application: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set handlers, too
         signal.signal(number, lambda *_: stopped.set())
     serve.start(http_options={"host": "127.0.0.1", "port": options.port})
-    serve.run(application, route_prefix="/")  # pyright: ignore[reportAttributeAccessIssue]
+    serve.run(application, name=options.name, route_prefix="/")  # pyright: ignore[reportAttributeAccessIssue]
     print(msgspec.json.encode({"port": options.port}).decode(), flush=True)
     stopped.wait()
-    serve.shutdown()
+    # Not `shutdown`: it would end what others serve in this cluster.
+    serve.delete(options.name)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> None:

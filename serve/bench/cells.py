@@ -76,9 +76,9 @@ def loaded(child: Child, port: int, qps: float, options: Options) -> dict[str, A
     """Sends requests to a server, and returns the figures. The CPU time of an idle server is subtracted."""
     due_s = traces.gamma(rate_qps=qps, cv2=1.0, duration_s=options.seconds, seed=options.seed).arrivals_s
     requests = [messages.json_request(messages.SMALL, i, SLO_MS) for i in range(messages.NUMBERS)]
-    before = CpuTimes.now(child)
-    time.sleep(_IDLE_S)
-    idle_cores = (CpuTimes.now(child).child - before.child) / _IDLE_S
+    before, idle_s = CpuTimes.now(child), min(_IDLE_S, options.seconds)
+    time.sleep(idle_s)
+    idle_cores = (CpuTimes.now(child).child - before.child) / idle_s
     connect = functools.partial(http1.Http1, port, connections=_CONNECTIONS)
     found = running.loaded(child, connect, due_s, requests, messages.read_http)
     found["server_us"] -= 1e6 * idle_cores * options.seconds / len(due_s)
