@@ -71,6 +71,18 @@ def check_file(file: bytes) -> bytes:
     return file
 
 
+def pixels(file: bytes) -> int:
+    """The number of pixels of a PNG or JPEG file, from its header. Raises InputError if it is no such file."""
+    try:
+        with PIL.Image.open(io.BytesIO(check_file(file))) as opened:  # reads the header only
+            width, height = opened.size
+    except errors.InputError:
+        raise
+    except Exception as e:  # any exception: Pillow raises many kinds for damaged files
+        raise errors.InputError(f"{len(file)} bytes cannot be read as an image: {reason(e)}") from e
+    return width * height
+
+
 def from_file(file: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """A PNG or JPEG file as an input of a server: the central square, scaled.
 
@@ -80,15 +92,10 @@ def from_file(file: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
     Raises InputError if the file is damaged, or has more than `MOST_PIXELS`.
     """
-    size, _, channels = shape
+    if (count := pixels(file)) > MOST_PIXELS:
+        raise errors.InputError(f"an image of {count:,} pixels; a server decodes at most {MOST_PIXELS:,} pixels")
     try:
-        with PIL.Image.open(io.BytesIO(check_file(file))) as opened:  # reads the header only
-            width, height = opened.size
-        pixels = decode(file, channels) if width * height <= MOST_PIXELS else None
-    except errors.InputError:
-        raise
-    except Exception as e:  # any exception: Pillow raises many kinds for damaged files
+        image = decode(file, shape[2])
+    except Exception as e:  # as in `pixels`
         raise errors.InputError(f"{len(file)} bytes cannot be read as an image: {reason(e)}") from e
-    if pixels is None:
-        raise errors.InputError(f"an image of {width} x {height} pixels; a server decodes at most {MOST_PIXELS:,} pixels")
-    return centre_crop(pixels, size)
+    return centre_crop(image, shape[0])

@@ -5,6 +5,7 @@ import itertools
 import logging
 import pickle
 import threading
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from superserve_jax import errors
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
 from superserve_jax.remote import actors, host
-from superserve_jax.remote.engine import RemoteEngine
+from superserve_jax.remote.engine import RemoteEngine, drop
 from superserve_jax.remote.host import Failed, Opened
 from superserve_jax.serving.makers import Source
 
@@ -20,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 _WARN_S = 60.0  # after so long, a log message says that an engine is not ready yet
 _OPEN_S = 600.0  # an actor may wait for a free host, compile everything, and measure a profile
+_PROCESS = uuid.uuid4().hex  # names this process in tokens
+_tokens = itertools.count()
 _THREADS = 3  # two for batches; one for an engine that is made meanwhile, as in a swap, and for pings
 
 
@@ -74,13 +77,24 @@ class RayDevice:
     def _made(self, actor: Any, source: Source | None) -> tuple[Engine, Profile]:
         if source is None:
             raise errors.ConfigError(f"{self} has no export; open a server with it, or add it to a server with an export")
-        text = repr(source)
+        text, token = repr(source), f"{_PROCESS}:{next(_tokens)}"
         key = self._keys.setdefault(text, hashlib.sha256(text.encode()).hexdigest()[:16])
-        import ray  # now we know that it is installed
+        try:
+            opened = self._opened(actor, key, source, token)
+        except BaseException:
+            drop(actor, key, token)  # the actor may still be making the engine
+            raise
+        engine = RemoteEngine(self, actor, key, token, opened)
+        self._source = source.at(engine.profile)
+        self._keys.setdefault(repr(self._source), key)  # the engine has these sizes already
+        return engine, engine.profile
+
+    def _opened(self, actor: Any, key: str, source: Source, token: str) -> Opened:
+        import ray
         from ray import exceptions
 
         try:
-            begun = actor.open.remote(key, source)
+            begun = actor.open.remote(key, source, token, alone=bool(self.name))
             done, _ = ray.wait([begun], timeout=_WARN_S)
             if not done:
                 _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
@@ -96,10 +110,7 @@ class RayDevice:
         if isinstance(opened, Failed):
             raise pickle.loads(opened.error)
         _check_versions(opened)
-        engine = RemoteEngine(self, actor, key, opened)
-        self._source = source.at(engine.profile)
-        self._keys.setdefault(repr(self._source), key)  # the engine has these sizes already
-        return engine, engine.profile
+        return opened
 
     def is_up(self, timeout_s: float) -> bool:
         """See `serving.makers.Place`."""
@@ -131,7 +142,8 @@ def ray_device(*, name: str = "", **options: Any) -> RayDevice:
 
     Args:
       name: with a name, the process outlives this one. If this process dies, another router that gives the same name takes
-        it over, with the engine that it holds.
+        it over, with the engine that it holds, and the engines of other exports are freed. Only one router at a time may use
+        a name.
       **options: options of the actor in Ray's own terms: num_gpus, num_cpus, resources, runtime_env, scheduling_strategy.
 
     Raises ConfigError for an option that this library sets itself.

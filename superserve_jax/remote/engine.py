@@ -41,6 +41,7 @@ class RemoteEngine:
       place: the device that made it.
       actor: Ray's handle of the actor.
       key: the key of the engine in the actor.
+      token: names this opening of the engine, see `Host.drop`.
       opened: what `Host.open` answered.
 
     Attributes:
@@ -54,7 +55,7 @@ class RemoteEngine:
 
     overlap = True
 
-    def __init__(self, place: "RayDevice", actor: Any, key: str, opened: Opened):
+    def __init__(self, place: "RayDevice", actor: Any, key: str, token: str, opened: Opened):
         self.place, self._actor, self._key = place, actor, key
         self.opened, self.host, self.pid = opened, opened.host, opened.pid
         self.name = place.label
@@ -73,8 +74,9 @@ class RemoteEngine:
         }
         self._is_lost = threading.Event()
         self.answered_s = 0.0
+        self._last: _Call | None = None
         self.call_s = self.lead_s = 0.0
-        weakref.finalize(self, _drop, actor, key, opened.token).atexit = False
+        weakref.finalize(self, drop, actor, key, token).atexit = False
         self.call_s = self.lead_s = self._warm_up()
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
@@ -98,7 +100,9 @@ class RemoteEngine:
             ref = self._actor.run.remote(self._key, self._rank[subnet], batch_size, packing.pack(inputs, ndim=self._ndim))
         except _ray_errors() as error:
             raise self.lost(error) from None
-        return _Call(self, ref, len(inputs), now_s, p99_s)
+        before = self._last if self._last is not None and not self._last.is_answered else None
+        self._last = _Call(self, ref, len(inputs), now_s, p99_s, before)
+        return self._last
 
     def lost(self, error: BaseException) -> errors.EngineLostError:
         """Notes that the actor is lost, and returns the error for it."""
@@ -129,22 +133,19 @@ class RemoteEngine:
 class _Call:
     """A batch on its way. One thread uses it."""
 
-    def __init__(self, engine: RemoteEngine, ref: Any, count: int, sent_s: float, p99_s: float):
-        self._engine, self._ref, self._count, self._sent_s, self._p99_s = engine, ref, count, sent_s, p99_s
+    def __init__(self, engine: RemoteEngine, ref: Any, count: int, sent_s: float, p99_s: float, before: "_Call | None"):
+        self._engine, self._ref, self._count, self._sent_s, self.p99_s = engine, ref, count, sent_s, p99_s
+        self._before = before  # a batch that the device computes first
         self._answer: Any = None
         self._error: BaseException | None = None
 
     def in_time(self) -> bool:
         """See `Launched.in_time`."""
-        return self._arrives(self._expected_s() + max(_SUSPECT_S, _SUSPECT * self._p99_s))
+        return self._arrives(self._expected_s() + max(_SUSPECT_S, _SUSPECT * self.p99_s))
 
     def wait(self) -> None:
         """See `Launched.wait`."""
-        if (
-            self._answer is None
-            and self._error is None
-            and not self._arrives(self._expected_s() + max(_LOST_S, _LOST * self._p99_s))
-        ):
+        if not self.is_answered and not self._arrives(self._expected_s() + max(_LOST_S, _LOST * self.p99_s)):
             self._error = self._engine.lost(TimeoutError())
         if self._error is not None:
             raise self._error
@@ -160,9 +161,17 @@ class _Call:
         """See `Launched.device_s`."""
         return self._answer.device_s
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether the answer is known, or that there will be none."""
+        return self._answer is not None or self._error is not None
+
     def _expected_s(self) -> float:
-        """When the answer should be there. The device began when the batch before was done."""
-        return max(self._sent_s, self._engine.answered_s) + self._p99_s + self._engine.call_s
+        """When the answer should be there. The device begins when the batch before is done."""
+        if self._before is not None and self._before.is_answered:
+            self._before = None
+        ahead_s = 0.0 if self._before is None else self._before.p99_s
+        return max(self._sent_s, self._engine.answered_s) + ahead_s + self.p99_s + self._engine.call_s
 
     def _arrives(self, end_s: float) -> bool:
         """Waits for the answer until `end_s`. Returns whether it is there, or never will be."""
@@ -188,7 +197,7 @@ class _Call:
         return True
 
 
-def _drop(actor: Any, key: str, token: str) -> None:
+def drop(actor: Any, key: str, token: str) -> None:
     """Frees the engine in the actor, if the actor still lives."""
     with contextlib.suppress(Exception):  # any exception: this may run while Ray or the interpreter ends
         actor.drop.remote(key, token)

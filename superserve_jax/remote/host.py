@@ -11,7 +11,6 @@ import platform
 import socket
 import threading
 import time
-import uuid
 from typing import Any, NamedTuple
 
 import superserve_jax
@@ -60,7 +59,6 @@ class Opened:
       profile: the engine's profile, as `Profile.to_json` writes it.
       versions: {a name such as "superserve-jax": its version}.
       host, pid: where the actor runs.
-      token: names this opening of the engine, see `Host.drop`.
     """
 
     name: str
@@ -74,7 +72,6 @@ class Opened:
     versions: dict[str, str]
     host: str
     pid: int
-    token: str
 
 
 def versions() -> dict[str, str]:
@@ -87,7 +84,9 @@ class Host:
 
     def __init__(self):
         self._engines: dict[str, _Turns] = {}
-        self._opening = threading.Lock()
+        self._dropped: set[str] = set()  # tokens that were dropped before their engine was made
+        self._lock = threading.Lock()  # guards both, and the tokens of engines
+        self._opening = threading.Lock()  # held while an engine is made
 
     def ping(self) -> int:
         """The id of the process. An answer means that the process is up."""
@@ -97,15 +96,32 @@ class Host:
         """The keys of its engines."""
         return list(self._engines)
 
-    def open(self, key: str, source: Source) -> Opened | Failed:
-        """Makes an engine, unless there is one with this key."""
+    def open(self, key: str, source: Source, token: str, *, alone: bool) -> Opened | Failed:
+        """Makes an engine, unless there is one with this key.
+
+        Args:
+          key: names the engine.
+          source: what to make it from.
+          token: "PROCESS:NUMBER" of the router and this call, see `drop`.
+          alone: whether other routers are dead. Their engines are freed first, except the one with this key.
+        """
         try:
-            with self._opening:
-                if key not in self._engines:
-                    self._engines[key] = _Turns(*source.open())
-                turns = self._engines[key]
-                token = uuid.uuid4().hex
-                turns.tokens.add(token)
+            with self._lock:
+                for name, turns in [*self._engines.items()] if alone else ():
+                    owner = token.split(":")[0]
+                    turns.tokens = {each for each in turns.tokens if each.split(":")[0] == owner}
+                    if not turns.tokens and name != key:
+                        del self._engines[name]
+                turns = self._engines.get(key)
+            if turns is None:
+                with self._opening:
+                    turns = self._engines.get(key) or _Turns(*source.open())
+            with self._lock:
+                if token in self._dropped:
+                    self._dropped.remove(token)
+                else:
+                    self._engines[key] = turns
+                    turns.tokens.add(token)
             engine, profile = turns.engine, turns.profile
             return Opened(
                 engine.name,
@@ -119,7 +135,6 @@ class Host:
                 versions(),
                 socket.gethostname(),
                 os.getpid(),
-                token,
             )
         except BaseException as error:
             return Failed.of(error)
@@ -136,11 +151,14 @@ class Host:
 
     def drop(self, key: str, token: str) -> None:
         """Frees an engine when all that opened it have dropped it."""
-        with self._opening:
-            if (turns := self._engines.get(key)) is not None and token in turns.tokens:
-                turns.tokens.remove(token)
-                if not turns.tokens:
-                    del self._engines[key]
+        with self._lock:
+            turns = self._engines.get(key)
+            if turns is None or token not in turns.tokens:
+                self._dropped.add(token)
+                return
+            turns.tokens.remove(token)
+            if not turns.tokens:
+                del self._engines[key]
 
 
 class _Turns:

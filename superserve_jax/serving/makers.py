@@ -86,11 +86,13 @@ def is_place(device: Any) -> bool:
 def make_all(places: Sequence[Place], source: Source) -> tuple[list[Engine], list[Profile]]:
     """An engine and a profile for each place, made at the same time. All have the batch sizes of the first one."""
     with ThreadPoolExecutor(max(1, len(places))) as threads:
-        made = list(threads.map(lambda place: place.make_engine(source), places))
-        for i, (_, profile) in enumerate(made):  # each may have chosen its sizes itself
-            first = made[0][1]
-            if (profile.batch_sizes, profile.lengths) != (first.batch_sizes, first.lengths):
-                made[i] = places[i].make_engine(source.at(first))
+        made: list[Any] = list(threads.map(lambda place: place.make_engine(source), places))
+        first: Any = made[0][1] if made else None
+        odd = [i for i, (_, own) in enumerate(made) if (own.batch_sizes, own.lengths) != (first.batch_sizes, first.lengths)]
+        for i in odd:  # each has chosen its sizes itself
+            made[i] = None  # frees the engine
+        for i, again in zip(odd, threads.map(lambda i: places[i].make_engine(source.at(first)), odd), strict=True):
+            made[i] = again
     return [engine for engine, _ in made], [profile for _, profile in made]
 
 

@@ -21,6 +21,7 @@ from superserve_jax.scheduling.policies import Policy
 _OF_A_MODEL = ("batch_sizes", "lengths", "devices", "slicing", "slice_bytes", "compute_dtype", "cpu_workers")
 _MAX_NAME = 100  # characters of a built-in policy's name, also the most that an error message shows
 _MAX_STALL_S = 1e6  # 11 days; a thread cannot wait for much longer
+_MOST_TIMES = 4  # engines decode images with up to so many times the pixels of an input
 _MAX_SLO_MS = 1e12  # 31 years; a thread cannot wait for much longer
 
 
@@ -200,8 +201,9 @@ class InputSpec:
         if type(x) is bytes and self.is_image:
             from superserve_jax import image_files  # here, since it imports Pillow
 
-            if self.decodes and len(x) <= self.nbytes:  # a larger file would take more room in the queue than its pixels
-                return np.frombuffer(image_files.check_file(x), np.uint8)
+            # A larger file would take more room in the queue than its pixels, or delay the other queries of its batch.
+            if self.decodes and len(x) <= self.nbytes and image_files.pixels(x) <= _MOST_TIMES * math.prod(self.shape[:2]):
+                return np.frombuffer(x, np.uint8)
             return image_files.from_file(x, self.shape)
         array = x if type(x) is np.ndarray else _as_array(x)
         if self.lengths and array.ndim and array.shape[1:] == self.shape[1:] and array.dtype == self.dtype:

@@ -70,8 +70,9 @@ def test_a_poisoned_input_fails_alone(devices):
 def test_image_files_are_decoded_in_the_process_and_a_damaged_one_fails_alone(devices):
     engines, server = serve(devices, shape=(8, 8, 3))
     with server as s:
-        array = np.full((8, 8, 3), 9, np.uint8)
-        futures = s.submit_many([png(1), array, png(2, size=40), png(3)[:40], array, png(4)])
+        array, good = np.full((8, 8, 3), 9, np.uint8), png(3)
+        damaged = good[:45] + bytes(len(good) - 45)
+        futures = s.submit_many([png(1), array, png(2, size=40), damaged, array, png(4)])
         with pytest.raises(errors.InferenceError, match="cannot be read as an image"):
             futures.pop(3).result(WAIT_S)
         assert values(futures) == [1, 9, 2, 9, 4]
