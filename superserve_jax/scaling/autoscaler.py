@@ -1,5 +1,6 @@
 """The autoscaler of a live server: it reads the server's counters, and adds and removes workers. No jax."""
 
+import contextlib
 import logging
 import statistics
 import threading
@@ -159,6 +160,9 @@ class Autoscaler:
             if not self._stopped.is_set():
                 name = self._server.add_worker(device)
                 foreign.log(_log, logging.INFO, "%s was added", name)
+                if self._stopped.is_set():  # it was closed while the worker joined
+                    with contextlib.suppress(errors.SuperServeError):  # the server was closed, or the others have left
+                        self._remove(name)
         except BaseException as error:
             self._retry_s = self._clock() + _PAUSE_S
             foreign.log(_log, logging.WARNING, "a worker could not be added: %s", foreign.text_of(error))

@@ -162,6 +162,24 @@ def test_a_worker_that_is_ready_after_the_end_is_dropped():
         assert alive(server) == ["fake:0"]
 
 
+def test_a_worker_that_joins_during_the_end_is_removed(monkeypatch):
+    asked, go, add = threading.Event(), threading.Event(), Server.add_worker
+
+    def slow(server, device):
+        asked.set()
+        go.wait(10)
+        return add(server, device)
+
+    monkeypatch.setattr(Server, "add_worker", slow)
+    with open_server("fixed:largest") as server:
+        with Autoscaler(server, lambda: engine(1), target_accuracy=0.75, least=2, most=2) as scaler:
+            assert asked.wait(10)
+        go.set()
+        wait_until(lambda: not scaler.starting)
+        assert server.health()["joined"] == 2
+        assert alive(server) == ["fake:0"]
+
+
 def test_an_unexpected_error_is_logged_and_the_thread_goes_on(monkeypatch, caplog):
     snapshot, calls = Server.snapshot, iter(range(10**9))
 
