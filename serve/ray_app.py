@@ -11,6 +11,7 @@ The first form ends them with Ctrl-C. In a cluster that goes on, this ends those
 
     python serve/ray_app.py --stop --cells 2 --address auto
 
+Do this also before you serve another export, since the replicas refuse routers that have opened something else.
 It answers a part of what the gateway answers (docs/network.md): inference, metadata and readiness over HTTP, without texts,
 compression, token, TLS and gRPC.
 Library: remote.router, remote.collector, gateway.requests, gateway.replies.
@@ -24,7 +25,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -36,7 +37,7 @@ from superserve_jax.gateway import messages, replies, requests
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.messages import Answer
 from superserve_jax.gateway.tensors import InputTensor
-from superserve_jax.remote.router import About, RemoteRouter
+from superserve_jax.remote.router import About, RemoteRouter, description
 from superserve_jax.serving.server import Server
 
 _AT_ONCE = 1_000  # requests in a replica
@@ -97,6 +98,22 @@ def routers(options: Options, open_server: Callable[[], Server]) -> list[RemoteR
     return [remote.start_router(open_server, name=name, scheduling_strategy="SPREAD") for name in names(options)]
 
 
+async def first_about(cells: Sequence[RemoteRouter]) -> list[About | None]:
+    """What the cells say, as soon as one of them has opened its server. None for those that failed or take longer."""
+    tasks = [asyncio.ensure_future(cell.about()) for cell in cells]
+    waiting, error = set(tasks), None
+    try:
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            error = next((task.exception() for task in done if task.exception()), error)
+            if any(not task.exception() for task in done):
+                return [None if task in waiting or task.exception() else task.result() for task in tasks]
+    finally:
+        for task in waiting:
+            task.cancel()
+    raise errors.ConfigError(f"no server could be opened: {errors.one_line(error)}")
+
+
 class Ingress:
     """A replica of Serve: it takes requests, and calls the routers.
 
@@ -108,11 +125,16 @@ class Ingress:
     async def __init__(self, options: Options, open_server: Callable[[], Server]):
         self._name = options.name
         cells = routers(options, open_server)
-        found = await asyncio.gather(*(cell.about() for cell in cells), return_exceptions=True)
-        about = next((each for each in found if isinstance(each, About)), None)
-        if about is None:  # one cell is enough to begin with
-            raise errors.ConfigError(f"no server could be opened: {errors.one_line(found[0])}")
+        found = await first_about(cells)
+        about = next(each for each in found if each is not None)
+        wanted = description(open_server)
+        if other := next((each.opened for each in found if each is not None and each.opened != wanted), None):
+            stop = f"python serve/ray_app.py --stop --cells {options.cells} --name {options.name} --address auto"
+            raise errors.ConfigError(f"the routers have opened {other}, and not {wanted}; run this first: {stop}")
         self._collector = remote.Collector(cells, slo_ms=options.slo_ms, wait_ms=options.wait_ms, most=options.most)
+        for cell, each in zip(cells, found, strict=True):
+            if each is None:
+                self._collector.lose(cell)
         self._cells = len(cells)
         self._ranks = {subnet: rank for rank, subnet in enumerate(about.subnets)}
         dtype, any_length = np.dtype(about.input_dtype), bool(about.lengths)

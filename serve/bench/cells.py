@@ -14,7 +14,8 @@ much.
 | app | Ray Serve with its proxy and controller, a replica, a router, and Ray's own |
 | collector | one that submits queries and has a collector, a router, and Ray's own |
 
-Ray's processes also take time when there are no queries. This is measured first, and subtracted from the figure of the app.
+Ray's processes also take time when there are no queries. This is measured first, and subtracted from the figures of the
+gateway and the app, but not of the collector.
 Requests are JSON with one small input, Poisson traffic, SLO 36 ms.
 Library: remote.router, remote.collector, gateway.Gateway, simulation.traces.
 """

@@ -9,6 +9,16 @@ NAMESPACE = "superserve_jax"
 """The namespace of actors with a name."""
 
 
+def find(name: str) -> Any:
+    """Ray's handle of the actor that has this name now, or None."""
+    import ray
+
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
 def start(kind: type, *arguments: Any, options: Mapping[str, Any], name: str, at_once: int) -> Any:
     """Starts an actor, and returns Ray's handle of it. With a name that an actor has already, returns that actor.
 

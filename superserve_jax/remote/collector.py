@@ -24,7 +24,7 @@ from superserve_jax.serving.options import check_slo
 _log = logging.getLogger(__name__)
 
 _key = operator.attrgetter("key")
-_LEAST_MS = 1e-3  # left for a query whose deadline has passed: it is answered late
+_GONE = (errors.WorkersLostError, errors.ServerClosedError)  # errors of a router that can answer nothing
 
 
 class Cell(Protocol):
@@ -33,11 +33,15 @@ class Cell(Protocol):
     name: str
 
     async def infer(self, parts: Sequence[Part]) -> Answers:
-        """Answers queries. Raises RouterLostError if the router is gone."""
+        """Answers queries. Raises RouterLostError if the router is gone. See `Router.infer`."""
+        ...
+
+    async def rest(self, ticket: int) -> Answers:
+        """The answers that were not there yet. See `Router.rest`."""
         ...
 
     async def about(self) -> Any:
-        """Answers if the router is up. Raises RouterLostError otherwise."""
+        """Answers if the router can serve. Raises an error otherwise."""
         ...
 
 
@@ -52,20 +56,23 @@ class _Request:
     floor: float
     arrived_s: float
     answer: "asyncio.Future[list[Reply]]"
+    found: dict[int, Reply | Exception] = dataclasses.field(default_factory=dict)
 
-    def resolve(self, found: Sequence[Reply | Failed], now_s: float) -> None:
-        """Answers the request. Times count from its arrival."""
-        if self.answer.done():
+    def take(self, place: int, found: Reply | Exception, now_s: float) -> None:
+        """Takes the answer to one of its queries, and answers the request after the last. Times count from its arrival."""
+        self.found[place] = found
+        if len(self.found) < len(self.inputs) or self.answer.done():
             return
-        if failed := next((each for each in found if isinstance(each, Failed)), None):
-            self.answer.set_exception(pickle.loads(failed.error))
+        each = [self.found[i] for i in range(len(self.inputs))]
+        if failed := next((one for one in each if isinstance(one, Exception)), None):
+            self.answer.set_exception(failed)
             return
         latency_ms = 1e3 * (now_s - self.arrived_s)
         met_slo = latency_ms <= self.slo_ms
         self.answer.set_result(
             [
                 reply._replace(met_slo=met_slo, latency_ms=latency_ms, queue_ms=max(0.0, latency_ms - reply.compute_ms))
-                for reply in found
+                for reply in each
                 if isinstance(reply, Reply)
             ]
         )
@@ -83,15 +90,17 @@ class _Line:
 class Collector:
     """Gathers queries and calls routers. One event loop uses it. It reads the clock itself, as uvloop's is coarse.
 
-    A call goes to the router with the fewest unanswered queries. If a router is lost, the clients of its queries get a
-    RouterLostError. It gets no more queries until it answers again.
+    Queries with the same SLO and floor share a call. It goes to the router with the fewest unanswered queries. If a router is
+    lost, the clients of its queries get a RouterLostError. A router whose server has no workers, or cannot be opened, counts
+    as lost, too. A lost router gets no more queries until it can serve again.
 
     Args:
       routers: the routers, one for each cell.
       slo_ms: the deadline of queries that have none of their own.
       wait_ms: how long the first query waits for others.
       most: so many queries are sent at once, without waiting.
-      patience_s: after so long without an answer, a router counts as lost. A server without workers waits for half a minute.
+      patience_s: if a router has not returned a call for so long, it is asked whether it is up. It is lost if it does not
+        answer that within this time either.
       pause_s: how often a lost router is asked whether it is back.
     """
 
@@ -153,6 +162,10 @@ class Collector:
         """The names of the routers that are lost."""
         return [line.router.name for line in self._lines if line.lost]
 
+    def lose(self, router: Cell) -> None:
+        """Counts a router as lost: it gets no queries until it can serve."""
+        self._lose(next(line for line in self._lines if line.router is router))
+
     async def close(self) -> None:
         """Waits for the answers to all queries."""
         self._send()
@@ -167,7 +180,8 @@ class Collector:
             self._timer.cancel()
         gathered, self._waiting, self._count, self._timer = self._waiting, [], 0, None
         if live := [request for request in gathered if not request.answer.done()]:  # others were cancelled
-            self._spawn(self._tasks, self._call(sorted(live, key=_key)))
+            for _, group in itertools.groupby(sorted(live, key=_key), key=lambda request: request.key[:2]):
+                self._spawn(self._tasks, self._call(list(group)))  # SLO and floor: others may take much longer
 
     @staticmethod
     def _spawn(tasks: "set[asyncio.Task[None]]", work: Any) -> None:
@@ -178,35 +192,61 @@ class Collector:
     async def _call(self, requests: list[_Request]) -> None:
         """Answers requests, whatever happens. They are sorted by their keys."""
         try:
-            found = await self._found(requests)
+            await self._answer(requests)
         except Exception as error:
             for request in requests:
                 if not request.answer.done():
                     request.answer.set_exception(copy.copy(error))
-            return
-        each, now_s = iter(found), time.monotonic()
-        for request in requests:
-            request.resolve(list(itertools.islice(each, len(request.inputs))), now_s)
 
-    async def _found(self, requests: list[_Request]) -> list[Reply | Failed]:
-        """The answers of a router to the queries of all requests."""
-        now_s, count = time.monotonic(), sum(len(request.inputs) for request in requests)
+    async def _answer(self, requests: list[_Request]) -> None:
+        """Has a router answer the queries of all requests. Each request is answered as soon as its last query is."""
+        now_s = time.monotonic()
         parts = [_part(list(group), now_s) for _, group in itertools.groupby(requests, key=_key)]
-        line = self._best()
-        line.queries += count
+        line, waiting = self._best(), [(request, i) for request in requests for i in range(len(request.inputs))]
+        line.queries += len(waiting)
         try:
-            found = (await self._in_time(line, line.router.infer(parts))).unpacked()
-        except RouterLostError:
-            if not line.lost:
-                line.lost = True
-                _log.warning("%s is lost; its queries fail, and others go elsewhere", line.router.name)
-                self._spawn(self._asking, self._ask(line))
+            answers = await self._returned(line, line.router.infer(parts))
+            while waiting := self._take(line, waiting, answers):
+                answers = await self._returned(line, line.router.rest(answers.ticket))
+        finally:
+            line.queries -= len(waiting)
+
+    def _take(self, line: _Line, waiting: "list[tuple[_Request, int]]", answers: Answers) -> "list[tuple[_Request, int]]":
+        """Takes the answers to queries, and returns the queries without one."""
+        found, now_s = answers.unpacked(), time.monotonic()
+        late = [query for query, each in zip(waiting, found, strict=False) if each is None]
+        if len(found) != len(waiting) or (late and not answers.ticket):
+            count = sum(each is not None for each in found)
+            raise errors.InferenceError(f"{line.router.name} gave {count} answers to {len(waiting)} queries")
+        line.queries -= len(waiting) - len(late)
+        for (request, i), each in zip(waiting, found, strict=True):
+            if isinstance(each, Failed):
+                error = pickle.loads(each.error)
+                request.take(i, error, now_s)
+                if isinstance(error, _GONE):
+                    self._lose(line)
+            elif each is not None:
+                request.take(i, each, now_s)
+        return late
+
+    async def _returned(self, line: _Line, call: Awaitable[Answers]) -> Answers:
+        """What a call returned. If it fails as a whole, the router can serve nothing."""
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait([task], timeout=self._patience_s))[0]:
+                await self._in_time(line, line.router.about())
+            return await task
+        except Exception:
+            self._lose(line)
             raise
         finally:
-            line.queries -= count
-        if len(found) != count:
-            raise errors.InferenceError(f"{line.router.name} gave {len(found)} answers to {count} queries")
-        return found
+            task.cancel()
+
+    def _lose(self, line: _Line) -> None:
+        if not line.lost:
+            line.lost = True
+            _log.warning("%s cannot serve; others get its queries until it can", line.router.name)
+            self._spawn(self._asking, self._ask(line))
 
     def _best(self) -> _Line:
         """A router that is up, and has the fewest unanswered queries."""
@@ -236,6 +276,6 @@ class Collector:
 def _part(requests: list[_Request], now_s: float) -> Part:
     """The queries of requests with the same key. The earliest one sets the deadline of all."""
     first = requests[0]
-    left_ms = first.slo_ms - 1e3 * (now_s - min(request.arrived_s for request in requests))
+    waited_ms = 1e3 * (now_s - min(request.arrived_s for request in requests))
     inputs = packing.pack([x for request in requests for x in request.inputs])
-    return Part(inputs, max(_LEAST_MS, left_ms), first.floor, first.files)
+    return Part(inputs, first.slo_ms, waited_ms, first.floor, first.files)

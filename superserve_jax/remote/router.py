@@ -1,12 +1,18 @@
 """A router as an actor of Ray, and the calls to it, each of which brings many queries. Ray is imported late.
 
-A call to an actor takes more than half a millisecond of CPU time on both sides. So processes that take requests gather queries
-for a millisecond or two, and make one call for all of them, see `collector.py`.
+One file because both sides of a call change together. A call to an actor takes more than half a millisecond of CPU time on
+both sides. So processes that take requests gather queries for a millisecond or two, and make one call for all of them, see
+`collector.py`.
+
+A call does not wait for its slowest query. It returns what is answered when most of the time until the deadline is over, and a
+ticket. Only a caller with late queries makes a second call with the ticket, for the rest.
 """
 
 import asyncio
-import contextlib
+import dataclasses
+import itertools
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +26,10 @@ from superserve_jax.serving.server import Server
 from superserve_jax.subnet import Subnet
 
 _AT_ONCE = 10_000  # calls; each is a task of the actor's event loop, and no thread
+_SHARE = 0.75  # of the time until the deadline: when a call returns what it has. The rest is for the way back.
+_GRACE_S = 5e-3  # how long a call waits at least, and how long answers wait for others that are late, too
+_POLL_S = 5.0  # how long a call waits at most
+_FORGET_S = 60.0  # a ticket that nobody has used for so long is forgotten
 
 
 class RouterLostError(errors.ServerClosedError):
@@ -31,13 +41,15 @@ class Part(NamedTuple):
 
     Args:
       inputs: their inputs.
-      left_ms: the time until their deadline.
+      slo_ms: the time from their arrival until their deadline.
+      waited_ms: how long ago the first of them arrived.
       floor: the lowest accuracy that their clients accept.
       files: whether the inputs are the bytes of image files.
     """
 
     inputs: Packed
-    left_ms: float
+    slo_ms: float
+    waited_ms: float = 0.0
     floor: float = 0.0
     files: bool = False
 
@@ -47,22 +59,25 @@ class Answers(NamedTuple):
 
     Args:
       outputs: the outputs of the queries without an error, see `packing.pack_outputs`.
-      replies: for each query its reply, without the output, or its error.
+      replies: for each query its reply, without the output, or its error. None if it has no answer yet.
+      ticket: names the queries without an answer, see `Router.rest`. 0 if there are none.
     """
 
     outputs: Any
-    replies: list[Reply | Failed]
+    replies: list[Reply | Failed | None]
+    ticket: int = 0
 
     @classmethod
-    def of(cls, found: Sequence[Reply | Failed]) -> "Answers":
+    def of(cls, found: Sequence[Reply | Failed | None], ticket: int = 0) -> "Answers":
         """Packs answers."""
         outputs = [reply.output for reply in found if isinstance(reply, Reply)]
         return cls(
             packing.pack_outputs(outputs),
             [reply._replace(output=None) if isinstance(reply, Reply) else reply for reply in found],
+            ticket,
         )
 
-    def unpacked(self) -> list[Reply | Failed]:
+    def unpacked(self) -> list[Reply | Failed | None]:
         """The inverse of `of`."""
         outputs = iter(self.outputs)
         return [reply._replace(output=next(outputs)) if isinstance(reply, Reply) else reply for reply in self.replies]
@@ -76,6 +91,7 @@ class About(NamedTuple):
       lengths: see `Engine`.
       max_queue: how many queries may wait.
       subnets: the subnets, in the order of the profile.
+      opened: what the router has opened, see `description`.
     """
 
     input_shape: tuple[int, ...]
@@ -83,6 +99,25 @@ class About(NamedTuple):
     lengths: tuple[int, ...]
     max_queue: int
     subnets: tuple[Subnet, ...]
+    opened: str = ""
+
+
+def description(open_server: object) -> str:
+    """What opens a server, as a text that is the same in all processes.
+
+    >>> import functools
+    >>> description(functools.partial(sorted, (2, 1), reverse=True))
+    'functools.partial(<built-in function sorted>, (2, 1), reverse=True)'
+    """
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(open_server))
+
+
+@dataclasses.dataclass(slots=True)
+class _Rest:
+    """Queries that are not answered yet, and when they are forgotten."""
+
+    futures: list[Future]
+    forgetting: asyncio.TimerHandle
 
 
 class Router:
@@ -95,24 +130,75 @@ class Router:
     def __init__(self, open_server: Callable[[], Server]):
         self._open_server = open_server
         self._opening: asyncio.Task[Server] | None = None
+        self._numbers = itertools.count(1)
+        self._rests: dict[int, _Rest] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
 
     async def about(self) -> About | Failed:
-        """Opens the server, and tells about it."""
+        """Opens the server, and tells about it. It is an error if the server has no live worker."""
         try:
             server = await self._opened()
+            if not server.health()["alive"]:
+                raise errors.WorkersLostError("no worker of this router's server is alive; send queries to another one")
             inputs, pool = server.inputs, server.pool
-            return About(inputs.shape, inputs.dtype.str, inputs.lengths, pool.backlog.most, tuple(pool.counters.ranks))
+            shape, dtype, ranks = inputs.shape, inputs.dtype.str, tuple(pool.counters.ranks)
+            return About(shape, dtype, inputs.lengths, pool.backlog.most, ranks, description(self._open_server))
         except Exception as error:
             return Failed.of(error)
 
     async def infer(self, parts: Sequence[Part]) -> Answers | Failed:
-        """Answers queries. An error of one query is among the answers, and an error of the server is the result."""
+        """Answers queries. An error of one query is among the answers, and an error of the server is the result.
+
+        If some take too long, the result has no answers to them, but a ticket for `rest`.
+        """
         try:
             server = await self._opened()
         except Exception as error:
             return Failed.of(error)
         futures = [future for part in parts for future in submit(server, part)]
-        return Answers.of([future if isinstance(future, Failed) else await _reply(future) for future in futures])
+        left_s = 1e-3 * max((part.slo_ms - part.waited_ms for part in parts), default=0.0)
+        late = [future for future in futures if isinstance(future, Future)]
+        await self._wait(late, min(max(_SHARE * left_s, _GRACE_S), _POLL_S))
+        return self._found(futures)
+
+    async def rest(self, ticket: int) -> Answers | Failed:
+        """The answers to the queries without one in an earlier result, in their order. It waits until some are there.
+
+        It may give no answers to some of them, and a new ticket.
+        """
+        rest = self._rests.pop(ticket, None)
+        if rest is None:
+            text = f"ticket {ticket} is not known: it was used before, or not for {_FORGET_S:g} s; send the queries again"
+            return Failed.of(RouterLostError(text))
+        rest.forgetting.cancel()
+        await self._wait(rest.futures, _POLL_S, first=True)
+        await self._wait(rest.futures, _GRACE_S)
+        return self._found(rest.futures)
+
+    async def _wait(self, futures: Sequence[Future], seconds: float, *, first: bool = False) -> None:
+        """Waits for all queries, or for the first one. A task that awaits a query would cancel it if it was cancelled."""
+        tasks = [asyncio.create_task(work) for work in (map(_reply, futures) if first else [_all(futures)])]
+        for task in tasks:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        when = asyncio.FIRST_COMPLETED if first else asyncio.ALL_COMPLETED
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds, return_when=when)
+
+    def _found(self, futures: "Sequence[Future | Failed]") -> Answers:
+        """The answers so far, with a ticket for the others."""
+        found = [future if isinstance(future, Failed) else _now(future) for future in futures]
+        late = [future for future, each in zip(futures, found, strict=True) if each is None and isinstance(future, Future)]
+        if not late:
+            return Answers.of(found)
+        ticket = next(self._numbers)
+        forgetting = asyncio.get_running_loop().call_later(_FORGET_S, self._forget, ticket)
+        self._rests[ticket] = _Rest(late, forgetting)
+        return Answers.of(found, ticket)
+
+    def _forget(self, ticket: int) -> None:
+        for future in self._rests.pop(ticket).futures:
+            future.cancel()  # nobody wants the answer
 
     async def _opened(self) -> Server:
         opening = self._opening
@@ -132,21 +218,42 @@ def submit(server: Server, part: Part) -> "Sequence[Future | Failed]":
     if part.files:
         inputs = [x.tobytes() for x in inputs]
     try:
-        return server.submit_many(inputs, slo_ms=part.left_ms, min_accuracy=part.floor)
+        return _admitted(server, inputs, part)
     except errors.SuperServeError:
         return [_submitted(server, x, part) for x in inputs]
 
 
 def _submitted(server: Server, x: Any, part: Part) -> Future | Failed:
     try:
-        return server.submit(x, slo_ms=part.left_ms, min_accuracy=part.floor)
+        return _admitted(server, [x], part)[0]
     except errors.SuperServeError as error:
         return Failed.of(error)
+
+
+def _admitted(server: Server, inputs: Sequence[Any], part: Part) -> list[Future]:
+    """Submits queries with their own SLO. With the time left instead, a late query would look like a very short SLO."""
+    return server._admit(inputs, part.slo_ms, part.floor, 1e-3 * part.waited_ms)  # noqa: SLF001
+
+
+async def _all(futures: Sequence[Future]) -> None:
+    """Waits for all queries. No task for each, since most calls need nothing else."""
+    for future in futures:
+        await _reply(future)
 
 
 async def _reply(future: Future) -> Reply | Failed:
     try:
         return await future
+    except Exception as error:
+        return Failed.of(error)
+
+
+def _now(future: Future) -> Reply | Failed | None:
+    """The answer to a query, if there is one."""
+    if not future.done():
+        return None
+    try:
+        return future.result()
     except Exception as error:
         return Failed.of(error)
 
@@ -167,23 +274,29 @@ def open_cell(path: Any, count: int, *, name: str = "", device: Mapping[str, Any
 class RemoteRouter:
     """A router in an actor. It is what a `Collector` calls. See `start_router`."""
 
-    def __init__(self, actor: Any, name: str = "the router"):
-        self.actor, self.name = actor, name
+    def __init__(self, actor: Any, name: str = ""):
+        self.actor, self.name, self._registered = actor, name or "the router", name
 
     async def about(self) -> About:
         """See `Router.about`. Raises what opening the server raised, and RouterLostError."""
-        return await self._result(self.actor.about)
+        return await self._result("about")
 
     async def infer(self, parts: Sequence[Part]) -> Answers:
         """See `Router.infer`. Raises the error of the server, and RouterLostError."""
-        return await self._result(self.actor.infer, parts)
+        return await self._result("infer", parts)
 
-    async def _result(self, method: Any, *arguments: Any) -> Any:
+    async def rest(self, ticket: int) -> Answers:
+        """See `Router.rest`. Raises RouterLostError."""
+        return await self._result("rest", ticket)
+
+    async def _result(self, method: str, *arguments: Any) -> Any:
         from ray import exceptions
 
         try:
-            found = await method.remote(*arguments)
+            found = await getattr(self.actor, method).remote(*arguments)
         except exceptions.RayError as error:
+            if self._registered and isinstance(error, exceptions.ActorDiedError):  # another one may have its name
+                self.actor = await asyncio.to_thread(actors.find, self._registered) or self.actor
             text = f"{self.name} is lost; send the queries again ({type(error).__name__}: {errors.one_line(error)})"
             raise RouterLostError(text) from error
         if isinstance(found, Failed):
@@ -202,12 +315,12 @@ def start_router(open_server: Callable[[], Server], *, name: str = "", **options
     Raises ConfigError as `ray_device`.
     """
     actor = actors.start(Router, open_server, options={"num_cpus": 0, **options}, name=name, at_once=_AT_ONCE)
-    return RemoteRouter(actor, name or "the router")
+    return RemoteRouter(actor, name)
 
 
 def stop_router(name: str) -> None:
     """Ends the router with this name, if there is one, and the processes of its server that have no name."""
     import ray
 
-    with contextlib.suppress(ValueError):  # there is none
-        ray.kill(ray.get_actor(name, namespace=actors.NAMESPACE))
+    if (actor := actors.find(name)) is not None:
+        ray.kill(actor)

@@ -223,10 +223,10 @@ class Server:
             raise errors.InputError(f"expected several inputs, got {type(xs).__name__} ({foreign.text_of(e)})") from e
         return self._admit(each, slo_ms, min_accuracy)
 
-    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float) -> list[Any]:
+    def _admit(self, xs: Iterable[Any], slo_ms: float | None, min_accuracy: float, waited_s: float = 0.0) -> list[Any]:
         slo_ms = self.slo_ms if slo_ms is None else check_slo(slo_ms)
         floor = check_floor(min_accuracy, self.pool.backlog.best)
-        now_s = self._clock()
+        now_s = self._clock() - waited_s  # they may have waited in another process before, see `remote.router`
         deadline_s = now_s + 1e-3 * slo_ms
         lock, check = threading.RLock(), self.inputs.check
         queries = [Query(check(x), now_s, deadline_s, floor, lock) for x in xs]

@@ -1,4 +1,4 @@
-"""A collector, with routers that are no actors."""
+"""A collector, with routers that are no actors. One file because all tests share the fake router."""
 
 import asyncio
 import functools
@@ -28,12 +28,12 @@ class Fake:
 
     async def infer(self, parts):
         self.calls.append(parts)
-        await self.go.wait()
         await self.about()
         found = [x for part in parts for x in unpack(part.inputs)]
         return Answers.of([self.answer(x) for x in found])
 
     async def about(self):
+        await self.go.wait()
         if self.gone:
             raise RouterLostError(f"the router {self.name} is lost")
 
@@ -102,9 +102,10 @@ async def test_deadlines_count_from_arrival():
     await asyncio.sleep(0.03)
     late = await collector.submit(x(2), slo_ms=10)
     in_time = await first
-    [[short, long]] = fake.calls
-    assert 0 < short.left_ms < 1  # its deadline has passed, so it is due at once
-    assert 0 < long.left_ms <= 1_000 - 60
+    [[short], [long]] = fake.calls
+    assert (short.slo_ms, long.slo_ms) == (10, 1_000)  # also if the deadline has passed
+    assert short.waited_ms > 10
+    assert long.waited_ms >= 60
     assert not late.met_slo  # although the router says so
     assert late.latency_ms > 10
     assert in_time.met_slo
@@ -113,17 +114,106 @@ async def test_deadlines_count_from_arrival():
 
 
 @is_async
-async def test_queries_with_other_deadlines_floors_or_dtypes_share_a_call_but_no_part():
+async def test_queries_with_other_deadlines_or_floors_have_their_own_calls_and_dtypes_their_own_parts():
     fake = Fake()
     collector = Collector([fake], wait_ms=5, slo_ms=36)
     both = (submit_all(collector, [1, 2]), submit_all(collector, [3], min_accuracy=0.5), submit_all(collector, [4], slo_ms=99))
     *floats, other = await asyncio.gather(*both, collector.submit(np.int8([5, 0])))
     assert [values(replies) for replies in floats] == [[2, 4], [6], [8]]
     assert other.output.dtype == np.int8
-    [parts] = fake.calls
-    assert sorted((len(unpack(p.inputs)), p.floor, p.left_ms > 50) for p in parts) == [
-        *((1, 0.0, False), (1, 0.0, True), (1, 0.5, False), (2, 0.0, False))
+    assert sorted([(len(unpack(p.inputs)), p.floor, p.slo_ms) for p in parts] for parts in fake.calls) == [
+        [(1, 0.0, 99)],
+        [(1, 0.5, 36)],
+        [(2, 0.0, 36), (1, 0.0, 36)],
     ]
+
+
+@is_async
+async def test_each_query_is_answered_when_its_own_answer_is_there():
+    class Slow(Fake):
+        """It has the answer to the second query later, and then that to the first."""
+
+        asked = ()
+
+        async def infer(self, parts):
+            return Answers.of([None, None, self.answer(x(3))], ticket=7)
+
+        async def rest(self, ticket):
+            self.asked = (*self.asked, ticket)
+            if ticket == 7:
+                return Answers.of([None, self.answer(x(2))], ticket=8)
+            await self.go.wait()
+            return Answers.of([self.answer(x(1))])
+
+    slow = Slow()
+    slow.go.clear()
+    collector = Collector([slow], wait_ms=5)
+    first, *others = [asyncio.create_task(collector.submit(x(i))) for i in (1, 2, 3)]
+    assert values(await asyncio.gather(*others)) == [4, 6]
+    assert not first.done()
+    slow.go.set()
+    assert values([await first]) == [2]
+    assert slow.asked == (7, 8)
+
+
+@is_async
+async def test_a_slow_call_does_not_make_a_router_lost_that_says_it_is_up():
+    class Slow(Fake):
+        async def infer(self, parts):
+            await asyncio.sleep(0.2)
+            return await super().infer(parts)
+
+    collector = Collector([Slow()], wait_ms=0, patience_s=0.03)
+    assert values(await submit_all(collector, [1])) == [2]
+    assert not collector.lost()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@is_async
+async def test_a_router_that_serves_nothing_gets_no_queries_until_it_can(whole):
+    class Broken(Fake):
+        broken = True
+
+        async def infer(self, parts):
+            if whole:
+                await self.about()
+            return await super().infer(parts)
+
+        async def about(self):
+            if self.broken and (whole or self.lost):
+                raise errors.ExportError("no such export")
+
+        def answer(self, x):
+            self.lost = True
+            return Failed.of(errors.WorkersLostError("no workers")) if self.broken else Fake.answer(x)
+
+        lost = False
+
+    broken, good = Broken("broken"), Fake("good")
+    collector = Collector([broken, good], wait_ms=0, pause_s=0.01)
+    found: list = []
+    while not collector.lost():  # a router is chosen by chance
+        found += await submit_all(collector, [1])
+    assert isinstance(found[-1], errors.ExportError if whole else errors.WorkersLostError)
+    assert collector.lost() == ["broken"]
+    assert values(await submit_all(collector, range(20))) == [2 * i for i in range(20)]
+    broken.broken = False
+    while collector.lost():
+        await asyncio.sleep(0.01)
+    await collector.close()
+
+
+@is_async
+async def test_a_router_can_count_as_lost_from_the_beginning():
+    first, second = Fake("first"), Fake("second")
+    first.gone = True
+    collector = Collector([first, second], wait_ms=0, pause_s=0.01)
+    collector.lose(first)
+    assert values(await submit_all(collector, range(5))) == [0, 2, 4, 6, 8]
+    assert not first.calls
+    first.gone = False
+    while collector.lost():
+        await asyncio.sleep(0.01)
 
 
 @is_async
@@ -212,7 +302,7 @@ async def test_closing_waits_for_answers():
 @is_async
 async def test_image_files_travel_as_their_bytes():
     class Server:
-        def submit_many(self, xs, **options):
+        def _admit(self, xs, *options):
             return xs
 
     fake = Fake()

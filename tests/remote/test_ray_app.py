@@ -39,10 +39,10 @@ def app():
 class Cell:
     """A router that answers with twice the input, and fails for 9."""
 
-    name, gone = "cell", False
+    name, gone, opened = "cell", False, "None"
 
     async def about(self):
-        return About((2,), "<i4", (), 100, SUBNETS)
+        return About((2,), "<i4", (), 100, SUBNETS, self.opened)
 
     async def infer(self, parts):
         if self.gone:
@@ -53,12 +53,12 @@ class Cell:
         return Answers.of([failed if x[0] == 9 else reply._replace(output=np.float32(2 * x)) for x in found])
 
 
-def asked(app, *requests, cell=None):
+def asked(app, *requests, cell=None, others=()):
     """The statuses, headers and bodies of the answers to requests (method, path, headers, body)."""
 
     async def ask():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(app, "routers", lambda options, open_server: [cell or Cell()])
+            patch.setattr(app, "routers", lambda options, open_server: [cell or Cell(), *others])
             replica = app.Ingress.__new__(app.Ingress)
             await replica.__init__(app.Options(name="small", slo_ms=1_000), None)
         return [await call(replica, *request) for request in requests]
@@ -126,6 +126,35 @@ def test_a_replica_is_ready_as_long_as_a_router_answers(app):
     assert [found[0] for found in asked(app, ready, ("GET", "/v2/models/small", {}, b""))] == [200, 200]
     cell.gone = True
     assert [found[0] for found in asked(app, (*INFER, {}, body([1, 2])), ready, cell=cell)] == [503, 503]
+
+
+class Broken(Cell):
+    """A router without a server."""
+
+    async def about(self):
+        raise errors.ExportError("no such export")
+
+    async def infer(self, parts):
+        raise AssertionError("a query for a router without a server")
+
+
+class Slow(Broken):
+    async def about(self):
+        await asyncio.Event().wait()
+
+
+def test_one_router_is_enough_to_begin_with(app):
+    others = Broken(), Slow()
+    assert {found[0] for found in asked(app, *[(*INFER, {}, body([1, 2]))] * 5, others=others)} == {200}
+    with pytest.raises(errors.ConfigError, match="no server could be opened: no such export"):
+        asked(app, cell=Broken())
+
+
+def test_routers_of_another_export_are_not_used(app):
+    cell = Cell()
+    cell.opened = "another export"
+    with pytest.raises(errors.ConfigError, match=r"have opened another export, and not None; run this first: .* --stop"):
+        asked(app, cell=cell)
 
 
 def test_arguments_of_serve_run_are_those_of_the_program(app, monkeypatch):

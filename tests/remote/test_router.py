@@ -1,6 +1,7 @@
 """Routers that are actors of Ray."""
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -91,6 +92,11 @@ def test_a_killed_router_fails_its_clients_and_comes_back(router):
     remote.stop_router("unknown")
     with pytest.raises(remote.RouterLostError):
         run(other.about())
+    again = remote.start_router(FakeServer(), name="killed")
+    with contextlib.suppress(remote.RouterLostError):  # it learns that its actor has died
+        run(other.about())
+    assert run(other.about()) == run(again.about())
+    remote.stop_router("killed")
 
 
 def test_what_keeps_a_server_from_opening_is_raised(router):
