@@ -41,6 +41,7 @@ from superserve_jax.remote.router import About, RemoteRouter, description
 from superserve_jax.serving.server import Server
 
 _AT_ONCE = 1_000  # requests in a replica
+_GRACE_S = 0.5  # how long a replica waits for other cells when one has opened its server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,8 @@ async def first_about(cells: Sequence[RemoteRouter]) -> list[About | None]:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             error = next((task.exception() for task in done if task.exception()), error)
             if any(not task.exception() for task in done):
+                if waiting:  # most of the others are as far
+                    _, waiting = await asyncio.wait(waiting, timeout=_GRACE_S)
                 return [None if task in waiting or task.exception() else task.result() for task in tasks]
     finally:
         for task in waiting:

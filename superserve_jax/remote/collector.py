@@ -36,7 +36,7 @@ class Cell(Protocol):
         """Answers queries. Raises RouterLostError if the router is gone. See `Router.infer`."""
         ...
 
-    async def rest(self, ticket: int) -> Answers:
+    async def rest(self, ticket: str) -> Answers:
         """The answers that were not there yet. See `Router.rest`."""
         ...
 

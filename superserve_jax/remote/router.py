@@ -10,10 +10,10 @@ ticket. Only a caller with late queries makes a second call with the ticket, for
 
 import asyncio
 import dataclasses
-import itertools
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from superserve_jax import errors
@@ -60,15 +60,15 @@ class Answers(NamedTuple):
     Args:
       outputs: the outputs of the queries without an error, see `packing.pack_outputs`.
       replies: for each query its reply, without the output, or its error. None if it has no answer yet.
-      ticket: names the queries without an answer, see `Router.rest`. 0 if there are none.
+      ticket: names the queries without an answer, see `Router.rest`. Empty if there are none.
     """
 
     outputs: Any
     replies: list[Reply | Failed | None]
-    ticket: int = 0
+    ticket: str = ""
 
     @classmethod
-    def of(cls, found: Sequence[Reply | Failed | None], ticket: int = 0) -> "Answers":
+    def of(cls, found: Sequence[Reply | Failed | None], ticket: str = "") -> "Answers":
         """Packs answers."""
         outputs = [reply.output for reply in found if isinstance(reply, Reply)]
         return cls(
@@ -114,9 +114,9 @@ def description(open_server: object) -> str:
 
 @dataclasses.dataclass(slots=True)
 class _Rest:
-    """Queries that are not answered yet, and when they are forgotten."""
+    """Queries that are not answered yet, the tasks that wait for them, and when they are forgotten."""
 
-    futures: list[Future]
+    tasks: "dict[Future, asyncio.Task[Any]]"
     forgetting: asyncio.TimerHandle
 
 
@@ -130,8 +130,7 @@ class Router:
     def __init__(self, open_server: Callable[[], Server]):
         self._open_server = open_server
         self._opening: asyncio.Task[Server] | None = None
-        self._numbers = itertools.count(1)
-        self._rests: dict[int, _Rest] = {}
+        self._rests: dict[str, _Rest] = {}
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
 
     async def about(self) -> About | Failed:
@@ -158,10 +157,10 @@ class Router:
         futures = [future for part in parts for future in submit(server, part)]
         left_s = 1e-3 * max((part.slo_ms - part.waited_ms for part in parts), default=0.0)
         late = [future for future in futures if isinstance(future, Future)]
-        await self._wait(late, min(max(_SHARE * left_s, _GRACE_S), _POLL_S))
-        return self._found(futures)
+        await asyncio.wait([self._task(_all(late))], timeout=min(max(_SHARE * left_s, _GRACE_S), _POLL_S))
+        return self._found(futures, {})
 
-    async def rest(self, ticket: int) -> Answers | Failed:
+    async def rest(self, ticket: str) -> Answers | Failed:
         """The answers to the queries without one in an earlier result, in their order. It waits until some are there.
 
         It may give no answers to some of them, and a new ticket.
@@ -171,33 +170,32 @@ class Router:
             text = f"ticket {ticket} is not known: it was used before, or not for {_FORGET_S:g} s; send the queries again"
             return Failed.of(RouterLostError(text))
         rest.forgetting.cancel()
-        await self._wait(rest.futures, _POLL_S, first=True)
-        await self._wait(rest.futures, _GRACE_S)
-        return self._found(rest.futures)
+        tasks = rest.tasks.values()
+        await asyncio.wait(tasks, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=_GRACE_S)
+        return self._found([*rest.tasks], rest.tasks)
 
-    async def _wait(self, futures: Sequence[Future], seconds: float, *, first: bool = False) -> None:
-        """Waits for all queries, or for the first one. A task that awaits a query would cancel it if it was cancelled."""
-        tasks = [asyncio.create_task(work) for work in (map(_reply, futures) if first else [_all(futures)])]
-        for task in tasks:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        when = asyncio.FIRST_COMPLETED if first else asyncio.ALL_COMPLETED
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds, return_when=when)
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that waits for queries. It is never cancelled, since that would cancel the queries."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
-    def _found(self, futures: "Sequence[Future | Failed]") -> Answers:
-        """The answers so far, with a ticket for the others."""
+    def _found(self, futures: "Sequence[Future | Failed]", tasks: "dict[Future, asyncio.Task[Any]]") -> Answers:
+        """The answers so far, with a ticket for the others. Some have tasks already that wait for them."""
         found = [future if isinstance(future, Failed) else _now(future) for future in futures]
         late = [future for future, each in zip(futures, found, strict=True) if each is None and isinstance(future, Future)]
         if not late:
             return Answers.of(found)
-        ticket = next(self._numbers)
+        ticket = uuid.uuid4().hex  # no number, which another ticket would have after Ray has started the actor again
         forgetting = asyncio.get_running_loop().call_later(_FORGET_S, self._forget, ticket)
-        self._rests[ticket] = _Rest(late, forgetting)
+        waits = {future: tasks.get(future) or self._task(_reply(future)) for future in late}
+        self._rests[ticket] = _Rest(waits, forgetting)
         return Answers.of(found, ticket)
 
-    def _forget(self, ticket: int) -> None:
-        for future in self._rests.pop(ticket).futures:
+    def _forget(self, ticket: str) -> None:
+        for future in self._rests.pop(ticket).tasks:
             future.cancel()  # nobody wants the answer
 
     async def _opened(self) -> Server:
@@ -285,7 +283,7 @@ class RemoteRouter:
         """See `Router.infer`. Raises the error of the server, and RouterLostError."""
         return await self._result("infer", parts)
 
-    async def rest(self, ticket: int) -> Answers:
+    async def rest(self, ticket: str) -> Answers:
         """See `Router.rest`. Raises RouterLostError."""
         return await self._result("rest", ticket)
 
