@@ -11,7 +11,8 @@ from superserve_jax import __version__, commands
 ROOT = pathlib.Path(__file__).parents[1]
 HELPERS = {"__init__", "convert_data", "replay_setup"}
 MODULES = {path.stem for path in (ROOT / "superserve_jax" / "commands").glob("*.py")} - HELPERS
-PROGRAMS = sorted([*ROOT.glob("train/*.py"), *ROOT.glob("serve/*.py")])
+# ray_app.py is a deployment of Ray Serve, and has no command.
+PROGRAMS = sorted({*ROOT.glob("train/*.py"), *ROOT.glob("serve/*.py")} - {ROOT / "serve" / "ray_app.py"})
 
 
 @pytest.fixture

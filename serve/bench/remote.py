@@ -181,8 +181,9 @@ def fault(
         [at_s], end_s = harmed, time.monotonic() + HOST_S
         while server.health()["alive"] < len(devices) and time.monotonic() < end_s:
             time.sleep(0.05)
-        time.sleep(0.1)  # for answers that are late, and for the watch
-        state = server.snapshot()
+        while (state := server.snapshot())["waiting"] + state["running"] and time.monotonic() < end_s:
+            time.sleep(0.05)  # for answers that are late
+        time.sleep(0.1)  # for the watch
         counts = state["queries"]
     lost_s = next((s for s, alive in watch.changes if s > at_s and alive < len(devices)), float("nan"))
     back_s = next((s for s, alive in watch.changes if s > lost_s and alive >= len(devices)), float("nan"))

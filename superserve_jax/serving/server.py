@@ -267,15 +267,17 @@ class Server:
         if self._interrupts():
             self.pool.defer(functools.partial(self.add_worker, engine_or_device, profile=profile))
             return getattr(engine_or_device, "name", "")
-        new, latencies = engine_or_device, profile or self.profile
-        profiles_of_workers([self.profile, latencies], 2)
+        new = engine_or_device
         while makers.is_place(new):  # no lock is held, since a process may take minutes to start
-            maker = self._maker
+            maker, latencies = self._maker, profile or self.profile
+            profiles_of_workers([self.profile, latencies], 2)
             engine, own = new.make_engine(maker.source(latencies))
             with self._changing:
                 if maker is self._maker:  # else there was a swap meanwhile
                     return self._add(engine, own)
         with self._changing, self._maker.settings():
+            latencies = profile or self.profile
+            profiles_of_workers([self.profile, latencies], 2)
             if not hasattr(new, "run"):
                 new, latencies = self._maker.engine(new, latencies)
             return self._add(new, latencies)

@@ -43,7 +43,7 @@ def run_program(name, *arguments, status=0, json_file=False, fresh=False, patche
         command = [name, *map(str, arguments), *(["--json", str(file)] if json_file else [])]
         found, stdout, stderr = _in_a_new_process(command) if fresh else _in_this_process(command, dict(patches))
         assert found == status, stdout + stderr
-        assert "Traceback" not in stderr
+        assert "Traceback" not in stderr, stderr
         return Done(stdout, stderr, json.loads(file.read_text()) if file.exists() else None)
 
 
