@@ -126,6 +126,14 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+def other_vocabulary(new: os.PathLike[str] | str, old: os.PathLike[str] | str) -> errors.ConfigError:
+    """The error for an export whose vocabulary is not that of a server's export."""
+    return errors.ConfigError(
+        f"{new} has another vocabulary than {old}, so it would read the same token ids as other texts; "
+        "open another server for it"
+    )
+
+
 def is_manifest(file: pathlib.Path) -> bool:
     """Whether a file is the manifest of an export, of any version."""
     try:

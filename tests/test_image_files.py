@@ -5,15 +5,10 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
+from pictures import file_of
 
 from superserve_jax import errors, image_files
 from superserve_jax.training import data
-
-
-def file_of(image, kind="PNG"):
-    file = io.BytesIO()
-    PIL.Image.fromarray(image).save(file, kind)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

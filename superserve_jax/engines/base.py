@@ -5,11 +5,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from superserve_jax import errors
+from superserve_jax.profile import Profile
 from superserve_jax.subnet import Subnet
 
 
@@ -102,6 +103,22 @@ class Launched(NamedTuple):
     outputs: Callable[[], Sequence[Any]]
     in_time: Callable[[], bool] | None = None
     device_s: Callable[[], float] | None = None
+
+
+def times_s(profile: Profile, what: Literal["latency_ms", "p99_ms"]) -> dict[tuple[Subnet, int, int], float]:
+    """What a profile says about each batch, in seconds: {(subnet, batch size, length bucket, or 0 without any): time}.
+
+    >>> from superserve_jax.simulation.paper_profile import paper_profile
+    >>> profile = paper_profile()
+    >>> round(times_s(profile, "latency_ms")[profile.fastest().subnet, 16, 0], 4)
+    0.0074
+    """
+    return {
+        (row.subnet, size, table.lengths[0] if table.lengths else 0): 1e-3 * ms
+        for table in profile.each_length
+        for row in table.rows
+        for size, ms in zip(table.batch_sizes, getattr(row, what), strict=True)
+    }
 
 
 def check_outputs(logits: np.ndarray, count: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from superserve_jax.engines.base import Launched
+from superserve_jax.engines.base import Launched, times_s
 from superserve_jax.lengths import length_bucket
 from superserve_jax.profile import Profile
 from superserve_jax.subnet import Subnet
@@ -44,12 +44,7 @@ class FakeEngine:
     ):
         self.name, self.input_shape, self.input_dtype = name, input_shape, np.dtype(input_dtype)
         self.lengths, self.pad_id = profile.lengths, 0
-        self._latency_s = {
-            (row.subnet, size, table.lengths[0] if table.lengths else 0): 1e-3 * ms / speed
-            for table in profile.each_length
-            for row in table.rows
-            for size, ms in zip(table.batch_sizes, row.latency_ms, strict=True)
-        }
+        self._latency_s = {batch: seconds / speed for batch, seconds in times_s(profile, "latency_ms").items()}
         self._rank = {row.subnet: rank for rank, row in enumerate(profile.rows)}
         self._on_run = on_run
         self._running = threading.Lock()

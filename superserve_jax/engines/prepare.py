@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from superserve_jax import errors, exports, machine
+from superserve_jax import errors, exports, machine, manifest
 from superserve_jax.dtypes import ComputeDtype
 from superserve_jax.engines import cpu_clients, default_batch_sizes, executables, keys, measuring, subnet_buckets, threads
 from superserve_jax.engines.cpu_clients import Share
@@ -208,10 +208,7 @@ def check_same_inputs(old: Model, new: Model, lengths: Sequence[int]) -> None:
             f"{new.path} takes {new_inputs}, but this server takes {old_inputs}; open another server for it"
         )
     if old.vocabulary != new.vocabulary:
-        raise errors.ConfigError(
-            f"{new.path} has another vocabulary than {old.path}, so it would read the same token ids as other texts; "
-            "open another server for it"
-        )
+        raise manifest.other_vocabulary(new.path, old.path)
 
 
 def _inputs(config: FamilyConfig, lengths: Sequence[int]) -> str:

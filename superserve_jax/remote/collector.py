@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import logging
 import operator
-import pickle
 import random
 import time
 from collections.abc import Awaitable, Iterable, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from superserve_jax import errors
 from superserve_jax.remote import packing
 from superserve_jax.remote.host import Failed
-from superserve_jax.remote.router import Answers, Part, RouterLostError
+from superserve_jax.remote.router import Answers, Part, RouterLostError, kept
 from superserve_jax.serving.futures import Reply
 from superserve_jax.serving.options import check_slo
 
@@ -122,7 +121,7 @@ class Collector:
         self._waiting: list[_Request] = []
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+        self._tasks: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[None]] = set()
 
     async def submit(self, x: np.ndarray | bytes, *, slo_ms: float | None = None, min_accuracy: float = 0.0) -> Reply:
@@ -181,13 +180,7 @@ class Collector:
         gathered, self._waiting, self._count, self._timer = self._waiting, [], 0, None
         if live := [request for request in gathered if not request.answer.done()]:  # others were cancelled
             for _, group in itertools.groupby(sorted(live, key=_key), key=lambda request: request.key[:2]):
-                self._spawn(self._tasks, self._call(list(group)))  # SLO and floor: others may take much longer
-
-    @staticmethod
-    def _spawn(tasks: "set[asyncio.Task[None]]", work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+                kept(self._tasks, self._call(list(group)))  # SLO and floor: others may take much longer
 
     async def _call(self, requests: list[_Request]) -> None:
         """Answers requests, whatever happens. They are sorted by their keys."""
@@ -221,7 +214,7 @@ class Collector:
         line.queries -= len(waiting) - len(late)
         for (request, i), each in zip(waiting, found, strict=True):
             if isinstance(each, Failed):
-                error = pickle.loads(each.error)
+                error = each.exception()
                 request.take(i, error, now_s)
                 if isinstance(error, _GONE):
                     self._lose(line)
@@ -246,7 +239,7 @@ class Collector:
         if not line.lost:
             line.lost = True
             _log.warning("%s cannot serve; others get its queries until it can", line.router.name)
-            self._spawn(self._asking, self._ask(line))
+            kept(self._asking, self._ask(line))
 
     def _best(self) -> _Line:
         """A router that is up, and has the fewest unanswered queries."""

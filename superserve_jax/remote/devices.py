@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import logging
-import pickle
 import threading
 import uuid
 from collections.abc import Sequence
@@ -108,7 +107,7 @@ class RayDevice:
         except exceptions.RayError as error:
             raise errors.EngineLostError(f"{self} cannot be started: {errors.one_line(error)}") from error
         if isinstance(opened, Failed):
-            raise pickle.loads(opened.error)
+            raise opened.exception()
         _check_versions(opened)
         return opened
 

@@ -6,18 +6,17 @@ that, it is lost.
 """
 
 import contextlib
-import pickle
 import statistics
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from superserve_jax import errors
-from superserve_jax.engines.base import Launched, check_outputs
+from superserve_jax.engines.base import Launched, check_outputs, times_s
 from superserve_jax.lengths import length_bucket
 from superserve_jax.profile import Profile
 from superserve_jax.remote import packing
@@ -49,7 +48,6 @@ class RemoteEngine:
       decodes: whether inputs may be image files, which the actor decodes.
       call_s: how long a call takes beside the time of the device.
       pid: the actor's process, on `host`.
-      opened: see above.
       answered_s: when the last answer came.
     """
 
@@ -57,7 +55,7 @@ class RemoteEngine:
 
     def __init__(self, place: "RayDevice", actor: Any, key: str, token: str, opened: Opened):
         self.place, self._actor, self._key = place, actor, key
-        self.opened, self.host, self.pid = opened, opened.host, opened.pid
+        self.host, self.pid = opened.host, opened.pid
         self.name = place.label
         self.input_shape, self.input_dtype = opened.input_shape, np.dtype(opened.input_dtype)
         self.lengths, self.pad_id = opened.lengths, opened.pad_id
@@ -66,15 +64,10 @@ class RemoteEngine:
         self.class_names, self.compute_dtype = opened.class_names, opened.compute_dtype
         self.profile = Profile.from_json(opened.profile)
         self._rank = {row.subnet: rank for rank, row in enumerate(self.profile.rows)}
-        self._p99_s = {
-            (row.subnet, size, table.lengths[0] if table.lengths else 0): 1e-3 * p99
-            for table in self.profile.each_length
-            for row in table.rows
-            for size, p99 in zip(table.batch_sizes, row.p99_ms, strict=True)
-        }
+        self._p99_s = times_s(self.profile, "p99_ms")
         self._is_lost = threading.Event()
         self.answered_s = 0.0
-        self._last: _Call | None = None
+        self._last: Callable[[], _Call | None] = lambda: None  # a weak reference, since a call refers to its engine
         self.call_s = self.lead_s = 0.0
         weakref.finalize(self, drop, actor, key, token).atexit = False
         self.call_s = self.lead_s = self._warm_up()
@@ -93,16 +86,19 @@ class RemoteEngine:
         return Launched(call.wait, call.outputs, call.in_time, call.device_s)
 
     def _call(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray], p99_s: float) -> "_Call":
+        from ray import exceptions
+
         if self._is_lost.is_set():
             raise errors.EngineLostError(f"{self.name} has been lost")
         now_s = time.monotonic()
         try:
             ref = self._actor.run.remote(self._key, self._rank[subnet], batch_size, packing.pack(inputs, ndim=self._ndim))
-        except _ray_errors() as error:
+        except exceptions.RayError as error:
             raise self.lost(error) from None
-        before = self._last if self._last is not None and not self._last.is_answered else None
-        self._last = _Call(self, ref, len(inputs), now_s, p99_s, before)
-        return self._last
+        before = self._last()
+        call = _Call(self, ref, len(inputs), now_s, p99_s, before if before and not before.is_answered else None)
+        self._last = weakref.ref(call)
+        return call
 
     def lost(self, error: BaseException) -> errors.EngineLostError:
         """Notes that the actor is lost, and returns the error for it."""
@@ -182,12 +178,12 @@ class _Call:
             answer: Any = ray.get(self._ref, timeout=max(_LEAST_WAIT_S, end_s - time.monotonic()))
         except exceptions.GetTimeoutError:
             return False
-        except _ray_errors() as error:
+        except exceptions.RayError as error:
             self._error = self._engine.lost(error)
             return True
         self._engine.answered_s = time.monotonic()
         if isinstance(answer, Failed):
-            self._error = pickle.loads(answer.error)
+            self._error = answer.exception()
             if isinstance(self._error, errors.EngineLostError):
                 self._engine.lost(self._error)
         elif isinstance(answer, Answer) and isinstance(answer.device_s, float):
@@ -201,10 +197,3 @@ def drop(actor: Any, key: str, token: str) -> None:
     """Frees the engine in the actor, if the actor still lives."""
     with contextlib.suppress(Exception):  # any exception: this may run while Ray or the interpreter ends
         actor.drop.remote(key, token)
-
-
-def _ray_errors() -> tuple[type[BaseException], ...]:
-    """What Ray raises if an actor, its host or the connection is gone."""
-    from ray import exceptions
-
-    return (exceptions.RayError,)

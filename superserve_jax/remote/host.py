@@ -49,6 +49,10 @@ class Failed(NamedTuple):
                 pass
         return cls(pickle.dumps(RuntimeError(foreign.text_of(error))))
 
+    def exception(self) -> Any:
+        """The inverse of `of`."""
+        return pickle.loads(self.error)
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:

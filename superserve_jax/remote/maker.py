@@ -32,7 +32,7 @@ class RemoteMaker:
         self._options = options
         about = manifest.read_manifest(found)
         self._source = Source.of(found, about["sha256"], **options)
-        self._vocabulary = about["files"].get(manifest.VOCABULARY)
+        self._vocabulary = about["files"].get(manifest.VOCABULARY), about.get("vocabulary")  # tokens and settings
 
     @classmethod
     def open(cls, path: Any, devices: Sequence[Any], options: dict[str, Any]) -> tuple[Maker, Sequence[Engine], list[Profile]]:
@@ -60,10 +60,7 @@ class RemoteMaker:
         places = makers.places_of(workers)
         maker = RemoteMaker(path_or_model, self._options)
         if maker._vocabulary != self._vocabulary:
-            raise errors.ConfigError(
-                f"{maker._source.path} has another vocabulary than {self._source.path}, so it would read the same token ids "
-                "as other texts; open another server for it"
-            )
+            raise manifest.other_vocabulary(maker._source.path, self._source.path)
         return maker, *makers.make_all(places, maker.source(profile))
 
     def settings(self) -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,6 @@ ticket. Only a caller with late queries makes a second call with the ticket, for
 
 import asyncio
 import dataclasses
-import pickle
 import re
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -131,7 +130,7 @@ class Router:
         self._open_server = open_server
         self._opening: asyncio.Task[Server] | None = None
         self._rests: dict[str, _Rest] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def about(self) -> About | Failed:
         """Opens the server, and tells about it. It is an error if the server has no live worker."""
@@ -177,10 +176,7 @@ class Router:
 
     def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that waits for queries. It is never cancelled, since that would cancel the queries."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return kept(self._tasks, work)
 
     def _found(self, futures: "Sequence[Future | Failed]", tasks: "dict[Future, asyncio.Task[Any]]") -> Answers:
         """The answers so far, with a ticket for the others. Some have tasks already that wait for them."""
@@ -208,6 +204,14 @@ class Router:
             if self._opening is opening:
                 self._opening = None  # the next call tries again
             raise
+
+
+def kept(tasks: "set[asyncio.Task[Any]]", work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    """Starts a task, and keeps it among `tasks` until it ends, since the loop itself holds tasks weakly."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
 
 
 def submit(server: Server, part: Part) -> "Sequence[Future | Failed]":
@@ -298,7 +302,7 @@ class RemoteRouter:
             text = f"{self.name} is lost; send the queries again ({type(error).__name__}: {errors.one_line(error)})"
             raise RouterLostError(text) from error
         if isinstance(found, Failed):
-            raise pickle.loads(found.error)
+            raise found.exception()
         return found
 
 

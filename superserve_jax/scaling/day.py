@@ -105,6 +105,8 @@ def simulate_day(
     rates = np.asarray(rates_qps, np.float64)
     if rates.ndim != 1 or not (rates >= 0).all():
         raise errors.ConfigError("rates_qps must be a list of rates from 0 up, one for each minute")
+    if not (first is None or first >= 1):
+        raise errors.ConfigError(f"first must be a number of workers from 1 up, got {first!r}")
 
     @functools.cache
     def served(minute: int, workers: int) -> Served:
@@ -117,8 +119,6 @@ def simulate_day(
         last = max(int(seconds / MINUTE_S), 1)
         return [served(minute, workers) for minute in range(max(now - last + 1, 0), now + 1)]
 
-    if not (first is None or first >= 1):
-        raise errors.ConfigError(f"first must be a number of workers from 1 up, got {first!r}")
     now = 0
     controller, starts = Controller(goal, forecast), -int(-start_s // MINUTE_S)
     alive = goal.least if first is None else first

@@ -1,17 +1,17 @@
 """A server on actors of Ray: answers, faults of an engine, and lost actors."""
 
 import gc
-import io
 import os
 import signal
 import time
+import weakref
 
 import actors
 import fakes
 import numpy as np
-import PIL.Image
 import pytest
 from actors import Odd, x
+from pictures import png
 
 import superserve_jax as ss
 from superserve_jax import errors, remote
@@ -33,12 +33,6 @@ def devices():
     found = remote.ray_devices(2, num_cpus=0)
     engines_of(found)
     return found
-
-
-def png(value, size=12):
-    file = io.BytesIO()
-    PIL.Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def serve(devices, **made):
@@ -143,6 +137,19 @@ def test_two_servers_share_the_engine_of_a_process(devices):
         time.sleep(0.2)  # for the calls that drop the engines
         assert values(s.submit_many([x(i) for i in range(32)])) == list(range(32))
         assert s.health()["failures"] == 0
+
+
+def test_an_engine_is_freed_without_the_garbage_collector(devices):
+    """Otherwise the actor would hold the old export for long after a swap."""
+    [engine, _] = engines_of(devices)
+    gone = weakref.ref(engine)
+    gc.disable()
+    try:
+        engine.run(engine.profile.fastest().subnet, 1, [x(1)])
+        del engine, _
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_device_whose_process_was_ended_starts_a_new_one():

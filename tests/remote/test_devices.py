@@ -1,14 +1,17 @@
 """Devices of Ray, without a cluster."""
 
 import builtins
+import pathlib
 
 import numpy as np
 import pytest
 
 import superserve_jax as ss
-from superserve_jax import errors, remote
+from superserve_jax import errors, manifest, remote
 from superserve_jax.remote import devices, packing
+from superserve_jax.remote.maker import RemoteMaker
 from superserve_jax.serving.makers import Source
+from superserve_jax.simulation.paper_profile import paper_profile
 
 
 @pytest.mark.parametrize("options", [{"max_restarts": 1}, {"lifetime": "detached"}])
@@ -46,6 +49,18 @@ def test_without_a_cluster_the_error_says_how_to_join_one(monkeypatch):
 def test_devices_of_two_kinds_are_refused(tmp_path):
     with pytest.raises(errors.ConfigError, match=r"expected devices of ss\.ray_devices, got 'gpu:0'"):
         ss.Server("digits", devices=[ss.ray_device(), "gpu:0"])
+
+
+@pytest.mark.parametrize("change", [{"files": {"vocabulary.txt": {"sha256": "b"}}}, {"vocabulary": {"lowercase": True}}])
+def test_a_swap_to_another_vocabulary_or_other_settings_of_it_is_refused(monkeypatch, tmp_path, change):
+    about = {"sha256": "0" * 64, "files": {"vocabulary.txt": {"sha256": "a"}}, "vocabulary": {"lowercase": False}}
+    monkeypatch.setattr(manifest, "find", pathlib.Path)
+    monkeypatch.setattr(manifest, "read_manifest", lambda _: about)
+    old = RemoteMaker(tmp_path / "old", {})
+    assert old.successor(tmp_path / "same", (), paper_profile())[1:] == ([], [])
+    about = {**about, **change}
+    with pytest.raises(errors.ConfigError, match=r"new has another vocabulary than .*old"):
+        old.successor(tmp_path / "new", (), paper_profile())
 
 
 def test_packed_inputs_are_unpacked():

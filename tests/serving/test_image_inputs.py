@@ -1,21 +1,13 @@
 """Image files as queries of a server on engines of this process: they are decoded in `submit`."""
 
-import io
-
 import numpy as np
-import PIL.Image
 import pytest
 from fakes import PROFILE, WAIT_S, always
+from pictures import file_of, png
 
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.serving.server import Server
-
-
-def png(value, size=12):
-    file = io.BytesIO()
-    PIL.Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def serve(shape, **options):
@@ -51,8 +43,7 @@ def test_files_are_decoded_here_unless_all_engines_decode_them():
 def test_a_file_that_is_larger_than_its_pixels_is_decoded_here():
     engine = FakeEngine(PROFILE, input_shape=(8, 8, 3), input_dtype=np.uint8)
     engine.decodes = True
-    file = io.BytesIO()
-    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file, "PNG")
+    file = file_of(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
     with Server.from_engines([engine], PROFILE, policy=always(0), slo_ms=1e4) as s:
-        assert s.inputs.check(file.getvalue()).shape == (8, 8, 3)
+        assert s.inputs.check(file).shape == (8, 8, 3)
         assert s.inputs.check(png(7)).ndim == 1

@@ -5,12 +5,11 @@ One file because every test reads the same small datasets.
 The mocks are the real TFDS builders, with the features they have upstream, that yield random pictures instead of downloads.
 """
 
-import io
 import shutil
 import sys
 
 import numpy as np
-import PIL.Image
+import pictures
 import pytest
 from small_datasets import assert_resumes, assert_same_batches, prepare_mock, sizes, take
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
@@ -34,9 +33,7 @@ def digits(digits_dir):
 def encoded(rng, size, *, mode="RGB", kind="png"):
     """A random picture of (width, height) as a file."""
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
-    file = io.BytesIO()
-    PIL.Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(file, kind)
-    return file.getvalue()
+    return pictures.file_of(rng.integers(0, 256, shape, dtype=np.uint8), kind)
 
 
 @pytest.fixture(scope="module")
