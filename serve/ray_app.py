@@ -37,7 +37,8 @@ from superserve_jax.gateway import messages, replies, requests
 from superserve_jax.gateway.failures import RequestError
 from superserve_jax.gateway.messages import Answer
 from superserve_jax.gateway.tensors import InputTensor
-from superserve_jax.remote.router import About, RemoteRouter, description
+from superserve_jax.remote.calls import About
+from superserve_jax.remote.router import RemoteRouter, description
 from superserve_jax.serving.server import Server
 
 _AT_ONCE = 1_000  # requests in a replica

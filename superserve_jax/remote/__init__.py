@@ -15,16 +15,18 @@ where its options say. It opens the export by its path there, and holds weights 
 | how a server makes engines from an export on such devices | `maker.py` |
 | inputs and outputs as few arrays | `packing.py` |
 | routers that are actors themselves, side by side | `router.py` |
+| what a call to such a router carries | `calls.py` |
 | the processes in front of them, which gather queries | `collector.py` |
 | how actors are started | `actors.py` |
 
 `serving/lost.py` says what a server does when an actor is lost, and how its worker comes back.
 """
 
+from superserve_jax.remote.calls import RouterLostError
 from superserve_jax.remote.collector import Collector
 from superserve_jax.remote.devices import RayDevice, ray_device, ray_devices
 from superserve_jax.remote.engine import RemoteEngine
-from superserve_jax.remote.router import RouterLostError, open_cell, start_router, stop_router
+from superserve_jax.remote.router import open_cell, start_router, stop_router
 
 __all__ = [
     "Collector",

@@ -15,8 +15,8 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.remote import packing
+from superserve_jax.remote.calls import Answers, Part, RouterLostError, kept
 from superserve_jax.remote.host import Failed
-from superserve_jax.remote.router import Answers, Part, RouterLostError, kept
 from superserve_jax.serving.futures import Reply
 from superserve_jax.serving.options import check_slo
 

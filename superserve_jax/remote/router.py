@@ -1,8 +1,7 @@
 """A router as an actor of Ray, and the calls to it, each of which brings many queries. Ray is imported late.
 
-One file because both sides of a call change together. A call to an actor takes more than half a millisecond of CPU time on
-both sides. So processes that take requests gather queries for a millisecond or two, and make one call for all of them, see
-`collector.py`.
+A call to an actor takes more than half a millisecond of CPU time on both sides. So processes that take requests gather
+queries for a millisecond or two, and make one call for all of them, see `collector.py`.
 
 A call does not wait for its slowest query. It returns what is answered when most of the time until the deadline is over, and a
 ticket. Only a caller with late queries makes a second call with the ticket, for the rest.
@@ -13,92 +12,21 @@ import dataclasses
 import re
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.remote import actors, packing
+from superserve_jax.remote.calls import About, Answers, Part, RouterLostError, kept
 from superserve_jax.remote.devices import ray_devices
 from superserve_jax.remote.host import Failed
-from superserve_jax.remote.packing import Packed
 from superserve_jax.serving.futures import Future, Reply
 from superserve_jax.serving.server import Server
-from superserve_jax.subnet import Subnet
 
 _AT_ONCE = 10_000  # calls; each is a task of the actor's event loop, and no thread
 _SHARE = 0.75  # of the time until the deadline: when a call returns what it has. The rest is for the way back.
 _GRACE_S = 5e-3  # how long a call waits at least, and how long answers wait for others that are late, too
 _POLL_S = 5.0  # how long a call waits at most
 _FORGET_S = 60.0  # a ticket that nobody has used for so long is forgotten
-
-
-class RouterLostError(errors.ServerClosedError):
-    """The router that had the queries is gone or silent, or no router is left."""
-
-
-class Part(NamedTuple):
-    """Queries that share a deadline and a floor, so that one `Server.submit_many` takes them.
-
-    Args:
-      inputs: their inputs.
-      slo_ms: the time from their arrival until their deadline.
-      waited_ms: how long ago the first of them arrived.
-      floor: the lowest accuracy that their clients accept.
-      files: whether the inputs are the bytes of image files.
-    """
-
-    inputs: Packed
-    slo_ms: float
-    waited_ms: float = 0.0
-    floor: float = 0.0
-    files: bool = False
-
-
-class Answers(NamedTuple):
-    """The answers to the queries of one call, in their order.
-
-    Args:
-      outputs: the outputs of the queries without an error, see `packing.pack_outputs`.
-      replies: for each query its reply, without the output, or its error. None if it has no answer yet.
-      ticket: names the queries without an answer, see `Router.rest`. Empty if there are none.
-    """
-
-    outputs: Any
-    replies: list[Reply | Failed | None]
-    ticket: str = ""
-
-    @classmethod
-    def of(cls, found: Sequence[Reply | Failed | None], ticket: str = "") -> "Answers":
-        """Packs answers."""
-        outputs = [reply.output for reply in found if isinstance(reply, Reply)]
-        return cls(
-            packing.pack_outputs(outputs),
-            [reply._replace(output=None) if isinstance(reply, Reply) else reply for reply in found],
-            ticket,
-        )
-
-    def unpacked(self) -> list[Reply | Failed | None]:
-        """The inverse of `of`."""
-        outputs = iter(self.outputs)
-        return [reply._replace(output=next(outputs)) if isinstance(reply, Reply) else reply for reply in self.replies]
-
-
-class About(NamedTuple):
-    """What those who call a router should know about its server.
-
-    Args:
-      input_shape, input_dtype: of one input.
-      lengths: see `Engine`.
-      max_queue: how many queries may wait.
-      subnets: the subnets, in the order of the profile.
-      opened: what the router has opened, see `description`.
-    """
-
-    input_shape: tuple[int, ...]
-    input_dtype: str
-    lengths: tuple[int, ...]
-    max_queue: int
-    subnets: tuple[Subnet, ...]
-    opened: str = ""
 
 
 def description(open_server: object) -> str:
@@ -204,14 +132,6 @@ class Router:
             if self._opening is opening:
                 self._opening = None  # the next call tries again
             raise
-
-
-def kept(tasks: "set[asyncio.Task[Any]]", work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-    """Starts a task, and keeps it among `tasks` until it ends, since the loop itself holds tasks weakly."""
-    task = asyncio.get_running_loop().create_task(work)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
-    return task
 
 
 def submit(server: Server, part: Part) -> "Sequence[Future | Failed]":

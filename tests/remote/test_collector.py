@@ -8,10 +8,10 @@ import pytest
 
 from superserve_jax import errors
 from superserve_jax.remote import router
+from superserve_jax.remote.calls import Answers, RouterLostError
 from superserve_jax.remote.collector import Collector
 from superserve_jax.remote.host import Failed
 from superserve_jax.remote.packing import unpack
-from superserve_jax.remote.router import Answers, RouterLostError
 from superserve_jax.serving.futures import Reply
 from superserve_jax.subnet import Subnet
 
@@ -318,4 +318,4 @@ def test_answers_are_unpacked():
     back = Answers.of(found).unpacked()
     assert [type(each) for each in back] == [Reply, Failed, Reply]
     assert values(back[::2]) == [2, 6]
-    assert router.Answers.of(found[1:2]).unpacked() == found[1:2]
+    assert Answers.of(found[1:2]).unpacked() == found[1:2]

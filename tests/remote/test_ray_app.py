@@ -17,9 +17,9 @@ import pytest
 from pages import ROOT
 
 from superserve_jax import errors
+from superserve_jax.remote.calls import About, Answers, RouterLostError
 from superserve_jax.remote.host import Failed
 from superserve_jax.remote.packing import unpack
-from superserve_jax.remote.router import About, Answers, RouterLostError
 from superserve_jax.serving.futures import Reply
 from superserve_jax.subnet import Subnet
 

@@ -13,8 +13,9 @@ from policy_cases import make_profile
 from superserve_jax import errors
 from superserve_jax.engines.fake import FakeEngine
 from superserve_jax.remote import packing, router
+from superserve_jax.remote.calls import Part, RouterLostError
 from superserve_jax.remote.host import Failed
-from superserve_jax.remote.router import Part, Router, RouterLostError
+from superserve_jax.remote.router import Router
 from superserve_jax.serving.server import Server
 
 TABLE = make_profile([(1.0,)], [0.7], (1,))
