@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(name="fashion_mnist", validation=5000, image_size=28, channels=1, shift=2, flip=True, cache=True),
         optim=OptimConfig(name="adamw", lr=1e-3, schedule="cosine", warmup=0.1, weight_decay=0.05, clip_norm=1.0),
         phases=(Phase(share=0.3, elastic=()), Phase(share=0.7, rewire=True)),
-        epochs=20,
+        epochs=12,
         batch_size=128,
         label_smoothing=0.1,
         search=SearchConfig(candidates=120, examples=5000, served=24, tolerance=0.004),

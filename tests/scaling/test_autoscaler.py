@@ -142,7 +142,8 @@ def test_the_thread_adds_missing_workers_and_ends_with_the_context():
     with open_server("fixed:largest") as server:
         with Autoscaler(server, lambda: engine(1), target_accuracy=0.75, least=2, most=2):
             wait_until(lambda: len(alive(server)) == 2)
-        assert not [thread for thread in threading.enumerate() if "autoscaler" in thread.name]
+        assert "superserve-autoscaler" not in [thread.name for thread in threading.enumerate()]
+        wait_until(lambda: not [thread for thread in threading.enumerate() if "autoscaler" in thread.name])
 
 
 def test_a_worker_that_is_ready_after_the_end_is_dropped():
