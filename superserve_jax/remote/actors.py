@@ -5,22 +5,29 @@ from typing import Any
 
 from superserve_jax import errors
 
-NAMESPACE = "superserve_jax"
-"""The namespace of actors with a name."""
+
+def namespace(kind: type) -> str:
+    """Ray's namespace of the actors of a class. So a router and a device may have the same name.
+
+    >>> from superserve_jax.remote.host import Host
+    >>> namespace(Host)
+    'superserve_jax.Host'
+    """
+    return f"superserve_jax.{kind.__name__}"
 
 
-def find(name: str) -> Any:
-    """Ray's handle of the actor that has this name now, or None."""
+def find(kind: type, name: str) -> Any:
+    """Ray's handle of the actor of this class that has this name now, or None."""
     import ray
 
     try:
-        return ray.get_actor(name, namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=namespace(kind))
     except ValueError:
         return None
 
 
 def start(kind: type, *arguments: Any, options: Mapping[str, Any], name: str, at_once: int) -> Any:
-    """Starts an actor, and returns Ray's handle of it. With a name that an actor has already, returns that actor.
+    """Starts an actor, and returns Ray's handle of it. With a name that an actor of its class has already, returns that one.
 
     Args:
       kind: the class of the actor.
@@ -45,6 +52,6 @@ def start(kind: type, *arguments: Any, options: Mapping[str, Any], name: str, at
     # Ray must not make a call again: only the caller knows whether its queries still want an answer.
     ours: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": at_once}
     if name:
-        ours |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        ours |= {"name": name, "namespace": namespace(kind), "lifetime": "detached", "get_if_exists": True}
     with errors.refusing(errors.ConfigError, f"Ray does not take the options {dict(options)}"):
         return ray.remote(kind).options(**ours, **options).remote(*arguments)

@@ -218,7 +218,7 @@ class RemoteRouter:
             found = await getattr(self.actor, method).remote(*arguments)
         except exceptions.RayError as error:
             if self._registered and isinstance(error, exceptions.ActorDiedError):  # another one may have its name
-                self.actor = await asyncio.to_thread(actors.find, self._registered) or self.actor
+                self.actor = await asyncio.to_thread(actors.find, Router, self._registered) or self.actor
             text = f"{self.name} is lost; send the queries again ({type(error).__name__}: {errors.one_line(error)})"
             raise RouterLostError(text) from error
         if isinstance(found, Failed):
@@ -231,7 +231,8 @@ def start_router(open_server: Callable[[], Server], *, name: str = "", **options
 
     Args:
       open_server: opens its server there, such as `functools.partial(open_cell, path, 8)`.
-      name: with a name, the router outlives this process. If there is a router with this name already, it is taken.
+      name: with a name, the router outlives this process. If there is a router with this name already, it is taken. A device
+        may have the same name.
       **options: options of the actor in Ray's own terms. Without others, it needs no CPU.
 
     Raises ConfigError as `ray_device`.
@@ -244,5 +245,5 @@ def stop_router(name: str) -> None:
     """Ends the router with this name, if there is one, and the processes of its server that have no name."""
     import ray
 
-    if (actor := actors.find(name)) is not None:
+    if (actor := actors.find(Router, name)) is not None:
         ray.kill(actor)

@@ -99,6 +99,23 @@ def test_a_killed_router_fails_its_clients_and_comes_back(router):
     remote.stop_router("killed")
 
 
+def test_a_router_and_a_device_may_have_the_same_name():
+    import ray
+
+    started = [remote.start_router(FakeServer(), name="shared-0"), remote.start_router(FakeServer(), name="shared-1")]
+    devices = remote.ray_devices(2, name="shared", num_cpus=0)
+    try:
+        pids = ray.get([device.actor.ping.remote() for device in devices], timeout=WAIT_S)
+        assert run(started[0].about()).input_shape == SHAPE
+        remote.stop_router("shared-0")
+        assert ray.get([device.actor.ping.remote() for device in devices], timeout=WAIT_S) == pids
+    finally:
+        for device in devices:
+            ray.kill(device.actor)
+        for name in ("shared-0", "shared-1"):
+            remote.stop_router(name)
+
+
 def test_what_keeps_a_server_from_opening_is_raised(router):
     started = remote.start_router(FakeServer(**BROKEN))
     with pytest.raises(errors.ExportError, match="no such export"):
