@@ -16,6 +16,10 @@ class RouterLostError(errors.ServerClosedError):
     """The router that had the queries is gone or silent, or no router is left."""
 
 
+class NotSentError(errors.InputError):
+    """Queries cannot be sent to a router: it has not seen them, and says nothing about itself."""
+
+
 class Part(NamedTuple):
     """Queries that share a deadline and a floor, so that one `Server.submit_many` takes them.
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from superserve_jax import errors
 from superserve_jax.remote import packing
-from superserve_jax.remote.calls import Answers, Part, RouterLostError, kept
+from superserve_jax.remote.calls import Answers, NotSentError, Part, RouterLostError, kept
 from superserve_jax.remote.host import Failed
 from superserve_jax.serving.futures import Reply
-from superserve_jax.serving.options import check_slo
+from superserve_jax.serving.options import as_array, check_floor, check_slo
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Cell(Protocol):
     name: str
 
     async def infer(self, parts: Sequence[Part]) -> Answers:
-        """Answers queries. Raises RouterLostError if the router is gone. See `Router.infer`."""
+        """Answers queries. Raises RouterLostError if the router is gone, and NotSentError. See `Router.infer`."""
         ...
 
     async def rest(self, ticket: str) -> Answers:
@@ -137,12 +137,14 @@ class Collector:
           xs: the inputs, all of one dtype and, but for the first axis, one shape. Or the bytes of image files.
           slo_ms, min_accuracy: see `Server.submit`.
 
-        Raises the first error of the queries, as `Server.submit` and its futures do, and RouterLostError.
+        Raises the first error of the queries, as `Server.submit` and its futures do, and RouterLostError. What no server
+        takes, such as a masked array or an array of objects, is refused here with an InputError.
         """
         loop, files = asyncio.get_running_loop(), {isinstance(x, bytes) for x in xs}
-        inputs = [np.frombuffer(x, np.uint8) if isinstance(x, bytes) else np.asarray(x) for x in xs]
-        slo_ms, floor = self._slo_ms if slo_ms is None else check_slo(slo_ms), float(min_accuracy)
-        keys = {(slo_ms, floor, *files, x.dtype.str, x.ndim, x.shape[1:]) for x in inputs}
+        inputs = [np.frombuffer(x, np.uint8) if isinstance(x, bytes) else _plain(x) for x in xs]
+        slo_ms, floor = self._slo_ms if slo_ms is None else check_slo(slo_ms), check_floor(min_accuracy)
+        # The kinds of float8 share a `str`.
+        keys = {(slo_ms, floor, *files, x.dtype.str, x.dtype.num, x.ndim, x.shape[1:]) for x in inputs}
         if len(keys) != 1 or len(files) != 1:
             raise errors.InputError(
                 f"expected inputs of one kind: arrays of one dtype and shape, or image files; got {len(inputs)} inputs of "
@@ -223,13 +225,15 @@ class Collector:
         return late
 
     async def _returned(self, line: _Line, call: Awaitable[Answers]) -> Answers:
-        """What a call returned. If it fails as a whole, the router can serve nothing."""
+        """What a call returned. If it fails as a whole, though it was sent, the router can serve nothing."""
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait([task], timeout=self._patience_s))[0]:
                 await self._in_time(line, line.router.about())
             return await task
-        except Exception:
+        except NotSentError:
+            raise
+        except Exception:  # what keeps a server from opening may have any class
             self._lose(line)
             raise
         finally:
@@ -264,6 +268,16 @@ class Collector:
                 line.lost = False
             except Exception as error:  # lost still, or its server cannot be opened
                 _log.debug("%s is not back: %s", line.router.name, error)
+
+
+def _plain(x: Any) -> np.ndarray:
+    """An input that can be sent to a router, and packed with others of its dtype."""
+    array = as_array(x)
+    if array.dtype.hasobject or array.dtype.names:
+        raise errors.InputError(
+            f"an input of dtype {array.dtype}; expected numbers, as an array of one dtype, or the bytes of an image file"
+        )
+    return array
 
 
 def _part(requests: list[_Request], now_s: float) -> Part:

@@ -16,7 +16,7 @@ from typing import Any
 
 from superserve_jax import errors
 from superserve_jax.remote import actors, packing
-from superserve_jax.remote.calls import About, Answers, Part, RouterLostError, kept
+from superserve_jax.remote.calls import About, Answers, NotSentError, Part, RouterLostError, kept
 from superserve_jax.remote.devices import ray_devices
 from superserve_jax.remote.host import Failed
 from superserve_jax.serving.futures import Future, Reply
@@ -204,7 +204,7 @@ class RemoteRouter:
         return await self._result("about")
 
     async def infer(self, parts: Sequence[Part]) -> Answers:
-        """See `Router.infer`. Raises the error of the server, and RouterLostError."""
+        """See `Router.infer`. Raises the error of the server, RouterLostError, and NotSentError."""
         return await self._result("infer", parts)
 
     async def rest(self, ticket: str) -> Answers:
@@ -215,7 +215,7 @@ class RemoteRouter:
         from ray import exceptions
 
         try:
-            found = await getattr(self.actor, method).remote(*arguments)
+            found = await self._sent(method, *arguments)
         except exceptions.RayError as error:
             if self._registered and isinstance(error, exceptions.ActorDiedError):  # another one may have its name
                 self.actor = await asyncio.to_thread(actors.find, Router, self._registered) or self.actor
@@ -224,6 +224,17 @@ class RemoteRouter:
         if isinstance(found, Failed):
             raise found.exception()
         return found
+
+    def _sent(self, method: str, *arguments: Any) -> Any:
+        from ray import exceptions
+
+        try:
+            return getattr(self.actor, method).remote(*arguments)
+        except exceptions.RayError:
+            raise
+        except Exception as error:  # pickling raises what it likes
+            text = f"the queries cannot be sent to {self.name} ({type(error).__name__}: {errors.one_line(error)[:300]})"
+            raise NotSentError(f"{text}; send arrays of numbers, or image files") from error
 
 
 def start_router(open_server: Callable[[], Server], *, name: str = "", **options: Any) -> RemoteRouter:

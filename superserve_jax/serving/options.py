@@ -205,7 +205,7 @@ class InputSpec:
             if self.decodes and len(x) <= self.nbytes and image_files.pixels(x) <= _MOST_TIMES * math.prod(self.shape[:2]):
                 return np.frombuffer(x, np.uint8)
             return image_files.from_file(x, self.shape)
-        array = x if type(x) is np.ndarray else _as_array(x)
+        array = x if type(x) is np.ndarray else as_array(x)
         if self.lengths and array.ndim and array.shape[1:] == self.shape[1:] and array.dtype == self.dtype:
             array = trim_padding(array, self.pad_id)
             if not 0 < len(array) <= self.lengths[-1]:
@@ -235,7 +235,8 @@ class InputSpec:
         )
 
 
-def _as_array(x: Any) -> np.ndarray:
+def as_array(x: Any) -> np.ndarray:
+    """An input as an array. Raises InputError for a masked array, and for what cannot be made one array."""
     if isinstance(x, np.ma.MaskedArray):  # NumPy would take the numbers under the mask
         raise errors.InputError("an input is a masked array, and the server has no masks; fill it before: x.filled(0)")
     try:
@@ -258,14 +259,21 @@ def check_slo(slo_ms: float) -> float:
     )
 
 
-def check_floor(min_accuracy: float, best: float) -> float:
-    """Returns `min_accuracy`, at least 0. Raises AccuracyFloorError unless it is at most `best`."""
+def check_floor(min_accuracy: float, best: float = math.inf) -> float:
+    """Returns `min_accuracy`, at least 0. Raises AccuracyFloorError unless it is a number, and at most `best`.
+
+    Args:
+      min_accuracy: the lowest accuracy that a client accepts.
+      best: the accuracy of the best served subnet. Infinity if it is not known here.
+    """
     try:
         if min_accuracy <= best:
             return float(min_accuracy) if min_accuracy > 0 else 0.0  # float() overflows for a huge negative integer
     except Exception:  # as in `check_slo`
         pass
     got = foreign.text_of(min_accuracy)
+    if best == math.inf:
+        raise errors.AccuracyFloorError(f"min_accuracy must be a fraction of 1, got {got}; 0 admits all subnets")
     raise errors.AccuracyFloorError(
         f"min_accuracy={got}, a fraction of 1, but the best served subnet has {best}; ask for no more"
     )

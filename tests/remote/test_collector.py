@@ -3,12 +3,13 @@
 import asyncio
 import functools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from superserve_jax import errors
 from superserve_jax.remote import router
-from superserve_jax.remote.calls import Answers, RouterLostError
+from superserve_jax.remote.calls import Answers, NotSentError, RouterLostError
 from superserve_jax.remote.collector import Collector
 from superserve_jax.remote.host import Failed
 from superserve_jax.remote.packing import unpack
@@ -288,6 +289,51 @@ async def test_wrong_queries_are_refused_at_once():
         await collector.submit_many([x(1), np.int8([1])])
     with pytest.raises(errors.ConfigError, match="at least one router"):
         Collector([])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "options", "kind", "message"),
+    [
+        (np.ma.masked_array([1.0, 2.0], [False, True]), {}, errors.InputError, "masked array"),
+        ([[1.0, 2.0], [3.0]], {}, errors.InputError, "list cannot be made one"),
+        (np.array([object(), None]), {}, errors.InputError, "dtype object; expected numbers"),
+        (np.zeros(2, "i4,f4"), {}, errors.InputError, "expected numbers"),
+        (x(1), {"min_accuracy": None}, errors.AccuracyFloorError, "must be a fraction of 1, got None"),
+        (x(1), {"min_accuracy": "high"}, errors.AccuracyFloorError, "must be a fraction of 1, got 'high'"),
+        (x(1), {"min_accuracy": float("nan")}, errors.AccuracyFloorError, "got nan"),
+    ],
+)
+@is_async
+async def test_a_query_that_no_server_takes_fails_alone(wrong, options, kind, message):
+    collector = Collector([Fake()], wait_ms=5)
+    good, [error] = await asyncio.gather(
+        submit_all(collector, range(3)), asyncio.gather(collector.submit(wrong, **options), return_exceptions=True)
+    )
+    assert values(good) == [0, 2, 4]
+    assert isinstance(error, kind)
+    assert message in str(error)
+    assert not collector.lost()
+
+
+@is_async
+async def test_queries_that_cannot_be_sent_say_nothing_about_the_router():
+    class Unsent(Fake):
+        async def infer(self, parts):
+            raise NotSentError("the queries cannot be sent")
+
+    collector = Collector([Unsent()], wait_ms=0)
+    [error] = await submit_all(collector, [1])
+    assert isinstance(error, errors.InputError)
+    assert not collector.lost()
+
+
+@is_async
+async def test_dtypes_of_the_same_size_and_kind_have_their_own_parts():
+    one, other = (np.ones(2, dtype) for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz))
+    assert one.dtype.str == other.dtype.str
+    collector = Collector([Fake()], wait_ms=5)
+    replies = await asyncio.gather(collector.submit(one), collector.submit(other))
+    assert [reply.output.dtype for reply in replies] == [one.dtype, other.dtype]
 
 
 @is_async

@@ -4,11 +4,15 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 
+import numpy as np
 import pytest
 from actors import SHAPE, FakeServer, Odd, x
 
 from superserve_jax import errors, remote
+from superserve_jax.remote.calls import Part
+from superserve_jax.remote.packing import pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -59,6 +63,11 @@ def test_errors_stay_with_their_queries(router):
     assert "poison" in str(poisoned)
     assert isinstance(short, errors.InputError)
     assert isinstance(floor, errors.AccuracyFloorError)
+
+
+def test_queries_that_cannot_be_pickled_are_wrong_inputs(router):
+    with pytest.raises(errors.InputError, match="the queries cannot be sent to lasting"):
+        run(router.infer([Part(pack([np.array([threading.Lock()])]), 36.0)]))
 
 
 def test_about_a_router(router):
