@@ -23,7 +23,7 @@ from superserve_jax.profile import Profile, Row
 from superserve_jax.serving.makers import Source
 from superserve_jax.supernets.supernet import SuperNet
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster", "quick_compilation", "module_cache")]
 
 WAIT_S = 60.0
 ROUTER = """
@@ -71,13 +71,16 @@ def outputs(server, images):
     return [f.result(WAIT_S).output for f in server.submit_many(images)]
 
 
-def test_a_real_export_gives_the_logits_of_a_local_engine_also_after_a_swap_and_a_kill(paths):
+def test_a_real_export_gives_the_logits_of_a_local_engine_also_after_a_swap_and_a_kill(paths, tmp_path):
     images = random_images(TINY, 24)
+    other_inputs = dataclasses.replace(TINY, image_size=TINY.image_size + 4)
     first, second = paths
     with ss.Server(first, devices=ss.ray_devices(1, num_cpus=0), policy="fixed:0", slo_ms=60_000.0) as s:
         assert s.model is None
         assert_answers(outputs(s, images), first, images)
         s.swap(second)
+        with pytest.raises(errors.ConfigError, match="they must agree"):
+            s.swap(export_of(tmp_path / "other", 0, other_inputs))
         assert_answers(outputs(s, images), second, images)
         [name] = [w["name"] for w in s.health()["per_worker"]]
         os.kill(engine_of(s).pid, signal.SIGKILL)
@@ -85,14 +88,6 @@ def test_a_real_export_gives_the_logits_of_a_local_engine_also_after_a_swap_and_
         assert [w["name"] for w in s.health()["per_worker"] if w["state"] != "lost"] == [name]
         with pytest.raises(errors.ConfigError, match=r"expected an engine or ss\.ray_device"):
             s.add_worker(jax.devices()[0])
-
-
-def test_a_swap_to_other_inputs_is_refused(paths, tmp_path):
-    other = dataclasses.replace(TINY, image_size=TINY.image_size + 4)
-    with ss.Server(paths[0], devices=ss.ray_devices(1, num_cpus=0), policy="fixed:0", slo_ms=60_000.0) as s:
-        with pytest.raises(errors.ConfigError, match="they must agree"):
-            s.swap(export_of(tmp_path / "other", 0, other))
-        assert_answers(outputs(s, random_images(TINY, 4)), paths[0], random_images(TINY, 4))
 
 
 def test_an_actor_beside_a_device_of_this_process(paths, monkeypatch):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @functools.cache
 def served(preset, scale):
     """For each traffic by name: the result rows of the default policy and of the least accurate model."""
-    duration_s = 60.0 if preset == "bursty" else 20.0  # the rates stop changing within 20 s
+    duration_s = 40.0 if preset == "bursty" else 20.0  # the rates stop changing within 20 s
     cells = list(presets.cells(preset, scales=(scale,), policies=(OURS, LEAST), duration_s=duration_s))
     assert len(cells) == 9
     return {cell.trace: runner.run_cell(cell, PAPER) for cell in cells}
