@@ -1,11 +1,11 @@
 """Devices in other processes: what users give to a server. Ray is imported late."""
 
-import hashlib
 import itertools
 import logging
 import threading
 import uuid
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from superserve_jax import errors
@@ -18,8 +18,8 @@ from superserve_jax.serving.makers import Source
 
 _log = logging.getLogger(__name__)
 
-_WARN_S = 60.0  # after so long, a log message says that an engine is not ready yet
-_OPEN_S = 600.0  # an actor may wait for a free host, compile everything, and measure a profile
+_WARN_S = 60  # after so long, a log message says that an engine is not ready yet
+_OPEN_S = 600  # an actor may wait for a free host, compile everything, and measure a profile
 _PROCESS = uuid.uuid4().hex  # names this process in tokens
 _tokens = itertools.count()
 _THREADS = 3  # two for batches; one for an engine that is made meanwhile, as in a swap, and for pings
@@ -38,7 +38,7 @@ class RayDevice:
         self.options, self.name = options, name
         self.label = name or f"ray:{next(self._numbers)}"
         self._source: Source | None = None  # of the last engine
-        self._keys: dict[str, str] = {}  # {what an engine was made from: its key in the actor}
+        self._latest: Callable[[], RemoteEngine | None] = lambda: None  # a weak reference to the last engine
         self._actor: Any = None
         self._ping: Any = None
         self._lock = threading.Lock()
@@ -76,32 +76,38 @@ class RayDevice:
     def _made(self, actor: Any, source: Source | None) -> tuple[Engine, Profile]:
         if source is None:
             raise errors.ConfigError(f"{self} has no export; open a server with it, or add it to a server with an export")
-        text, token = repr(source), f"{_PROCESS}:{next(_tokens)}"
-        key = self._keys.setdefault(text, hashlib.sha256(text.encode()).hexdigest()[:16])
+        token = f"{_PROCESS}:{next(_tokens)}"
         try:
-            opened = self._opened(actor, key, source, token)
+            opened = self._opened(actor, source, token)
         except BaseException:
-            drop(actor, key, token)  # the actor may still be making the engine
+            drop(actor, token)  # the actor may still be making the engine
             raise
-        engine = RemoteEngine(self, actor, key, token, opened)
-        self._source = source.at(engine.profile)
-        self._keys.setdefault(repr(self._source), key)  # the engine has these sizes already
+        engine = RemoteEngine(self, actor, token, opened)
+        self._source, self._latest = source.at(engine.profile), weakref.ref(engine)
         return engine, engine.profile
 
-    def _opened(self, actor: Any, key: str, source: Source, token: str) -> Opened:
+    def _opened(self, actor: Any, source: Source, token: str) -> Opened:
         import ray
         from ray import exceptions
 
+        before = self._latest()
+        if before is not None and before.is_lost:
+            before = None  # the process has started again since
         try:
-            begun = actor.open.remote(key, source, token, alone=bool(self.name))
-            done, _ = ray.wait([begun], timeout=_WARN_S)
-            if not done:
-                _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
-            opened: Any = ray.get(begun, timeout=_OPEN_S - _WARN_S)
-        except exceptions.GetTimeoutError:
-            raise errors.EngineLostError(
-                f"{self} was not ready after {_OPEN_S:.0f} s; does the cluster have room for it? `ray status` shows it"
-            ) from None
+            begun = actor.open.remote(source, token, alone=bool(self.name))
+            for waited_s in itertools.count(1):
+                done, _ = ray.wait([begun], timeout=1.0)
+                if done:
+                    break
+                if before is not None and before.is_lost:  # Ray does not notice that a process is silent
+                    raise errors.EngineLostError(f"{self} was lost while it opened an export")
+                if waited_s == _WARN_S:
+                    _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
+                if waited_s == _OPEN_S:
+                    raise errors.EngineLostError(
+                        f"{self} was not ready after {_OPEN_S} s; does the cluster have room for it? `ray status` shows it"
+                    )
+            opened: Any = ray.get(begun)
         except exceptions.ActorDiedError as error:
             raise _ActorGone(f"{self} cannot be started: {errors.one_line(error)}") from error
         except exceptions.RayError as error:

@@ -1,8 +1,9 @@
 """The engine in the router: it sends batches to an actor, and finds out when the actor is lost. Ray is imported late.
 
 Ray restarts actors, but tells too late that one is silent. So the engine has a patience of its own. A batch should be back
-after the 99th percentile of its latency, plus the time of a call. Soon afterwards the engine is suspect. After three times
-that, it is lost.
+after p99 + the time of a call. Here p99 is the 99th percentile of its latency in the profile, times the slowdown of the
+device if it is slower than that. The engine is suspect when the batch is late by max(p99, 0.04 s), and lost when it is late by
+max(3 x p99, 0.12 s).
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from superserve_jax.subnet import Subnet
 if TYPE_CHECKING:
     from superserve_jax.remote.devices import RayDevice
 
-_WARM_UPS = 5  # calls; the first calls of a process are slow
+_WARM_UPS, _WARM_UP_S = 5, 10.0  # calls, and the patience for one; the first calls of a process are slow
+_WEIGHT = 0.2  # of the last batch in the slowdown
 _SUSPECT_S, _LOST_S = 0.04, 0.12  # the least time after the expected end of a batch
 _SUSPECT, _LOST = 1.0, 3.0  # the same, as multiples of the batch's p99
 _LEAST_WAIT_S = 0.02  # after the router itself stood still, an answer may be on its way
@@ -39,7 +41,6 @@ class RemoteEngine:
     Args:
       place: the device that made it.
       actor: Ray's handle of the actor.
-      key: the key of the engine in the actor.
       token: names this opening of the engine, see `Host.drop`.
       opened: what `Host.open` answered.
 
@@ -53,8 +54,8 @@ class RemoteEngine:
 
     overlap = True
 
-    def __init__(self, place: "RayDevice", actor: Any, key: str, token: str, opened: Opened):
-        self.place, self._actor, self._key = place, actor, key
+    def __init__(self, place: "RayDevice", actor: Any, token: str, opened: Opened):
+        self.place, self._actor, self._key = place, actor, opened.key
         self.host, self.pid = opened.host, opened.pid
         self.name = place.label
         self.input_shape, self.input_dtype = opened.input_shape, np.dtype(opened.input_dtype)
@@ -66,10 +67,11 @@ class RemoteEngine:
         self._rank = {row.subnet: rank for rank, row in enumerate(self.profile.rows)}
         self._p99_s = times_s(self.profile, "p99_ms")
         self._is_lost = threading.Event()
+        self._slowdown = 1.0
         self.answered_s = 0.0
         self._last: Callable[[], _Call | None] = lambda: None  # a weak reference, since a call refers to its engine
         self.call_s = self.lead_s = 0.0
-        weakref.finalize(self, drop, actor, key, token).atexit = False
+        weakref.finalize(self, drop, actor, token).atexit = False
         self.call_s = self.lead_s = self._warm_up()
 
     def run(self, subnet: Subnet, batch_size: int, inputs: list[np.ndarray]) -> Sequence[Any]:
@@ -82,7 +84,7 @@ class RemoteEngine:
         """See `Overlapping.launch`."""
         length = length_bucket(self.lengths, inputs) if self.lengths else 0
         p99_s = self._p99_s[subnet, batch_size, length]
-        call = self._call(subnet, batch_size, inputs, p99_s)
+        call = self._call(subnet, batch_size, inputs, self._slowdown * p99_s)
         return Launched(call.wait, call.outputs, call.in_time, call.device_s)
 
     def _call(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray], p99_s: float) -> "_Call":
@@ -100,6 +102,16 @@ class RemoteEngine:
         self._last = weakref.ref(call)
         return call
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a batch has found that the actor is lost."""
+        return self._is_lost.is_set()
+
+    def observe(self, device_s: float, p99_s: float) -> None:
+        """Notes how long the device took for a batch whose p99, times the slowdown, was `p99_s`. One outlier counts little."""
+        change = min(device_s / p99_s, 2.0) - 1.0
+        self._slowdown = max(1.0, self._slowdown * (1.0 + _WEIGHT * change))
+
     def lost(self, error: BaseException) -> errors.EngineLostError:
         """Notes that the actor is lost, and returns the error for it."""
         self._is_lost.set()
@@ -111,19 +123,25 @@ class RemoteEngine:
         fastest, size = self.profile.fastest().subnet, self.profile.max_batch
         shape = (self.lengths[0], *self.input_shape[1:]) if self.lengths else self.input_shape
         blank = np.full(shape, self.pad_id if self.lengths else 0, self.input_dtype)
-        took_s = []
-        for _ in range(_WARM_UPS):
+        calls_s, devices_s = [], []
+        while len(calls_s) < _WARM_UPS:
             start_s = time.monotonic()
-            call = self._call(fastest, size, [blank] * size, 10.0)
+            call = self._call(fastest, size, [blank] * size, _WARM_UP_S)
             try:
                 call.wait()
                 call.outputs()
             except errors.EngineLostError:
                 raise
             except Exception:  # any exception: the server finds out what the engine cannot do
-                return 0.0
-            took_s.append(max(0.0, time.monotonic() - start_s - call.device_s()))
-        return statistics.median(took_s)
+                if size == self.profile.batch_sizes[0]:
+                    return 0.0
+                size = self.profile.batch_sizes[0]  # the largest batch may need too much memory
+                continue
+            devices_s.append(call.device_s())
+            calls_s.append(max(0.0, time.monotonic() - start_s - devices_s[-1]))
+        length = self.lengths[0] if self.lengths else 0
+        self._slowdown = max(1.0, statistics.median(devices_s) / self._p99_s[fastest, size, length])
+        return statistics.median(calls_s)
 
 
 class _Call:
@@ -188,12 +206,13 @@ class _Call:
                 self._engine.lost(self._error)
         elif isinstance(answer, Answer) and isinstance(answer.device_s, float):
             self._answer = answer
+            self._engine.observe(answer.device_s, self.p99_s)
         else:
             self._error = errors.InferenceError(f"{self._engine.name} answered {answer!r:.100}; expected outputs")
         return True
 
 
-def drop(actor: Any, key: str, token: str) -> None:
+def drop(actor: Any, token: str) -> None:
     """Frees the engine in the actor, if the actor still lives."""
     with contextlib.suppress(Exception):  # any exception: this may run while Ray or the interpreter ends
-        actor.drop.remote(key, token)
+        actor.drop.remote(token)

@@ -59,12 +59,14 @@ class Opened:
     """What a router must know about an engine in an actor.
 
     Args:
+      key: names the engine in `Host.run`.
       name, input_shape, input_dtype, lengths, pad_id, class_names, compute_dtype: see `Engine`.
       profile: the engine's profile, as `Profile.to_json` writes it.
       versions: {a name such as "superserve-jax": its version}.
       host, pid: where the actor runs.
     """
 
+    key: str
     name: str
     input_shape: tuple[int, ...]
     input_dtype: str
@@ -100,34 +102,28 @@ class Host:
         """The keys of its engines."""
         return list(self._engines)
 
-    def open(self, key: str, source: Source, token: str, *, alone: bool) -> Opened | Failed:
-        """Makes an engine, unless there is one with this key.
+    def open(self, source: Source, token: str, *, alone: bool) -> Opened | Failed:
+        """Makes an engine, unless there is one already that fits the source.
 
         Args:
-          key: names the engine.
           source: what to make it from.
-          token: "PROCESS:NUMBER" of the router and this call, see `drop`.
-          alone: whether other routers are dead. Their engines are freed first, except the one with this key.
+          token: "PROCESS:NUMBER" of the router and this call, see `drop`. It becomes the key of a new engine.
+          alone: whether other routers are dead. Their engines are freed first, except one that fits.
         """
         try:
             with self._lock:
-                for name, turns in [*self._engines.items()] if alone else ():
+                for key, turns in [*self._engines.items()] if alone else ():
                     owner = token.split(":")[0]
                     turns.tokens = {each for each in turns.tokens if each.split(":")[0] == owner}
-                    if not turns.tokens and name != key:
-                        del self._engines[name]
-                turns = self._engines.get(key)
+                    if not turns.tokens and not turns.fits(source):
+                        del self._engines[key]
+            turns = self._opened(source, token)
             if turns is None:
                 with self._opening:
-                    turns = self._engines.get(key) or _Turns(*source.open())
-            with self._lock:
-                if token in self._dropped:
-                    self._dropped.remove(token)
-                else:
-                    self._engines[key] = turns
-                    turns.tokens.add(token)
+                    turns = self._opened(source, token) or self._made(source, token)
             engine, profile = turns.engine, turns.profile
             return Opened(
+                turns.key,
                 engine.name,
                 tuple(engine.input_shape),
                 engine.input_dtype.str,
@@ -143,6 +139,26 @@ class Host:
         except BaseException as error:
             return Failed.of(error)
 
+    def _opened(self, source: Source, token: str) -> "_Turns | None":
+        with self._lock:
+            turns = next((each for each in self._engines.values() if each.fits(source)), None)
+            if turns is not None:
+                self._locked_add(turns, token)
+            return turns
+
+    def _made(self, source: Source, token: str) -> "_Turns":
+        turns = _Turns(token, source, *source.open())
+        with self._lock:
+            self._locked_add(turns, token)
+        return turns
+
+    def _locked_add(self, turns: "_Turns", token: str) -> None:
+        if token in self._dropped:
+            self._dropped.remove(token)
+        else:
+            self._engines[turns.key] = turns
+            turns.tokens.add(token)
+
     def run(self, key: str, rank: int, batch_size: int, packed: Packed) -> Answer | Failed:
         """Computes a batch. `rank` is the subnet's place in the profile."""
         try:
@@ -153,27 +169,32 @@ class Host:
         except BaseException as error:
             return Failed.of(error)
 
-    def drop(self, key: str, token: str) -> None:
+    def drop(self, token: str) -> None:
         """Frees an engine when all that opened it have dropped it."""
         with self._lock:
-            turns = self._engines.get(key)
-            if turns is None or token not in turns.tokens:
+            turns = next((each for each in self._engines.values() if token in each.tokens), None)
+            if turns is None:
                 self._dropped.add(token)
                 return
             turns.tokens.remove(token)
             if not turns.tokens:
-                del self._engines[key]
+                del self._engines[turns.key]
 
 
 class _Turns:
     """One engine, which two threads use in turns. The first to come is the first to finish."""
 
-    def __init__(self, engine: Engine, profile: Profile):
-        self.engine, self.profile = engine, profile
+    def __init__(self, key: str, source: Source, engine: Engine, profile: Profile):
+        self.key, self.engine, self.profile = key, engine, profile
+        self._source = source
         self._subnets = [row.subnet for row in profile.rows]
         self._launching, self._finishing = threading.Lock(), threading.Lock()
         self._free_s = 0.0  # when the device was done with the last batch
         self.tokens: set[str] = set()
+
+    def fits(self, source: Source) -> bool:
+        """Whether a source asks for this engine."""
+        return source.fits(self._source, self.profile)
 
     def run(self, rank: int, batch_size: int, inputs: list[Any]) -> Answer:
         """The outputs of a batch."""

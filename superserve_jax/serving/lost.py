@@ -106,9 +106,12 @@ class Lost:
         pool.defer(functools.partial(self._bring_back, returns))
 
     def locked_is_hoped(self) -> bool:
-        """Whether the waiting queries may still hope for a lost worker. At the interpreter's exit they stay unanswered."""
-        now_s = self._pool.clock()
-        return self._pool.exits or any(one.hope_s > now_s for one in self._returns)
+        """Whether the waiting queries may still hope for a lost worker. A pool that closes takes no worker.
+
+        At the interpreter's exit they stay unanswered.
+        """
+        pool, now_s = self._pool, self._pool.clock()
+        return pool.exits or (not pool.closing and any(one.hope_s > now_s for one in self._returns))
 
     def check(self) -> None:
         """Fails the waiting queries if no worker is alive, and they have waited long enough for a lost one."""

@@ -8,14 +8,16 @@
 """
 
 import contextlib
+import functools
+import queue
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from superserve_jax import errors, foreign, manifest
 from superserve_jax.engines.base import Engine
 from superserve_jax.profile import Profile
+from superserve_jax.serving import threads
 
 if TYPE_CHECKING:
     from superserve_jax.serving.worker import Worker
@@ -27,12 +29,14 @@ class Source(NamedTuple):
     Args:
       path: the export's directory, the same on every host.
       digest: the SHA-256 in its manifest.
-      options: arguments of `prepare.prepare`, as sorted pairs.
+      options: arguments of `prepare.prepare` that the user gave, as sorted pairs.
+      sizes: the same of a profile, instead of those in `options`; empty if the process chooses them.
     """
 
     path: str
     digest: str
     options: tuple[tuple[str, Any], ...]
+    sizes: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, path: Any, digest: str, **options: Any) -> "Source":
@@ -42,7 +46,11 @@ class Source(NamedTuple):
     def at(self, profile: Profile) -> "Source":
         """The same with the batch sizes, length buckets and dtype of a profile."""
         sizes = {"batch_sizes": profile.batch_sizes, "lengths": profile.lengths or None}
-        return self.of(self.path, self.digest, **{**dict(self.options), **sizes, "compute_dtype": profile.compute_dtype})
+        return self._replace(sizes=(*sizes.items(), ("compute_dtype", profile.compute_dtype)))
+
+    def fits(self, made: "Source", profile: Profile) -> bool:
+        """Whether an engine with this profile, made from the source `made`, is what this source asks for."""
+        return self._replace(sizes=()) == made._replace(sizes=()) and self.sizes in ((), self.at(profile).sizes)
 
     def open(self) -> tuple[Engine, Profile]:
         """An engine and its profile, on the first device that jax has in this process.
@@ -57,7 +65,7 @@ class Source(NamedTuple):
             )
         from superserve_jax.engines import prepare  # here, since it imports jax
 
-        return prepare.on_first_device(self.path, **dict(self.options))
+        return prepare.on_first_device(self.path, **{**dict(self.options), **dict(self.sizes)})
 
 
 class Place(Protocol):
@@ -84,16 +92,40 @@ def is_place(device: Any) -> bool:
 
 
 def make_all(places: Sequence[Place], source: Source) -> tuple[list[Engine], list[Profile]]:
-    """An engine and a profile for each place, made at the same time. All have the batch sizes of the first one."""
-    with ThreadPoolExecutor(max(1, len(places))) as threads:
-        made: list[Any] = list(threads.map(lambda place: place.make_engine(source), places))
-        first: Any = made[0][1] if made else None
-        odd = [i for i, (_, own) in enumerate(made) if (own.batch_sizes, own.lengths) != (first.batch_sizes, first.lengths)]
-        for i in odd:  # each has chosen its sizes itself
-            made[i] = None  # frees the engine
-        for i, again in zip(odd, threads.map(lambda i: places[i].make_engine(source.at(first)), odd), strict=True):
-            made[i] = again
+    """An engine and a profile for each place, made at the same time. All have the batch sizes of the first one.
+
+    The first error is raised at once. The other places go on to their end, and their engines are then freed.
+    """
+    made: list[Any] = _at_once([functools.partial(place.make_engine, source) for place in places])
+    first: Any = made[0][1] if made else None
+    odd = [i for i, (_, own) in enumerate(made) if (own.batch_sizes, own.lengths) != (first.batch_sizes, first.lengths)]
+    for i in odd:  # each has chosen its sizes itself
+        made[i] = None  # frees the engine
+    again = _at_once([functools.partial(places[i].make_engine, source.at(first)) for i in odd])
+    for i, one in zip(odd, again, strict=True):
+        made[i] = one
     return [engine for engine, _ in made], [profile for _, profile in made]
+
+
+def _at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of calls, each in a daemon thread: neither an error nor the end of the process waits for the slowest."""
+    ended: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run(i: int) -> None:
+        try:
+            ended.put((i, calls[i](), None))
+        except BaseException as error:
+            ended.put((i, None, error))
+
+    for i in range(len(calls)):
+        threads.start(functools.partial(run, i), f"superserve-make-{i}")
+    results: list[Any] = [None] * len(calls)
+    for _ in calls:
+        i, result, error = ended.get()
+        if error is not None:
+            raise error
+        results[i] = result
+    return results
 
 
 class Maker(Protocol):

@@ -84,7 +84,7 @@ class Server:
         at least 5 % more throughput.
       lengths: length buckets to make executables for, if inputs have a length. Inputs are padded to one of them, and longer
         inputs are refused. None takes powers of two from 16 up to the model's longest.
-      devices: jax devices, with one worker for each. None takes all devices.
+      devices: with one worker for each: jax devices, or processes, such as `ray_devices(16)`. None takes all jax devices.
       slicing: when a device slices a subnet's weights out of the SuperNet's weights: "in_call" in every call, "kept" when the
         subnet changes (see `engines.device`). None takes the faster way, according to the profile.
       slice_bytes: with "kept", how many bytes the slices may take; None as in `DeviceEngine`.
@@ -329,7 +329,7 @@ class Server:
         Raises:
           ExportError: the export is missing or damaged. ConfigError: its inputs differ, or the policy fails with it. Or this
           server was opened with engines, or a worker was added as one. Or the caller is a done-callback.
-          NotCalibratedError, ProfileError, ServerClosedError, WorkersLostError.
+          NotCalibratedError, ProfileError, ServerClosedError, WorkersLostError. EngineLostError: a process was lost meanwhile.
         """
         if self._interrupts():
             return self.pool.defer(functools.partial(self.swap, path_or_model))

@@ -114,10 +114,10 @@ class Worker:
             return self._turn_ahead(first)
         if flight is None:
             return True
-        if self.overlaps:
+        if self.overlaps or self.place is not None:  # a call to another process always says how long its device took
             self._launch(flight)
-            return True  # the next turn may take another batch, and answers this one
-        return self._land(flight)
+        # If it overlaps, the next turn may take another batch, and answers this one.
+        return self.overlaps or self._land(flight)
 
     def _turn_ahead(self, first: Flight) -> bool:
         """Takes the next batch when the device is nearly done with the first, and then answers the first."""

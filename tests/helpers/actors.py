@@ -63,6 +63,9 @@ class Fake(Sent):
     def at(self, profile):
         return self
 
+    def fits(self, made, profile):
+        return repr(self) == repr(made)
+
     def open(self):
         return make(**self._options)
 

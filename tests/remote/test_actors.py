@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import actors
 import fakes
@@ -125,6 +126,30 @@ def test_a_silent_process_is_lost_soon_also_after_a_long_time_at_full_load(devic
         os.kill(engines[0].pid, signal.SIGCONT)
         assert values(futures) == list(range(64))
     assert took_s < 2.0  # 200 batches have been 200 * 7 ms early or more; the patience for one is 0.2 s
+
+
+def test_a_device_that_is_ten_times_slower_than_its_profile_is_not_lost(devices):
+    engines = engines_of(devices, speed=0.1)
+    profiles = [engine.profile for engine in engines]
+    with ss.Server.from_engines(engines, profiles, slo_ms=60_000.0, policy="fixed:largest") as s:
+        assert values(s.submit_many([x(i) for i in range(64)])) == list(range(64))
+        assert [w["state"] for w in s.health()["per_worker"] if w["state"] != "idle"] == []
+
+
+def test_a_process_that_falls_silent_while_it_opens_an_export_is_given_up():
+    device = remote.ray_device(num_cpus=0)
+    [engine] = engines_of([device])
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            opening = thread.submit(engines_of, [device], speed=2.0)
+            time.sleep(0.2)
+            with pytest.raises(errors.EngineLostError, match="has not answered in time"):
+                engine.run(engine.profile.fastest().subnet, 1, [x(1)])
+            with pytest.raises(errors.EngineLostError, match="was lost while it opened an export"):
+                opening.result(WAIT_S)
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
 
 
 def test_two_servers_share_the_engine_of_a_process(devices):

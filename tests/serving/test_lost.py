@@ -116,6 +116,19 @@ def test_the_slowdown_follows_the_time_of_the_device_and_not_of_the_call():
         wait_until(lambda: [s.submit(x(0)).result(WAIT_S)] and slowdown() > 1.2)
 
 
+def test_also_without_overlap_a_late_process_is_suspect_and_its_call_does_not_count():
+    [place] = places(1)
+    with serve([place], policy=fakes.always(0, 1), overlap=False) as s:
+        place.engine.call_s, place.engine.device_s = 0.005, 0.001  # the profile says 1 ms
+        s.submit_many(x(range(50)))[-1].result(WAIT_S)
+        assert fakes.worker(s, "far:0")["slowdown"] == 1.0
+        place.engine.answers.clear()
+        late = s.submit(x(0))
+        wait_until(lambda: s.pool.members.fleet.strength()[1] == 0)
+        place.engine.answers.set()
+        assert outcomes([late]) == [0]
+
+
 def test_the_next_batch_is_handed_over_earlier_by_the_lead():
     pace = OverlapPace()
     pace.observe_device(0.01, 0.01)

@@ -13,6 +13,7 @@ from fakes import WAIT_S, outcomes, wait_until, x
 from places import Place, places, return_threads, serve, states
 
 from superserve_jax import errors
+from superserve_jax.serving import makers
 
 
 def test_a_worker_comes_back_with_its_process():
@@ -215,6 +216,46 @@ def test_closing_does_not_wait_for_a_process():
     s.close()
     assert isinstance(future.exception(WAIT_S), errors.SuperServeError)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("superserve")]
+
+
+def test_a_query_does_not_wait_for_a_process_that_starts_while_the_server_closes():
+    [only] = places(1)
+    begun, go_on, make = threading.Event(), threading.Event(), only.make_engine
+
+    def make_slowly(source):
+        begun.set()
+        go_on.wait()
+        return make(source)
+
+    s = serve([only])
+    only.make_engine = make_slowly
+    only.engine.dead.set()
+    future = s.submit(x(0))
+    only.is_back.set()
+    assert begun.wait(WAIT_S)
+    s.close()
+    try:
+        assert isinstance(future.exception(WAIT_S), errors.SuperServeError)
+    finally:
+        go_on.set()
+    wait_until(lambda: not return_threads())
+
+
+def test_the_error_of_one_process_does_not_wait_for_the_others():
+    class Broken:
+        def make_engine(self, source):
+            raise errors.ExportError("no export")
+
+    def make_slowly(source):
+        go_on.wait(WAIT_S)
+        ended.set()
+
+    slow, go_on, ended = Place("slow"), threading.Event(), threading.Event()
+    slow.make_engine = make_slowly
+    with pytest.raises(errors.ExportError, match="no export"):
+        makers.make_all([slow, Broken()], None)  # type: ignore[list-item, arg-type]
+    assert not ended.is_set()
+    go_on.set()
 
 
 def test_nobody_waits_while_a_process_starts():
