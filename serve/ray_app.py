@@ -42,6 +42,7 @@ from superserve_jax.remote.router import RemoteRouter, description
 from superserve_jax.serving.server import Server
 
 _AT_ONCE = 1_000  # requests in a replica
+_OF_THE_PROGRAM = ("port", "address", "stop")  # options that have no effect with `serve run`
 _GRACE_S = 0.5  # how long a replica waits for other cells when one has opened its server
 
 
@@ -81,6 +82,7 @@ class Options:
 
     def __post_init__(self):
         cli.check_above_zero(self, "cells", "actors", "replicas", "most", "slo_ms")
+        cli.check_from_zero(self, "num_cpus", "num_gpus", "wait_ms")
 
     def open_server(self) -> Callable[[], Server]:
         """What opens the server of a router."""
@@ -201,8 +203,12 @@ def bound(options: Options, open_server: Callable[[], Server]) -> Any:
 
 
 def app(arguments: dict[str, str]) -> Any:
-    """What `serve run` builds, from arguments such as cells=2."""
-    options = msgspec.convert(arguments, Options, strict=False)
+    """What `serve run` builds, from arguments such as cells=2. Raises UnknownNameError and ConfigError for wrong ones."""
+    known = [field.name for field in dataclasses.fields(Options) if field.name not in _OF_THE_PROGRAM]
+    for name in arguments:
+        errors.check_name("argument of the app", name, known)
+    with errors.refusing(errors.ConfigError, "an argument of the app is not possible"):
+        options = msgspec.convert(arguments, Options, strict=False)
     return bound(options, options.open_server())
 
 

@@ -162,6 +162,24 @@ def test_arguments_of_serve_run_are_those_of_the_program(app, monkeypatch):
     assert app.app({"export": "digits", "cells": "2", "wait_ms": "1.5"}) == app.Options("digits", cells=2, wait_ms=1.5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cell": "4"}, "unknown argument of the app 'cell': did you mean 'cells'"),
+        ({"exprt": "runs/x"}, "unknown argument of the app 'exprt': did you mean 'export'"),
+        ({"port": "9000"}, "unknown argument of the app 'port'"),
+        ({"cells": "two"}, "an argument of the app is not possible .*cells"),
+        ({"wait_ms": "-3"}, "wait_ms must be a finite number from 0 up, got -3"),
+        ({"num_cpus": "nan"}, "num_cpus must be a finite number from 0 up, got nan"),
+        ({"num_gpus": "-1"}, "num_gpus must be a finite number from 0 up, got -1"),
+    ],
+)
+def test_wrong_arguments_of_serve_run_are_refused(app, monkeypatch, arguments, message):
+    monkeypatch.setattr(app, "bound", lambda options, open_server: options)
+    with pytest.raises(errors.SuperServeError, match=message):
+        app.app(arguments)
+
+
 @pytest.mark.slow
 def test_the_whole_program_answers_over_http(tmp_path):
     pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'ray[serve]'", exc_type=ImportError)
