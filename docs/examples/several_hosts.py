@@ -5,8 +5,8 @@ import ray
 
 import superserve_jax as ss
 
-ray.init("auto")  # joins the cluster of this host: KubeRay, Anyscale, `ray start`
-with ss.Server("runs/demo/export", devices=ss.ray_devices(16, num_gpus=1), slo_ms=36) as server:
-    server.add_worker(ss.ray_device(num_gpus=1))
+ray.init("auto")  # joins the cluster on this host; without one, first run `ray start --head`
+with ss.Server("runs/demo/export", devices=ss.ray_devices(15, num_gpus=1), slo_ms=36) as server:
+    server.add_worker(ss.ray_device(num_gpus=1))  # the 16th
     image = np.zeros((32, 32, 1), np.uint8)
     print(server.submit(image).result())

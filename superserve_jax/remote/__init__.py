@@ -1,8 +1,8 @@
 """Workers in other processes and on other hosts, by Ray. Ray is imported late, and jax only in the other processes.
 
     ray.init("auto")                                            # join a cluster, or address="local" for this machine alone
-    server = ss.Server("runs/demo/export", devices=ss.ray_devices(16, num_gpus=1), slo_ms=36)
-    server.add_worker(ss.ray_device(num_gpus=1))
+    server = ss.Server("runs/demo/export", devices=ss.ray_devices(15, num_gpus=1), slo_ms=36)
+    server.add_worker(ss.ray_device(num_gpus=1))                # the 16th
 
 The server, its queue and its policy stay in this process, the **router**. Each device is an actor, a process that Ray starts
 where its options say. It opens the export by its path there, and holds weights and executables.

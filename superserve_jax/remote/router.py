@@ -3,7 +3,7 @@
 A call to an actor takes more than half a millisecond of CPU time on both sides. So processes that take requests gather
 queries for a millisecond or two, and make one call for all of them, see `collector.py`.
 
-A call does not wait for its slowest query. It returns what is answered when most of the time until the deadline is over, and a
+A call does not wait for its slowest query. After 3/4 of the time left, it returns the answers so far and a
 ticket. Only a caller with late queries makes a second call with the ticket, for the rest.
 """
 

@@ -1,8 +1,7 @@
 """A simulated day: traffic that changes by the minute, nodes that take minutes to start, and the controller. No jax.
 
-A day has too many queries to simulate them all. So one second of traffic at the minute's rate represents each minute. Rates,
-latencies and SLOs are real, only the rest of the minute is left out. What a minute leaves in the queue for the next one is
-ignored.
+A day has too many queries to simulate them all. So `sample_s` seconds of traffic at the minute's rate represent each minute.
+The queue is empty at the start of each minute.
 """
 
 import dataclasses
