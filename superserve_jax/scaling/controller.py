@@ -5,7 +5,8 @@
 - **Add** workers if the last `low_s` were low. The simulator says how many: the fewest with which they would not have been.
   Workers that are still starting count as present.
 - **Remove** one if the simulator says that with one fewer no `low_s` of the last `recent_s` would have been low, even with a
-  target that is higher by `margin`. No worker is removed within `rest_s` after a change, or while others start.
+  target that is higher by `margin`. Within the first `recent_s`, all traffic so far is tried. No worker is removed within
+  `rest_s` after a change, or while others start.
 
 The served accuracy is the mean over all queries of the accuracy of their subnet. A query that missed its deadline counts as 0.
 So it is the paper's objective, attainment times accuracy. It falls when the server degrades, and further when it misses.
@@ -83,6 +84,7 @@ class Controller:
     def __init__(self, goal: Goal, forecast: Forecast):
         self.goal, self._forecast = goal, forecast
         self._readings: collections.deque[tuple[float, Served]] = collections.deque()  # (its beginning, what was served)
+        self._first_s = -math.inf  # the first step; no traffic is known before it
         self._last_s: float | None = None  # the step before
         self._changed_s = self._asked_s = -math.inf
 
@@ -98,7 +100,7 @@ class Controller:
         goal, workers = self.goal, alive + starting
         begin_s, self._last_s = self._last_s, now_s
         if begin_s is None:
-            self._changed_s = now_s
+            self._first_s = self._changed_s = now_s
         else:
             self._readings.append((begin_s, served))
         if workers < goal.least:
@@ -136,9 +138,14 @@ class Controller:
             return 0  # one fewer would not be more accurate
         self._asked_s = now_s
         found = self._forecast(workers - 1, goal.recent_s)
-        size = max(round(len(found) * goal.low_s / goal.recent_s), 1) if goal.recent_s else 1
+        size = self._covering(len(found), now_s)
         parts = (found[i : i + size] for i in range(max(len(found) - size, 0) + 1))
         return self._change(now_s, -1) if found and not any(_is_low(part, needed) for part in parts) else 0
+
+    def _covering(self, count: int, now_s: float) -> int:
+        """How many readings in a row cover `low_s`, if so many are spread over the recent traffic."""
+        known_s = min(self.goal.recent_s, now_s - self._first_s)
+        return max(math.ceil(count * self.goal.low_s / known_s), 1) if known_s else 1
 
     def _change(self, now_s: float, by: int) -> int:
         self._changed_s = now_s

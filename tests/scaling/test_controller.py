@@ -69,6 +69,18 @@ def test_a_worker_is_removed_if_one_fewer_would_have_done_all_the_time():
     assert run([0.80] * 40, goal=goal, alive=7, forecast=once_low) == [0] * 40
 
 
+def test_what_counts_as_low_is_never_shorter_than_low_s():
+    short = [reading(0.80)] * 13 + [reading(0.70)] * 4 + [reading(0.80)] * 13  # 80 of 600 s, as no more is known yet
+    goal = Goal(0.75, most=8, low_s=300.0, rest_s=600.0, recent_s=3600.0, margin=0.01)
+    assert run([0.80] * 10, goal=goal, alive=7, forecast=lambda *_: short)[-1] == -1
+    long = [reading(0.80)] * 8 + [reading(0.70)] * 15 + [reading(0.80)] * 7
+    assert run([0.80] * 10, goal=goal, alive=7, forecast=lambda *_: long)[-1] == 0
+
+    two = [reading(0.80)] * 4 + [reading(0.75)] * 2 + [reading(0.80)] * 4  # 240 of 1200 s
+    goal = Goal(0.75, most=8, low_s=300.0, rest_s=1200.0, recent_s=1200.0, margin=0.01)
+    assert run([0.80] * 20, goal=goal, alive=7, forecast=lambda *_: two)[-1] == -1
+
+
 def test_no_worker_is_removed_while_another_starts_or_below_least():
     assert run([0.80] * 40, alive=7, starting=1) == [0] * 40
     assert run([0.80] * 40, alive=2, forecast=lambda *_: [reading(0.9)]) == [0] * 40
