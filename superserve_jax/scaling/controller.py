@@ -1,11 +1,11 @@
 """The rule of the autoscaler: pure code on any clock. No jax.
 
-- **Low** traffic was served with an accuracy below the target, on the mean and in at least half of its readings. So a short
-  burst is not low: it is over before a new worker serves.
-- **Add** workers if the last `low_s` were low. The simulator says how many: the fewest with which they would not have been.
-  Workers that are still starting count as present.
-- **Remove** one if the simulator says that with one fewer no `low_s` of the last `recent_s` would have been low, even with a
-  target that is higher by `margin`. Within the first `recent_s`, all traffic so far is tried. No worker is removed within
+- The accuracy of a period is **low** if it is below the target, on the mean and in at least half of its readings. So a short
+  burst does not count: it is over before a new worker serves.
+- **Add** workers if the accuracy was low in the last `low_s` seconds. The simulator says how many: the fewest that would have
+  prevented it. Workers that are still starting count as present.
+- **Remove** one if the simulator says that with one fewer, the accuracy would not have been low in any `low_s` seconds of the
+  last `recent_s`, even with a target that is higher by `margin`. Within the first `recent_s`, all traffic so far is tried. No worker is removed within
   `rest_s` after a change, or while others start.
 
 The served accuracy is the mean over all queries of the accuracy of their subnet. A query that missed its deadline counts as 0.

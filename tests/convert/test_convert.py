@@ -24,6 +24,7 @@ from superserve_jax.supernets import programs
 from superserve_jax.supernets.family import SequenceConfig
 from superserve_jax.supernets.supernet import SuperNet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "data"
 

@@ -16,6 +16,7 @@ from superserve_jax import errors, supernets
 from superserve_jax.supernets import programs
 from superserve_jax.training import rewiring
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SPEC = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
 jit = functools.partial(jax.jit, compiler_options=FAST)
 

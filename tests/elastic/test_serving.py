@@ -11,6 +11,7 @@ from superserve_jax import errors, extract
 from superserve_jax.supernets import programs
 from superserve_jax.training import rewiring
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SPEC = jax.ShapeDtypeStruct((1, 5, 6), "float32")
 
 

@@ -13,7 +13,7 @@ from superserve_jax.training import loop
 from superserve_jax.training.checkpoints import Checkpoints
 from superserve_jax.training.runs import Run
 
-pytestmark = pytest.mark.usefixtures("on_noise")
+pytestmark = pytest.mark.usefixtures("on_noise", "quick_compilation")
 
 
 def test_a_second_training_is_refused_and_names_the_first(tmp_path):
