@@ -5,8 +5,8 @@
 - **Add** workers if the accuracy was low in the last `low_s` seconds. The simulator says how many: the fewest that would have
   prevented it. Workers that are still starting count as present.
 - **Remove** one if the simulator says that with one fewer, the accuracy would not have been low in any `low_s` seconds of the
-  last `recent_s`, even with a target that is higher by `margin`. Within the first `recent_s`, all traffic so far is tried. No worker is removed within
-  `rest_s` after a change, or while others start.
+  last `recent_s`, even with a target that is higher by `margin`. Within the first `recent_s`, all traffic so far is tried. No
+  worker is removed within `rest_s` after a change, or while others start.
 
 The served accuracy is the mean over all queries of the accuracy of their subnet. A query that missed its deadline counts as 0.
 So it is the paper's objective, attainment times accuracy. It falls when the server degrades, and further when it misses.
