@@ -88,6 +88,10 @@ class Sleeping(NamedTuple):
         """The engine has the sizes of every profile."""
         return self
 
+    def fits(self, made: "Sleeping", _: Profile) -> bool:
+        """Whether an engine that was made from `made` is the same."""
+        return self == made
+
     def open(self) -> tuple[FakeDevice, Profile]:
         """The engine, and its profile."""
         profile = paper_profile()

@@ -40,7 +40,7 @@ LOADS = ((0.7, 64.0), (0.9, 4.0))  # of the smallest subnet's throughput, with i
 TRIPS_MS = (0.0, 0.5, 1.1, 2.5)
 TRIP_LOADS = (0.5, 0.8)
 NOTICED_S = (0.1, 0.5)  # until a balancer learns that a cell is lost
-PATIENCE_S = 0.26  # until a router knows that a worker is lost, as measured for a process (see docs/hosts.md)
+PATIENCE_S = 0.26  # until a router knows that a worker is lost; docs/hosts.md has measured 0.13 for a process
 WINDOW_S = 0.1
 
 Row = dict[str, Any]
