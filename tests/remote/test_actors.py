@@ -133,7 +133,7 @@ def test_a_device_that_is_ten_times_slower_than_its_profile_is_not_lost(devices)
     profiles = [engine.profile for engine in engines]
     with ss.Server.from_engines(engines, profiles, slo_ms=60_000.0, policy="fixed:largest") as s:
         assert values(s.submit_many([x(i) for i in range(64)])) == list(range(64))
-        assert [w["state"] for w in s.health()["per_worker"] if w["state"] != "idle"] == []
+        assert "lost" not in [w["state"] for w in s.health()["per_worker"]]
 
 
 def test_a_process_that_falls_silent_while_it_opens_an_export_is_given_up():
