@@ -97,7 +97,7 @@ def simulate_day(
     >>> goal, rates_qps = Goal(0.77, most=4), [200.0] * 10 + [1500.0] * 20
     >>> day = simulate_day(paper_profile().scaled(1.9), rates_qps, goal, sample_s=0.2)
     >>> day.alive[[0, 12, 29]].tolist(), day.worker_hours < 30 * 4 / 60
-    ([1, 1, 4], True)
+    ([1, 1, 3], True)
     """
     traces.check(sample_s=sample_s, slo_ms=slo_ms)
     traces.check(0, start_s=start_s, cv2=cv2)
