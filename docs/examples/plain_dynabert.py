@@ -11,6 +11,7 @@ from flax import nnx
 
 import superserve_jax as ss
 from superserve_jax.families.dynabert import DynaBERTConfig
+from superserve_jax.training.config import TrainConfig, load_config
 
 
 class Embeddings(nnx.Module):
@@ -109,3 +110,9 @@ class PlainDynaBERTConfig:
 
 def _norm(config: DynaBERTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.hidden_size, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
+
+
+def get_config() -> TrainConfig:
+    """The experiment of configs/dynabert_sst2.py, with the plain module."""
+    hand = load_config("dynabert_sst2")
+    return dataclasses.replace(hand, name="plain_dynabert", model=PlainDynaBERTConfig(hand.model))

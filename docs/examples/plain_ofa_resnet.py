@@ -14,6 +14,7 @@ from jax import lax
 
 import superserve_jax as ss
 from superserve_jax.families.ofa_resnet import OFAResNetConfig, average_pool, each_block
+from superserve_jax.training.config import TrainConfig, load_config
 
 
 class ConvNorm(nnx.Module):
@@ -127,3 +128,9 @@ class PlainOFAResNetConfig:
         for block in self.network.blocks:
             sizes[f"depth {block}"] = ours["stem.gate" if block == "stem.1" else f"block{block.split('.')[1]}.gate"]
         return sizes
+
+
+def get_config() -> TrainConfig:
+    """The experiment of configs/ofa_resnet50.py, with the plain module."""
+    hand = load_config("ofa_resnet50")
+    return dataclasses.replace(hand, name="plain_ofa_resnet", model=PlainOFAResNetConfig(hand.model))
