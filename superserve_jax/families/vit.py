@@ -129,7 +129,7 @@ class ViT(nnx.Module):
         self.patches = nnx.Conv(config.channels, width, window, window, padding="VALID", rngs=rngs)
         if config.tokens:
             self.tokens = _table(config.tokens, width, rngs)
-        self.positions = _table(config.patches, width, rngs)
+        self.positions = nnx.Param(_positions(config.image_size // config.patch, width))
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depths[-1])])
         self.norm = _layer_norm(config, rngs)
         self.head = nnx.Linear(2 * width if config.pool == "token_mean" else width, config.num_classes, rngs=rngs)
@@ -167,6 +167,19 @@ def _layer_norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def _table(count: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(nnx.initializers.truncated_normal(0.02)(rngs.params(), (1, count, width), jnp.float32))
+
+
+def _positions(side: int, width: int) -> Float[Array, "1 T D"]:
+    """The first values of the positions: sines and cosines of the column and the row (Beyer et al., arXiv 2205.01580).
+
+    Random values would be small beside the patches, and a short training would hardly learn where a patch is. Every four
+    channels have one frequency, so that the first channels alone also tell the position.
+    """
+    count = -(-width // 4)
+    frequencies = 100.0 ** -(np.arange(count) / count)
+    y, x = (grid.reshape(-1, 1) * frequencies for grid in np.mgrid[:side, :side])
+    values = np.stack([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=-1).reshape(1, side * side, 4 * count)
+    return jnp.asarray(values[..., :width], jnp.float32)
 
 
 def _check(config: ViTConfig) -> None:

@@ -52,6 +52,14 @@ def test_the_default_config_is_vit_b_16():
     assert [axis.name for axis in config.space().axes] == ["heads", "expand"]
 
 
+def test_the_first_channels_of_the_first_positions_tell_the_patches_apart():
+    config = dataclasses.replace(TINY_VIT, image_size=8 * TINY_VIT.patch, widths=(16,))
+    positions = programs.initial_params(config, 0)["positions"][0]
+    assert positions.shape == (64, 16)
+    some = np.asarray(positions)[:, :8]
+    assert np.linalg.norm(some[:, None] - some, axis=-1)[~np.eye(64, dtype=bool)].min() > 0.05
+
+
 def test_a_field_makes_the_width_elastic():
     wide = dataclasses.replace(TINY_VIT, widths=(8,))
     assert [axis.name for axis in wide.space().axes] == ["heads", "expand"]
