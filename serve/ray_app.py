@@ -1,13 +1,13 @@
 """Serves an export by Ray Serve, from several routers side by side, called cells. Most users need `serve/gateway.py` instead.
 
-    pip install 'superserve-jax[peers,ray,serve]'
+    pip install 'superserve-jax[ray,serve]' 'ray[serve]'
     python serve/ray_app.py runs/demo/export --cells 2 --actors 2 --replicas 2
     serve run serve.ray_app:app export=runs/demo/export cells=2 actors=2 replicas=2
 
-The second form is one of Ray Serve itself: run it in the root of this repository. Serve sends each request to one of the
+`serve run` is a command of Ray Serve: call it in the root of this repository. Serve sends each request to one of the
 replicas. A replica decodes it, gathers queries for `wait_ms`, and calls a router once for all of them. Each router is an actor
 with a server, whose workers are `actors` other actors. The routers are detached: they live on when a replica or Serve ends.
-The first form ends them with Ctrl-C. In a cluster that goes on, this ends those of the second form:
+Ctrl-C ends the routers of the first command. This ends those of `serve run`:
 
     python serve/ray_app.py --stop --cells 2 --address auto
 
@@ -82,7 +82,7 @@ class Options:
 
     def __post_init__(self):
         cli.check_above_zero(self, "cells", "actors", "replicas", "most", "slo_ms")
-        cli.check_from_zero(self, "num_cpus", "num_gpus", "wait_ms")
+        errors.check_from_zero(self, "num_cpus", "num_gpus", "wait_ms")
 
     def open_server(self) -> Callable[[], Server]:
         """What opens the server of a router."""

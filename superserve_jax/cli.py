@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import os
 import pathlib
 import shlex
@@ -120,19 +119,6 @@ def check_above_zero(options: Any, *names: str) -> None:
     for name in names:
         if not getattr(options, name) > 0:
             raise errors.ConfigError(f"{name} must be above 0, got {getattr(options, name)}")
-
-
-def check_from_zero(options: Any, *names: str) -> None:
-    """Raises ConfigError unless all these options are finite numbers from 0 up.
-
-    >>> import types
-    >>> check_from_zero(types.SimpleNamespace(wait_ms=-3.0), "wait_ms")
-    Traceback (most recent call last):
-    superserve_jax.errors.ConfigError: wait_ms must be a finite number from 0 up, got -3.0
-    """
-    for name in names:
-        if not 0 <= getattr(options, name) < math.inf:
-            raise errors.ConfigError(f"{name} must be a finite number from 0 up, got {getattr(options, name)}")
 
 
 def refuse_with(options: Any, other: str, *names: str) -> None:

@@ -6,6 +6,7 @@ the value, what was expected and the remedy.
 
 import contextlib
 import difflib
+import math
 import threading
 from collections.abc import Collection, Iterable, Iterator
 
@@ -135,6 +136,19 @@ def check_name(kind: str, name: object, known: Collection[str]) -> None:
     """Raises the error of `unknown_name` unless `name` is one of the known names."""
     if name not in known:
         raise unknown_name(kind, name, known)
+
+
+def check_from_zero(options: object, *names: str) -> None:
+    """Raises ConfigError unless all these attributes are finite numbers from 0 up.
+
+    >>> import types
+    >>> check_from_zero(types.SimpleNamespace(wait_ms=-3.0), "wait_ms")
+    Traceback (most recent call last):
+    superserve_jax.errors.ConfigError: wait_ms must be a finite number from 0 up, got -3.0
+    """
+    for name in names:
+        if not 0 <= (value := getattr(options, name)) < math.inf:
+            raise ConfigError(f"{name} must be a finite number from 0 up, got {value!r}")
 
 
 class StartingThreads(contextlib.AbstractContextManager[None]):

@@ -1,6 +1,6 @@
 """Measures the CPU time per query of the gateway, of serve/ray_app.py, and of a collector without HTTP, in alternation.
 
-    pip install 'superserve-jax[peers,ray,serve]'
+    pip install 'superserve-jax[ray,serve]' 'ray[serve]'
     python serve/bench/cells.py --ways gateway collector app
     python serve/bench/cells.py --app-python serve-env/bin/python --json runs/cells.json
 

@@ -8,7 +8,6 @@ max(3 x p99, 0.12 s).
 
 import contextlib
 import statistics
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -50,6 +49,7 @@ class RemoteEngine:
       call_s: how long a call takes beside the time of the device.
       pid: the actor's process, on `host`.
       answered_s: when the last answer came.
+      is_lost: whether a batch has found that the actor is lost.
     """
 
     overlap = True
@@ -66,7 +66,7 @@ class RemoteEngine:
         self.profile = Profile.from_json(opened.profile)
         self._rank = {row.subnet: rank for rank, row in enumerate(self.profile.rows)}
         self._p99_s = times_s(self.profile, "p99_ms")
-        self._is_lost = threading.Event()
+        self.is_lost = False
         self._slowdown = 1.0
         self.answered_s = 0.0
         self._last: Callable[[], _Call | None] = lambda: None  # a weak reference, since a call refers to its engine
@@ -90,7 +90,7 @@ class RemoteEngine:
     def _call(self, subnet: Subnet, batch_size: int, inputs: Sequence[np.ndarray], p99_s: float) -> "_Call":
         from ray import exceptions
 
-        if self._is_lost.is_set():
+        if self.is_lost:
             raise errors.EngineLostError(f"{self.name} has been lost")
         now_s = time.monotonic()
         try:
@@ -102,11 +102,6 @@ class RemoteEngine:
         self._last = weakref.ref(call)
         return call
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether a batch has found that the actor is lost."""
-        return self._is_lost.is_set()
-
     def observe(self, device_s: float, p99_s: float) -> None:
         """Notes how long the device took for a batch whose p99, times the slowdown, was `p99_s`. One outlier counts little."""
         change = min(device_s / p99_s, 2.0) - 1.0
@@ -114,7 +109,7 @@ class RemoteEngine:
 
     def lost(self, error: BaseException) -> errors.EngineLostError:
         """Notes that the actor is lost, and returns the error for it."""
-        self._is_lost.set()
+        self.is_lost = True
         reason = "has not answered in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}"
         return errors.EngineLostError(f"{self.name} on {self.host} is lost: {reason}")
 

@@ -59,9 +59,7 @@ class Goal:
             raise errors.ConfigError(
                 f"expected whole numbers of workers, 1 <= least <= most, got least={self.least!r} and most={self.most!r}"
             )
-        for name in ("low_s", "rest_s", "recent_s", "margin"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise errors.ConfigError(f"{name} must be a finite number from 0 up, got {getattr(self, name)!r}")
+        errors.check_from_zero(self, "low_s", "rest_s", "recent_s", "margin")
 
 
 class Controller:

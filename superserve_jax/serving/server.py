@@ -269,23 +269,25 @@ class Server:
             return getattr(engine_or_device, "name", "")
         new = engine_or_device
         while makers.is_place(new):  # no lock is held, since a process may take minutes to start
-            maker, latencies = self._maker, profile or self.profile
-            profiles_of_workers([self.profile, latencies], 2)
-            engine, own = new.make_engine(maker.source(latencies))
+            maker = self._maker
+            engine, own = new.make_engine(maker.source(self._like_others(profile or self.profile)))
             with self._changing:
                 if maker is self._maker:  # else there was a swap meanwhile
                     return self._add(engine, own)
         with self._changing, self._maker.settings():
-            latencies = profile or self.profile
-            profiles_of_workers([self.profile, latencies], 2)
+            latencies = self._like_others(profile or self.profile)
             if not hasattr(new, "run"):
                 new, latencies = self._maker.engine(new, latencies)
             return self._add(new, latencies)
 
     def _add(self, engine: Engine, profile: Profile) -> str:
         self.inputs.check_engine(engine)
+        return self.pool.add(engine, self._like_others(profile))
+
+    def _like_others(self, profile: Profile) -> Profile:
+        """Returns a new worker's profile. Raises ProfileError if it does not fit those of the other workers."""
         profiles_of_workers([self.profile, profile], 2)
-        return self.pool.add(engine, profile)
+        return profile
 
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving. Returns when it has finished its batch and its thread has ended.
