@@ -153,15 +153,16 @@ def test_a_client_that_leaves_is_no_fault_of_the_gateway_over_http(exporter):
     valve = gateways.Valve()
     with opened(gateways.engine(valve), limits={"drain_s": 0.1}) as (server, door), valve.shut(server, ROWS[0]):
         head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(CONTENT))
+        before = server.snapshot()["queries"]["arrived"]
         with gateways.connect(door) as leaving:
             leaving.sendall(head + CONTENT)
-            fakes.wait_until(lambda: server.health()["waiting"] == 2)
+            fakes.wait_until(lambda: server.snapshot()["queries"]["arrived"] == before + 2)
         [span] = ended(exporter)
         assert span.attributes["http.response.status_code"] == 499
         assert span.status.status_code is trace.StatusCode.UNSET
         with gateways.connect(door) as staying:
             staying.sendall(head + CONTENT)
-            fakes.wait_until(lambda: server.health()["waiting"] == 2)
+            fakes.wait_until(lambda: server.snapshot()["queries"]["arrived"] == before + 4)
             door.close()
             [span] = ended(exporter)
         assert span.attributes["http.response.status_code"] == 503
