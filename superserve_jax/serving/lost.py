@@ -6,7 +6,7 @@
    its batches become groups of retries, each runs alone (`retries.py`), and the bad query is given up in the end.
    Or the engine hangs longer than `stall_s`, and the watchdog abandons the worker.
 3. A thread waits until the process answers again, and adds a worker for it. If no other worker is alive, queries wait for it
-   about half a minute.
+   about half a minute. `remove_worker` ends this wait.
 """
 
 import dataclasses
@@ -75,12 +75,14 @@ class _Return:
       place: the process of its engine.
       name: its name.
       hope_s: until then, queries wait for it.
+      is_wanted: whether nobody has removed it.
       thread: waits for the process; None until it runs.
     """
 
     place: Place
     name: str
     hope_s: float
+    is_wanted: bool = True
     thread: threading.Thread | None = None
 
 
@@ -92,18 +94,25 @@ class Lost:
       add: returns the function that makes a worker at a place; None once there is no server any more.
     """
 
-    def __init__(self, pool: "Pool", add: Callable[[], Callable[[Any], object] | None]):
+    def __init__(self, pool: "Pool", add: Callable[[], Callable[[Any], str] | None]):
         self._pool, self._add = pool, add
         self._returns: list[_Return] = []
 
     def locked_expect(self, worker: "Worker") -> None:
         """Begins to wait for a worker that is about to leave, if its engine is in another process and is why it leaves."""
         pool = self._pool
-        if worker.place is None or not worker.alive or self._is_over() or pool.policy_call.thread is worker.thread:
+        if worker.place is None or not worker.alive or pool.closing or pool.exits or pool.policy_call.thread is worker.thread:
             return
         returns = _Return(worker.place, worker.name, pool.clock() + _HOPE_S)
         self._returns.append(returns)
         pool.defer(functools.partial(self._bring_back, returns))
+
+    def locked_give_up(self, name: str) -> bool:
+        """Waits no longer for the lost workers of this name. False if there is none."""
+        found = [one for one in self._returns if one.name == name and one.is_wanted]
+        for one in found:
+            one.is_wanted = False
+        return bool(found)
 
     def locked_is_hoped(self) -> bool:
         """Whether the waiting queries may still hope for a lost worker. A pool that closes takes no worker.
@@ -111,7 +120,7 @@ class Lost:
         At the interpreter's exit they stay unanswered.
         """
         pool, now_s = self._pool, self._pool.clock()
-        return pool.exits or (not pool.closing and any(one.hope_s > now_s for one in self._returns))
+        return pool.exits or (not pool.closing and any(one.is_wanted and one.hope_s > now_s for one in self._returns))
 
     def check(self) -> None:
         """Fails the waiting queries if no worker is alive, and they have waited long enough for a lost one."""
@@ -137,46 +146,48 @@ class Lost:
         one.thread.name = f"superserve-return-{one.name}"
         pause_s = _PAUSE_S
         try:
-            while not self._is_over():
+            while not self._is_over(one):
                 start_s = time.monotonic()
-                is_up = self._is_up(one.place)
-                if is_up and self._is_added(one.place):
+                is_up = self._is_up(one)
+                if is_up and (self._is_over(one) or self._is_added(one)):
                     return
                 if is_up is not False:  # something raised
-                    self._pause(pause_s)
+                    self._pause(one, pause_s)
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 elif (left_s := start_s + _LOOK_S - time.monotonic()) > 0:  # it answered at once that it is not up
-                    self._pause(left_s)
+                    self._pause(one, left_s)
         finally:
             with self._pool.lock:
                 self._returns.remove(one)
             self.check()
 
-    def _is_over(self) -> bool:
-        return self._pool.closing or self._pool.exits
+    def _is_over(self, one: _Return) -> bool:
+        return not one.is_wanted or self._pool.closing or self._pool.exits
 
-    def _is_up(self, place: Place) -> bool | None:
+    def _is_up(self, one: _Return) -> bool | None:
         """Whether the process answers. None if its place raised an error."""
         try:
-            return bool(place.is_up(_LOOK_S))
+            return bool(one.place.is_up(_LOOK_S))
         except BaseException as error:
-            self._warn(error)
+            self._warn(one, error)
             return None
 
-    def _is_added(self, place: Place) -> bool:
+    def _is_added(self, one: _Return) -> bool:
         """Tries to add a worker. True also if nobody wants one any more."""
         try:
             if (add := self._add()) is not None:
-                add(place)
+                name = add(one.place)
+                if not one.is_wanted:  # it was removed while its engine was made
+                    self._pool.remove(name)
         except BaseException as error:
-            self._warn(error)
+            self._warn(one, error)
             return False
         return True
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, one: _Return, seconds: float) -> None:
         with self._pool.lock:
-            self._pool.changed.wait_for(self._is_over, seconds)
+            self._pool.changed.wait_for(lambda: self._is_over(one), seconds)
 
-    def _warn(self, error: BaseException) -> None:
-        if not self._is_over():
+    def _warn(self, one: _Return, error: BaseException) -> None:
+        if not self._is_over(one):
             foreign.log(_log, logging.WARNING, "a lost worker could not be added again: %s", foreign.text_of(error))

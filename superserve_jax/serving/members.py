@@ -64,6 +64,14 @@ class Members:
         self.joined += 1
         self.alive += 1
 
+    def is_alive(self, name: str) -> bool:
+        """Whether a live worker has that name."""
+        return any(worker.alive and worker.name == name for worker in self.workers)
+
+    def forget(self, name: str) -> None:
+        """Drops the gone workers of that name."""
+        self.workers = tuple(worker for worker in self.workers if worker.present or worker.name != name)
+
     def removable(self, name: str) -> Worker:
         """The live worker with that name. Raises UnknownNameError if there is none, and ConfigError if it is the last one."""
         found = {worker.name: worker for worker in self.workers if worker.alive}

@@ -63,7 +63,7 @@ class Pool:
         options: Options,
         *,
         input_bytes: int,
-        again: Callable[[], Callable[[Any], object] | None] = lambda: None,
+        again: Callable[[], Callable[[Any], str] | None] = lambda: None,
     ):
         self.make_policy = functools.lru_cache(make_policy)  # workers with equal profiles share a policy
         for profile in profiles:  # may raise; nothing has been started yet
@@ -183,6 +183,9 @@ class Pool:
         """See `Server.remove_worker`."""
         self.process.refuse_fork()
         with self.lock:
+            if not self.members.is_alive(name) and self.lost.locked_give_up(name):
+                self.members.forget(name)
+                return self.locked_notify_all()
             worker = self.members.removable(name)
             self.members.retire(worker, "removed")
             self.locked_offer()

@@ -292,7 +292,7 @@ class Server:
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving. Returns when it has finished its batch and its thread has ended.
 
-        In a done-callback it does not wait.
+        In a done-callback it does not wait. A lost worker (see `lost`) does not come back afterwards.
 
         Args:
           name: the worker's name in `health()["per_worker"]`.
