@@ -19,7 +19,8 @@ from superserve_jax.serving.makers import Source
 _log = logging.getLogger(__name__)
 
 _WARN_S = 60  # after so long, a log message says that an engine is not ready yet
-_OPEN_S = 600  # an actor may wait for a free host, compile everything, and measure a profile
+_SILENT_S = 60  # an actor that answers no ping for so long while it opens an export is lost; Ray does not notice that
+_BEGIN_S = 600  # the longest wait for a free host
 _PROCESS = uuid.uuid4().hex  # names this process in tokens
 _tokens = itertools.count()
 _THREADS = 3  # two for batches; one for an engine that is made meanwhile, as in a swap, and for pings
@@ -95,18 +96,7 @@ class RayDevice:
             before = None  # the process has started again since
         try:
             begun = actor.open.remote(source, token, alone=bool(self.name))
-            for waited_s in itertools.count(1):
-                done, _ = ray.wait([begun], timeout=1.0)
-                if done:
-                    break
-                if before is not None and before.is_lost:  # Ray does not notice that a process is silent
-                    raise errors.EngineLostError(f"{self} was lost while it opened an export")
-                if waited_s == _WARN_S:
-                    _log.warning("still waiting for %s; `ray status` shows whether the cluster has room for it", self)
-                if waited_s == _OPEN_S:
-                    raise errors.EngineLostError(
-                        f"{self} was not ready after {_OPEN_S} s; does the cluster have room for it? `ray status` shows it"
-                    )
+            self._wait(begun, actor, before)
             opened: Any = ray.get(begun)
         except exceptions.ActorDiedError as error:
             raise _ActorGone(f"{self} cannot be started: {errors.one_line(error)}") from error
@@ -116,6 +106,31 @@ class RayDevice:
             raise opened.exception()
         _check_versions(opened)
         return opened
+
+    def _wait(self, begun: Any, actor: Any, before: RemoteEngine | None) -> None:
+        """Waits until the actor has opened an export, however long it compiles and measures.
+
+        Raises EngineLostError if it does not begin, or falls silent.
+        """
+        import ray
+
+        ping, heard_s = None, 0  # an actor that has not begun yet answers no ping
+        for waited_s in itertools.count(1):
+            done, _ = ray.wait([begun], timeout=1.0)
+            if done:
+                return
+            ping = ping or actor.ping.remote()
+            if ray.wait([ping], timeout=0.0)[0]:
+                ping, heard_s = None, waited_s
+            if (before is not None and before.is_lost) or 0 < heard_s <= waited_s - _SILENT_S:
+                raise errors.EngineLostError(f"{self} was lost while it opened an export")
+            if waited_s == _WARN_S:
+                why = "it is making its engine" if heard_s else "`ray status` shows whether the cluster has room for it"
+                _log.warning("still waiting for %s; %s", self, why)
+            if waited_s == _BEGIN_S and not heard_s:
+                raise errors.EngineLostError(
+                    f"{self} was not started within {_BEGIN_S} s; does the cluster have room for it? `ray status` shows it"
+                )
 
     def is_up(self, timeout_s: float) -> bool:
         """See `serving.makers.Place`."""

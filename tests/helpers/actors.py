@@ -35,11 +35,12 @@ class Odd(FakeDevice):
         return launched
 
 
-def make(kind=Odd, speed=1.0, clock_off_s=0.0, shape=SHAPE, dtype=np.uint8):
+def make(kind=Odd, speed=1.0, clock_off_s=0.0, open_s=0.0, shape=SHAPE, dtype=np.uint8):
     """An engine that sleeps as long as the paper's profile says, and the profile."""
     if clock_off_s:
         monotonic = time.monotonic
         time.monotonic = lambda: monotonic() + clock_off_s
+    time.sleep(open_s)
     profile = paper_profile()
     return kind(profile, input_shape=shape, input_dtype=dtype, speed=speed), profile
 

@@ -152,6 +152,26 @@ def test_a_process_that_falls_silent_while_it_opens_an_export_is_given_up():
         os.kill(engine.pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_process_may_open_an_export_for_long_if_it_answers_pings(devices, monkeypatch, is_silent):
+    for name, seconds in (("_SILENT_S", 2), ("_BEGIN_S", 3), ("_WARN_S", 1)):
+        monkeypatch.setattr(f"superserve_jax.remote.devices.{name}", seconds)
+    [engine] = engines_of(devices[:1])
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(engines_of, devices[:1], speed=4.0 + is_silent, open_s=5.0)
+        time.sleep(2.0)  # the first ping is answered
+        if not is_silent:
+            [opened] = opening.result(WAIT_S)
+            assert [one[0] for one in opened.run(opened.profile.fastest().subnet, 1, [x(1)])] == [1]
+            return
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(errors.EngineLostError, match="was lost while it opened an export"):
+                opening.result(WAIT_S)
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
+
+
 def test_two_servers_share_the_engine_of_a_process(devices):
     [_, first], [_, second] = serve(devices, speed=3.0), serve(devices, speed=3.0)
     with first as s:
