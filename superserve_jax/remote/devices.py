@@ -19,11 +19,12 @@ from superserve_jax.serving.makers import Source
 _log = logging.getLogger(__name__)
 
 _WARN_S = 60  # after so long, a log message says that an engine is not ready yet
-_SILENT_S = 60  # an actor that answers no ping for so long while it opens an export is lost; Ray does not notice that
-_BEGIN_S = 600  # the longest wait for a free host
+_SILENT_S = 60  # an actor has answered a ping, and then answers none for so long: it is lost, which Ray does not notice
+_BEGIN_S = 600  # the longest wait for the first answer: for a free host, and until the process runs
+_OPEN_S = 3600  # the longest wait for the engine: until it has compiled everything and measured a profile
 _PROCESS = uuid.uuid4().hex  # names this process in tokens
 _tokens = itertools.count()
-_THREADS = 3  # two for batches; one for an engine that is made meanwhile, as in a swap, and for pings
+_THREADS = 8  # for each server two for batches, and one for an engine that is made meanwhile, as in a swap; one for pings
 
 
 class RayDevice:
@@ -108,29 +109,28 @@ class RayDevice:
         return opened
 
     def _wait(self, begun: Any, actor: Any, before: RemoteEngine | None) -> None:
-        """Waits until the actor has opened an export, however long it compiles and measures.
+        """Waits until the actor has opened an export.
 
-        Raises EngineLostError if it does not begin, or falls silent.
+        Raises EngineLostError if the actor takes too long or falls silent, or if the engine that it had `before` is lost.
         """
         import ray
 
-        ping, heard_s = None, 0  # an actor that has not begun yet answers no ping
+        ping, heard_s = None, 0  # when it last answered a ping; 0 before it runs
         for waited_s in itertools.count(1):
             done, _ = ray.wait([begun], timeout=1.0)
             if done:
                 return
             ping = ping or actor.ping.remote()
             if ray.wait([ping], timeout=0.0)[0]:
+                ray.get(ping)  # it may be an error
                 ping, heard_s = None, waited_s
             if (before is not None and before.is_lost) or 0 < heard_s <= waited_s - _SILENT_S:
                 raise errors.EngineLostError(f"{self} was lost while it opened an export")
+            why = "it is making its engine" if heard_s else "`ray status` shows whether the cluster has room for it"
+            if waited_s >= (_OPEN_S if heard_s else _BEGIN_S):
+                raise errors.EngineLostError(f"{self} is not ready after {waited_s} s; {why}")
             if waited_s == _WARN_S:
-                why = "it is making its engine" if heard_s else "`ray status` shows whether the cluster has room for it"
                 _log.warning("still waiting for %s; %s", self, why)
-            if waited_s == _BEGIN_S and not heard_s:
-                raise errors.EngineLostError(
-                    f"{self} was not started within {_BEGIN_S} s; does the cluster have room for it? `ray status` shows it"
-                )
 
     def is_up(self, timeout_s: float) -> bool:
         """See `serving.makers.Place`."""

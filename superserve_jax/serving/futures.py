@@ -160,7 +160,7 @@ class Future:
         """Calls `fn(future)` when the future has resolved: at once if it has already, else in the thread that resolves it.
 
         Usually that is a worker's thread, and a slow callback keeps its device waiting. It may also be the watchdog's thread,
-        or a thread that cancels, submits, closes or swaps. An error that `fn` raises is logged.
+        or a thread that cancels, submits, closes, swaps or removes. An error that `fn` raises is logged.
         """
         if self._state == _PENDING:
             self._refuse_fork()

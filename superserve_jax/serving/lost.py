@@ -6,7 +6,7 @@
    its batches become groups of retries, each runs alone (`retries.py`), and the bad query is given up in the end.
    Or the engine hangs longer than `stall_s`, and the watchdog abandons the worker.
 3. A thread waits until the process answers again, and adds a worker for it. If no other worker is alive, queries wait for it
-   about half a minute. `remove_worker` ends this wait.
+   about half a minute. If the lost worker is removed, nobody waits for its process any more.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from superserve_jax import foreign
+from superserve_jax import errors, foreign
 from superserve_jax.engines.base import Engine
 from superserve_jax.serving.makers import Place
 
@@ -75,7 +75,7 @@ class _Return:
       place: the process of its engine.
       name: its name.
       hope_s: until then, queries wait for it.
-      is_wanted: whether nobody has removed it.
+      is_wanted: False once it was removed or has joined again.
       thread: waits for the process; None until it runs.
     """
 
@@ -108,11 +108,19 @@ class Lost:
         pool.defer(functools.partial(self._bring_back, returns))
 
     def locked_give_up(self, name: str) -> bool:
-        """Waits no longer for the lost workers of this name. False if there is none."""
+        """Ends the wait for the lost workers of this name. False if there are none."""
         found = [one for one in self._returns if one.name == name and one.is_wanted]
         for one in found:
             one.is_wanted = False
         return bool(found)
+
+    def locked_join(self) -> None:
+        """Ends the wait of the calling thread, if it adds a lost worker again. Raises ConfigError if that was removed."""
+        for one in self._returns:
+            if one.thread is threading.current_thread():
+                if not one.is_wanted:
+                    raise errors.ConfigError(f"{one.name} was removed before it joined again")
+                one.is_wanted = False
 
     def locked_is_hoped(self) -> bool:
         """Whether the waiting queries may still hope for a lost worker. A pool that closes takes no worker.
@@ -149,7 +157,7 @@ class Lost:
             while not self._is_over(one):
                 start_s = time.monotonic()
                 is_up = self._is_up(one)
-                if is_up and (self._is_over(one) or self._is_added(one)):
+                if self._is_over(one) or (is_up and self._is_added(one)):
                     return
                 if is_up is not False:  # something raised
                     self._pause(one, pause_s)
@@ -173,12 +181,10 @@ class Lost:
             return None
 
     def _is_added(self, one: _Return) -> bool:
-        """Tries to add a worker. True also if nobody wants one any more."""
+        """Tries to add a worker. True also if the server is gone."""
         try:
             if (add := self._add()) is not None:
-                name = add(one.place)
-                if not one.is_wanted:  # it was removed while its engine was made
-                    self._pool.remove(name)
+                add(one.place)
         except BaseException as error:
             self._warn(one, error)
             return False

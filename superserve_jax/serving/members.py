@@ -68,9 +68,11 @@ class Members:
         """Whether a live worker has that name."""
         return any(worker.alive and worker.name == name for worker in self.workers)
 
-    def forget(self, name: str) -> None:
-        """Drops the gone workers of that name."""
-        self.workers = tuple(worker for worker in self.workers if worker.present or worker.name != name)
+    def give_up(self, name: str) -> None:
+        """Notes that the lost workers of that name do not come back."""
+        for worker in self.workers:
+            if worker.name == name and worker.gone == "lost":
+                worker.gone = "removed"
 
     def removable(self, name: str) -> Worker:
         """The live worker with that name. Raises UnknownNameError if there is none, and ConfigError if it is the last one."""

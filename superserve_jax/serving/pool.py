@@ -165,6 +165,7 @@ class Pool:
                 self._check_open("takes no workers")
                 if self.exits:
                     raise errors.ServerClosedError("the interpreter exits, so the server takes no workers")
+                self.lost.locked_join()
                 self.outbox.drop(self.members.workers)  # it keeps a worker that is replaced
                 self.members.join(worker)
                 self.locked_offer()
@@ -183,9 +184,12 @@ class Pool:
         """See `Server.remove_worker`."""
         self.process.refuse_fork()
         with self.lock:
-            if not self.members.is_alive(name) and self.lost.locked_give_up(name):
-                self.members.forget(name)
-                return self.locked_notify_all()
+            if is_lost := not self.members.is_alive(name) and self.lost.locked_give_up(name):
+                self.members.give_up(name)
+                self.locked_notify_all()
+        if is_lost:
+            return self.lost.check()
+        with self.lock:
             worker = self.members.removable(name)
             self.members.retire(worker, "removed")
             self.locked_offer()

@@ -292,7 +292,7 @@ class Server:
     def remove_worker(self, name: str) -> None:
         """Removes a worker while serving. Returns when it has finished its batch and its thread has ended.
 
-        In a done-callback it does not wait. A lost worker (see `lost`) does not come back afterwards.
+        In a done-callback it does not wait. It ends the wait for the process of a lost worker (see `lost`).
 
         Args:
           name: the worker's name in `health()["per_worker"]`.

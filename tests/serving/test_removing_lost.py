@@ -15,7 +15,7 @@ def test_a_lost_worker_that_is_removed_does_not_come_back():
         first.engine.dead.set()
         wait_until(lambda: [s.submit(x(1)).result(WAIT_S)] and states(s)["far:0"] == "lost")
         s.remove_worker("far:0")
-        assert states(s) == {"far:1": "idle"}
+        assert states(s) == {"far:1": "idle", "far:0": "removed"}
         first.is_back.set()
         wait_until(lambda: not return_threads())
         assert (first.made, s.health()["alive"]) == (1, 1)
@@ -23,18 +23,23 @@ def test_a_lost_worker_that_is_removed_does_not_come_back():
             s.remove_worker("far:0")
 
 
-def test_a_lost_worker_that_is_removed_while_its_engine_is_made_leaves_again():
-    first, second = places(2)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_lost_worker_that_is_removed_while_its_engine_is_made_does_not_join(count):
+    first, *others = places(count)
     begun, go_on, make = threading.Event(), threading.Event(), first.make_engine
-    with serve([first, second]) as s:
+    with serve([first, *others]) as s:
         first.make_engine = lambda source: (begun.set(), go_on.wait(WAIT_S), make(source))[2]
         first.is_back.set()
         first.engine.dead.set()
-        wait_until(lambda: [s.submit(x(1)).result(WAIT_S)] and begun.is_set())
+        future = s.submit(x(1))
+        wait_until(lambda: [s.submit(x(1))] and begun.is_set())
         s.remove_worker("far:0")
+        if not others:
+            with pytest.raises(errors.WorkersLostError):
+                future.result(0)
         go_on.set()
         wait_until(lambda: not return_threads())
-        assert (first.made, s.health()["joined"], states(s)) == (2, 3, {"far:1": "idle", "far:0": "removed"})
+        assert (first.made, s.health()["joined"], states(s)["far:0"]) == (2, count, "removed")
 
 
 def test_queries_fail_if_the_only_lost_worker_is_removed():
