@@ -201,10 +201,12 @@ class _StormRun:
             threads = stack.enter_context(ThreadPoolExecutor(storm.clients + 1))
             for event in (self._over, self._traffic_ended, self._closed):
                 stack.callback(event.set)  # or the threads would go on after an error
+            on_turn = self._every_turn(on_progress)
+            on_turn()  # before the agents begin, since already their first act may hang
             with Agents(scene, storm.agents, seed=storm.seed) as around:
                 clients = [threads.submit(self._client, target, i) for i in range(storm.clients)]
                 keeper = threads.submit(self._keep, target)
-                end_s, on_turn = time.monotonic() + storm.seconds, self._every_turn(on_progress)
+                end_s = time.monotonic() + storm.seconds
                 while not all(client.done() for client in clients):
                     around.turn()
                     checker.read(notes)

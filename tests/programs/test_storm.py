@@ -85,13 +85,15 @@ import threading
 from superserve_jax.loadtest import storm
 from superserve_jax.serving.server import Server
 
-Server.health = lambda self: threading.Event().wait()
+{}.{} = lambda self: threading.Event().wait()
 storm.run_storm(storm.Storm(seconds=60, rate_qps=500, agents=["signals"], hung_s=1))
 """
 
 
-def test_a_storm_in_which_nothing_resolves_shows_all_stacks_and_ends():
-    done = subprocess.run([sys.executable, "-c", HUNG], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+@pytest.mark.parametrize("hangs", [("Server", "health"), ("storm.Agents", "turn")])
+def test_a_storm_in_which_nothing_resolves_shows_all_stacks_and_ends(hangs):
+    program = [sys.executable, "-c", HUNG.format(*hangs)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:01)!" in done.stderr
     assert "in <lambda>" in done.stderr

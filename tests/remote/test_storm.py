@@ -57,6 +57,18 @@ def client(server, recorder, number, end_s):
         recorder.read(*query, 60.0)
 
 
+def add(server, place):
+    """Adds a worker. Its process may be starting again."""
+    end_s = time.monotonic() + 60.0
+    while True:
+        try:
+            return server.add_worker(place)
+        except errors.EngineLostError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.1)
+
+
 def harm(server, places, end_s):
     """Kills and stops processes, and replaces workers. Returns what it did."""
     rng, done = random.Random(0), collections.Counter()
@@ -66,7 +78,7 @@ def harm(server, places, end_s):
         try:
             if kind == "replace":
                 server.remove_worker(place.engine.name)
-                server.add_worker(place)
+                add(server, place)
             elif kind == "stop":
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(rng.uniform(0.05, 0.5))
