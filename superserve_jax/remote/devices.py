@@ -19,12 +19,12 @@ from superserve_jax.serving.makers import Source
 _log = logging.getLogger(__name__)
 
 _WARN_S = 60  # after so long, a log message says that an engine is not ready yet
-_SILENT_S = 60  # an actor has answered a ping, and then answers none for so long: it is lost, which Ray does not notice
+_SILENT_S = 60  # an actor that has answered a ping, and answers none for so long, is lost. Ray does not notice it
 _BEGIN_S = 600  # the longest wait for the first answer: for a free host, and until the process runs
 _OPEN_S = 3600  # the longest wait for the engine: until it has compiled everything and measured a profile
 _PROCESS = uuid.uuid4().hex  # names this process in tokens
 _tokens = itertools.count()
-_THREADS = 8  # for each server two for batches, and one for an engine that is made meanwhile, as in a swap; one for pings
+_THREADS = 8  # one for pings. Each server takes two for batches, and one while an engine is made, as in a swap
 
 
 class RayDevice:
